@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from vitdet.cli.bench.inference import SCALES, measure_inference
-from vitdet.cli.bench.measurement import counted, peak_memory, report, summary, timed
+from vitdet.cli.bench.measurement import call_row, peak_memory, report, summary, timed
 from vitdet.cli.bench.synthetic import SHARE, boxes_on_objects
-from vitdet.cli.bench.training import COUNTED, images_for, measure_training
+from vitdet.cli.bench.training import images_for, measure_training
 from vitdet.config import Config, load_config
 from vitdet.types import Batch
 
@@ -182,7 +182,7 @@ def training_row(
             trainer.iter = storage.iter = next(steps_done)
             trainer.run_step()
 
-        return figures_of(step, size, steps, device, peak)
+        return call_row(step, size, steps, device, WARM, peak)
 
 
 @torch.no_grad()
@@ -197,9 +197,11 @@ def inference_row(
     let_detect(model, data[:1])
     peak = peak_memory(device)
     with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-        row = figures_of(
-            lambda: model.inference(data, do_postprocess=False), size, steps, device, peak
-        )
+
+        def detect() -> None:
+            model.inference(data, do_postprocess=False)
+
+        row = call_row(detect, size, steps, device, WARM, peak)
 
         def results() -> None:
             for one in model(data):
@@ -209,25 +211,6 @@ def inference_row(
         row["results_per_second"] = size / seconds
         row["detections"] = len(model.inference(data[:1], do_postprocess=False)[0])
     return row
-
-
-def figures_of(
-    call: Callable[[], object],
-    size: int,
-    steps: int,
-    device: torch.device,
-    peak: Callable[[], float],
-) -> dict:
-    times = timed(call, device, steps, warm=WARM)
-    with counted(device, COUNTED) as counts:
-        for _ in range(COUNTED if device.type == "cuda" else 0):
-            call()
-    return {
-        "ms": statistics.median(times),
-        "images_per_second": 1e3 * size / statistics.mean(times),
-        "peak_gib": peak(),
-        **counts,
-    }
 
 
 def their_batch(batch: Batch) -> list[dict]:

@@ -9,7 +9,7 @@ import pytest
 from tests.evaluation.test_errors import detection, scene
 from tests.helpers.random_results import random_set
 from vitdet.evaluation import coco, lvis
-from vitdet.evaluation.analysis import analyse
+from vitdet.evaluation.analysis import Threshold, analyse
 from vitdet.evaluation.results import Truth
 
 CAT, DOG = (1, [10, 10, 20, 20]), (2, [60, 60, 20, 20])
@@ -32,8 +32,8 @@ def test_the_parts_of_a_random_analysis_agree(kind, rules):
     assert 100 * np.mean(one.curves["mean"]) == pytest.approx(one.metrics["ap"], abs=0.01)
     assert all(100 * np.mean(row.curve) == pytest.approx(row.ap50, abs=0.06) for row in known)
     assert sum(row.error_counts["missed"] for row in known) == one.error_counts["missed"]
-    best = next(row for row in one.thresholds if row.score == one.best_threshold)
-    assert best.f1 == max(row.f1 for row in one.thresholds)
+    best = one.best_threshold
+    assert best in one.thresholds and best.f1 == max(row.f1 for row in one.thresholds)
     matrix = np.array(one.confusion.matrix)
     assert matrix[:-1].sum() == sum(row.objects for row in one.classes)
     assert one.confusion.names[-1] == "background" and matrix[-1, -1] == 0
@@ -54,12 +54,12 @@ def test_thresholds_and_images_count_what_is_right():
     ]
     one = analysed(truth, results)
     cat, dog = one.classes
-    assert (cat.best_threshold, cat.precision, cat.recall, cat.f1) == (0.8, 1, 1, 1)
-    assert (dog.best_threshold, dog.f1, dog.images, dog.detections) == (0.4, 1, 1, 2)
+    assert cat.best_threshold == Threshold(0.8, 1, 1, 1)
+    assert (dog.best_threshold, dog.images) == (Threshold(0.4, 1, 1, 1), 1)
     at = {row.score: (row.precision, row.recall) for row in one.thresholds}
     assert at[0.9] == (1, 0) and at[0.7] == (1, 0.5) and at[0.6] == (0.5, 0.5)
     assert at[0.3] == (2 / 3, 1) and at[0.1] == (0.5, 1)
-    assert one.best_threshold == 0.4
+    assert one.best_threshold.score == 0.4
     assert one.worst == one.best
     image = one.worst[0]
     assert (image.objects, image.detections, image.missed, image.false_positives) == (2, 3, 0, 1)

@@ -9,11 +9,9 @@ import pytest
 from tests.helpers.random_results import random_set
 from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation import coco
-from vitdet.evaluation.errors import SPECIAL, TYPES, errors_of
-from vitdet.evaluation.overlaps import overlaps_of
+from vitdet.evaluation.errors import SPECIAL, TYPES, errors_of, overlaps_of
 from vitdet.evaluation.results import Truth, read_truth
 
-EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "coco-eval"
 # TIDE(mode=...).evaluate(...) of tidecv 1.0.1: get_main_errors() and get_special_errors() in the order of TYPES and
 # SPECIAL, count_errors() in the order of TYPES. The scores are made distinct as in `distinct`, as tidecv's order of
 # equal scores differs before and after a fix.
@@ -41,12 +39,10 @@ def errors(truth, results, kind="bbox"):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_cocos_example_has_the_errors_of_tidecv(kind):
-    if not EXAMPLES.is_dir():
-        pytest.skip("needs ../shared")
-    path = EXAMPLES / f"instances_val2014_fake{kind}100_results.json"
+def test_cocos_example_has_the_errors_of_tidecv(examples, kind):
+    path = examples / f"instances_val2014_fake{kind}100_results.json"
     results = json.loads(path.read_text())
-    truth = read_truth(EXAMPLES / "instances_val2014_100.json")
+    truth = read_truth(examples / "instances_val2014_100.json")
     distinct = [one | {"score": one["score"] - 1e-7 * place} for place, one in enumerate(results)]
     gains, counts = TIDECV[kind]
     found = errors(truth, distinct, kind)
@@ -72,15 +68,7 @@ def scene(*objects):
         {1: {"id": 1, "height": 100, "width": 100}},
         {1: {"id": 1, "name": "cat"}, 2: {"id": 2, "name": "dog"}},
         [
-            Annotation(
-                id=number,
-                image_id=1,
-                category_id=category,
-                bbox=box,
-                area=box[2] * box[3],
-                iscrowd=0,
-                segmentation=None,
-            )
+            Annotation(number, 1, category, box, None, box[2] * box[3], 0)
             for number, (category, box) in enumerate(objects, start=1)
         ],
     )

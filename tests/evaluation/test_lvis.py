@@ -14,79 +14,35 @@ from vitdet.evaluation.lvis import best, compare, compare_file, summary
 from vitdet.evaluation.results import Truth, read_truth
 
 GOLDEN = Path(__file__).parents[1] / "published" / "lvis_random"
-# of the package: lvis_val_100.json
-EXAMPLE = Path(__file__).parents[3] / "shared" / "data" / "coco-eval"
 NAMES = (
-    "ap",
-    "ap50",
-    "ap75",
-    "ap_small",
-    "ap_medium",
-    "ap_large",
-    "ap_rare",
-    "ap_common",
-    "ap_frequent",
-    "ar_300",
-    "ar_small",
-    "ar_medium",
-    "ar_large",
+    "ap ap50 ap75 ap_small ap_medium ap_large ap_rare ap_common ap_frequent "
+    "ar_300 ar_small ar_medium ar_large"
 )
 
 
-def assert_figures(figures, expected):
-    assert list(figures) == [f"{kind}_{name}" for kind in ("box", "mask") for name in NAMES]
-    for kind, prefix in (("bbox", "box"), ("segm", "mask")):
-        for name, value in zip(NAMES, expected[kind].values(), strict=True):
-            assert figures[f"{prefix}_{name}"] / 100 == pytest.approx(value, abs=1e-6), (
-                f"{prefix}_{name}"
-            )
-
-
-def test_the_thirteen_figures_are_the_packages_own():
-    expected = json.loads((GOLDEN / "expected.json").read_text())
-    assert_figures(
-        evaluate_results(GOLDEN / "results.json", GOLDEN / "truth.json", "lvis"), expected
-    )
-
-
-def test_the_packages_example_of_lvis_0_5_has_its_figures():
-    if not EXAMPLE.is_dir():
-        pytest.skip("needs ../shared")
-    expected = json.loads((EXAMPLE / "lvis_fake100_expected.json").read_text())
-    assert_figures(
-        evaluate_results(
-            EXAMPLE / "lvis_fake100_results.json", EXAMPLE / "lvis_val_100.json", "lvis"
-        ),
-        expected,
-    )
+@pytest.mark.parametrize("of_package", [False, True])
+def test_the_thirteen_metrics_are_those_of_the_package(request, of_package):
+    folder, files = GOLDEN, ("expected.json", "results.json", "truth.json")
+    if of_package:
+        folder = request.getfixturevalue("examples")
+        files = "lvis_fake100_expected.json", "lvis_fake100_results.json", "lvis_val_100.json"
+    expected, results, truth = (folder / name for name in files)
+    expected = json.loads(expected.read_text())
+    metrics = evaluate_results(results, truth, "lvis")
+    assert list(metrics) == [f"{kind}_{name}" for kind in ("box", "mask") for name in NAMES.split()]
+    values = [*expected["bbox"].values(), *expected["segm"].values()]
+    assert [value / 100 for value in metrics.values()] == pytest.approx(values, abs=1e-6)
 
 
 def truth_of(objects, negative=(), unsure=(), frequency="f"):
-    images = {
-        1: {
-            "id": 1,
-            "height": 100,
-            "width": 100,
-            "neg_category_ids": list(negative),
-            "not_exhaustive_category_ids": list(unsure),
-        }
-    }
+    image = {"id": 1, "height": 100, "width": 100, "neg_category_ids": list(negative)}
+    image["not_exhaustive_category_ids"] = list(unsure)
     categories = {k: {"id": k, "name": str(k), "frequency": frequency} for k in (1, 2, 3)}
-    return Truth(
-        Path("truth.json"),
-        images,
-        categories,
-        [
-            Annotation(
-                id=number,
-                image_id=1,
-                category_id=category,
-                bbox=tuple(box),
-                area=box[2] * box[3],
-            )
-            for number, (category, box) in enumerate(objects)
-        ],
-    )
+    annotations = [
+        Annotation(number, 1, category, tuple(box), None, box[2] * box[3])
+        for number, (category, box) in enumerate(objects)
+    ]
+    return Truth(Path("truth.json"), {1: image}, categories, annotations)
 
 
 def found(*boxes, category=1, score=0.9):
@@ -103,14 +59,11 @@ def ap(truth, results):
 def test_what_is_neither_annotated_nor_named_as_absent_is_left_out():
     objects = [(1, BOX), (2, BOX)]
     good = found(BOX) + found(BOX, category=2, score=0.5)
+    foreign = found(ELSEWHERE, category=3, score=1.0)
     assert ap(truth_of(objects), good) == pytest.approx(100)
-    assert ap(truth_of(objects), good + found(ELSEWHERE, category=3, score=1.0)) == pytest.approx(
-        100
-    )
-    # an absent category without any object has no AP either; a false one of a present category counts
-    assert ap(
-        truth_of(objects, negative=[3]), good + found(ELSEWHERE, category=3)
-    ) == pytest.approx(100)
+    assert ap(truth_of(objects), good + foreign) == pytest.approx(100)
+    # an absent category without objects has no AP; false detections of a present category count
+    assert ap(truth_of(objects, negative=[3]), good + foreign) == pytest.approx(100)
     assert ap(truth_of(objects), good + found(ELSEWHERE, score=1.0)) == pytest.approx(75)
 
 
@@ -144,24 +97,20 @@ def test_the_best_300_of_an_image_count_and_of_equal_ones_the_first():
 
 def test_what_has_no_area_does_not_take_part():
     flat = [10, 10, 0, 40]
-    assert ap(
-        truth_of([(1, BOX), (1, flat)]), found(BOX) + found(flat, score=1.0)
-    ) == pytest.approx(100)
+    results = found(BOX) + found(flat, score=1.0)
+    assert ap(truth_of([(1, BOX), (1, flat)]), results) == pytest.approx(100)
 
 
 def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_itself():
     truth = truth_of([(1, BOX)])
     truth.objects[0].area = 400  # small
     truth.objects[0].segmentation = [[10, 10, 30, 10, 30, 30, 10, 30]]
-    square = {
-        "segmentation": {"size": [100, 100], "counts": [6060, 30, 3910]},
-        **found(ELSEWHERE, score=1.0)[0],
-    }
-    right = {"segmentation": truth.objects[0].segmentation, **found(BOX)[0]}
-    both = [square | {"bbox": [60, 60, 40, 40]}, right]  # a false mask of 30 pixels, its box medium
-    assert summary(compare_file(truth, both, ["bbox", "segm"]))["mask_ap_small"] == pytest.approx(
-        100
-    )
+    square = {"size": [100, 100], "counts": [6060, 30, 3910]}
+    # a false mask of 30 pixels, its box medium
+    wrong = found([60, 60, 40, 40], score=1.0)[0] | {"segmentation": square}
+    both = [wrong, found(BOX)[0] | {"segmentation": truth.objects[0].segmentation}]
+    finished = compare_file(truth, both, ["bbox", "segm"])
+    assert summary(finished)["mask_ap_small"] == pytest.approx(100)
     assert summary(compare(truth, both))["mask_ap_small"] == pytest.approx(50)
     alone = [{key: one[key] for key in one if key != "bbox"} for one in both]
     assert summary(compare_file(truth, alone, ["segm"]))["mask_ap_small"] == pytest.approx(50)
@@ -180,28 +129,19 @@ def test_groups_without_objects_have_no_figure():
 
 
 def test_cocos_annotations_are_refused_in_one_line(tmp_path):
-    (tmp_path / "coco.json").write_text(
-        json.dumps(
-            {
-                "images": [{"id": 4, "height": 9, "width": 9}],
-                "annotations": [],
-                "categories": [{"id": 1, "name": "a", "frequency": "r"}],
-            }
-        )
-    )
-    with pytest.raises(
-        ValueError,
-        match="coco.json: image 4: image without 'neg_category_ids': .*set data.dataset=coco;",
-    ):
-        read_truth(tmp_path / "coco.json", lvis=True)
-    with pytest.raises(
-        ValueError, match="coco.json: neg_category_ids of image 4 is missing.*dataset coco$"
-    ):
-        compare(read_truth(tmp_path / "coco.json"), [])
+    path, category = tmp_path / "coco.json", {"id": 1, "name": "a", "frequency": "r"}
+    tree = {"images": [{"id": 4, "height": 9, "width": 9}], "annotations": []}
+    path.write_text(json.dumps({**tree, "categories": [category]}))
+    cause = "coco.json: image 4: image without 'neg_category_ids': .*set data.dataset=coco;"
+    with pytest.raises(ValueError, match=cause):
+        read_truth(path, lvis=True)
+    cause = "coco.json: neg_category_ids of image 4 is missing.*dataset coco$"
+    with pytest.raises(ValueError, match=cause):
+        compare(read_truth(path), [])
 
 
 def slow_ap(truth, results, threshold):
-    """The mean AP of boxes at one IoU threshold, a detection after the other as the paper tells it."""
+    """The mean AP of boxes at one IoU threshold, detection by detection as the paper defines it."""
     known = {(one.image_id, one.category_id) for one in truth.objects}
     means = []
     for category in truth.categories:
@@ -228,11 +168,8 @@ def slow_ap(truth, results, threshold):
         if objects:
             right = np.cumsum(hits) if hits else np.zeros(0)
             recall, precision = right / len(objects), right / np.arange(1, len(hits) + 1)
-            means.append(
-                np.mean(
-                    [max(precision[recall >= level], default=0) for level in np.linspace(0, 1, 101)]
-                )
-            )
+            levels = np.linspace(0, 1, 101)
+            means.append(np.mean([max(precision[recall >= one], default=0) for one in levels]))
     return 100 * np.mean(means)
 
 
@@ -247,6 +184,5 @@ def test_random_sets_have_the_ap_of_a_slow_version(seed):
     truth, results = random_set(seed, images=12, categories=5, lvis=True)
     finished = lvis.compare(truth, results, ["bbox"])
     for threshold in (0.5, 0.75):
-        assert finished["bbox"].ap(threshold) == pytest.approx(
-            slow_ap(truth, results, threshold), abs=1e-9
-        )
+        expected = slow_ap(truth, results, threshold)
+        assert finished["bbox"].ap(threshold) == pytest.approx(expected, abs=1e-9)

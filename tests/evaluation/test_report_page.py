@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from vitdet.evaluation.analysis import Analysis, ClassResult, Confusion, ImageResult, Threshold
-from vitdet.evaluation.page import ERROR_TYPES, Facts, write_page
+from vitdet.evaluation.errors import TYPES
+from vitdet.evaluation.page import Facts, write_page
 from vitdet.evaluation.pairs import Images, draw_pairs, images_of
 from vitdet.evaluation.results import Truth, read_truth
 
@@ -29,12 +30,12 @@ LIMIT = 2_000_000  # bytes
 def class_result(name: str, ap: float | None, error: str | None = "missed") -> ClassResult:
     """A class whose metrics follow from its AP; None: it has no object."""
     if ap is None:
-        return ClassResult(name, 0, 0, 3, *[None] * 11, [], {}, {}, None)
-    errors = dict.fromkeys(ERROR_TYPES, 1.0) | ({error: 7.25} if error else {})
+        return ClassResult(name, 0, 0, *[None] * 8, [], {}, {}, None)
+    errors = dict.fromkeys(TYPES, 1.0) | ({error: 7.25} if error else {})
     curve = [round(ap / 100 * (1 - recall), 3) for recall in RECALLS]
-    values = [ap] * 7 + [0.5, 0.6, 0.7, 0.65]
-    counts = dict.fromkeys(ERROR_TYPES, 4)
-    return ClassResult(name, 1200, 30, 5000, *values, curve, errors, counts, error)
+    values = [ap] * 7 + [Threshold(0.5, 0.6, 0.7, 0.65)]
+    counts = dict.fromkeys(TYPES, 4)
+    return ClassResult(name, 1200, 30, *values, curve, errors, counts, error)
 
 
 def analysis(kind: str, classes: list[ClassResult], image_ids: list[int] = []) -> Analysis:  # noqa: B006
@@ -46,13 +47,12 @@ def analysis(kind: str, classes: list[ClassResult], image_ids: list[int] = []) -
         kind=kind,
         metrics={"ap": mean, "ap50": mean, "ap_small": mean, "ar_1": 1.0, "ar_300": mean},
         classes=classes,
-        recalls=RECALLS,
         curves=dict.fromkeys(("0.5", "0.75", "mean"), RECALLS[::-1]),
         thresholds=[Threshold(i / 100, i / 100, 1 - i / 100, 0.5) for i in range(1, 100)],
-        best_threshold=0.5,
-        errors=dict.fromkeys(ERROR_TYPES, 2.0)
+        best_threshold=Threshold(0.5, 0.5, 0.5, 0.5),
+        errors=dict.fromkeys(TYPES, 2.0)
         | {"background": 9.5, "false_positive": 3.0, "false_negative": 4.0},
-        error_counts=dict.fromkeys(ERROR_TYPES, 1234),
+        error_counts=dict.fromkeys(TYPES, 1234),
         confusion=Confusion(
             0.5, [*names, "background"], [[1] * (len(names) + 1)] * (len(names) + 1), len(classes)
         ),
@@ -103,15 +103,11 @@ def page(truth: Truth, tmp_path: Path) -> Path:
 
 
 def test_the_top_names_the_weakest_class_and_its_main_error(page: Path) -> None:
-    top = re.sub(
-        r"<[^>]+>", " ", page.read_text().partition("</section>")[0].partition("<body>")[2]
-    )
-    said = " ".join(top.split())
-    assert "box is the weakest class: AP 8.0 with 1,200 objects, mean of all classes 20.1" in said
-    assert "Its main error is localisation (4 cases)" in said and "AP50 would be 7.2" in said
-    assert "the most costly error is background (dAP 9.5)" in said
-    assert re.search(r"box 8.0 localisation 7.2 .* 12.3 classification 7.2 star 40.0 missed", said)
-    assert "ring" not in said
+    text = page.read_text().partition("</section>")[0].partition("<body>")[2]
+    text = " ".join(re.sub(r"<[^>]+>", " ", text).split())
+    assert "box is the weakest class: AP 8.0 with 1,200 objects, mean of all classes 20.1" in text
+    assert "Its main error is localisation (4 cases)" in text and "AP50 would be 7.2" in text
+    assert "ring" not in text
 
 
 def test_the_page_loads_nothing_and_names_are_text(page: Path) -> None:
@@ -126,14 +122,14 @@ def test_an_image_without_file_has_no_pictures(page: Path) -> None:
     text = page.read_text()
     assert text.count('src="data:image/jpeg;base64,') == 4  # two of the worst, two of the best
     assert "1.jpg" in text and "2.jpg" not in text
-    assert "2 of 3 objects missed, 1 of 2 detections wrong" in text
 
 
-def test_without_images_there_are_facts_and_tables(truth: Truth, tmp_path: Path) -> None:
+def test_without_images_there_are_no_pictures(truth: Truth, tmp_path: Path) -> None:
     write_page(tmp_path / "r.html", [analysis("mask", CLASSES, [1])], FACTS, truth, [], None)
     text = (tmp_path / "r.html").read_text()
-    assert "Worst images" not in text and 'type="radio"' not in text
-    assert "<dt>Step</dt><dd>9</dd>" in text and "AR, 300 detections" in text
+    assert "Worst images" not in text and 'type="radio"' not in text and "<dd>9</dd>" in text
+    (tmp_path / "some.json").write_text("{}")  # in no known layout
+    assert images_of(tmp_path / "some.json", "coco") is None
 
 
 def test_without_a_true_positive_the_stated_threshold_is_the_one_drawn(
@@ -171,11 +167,6 @@ def test_objects_and_detections_are_drawn_where_they_are(truth: Truth) -> None:
     assert drawn[0][12:40, 12:15].all() and not drawn[0][:, 60:].any()  # a crowd is no object
     assert drawn[1][20:50, 60].all() and drawn[1][30, 5:15].all()  # a mask without a box
     assert not drawn[1][1:4, 30:55].any()  # below the threshold
-
-
-def test_images_beside_no_known_layout_are_not_found(tmp_path: Path) -> None:
-    (tmp_path / "some.json").write_text("{}")
-    assert images_of(tmp_path / "some.json", "coco") is None
 
 
 def test_the_page_of_a_data_set_as_large_as_coco_is_small(truth: Truth, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""The analysis of an evaluation that the report shows: curves, thresholds, errors, confused classes, images.
+"""The analysis of an evaluation for the report: curves, thresholds, errors, confusions, images.
 
-All values are plain Python values, so that an `Analysis` can be written as JSON with `dataclasses.asdict`.
-AP, AR and dAP are in percent; scores, precision, recall and F1 are in 0..1. Unless stated otherwise
-a detection is a true positive at IoU 0.5, all object sizes and the largest limit of detections count,
-and what the rules of COCO or LVIS ignore (crowds, classes that are not exhaustively annotated) counts
-neither as detection nor as object.
+All values are plain Python values, so that `dataclasses.asdict` of an `Analysis` is valid JSON.
+AP, AR and dAP are in percent; scores, precision, recall and F1 are in 0..1. Unless stated
+otherwise, true positives are at IoU 0.5 and of all object sizes, with the largest limit of
+detections, and neither detections nor objects include what COCO or LVIS ignore (crowds, classes
+that are not exhaustively annotated in an image).
 """
 
 from __future__ import annotations
@@ -15,38 +15,45 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitdet.evaluation.coco import NAMES
-from vitdet.evaluation.confusion import Confusion, confusion_of
-from vitdet.evaluation.errors import SPECIAL, TYPES, Errors, errors_of
-from vitdet.evaluation.matches import RECALLS, Matches
-from vitdet.evaluation.matching import IOUS, Comparison
-from vitdet.evaluation.overlaps import overlaps_of
+from vitdet.evaluation.errors import SPECIAL, TYPES, Errors, Overlaps, errors_of, overlaps_of
+from vitdet.evaluation.matches import IOUS, Matches
+from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.results import Truth
-from vitdet.evaluation.thresholds import Threshold, best_threshold, threshold_table
 
 WORST, BEST = 6, 4  # images
+SCORES = tuple(step / 100 for step in range(1, 100))
+SHOWN = 30  # classes of a confusion matrix
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Detections with at least this score.
+
+    precision: 1 without detections. f1: 2 true positives / (detections + objects).
+    """
+
+    score: float
+    precision: float
+    recall: float
+    f1: float
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class. AP, AR and dAP are None or absent where the class has no object of that size.
+    """A class. Values are None, dictionaries and curve empty, without objects (of that size).
 
-    objects, images: objects to find, and images with at least one of them. detections: those that
-    count, at any score.
+    objects, images: objects, and images with at least one.
     ap: mean over IoU 0.5, 0.55, ..., 0.95. ar: recall at any score, mean over the same IoUs.
-    best_threshold: the score with the best F1 among the scores of the detections; precision, recall
-    and f1 are those of the detections with at least that score. None without objects or detections.
-    curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1 (101 values, rounded to 3 digits, the precision at a
-    recall is the best at that recall or above); empty without objects.
-    errors: dAP of this class per error type, as `Analysis.errors`. main_error: the error type with
-    the largest dAP among TIDE's six; None if no error type has a dAP above 0.
-    error_counts: as `Analysis.error_counts`; missed objects by their class, the others by the class
-    of the detection.
+    best_threshold: the score of a detection with the best F1; None also without detections.
+    curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as in AP, rounded to 3
+    digits.
+    errors, error_counts: as in `Analysis`; missed objects by their class, other errors by the class
+    of the detection. main_error: the type with the largest dAP; None if none is above 0.
     """
 
     name: str
     objects: int
     images: int
-    detections: int
     ap: float | None
     ap50: float | None
     ap75: float | None
@@ -54,10 +61,7 @@ class ClassResult:
     ap_medium: float | None
     ap_large: float | None
     ar: float | None
-    best_threshold: float | None
-    precision: float | None
-    recall: float | None
-    f1: float | None
+    best_threshold: Threshold | None
     curve: list[float]
     errors: dict[str, float]
     error_counts: dict[str, int]
@@ -66,11 +70,10 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image at the best threshold of the analysis.
+    """An image at the best threshold.
 
-    f1: 2 TP / (2 TP + false positives + missed), the measure of best and worst images.
-    objects, detections: those that count, detections at or above the threshold.
-    missed: objects that were not found. false_positives: detections that match no object.
+    f1: 2 TP / (2 TP + false_positives + missed). detections: at or above the threshold. missed:
+    objects that no detection matches. false_positives: detections that match no object.
     """
 
     image_id: int
@@ -83,34 +86,49 @@ class ImageResult:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """The confusion matrix of detections with at least this score.
+
+    names: classes, then "background". matrix[i][j]: objects of class i that were detected as class
+    j; the last column counts missed objects, the last row detections without an object. True
+    positives are on the diagonal; other detections and objects are paired across classes in
+    descending order of their IoU, at least 0.5, each at most once.
+    classes: number of all classes. Of more than 30, the matrix has the 30 with the most confusions
+    with other classes, and counts only confusions among these and background.
+    """
+
+    score: float
+    names: list[str]
+    matrix: list[list[int]]
+    classes: int
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The evaluation of boxes or of masks.
 
     kind: "box" or "mask".
-    metrics: the AP family and AR of COCO or LVIS, by the names of metrics.json without the kind
-    ("ap", "ap50", "ap_small", "ar_100", ...); those without an object are absent.
+    metrics: of COCO or LVIS, by the names of metrics.json without the kind ("ap", "ap_small",
+    "ar_100", ...); absent without an object.
     classes: all classes of the annotation file, in its order.
-    recalls: 0, 0.01, ..., 1. curves: precision at these recalls, mean over the classes with objects,
-    keys "0.5", "0.75" (IoU) and "mean" (over all IoUs).
-    thresholds: scores 0.01, 0.02, ..., 0.99, empty without objects. best_threshold: that with the
-    best F1, the highest of equals; None without objects or true positives. The confusion matrix and
-    the images are at this threshold, without one at 0.5: `confusion.score`.
-    errors: dAP of each error type of TIDE (Bolya et al. 2020), the increase of AP50 when all errors
-    of this type are fixed, each type alone: "classification", "localisation", "both", "duplicate",
-    "background", "missed"; and "false_positive", "false_negative" for all false positives and all
-    missed objects. See `vitdet.evaluation.errors`. error_counts: errors of the first six types.
-    worst, best: up to 6 and 4 images. Worst: lowest F1 first, of equal F1 those with more errors.
-    Best: highest F1 first, of equal F1 those with more objects. Images without objects and without
-    detections above the threshold are in neither.
+    curves: precision at recall 0, 0.01, ..., 1, mean over the classes with objects, for IoU "0.5",
+    "0.75" and the "mean" over all IoUs.
+    thresholds: scores 0.01, 0.02, ..., 0.99, of all classes together; empty without objects.
+    best_threshold: that with the best F1, the highest of equals; None without true positives. The
+    confusion matrix and the images are at this threshold, or at 0.5 without one.
+    errors: dAP of each error type (`vitdet.evaluation.errors`), "false_positive" and
+    "false_negative" included. error_counts: errors of the six types.
+    worst, best: up to 6 images of lowest F1, of equal F1 those with more errors first; up to 4 of
+    highest F1, of equal F1 those with more objects first. Images without objects and without
+    detections at the threshold are in neither.
     """
 
     kind: str
     metrics: dict[str, float]
     classes: list[ClassResult]
-    recalls: list[float]
     curves: dict[str, list[float]]
     thresholds: list[Threshold]
-    best_threshold: float | None
+    best_threshold: Threshold | None
     errors: dict[str, float]
     error_counts: dict[str, int]
     confusion: Confusion
@@ -121,20 +139,17 @@ class Analysis:
 def analyse(
     kind: str, comparison: Comparison, metrics: Mapping[str, float], truth: Truth
 ) -> Analysis:
-    """Return the analysis of a comparison of one kind, "bbox" or "segm".
-
-    metrics: what `summary` returns of all kinds.
+    """Return the analysis of a comparison by "bbox" or "segm"; metrics: of all kinds, from
+    `summary`.
     """
     matches, prefix = comparison.matches, f"{NAMES[kind]}_"
     overlaps = overlaps_of(comparison)
-    errors = errors_of(
-        matches, overlaps, np.array([item["id"] for item in comparison.detections], int)
-    )
-    table = threshold_table(matches)
-    best = max(table, key=lambda one: (one.f1, one.score), default=None)
-    score = best.score if best and best.f1 > 0 else None
-    shown = 0.5 if score is None else score
-    worst_images, best_images = _images(matches, shown, truth)
+    rank = np.array([item["id"] for item in comparison.detections], int)
+    errors = errors_of(matches, overlaps, rank)
+    table = _thresholds(matches)
+    best = max((one for one in table if one.f1), key=lambda one: (one.f1, one.score), default=None)
+    score = best.score if best else 0.5
+    worst_images, best_images = _images(matches, score, truth)
     return Analysis(
         kind=NAMES[kind],
         metrics={
@@ -143,56 +158,15 @@ def analyse(
             if name.startswith(prefix)
         },
         classes=_classes(comparison, errors),
-        recalls=RECALLS.round(2).tolist(),
         curves={name: one.round(4).tolist() for name, one in mean_curves(comparison).items()},
         thresholds=table,
-        best_threshold=score,
+        best_threshold=best,
         errors=errors.total,
         error_counts={name: int(errors.counts[name].sum()) for name in TYPES},
-        confusion=confusion_of(matches, overlaps, shown),
+        confusion=_confusion(matches, overlaps, score),
         worst=worst_images,
         best=best_images,
     )
-
-
-def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
-    matches, rows = comparison.matches, []
-    count = len(matches.category_ids)
-    objects = np.bincount(matches.object_category, minlength=count)
-    detections = np.bincount(matches.category[~matches.ignored[:, 0]], minlength=count)
-    pairs = np.unique(np.stack([matches.object_category, matches.object_image]), axis=1)
-    images = np.bincount(pairs[0], minlength=count)
-    for place, name in enumerate(matches.class_names):
-        best = best_threshold(matches, place)
-        known = bool(objects[place])
-        gains = {key: float(errors.gains[key][place]) for key in (*TYPES, *SPECIAL) if known}
-        main = max(TYPES, key=lambda key: gains.get(key, 0.0))
-        curve = comparison.precision[0, :, place, 0, -1]
-        chosen = [place]
-        rows.append(
-            ClassResult(
-                name=name,
-                objects=int(objects[place]),
-                images=int(images[place]),
-                detections=int(detections[place]),
-                ap=comparison.ap(chosen=chosen),
-                ap50=comparison.ap(0.5, chosen=chosen),
-                ap75=comparison.ap(0.75, chosen=chosen),
-                ap_small=comparison.ap(size="small", chosen=chosen),
-                ap_medium=comparison.ap(size="medium", chosen=chosen),
-                ap_large=comparison.ap(size="large", chosen=chosen),
-                ar=100 * float(comparison.recall[:, place, 0, -1].mean()) if known else None,
-                best_threshold=best.score if best else None,
-                precision=best.precision if best else None,
-                recall=best.recall if best else None,
-                f1=best.f1 if best else None,
-                curve=curve.round(3).tolist() if known else [],
-                errors=gains,
-                error_counts={key: int(errors.counts[key][place]) for key in TYPES},
-                main_error=main if gains.get(main, 0.0) > 0 else None,
-            )
-        )
-    return rows
 
 
 def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
@@ -206,10 +180,71 @@ def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
     return {**of_iou, "mean": mean.mean(0)}
 
 
+def _thresholds(matches: Matches) -> list[Threshold]:
+    """Return all classes together at each of SCORES; [] without objects."""
+    objects = len(matches.object_image)
+    counted = ~matches.ignored[:, 0]
+    score, true = matches.score[counted], matches.matched[counted, 0]
+    detections, hits = (
+        len(values) - np.searchsorted(np.sort(values), SCORES) for values in (score, score[true])
+    )
+    rows = zip(SCORES, hits.tolist(), detections.tolist(), strict=True)
+    return [_threshold(*row, objects) for row in rows if objects]
+
+
+def _best_threshold(matches: Matches, category: int) -> Threshold | None:
+    """Return the score of a detection of a class with the best F1, the highest of equals; None
+    without objects or detections.
+    """
+    objects = int((matches.object_category == category).sum())
+    rows = np.flatnonzero((matches.category == category) & ~matches.ignored[:, 0])
+    if not objects or not len(rows):
+        return None
+    rows = rows[np.argsort(-matches.score[rows], kind="stable")]
+    score = matches.score[rows]
+    hits, counts = matches.matched[rows, 0].cumsum(), np.arange(1, len(rows) + 1)
+    ends = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # equal scores count together
+    best = ends[np.argmax(2 * hits[ends] / (counts[ends] + objects))]
+    return _threshold(float(score[best]), int(hits[best]), int(counts[best]), objects)
+
+
+def _threshold(score: float, hits: int, detections: int, objects: int) -> Threshold:
+    precision = hits / detections if detections else 1.0
+    return Threshold(score, precision, hits / objects, 2 * hits / (detections + objects))
+
+
+def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
+    matches, rows = comparison.matches, []
+    count = len(matches.category_ids)
+    objects = np.bincount(matches.object_category, minlength=count).tolist()
+    pairs = np.unique(np.stack([matches.object_category, matches.object_image]), axis=1)
+    images = np.bincount(pairs[0], minlength=count).tolist()
+    for place, name in enumerate(matches.class_names):
+        known = bool(objects[place])
+        gains = {key: float(errors.gains[key][place]) for key in (*TYPES, *SPECIAL) if known}
+        main = max(TYPES, key=lambda key: gains.get(key, 0.0))
+        curve = comparison.precision[0, :, place, 0, -1]
+        rows.append(
+            ClassResult(
+                name=name,
+                objects=objects[place],
+                images=images[place],
+                **comparison.aps([place]),
+                ar=100 * float(comparison.recall[:, place, 0, -1].mean()) if known else None,
+                best_threshold=_best_threshold(matches, place),
+                curve=curve.round(3).tolist() if known else [],
+                errors=gains,
+                error_counts={key: int(errors.counts[key][place]) for key in TYPES},
+                main_error=main if gains.get(main, 0.0) > 0 else None,
+            )
+        )
+    return rows
+
+
 def _images(
     matches: Matches, score: float, truth: Truth
 ) -> tuple[list[ImageResult], list[ImageResult]]:
-    """The worst and the best images at this threshold."""
+    """Return the worst and the best images at this threshold."""
     count = len(matches.image_ids)
     shown = (matches.score >= score) & ~matches.ignored[:, 0]
     objects = np.bincount(matches.object_image, minlength=count)
@@ -235,3 +270,32 @@ def _images(
         )
 
     return [result(place) for place in worst], [result(place) for place in best]
+
+
+def _confusion(matches: Matches, overlaps: Overlaps, score: float) -> Confusion:
+    classes = len(matches.category_ids)  # also the number of background
+    shown = (matches.score >= score) & ~matches.ignored[:, 0]
+    found = np.where(shown, matches.found, -1)
+    actual = np.full(len(found), classes)  # the class of each detection's object
+    actual[found >= 0] = matches.object_category[found[found >= 0]]
+    missed = np.ones(len(matches.object_image), bool)
+    missed[found[found >= 0]] = False
+    free = shown & (found < 0)
+    unpaired = free[overlaps.detection] & missed[overlaps.target]
+    pairs = np.flatnonzero((overlaps.iou >= IOUS[0]) & unpaired)
+    for pair in pairs[np.argsort(-overlaps.iou[pairs], kind="stable")]:
+        detection, target = overlaps.detection[pair], overlaps.target[pair]
+        if free[detection] and missed[target]:
+            free[detection] = missed[target] = False
+            actual[detection] = matches.object_category[target]
+    matrix = np.zeros((classes + 1, classes + 1), int)
+    np.add.at(matrix, (actual[shown], matches.category[shown]), 1)
+    matrix[:-1, -1] = np.bincount(matches.object_category[missed], minlength=classes)
+    chosen = np.arange(classes)
+    if classes > SHOWN:
+        wrong = matrix[:-1, :-1] - np.diag(np.diag(matrix)[:-1])
+        order = np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")
+        chosen = np.sort(order[:SHOWN])
+    kept = np.append(chosen, classes)
+    names = [*(matches.class_names[place] for place in chosen), "background"]
+    return Confusion(score, names, matrix[np.ix_(kept, kept)].tolist(), classes)

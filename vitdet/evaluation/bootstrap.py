@@ -1,18 +1,20 @@
-"""Confidence intervals of AP by resampling the images (bootstrap, Efron 1979), without matching again.
+"""Confidence intervals of AP by the bootstrap (Efron 1979).
 
-Detections are matched image by image, so a data set with resampled images has the same matches, each
-as often as its image was drawn. AP is therefore computed with integer weights per image: detections
-are sorted once by class and score; per resample, cumulative sums of the weights yield precision and
-recall at the true positives, which are all that COCO's 101-point interpolation depends on.
+A resample draws as many images as were evaluated, with replacement; AP on many resamples shows how
+much AP depends on the choice of images. As detections are matched within images, a resample needs
+no new matching: it only changes how often the detections and objects of each image count.
+`WeightedAP` computes AP for such counts, `bootstrap` for random resamples.
 
-Results are compared on the same resamples (paired): what both find hard cancels in the difference.
+Several results are measured on the same resamples (paired). Images that are difficult for all of
+them lower each AP but not the differences, which therefore have narrower intervals.
+
 Letters: I images, N detections, K classes, T IoU thresholds, P true positives of all thresholds,
 R resamples, M = 3 metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,32 +30,38 @@ MIN_IMAGES = 10
 
 
 class WeightedAP:
-    """AP of matched detections where image i counts weights[i] times.
+    """AP of matches in which image i counts weights[i] times.
 
-    Equal to COCO's AP on a data set in which image i is contained weights[i] times with the same
-    detections. Among detections of equal score those of an earlier image come first.
+    It is COCO's AP on a data set that contains image i and its detections weights[i] times;
+    detections of equal score are sorted by image.
+
+    The detections are sorted by class and descending score once. For given weights, the precision
+    at a detection is the cumulative weight of the true positives of its class up to it, divided by
+    that of all detections of the class up to it. COCO's interpolation takes the highest precision
+    at each recall or above, which is always at a true positive, so precision is computed at those
+    only: in arrays (P,) whose segments are the true positives of one IoU threshold and class.
     """
 
     def __init__(self, matches: Matches) -> None:
         order = np.lexsort((matches.image, -matches.score, matches.category))
-        image, category = matches.image[order], matches.category[order]
+        category = matches.category[order]
         self._classes = len(matches.category_ids)
         self._object_image = matches.object_image
         self._object_category = matches.object_category
-        self._image = image
-        first = np.searchsorted(category, np.arange(self._classes))  # detection of each class
-        # true positives by threshold, then class, then score
+        self._image = matches.image[order]
+        # of each true positive: detection, image, first detection of the class, segment
         level, self._place = np.nonzero(matches.matched[order].T)
-        self._true_image = image[self._place]
-        self._first = first[category[self._place]]
+        self._true_image = self._image[self._place]
+        self._first = np.searchsorted(category, np.arange(self._classes))[category[self._place]]
         segment = level * self._classes + category[self._place]
-        count = len(IOUS) * self._classes
-        self._starts = np.searchsorted(segment, np.arange(count + 1))
+        segments = len(IOUS) * self._classes
+        self._starts = np.searchsorted(segment, np.arange(segments + 1))
         self._segment_start = self._starts[segment]
-        # makes segments disjoint and falling, so that one accumulation does not mix them
-        self._offset = 2.0 * (count - segment)
+        # added to precision, separates segments, so that one maximum.accumulate serves all
+        self._offset = 2.0 * (segments - segment)
+        # ignored detections, and how many precede each true positive and its class
         ignored_level, ignored_place = np.nonzero(matches.ignored[order].T)
-        self._ignored_image = image[ignored_place]
+        self._ignored_image = self._image[ignored_place]
         keys, start = ignored_level * len(order) + ignored_place, level * len(order)
         self._ignored_before = np.searchsorted(keys, start + self._place)
         self._ignored_first = np.searchsorted(keys, start + self._first)
@@ -61,7 +69,8 @@ class WeightedAP:
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """Return AP, AP50 and AP75 in percent, (M, 1 + K): the mean over classes, then each class.
 
-        weights: (I,) integers. NaN for a class without objects, which is not part of the mean, as in COCO.
+        weights: (I,) integers. Classes without objects are NaN and not part of the mean, as in
+        COCO.
         """
         objects = np.bincount(
             self._object_category, weights[self._object_image], minlength=self._classes
@@ -71,8 +80,7 @@ class WeightedAP:
         found = _cumulative(weights[self._true_image])
         counted = detections[self._place + 1] - detections[self._first]
         counted -= ignored[self._ignored_before] - ignored[self._ignored_first]
-        true = found[1:] - found[self._segment_start]
-        precision = true / np.maximum(counted, 1)
+        precision = (found[1:] - found[self._segment_start]) / np.maximum(counted, 1)
         envelope = np.maximum.accumulate((precision + self._offset)[::-1])[::-1] - self._offset
         # the true positive that reaches each recall, (T, K, 101)
         starts = self._starts[:-1].reshape(len(IOUS), self._classes, 1)
@@ -100,7 +108,7 @@ class Interval:
 class Difference(Interval):
     """A difference of two results with its paired interval, and the two-sided bootstrap p-value.
 
-    images: those with an object that counts.
+    images: those with an object.
     """
 
     p: float
@@ -114,10 +122,10 @@ class Difference(Interval):
 
 @dataclass(frozen=True)
 class Resampled:
-    """AP, AP50 and AP75 of a result in percent: on the images, and on each resample.
+    """AP, AP50 and AP75 of a result in percent.
 
-    value (M, 1 + K) and resampled (R, M, 1 + K) as returned by `WeightedAP`. images (1 + K,): those
-    with objects, of any class and of each.
+    value (M, 1 + K): on the images, as returned by `WeightedAP`; resampled (R, M, 1 + K): on each
+    resample. images (1 + K,): number of images with an object of any class, and of each class.
     """
 
     class_names: tuple[str, ...]
@@ -126,8 +134,8 @@ class Resampled:
     resampled: np.ndarray
 
     def interval(self, metric: str = "ap", class_index: int | None = None) -> Interval | None:
-        """Return a metric with its interval, of one class or of all; None for a class without objects."""
-        column = self._column(metric, class_index)
+        """Return a metric of one class or of all with its interval; None without objects."""
+        column = _column(metric, class_index)
         if np.isnan(self.value[column]):
             return None
         return Interval(float(self.value[column]), *_limits(self.resampled[:, *column], CONFIDENCE))
@@ -140,12 +148,13 @@ class Resampled:
         *,
         confidence: float = CONFIDENCE,
     ) -> Difference | None:
-        """Return by how much this result is better than `first`; None for a class without objects.
+        """Return this result minus `first`; None for a class without objects.
 
-        The interval is the percentile interval of the paired differences in the resamples with objects. p is twice the share of
-        resamples without a difference of this sign (Davison & Hinkley 1997, eq. 4.11), at most 1.
+        The interval is the percentile interval of the paired differences in the resamples with
+        objects. p is twice the share of resamples without a difference of this sign, at most 1
+        (Davison & Hinkley 1997, eq. 4.11).
         """
-        column = self._column(metric, class_index)
+        column = _column(metric, class_index)
         if np.isnan(self.value[column]):
             return None
         differences = (self.resampled - first.resampled)[:, *column]
@@ -158,44 +167,30 @@ class Resampled:
             images=int(self.images[column[1]]),
         )
 
-    @staticmethod
-    def _column(metric: str, class_index: int | None) -> tuple[int, int]:
-        return METRICS.index(metric), 0 if class_index is None else 1 + class_index
-
 
 def bootstrap(
     results: Sequence[Matches], resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Resampled]:
-    """Resample the images of results of the same validation data, all with the same resamples.
+    """Measure results of the same validation data on the same random resamples of its images.
 
-    Raises ValueError if they have other images, classes or objects.
+    Raises ValueError if their images, classes or objects differ.
     """
     for other in results[1:]:
         _check_same(results[0], other)
     measured = [WeightedAP(one) for one in results]
-    every = np.ones(len(results[0].image_ids), np.int32)
-    tables = [
-        np.stack(table)
-        for table in zip(
-            *(
-                [ap(weights) for ap in measured]
-                for weights in _weights(len(every), resamples, seed)
-            ),
-            strict=True,
-        )
-    ]
-    return [
-        Resampled(one.class_names, _images(one), ap(every), table)
-        for one, ap, table in zip(results, measured, tables, strict=True)
-    ]
-
-
-def _weights(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn in a resample of as many images."""
+    images = len(results[0].image_ids)
+    tables: list[list[np.ndarray]] = [[] for _ in results]
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
         drawn = rng.integers(images, size=images)
-        yield np.bincount(drawn, minlength=images).astype(np.int32)
+        weights = np.bincount(drawn, minlength=images).astype(np.int32)
+        for table, ap in zip(tables, measured, strict=True):
+            table.append(ap(weights))
+    every = np.ones(images, np.int32)
+    return [
+        Resampled(one.class_names, _images(one), ap(every), np.stack(table))
+        for one, ap, table in zip(results, measured, tables, strict=True)
+    ]
 
 
 def _check_same(first: Matches, other: Matches) -> None:
@@ -205,19 +200,21 @@ def _check_same(first: Matches, other: Matches) -> None:
         ("objects", _objects(first), _objects(other)),
     ):
         if not np.array_equal(ours, theirs):
+            which = ", not the same ones" if len(ours) == len(theirs) else ""
             raise ValueError(
-                f"the results are of different validation data: {len(ours)} and {len(theirs)} {what}"
-                f"{'' if len(ours) != len(theirs) else ', not the same ones'}; evaluate them on the same data"
+                f"the results are of different validation data: {len(ours)} and {len(theirs)} "
+                f"{what}{which}; evaluate them on the same data"
             )
 
 
 def _objects(matches: Matches) -> np.ndarray:
+    """Return the objects as sorted numbers image * K + class."""
     keys = matches.object_image.astype(np.int64) * len(matches.category_ids)
     return np.sort(keys + matches.object_category)
 
 
 def _images(matches: Matches) -> np.ndarray:
-    """The number of images with objects, of any class and of each, (1 + K,)."""
+    """Return the number of images with objects of any class and of each, (1 + K,)."""
     classes = len(matches.category_ids)
     pairs = np.unique(_objects(matches))
     of_class = np.bincount(pairs % classes, minlength=classes)
@@ -225,14 +222,14 @@ def _images(matches: Matches) -> np.ndarray:
 
 
 def _cumulative(values: np.ndarray) -> np.ndarray:
-    """Sums of the first 0, 1, 2, ... values."""
+    """Return the sums of the first 0, 1, 2, ... values."""
     sums = np.zeros(len(values) + 1, np.int32)
     np.cumsum(values, out=sums[1:])
     return sums
 
 
 def _needed(objects: np.ndarray) -> np.ndarray:
-    """True positives needed for each recall, (K, 101) int32, at least 1.
+    """Return the true positives needed for each recall, (K, 101) int32, at least 1.
 
     The smallest number whose quotient, as computed by pycocotools in float64, reaches the recall.
     """
@@ -243,8 +240,12 @@ def _needed(objects: np.ndarray) -> np.ndarray:
     return np.maximum(needed, 1).astype(np.int32)
 
 
+def _column(metric: str, class_index: int | None) -> tuple[int, int]:
+    return METRICS.index(metric), 0 if class_index is None else 1 + class_index
+
+
 def _limits(samples: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The percentile interval of samples, of which some may be NaN."""
+    """Return the percentile interval of samples, of which some may be NaN."""
     known = samples[~np.isnan(samples)]
     if not len(known):  # a class whose few images no resample contains
         return -np.inf, np.inf

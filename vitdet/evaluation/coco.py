@@ -1,8 +1,8 @@
-"""Average precision as defined by COCO (Lin et al. 2014, cocodataset.org/#detection-eval); the reference is pycocotools.
+"""COCO's average precision (Lin et al. 2014, cocodataset.org/#detection-eval), as in pycocotools.
 
-Boxes and masks are compared separately: the size of a detection is that of its box or of its mask, as in Detectron2.
-Metrics are in percent. A metric without objects (AP of small objects if there are none) is absent, so every number is
-finite and valid in JSON.
+Boxes and masks are compared separately: the size of a detection is that of its box or of its mask,
+as in Detectron2. Metrics are in percent. Metrics without objects, such as AP of small objects if
+there are none, are absent, so that all values are finite and valid JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from vitdet.data.annotation_file import Annotation
-from vitdet.evaluation.matching import Comparison, choose, index, match
+from vitdet.evaluation.matching import Comparison, choose, match
 from vitdet.evaluation.results import Truth
 
 NAMES = {"bbox": "box", "segm": "mask"}
@@ -25,27 +25,20 @@ def compare(
     image_ids: Iterable[int] | None = None,
     most: int = LIMITS[-1],
 ) -> dict[str, Comparison]:
-    """Return the comparison of each kind; image_ids limits it to these images (default: all of the file). most: detections
-    of a class in an image that count; of more than COCO's 100, the metrics are no longer comparable with published ones.
+    """Return the comparison of each kind.
 
-    Raises ValueError, in one line, for results that cannot be compared: of unknown images or categories, without a
-    key that is needed, with values that are not numbers, with broken masks.
+    Args:
+        image_ids: images to evaluate, by default all of the file.
+        most: detections of a class in an image that count; with more than COCO's 100, the metrics
+            are not comparable with published ones.
+
+    Raises:
+        ValueError: unknown images or categories, missing keys, values that are not numbers, or
+            invalid masks, in one line.
     """
     image_ids, results = choose(truth, results, kinds, image_ids)
-    return {
-        kind: match(
-            *index(truth, image_ids, results, kind),
-            truth.categories.values(),
-            image_ids,
-            kind,
-            (*LIMITS[:-1], most),
-        )
-        for kind in kinds
-    }
-
-
-def check(truth: Truth) -> None:
-    """Accept every annotation file that `truth_of` accepts."""
+    limits = (*LIMITS[:-1], most)
+    return {kind: match(truth, image_ids, results, kind, limits) for kind in kinds}
 
 
 def counts(item: Annotation) -> bool:
@@ -54,38 +47,17 @@ def counts(item: Annotation) -> bool:
 
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """Return the twelve metrics of COCO per kind in percent: box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large; with
-    another limit of detections than 100, box_ar_300 or the like in place of box_ar_100.
+    """Return COCO's twelve metrics of each kind in percent: box_ap, box_ap50, ..., box_ar_large,
+    mask_ap, ..., mask_ar_large; with a limit of 300 detections, box_ar_300 replaces box_ar_100.
     """
-    return named(
-        finished,
-        {
-            kind: {
-                "ap": one.ap(),
-                "ap50": one.ap(0.5),
-                "ap75": one.ap(0.75),
-                "ap_small": one.ap(size="small"),
-                "ap_medium": one.ap(size="medium"),
-                "ap_large": one.ap(size="large"),
-                "ar_1": one.ar(limit=0),
-                "ar_10": one.ar(limit=1),
-                f"ar_{one.limits[-1]}": one.ar(),
-                "ar_small": one.ar("small"),
-                "ar_medium": one.ar("medium"),
-                "ar_large": one.ar("large"),
-            }
-            for kind, one in finished.items()
-        },
-    )
+    return named({kind: one.aps() | one.ars() for kind, one in finished.items()})
 
 
-def named(
-    finished: Mapping[str, Comparison], metrics: Mapping[str, Mapping[str, float | None]]
-) -> dict[str, float]:
+def named(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
     """Return the metrics of all kinds by name, without those that have no object."""
     return {
         f"{NAMES[kind]}_{name}": value
-        for kind in finished
-        for name, value in metrics[kind].items()
+        for kind, values in metrics.items()
+        for name, value in values.items()
         if value is not None
     }

@@ -1,7 +1,12 @@
-"""From batches of images to COCO results of what a detector finds in them.
+"""Runs a detector on batches of images and converts its detections to COCO results.
 
-On a GPU the results of a batch are made while the next one is computed, by a thread with a CUDA stream of its own, which
-waits for that batch alone: its boxes come to the CPU, its masks are pasted and their runs counted where they are.
+A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, segmentation}, in
+pixels of the original image. The segmentation is a compressed RLE; detectors without a mask head
+give none.
+
+On a GPU, the detections of a batch are converted while the detector computes the next batch: in a
+thread, on a CUDA stream that waits for the first batch only. Boxes are copied to the CPU first;
+masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
 """
 
 from __future__ import annotations
@@ -10,11 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import box_convert
 
 from vitdet import kernels
 from vitdet.evaluation.run_lengths import encode_columns
@@ -34,11 +41,11 @@ def detections_to_results(
     image_id: int,
     category_ids: Sequence[int],
 ) -> list[dict]:
-    """COCO results {image_id, category_id, bbox xywh, score, segmentation RLE} of the detections of one canvas.
+    """Return the COCO results of one image.
 
-    Those of a detector without masks have no segmentation.
-
-    size (height, width) of the unpadded image on the canvas, original of the file; category_ids[label] is a label's id.
+    detections: in pixels of the detector's input. size: (height, width) of the image in that
+    input, without padding. original: (height, width) of the image file. category_ids[label]: the
+    id of a label's category.
     """
     (results,) = batch_to_results([detections], [size], [original], [image_id], category_ids)
     return results
@@ -51,22 +58,24 @@ def batch_to_results(
     image_ids: Sequence[int],
     category_ids: Sequence[int],
 ) -> list[list[dict]]:
-    """What `detections_to_results` gives for each canvas of a batch.
-
-    Where the kernels run (`vitdet.kernels.enabled`), masks stay on the GPU until their runs are counted.
-    """
+    """Return `detections_to_results` of each image of a batch."""
     found = [
-        to_image(_moved(one), size, original)
+        to_image(_to_cpu(one), size, original)
         for one, size, original in zip(detections, sizes, originals, strict=True)
     ]
-    results = [
-        _without_masks(one, image_id, category_ids)
-        for one, image_id in zip(found, image_ids, strict=True)
-    ]
-    masked = [index for index, one in enumerate(found) if one.masks is not None and len(one)]
-    if masked:
-        codes = _segmentations([found[i] for i in masked], [originals[i] for i in masked])
-        for result, code in zip([one for i in masked for one in results[i]], codes, strict=True):
+    results = []
+    for one, image_id in zip(found, image_ids, strict=True):
+        boxes = box_convert(one.boxes.double(), "xyxy", "xywh").tolist()
+        columns = zip(one.labels.tolist(), boxes, one.scores.double().tolist(), strict=True)
+        results.append(
+            [
+                {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": p}
+                for label, box, p in columns
+            ]
+        )
+    if any(map(len, found)) and all(one.masks is not None for one in found):
+        codes = _segmentations(found, originals)
+        for result, code in zip(chain.from_iterable(results), codes, strict=True):
             result["segmentation"] = code
     return results
 
@@ -79,36 +88,43 @@ def results_of(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
 ) -> Iterator[dict[int, list[dict]]]:
-    """For each batch, the COCO results of its images by their ids.
+    """Yield the COCO results of each batch by image id.
 
-    The detector is on `device`, in evaluation mode, and computes in `precision` (as `evaluate.precision`). On a GPU
-    the results of a batch come after the next batch was computed; of no more than two batches there is anything in
-    memory.
+    The detector is on `device` and in evaluation mode. precision: as `evaluate.precision`. On a
+    GPU the results of a batch are yielded after the next batch was computed; at most two batches
+    are in memory.
     """
     device = torch.device(device)
     detect = GraphedDetector(detector, lambda: autocast(precision, device))
-    if device.type != "cuda":  # the detector needs all cores
+    if device.type != "cuda":  # the detector uses all cores
         for batch in batches:
             yield _results(_found(detect, batch, device), batch, category_ids)
         return
     stream = torch.cuda.Stream(device, priority=-1)
+
+    def convert(
+        found: list[Detections], batch: Batch, computed: torch.cuda.Event
+    ) -> dict[int, list[dict]]:
+        # its end waits for the stream, so the memory of `found` can be reused afterwards
+        with torch.cuda.stream(stream):
+            stream.wait_event(computed)
+            return _results(found, batch, category_ids)
 
     def jobs() -> Iterator[Callable[[], dict[int, list[dict]]]]:
         slots = 0
         for batch in batches:
             slots = slots or len(batch)
             found = _found(detect, batch, device, slots)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(device))
-            yield partial(_results_aside, stream, done, found, batch, category_ids)
+            computed = torch.cuda.current_stream(device).record_event()
+            yield partial(convert, found, batch, computed)
 
     yield from one_behind(jobs())
 
 
 def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """What the jobs return, in order; each runs in a thread while the next one is taken from `jobs`.
+    """Yield the results of jobs in order; each job runs in a thread while `jobs` makes the next.
 
-    An error of a job is raised here, in its turn.
+    An error of a job is raised when its result would be yielded.
     """
     before: Future[Result] | None = None
     with ThreadPoolExecutor(1) as thread:
@@ -123,30 +139,14 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """The detections in the images of a batch. A smaller batch is padded to `slots` images, as the detector is compiled and
-    recorded for each batch size.
+    """Detect, with a smaller batch padded to `slots` images: each size of a batch is compiled and
+    recorded separately.
     """
-    # sizes are in memory that is not pinned: a blocking copy would wait for the batch before
+    # sizes are not in pinned memory: a blocking copy would wait for the previous batch
     images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
         images, sizes = F.pad(images, (0,) * 7 + (spare,)), F.pad(sizes, (0, 0, 0, spare))
     return detect(images, sizes)[: len(batch)]
-
-
-def _results_aside(
-    stream: torch.cuda.Stream,
-    done: torch.cuda.Event,
-    found: list[Detections],
-    batch: Batch,
-    category_ids: Sequence[int],
-) -> dict[int, list[dict]]:
-    """The results of a batch that was computed on another stream, there `done`; made on `stream`.
-
-    When they are there, the stream has nothing left to do, so the memory of `found` may be used again.
-    """
-    with torch.cuda.stream(stream):
-        stream.wait_event(done)
-        return _results(found, batch, category_ids)
 
 
 def _results(
@@ -158,33 +158,21 @@ def _results(
     return dict(zip(batch.image_ids, results, strict=True))
 
 
-def _moved(found: Detections) -> Detections:
-    """Detections on the CPU; masks that the kernels can paste stay where they are."""
+def _to_cpu(found: Detections) -> Detections:
+    """Move detections to the CPU, except masks that the kernels paste on the GPU."""
     if found.masks is None or not kernels.enabled(found.masks):
         return found.to("cpu")
     return replace(replace(found, masks=None).to("cpu"), masks=found.masks)
 
 
-def _without_masks(found: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict]:
-    corners = found.boxes.double()
-    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for label, box, score in zip(
-            found.labels.tolist(), boxes, found.scores.double().tolist(), strict=True
-        )
-    ]
-
-
 def _segmentations(
     found: Sequence[Detections], originals: Sequence[tuple[int, int]]
 ) -> Iterator[dict]:
-    """RLE dicts of the masks of several images, which are on one device; the boxes are on the CPU."""
+    """Yield the RLE of each mask of several images; boxes are on the CPU, masks on one device."""
     masks = torch.cat([one.masks.float() for one in found if one.masks is not None])
     boxes = torch.cat([one.boxes.float() for one in found])
-    sizes = torch.tensor(originals).repeat_interleave(
-        torch.tensor([len(one) for one in found]), dim=0
-    )
+    counts = torch.tensor([len(one) for one in found])
+    sizes = torch.tensor(originals).repeat_interleave(counts, dim=0)
     regions = regions_of(boxes, sizes)
     for part in _parts(bytes_of(regions).tolist()):
         ends = bytes_of(regions[part]).cumsum(0)
@@ -197,7 +185,7 @@ def _segmentations(
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:
-    """Cuts so that no part has more than BYTES, unless one mask alone has."""
+    """Split into parts of at most BYTES, or of one mask."""
     start = total = 0
     for index, size in enumerate(sizes):
         if total + size > BYTES and index > start:

@@ -1,47 +1,65 @@
-"""Why AP50 is not 100: the error types of TIDE (Bolya et al. 2020, arXiv:2008.08115) and what each of them costs.
+"""The error types of TIDE (Bolya et al. 2020, arXiv:2008.08115) and their effect on AP50.
 
-A detection that matches no object at IoU 0.5 has the first of these errors that applies (t_f = 0.5, t_b = 0.1):
-localisation: its best IoU with an object of its class is in [t_b, t_f]; classification: it has IoU >= t_f with an
-object of another class; duplicate: it has IoU >= t_f with an object of its class that a detection of higher score
-matches; background: its IoU with all objects is at most t_b; both: the rest, of the wrong class and badly placed.
+A detection that matches no object at IoU 0.5 has the first of these types that applies, with
+t_f = 0.5 and t_b = 0.1:
+
+- localisation: its best IoU with an object of its class is in [t_b, t_f]
+- classification: IoU >= t_f with an object of another class
+- duplicate: IoU >= t_f with an object of its class that a detection of higher score matches
+- background: IoU <= t_b with all objects
+- both: the rest, of another class and with an IoU below t_f
+
 missed: objects that no detection matches and that no localisation or classification error is about.
 
-dAP is the increase of AP50 when all errors of one type are fixed. Fixed, a detection with a localisation or
-classification error becomes a true positive of its object, if that is not found yet and if no other such detection of
-the object has a higher score; otherwise, and with another error, it is removed. Missed objects are taken out of the
-count of objects. false_positive: all true positives come before all false positives; false_negative: all objects that
-are not found are taken out of the count.
-What is ignored in AP takes part as in the package tidecv: it can be a localisation or classification error, whose fix
-adds a true positive, but it is not counted and no other fix changes it.
+dAP is the increase of AP50 when all errors of one type are fixed. A detection with a localisation
+or classification error becomes a true positive of its object, unless the object is matched or
+another such detection of it has a higher score; then, as with other types, it is removed. Missed
+objects are not counted as objects. false_positive: all true positives come before all false
+positives. false_negative: no object without a true positive counts.
+
+As in the package tidecv, detections that AP ignores can have localisation and classification
+errors, whose fix adds a true positive; they are not counted, and no other fix changes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from pycocotools import mask as rle
 
 from vitdet.evaluation.matches import Matches, precisions
-from vitdet.evaluation.overlaps import Overlaps
+from vitdet.evaluation.matching import Comparison
 
 FOREGROUND, BACKGROUND = 0.5, 0.1  # t_f, t_b
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 SPECIAL = ("false_positive", "false_negative")
-# As in tidecv: some differ from COCO's, of np.linspace, in the last bit, so that a recall of exactly 0.07 or the
-# like reaches one and not the other.
+# As in tidecv: some differ from COCO's, of np.linspace, in the last bit, so that a recall of
+# exactly 0.07 or the like reaches one and not the other.
 RECALLS = np.arange(101) / 100
 
 
 @dataclass(frozen=True)
-class Errors:
-    """The errors of one kind; the letters as of `vitdet.evaluation.matches`.
+class Overlaps:
+    """Pairs (P,) of a detection and an object of any class in one image with IoU >= t_b.
 
-    counts: per type of `TYPES`, errors per class (K,): of the class of the detection, or of the missed object.
-    gains: per type of `TYPES` and `SPECIAL`, dAP per class (K,) in percent, NaN for classes without objects. A class
-    of which every object is taken out of the count has AP 100 after the fix.
-    total: the same for the mean of the classes. As in tidecv a class without objects has AP 0 in this mean if it has
-    detections that count, before or after the fix, and is not part of it otherwise; COCO's AP50 never counts it.
+    detection, target: indices as in `Matches`.
+    """
+
+    detection: np.ndarray
+    target: np.ndarray
+    iou: np.ndarray
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The errors of boxes or masks; letters as in `vitdet.evaluation.matches`.
+
+    counts: errors of each type of `TYPES` per class (K,), of the detection or the missed object.
+    gains: dAP of each type of `TYPES` and `SPECIAL` per class (K,) in percent, NaN for classes
+    without objects; a class of which no object counts after the fix has AP 100.
+    total: dAP of the mean of the classes. As in tidecv, a class without objects has AP 0 in this
+    mean if it has detections that count; COCO's AP50 never includes it.
     """
 
     counts: dict[str, np.ndarray]
@@ -49,72 +67,83 @@ class Errors:
     total: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Detections that count, with the number of objects per class (K,); AP50 follows from it."""
-
-    category: np.ndarray
-    score: np.ndarray
-    true: np.ndarray
-    objects: np.ndarray
-
-    def aps(self) -> np.ndarray:
-        """AP50 of each class in percent, NaN without objects."""
-        order = np.lexsort((-self.score, self.category))
-        ends = np.searchsorted(self.category[order], np.arange(len(self.objects) + 1))
-        aps = np.full(len(self.objects), np.nan)
-        for one in np.flatnonzero(self.objects > 0):
-            true = self.true[order[ends[one] : ends[one + 1]], None]
-            aps[one] = 100 * precisions(true, ~true, self.objects[one], RECALLS).mean()
-        return aps
+def overlaps_of(comparison: Comparison) -> Overlaps:
+    """Return the overlaps of boxes or masks, whichever were compared."""
+    matches = comparison.matches
+    images = np.arange(len(matches.image_ids) + 1)
+    sides = []
+    for items, image in (
+        (comparison.detections, matches.image),
+        (comparison.objects, matches.object_image),
+    ):
+        if matches.kind == "bbox":
+            forms = np.array([item["bbox"] for item in items], float).reshape(-1, 4)
+        else:
+            forms = np.array([item["rle"] for item in items], object)
+        order = np.argsort(image, kind="stable")
+        sides.append((forms, order, np.searchsorted(image[order], images)))
+    pairs = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+    for image in images[:-1]:
+        rows, columns = (order[starts[image] : starts[image + 1]] for _, order, starts in sides)
+        if len(rows) and len(columns):
+            found, targets = sides[0][0][rows], sides[1][0][columns]
+            if matches.kind == "segm":
+                found, targets = found.tolist(), targets.tolist()
+            ious = np.asarray(rle.iou(found, targets, [0] * len(columns)))
+            here, there = np.nonzero(ious >= BACKGROUND)
+            pairs.append((rows[here], columns[there], ious[here, there]))
+    return Overlaps(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
 
 
 def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
-    """Return the errors of these matches. rank (N,): which of two detections of equal score comes first."""
+    """Return the errors; rank (N,): the order of detections of equal score."""
     classes = len(matches.category_ids)
     types, target = _types(matches, overlaps)
-    counted = ~matches.ignored[:, 0]
+    counted, matched = ~matches.ignored[:, 0], matches.matched[:, 0]
     used = np.zeros(len(matches.object_image), bool)
     used[matches.found[matches.found >= 0]] = True
-    # the detection that becomes the true positive of each object that is not used
-    open_ = np.flatnonzero(target >= 0)
-    open_ = open_[~used[target[open_]]]
-    order = open_[np.lexsort((rank[open_], -matches.score[open_], target[open_]))]
+    # the detection that becomes the true positive of each object without one
+    fixable = np.flatnonzero(target >= 0)
+    fixable = fixable[~used[target[fixable]]]
+    order = fixable[np.lexsort((rank[fixable], -matches.score[fixable], target[fixable]))]
     reachable, first = np.unique(target[order], return_index=True)
     fixed = np.zeros(len(target), bool)
     fixed[order[first]] = True
     missed = ~used
     missed[reachable] = False
 
-    objects = np.bincount(matches.object_category, minlength=classes)
-    rows = _Rows(
-        matches.category[counted], matches.score[counted], matches.matched[counted, 0], objects
-    )
-    after = {}
+    def per_class(category: np.ndarray) -> np.ndarray:
+        return np.bincount(category, minlength=classes)
+
+    objects = per_class(matches.object_category)
+    category, score, true = matches.category[counted], matches.score[counted], matched[counted]
+    before, mean = _ap50(category, score, true, objects)
+    counts, after = {}, {}
     for number, name in enumerate(TYPES[:-1]):
         wrong = types == number
-        kept = (counted & ~wrong) | (wrong & fixed)
-        category = matches.category.copy()
+        counts[name] = per_class(matches.category[wrong & counted])
         changed = wrong & fixed
-        category[changed] = matches.object_category[target[changed]]
-        true = matches.matched[:, 0] | changed
-        after[name] = _Rows(category[kept], matches.score[kept], true[kept], objects)
-    for name, taken in (("missed", missed), ("false_negative", ~used)):
-        left = objects - np.bincount(matches.object_category[taken], minlength=classes)
-        after[name] = _Rows(rows.category, rows.score, rows.true, left)
-    after["false_positive"] = _Rows(rows.category, rows.true.astype(float), rows.true, objects)
-
-    counts = {
-        name: np.bincount(matches.category[(types == number) & counted], minlength=classes)
-        for number, name in enumerate(TYPES[:-1])
-    }
-    counts["missed"] = np.bincount(matches.object_category[missed], minlength=classes)
-    return Errors(counts, *_gains(rows, after))
+        kept = (counted & ~wrong) | changed
+        own = matches.category.copy()
+        own[changed] = matches.object_category[target[changed]]
+        after[name] = _ap50(own[kept], matches.score[kept], (matched | changed)[kept], objects)
+    counts["missed"] = per_class(matches.object_category[missed])
+    for name, removed in (("missed", missed), ("false_negative", ~used)):
+        left = objects - per_class(matches.object_category[removed])
+        after[name] = _ap50(category, score, true, left)
+    after["false_positive"] = _ap50(category, true.astype(float), true, objects)
+    gains, total = {}, {}
+    for name in (*TYPES, *SPECIAL):
+        aps, mean_after = after[name]
+        emptied = np.isnan(aps) & ~np.isnan(before)
+        gains[name] = np.maximum(np.where(emptied, 100.0, aps) - before, 0)
+        total[name] = max(mean_after - mean, 0.0)
+    return Errors(counts, gains, total)
 
 
 def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray]:
-    """The type (N,) of each detection as index into TYPES, -1 without an error; and the object (N,) that a
-    localisation or classification error is about, otherwise -1.
+    """Return the type (N,) of each detection as index into TYPES, -1 for none, and the object (N,)
+    of a localisation or classification error, else -1.
     """
     same = matches.category[overlaps.detection] == matches.object_category[overlaps.target]
     used = np.isin(overlaps.target, matches.found)
@@ -139,12 +168,11 @@ def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray
 
 
 def _best(overlaps: Overlaps, chosen: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest IoU (N,) of each detection among the chosen pairs, 0 without one, and its object, -1."""
-    detection, target, iou = (
-        overlaps.detection[chosen],
-        overlaps.target[chosen],
-        overlaps.iou[chosen],
-    )
+    """Return the largest IoU (N,) of each detection among chosen pairs, 0 without one, and its
+    object, -1.
+    """
+    detection, target = overlaps.detection[chosen], overlaps.target[chosen]
+    iou = overlaps.iou[chosen]
     order = np.lexsort((target, -iou, detection))
     first, place = np.unique(detection[order], return_index=True)
     best, nearest = np.zeros(count), np.full(count, -1)
@@ -152,20 +180,19 @@ def _best(overlaps: Overlaps, chosen: np.ndarray, count: int) -> tuple[np.ndarra
     return best, nearest
 
 
-def _gains(
-    rows: _Rows, after: Mapping[str, _Rows]
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    before, start = rows.aps(), _mean(rows)
-    gains, total = {}, {}
-    for name in (*TYPES, *SPECIAL):
-        aps = after[name].aps()
-        emptied = np.isnan(aps) & ~np.isnan(before)
-        gains[name] = np.maximum(np.where(emptied, 100.0, aps) - before, 0)
-        total[name] = max(_mean(after[name]) - start, 0.0)
-    return gains, total
+def _ap50(
+    category: np.ndarray, score: np.ndarray, true: np.ndarray, objects: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Return AP50 of each class (K,) in percent, NaN without objects, and `Errors.total`'s mean.
 
-
-def _mean(rows: _Rows) -> float:
-    aps, detections = rows.aps(), np.bincount(rows.category, minlength=len(rows.objects))
-    aps[np.isnan(aps) & (detections > 0)] = 0
-    return 0.0 if np.isnan(aps).all() else float(np.nanmean(aps))
+    category, score, true: of the detections that count. objects (K,): their number.
+    """
+    order = np.lexsort((-score, category))
+    ends = np.searchsorted(category[order], np.arange(len(objects) + 1))
+    aps = np.full(len(objects), np.nan)
+    for one in np.flatnonzero(objects > 0):
+        hits = true[order[ends[one] : ends[one + 1]], None]
+        aps[one] = 100 * precisions(hits, ~hits, objects[one], RECALLS).mean()
+    detected = np.bincount(category, minlength=len(objects)) > 0
+    shown = np.where(np.isnan(aps) & detected, 0, aps)
+    return aps, 0.0 if np.isnan(shown).all() else float(np.nanmean(shown))

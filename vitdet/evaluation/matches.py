@@ -1,4 +1,4 @@
-"""The matches of detections and objects, as columns from which AP can be computed for any weights of the images.
+"""The matches of detections and objects in arrays, from which AP follows for any image weights.
 
 Letters: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """
@@ -18,42 +18,35 @@ from vitdet.files import atomic_write
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MATCHES = "matches.npz"
-# column -> its shape in letters and the kinds of its type (numpy's dtype.kind)
+# array -> its shape in letters, its type (numpy's dtype.kind), and the letter that it indexes
 COLUMNS = {
-    "image_ids": ("I", "i"),
-    "category_ids": ("K", "i"),
-    "class_names": ("K", "U"),
-    "image": ("N", "i"),
-    "category": ("N", "i"),
-    "score": ("N", "f"),
-    "matched": ("NT", "b"),
-    "ignored": ("NT", "b"),
-    "found": ("N", "i"),
-    "object_image": ("G", "i"),
-    "object_category": ("G", "i"),
-}
-# column of indices -> the letter of the dimension that it indexes
-INDICES = {
-    "image": "I",
-    "category": "K",
-    "found": "G",
-    "object_image": "I",
-    "object_category": "K",
+    "image_ids": ("I", "i", ""),
+    "category_ids": ("K", "i", ""),
+    "class_names": ("K", "U", ""),
+    "image": ("N", "i", "I"),
+    "category": ("N", "i", "K"),
+    "score": ("N", "f", ""),
+    "matched": ("NT", "b", ""),
+    "ignored": ("NT", "b", ""),
+    "found": ("N", "i", "G"),
+    "object_image": ("G", "i", "I"),
+    "object_category": ("G", "i", "K"),
 }
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The detections of one kind ("bbox" or "segm"), of all sizes, that the largest limit of detections admits.
+    """The detections of one kind ("bbox" or "segm") that the largest limit of detections admits.
 
-    Sorted by class, image and falling score; of equal scores in the order of the results.
-    image_ids (I,) int64: every evaluated image, in ascending order, also those without objects or
-    detections. category_ids (K,) int64 and class_names: all classes of the annotation file.
+    Detections are sorted by class, image and descending score; of equal score as in the results.
+
+    image_ids (I,) int64: all evaluated images, ascending. category_ids (K,) int64, class_names: all
+    classes of the annotation file.
     image, category (N,) int32: indices into these. score (N,) float64.
-    matched (N, T) bool: true positives. ignored (N, T) bool: neither true nor false positives, as a
-    detection of a crowd, of a class that is not exhaustively annotated in its image, or of an object
-    without an outline. found (N,) int32: the object that is matched at IoU 0.5, -1 without one.
-    object_image, object_category (G,) int32: the objects to find, in the order of the classes.
+    matched (N, T) bool: true positives. ignored (N, T) bool: neither true nor false positives, as
+    a detection of a crowd, of a class that is not exhaustively annotated in its image, or of an
+    object without an outline. found (N,) int32: the object matched at IoU 0.5, -1 without one.
+    object_image, object_category (G,) int32: the objects that count, in the order of the classes.
     """
 
     kind: str
@@ -73,11 +66,11 @@ class Matches:
 def precisions(
     true: np.ndarray, false: np.ndarray, objects: float, recalls: np.ndarray = RECALLS
 ) -> np.ndarray:
-    """Return the precision at these recalls (R,), (T, R), as COCO interpolates it.
+    """Return the precision at recalls (R,), (T, R), interpolated as in COCO: the best at that
+    recall or above, 0 where it is not reached.
 
-    true, false (n, T): the weights of true and of false positives by falling score. objects: the
-    weight of all objects, above 0. The precision at a recall is the best at that recall or a larger
-    one, 0 where it is not reached.
+    true, false (N, T): weights of true and false positives by descending score. objects: weight of
+    all objects, above 0.
     """
     found, wrong = true.cumsum(0), false.cumsum(0)
     # as pycocotools: no division by 0, the same last digits
@@ -89,7 +82,7 @@ def precisions(
 
 
 def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
-    """Write the matches of each kind ("bbox", "segm") to one .npz file, atomically."""
+    """Write the matches of each kind ("bbox", "segm") to an .npz file, atomically."""
     columns: dict[str, Any] = {
         f"{kind}.{name}": np.asarray(getattr(one, name))
         for kind, one in matches.items()
@@ -102,35 +95,35 @@ def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
 def load_matches(path: str | Path) -> dict[str, Matches]:
     """Return what `save_matches` wrote, by kind.
 
-    Raises FileNotFoundError without the file and ValueError, in one line, for any other file.
+    Raises FileNotFoundError, and ValueError, in one line, for any other file.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             kinds = list(dict.fromkeys(name.partition(".")[0] for name in file.files))
             return {kind: _checked(kind, file) for kind in kinds}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file of matches") from error
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{path}: no such file of matches") from error
         raise ValueError(
-            f"{path}: not a file of matches ({error}); run `vitdet evaluate CHECKPOINT --plots FOLDER` again"
+            f"{path}: not a file of matches ({error}); run `vitdet evaluate CHECKPOINT --plots "
+            "FOLDER` again"
         ) from error
 
 
 def _checked(kind: str, file: Mapping[str, np.ndarray]) -> Matches:
     columns: dict[str, Any] = {name: file[f"{kind}.{name}"] for name in COLUMNS}
     lengths = {"T": len(IOUS)}
-    for name, (shape, types) in COLUMNS.items():
-        column = columns[name]
-        for letter, length in zip(shape, column.shape, strict=False):
+    for name, column in columns.items():
+        for letter, length in zip(COLUMNS[name][0], column.shape, strict=False):
             lengths.setdefault(letter, length)
-        expected = tuple(lengths.get(letter) for letter in shape)
-        if column.dtype.kind not in types or column.shape != expected:
+    for name, (shape, type_, indexed) in COLUMNS.items():
+        column, expected = columns[name], tuple(lengths.get(letter) for letter in shape)
+        if column.dtype.kind != type_ or column.shape != expected:
             raise ValueError(
                 f"{kind}.{name}: {column.dtype} of shape {column.shape}, expected {expected}"
             )
-    for name, letter in INDICES.items():
-        column, least = columns[name], -1 if name == "found" else 0
-        if column.size and not (least <= column.min() and column.max() < lengths[letter]):
+        least = -1 if name == "found" else 0
+        if indexed and column.size and not least <= column.min() <= column.max() < lengths[indexed]:
             raise ValueError(f"{kind}.{name}: index out of range")
     columns["class_names"] = tuple(columns["class_names"].tolist())
     return Matches(kind, **columns)

@@ -5,91 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import vitdet
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config
 from vitdet.data.fingerprint import fingerprint
 from vitdet.evaluation.analysis import Analysis
+from vitdet.evaluation.matches import Matches
 from vitdet.evaluation.pairs import Images, draw_pairs
 from vitdet.evaluation.results import Truth
 from vitdet.files import atomic_write, sha256
 from vitdet.pages import data_uri, render
 
-
-class ErrorType(NamedTuple):
-    """An error type of TIDE: the number of its colour, its definition, and that in a few words."""
-
-    color: int
-    definition: str
-    short: str
-
-
-# Bolya et al. 2020, https://arxiv.org/abs/2008.08115, section 2.2
-ERROR_TYPES = {
-    "classification": ErrorType(
-        3,
-        "IoU of 0.5 or more with an object of another class.",
-        "detections that assign the wrong class to an object",
-    ),
-    "localisation": ErrorType(
-        0,
-        "The right class, but an IoU between 0.1 and 0.5.",
-        "detections of the right class that fit their object badly",
-    ),
-    "both": ErrorType(
-        5,
-        "Another class and an IoU between 0.1 and 0.5.",
-        "detections of the wrong class that fit their object badly",
-    ),
-    "duplicate": ErrorType(
-        2,
-        "IoU of 0.5 or more with an object that a detection of higher score has found.",
-        "further detections of an object that was already found",
-    ),
-    "background": ErrorType(
-        1, "An IoU below 0.1 with every object.", "detections where there is no object"
-    ),
-    "missed": ErrorType(
-        4,
-        "An object without a detection, and without a classification or localisation error.",
-        "objects that were not found",
-    ),
-}
-# keys of Analysis.metrics, for the tiles at the top of the page; AR is added with its limit
-HEADLINE = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-    "ap_rare": "AP rare",
-    "ap_common": "AP common",
-    "ap_frequent": "AP frequent",
-}
-# of the table of classes: title, whether it is numeric, explanation
-COLUMNS = (
-    ("Class", False, ""),
-    ("AP", True, "mean over IoU 0.5, 0.55, ..., 0.95"),
-    ("Main error", False, "the error type with the largest dAP"),
-    ("AP50", True, "AP at IoU 0.5"),
-    ("AP75", True, "AP at IoU 0.75"),
-    ("AP S", True, "objects of up to 32² pixels"),
-    ("AP M", True, "objects of 32² to 96² pixels"),
-    ("AP L", True, "objects of more than 96² pixels"),
-    ("AR", True, "recall at any score, mean over the IoUs"),
-    ("Objects", True, ""),
-    ("Images", True, "images with an object of the class"),
-    ("Threshold", True, "the score with the best F1 at IoU 0.5"),
-    ("P", True, "precision at the threshold, in %"),
-    ("R", True, "recall at the threshold, in %"),
-    ("F1", True, "harmonic mean of precision and recall, in %"),
-)
-
-
-QUALITY = 75  # of JPEG: with it the page of COCO's val2017 has less than 2 MB
+QUALITY = 75  # of JPEG: the page of COCO's val2017 has less than 2 MB
 
 
 @dataclass(frozen=True)
@@ -114,87 +42,78 @@ def write_page(
     Without `images`, or where one cannot be read, the page has no pictures of it.
     """
     first = analyses[0]
-    worst, best = first.worst, first.best
-    chosen = {one.image_id for one in (*worst, *best)}
-    pairs = {}
-    if images is not None:
-        pairs = draw_pairs(truth, results, chosen, first.confusion.score, images)
+    chosen = {one.image_id for one in (*first.worst, *first.best)}
+    pairs = draw_pairs(truth, results, chosen, first.confusion.score, images) if images else {}
     values = {
         "analyses": analyses,
         "facts": facts,
-        "worst": [one for one in worst if one.image_id in pairs],
-        "best": [one for one in best if one.image_id in pairs],
+        "worst": [one for one in first.worst if one.image_id in pairs],
+        "best": [one for one in first.best if one.image_id in pairs],
         "pictures": {
             image_id: [data_uri(picture, QUALITY) for picture in pair]
             for image_id, pair in pairs.items()
         },
-        "error_types": ERROR_TYPES,
-        "headline": {one.kind: _headline(one) for one in analyses},
-        "columns": COLUMNS,
+        "headline": {one.kind: _headline(one.metrics) for one in analyses},
     }
     page = render("evaluation/page.html", values)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _headline(analysis: Analysis) -> dict[str, float]:
-    """The metrics for the tiles, by title; of AR that with the most detections."""
-    metrics = analysis.metrics
-    tiles = {name: metrics[key] for key, name in HEADLINE.items() if key in metrics}
+def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics at the top of the page by title: AP, and AR with the most detections."""
+    titles = {key: key.replace("ap", "AP", 1).replace("_", " ") for key in metrics}
+    tiles = {titles[key]: value for key, value in metrics.items() if key.startswith("ap")}
     limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]
     if limits:
         tiles[f"AR, {max(limits)} detections"] = metrics[f"ar_{max(limits)}"]
     return tiles
 
 
-def checkpoint_facts(
-    checkpoint: Path, config: Config, images: int, device: str, analysis: Analysis
-) -> Facts:
-    """The facts of an evaluation of a checkpoint with this config; images: how many were evaluated."""
+def checkpoint_facts(checkpoint: Path, config: Config, device: str, matches: Matches) -> Facts:
+    """Return the facts of an evaluation of a checkpoint with this config on a device."""
     model, data, settings = config.model, config.data, config.evaluate
-    kind = model.architecture
     return Facts(
-        title=f"{kind}, {model.backbone.name} on {data.val_split}",
+        title=f"{model.architecture}, {model.backbone.name} on {data.val_split}",
         data={
             "Folder": data.root,
             "Split": f"{data.val_split} ({data.dataset})",
-            **_counts(analysis, images),
+            **_counts(matches),
             "Fingerprint": fingerprint(data, data.val_split),
         },
         model={
-            "Detector": f"{kind}, backbone {model.backbone.name}",
+            "Detector": f"{model.architecture}, backbone {model.backbone.name}",
             "Checkpoint": str(checkpoint),
             "Step": f"{load_model_file(checkpoint)['step']:,}",
             "Image size": f"{data.image_size} pixels",
             "Precision": f"{settings.precision}, {device}",
-            "Detections": f"at most {settings.max_detections} per image, score of at least {settings.score_threshold:g}, NMS at IoU {settings.nms_iou:g}",
+            "Detections": f"at most {settings.max_detections} per image, score of at least "
+            f"{settings.score_threshold:g}, NMS at IoU {settings.nms_iou:g}",
             "vitdet": vitdet.__version__,
         },
     )
 
 
-def results_facts(
-    results: Path, annotations: Path, images: int, detections: Sequence[dict], analysis: Analysis
-) -> Facts:
-    """The facts of an evaluation of a file of results."""
+def results_facts(results: Path, annotations: Path, detections: int, matches: Matches) -> Facts:
+    """Return the facts of an evaluation of a file of so many results."""
     return Facts(
         title=f"{results.name} on {annotations.name}",
         data={
             "Annotations": str(annotations),
-            **_counts(analysis, images),
+            **_counts(matches),
             "SHA-256": sha256(annotations),
         },
         model={
             "Results": str(results),
-            "Detections": f"{len(detections):,}",
+            "Detections": f"{detections:,}",
             "vitdet": vitdet.__version__,
         },
     )
 
 
-def _counts(analysis: Analysis, images: int) -> dict[str, str]:
+def _counts(matches: Matches) -> dict[str, str]:
     return {
-        "Images": f"{images:,}",
-        "Objects": f"{sum(one.objects for one in analysis.classes):,}",
-        "Classes": f"{len(analysis.classes):,}",
+        "Images": f"{len(matches.image_ids):,}",
+        "Objects": f"{len(matches.object_image):,}",
+        "Classes": f"{len(matches.category_ids):,}",
     }

@@ -1,9 +1,9 @@
-"""Ground truth and detections of some images, each drawn on the image, for the report."""
+"""Pairs of pictures for the report: an image with its objects, and with its detections."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,9 @@ SIDE = 520  # pixels of a picture's longer side
 
 @dataclass(frozen=True)
 class Images:
-    """Where the images of `Truth` are: the folder that their names are relative to, how they are named and read."""
+    """The images of a `Truth`: the folder that their names are relative to, whether named as in
+    LVIS, and how they are read.
+    """
 
     folder: Path
     lvis: bool
@@ -31,7 +33,7 @@ class Images:
 
 
 class _Item(NamedTuple):
-    """An object or a detection; box: x, y, width, height in pixels of the image, None if only a mask is known."""
+    """An object or a detection; box: x, y, width, height in pixels, None with a mask only."""
 
     category_id: int
     box: Sequence[float] | None
@@ -40,7 +42,7 @@ class _Item(NamedTuple):
 
 
 def images_of(annotations: Path, dataset: str) -> Images | None:
-    """The images of an annotation file ('coco' or 'lvis') that is in one of the usual layouts, else None."""
+    """Return the images of an annotation file ("coco" or "lvis") in one of the usual layouts."""
     for files in find_splits(root_of(annotations), dataset).values():
         if files.annotations.resolve() == annotations.resolve() and files.images.is_dir():
             return Images(files.images, dataset == "lvis")
@@ -56,53 +58,37 @@ def draw_pairs(
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
     """Return (image with its objects, image with its detections) by image id.
 
-    results: COCO results that were checked against the truth; those with a score of at least
-    `threshold` are drawn. Images that cannot be read are left out.
+    results: checked against the truth; those with a score of at least `threshold` are drawn.
+    Images that cannot be read are left out.
     """
+    names = {number: str(category["name"]) for number, category in truth.categories.items()}
+    labels = {category_id: label for label, category_id in enumerate(names)}
+    objects, found = defaultdict(list), defaultdict(list)
+    for one in truth.objects:
+        category = one.category_id
+        if one.image_id in image_ids and category in names and not one.iscrowd:
+            item = _Item(category, one.bbox, one.segmentation, names[category])
+            objects[one.image_id].append(item)
+    for result in results:
+        if result["image_id"] in image_ids and result["score"] >= threshold:
+            category = result["category_id"]
+            caption = f"{names[category]} {result['score']:.2f}"
+            item = _Item(category, result.get("bbox"), result.get("segmentation"), caption)
+            found[result["image_id"]].append(item)
     pictures = {}
-    objects, found = _objects(truth, image_ids), _detections(truth, results, image_ids, threshold)
     for image_id in image_ids:
         try:
             name = existing_name(images.folder, image_name(truth.images[image_id], images.lvis))
             picture = read_image(images.folder / name, images.reading)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-        ):  # KeyError: results can be scored without file names
+        except (OSError, ValueError, KeyError):  # KeyError: no file name, not needed for AP
             continue
         if (picture.height, picture.width) == truth.sides(image_id):
-            pictures[image_id] = (
-                _draw(picture, objects[image_id], truth),
-                _draw(picture, found[image_id], truth),
-            )
+            left, right = (_draw(picture, side[image_id], labels) for side in (objects, found))
+            pictures[image_id] = left, right
     return pictures
 
 
-def _objects(truth: Truth, image_ids: Collection[int]) -> dict[int, list[_Item]]:
-    items: dict[int, list[_Item]] = defaultdict(list)
-    for one in truth.objects:
-        if one.image_id in image_ids and one.category_id in truth.categories and not one.iscrowd:
-            name = str(truth.categories[one.category_id]["name"])
-            items[one.image_id].append(_Item(one.category_id, one.bbox, one.segmentation, name))
-    return items
-
-
-def _detections(
-    truth: Truth, results: Sequence[dict], image_ids: Collection[int], threshold: float
-) -> dict[int, list[_Item]]:
-    items: dict[int, list[_Item]] = defaultdict(list)
-    for one in results:
-        if one["image_id"] in image_ids and one["score"] >= threshold:
-            caption = f"{truth.categories[one['category_id']]['name']} {one['score']:.2f}"
-            items[one["image_id"]].append(
-                _Item(one["category_id"], one.get("bbox"), one.get("segmentation"), caption)
-            )
-    return items
-
-
-def _draw(picture: Image.Image, items: Sequence[_Item], truth: Truth) -> Image.Image:
-    labels = {category_id: label for label, category_id in enumerate(truth.categories)}
+def _draw(picture: Image.Image, items: Sequence[_Item], labels: Mapping[int, int]) -> Image.Image:
     size, scale = (picture.height, picture.width), SIDE / max(picture.size)
     outlines = [read_outline(item.segmentation, size, boxed=item.box is None) for item in items]
     boxes = torch.zeros(len(items), 4)

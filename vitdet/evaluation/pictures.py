@@ -1,4 +1,4 @@
-"""Pictures to look at: a validation image with its ground truth on the left, with what was found on the right."""
+"""Pictures of validation images: the ground truth on the left, the detections on the right."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def write_pictures(
     split: CocoSplit | None = None,
     precision: str = EvalConfig.precision,
 ) -> list[Path]:
-    """Writes `count` pictures FOLDER/<image id>.jpg of the validation split, ground truth left, detections right.
+    """Write `count` pictures of the validation split, FOLDER/<image id>.jpg; return their paths.
 
-    The images are spread evenly over the split, so the same ones are drawn every time; detections have a score of at
-    least `threshold`. split: the validation split, if it was read before. precision: as evaluate.precision. The
-    detector's mode is put back afterwards.
+    The images are evenly spaced in the split, so they are the same each time. threshold: least
+    score of a drawn detection. split: the validation split, if already read. precision: as
+    evaluate.precision. The detector's mode is restored.
     """
     split = split or read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
@@ -43,23 +43,23 @@ def write_pictures(
     predictor = Predictor(
         detector, split.class_names, data.image_size, data.antialias, reading, precision
     )
+    paths = [Path(folder) / f"{record.image_id:012d}.jpg" for record in chosen]
     was_training = detector.training
     detector.eval()
     try:
-        return [
-            _write(
-                _compare(record, predictor, threshold), Path(folder) / f"{record.image_id:012d}.jpg"
-            )
-            for record in chosen
-        ]
+        for record, path in zip(chosen, paths, strict=True):
+            picture = _compare(record, predictor, threshold)
+            with atomic_write(path) as temporary:
+                write_jpeg(temporary, picture, quality=90, subsampling=0)
     finally:
         detector.train(was_training)
+    return paths
 
 
 def draw_truth(
     record: Record, class_names: tuple[str, ...], reading: Reading = DEFAULT
 ) -> Image.Image:
-    """The image of a record with its annotated objects, drawn as `draw` draws detections."""
+    """Return the image of a record with its objects, drawn as `draw` draws detections."""
     picture = read_image(record.path, reading)
     scale = legible_scale(picture.size)
     labels = record.labels.tolist()
@@ -76,7 +76,9 @@ def draw_truth(
 def enlarged(
     segmentation: list | dict | None, size: tuple[int, int], scale: float
 ) -> torch.Tensor | None:
-    """The pixels (H, W) bool of an object in an image of (height, width) `size` that is drawn `scale` times enlarged."""
+    """Return the pixels (H, W) bool of an object in an image of (height, width) `size` that is
+    drawn `scale` times larger.
+    """
     if segmentation is None:
         return None
     bitmap = Image.fromarray(decode(segmentation, *size) * np.uint8(255))
@@ -92,16 +94,8 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
     head = round(1.8 * font.size)
     sheet = Image.new("RGB", (2 * left.width + GAP, left.height + head), (250, 250, 250))
     pen = ImageDraw.Draw(sheet)
-    for title, picture, x in (
-        ("ground truth", left, 0),
-        (f"detections, score >= {threshold:g}", right, left.width + GAP),
-    ):
-        sheet.paste(picture, (x, head))
-        pen.text((x + head // 4, head / 2), title, fill=(40, 40, 40), font=font, anchor="lm")
+    title = f"detections, score >= {threshold:g}"
+    for x, half, text in ((0, left, "ground truth"), (left.width + GAP, right, title)):
+        sheet.paste(half, (x, head))
+        pen.text((x + head // 4, head / 2), text, fill=(40, 40, 40), font=font, anchor="lm")
     return sheet
-
-
-def _write(picture: Image.Image, path: Path) -> Path:
-    with atomic_write(path) as temporary:
-        write_jpeg(temporary, picture, quality=90, subsampling=0)
-    return path

@@ -1,21 +1,26 @@
-"""The results of an evaluation as rows for `dvc plots`: AP of each class, curves."""
+"""The files of an evaluation: rows for `dvc plots`, results, matches and the report page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vitdet.evaluation.analysis import Analysis, mean_curves
+from vitdet.evaluation.analysis import Analysis, analyse, mean_curves
 from vitdet.evaluation.coco import NAMES
-from vitdet.evaluation.matches import MATCHES, RECALLS, save_matches
+from vitdet.evaluation.matches import MATCHES, RECALLS, Matches, save_matches
 from vitdet.evaluation.matching import Comparison
+from vitdet.evaluation.page import Facts, write_page
+from vitdet.evaluation.pairs import Images
+from vitdet.evaluation.results import Truth
 from vitdet.files import write_json
 
 REPORT = "report.html"
 
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
-    """Return AP of each class that has objects, as rows {class, box_ap, box_ap50, mask_ap, mask_ap50} in percent."""
+    """Return AP in percent of each class that has objects, as rows {class, box_ap, box_ap50,
+    mask_ap, mask_ap50}.
+    """
     rows: dict[str, dict[str, str | float | None]] = {}
     for kind, comparison in finished.items():
         for place, category in enumerate(comparison.categories):
@@ -28,7 +33,9 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
 
 
 def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
-    """Return precision at each recall, mean of the classes, as rows {recall, box_iou50, box_iou75, mask_iou50, ...} in 0..1."""
+    """Return the mean precision of the classes at each recall, in 0..1, as rows {recall, box_iou50,
+    box_iou75, mask_iou50, mask_iou75}.
+    """
     rows: list[dict[str, float]] = [{"recall": round(float(recall), 4)} for recall in RECALLS]
     for kind, comparison in finished.items():
         curves = mean_curves(comparison)
@@ -39,7 +46,9 @@ def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
 
 
 def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
-    """Return micro averages at each score threshold as rows {threshold, box_precision, box_recall, box_f1, mask_precision, ...}."""
+    """Return precision, recall and F1 at each score threshold, of all classes together, as rows
+    {threshold, box_precision, box_recall, box_f1, mask_precision, ...}.
+    """
     rows: dict[float, dict[str, float]] = {}
     for analysis in analyses:
         for one in analysis.thresholds:
@@ -50,8 +59,8 @@ def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
 
 
 def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """Return AP of each class that has objects, in percent, as class_ap/NAME (boxes) and class_mask_ap/NAME, and the counts of
-    images, objects and detections (of boxes if they were compared).
+    """Return AP in percent of each class that has objects, as class_ap/NAME (boxes) and
+    class_mask_ap/NAME, and the numbers of images, objects and detections (of boxes if compared).
     """
     names = {"bbox": "class_ap", "segm": "class_mask_ap"}
     values = {
@@ -68,14 +77,43 @@ def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
     }
 
 
+def write_reports(
+    plots: str | Path | None,
+    report: str | Path | None,
+    finished: Mapping[str, Comparison],
+    metrics: Mapping[str, float],
+    truth: Truth,
+    results: list[dict],
+    facts: Callable[[Matches], Facts],
+    images: Images | None,
+) -> None:
+    """Write the folder `plots` (`write_report` and report.html) and the page `report`, if given.
+
+    facts: of the page, from the matches of boxes if they were compared. images: see `write_page`.
+    """
+    pages = {Path(report)} if report else set()
+    pages |= {Path(plots) / REPORT} if plots else set()
+    if not pages:
+        return
+    # a data set without outlines has no masks to find
+    known = {kind: one for kind, one in finished.items() if one.ap() is not None}
+    analyses = [analyse(kind, one, metrics, truth) for kind, one in known.items()]
+    if plots:
+        write_report(plots, finished, results, analyses)
+    for page in pages:
+        stated = facts(next(iter(known.values())).matches)
+        write_page(page, analyses, stated, truth, results, images)
+
+
 def write_report(
     folder: str | Path,
     finished: Mapping[str, Comparison],
     results: list[dict],
     analyses: Sequence[Analysis],
 ) -> None:
-    """Write classes.json (AP of each class), curve.json (precision over recall), thresholds.json (precision, recall and
-    F1 over the score), results.json (as COCO) and matches.npz (`vitdet.evaluation.matches`).
+    """Write classes.json (AP of each class), curve.json (precision over recall), thresholds.json
+    (precision, recall and F1 over the score), results.json (as COCO) and matches.npz
+    (`vitdet.evaluation.matches`).
     """
     for name, value in (
         ("classes", class_rows(finished)),

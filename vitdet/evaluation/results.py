@@ -1,12 +1,13 @@
-"""The input of an evaluation: an annotation file and a file of results; errors in them are reported in one line.
+"""The inputs of an evaluation: an annotation file, and COCO results.
 
-Results are COCO's: a list of {image_id, category_id, score, bbox: [x, y, width, height] and/or segmentation: RLE}.
+Results are a list of {image_id, category_id, score, bbox: [x, y, width, height] and/or
+segmentation: RLE or polygons}. Errors in the files are reported in one line.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from vitdet.data.annotation_file import Annotation, annotations_of, convert_anno
 from vitdet.data.coco import read_tree, validate_tree
 from vitdet.data.segmentation import read_outline, show, whole_number
 
-# of comparisons, and the key of a result that each looks at
+# kind of comparison -> the key of a result that it compares
 KINDS = {"bbox": "bbox", "segm": "segmentation"}
 WHOLE = {"id", "height", "width"}  # keys of images and categories
 BBOX = "4 finite numbers x, y, width, height"
@@ -26,9 +27,9 @@ BBOX = "4 finite numbers x, y, width, height"
 
 @dataclass(frozen=True)
 class Truth:
-    """An annotation file: images and categories by id in the order of their ids, and the objects.
+    """An annotation file: images and categories by id, in ascending order, and the objects.
 
-    Objects with unknown images or categories, which pycocotools passes over, may be among them.
+    objects may include some of unknown images or categories, which do not count.
     """
 
     path: Path
@@ -38,15 +39,16 @@ class Truth:
     objects: Iterable[Annotation]
 
     def sides(self, image_id: int) -> tuple[int, int]:
-        """Height and width of an image."""
+        """Return height and width of an image."""
         image = self.images[image_id]
         return image["height"], image["width"]
 
 
 def read_truth(path: Path | str, lvis: bool = False) -> Truth:
-    """An annotation file of COCO or LVIS.
+    """Read an annotation file of COCO or LVIS.
 
-    Raises FileNotFoundError without the file and ValueError, in one line, for what `vitdet data check` calls an error.
+    Raises FileNotFoundError, and ValueError, in one line, for what `vitdet data check` reports as
+    an error.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,13 +59,13 @@ def read_truth(path: Path | str, lvis: bool = False) -> Truth:
 
 
 def truth_of(path: Path | str, tree: dict) -> Truth:
-    """The content of the annotation file `path`, which was validated: `read_coco` and `read_truth` do."""
+    """Return the content of an annotation file, which `read_coco` or `read_truth` validated."""
     images, categories = (_by_id(tree[key]) for key in ("images", "categories"))
     return Truth(Path(path), images, categories, _Objects(tree["annotations"]))
 
 
 def _by_id(table: Iterable[dict]) -> dict[int, dict]:
-    """The entries in the order of their ids, with ids and sides as whole numbers."""
+    """Return the entries by id in ascending order, with ids and sides as whole numbers."""
     items: Iterable[dict[str, Any]] = (
         {key: whole_number(value) if key in WHOLE else value for key, value in item.items()}
         for item in table
@@ -71,24 +73,35 @@ def _by_id(table: Iterable[dict]) -> dict[int, dict]:
     return {item["id"]: item for item in sorted(items, key=lambda item: item["id"])}
 
 
+@dataclass(frozen=True)
 class _Objects(Iterable[Annotation]):
     """The annotations of a validated table, decoded anew in each pass."""
 
-    def __init__(self, table: Iterable[object]) -> None:
-        self._table = table
+    table: Iterable[object]
 
     def __iter__(self) -> Iterator[Annotation]:
-        for item in annotations_of(self._table):
-            found = (
-                item if isinstance(item, Annotation) else convert_annotation(cast("dict", item))[0]
-            )
-            if found is not None:
-                yield found
+        for item in annotations_of(self.table):
+            if not isinstance(item, Annotation):
+                item, *_ = convert_annotation(cast("dict", item))
+            if item is not None:
+                yield item
 
 
 def read_results(path: Path | str) -> list[dict]:
-    """A file of results. Raises FileNotFoundError, or ValueError for what is not a list of at least one result."""
-    results = read_json(path, "results")
+    """Return the content of a file of results.
+
+    Raises FileNotFoundError, and ValueError for anything but a list of at least one result.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such results file")
+    try:
+        with uncollected():
+            results = parse(path.read_bytes())
+    except ValueError as error:  # JSON, or not UTF-8
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); write or download the file again"
+        ) from error
     if not isinstance(results, list):
         raise ValueError(f"{path}: expected a list of results, got a {type(results).__name__}")
     if not results:
@@ -98,7 +111,9 @@ def read_results(path: Path | str) -> list[dict]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Suspend garbage collection, which repeatedly traverses half a million small dicts, a quarter of the time."""
+    """Suspend garbage collection, whose passes over half a million dicts take a quarter of the
+    time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -108,22 +123,8 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@uncollected()
-def read_json(path: Path | str, what: str) -> object:
-    """The content of a JSON file. Raises FileNotFoundError or ValueError with one line that names it."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such {what} file")
-    try:
-        return parse(path.read_bytes())
-    except ValueError as error:  # JSON, or not UTF-8
-        raise ValueError(
-            f"{path}: not readable as JSON ({error}); write or download the file again"
-        ) from error
-
-
 def kinds_of(results: Sequence[dict]) -> list[str]:
-    """The comparisons that results allow: 'bbox' and/or 'segm', by the keys of the first one.
+    """Return what can be compared by the keys of the first result: "bbox" and/or "segm".
 
     Raises ValueError if it has neither.
     """
@@ -134,10 +135,8 @@ def kinds_of(results: Sequence[dict]) -> list[str]:
     return kinds
 
 
-def check_results(
-    truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Collection[int]
-) -> None:
-    """Raises ValueError, in one line, for the first result that cannot be compared with the truth."""
+def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -> None:
+    """Raise ValueError, in one line, for the first result that cannot be compared."""
     for number, item in enumerate(results, start=1):
         if not isinstance(item, dict):
             raise ValueError(f"result {number}: expected an object, got a {type(item).__name__}")
@@ -145,43 +144,31 @@ def check_results(
         for number, item in enumerate(results, start=1):
             if key not in item:
                 raise ValueError(f"result {number}: {key} is missing")
-    strangers = [one for one in image_ids if one not in truth.images]
-    strangers += _strangers(results, "image_id", truth.images)
-    if strangers:
-        raise ValueError(
-            f"{truth.path}: contains no image {show(strangers[0])}, which has results ({len(strangers)} such "
-            "images); expected results of the same data set"
-        )
-    strangers = _strangers(results, "category_id", truth.categories)
-    if strangers:
-        raise ValueError(
-            f"{truth.path}: contains no category {show(strangers[0])}, which has results ({len(strangers)} "
-            "such categories); expected results of the same data set"
-        )
+    for key, name, names, known in (
+        ("image_id", "image", "images", truth.images),
+        ("category_id", "category", "categories", truth.categories),
+    ):
+        try:
+            strangers = sorted({item[key] for item in results} - known.keys(), key=str)
+        except TypeError as error:
+            raise ValueError(f"{key} of a result must be a number ({error})") from error
+        if strangers:
+            raise ValueError(
+                f"{truth.path}: contains no {name} {show(strangers[0])}, which has results "
+                f"({len(strangers)} such {names}); expected results of the same data set"
+            )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:
-        place = _first_bad([item[key] for item in results], shape)
-        if place is not None:
-            raise ValueError(
-                f"result {place + 1}: {key} must be {expected}, got {show(results[place][key])}"
-            )
-
-
-def _strangers(results: Sequence[dict], key: str, known: dict[int, dict]) -> list:
-    try:
-        return sorted({item[key] for item in results} - known.keys(), key=str)
-    except TypeError as error:
-        raise ValueError(f"{key} of a result must be a number ({error})") from error
-
-
-def _first_bad(values: list, shape: tuple[int, ...]) -> int | None:
-    """The index of the first value that is not finite numbers of this shape, None if all are."""
-    if not values or _finite(values, (len(values), *shape)):
-        return None
-    return next((place for place, value in enumerate(values) if not _finite(value, shape)), None)
+        values = [item[key] for item in results]
+        if not values or _finite(values, (len(values), *shape)):
+            continue
+        for number, value in enumerate(values, start=1):
+            if not _finite(value, shape):
+                raise ValueError(f"result {number}: {key} must be {expected}, got {show(value)}")
 
 
 def _finite(values: object, shape: tuple[int, ...]) -> bool:
+    """Return whether values are finite numbers in an array of this shape."""
     try:
         array = np.array(values)
     except ValueError:  # of different lengths
@@ -190,9 +177,10 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
 
 
 def check_code(item: dict, name: str, size: tuple[int, int]) -> list | dict:
-    """Return a result's usable outline for an image of `size`: polygons without their broken parts, or RLE.
+    """Return the usable outline of a result: polygons without their broken parts, or RLE.
 
-    Raises ValueError, with `name` in front, for a segmentation that is no mask of such an image.
+    size: (height, width) of the image. Raises ValueError, with `name` in front, for a segmentation
+    that is no mask of such an image.
     """
     outline = read_outline(item["segmentation"], size)
     if outline.problem:

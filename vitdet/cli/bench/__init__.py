@@ -1,9 +1,8 @@
-"""`vitdet bench`: how fast training, detection, evaluation and the reading of data are."""
+"""`vitdet bench`: speed of training, detection, evaluation and reading data."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from vitdet.cli.overrides import add_set
@@ -12,32 +11,14 @@ from vitdet.files import write_json
 
 
 def add_bench(verb: argparse.ArgumentParser) -> None:
-    """The kinds of the verb `bench`."""
+    """Add the kinds of the verb `bench`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser(
         "evaluate", help="time AP of synthetic results beside pycocotools (about 3 minutes)"
     )
-    kind.add_argument(
-        "--images",
-        metavar="N",
-        type=int,
-        default=5000,
-        help="number of images (default: %(default)s)",
-    )
-    kind.add_argument(
-        "--detections",
-        metavar="N",
-        type=int,
-        default=100,
-        help="detections per image (default: %(default)s)",
-    )
-    kind.add_argument(
-        "--rounds",
-        metavar="N",
-        type=int,
-        default=1,
-        help="repetitions, of which the fastest counts (default: %(default)s)",
-    )
+    _add_number(kind, "--images", 5000, "number of images")
+    _add_number(kind, "--detections", 100, "detections per image")
+    _add_number(kind, "--rounds", 1, "repetitions, of which the fastest counts")
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
@@ -48,67 +29,50 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--split", action="append", help="split; may be repeated (default: train2017 and val2017)"
     )
-    kind.add_argument(
-        "--rounds",
-        metavar="N",
-        type=int,
-        default=5,
-        help="passes over all images (default: %(default)s)",
-    )
+    _add_number(kind, "--rounds", 5, "passes over all images")
     kind.set_defaults(run=run_bench_data)
-    kind = kinds.add_parser("train", help="measure training steps on synthetic images")
-    _add_recipe(kind)
-    kind.set_defaults(run=run_bench_train)
-    kind = kinds.add_parser("infer", help="measure detection on synthetic images")
-    _add_recipe(kind)
-    kind.set_defaults(run=run_bench_infer)
+    for name, section, text in (
+        ("train", "train", "measure training steps on synthetic images"),
+        ("infer", "evaluate", "measure detection on synthetic images"),
+    ):
+        kind = kinds.add_parser(name, help=text)
+        kind.add_argument("recipe", help="name of a recipe, or a YAML file")
+        add_set(kind)
+        kind.add_argument(
+            "--batch", default="1,2,4,8", metavar="N,N", help="batch sizes (default: %(default)s)"
+        )
+        kind.add_argument(
+            "--precision", metavar="P,P", help="precisions, e.g. fp32,bf16 (default: the recipe's)"
+        )
+        _add_number(kind, "--steps", 20, "measured steps")
+        kind.set_defaults(run=run_bench_recipe, section=section)
     for kind in kinds.choices.values():
         kind.add_argument(
             "--output", type=given_path, metavar="FILE", help="JSON file for the results"
         )
 
 
-def _add_recipe(kind: argparse.ArgumentParser) -> None:
-    """The arguments of the benchmarks of a recipe's detector."""
-    kind.add_argument("recipe", help="name of a recipe, or a YAML file")
-    add_set(kind)
-    kind.add_argument(
-        "--batch", default="1,2,4,8", metavar="N,N", help="batch sizes (default: %(default)s)"
-    )
-    kind.add_argument(
-        "--precision", metavar="P,P", help="precisions, e.g. fp32,bf16 (default: the recipe's)"
-    )
-    kind.add_argument(
-        "--steps", metavar="N", type=int, default=20, help="measured steps (default: %(default)s)"
-    )
+def _add_number(kind: argparse.ArgumentParser, name: str, default: int, text: str) -> None:
+    text = f"{text} (default: %(default)s)"
+    kind.add_argument(name, metavar="N", type=int, default=default, help=text)
 
 
-def run_bench_train(given: argparse.Namespace) -> int:
-    """vitdet bench train"""
-    from vitdet.cli.bench.training import measure_training
-
-    return _measure_recipe(given, measure_training, "train")
-
-
-def run_bench_infer(given: argparse.Namespace) -> int:
-    """vitdet bench infer"""
-    from vitdet.cli.bench.inference import measure_inference
-
-    return _measure_recipe(given, measure_inference, "evaluate")
-
-
-def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict], section: str) -> int:
+def run_bench_recipe(given: argparse.Namespace) -> int:
+    """vitdet bench train, vitdet bench infer"""
     from vitdet import distributed
+    from vitdet.cli.bench.inference import measure_inference
     from vitdet.cli.bench.measurement import report
+    from vitdet.cli.bench.training import measure_training
     from vitdet.config import load_config
 
+    measure = measure_training if given.section == "train" else measure_inference
     numbers = [int(one) if one.isdecimal() else 0 for one in given.batch.split(",")]
     if min(numbers) < 1:
         raise ValueError(f"--batch takes whole numbers above 0, as in 1,8; got {given.batch!r}")
     if given.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {given.steps}")
     config = load_config(given.recipe, given.overrides)
-    precisions = (given.precision or getattr(config, section).precision).split(",")
+    precisions = (given.precision or getattr(config, given.section).precision).split(",")
     with distributed.process_group() as device:
         measured = measure(config, numbers, precisions, given.steps, device)
     measured = {"recipe": given.recipe, "overrides": given.overrides, **measured}
@@ -128,7 +92,8 @@ def run_bench_evaluate(given: argparse.Namespace) -> int:
 
     measured = measure(given.images, given.detections, given.rounds)
     print(
-        f"{measured['images']} images x {measured['detections_per_image']} detections, seconds of one processor"
+        f"{measured['images']} images x {measured['detections_per_image']} detections, "
+        "seconds of one processor"
     )
     for name, seconds in measured["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
@@ -145,12 +110,11 @@ def run_bench_data(given: argparse.Namespace) -> int:
 
     measured = measure(given.folder, given.split or ("train2017", "val2017"), given.rounds)
     print(
-        f"{measured['images']} images, {measured['objects']} objects: milliseconds of one processor an image"
+        f"{measured['images']} images, {measured['objects']} objects: "
+        "milliseconds of one processor an image"
     )
     for name, times in measured["cpu_ms"].items():
         ratio = measured["ratio"].get(name)
-        print(
-            f"{name:20} {times['mean']:7.2f}  least {times['least']:7.2f}"
-            + (f"  vitdet takes {ratio:.2f} of it" if ratio else "")
-        )
+        share = f"  vitdet takes {ratio:.2f} of it" if ratio else ""
+        print(f"{name:20} {times['mean']:7.2f}  least {times['least']:7.2f}{share}")
     return _written(measured, given.output)

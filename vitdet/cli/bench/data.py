@@ -1,10 +1,10 @@
-"""What a training image costs the processor: ours, Detectron2's mapper where it is installed, and plain Pillow.
+"""CPU time of reading a training image: vitdet, Detectron2's mapper if installed, plain Pillow.
 
-Each takes the same photos in turns, all in one process: read, large-scale jitter (0.1 to 2.0 of 1024), crop, flip,
-boxes and masks. Detectron2's is DatasetMapper with the augmentations of its ViTDet configs (RandomFlip, ResizeScale,
-FixedSizeCrop without padding), with polygons as these configs train and with bitmasks. Plain Pillow reads, resizes to
-1024 and copies into an array: a fixed piece of work to compare machines by. Times are of the processor, user and
-system, of this process.
+All process the same photos in turn, in one process: read, large-scale jitter (0.1 to 2.0 of 1024),
+crop, flip, boxes and masks. Detectron2's DatasetMapper has the augmentations of its ViTDet configs
+(RandomFlip, ResizeScale, FixedSizeCrop without padding), with polygons as in these configs and with
+bitmasks. Plain Pillow reads, resizes to 1024 and copies into an array, as a reference for the speed
+of the machine. Times are user and system CPU time.
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ SIDE = 1024
 def measure(
     folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5
 ) -> dict:
-    """Milliseconds of the processor an image, mean and least of the rounds over all images with objects of these
-    splits of a folder in COCO's layout, and the ratios of our mean to Detectron2's.
+    """Return CPU milliseconds per image, mean and least of the rounds over all images with objects
+    of these splits of a folder in COCO's layout, and the ratios of vitdet's mean to the others'.
 
-    Raises what `read_split` raises, and ValueError where there is nothing to measure.
+    Raises the errors of `read_split`, and ValueError for rounds below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     configure_process()
-    stream = [
-        _stream(
-            DataConfig(
-                root=str(folder), train_split=split, val_split=split, image_size=SIDE, workers=0
-            )
+    stream = []
+    for split in splits:
+        data = DataConfig(
+            root=str(folder), train_split=split, val_split=split, image_size=SIDE, workers=0
         )
-        for split in splits
-    ]
+        # without a cache, as for a data set that does not fit into memory
+        stream.append(TrainData(read_split(data, split), data, seed=0, cache=0))
     records = [record for data in stream for record in data.records]
     ways: dict[str, Callable[[int], None]] = {"vitdet": lambda turn: _ours(stream, turn)}
     ways |= {f"detectron2 {form}": way for form, way in _detectron2(records).items()}
@@ -68,11 +67,6 @@ def measure(
     }
 
 
-def _stream(data: DataConfig) -> TrainData:
-    """Training data that reads each file each time, as of a data set that does not fit into memory."""
-    return TrainData(read_split(data, data.train_split), data, seed=0, cache=0)
-
-
 def _ours(stream: list[TrainData], turn: int) -> None:
     for data in stream:
         for place in range(len(data.records)):
@@ -86,31 +80,31 @@ def _plain(records: list[Record]) -> None:
 
 
 def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
-    """A turn over the records for each form of masks; none where detectron2 or shapely, with which it crops, lacks."""
+    """Return a pass over the records for each form of masks; none without detectron2 or shapely,
+    which it crops with.
+    """
     try:
         import shapely.geometry  # noqa: F401
         from detectron2.data import DatasetMapper, transforms
         from detectron2.structures import BoxMode
     except ImportError:
         return {}
+
+    def annotations(record: Record) -> list[dict]:
+        columns = zip(record.boxes, record.labels, record.segmentations, strict=True)
+        shared = {"bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
+        return [
+            {"bbox": box.tolist(), "category_id": int(label), "segmentation": outline, **shared}
+            for box, label, outline in columns
+        ]
+
     entries = [
         {
             "file_name": str(record.path),
             "height": record.height,
             "width": record.width,
             "image_id": record.image_id,
-            "annotations": [
-                {
-                    "bbox": box.tolist(),
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                    "category_id": int(label),
-                    "iscrowd": 0,
-                    "segmentation": outline,
-                }
-                for box, label, outline in zip(
-                    record.boxes, record.labels, record.segmentations, strict=True
-                )
-            ],
+            "annotations": annotations(record),
         }
         for record in records
     ]
@@ -130,13 +124,13 @@ def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
             recompute_boxes=True,
         )
 
-        def turn_over(turn: int) -> None:
+        def pass_over(turn: int) -> None:
             np.random.seed(turn + 1)  # detectron2 draws from numpy's own generator
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for entry in entries:
                     mapper(entry)
 
-        return turn_over
+        return pass_over
 
     return {form: way(form) for form in ("polygon", "bitmask")}

@@ -1,19 +1,18 @@
-"""How fast detection is: images to detections on the device, and an evaluation's loop to COCO results with run lengths.
+"""Speed of detection, from images to detections on the device and to COCO results with RLE.
 
-Random weights find nothing that passes `evaluate.score_threshold`, so the class logits are scaled up until every image
-has as many detections as `evaluate.max_detections` allows: the mask head and the results then have the work that they
-have with LVIS. A row's time is from one call to the next, on a GPU in the order of its work, copies of the images
-included.
+Random weights find nothing above `evaluate.score_threshold`. Therefore the class logits are scaled
+up until an image has `evaluate.max_detections` detections; the mask head and the conversion then
+have as much work as with LVIS. A row's time is from one call to the next, on a GPU in the order of
+its work, copies of the images included.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import torch
 
-from vitdet.cli.bench.measurement import counted, forward_flops, measured, peak_memory, timed
+from vitdet.cli.bench.measurement import call_row, forward_flops, measured, peak_memory
 from vitdet.cli.bench.training import images_for, new_detector
 from vitdet.config import Config
 from vitdet.evaluation.detections import results_of
@@ -23,14 +22,14 @@ from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.training.precision import autocast
 from vitdet.types import Batch, Detections
 
-WARM, COUNTED = 3, 2
-SCALES = (1, 4, 16, 32, 64)  # of the class logits, of which the smallest that serves is taken
+WARM = 3  # calls before the measured ones
+SCALES = (1, 4, 16, 32, 64)  # of the class logits; the smallest sufficient one is used
 
 
 def measure_inference(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """What `measurement.measured` returns, of detection."""
+    """Return `measurement.measured` of detection."""
     detector = new_detector(config, device).eval()
     one = images_for(config, 1).to(device)
     detections = let_detect(detector, one)
@@ -47,7 +46,9 @@ def measure_inference(
 
 @torch.no_grad()
 def let_detect(detector: Detector, batch: Batch) -> int:
-    """Scales the class logits until the image of `batch` has as many detections as there may be; their number."""
+    """Scale the class logits until the image of `batch` has the largest number of detections;
+    return their number.
+    """
     layers = [stage.get_submodule("logits") for stage in detector.roi_heads.stages]
     drawn = [layer.get_parameter("weight").clone() for layer in layers]
     found = 0
@@ -64,37 +65,21 @@ def let_detect(detector: Detector, batch: Batch) -> int:
 def measure_calls(
     detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
 ) -> dict:
-    """The measurements of one batch size and precision: ms (median) a batch, counts, and those of an evaluation's loop."""
+    """Return the row of one batch size and precision, with results_per_second of an evaluation
+    without reading images and comparison.
+    """
     peak = peak_memory(device)
-
     find = GraphedDetector(detector, lambda: autocast(precision, device))
 
     def detect() -> list[Detections]:
         images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
         return find(images, sizes)
 
-    times = timed(detect, device, steps, warm=WARM)
-    with counted(device, COUNTED) as counts:
-        for _ in range(COUNTED if device.type == "cuda" else 0):
-            detect()
-    return {
-        "ms": statistics.median(times),
-        "images_per_second": 1e3 * len(batch) / statistics.mean(times),
-        "peak_gib": peak(),
-        "results_per_second": len(batch)
-        / result_seconds(detector, batch, precision, steps, device),
-        **counts,
-    }
-
-
-def result_seconds(
-    detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
-) -> float:
-    """Seconds a batch of an evaluation, detections as COCO results, its reading of images and its comparison left out."""
+    row = call_row(detect, len(batch), steps, device, WARM, peak)
     loop = results_of(detector, [batch] * (WARM + steps), range(10**5), device, precision)
     for _ in range(WARM):
         next(loop)
     start = time.perf_counter()
     for _ in loop:
         pass
-    return (time.perf_counter() - start) / steps
+    return row | {"results_per_second": len(batch) * steps / (time.perf_counter() - start)}

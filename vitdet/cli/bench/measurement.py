@@ -1,4 +1,4 @@
-"""What a benchmark measures of a device: times, memory, the rate of matrix products, kernels and host waits."""
+"""Measurements of a device: times, memory, rate of matrix products, kernels and host waits."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from vitdet.training.precision import chosen, tf32
 # side of the matrices whose product gives the rate; a processor takes 0.1 s for the smaller ones
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# the calls of CUDA that wait; a device's synchronization is the measurement's own
+# CUDA calls that wait, except the synchronization of the device, which is the measurement's own
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+COUNTED = 2  # steps whose kernels are counted, after the measured ones
 GIB = 2**30
-# the columns of a table: what a row may have, and how it is shown
+# column of a table -> its format
 SHOWN = {
     "who": "{}",
     "batch": "{}",
@@ -48,14 +49,14 @@ SHOWN = {
 
 
 class Clock:
-    """Marks in the order of the device's work, and the milliseconds between them; no mark waits for the device."""
+    """Times between marks in the order of the device's work; no mark waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self._marks: list = []
 
     def mark(self) -> None:
-        """Note this moment: on a GPU, when it comes to what was queued before."""
+        """Add a mark; on a GPU, after the work queued so far."""
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -64,19 +65,19 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
-        """The times between the marks; waits for the last one."""
+        """Return the times between the marks; waits for the last one."""
         if self.on_gpu:
             torch.cuda.synchronize()
-            pairs = zip(self._marks, self._marks[1:], strict=False)
-            return [start.elapsed_time(end) for start, end in pairs]
         pairs = zip(self._marks, self._marks[1:], strict=False)
-        return [1e3 * (end - start) for start, end in pairs]
+        return [
+            start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start) for start, end in pairs
+        ]
 
 
 def timed(
     call: Callable[[], object], device: torch.device, count: int, warm: int = 0
 ) -> list[float]:
-    """Milliseconds of `count` calls in a row, after `warm` others."""
+    """Return milliseconds of `count` successive calls, after `warm` others."""
     for _ in range(warm):
         call()
     clock = Clock(device)
@@ -87,8 +88,29 @@ def timed(
     return clock.milliseconds()
 
 
+def call_row(
+    call: Callable[[], object],
+    images: int,
+    steps: int,
+    device: torch.device,
+    warm: int,
+    peak: Callable[[], float],
+) -> dict:
+    """Return ms (median), images_per_second (mean), peak_gib and counts of calls of `images`."""
+    times = timed(call, device, steps, warm)
+    with counted(device, COUNTED) as counts:
+        for _ in range(COUNTED if device.type == "cuda" else 0):
+            call()
+    return {
+        "ms": statistics.median(times),
+        "images_per_second": 1e3 * images / statistics.mean(times),
+        "peak_gib": peak(),
+        **counts,
+    }
+
+
 def product_rate(precision: str, device: torch.device) -> float:
-    """FLOP/s of a large square matrix product in this precision, of random numbers."""
+    """Return FLOP/s of a product of large square random matrices in this precision."""
     side = PRODUCT[device.type]
     left, right = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in "lr")
     milliseconds = statistics.median(timed(lambda: left @ right, device, 10, warm=3))
@@ -96,9 +118,9 @@ def product_rate(precision: str, device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> Callable[[], float]:
-    """A function for the most GiB allocated from now on on the GPU, or by this process since its start."""
+    """Return a function for the peak in GiB allocated on the GPU from now on, or of the process."""
     if device.type == "cuda":
-        gc.collect()  # models of earlier rows hold themselves in cycles
+        gc.collect()  # models of earlier rows are in reference cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return lambda: memory(device) / GIB
@@ -106,9 +128,9 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
-    """Counts what the GPU is given within: kernels and copies, launches, host waits, all of one step.
+    """Count kernels and copies, launches and host waits per step on a GPU.
 
-    Filled at the end, with nothing on a CPU.
+    The dictionary is filled at the end; it stays empty on a CPU.
     """
     found: dict[str, float] = {}
     if device.type != "cuda":
@@ -133,10 +155,11 @@ def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
 
 @torch.no_grad()
 def forward_flops(detector: Detector, call: Callable[[], object]) -> float:
-    """FLOPs of the matrix products and convolutions in a forward pass, whatever computes them.
+    """Return the FLOPs of matrix products and convolutions in a forward pass.
 
-    The attention of the plain backbones is counted by its definition: on the tokens of the image, of its keys and
-    values alone. Padding, copies and how relative positions are added differ between implementations.
+    Attention of the plain backbones is counted by its definition, for the tokens of the image and
+    their keys and values: padding, copies and the addition of relative positions differ between
+    implementations.
     """
     within: Counter = Counter()
 
@@ -172,10 +195,11 @@ def measured(
     flops: float,
     measure: Callable[[Config, str, int], dict],
 ) -> dict:
-    """The measurements of every batch size and precision: {device, tflop_per_image, product_tflops, rows}.
+    """Return `summary` of a row for each batch size and precision.
 
-    section: of the config, `train` or `evaluate`, whose precision is set. flops: of an image. measure(config, precision on
-    this device, size) returns a row with images_per_second; one that runs out of memory has an error instead.
+    section: "train" or "evaluate", whose precision is set. flops: per image. measure(config,
+    precision on this device, size) returns a row with images_per_second; out of memory, the row has
+    an error instead.
     """
     rows: list[dict] = []
     rates: dict[str, float] = {}
@@ -198,7 +222,7 @@ def measured(
 def summary(
     device: torch.device, flops: float, rates: dict[str, float], rows: Sequence[dict]
 ) -> dict:
-    """The measurements of a benchmark as they are written: with the device and the rates that MFU refers to."""
+    """Return the content of a benchmark's file: rows, device, and the rates that MFU refers to."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
@@ -211,7 +235,7 @@ def summary(
 
 
 def report(table: dict) -> str:
-    """The measurements of `summary` as text: a line on the device, and a table with a line for each row."""
+    """Return `summary` as text: a line on the device, and a table."""
     rates = ", ".join(
         f"{name} {rate:.4g} TFLOP/s" for name, rate in table["product_tflops"].items()
     )

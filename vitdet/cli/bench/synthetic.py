@@ -1,9 +1,9 @@
-"""Made-up training images for benchmarks: no data set is read, and no time goes to decoding.
+"""Synthetic training images for benchmarks, so that no data set is read and decoded.
 
-An image is smooth noise with about eight objects of one color each, whose sides are log-uniform between a 25th and
-half of the image's, outlines of 8 to 40 points: numbers and sizes are about those of COCO after scale jitter.
-Random weights propose boxes that miss the objects, so that next to no RoI would reach the mask head; `lay_on_objects`
-gives a detector the proposals of a trained one.
+An image is smooth noise with about eight polygons of one color each, of 8 to 40 points and with
+sides log-uniform between a 25th and half of the image's: about the numbers and sizes of COCO after
+scale jitter. Proposals of random weights miss the objects, so that hardly any RoI would reach the
+mask head; `lay_on_objects` gives a detector proposals like those of a trained one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number of an image
 SIDES = (0.04, 0.5)  # of an object, as a share of the image's
-ORIGINAL = (
-    0.54  # side of the file that an image comes from: 553 pixels for 1024, as many as 640 x 480
-)
+ORIGINAL = 0.54  # side of an image's file, as a share: 553 pixels for 1024, as many as 640 x 480
 CELL = 32  # pixels of the background's noise
-SHARE = 0.2  # of an image's proposals that lie on its objects: more than are sampled as foreground
-SHIFT = 0.09  # deviation of a proposal's sides from its object's, as a share of that: IoUs of 0.6 to 0.9
+SHARE = 0.2  # of an image's proposals that are on objects: more than are sampled as foreground
+SHIFT = 0.09  # deviation of a proposal from its object, as a share of its side: IoUs of 0.6 to 0.9
 
 
 def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
-    """A batch of `size` images of `side` pixels with targets; pinned where there is a GPU."""
+    """Return a batch of `size` images of `side` pixels with targets; pinned if there is a GPU."""
 
     def draw(index: int, canvas: np.ndarray) -> Sample:
         return _draw(np.random.default_rng((seed, index)), canvas, classes, index)
@@ -40,7 +38,7 @@ def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
 
 
 def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Tensor:
-    """`count` boxes (count, 4) that overlap the objects' boxes (G, 4) as a trained detector's proposals do."""
+    """Return boxes (count, 4) that overlap objects (G, 4) like proposals of a trained detector."""
     generator = torch.Generator().manual_seed(seed)
     chosen = boxes[torch.arange(count) % len(boxes)]
     sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
@@ -49,7 +47,7 @@ def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Ten
 
 
 def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> None:
-    """Makes the RPN replace its last proposals by boxes on the objects of `batch`, the only one it will be given."""
+    """Make the RPN replace its last proposals by boxes on the objects of `batch`."""
     propose, most = detector.rpn.propose, detector.rpn.top_train[1]
     side, count = batch.images.shape[-1], max(1, int(SHARE * most))
     laid = torch.stack([boxes_on_objects(one.boxes, count, side) for one in batch.targets])
@@ -67,7 +65,7 @@ def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> No
 
 
 def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: int) -> Sample:
-    """An image on `canvas` (3, S, S) uint8, and its target."""
+    """Draw an image on `canvas` (3, S, S) uint8; return its target."""
     side = canvas.shape[1]
     cells = rng.integers(64, 192, (max(side // CELL, 1), max(side // CELL, 1), 3), np.uint8)
     picture = Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)
@@ -88,7 +86,7 @@ def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: 
 
 
 def _outline(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Points (P, 2) around a center: a polygon that does not cross itself."""
+    """Return points (P, 2) around a center: a polygon that does not cross itself."""
     low, high = np.log(SIDES)
     sides = np.exp(rng.uniform(low, high, 2)) * side
     corner = rng.uniform(0, 1, 2) * (side - sides)

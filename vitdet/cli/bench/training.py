@@ -1,8 +1,9 @@
-"""How fast a training step is: the loop of `vitdet train` on made-up images, a row for a batch size and precision.
+"""Speed of training steps: the loop of `vitdet train` on synthetic images.
 
-The loop asks a stream for batches as it asks the loader; the stream notes when. A step is the time between two requests,
-on a GPU in the order of its work, so that the copy of the batch, the optimizer and the average of the weights count and
-evaluation, saving and logs do not. One batch is used again and again; `synthetic` says what is in it.
+The loop takes batches from a stream instead of the loader; the stream records when. A step is the
+time between two requests, on a GPU in the order of its work: it includes the copy of the batch, the
+optimizer and the average of the weights, but no evaluation, saving or logging. The same batch is
+used for all steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import Any
 import torch
 
 from vitdet.checkpoint import Checkpoints
-from vitdet.cli.bench.measurement import GIB, Clock, counted, forward_flops, measured, peak_memory
+from vitdet.cli.bench.measurement import (
+    COUNTED,
+    GIB,
+    Clock,
+    counted,
+    forward_flops,
+    measured,
+    peak_memory,
+)
 from vitdet.cli.bench.synthetic import lay_on_objects, make_images
 from vitdet.config import Config, override
 from vitdet.models import Detector, build_detector
@@ -29,19 +38,18 @@ from vitdet.training.trainer import Loop
 from vitdet.training.watchdog import Watchdog
 from vitdet.types import Batch
 
-# steps before the measured ones: memory is allocated, kernels are chosen, parts are compiled and graphs recorded
+# steps before the measured ones, in which memory is allocated and kernels are chosen and compiled
 WARM = {"cuda": 12, "cpu": 2}
-COUNTED = 2  # steps whose kernels are counted, after the measured ones
-# what is not measured comes after more steps than there are
+# what is not measured happens after more steps than there are
 RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
 
 
 class Measured(Exception):
-    """The stream has seen enough steps; ends the loop."""
+    """Ends the loop after the last step."""
 
 
 class Stream:
-    """The batch, as often as it takes to measure `steps` steps of `parts` batches each."""
+    """Yields a batch for the measurement of `steps` steps of `parts` batches each."""
 
     def __init__(self, batch: Batch, device: torch.device, steps: int, parts: int) -> None:
         self.step, self.device, self.steps = [batch] * parts, device, steps
@@ -66,7 +74,7 @@ class Stream:
 def measure_training(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """What `measurement.measured` returns, of training steps."""
+    """Return `measurement.measured` of training steps."""
     needed = WARM[device.type] + steps + COUNTED + 1
     config = override(config, [f"optim.steps={max(config.optim.steps, needed)}", *RARELY])
 
@@ -78,7 +86,9 @@ def measure_training(
 
 
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
-    """The measurements of one batch size and precision: ms (median) a step, images_per_second (mean), peak_gib, counts."""
+    """Return the row of one batch size and precision: as `measurement.call_row`, and
+    reserved_gib, warm_up_s.
+    """
     detector = new_detector(config, device).train()
     parts = config.train.accumulate
     batch = images_for(config, config.train.batch_size // parts)
@@ -95,7 +105,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     row: dict[str, Any] = {}
     try:
         loop.meter.state()
-    except ValueError as error:  # of losses that are not finite; the times stand nevertheless
+    except ValueError as error:  # losses that are not finite; the times are valid
         row["error"] = str(error)
     return {
         **row,
@@ -109,24 +119,23 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
 
 
 def training_flops(config: Config, device: torch.device) -> float:
-    """FLOPs an image of a training step, whose backward pass takes twice the products of the forward pass."""
+    """Return FLOPs per image of a training step; the backward pass has twice those of the forward
+    pass.
+    """
     detector, batch = new_detector(config, device).train(), images_for(config, 1)
     lay_on_objects(detector, batch, device)
-    moved = batch.to(device)
-    used = chosen(config.train.precision, device)
-    with autocast(used, device):
-        return 3 * forward_flops(
-            detector, lambda: detector(moved.images, moved.targets, moved.sizes)
-        )
+    one = batch.to(device)
+    with autocast(chosen(config.train.precision, device), device):
+        return 3 * forward_flops(detector, lambda: detector(one.images, one.targets, one.sizes))
 
 
 def new_detector(config: Config, device: torch.device) -> Detector:
-    """The recipe's detector with random weights, drawn on the device."""
+    """Return the recipe's detector with random weights, drawn on the device."""
     torch.manual_seed(config.train.seed)
     with device:
         return build_detector(config.model, config.evaluate).to(device)
 
 
 def images_for(config: Config, size: int) -> Batch:
-    """A batch of made-up images of the recipe's size and number of classes."""
+    """Return a batch of synthetic images of the recipe's size and number of classes."""
     return make_images(size, config.data.image_size, config.model.roi_heads.num_classes)
