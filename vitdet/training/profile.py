@@ -137,9 +137,7 @@ def _inside(part: str, method: Callable) -> Callable:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, which sum to `wall`; waited: seconds of waiting for the
-    loader.
-    """
+    """Return seconds per step by part, which sum to `wall`; waited: seconds for the loader."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = belongings(host), {event.name for event in host}
