@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import STEPS, Recorder, minimal
-from vitdet.config import load_config
+from tests.conftest import STEPS
+from tests.helpers.runs import go
 from vitdet.training import step as training_step
-from vitdet.training import train, trainer
+from vitdet.training import trainer
 from vitdet.training.precision import chosen, tf32
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -62,7 +62,7 @@ def test_only_fp32_on_a_gpu_is_tf32_and_only_within(
 def test_steps_are_within_and_evaluations_without(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, within, evaluated = [], [], []
+    told, within, evaluated, steps = [], [], [], []
 
     @contextmanager
     def spy(precision: str, device: torch.device) -> Iterator[None]:
@@ -71,14 +71,13 @@ def test_steps_are_within_and_evaluations_without(
         yield
         within.pop()
 
-    evaluate, backward = trainer.evaluate_detector, torch.Tensor.backward
-    steps = []
     monkeypatch.setattr(training_step, "tf32", spy)
-    monkeypatch.setattr(
-        trainer, "evaluate_detector", lambda *a: evaluated.append(bool(within)) or evaluate(*a)
-    )
-    monkeypatch.setattr(
-        torch.Tensor, "backward", lambda *a: steps.append(bool(within)) or backward(*a)
-    )
-    train(load_config("tiny", minimal(tiny)), tmp_path, start_tracking=lambda *_: Recorder())
+
+    def listen(owner: object, name: str, heard: list[bool]) -> None:
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a: heard.append(bool(within)) or whole(*a))
+
+    listen(trainer, "evaluate_detector", evaluated)
+    listen(torch.Tensor, "backward", steps)
+    go(tiny, tmp_path)
     assert steps == [True] * STEPS and evaluated == [False] * 2 and set(told) == {("fp32", "cpu")}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from tests.conftest import Recorder, minimal
+from tests.helpers.runs import cut_at, figures, go, read_state, same_bits, same_weights, spawn_pair
 from tests.helpers.triton_device import needs_gpu
-from tests.training.test_distributed import free_port
-from tests.training.test_resume_settings import same_weights
-from tests.training.test_trainer import cut, figures, go, interrupt, same_bits
 from vitdet import distributed
 from vitdet.config import Config, load_config
 from vitdet.data.dataset import read_split
@@ -77,15 +74,8 @@ class Run:
         }
 
 
-def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
-    """What torchrun does: a step with one micro-batch and with two, and the exchanges of each."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def one_of_two(rank: int, root: Path, folder: Path) -> None:
+    """A step with one micro-batch and with two, and the exchanges of each."""
     torch.set_num_threads(1)
     with distributed.process_group():
         for accumulate in (1, 2):
@@ -135,7 +125,7 @@ def test_micro_batches_draw_as_the_ranks_that_they_stand_for(
 @pytest.mark.slow
 def test_micro_batches_are_as_many_more_processes(tiny: Path, tmp_path: Path) -> None:
     """Two real ones with one and with two micro-batches against one with two and with four."""
-    multiprocessing.spawn(one_of_two, (free_port(), tiny, tmp_path), nprocs=2)
+    spawn_pair(one_of_two, tiny, tmp_path)
     for accumulate in (1, 2):
         run = Run(tiny, **DRAWING, train__accumulate=2 * accumulate)
         done, gradients = run(), run.gradients()
@@ -180,8 +170,7 @@ def test_a_training_with_micro_batches_goes_on_with_the_same_bits(
         "optim__steps": 3,
     }
     whole = go(tiny, tmp_path / "whole", **changes)
-    with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path / "cut", interrupt(cut, 2), **changes)
+    cut_at(2, tiny, tmp_path / "cut", **changes)
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
     # computing again gives the same bits as keeping
     rest = go(tiny, tmp_path / "cut", **changes | {"train__activation_checkpointing": "none"})
@@ -261,7 +250,7 @@ def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
     assert first["skipped_steps"] == 1 and "loss" not in first and "grad_norm" not in first
     assert second["skipped_steps"] == 0 and 0 < second["loss"] < math.inf
     assert "every step skipped" in lines.getvalue()
-    state = torch.load(tmp_path / "a/checkpoints/step_00000002.pt", weights_only=True)
+    state = read_state(tmp_path / "a", 2)
     assert state["scaler"]["scale"] == 4.0
     for weights in (state["model"], state["average"]):
         assert all(one.isfinite().all() for one in weights.values())
@@ -384,17 +373,12 @@ def test_released_steps_are_recorded_again_and_refused_ones_are_not(tiny: Path) 
 def test_the_scale_of_fp16_survives_a_stop(tiny: Path, tmp_path: Path) -> None:
     changes = {"train__precision": "fp16", "optim__steps": 4, "train__save_every": 2}
     go(tiny, tmp_path / "whole", **changes)
-    with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path / "cut", interrupt(cut, 3, "images_per_second"), **changes)
-    state = torch.load(tmp_path / "cut" / "checkpoints" / "step_00000002.pt", weights_only=True)
-    assert state["scaler"]["scale"] > 0
+    cut_at(3, tiny, tmp_path / "cut", "images_per_second", **changes)
+    assert read_state(tmp_path / "cut", 2)["scaler"]["scale"] > 0
     go(tiny, tmp_path / "cut", **changes)
     same_bits(tmp_path / "cut", tmp_path / "whole")
-    ends = [
-        torch.load(tmp_path / name / "checkpoints" / "step_00000004.pt", weights_only=True)
-        for name in ("cut", "whole")
-    ]
-    assert ends[0]["scaler"] == ends[1]["scaler"]
+    cut, whole = (read_state(tmp_path / name, 4) for name in ("cut", "whole"))
+    assert cut["scaler"] == whole["scaler"]
 
 
 @needs_gpu
@@ -403,7 +387,7 @@ def test_fp16_and_micro_batches_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
     changes = {"train__precision": "fp16", "train__batch_size": 4, "train__accumulate": 2}
     recorder = go(tiny, tmp_path, **changes)
     assert all(values["skipped_steps"] in (0, 1) for values in recorder.points.values())
-    state = torch.load(tmp_path / "checkpoints" / "step_00000008.pt", weights_only=True)
+    state = read_state(tmp_path, 8)
     skipped = sum(values["skipped_steps"] for values in recorder.points.values())
     assert skipped < 8 and state["scaler"]["scale"] == 2.0 ** (16 - skipped)
     assert {int(slots["step"]) for slots in state["optimizer"]["state"].values()} == {8 - skipped}

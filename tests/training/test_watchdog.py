@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import STEPS
 from tests.helpers.ranks import UNTRACKED, processes_of, start_ranks
-from tests.training.test_trainer import go
+from tests.helpers.runs import go
 from vitdet import distributed
 from vitdet.checkpoint import load_model_file
 from vitdet.training import trainer, watchdog
