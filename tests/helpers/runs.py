@@ -64,6 +64,11 @@ def stop_at(step: int, tiny: Path, output: Path, key: str = "loss", **changes: o
     return recorder
 
 
+def refused(text: str) -> pytest.RaisesExc[ValueError]:
+    """Expect a ValueError whose message matches."""
+    return pytest.raises(ValueError, match=text)
+
+
 def figures(points: dict) -> dict[int, dict[str, float]]:
     """The values that depend on the training alone."""
     return {

@@ -358,8 +358,7 @@ def test_one_process_is_the_first_of_one() -> None:
         assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")
 
 
-REFUSED = """
-import sys
+REFUSED = """import sys
 from vitdet.cli import main
 try:
     main(sys.argv[1:])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.runs import assert_equal, go, read_state
+from tests.helpers.runs import assert_equal, go, read_state, refused
 from tests.helpers.small import CLASSES, small_detector
 from vitdet.checkpoint import FORMAT, load_model_file, save
 from vitdet.weights import load_pretrained
@@ -27,13 +27,9 @@ def other_classes(data: Path, names: list[str]) -> None:
     for path in (data / "annotations").glob("instances_*.json"):
         content = json.loads(path.read_text())
         kept = sorted(content["categories"], key=lambda one: one["id"])[: len(names)]
-        content["categories"] = [
-            {**one, "name": name} for one, name in zip(kept, names, strict=True)
-        ]
-        ids = {one["id"] for one in kept}
-        content["annotations"] = [
-            one for one in content["annotations"] if one["category_id"] in ids
-        ]
+        ids, objects = {one["id"] for one in kept}, content["annotations"]
+        content["annotations"] = [one for one in objects if one["category_id"] in ids]
+        content["categories"] = [one | {"name": n} for one, n in zip(kept, names, strict=True)]
         path.write_text(json.dumps(content))
 
 
@@ -89,9 +85,8 @@ def test_another_size_of_image(
     assert weights["backbone.pos_embed"].shape[1:3] == (8, 8)
     said = [one.partition(": ")[2] for one in caplog.messages if "resized" in one]
     assert said[0] == "backbone.pos_embed: resized from (1, 16, 16, 128) to (1, 8, 8, 128)"
-    assert said[1].startswith(
-        "backbone.blocks.1.attn.rel_pos_h and 3 more: resized from (31, 32) to (15, 32)"
-    )
+    resized = "backbone.blocks.1.attn.rel_pos_h and 3 more: resized from (31, 32) to (15, 32)"
+    assert said[1].startswith(resized)
 
 
 def test_anything_else_must_match(trained: Path, own_tiny: Path, tmp_path: Path) -> None:
@@ -143,5 +138,5 @@ def test_a_detector_without_its_class_layers_is_refused(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     for lost in ("roi_heads.stages.0.logits.weight", "roi_heads.mask.logits.bias"):
         save(path, {**content, "model": {k: v for k, v in content["model"].items() if k != lost}})
-        with pytest.raises(ValueError, match=f"1 tensors: missing {lost}"):
+        with refused(f"1 tensors: missing {lost}"):
             load_pretrained(small_detector(), path)

@@ -35,9 +35,8 @@ def test_a_gpu_without_bf16_trains_in_fp16_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A V100 emulates bf16: torch calls it supported unless emulation is excluded."""
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-    )
+    emulated = lambda including_emulation=True: including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
     with caplog.at_level(logging.INFO):
         assert chosen("auto", GPU) == "fp16"
     assert len(caplog.messages) == 1 and "does not support bf16" in caplog.text

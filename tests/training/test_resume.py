@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Recorder, minimal
-from tests.helpers.runs import cut, cut_at, go, same_bits, stop_at
+from tests.helpers.runs import cut, cut_at, go, refused, same_bits, stop_at
 from vitdet.checkpoint import Checkpoints
 from vitdet.config import load_config
 from vitdet.training import train, trainer
@@ -79,7 +79,7 @@ def test_the_only_state_is_broken(tiny: Path, tmp_path: Path) -> None:
     cut_at(1, tiny, tmp_path)
     (state,) = (tmp_path / "checkpoints").glob("*.pt")
     state.write_bytes(b"")
-    with pytest.raises(ValueError, match="step_00000000.pt: .*; remove it to start over"):
+    with refused("step_00000000.pt: .*; remove it to start over"):
         go(tiny, tmp_path)
     state.unlink()
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
@@ -95,14 +95,8 @@ def test_weights_of_a_file_name_its_states_without_being_read_into_memory(
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", listed)
-    config = load_config("tiny", minimal(tiny, optim__steps=1))
-    train(
-        config,
-        tmp_path / "run",
-        checkpoints=tmp_path / "states",
-        weights=trained / "model.pt",
-        start_tracking=lambda *_: Recorder(),
-    )
+    config, states = load_config("tiny", minimal(tiny, optim__steps=1)), tmp_path / "states"
+    train(config, tmp_path / "run", checkpoints=states, weights=trained / "model.pt")
     assert len(list((tmp_path / "states").iterdir())) == 1
 
 
@@ -118,26 +112,20 @@ def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
         return heard[-1][-1]
 
     def again(**changes: object) -> Path:
-        return train(
-            load_config("tiny", minimal(own_tiny, optim__steps=1, **changes)),
-            output,
-            start_tracking=start_tracking,
-        )
+        config = load_config("tiny", minimal(own_tiny, optim__steps=1, **changes))
+        return train(config, output, start_tracking=start_tracking)
 
     assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
     ((_, run_id, step, tracker),) = heard  # what was not shipped is, and the run is no longer open
     assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
-    with pytest.raises(
-        ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001\)"
-    ):
+    with refused(r"finished run with another config \(optim.lr: 0.1, not 0.001\)"):
         again(optim__lr=0.1)
     path = own_tiny / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError,
-        match=r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another",
+    with refused(
+        r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another"
     ):
         again()
     assert len(heard) == 1

@@ -21,6 +21,7 @@ from tests.helpers.runs import (
     figures,
     go,
     interrupt,
+    refused,
     same_bits,
     same_weights,
     state_names,
@@ -112,15 +113,11 @@ def test_states_outside_of_the_output_survive_its_removal(
 def test_an_output_with_another_config_is_refused(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001; train.keep"
-    ):
+    with refused(r"finished run with another config \(optim.lr: 0.1, not 0.001; train.keep"):
         go(tiny, trained, optim__lr=0.1, train__keep=1)
     cut_at(1, tiny, tmp_path)  # also when it has only begun
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(
-        ValueError, match=r"contains a run with another config \(optim.lr: 0.1, not 0.001\)"
-    ):
+    with refused(r"contains a run with another config \(optim.lr: 0.1, not 0.001\)"):
         go(tiny, tmp_path, optim__lr=0.1)
     assert (tmp_path / "config.yaml").read_text() == before
 
@@ -131,18 +128,16 @@ def test_a_data_set_that_changed_is_refused(own_tiny: Path, tmp_path: Path) -> N
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="the data set has changed since this run started"):
+    with refused("the data set has changed since this run started"):
         go(own_tiny, tmp_path / "run")
 
 
 def test_classes_must_fit(own_tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="has 6 classes, but model.roi_heads.num_classes is 80; set it to 6"
-    ):
+    with refused("has 6 classes, but model.roi_heads.num_classes is 80; set it to 6"):
         go(own_tiny, tmp_path / "run", model__roi_heads__num_classes=80)
     path = own_tiny / "annotations" / "instances_val.json"
     path.write_text(path.read_text().replace('"star"', '"sun"'))
-    with pytest.raises(ValueError, match=r"train and val have different classes \(star, sun\)"):
+    with refused(r"train and val have different classes \(star, sun\)"):
         go(own_tiny, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -152,9 +147,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_gather_objects", lambda one: [one, one])
-    with pytest.raises(
-        ValueError, match="train.batch_size must be a multiple of the 2 processes, got 3"
-    ):
+    with refused("train.batch_size must be a multiple of the 2 processes, got 3"):
         go(tiny, tmp_path / "run", train__batch_size=3)
     assert not (tmp_path / "run").exists()
 
@@ -162,9 +155,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
 def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     changes = {"optim__lr": 1e18, "optim__clip": 0, "train__log_every": 100, "train__save_every": 1}
-    with pytest.raises(
-        ValueError, match="not finite: the training has diverged; try a smaller optim.lr"
-    ) as caught:
+    with refused("not finite: the training has diverged; try a smaller optim.lr") as caught:
         go(tiny, tmp_path, recorder, **changes)
     assert "\n" not in str(caught.value) and recorder.status == "FAILED" and recorder.points == {}
     for path in (tmp_path / "checkpoints").glob("*.pt"):
@@ -186,7 +177,7 @@ def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -
         env=environment(tmp_path),
     )
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match="another training is writing to this folder"):
+    with refused("another training is writing to this folder"):
         go(tiny, tmp_path)
     other.kill()
     other.communicate()
