@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -267,9 +266,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return the states, oldest first."""
-        return sorted(
-            p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name)
-        )
+        return sorted(self.folder.glob(f"step_{'[0-9]' * 8}.pt"))
 
     def newest(self) -> int:
         """Return the step of the newest state, damaged or not; 0 if there is none."""
