@@ -1,7 +1,4 @@
-"""Checkpoints: training states to resume from, and trained detectors.
-
-Plain data and tensors only.
-"""
+"""Checkpoints, of plain data and tensors only: training states, and trained detectors."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -59,6 +55,7 @@ TRAINING = {
 }
 HEADER = "vitdet_detector"  # key in a .safetensors file's metadata: all but the weights, as JSON
 MISSING = object()
+MODIFIED = "the file was modified after `vitdet train` wrote it, or written by another program"
 log = logging.getLogger(__name__)
 
 
@@ -109,7 +106,8 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
     except OSError:
         raise  # e.g. too many open files: unrelated to the content
     except Exception as error:  # a damaged file can raise any exception
-        kind = ValueError if _is_out_of_memory(error) else DamagedError
+        no_memory = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)
+        kind = ValueError if no_memory else DamagedError
         raise kind(f"{path}: not a complete vitdet checkpoint ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") not in expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -161,25 +159,19 @@ def _load_safetensors(path: Path, expected: str) -> dict:
 
 def _remove_credentials(path: Path, content: dict) -> None:
     """Remove the user and password of the tracking server from a config that version 0.1 stored."""
-    config = content.get("config")
-    tracking = config.get("tracking") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(tracking, dict):
-        return
-    uri = tracking.get("uri")
-    if isinstance(uri, str) and (kept := without_credentials(uri)) != uri:
-        assert isinstance(config, dict) and isinstance(tracking, dict)
-        _warn_of_credentials(path, hide_credentials(uri))
-        content["config"] = {**config, "tracking": {**tracking, "uri": kept}}
+    match content:
+        case {"config": {"tracking": {"uri": str(uri)} as tracking} as config}:
+            if (kept := without_credentials(uri)) != uri:
+                _warn_of_credentials(path, hide_credentials(uri))
+                content["config"] = {**config, "tracking": {**tracking, "uri": kept}}
 
 
 @cache
 def _warn_of_credentials(path: Path, uri: str) -> None:
     log.warning(
-        "%s: the user and password in its tracking.uri %s are not used; set "
+        f"{path}: the user and password in its tracking.uri {uri} are not used; set "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
-        "MLFLOW_TRACKING_URI",
-        path,
-        uri,
+        "MLFLOW_TRACKING_URI"
     )
 
 
@@ -188,16 +180,11 @@ def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> 
     for key, kind in kinds.items():
         if not isinstance(content.get(key, MISSING), kind):
             found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
-            raise ValueError(
-                f"{path}: {key!r} {found}; the file was modified after `vitdet train` wrote it, "
-                "or written by another program"
-            )
+            raise ValueError(f"{path}: {key!r} {found}; {MODIFIED}")
 
 
 def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
-    """Return the weights, the config and the class names of a trained detector; raises as
-    `load`.
-    """
+    """Return the weights, config and class names of a trained detector; raises as `load`."""
     content = load_model_file(path)
     try:
         return content["model"], from_dict(content["config"]), tuple(content["class_names"])
@@ -221,17 +208,13 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
         if not (isinstance(name, str) and isinstance(one, Tensor)) or one.is_complex()
     ]
     if invalid:
-        raise ValueError(
-            f"{path}: {len(invalid)} of its weights are not named real tensors, such as "
-            f"{invalid[0]!r}; the file was modified after `vitdet train` wrote it, or written by "
-            "another program"
-        )
+        found = f"{len(invalid)} of its weights are not named real tensors, such as {invalid[0]!r}"
+        raise ValueError(f"{path}: {found}; {MODIFIED}")
     try:
         detector.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: its weights do not fit its config: {reason}") from error
 
 
 class Checkpoints:
@@ -283,9 +266,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return the states, oldest first."""
-        return sorted(
-            p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name)
-        )
+        return sorted(self.folder.glob(f"step_{'[0-9]' * 8}.pt"))
 
     def newest(self) -> int:
         """Return the step of the newest state, damaged or not; 0 if there is none."""
@@ -322,13 +303,10 @@ class Checkpoints:
         """
         for path, reason in sorted(self.damaged.items()):
             kept, step = path.with_name(f"{path.name}.damaged"), _step_of(path)
-            lost = (
-                f"resuming from step {start}, repeating steps {start + 1} to {step}"
-                if path.suffix == ".pt"
-                else f"the metrics after step {step} are lost; they are computed again when due"
-            )
+            lost = f"the metrics after step {step} are lost; they are computed again when due"
             path.replace(kept)
             if path.suffix == ".pt":
+                lost = f"resuming from step {start}, repeating steps {start + 1} to {step}"
                 _evaluation_of(path).unlink(missing_ok=True)
             log.warning("%s; renamed to %s; %s", reason, kept.name, lost)
         self.damaged.clear()
@@ -341,10 +319,6 @@ def _is_zip(path: Path) -> bool:
             return zipfile.is_zipfile(file)
     except zipfile.BadZipFile:  # damaged central directory
         return False
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)
 
 
 def _step_of(path: Path) -> int:

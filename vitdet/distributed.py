@@ -41,12 +41,9 @@ _changed = 0.0  # time.monotonic() when it entered or left one
 def process_group() -> Iterator[torch.device]:
     """Join the processes that torchrun started, if any, and yield the device of this one."""
     cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if cuda
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
@@ -120,32 +117,20 @@ def _synchronize_launch(store: dist.Store, number: int, count: int) -> tuple[str
     publishes a random launch ID. Each other rank writes a random ID of its own under that key and
     proceeds once rank 0 lists it in `<launch>/all`; keys of earlier launches are therefore ignored.
     While rank 0 waits, it increments `<launch>/polls`: the last launch is an earlier one if this
-    stays the same."""
+    stays the same.
+    """
     deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
-    if number == 0:
-        return _publish_launch(store, count, deadline)
-    return _join_launch(store, number, count, deadline)
-
-
-def _publish_launch(store: dist.Store, count: int, deadline: float) -> tuple[str, list[int]]:
-    """Do the part of rank 0 in `_synchronize_launch`."""
-    launch_id = uuid.uuid4().hex
-    store.set("launch", launch_id)
-    keys = [f"{launch_id}/rank {other}" for other in range(1, count)]
-    while keys and not store.check(keys):  # one request, however many ranks there are
-        if time.monotonic() > deadline and (missing := _missing(store, launch_id, count)):
-            return launch_id, missing
-        store.add(f"{launch_id}/polls", 1)
-        time.sleep(POLL)
-    store.set(f"{launch_id}/all", json.dumps([store.get(key).decode() for key in keys]))
-    return launch_id, []
-
-
-def _join_launch(
-    store: dist.Store, number: int, count: int, deadline: float
-) -> tuple[str, list[int]]:
-    """Do the part of another rank in `_synchronize_launch`."""
     own, launch_id, polls = uuid.uuid4().hex, "", 0
+    if number == 0:
+        store.set("launch", own)
+        keys = [f"{own}/rank {other}" for other in range(1, count)]
+        while keys and not store.check(keys):  # one request, however many ranks there are
+            if time.monotonic() > deadline and (missing := _missing(store, own, count)):
+                return own, missing
+            store.add(f"{own}/polls", 1)
+            time.sleep(POLL)
+        store.set(f"{own}/all", json.dumps([store.get(key).decode() for key in keys]))
+        return own, []
     while True:
         published = store.get("launch").decode() if store.check(["launch"]) else ""
         if published != launch_id:
@@ -158,8 +143,10 @@ def _join_launch(
         if time.monotonic() > deadline:
             break
         time.sleep(POLL)
-    missing = _missing(store, launch_id, count) if launch_id else []
-    if not launch_id or store.add(f"{launch_id}/polls", 0) == polls:
+    if not launch_id:
+        return "", [0]
+    missing = _missing(store, launch_id, count)
+    if store.add(f"{launch_id}/polls", 0) == polls:
         missing = [0, *missing]
     return launch_id, missing or [0]  # rank 0 polled for a while and then stopped
 

@@ -15,7 +15,7 @@ import torch
 from torch import multiprocessing, nn
 
 from tests.conftest import Recorder, minimal
-from tests.training.test_trainer import cut, figures, interrupt, same_bits
+from tests.helpers.runs import cut, figures, interrupt, same_bits
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, load_config
 from vitdet.models import vitae

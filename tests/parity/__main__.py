@@ -54,9 +54,8 @@ def says(kind: str) -> Callable[[dict], bool]:
 
 def lists(entry: str) -> Callable[[dict], bool]:
     """Holds for a config.json of several small cases, {tag: {entry: ...}}."""
-    return lambda config: (
-        bool(config) and all(isinstance(c, dict) and entry in c for c in config.values())
-    )
+    has = lambda one: isinstance(one, dict) and entry in one  # noqa: E731
+    return lambda config: bool(config) and all(map(has, config.values()))
 
 
 # The first row that fits.
@@ -112,10 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("folders", nargs="*", metavar="DIR", help="a folder with a golden case")
     given = parser.parse_args(arguments)
     if not given.folders:
-        print(
-            "usage: python -m tests.parity [--device cuda] DIR...   (folders with golden cases)",
-            file=sys.stderr,
-        )
+        parser.print_usage(sys.stderr)
         return 2
     try:
         device = device_named(given.device)
@@ -128,11 +124,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{folder}: skipped, a file and not a case folder")
             continue
         report = run(Path(folder), device)
-        print(report.title, *report.lines, sep="\n")
-        print(
-            f"{report.title}: {'all hold' if report.failures == 0 else f'{report.failures} out'}",
-            flush=True,
-        )
+        verdict = f"{report.failures} out" if report.failures else "all hold"
+        print(report.title, *report.lines, f"{report.title}: {verdict}", sep="\n", flush=True)
         failures += report.failures
     return 1 if failures else 0
 

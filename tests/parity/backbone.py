@@ -18,7 +18,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from tests.helpers import parts
-from tests.parity.case import load
+from tests.parity.case import as_tensors, load
 from tests.parity.device import CPU
 from tests.parity.report import Report
 from vitdet.models.vitae import wide_branch
@@ -49,9 +49,8 @@ class Resampled(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pyramid = parts.pyramid(
-            backbone.out_channels, 1, backbone.stride, halve_channels=False
-        )
+        channels, stride = backbone.out_channels, backbone.stride
+        self.pyramid = parts.pyramid(channels, 1, stride, halve_channels=False)
         self.pyramid.levels = nn.ModuleList(level[:-2] for level in self.pyramid.levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -75,10 +74,9 @@ def global_blocks(settings: dict) -> list[int]:
 
 def build_vit(settings: dict) -> nn.Module:
     """ViT-B's backbone, or ViTAE-B's, at the size that the settings say."""
-    dim, mlp_ratio = settings["embed_dim"], settings.get("mlp_ratio", 4)
-    branch = (
-        partial(wide_branch, dim, int(mlp_ratio * dim)) if settings["type"] == "ViTAE" else None
-    )
+    dim, mlp_ratio, branch = settings["embed_dim"], settings.get("mlp_ratio", 4), None
+    if settings["type"] == "ViTAE":
+        branch = partial(wide_branch, dim, int(mlp_ratio * dim))
     return parts.vit(
         dim=dim,
         depth=settings["depth"],
@@ -147,18 +145,9 @@ def build_swin(settings: dict) -> nn.Module:
 def build_vitaev2(settings: dict) -> nn.Module:
     """ViTAEv2's backbone at the size that the settings say. Raises ValueError for what none of its sizes has."""
     attention = ["window", "window", "transformer", "transformer"]
-    fixed(
-        settings,
-        {
-            "in_chans": 3,
-            "stages": 4,
-            "downsample_ratios": [4, 2, 2, 2],
-            "mlp_ratio": 4,
-            "out_indices": [0, 1, 2, 3],
-            "RC_tokens_type": attention,
-            "NC_tokens_type": attention,
-        },
-    )
+    values = {"in_chans": 3, "stages": 4, "downsample_ratios": [4, 2, 2, 2], "mlp_ratio": 4}
+    tokens = {"RC_tokens_type": attention, "NC_tokens_type": attention}
+    fixed(settings, {**values, **tokens, "out_indices": [0, 1, 2, 3]})
     return Hierarchical(
         parts.vitaev2(
             widths=settings["embed_dims"],
@@ -186,32 +175,14 @@ def resampled(build: Callable[[dict], nn.Module]) -> Callable[[dict], nn.Module]
 RATES = ("type", "drop_rate", "attn_drop_rate", "drop_path_rate", "use_checkpoint", "qk_scale")
 PLAIN = (
     *RATES,
-    "img_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "qkv_bias",
-    "use_abs_pos_emb",
+    *("img_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "use_abs_pos_emb"),
     "interval",
 )
 CELLS = (
     *RATES,
-    "img_size",
-    "RC_tokens_type",
-    "NC_tokens_type",
-    "stages",
-    "embed_dims",
-    "token_dims",
-    "window_size",
-    "downsample_ratios",
-    "NC_depth",
-    "NC_heads",
-    "RC_heads",
-    "NC_group",
-    "RC_group",
-    "mlp_ratio",
-    "globalBlock",
+    *("img_size", "RC_tokens_type", "NC_tokens_type", "stages", "embed_dims", "token_dims"),
+    *("window_size", "downsample_ratios", "NC_depth", "NC_heads", "RC_heads", "NC_group"),
+    *("RC_group", "mlp_ratio", "globalBlock"),
 )
 SYSTEMS = {
     "ViT": System(resampled(build_vit), fork_layout, PLAIN),
@@ -233,15 +204,11 @@ SYSTEMS = {
 def system_of(settings: dict) -> System:
     """Raises ValueError for a type, a setting or a value that is not rebuilt here."""
     system = SYSTEMS.get(settings["type"])
+    kind = settings["type"]
     if system is None:
-        raise ValueError(
-            f"a backbone of type {settings['type']}: expected one of {', '.join(SYSTEMS)}"
-        )
-    unknown = sorted(settings.keys() - set(system.settings))
-    if unknown:
-        raise ValueError(
-            f"settings of a {settings['type']} that are not rebuilt here: {', '.join(unknown)}"
-        )
+        raise ValueError(f"a backbone of type {kind}: expected one of {', '.join(SYSTEMS)}")
+    if unknown := sorted(settings.keys() - set(system.settings)):
+        raise ValueError(f"settings of a {kind} that are not rebuilt here: {', '.join(unknown)}")
     if settings.get("qk_scale") is not None:
         raise ValueError(
             f"qk_scale: expected null, the square root of a head's channels, got {settings['qk_scale']}"
@@ -253,10 +220,7 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
     """Reads the settings, the weights and the images, and nothing else; gives the maps by name."""
     settings = json.loads((folder / "config.json").read_text())["backbone"]
     system = system_of(settings)
-    weights = {
-        f"backbone.{name}": torch.from_numpy(array)
-        for name, array in load(folder / "weights.npz").items()
-    }
+    weights = as_tensors(load(folder / "weights.npz"), "backbone.")
     images = torch.from_numpy(load(folder / "io.npz", lambda name: name == "img")["img"])
     model = system.build(settings)
     model.load_state_dict(to_ours(weights, system.layout(settings)))

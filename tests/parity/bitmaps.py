@@ -25,21 +25,12 @@ class Bitmaps:
     def batch(cls, images: Sequence[Bitmaps], slots: int) -> Bitmaps:
         """The masks of several images as one record of `slots` objects an image, all of the size of the largest."""
         sides = [max(image.pixels.shape[axis] for image in images) for axis in (1, 2)]
-        return cls(
-            torch.cat(
-                [
-                    F.pad(
-                        image.pixels,
-                        (
-                            *(0, sides[1] - image.pixels.shape[2]),
-                            *(0, sides[0] - image.pixels.shape[1]),
-                            *(0, slots - len(image)),
-                        ),
-                    )
-                    for image in images
-                ]
-            )
-        )
+
+        def padded(image: Bitmaps) -> Tensor:
+            below, right = (sides[axis] - image.pixels.shape[axis + 1] for axis in (0, 1))
+            return F.pad(image.pixels, (0, right, 0, below, 0, slots - len(image)))
+
+        return cls(torch.cat([padded(image) for image in images]))
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -8,7 +8,7 @@ The published samplers draw at random; the cases replace that by `evenly` (see t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,24 +54,13 @@ def build(config: dict) -> Detector:
         residual_blocks=config["residual_block_indexes"],
     )
     pyramid = parts.pyramid(backbone.out_channels, channels, backbone.stride)
+    classification: nn.Module = SoftmaxClassification(num_classes=classes)
     if config["lvis"]:
-        num = config.get("fed_loss_num_classes", 50)
-        classification: nn.Module = FederatedClassification(
-            class_weights=torch.ones(classes), num=num, draw=False
-        )
-    else:
-        classification = SoftmaxClassification(num_classes=classes)
+        num, odds = config.get("fed_loss_num_classes", 50), torch.ones(classes)
+        classification = FederatedClassification(class_weights=odds, num=num, draw=False)
     scale = config["anchor_sizes"][0][0] / pyramid.strides[0]
-    heads = [
-        parts.box_head(
-            channels=channels,
-            num_convs=4,
-            fc_dim=config["fc_dim"],
-            num_classes=classes,
-            class_agnostic=stages > 1,
-        )
-        for _ in range(stages)
-    ]
+    sizes = {"channels": channels, "num_convs": 4, "num_classes": classes}
+    box = {**sizes, "fc_dim": config["fc_dim"], "class_agnostic": stages > 1}
     return Detector(
         backbone=backbone,
         pyramid=pyramid,
@@ -88,8 +77,8 @@ def build(config: dict) -> Detector:
         ),
         roi_heads=parts.roi_heads(
             BitmapRoIHeads,
-            stages=heads,
-            mask=parts.mask_head(channels=channels, num_convs=4, num_classes=classes),
+            stages=[parts.box_head(**box) for _ in range(stages)],
+            mask=parts.mask_head(**sizes),
             classification=classification,
             strides=pyramid.strides[:4],
             ious=(0.5, 0.6, 0.7)[:stages],
@@ -128,9 +117,7 @@ class Case:
         truth = json.loads(path.read_text()) if path.exists() else []
         inputs, weights = load(folder / "inputs.npz"), load(folder / "state_dict.npz")
         detector = build(config)
-        detector.load_state_dict(
-            to_ours({k: torch.from_numpy(v) for k, v in weights.items()}, DETECTRON2)
-        )
+        detector.load_state_dict(to_ours(as_tensors(weights), DETECTRON2))
         side, count = config["square_pad"], sum(name.startswith("image") for name in inputs)
         if truth and len(truth) != count:
             raise ValueError(f"{path}: expected {count} entries, one per image, got {len(truth)}")
@@ -187,6 +174,11 @@ def read_target(
     shapes = (boxes.reshape(-1, 4), labels.reshape(-1), masks.reshape(-1, height, width))
     boxes, labels, masks = (torch.from_numpy(array) for array in shapes)
     return boxes.float(), labels.long(), masks.bool()
+
+
+def as_tensors(arrays: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, Tensor]:
+    """The same arrays as tensors, with a prefix to their names."""
+    return {prefix + name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:

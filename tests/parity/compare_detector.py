@@ -55,12 +55,8 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
         if not path.exists():
             report.skip(file, "this case does not hold the file")
             continue
-        check(
-            load(path) if path.suffix == ".npz" else json.loads(path.read_text()),
-            found,
-            floors,
-            report,
-        )
+        stored = load(path) if path.suffix == ".npz" else json.loads(path.read_text())
+        check(stored, found, floors, report)
         compared += 1
     if not compared:
         report.out("the case", "it holds no stored result")
@@ -73,29 +69,19 @@ def in_stored_order(found: Computed, rpn: Stored, report: Report) -> Computed:
     """
     proposals, orders = {}, {}
     for mode, images in found.proposals.items():
-        orders[mode] = [
-            order_within_ties(
-                f"rpn.{mode}_proposals{i}",
-                {"boxes": image.boxes, "logits": image.logits},
-                present(
-                    rpn, {"boxes": f"{mode}_proposals{i}", "logits": f"{mode}_proposal_logits{i}"}
-                ),
-                {"boxes": BOXES, "logits": FEATURES},
-                "logits",
-                report,
-            )
-            for i, image in enumerate(images)
-        ]
+        orders[mode], tolerance = [], {"boxes": BOXES, "logits": FEATURES}
+        for i, image in enumerate(images):
+            name, ours = f"{mode}_proposals{i}", {"boxes": image.boxes, "logits": image.logits}
+            theirs = present(rpn, {"boxes": name, "logits": f"{mode}_proposal_logits{i}"})
+            order = order_within_ties(f"rpn.{name}", ours, theirs, tolerance, "logits", report)
+            orders[mode].append(order)
         proposals[mode] = [
             Proposals(image.boxes[order], image.logits[order], image.filled[order])
             for image, order in zip(images, orders[mode], strict=True)
         ]
     starts = np.cumsum([0, *map(len, orders["eval"])])
-    rows = torch.from_numpy(
-        np.concatenate(
-            [order + start for order, start in zip(orders["eval"], starts, strict=False)]
-        )
-    )
+    moved = [order + start for order, start in zip(orders["eval"], starts, strict=False)]
+    rows = torch.from_numpy(np.concatenate(moved))
     stages = [(logits[rows], deltas[rows]) for logits, deltas in found.stages]
     return replace(found, proposals=proposals, stages=stages)
 
@@ -116,10 +102,8 @@ def compare_backbone(stored: Stored, found: Computed, floors: Mapping, report: R
     }
     for name, block in maps.items():
         if name.startswith("block"):
-            ours |= {
-                f"{name}_out_image0": block[0],
-                f"{name}_out_image0_every4": block[0, ::4, ::4],
-            }
+            ours[f"{name}_out_image0"] = block[0]
+            ours[f"{name}_out_image0_every4"] = block[0, ::4, ::4]
     for level in range(2, 7):
         feature = maps[f"p{level}"]
         ours |= {
@@ -142,10 +126,8 @@ def compare_rpn(stored: Stored, found: Computed, floors: Mapping, report: Report
         }
     for mode, images in found.proposals.items():
         for i, image in enumerate(images):
-            ours |= {
-                f"{mode}_proposals{i}": image.boxes,
-                f"{mode}_proposal_logits{i}": image.logits,
-            }
+            ours[f"{mode}_proposals{i}"] = image.boxes
+            ours[f"{mode}_proposal_logits{i}"] = image.logits
             tolerance[f"{mode}_proposals{i}"] = BOXES
     compare_table("rpn", stored, ours, tolerance, report)
 
@@ -153,51 +135,25 @@ def compare_rpn(stored: Stored, found: Computed, floors: Mapping, report: Report
 def compare_detections(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
     """detections.npz: on the canvas, and after rescaling to the output size."""
     ours, tolerance = {}, {}
-    boxes, scores = (
-        max(10 * floors.get("boxes", 0), BOXES),
-        max(10 * floors.get("scores", 0), SCORES),
-    )
+    boxes = max(10 * floors.get("boxes", 0), BOXES)
+    scores = max(10 * floors.get("scores", 0), SCORES)
     masks = max(10 * floors.get("mask_probs", 0), SCORES)
     for stage, (logits, deltas) in enumerate(found.stages):
         ours |= {f"cls_logits_stage{stage}": logits, f"box_deltas_stage{stage}": deltas}
     for i, image in enumerate(found.detections):
-        image = image[
-            torch.from_numpy(
-                order_within_ties(
-                    f"detections.{i}",
-                    {"boxes": image.boxes, "scores": image.scores, "classes": image.labels},
-                    present(
-                        stored, {name: f"{name}{i}" for name in ("boxes", "scores", "classes")}
-                    ),
-                    {"boxes": boxes, "scores": scores, "classes": 0.0},
-                    "scores",
-                    report,
-                )
-            )
-        ]
-        ours |= {
-            f"boxes{i}": image.boxes,
-            f"scores{i}": image.scores,
-            f"classes{i}": image.labels,
-            f"mask_probs_first20_{i}": image.masks[:20],
-            f"mask_probs_mean{i}": image.masks.mean(dim=(1, 2)),
-        }
+        columns = {"boxes": image.boxes, "scores": image.scores, "classes": image.labels}
+        theirs = present(stored, {name: f"{name}{i}" for name in columns})
+        limits = {"boxes": boxes, "scores": scores, "classes": 0.0}
+        order = order_within_ties(f"detections.{i}", columns, theirs, limits, "scores", report)
+        image = image[torch.from_numpy(order)]
         output = to_image(image, tuple(found.case.sizes[i].tolist()), found.case.outputs[i])
-        ours |= {
-            f"post_boxes{i}": output.boxes,
-            f"post_scores{i}": output.scores,
-            f"post_classes{i}": output.labels,
-        }
-        tolerance |= {
-            f"boxes{i}": boxes,
-            f"post_boxes{i}": boxes,
-            f"scores{i}": scores,
-            f"post_scores{i}": scores,
-            f"classes{i}": 0.0,
-            f"post_classes{i}": 0.0,
-            f"mask_probs_first20_{i}": masks,
-            f"mask_probs_mean{i}": masks,
-        }
+        for prefix, one in (("", image), ("post_", output)):
+            columns = {"boxes": one.boxes, "scores": one.scores, "classes": one.labels}
+            ours |= {f"{prefix}{name}{i}": column for name, column in columns.items()}
+            tolerance |= {f"{prefix}{name}{i}": limits[name] for name in columns}
+        ours[f"mask_probs_first20_{i}"] = image.masks[:20]
+        ours[f"mask_probs_mean{i}"] = image.masks.mean(dim=(1, 2))
+        tolerance |= {f"mask_probs_first20_{i}": masks, f"mask_probs_mean{i}": masks}
     compare_table("detections", stored, ours, tolerance, report)
 
 
@@ -230,45 +186,35 @@ def compare_results(stored: list[dict], found: Computed, floors: Mapping, report
         classes = range(found.case.config["num_classes"])
         mine = detections_to_results(image, size, found.case.outputs[i], i, classes)
         theirs = [one for one in stored if one.get("image") == i]
-        order = order_within_ties(
-            f"results.{i}",
+        lists = (
             {name: [one[key] for one in mine] for name, (key, _) in columns.items()},
             {name: [one[name] for one in theirs] for name in columns},
-            tolerance,
-            "score",
-            report,
         )
+        order = order_within_ties(f"results.{i}", *lists, tolerance, "score", report)
         ours += [mine[k] for k in order[:40]]
     if len(ours) != len(stored):
         report.out("results", f"{len(ours)} results, expected {len(stored)}")
         return
     for name, (key, absolute) in columns.items():
-        report.close(
-            f"results.{name}",
-            np.array([one[key] for one in ours]),
-            np.array([one[name] for one in stored]),
-            absolute,
-        )
-    overlaps, areas = [], []
-    for mine, theirs in zip(ours, stored, strict=True):
-        a, b = (
-            rle.decode(mine["segmentation"]).astype(bool),
-            rle.decode(theirs["segmentation"]).astype(bool),
-        )
-        areas.append(int(a.sum()))
-        overlaps.append(
-            0.0
-            if a.shape != b.shape
-            else 1 - max((a != b).sum() - FLIPPED, 0) / max((a | b).sum(), 1)
-        )
-    report.at_least(
-        f"results.segmentation (IoU but for {FLIPPED} pixels)", min(overlaps, default=1.0), 0.999
+        mine, theirs = np.array([one[key] for one in ours]), [one[name] for one in stored]
+        report.close(f"results.{name}", mine, np.array(theirs), absolute)
+    mine, theirs = (
+        [rle.decode(one["segmentation"]).astype(bool) for one in results]
+        for results in (ours, stored)
     )
+    least = min(map(overlap, mine, theirs), default=1.0)
+    report.at_least(f"results.segmentation (IoU but for {FLIPPED} pixels)", least, 0.999)
     report.seen.add("results.segmentation")
-    report.close(
-        "results.area", np.array(areas), np.array([one["area"] for one in stored]), FLIPPED, 1e-3
-    )
+    areas, stored_areas = np.array([one.sum() for one in mine]), [one["area"] for one in stored]
+    report.close("results.area", areas, np.array(stored_areas), FLIPPED, 1e-3)
     report.all_seen(sorted({f"results.{name}" for one in stored for name in one}))
+
+
+def overlap(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """IoU of two masks, in which FLIPPED pixels may differ; 0 for other shapes."""
+    if ours.shape != theirs.shape:
+        return 0.0
+    return 1 - max((ours != theirs).sum() - FLIPPED, 0) / max((ours | theirs).sum(), 1)
 
 
 def compare_training(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
@@ -280,21 +226,17 @@ def compare_training(stored: Stored, found: Computed, floors: Mapping, report: R
             report.equal(full, np.array(ours[base].shape), theirs)
         elif name.endswith("_packed") and base in ours:
             mine = ours[base].numpy()
-            if theirs.shape != ((mine.size + 7) // 8,):
-                report.out(
-                    full,
-                    f"{theirs.size} bytes, expected {(mine.size + 7) // 8} for {mine.shape} cells",
-                )
+            size = (mine.size + 7) // 8
+            if theirs.shape != (size,):
+                report.out(full, f"{theirs.size} bytes, expected {size} for {mine.shape} cells")
                 continue
             wanted = np.unpackbits(theirs)[: mine.size].reshape(mine.shape).astype(bool)
             if "polygon" in base:
-                union = np.maximum((mine | wanted).sum(axis=(1, 2)), 1)
-                overlap = np.where(
-                    (mine | wanted).any(axis=(1, 2)), (mine & wanted).sum(axis=(1, 2)) / union, 1.0
-                )
-                report.at_least(
-                    f"{full} (mean IoU)", float(overlap.mean()) if len(overlap) else 1.0, 0.98
-                )
+                union = (mine | wanted).sum(axis=(1, 2))
+                shares = (mine & wanted).sum(axis=(1, 2)) / np.maximum(union, 1)
+                shares[union == 0] = 1.0
+                value = float(shares.mean()) if len(shares) else 1.0
+                report.at_least(f"{full} (mean IoU)", value, 0.98)
                 report.seen.add(full)
             else:
                 report.close(full, float((mine != wanted).mean()) if mine.size else 0.0, 0.0, 2e-4)
@@ -315,43 +257,36 @@ def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Re
     """losses.json: the losses with each kind of target, norms and sums of the gradients."""
     their_names = found.case.their_names()
     if found.decided:
-        report.inform(
-            "losses ties", f"{found.decided} ReLUs take the side that they have in float64"
-        )
+        text = f"{found.decided} ReLUs take the side that they have in float64"
+        report.inform("losses ties", text)
     floor = 10 * max([*floors.get("losses_rel", {}).values(), 0.0])
     for kind, theirs in stored.items():
         exact, base = kind.endswith("_float64"), kind.removesuffix("_float64")
-        losses, gradients = (
-            (found.losses64, found.gradients64) if exact else (found.losses, found.gradients)
-        )
+        losses = found.losses64 if exact else found.losses
         if base in losses:
             report.names(f"losses.{kind} names", losses[base], theirs)
             for name in theirs.keys() & losses[base].keys():
                 by_polygon = base == "losses_polygon" and name == "loss_mask"
                 relative = 1e-2 if by_polygon else LOSSES64 if exact else max(floor, LOSSES)
-                report.close(
-                    f"losses.{kind}.{name}", losses[base][name], theirs[name], 0.0, relative
-                )
+                ours = losses[base][name]
+                report.close(f"losses.{kind}.{name}", ours, theirs[name], 0.0, relative)
         elif base in ("grad_norms", "grad_sums"):
             exact = exact or base == "grad_sums"  # the sums are stored in float64 only
             gradients = found.gradients64 if exact else found.gradients
-            relative = (
-                GRADIENTS64 if exact else max(10 * floors.get("grad_norm_rel_max", 0.0), GRADIENTS)
-            )
-            absolute = 1e-6 if exact else 1e-5
+            absolute, relative = 1e-6, GRADIENTS64
+            if not exact:
+                absolute = 1e-5
+                relative = max(10 * floors.get("grad_norm_rel_max", 0.0), GRADIENTS)
             ours = {their_names[name]: gradient for name, gradient in gradients.items()}
             report.names(f"losses.{kind} names", ours, theirs)
             for name in (name for name in theirs if name in ours):
                 value = ours[name].norm() if base == "grad_norms" else ours[name].sum()
                 # a sum of cancelling terms is as exact as its terms are large
                 scale = float(ours[name].abs().sum()) if base == "grad_sums" else abs(theirs[name])
-                report.close(
-                    f"losses.{kind}.{name}", value, theirs[name], absolute + relative * scale
-                )
+                tolerance = absolute + relative * scale
+                report.close(f"losses.{kind}.{name}", value, theirs[name], tolerance)
         elif kind == "params_without_grad":
-            without = [
-                theirs for ours, theirs in their_names.items() if ours not in found.gradients
-            ]
+            without = [their_names[name] for name in their_names.keys() - found.gradients.keys()]
             report.names(f"losses.{kind}", without, theirs)
         else:
             continue

@@ -15,7 +15,7 @@ import torch
 from pycocotools import mask as rle
 
 from tests.parity.case import load
-from tests.parity.compare_detector import compare_table
+from tests.parity.compare_detector import compare_table, overlap
 from tests.parity.compare_inputs import FLIPPED
 from tests.parity.fork_detector import INPUTS, Computed
 from tests.parity.report import Report
@@ -88,16 +88,9 @@ def compare_masks(stored: list[dict], found: Computed, report: Report) -> None:
         return
     overlaps = []
     for ours, code in zip(bitmaps, stored, strict=True):
-        theirs = rle.decode(code).astype(bool)
-        same = theirs.shape == ours.shape
-        overlaps.append(
-            1 - max((ours != theirs).sum() - FLIPPED, 0) / max((ours | theirs).sum(), 1)
-            if same
-            else 0.0
-        )
-    report.at_least(
-        f"masks_rle (IoU but for {FLIPPED} pixels)", min(overlaps, default=1.0), OVERLAP
-    )
+        overlaps.append(overlap(ours, rle.decode(code).astype(bool)))
+    name = f"masks_rle (IoU but for {FLIPPED} pixels)"
+    report.at_least(name, min(overlaps, default=1.0), OVERLAP)
     for name in sorted({name for code in stored for name in code} - {"size", "counts"}):
         report.out(f"masks_rle.{name}", "not compared: this check does not know the quantity")
 
@@ -134,9 +127,8 @@ def compare_losses(stored: Mapping, found: Computed, report: Report) -> None:
         if name not in found.losses:
             report.out(f"config.losses.{name}", "not compared: this check does not know the loss")
             continue
-        report.close(
-            f"config.losses.{name}", np.array(found.losses[name]), np.array(theirs), 0.0, LOSSES
-        )
+        ours = np.array(found.losses[name])
+        report.close(f"config.losses.{name}", ours, np.array(theirs), 0.0, LOSSES)
         if isinstance(theirs, list):
             whole = found.losses.get(f"sum of {name}", np.nan)
             report.close(f"config.losses.{name} in all", whole, sum(theirs), 0.0, LOSSES)

@@ -37,9 +37,8 @@ def compare_inputs(case: Case, report: Report) -> None:
         if "images" in config:
             report.equal(f"config.images.{i}", size, np.array(config["images"][i]))
         if "outputs" in config:
-            report.equal(
-                f"config.outputs.{i}", np.array(case.outputs[i]), np.array(config["outputs"][i])
-            )
+            outputs = np.array(config["outputs"][i])
+            report.equal(f"config.outputs.{i}", np.array(case.outputs[i]), outputs)
         if "n_gt" in config and case.bitmaps:
             report.equal(f"config.n_gt.{i}", len(case.bitmaps[i]), np.array(config["n_gt"][i]))
     for i, truth in enumerate(case.truth):
@@ -49,10 +48,9 @@ def compare_inputs(case: Case, report: Report) -> None:
         report.skip("config.n_gt", "this case has no ground truth")
     if "n_params" in config:
         # the class token's row of the position embedding, which we do not keep
-        token = (
-            case.weights["backbone.net.pos_embed"].size - case.detector.backbone.pos_embed.numel()
-        )
-        count = sum(p.numel() for p in case.detector.parameters()) + token
+        count = sum(p.numel() for p in case.detector.parameters())
+        count += case.weights["backbone.net.pos_embed"].size
+        count -= case.detector.backbone.pos_embed.numel()
         report.equal("config.n_params", count, np.array(config["n_params"]))
     if config.get("image_counts") is not None:
         odds = np.asarray(config["image_counts"], np.float64) ** 0.5
@@ -60,10 +58,8 @@ def compare_inputs(case: Case, report: Report) -> None:
             report.close(f"config.image_counts against {name}", case.weights[name], odds, 0.0, 1e-6)
     for name in sorted(case.inputs):
         known = name.rstrip("0123456789") in ("image", "gt_boxes", "gt_classes", "gt_masks")
-        report.skip(
-            f"inputs.{name}",
-            "an input: it shows in the results" if known else "not known here: not used",
-        )
+        reason = "an input: it shows in the results" if known else "not known here: not used"
+        report.skip(f"inputs.{name}", reason)
 
 
 def compare_truth(i: int, truth: Mapping, case: Case, report: Report) -> None:
@@ -80,14 +76,10 @@ def compare_truth(i: int, truth: Mapping, case: Case, report: Report) -> None:
         report.close(f"{name}.boxes", case.bitmaps[i].boxes, boxes, BOXES)
     if "polygons" in truth:
         height, width = size.tolist()
-        drawn = [
-            rle.decode(rle.merge(rle.frPyObjects(parts, height, width)))
-            for parts in truth["polygons"]
-        ]
-        pixels = np.array(drawn).reshape(-1, height, width)
+        codes = [rle.merge(rle.frPyObjects(one, height, width)) for one in truth["polygons"]]
+        pixels = np.array([rle.decode(code) for code in codes]).reshape(-1, height, width)
         report.equal(f"{name}.polygons", case.bitmaps[i].masks.pixels, pixels)
     for entry in sorted(truth.keys() - {"classes", "boxes", "polygons", "height", "width"}):
         known = entry in ("out_height", "out_width")
-        report.skip(
-            f"{name}.{entry}", "an input: it shows in post_boxes" if known else "not known here"
-        )
+        reason = "an input: it shows in post_boxes" if known else "not known here"
+        report.skip(f"{name}.{entry}", reason)

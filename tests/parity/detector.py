@@ -86,11 +86,9 @@ def run_backbone(case: Case) -> dict[str, Tensor]:
     """Everything up to the pyramid (whole maps; `compare_detector` cuts them)."""
     vit = case.detector.backbone
     tokens = vit.patch_embed(case.detector.normalize(case.images, case.sizes))
-    found = {
-        "patch_embed": tokens,
-        "pos_embed_resized": resize_positions(vit.pos_embed, tuple(tokens.shape[1:3])),
-    }
-    x = tokens + found["pos_embed_resized"]
+    positions = resize_positions(vit.pos_embed, tuple(tokens.shape[1:3]))
+    found = {"patch_embed": tokens, "pos_embed_resized": positions}
+    x = tokens + positions
     for i, block in enumerate(vit.blocks):
         x = block(x)
         found[f"block{i}"] = x
@@ -141,9 +139,8 @@ def run_training(
         boxes, matched = boxes[foreground], matched[foreground]
         found[f"mask_targets_bitmask{i}"] = heads.mask_targets(target.masks[matched], boxes)
         if case.polygons:
-            found[f"mask_targets_polygon{i}"] = heads.mask_targets(
-                case.polygons[i].masks[matched], boxes
-            )
+            outlines = case.polygons[i].masks[matched]
+            found[f"mask_targets_polygon{i}"] = heads.mask_targets(outlines, boxes)
     for stage in range(len(heads.stages)):
         name = "roi" if stage == 0 else f"stage{stage}"
         labels, filled = heads.labels(assigned, targets), assigned.filled
@@ -153,12 +150,8 @@ def run_training(
             found[f"{name}_gt_classes{i}"] = labels[i][used]
             found[f"{name}_gt_boxes{i}"] = truth[i][used]
         if isinstance(heads.classification, FederatedClassification):
-            classes = federated_classes(
-                labels[filled],
-                heads.classification.class_weights,
-                heads.classification.num,
-                draw=False,
-            )
+            odds, num = heads.classification.class_weights, heads.classification.num
+            classes = federated_classes(labels[filled], odds, num, draw=False)
             found[f"fed_classes_call{stage}"] = classes.nonzero().flatten()
         if stage + 1 < len(heads.stages):
             _, deltas = heads.run_stage(stage, features, assigned.boxes, filled)
@@ -177,11 +170,8 @@ def run_losses(
     if case.bitmaps:
         kinds["losses_bitmask"] = case.bitmaps
     if len(case.bitmaps) > 1:
-        kinds["losses_image1_without_gt"] = [
-            case.bitmaps[0],
-            case.bitmaps[1][:0],
-            *case.bitmaps[2:],
-        ]
+        first, second, *others = case.bitmaps
+        kinds["losses_image1_without_gt"] = [first, second[:0], *others]
     detector.train()
     losses, gradients = {}, {}
     for name, targets in kinds.items():
@@ -189,8 +179,7 @@ def run_losses(
             found = detector(case.images, targets, case.sizes)
         if name == "losses_bitmask":
             sum(found.values()).backward()
-            gradients = {
-                n: p.grad.detach() for n, p in detector.named_parameters() if p.grad is not None
-            }
+            trained = ((n, p) for n, p in detector.named_parameters() if p.grad is not None)
+            gradients = {name: parameter.grad.detach() for name, parameter in trained}
         losses[name] = {key: float(value.detach()) for key, value in found.items()}
     return losses, gradients

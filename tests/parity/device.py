@@ -62,7 +62,6 @@ def moved(found: Any, device: torch.device) -> Any:
     if isinstance(found, list | tuple):
         return type(found)(moved(one, device) for one in found)
     if is_dataclass(found):
-        return replace(
-            found, **{one.name: moved(getattr(found, one.name), device) for one in fields(found)}
-        )
+        names = [one.name for one in fields(found)]
+        return replace(found, **{name: moved(getattr(found, name), device) for name in names})
     return found

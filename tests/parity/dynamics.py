@@ -62,10 +62,8 @@ def compute(folder: Path, device: torch.device = CPU) -> Computed:
     start = folder.parent / START
     if not start.is_dir():
         raise FileNotFoundError(f"training starts from the weights of {start}, which is missing")
-    return Computed(
-        {"bitmask": train(start, False, device), "polygon": train(start, True, device)},
-        applied_gradients(start, device),
-    )
+    runs = {"bitmask": train(start, False, device), "polygon": train(start, True, device)}
+    return Computed(runs, applied_gradients(start, device))
 
 
 def sgd(detector: Detector) -> torch.optim.SGD:
@@ -92,9 +90,8 @@ def train(folder: Path, by_polygon: bool, device: torch.device) -> Run:
     optimizer = sgd(detector)
     for _ in range(STEPS):
         run.losses.append(step(case, detector, targets, optimizer))
-        run.norms.append(
-            {names[name]: float(p.detach().norm()) for name, p in detector.named_parameters()}
-        )
+        parameters = detector.named_parameters()
+        run.norms.append({names[name]: float(p.detach().norm()) for name, p in parameters})
     return run
 
 

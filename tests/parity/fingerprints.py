@@ -108,11 +108,8 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, dict[str, dic
     for tag in wanted.keys() & RECIPES.keys():
         with torch.no_grad():
             maps = stages(build(tag).to(device), image)
-        found[tag] = {
-            stage: print_of(maps[stage], index)
-            for stage, index in wanted[tag].items()
-            if stage in maps
-        }
+        known = wanted[tag].keys() & maps.keys()
+        found[tag] = {stage: print_of(maps[stage], wanted[tag][stage]) for stage in known}
     return found
 
 
@@ -136,21 +133,15 @@ def compare(folder: Path, found: Mapping[str, Mapping[str, dict]], report: Repor
         for stage, entries in stages_of_tag.items():
             ours = found.get(tag, {}).get(stage)
             if ours is None:
-                report.out(
-                    f"{tag}.{stage}",
-                    "not compared: this check does not know the detector or the stage",
-                )
+                unknown = "this check does not know the detector or the stage"
+                report.out(f"{tag}.{stage}", f"not compared: {unknown}")
                 continue
             for name, theirs in entries.items():
                 full = f"{tag}.{stage}.{name}"
                 if name == "index":
                     report.skip(full, "an input: the places of the values")
                 elif name in ours:
-                    report.close(
-                        full,
-                        np.array(ours[name]),
-                        np.array(theirs),
-                        0.0 if name == "shape" else TOLERANCE,
-                    )
+                    tolerance = 0.0 if name == "shape" else TOLERANCE
+                    report.close(full, np.array(ours[name]), np.array(theirs), tolerance)
                 else:
                     report.out(full, "not compared: this check does not know the quantity")

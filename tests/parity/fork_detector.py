@@ -20,8 +20,8 @@ from torch import Tensor
 from tests.helpers import parts
 from tests.parity.backbone import system_of
 from tests.parity.bitmaps import BitmapRoIHeads, Bitmaps
-from tests.parity.case import load
-from tests.parity.device import CPU
+from tests.parity.case import as_tensors, load
+from tests.parity.device import CPU, moved
 from vitdet.data.masks import paste
 from vitdet.models import losses, mask_head
 from vitdet.models.assign import BACKGROUND, Match, match, match_keeping_best
@@ -143,25 +143,16 @@ def compute(folder: Path, device: torch.device = CPU) -> Computed:
     """Reads the settings, the weights, the image and the ground truth, and nothing else; runs the case."""
     config = json.loads((folder / "config.json").read_text())
     model, meta = config["model"], config["meta"]
-    inputs = {
-        name: torch.from_numpy(array).to(device)
-        for name, array in load(folder / "io.npz", INPUTS.__contains__).items()
-    }
-    detector = build(model)
-    weights = {
-        name: torch.from_numpy(array) for name, array in load(folder / "weights.npz").items()
-    }
-    detector.load_state_dict(
-        to_ours(weights, system_of(model["backbone"]).layout(model["backbone"]))
-    )
+    inputs = moved(as_tensors(load(folder / "io.npz", INPUTS.__contains__)), device)
+    detector, layout = build(model), system_of(model["backbone"]).layout(model["backbone"])
+    detector.load_state_dict(to_ours(as_tensors(load(folder / "weights.npz")), layout))
     detector.mean.zero_()  # the image is stored as the backbone sees it
     detector.std.fill_(1)
     sizes = torch.tensor([meta["img_shape"][:2]], device=device)
     detector.to(device)
     with torch.no_grad():
-        arrays, bitmaps = run_test(
-            detector.eval(), inputs["img"], sizes, tuple(meta["ori_shape"][:2])
-        )
+        original = tuple(meta["ori_shape"][:2])
+        arrays, bitmaps = run_test(detector.eval(), inputs["img"], sizes, original)
         found = {}
         if inputs.keys() >= set(TRUTH):
             boxes, labels, masks = (inputs[name] for name in TRUTH)
@@ -181,16 +172,13 @@ def run_test(
         found |= {f"rpn_cls{i}": logits, f"rpn_reg{i}": deltas}
     proposals = rpn.propose(rpn(features), sizes, rpn.top_test)
     filled = proposals.filled
-    found["proposals"] = torch.cat(
-        [proposals.boxes[filled], proposals.logits[filled].sigmoid()[:, None]], dim=1
-    )
+    scores = proposals.logits[filled].sigmoid()
+    found["proposals"] = torch.cat([proposals.boxes[filled], scores[:, None]], dim=1)
     logits, deltas = heads.run_stage(0, features, proposals.boxes, filled)
     found |= {"roi_cls_score": logits[filled], "roi_bbox_pred": deltas[filled].flatten(1)}
     (detections,) = detector(image, None, sizes)
-    first = torch.zeros_like(detections.labels)
-    pooled = pool(
-        features, detections.boxes, first, heads.strides, mask_head.BINS, heads.sampling_ratio
-    )
+    first, bins = torch.zeros_like(detections.labels), mask_head.BINS
+    pooled = pool(features, detections.boxes, first, heads.strides, bins, heads.sampling_ratio)
     found["det_mask_logits"] = heads.mask(pooled, detections.labels)
     height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
     # empty ones stay, as in mmdet
@@ -211,9 +199,8 @@ def run_losses(
     logits, _ = heads.run_stage(0, features, assigned.boxes, assigned.filled)
     right = (logits.argmax(dim=2) == heads.labels(assigned, targets))[assigned.filled]
     whole = detector(image, [target], sizes)
-    levels = rpn_losses(
-        rpn, [x[0] for x in found.logits], [x[0] for x in found.deltas], found.anchors, target
-    )
+    outputs = ([x[0] for x in found.logits], [x[0] for x in found.deltas])
+    levels = rpn_losses(rpn, *outputs, found.anchors, target)
     return {
         **levels,
         "loss_cls": float(whole["loss_cls"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.backbone import system_of
-from tests.parity.case import load
+from tests.parity.case import as_tensors, load
 from tests.parity.report import Report
 from vitdet.weights.formats.table import Format, rename, to_ours
 from vitdet.weights.load import load_pretrained
@@ -39,11 +40,7 @@ def compute(folder: Path) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
     found = {}
     for tag, entry in config.items():
         start = f"{tag}/src/"
-        weights = {
-            name.removeprefix(start): torch.from_numpy(array)
-            for name, array in sources.items()
-            if name.startswith(start)
-        }
+        weights = as_tensors(inside(sources, start))
         torch.manual_seed(0)
         model = system_of(entry["backbone"]).build(entry["backbone"])
         layout = layout_of(list(weights))
@@ -67,41 +64,21 @@ def compare(
         inputs = {f"loading.{name}" for name in stored if name.startswith(f"{tag}/src/")}
         report.skip(f"loading.{tag}/src/*", f"{len(inputs)} inputs: they show in what is loaded")
         report.seen |= inputs
-        theirs = renamed(
-            {
-                name.removeprefix(start): array
-                for name, array in stored.items()
-                if name.startswith(start)
-            },
-            layout,
-            report,
-            tag,
-        )
+        arrays = inside(stored, start)
+        theirs = to_ours(as_tensors(arrays, "backbone."), layout)
+        report.seen |= {f"loading.{start}{name}" for name in arrays}  # under our names
         for name, expected in theirs.items():
-            report.close(
-                f"loading.{tag}.{name}",
-                ours[name],
-                expected,
-                RESIZED if "pos_embed" in name else 0.0,
-            )
+            tolerance = RESIZED if "pos_embed" in name else 0.0
+            report.close(f"loading.{tag}.{name}", ours[name], expected, tolerance)
         more = more_than_the_reference(entry, layout)
         if more:
-            report.skip(
-                f"loading.{tag}.lost",
-                f"{len(more)} tensors of the file that the reference has no place for",
-            )
+            count = f"{len(more)} tensors of the file that the reference has no place for"
+            report.skip(f"loading.{tag}.lost", count)
         loaded = [name for name in ours if name not in fresh]
         report.names(f"loading.{tag}.loaded", set(loaded) - more, theirs)
         left = {rename(f"backbone.{name}", layout) or name for name in entry["left_at_init"]}
-        report.names(
-            f"loading.{tag}.left_at_init", fresh, {name for name in left if name in ours} - more
-        )
-        listed = {f"{start}{name}" for name in entry["loaded"]}
-        report.names(
-            f"loading.{tag}.list of loaded",
-            listed,
-            [name for name in stored if name.startswith(start)],
-        )
+        report.names(f"loading.{tag}.left_at_init", fresh, (left & ours.keys()) - more)
+        report.names(f"loading.{tag}.list of loaded", entry["loaded"], arrays)
         report.skip(f"loading.{tag}.unused_source", "names of the reference's own bookkeeping")
     report.all_seen([f"loading.{name}" for name in stored])
 
@@ -111,27 +88,15 @@ def more_than_the_reference(entry: dict, layout: Format) -> set[str]:
     values for the global blocks of a ViTAE, and everything if it knows none of the file's names.
     """
     left = entry["left_at_init"]
-    more = {
-        f"backbone.{name.rpartition('.')[0]}.qkv.bias"
-        for name in left
-        if name.endswith(("q_bias", "v_bias"))
-    }
+    biases = [name.rpartition(".")[0] for name in left if name.endswith(("q_bias", "v_bias"))]
+    more = {f"backbone.{attention}.qkv.bias" for attention in biases}
     if not entry["loaded"]:
-        kept = [
-            name
-            for name in left
-            if not name.startswith(("norm.", "fpn"))
-            and not name.endswith(("rel_pos_h", "rel_pos_w"))
-        ]
+        kept = [name for name in left if not name.startswith(("norm.", "fpn"))]
+        kept = [name for name in kept if not name.endswith(("rel_pos_h", "rel_pos_w"))]
         more |= {rename(f"backbone.{name}", layout) or name for name in kept}
     return more
 
 
-def renamed(
-    arrays: dict[str, np.ndarray], layout: Format, report: Report, tag: str
-) -> dict[str, Tensor]:
-    """Our names of the reference's tensors; all of them are compared under these."""
-    report.seen |= {f"loading.{tag}/dst/{name}" for name in arrays}
-    return to_ours(
-        {f"backbone.{name}": torch.from_numpy(array) for name, array in arrays.items()}, layout
-    )
+def inside(arrays: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
+    """The arrays whose names have this start, without it."""
+    return {n.removeprefix(start): one for n, one in arrays.items() if n.startswith(start)}

@@ -22,7 +22,7 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
     config = json.loads((folder / "config.json").read_text())
     inputs = load(folder / "io.npz", lambda name: name.endswith("/bgr"))
     parts = Detector(
-        backbone=nn.Identity(), pyramid=nn.Identity(), rpn=nn.Identity(), roi_heads=nn.Identity()
+        **{name: nn.Identity() for name in ("backbone", "pyramid", "rpn", "roi_heads")}
     )
     ours = {}
     for name, bgr in inputs.items():
@@ -45,20 +45,10 @@ def compare(folder: Path, found: dict[str, np.ndarray], report: Report) -> None:
     """Compares each tag's canvas, shapes and factors."""
     stored = load(folder / "io.npz")
     config = json.loads((folder / "config.json").read_text())
-    stored |= {
-        f"{tag}/{key}": np.array(value)
-        for tag, values in config.items()
-        for key, value in values.items()
-    }
+    for tag, values in config.items():
+        stored |= {f"{tag}/{key}": np.array(value) for key, value in values.items()}
     tolerances = {"out": GREY_LEVEL, "scale_factor": 1e-6}
     for name in stored:
         if name.endswith("/bgr"):
             report.skip(f"pipeline.{name}", "an input: it shows in what is made of it")
-    for name, ours in found.items():
-        if name in stored:
-            report.close(
-                f"pipeline.{name}", ours, stored[name], tolerances.get(name.split("/")[-1], 0.0)
-            )
-        else:
-            report.out(f"pipeline.{name}", "computed here but not stored")
-    report.all_seen([f"pipeline.{name}" for name in stored])
+    report.table("pipeline", found, stored, lambda name: tolerances.get(name.split("/")[-1], 0.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,6 +79,21 @@ class Report:
         self.failures += not holds
         self.lines.append(f"  {'ok  ' if holds else 'OUT '}  {name}: {text}")
 
+    def table(
+        self,
+        title: str,
+        ours: Mapping[str, np.ndarray | Tensor],
+        theirs: Mapping[str, np.ndarray],
+        tolerance: Callable[[str], float],
+    ) -> None:
+        """Compares all stored arrays with ours of the same names; inputs must have been skipped."""
+        for name, one in ours.items():
+            if name in theirs:
+                self.close(f"{title}.{name}", one, theirs[name], tolerance(name))
+            else:
+                self.out(f"{title}.{name}", "computed here but not stored")
+        self.all_seen([f"{title}.{name}" for name in theirs])
+
     def all_seen(self, names: Iterable[str]) -> None:
         """Every stored quantity must have been compared or skipped by name."""
         for name in names:
@@ -87,6 +102,6 @@ class Report:
 
 
 def _array(value: np.ndarray | Tensor | float) -> np.ndarray:
-    return np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).astype(
-        np.float64
-    )
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value).astype(np.float64)

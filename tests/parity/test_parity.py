@@ -1,6 +1,5 @@
 """Golden cases pass, and the harness detects a change of any stored value."""
 
-import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,19 +9,15 @@ import pytest
 
 import tests.parity.__main__ as parity
 from tests.parity import detector, resize, unit
-from tests.parity.case import Case, load
+from tests.parity.case import Case
+from tests.parity.conftest import disturbed, link, shared_case_holds, write
+from tests.parity.conftest import read as read_file
 from tests.parity.device import CPU
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHARED = Path(__file__).parents[3] / "shared" / "reference" / "detectron2" / "golden"
-CASES = (
-    "maskrcnn_coco",
-    "unit",
-    "dynamics",
-    "test_resize",
-    "cascade_lvis",
-    "maskrcnn_coco_resblock",
-)
+CASES = "maskrcnn_coco unit dynamics test_resize cascade_lvis maskrcnn_coco_resblock".split()
+COCO = GOLDEN / "maskrcnn_coco"
 INPUTS = ("config.json", "state_dict.npz", "inputs.npz", "ground_truth.json")
 RESULTS = ("backbone.npz", "rpn.npz", "detections.npz", "train.npz")
 COMPUTE = {name: parity.kind_of(GOLDEN / name).compute for name in CASES}
@@ -40,7 +35,7 @@ def compute_once(folder, device=CPU):
 
 
 @pytest.fixture
-def case(tmp_path, monkeypatch, capsys):
+def case(altered):
     """case(name, file, content, recompute): the exit code for a copy of a case with a file of other content.
 
     If the file holds results, the copy lacks the others, so that the file alone decides. Unless `stops`, the code must
@@ -48,51 +43,18 @@ def case(tmp_path, monkeypatch, capsys):
     """
 
     def check(name, file, content, recompute=False, stops=False):
-        folder = tmp_path / name
-        folder.mkdir()
-        alone = (
-            {*INPUTS, "noise_floor.json"}
-            if file in (*RESULTS, "results.json", "losses.json")
-            else None
-        )
-        for path in (GOLDEN / name).iterdir():
-            if path.name != file and (alone is None or path.name in alone):
-                (folder / path.name).symlink_to(path)
-        if file is not None:
-            write(folder / file, content)
-        if not recompute:
-            kinds = tuple(kind._replace(compute=compute_once) for kind in parity.KINDS)
-            monkeypatch.setattr(parity, "KINDS", kinds)
-        code = parity.main([str(folder)])
-        assert ("stopped by" in capsys.readouterr().out) == stops
+        alone = {*INPUTS, "noise_floor.json"}
+        kept = alone if file in (*RESULTS, "results.json", "losses.json") else None
+        compute = None if recompute else compute_once
+        code, printed = altered(GOLDEN / name, file, content, kept, compute)
+        assert ("stopped by" in printed) == stops
         return code
 
     return check
 
 
 def read(name, file):
-    path = GOLDEN / name / file
-    return load(path) if path.suffix == ".npz" else json.loads(path.read_text())
-
-
-def write(path, content):
-    if path.suffix == ".npz":
-        np.savez(path, **content)
-    else:
-        path.write_text(json.dumps(content))
-
-
-def disturbed(array):
-    """One element changed by some percent; of packed bits, that have no single tolerance, half."""
-    array = np.array(array)
-    flat = array.reshape(-1)
-    if array.dtype == np.uint8:
-        flat[: max(len(flat) // 2, 1)] ^= 255
-    elif array.dtype.kind == "f":
-        flat[0] += 0.05 + 0.05 * abs(flat[0])
-    else:
-        flat[0] += 1
-    return array
+    return read_file(GOLDEN / name / file)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,9 +65,7 @@ def test_case_holds(name, capsys):
 
 @pytest.mark.parametrize("name", ["cascade_coco", "maskrcnn_lvis"])
 def test_shared_case_holds(name):
-    if not SHARED.exists():
-        pytest.skip("needs ../shared")
-    assert parity.main([str(SHARED / name)]) == 0
+    shared_case_holds(SHARED / name)
 
 
 def test_every_case_counts_and_a_file_among_them_does_not(capsys, tmp_path):
@@ -116,18 +76,15 @@ def test_every_case_counts_and_a_file_among_them_does_not(capsys, tmp_path):
 
 
 def test_computing_needs_the_inputs_alone(tmp_path):
-    for file in INPUTS:
-        (tmp_path / file).symlink_to(GOLDEN / "maskrcnn_coco" / file)
+    link(tmp_path, COCO, *INPUTS)
     found = detector.compute(tmp_path)
     assert found.losses == computed("maskrcnn_coco").losses
     assert parity.main([str(tmp_path)]) == 1  # but then there is nothing that it holds
 
 
 def test_units_compute_from_their_inputs_alone(tmp_path):
-    inputs = {
-        name: array for name, array in read("unit", "unit.npz").items() if name in unit.INPUTS
-    }
-    np.savez(tmp_path / "unit.npz", **inputs)
+    stored = read("unit", "unit.npz")
+    np.savez(tmp_path / "unit.npz", **{name: stored[name] for name in unit.INPUTS})
     assert unit.compute(tmp_path).keys() == computed("unit").keys()
     np.savez(tmp_path / "io.npz", in0=np.zeros((30, 20, 3), np.uint8))
     assert resize.compute(tmp_path)["out0"].shape == (128, 85, 3)
@@ -182,10 +139,8 @@ def test_other_entries_of_losses_are_held(case, change):
 )
 def test_each_field_of_results_is_held(case, field):
     content = read("maskrcnn_coco", "results.json")
-    one, other = (
-        content[0],
-        next(c for c in content if c["image"] == 0 and c["area"] < content[0]["area"] / 2),
-    )
+    one = content[0]
+    other = next(c for c in content if c["image"] == 0 and c["area"] < one["area"] / 2)
     changes = {
         "image": 1,
         "category": one["category"] + 1,
@@ -252,30 +207,16 @@ def test_a_noise_floor_that_is_no_noise_is_held(case, name):
 )
 def test_each_weight_is_held(case, name):
     content = read("maskrcnn_coco", "state_dict.npz")
-    assert (
-        case(
-            "maskrcnn_coco",
-            "state_dict.npz",
-            content | {name: content[name] * 1.05},
-            recompute=True,
-        )
-        == 1
-    )
+    content[name] *= 1.05
+    assert case("maskrcnn_coco", "state_dict.npz", content, recompute=True) == 1
 
 
 @pytest.mark.parametrize("name", ["image0", "gt_boxes1", "gt_classes0", "gt_masks1"])
 def test_each_input_is_held(case, name):
     content = read("maskrcnn_coco", "inputs.npz")
-    change = {
-        "image0": lambda x: x[::-1],
-        "gt_boxes1": disturbed,
-        "gt_classes0": lambda x: (x + 1) % 5,
-        "gt_masks1": lambda x: x[::-1],
-    }[name]
-    assert (
-        case("maskrcnn_coco", "inputs.npz", content | {name: change(content[name])}, recompute=True)
-        == 1
-    )
+    changes = {"gt_boxes1": disturbed, "gt_classes0": lambda x: (x + 1) % 5}
+    content[name] = changes.get(name, lambda x: x[::-1])(content[name])
+    assert case("maskrcnn_coco", "inputs.npz", content, recompute=True) == 1
 
 
 def test_a_weight_without_a_place_stops_the_case(case):
@@ -294,15 +235,8 @@ def test_each_array_of_unit_is_held(case, array):
 @pytest.mark.parametrize("array", read("test_resize", "io.npz"))
 def test_each_array_of_resize_is_held(case, array):
     content = read("test_resize", "io.npz")
-    assert (
-        case(
-            "test_resize",
-            "io.npz",
-            content | {array: disturbed(content[array])},
-            recompute=array[0] == "i",
-        )
-        == 1
-    )
+    content[array] = disturbed(content[array])
+    assert case("test_resize", "io.npz", content, recompute=array[0] == "i") == 1
 
 
 @pytest.mark.parametrize(("name", "file"), [("unit", "unit.npz"), ("test_resize", "io.npz")])
@@ -316,15 +250,8 @@ def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
     config = read("maskrcnn_coco", "config.json")
     for name in ("images", "outputs", "n_gt"):
         del config[name]
-    empty = {
-        "classes": [],
-        "polygons": [],
-        "boxes": [],
-        "height": 96,
-        "width": 64,
-        "out_height": 48,
-        "out_width": 32,
-    }
+    empty = {"height": 96, "width": 64, "out_height": 48, "out_width": 32}
+    empty |= {"classes": [], "polygons": [], "boxes": []}
     kept = {name: array for name, array in inputs.items() if name.endswith("0")}
     kept |= {
         "image1": inputs["image1"][:96, :64],
@@ -335,17 +262,13 @@ def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
     write(tmp_path / "inputs.npz", kept)
     write(tmp_path / "ground_truth.json", [truth[0], empty, empty])
     write(tmp_path / "config.json", config)
-    (tmp_path / "state_dict.npz").symlink_to(GOLDEN / "maskrcnn_coco" / "state_dict.npz")
+    link(tmp_path, COCO, "state_dict.npz")
     found = detector.compute(tmp_path)
     write(tmp_path / "losses.json", found.losses | {"params_without_grad": []})
-    write(
-        tmp_path / "rpn.npz",
-        {f"eval_proposals{i}": one.boxes for i, one in enumerate(found.proposals["eval"])},
-    )
-    write(
-        tmp_path / "train.npz",
-        {k: v for k, v in found.training.items() if not k.startswith("mask_targets")},
-    )
+    boxes = {f"eval_proposals{i}": one.boxes for i, one in enumerate(found.proposals["eval"])}
+    write(tmp_path / "rpn.npz", boxes)
+    sampled = {k: v for k, v in found.training.items() if not k.startswith("mask_targets")}
+    write(tmp_path / "train.npz", sampled)
     assert parity.main([str(tmp_path)]) == 0
 
 
@@ -353,9 +276,8 @@ def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
     """A case for inference: the test-time files alone, and a config without training settings."""
     folder = tmp_path / "inference"
     folder.mkdir()
-    for file in ("state_dict.npz", "noise_floor.json", "backbone.npz", "detections.npz"):
-        (folder / file).symlink_to(GOLDEN / "maskrcnn_coco" / file)
-    (folder / "results.json").symlink_to(GOLDEN / "maskrcnn_coco" / "results.json")
+    files = ("state_dict.npz", "noise_floor.json", "backbone.npz", "detections.npz", "results.json")
+    link(folder, COCO, *files)
     rpn = read("maskrcnn_coco", "rpn.npz")
     write(folder / "rpn.npz", {n: a for n, a in rpn.items() if not n.startswith("train")})
     inputs = read("maskrcnn_coco", "inputs.npz")
@@ -379,8 +301,7 @@ def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
 
 @pytest.mark.parametrize("file", ["train.npz", "losses.json"])
 def test_stored_training_results_without_ground_truth_are_out(tmp_path, capsys, file):
-    for name in ("state_dict.npz", "config.json", file):
-        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    link(tmp_path, COCO, "state_dict.npz", "config.json", file)
     inputs = read("maskrcnn_coco", "inputs.npz")
     write(tmp_path / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
     assert parity.main([str(tmp_path)]) == 1
@@ -389,8 +310,7 @@ def test_stored_training_results_without_ground_truth_are_out(tmp_path, capsys, 
 
 
 def test_a_case_with_bitmaps_alone_has_its_losses(tmp_path):
-    for name in ("state_dict.npz", "config.json", "inputs.npz"):
-        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    link(tmp_path, COCO, "state_dict.npz", "config.json", "inputs.npz")
     losses = read("maskrcnn_coco", "losses.json")
     kept = {name: value for name, value in losses.items() if "polygon" not in name}
     write(tmp_path / "losses.json", kept)
@@ -401,8 +321,7 @@ def test_a_case_with_bitmaps_alone_has_its_losses(tmp_path):
 
 
 def test_an_entry_of_the_ground_truth_for_each_image(tmp_path, capsys):
-    for name in ("state_dict.npz", "config.json", "inputs.npz"):
-        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    link(tmp_path, COCO, "state_dict.npz", "config.json", "inputs.npz")
     write(tmp_path / "ground_truth.json", read("maskrcnn_coco", "ground_truth.json")[:1])
     assert parity.main([str(tmp_path)]) == 1
     assert "expected 2 entries, one per image, got 1" in capsys.readouterr().out

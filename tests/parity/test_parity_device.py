@@ -17,13 +17,7 @@ from vitdet.models import mask_head, roi_pool
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CUDA = torch.device("cuda")
-CASES = (
-    "unit",
-    "maskrcnn_coco",
-    "maskrcnn_coco_resblock",
-    "cascade_lvis",
-    "vitae_mask_rcnn_192",
-)
+CASES = "unit maskrcnn_coco maskrcnn_coco_resblock cascade_lvis vitae_mask_rcnn_192".split()
 
 
 @pytest.fixture
@@ -72,15 +66,13 @@ def test_what_stays_on_the_cpu_is_found(gpu, left):
 @pytest.mark.parametrize("given", [[], ["--device", "cpu"]])
 def test_the_device_is_given_to_what_computes(monkeypatch, given):
     devices = []
-    kinds = [
-        kind._replace(
-            compute=lambda folder, device, kind=kind: (
-                devices.append(device) or kind.compute(folder, device)
-            )
-        )
-        for kind in parity.KINDS
-    ]
-    monkeypatch.setattr(parity, "KINDS", kinds)
+    kind = parity.kind_of(GOLDEN / "unit")
+
+    def compute(folder, device):
+        devices.append(device)
+        return kind.compute(folder, device)
+
+    monkeypatch.setattr(parity, "KINDS", [kind._replace(compute=compute)])
     assert parity.main([*given, str(GOLDEN / "unit")]) == 0
     assert devices == [CPU]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.parity import dynamics
+from tests.parity.conftest import write
 from tests.parity.report import Report
-from tests.parity.test_parity import GOLDEN, computed, read, write
+from tests.parity.test_parity import GOLDEN, computed, read
 
 RUNS = [kind for kind, value in read("dynamics", "losses.json").items() if isinstance(value, list)]
 

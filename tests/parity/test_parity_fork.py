@@ -13,9 +13,9 @@ import torch
 
 import tests.parity.__main__ as parity
 from tests.parity import fingerprints, fork_detector
-from tests.parity.case import load
+from tests.parity.conftest import disturbed, link, write
+from tests.parity.conftest import read as read_file
 from tests.parity.report import Report
-from tests.parity.test_parity import disturbed, write
 from vitdet.config import load_config
 from vitdet.models import build_detector
 from vitdet.models.boxes import MAX_LOG_SCALE
@@ -26,8 +26,7 @@ KIND = parity.kind_of(CASE)
 
 
 def read(file):
-    path = CASE / file
-    return load(path) if path.suffix == ".npz" else json.loads(path.read_text())
+    return read_file(CASE / file)
 
 
 @cache
@@ -36,22 +35,16 @@ def computed():
 
 
 @pytest.fixture
-def case(tmp_path, monkeypatch, capsys):
+def case(altered):
     """case(file, content): the exit code for a copy of the case in which a file has other content.
 
     What is computed is that of the undisturbed case, unless `recompute`; the code must come from a comparison.
     """
 
     def check(file, content, recompute=False):
-        for path in CASE.iterdir():
-            if path.name != file:
-                (tmp_path / path.name).symlink_to(path)
-        write(tmp_path / file, content)
-        if not recompute:
-            kinds = tuple(kind._replace(compute=lambda *_: computed()) for kind in parity.KINDS)
-            monkeypatch.setattr(parity, "KINDS", kinds)
-        code = parity.main([str(tmp_path)])
-        assert "stopped by" not in capsys.readouterr().out
+        compute = None if recompute else lambda *_: computed()
+        code, printed = altered(CASE, file, content, compute=compute)
+        assert "stopped by" not in printed
         return code
 
     return check
@@ -124,9 +117,8 @@ def test_what_the_config_says_of_the_results_is_held(case, change):
 def test_each_loss_is_held(case, name):
     content = read("config.json")
     value = content["losses"][name]
-    content["losses"][name] = (
-        [value[0] * 1.01, *value[1:]] if isinstance(value, list) else value * 1.01
-    )
+    scaled = [value[0] * 1.01, *value[1:]] if isinstance(value, list) else value * 1.01
+    content["losses"][name] = scaled
     assert case("config.json", content) == 1
 
 
@@ -138,10 +130,9 @@ def test_an_unknown_loss_is_noticed(case):
 @pytest.mark.parametrize("name", ["img", "gt_boxes", "gt_labels", "gt_masks"])
 def test_each_input_is_held(case, name):
     content = read("io.npz")
-    change = {"gt_labels": lambda x: (x + 1) % 5, "gt_boxes": lambda x: x * 0.9}.get(
-        name, lambda x: x[..., ::-1]
-    )
-    assert case("io.npz", content | {name: change(content[name])}, recompute=True) == 1
+    changes = {"gt_labels": lambda x: (x + 1) % 5, "gt_boxes": lambda x: x * 0.9}
+    content[name] = changes.get(name, lambda x: x[..., ::-1])(content[name])
+    assert case("io.npz", content, recompute=True) == 1
 
 
 @pytest.mark.parametrize(
@@ -170,10 +161,8 @@ def test_the_settings_of_the_recipe_build_the_golden_detector():
         pyramid=replace(model.pyramid, channels=32),
         roi_heads=replace(model.roi_heads, num_classes=5, fc_dim=64),
     )
-    ours, golden = (
-        build_detector(small).eval(),
-        fork_detector.build(read("config.json")["model"]).eval(),
-    )
+    ours = build_detector(small).eval()
+    golden = fork_detector.build(read("config.json")["model"]).eval()
     heads = ("rpn", "roi_heads")
     for name in heads:
         getattr(golden, name).load_state_dict(getattr(ours, name).state_dict())
@@ -184,9 +173,8 @@ def test_the_settings_of_the_recipe_build_the_golden_detector():
     assert norms(ours.pyramid) == norms(golden.pyramid)
     plain = build_detector(replace(small, norm_eps=1e-6, low_quality="own", clamp_shrinking=False))
     assert {*norms(plain.rpn).values(), *norms(plain.roi_heads).values()} == {1e-6}
-    assert (
-        plain.rpn.match is not ours.rpn.match and plain.roi_heads.match is not ours.roi_heads.match
-    )
+    assert plain.rpn.match is not ours.rpn.match
+    assert plain.roi_heads.match is not ours.roi_heads.match
     for side in (48, 3):
         level = torch.randn(1, 32, side, side)
         assert torch.equal(ours.rpn.head(level)[0], golden.rpn.head(level)[0])
@@ -196,14 +184,8 @@ def test_fingerprints_are_held(tmp_path):
     """The comparison alone, on arrays of three numbers."""
     entry = {"shape": [3], "mean": 2.0, "std": 1.0, "index": [0, 2], "value": [1.0, 3.0]}
     found = {"vit_b": {"neck0": fingerprints.print_of(torch.tensor([1.0, 2.0, 3.0]), [0, 2])}}
-    changes = [
-        {},
-        {"shape": [4]},
-        {"mean": 2.01},
-        {"std": 1.01},
-        {"value": [1.0, 3.01]},
-        {"surprise": 1},
-    ]
+    changes = [{}, {"shape": [4]}, {"mean": 2.01}, {"std": 1.01}, {"value": [1.0, 3.01]}]
+    changes.append({"surprise": 1})
     stored = [{"vit_b": {"neck0": entry | change}} for change in changes]
     stored += [{"vit_b": {"neck9": entry}}, {"vit_x": {"neck0": entry}}, {}]
     for content in stored:
@@ -219,17 +201,15 @@ def test_fingerprints_draw_weights_by_the_published_names(tag):
         pytest.skip("needs ../shared")
     with torch.device("meta"):
         detector = build_detector(load_config(fingerprints.RECIPES[tag]).model)
-    theirs = fingerprints.to_theirs(
-        detector.state_dict(), fingerprints.mmdet_format(split=fingerprints.SPLIT.get(tag, ()))
-    )
+    layout = fingerprints.mmdet_format(split=fingerprints.SPLIT.get(tag, ()))
+    theirs = fingerprints.to_theirs(detector.state_dict(), layout)
     published = json.loads((SHARED / "keys" / f"detector_{tag}.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in theirs.items()} == published
 
 
 def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
     """A case for inference; its config needs no settings for training."""
-    for file in ("weights.npz", "masks_rle.json"):
-        (tmp_path / file).symlink_to(CASE / file)
+    link(tmp_path, CASE, "weights.npz", "masks_rle.json")
     content, config = read("io.npz"), read("config.json")
     for name in fork_detector.TRUTH:
         del content[name]

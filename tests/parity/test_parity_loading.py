@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tests.parity.__main__ as parity
-from tests.parity.case import load
+from tests.parity.conftest import read, shared_case_holds, write
 from vitdet.weights import resize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vitae_load_pretrained"
@@ -18,13 +17,13 @@ TAG = "mae_vitae_qv_bias"
 
 
 def check(folder: Path, arrays: dict, config: dict) -> int:
-    np.savez(folder / "io.npz", **arrays)
-    (folder / "config.json").write_text(json.dumps(config))
+    write(folder / "io.npz", arrays)
+    write(folder / "config.json", config)
     return parity.main([str(folder)])
 
 
 def case() -> tuple[dict, dict]:
-    return load(GOLDEN / "io.npz"), json.loads((GOLDEN / "config.json").read_text())
+    return read(GOLDEN / "io.npz"), read(GOLDEN / "config.json")
 
 
 def test_the_case_holds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,21 +32,15 @@ def test_the_case_holds(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_shared_case_holds() -> None:
-    if not SHARED.exists():
-        pytest.skip("needs ../shared")
-    assert parity.main([str(SHARED)]) == 0
+    shared_case_holds(SHARED)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "pos_embed",
-        "blocks.0.attn.qkv.bias",
-        "blocks.2.attn.v_bias",
-        "blocks.1.PCM.1.running_var",
-        "norm.weight",
-    ],
+NAMES = (
+    "pos_embed blocks.0.attn.qkv.bias blocks.2.attn.v_bias blocks.1.PCM.1.running_var norm.weight"
 )
+
+
+@pytest.mark.parametrize("name", NAMES.split())
 def test_each_tensor_is_held(tmp_path: Path, name: str) -> None:
     arrays, config = case()
     arrays[f"{TAG}/dst/{name}"].flat[-1] += 1e-3
@@ -63,11 +56,8 @@ def test_lists_are_held(tmp_path: Path) -> None:
 
 def test_another_interpolation_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = resize.F.interpolate
-    monkeypatch.setattr(
-        resize.F,
-        "interpolate",
-        lambda *given, **named: plain(*given, **{**named, "mode": "bilinear"}),
-    )
+    bilinear = lambda *given, **named: plain(*given, **named | {"mode": "bilinear"})  # noqa: E731
+    monkeypatch.setattr(resize.F, "interpolate", bilinear)
     assert parity.main([str(GOLDEN)]) == 1
 
 
@@ -84,6 +74,5 @@ def test_what_the_reference_loses_is_loaded_and_said(
         config[TAG]["loaded"].remove(f"{stem}{part}_bias")
         config[TAG]["left_at_init"].append(f"{stem}{part}_bias")
     assert check(tmp_path, arrays, config) == 0
-    assert (
-        "lost: 1 tensors of the file that the reference has no place for" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "lost: 1 tensors of the file that the reference has no place for" in said

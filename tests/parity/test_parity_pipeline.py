@@ -1,14 +1,12 @@
 """The golden test-time pipeline of ViTAE-Transformer/ViTDet passes; a change of any stored value is detected."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import tests.parity.__main__ as parity
 from tests.parity import pipeline
-from tests.parity.case import load
+from tests.parity.conftest import read, shared_case_holds, write
 from vitdet.data import transforms
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vitae_pipeline"
@@ -20,8 +18,8 @@ def case(tmp_path):
     """case(arrays, config): the exit code for a folder of these."""
 
     def check(arrays, config):
-        np.savez(tmp_path / "io.npz", **arrays)
-        (tmp_path / "config.json").write_text(json.dumps(config))
+        write(tmp_path / "io.npz", arrays)
+        write(tmp_path / "config.json", config)
         return parity.main([str(tmp_path)])
 
     return check
@@ -29,12 +27,12 @@ def case(tmp_path):
 
 @pytest.fixture
 def arrays():
-    return load(GOLDEN / "io.npz")
+    return read(GOLDEN / "io.npz")
 
 
 @pytest.fixture
 def config():
-    return json.loads((GOLDEN / "config.json").read_text())
+    return read(GOLDEN / "config.json")
 
 
 def test_the_case_holds_to_the_grey_level(capsys):
@@ -45,17 +43,14 @@ def test_the_case_holds_to_the_grey_level(capsys):
 
 
 def test_the_shared_case_holds():
-    if not SHARED.exists():
-        pytest.skip("needs ../shared")
-    assert parity.main([str(SHARED)]) == 0
+    shared_case_holds(SHARED)
 
 
 def test_an_antialiased_resize_is_out(monkeypatch):
-    monkeypatch.setattr(
-        pipeline,
-        "resize_and_pad",
-        lambda image, size, **_: transforms.resize_and_pad(image, size, antialias=True),
-    )
+    def antialiased(image, size, **_):
+        return transforms.resize_and_pad(image, size, antialias=True)
+
+    monkeypatch.setattr(pipeline, "resize_and_pad", antialiased)
     assert parity.main([str(GOLDEN)]) == 1
 
 
@@ -86,11 +81,8 @@ def test_what_the_config_says_is_held(case, arrays, config, change):
 
 
 def test_it_computes_from_pictures_and_the_canvas_alone(arrays, config, tmp_path):
-    np.savez(tmp_path / "io.npz", **{"portrait/bgr": arrays["portrait/bgr"]})
-    (tmp_path / "config.json").write_text(json.dumps({"portrait": {"pad_shape": [96, 96, 3]}}))
+    write(tmp_path / "io.npz", {"portrait/bgr": arrays["portrait/bgr"]})
+    write(tmp_path / "config.json", {"portrait": {"pad_shape": [96, 96, 3]}})
     found = pipeline.compute(tmp_path)
-    assert found["portrait/out"].shape == (3, 96, 96) and found["portrait/img_shape"].tolist() == [
-        96,
-        61,
-        3,
-    ]
+    assert found["portrait/out"].shape == (3, 96, 96)
+    assert found["portrait/img_shape"].tolist() == [96, 61, 3]

@@ -9,8 +9,9 @@ import torch
 
 from tests.parity import compare_detector, compare_fork
 from tests.parity.case import load
+from tests.parity.conftest import link, read, write
 from tests.parity.report import Report
-from tests.parity.test_parity import GOLDEN, computed, write
+from tests.parity.test_parity import COCO, computed
 from tests.parity.test_parity_fork import CASE as FORK
 from tests.parity.test_parity_fork import computed as fork_computed
 from tests.parity.ties import groups, matching, order_within_ties
@@ -158,8 +159,7 @@ def tied(tmp_path):
     """
     folder = tmp_path / "maskrcnn_coco"
     folder.mkdir()
-    for path in (GOLDEN / "maskrcnn_coco").iterdir():
-        (folder / path.name).symlink_to(path)
+    link(folder, COCO, *(path.name for path in COCO.iterdir()))
     found = computed("maskrcnn_coco")
     first = found.detections[0]
     scores, logits = first.scores.clone(), found.proposals["eval"][0].logits.clone()
@@ -271,9 +271,7 @@ def fork(tmp_path):
     stored = load(FORK / "io.npz")
     stored["proposals"][4, 4] = stored["proposals"][3, 4]
     stored["det_scores"][7] = stored["det_scores"][6]
-    for path in FORK.iterdir():
-        if path.name != "io.npz":
-            (tmp_path / path.name).symlink_to(path)
+    link(tmp_path, FORK, *(path.name for path in FORK.iterdir() if path.name != "io.npz"))
 
     def count(names=(), order=None, masks=False):
         if order:
@@ -281,15 +279,12 @@ def fork(tmp_path):
                 stored[name] = swap(*order)(stored[name])
         write(tmp_path / "io.npz", stored)
         if masks:
-            codes = json.loads((tmp_path / "masks_rle.json").read_text())
-            codes[6], codes[7] = codes[7], codes[6]
-            (tmp_path / "masks_rle.json").unlink()
-            write(tmp_path / "masks_rle.json", codes)
-            config = json.loads((tmp_path / "config.json").read_text())
-            areas = config["mask_areas"]
-            areas[6], areas[7] = areas[7], areas[6]
-            (tmp_path / "config.json").unlink()
-            write(tmp_path / "config.json", config)
+            codes, config = (read(FORK / name) for name in ("masks_rle.json", "config.json"))
+            for one in (codes, config["mask_areas"]):
+                one[6], one[7] = one[7], one[6]
+            for name, content in (("masks_rle.json", codes), ("config.json", config)):
+                (tmp_path / name).unlink()
+                write(tmp_path / name, content)
         report = Report("fork")
         compare_fork.compare(tmp_path, replace(found, arrays=arrays), report)
         return report.failures

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.parity.case import load
-from tests.parity.device import CPU
+from tests.parity.case import as_tensors, load
+from tests.parity.device import CPU, moved
 from tests.parity.report import Report
 from vitdet.models.anchors import grid_anchors
 from vitdet.models.assign import BACKGROUND, IGNORE, match, match_keeping_own
@@ -24,10 +24,7 @@ INPUTS = ("pool_boxes", *MAPS, "bt_src", "bt_tgt", "bt_deltas_in", "match_iou")
 
 def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
     """What our functions make of the inputs among the arrays of unit.npz."""
-    inputs = {
-        k: torch.from_numpy(v).to(device)
-        for k, v in load(folder / "unit.npz", lambda name: name in INPUTS).items()
-    }
+    inputs = moved(as_tensors(load(folder / "unit.npz", INPUTS.__contains__)), device)
     boxes = inputs["pool_boxes"]
     features = [inputs[name] for name in MAPS]
     ours = {"pool_levels_minus2": assign_levels(boxes, 4, STRIDES[0])}
@@ -50,21 +47,18 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
         (30, (30.0, 30.0, 15.0, 15.0)),
     ):
         ours[f"bt_get_w{factor}"] = encode(source, target, weights)
-        ours[f"bt_apply_w{factor}"] = decode(
-            source, deltas.unflatten(1, (-1, 4)), weights, -math.inf
-        ).flatten(1)
+        applied = decode(source, deltas.unflatten(1, (-1, 4)), weights, -math.inf)
+        ours[f"bt_apply_w{factor}"] = applied.flatten(1)
     for name, low, high, matching in (
         ("rpn", 0.3, 0.7, match_keeping_own),
         ("roi", 0.5, 0.5, match),
     ):
         matched = matching([inputs["match_iou"]], low, high)
-        ours[f"match_{name}_label"] = torch.where(
-            matched == IGNORE, -1, torch.where(matched == BACKGROUND, 0, 1)
-        )
+        labels = torch.where(matched == BACKGROUND, 0, 1)
+        ours[f"match_{name}_label"] = torch.where(matched == IGNORE, -1, labels)
         # Theirs names the best ground truth of boxes that learn from none as well.
-        ours[f"match_{name}_idx"] = torch.where(
-            matched >= 0, matched, inputs["match_iou"].argmax(dim=0)
-        )
+        best = inputs["match_iou"].argmax(dim=0)
+        ours[f"match_{name}_idx"] = torch.where(matched >= 0, matched, best)
     return ours
 
 
@@ -73,19 +67,10 @@ def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
     stored = load(folder / "unit.npz")
     for name in INPUTS:
         report.skip(f"unit.{name}", "an input: it shows in what is computed from it")
-    for name, ours in found.items():
-        if name not in stored:
-            report.out(f"unit.{name}", "computed here but not stored")
-            continue
-        scale = (
-            float(np.abs(stored[name]).max())
-            if ours.is_floating_point() and stored[name].size
-            else 0.0
-        )
-        report.close(
-            f"unit.{name}",
-            ours,
-            stored[name],
-            1e-5 + 1e-6 * scale if ours.is_floating_point() else 0.0,
-        )
-    report.all_seen([f"unit.{name}" for name in stored])
+
+    def tolerance(name: str) -> float:
+        if not found[name].is_floating_point():
+            return 0.0
+        return 1e-5 + 1e-6 * float(np.abs(stored[name]).max(initial=0.0))
+
+    report.table("unit", found, stored, tolerance)

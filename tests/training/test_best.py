@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import STEPS, Recorder, minimal
-from tests.training.test_trainer import cut, go, interrupt, terminate
+from tests.helpers.runs import assert_equal, cut_at, go, refused, same_weights, stop_at
 from vitdet import stages
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, load_config, override, save_config
@@ -20,7 +19,7 @@ from vitdet.config.digest import digest, training_settings
 from vitdet.evaluation import evaluate
 from vitdet.evaluation.evaluator import measured_metrics
 from vitdet.stages.workspace import result
-from vitdet.training import Stopped, train, trainer
+from vitdet.training import trainer
 from vitdet.training.best import Best
 
 ENDING = {
@@ -76,41 +75,35 @@ def test_a_training_that_no_longer_gains_ends_also_when_it_was_resumed(
     measure: Callable[[Iterable[float]], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def run(folder: str, recorder: Recorder) -> Recorder:
-        train(
-            load_config("tiny", minimal(tiny, **ENDING)),
-            tmp_path / folder,
-            checkpoints=tmp_path / f"{folder}-states",
-            start_tracking=lambda *_: recorder,
-        )
-        return recorder
+    def run(folder: str) -> Recorder:
+        return go(tiny, tmp_path / folder, **ENDING, states=tmp_path / f"{folder}-states")
 
     measure([1.0, 3.0, 3.0, 2.0])
     with caplog.at_level(logging.INFO, "vitdet"):
-        whole = run("whole", Recorder())
+        whole = run("whole")
     assert (max(whole.points), whole.status) == (4, "FINISHED")
     assert whole.points[4]["best_box_ap50"] == 3.0 and whole.points[4]["best_step"] == 2
     assert [text for text in caplog.messages if "the training ends at step 4 of 12" in text]
     model, best = (load_model_file(tmp_path / "whole" / f"{name}.pt") for name in ("model", "best"))
     assert (model["step"], model["metrics"]["box_ap50"]) == (4, 2.0)
     assert (best["step"], best["metrics"]["box_ap50"]) == (2, 3.0)
-    assert run("whole", Recorder()).points == {}  # complete
+    assert run("whole").points == {}  # complete
 
     measure([1.0, 3.0, 3.0, 2.0])
-    with pytest.raises(KeyboardInterrupt):
-        run("cut", interrupt(cut, 3, "box_ap50"))  # this evaluation is lost
+    states = tmp_path / "cut-states"
+    cut_at(3, tiny, tmp_path / "cut", "box_ap50", **ENDING, states=states)  # evaluation is lost
     shutil.rmtree(tmp_path / "cut")  # as DVC does
     measure([3.0, 2.0])
-    rest = run("cut", Recorder())
+    rest = run("cut")
     assert (min(rest.points), max(rest.points)) == (3, 4)
     for name, ours in (("model", model), ("best", best)):
         theirs = load_model_file(tmp_path / "cut" / f"{name}.pt")
         assert theirs["step"] == ours["step"] and theirs["metrics"] == ours["metrics"]
-        assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
+        assert_equal(ours["model"], theirs["model"])
 
     (tmp_path / "cut" / "model.pt").unlink()
     measure([])
-    assert run("cut", Recorder()).points == {}  # it had ended
+    assert run("cut").points == {}  # it had ended
     assert load_model_file(tmp_path / "cut" / "model.pt")["step"] == 4
 
 
@@ -119,10 +112,7 @@ def test_a_training_always_ends_with_its_best_detector(
 ) -> None:
     def run(values: Iterable[float]) -> Recorder:
         measure(values)
-        recorder, changes = Recorder(), {**ENDING, "train__patience": 1}
-        config = load_config("tiny", minimal(tiny, **changes))
-        train(config, folder, start_tracking=lambda *_: recorder)
-        return recorder
+        return go(tiny, folder, **ENDING | {"train__patience": 1})
 
     folder = tmp_path / "run"
     best, stored = folder / "best.pt", folder / "checkpoints" / "best.pt"
@@ -136,9 +126,7 @@ def test_a_training_always_ends_with_its_best_detector(
     assert load_model_file(best)["step"] == 2 and load_model_file(folder / "model.pt")["step"] == 3
     best.unlink()
     shutil.rmtree(stored.parent)
-    with pytest.raises(
-        ValueError, match=r"finished run of 3 steps without its best.pt, and no training state"
-    ):
+    with refused(r"finished run of 3 steps without its best.pt, and no training state"):
         run([])
 
 
@@ -147,18 +135,15 @@ def test_a_training_that_patience_ended_goes_on_with_more_of_it(
 ) -> None:
     def run(values: Iterable[float], patience: int) -> list[int]:
         measure(values)
-        recorder = Recorder()
-        changes = {**ENDING, "train__patience": patience, "optim__steps": 4}
-        config = load_config("tiny", minimal(tiny, **changes))
-        train(config, tmp_path / "run", start_tracking=lambda *_: recorder)
-        return sorted(recorder.points)
+        changes = ENDING | {"train__patience": patience, "optim__steps": 4}
+        return sorted(go(tiny, tmp_path / "run", **changes).points)
 
     assert run([3.0, 2.0, 2.0], 2) == [1, 2, 3]
-    with pytest.raises(ValueError, match="another config .*train.patience: 1, not 2"):
+    with refused("another config .*train.patience: 1, not 2"):
         run([], 1)
     assert run([4.0], 0) == [4]
     assert load_model_file(tmp_path / "run" / "best.pt")["step"] == 4
-    with pytest.raises(ValueError, match="another config .*train.patience: 3, not 0"):
+    with refused("another config .*train.patience: 3, not 0"):
         run([], 3)
 
 
@@ -166,16 +151,12 @@ def test_a_training_that_patience_ended_goes_on_with_more_of_it(
 def test_the_best_detector_has_the_metrics_that_it_says(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path, interrupt(terminate, 5), train__keep_best="box_ap")
-    with pytest.raises(
-        ValueError, match=r"train.eval_every: 3, not 4; .*evaluate.nms_iou: 0.6, not 0.5"
-    ):
+    stop_at(5, tiny, tmp_path, train__keep_best="box_ap")
+    with refused(r"train.eval_every: 3, not 4; .*evaluate.nms_iou: 0.6, not 0.5"):
         go(tiny, tmp_path, train__keep_best="box_ap", train__eval_every=3, evaluate__nms_iou=0.6)
     go(tiny, tmp_path, train__keep_best="box_ap")
     model, best = (load_model_file(tmp_path / f"{name}.pt") for name in ("model", "best"))
-    first = load_model_file(trained / "model.pt")["model"]
-    assert all(torch.equal(value, first[key]) for key, value in model["model"].items())
+    same_weights(tmp_path, trained)
     assert best["step"] in (4, STEPS)
     assert evaluate(tmp_path / "best.pt", device="cpu") == best["metrics"]
     assert best["metrics"]["box_ap"] >= model["metrics"]["box_ap"]
@@ -196,28 +177,24 @@ def test_a_best_detector_that_is_lost_is_replaced_by_the_next(
 
 
 def test_settings_that_cannot_work_together_are_refused(tiny: Path) -> None:
-    with pytest.raises(
-        ValueError, match="'box_app' is not an AP metric that is measured .*; did you mean 'box_ap'"
-    ):
+    with refused("'box_app' is not an AP metric that is measured .*; did you mean 'box_ap'"):
         settings(keep_best="box_app")
-    with pytest.raises(ValueError, match=r"'mask_ap' .* model.mask.enabled=false; known: box_ap, "):
+    with refused(r"'mask_ap' .* model.mask.enabled=false; known: box_ap, "):
         override(settings(keep_best="mask_ap"), ["model.mask.enabled=false"])
-    with pytest.raises(ValueError, match="'box_ap_rare' .* data.dataset=coco"):
+    with refused("'box_ap_rare' .* data.dataset=coco"):
         settings(keep_best="box_ap_rare")
     assert override(settings(), ["data.dataset=lvis", "train.keep_best=box_ap_rare"])
-    with pytest.raises(ValueError, match=r"train.eval_every must be between 1 and .*, got 0"):
+    with refused(r"train.eval_every must be between 1 and .*, got 0"):
         settings(keep_best="box_ap", eval_every=0)
 
 
 def test_a_metric_that_the_data_does_not_have_is_refused_before_anything_is_written(
     tiny: Path, tmp_path: Path
 ) -> None:
-    missing = next(
-        name
-        for name in ("box_ap_large", "box_ap_medium", "box_ap_small")
-        if name not in measured_metrics(load_config("tiny", minimal(tiny)))
-    )
-    with pytest.raises(ValueError, match=f"do not measure {missing}: val has no object for it; "):
+    measured = measured_metrics(load_config("tiny", minimal(tiny)))
+    sizes = {f"box_ap_{size}" for size in ("large", "medium", "small")}
+    missing = min(sizes - set(measured))
+    with refused(f"do not measure {missing}: val has no object for it; "):
         go(tiny, tmp_path / "run", train__keep_best=missing)
     assert not (tmp_path / "run").exists()
 

@@ -8,130 +8,72 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 from tests.conftest import STEPS, Recorder, environment, minimal, options, start
-from tests.training.test_trainer import cut, figures, go, interrupt, same_bits
+from tests.helpers.runs import TOGETHER, cut_at, figures, go, same_bits, spawn_pair
 from vitdet import distributed
 from vitdet.checkpoint import load_model_file
-from vitdet.config import load_config
-from vitdet.training import train, trainer
+from vitdet.training import trainer
+from vitdet.types import Batch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-# No random draw of proposals and a batch that is not too small, so that one and two processes differ by rounding only.
-TOGETHER = {
-    "train__batch_size": 4,
-    "model__rpn__samples": 4000,
-    "model__rpn__positive_fraction": 1,
-    "model__roi_heads__samples": 100,
-    "model__roi_heads__positive_fraction": 1,
-    "model__mask__samples": 100,
-}
+
+def seen(root: Path, output: Path) -> tuple[list[tuple[int, ...]], Recorder]:
+    """Train; return the image IDs of every batch of this process, and the points."""
+    image_ids = []
+
+    class Listening(trainer.TrainingStep):
+        def forward_backward(self, batch: Batch, at: Callable) -> dict[str, torch.Tensor]:
+            image_ids.append(batch.image_ids)
+            return super().forward_backward(batch, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "TrainingStep", Listening)
+        return image_ids, go(root, output, **TOGETHER)
 
 
-class Listener(Recorder):
-    """Also keeps the image ids of every batch of this process."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image_ids: list[tuple[int, ...]] = []
-
-    def train(self, root: Path, output: Path, changes: dict) -> None:
-        """Trains and listens at the loader."""
-        loader = trainer.train_loader
-
-        def listening(*given: object) -> object:
-            made = loader(*given)
-            collate = made.collate_fn
-
-            def heard(samples: list) -> object:
-                batch = collate(samples)
-                self.image_ids.append(batch.image_ids)
-                return batch
-
-            made.collate_fn = heard
-            return made
-
-        trainer.train_loader = listening
-        try:
-            train(
-                load_config("tiny", minimal(root, **changes)),
-                output,
-                start_tracking=lambda *_: self,
-            )
-        finally:
-            trainer.train_loader = loader
-
-
-def one_of_two(rank: int, threads: int, port: int, root: Path, output: Path, changes: dict) -> None:
-    """What torchrun does, with a listener."""
-    torch.set_num_threads(threads)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    listener = Listener()
-    listener.train(root, output, changes)
-    output.with_name(f"rank{rank}.json").write_text(
-        json.dumps([listener.image_ids, listener.points])
-    )
+def listen(rank: int, root: Path, output: Path) -> None:
+    image_ids, recorder = seen(root, output)
+    content = json.dumps([image_ids, recorder.points])
+    output.with_name(f"rank{rank}.json").write_text(content)
 
 
 def uninterrupted_pair(tiny: Path, folder: Path) -> None:
-    """folder/run: a training by two processes; rank0.json and rank1.json: what each of them saw."""
-    multiprocessing.spawn(
-        one_of_two, (torch.get_num_threads(), free_port(), tiny, folder / "run", TOGETHER), nprocs=2
-    )
+    """folder/run: a run of two processes; rank0.json and rank1.json: what each of them saw."""
+    spawn_pair(listen, tiny, folder / "run")
 
 
-def apart(rank: int, port: int, root: Path, folder: Path) -> None:
-    """What torchrun does on machines that share no folder: the second one finds nothing of the first one's."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def apart(rank: int, root: Path, folder: Path) -> None:
+    """As on machines that share no folder: the second one finds no states of the first."""
     if rank == 1:
         trainer.Checkpoints.all = lambda _: []
-    train(load_config("tiny", minimal(root, **TOGETHER)), folder)
+    go(root, folder, **TOGETHER)
 
 
 @pytest.mark.slow
 def test_processes_that_share_no_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path, interrupt(cut, 4), **TOGETHER)
+    cut_at(4, tiny, tmp_path, **TOGETHER)
     with pytest.raises(
         Exception, match=r"found states of different steps \(3, 0\); --output must be one folder"
     ):
-        multiprocessing.spawn(apart, (free_port(), tiny, tmp_path), nprocs=2)
+        spawn_pair(apart, tiny, tmp_path)
     assert min(go(tiny, tmp_path, **TOGETHER).points) == 4  # nothing was lost
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
@@ -239,21 +181,17 @@ def test_killed_processes_go_on_under_one_run(
     assert run.info.status == "FINISHED"
     expected = figures(json.loads((trained / "points.json").read_text()))
     for name in ("loss", "loss_mask", "lr", "grad_norm", "box_ap"):
-        history = [
-            (point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)
-        ]
-        assert history == [
-            (step, values[name]) for step, values in expected.items() if name in values
-        ], name
+        history = client.get_metric_history(run.info.run_id, name)
+        wanted = {step: values[name] for step, values in expected.items() if name in values}
+        assert [(one.step, one.value) for one in history] == list(wanted.items()), name
 
 
 @pytest.mark.slow
 def test_two_processes_under_torchrun_killed_and_started_again(
     folders: dict[str, Future[Path]],
 ) -> None:
-    same_bits(
-        folders["killed_pair"].result() / "run", folders["uninterrupted_pair"].result() / "run"
-    )
+    killed, whole = (folders[name].result() for name in ("killed_pair", "uninterrupted_pair"))
+    same_bits(killed / "run", whole / "run")
 
 
 @pytest.mark.slow
@@ -261,14 +199,10 @@ def test_one_and_two_processes_see_the_same_images_in_the_same_order(
     folders: dict[str, Future[Path]], tiny: Path, tmp_path: Path
 ) -> None:
     pair = folders["uninterrupted_pair"].result()
-    alone = Listener()
-    alone.train(tiny, tmp_path / "run", TOGETHER)
-    (ids0, points), (ids1, _) = (
-        json.loads((pair / f"rank{rank}.json").read_text()) for rank in (0, 1)
-    )
-    assert [list(ids) for ids in alone.image_ids] == [
-        a + b for a, b in zip(ids0, ids1, strict=True)
-    ]
+    image_ids, alone = seen(tiny, tmp_path / "run")
+    ranks = [json.loads((pair / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    (ids0, points), (ids1, _) = ranks
+    assert [list(ids) for ids in image_ids] == [a + b for a, b in zip(ids0, ids1, strict=True)]
     assert len(ids0) == STEPS and len({image for ids in ids0 + ids1 for image in ids}) > 6
     first, other = alone.points[1], points["1"]
     for name in ("loss", "loss_cls", "loss_rpn_cls", "loss_rpn_loc", "loss_mask"):
@@ -278,9 +212,8 @@ def test_one_and_two_processes_see_the_same_images_in_the_same_order(
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
-    process = start(
-        ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"], tmp_path, processes=2
-    )
+    words = ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"]
+    process = start(words, tmp_path, processes=2)
     output, errors = process.communicate()
     assert process.returncode == 0 and output.count("mask ") == 1, errors  # one table
     expected = load_model_file(trained / "model.pt")["metrics"]
@@ -337,14 +270,14 @@ def synchronize(
     store: dist.Store,
     *numbers: int,
     count: int = 3,
-    starts: dict[int, float] | None = None,
+    starts: Mapping[int, float] = MappingProxyType({}),
 ) -> dict[int, tuple[str, list[int]]]:
     """What the ranks `numbers` of `count` return, each in a thread; starts: seconds before a rank starts."""
     clock = Clock(len(numbers))
 
     def run(number: int) -> tuple[str, list[int]]:
         try:
-            if starts and number in starts:
+            if number in starts:
                 clock.sleep(starts[number])
             return distributed._synchronize_launch(store, number, count)
         finally:
@@ -418,17 +351,14 @@ def test_the_requests_of_a_launch_do_not_grow_with_its_ranks() -> None:
 def test_one_process_is_the_first_of_one() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     value = torch.tensor([1.0, 2.0])
-    assert torch.equal(distributed.mean(value), value) and distributed.all_gather_objects("a") == [
-        "a"
-    ]
-    assert distributed.gather_objects("a") == ["a"]
+    assert torch.equal(distributed.mean(value), value)
+    assert distributed.gather_objects("a") == distributed.all_gather_objects("a") == ["a"]
     assert distributed.async_max(15)() == 15 and distributed.async_max(0)() == 0
     with distributed.process_group() as device:
         assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")
 
 
-REFUSED = """
-import sys
+REFUSED = """import sys
 from vitdet.cli import main
 try:
     main(sys.argv[1:])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import minimal, options
+from tests.helpers.runs import assert_equal
 from tests.helpers.triton_device import needs_gpu
 from vitdet import stages
 from vitdet.config import BackboneConfig, Config, load_config
@@ -24,76 +25,61 @@ from vitdet.tracking import runs
 from vitdet.training.graph import can_be_graphed
 from vitdet.training.memory import checkpoint_activations, step_bytes
 
+SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
 # what torch raises, in one line
-TORCH = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
+TORCH = SAID + (
     "Including non-PyTorch memory, this process has 77.90 GiB memory in use. Of the allocated memory 70.00 GiB is "
     "allocated by PyTorch, and 5.10 GiB is reserved by PyTorch but unallocated. See documentation ..."
-)
-SAID = (
-    "vitdet: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB "
-    "is free. "
 )
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on every detector takes more memory than there is; nothing is tracked."""
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def failed(vitdet: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """failed(*words): the last line of a command whose detector takes too much memory."""
 
     def fill(*_: object) -> None:
         raise torch.OutOfMemoryError(TORCH)
 
+    def run(*words: object) -> str:
+        code, _, said = vitdet(*words)
+        assert code == 1
+        return said.splitlines()[-1].removeprefix("vitdet: ")
+
     monkeypatch.setattr(Detector, "forward", fill)
     monkeypatch.setattr(runs, "has_mlflow", lambda: False)
+    return run
 
 
-def test_training_says_which_settings_need_less_memory(
-    vitdet: Callable[..., tuple[int, str, str]],
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_message_names_the_settings_that_need_less_memory(
+    failed: Callable[..., str], tiny: Path, trained: Path, picture: Path, tmp_path: Path
 ) -> None:
-    fill_memory(monkeypatch)
-    code, _, said = vitdet("train", "tiny", *options(minimal(tiny)), "--output", tmp_path / "run")
-    assert code == 1 and not (tmp_path / "run" / "model.pt").exists()
-    assert said.splitlines()[-1] == (
+    cpu = "a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet"
+    line = failed("train", "tiny", *options(minimal(tiny)), "--output", tmp_path / "run")
+    assert line == (
         f"{SAID}Raise train.accumulate (the same batch in smaller parts), set train.activation_checkpointing=blocks, or "
         "lower train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU with more memory"
     )
-
-
-def test_evaluating_and_predicting_say_what_needs_less_memory(
-    vitdet: Callable[..., tuple[int, str, str]],
-    trained: Path,
-    picture: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fill_memory(monkeypatch)
-    code, _, said = vitdet("evaluate", trained / "model.pt")
-    assert code == 1 and said.splitlines()[-1] == (
-        f"{SAID}Lower evaluate.batch_size, or use a GPU with more memory or the CPU: "
-        "CUDA_VISIBLE_DEVICES= vitdet evaluate ..."
-    )
-    code, _, said = vitdet("predict", trained / "model.pt", picture, "--output", tmp_path / "drawn")
-    assert code == 1 and said.splitlines()[-1] == (
-        f"{SAID}Use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet predict ..."
-    )
+    assert not (tmp_path / "run" / "model.pt").exists()
+    line = failed("evaluate", trained / "model.pt")
+    assert line == f"{SAID}Lower evaluate.batch_size, or use {cpu} evaluate ..."
+    line = failed("predict", trained / "model.pt", picture, "--output", tmp_path / "drawn")
+    assert line == f"{SAID}Use {cpu} predict ..."
     assert list((tmp_path / "drawn").iterdir()) == []
 
 
-def test_words_of_torch_that_are_not_known_are_kept(
-    vitdet: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_unknown_message_of_torch_is_kept(
+    failed: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fill(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2 GiB.\nSee docs.")
 
     monkeypatch.setattr(stages, "train", fill)
-    code, _, said = vitdet("train", "tiny", "--output", tmp_path / "run")
-    last = said.splitlines()[-1]
-    assert code == 1 and last.startswith(
-        "vitdet: HIP out of memory. Tried to allocate 2 GiB. Raise train.accumulate"
-    )
+    line = failed("train", "tiny", "--output", tmp_path / "run")
+    assert line.startswith("HIP out of memory. Tried to allocate 2 GiB. Raise train.accumulate")
 
 
 def checkpointing(detector: nn.Module) -> set[bool]:
@@ -109,9 +95,8 @@ def test_auto_checkpoints_where_the_estimate_exceeds_nine_tenths_of_the_gpu(
 
     def decide(setting: str, device: torch.device, memory: float) -> bool:
         given = replace(config, train=replace(config.train, activation_checkpointing=setting))
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)
-        )
+        gpu = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
         checkpoint_activations(detector, given, 8, "bf16", device)
         (decided,) = checkpointing(detector)
         assert can_be_graphed(detector) != decided  # random draws are repeated, which no graph can
@@ -145,11 +130,11 @@ def test_the_estimate_is_what_was_measured(
     config = load_config(recipe)
     with torch.device("meta"):
         detector = build_detector(config.model)
-    estimate = step_bytes(detector, config, images, "bf16", fused) / 2**30
-    assert estimate == pytest.approx(measured, rel=0.05 if fused else 0.15)
-    assert step_bytes(detector, config, images, "fp32", fused) > step_bytes(
-        detector, config, images, "fp16", fused
+    fp16, bf16, fp32 = (
+        step_bytes(detector, config, images, precision, fused) / 2**30
+        for precision in ("fp16", "bf16", "fp32")
     )
+    assert bf16 == pytest.approx(measured, rel=0.05 if fused else 0.15) and fp32 > fp16
 
 
 BACKBONES = {
@@ -160,10 +145,10 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["vit_tiny", "vitae_s", "swin_t", pytest.param("vitaev2_s", marks=pytest.mark.slow)],
-)
+SLOW = pytest.param("vitaev2_s", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vitae_s", "swin_t", SLOW])
 def test_blocks_that_compute_again_give_the_same_bits(name: str) -> None:
     """With the same dropped paths, and statistics of BatchNorm that are updated once."""
     torch.manual_seed(0)
@@ -190,32 +175,25 @@ def test_blocks_that_compute_again_give_the_same_bits(name: str) -> None:
         maps = [found] if isinstance(found, Tensor) else found
         torch.stack([one.square().mean() for one in maps]).sum().backward()
         results.append((maps, torch.rand(3)))
-    for one, other in zip(results[0][0], results[1][0], strict=True):
-        assert torch.equal(one, other)
-    assert torch.equal(results[0][1], results[1][1])  # the draws that follow
+    (maps, draws), (maps_again, draws_again) = results
+    assert all(map(torch.equal, maps, maps_again))
+    assert torch.equal(draws, draws_again)  # those that follow
     assert calls == {"plain": len(stages), "again": 2 * len(stages)}
-    theirs = dict(again.named_parameters())
     for parameter_name, parameter in plain.named_parameters():
-        assert torch.equal(parameter.grad, theirs[parameter_name].grad), parameter_name
-    for buffer_name, buffer in plain.named_buffers():
-        assert torch.equal(buffer, again.get_buffer(buffer_name)), buffer_name
-    assert plain.state_dict().keys() == again.state_dict().keys()
+        assert torch.equal(parameter.grad, again.get_parameter(parameter_name).grad), parameter_name
+    assert_equal(plain.state_dict(), again.state_dict())
 
 
 @needs_gpu
 @pytest.mark.cuda
 def test_the_words_of_torch_are_those_that_are_cut(
-    vitdet: Callable[..., tuple[int, str, str]],
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    vitdet: Command, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "has_mlflow", lambda: False)
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved() + 2**20
-    torch.cuda.set_per_process_memory_fraction(
-        held / torch.cuda.get_device_properties(0).total_memory
-    )
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(held / total)
     try:
         code, _, said = vitdet("train", "tiny", *options(minimal(tiny)), "--output", tmp_path)
     finally:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Recorder, environment, minimal
-from vitdet.config import load_config
-from vitdet.training import train
+from tests.conftest import Recorder, environment
+from tests.helpers.runs import go
 
 HOLES = """
 import numpy as np
@@ -55,8 +54,7 @@ def test_memory_does_not_grow_with_the_evaluations(tiny: Path, tmp_path: Path) -
             gc.collect()
             seen.append((resident(), len(gc.get_objects())))
 
-    config = load_config("tiny", minimal(tiny, optim__steps=12, train__eval_every=1))
-    train(config, tmp_path, start_tracking=lambda *_: Recorder(after))
+    go(tiny, tmp_path, Recorder(after), optim__steps=12, train__eval_every=1)
     early, last = seen[4], seen[-1]
     assert last[0] - early[0] < 16, seen
     assert last[1] - early[1] < 2000, seen

@@ -37,10 +37,8 @@ PUBLISHED = {
     "backbone.blocks.5.norm1.weight": (0.7**7, 0.0),
     "backbone.blocks.11.norm2.bias": (0.7, 0.0),
     "backbone.blocks.11.mlp.fc1.bias": (0.7, 0.1),
-    "pyramid.levels.0.4.norm.weight": (
-        1.0,
-        0.1,
-    ),  # a channel norm of detectron2, which is no nn.LayerNorm
+    # a channel norm of detectron2, which is no nn.LayerNorm
+    "pyramid.levels.0.4.norm.weight": (1.0, 0.1),
     "rpn.objectness.weight": (1.0, 0.1),
     "roi_heads.stages.0.fcs.0.weight": (1.0, 0.1),
     "roi_heads.mask.logits.bias": (1.0, 0.1),
@@ -53,17 +51,9 @@ def groups() -> dict[str, tuple[float, float]]:
     with torch.device("meta"):
         detector = build_detector(Config().model)
     found = parameter_groups(detector, Config().optim)
-    table = {
-        name: (group["lr_scale"], group["weight_decay"])
-        for group in found
-        for name in group["names"]
-    }
-    assert (
-        sum(len(group["names"]) for group in found)
-        == len(table)
-        == len(list(detector.parameters()))
-    )
-    return table
+    rows = [(n, (one["lr_scale"], one["weight_decay"])) for one in found for n in one["names"]]
+    assert len(rows) == len(dict(rows)) == len(list(detector.parameters()))
+    return dict(rows)
 
 
 @pytest.fixture(scope="module")
@@ -83,62 +73,44 @@ def test_every_parameter_as_published(groups: dict[str, tuple[float, float]]) ->
     path = KEYS / f"{RECIPE}.optim.json"
     if not path.exists():
         pytest.skip("needs ../shared")
-    theirs = {
-        rename(name, DETECTRON2): tuple(value)
-        for name, value in json.loads(path.read_text()).items()
-    }
+    stored = json.loads(path.read_text())
+    theirs = {rename(name, DETECTRON2): tuple(value) for name, value in stored.items()}
     assert set(theirs) == set(groups)
     for name, (factor, decay) in theirs.items():
         assert groups[name] == (pytest.approx(factor, rel=1e-9), decay), name
 
 
-def test_undecayed_nothing_decays_everything() -> None:
-    with torch.device("meta"):
-        detector = build_detector(Config().model)
-    found = parameter_groups(detector, OptimConfig(undecayed="nothing"))
-    assert {group["weight_decay"] for group in found} == {0.1}
-
-
-def test_a_frozen_parameter_is_in_no_group() -> None:
+def test_undecayed_nothing_decays_everything_and_a_frozen_parameter_is_in_no_group() -> None:
     with torch.device("meta"):
         detector = build_detector(Config().model)
     detector.backbone.pos_embed.requires_grad_(False)
-    assert not any(
-        "backbone.pos_embed" in group["names"]
-        for group in parameter_groups(detector, OptimConfig())
-    )
+    found = parameter_groups(detector, OptimConfig(undecayed="nothing"))
+    assert {group["weight_decay"] for group in found} == {0.1}
+    assert not any("backbone.pos_embed" in group["names"] for group in found)
 
 
 def test_the_schedule_of_the_published_recipe(summary: dict) -> None:
     settings = Config().optim
-    assert (settings.steps, settings.lr, settings.weight_decay) == (
-        summary["max_iter"],
-        summary["lr"],
-        summary["weight_decay"],
-    )
+    wanted = tuple(summary[name] for name in ("max_iter", "lr", "weight_decay"))
+    assert (settings.steps, settings.lr, settings.weight_decay) == wanted
     for step, factor in summary["lr_multiplier_at"].items():
         assert lr_factor(int(step), settings) == pytest.approx(factor, rel=1e-9)
     tenth, hundredth = summary["first_iter_at_0p1_and_0p01"]
-    assert [
-        lr_factor(step, settings) for step in (tenth - 1, tenth, hundredth - 1, hundredth)
-    ] == pytest.approx([1, 0.1, 0.1, 0.01])
+    found = [lr_factor(step, settings) for step in (tenth - 1, tenth, hundredth - 1, hundredth)]
+    assert found == pytest.approx([1, 0.1, 0.1, 0.01])
 
 
 def test_the_steps_of_the_schedule_by_hand() -> None:
-    settings = Config().optim
-    found = [
-        lr_factor(step, settings)
-        for step in (0, 125, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374)
-    ]
+    steps = (0, 125, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374)
+    found = [lr_factor(step, Config().optim) for step in steps]
     assert found == pytest.approx([0.001, 0.5005, 0.996004, 1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-9)
 
 
 def test_half_a_cosine_after_the_warm_up() -> None:
     settings = OptimConfig(schedule="cosine", steps=100, warmup_steps=10, warmup_factor=0.0)
     factors = [lr_factor(step, settings) for step in range(100)]
-    assert factors[0] == 0 and factors[5] == pytest.approx(
-        0.5 * 0.5 * (1 + math.cos(math.pi * 0.05))
-    )
+    warming = 0.5 * 0.5 * (1 + math.cos(math.pi * 0.05))
+    assert factors[0] == 0 and factors[5] == pytest.approx(warming)
     assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 0.001
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert lr_factor(0, OptimConfig(warmup_steps=0)) == 1
@@ -167,9 +139,8 @@ def test_the_rate_is_scaled_by_the_batch_only_if_that_is_told() -> None:
 def test_one_line_says_what_another_batch_size_means_for_the_rate() -> None:
     assert rate_note(OptimConfig(), 64) == rate_note(OptimConfig(scale_lr=True), 64) == ""
     size = "optim.lr=0.0001 is meant for steps of 64 images, and train.batch_size is 16"
-    assert (
-        rate_note(OptimConfig(scale_lr=True), 16) == f"{size}: optim.scale_lr scales it to 2.5e-05"
-    )
+    scaling = f"{size}: optim.scale_lr scales it to 2.5e-05"
+    assert rate_note(OptimConfig(scale_lr=True), 16) == scaling
     assert rate_note(OptimConfig(), 16) == (
         f"{size}: it is not scaled; optim.scale_lr=true scales it to 2.5e-05, "
         "optim.lr_batch_size=16 declares it as meant for this size"

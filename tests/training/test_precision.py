@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import STEPS, Recorder, minimal
-from vitdet.config import load_config
+from tests.conftest import STEPS
+from tests.helpers.runs import go
 from vitdet.training import step as training_step
-from vitdet.training import train, trainer
+from vitdet.training import trainer
 from vitdet.training.precision import chosen, tf32
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -35,9 +35,8 @@ def test_a_gpu_without_bf16_trains_in_fp16_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A V100 emulates bf16: torch calls it supported unless emulation is excluded."""
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-    )
+    emulated = lambda including_emulation=True: including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
     with caplog.at_level(logging.INFO):
         assert chosen("auto", GPU) == "fp16"
     assert len(caplog.messages) == 1 and "does not support bf16" in caplog.text
@@ -62,7 +61,7 @@ def test_only_fp32_on_a_gpu_is_tf32_and_only_within(
 def test_steps_are_within_and_evaluations_without(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, within, evaluated = [], [], []
+    told, within, evaluated, steps = [], [], [], []
 
     @contextmanager
     def spy(precision: str, device: torch.device) -> Iterator[None]:
@@ -71,14 +70,13 @@ def test_steps_are_within_and_evaluations_without(
         yield
         within.pop()
 
-    evaluate, backward = trainer.evaluate_detector, torch.Tensor.backward
-    steps = []
     monkeypatch.setattr(training_step, "tf32", spy)
-    monkeypatch.setattr(
-        trainer, "evaluate_detector", lambda *a: evaluated.append(bool(within)) or evaluate(*a)
-    )
-    monkeypatch.setattr(
-        torch.Tensor, "backward", lambda *a: steps.append(bool(within)) or backward(*a)
-    )
-    train(load_config("tiny", minimal(tiny)), tmp_path, start_tracking=lambda *_: Recorder())
+
+    def listen(owner: object, name: str, heard: list[bool]) -> None:
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a: heard.append(bool(within)) or whole(*a))
+
+    listen(trainer, "evaluate_detector", evaluated)
+    listen(torch.Tensor, "backward", steps)
+    go(tiny, tmp_path)
     assert steps == [True] * STEPS and evaluated == [False] * 2 and set(told) == {("fp32", "cpu")}

@@ -8,33 +8,30 @@ import weakref
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import Recorder, minimal
-from tests.training.test_trainer import cut, go, interrupt, same_bits, terminate
+from tests.helpers.runs import cut, cut_at, go, refused, same_bits, stop_at
 from vitdet.checkpoint import Checkpoints
 from vitdet.config import load_config
-from vitdet.training import Stopped, train, trainer
+from vitdet.training import train, trainer
 
 
 @pytest.mark.slow
 def test_the_state_that_was_read_goes_when_it_is_applied(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path, interrupt(terminate, 2))
+    stop_at(2, tiny, tmp_path)
     alive: list[weakref.ref] = []
 
     class Watched(Checkpoints):
         def latest(self, *given: bool, **named: int | None) -> dict | None:
             state = super().latest(*given, **named)
-            moments = [
-                value for slots in state["optimizer"]["state"].values() for value in slots.values()
-            ]
-            alive.extend(
-                weakref.ref(one)
-                for one in (*state["model"].values(), *state["average"].values(), *moments)
-            )
+            for tensors in (
+                state["model"],
+                state["average"],
+                *state["optimizer"]["state"].values(),
+            ):
+                alive.extend(map(weakref.ref, tensors.values()))
             return state
 
     left = []
@@ -68,28 +65,21 @@ def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(
     assert max(before.points) == step and "box_ap" not in before.points[step]
     monkeypatch.setattr(trainer, "evaluate_detector", evaluate)
     rest = go(tiny, tmp_path)
-    assert min(rest.points) == step and set(rest.points[step]) == {
-        "box_ap",
-        "box_ap50",
-        "box_ap75",
-        *rest.points[step],
-    }
-    assert "loss" not in rest.points[step]
+    assert min(rest.points) == step and "loss" not in rest.points[step]
+    assert {"box_ap", "box_ap50", "box_ap75"} <= rest.points[step].keys()
     same_bits(tmp_path, trained)
 
 
 def test_an_evaluation_that_was_done_is_not_done_again(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stopped, match="stopped at step 4 "):
-        go(tiny, tmp_path, interrupt(terminate, 4, "box_ap"))
+    stop_at(4, tiny, tmp_path, "box_ap")
     assert min(go(tiny, tmp_path).points) == 5
 
 
 def test_the_only_state_is_broken(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path, interrupt(cut, 1))
+    cut_at(1, tiny, tmp_path)
     (state,) = (tmp_path / "checkpoints").glob("*.pt")
     state.write_bytes(b"")
-    with pytest.raises(ValueError, match="step_00000000.pt: .*; remove it to start over"):
+    with refused("step_00000000.pt: .*; remove it to start over"):
         go(tiny, tmp_path)
     state.unlink()
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
@@ -105,17 +95,9 @@ def test_weights_of_a_file_name_its_states_without_being_read_into_memory(
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", listed)
-    config = load_config("tiny", minimal(tiny, optim__steps=1))
-    train(
-        config,
-        tmp_path / "run",
-        checkpoints=tmp_path / "states",
-        weights=trained / "model.pt",
-        start_tracking=lambda *_: Recorder(),
-    )
+    config, states = load_config("tiny", minimal(tiny, optim__steps=1)), tmp_path / "states"
+    train(config, tmp_path / "run", checkpoints=states, weights=trained / "model.pt")
     assert len(list((tmp_path / "states").iterdir())) == 1
-    state = torch.load(next((tmp_path / "states").rglob("*.pt")), weights_only=True)
-    assert state["step"] in (0, 1)
 
 
 def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
@@ -130,26 +112,20 @@ def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
         return heard[-1][-1]
 
     def again(**changes: object) -> Path:
-        return train(
-            load_config("tiny", minimal(own_tiny, optim__steps=1, **changes)),
-            output,
-            start_tracking=start_tracking,
-        )
+        config = load_config("tiny", minimal(own_tiny, optim__steps=1, **changes))
+        return train(config, output, start_tracking=start_tracking)
 
     assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
     ((_, run_id, step, tracker),) = heard  # what was not shipped is, and the run is no longer open
     assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
-    with pytest.raises(
-        ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001\)"
-    ):
+    with refused(r"finished run with another config \(optim.lr: 0.1, not 0.001\)"):
         again(optim__lr=0.1)
     path = own_tiny / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError,
-        match=r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another",
+    with refused(
+        r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another"
     ):
         again()
     assert len(heard) == 1

@@ -7,24 +7,19 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from tests.conftest import STEPS, Recorder, minimal
-from tests.training.test_trainer import cut, go, interrupt, same_bits, terminate
+from tests.conftest import STEPS, minimal
+from tests.helpers.runs import cut_at, go, read_state, refused, same_bits, same_weights, stop_at
 from tests.weights.test_old_checkpoints import STORED, dataset_digest
 from vitdet.checkpoint import STATE_1, STATE_2, STATE_3, load_model_file
 from vitdet.config import load_config
 from vitdet.config.digest import legacy_digest
 from vitdet.evaluation import evaluate
-from vitdet.training import Stopped, train, trainer
-
-
-def same_weights(path: Path, other: Path) -> None:
-    ours, theirs = (load_model_file(folder / "model.pt")["model"] for folder in (path, other))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
+from vitdet.training import trainer
 
 CONSTANT = {"optim__milestones": "[]", "train__keep": 9}
 
@@ -33,8 +28,7 @@ CONSTANT = {"optim__milestones": "[]", "train__keep": 9}
 def stopped_at_7(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training that was stopped at step 7; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped")
-    with pytest.raises(Stopped):
-        go(tiny, folder, interrupt(terminate, 7))
+    stop_at(7, tiny, folder)
     return folder
 
 
@@ -100,8 +94,7 @@ def test_more_steps_give_the_bits_of_a_training_with_as_many_from_the_start(
 ) -> None:
     more = {**changes, "optim__steps": 12}
     if stop < STEPS:
-        with pytest.raises(Stopped):
-            go(tiny, tmp_path / "run", interrupt(terminate, stop), **changes)
+        stop_at(stop, tiny, tmp_path / "run", **changes)
     else:
         shutil.copytree(constant, tmp_path / "run")
     recorder = go(tiny, tmp_path / "run", **more)
@@ -112,35 +105,29 @@ def test_more_steps_give_the_bits_of_a_training_with_as_many_from_the_start(
 
 def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_path: Path) -> None:
     cosine = {"optim__schedule": "cosine", "train__save_every": 1}
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path / "cosine", interrupt(terminate, 3), **cosine)
+    stop_at(3, tiny, tmp_path / "cosine", **cosine)
     with pytest.raises(
         ValueError,
         match=r"cosine/checkpoints: optim.steps cannot change from 8 to 12 after step 3: the learning "
         r"rate of step 1 would have been 0.000491\S*, not 0.000481\S*; choose another --output",
     ):
         go(tiny, tmp_path / "cosine", optim__steps=12, **cosine)
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path / "step", interrupt(terminate, 7), optim__milestones=[0.5])
-    with pytest.raises(
-        ValueError, match=r"rate of step 4 would have been 0.001, not 0.0001; choose"
-    ):
-        go(tiny, tmp_path / "step", optim__steps=12, optim__milestones=[0.5])
-    go(tiny, tmp_path / "step", optim__milestones=[0.5])
+    dropped = {"optim__milestones": [0.5]}
+    stop_at(7, tiny, tmp_path / "step", **dropped)
+    with refused("step 4 would have been 0.001, not 0.0001; choose"):
+        go(tiny, tmp_path / "step", optim__steps=12, **dropped)
+    go(tiny, tmp_path / "step", **dropped)
     with pytest.raises(
         ValueError,
         match=r"step: contains a finished run with another config \(optim.steps: 12, not 8\); the learning "
         r"rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove it",
     ):
-        go(tiny, tmp_path / "step", optim__steps=12, optim__milestones=[0.5])
+        go(tiny, tmp_path / "step", optim__steps=12, **dropped)
 
 
 def test_fewer_steps_than_done_are_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path, interrupt(terminate, 5), optim__milestones="[]")
-    with pytest.raises(
-        ValueError, match="contains a run of 5 steps, more than optim.steps = 4; choose"
-    ):
+    stop_at(5, tiny, tmp_path, optim__milestones="[]")
+    with refused("contains a run of 5 steps, more than optim.steps = 4; choose"):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=4)
     assert max(go(tiny, tmp_path, optim__milestones="[]", optim__steps=6).points) == 6
 
@@ -149,9 +136,7 @@ def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path)
     go(tiny, tmp_path, optim__milestones="[]", optim__steps=1)
     before = (tmp_path / "model.pt").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(
-        ValueError, match="contains a finished run of 1 steps, and no training state to"
-    ):
+    with refused("contains a finished run of 1 steps, and no training state to"):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=2)
     assert (tmp_path / "model.pt").read_bytes() == before
 
@@ -160,11 +145,11 @@ def test_a_scaled_rate_is_that_of_the_whole_training(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
-    with caplog.at_level(logging.INFO, "vitdet"), pytest.raises(Stopped):
-        go(tiny, tmp_path / "run", interrupt(terminate, 2), **half)
+    with caplog.at_level(logging.INFO, "vitdet"):
+        stop_at(2, tiny, tmp_path / "run", **half)
     note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr scales it to 0.0005"
     assert caplog.messages.count(note) == 1
-    with pytest.raises(ValueError, match="another config .optim.lr_batch_size: 8, not 4"):
+    with refused("another config .optim.lr_batch_size: 8, not 4"):
         go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})
     rest = go(tiny, tmp_path / "run", **half)
     whole = go(tiny, tmp_path / "whole", optim__lr=0.0005, optim__steps=3)
@@ -172,78 +157,71 @@ def test_a_scaled_rate_is_that_of_the_whole_training(
     same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def run(tiny: Path, folder: Path, recorder: Recorder, **changes: object) -> Recorder:
-    train(
-        load_config("tiny", minimal(tiny, **changes)),
-        folder / "out",
-        checkpoints=folder / "states",
-        start_tracking=lambda *_: recorder,
-    )
-    return recorder
+class Pair(NamedTuple):
+    """The folders of a run that keeps its states elsewhere."""
+
+    output: Path
+    states: Path
+
+    def names(self) -> list[Path]:
+        return list(self.states.iterdir())
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path / "out", tmp_path / "states")
 
 
 def test_a_folder_of_states_is_found_with_other_operational_settings(
-    tiny: Path, tmp_path: Path
+    tiny: Path, pair: Pair
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, tmp_path, interrupt(cut, 4))
-    found = run(tiny, tmp_path, Recorder(), data__workers=1, train__keep=1)
+    cut_at(4, tiny, pair.output, states=pair.states)
+    found = go(tiny, pair.output, states=pair.states, data__workers=1, train__keep=1)
     assert min(found.points) == 4  # resumed from the state after step 3
-    assert len(list((tmp_path / "states").iterdir())) == 1
+    assert len(pair.names()) == 1
 
 
-def test_a_folder_of_states_is_found_with_more_steps(tiny: Path, tmp_path: Path) -> None:
-    constant = {"optim__milestones": "[]", "train__keep": 9, "train__save_every": 1}
-    run(tiny, tmp_path, Recorder(), **constant)
-    assert min(run(tiny, tmp_path, Recorder(), **constant, optim__steps=12).points) in (8, 9)
-    assert len(list((tmp_path / "states").iterdir())) == 1
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt):  # its steps have other learning rates: from the start
-        run(tiny, tmp_path, interrupt(cut, 1), optim__steps=12, optim__schedule="cosine")
-    assert len(list((tmp_path / "states").iterdir())) == 2
-
-
-def test_a_folder_named_by_commit_dad8b8b_is_found_with_other_operational_settings(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    root = Path(shutil.copytree(tiny, "tiny"))
-    with pytest.raises(KeyboardInterrupt):
-        run(root, tmp_path, interrupt(cut, 4))
-    (states,) = (tmp_path / "states").iterdir()
-    config = load_config("tiny", minimal(root))
-    text = f"{legacy_digest(config)} {dataset_digest(config.data)} "
-    old = tmp_path / "states" / hashlib.sha256(text.encode()).hexdigest()[:12]
-    states.rename(old)
-    assert min(run(root, tmp_path, Recorder(), train__keep=5, data__workers=1).points) == 4
-    assert list((tmp_path / "states").iterdir()) == [old]
+def test_a_folder_of_states_is_found_with_more_steps(tiny: Path, pair: Pair) -> None:
+    given = {**CONSTANT, "train__save_every": 1, "states": pair.states}
+    go(tiny, pair.output, **given)
+    assert min(go(tiny, pair.output, **given, optim__steps=12).points) in (8, 9)
+    assert len(pair.names()) == 1
+    shutil.rmtree(pair.output)
+    # its steps have other learning rates: from the start
+    changes = {"optim__steps": 12, "optim__schedule": "cosine"}
+    cut_at(1, tiny, pair.output, states=pair.states, **changes)
+    assert len(pair.names()) == 2
 
 
 def test_a_folder_named_by_commit_dad8b8b_is_found(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its name hashes all settings (94542b7606c5), the identity of the data and the initial weights."""
+    """Its name hashes all settings, the identity of the data and the initial weights."""
     stored = json.loads((STORED / "state_tiny.json").read_text())
     name, _ = stored["file"].split("/")
     assert name == folder_name(stored["content"]["dataset_digest"])
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "data/tiny")
     root = Path("data/tiny")
-    with pytest.raises(KeyboardInterrupt):
-        run(root, tmp_path, interrupt(cut, 4))
-    (states,) = (tmp_path / "states").iterdir()
-    old = tmp_path / "states" / folder_name(dataset_digest(load_config("tiny", minimal(root)).data))
-    states.rename(old)
-    assert min(run(root, tmp_path, Recorder()).points) == 4
-    assert list((tmp_path / "states").iterdir()) == [old]
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt):  # another training has another folder
-        run(root, tmp_path, interrupt(cut, 1), train__seed=1)
-    assert len(list((tmp_path / "states").iterdir())) == 2
+    cut_at(4, root, pair.output, states=pair.states)
+    config = load_config("tiny", minimal(root))
+    assert legacy_digest(config) == SETTINGS
+    old = pair.states / folder_name(dataset_digest(config.data))
+    pair.names()[0].rename(old)
+    assert min(cut_at(5, root, pair.output, states=pair.states).points) == 4
+    operational = {"train__keep": 5, "data__workers": 1}
+    assert min(go(root, pair.output, states=pair.states, **operational).points) == 5
+    assert pair.names() == [old]
+    shutil.rmtree(pair.output)
+    cut_at(1, root, pair.output, states=pair.states, train__seed=1)  # has another folder
+    assert len(pair.names()) == 2
+
+
+SETTINGS = "94542b7606c5"
 
 
 def folder_name(identity: str) -> str:
-    return hashlib.sha256(f"94542b7606c5 {identity} ".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{SETTINGS} {identity} ".encode()).hexdigest()[:12]
 
 
 def test_an_evaluation_that_fails_leaves_the_weights_and_their_average_where_they_were(
@@ -261,10 +239,10 @@ def test_an_evaluation_that_fails_leaves_the_weights_and_their_average_where_the
 
     monkeypatch.setattr(trainer, "Loop", Kept)
     monkeypatch.setattr(trainer, "evaluate_detector", failing)
-    with pytest.raises(ValueError, match="no figures"):
+    with refused("no figures"):
         go(tiny, tmp_path)
     (loop,) = loops
-    state = torch.load(tmp_path / "checkpoints" / "step_00000004.pt", weights_only=True)
+    state = read_state(tmp_path, 4)
     name = "backbone.blocks.0.attn.qkv.weight"
     assert not torch.equal(state["model"][name], state["average"][name])
     assert torch.equal(loop.detector.state_dict()[name], state["model"][name])
@@ -284,10 +262,10 @@ def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_a
     tiny: Path, stopped: Path, tmp_path: Path
 ) -> None:
     path = sorted((stopped / "checkpoints").iterdir())[-1]
-    content = torch.load(path, weights_only=True)
+    content = read_state(stopped)
     assert content["format"] == "vitdet training state, version 4"
     torch.save({**content, "format": "vitdet training state, version 5"}, path)
-    with pytest.raises(ValueError, match="got 'vitdet training state, version 5'"):
+    with refused("got 'vitdet training state, version 5'"):
         go(tiny, stopped)
     assert content.pop("best") == {"value": None, "step": 0, "stale": 0}
     assert content["scaler"] == {}  # not in fp16

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import STEPS, Recorder
-from tests.training.test_trainer import cut, go, interrupt, same_bits
+from tests.helpers.runs import cut_at, go, same_bits, state_names
 from vitdet import files
 from vitdet.checkpoint import Checkpoints
 from vitdet.training import trainer
@@ -75,7 +75,7 @@ def test_a_full_disk_ends_the_training_at_the_next_step_in_one_line(
         go(tiny, tmp_path, recorder, train__eval_every=100)
     assert "\n" not in str(e.value) and recorder.status == "FAILED"
     assert max(recorder.points) < 6  # before the next state
-    assert [path.name for path in (tmp_path / "checkpoints").glob("*.pt")] == ["step_00000000.pt"]
+    assert state_names(tmp_path) == ["step_00000000.pt"]
 
 
 def test_each_state_is_written_once(
@@ -91,11 +91,9 @@ def test_each_state_is_written_once(
     monkeypatch.setattr(trainer, "Checkpoints", Counted)
     go(tiny, tmp_path)
     assert written == [0, 3, 4, 6, STEPS]
+    last = f"step_{STEPS:08d}"
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {
-        ".lock",
-        *("step_00000006.pt", f"step_{STEPS:08d}.pt", f"step_{STEPS:08d}.json"),
-    }
+    assert names == {".lock", "step_00000006.pt", f"{last}.pt", f"{last}.json"}
     same_bits(tmp_path, trained)
 
 
@@ -103,26 +101,18 @@ def test_a_state_with_its_evaluation_inside_is_not_evaluated_again(
     tiny: Path, tmp_path: Path
 ) -> None:
     """As they were written before an evaluation had a file of its own."""
-    with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path, interrupt(cut, 5))
+    cut_at(5, tiny, tmp_path)
     path = tmp_path / "checkpoints" / "step_00000004.pt"
     evaluation = path.with_suffix(".json")
     torch.save(torch.load(path) | json.loads(evaluation.read_text()), path)
     evaluation.unlink()
-    recorder = interrupt(cut, 5)
-    with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path, recorder)
-    assert list(recorder.points) == [5]
+    assert list(cut_at(5, tiny, tmp_path).points) == [5]
 
 
 def test_an_evaluation_with_other_settings_is_kept_with_these(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path, interrupt(cut, 5))
+    cut_at(5, tiny, tmp_path)
     for first in (4, 5):  # repeated once, not by each run
-        recorder = interrupt(cut, 5)
-        with pytest.raises(KeyboardInterrupt):
-            go(tiny, tmp_path, recorder, evaluate__max_detections=3)
-        assert min(recorder.points) == first
+        assert min(cut_at(5, tiny, tmp_path, evaluate__max_detections=3).points) == first
 
 
 def test_an_evaluation_of_a_state_that_was_removed_is_not_taken(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import STEPS, Recorder, minimal, options
 from tests.helpers.ranks import UNTRACKED, start_ranks, wait_for_log
-from tests.training.test_trainer import go, interrupt, same_bits, terminate
+from tests.helpers.runs import go, interrupt, same_bits, state_names, terminate
 from vitdet import distributed
 from vitdet.evaluation import detections
 from vitdet.tracking import runs
@@ -21,10 +21,6 @@ from vitdet.training import Stopped, initial, trainer
 from vitdet.training.stop import stop_signals, warn_of_short_grace
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-def states(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +43,7 @@ def test_each_signal_saves_and_has_its_exit_code(
     done, _, errors = vitdet("train", "tiny", *options(minimal(tiny)), "--output", "run")
     assert done == code
     assert f"vitdet: stopped at step 2 of {STEPS}; run the same command to resume" in errors
-    assert states(tmp_path / "run")[-1] == "step_00000002.pt" and recorder.status == "KILLED"
+    assert state_names(tmp_path / "run")[-1] == "step_00000002.pt" and recorder.status == "KILLED"
 
 
 def test_a_second_ctrl_c_ends_at_once(ctrl_c: None) -> None:
@@ -91,7 +87,7 @@ def test_an_evaluation_is_left_between_batches_and_repeated(
     with pytest.raises(Stopped, match=f"stopped at step {step} of {STEPS}"):
         go(tiny, tmp_path, recorder)
     assert len(batches) == (1 if step == 4 else 3) and "box_ap" not in recorder.points[step]
-    assert states(tmp_path)[-1] == f"step_{step:08d}.pt"
+    assert state_names(tmp_path)[-1] == f"step_{step:08d}.pt"
     rest = go(tiny, tmp_path)
     assert min(rest.points) == step and "box_ap" in rest.points[step]
     same_bits(tmp_path, trained)
@@ -113,7 +109,7 @@ def test_a_signal_before_the_first_step(
         go(tiny, tmp_path, recorder)
     assert not recorder.points
     # without a detector there is nothing to save
-    assert states(tmp_path) == ([] if place == "read_split" else ["step_00000000.pt"])
+    assert state_names(tmp_path) == ([] if place == "read_split" else ["step_00000000.pt"])
     monkeypatch.undo()
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
 
@@ -132,7 +128,7 @@ def test_a_signal_while_a_state_is_saved(
     monkeypatch.setattr(torch, "save", slow)
     with pytest.raises(Stopped) as caught:
         go(tiny, tmp_path)
-    last = states(tmp_path)[-1]
+    last = state_names(tmp_path)[-1]
     assert last in ("step_00000003.pt", "step_00000004.pt")
     assert f"step {int(last[5:13])} of" in str(caught.value)
     assert not list((tmp_path / "checkpoints").glob(".step*"))
@@ -176,7 +172,7 @@ def test_two_ranks_of_slow_steps_agree_on_one_to_stop_at(tiny: Path, tmp_path: P
     finally:
         process.kill()
     log = (tmp_path / "log").read_text()
-    last = int(states(tmp_path / "run")[-1][5:13])
+    last = int(state_names(tmp_path / "run")[-1][5:13])
     assert last in (3, 4) and not (tmp_path / "run" / "model.pt").exists()
     assert log.count(f"vitdet: stopped at step {last} of 100; run the same command") == 2
     saved = (tmp_path / "run" / "checkpoints" / f"step_{last:08d}.pt").stat().st_mtime
@@ -208,4 +204,4 @@ def test_ranks_leave_an_evaluation_together_if_one_of_them_has_the_signal(
         process.kill()
     log = (tmp_path / "log").read_text()
     assert log.count(f"vitdet: stopped at step 4 of {STEPS}; run the same command") == 2, log
-    assert states(tmp_path / "run")[-1] == "step_00000004.pt" and "box AP" not in log
+    assert state_names(tmp_path / "run")[-1] == "step_00000004.pt" and "box AP" not in log

@@ -7,15 +7,17 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import STEPS
 from tests.helpers.ranks import UNTRACKED, processes_of, start_ranks
+from tests.helpers.runs import go
 from vitdet import distributed
 from vitdet.checkpoint import load_model_file
-from vitdet.training import watchdog
+from vitdet.training import trainer, watchdog
 from vitdet.training.stop import Stop
 from vitdet.training.watchdog import LIMIT, LONG, Beat, Stage, Watchdog, stalled
 
@@ -74,6 +76,30 @@ def test_slow_steps_and_batches_raise_their_limits(monkeypatch: pytest.MonkeyPat
     assert at(4, Stage.EVALUATING, 1) == 300
 
 
+def test_a_slow_step_raises_the_limit_of_the_next(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    begin, record, load = time.monotonic(), Watchdog.at, trainer.TrainingStep.run
+
+    def at(self: Watchdog, step: int, stage: Stage, limit: float = 0.0) -> None:
+        record(self, step, stage, limit)
+        if (step, stage) == (3, Stage.COMPUTING):
+            limits.append(self.beat().limit)
+
+    def slow(self: trainer.TrainingStep, step: int, *given: Callable) -> object:
+        done = load(self, step, *given)
+        if step == 1:
+            monkeypatch.setattr(watchdog.time, "monotonic", lambda: begin + 1000)
+        return done
+
+    monkeypatch.setattr(Watchdog, "at", at)
+    monkeypatch.setattr(trainer.TrainingStep, "run", slow)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: begin)
+    go(tiny, tmp_path, optim__steps=3, train__eval_every=3, train__save_every=3, data__workers=0)
+    assert limits == [3000]
+
+
 def test_a_rank_in_a_collective_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Watchdog(Stop())
     one.at(3, Stage.EVALUATING)
@@ -85,14 +111,17 @@ def test_a_rank_in_a_collective_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ASLEEP = f"""
 {UNTRACKED}
-from vitdet.training import trainer, watchdog
+from vitdet.training import step, watchdog
 watchdog.LIMIT, watchdog.INTERVAL = 6.0, 1.0
-learn = trainer.Loop.train_step
-def asleep(self, step, *rest):
-    if (step, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (4, "1", "0"):
-        time.sleep(1000)
-    return learn(self, step, *rest)
-trainer.Loop.train_step = asleep
+run = step.TrainingStep.run
+def run_once_asleep(self, number, load, at):
+    def asleep():
+        at(step.Stage.LOADING)
+        if (number, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (4, "1", "0"):
+            time.sleep(1000)
+        return load()
+    return run(self, number, asleep, at)
+step.TrainingStep.run = run_once_asleep
 """
 
 
@@ -163,8 +192,5 @@ def test_the_collectives_in_flight_are_part_of_the_report(monkeypatch: pytest.Mo
 
 def test_the_limits_name_a_rank_within_five_minutes() -> None:
     assert watchdog.LIMIT + 2 * watchdog.INTERVAL + watchdog.ANSWER < 300
-    assert (
-        distributed.JOIN_TIMEOUT.total_seconds()
-        <= 300
-        < distributed.COLLECTIVE_TIMEOUT.total_seconds()
-    )
+    join, collective = distributed.JOIN_TIMEOUT, distributed.COLLECTIVE_TIMEOUT
+    assert join.total_seconds() <= 300 < collective.total_seconds()

@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing
 
-from tests.conftest import minimal
-from tests.training.test_distributed import TOGETHER, free_port
-from tests.training.test_trainer import cut, go, interrupt, same_bits, terminate
+from tests.helpers.runs import TOGETHER, cut, go, interrupt, same_bits, spawn_pair, terminate
 from vitdet import checkpoint
 from vitdet.checkpoint import STATE, Checkpoints, DamagedError
-from vitdet.config import load_config
 from vitdet.files import damaged_record
-from vitdet.training import Stopped, train
+from vitdet.training import Stopped
 
 
 def names(folder: Path) -> list[str]:
@@ -161,15 +157,8 @@ def test_an_evaluation_that_is_damaged_is_made_up_for(tiny: Path, tmp_path: Path
     assert min(recorder.points) == 4 and json.loads(path.read_text())["metrics"] == before
 
 
-def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
+def one_of_two(rank: int, root: Path, folder: Path) -> None:
     """A process of two; what the second one reads of the newest states, and of an evaluation, is damaged."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
     if rank == 1:
         load = checkpoint.load
 
@@ -182,14 +171,14 @@ def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
             raise DamagedError(f"{path}: damaged on the way")
 
         checkpoint.load, checkpoint._read_evaluation = damaged, lost
-    train(load_config("tiny", minimal(root, train__keep=3, **TOGETHER)), folder)
+    go(root, folder, train__keep=3, **TOGETHER)
 
 
 @pytest.mark.slow
 def test_all_processes_go_on_from_the_state_that_all_find_whole(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 7), train__keep=3, **TOGETHER)
-    multiprocessing.spawn(one_of_two, (free_port(), tiny, tmp_path), nprocs=2)
+    spawn_pair(one_of_two, tiny, tmp_path)
     damaged = [name for name in names(tmp_path / "checkpoints") if name.endswith(".damaged")]
     assert damaged == ["step_00000006.pt.damaged", "step_00000007.pt.damaged"]
     assert (tmp_path / "checkpoints" / "step_00000004.json").exists()  # the first process read it

@@ -1,6 +1,4 @@
-"""The best evaluation of a training: its detector in best.pt, and early stopping by
-train.patience.
-"""
+"""The best evaluation of a run: its detector in best.pt, and early stopping by train.patience."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Best:
-    """The highest value of a metric over the evaluations of a training; the first of equal ones.
+    """The highest value of a metric over the evaluations of a run; the first of equal ones.
 
     All ranks have the same metrics and come to the same decisions; only rank 0 writes files.
 
@@ -32,9 +30,7 @@ class Best:
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
-        """output: the folder of best.pt. states: the folder of the training states, which keeps a
-        copy.
-        """
+        """output: the folder of best.pt; states: that of the states, which keeps a copy."""
         self.keeps, self.patience = bool(settings.keep_best), settings.patience
         self.metric = settings.keep_best or "box_ap"
         self.path, self._stored = output / NAME, states / NAME
@@ -56,7 +52,7 @@ class Best:
         return True
 
     def is_final(self) -> bool:
-        """Return whether train.patience ends the training."""
+        """Return whether train.patience ends the run."""
         return 0 < self.patience <= self.stale
 
     def metrics(self) -> dict[str, float]:
@@ -66,25 +62,17 @@ class Best:
         return {f"best_{self.metric}": self.value, "best_step": self.step}
 
     def keep(self, content: dict) -> None:
-        """Write a trained detector to best.pt atomically. Raises OSError as
-        `vitdet.checkpoint.save`.
-        """
+        """Write a trained detector to best.pt atomically; raises as `vitdet.checkpoint.save`."""
         save(self._stored, content)
         self._publish()
 
     def report(self, done: int, steps: int) -> None:
-        """Log it if train.patience ended a training of `steps` steps after `done`."""
+        """Log it if train.patience ended a run of `steps` steps after `done`."""
         if self.is_final() and done < steps:
             log.info(
-                "train.patience=%d: %s has not exceeded %.4g of step %d in the last %d "
-                "evaluations: the training ends at step %d of %d",
-                self.patience,
-                self.metric,
-                self.value or 0.0,
-                self.step,
-                self.stale,
-                done,
-                steps,
+                f"train.patience={self.patience}: {self.metric} has not exceeded "
+                f"{self.value or 0.0:.4g} of step {self.step} in the last {self.stale} "
+                f"evaluations: the training ends at step {done} of {steps}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,11 +88,8 @@ class Best:
         if not self._is_needed():  # train.patience=0 since this state was saved
             return
         self.value, self.step, self.stale = state["value"], state["step"], state["stale"]
-        if (
-            self.keeps
-            and self.value is not None
-            and distributed.rank0_result(lambda: self._lost(start))
-        ):
+        stored = self.keeps and self.value is not None
+        if stored and distributed.rank0_result(lambda: self._lost(start)):
             self.value, self.stale = None, 0
 
     def _is_needed(self) -> bool:
@@ -118,11 +103,8 @@ class Best:
             if found != self.step and found < start:
                 raise ValueError(f"{self._stored}: was written at step {found}")
         except (FileNotFoundError, ValueError) as error:
-            log.warning(
-                "the best detector, of step %d, is lost (%s): the next evaluation counts as best",
-                self.step,
-                error,
-            )
+            text = "the best detector, of step %d, is lost (%s): the next evaluation counts as best"
+            log.warning(text, self.step, error)
             return True
         self._publish()
         return False

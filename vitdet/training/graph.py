@@ -1,5 +1,4 @@
-"""The forward and backward pass of a training step as CUDA graphs (see
-`vitdet.kernels.cuda_graph`).
+"""The forward and backward pass of a training step as CUDA graphs (`vitdet.kernels.cuda_graph`).
 
 A graph has fixed sizes, so targets are padded: to a power of two of objects per image and of edges
 per batch. There are few pairs of these sizes; each has its own graph. All graphs add to the same
@@ -51,9 +50,7 @@ class GraphedGradients:
         self.clearings = 0  # since `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
-        """Return the losses of a batch with targets from `padded`; the next call overwrites
-        them.
-        """
+        """Return the losses of a batch with `padded` targets; the next call overwrites them."""
         tensors = (images, sizes, *targets.tensors())
         shape = (targets.boxes.shape[1], len(targets.masks.edges))
         known = self.graph.has(*tensors) or shape in self.refused
@@ -82,12 +79,9 @@ class GraphedGradients:
                 self.large.add(shape)
             self.refused[shape] = again
             if distributed.rank() == 0:
-                log.info(
-                    "steps with %d objects per image and %d edges run without a CUDA graph%s: %s",
-                    *shape,
-                    " until the next evaluation" if again else "",
-                    error,
-                )
+                until = " until the next evaluation" if again else ""
+                steps = f"steps with {shape[0]} objects per image and {shape[1]} edges"
+                log.info(f"{steps} run without a CUDA graph{until}: {error}")
         torch._foreach_copy_(gradients, kept)
 
     def make_room(self) -> None:
@@ -95,10 +89,9 @@ class GraphedGradients:
         self.graph.clear()
         self.clearings += 1
         if self.clearings == CLEARINGS and distributed.rank() == 0:
+            until = "until the next evaluation"
             log.info(
-                "steps run without CUDA graphs until the next evaluation: "
-                "%d steps needed their memory",
-                CLEARINGS,
+                f"steps run without CUDA graphs {until}: {CLEARINGS} steps needed their memory"
             )
 
     def release(self) -> None:
@@ -107,18 +100,15 @@ class GraphedGradients:
         self.refused = {shape: again for shape, again in self.refused.items() if not again}
         self.clearings = 0
 
-    def average(self) -> None:
-        """Average the gradients over all processes."""
-        distributed.average(self.gradients())
-
     def gradients(self) -> list[Tensor]:
         """Return the gradient tensors."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
 
 def can_be_graphed(detector: nn.Module) -> bool:
-    """Return whether a forward and backward pass changes nothing but the gradients: no BatchNorm
-    statistics, and no random state, which activation checkpointing restores.
+    """Return whether a pass changes nothing but the gradients.
+
+    BatchNorm changes statistics, activation checkpointing restores the random state.
     """
     return not any(
         isinstance(one, nn.modules.batchnorm._BatchNorm)
@@ -128,9 +118,7 @@ def can_be_graphed(detector: nn.Module) -> bool:
 
 
 def padded(targets: Sequence[Target], device: torch.device) -> Targets:
-    """Pad the targets to the sizes of a graph and copy them to the device, from pinned memory
-    without synchronization.
-    """
+    """Pad the targets to the sizes of a graph; copy them to the device without synchronization."""
     most = max(SLOTS, *(len(target) for target in targets))
     found = Targets.of(targets, power_of_two(most))
     edges = found.masks.edges

@@ -1,4 +1,4 @@
-"""Initialization of the detector of a training."""
+"""Initialization of the detector of a training run."""
 
 from __future__ import annotations
 

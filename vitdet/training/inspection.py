@@ -1,4 +1,4 @@
-"""Checks of a training's data against its config, before anything is built or written."""
+"""Checks of the data against the config, before anything is built or written."""
 
 from __future__ import annotations
 
@@ -24,18 +24,11 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
     data = config.data
     validation = read_split(data, data.val_split)
     if config.model.mask.enabled and not split.outlines:
-        log.warning(
-            "%s: no object of %s has an outline: the mask head is not trained; "
-            "model.mask.enabled=false removes it",
-            data.root,
-            data.train_split,
-        )
+        effect = "the mask head is not trained; model.mask.enabled=false removes it"
+        log.warning("%s: no object of %s has an outline: %s", data.root, data.train_split, effect)
     elif config.model.mask.enabled and not validation.outlines:
-        log.warning(
-            "%s: no object of %s has an outline: evaluations measure box AP only",
-            data.root,
-            data.val_split,
-        )
+        effect = "evaluations measure box AP only"
+        log.warning("%s: no object of %s has an outline: %s", data.root, data.val_split, effect)
     check_metric(config)
     prints = {
         "train": fingerprint.fingerprint(data, data.train_split, split.records),
@@ -45,9 +38,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if evaluations measure no AP, or not the metric of train.keep_best or
-    train.patience.
-    """
+    """Raise ValueError if evaluations measure no AP, or not the one of keep_best or patience."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
         read_validation(config.data, config.evaluate)
@@ -62,9 +53,7 @@ def check_metric(config: Config) -> None:
 
 
 def check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
-    """Raise ValueError if the number of classes differs from the config, or the splits' classes
-    differ.
-    """
+    """Raise ValueError if the splits' classes differ, or their number is not the config's."""
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         raise ValueError(

@@ -34,9 +34,7 @@ log = logging.getLogger(__name__)
 def checkpoint_activations(
     detector: Detector, config: Config, images: int, precision: str, device: torch.device
 ) -> None:
-    """Turn activation checkpointing of the blocks on or off. images: number of images per
-    micro-batch.
-    """
+    """Turn activation checkpointing of the blocks on or off; images: per micro-batch."""
     setting = config.train.activation_checkpointing
     needed = setting == "blocks"
     if setting == "auto" and device.type == "cuda":
@@ -46,12 +44,9 @@ def checkpoint_activations(
         needed = estimate > SHARE * total
         if needed and distributed.rank() == 0:
             log.info(
-                "the backbone's blocks recompute their activations in the backward pass: %d images "
-                "per micro-batch would take about %.1f GiB, and the GPU has %.1f GiB "
-                "(train.activation_checkpointing=auto)",
-                images,
-                estimate / 2**30,
-                total / 2**30,
+                "the backbone's blocks recompute their activations in the backward pass: "
+                f"{images} images per micro-batch would take about {estimate / 2**30:.1f} GiB, "
+                f"and the GPU has {total / 2**30:.1f} GiB (train.activation_checkpointing=auto)"
             )
     for module in detector.modules():
         if isinstance(module, Blocks):
@@ -61,9 +56,7 @@ def checkpoint_activations(
 def step_bytes(
     detector: Detector, config: Config, images: int, precision: str, fused: bool
 ) -> float:
-    """Estimate the bytes of a step of `images` images without activation checkpointing. fused: with
-    the Triton kernels.
-    """
+    """Estimate the bytes of a step without activation checkpointing; fused: by Triton kernels."""
     backbone, side = detector.backbone, config.data.image_size
     weights = sum(parameter.numel() for parameter in detector.parameters())
     averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0

@@ -27,8 +27,7 @@ class Meter:
         """Reset all sums and the clock."""
         self.sums: dict[str, Tensor | float] = {}
         self.count = 0  # steps in the sums
-        # steps of this process, its seconds
-        self.timed, self.waited, self.since = (0, 0.0, time.perf_counter())
+        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # of this process
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -47,9 +46,7 @@ class Meter:
     def add(
         self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: Tensor | None = None
     ) -> None:
-        """Add the metrics of one step. skipped: bool tensor, whether losses or gradients
-        overflowed; the metrics of skipped steps are ignored.
-        """
+        """Add the metrics of one step; those of a skipped one (bool tensor) are ignored."""
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
         metrics = {**losses, "loss": total, "grad_norm": grad_norm}
         if skipped is not None:
@@ -67,30 +64,25 @@ class Meter:
         """
         if not self.timed:  # no step in this process: the restored state, if any
             return {"sums": dict(self.sums), "count": self.count}
-        sums = distributed.mean(
-            torch.stack([torch.as_tensor(value) for value in self.sums.values()])
-        ).tolist()
-        broken = [
-            name for name, value in zip(self.sums, sums, strict=True) if not math.isfinite(value)
-        ]
-        if broken:
+        values = torch.stack([torch.as_tensor(value) for value in self.sums.values()])
+        sums = dict(zip(self.sums, distributed.mean(values).tolist(), strict=True))
+        if broken := [name for name, value in sums.items() if not math.isfinite(value)]:
             raise ValueError(
                 f"{', '.join(broken)} not finite: the training has diverged; try a smaller "
                 "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint was "
                 "saved before"
             )
-        return {"sums": dict(zip(self.sums, sums, strict=True)), "count": self.count}
+        return {"sums": sums, "count": self.count}
 
     def restore(self, state: dict) -> None:
         """Restore what `state` returned."""
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Return the means since the last reading, images/s, seconds per step of waiting for data,
-        memory in GB; then restart.
+        """Return the means since the last reading, images/s, wait for data (s) and memory (GB).
 
         skipped_steps is the number of skipped steps; if all were skipped, there are no means.
-        Synchronizes and raises as `state`.
+        Then restarts. Synchronizes and raises as `state`.
         """
         sums = self.state()["sums"]
         skipped = sums.pop("skipped_steps", None)
@@ -112,6 +104,5 @@ def memory(device: torch.device) -> float:
     """Return the peak memory in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -54,14 +54,12 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another
-    # class, and decay.
+    # exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads decay
     norms = {
         name
         for name, module in detector.named_modules()
         if type(module) is nn.LayerNorm
-        or which == "norms"
-        and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        or (which == "norms" and isinstance(module, nn.modules.batchnorm._BatchNorm))
     }
     tables = ("pos_embed", "relative_position_bias_table")
     return {
@@ -73,17 +71,14 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
 
 def build_optimizer(detector: Detector, settings: OptimConfig) -> torch.optim.AdamW:
     """Create AdamW with the parameter groups."""
-    groups = [
-        {k: v for k, v in group.items() if k != "names"}
-        for group in parameter_groups(detector, settings)
-    ]
+    groups = parameter_groups(detector, settings)
+    for group in groups:
+        del group["names"]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
-    """Clip the total norm of the gradients to `largest` (0: no clipping); return the norm
-    before.
-    """
+    """Clip the norm of the gradients to `largest` (0: no clipping); return the norm before."""
     parameters = list(detector.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if largest:
@@ -92,8 +87,7 @@ def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
 
 
 def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
-    """Return the settings with the learning rate for steps of `batch_size` images, if scale_lr is
-    set.
+    """Return the settings with optim.lr scaled to `batch_size` images if scale_lr is set.
 
     Linear scaling, as in Goyal et al. (1706.02677).
     """
@@ -103,17 +97,13 @@ def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
 
 
 def rate_note(settings: OptimConfig, batch_size: int) -> str:
-    """Return a note if the batch size differs from the one that the learning rate is meant for,
-    else ''.
-    """
+    """Return a note if the learning rate is meant for another batch size, else ''."""
     meant = settings.lr_batch_size
     if batch_size == meant:
         return ""
     fitting = scaled(replace(settings, scale_lr=True), batch_size).lr
-    steps = (
-        f"optim.lr={settings.lr:g} is meant for steps of {meant} images, and train.batch_size is "
-        f"{batch_size}"
-    )
+    steps = f"optim.lr={settings.lr:g} is meant for steps of {meant} images, and "
+    steps += f"train.batch_size is {batch_size}"
     if settings.scale_lr:
         return f"{steps}: optim.scale_lr scales it to {fitting:g}"
     return (
@@ -123,19 +113,14 @@ def rate_note(settings: OptimConfig, batch_size: int) -> str:
 
 
 def lr_factor(step: int, settings: OptimConfig) -> float:
-    """Return the factor of the learning rate at a step (0-based): warm-up, then drops to a tenth or
-    half a cosine.
-    """
-    warmup = 1.0
+    """Return the factor of the learning rate at a step (0-based): warm-up, drops or a cosine."""
+    warmup, first = 1.0, settings.warmup_factor
     if step < settings.warmup_steps:
-        warmup = (
-            settings.warmup_factor + (1 - settings.warmup_factor) * step / settings.warmup_steps
-        )
+        warmup = first + (1 - first) * step / settings.warmup_steps
     if settings.schedule == "cosine":
         return warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    return warmup * 0.1 ** sum(
-        step >= round(fraction * settings.steps) for fraction in settings.milestones
-    )
+    drops = sum(step >= round(fraction * settings.steps) for fraction in settings.milestones)
+    return warmup * 0.1**drops
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -> float:
@@ -153,27 +138,24 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 class WeightAverage:
-    """Exponential moving average of the weights and BatchNorm statistics (Polyak); decay 0: no
-    averaging.
+    """Exponential moving average of the weights and BatchNorm statistics (Polyak).
 
-    The decay grows from 0, so that the first steps have little influence.
+    decay: 0 for no averaging; grows to its value, so that the first steps have little influence.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.source = {**dict(model.named_parameters()), **running_statistics(model)}
-        self.weights = (
-            {name: p.detach().clone() for name, p in self.source.items()} if decay > 0 else {}
-        )
+        averaged = self.source if decay > 0 else {}
+        self.weights = {name: one.detach().clone() for name, one in averaged.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average after step `step` (0-based)."""
         if self.weights:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(
-                list(self.weights.values()), [p.detach() for p in self.source.values()], 1 - decay
-            )
+            source = [one.detach() for one in self.source.values()]
+            torch._foreach_lerp_(list(self.weights.values()), source, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) -> nn.Module:
-    """Wrap the detector to average gradients over the processes; checkpoints must use the unwrapped
-    one.
+    """Wrap the detector to average gradients over the processes; checkpoints use the unwrapped one.
 
     Its BatchNorms are replaced by synchronized ones on GPUs, in place and with the same names.
     accumulate: micro-batches per step.
@@ -50,21 +49,14 @@ def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) 
     known = inspect.signature(DistributedDataParallel).parameters
     # torch 2.15 renamed broadcast_buffers
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {
-        "device_ids": [device.index] if device.type == "cuda" else None,
-        "gradient_as_bucket_view": True,
-        buffers: False,
-    }
-    return DistributedDataParallel(detector, **options)
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(detector, device_ids=ids, **options)
 
 
 def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which the gradients of a model from `parallelize` are not averaged; run
-    forward and backward in it.
-    """
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return nullcontext()
+    """Return a context of forward and backward in which `parallelize` averages no gradients."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def share_statistics(detector: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Precision of the training: bf16, fp16 or fp32, and TF32 on GPUs.
+"""Precision of training: bf16, fp16 or fp32, and TF32 on GPUs.
 
 fp16, with which the published ViTDet was trained, is for GPUs without bf16: it needs a gradient
 scaler (`vitdet.training.step`).
@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def chosen(precision: str, device: torch.device) -> str:
-    """Return 'bf16', 'fp16' or 'fp32'; 'auto' is bf16 if the device supports it natively, else fp16
-    on a GPU and fp32 on a CPU.
+    """Return 'bf16', 'fp16' or 'fp32'.
+
+    'auto' is bf16 if the device supports it natively, else fp16 on a GPU and fp32 on a CPU.
     """
     if precision != "auto":
         return precision
@@ -40,11 +41,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @contextmanager
 def tf32(precision: str, device: torch.device) -> Iterator[None]:
-    """Context in which a GPU multiplies fp32 matrices in TF32 (10 bits of fraction, 8 times as
-    fast) if the precision is fp32.
+    """Context in which a GPU multiplies fp32 matrices in TF32 if the precision is fp32.
 
-    This is the only place that enables it: evaluation and comparisons with published results use
-    full fp32. Convolutions always use TF32, torch's default.
+    TF32 has 10 bits of fraction and is 8 times as fast. It is enabled here only: evaluation and
+    comparisons with published results use full fp32. Convolutions always use TF32, torch's default.
     """
     if device.type != "cuda" or precision != "fp32":
         yield

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -122,24 +121,13 @@ def scopes(step: TrainingStep) -> Iterator[None]:
             methods.append((module, "forward", part))
     with ExitStack() as undo:
         for owner, name, part in methods:
-            setattr(owner, name, _inside(part, getattr(owner, name)))
+            setattr(owner, name, record_function(part)(getattr(owner, name)))
             undo.callback(delattr, owner, name)
         yield
 
 
-def _inside(part: str, method: Callable) -> Callable:
-    @wraps(method)
-    def _scoped(*given: object, **named: object) -> object:
-        with record_function(part):
-            return method(*given, **named)
-
-    return _scoped
-
-
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, which sum to `wall`; waited: seconds of waiting for the
-    loader.
-    """
+    """Return seconds per step by part, which sum to `wall`; waited: seconds for the loader."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = belongings(host), {event.name for event in host}

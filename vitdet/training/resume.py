@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from vitdet import distributed
-from vitdet.checkpoint import (
-    TRAINING,
-    Checkpoints,
-    DamagedError,
-    check_content,
-    load_model_file,
-)
+from vitdet.checkpoint import TRAINING, Checkpoints, DamagedError, check_content, load_model_file
 from vitdet.config import Config, from_dict
 from vitdet.config.digest import difference, digest, legacy_digest
 from vitdet.data import fingerprint
@@ -35,17 +29,17 @@ def states_folder(
     prints: dict[str, str],
     source: str | Path | None,
 ) -> Path:
-    """Return the folder of this training's states: `output`/checkpoints, or a subfolder of
+    """Return the folder of the training states: `output`/checkpoints, or a subfolder of
     `checkpoints`.
 
     The name of the subfolder is a digest of everything that determines the weights. If it does not
-    exist, a folder of the same training with other operational settings, another optim.steps that
-    is valid, or named by version 0.1 is used.
+    exist, a folder of the same training run with other operational settings, another optim.steps
+    that is valid, or named by version 0.1 is used.
 
     Args:
         config: the config.
         output: the output folder.
-        checkpoints: the folder of the states of several trainings, or None.
+        checkpoints: the folder of the states of several training runs, or None.
         prints: the fingerprints of the data.
         source: the file of initial weights.
     """
@@ -57,25 +51,34 @@ def states_folder(
         text = f"{settings} {data} {initial}"
         return Path(checkpoints) / hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    found = folder(digest(config), fingerprint.combined(prints))
+    def names(settings: Config) -> set[Path]:
+        legacy = legacy_digest(settings)
+        return {folder(digest(settings), data), *([folder(legacy, legacy_data)] if legacy else [])}
+
+    data = fingerprint.combined(prints)
+    found = folder(digest(config), data)
     others = {path.parent for path in Path(checkpoints).glob("*/step_*.pt")}
     if found in others or not others:
         return found
-    legacy, legacy_data = legacy_digest(config), fingerprint.legacy_dataset_digest(config.data)
-    if legacy and folder(legacy, legacy_data) in others:
-        return folder(legacy, legacy_data)
+    legacy_data = fingerprint.legacy_dataset_digest(config.data)
+    if named_by_legacy := names(config) & others:
+        return named_by_legacy.pop()
     steps: dict[Path, int] = {}
     for other in others:
         try:
             state = Checkpoints(other, config.train.keep).latest(verify=False)
-            if state:
-                check_content(other, state, TRAINING)
-            stored = from_dict(state["config"]) if state else config
+            if state is None:
+                continue
+            check_content(other, state, TRAINING)
+            stored = from_dict(state["config"])
         except ValueError:
             continue  # damaged, or of another version
-        names = {folder(digest(stored), fingerprint.combined(prints))}
-        names |= {folder(legacy, legacy_data) for legacy in [legacy_digest(stored)] if legacy}
-        if state and other in names and _can_continue(config, stored, state["step"]):
+        if (
+            other in names(stored)
+            and _same_but_for_length(config, stored)
+            and state["step"] <= config.optim.steps
+            and not _changed_rate(config, stored, state["step"])
+        ):
             steps[other] = state["step"]
     return max(steps, key=lambda other: steps[other], default=found)
 
@@ -88,7 +91,13 @@ def state_to_resume(
     Raises ValueError if it does not match this config and data, or if the ranks find different
     files.
     """
-    check_agreement(distributed.all_gather_objects(states.newest()), states.folder)
+    newest = distributed.all_gather_objects(states.newest())
+    if len(set(newest)) > 1:  # a local folder on each machine, or one with delayed updates
+        raise ValueError(
+            f"{states.folder}: the processes found states of different steps "
+            f"({', '.join(map(str, newest))}); --output must be one folder that all processes "
+            "share; if it is, start again"
+        )
     state = _agreed_state(states)
     distributed.reraise_on_all_ranks(
         lambda: _check_resumable(config, output, prints, state, states.folder)
@@ -97,10 +106,9 @@ def state_to_resume(
 
 
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
-    """Return the newest state that is intact on all ranks. up_to: ignore states after more steps.
+    """Return the newest state that is intact on all ranks, of at most `up_to` steps.
 
-    Adds the states that any rank found damaged to `states.damaged`. Evaluations are those of rank
-    0.
+    Adds the states that any rank found damaged to `states.damaged`. Evaluations are of rank 0.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
@@ -117,28 +125,38 @@ def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
 def _check_resumable(
     config: Config, output: Path, prints: dict[str, str], state: dict | None, folder: Path
 ) -> None:
-    finished = output / "model.pt"
-    if state is not None:
-        check_content(folder / f"step_{state['step']:08d}.pt", state, TRAINING)
-        _check_state(config, prints, state, folder)
-    elif finished.exists():  # `is_complete` returned False
-        steps = load_model_file(finished)["step"]
-        lacking = "" if _has_best(config, output) else " without its best.pt"
-        raise ValueError(
-            f"{output}: contains a finished run of {steps} steps{lacking}, and no training state "
-            f"to resume from is in {folder}; choose another --output or remove it"
-        )
-
-
-def changed_settings(config: Config, state: dict) -> list[str]:
-    """Return a text for each setting that differs from the state."""
-    return difference(config, from_dict(state["config"]))
+    if state is None:
+        if (output / "model.pt").exists():  # `is_complete` returned False
+            steps = load_model_file(output / "model.pt")["step"]
+            lacking = "" if _has_best(config, output) else " without its best.pt"
+            raise ValueError(
+                f"{output}: contains a finished run of {steps} steps{lacking}, and no training "
+                f"state to resume from is in {folder}; choose another --output or remove it"
+            )
+        return
+    step, remedy = state["step"], "choose another --output"
+    check_content(folder / f"step_{step:08d}.pt", state, TRAINING)
+    stored = from_dict(state["config"])
+    steps, before = config.optim.steps, stored.optim.steps
+    if not _same_but_for_length(config, stored):
+        differing = "; ".join(difference(config, stored, affecting_weights=True))
+        error = f"contains a run with another config ({differing})"
+        remedy += ", or resume with the same settings"
+    elif steps < step:
+        error = f"contains a run of {step} steps, more than optim.steps = {steps}"
+    elif reason := _changed_rate(config, stored, step):
+        error = f"optim.steps cannot change from {before} to {steps} after step {step}: {reason}"
+    elif change := fingerprint.change(state, config.data, prints):
+        error = f"the data set has changed since this run started ({change})"
+    else:
+        return
+    raise ValueError(f"{folder}: {error}; {remedy}")
 
 
 def is_complete(
     config: Config, output: Path, close_tracking: Callable[[str, str, int], None]
 ) -> bool:
-    """Return whether `output` contains the result of this training, as after the same command.
+    """Return whether `output` contains the result of this training run.
 
     If so, `close_tracking(fingerprint of the data, run_id, step)` is called, as the process may
     have been killed before it had sent all metrics. False also if the finished run can continue to
@@ -156,19 +174,16 @@ def is_complete(
     patient = _with_patience(stored, config)
     more = config.optim.steps > stored.optim.steps
     more |= patient != stored and done["step"] < config.optim.steps
+    reason = ""
     if more and _same_but_for_length(config, stored):
         reason = _changed_rate(config, stored, done["step"])
         if not reason:
             return False
+        reason = f"{reason}; "
+    if reason or difference(config, patient, affecting_weights=True):
         differing = "; ".join(difference(config, stored))
         raise ValueError(
-            f"{output}: contains a finished run with another config ({differing}); {reason}; "
-            f"{remedy}"
-        )
-    if difference(config, patient, affecting_weights=True):
-        differing = "; ".join(difference(config, stored))
-        raise ValueError(
-            f"{output}: contains a finished run with another config ({differing}); {remedy}"
+            f"{output}: contains a finished run with another config ({differing}); {reason}{remedy}"
         )
     prints = fingerprint.fingerprints(config.data)
     if change := fingerprint.change(done, config.data, prints):
@@ -186,54 +201,8 @@ def _has_best(config: Config, output: Path) -> bool:
     return not config.train.keep_best or (output / NAME).exists()
 
 
-def check_agreement(starts: Sequence[int], folder: Path) -> None:
-    """Raise ValueError if the processes start from different steps."""
-    if len(set(starts)) > 1:  # a local folder on each machine, or one with delayed updates
-        raise ValueError(
-            f"{folder}: the processes found states of different steps "
-            f"({', '.join(map(str, starts))}); --output must be one folder that all processes "
-            "share; if it is, start again"
-        )
-
-
-def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Path) -> None:
-    stored, step = from_dict(state["config"]), state["step"]
-    if not _same_but_for_length(config, stored):
-        differing = "; ".join(difference(config, stored, affecting_weights=True))
-        raise ValueError(
-            f"{folder}: contains a run with another config ({differing}); choose another --output, "
-            "or resume with the same settings"
-        )
-    steps, before = config.optim.steps, stored.optim.steps
-    if steps < step:
-        raise ValueError(
-            f"{folder}: contains a run of {step} steps, more than optim.steps = {steps}; choose "
-            "another --output"
-        )
-    if reason := _changed_rate(config, stored, step):
-        raise ValueError(
-            f"{folder}: optim.steps cannot change from {before} to {steps} after step {step}: "
-            f"{reason}; choose another --output"
-        )
-    if change := fingerprint.change(state, config.data, prints):
-        raise ValueError(
-            f"{folder}: the data set has changed since this run started ({change}); choose "
-            "another --output"
-        )
-
-
-def _can_continue(config: Config, stored: Config, step: int) -> bool:
-    """Return whether this config can resume from a state after `step` steps of the stored
-    config.
-    """
-    same = _same_but_for_length(config, stored) and config.optim.steps >= step
-    return same and not _changed_rate(config, stored, step)
-
-
 def _same_but_for_length(config: Config, stored: Config) -> bool:
-    """Return whether only optim.steps, train.patience (increased) and operational settings
-    differ.
-    """
+    """Return whether only optim.steps, increased patience and operational settings differ."""
     optim = replace(stored.optim, steps=config.optim.steps)
     stored = replace(_with_patience(stored, config), optim=optim)
     return not difference(config, stored, affecting_weights=True)
@@ -250,15 +219,11 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Return why optim.steps must not change: the first completed step whose learning rate would
-    differ; '' if none.
-    """
+    """Return which of the `done` steps would have had another learning rate; '' if none."""
     ours, theirs = (scaled(one.optim, one.train.batch_size) for one in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)
         if new != old:
-            return (
-                f"the learning rate of step {step} would have been {ours.lr * new:.6g}, not "
-                f"{theirs.lr * old:.6g}"
-            )
+            rates = f"{ours.lr * new:.6g}, not {theirs.lr * old:.6g}"
+            return f"the learning rate of step {step} would have been {rates}"
     return ""

@@ -91,8 +91,6 @@ class Saver:
             return value
         copy = self._copies.get(place)
         if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-            copy = torch.empty(
-                value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda
-            )
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self._copies[place] = copy
         return copy.copy_(value.detach(), non_blocking=True)

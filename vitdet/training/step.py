@@ -1,9 +1,8 @@
-"""One optimizer step: forward and backward, gradient clipping, update of the weights and their
-average.
+"""One optimizer step: forward, backward, clipping, update of the weights and their average.
 
 A step has `train.accumulate` micro-batches. Micro-batch k of rank r draws random numbers and
-normalizes as rank r * accumulate + k of a training with accumulate times as many processes;
-gradients are averaged over all micro-batches of all processes, with one exchange in the last one.
+normalizes as rank r * accumulate + k of a run with accumulate times as many processes; gradients
+are averaged over all micro-batches of all processes, with one exchange in the last one.
 
 In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
 overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not
@@ -94,9 +93,7 @@ class TrainingStep:
                 )
 
     def distribute(self) -> None:
-        """Average the gradients over all processes from now on; broadcasts rank 0's weights. Must
-        be called on all ranks.
-        """
+        """Average the gradients over all ranks from now on; broadcasts rank 0's weights."""
         # initial weights differ in their last bits between CPU models
         weights = (*self.detector.parameters(), *self.detector.buffers())
         distributed.broadcast(one.detach() for one in (*weights, *self.average.weights.values()))
@@ -104,8 +101,9 @@ class TrainingStep:
             self.model = parallelize(self.detector, self.device, self.accumulate)
 
     def run(self, step: int, load: Callable[[], Batch], at: Callable[[Stage], None]) -> Figures:
-        """Run step `step` (0-based). load: returns the next micro-batch; at: called at the start of
-        each stage.
+        """Run step `step` (0-based).
+
+        load: returns the next micro-batch; at: called at the start of each stage.
         """
         lr = set_lr(self.optimizer, step, self.optim)
         # free gradients before activations are allocated; a graph's gradients must not move
@@ -120,7 +118,7 @@ class TrainingStep:
                 with nullcontext() if last else without_exchange(self.model):
                     parts.append(self.forward_backward(batch, at if last else lambda _: None))
             if self.graphed is not None:
-                self.graphed.average()
+                distributed.average(self.graphed.gradients())
             norm = self.update(step, statistics)
         losses = parts[0]
         if self.accumulate > 1:
@@ -129,11 +127,9 @@ class TrainingStep:
         return Figures(losses, norm, lr, skipped)
 
     def forward_backward(self, batch: Batch, at: Callable[[Stage], None]) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch from the loader, divided by the number of
-        micro-batches.
+        """Add a micro-batch's share of the gradients; return the detached losses.
 
-        Returns the detached losses. `at` is called before the backward pass, in which other ranks
-        may wait for this one.
+        `at` is called before the backward pass, in which other ranks may wait for this one.
         """
         if self.device.type != "cuda":
             batch = batch.to(self.device)
@@ -163,8 +159,7 @@ class TrainingStep:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
-        """Clip the gradients, update the weights and their average; return the gradient norm before
-        clipping.
+        """Clip the gradients, update weights and average; return the norm before clipping.
 
         statistics: of BatchNorm before the step, restored if the step is skipped.
         """
@@ -192,9 +187,7 @@ class TrainingStep:
             )
 
     def state_dict(self) -> dict[str, dict]:
-        """Return the state to resume from, besides the weights; scaler: {} if the precision needs
-        none.
-        """
+        """Return the state to resume from, besides the weights; scaler: {} if there is none."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),

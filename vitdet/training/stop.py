@@ -1,5 +1,4 @@
-"""Graceful stop: on a signal, the training saves its state at the next safe point and raises
-`Stopped`.
+"""Graceful stop: on a signal, training saves its state at the next safe point, raises `Stopped`.
 
 SIGTERM comes from Kubernetes, schedulers and torchrun, SIGINT from Ctrl-C, SIGHUP from a closed
 terminal; torchrun forwards all three. The handler only records the signal. All ranks agree on the
@@ -25,9 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """Raised after a signal; the state is saved, and the same command resumes from it. signum: the
-    signal.
-    """
+    """Raised after the signal `signum`; the state is saved, and the same command resumes it."""
 
     def __init__(self, message: str, signum: int = signal.SIGTERM) -> None:
         super().__init__(message)
@@ -41,8 +38,7 @@ class Stop:
         self.received = 0
 
     def ask(self) -> Callable[[], int]:
-        """Start a reduction of the signals of all ranks; return a function that returns the result,
-        or 0.
+        """Start a reduction of the signals of all ranks; return a function that awaits the result.
 
         With one rank, that function returns the signal received until it is called.
         """
@@ -51,9 +47,7 @@ class Stop:
         return distributed.async_max(self.received)
 
     def check(self, message: str) -> None:
-        """Raise Stopped on all ranks if one of them has received a signal; waits for all of
-        them.
-        """
+        """Raise Stopped on all ranks if one of them has received a signal; waits for all."""
         if signum := self.ask()():
             raise Stopped(message, signum)
 
@@ -88,11 +82,8 @@ def stop_signals() -> Iterator[Stop]:
 
 def warn_of_short_grace() -> None:
     """Warn if this version of torchrun always kills its processes 30 s after a signal."""
-    if (
-        distributed.by_torchrun()
-        and distributed.rank() == 0
-        and not distributed.has_shutdown_timeout()
-    ):
+    is_rank0 = distributed.by_torchrun() and distributed.rank() == 0
+    if is_rank0 and not distributed.has_shutdown_timeout():
         log.warning(
             "this version of torchrun kills its processes 30 s after SIGTERM, regardless of "
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT and the pod's terminationGracePeriodSeconds: a state "

@@ -1,9 +1,9 @@
 """Training a detector.
 
 The result of a step depends on (config, data, step) only: the batch on its position in the stream,
-random numbers on a seed of train.seed, step and micro-batch. A resumed training needs no random
-state and computes the same numbers: bit for bit on a CPU, on a GPU up to kernels with a
-nondeterministic order of additions.
+random numbers on a seed of train.seed, step and micro-batch. A resumed run needs no random state
+and computes the same numbers: bit for bit on a CPU, on a GPU up to kernels with a nondeterministic
+order of additions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
 from vitdet.config import Config, check_tracking, from_dict, save_config, to_dict
+from vitdet.config.digest import difference
 from vitdet.data import fingerprint
 from vitdet.data.dataset import read_split
 from vitdet.data.loader import configure_process, release_memory, train_loader
@@ -35,12 +36,7 @@ from vitdet.training.meter import Meter
 from vitdet.training.optim import rate_note
 from vitdet.training.parallel import share_statistics
 from vitdet.training.profile import STEPS, ProfiledBatches
-from vitdet.training.resume import (
-    changed_settings,
-    is_complete,
-    state_to_resume,
-    states_folder,
-)
+from vitdet.training.resume import is_complete, state_to_resume, states_folder
 from vitdet.training.saver import Saver
 from vitdet.training.step import TrainingStep
 from vitdet.training.stop import Stop, Stopped, stop_signals, warn_of_short_grace
@@ -63,9 +59,9 @@ def train(
     start_tracking: StartTracking = lambda *_: Tracker(),
     profile: bool = False,
 ) -> Path:
-    """Train a detector and return the path of output/model.pt; resumes an interrupted training.
+    """Train a detector and return the path of output/model.pt; resumes an interrupted run.
 
-    A resumed training may change operational settings (see `vitdet.config.sections.operational`),
+    A resumed run may change operational settings (see `vitdet.config.sections.operational`),
     optim.steps if the learning rate of the completed steps stays the same, and train.patience to a
     larger value or 0; a finished run with its last state can be extended in this way. If `output`
     contains the finished run of this config and data, nothing is done. Calls
@@ -99,15 +95,14 @@ def train(
         ExitStack() as rank0_only,
     ):
         warn_of_short_grace()
+        is_rank0 = distributed.rank() == 0
         if distributed.rank0_result(
             lambda: is_complete(config, output, lambda *run: start_tracking(*run).close())
         ):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
         split = distributed.reraise_on_all_ranks(
-            lambda: read_split(
-                config.data, config.data.train_split, check_files=distributed.rank() == 0
-            )
+            lambda: read_split(config.data, config.data.train_split, check_files=is_rank0)
         )
         val_classes, prints = distributed.rank0_result(lambda: inspect_data(config, split))
         folder = distributed.rank0_result(
@@ -115,53 +110,43 @@ def train(
         )
         states = Checkpoints(folder, config.train.keep)
         state = state_to_resume(config, output, prints, states)
-        start = state["step"] if state else 0
-        if profile and config.optim.steps - start < STEPS:
+        start, steps = state["step"] if state else 0, config.optim.steps
+        if profile and steps - start < STEPS:
             raise ValueError(
-                f"a profile takes {STEPS} steps, but only {config.optim.steps - start} are left: "
+                f"a profile takes {STEPS} steps, but only {steps - start} are left: "
                 "start another training, with a larger optim.steps"
             )
+        settings, ranks = config.train, (distributed.rank(), distributed.world_size())
+        batches = (settings.batch_size, settings.seed, start, steps)
         loader = distributed.reraise_on_all_ranks(
-            lambda: train_loader(
-                config.data,
-                config.train.batch_size,
-                config.train.seed,
-                start,
-                config.optim.steps,
-                distributed.rank(),
-                distributed.world_size(),
-                split,
-                config.train.accumulate,
-            )
+            lambda: train_loader(config.data, *batches, *ranks, split, settings.accumulate)
         )
         check_classes(config, split.class_names, val_classes)
         # a synchronization too: no rank writes before all have checked
-        stop.check(f"stopped at step {start} of {config.optim.steps}, before anything was built")
+        stop.check(f"stopped at step {start} of {steps}, before anything was built")
 
         detector = fresh_detector(config, split, None if state else source, device)
 
         def start_tracker() -> Tracker:
             rank0_only.enter_context(states.locked())
             states.set_aside(start)
-            return _announce(config, output, prints, states, state, start_tracking)
+            return _announce(config, output, prints, folder, state, start_tracking)
 
-        tracker = distributed.reraise_on_all_ranks(
-            lambda: start_tracker() if distributed.rank() == 0 else Tracker()
-        )
+        tracker = distributed.reraise_on_all_ranks(start_tracker if is_rank0 else Tracker)
         saver = rank0_only.enter_context(Saver(states))
         data = {"class_names": list(split.class_names), "fingerprints": prints}
         loop = Loop(config, detector, loader, tracker, saver, data, device, stop, watchdog, output)
         try:
-            if profile and distributed.rank() == 0:
+            if profile and is_rank0:
                 loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
             state = None  # frees its memory
             done = loop.run(start)
             watchdog.at(done, Stage.FINISHING, LONG)
-            if distributed.rank() == 0:
+            if is_rank0:
                 loop.finish(done)
         except BaseException as error:
-            watchdog.at(config.optim.steps, Stage.FINISHING, LONG)
+            watchdog.at(steps, Stage.FINISHING, LONG)
             tracker.close("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
         tracker.close()
@@ -194,7 +179,7 @@ class Loop:
         self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
         self.metrics: dict[str, float] = {}  # of the last evaluation
-        self.evaluated = 0  # the step of that
+        self.evaluated = 0  # its step
         self.best = Best(config.train, output, saver.states.folder)
 
     def begin(self, state: dict | None) -> None:
@@ -217,46 +202,44 @@ class Loop:
             self.evaluated = 0  # best.pt is lost, and no evaluation may follow this step
 
     def run(self, start: int) -> int:
-        """Run steps start..steps-1, or until train.patience ends the training; return the completed
+        """Run steps start..steps-1, or until train.patience ends the run; return the completed
         steps.
 
         Raises Stopped, and ValueError for a loss that is not finite.
         """
-        config, settings, meter = self.config, self.config.train, self.meter
+        steps, settings = self.config.optim.steps, self.config.train
         self.training_step.distribute()
         self.batches = iter(self.loader)
         self.stop.check(self.stopped(start))
         if start and self.is_due(start) and self.evaluated < start:
             self.evaluate(start)  # it was interrupted, had other settings, or best.pt is lost
         self.detector.train()
-        for step in range(start, config.optim.steps):
+        for step in range(start, steps):
             if self.best.is_final():
                 return step
             done = step + 1
-            limit = LONG if step == start else 0.0  # the first step may compile kernels
-            self.watchdog.at(done, Stage.LOADING, limit)
             signal_of_all = self.stop.ask()
-            lr = self.train_step(step, limit)
+            lr = self.train_step(step, LONG if step == start else 0.0)  # may compile kernels
             self.watchdog.at(done, Stage.SAVING, LONG)
             self.saver.check()
-            due = self.is_due(done)
-            if done == config.optim.steps or done % settings.log_every == 0:
-                self.tracker.log({**meter.read(self.device), "lr": lr}, done)
+            if done == steps or done % settings.log_every == 0:
+                self.tracker.log({**self.meter.read(self.device), "lr": lr}, done)
                 self.training_step.check()
             signum = signal_of_all()
-            if due or signum or done % settings.save_every == 0:
+            if self.is_due(done) or signum or done % settings.save_every == 0:
                 self.save(done)
             if signum:
                 self.saver.wait()
                 raise Stopped(self.stopped(done), signum)
-            if due:
+            if self.is_due(done):
                 self.evaluate(done)
-        return config.optim.steps
+        return steps
 
     def stopped(self, step: int) -> str:
-        """Return the message of a training that stops after `step` steps."""
-        steps = self.config.optim.steps
-        return f"stopped at step {step} of {steps}; run the same command to resume"
+        """Return the message of a run that stops after `step` steps."""
+        return (
+            f"stopped at step {step} of {self.config.optim.steps}; run the same command to resume"
+        )
 
     def is_due(self, step: int) -> bool:
         """Return whether an evaluation follows this step."""
@@ -282,36 +265,15 @@ class Loop:
 
         The metrics are written beside the saved state after `step` steps. Raises Stopped.
         """
+        self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
         self.training_step.release()
-        config, limits = self.config, iter([LONG])  # the first batch may compile kernels
-
-        def advance(batch: bool) -> bool:
-            if batch:
-                self.watchdog.at(step, Stage.EVALUATING, next(limits, 0.0))
-            else:
-                self.watchdog.at(step, Stage.COMPARING, LONG)
-            return self.stop.received > 0
-
         # code compiled for training is specialized to its sizes and precision
         with self.meter.paused(), torch.compiler.set_stance("force_eager"):
-            self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
             with self.average.applied():
                 share_statistics(self.detector)
-                try:
-                    self.metrics, _ = evaluate_detector(
-                        self.detector, config.data, config.evaluate, self.device, advance
-                    )
-                except Cancelled:
-                    self.watchdog.at(step, Stage.FINISHING, LONG)
-                    self.saver.wait()
-                    self.stop.check(self.stopped(step))
+                self.metrics = self.measure(step)
                 if distributed.rank() == 0:
-                    folder = self.output / "pictures" / f"step_{step:08d}"
-                    precision = config.evaluate.precision
-                    for path in write_pictures(
-                        self.detector, config.data, folder, precision=precision
-                    ):
-                        self.tracker.artifact(path, f"pictures/{folder.name}")
+                    self.draw(step)
                 improved = self.best.update(self.metrics, step)
                 if improved and self.best.keeps and distributed.rank() == 0:
                     self.watchdog.at(step, Stage.SAVING, LONG)
@@ -320,38 +282,65 @@ class Loop:
             self.evaluated = step
             if distributed.rank() == 0:
                 self.saver.wait()
-                added = {
-                    "config": to_dict(config),
-                    "metrics": self.metrics,
-                    "evaluated": step,
-                    "best": self.best.state_dict(),
-                }
-                self.saver.states.save_evaluation(step, added)
+                self.saver.states.save_evaluation(step, self.evaluation())
         release_memory()
-        if step < config.optim.steps and not self.best.is_final():
+        if step < self.config.optim.steps and not self.best.is_final():
             self.stop.check(self.stopped(step))
 
+    def measure(self, step: int) -> dict[str, float]:
+        """Return the metrics of the current weights. Raises Stopped."""
+        limits = iter([LONG])  # the first batch may compile kernels
+
+        def advance(batch: bool) -> bool:
+            if batch:
+                self.watchdog.at(step, Stage.EVALUATING, next(limits, 0.0))
+            else:
+                self.watchdog.at(step, Stage.COMPARING, LONG)
+            return self.stop.received > 0
+
+        data, settings = self.config.data, self.config.evaluate
+        try:
+            return evaluate_detector(self.detector, data, settings, self.device, advance)[0]
+        except Cancelled:
+            self.watchdog.at(step, Stage.FINISHING, LONG)
+            self.saver.wait()
+            self.stop.check(self.stopped(step))
+            raise
+
+    def draw(self, step: int) -> None:
+        """Write pictures of the current weights' detections."""
+        folder, precision = (
+            self.output / f"pictures/step_{step:08d}",
+            self.config.evaluate.precision,
+        )
+        for path in write_pictures(self.detector, self.config.data, folder, precision=precision):
+            self.tracker.artifact(path, f"pictures/{folder.name}")
+
     def save(self, step: int) -> None:
-        """Start to write the state after `step` steps, on rank 0. Raises ValueError if a loss is
-        not finite.
+        """Start to write the state after `step` steps, on rank 0.
+
+        Raises ValueError if a loss is not finite.
         """
         meter = self.meter.state()  # before writing: a diverged state must not be saved
         self.training_step.check()
         if distributed.rank() == 0:
-            self.saver.save(
-                step,
-                {
-                    "config": to_dict(self.config),
-                    "model": self.detector.state_dict(),
-                    **self.training_step.state_dict(),
-                    "run_id": self.tracker.run_id,
-                    "fingerprints": self.data["fingerprints"],
-                    "meter": meter,
-                    "metrics": self.metrics,
-                    "evaluated": self.evaluated,
-                    "best": self.best.state_dict(),
-                },
-            )
+            content = {
+                "model": self.detector.state_dict(),
+                **self.training_step.state_dict(),
+                "run_id": self.tracker.run_id,
+                "fingerprints": self.data["fingerprints"],
+                "meter": meter,
+            }
+            self.saver.save(step, content | self.evaluation())
+
+    def evaluation(self) -> dict:
+        """Return the entries of a state that an evaluation changes."""
+        return {
+            "config": to_dict(self.config),
+            "metrics": self.metrics,
+            "evaluated": self.evaluated,
+            "best": self.best.state_dict(),
+        }
 
     def finish(self, step: int) -> None:
         """Write the trained detector, with the averaged weights if there are any."""
@@ -377,24 +366,19 @@ def _announce(
     config: Config,
     output: Path,
     prints: dict[str, str],
-    states: Checkpoints,
+    folder: Path,
     state: dict | None,
     start_tracking: StartTracking,
 ) -> Tracker:
-    """Log the start of the training, write config.yaml and start tracking, on rank 0."""
-    if state is not None:
-        log.info(
-            "resuming from step %d of %d (%s)", state["step"], config.optim.steps, states.folder
-        )
-        if changed := changed_settings(config, state):
+    """Log the start of the run, write config.yaml and start tracking, on rank 0."""
+    run_id, step = (state["run_id"], state["step"]) if state else (None, 0)
+    if state:
+        log.info("resuming from step %d of %d (%s)", step, config.optim.steps, folder)
+        if changed := difference(config, from_dict(state["config"])):
             log.info("changed settings: %s", "; ".join(changed))
     if note := rate_note(config.optim, config.train.batch_size):
         log.info(note)
     save_config(config, output / "config.yaml")
-    tracker = start_tracking(
-        fingerprint.combined(prints),
-        state["run_id"] if state else None,
-        state["step"] if state else 0,
-    )
+    tracker = start_tracking(fingerprint.combined(prints), run_id, step)
     tracker.artifact(output / "config.yaml")
     return tracker

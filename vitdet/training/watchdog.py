@@ -1,16 +1,14 @@
-"""Watchdog of the ranks of a training: if a rank stalls, reports it and ends all, so that torchrun
-restarts them.
+"""Watchdog: if a rank stalls, all ranks report it and exit, so that torchrun restarts them.
 
 The main thread of each rank records its progress as a step and a `Stage`; another thread publishes
-it every INTERVAL seconds in torchrun's store and reads that of the other ranks. The rank that is
-furthest behind is the one that the others wait for. If it exceeds the time limit of its stage,
-every rank writes its Python stacks and exits. A rank that stops publishing (a lost node, a stopped
-process, a call that holds the GIL) is reported with its last progress; its stacks are written by
-faulthandler, which does not need the GIL, while the process runs.
+it every INTERVAL seconds in torchrun's store and reads that of the other ranks. The others wait for
+the rank that is furthest behind. If it exceeds the time limit of its stage, every rank writes its
+Python stacks and exits. A rank that stops publishing (a lost node, a stopped process, a call that
+holds the GIL) is reported with its last progress; faulthandler, which does not need the GIL, writes
+its stacks.
 
-To tolerate slow steps, a limit is at least three times the duration of the previous step or batch,
-and stages that may take long, such as the first step or the evaluation of LVIS, have the limit
-LONG.
+A limit is at least three times the duration of the previous step or batch, and LONG for stages that
+may take long, such as the first step or the evaluation of LVIS.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ class Beat:
     """The published progress of a rank: stage, seconds in it, and their limit."""
 
     step: int
-    stage: Stage
+    stage: int
     age: float
     limit: float
     host: str = ""
@@ -75,10 +73,10 @@ class Beat:
         return self.step, self.stage
 
     def __str__(self) -> str:
-        doing = self.doing or self.stage.name.lower()
-        text = f"{self.host}, pid {self.pid}: step {self.step}, {doing}"
-        text += f" for {self.age + self.silent:.0f} s"
-        return f"{text}, last heard of {self.silent:.0f} s ago" if self.silent > LIMIT else text
+        doing = self.doing or Stage(self.stage).name.lower()
+        heard = f", last heard of {self.silent:.0f} s ago" if self.silent > LIMIT else ""
+        place = f"{self.host}, pid {self.pid}: step {self.step}"
+        return f"{place}, {doing} for {self.age + self.silent:.0f} s{heard}"
 
 
 def stalled(beats: Mapping[int, Beat]) -> list[int]:
@@ -103,17 +101,18 @@ class Watchdog:
         self._beats: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}  # time of the last new publication of each rank
         self._number, self._orphaned = 0, 0.0
-        self._rank, self._size, self._shared, self._start = 0, 1, False, ""
+        self._rank, self._shared, self._prefix = 0, False, ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Start watching, on all ranks."""
-        self._rank, self._size = distributed.rank(), distributed.world_size()
-        self._shared = distributed.has_joined()
-        # a prefix, since torchrun's store keeps the keys of processes before a restart
-        self._start = distributed.rank0_result(lambda: uuid.uuid4().hex)
-        self._heard = dict.fromkeys(range(self._size), time.monotonic())
+        self._rank, self._shared = distributed.rank(), distributed.has_joined()
+        # torchrun's store keeps the keys of processes before a restart
+        self._prefix = distributed.rank0_result(lambda: uuid.uuid4().hex)
+        ranks, starting = range(distributed.world_size()), Beat(0, 0, 0.0, LONG, doing="starting")
+        self._beats = dict.fromkeys(ranks, starting)
+        self._heard = dict.fromkeys(ranks, time.monotonic())
         self._thread.start()
 
     def at(self, step: int, stage: Stage, limit: float = 0.0) -> None:
@@ -136,21 +135,12 @@ class Watchdog:
         """Return the current progress of the main thread."""
         step, stage, limit, since = self._place
         name, changed = distributed.collective()
-        age = time.monotonic() - max(since, changed)
+        age, doing = time.monotonic() - max(since, changed), ""
         if name:
             stage, limit = Stage.WAITING, LONG
-        return Beat(
-            step,
-            stage,
-            age,
-            limit,
-            socket.gethostname(),
-            os.getpid(),
-            self._number,
-            self._stop.received,
-            f"waiting for the other ranks in a {name}" if name else "",
-            self._end.is_set(),
-        )
+            doing = f"waiting for the other ranks in a {name}"
+        process = (socket.gethostname(), os.getpid(), self._number, self._stop.received)
+        return Beat(step, stage, age, limit, *process, doing, self._end.is_set())
 
     def _run(self) -> None:
         store, last = None, time.monotonic()
@@ -164,9 +154,8 @@ class Watchdog:
             try:
                 if self._shared and not self._orphaned:  # the store ends with torchrun
                     faulthandler.dump_traceback_later(LIMIT, file=2)
-                    store = store or distributed.connect(
-                        self._start, timedelta(seconds=3 * INTERVAL)
-                    )
+                    timeout = timedelta(seconds=3 * INTERVAL)
+                    store = store or distributed.connect(self._prefix, timeout)
                     self._exchange(store)
                     answered = time.monotonic()
             except RuntimeError as error:  # network errors in torch
@@ -183,7 +172,7 @@ class Watchdog:
     def _watch_parent(self, now: float) -> None:
         """Treat the death of torchrun as SIGTERM: after a SIGKILL it cannot forward a signal."""
         # a single process without torchrun may outlive its parent
-        started = self._size > 1 or distributed.by_torchrun()
+        started = distributed.world_size() > 1 or distributed.by_torchrun()
         if not started or os.getppid() == self._parent:
             return
         self._stop.received = self._stop.received or signal.SIGTERM
@@ -200,20 +189,15 @@ class Watchdog:
     def _exchange(self, store: distributed.Store) -> None:
         self._publish(store)
         now = time.monotonic()
-        keys = [f"beat {rank}" for rank in range(self._size)]
-        present = [
-            rank for rank in range(self._size) if self._number_of(rank) or store.check([keys[rank]])
-        ]
-        for rank, content in zip(
-            present, store.multi_get([keys[rank] for rank in present]), strict=True
-        ):
-            values = json.loads(content)
-            beat = Beat(**values | {"stage": Stage(values["stage"])})
-            if beat.number != self._number_of(rank):
+        keys = {rank: f"beat {rank}" for rank in self._beats}
+        known = [n for n, beat in self._beats.items() if beat.number or store.check([keys[n]])]
+        contents = store.multi_get([keys[rank] for rank in known])
+        for rank, content in zip(known, contents, strict=True):
+            beat = Beat(**json.loads(content))
+            if beat.number != self._beats[rank].number:
                 self._heard[rank], self._beats[rank] = now, beat
         for rank, heard in self._heard.items():
-            beat = self._beats.get(rank, Beat(0, Stage.PREPARING, 0.0, LONG, doing="starting"))
-            self._beats[rank] = replace(beat, silent=now - heard)
+            self._beats[rank] = replace(self._beats[rank], silent=now - heard)
         signals = [beat.received for beat in self._beats.values()]
         self._stop.received = self._stop.received or max(signals)
         if store.check(["verdict"]):
@@ -222,25 +206,20 @@ class Watchdog:
             first = store.add("verdict", 1) == 1
             self._give_up(store, self._verdict(late) if first else "")
 
-    def _number_of(self, rank: int) -> int:
-        return self._beats[rank].number if rank in self._beats else 0
-
     def _verdict(self, late: list[int]) -> str:
         names = ", ".join(f"rank {rank} ({self._beats[rank]})" for rank in late)
         others = [f"rank {rank}: {beat}" for rank, beat in self._beats.items() if rank not in late]
-        return "\n".join(
-            [
-                f"no progress: {names}; ending all ranks; torchrun restarts them from the last "
-                "state if it has restarts left",
-                *others,
-            ]
-        )
+        restart = "torchrun restarts them from the last state if it has restarts left"
+        return "\n".join([f"no progress: {names}; ending all ranks; {restart}", *others])
 
     def _give_up(self, store: distributed.Store | None, message: str) -> None:
         """Write the message and this rank's stacks, wait for the others to do so, and exit."""
         lines = [f"vitdet: {message}\n"] if message else []
-        # prefixed as in torch: all ranks may share standard error
-        lines += [f"[rank{self._rank}]: {line}\n" for line in _stacks().splitlines()]
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            # prefixed as in torch: all ranks may share standard error
+            lines += [f"[rank{self._rank}]: {line}" for line in file]
         if record := distributed.flight_record():
             lines.append(f"[rank{self._rank}]: NCCL's collectives in flight: {record}\n")
         os.write(2, "".join(lines).encode())
@@ -265,11 +244,3 @@ def watching(stop: Stop) -> Iterator[Watchdog]:
         raise
     # Not after another error: the watchdogs of the other ranks must notice that this one stopped
     watchdog.finish()
-
-
-def _stacks() -> str:
-    """Return the Python stacks of all threads."""
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        return file.read()
