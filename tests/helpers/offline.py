@@ -104,7 +104,7 @@ def _registers(ptx: str) -> tuple[int, int]:
 
 def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
     """Of a forward and backward pass over 64 x 64 tokens of 8 images."""
-    layout = Layout(64, 64, heads, depth, window)
+    layout = Layout.of(64, 64, heads, depth, window)
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -94,12 +94,12 @@ MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch
 # operator, its arguments, the function that starts its kernels and what that returns
 LAUNCHES = {
     "attention": (
-        lambda: attention._attention(*QKV, [2, 2, 1, 0, 0]),
+        lambda: attention.attention(*QKV, [2, 2, 1, 0, 0]),
         ("attention_kernels", "forward"),
         lambda: (zeros(1, 4, 16), zeros(1, 4)),
     ),
     "its gradient": (
-        lambda: attention._attention_backward(
+        lambda: attention.attention_backward(
             zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), [2, 2, 1, 0, 0]
         ),
         ("attention_kernels", "backward"),
@@ -111,17 +111,17 @@ LAUNCHES = {
         lambda: torch.zeros(1, 1, dtype=torch.bool),
     ),
     "mask targets": (
-        lambda: rasterize.fill(zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), BOXES, 28),
+        lambda: rasterize.rasterize(zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), BOXES, 28),
         ("rasterize_kernels", "launch"),
         lambda: torch.zeros(1, 28, 28, dtype=torch.bool),
     ),
     "RoIAlign": (
-        lambda: roi_align.pool([MAP], BOXES, NUMBERS, NUMBERS, [4], 7, 2),
+        lambda: roi_align.roi_align([MAP], BOXES, NUMBERS, NUMBERS, [4], 7, 2),
         ("roi_align_kernels", "forward"),
         lambda: zeros(1, 7, 7, 8),
     ),
     "its gradients": (
-        lambda: roi_align.pool_backward(
+        lambda: roi_align.roi_align_backward(
             zeros(1, 8, 7, 7), BOXES, NUMBERS, NUMBERS, [4], [4], 1, [4], 2
         ),
         ("roi_align_kernels", "backward"),

@@ -92,20 +92,6 @@ def test_the_plain_path_takes_float64_and_nothing():
     assert nms(torch.zeros(0, 3, 4), torch.zeros(0, 3, dtype=torch.long), 0.5, 5).shape == (0, 3)
 
 
-@pytest.mark.parametrize(
-    ("boxes", "labels", "message"),
-    [
-        ((3, 4), None, r"boxes must be \(G, N, 4\), got \(3, 4\)"),
-        ((1, 3, 5), None, r"boxes must be \(G, N, 4\), got \(1, 3, 5\)"),
-        ((1, 3, 4), (3,), r"labels must be \(1, 3\), got \(3,\)"),
-    ],
-)
-def test_other_shapes_are_refused(boxes, labels, message):
-    labels = None if labels is None else torch.zeros(labels, dtype=torch.long)
-    with pytest.raises(ValueError, match=message):
-        nms(torch.zeros(boxes), labels, 0.5, 1)
-
-
 @needs_triton
 @pytest.mark.parametrize(
     ("count", "iou"),

@@ -36,14 +36,7 @@ def cell_of(first, step, low, side, M: tl.constexpr):
 
 
 @triton.jit
-def paste_kernel(
-    MASKS,
-    BOXES,
-    REGIONS,
-    ENDS,
-    PIXELS,
-    M: tl.constexpr,
-):
+def paste_kernel(MASKS, BOXES, REGIONS, ENDS, PIXELS, M: tl.constexpr):
     """One program for every tl.num_programs(1)-th block of a mask's bytes."""
     index = tl.program_id(0)
     x = tl.load(REGIONS + index * 4).to(tl.int32)

@@ -39,13 +39,7 @@ def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
 
 @triton.jit
 def rasterize_kernel(
-    edges,
-    spans,
-    boxes,
-    inside,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EDGES: tl.constexpr,
+    edges, spans, boxes, inside, SIZE: tl.constexpr, COLUMNS: tl.constexpr, EDGES: tl.constexpr
 ):
     """One program per row of cells of a RoI: sums the directions of the edges that cross it left of
     each cell's centre.

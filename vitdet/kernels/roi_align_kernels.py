@@ -208,38 +208,11 @@ def add_product(total, matrix, values):
 
 @triton.jit(do_not_specialize=SIZES)
 def roi_align_forward(
-    f0,
-    f1,
-    f2,
-    f3,
-    f4,
-    h0,
-    h1,
-    h2,
-    h3,
-    h4,
-    w0,
-    w1,
-    w2,
-    w3,
-    w4,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
-    levels,
-    boxes,
-    image,
-    level,
-    out,
-    channels,
-    BINS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RATIO: tl.constexpr,
+    f0, f1, f2, f3, f4, h0, h1, h2, h3, h4, w0, w1, w2, w3, w4, s0, s1, s2, s3, s4, levels,
+    boxes, image, level, out, channels,
+    BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
     CHANNELS: tl.constexpr,
-):
+):  # fmt: skip
     """One program for ROWS rows of a RoI's bins and CHANNELS channels. f: maps, h, w: their sizes,
     s: 1 / stride.
     """
@@ -283,40 +256,11 @@ def roi_align_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def roi_align_backward(
-    f0,
-    f1,
-    f2,
-    f3,
-    f4,
-    h0,
-    h1,
-    h2,
-    h3,
-    h4,
-    w0,
-    w1,
-    w2,
-    w3,
-    w4,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
-    levels,
-    boxes,
-    order,
-    first,
-    gradient,
-    images,
-    channels,
-    BINS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RATIO: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROIS: tl.constexpr,
-):
+    f0, f1, f2, f3, f4, h0, h1, h2, h3, h4, w0, w1, w2, w3, w4, s0, s1, s2, s3, s4, levels,
+    boxes, order, first, gradient, images, channels,
+    BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
+    CHANNELS: tl.constexpr, ROIS: tl.constexpr,
+):  # fmt: skip
     """One program for a tile of a map's gradient and CHANNELS channels.
 
     order (R,): RoIs sorted by image and level, first (B L + 1,): the start of each image and level
