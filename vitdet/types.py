@@ -60,9 +60,7 @@ class Polygons:
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
-        """Build outlines from consecutive edges (E, 4), of which object i has counts[i] (G,)
-        int64.
-        """
+        """Build outlines from consecutive edges (E, 4), object i with counts[i] (G,) int64."""
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 

@@ -133,9 +133,7 @@ def _paint_mask(
 
 
 def _shrunk(shape: Image.Image, width: int) -> Image.Image:
-    """Minimum filter of 2 * width + 1 pixels along both axes, in logarithmic time (not as
-    PIL's).
-    """
+    """Minimum filter of 2 * width + 1 pixels along both axes, in logarithmic time."""
     pixels, side = np.pad(np.asarray(shape), width, "edge"), 2 * width + 1
     for _ in range(2):
         reach, low = 1, pixels.T

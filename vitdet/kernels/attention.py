@@ -24,9 +24,7 @@ LARGEST_WINDOW = 32
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether the kernels support this many tokens per row, window side (0: none) and head
-    depth.
-    """
+    """Return whether the kernels support rows of `width` tokens, windows (0: none), head depth."""
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 

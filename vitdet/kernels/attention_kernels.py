@@ -88,7 +88,7 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv, bias (for tokens beyond the grid) and both tables, given that of
+    """Return the gradients of qkv, bias (of tokens beyond the grid) and tables, given that of
     `out`; all but the first in float32.
     """
     products = positions(layout, qkv, tables, factor)  # recomputed, to save memory
@@ -139,9 +139,7 @@ def load_keys(x, bias, token, exists, inside, step, L):
 
 @triton.jit
 def load_rows(rows, group, row, i, exists, L, LINES):
-    """Load q . R of queries i with rows of keys, of shape row x i or i x row: -inf beyond the last
-    row.
-    """
+    """Load q . R of queries i and rows of keys, row x i or i x row: -inf beyond the last row."""
     at = rows + (group.to(tl.int64) * L.rows + row) * (L.rows * L.columns) + i
     if L.rows % LINES == 0:
         found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
@@ -153,9 +151,7 @@ def load_rows(rows, group, row, i, exists, L, LINES):
 
 @triton.jit
 def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
-    """One block of queries over all keys, with a running maximum (Dao, FlashAttention-2,
-    2307.08691).
-    """
+    """A block of queries over all keys, with a running maximum (FlashAttention-2, 2307.08691)."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile
@@ -205,9 +201,7 @@ def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
 def backward_queries_kernel(
     qkv, bias, rows, columns, out, gradient, sums, delta, dqkv, drows, dcolumns, L: tl.constexpr
 ):
-    """One block of queries over all keys: gradients of queries and positions, and `delta` for the
-    keys.
-    """
+    """A block of queries over all keys: gradients of queries, positions; `delta` for the keys."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile
@@ -262,9 +256,7 @@ def backward_queries_kernel(
 def backward_keys_kernel(
     qkv, bias, rows, columns, gradient, sums, delta, dqkv, beyond, L: tl.constexpr
 ):
-    """One block of keys over all queries in the grid. Logits are transposed, to multiply from
-    registers.
-    """
+    """A block of keys over the grid's queries. Logits are transposed: products from registers."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile

@@ -138,9 +138,7 @@ def origin(group, L):
 
 @triton.jit
 def tokens(row, column, top, left, L):
-    """Return the grid tokens at these rows and columns of an area, which of them exist, and which
-    are in the grid.
-    """
+    """Return the grid tokens at these places of an area; which exist, and which are in the grid."""
     exists = (row < L.rows) & (column < L.columns)
     inside = exists & (top + row < L.height) & (left + column < L.width)
     return (top + row) * L.width + left + column, exists, inside
@@ -164,9 +162,7 @@ def store(to, token, inside, x, step, L):
 
 @triton.jit
 def line_of(i, top, left, L, AXIS, QUERIES: tl.constexpr):
-    """Return the queries of row i (axis 0) or column i (axis 1): their indices in the area, and as
-    `tokens`.
-    """
+    """Return the queries of line i: their indices in the area, and as `tokens`."""
     j = tl.arange(0, QUERIES)
     row = i + j * 0 if AXIS == 0 else j
     column = j if AXIS == 0 else i + j * 0

@@ -96,9 +96,7 @@ def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
 
 
 def _favourites(iou: Tensor, start: int, least: float) -> Tensor:
-    """Return (..., N): the last ground truth, counted from `start`, of which each box has the
-    largest IoU, at least `least`.
-    """
+    """Return (..., N): the last ground truth whose largest IoU, at least `least`, a box has."""
     if least == math.inf or iou.shape[-1] == 0:
         return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
     top = iou.amax(dim=-1, keepdim=True)

@@ -104,9 +104,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def in_half(x: Tensor) -> bool:
-    """Return whether a linear layer computes this tensor in half precision on a GPU, directly or by
-    autocast.
-    """
+    """Return whether a linear layer computes x in half precision on a GPU, also by autocast."""
     cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 
@@ -131,9 +129,7 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
     def forward(self, x: Tensor, window: int = 0) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side, or (0) among
-        all tokens.
-        """
+        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side (0: none)."""
         height, width, channels = x.shape[1:]
         if kernels.enabled(x) and in_half(x) and fused.fits(width, window, channels // self.heads):
             return self.attend_fused(x, window)

@@ -91,9 +91,7 @@ class Detector(nn.Module):
         return self.roi_heads.finish(*self.find(images, sizes))
 
     def find(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Scored, Found]:
-        """Return the detections in slots, and the inputs of `RoIHeads.finish`; does not synchronize
-        with a GPU.
-        """
+        """Return slots of detections and the inputs of `RoIHeads.finish`; does not synchronize."""
         features, proposals = self.propose(images, sizes)
         return features, *self.roi_heads.find(features, proposals, sizes)
 
@@ -104,9 +102,7 @@ class Detector(nn.Module):
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalize to zero mean and unit deviation; 0 in the padding, as in Detectron2, which pads
-        afterwards.
-        """
+        """Normalize to zero mean and unit deviation; 0 in the padding, as in Detectron2."""
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes[:, :1]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]

@@ -62,9 +62,7 @@ class GraphedDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Return the detections of images (B, 3, S, S), sorted by score; sizes (B, 2) as in
-        `Detector.forward`.
-        """
+        """Return the detections of images (B, 3, S, S); sizes (B, 2) as in `Detector.forward`."""
         if isinstance(self.detector, Detector) and enabled(images):
             with self.lock:
                 found = self.replay(images, sizes)
@@ -74,9 +72,7 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Detect by a graph; None if it cannot be recorded. Uses as many candidates as needed
-        (`Found.exact`).
-        """
+        """Detect by a graph, with as many candidates as needed; None if it cannot be recorded."""
         detector = self.detector
         assert isinstance(detector, Detector)
         tensors = chain(detector.parameters(), detector.buffers())

@@ -115,9 +115,7 @@ def _contexts(
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Update copies of the running statistics of BatchNorms, as the first pass has already updated
-    them.
-    """
+    """Update copies of the BatchNorms' statistics, which the first pass has updated already."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()

@@ -42,9 +42,7 @@ def federated_classes(
 def federated_classification(
     logits: Tensor, labels: Tensor, classes: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Sigmoid cross-entropy of logits (R, K + 1) over the chosen classes (K + 1,) bool, summed,
-    divided by R.
-    """
+    """Summed sigmoid cross-entropy of logits (R, K + 1) over the classes (K + 1,) bool, over R."""
     logits = at_least_float32(logits[:, :-1])
     truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
@@ -64,9 +62,7 @@ def objectness(
 def box_l1(
     deltas: Tensor, targets: Tensor, number: int | Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """L1 distance of deltas (..., 4) and targets, summed, divided by `number` (by 1 if that is
-    0).
-    """
+    """L1 distance of deltas (..., 4) and targets, summed, divided by `number` (at least 1)."""
     loss = (at_least_float32(deltas) - targets).abs().sum(dim=-1)
     return _sum(loss, counts) / torch.as_tensor(number).clamp(min=1)
 

@@ -39,9 +39,7 @@ class MaskHead(nn.Module):
         init_predictor(self.logits, std=0.001)
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Features (R, C, 14, 14) and labels (R,) in 0..K-1 -> logits (R, 28, 28) of each RoI's
-        class.
-        """
+        """Features (R, C, 14, 14), labels (R,) in 0..K-1 -> logits (R, 28, 28) of each class."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
         pixels = F.relu(self.deconv(pooled)).permute(0, 2, 3, 1)

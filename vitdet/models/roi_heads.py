@@ -133,9 +133,7 @@ class RoIHeads(nn.Module):
         targets: Targets,
         sizes: Tensor,
     ) -> dict[str, Tensor]:
-        """Return loss_cls and loss_box_reg (with several stages named _stage0...), and loss_mask
-        with a mask head.
-        """
+        """Return loss_cls, loss_box_reg (of several stages: _stage0...) and loss_mask, if any."""
         found = {}
         assigned = self.sample(proposals.boxes, proposals.filled, targets)
         if self.mask is not None:
@@ -166,9 +164,7 @@ class RoIHeads(nn.Module):
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """Return the detections, sorted by score; uses more candidates where too few entered
-        NMS.
-        """
+        """Return the detections, sorted by score, from more candidates where too few were used."""
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -189,9 +185,7 @@ class RoIHeads(nn.Module):
     def run_stage(
         self, stage: int, features: Sequence[Tensor], boxes: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return logits (B, S, K + 1) and deltas (B, S, K or 1, 4) of boxes (B, S, 4); undefined in
-        empty slots.
-        """
+        """Boxes (B, S, 4) -> logits (B, S, K + 1), deltas (B, S, K or 1, 4), undefined if empty."""
 
         def head(pooled: Tensor) -> tuple[Tensor, Tensor]:
             if len(self.stages) > 1:
@@ -217,9 +211,7 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
-        """Sample foreground, then background, from the proposals (B, N, 4) and the ground truths
-        themselves.
-        """
+        """Sample foreground, then background, of proposals (B, N, 4) and ground truths."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
         # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
@@ -248,9 +240,7 @@ class RoIHeads(nn.Module):
     def box_loss(
         self, stage: int, deltas: Tensor, labels: Tensor, assigned: Assigned, targets: Targets
     ) -> Tensor:
-        """L1 loss of the foreground boxes' deltas (of their class), divided by the number of all
-        boxes.
-        """
+        """L1 loss of the foreground's deltas (of their class), over the number of all boxes."""
         boxes, matched, most = assigned
         number = assigned.filled.sum()
         boxes, matched, labels, deltas = (
@@ -317,9 +307,7 @@ class RoIHeads(nn.Module):
         )
 
     def masks(self, features: Sequence[Tensor], found: Found) -> Tensor | None:
-        """Return mask probabilities (B, D, 28, 28) inside the boxes of detections; None without a
-        mask head.
-        """
+        """Return mask probabilities (B, D, 28, 28) inside the boxes; None without a mask head."""
         if self.mask is None:
             return None
         slots = used(found.filled)
@@ -329,9 +317,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) of (B, S) that a head runs on: on a GPU all, to avoid a
-    synchronization.
-    """
+    """Return the slots (R,) of (B, S) that a head runs on: on a GPU all, to not synchronize."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()
@@ -346,9 +332,7 @@ def spread(rows: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
 
 
 def detections(found: Found, masks: Tensor | None) -> list[Detections]:
-    """Return the detections of every image, sorted by score. Synchronizes with the GPU for their
-    number.
-    """
+    """Return the detections of every image, sorted by score. Synchronizes with the GPU."""
     counts = found.filled.sum(dim=1).tolist()
     return [
         Detections(

@@ -28,9 +28,7 @@ WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
 
 
 class Anchored(NamedTuple):
-    """The anchors (N, 4) of each level, and the predictions for them: logits (B, N), deltas (B,
-    N, 4).
-    """
+    """Of each level: logits (B, N) and deltas (B, N, 4) of its anchors (N, 4)."""
 
     logits: list[Tensor]
     deltas: list[Tensor]
@@ -38,9 +36,7 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (B, N, 4) sorted by objectness, objectness logits (B, N), and which slots are filled
-    (B, N).
-    """
+    """Boxes (B, N, 4) sorted by their objectness logits (B, N), and the filled slots (B, N)."""
 
     boxes: Tensor
     logits: Tensor
@@ -158,9 +154,7 @@ class RPN(nn.Module):
         return matched, sample(matched, self.samples, self.positive_fraction, self.choose)
 
     def losses(self, found: Anchored, targets: Targets) -> dict[str, Tensor]:
-        """Return loss_rpn_cls over the sampled anchors and loss_rpn_loc over the foreground
-        anchors.
-        """
+        """Return loss_rpn_cls over the sampled and loss_rpn_loc over the foreground anchors."""
         anchors = torch.cat(found.anchors)
         logits, deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
         matched, sampled = self.sample(anchors, targets)

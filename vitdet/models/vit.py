@@ -23,9 +23,7 @@ from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, DropPath, init_conv
 
 
 class Size(NamedTuple):
-    """Constructor arguments of a named backbone; blocks in `global_blocks` have global
-    attention.
-    """
+    """Constructor arguments of a named backbone; `global_blocks`: those with global attention."""
 
     dim: int
     depth: int
@@ -57,9 +55,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvBottleneck(nn.Module):
-    """Residual convolutions that propagate information between windows: the paper's alternative to
-    global attention.
-    """
+    """Residual convolutions between windows: the paper's alternative to global attention."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -229,9 +225,7 @@ class ViT(nn.Module):
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens with absolute positions before the first block: (B, 3, H, W) -> (B, h,
-        w, C).
-        """
+        """Return the first block's input, with positions: (B, 3, H, W) -> (B, h, w, C)."""
         x = self.patch_embed(images)
         return x + resize_positions(self.pos_embed, (x.shape[1], x.shape[2]))
 
@@ -248,9 +242,7 @@ class ViT(nn.Module):
 
 
 def layer_of_block(name: str, first: int, rest: int) -> int:
-    """Return first + i for parameters of block i, `rest` for others and for residual
-    convolutions.
-    """
+    """Return first + i for block i, `rest` for other parameters and residual convolutions."""
     block = re.match(r"blocks\.(\d+)\.", name)
     return first + int(block.group(1)) if block and ".residual." not in name else rest
 

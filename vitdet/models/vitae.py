@@ -54,9 +54,7 @@ def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """Create ViTAE-B's convolutions parallel to the attention, 4 channels per group: (B, C, H, W)
-    -> (B, C, H, W).
-    """
+    """Create ViTAE-B's parallel convolutions, 4 channels a group: (B, C, H, W) -> (B, C, H, W)."""
     groups = dim // 4
     return nn.Sequential(
         conv(dim, hidden, groups=groups),

@@ -86,9 +86,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging, except in the first stage, then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2
-    C).
-    """
+    """Patch merging (not in the first stage), blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
 
     def __init__(
         self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
