@@ -51,17 +51,13 @@ class Detector(nn.Module):
         targets: Targets | Sequence[Target] | None = None,
         sizes: Tensor | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
-        """Compute losses or detections of images (B, 3, S, S) RGB 0..255.
+        """Return losses if targets are given, else Detections per image, in pixels of the canvas.
 
         Args:
             images: (B, 3, S, S), RGB 0..255.
             targets: ground truth in pixels of the canvas; None: detect.
             sizes: (B, 2) int, (height, width) of the image in the top left of each canvas; None:
                 all of the canvas.
-
-        Returns:
-            A dict of losses if targets are given, else Detections per image, in pixels of the
-            canvas.
         """
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
@@ -71,10 +67,8 @@ class Detector(nn.Module):
         if not isinstance(targets, Targets):
             targets = Targets.of(targets)
         proposals = self.rpn.propose(found, sizes, self.rpn.top_train)
-        return {
-            **self.roi_heads.losses(features, proposals, targets, sizes),
-            **self.rpn.losses(found, targets),
-        }
+        losses = self.roi_heads.losses(features, proposals, targets, sizes)
+        return losses | self.rpn.losses(found, targets)
 
     def features(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Anchored]:
         """Return the maps of the pyramid and the predictions of the region proposal network."""

@@ -32,8 +32,7 @@ def federated_classes(
     odds = F.pad(weights.float(), (0, 1))
     present = torch.zeros_like(odds).index_add(0, labels, here.to(odds.dtype)) > 0
     odds = torch.where(present, 0.0, odds)
-    # the largest of odds / exponential noise are a draw without replacement (as
-    # torch.multinomial's)
+    # the largest of odds / exponential noise: a draw without replacement, as torch.multinomial's
     keys = odds / torch.empty_like(odds).exponential_() if draw else odds
     rank = keys.argsort(descending=True, stable=True).argsort()
     return present | ((rank < num - present.sum()) & (odds > 0))
@@ -91,9 +90,7 @@ class SoftmaxClassification(nn.Module):
         super().__init__()
         self.num_classes = num_classes
 
-    def loss(self, logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of logits (R, K + 1) and labels (R,)."""
-        return classification(logits, labels, counts)
+    loss = staticmethod(classification)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., K + 1) -> (..., K), without the background."""

@@ -99,12 +99,11 @@ class RPN(nn.Module):
         """Maps (B, C, h, w), finest first -> logits and deltas of every anchor."""
         maps = [self.head(feature) for feature in features]
         grids = [(feature.shape[2], feature.shape[3]) for feature in features]
+        layout = self.strides, self.anchor_scale, self.aspect_ratios
         return Anchored(
             [rearrange(logits, "b a h w -> b (h w a)") for logits, _ in maps],
             [rearrange(deltas, "b (a d) h w -> b (h w a) d", d=4) for _, deltas in maps],
-            grid_anchors(
-                grids, self.strides, self.anchor_scale, self.aspect_ratios, features[0].device
-            ),
+            grid_anchors(grids, *layout, features[0].device),
         )
 
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,9 +166,8 @@ class RPN(nn.Module):
         here = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))
         wanted = encode(here, torch.where(foreground[..., None], truth, here), WEIGHTS)
+        own = logits.gather(1, sampled.chosen)
         return {
-            "loss_rpn_cls": objectness(
-                logits.gather(1, sampled.chosen), sampled.foreground, number, sampled.filled
-            ),
+            "loss_rpn_cls": objectness(own, sampled.foreground, number, sampled.filled),
             "loss_rpn_loc": box_l1(pick(deltas, index), wanted, number, foreground),
         }
