@@ -38,14 +38,10 @@ def cuda(test):
 
 
 def interpreted(what):
-    """What tests/helpers/attention_cases.py prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.attention_cases", str(what)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    """The output of tests/helpers/attention_cases.py."""
+    words = [sys.executable, "-m", "tests.helpers.attention_cases", str(what)]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -53,13 +49,8 @@ def interpreted(what):
 @needs_triton
 @pytest.mark.parametrize("start", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_values_and_gradients_by_the_interpreter(start):
-    wrong = {
-        (case, name): error
-        for case, errors in zip(CASES[start::2], interpreted(start), strict=True)
-        for name, error in zip(OUTPUTS, errors, strict=True)
-        if error > 2e-6
-    }
-    assert not wrong
+    for case, errors in zip(CASES[start::2], interpreted(start), strict=True):
+        assert max(errors) <= 2e-6, (case, dict(zip(OUTPUTS, errors, strict=True)))
 
 
 @needs_triton
@@ -133,12 +124,8 @@ def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
     print(case, dtype, dict(zip(OUTPUTS, zip(ours, theirs, strict=True), strict=True)))
     # Results themselves are rounded to half precision.
     allowed = [max(one, torch.finfo(dtype).eps) for one in theirs]
-    worse = {
-        name: (one, limit)
-        for name, one, limit in zip(OUTPUTS, ours, allowed, strict=True)
-        if not one <= limit
-    }
-    assert not worse
+    pairs = zip(OUTPUTS, ours, allowed, strict=True)
+    assert not [(name, one, limit) for name, one, limit in pairs if not one <= limit]
 
 
 @cuda

@@ -97,9 +97,7 @@ def test_rois_without_points_are_zeros_and_get_no_gradient():
     scene.boxes[2, 3] = math.inf
     scene.boxes[3] = torch.tensor([20.0, 4, 4, 20])  # ends before it starts
     scene.boxes[5] = torch.tensor([-1e30, 0, 1e30, 9])
-    scene.boxes[6] = torch.tensor(
-        [-1e8, -1e8, 1e8, 1e8]
-    )  # more points than can be counted one by one
+    scene.boxes[6] = torch.tensor([-1e8, -1e8, 1e8, 1e8])  # too many points to iterate over
     scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # and one of a level that is not there
     found, (gradient,) = scene.run(roi_align, DEVICE, torch.float32, 2, 0)
     assert found[[0, 6]].isfinite().all() and found[0].abs().sum() > 0

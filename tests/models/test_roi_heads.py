@@ -27,6 +27,10 @@ def proposals(count, seed=0):
     return torch.cat([corner, corner + 8 + torch.rand(count, 2, generator=generator) * 40], dim=1)
 
 
+def maps(count):
+    return [torch.randn(count, 16, 128 // stride, 128 // stride) for stride in (4, 8, 16, 32)]
+
+
 def slots(boxes):
     """Boxes (N, 4) of one image as filled slots (1, N, 4)."""
     return boxes[None], torch.ones(1, len(boxes), dtype=torch.bool)
@@ -111,7 +115,7 @@ def test_select_thresholds_suppresses_within_classes_and_counts(heads):
     base = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 60, 90, 90]])
     boxes = base[:, None].expand(3, CLASSES, 4)
     scores = torch.zeros(3, CLASSES)
-    scores[:, 0] = torch.tensor([0.6, 0.9, 0.04])  # neighbours; below the threshold
+    scores[:, 0] = torch.tensor([0.6, 0.9, 0.04])  # neighbors; below the threshold
     scores[0, 1] = 0.5  # the same place, another class
     scores[2, 3] = 0.7
     found = select(heads, boxes, scores)
@@ -169,27 +173,15 @@ def test_detection_looks_at_more_candidates_where_they_were_not_enough(monkeypat
 def test_next_stage_learns_from_boxes_cut_to_the_picture():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     one = target([[10, 10, 50, 50]], [1])
-    refined = torch.tensor(
-        [
-            [10.0, 10, 50, 50],
-            [10, 10, 50, 40],
-            [10, 10, 50, 34],
-            [-20, -20, -5, -5],
-            [60, 80, 200, 90],
-        ]
-    )
+    inside = [[10.0, 10, 50, 50], [10, 10, 50, 40], [10, 10, 50, 34]]
+    refined = torch.tensor([*inside, [-20, -20, -5, -5], [60, 80, 200, 90]])
     filled = torch.tensor([[True] * 5, [False] * 5])
-    found = heads.reassign(
-        2,
-        torch.stack([refined] * 2),
-        filled,
-        Targets.of([one, target([], [])]),
-        torch.tensor([[128, 128], [9, 9]]),
-    )
+    targets, sizes = Targets.of([one, target([], [])]), torch.tensor([[128, 128], [9, 9]])
+    found = heads.reassign(2, torch.stack([refined] * 2), filled, targets, sizes)
     # the empty one is gone
     assert found.filled.tolist() == [[True, True, True, False, True], [False] * 5]
     boxes = found.boxes[found.filled]
-    assert boxes.tolist() == [*refined[:3].tolist(), [60, 80, 128, 90]]
+    assert boxes.tolist() == [*inside, [60, 80, 128, 90]]
     # IoU 1, 0.75, 0.6, 0 against 0.7
     assert found.matched[found.filled].tolist() == [0, 0, -1, -1]
 
@@ -207,7 +199,7 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
         return run_stage(stage, features, boxes, filled)
 
     monkeypatch.setattr(heads, "run_stage", record)
-    features = [torch.randn(2, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    features = maps(2)
     boxes = torch.stack([proposals(6), proposals(6, seed=1)])
     filled = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     heads.find(features, Proposals(boxes, torch.zeros(2, 6), filled), SIZES)
@@ -223,7 +215,7 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
 def test_stages_have_growing_weights_and_one_box_for_all_classes():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     assert heads.weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
-    features = [torch.randn(1, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    features = maps(1)
     logits, deltas = heads.run_stage(1, features, *slots(proposals(5)))
     assert logits.shape == (1, 5, CLASSES + 1) and deltas.shape == (1, 5, 1, 4)
 
@@ -232,17 +224,13 @@ def test_cascade_scales_the_gradient_of_the_features_and_not_of_the_head():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     stage, gradients = heads.stages[0], []
     for scaled in (False, True):
-        features = [
-            torch.ones(1, 16, 128 // s, 128 // s, requires_grad=True) for s in (4, 8, 16, 32)
-        ]
+        features = [torch.ones_like(one).requires_grad_() for one in maps(1)]
         stage.zero_grad()
         if scaled:
             logits, _ = heads.run_stage(0, features, *slots(proposals(5)))
         else:
-            first = torch.zeros(5, dtype=torch.int64)
-            logits, _ = stage(
-                pool(features, proposals(5), first, heads.strides, 7, heads.sampling_ratio)
-            )
+            rois = proposals(5), torch.zeros(5, dtype=torch.int64)
+            logits, _ = stage(pool(features, *rois, heads.strides, 7, heads.sampling_ratio))
         logits.square().sum().backward()
         gradients.append((features[0].grad, stage.logits.weight.grad.clone()))
     assert gradients[0][0].abs().sum() > 0
@@ -258,7 +246,7 @@ def test_mask_loss_takes_at_most_its_share_of_an_image(heads, monkeypatch):
         return torch.zeros(len(labels), 28, 28)
 
     monkeypatch.setattr(heads.mask, "forward", forward)
-    features = [torch.randn(2, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    features = maps(2)
     one = target([[10, 10, 50, 50], [60, 60, 80, 90]], [1, 2])
     matched = torch.tensor([[0] * 12 + [-1] * 8, [1, -1, -1] + [IGNORE] * 17])
     assigned = Assigned(torch.stack([proposals(20)] * 2), matched, 12)

@@ -102,7 +102,8 @@ class RoIHeads(nn.Module):
         self.samples, self.positive_fraction = samples, positive_fraction
         self.mask_samples, self.max_detections = mask_samples, max_detections
         self.score_threshold, self.nms_iou = score_threshold, nms_iou
-        self.weights = [[one * (stage + 1) for one in WEIGHTS] for stage in range(len(stages))]
+        numbers = range(1, len(stages) + 1)
+        self.weights = [tuple(one * number for one in WEIGHTS) for number in numbers]
 
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor

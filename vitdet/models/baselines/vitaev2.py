@@ -17,13 +17,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdet.models.attention import (
-    attend,
-    join_heads,
-    join_windows,
-    split_heads,
-    split_windows,
-)
+from vitdet.models.attention import attend, join_heads, join_windows, split_heads, split_windows
 from vitdet.models.layers import NORM_EPS, Blocks, DropPath
 from vitdet.models.vit import init_linears
 from vitdet.models.vitae import CELL_NORM_EPS, conv, dilated_convs
