@@ -1,8 +1,8 @@
 """Attention kernels against `reference` in float64: forward pass and all gradients.
 
-As a program it prints the errors of CASES[START::2] as JSON, and with "operator" it checks the operator's registration
-and prints how far a compiled block is off: with TRITON_INTERPRET=1, which counts before triton is imported, the kernels
-run on a CPU.
+As a program it prints the errors of CASES[START::2] as JSON; with "operator" it checks the
+registration and prints the error of a compiled block. With TRITON_INTERPRET=1 in the environment
+the kernels run on a CPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OUTPUTS = ("out", "qkv", "bias", "rel_h", "rel_w")
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
-    """qkv, bias and both tables as a model has them under autocast, and a gradient of the result."""
+    """qkv, bias and tables as in a model under autocast, and a gradient of the result."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:

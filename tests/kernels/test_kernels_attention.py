@@ -1,4 +1,4 @@
-"""The attention kernels: by Triton's interpreter, compiled offline for an H100, and on a GPU if there is one."""
+"""The attention kernels: by Triton's interpreter, compiled for an H100, and on a GPU."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_results_on_a_gpu_are_the_same_every_time(case):
 
 @cuda
 def test_a_backbone_on_a_gpu_computes_the_same_with_and_without_kernels(monkeypatch):
-    """Beside float32 both differ by what half precision rounds; the kernels' features are as close."""
+    """The kernels' features are as close to those of float32 as those of plain torch."""
     torch.manual_seed(0)
     backbone = build_backbone(ModelConfig(backbone=BackboneConfig(name="vit_b"))).cuda().eval()
     for name, parameter in backbone.named_parameters():

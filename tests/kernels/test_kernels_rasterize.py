@@ -12,7 +12,7 @@ from vitdet.types import Polygons
 
 
 def ring(points, centre, radius, seed):
-    """A closed outline (points, 4) whose corners are at random distances, many of them on whole pixels."""
+    """A closed outline (points, 4) with corners at random distances, many on whole pixels."""
     draw = torch.Generator().manual_seed(seed)
     angle = torch.arange(points) * (2 * math.pi / points)
     far = radius * (0.4 + 0.6 * torch.rand(points, generator=draw))

@@ -1,4 +1,4 @@
-"""RoIAlign over all levels: the Triton kernels, forward and backward, against torchvision in float64."""
+"""RoIAlign over all levels: the Triton kernels against torchvision in float64."""
 
 import math
 

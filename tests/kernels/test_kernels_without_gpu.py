@@ -1,4 +1,4 @@
-"""The kernels of detection without a GPU: their tests by Triton's interpreter on the CPU, and compiled for an H100."""
+"""The kernels of detection without a GPU: by Triton's interpreter, and compiled for an H100."""
 
 import os
 import subprocess

@@ -33,7 +33,7 @@ def slow_match(iou, low, high, keep_best=False):
 
 
 def slow_match_keeping_best(iou, low, high):
-    """As mmdet describes it: ground truth after ground truth takes the boxes that overlap it most."""
+    """As in mmdet: one ground truth after the other takes the boxes that overlap it most."""
     matched = slow_match(iou, low, high)
     for g, row in enumerate(iou.tolist()):
         if max(row) >= low:

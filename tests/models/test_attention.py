@@ -12,7 +12,7 @@ from vitdet.models.vit import SIZES
 
 
 def table_for(table, size):
-    """The rows that a grid of `size` needs, interpolated (half-pixel centres) where the table has another length."""
+    """The rows for a grid of `size`, interpolated (half-pixel centers) from another length."""
     length, wanted = len(table), 2 * size - 1
     at = (np.arange(wanted) + 0.5) * length / wanted - 0.5
     return np.stack([np.interp(at, np.arange(length), column) for column in table.T], axis=1)

@@ -1,4 +1,4 @@
-"""The box head against its layers one by one, with norms and without, and with several fully connected layers."""
+"""The box head against its layers one by one, with and without norms."""
 
 import pytest
 import torch

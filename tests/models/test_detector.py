@@ -136,7 +136,7 @@ def test_without_sizes_the_whole_canvas_is_picture(detector):
 
 
 def mirrored(detector):
-    """The same detector for mirrored images: every weight that knows left from right is turned round."""
+    """The same detector for mirrored images: all weights along the width are flipped."""
     turned = copy.deepcopy(detector)
     turned.backbone.pos_embed.data = detector.backbone.pos_embed.flip(2)
     for module in (*turned.backbone.modules(), *turned.pyramid.modules()):
@@ -162,7 +162,7 @@ def test_mirrored_weights_see_the_mirrored_image():
 
 
 def test_odds_of_classes_in_the_federated_loss():
-    """Absent they are alike: the checkpoint that follows, or the training, knows better."""
+    """Uniform by default."""
     heads = small_detector(loss="federated").roi_heads
     assert heads.classification.class_weights.tolist() == [1.0] * CLASSES
     odds = torch.tensor([3.0, 0.0, 1.0, 2.0])

@@ -95,7 +95,7 @@ def test_federated_classes_with_few_weights_and_those_present_are_not_drawn_agai
 
 
 def test_empty_slots_do_not_count():
-    """Three slots of which one is empty give the losses of the two others, and the empty one has no gradient."""
+    """Three slots, one of them empty, have the losses of the others; it has no gradient."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, generator=generator, requires_grad=True)
     labels, counts = torch.tensor([4, 1, 2]), torch.tensor([True, True, False])

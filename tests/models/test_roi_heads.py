@@ -51,7 +51,7 @@ def test_foreground_comes_first_and_ground_truths_are_candidates(heads):
 
 
 def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
-    """A batch of an image with two objects and one with none, whose proposals fill different numbers of slots."""
+    """An image with two objects and one with none, with different numbers of proposals."""
     one = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     boxes = torch.stack([proposals(6), proposals(6)])
     filled = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
@@ -61,7 +61,7 @@ def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
 
 
 def test_ground_truths_are_apart_when_their_best_boxes_are_kept(heads):
-    """The best proposal of each learns from it; were the ground truths among the boxes, each would be its own best."""
+    """Otherwise each ground truth would be its own best box."""
     one = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
     boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both closer to the first
     # in their order
@@ -146,7 +146,7 @@ def test_select_keeps_boxes_without_area_and_the_order_of_equal_scores(heads):
 
 
 def test_select_says_whether_its_candidates_were_enough(heads):
-    """64 copies of a box and, with lower scores, others: with 64 candidates the others are not seen."""
+    """Of 64 copies of a box and others with lower scores, 64 candidates omit the others."""
     boxes = torch.cat([torch.tensor([[10.0, 10, 50, 50]]).repeat(64, 1), proposals(64)])[:, None]
     scores = torch.zeros(1, 128, CLASSES)
     scores[:, :, 0] = torch.linspace(0.9, 0.1, 128)

@@ -115,7 +115,7 @@ def test_losses_are_divided_by_samples_and_images():
 
 
 def test_losses_are_divided_by_the_anchors_sampled():
-    """8 wanted, 2 of them foreground: a first image with 1 and 7, a second with none, which counts as 1, and 8."""
+    """1 foreground and 7 background anchors, and none, which counts as 1, and 8."""
     rpn = small_rpn(samples=8, positive_fraction=0.25, divide_by_sampled=True)
     found = rpn(features())
     one = target([torch.cat(found.anchors)[100].tolist()], [0])

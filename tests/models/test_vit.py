@@ -140,9 +140,7 @@ def test_layers_of_the_layer_wise_decay():
 
 
 def test_no_fresh_weight_is_far_out():
-    """Of 9 million draws with this seed, one would be -2 (100 deviations), were the distribution cut where it is cut
-    in the published code.
-    """
+    """Truncated as in the published code, one of 9 million draws would be -2 (100 deviations)."""
     torch.manual_seed(1)
     linear = torch.nn.Linear(3000, 3000)
     torch.manual_seed(1)

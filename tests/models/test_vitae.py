@@ -1,4 +1,4 @@
-"""ViTAE: convolutions beside the attention, cells with linear attention, published sizes and fresh weights."""
+"""ViTAE: parallel convolutions, cells with linear attention, published sizes, initial weights."""
 
 import json
 from functools import partial
@@ -56,7 +56,7 @@ def named(name, **settings):
 
 
 def silenced(branch):
-    """A block of 8 channels and windows of 2 x 2 whose attention and MLP add nothing: only its convolutions do."""
+    """A block of 8 channels, windows of 2 x 2, of which only the convolutions are not zero."""
     block = random(parts.block(dim=8, heads=2, window=2, grid=4, branch=branch)).eval()
     for layer in (block.attn.proj, block.mlp.fc2):
         torch.nn.init.zeros_(layer.weight)
@@ -199,8 +199,8 @@ def test_features_leave_the_range_of_half_precision_unharmed():
 @pytest.mark.parametrize(
     ("name", "parameters", "buffers"),
     [
-        # Backbone of the published detector; less its deconvolutions, which are the pyramid's here; plus the keys' bias of
-        # 4 blocks, less the 2 random matrices, which are buffers here.
+        # The published backbone, without its deconvolutions (the pyramid's here) and 2 random
+        # matrices (buffers here), with the bias of the keys of 4 blocks.
         ("vit_b", 95_966_720 - 7_081_728, 0),
         ("vitae_b", 98_737_664 - 7_081_728 + 4 * 768, 73_740),
         ("vitae_s", 25_518_880 - 1_771_392 - 23_040, 43_294 + 23_040),
@@ -240,7 +240,7 @@ def test_layers_of_the_layer_wise_decay(name, layers):
 
 @pytest.mark.parametrize(("name", "count"), [("vit_b", 47), ("vitae_b", 64), ("vitae_s", 134)])
 def test_fresh_weights_are_distributed_as_the_published_ones(name, count):
-    """Mean, deviation and largest value of every tensor of the first three blocks, and around them; one draw each."""
+    """Mean, deviation and largest value of the tensors up to the first three blocks."""
     if not INIT.exists():
         pytest.skip("needs ../shared")
     torch.manual_seed(0)
