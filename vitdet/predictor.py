@@ -16,6 +16,7 @@ from vitdet.checkpoint import restore_detector
 from vitdet.config import DataConfig, EvalConfig
 from vitdet.data.images import DEFAULT, ImageInput, Reading, read_image
 from vitdet.data.transforms import resize_and_pad
+from vitdet.models.boxes import nonempty
 from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.types import Detections
 
@@ -72,9 +73,8 @@ class Predictor:
 
     def _set(self, detector: nn.Module, precision: str) -> None:
         if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
-            )
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"precision: expected one of {known}, got {precision!r}")
         self._precision = precision
         self.detect = GraphedDetector(detector, partial(_context, precision, detector))
 
@@ -92,14 +92,10 @@ class Predictor:
         """
         detector, config, class_names = restore_detector(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(
-            detector.to(device).eval(),
-            class_names,
-            config.data.image_size,
-            config.data.antialias,
-            Reading.of(config.data),
-            precision or config.evaluate.precision,
-        )
+        data = config.data
+        reading = (data.image_size, data.antialias, Reading.of(data))
+        precision = precision or config.evaluate.precision
+        return cls(detector.to(device).eval(), class_names, *reading, precision)
 
     @overload
     def __call__(self, image: ImageInput, threshold: float = 0.5) -> Detections: ...
@@ -111,19 +107,14 @@ class Predictor:
     def __call__(
         self, image: ImageInput | list[ImageInput], threshold: float = 0.5
     ) -> Detections | list[Detections]:
-        """Return the detections with a score of at least `threshold`, on the CPU.
+        """Return detections of at least a score, on the CPU, in pixels of the upright image.
 
         Args:
             image: a file, a PIL image (EXIF orientation is applied), an array (H, W, 3) or a tensor
                 (3, H, W), uint8 RGB; or a list of these, for a list of detections.
             threshold: lowest score, 0..1.
 
-        Returns:
-            Detections in pixels of the upright image.
-
-        Raises:
-            FileNotFoundError: missing file.
-            ValueError: not an image.
+        Raises FileNotFoundError, or ValueError for a file that is not an image.
         """
         if isinstance(image, list):
             return [self(item, threshold) for item in image]
@@ -131,8 +122,7 @@ class Predictor:
         canvas, size = resize_and_pad(picture, self.image_size, self.antialias)
         device = device_of(self.detector)
         images = torch.from_numpy(canvas)[None].to(device)
-        sizes = torch.tensor([size], device=device)
-        (found,) = self.detect(images, sizes)
+        (found,) = self.detect(images, torch.tensor([size], device=device))
         found = to_image(found.to("cpu"), size, (picture.height, picture.width))
         return replace(found[found.scores >= threshold], class_names=self.class_names)
 
@@ -153,9 +143,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def fastest(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device supports it natively, float16 on older GPUs with tensor cores,
-    else float32.
-    """
+    """Return bfloat16 where native, float16 on older GPUs with tensor cores, else float32."""
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     if device.type != "cuda":
@@ -176,4 +164,4 @@ def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]
     factors = torch.tensor([wide / size[1], high / size[0]] * 2, device=found.boxes.device)
     limits = torch.tensor([wide, high] * 2, dtype=found.boxes.dtype, device=found.boxes.device)
     boxes = torch.minimum((found.boxes * factors).clamp(min=0), limits)
-    return replace(found, boxes=boxes)[((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))]
+    return replace(found, boxes=boxes)[nonempty(boxes)]

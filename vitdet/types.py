@@ -1,5 +1,4 @@
-"""Data structures exchanged between modules: `Target`, `Targets`, `Polygons`, `Detections`,
-`Batch`.
+"""Data structures exchanged between modules.
 
 Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are
 RGB. Letters: B images, G ground truths, N detections, E edges, K classes."""
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -20,22 +19,25 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-Record = TypeVar("Record", "Polygons", "Target", "Targets", "Detections", "Batch")
 
+@dataclass(frozen=True)
+class Record:
+    """A dataclass of tensors and other records, or lists of them."""
 
-def _to(record: Record, device: torch.device | str, non_blocking: bool) -> Record:
-    moved: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, list):
-            moved[field.name] = [item.to(device, non_blocking) for item in value]
-        elif hasattr(value, "to"):
-            moved[field.name] = value.to(device, non_blocking=non_blocking)
-    return replace(record, **moved)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Move all tensors to a device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                moved[field.name] = [item.to(device, non_blocking) for item in value]
+            elif hasattr(value, "to"):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, init=False)
-class Polygons:
+class Polygons(Record):
     """Outlines of G objects as directed edges.
 
     edges (E, 4) float: x0, y0, x1, y1 in pixels of the canvas. spans (G, 2) int64: object i has the
@@ -60,9 +62,7 @@ class Polygons:
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
-        """Build outlines from consecutive edges (E, 4), of which object i has counts[i] (G,)
-        int64.
-        """
+        """Build outlines from consecutive edges (E, 4), object i with counts[i] (G,) int64."""
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 
@@ -81,12 +81,9 @@ class Polygons:
     def __getitem__(self, index: Tensor | slice) -> Polygons:
         return Polygons(self.edges, self.spans[index])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Polygons:
-        return _to(self, device, non_blocking)
-
 
 @dataclass(frozen=True)
-class Target:
+class Target(Record):
     """Ground truth of one image.
 
     boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects. has_mask (G,)
@@ -105,12 +102,9 @@ class Target:
         has_mask = None if self.has_mask is None else self.has_mask[index]
         return Target(self.boxes[index], self.labels[index], self.masks[index], has_mask)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
-        return _to(self, device, non_blocking)
-
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(Record):
     """Ground truth of B images, padded to G objects per image.
 
     boxes (B, G, 4), labels (B, G), present and has_mask (B, G) bool; masks of B * G objects,
@@ -128,21 +122,18 @@ class Targets:
         """Pad the targets of a batch to the largest number of objects, at least `slots`."""
         slots = max(slots, *(len(target) for target in targets))
 
-        def padded(rows: Tensor) -> Tensor:
-            return F.pad(rows, (*[0] * (2 * rows.dim() - 1), slots - len(rows)))
+        def stacked(images: Sequence[Tensor]) -> Tensor:
+            ends = [(*[0] * (2 * rows.dim() - 1), slots - len(rows)) for rows in images]
+            return torch.stack([F.pad(*one) for one in zip(images, ends, strict=True)])
 
         present = [torch.ones_like(target.labels, dtype=torch.bool) for target in targets]
         has_mask = [
             there if target.has_mask is None else target.has_mask
             for target, there in zip(targets, present, strict=True)
         ]
-        return cls(
-            boxes=torch.stack([padded(target.boxes) for target in targets]),
-            labels=torch.stack([padded(target.labels) for target in targets]),
-            present=torch.stack([padded(there) for there in present]),
-            has_mask=torch.stack([padded(mask) for mask in has_mask]),
-            masks=targets[0].masks.batch([target.masks for target in targets], slots),
-        )
+        masks = targets[0].masks.batch([target.masks for target in targets], slots)
+        boxes, labels = [one.boxes for one in targets], [one.labels for one in targets]
+        return cls(stacked(boxes), stacked(labels), stacked(present), stacked(has_mask), masks)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -153,24 +144,14 @@ class Targets:
         return (self.boxes, self.labels, self.present, self.has_mask, *masks)
 
     @classmethod
-    def from_tensors(
-        cls,
-        boxes: Tensor,
-        labels: Tensor,
-        present: Tensor,
-        has_mask: Tensor,
-        edges: Tensor,
-        spans: Tensor,
-    ) -> Targets:
+    def from_tensors(cls, *tensors: Tensor) -> Targets:
         """Inverse of `tensors`."""
+        boxes, labels, present, has_mask, edges, spans = tensors
         return cls(boxes, labels, present, has_mask, Polygons(edges, spans))
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        return _to(self, device, non_blocking)
 
 
 @dataclass(frozen=True)
-class Detections:
+class Detections(Record):
     """Detections in one image, sorted by descending score.
 
     boxes (N, 4) xyxy pixels, scores (N,) in 0..1, labels (N,) int64, masks (N, 28, 28)
@@ -187,16 +168,9 @@ class Detections:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Detections:
-        return Detections(
-            self.boxes[index],
-            self.scores[index],
-            self.labels[index],
-            None if self.masks is None else self.masks[index],
-            self.class_names,
-        )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Detections:
-        return _to(self, device, non_blocking)
+        masks = None if self.masks is None else self.masks[index]
+        rows = self.boxes[index], self.scores[index], self.labels[index]
+        return Detections(*rows, masks, self.class_names)
 
     @property
     def names(self) -> list[str]:
@@ -211,7 +185,7 @@ class Detections:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Record):
     """A batch of B images with ground truth.
 
     images (B, 3, H, W) uint8 on a square canvas, one target per image, sizes (B, 2) int64 (height,
@@ -231,6 +205,3 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy the images to pinned memory; called by DataLoader."""
         return replace(self, images=self.images.pin_memory())
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return _to(self, device, non_blocking)

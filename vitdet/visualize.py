@@ -14,16 +14,18 @@ from vitdet.data.images import ImageInput, read_image
 from vitdet.data.masks import paste
 from vitdet.types import Detections
 
-LEGIBLE = (
-    768  # pixels of the longest side; smaller images are enlarged so that captions are legible
-)
-# colour of the shadow of lines, for contrast on a similar background; opacities
+LEGIBLE = 768  # pixels of the longest side below which images are enlarged, for legible captions
+# color of the shadow of lines, for contrast on a similar background; opacities
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
-GOLDEN = 0.618034  # step on the circle of hues: consecutive labels get distant colours
+GOLDEN = 0.618034  # step on the circle of hues: consecutive labels get distant colors
 
 
-def class_color(label: int) -> tuple[int, int, int]:
-    """Return the colour of a label: red, green and blue, 0..255."""
+Color = tuple[int, int, int]  # red, green and blue, 0..255
+Frame = tuple[float, float, float, float]  # xyxy
+
+
+def class_color(label: int) -> Color:
+    """Return the color of a label."""
     value, saturation = ((1.0, 0.80), (0.86, 0.62), (1.0, 0.48))[label // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + label * GOLDEN) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -36,12 +38,9 @@ def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Im
     """
     picture = read_image(image)
     scale = legible_scale(picture.size) if scale is None else scale
-    names = (
-        found.names if found.class_names else [f"class {label}" for label in found.labels.tolist()]
-    )
-    captions = [
-        f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)
-    ]
+    labels, scores = found.labels.tolist(), found.scores.tolist()
+    names = found.names if found.class_names else [f"class {label}" for label in labels]
+    captions = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
     width, height = scaled(picture.size, scale)
     boxes = found.boxes.detach().cpu().float() * scale
     masks = None if found.masks is None else found.masks.detach().cpu().float()
@@ -51,7 +50,7 @@ def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Im
             return None
         return paste(masks[i : i + 1], boxes[i : i + 1], (height, width))[0]
 
-    return paint(picture, found.boxes, found.labels.tolist(), captions, bitmap, scale)
+    return paint(picture, found.boxes, labels, captions, bitmap, scale)
 
 
 def legible_scale(size: tuple[int, int]) -> int:
@@ -82,7 +81,7 @@ def paint(
 ) -> Image.Image:
     """Enlarge an image by `scale` and draw N objects on it, small objects on top.
 
-    boxes (N, 4) xyxy pixels of the image; one label (for the colour) and one caption per object.
+    boxes (N, 4) xyxy pixels of the image; one label (for the color) and one caption per object.
     bitmap(i) returns the mask (H, W) bool of object i in the enlarged image, or None; it is called
     object by object, since all bitmaps of a large image may not fit in memory.
     """
@@ -97,7 +96,7 @@ def paint(
             _paint_mask(canvas, mask, colors[i], width)
     for i in order:
         _paint_box(canvas, corners[i], colors[i], width)
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[Frame] = []
     font = caption_font(max(12, round(max(size) / 52)))
     for i in reversed(order):  # captions of small objects are placed first
         taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
@@ -108,9 +107,7 @@ def _area(box: Sequence[float]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _paint_mask(
-    canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int], width: int
-) -> None:
+def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: Color, width: int) -> None:
     inside = bitmap.cpu().numpy()
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if not len(rows):
@@ -133,9 +130,7 @@ def _paint_mask(
 
 
 def _shrunk(shape: Image.Image, width: int) -> Image.Image:
-    """Minimum filter of 2 * width + 1 pixels along both axes, in logarithmic time (not as
-    PIL's).
-    """
+    """Minimum filter of 2 * width + 1 pixels along both axes, in logarithmic time."""
     pixels, side = np.pad(np.asarray(shape), width, "edge"), 2 * width + 1
     for _ in range(2):
         reach, low = 1, pixels.T
@@ -146,19 +141,15 @@ def _shrunk(shape: Image.Image, width: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _paint_box(
-    canvas: Image.Image, box: Sequence[float], color: tuple[int, int, int], width: int
-) -> None:
+def _paint_box(canvas: Image.Image, box: Sequence[float], color: Color, width: int) -> None:
     left, top = (max(0, math.floor(value)) for value in box[:2])
-    right, bottom = (
-        min(side, math.ceil(value)) - 1 for value, side in zip(box[2:], canvas.size, strict=True)
-    )
+    right = min(canvas.width, math.ceil(box[2])) - 1
+    bottom = min(canvas.height, math.ceil(box[3])) - 1
     if right < left or bottom < top:
         return
     pen = ImageDraw.Draw(canvas, "RGBA")
-    pen.rectangle(
-        (left - 1, top - 1, right + 1, bottom + 1), outline=(*DARK, round(255 * SHADOW)), width=1
-    )
+    shadow = (left - 1, top - 1, right + 1, bottom + 1)
+    pen.rectangle(shadow, outline=(*DARK, round(255 * SHADOW)), width=1)
     pen.rectangle((left, top, right, bottom), outline=(*color, 235), width=width)
 
 
@@ -166,10 +157,10 @@ def _paint_caption(
     canvas: Image.Image,
     box: Sequence[float],
     text: str,
-    color: tuple[int, int, int],
+    color: Color,
     font: ImageFont.FreeTypeFont,
-    taken: Sequence[tuple[float, float, float, float]],
-) -> tuple[float, float, float, float]:
+    taken: Sequence[Frame],
+) -> Frame:
     pen = ImageDraw.Draw(canvas)
     pad = max(2, round(font.size / 5))
     ascent, descent = font.getmetrics()
@@ -192,12 +183,8 @@ def _paint_caption(
     frame = min(frames, key=lambda one: sum(_shared(one, other) for other in taken))
     pen.rounded_rectangle((frame[0], frame[1], frame[2] - 1, frame[3] - 1), radius=pad, fill=color)
     light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    pen.text(
-        (frame[0] + pad, frame[1] + pad // 2),
-        text,
-        fill=(20, 20, 20) if light > 140 else "white",
-        font=font,
-    )
+    fill = (20, 20, 20) if light > 140 else "white"
+    pen.text((frame[0] + pad, frame[1] + pad // 2), text, fill=fill, font=font)
     return frame
 
 

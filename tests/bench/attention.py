@@ -43,14 +43,14 @@ class Trial(NamedTuple):
 
 def passes(heads: int, depth: int, window: int):
     """Functions that run the forward and the backward pass."""
-    layout = Layout(SIDE, SIDE, heads, depth, window)
+    layout = Layout.of(SIDE, SIDE, heads, depth, window)
     case = Case(BATCH, SIDE, SIDE, heads, depth, window)
     (qkv, bias, *tables), gradient = inputs(case, torch.bfloat16, "cuda")
     bias = bias.bfloat16()
     saved = kernels.forward(layout, qkv, bias, tables, 1.0)
     return (
         lambda: kernels.forward(layout, qkv, bias, tables, 1.0),
-        lambda: kernels.backward(layout, gradient, qkv, bias, tables, 1.0, *saved),
+        lambda: kernels.backward(gradient, *saved, layout, qkv, bias, tables, 1.0),
     )
 
 

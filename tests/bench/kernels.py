@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from tests.kernels.test_kernels_roi_align import reference
 from vitdet.kernels.nms import nms
 from vitdet.kernels.rasterize import rasterize
-from vitdet.kernels.roi_align import reference, roi_align
+from vitdet.kernels.roi_align import roi_align
 from vitdet.models.mask_head import rasterize as plain_rasterize
 from vitdet.types import Polygons
 

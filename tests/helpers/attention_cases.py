@@ -1,8 +1,8 @@
 """Attention kernels against `reference` in float64: forward pass and all gradients.
 
-As a program it prints the errors of CASES[START::2] as JSON, and with "operator" it checks the operator's registration
-and prints how far a compiled block is off: with TRITON_INTERPRET=1, which counts before triton is imported, the kernels
-run on a CPU.
+As a program it prints the errors of CASES[START::2] as JSON; with "operator" it checks the
+registration and prints the error of a compiled block. With TRITON_INTERPRET=1 in the environment
+the kernels run on a CPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tests.helpers import parts
 from vitdet import kernels
-from vitdet.kernels import attention as module
-from vitdet.kernels.attention import attention, reference
+from vitdet.kernels.attention import attention, attention_backward
 from vitdet.models import attention as model
+from vitdet.models.attention import join_heads, join_windows, split_heads, split_windows, widen
 
 
 class Case(NamedTuple):
@@ -42,7 +42,7 @@ OUTPUTS = ("out", "qkv", "bias", "rel_h", "rel_w")
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
-    """qkv, bias and both tables as a model has them under autocast, and a gradient of the result."""
+    """qkv, bias and tables as in a model under autocast, and a gradient of the result."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -61,15 +61,32 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], T
     return given, random(case.batch, tokens, channels).to(dtype)
 
 
-def sizes(case: Case) -> dict[str, int | bool]:
-    names = ("height", "width", "heads", "window", "scaled")
-    return {name: getattr(case, name) for name in names}
+def sizes(case: Case) -> list[int]:
+    return [case.height, case.width, case.heads, case.window, int(case.scaled)]
+
+
+def fused(*given) -> Tensor:
+    """The output of the kernels."""
+    return attention(*given)[0]
+
+
+def reference(qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: list[int]) -> Tensor:
+    """`fused` by the functions of the plain path, with all logits in memory."""
+    height, width, heads, window, scaled = sizes
+    qkv = qkv.unflatten(1, (height, width))
+    if window:
+        inside = split_windows(torch.ones_like(qkv[..., :1]), window)
+        qkv = torch.where(inside > 0, split_windows(qkv, window), bias)
+    q, k, v = split_heads(qkv, heads)
+    query, key = widen(q, k, rel_h, rel_w, *qkv.shape[1:3], bool(scaled))
+    y = join_heads((query @ key.transpose(-1, -2)).softmax(dim=-1) @ v, qkv.shape[1])
+    return (join_windows(y, (height, width)) if window else y).flatten(1, 2)
 
 
 def results(function, case: Case, given: list[Tensor], gradient: Tensor) -> list[Tensor]:
     """What comes out, and the gradients of what went in: zeros for what plays no part."""
     leaves = [one.detach().requires_grad_() for one in given]
-    out = function(*leaves, **sizes(case))
+    out = function(*leaves, sizes(case))
     found = torch.autograd.grad(out, leaves, gradient, allow_unused=True)
     return [out.detach()] + [
         torch.zeros_like(leaf) if one is None else one
@@ -95,12 +112,10 @@ def check_operator(case: Case) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     given, gradient = inputs(case, torch.float32, "cpu")
     leaves = [one.clone().requires_grad_() for one in given]
-    options = list(map(int, sizes(case).values()))
-    torch.library.opcheck(module._attention, (*leaves, options), test_utils=tests)
-    saved = module._attention(*given, options)
-    torch.library.opcheck(
-        module._attention_backward, (gradient, *given, *saved, options), test_utils=tests
-    )
+    torch.library.opcheck(attention, (*leaves, sizes(case)), test_utils=tests)
+    saved = attention(*given, sizes(case))
+    again = (gradient, *given, *saved, sizes(case))
+    torch.library.opcheck(attention_backward, again, test_utils=tests)
 
 
 def compiled_block() -> float:
@@ -133,6 +148,4 @@ if __name__ == "__main__":
         print(compiled_block())
     else:
         some = CASES[int(sys.argv[1]) :: 2]
-        print(
-            json.dumps([relative_errors(one, torch.float32, "cpu", attention)[0] for one in some])
-        )
+        print(json.dumps([relative_errors(one, torch.float32, "cpu", fused)[0] for one in some]))

@@ -1,6 +1,7 @@
-"""Triton kernels compiled for an H100 without one: what `launches` records is compiled and assembled here.
+"""Triton kernels compiled for an H100 without one, from the calls that `launches` records.
 
-`python -m tests.helpers.offline` prints registers, spills and shared memory of the kernels at ViT-B's and ViT-H's sizes.
+`python -m tests.helpers.offline` prints registers, spills and shared memory at the sizes of ViT-B
+and ViT-H.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def assemble(launch: Launch) -> Assembled:
-    """Compile a launch as on an H100: with the same constants, and with what is known of its numbers' divisors."""
+    """Compile a launch as on an H100: with the same constants and divisors of its numbers."""
     values = dict(zip((one.name for one in launch.kernel.params), launch.args, strict=False))
     options = {key: value for key, value in launch.options.items() if key in OPTIONS}
     values |= launch.options
@@ -104,7 +105,7 @@ def _registers(ptx: str) -> tuple[int, int]:
 
 def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
     """Of a forward and backward pass over 64 x 64 tokens of 8 images."""
-    layout = Layout(64, 64, heads, depth, window)
+    layout = Layout.of(64, 64, heads, depth, window)
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -119,7 +120,7 @@ def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
 
 
 def detection_launches(dtype: torch.dtype) -> list[Launch]:
-    """Of NMS, RoIAlign of maps of this type (forward and backward) and mask targets, for 8 images of 1024 x 1024."""
+    """Of NMS, RoIAlign (forward, backward) and mask targets, for 8 images of 1024 x 1024."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -144,9 +145,8 @@ def table(launched: list[Launch], show: Callable[[str], object]) -> None:
     for launch in launched:
         name, registers, spilled, shared = assemble(launch)
         options = {key: launch.options[key] for key in OPTIONS if key in launch.options}
-        show(
-            f"  {name:24} {registers:3} registers, {spilled} bytes spilled, {shared:6} shared, {options}"
-        )
+        used = f"{registers:3} registers, {spilled} bytes spilled, {shared:6} shared"
+        show(f"  {name:24} {used}, {options}")
 
 
 def main(show: Callable[[str], object]) -> None:

@@ -1,7 +1,7 @@
-"""Where the Triton kernels run in tests: on the GPU, or on the CPU in a process started with TRITON_INTERPRET=1.
+"""The device of the Triton kernels in tests: the GPU, or the CPU with TRITON_INTERPRET=1.
 
-The interpreter has to be chosen before Triton is imported, so the kernels' tests are skipped in a process that has
-neither; tests/kernels/test_kernels_without_gpu.py runs them in one that has it.
+The interpreter has to be chosen before Triton is imported, so the kernels' tests are skipped in a
+process that has neither; tests/kernels/test_kernels_without_gpu.py runs them in one that has it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_triton = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="Triton has neither a GPU nor its interpreter here"
 )
-# what torch.library.opcheck tests; compiled graphs of operators run on a GPU only, in the interpreter they take seconds
+# tests of torch.library.opcheck; compiled graphs on a GPU only, as they are slow in the interpreter
 REGISTRATION = ("test_schema", "test_autograd_registration", "test_faketensor") + (
     ("test_aot_dispatch_dynamic",) if DEVICE == "cuda" else ()
 )

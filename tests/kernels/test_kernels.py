@@ -1,4 +1,4 @@
-"""Where the Triton kernels are used, and the log line about it."""
+"""Where the Triton kernels are used, on which device, and CUDA graphs."""
 
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,7 +15,7 @@ from vitdet.kernels.cuda_graph import LIMIT, CudaGraph, NoRoom, NotRecorded, Out
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A pretended GPU; gpu(capability) says which."""
+    """A simulated GPU; gpu(capability) sets its compute capability."""
     monkeypatch.delenv("VITDET_KERNELS", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -48,22 +48,19 @@ def test_float64_takes_the_plain_path(gpu):
     assert kernels.enabled(one) and not kernels.enabled(one, other)
 
 
-def test_an_older_gpu_does_not(gpu):
-    gpu(7, 5)
-    assert not kernels._runs_on(0)
-    assert kernels.describe() == "Triton kernels off: compute capability 7.5, they need 8.0"
-
-
-def test_rocm_takes_the_plain_path(gpu, monkeypatch):
-    gpu(9, 4)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert kernels.describe() == "Triton kernels off: ROCm is untested"
-
-
-def test_without_triton_they_are_off(gpu, monkeypatch):
-    gpu(9, 0)
-    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
-    assert kernels.describe() == "Triton kernels off: triton is not installed"
+@pytest.mark.parametrize(
+    ("capability", "hip", "spec", "reason"),
+    [
+        ((7, 5), None, True, "compute capability 7.5, they need 8.0"),
+        ((9, 4), "6.4", True, "ROCm is untested"),
+        ((9, 0), None, None, "triton is not installed"),
+    ],
+)
+def test_other_devices_take_the_plain_path(gpu, monkeypatch, capability, hip, spec, reason):
+    gpu(*capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(kernels, "find_spec", lambda _: spec)
+    assert not kernels._runs_on(0) and kernels.describe() == f"Triton kernels off: {reason}"
 
 
 def test_they_can_be_turned_off(gpu, monkeypatch):
@@ -94,12 +91,12 @@ MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch
 # operator, its arguments, the function that starts its kernels and what that returns
 LAUNCHES = {
     "attention": (
-        lambda: attention._attention(*QKV, [2, 2, 1, 0, 0]),
+        lambda: attention.attention(*QKV, [2, 2, 1, 0, 0]),
         ("attention_kernels", "forward"),
         lambda: (zeros(1, 4, 16), zeros(1, 4)),
     ),
     "its gradient": (
-        lambda: attention._attention_backward(
+        lambda: attention.attention_backward(
             zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), [2, 2, 1, 0, 0]
         ),
         ("attention_kernels", "backward"),
@@ -111,17 +108,17 @@ LAUNCHES = {
         lambda: torch.zeros(1, 1, dtype=torch.bool),
     ),
     "mask targets": (
-        lambda: rasterize.fill(zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), BOXES, 28),
+        lambda: rasterize.rasterize(zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), BOXES, 28),
         ("rasterize_kernels", "launch"),
         lambda: torch.zeros(1, 28, 28, dtype=torch.bool),
     ),
     "RoIAlign": (
-        lambda: roi_align.pool([MAP], BOXES, NUMBERS, NUMBERS, [4], 7, 2),
+        lambda: roi_align.roi_align([MAP], BOXES, NUMBERS, NUMBERS, [4], 7, 2),
         ("roi_align_kernels", "forward"),
         lambda: zeros(1, 7, 7, 8),
     ),
     "its gradients": (
-        lambda: roi_align.pool_backward(
+        lambda: roi_align.roi_align_backward(
             zeros(1, 8, 7, 7), BOXES, NUMBERS, NUMBERS, [4], [4], 1, [4], 2
         ),
         ("roi_align_kernels", "backward"),
@@ -133,7 +130,7 @@ LAUNCHES = {
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_kernels_run_on_the_device_of_their_tensors(name, monkeypatch):
-    """Triton starts a kernel on the current device, wherever its tensors lie."""
+    """Triton starts a kernel on the current device, not on that of its tensors."""
     run, (module, launch), result = LAUNCHES[name]
     current: list[object] = []
 
@@ -145,17 +142,14 @@ def test_kernels_run_on_the_device_of_their_tensors(name, monkeypatch):
 
     devices = []
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(
-        import_module(f"vitdet.kernels.{module}"),
-        launch,
-        lambda *_: devices.append(list(current)) or result(),
-    )
+    module = import_module(f"vitdet.kernels.{module}")
+    monkeypatch.setattr(module, launch, lambda *_: devices.append(list(current)) or result())
     run()
     assert devices == [[torch.device("cpu")]]
 
 
 class OnSecondGpu:
-    """What a graph needs to know of a tensor."""
+    """The attributes of a tensor that a graph reads."""
 
     is_cuda, dtype, device = True, torch.float32, torch.device("cuda:1")
 
@@ -172,7 +166,7 @@ class OnSecondGpu:
 
 @pytest.fixture
 def second_gpu(monkeypatch):
-    """Pretended streams and graphs, and the current device."""
+    """Simulated streams and graphs, and the current device."""
     current = SimpleNamespace(device=torch.device("cuda:0"), streams=[])
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The kernels of detection without a GPU: their tests by Triton's interpreter on the CPU, and compiled for an H100."""
+"""The kernels of detection without a GPU: by Triton's interpreter, and compiled for an H100."""
 
 import os
 import subprocess
@@ -17,23 +17,11 @@ FILES = ("nms", "paste", "roi_align", "rasterize")
 @needs_triton
 @pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_values_by_the_interpreter(speed):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            f"not cuda and {speed}",
-        ]
-        + [f"tests/kernels/test_kernels_{name}.py" for name in FILES],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    options = ["-q", "-p", "no:cacheprovider", "-m", f"not cuda and {speed}"]
+    files = [f"tests/kernels/test_kernels_{name}.py" for name in FILES]
+    words = [sys.executable, "-m", "pytest", *options, *files]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
 

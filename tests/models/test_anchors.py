@@ -17,18 +17,18 @@ def test_cell_anchors_keep_the_area():
     assert sum(map(list, found), []) == pytest.approx(sum(wanted, []))
 
 
-def test_anchors_stand_on_the_corners_of_their_cells_row_by_row():
+def test_anchors_are_on_the_corners_of_their_cells_row_by_row():
     first, second = grid_anchors([(2, 3), (1, 2)], [4, 8], 2.0, (1.0,))
-    centres = (first[:, :2] + first[:, 2:]) / 2
-    assert centres.tolist() == [[0, 0], [4, 0], [8, 0], [0, 4], [4, 4], [8, 4]]
+    centers = (first[:, :2] + first[:, 2:]) / 2
+    assert centers.tolist() == [[0, 0], [4, 0], [8, 0], [0, 4], [4, 4], [8, 4]]
     assert (first[:, 2:] - first[:, :2]).unique().tolist() == [8]
     assert second.tolist() == [[-8, -8, 8, 8], [0, -8, 16, 8]]
 
 
-def test_anchors_of_a_cell_stand_together():
+def test_anchors_of_a_cell_are_adjacent():
     (anchors,) = grid_anchors([(1, 2)], [16], 8.0, (0.5, 1.0, 2.0))
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    assert centres.tolist() == [[0, 0]] * 3 + [[16, 0]] * 3
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert centers.tolist() == [[0, 0]] * 3 + [[16, 0]] * 3
     assert torch.equal(anchors[3:] - anchors[:3], torch.tensor([[16.0, 0, 16, 0]] * 3))
 
 

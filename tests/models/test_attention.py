@@ -7,12 +7,12 @@ import torch
 from tests.helpers import parts
 from tests.helpers.far import far_device, send
 from vitdet.models import attention as module
-from vitdet.models.attention import join_windows, relative_positions, split_windows
+from vitdet.models.attention import join_windows, relative_positions, split_windows, widen
 from vitdet.models.vit import SIZES
 
 
 def table_for(table, size):
-    """The rows that a grid of `size` needs, interpolated (half-pixel centres) where the table has another length."""
+    """The rows for a grid of `size`, interpolated (half-pixel centers) from another length."""
     length, wanted = len(table), 2 * size - 1
     at = (np.arange(wanted) + 0.5) * length / wanted - 0.5
     return np.stack([np.interp(at, np.arange(length), column) for column in table.T], axis=1)
@@ -132,9 +132,8 @@ def test_widening_changes_no_value_and_no_gradient(scaled):
     names = [name for name, _ in attention.named_parameters()]
     far = send(random_attention(5, scaled=scaled).double())
     with far_device() as device:
-        query, key = far.with_positions(
-            *torch.ones(2, 1, 3, 25, 4, dtype=torch.float64).to(device), 5, 5
-        )
+        q, k = torch.ones(2, 1, 3, 25, 4, dtype=torch.float64).to(device)
+        query, key = widen(q, k, far.rel_pos_h, far.rel_pos_w, 5, 5, scaled)
         assert query.shape[-1] == key.shape[-1] == 16  # 4 + 5 + 5 on the CPU
         y = x.detach().to(device).requires_grad_()
         found = far(y)

@@ -22,17 +22,14 @@ NAMES = {"swin_mmdet/swin_t": "swin_t", "vitaev2/vitaev2_s": "vitaev2_s"}
 
 def detector_of(backbone: str) -> Detector:
     """Without memory for its weights."""
-    config = from_dict(
-        {
-            "model": {
-                "backbone": {"name": backbone, "window_size": 7},
-                "pyramid": {"kind": "fpn"},
-                "rpn": {"num_convs": 1},
-                "roi_heads": {"num_convs": 0, "num_fcs": 2, "norm": False},
-                "mask": {"norm": False},
-            }
-        }
-    )
+    model = {
+        "backbone": {"name": backbone, "window_size": 7},
+        "pyramid": {"kind": "fpn"},
+        "rpn": {"num_convs": 1},
+        "roi_heads": {"num_convs": 0, "num_fcs": 2, "norm": False},
+        "mask": {"norm": False},
+    }
+    config = from_dict({"model": model})
     with torch.device("meta"):
         return build_detector(config.model)
 
@@ -43,13 +40,8 @@ def shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def microsoft(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """mmdet's names -> those of Swin-Transformer-Object-Detection, whose shapes are the same."""
-    parts = {
-        "stages": "layers",
-        "attn.w_msa": "attn",
-        "projection": "proj",
-        "ffn.layers.0.0": "mlp.fc1",
-        "ffn.layers.1": "mlp.fc2",
-    }
+    parts = {"stages": "layers", "attn.w_msa": "attn", "projection": "proj"}
+    parts |= {"ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2"}
     renamed = {}
     for name, tensor in theirs.items():
         if name.startswith("backbone."):
@@ -62,9 +54,8 @@ def microsoft(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_published_detector_fills_ours_and_comes_back(name: str) -> None:
     layout, theirs, detector = name.split("/")[0], file_of(name), detector_of(NAMES[name])
-    weights, notes = fitted(
-        Source(to_ours(theirs, FORMATS[layout]), layout, None), detector, Path("file")
-    )
+    source = Source(to_ours(theirs, FORMATS[layout]), layout, None)
+    weights, notes = fitted(source, detector, Path("file"))
     assert shapes(weights) == shapes(detector.state_dict()) and not notes
     assert sum(p.numel() for p in detector.parameters()) == PUBLISHED[name]["n_params"]
     back = to_theirs(weights, FORMATS[layout])
@@ -79,9 +70,8 @@ def test_swin_under_the_names_of_its_authors() -> None:
     ours = to_ours(theirs, SWIN)
     assert shapes(ours) == shapes(detector.state_dict())
     index = "attn.relative_position_index"
-    assert shapes(to_theirs(ours, SWIN)) == shapes(
-        {k: v for k, v in theirs.items() if not k.endswith(index)}
-    )
+    stored = {name: tensor for name, tensor in theirs.items() if not name.endswith(index)}
+    assert shapes(to_theirs(ours, SWIN)) == shapes(stored)
     halving = torch.randn(384, 768)  # of the four pixels one after the other, as here
     ours = to_ours({"backbone.layers.1.downsample.reduction.weight": halving}, SWIN)
     assert torch.equal(ours["backbone.layers.2.downsample.reduction.weight"], halving)
@@ -93,13 +83,9 @@ def test_classifiers_fill_the_backbones() -> None:
         for name, tensor in microsoft(file_of("swin_mmdet/swin_t")).items()
         if name.startswith("backbone.") and not name.startswith("backbone.norm")
     }
-    swin |= {
-        "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
-        "norm.weight": torch.zeros(768),
-        "norm.bias": torch.zeros(768),
-        "head.weight": torch.zeros(1000, 768),
-        "head.bias": torch.zeros(1000),
-    }
+    classifier = {"norm.weight": (768,), "norm.bias": (768,), "head.weight": (1000, 768)}
+    classifier |= {"head.bias": (1000,), "layers.0.blocks.1.attn_mask": (64, 49, 49)}
+    swin |= {name: torch.zeros(size) for name, size in classifier.items()}
     vitaev2 = {
         name.removeprefix("backbone."): tensor
         for name, tensor in file_of("vitaev2/vitaev2_s").items()
@@ -107,48 +93,31 @@ def test_classifiers_fill_the_backbones() -> None:
     }
     vitaev2 |= {"head.weight": torch.zeros(1000, 512), "head.bias": torch.zeros(1000)}
     fresh = [f"backbone.norms.{s}.{part}" for s in range(4) for part in ("weight", "bias")]
-    for backbone, theirs, lacking in (("swin_t", swin, fresh), ("vitaev2_s", vitaev2, [])):
-        layout, detector = (
-            {"swin_t": "swin_cls", "vitaev2_s": "vitaev2_cls"}[backbone],
-            detector_of(backbone),
-        )
-        weights, notes = fitted(
-            Source(to_ours(theirs, FORMATS[layout]), layout, None), detector, Path("file")
-        )
+    cases = (("swin_t", "swin_cls", swin, fresh), ("vitaev2_s", "vitaev2_cls", vitaev2, []))
+    for backbone, layout, theirs, lacking in cases:
+        detector = detector_of(backbone)
+        source = Source(to_ours(theirs, FORMATS[layout]), layout, None)
+        weights, notes = fitted(source, detector, Path("file"))
         own = {name for name in detector.state_dict() if name.startswith("backbone.")}
-        assert (
-            sorted(own - set(weights)) == sorted(lacking) and not set(weights) - own and not notes
-        )
+        assert own - set(weights) == set(lacking) and not set(weights) - own and not notes
 
 
 def test_a_halving_is_the_same_function_in_both_orders() -> None:
     """mmdet unfolds; ours takes the four pixels one after the other."""
     torch.manual_seed(0)
-    norm, reduction, x = (
-        nn.LayerNorm(4 * 6),
-        nn.Linear(4 * 6, 12, bias=False),
-        torch.randn(2, 6, 8, 10),
-    )
+    norm, reduction = nn.LayerNorm(4 * 6), nn.Linear(4 * 6, 12, bias=False)
+    x = torch.randn(2, 6, 8, 10)
     for parameter in (norm.weight, norm.bias):
         nn.init.normal_(parameter)
     wanted = reduction(norm(F.unfold(x, 2, stride=2).transpose(1, 2)))
     stem = "backbone.stages.0.downsample."
-    theirs = {
-        f"{stem}norm.weight": norm.weight,
-        f"{stem}norm.bias": norm.bias,
-        f"{stem}reduction.weight": reduction.weight,
-    }
+    theirs = {f"{stem}norm.{name}": one for name, one in norm.named_parameters()}
+    theirs[f"{stem}reduction.weight"] = reduction.weight
     ours = {name.rpartition("downsample.")[2]: t for name, t in to_ours(theirs, SWIN_MMDET).items()}
-    pixels = (
-        torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], dim=1)
-        .flatten(2)
-        .transpose(1, 2)
-    )
-    got = (
-        F.layer_norm(pixels, (24,), ours["norm.weight"], ours["norm.bias"])
-        @ ours["reduction.weight"].T
-    )
-    assert torch.allclose(got, wanted, atol=1e-5)
+    pixels = torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], dim=1)
+    pixels = pixels.flatten(2).transpose(1, 2)
+    normed = F.layer_norm(pixels, (24,), ours["norm.weight"], ours["norm.bias"])
+    assert torch.allclose(normed @ ours["reduction.weight"].T, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +127,6 @@ def test_what_only_a_plain_backbone_has_is_refused(setting: dict) -> None:
     backbone = {"name": "swin_t", "window_size": 7, **setting}
     config = from_dict({"model": {"backbone": backbone, "pyramid": {"kind": "fpn"}}})
     with pytest.raises(
-        ValueError,
-        match=f"{next(iter(setting))} applies to plain backbones only, not to swin_t",
+        ValueError, match=f"{next(iter(setting))} applies to plain backbones only, not to swin_t"
     ):
         build_detector(config.model)

@@ -1,4 +1,4 @@
-"""BatchNorm in training: statistics survive a restart, are part of the EMA, and are equal on all ranks."""
+"""BatchNorm in training: statistics after a restart, in the EMA, and on all ranks."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ def test_statistics_survive_a_stop(tiny: Path, tmp_path: Path) -> None:
         train(config, tmp_path / "cut", start_tracking=lambda *_: recorders[1])
     train(config, tmp_path / "cut", start_tracking=lambda *_: recorders[2])
     same_bits(tmp_path / "cut", tmp_path / "whole")
-    assert {step: figures(recorders[0].points)[step] for step in (4, 5, 6)} == figures(
-        recorders[2].points
-    )
+    whole = figures(recorders[0].points)
+    assert {step: whole[step] for step in (4, 5, 6)} == figures(recorders[2].points)
 
     shipped = load_model_file(tmp_path / "whole" / "model.pt")["model"]
     state = torch.load(tmp_path / "whole" / "checkpoints" / "step_00000006.pt", weights_only=True)
@@ -72,14 +71,10 @@ def test_the_average_of_the_weights_holds_that_of_the_statistics() -> None:
 
 
 def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
-    """Trains in one go, and again with a stop after step 4; notes what it is told and what it evaluates."""
+    """Train without and with a stop after step 4; record messages and evaluated statistics."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -94,9 +89,7 @@ def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def together(
-        output: str,
-    ) -> None:  # on a port of its own: the one before may not have closed yet
+    def together(output: str) -> None:  # on another port: the last one may not be closed yet
         os.environ["MASTER_PORT"] = str(ports.pop())
         train(small(root), folder / output)
 
@@ -122,10 +115,8 @@ def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
     (said, norms), (silent, others) = (
         json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)
     )
-    assert (
-        len(said) == 1
-        and "BatchNorm statistics are per process: results with 2 processes" in said[0]
-    )
+    (line,) = said
+    assert "BatchNorm statistics are per process: results with 2 processes" in line
     # they have seen other images but evaluate one model
     assert silent == [] and len(norms) == 2 and norms == others
 
@@ -140,12 +131,10 @@ def test_micro_batches_are_told_to_have_statistics_of_their_own(
     assert len(caplog.messages) == 1 and "train.accumulate=2 is not equivalent" in caplog.text
 
 
-def test_on_gpus_the_norms_are_synchronised_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_gpus_the_norms_are_synchronized_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
-    before, tensors = (
-        copy.deepcopy(model.state_dict()),
-        dict(model.named_parameters()) | dict(model.named_buffers()),
-    )
+    before = copy.deepcopy(model.state_dict())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     monkeypatch.setattr(parallel.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(parallel, "DistributedDataParallel", lambda module, **_: module)
     assert parallel.parallelize(model, torch.device("cuda", 0)) is model

@@ -17,7 +17,7 @@ from vitdet.models.boxes import (
     pairwise_iou,
 )
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+WEIGHTS, ONES = (10.0, 10.0, 5.0, 5.0), (1.0, 1.0, 1.0, 1.0)
 
 
 def random_boxes(count, seed=0):
@@ -34,10 +34,9 @@ def test_encode_literal():
 
 def test_decode_inverts_encode():
     boxes, targets = random_boxes(50), random_boxes(50, seed=1)
-    for weights in ((1.0, 1.0, 1.0, 1.0), WEIGHTS):
-        assert torch.allclose(
-            decode(boxes, encode(boxes, targets, weights), weights, -math.inf), targets, atol=1e-3
-        )
+    for weights in (ONES, WEIGHTS):
+        found = decode(boxes, encode(boxes, targets, weights), weights, -math.inf)
+        assert torch.allclose(found, targets, atol=1e-3)
 
 
 def test_decode_takes_a_box_for_each_class():
@@ -47,29 +46,23 @@ def test_decode_takes_a_box_for_each_class():
     assert torch.allclose(found[:, 2], decode(boxes, deltas[:, 2], WEIGHTS, -math.inf), atol=1e-4)
 
 
-def test_growth_is_limited_and_shrinking_is_not():
-    box = torch.tensor([[0.0, 0, 16, 16]])
-    grown = decode(box, torch.tensor([[0.0, 0, 50, 100]]), (1.0, 1.0, 1.0, 1.0), -math.inf)
-    assert (grown[:, 2:] - grown[:, :2])[0].tolist() == pytest.approx([1000, 1000], rel=1e-5)
-    shrunk = decode(box, torch.tensor([[0.0, 0, -9, -9]]), (1.0, 1.0, 1.0, 1.0), -math.inf)
-    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx(
-        [16 * math.exp(-9)] * 2, rel=1e-2
-    )
-
-
-def test_shrinking_is_limited_on_request():
-    box, weights = torch.tensor([[0.0, 0, 1000, 1000]]), (1.0, 1.0, 1.0, 1.0)
-    shrunk = decode(box, torch.tensor([[0.0, 0, -9, -1]]), weights, -MAX_LOG_SCALE)
-    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx(
-        [16, 1000 / math.e], rel=1e-4
-    )
+@pytest.mark.parametrize(
+    ("side", "deltas", "limit", "sides"),
+    [
+        (16, (50, 100), -math.inf, [1000, 1000]),
+        (16, (-9, -9), -math.inf, [16 * math.exp(-9)] * 2),
+        (1000, (-9, -1), -MAX_LOG_SCALE, [16, 1000 / math.e]),
+    ],
+)
+def test_growth_is_limited_and_shrinking_on_request(side, deltas, limit, sides):
+    box = torch.tensor([[0.0, 0, side, side]])
+    (found,) = decode(box, torch.tensor([[0.0, 0, *deltas]]), ONES, limit)
+    assert (found[2:] - found[:2]).tolist() == pytest.approx(sides, rel=1e-2)
 
 
 def test_decode_works_in_float32_for_half_precision():
-    assert (
-        decode(random_boxes(2), torch.randn(2, 4).bfloat16(), WEIGHTS, -math.inf).dtype
-        == torch.float32
-    )
+    deltas = torch.randn(2, 4).bfloat16()
+    assert decode(random_boxes(2), deltas, WEIGHTS, -math.inf).dtype == torch.float32
 
 
 def test_clip_to_height_and_width():
@@ -93,10 +86,8 @@ def test_iou_equals_counting():
     for i, a in enumerate(first.int().tolist()):
         for j, b in enumerate(second.int().tolist()):
             cells = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
-            union = len(cells[0] | cells[1])
-            assert found[i, j].item() == pytest.approx(
-                len(cells[0] & cells[1]) / union if union else 0.0
-            )
+            union = max(len(cells[0] | cells[1]), 1)
+            assert found[i, j].item() == pytest.approx(len(cells[0] & cells[1]) / union)
 
 
 def test_iou_of_nothing():
@@ -116,10 +107,10 @@ def test_blocks_are_the_rows_of_the_whole(first, second, monkeypatch):
 @pytest.mark.parametrize("weights", [WEIGHTS, (30.0, 20.0, 15.0, 5.0)])
 def test_weights_are_numbers_that_no_device_waits_for(weights):
     boxes, targets, deltas = random_boxes(6), random_boxes(6), torch.randn(6, 3, 4)
-    row, ones = torch.tensor(weights), (1.0,) * 4
+    row = torch.tensor(weights)
     with Operations() as operations:
         found = encode(boxes, targets, weights), decode(boxes, deltas, weights, -math.inf)
     # no tensor of the weights
     assert not [name for name in operations.names if "copy" in name or "lift" in name]
-    assert torch.equal(found[0], encode(boxes, targets, ones) * row)
-    assert torch.equal(found[1], decode(boxes, deltas / row, ones, -math.inf))
+    assert torch.equal(found[0], encode(boxes, targets, ONES) * row)
+    assert torch.equal(found[1], decode(boxes, deltas / row, ONES, -math.inf))

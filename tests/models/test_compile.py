@@ -1,4 +1,4 @@
-"""`torch.compile` of a detector's parts: whole graphs, compiled once, names and results unchanged."""
+"""`torch.compile` of a detector's parts: whole graphs, compiled once, unchanged results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drop(detector: nn.Module, rate: float) -> None:
 
 
 def test_every_part_compiles_as_a_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that differ in the rate of their drop path alone share their code; a second step compiles nothing."""
+    """Blocks with different drop path rates share their code; a second step compiles nothing."""
     graphs = []
 
     def record(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
@@ -38,10 +38,9 @@ def test_every_part_compiles_as_a_whole_and_once(monkeypatch: pytest.MonkeyPatch
     plain = copy.deepcopy(detector)
     names = list(detector.state_dict())
     compile_part = nn.Module.compile
+    options = {"backend": record, "fullgraph": True}
     monkeypatch.setattr(
-        nn.Module,
-        "compile",
-        lambda part, **options: compile_part(part, **options, backend=record, fullgraph=True),
+        nn.Module, "compile", lambda one, **own: compile_part(one, **own, **options)
     )
     torch._dynamo.reset()
     compilation.compile_parts(detector)
@@ -52,7 +51,7 @@ def test_every_part_compiles_as_a_whole_and_once(monkeypatch: pytest.MonkeyPatch
             found = model(images(2), [target([[10, 20, 60, 70]], [1])] * 2)
             sum(found.values()).backward()
             losses.append({name: loss.item() for name, loss in found.items()})
-            # windows without drop path, windows and the grid with it; pyramid, RPN, box head, mask head
+            # windows without drop path, windows and grid with it; pyramid, RPN, box and mask head
             assert len(graphs) == 7
     finally:
         torch._dynamo.reset()
@@ -81,10 +80,8 @@ def test_the_last_batch_of_an_evaluation_has_the_size_of_the_others() -> None:
     detector.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     sizes = torch.tensor([[128, 100]] * 2)
     batch = Batch(images(2).to(torch.uint8), [], sizes, (1, 2), sizes)
-    whole, filled = (
-        _found(GraphedDetector(detector, nullcontext), batch, torch.device("cpu"), slots)
-        for slots in (0, 5)
-    )
+    detect, cpu = GraphedDetector(detector, nullcontext), torch.device("cpu")
+    whole, filled = (_found(detect, batch, cpu, slots) for slots in (0, 5))
     assert seen == [2, 5] and len(filled) == len(whole) == 2
     for one, other in zip(whole, filled, strict=True):
         assert torch.equal(one.labels, other.labels) and len(one)

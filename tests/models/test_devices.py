@@ -47,12 +47,11 @@ def test_the_detector_stays_on_its_device(kind, objects):
         sum(losses.values()).backward()
         with torch.no_grad():
             found = detector.eval()(images(2).to(device))
-        assert all(
-            isinstance(one.masks, FarTensor) and isinstance(one.boxes, FarTensor) for one in found
-        )
+        for one in found:
+            assert isinstance(one.masks, FarTensor) and isinstance(one.boxes, FarTensor)
 
 
-def test_what_stands_around_the_detector_follows_it(tiny, tmp_path, monkeypatch):
+def test_training_and_evaluation_stay_on_the_device_of_the_detector(tiny, tmp_path, monkeypatch):
     # it knows real devices alone
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     config = load_config("tiny", minimal(tiny))
@@ -65,9 +64,8 @@ def test_what_stands_around_the_detector_follows_it(tiny, tmp_path, monkeypatch)
             sum(losses.values()).backward()
             meter.add(losses, torch.ones((), device=device))
             average.update(0)
-        average.load_state_dict(
-            {name: weights.to("cpu") for name, weights in average.state_dict().items()}
-        )
+        stored = {name: weights.to("cpu") for name, weights in average.state_dict().items()}
+        average.load_state_dict(stored)
         average.swap()
         gone_on = Meter(2)
         gone_on.restore(meter.state())
@@ -76,9 +74,5 @@ def test_what_stands_around_the_detector_follows_it(tiny, tmp_path, monkeypatch)
         metrics, _ = evaluate_detector(detector, config.data, config.evaluate, device)
         assert metrics["box_ap"] >= 0
         assert len(write_pictures(detector, config.data, tmp_path, count=1, threshold=0.0)) == 1
-        assert isinstance(
-            send(MaskedAutoencoder(build_backbone(config.model)))(
-                torch.zeros(1, 3, 128, 128).to(device)
-            ),
-            FarTensor,
-        )
+        autoencoder = send(MaskedAutoencoder(build_backbone(config.model)))
+        assert isinstance(autoencoder(torch.zeros(1, 3, 128, 128).to(device)), FarTensor)

@@ -1,5 +1,6 @@
 """The feature pyramid network: sizes, flow between levels, and the last level by subsampling."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -10,23 +11,23 @@ CHANNELS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 
 def maps(height=64, width=96, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(2, c, height // s, width // s, generator=generator)
-        for c, s in zip(CHANNELS, STRIDES, strict=True)
-    ]
+    sizes = [(2, c, height // s, width // s) for c, s in zip(CHANNELS, STRIDES, strict=True)]
+    return [torch.randn(size, generator=generator) for size in sizes]
 
 
-def test_levels_have_their_strides():
-    fpn = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)
+@pytest.fixture
+def fpn():
+    return FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)
+
+
+def test_levels_have_their_strides(fpn):
     assert (fpn.out_channels, fpn.strides) == (8, [4, 8, 16, 32, 64])
-    assert [tuple(m.shape) for m in fpn(maps())] == [
-        (2, 8, 64 // s, 96 // s) for s in (4, 8, 16, 32)
-    ] + [(2, 8, 1, 2)]
+    wanted = [(2, 8, 64 // s, 96 // s) for s in STRIDES] + [(2, 8, 1, 2)]
+    assert [tuple(m.shape) for m in fpn(maps())] == wanted
 
 
-def test_a_level_is_its_map_and_the_coarser_ones_repeated():
-    fpn, given = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES), maps()
-    inner = None
+def test_a_level_is_its_map_and_the_coarser_ones_repeated(fpn):
+    given, inner = maps(), None
     for i in reversed(range(4)):
         coarser = 0 if inner is None else inner.repeat_interleave(2, 2).repeat_interleave(2, 3)
         inner = fpn.lateral[i](given[i]) + coarser
@@ -34,13 +35,12 @@ def test_a_level_is_its_map_and_the_coarser_ones_repeated():
         assert torch.allclose(fpn(given)[i], wanted, atol=1e-5)
 
 
-def test_last_level_is_every_other_cell_of_the_one_before():
-    levels = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)(maps(128, 128))
+def test_last_level_is_every_other_cell_of_the_one_before(fpn):
+    levels = fpn(maps(128, 128))
     assert torch.equal(levels[4], levels[3][:, :, ::2, ::2])
 
 
-def test_a_map_reaches_its_own_level_and_the_finer_ones():
-    fpn = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)
+def test_a_map_reaches_its_own_level_and_the_finer_ones(fpn):
     given = maps()
     before = fpn(given)
     given[2] = given[2] + 1
@@ -48,7 +48,6 @@ def test_a_map_reaches_its_own_level_and_the_finer_ones():
     assert changed == [True, True, True, False, False]
 
 
-def test_every_parameter_learns():
-    fpn = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)
+def test_every_parameter_learns(fpn):
     sum(level.square().mean() for level in fpn(maps())).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fpn.parameters())

@@ -1,4 +1,4 @@
-"""Detection by CUDA graphs: threads, replaced weights, copies and pickles; on simulated and real graphs."""
+"""Detection by CUDA graphs: threads, replaced weights, copies and pickles."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.helpers.small import images, small_detector
 from tests.helpers.triton_device import needs_gpu
 from vitdet.kernels.cuda_graph import NotRecorded
 from vitdet.models import graphed_detector
+from vitdet.models.detector import Detector
 from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.predictor import Predictor
 from vitdet.types import Detections
@@ -27,7 +28,7 @@ SIZES = torch.tensor([[128, 128]])
 
 
 class Recorded:
-    """Stands for a `CudaGraph`: each call writes to the same memory and computes with the weights' first places."""
+    """Simulates a `CudaGraph`: each call writes to the same memory."""
 
     made: list[Recorded] = []
     during: Callable[[], object] = staticmethod(lambda: None)  # called after a replay
@@ -66,22 +67,35 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
     return Recorded.made
 
 
+@pytest.fixture
+def detector(made: list[Recorded]) -> Detector:
+    return small_detector().eval()
+
+
+@pytest.fixture
+def detect(detector: Detector) -> GraphedDetector:
+    return GraphedDetector(detector, nullcontext)
+
+
+def predictor_of(detector: Detector, precision: str = "auto") -> Predictor:
+    return Predictor(detector, ("a", "b", "c"), 128, precision=precision)
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+
 def recorded(made: list[Recorded]) -> int:
-    """How many graphs were recorded."""
+    """The number of recorded graphs."""
     return sum(len(one.outputs) for one in made)
 
 
 def same(found: Detections, wanted: Detections) -> bool:
-    return all(
-        torch.equal(getattr(found, name), getattr(wanted, name)) for name in ("boxes", "scores")
-    )
+    return torch.equal(found.boxes, wanted.boxes) and torch.equal(found.scores, wanted.scores)
 
 
-def test_what_a_thread_finds_is_not_overwritten_by_another(
-    made: list[Recorded], monkeypatch: pytest.MonkeyPatch
+def test_results_of_a_thread_are_not_overwritten_by_another(
+    detector: Detector, detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector = small_detector().eval()
-    detect = GraphedDetector(detector, nullcontext)
     mine, theirs = images(1), images(1, seed=2)
     wanted = [detector(one, None, SIZES)[0] for one in (mine, theirs)]
     assert not same(*wanted)
@@ -124,10 +138,11 @@ def replace_buffer(detector: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [reassign, move, replace_buffer, lambda one: one.train()])
 def test_weights_elsewhere_are_recorded_anew(
-    made: list[Recorded], change: Callable[[nn.Module], object]
+    made: list[Recorded],
+    detector: Detector,
+    detect: GraphedDetector,
+    change: Callable[[nn.Module], object],
 ) -> None:
-    detector = small_detector().eval()
-    detect = GraphedDetector(detector, nullcontext)
     detect(images(1), SIZES)
     before = made[-1]
     change(detector)
@@ -135,9 +150,9 @@ def test_weights_elsewhere_are_recorded_anew(
     assert made[-1] is not before and recorded(made) == 2
 
 
-def test_weights_that_change_in_place_are_not(made: list[Recorded]) -> None:
-    detector = small_detector().eval()
-    detect = GraphedDetector(detector, nullcontext)
+def test_weights_that_change_in_place_are_not(
+    made: list[Recorded], detector: Detector, detect: GraphedDetector
+) -> None:
     detect(images(1), SIZES)
     detector.load_state_dict({name: one * 2 for name, one in detector.state_dict().items()})
     detect(images(1), SIZES)
@@ -145,9 +160,8 @@ def test_weights_that_change_in_place_are_not(made: list[Recorded]) -> None:
 
 
 def test_a_detector_that_has_left_the_gpu_uses_no_graph(
-    made: list[Recorded], monkeypatch: pytest.MonkeyPatch
+    detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detect = GraphedDetector(small_detector().eval(), nullcontext)
     detect(images(1), SIZES)
     monkeypatch.setattr(graphed_detector, "enabled", lambda *_: False)
     monkeypatch.setattr(Recorded, "during", staticmethod(lambda: pytest.fail("replayed")))
@@ -155,22 +169,21 @@ def test_a_detector_that_has_left_the_gpu_uses_no_graph(
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_of_a_predictor_is_one_of_its_own(
-    made: list[Recorded], again: Callable[[Predictor], Predictor]
+def test_a_copy_of_a_predictor_is_independent(
+    made: list[Recorded], detector: Detector, again: Callable[[Predictor], Predictor]
 ) -> None:
-    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128)
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    wanted = predictor(picture, 0.0)
+    predictor = predictor_of(detector)
+    wanted = predictor(PICTURE, 0.0)
     copied = again(predictor)
-    assert same(copied(picture, 0.0), wanted) and recorded(made) == 2
+    assert same(copied(PICTURE, 0.0), wanted) and recorded(made) == 2
     assert copied.detector is copied.detect.detector is not predictor.detector
     assert copied.detect.context.args[1] is copied.detector
 
 
 def test_memory_of_graphs_returns_with_the_last_reference(made: list[Recorded]) -> None:
-    """A cycle would keep gigabytes until the garbage collector runs, which knows nothing of a GPU."""
-    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128)
-    predictor(np.zeros((128, 128, 3), np.uint8))
+    """A cycle would keep gigabytes until the garbage collector runs."""
+    predictor = predictor_of(small_detector().eval())
+    predictor(PICTURE)
     left = [weakref.ref(one) for one in (predictor, predictor.detect, predictor.detector)]
     gc.disable()
     try:
@@ -181,14 +194,12 @@ def test_memory_of_graphs_returns_with_the_last_reference(made: list[Recorded]) 
         gc.enable()
 
 
-def test_another_detector_may_be_set(made: list[Recorded]) -> None:
-    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128)
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    predictor(picture)
-    other = small_detector(seed=1).eval()
-    predictor.detector = other
-    wanted = Predictor(other, ("a", "b", "c"), 128)(picture, 0.0)
-    assert len(wanted) and same(predictor(picture, 0.0), wanted)
+def test_another_detector_may_be_set(detector: Detector) -> None:
+    predictor = predictor_of(detector)
+    predictor(PICTURE)
+    predictor.detector = other = small_detector(seed=1).eval()
+    wanted = predictor_of(other)(PICTURE, 0.0)
+    assert len(wanted) and same(predictor(PICTURE, 0.0), wanted)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +208,13 @@ def test_another_detector_may_be_set(made: list[Recorded]) -> None:
     + [("roi_heads", "score_threshold", 0.6), ("roi_heads", "max_detections", 2)],
 )
 def test_a_limit_that_changes_is_seen(
-    made: list[Recorded], part: str, name: str, value: object
+    made: list[Recorded],
+    detector: Detector,
+    detect: GraphedDetector,
+    part: str,
+    name: str,
+    value: object,
 ) -> None:
-    detector = small_detector().eval()
-    detect = GraphedDetector(detector, nullcontext)
     before = detect(images(1), SIZES)[0]
     setattr(detector.get_submodule(part), name, value)
     wanted = detector(images(1), None, SIZES)[0]
@@ -208,41 +222,38 @@ def test_a_limit_that_changes_is_seen(
     assert not same(wanted, before) and same(found, wanted) and recorded(made) == 2
 
 
-def test_another_precision_may_be_set(made: list[Recorded]) -> None:
-    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128, precision="fp32")
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    exact = predictor(picture, 0.0)
+def test_another_precision_may_be_set(detector: Detector) -> None:
+    predictor = predictor_of(detector, "fp32")
+    exact = predictor(PICTURE, 0.0)
     predictor.precision = "bf16"
-    wanted = Predictor(predictor.detector, ("a", "b", "c"), 128, precision="bf16")(picture, 0.0)
-    assert same(predictor(picture, 0.0), wanted) and not same(wanted, exact)
-    with pytest.raises(
-        ValueError, match="precision: expected one of fp32, bf16, fp16, auto, got 'fp8'"
-    ):
+    wanted = predictor_of(detector, "bf16")(PICTURE, 0.0)
+    assert same(predictor(PICTURE, 0.0), wanted) and not same(wanted, exact)
+    message = "precision: expected one of fp32, bf16, fp16, auto, got 'fp8'"
+    with pytest.raises(ValueError, match=message):
         predictor.precision = "fp8"
     assert predictor.precision == "bf16"
 
 
 def test_more_candidates_need_no_other_backbone_pass(
-    made: list[Recorded], monkeypatch: pytest.MonkeyPatch
+    detector: Detector, detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector = small_detector().eval()
     wanted = detector(images(1), None, SIZES)[0]
     monkeypatch.setattr("vitdet.models.roi_heads.CANDIDATES", 3)
-    detect = GraphedDetector(detector, nullcontext)
     detect(images(1), SIZES)
     passes = []
     detector.backbone.register_forward_hook(lambda *_: passes.append(1))
     found = detect(images(1), SIZES)[0]
-    assert len(passes) == 1  # the one that stands for the replay
+    assert len(passes) == 1  # that of the simulated replay
     assert same(found, wanted) and torch.equal(found.masks, wanted.masks)
 
 
 def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
-    made: list[Recorded], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    detector: Detector,
+    detect: GraphedDetector,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    detector = small_detector().eval()
-    detect = GraphedDetector(detector, nullcontext)
     record, tries = Recorded.record, []
 
     def refuse(self: Recorded, function: Callable, *tensors: Tensor) -> None:
@@ -256,9 +267,11 @@ def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
         found = detect(images(count), SIZES.repeat(count, 1))
         wanted = detector(images(count), None, SIZES.repeat(count, 1))
         assert all(same(one, other) for one, other in zip(found, wanted, strict=True))
-    assert tries == [2, 1] and caplog.messages == [
-        "detection in batches of 2 images (128 x 128 pixels) runs without a CUDA graph: out of memory"
-    ]
+    (line,) = caplog.messages
+    assert tries == [2, 1] and line.startswith(
+        "detection in batches of 2 images (128 x 128 pixels)"
+    )
+    assert line.endswith(" runs without a CUDA graph: out of memory")
 
 
 @needs_gpu
@@ -272,6 +285,4 @@ def test_what_waits_is_detected_without_a_graph_on_a_gpu(caplog: pytest.LogCaptu
     for _ in range(2):
         assert same(detect(images(1).cuda(), sizes)[0], wanted)
     (line,) = caplog.messages
-    assert line.startswith(
-        "detection in batches of 1 images (128 x 128 pixels) runs without a CUDA graph: "
-    )
+    assert "batches of 1 images (128 x 128 pixels) runs without a CUDA graph: " in line

@@ -1,13 +1,13 @@
 """A training step and detection never wait for the GPU; checked without one by fake tensors.
 
-Whatever needs a value (the number of true entries, a scalar) or moves data between devices has no answer there.
+They raise at operations that need a value (the number of true entries, a scalar).
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,13 +21,11 @@ from vitdet.models import mask_head, roi_pool
 from vitdet.types import Targets
 
 CUDA = torch.device("cuda")
-META = torch.device(
-    "meta"
-)  # for backward passes, which torch runs for CUDA only where there is a GPU
+META = torch.device("meta")  # for backward passes, which need a GPU for CUDA tensors
 
 
 class Transfers(TorchDispatchMode):
-    """Raises at an operation that reads from the CPU and writes to the GPU, or the other way round."""
+    """Raises at an operation that copies between the CPU and the GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         found = func(*args, **(kwargs or {}))
@@ -40,17 +38,15 @@ class Transfers(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    """A pretended GPU with kernels."""
+    """A simulated GPU with kernels."""
     enabled = lambda *tensors: all(one.device.type != "cpu" for one in tensors)  # noqa: E731
     for module in (vitdet.kernels, mask_head, roi_pool, vitdet.kernels.nms):
         monkeypatch.setattr(module, "enabled", enabled)
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def on_gpu(
-    mode: FakeTensorMode, module: torch.nn.Module, device: torch.device = CUDA
-) -> torch.nn.Module:
-    """The module with its tensors on the pretended GPU."""
+def on_gpu(mode: FakeTensorMode, module: nn.Module, device: torch.device = CUDA) -> nn.Module:
+    """The module with its tensors on the simulated GPU."""
 
     def move(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
@@ -58,7 +54,7 @@ def on_gpu(
     with mode:
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
-                setattr(part, name, torch.nn.Parameter(move(parameter)))
+                setattr(part, name, nn.Parameter(move(parameter)))
             for name, buffer in part.named_buffers(recurse=False):
                 setattr(part, name, move(buffer))
     return module
@@ -84,7 +80,7 @@ def test_a_training_step(
             if device == META:
                 optimizer = torch.optim.AdamW(detector.parameters(), foreach=True)
                 sum(losses.values()).backward()
-                torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
                 optimizer.step()
                 assert all(parameter.grad is not None for parameter in detector.parameters())
     assert all(one.device.type == device.type for one in losses.values())
@@ -117,9 +113,6 @@ def test_detection_up_to_its_results(
     ],
 )
 def test_what_waits_is_found(gpu: FakeTensorMode, waits: object) -> None:
-    with (
-        gpu,
-        Transfers(),
-        pytest.raises((DataDependentOutputException, DynamicOutputShapeException, AssertionError)),
-    ):
+    errors = DataDependentOutputException, DynamicOutputShapeException, AssertionError
+    with gpu, Transfers(), pytest.raises(errors):
         waits(torch.empty(4, device=CUDA))

@@ -44,11 +44,8 @@ def test_conv_without_norm_has_a_bias():
     layer = ConvNorm(4, 8, 1, norm=False, eps=1e-6)
     nn.init.normal_(layer.conv.bias)
     x = torch.randn(2, 4, 5, 6)
-    wanted = (
-        torch.einsum("bchw,dc->bdhw", x, layer.conv.weight[:, :, 0, 0])
-        + layer.conv.bias[:, None, None]
-    )
-    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    wanted = torch.einsum("bchw,dc->bdhw", x, layer.conv.weight[:, :, 0, 0])
+    assert torch.allclose(layer(x), wanted + layer.conv.bias[:, None, None], atol=1e-5)
     assert set(layer.state_dict()) == {"conv.weight", "conv.bias"}
 
 
@@ -63,8 +60,6 @@ def test_scaled_gradient_leaves_the_values():
 
 
 def test_at_least_float32():
-    kinds = [
-        at_least_float32(torch.zeros(1, dtype=d)).dtype
-        for d in (torch.bfloat16, torch.float32, torch.float64)
-    ]
+    given = torch.bfloat16, torch.float32, torch.float64
+    kinds = [at_least_float32(torch.zeros(1, dtype=kind)).dtype for kind in given]
     assert kinds == [torch.float32, torch.float32, torch.float64]

@@ -9,26 +9,14 @@ from vitdet.models import losses
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification, federated_classes
 
 
-def test_classification_literal():
+def test_literal_values():
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
-    assert losses.classification(logits, torch.tensor([0, 1])).item() == pytest.approx(
-        (math.log(4) + math.log(2)) / 2
-    )
-
-
-def test_objectness_literal():
+    found = losses.classification(logits, torch.tensor([0, 1]))
+    assert found.item() == pytest.approx((math.log(4) + math.log(2)) / 2)
     found = losses.objectness(torch.tensor([0.0, 2.0]), torch.tensor([True, False]), 4)
     assert found.item() == pytest.approx((math.log(2) + math.log(1 + math.exp(2))) / 4)
-
-
-def test_box_l1_literal():
-    assert (
-        losses.box_l1(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.0, 2, 5, 4.5]]), 7).item()
-        == 0.5
-    )
-
-
-def test_mask_bce_literal():
+    found = losses.box_l1(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.0, 2, 5, 4.5]]), 7)
+    assert found.item() == 0.5
     found = losses.mask_bce(torch.zeros(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool))
     assert found.item() == pytest.approx(math.log(2))
 
@@ -97,12 +85,9 @@ def test_federated_classes_are_drawn_by_weight():
     assert 390 < drawn.count(True) < 510
 
 
-def test_federated_classes_when_fewer_have_weight_than_are_wanted():
+def test_federated_classes_with_few_weights_and_those_present_are_not_drawn_again():
     found = federated_classes(torch.tensor([3]), torch.tensor([1.0, 0.0, 0.0]), 4)
     assert torch.equal(found, mask(4, 0, 3))
-
-
-def test_federated_classes_that_are_present_are_not_drawn_again():
     weights = torch.tensor([1.0, 1.0, 0.0])
     for draw in (True, False):
         found = federated_classes(torch.tensor([0, 3]), weights, 4, draw)
@@ -110,7 +95,7 @@ def test_federated_classes_that_are_present_are_not_drawn_again():
 
 
 def test_empty_slots_do_not_count():
-    """Three slots of which one is empty give the losses of the two others, and the empty one has no gradient."""
+    """Three slots, one of them empty, have the losses of the others; it has no gradient."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, generator=generator, requires_grad=True)
     labels, counts = torch.tensor([4, 1, 2]), torch.tensor([True, True, False])
@@ -118,28 +103,17 @@ def test_empty_slots_do_not_count():
     classes = federated_classes(labels, weights, 2, draw=False, counts=counts)
     assert torch.equal(classes, federated_classes(labels[:2], weights, 2, draw=False))
     cells, truth = logits[:, :4].view(3, 2, 2), torch.ones(3, 2, 2, dtype=torch.bool)
-    pairs = [
-        (
-            losses.classification(logits, labels, counts),
-            losses.classification(logits[:2], labels[:2]),
-        ),
-        (
-            losses.federated_classification(logits, labels, classes, counts),
-            losses.federated_classification(logits[:2], labels[:2], classes),
-        ),
-        (
-            losses.objectness(logits[:, 0], counts, 3, counts),
-            losses.objectness(logits[:2, 0], counts[:2], 3),
-        ),
-        (
-            losses.box_l1(logits[:, :4], torch.zeros(3, 4), 3, counts),
-            losses.box_l1(logits[:2, :4], torch.zeros(2, 4), 3),
-        ),
-        (losses.mask_bce(cells, truth, counts), losses.mask_bce(cells[:2], truth[:2])),
+    cases = [
+        (losses.classification, (logits, labels), ()),
+        (losses.federated_classification, (logits, labels), (classes,)),
+        (losses.objectness, (logits[:, 0], counts), (3,)),
+        (losses.box_l1, (logits[:, :4], torch.zeros(3, 4)), (3,)),
+        (losses.mask_bce, (cells, truth), ()),
     ]
-    for ours, wanted in pairs:
-        assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
-    sum(ours for ours, _ in pairs).backward()
+    ours = [loss(*rows, *rest, counts=counts) for loss, rows, rest in cases]
+    wanted = [loss(*(row[:2] for row in rows), *rest).item() for loss, rows, rest in cases]
+    assert [one.item() for one in ours] == pytest.approx(wanted, rel=1e-6)
+    sum(ours).backward()
     assert (logits.grad[2] == 0).all() and (logits.grad[:2] != 0).any()
     nothing = torch.zeros(3, dtype=torch.bool)
     assert losses.classification(logits, labels, nothing).item() == 0
@@ -148,9 +122,7 @@ def test_empty_slots_do_not_count():
 
 def test_probabilities_leave_the_background_out():
     logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])
-    assert SoftmaxClassification(num_classes=2).probabilities(logits)[0].tolist() == pytest.approx(
-        [0.25, 0.25]
-    )
-    assert FederatedClassification(class_weights=torch.ones(2), num=2).probabilities(logits)[
-        0
-    ].tolist() == pytest.approx([0.5, 0.5])
+    softmax = SoftmaxClassification(num_classes=2)
+    federated = FederatedClassification(class_weights=torch.ones(2), num=2)
+    assert softmax.probabilities(logits)[0].tolist() == pytest.approx([0.25, 0.25])
+    assert federated.probabilities(logits)[0].tolist() == pytest.approx([0.5, 0.5])

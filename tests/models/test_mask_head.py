@@ -14,11 +14,11 @@ from vitdet.models.mask_head import SIZE, mask_targets, rasterize
 from vitdet.types import Polygons
 
 
-def star(centre, radius, points, generator):
+def star(center, radius, points, generator):
     """The corners (P, 2) of a star-shaped polygon."""
     angles = torch.sort(torch.rand(points, generator=generator) * 2 * torch.pi).values
     radii = radius * (0.3 + 0.7 * torch.rand(points, generator=generator))
-    return torch.stack([centre + radii * angles.cos(), centre + radii * angles.sin()], dim=1)
+    return torch.stack([center + radii * angles.cos(), center + radii * angles.sin()], dim=1)
 
 
 def outline(corners):
@@ -48,44 +48,30 @@ def test_padded_outlines_are_the_same_masks() -> None:
     ragged = Polygons.of(torch.cat(squares), torch.tensor([4, 4]))
     boxes = torch.tensor([[0.0, 0.0, 12.0, 12.0]] * 2)
     assert torch.equal(mask_targets(Polygons(padded), boxes), mask_targets(ragged, boxes))
-    index = torch.tensor([1, 1, 0])
-    again = boxes[:1].expand(3, 4)
-    assert torch.equal(
-        mask_targets(Polygons(padded)[index].to("cpu"), again), mask_targets(ragged[index], again)
-    )
+    index, again = torch.tensor([1, 1, 0]), boxes[:1].expand(3, 4)
+    moved = Polygons(padded)[index].to("cpu")
+    assert torch.equal(mask_targets(moved, again), mask_targets(ragged[index], again))
 
 
 def test_rasterize_equals_point_in_polygon():
     corners = random_outlines(6)
     two_parts = torch.cat([outline(corners[0]), outline(corners[1] + 9.3)])
     outlines = [two_parts, *(outline(c) for c in corners[2:])]
-    boxes = torch.tensor(
-        [
-            [2.3, 1.9, 70.1, 66.6],
-            [0.0, 0, 64, 64],
-            [20.4, 20.2, 41.3, 55.5],
-            [-9.2, 5, 30.1, 90.3],
-            [31.1, 30.9, 34.3, 33.2],
-        ]
-    )
-    found = rasterize(polygons(outlines), boxes, 28)
-    for lines, (x0, y0, x1, y1), cells in zip(outlines, boxes.tolist(), found, strict=True):
-        wanted = [
-            [
-                slow_inside(lines, x0 + (j + 0.5) * (x1 - x0) / 28, y0 + (i + 0.5) * (y1 - y0) / 28)
-                for j in range(28)
-            ]
-            for i in range(28)
-        ]
-        # a centre may lie on an edge within rounding
+    boxes = [[2.3, 1.9, 70.1, 66.6], [0.0, 0, 64, 64], [20.4, 20.2, 41.3, 55.5]]
+    boxes += [[-9.2, 5, 30.1, 90.3], [31.1, 30.9, 34.3, 33.2]]
+    found = rasterize(polygons(outlines), torch.tensor(boxes), 28)
+    for lines, (x0, y0, x1, y1), cells in zip(outlines, boxes, found, strict=True):
+        columns = [x0 + (j + 0.5) * (x1 - x0) / 28 for j in range(28)]
+        rows = [y0 + (i + 0.5) * (y1 - y0) / 28 for i in range(28)]
+        wanted = [[slow_inside(lines, x, y) for x in columns] for y in rows]
+        # a center may be on an edge within rounding
         assert (cells != torch.tensor(wanted)).sum() <= 1
 
 
 def test_rasterize_agrees_with_pycocotools():
     corners = random_outlines(12, seed=3)
-    found = rasterize(
-        polygons([outline(c) for c in corners]), torch.tensor([[0.0, 0, 64, 64]] * 12), 64
-    )
+    boxes = torch.tensor([[0.0, 0, 64, 64]] * 12)
+    found = rasterize(polygons([outline(c) for c in corners]), boxes, 64)
     overlaps = []
     for mine, c in zip(found, corners, strict=True):
         theirs = rle.decode(rle.merge(rle.frPyObjects([c.flatten().tolist()], 64, 64))).astype(bool)
@@ -107,9 +93,8 @@ def test_parts_that_overlap_unite(count):
 
 def test_a_hole_turns_the_other_way():
     hole = rectangle(1, 1, 3, 3)[:, [2, 3, 0, 1]]
-    found = rasterize(
-        polygons([torch.cat([rectangle(0, 0, 4, 4), hole])]), torch.tensor([[0.0, 0, 4, 4]]), 4
-    )
+    lines = torch.cat([rectangle(0, 0, 4, 4), hole])
+    found = rasterize(polygons([lines]), torch.tensor([[0.0, 0, 4, 4]]), 4)
     assert found[0].sum() == 12 and not found[0, 1:3, 1:3].any()
 
 
@@ -121,29 +106,18 @@ def test_flip_and_scale_of_outlines_and_boxes_flip_and_keep_the_mask():
     flipped = polygons([lines * signs + shift for lines in outlines])
     mirrored = torch.stack([64 - boxes[:, 2], boxes[:, 1], 64 - boxes[:, 0], boxes[:, 3]], dim=1)
     assert (rasterize(flipped, mirrored, 28) != plain.flip(2)).sum() <= 2
-    assert (
-        rasterize(polygons([lines * 3.7 for lines in outlines]), boxes * 3.7, 28) != plain
-    ).sum() <= 2
+    scaled = rasterize(polygons([lines * 3.7 for lines in outlines]), boxes * 3.7, 28)
+    assert (scaled != plain).sum() <= 2
 
 
 def test_outside_and_empty_outlines():
-    assert (
-        rasterize(
-            polygons([rectangle(10, 10, 20, 20)]), torch.tensor([[30.0, 30, 40, 40]]), 28
-        ).sum()
-        == 0
-    )
-    assert rasterize(polygons([torch.zeros(6, 4)]), torch.tensor([[0.0, 0, 9, 9]]), 28).sum() == 0
-    assert rasterize(
-        polygons([rectangle(0, 0, 50, 50)]), torch.tensor([[10.0, 10, 20, 20]]), 28
-    ).all()
-    assert rasterize(
-        polygons([rectangle(0, 0, 9, 9)]), torch.tensor([[5.0, 5, 5, 5]]), 28
-    ).shape == (
-        1,
-        28,
-        28,
-    )
+    def cells(lines, *box):
+        return rasterize(polygons([lines]), torch.tensor([[float(one) for one in box]]), 28)
+
+    assert not cells(rectangle(10, 10, 20, 20), 30, 30, 40, 40).any()
+    assert not cells(torch.zeros(6, 4), 0, 0, 9, 9).any()
+    assert cells(rectangle(0, 0, 50, 50), 10, 10, 20, 20).all()
+    assert cells(rectangle(0, 0, 9, 9), 5, 5, 5, 5).shape == (1, 28, 28)
     assert rasterize(polygons([]), torch.zeros(0, 4), 28).shape == (0, 28, 28)
 
 
@@ -192,17 +166,9 @@ def test_bitmaps_and_outlines_of_the_same_rectangles_agree():
 def test_bitmap_is_averaged_over_each_cell():
     pixels = torch.zeros(1, 8, 8, dtype=torch.bool)
     pixels[0, :, :3] = True
-    assert crop_bitmaps(pixels, torch.tensor([[0.0, 0, 8, 8]]), 4)[0, 0].tolist() == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert crop_bitmaps(torch.zeros(0, 8, 8, dtype=torch.bool), torch.zeros(0, 4), 4).shape == (
-        0,
-        4,
-        4,
-    )
+    found = crop_bitmaps(pixels, torch.tensor([[0.0, 0, 8, 8]]), 4)
+    assert found[0, 0].tolist() == [True, True, False, False]
+    assert crop_bitmaps(pixels[:0], torch.zeros(0, 4), 4).shape == (0, 4, 4)
 
 
 def test_head_gives_the_mask_of_its_own_class():
@@ -230,6 +196,5 @@ def test_layers_of_the_head(norm):
     hidden = F.conv_transpose2d(hidden, head.deconv.weight, head.deconv.bias, stride=2).clamp(min=0)
     wanted = F.conv2d(hidden, head.logits.weight, head.logits.bias)
     found = head(pooled, torch.tensor([2, 0]))
-    assert torch.allclose(
-        found, torch.stack([wanted[0, 2], wanted[1, 0]]), atol=1e-5 * wanted.abs().max().item()
-    )
+    own, exact = torch.stack([wanted[0, 2], wanted[1, 0]]), 1e-5 * wanted.abs().max().item()
+    assert torch.allclose(found, own, atol=exact)

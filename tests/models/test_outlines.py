@@ -18,7 +18,7 @@ def inside(vertices: np.ndarray, x: float, y: float) -> bool:
     return crossings % 2 == 1
 
 
-def test_fill_asks_at_every_pixel_centre_also_of_what_is_cut_off() -> None:
+def test_fill_samples_every_pixel_center_also_of_what_is_cut_off() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         vertices = rng.random((7, 2)) * [30, 24] - 6
@@ -31,9 +31,8 @@ def test_trace_is_undone_by_fill() -> None:
     rng = np.random.default_rng(1)
     for _ in range(10):
         bitmap = np.zeros((20, 30), dtype=bool)
-        bitmap[
-            rng.integers(0, 9) : rng.integers(10, 20), rng.integers(0, 14) : rng.integers(15, 30)
-        ] = True
+        rows, columns = rng.integers((0, 10), (9, 20)), rng.integers((0, 15), (14, 30))
+        bitmap[slice(*rows), slice(*columns)] = True
         bitmap[4:12, 7:9] = False
         [parts] = trace([bitmap], 0.0)
         assert all(signed_area(part) > 0 for part in parts)
@@ -57,9 +56,8 @@ def test_holes_are_filled() -> None:
 
 def test_a_traced_disc_is_round_with_few_vertices() -> None:
     angle = np.arange(200) * (2 * math.pi / 200)
-    [[part]] = trace(
-        [fill(np.stack([40 + 30 * np.cos(angle), 40 + 30 * np.sin(angle)], axis=1), 80, 80)], 0.9
-    )
+    circle = np.stack([40 + 30 * np.cos(angle), 40 + 30 * np.sin(angle)], axis=1)
+    [[part]] = trace([fill(circle, 80, 80)], 0.9)
     assert len(part) <= 40
     assert np.abs(np.hypot(*(part - 40).T) - 30).max() < 1
     assert abs(signed_area(part) / (math.pi * 900) - 1) < 0.03

@@ -44,9 +44,7 @@ CELLS = torch.cartesian_prod(torch.linspace(-1, 1, 28), torch.linspace(-1, 1, 28
 MASKS = {
     "noise": lambda: torch.rand(28, 28, generator=torch.Generator().manual_seed(3)),
     "stripes": lambda: (torch.arange(28) % 2).float().expand(28, -1),
-    "disc": lambda: (
-        (8 - 8 * torch.cdist(CELLS[:, None], torch.zeros(1, 1, 2))).view(28, 28).sigmoid()
-    ),
+    "disc": lambda: (8 - 8 * CELLS.norm(dim=1)).view(28, 28).sigmoid(),
     "full": lambda: torch.ones(28, 28),
     "empty": lambda: torch.zeros(28, 28),
     "half everywhere": lambda: torch.full((28, 28), 0.5),
@@ -56,11 +54,8 @@ MASKS = {
 def placed(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """A mask in all of PLACES: masks, boxes, and the sizes of the image."""
     boxes = torch.tensor(list(PLACES.values()))
-    return (
-        MASKS[kind]().repeat(len(boxes), 1, 1),
-        boxes,
-        torch.tensor([(HEIGHT, WIDTH)] * len(boxes)),
-    )
+    masks = MASKS[kind]().repeat(len(boxes), 1, 1)
+    return masks, boxes, torch.tensor([(HEIGHT, WIDTH)] * len(boxes))
 
 
 def columns(masks: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
@@ -103,9 +98,8 @@ def test_a_batch_of_any_images_gives_what_each_gives_alone(
     monkeypatch.setattr(detections, "BYTES", most)
     batch = [some(7, 0), some(0, 1), some(30, 2), some(1, 3)]
     results = batch_to_results(batch, SIZES, ORIGINALS, (4, 5, 6, 7), (9,))
-    for found, size, original, image_id, ours in zip(
-        batch, SIZES, ORIGINALS, (4, 5, 6, 7), results, strict=True
-    ):
+    rows = zip(batch, SIZES, ORIGINALS, (4, 5, 6, 7), results, strict=True)
+    for found, size, original, image_id, ours in rows:
         moved = detections.to_image(found, size, original)
         assert moved.masks is not None
         wanted = encode(paste(moved.masks, moved.boxes, original))
@@ -114,9 +108,8 @@ def test_a_batch_of_any_images_gives_what_each_gives_alone(
 
 
 def test_detectors_without_masks_have_boxes_only() -> None:
-    results = batch_to_results(
-        [some(3, 0, masks=False), some(0, 1, masks=False)], SIZES[:2], ORIGINALS[:2], (1, 2), (9,)
-    )
+    batch = [some(count, seed, masks=False) for seed, count in enumerate((3, 0))]
+    results = batch_to_results(batch, SIZES[:2], ORIGINALS[:2], (1, 2), (9,))
     assert [len(one) for one in results] == [3, 0]
     assert all("segmentation" not in one for image in results for one in image)
 
@@ -142,16 +135,11 @@ class Squares(nn.Module):
 def batches(count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     sizes, originals = torch.tensor([[64, 64], [50, 64]]), torch.tensor([[60, 60], [375, 480]])
-    return [
-        Batch(
-            torch.randint(256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8),
-            [],
-            sizes,
-            (2 * number, 2 * number + 1),
-            originals,
-        )
-        for number in range(count)
-    ]
+    found = []
+    for number in range(0, 2 * count, 2):
+        pixels = torch.randint(256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
+        found.append(Batch(pixels, [], sizes, (number, number + 1), originals))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ def proposals(count, seed=0):
     return torch.cat([corner, corner + 8 + torch.rand(count, 2, generator=generator) * 40], dim=1)
 
 
+def maps(count):
+    return [torch.randn(count, 16, 128 // stride, 128 // stride) for stride in (4, 8, 16, 32)]
+
+
 def slots(boxes):
     """Boxes (N, 4) of one image as filled slots (1, N, 4)."""
     return boxes[None], torch.ones(1, len(boxes), dtype=torch.bool)
@@ -47,7 +51,7 @@ def test_foreground_comes_first_and_ground_truths_are_candidates(heads):
 
 
 def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
-    """A batch of an image with two objects and one with none, whose proposals fill different numbers of slots."""
+    """An image with two objects and one with none, with different numbers of proposals."""
     one = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     boxes = torch.stack([proposals(6), proposals(6)])
     filled = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
@@ -57,7 +61,7 @@ def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
 
 
 def test_ground_truths_are_apart_when_their_best_boxes_are_kept(heads):
-    """The best proposal of each learns from it; were the ground truths among the boxes, each would be its own best."""
+    """Otherwise each ground truth would be its own best box."""
     one = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
     boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both closer to the first
     # in their order
@@ -111,7 +115,7 @@ def test_select_thresholds_suppresses_within_classes_and_counts(heads):
     base = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 60, 90, 90]])
     boxes = base[:, None].expand(3, CLASSES, 4)
     scores = torch.zeros(3, CLASSES)
-    scores[:, 0] = torch.tensor([0.6, 0.9, 0.04])  # neighbours; below the threshold
+    scores[:, 0] = torch.tensor([0.6, 0.9, 0.04])  # neighbors; below the threshold
     scores[0, 1] = 0.5  # the same place, another class
     scores[2, 3] = 0.7
     found = select(heads, boxes, scores)
@@ -142,7 +146,7 @@ def test_select_keeps_boxes_without_area_and_the_order_of_equal_scores(heads):
 
 
 def test_select_says_whether_its_candidates_were_enough(heads):
-    """64 copies of a box and, with lower scores, others: with 64 candidates the others are not seen."""
+    """Of 64 copies of a box and others with lower scores, 64 candidates omit the others."""
     boxes = torch.cat([torch.tensor([[10.0, 10, 50, 50]]).repeat(64, 1), proposals(64)])[:, None]
     scores = torch.zeros(1, 128, CLASSES)
     scores[:, :, 0] = torch.linspace(0.9, 0.1, 128)
@@ -169,27 +173,15 @@ def test_detection_looks_at_more_candidates_where_they_were_not_enough(monkeypat
 def test_next_stage_learns_from_boxes_cut_to_the_picture():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     one = target([[10, 10, 50, 50]], [1])
-    refined = torch.tensor(
-        [
-            [10.0, 10, 50, 50],
-            [10, 10, 50, 40],
-            [10, 10, 50, 34],
-            [-20, -20, -5, -5],
-            [60, 80, 200, 90],
-        ]
-    )
+    inside = [[10.0, 10, 50, 50], [10, 10, 50, 40], [10, 10, 50, 34]]
+    refined = torch.tensor([*inside, [-20, -20, -5, -5], [60, 80, 200, 90]])
     filled = torch.tensor([[True] * 5, [False] * 5])
-    found = heads.reassign(
-        2,
-        torch.stack([refined] * 2),
-        filled,
-        Targets.of([one, target([], [])]),
-        torch.tensor([[128, 128], [9, 9]]),
-    )
+    targets, sizes = Targets.of([one, target([], [])]), torch.tensor([[128, 128], [9, 9]])
+    found = heads.reassign(2, torch.stack([refined] * 2), filled, targets, sizes)
     # the empty one is gone
     assert found.filled.tolist() == [[True, True, True, False, True], [False] * 5]
     boxes = found.boxes[found.filled]
-    assert boxes.tolist() == [*refined[:3].tolist(), [60, 80, 128, 90]]
+    assert boxes.tolist() == [*inside, [60, 80, 128, 90]]
     # IoU 1, 0.75, 0.6, 0 against 0.7
     assert found.matched[found.filled].tolist() == [0, 0, -1, -1]
 
@@ -207,7 +199,7 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
         return run_stage(stage, features, boxes, filled)
 
     monkeypatch.setattr(heads, "run_stage", record)
-    features = [torch.randn(2, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    features = maps(2)
     boxes = torch.stack([proposals(6), proposals(6, seed=1)])
     filled = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     heads.find(features, Proposals(boxes, torch.zeros(2, 6), filled), SIZES)
@@ -223,7 +215,7 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
 def test_stages_have_growing_weights_and_one_box_for_all_classes():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     assert heads.weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
-    features = [torch.randn(1, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    features = maps(1)
     logits, deltas = heads.run_stage(1, features, *slots(proposals(5)))
     assert logits.shape == (1, 5, CLASSES + 1) and deltas.shape == (1, 5, 1, 4)
 
@@ -232,17 +224,13 @@ def test_cascade_scales_the_gradient_of_the_features_and_not_of_the_head():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     stage, gradients = heads.stages[0], []
     for scaled in (False, True):
-        features = [
-            torch.ones(1, 16, 128 // s, 128 // s, requires_grad=True) for s in (4, 8, 16, 32)
-        ]
+        features = [torch.ones_like(one).requires_grad_() for one in maps(1)]
         stage.zero_grad()
         if scaled:
             logits, _ = heads.run_stage(0, features, *slots(proposals(5)))
         else:
-            first = torch.zeros(5, dtype=torch.int64)
-            logits, _ = stage(
-                pool(features, proposals(5), first, heads.strides, 7, heads.sampling_ratio)
-            )
+            rois = proposals(5), torch.zeros(5, dtype=torch.int64)
+            logits, _ = stage(pool(features, *rois, heads.strides, 7, heads.sampling_ratio))
         logits.square().sum().backward()
         gradients.append((features[0].grad, stage.logits.weight.grad.clone()))
     assert gradients[0][0].abs().sum() > 0
@@ -258,7 +246,7 @@ def test_mask_loss_takes_at_most_its_share_of_an_image(heads, monkeypatch):
         return torch.zeros(len(labels), 28, 28)
 
     monkeypatch.setattr(heads.mask, "forward", forward)
-    features = [torch.randn(2, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    features = maps(2)
     one = target([[10, 10, 50, 50], [60, 60, 80, 90]], [1, 2])
     matched = torch.tensor([[0] * 12 + [-1] * 8, [1, -1, -1] + [IGNORE] * 17])
     assigned = Assigned(torch.stack([proposals(20)] * 2), matched, 12)

@@ -26,35 +26,19 @@ def slow_pool(features, boxes, bins, ratio):
     """One RoI after the other through torchvision."""
     levels = assign_levels(torch.cat(boxes), 4, 4).tolist()
     images = [i for i, b in enumerate(boxes) for _ in b]
-    rows = [
-        roi_align(
-            features[level][i : i + 1], [box[None]], bins, 1 / STRIDES[level], ratio, aligned=True
-        )[0]
-        for level, i, box in zip(levels, images, torch.cat(boxes), strict=True)
-    ]
-    return torch.stack(rows)
+    rows = []
+    for level, i, box in zip(levels, images, torch.cat(boxes), strict=True):
+        one, scale = features[level][i : i + 1], 1 / STRIDES[level]
+        rows.append(roi_align(one, [box[None]], bins, scale, ratio, aligned=True))
+    return torch.cat(rows)
 
 
+FIRST = [[10.0, 10, 40, 30], [0, 0, 128, 128], [-6, -6, 3, 3], [120, 100, 140, 160]]
+LAST = [[0.0, 0, 512, 512], [0, 0, 600, 700], [64, 64, 64, 64], [-40, -40, -20, -20]]
 BOXES = [
-    torch.tensor(
-        [
-            [10.0, 10, 40, 30],
-            [0, 0, 128, 128],
-            [-6, -6, 3, 3],
-            [120, 100, 140, 160],
-            [5.2, 7.7, 5.9, 90.1],
-        ]
-    ),
+    torch.tensor([*FIRST, [5.2, 7.7, 5.9, 90.1]]),
     torch.zeros(0, 4),
-    torch.tensor(
-        [
-            [0.0, 0, 512, 512],
-            [0, 0, 600, 700],
-            [64, 64, 64, 64],
-            [-40, -40, -20, -20],
-            [3, 5, 120, 126],
-        ]
-    ),
+    torch.tensor([*LAST, [3, 5, 120, 126]]),
 ]
 
 
@@ -62,20 +46,16 @@ BOXES = [
 @pytest.mark.parametrize("bins", [7, 14])
 def test_equals_torchvision_in_values_and_gradients(ratio, bins):
     ours, theirs = maps(3), maps(3)
-    found, wanted = (
-        pool_images(ours, BOXES, STRIDES, bins, ratio),
-        slow_pool(theirs, BOXES, bins, ratio),
-    )
+    found = pool_images(ours, BOXES, STRIDES, bins, ratio)
+    wanted = slow_pool(theirs, BOXES, bins, ratio)
     assert found.shape == (10, 3, bins, bins)
     assert torch.allclose(found, wanted, atol=1e-5)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     (found * weight).sum().backward()
     (wanted * weight).sum().backward()
-    for a, b in zip(ours, theirs, strict=True):
-        gradient = torch.zeros_like(a) if a.grad is None else a.grad
-        assert torch.allclose(
-            gradient, torch.zeros_like(b) if b.grad is None else b.grad, atol=1e-4
-        )
+    for pair in zip(ours, theirs, strict=True):
+        a, b = (torch.zeros_like(one) if one.grad is None else one.grad for one in pair)
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_adaptive_points_put_each_level_in_its_place_without_another_copy():
@@ -89,9 +69,8 @@ def test_adaptive_points_put_each_level_in_its_place_without_another_copy():
     wanted = torch.zeros_like(found)
     for level, stride in enumerate(STRIDES):
         chosen = (levels == level).nonzero().flatten()
-        wanted = wanted.index_put(
-            (chosen,), roi_align(theirs[level], rois[chosen], 7, 1 / stride, 0, aligned=True)
-        )
+        pooled = roi_align(theirs[level], rois[chosen], 7, 1 / stride, 0, aligned=True)
+        wanted = wanted.index_put((chosen,), pooled)
     assert torch.equal(found, wanted)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     (found * weight).sum().backward()
@@ -132,10 +111,8 @@ def test_levels_change_at_powers_of_two():
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_a_flipped_map_gives_flipped_features(ratio):
     features = maps()
-    boxes = [
-        torch.tensor([[10.0, 10, 40, 30], [2, 50, 127, 128]]),
-        torch.tensor([[60.0, 3, 128, 128]]),
-    ]
+    two, one = [[10.0, 10, 40, 30], [2, 50, 127, 128]], [[60.0, 3, 128, 128]]
+    boxes = [torch.tensor(two), torch.tensor(one)]
     mirrored = [torch.stack([128 - b[:, 2], b[:, 1], 128 - b[:, 0], b[:, 3]], dim=1) for b in boxes]
     found = pool_images([f.flip(3) for f in features], mirrored, STRIDES, 7, ratio)
     assert torch.allclose(found, pool_images(features, boxes, STRIDES, 7, ratio).flip(3), atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers import parts
 from tests.helpers.small import target
+from tests.models.test_box_head import slow_block
 from tests.parity.detector import by_image
 from vitdet.models.boxes import pairwise_iou
 from vitdet.models.rpn import Anchored
@@ -26,9 +27,8 @@ def small_rpn(samples=16, **settings):
 
 def features(seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(2, 4, 64 // stride, 64 // stride, generator=generator) for stride in STRIDES
-    ]
+    sizes = [(2, 4, 64 // stride, 64 // stride) for stride in STRIDES]
+    return [torch.randn(size, generator=generator) for size in sizes]
 
 
 def test_maps_are_flattened_row_column_anchor():
@@ -38,28 +38,21 @@ def test_maps_are_flattened_row_column_anchor():
     row, column, anchor = 3, 5, 2
     index = (row * 8 + column) * 3 + anchor
     assert found.logits[0][1, index] == logits[1, anchor, row, column]
-    assert torch.equal(
-        found.deltas[0][1, index], deltas[1, 4 * anchor : 4 * anchor + 4, row, column]
-    )
-    assert (
-        (found.anchors[0][index, :2] + found.anchors[0][index, 2:]) / 2
-    ).tolist() == pytest.approx([40, 24])
+    of_anchor = deltas[1, 4 * anchor : 4 * anchor + 4, row, column]
+    assert torch.equal(found.deltas[0][1, index], of_anchor)
+    center = found.anchors[0][index].view(2, 2).mean(dim=0)
+    assert center.tolist() == pytest.approx([40, 24])
 
 
 def test_proposals_are_sorted_inside_the_picture_and_few():
     rpn = small_rpn()
-    found = rpn(features())
-    for proposals, (height, width) in zip(
-        by_image(rpn.propose(found, SIZES, (40, 25))), SIZES.tolist(), strict=True
-    ):
-        assert 0 < len(proposals.boxes) <= 25
+    images = by_image(rpn.propose(rpn(features()), SIZES, (40, 25)))
+    for proposals, (height, width) in zip(images, SIZES.tolist(), strict=True):
+        boxes = proposals.boxes
+        assert 0 < len(boxes) <= 25 and not boxes.requires_grad
         assert (proposals.logits.diff() <= 0).all()
-        assert (proposals.boxes >= 0).all()
-        assert (proposals.boxes[:, 0::2] <= width).all() and (
-            proposals.boxes[:, 1::2] <= height
-        ).all()
-        assert (proposals.boxes[:, 2:] > proposals.boxes[:, :2]).all()
-        assert not proposals.boxes.requires_grad
+        assert (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (boxes[:, 0::2] <= width).all() and (boxes[:, 1::2] <= height).all()
 
 
 def one_level(boxes, logits):
@@ -91,10 +84,8 @@ def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
 @pytest.mark.parametrize("enter", [150, 200])
 def test_equal_logits_in_the_order_of_the_anchors(values, enter):
     """As many as bf16 makes, on a level of 200 anchors that do not overlap."""
-    boxes = [
-        [3.0 * (i % 20), 3.0 * (i // 20), 3.0 * (i % 20) + 2, 3.0 * (i // 20) + 2]
-        for i in range(200)
-    ]
+    corners = [(3.0 * (i % 20), 3.0 * (i // 20)) for i in range(200)]
+    boxes = [[x, y, x + 2, y + 2] for x, y in corners]
     logits = [float(i * 7 % values) for i in range(200)]
     found = Anchored(*one_level(boxes, logits))
     (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (enter, 200)))
@@ -103,14 +94,16 @@ def test_equal_logits_in_the_order_of_the_anchors(values, enter):
     assert place == sorted(place, key=lambda i: (-logits[i], i))
 
 
+def filled(found, delta):
+    """Logits of 0 and constant deltas."""
+    logits = [torch.zeros_like(one) for one in found.logits]
+    return Anchored(logits, [torch.full_like(one, delta) for one in found.deltas], found.anchors)
+
+
 def test_losses_are_divided_by_samples_and_images():
     rpn = small_rpn(samples=8)
     found = rpn(features())
-    zeros = Anchored(
-        [torch.zeros_like(x) for x in found.logits],
-        [torch.zeros_like(x) for x in found.deltas],
-        found.anchors,
-    )
+    zeros = filled(found, 0)
     nothing = target([], [])
     losses = rpn.losses(zeros, Targets.of([nothing, nothing]))
     assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))  # 8 negatives an image
@@ -122,40 +115,23 @@ def test_losses_are_divided_by_samples_and_images():
 
 
 def test_losses_are_divided_by_the_anchors_sampled():
-    """8 wanted, 2 of them foreground: a first image with 1 and 7, a second with none, which counts as 1, and 8."""
+    """1 foreground and 7 background anchors, and none, which counts as 1, and 8."""
     rpn = small_rpn(samples=8, positive_fraction=0.25, divide_by_sampled=True)
     found = rpn(features())
-    anchors = torch.cat(found.anchors)
-    zeros = Anchored(
-        [torch.zeros_like(x) for x in found.logits],
-        [torch.ones_like(x) for x in found.deltas],
-        found.anchors,
-    )
-    one = target([anchors[100].tolist()], [0])
-    losses = rpn.losses(zeros, Targets.of([one, target([], [])]))
+    one = target([torch.cat(found.anchors)[100].tolist()], [0])
+    losses = rpn.losses(filled(found, 1), Targets.of([one, target([], [])]))
     assert losses["loss_rpn_cls"].item() == pytest.approx(16 * math.log(2) / 17)
     assert losses["loss_rpn_loc"].item() == pytest.approx(4 / 17, rel=1e-5)
 
 
 def test_heads_with_norm_and_without():
-    torch.manual_seed(0)
     x = features()[0]
     for norm in (False, True):
         rpn = small_rpn(norm=norm, eps=0.1)
         hidden = x
         for block in rpn.convs:
             assert (block.conv.bias is None) == norm
-            hidden = torch.nn.functional.conv2d(
-                hidden, block.conv.weight, block.conv.bias, padding=1
-            )
-            if norm:
-                mean, variance = (
-                    hidden.mean(dim=1, keepdim=True),
-                    hidden.var(dim=1, correction=0, keepdim=True),
-                )
-                hidden = (hidden - mean) / (variance + 0.1).sqrt()
-                hidden = hidden * block.norm.weight[:, None, None] + block.norm.bias[:, None, None]
-            hidden = hidden.relu()
+            hidden = slow_block(block, hidden, 0.1)
         assert torch.allclose(rpn.head(x)[0], rpn.objectness(hidden), atol=1e-5)
 
 
@@ -166,9 +142,8 @@ def test_proposals_shrink_no_further_than_said():
     for limit in (-math.inf, -math.log(4)):
         (proposals,) = by_image(small_rpn(min_log_scale=limit).propose(found, SIZES[:1], (4, 10)))
         sides.append((proposals.boxes[0, 2:] - proposals.boxes[0, :2]).tolist())
-    assert sides[0] == pytest.approx([32 * math.exp(-9)] * 2, rel=1e-2) and sides[
-        1
-    ] == pytest.approx([8, 8])
+    assert sides[0] == pytest.approx([32 * math.exp(-9)] * 2, rel=1e-2)
+    assert sides[1] == pytest.approx([8, 8])
 
 
 def test_sampled_anchors_suit_their_ground_truth():
@@ -191,10 +166,8 @@ def test_losses_of_logits_that_know_the_answer_are_small():
     found = rpn(features())
     one = target([[5, 5, 30, 31]], [0])
     (matched,), _ = rpn.sample(torch.cat(found.anchors), Targets.of([one]))
-    right = torch.where(matched >= 0, 20.0, -20.0)[None].split(
-        [x.shape[1] for x in found.logits], dim=1
-    )
-    losses = rpn.losses(
-        Anchored(list(right), [x[:1] for x in found.deltas], found.anchors), Targets.of([one])
-    )
+    right = torch.where(matched >= 0, 20.0, -20.0)[None]
+    right = list(right.split([x.shape[1] for x in found.logits], dim=1))
+    perfect = Anchored(right, [x[:1] for x in found.deltas], found.anchors)
+    losses = rpn.losses(perfect, Targets.of([one]))
     assert losses["loss_rpn_cls"].item() < 1e-6

@@ -9,26 +9,19 @@ from vitdet.models.baselines.swin import SIZES, Block, shift_mask
 
 def small_swin(drop_path=0.0):
     torch.manual_seed(0)
-    return parts.swin(
-        dim=4, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), window_size=7, drop_path=drop_path
-    )
+    return parts.swin(dim=4, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), drop_path=drop_path)
 
 
 def test_maps_have_their_strides_and_channels():
     swin = small_swin()
     maps = swin(torch.randn(2, 3, 64, 96))
-    assert [tuple(m.shape) for m in maps] == [
-        (2, 4, 16, 24),
-        (2, 8, 8, 12),
-        (2, 16, 4, 6),
-        (2, 32, 2, 3),
-    ]
-    assert swin.out_channels == (4, 8, 16, 32)
-    assert swin.strides == (4, 8, 16, 32)
+    wanted = [(2, 4, 16, 24), (2, 8, 8, 12), (2, 16, 4, 6), (2, 32, 2, 3)]
+    assert [tuple(m.shape) for m in maps] == wanted
+    assert swin.out_channels == swin.strides == (4, 8, 16, 32)
 
 
 def test_published_size():
-    """28,288,354 with the classifier of 1,000 classes and one norm of 768 channels; here four, of 1,440 in all."""
+    """28,288,354 with a classifier and one norm of 768 channels, instead of four norms."""
     with torch.device("meta"):
         swin = parts.swin(**SIZES["swin_t"]._asdict())
     assert sum(p.numel() for p in swin.parameters()) == 28_288_354 - 769 * 1000 - 2 * 768 + 2 * 1440
@@ -68,7 +61,7 @@ def test_a_token_reaches_its_window_and_half_of_the_next():
 
 
 def test_the_first_tokens_share_a_window_with_each_other_alone():
-    """Rolled, the first 2 rows come last, behind the padding; they must not meet the rows before it."""
+    """Rolled, the first 2 rows are the last, after padding, and do not see rows before it."""
     torch.manual_seed(0)
     block = Block(dim=8, heads=2, window=4, shift=2, drop_path=0.0)
     x = torch.randn(1, 6, 6, 8)  # padded to 8

@@ -8,23 +8,11 @@ from tests.helpers import parts
 from vitdet.models.vit import SIZES, ConvBottleneck, PatchEmbed, init_linears, resize_positions
 
 
-def small_vit(
-    global_blocks=(1,), depth=2, window_size=2, residual_blocks=(), drop_path=0.0, **settings
-):
+def small_vit(global_blocks=(1,), **settings):
     torch.manual_seed(0)
-    vit = parts.vit(
-        dim=16,
-        depth=depth,
-        heads=2,
-        global_blocks=global_blocks,
-        patch_size=4,
-        window_size=window_size,
-        drop_path=drop_path,
-        pos_embed_grid=4,
-        rel_pos_size=16,
-        residual_blocks=residual_blocks,
-        **settings,
-    )
+    sizes = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 4, "window_size": 2}
+    grids = {"pos_embed_grid": 4, "rel_pos_size": 16}
+    vit = parts.vit(**sizes | grids | {"global_blocks": global_blocks} | settings)
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return vit
@@ -65,17 +53,11 @@ def test_residual_convolutions_start_as_in_detectron2():
     """c2_msra_fill: deviation sqrt(2 / (outputs * kernel area)), a normal draw."""
     torch.manual_seed(0)
     block = ConvBottleneck(256)
-    for conv, wanted in (
-        (block.conv1, (2 / 128) ** 0.5),
-        (block.conv2, (2 / 128 / 9) ** 0.5),
-        (block.conv3, (2 / 256) ** 0.5),
-    ):
-        assert conv.conv.weight.std().item() == pytest.approx(wanted, rel=0.03)
-
-
-def test_residual_convolutions_start_as_the_identity():
-    x = torch.randn(1, 4, 4, 8)
-    assert torch.equal(ConvBottleneck(8)(x), x)
+    found = [one.conv.weight.std().item() for one in (block.conv1, block.conv2, block.conv3)]
+    wanted = [(2 / 128) ** 0.5, (2 / 128 / 9) ** 0.5, (2 / 256) ** 0.5]
+    assert found == pytest.approx(wanted, rel=0.03)
+    x = torch.randn(1, 4, 4, 256)
+    assert torch.equal(block(x), x)  # the identity
 
 
 def test_positions_are_resized_as_an_image():
@@ -122,15 +104,7 @@ def test_tables_have_the_size_of_a_window_or_of_the_grid():
 
 
 def test_tables_of_a_grid_that_is_not_square():
-    vit = parts.vit(
-        dim=16,
-        depth=1,
-        heads=2,
-        global_blocks=(0,),
-        patch_size=4,
-        pos_embed_grid=(3, 5),
-        rel_pos_size=(12, 20),
-    )
+    vit = small_vit((0,), depth=1, pos_embed_grid=(3, 5), rel_pos_size=(12, 20))
     assert vit.pos_embed.shape == (1, 3, 5, 16)
     assert (len(vit.blocks[0].attn.rel_pos_h), len(vit.blocks[0].attn.rel_pos_w)) == (5, 9)
     assert vit(torch.randn(1, 3, 12, 20)).shape == (1, 16, 3, 5)
@@ -140,18 +114,15 @@ def test_final_norm_comes_after_the_last_block():
     images, plain, normed = torch.randn(1, 3, 16, 16), small_vit(), small_vit(final_norm=True)
     weight, bias = normed.norm.weight[:, None, None], normed.norm.bias[:, None, None]
     tokens = plain(images)
-    wanted = (tokens - tokens.mean(dim=1)) / (
-        tokens.var(dim=1, correction=0) + 1e-6
-    ).sqrt() * weight + bias
+    deviation = (tokens.var(dim=1, correction=0) + 1e-6).sqrt()
+    wanted = (tokens - tokens.mean(dim=1)) / deviation * weight + bias
     assert torch.allclose(normed(images), wanted, atol=1e-5)
     assert not any(name.startswith("norm") for name in plain.state_dict())
 
 
 def test_scaled_positions_and_the_width_of_the_mlp_reach_every_block():
     vit = small_vit(scaled_rel_pos=True, mlp_ratio=2.5)
-    assert all(
-        block.attn.scaled_rel_pos and block.mlp.fc1.out_features == 40 for block in vit.blocks
-    )
+    assert all(one.attn.scaled_rel_pos and one.mlp.fc1.out_features == 40 for one in vit.blocks)
 
 
 def test_layers_of_the_layer_wise_decay():
@@ -169,9 +140,7 @@ def test_layers_of_the_layer_wise_decay():
 
 
 def test_no_fresh_weight_is_far_out():
-    """Of 9 million draws with this seed, one would be -2 (100 deviations), were the distribution cut where it is cut
-    in the published code.
-    """
+    """Truncated as in the published code, one of 9 million draws would be -2 (100 deviations)."""
     torch.manual_seed(1)
     linear = torch.nn.Linear(3000, 3000)
     torch.manual_seed(1)
@@ -187,10 +156,8 @@ def test_published_sizes(name, parameters):
     """Blocks and patches of 16 px, without positions: depth (12 d^2 + 13 d) + 769 d."""
     with torch.device("meta"):
         vit = parts.vit(**SIZES[name]._asdict())
-    counted = sum(
-        p.numel() for n, p in vit.named_parameters() if "rel_pos" not in n and n != "pos_embed"
-    )
-    assert counted == parameters
+    vit.pos_embed = None
+    assert sum(p.numel() for n, p in vit.named_parameters() if "rel_pos" not in n) == parameters
     quarter = SIZES[name].depth // 4
     assert SIZES[name].global_blocks == tuple(quarter * (i + 1) - 1 for i in range(4))
 

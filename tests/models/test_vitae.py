@@ -1,4 +1,4 @@
-"""ViTAE: convolutions beside the attention, cells with linear attention, published sizes and fresh weights."""
+"""ViTAE: parallel convolutions, cells with linear attention, published sizes, initial weights."""
 
 import json
 from functools import partial
@@ -16,14 +16,7 @@ from vitdet.models.vitae import Performer, ReductionCell, deep_branch, wide_bran
 from vitdet.weights.formats.mmdet import MMDET
 from vitdet.weights.formats.table import rename
 
-INIT = (
-    Path(__file__).parents[3]
-    / "shared"
-    / "reference"
-    / "vitae"
-    / "keys"
-    / "init_mean_std_absmax.json"
-)
+INIT = Path(__file__).parents[3] / "shared/reference/vitae/keys/init_mean_std_absmax.json"
 
 
 def random(module):
@@ -33,62 +26,37 @@ def random(module):
         if "num_batches" in name:
             continue
         values = 0.25 * torch.randn_like(tensor)
-        tensor.data.copy_(
-            1 + values.abs() if name.endswith(("_var", "norm1.weight", "norm2.weight")) else values
-        )
+        positive = name.endswith(("_var", "norm1.weight", "norm2.weight"))
+        tensor.data.copy_(1 + values.abs() if positive else values)
     return module
 
 
+TWO_BLOCKS = {"depth": 2, "heads": 2, "global_blocks": (1,), "window_size": 2}
+
+
 def small_vitae(**settings):
-    return random(
-        parts.vit(
-            dim=16,
-            depth=2,
-            heads=2,
-            global_blocks=(1,),
-            patch_size=4,
-            window_size=2,
-            pos_embed_grid=4,
-            rel_pos_size=16,
-            branch=partial(wide_branch, 16, 64),
-            **settings,
-        )
-    )
+    grid = {"patch_size": 4, "pos_embed_grid": 4, "rel_pos_size": 16}
+    branch = partial(wide_branch, 16, 64)
+    return random(parts.vit(dim=16, branch=branch, **TWO_BLOCKS, **grid, **settings))
 
 
 def small_vitae_s(**settings):
-    return random(
-        parts.vitae_small(
-            dim=32,
-            depth=2,
-            heads=2,
-            global_blocks=(1,),
-            widths=(8, 12, 16),
-            cell_dims=(16, 24),
-            groups=8,
-            window_size=2,
-            rel_pos_size=64,
-            **settings,
-        )
-    )
+    cells = {"widths": (8, 12, 16), "cell_dims": (16, 24), "groups": 8, "rel_pos_size": 64}
+    return random(parts.vitae_small(dim=32, **TWO_BLOCKS, **cells, **settings))
 
 
 BACKBONES = {"vitae_b": (small_vitae, 16), "vitae_s": (small_vitae_s, 64)}
 
 
 def named(name, **settings):
+    published = {"pos_embed_grid": 64, "scaled_rel_pos": True, "final_norm": True}
     with torch.device("meta"):
-        return build_backbone(
-            ModelConfig(
-                backbone=BackboneConfig(
-                    name=name, pos_embed_grid=64, scaled_rel_pos=True, final_norm=True, **settings
-                )
-            )
-        )
+        backbone = BackboneConfig(name=name, **published, **settings)
+        return build_backbone(ModelConfig(backbone=backbone))
 
 
 def silenced(branch):
-    """A block of 8 channels and windows of 2 x 2 whose attention and MLP add nothing: only its convolutions do."""
+    """A block of 8 channels, windows of 2 x 2, of which only the convolutions are not zero."""
     block = random(parts.block(dim=8, heads=2, window=2, grid=4, branch=branch)).eval()
     for layer in (block.attn.proj, block.mlp.fc2):
         torch.nn.init.zeros_(layer.weight)
@@ -105,11 +73,9 @@ def test_convolutions_read_what_the_block_reads_and_the_whole_map(branch):
         if isinstance(layer, torch.nn.Conv2d):
             maps = F.conv2d(maps, layer.weight, layer.bias, padding=1, groups=layer.groups)
         elif isinstance(layer, torch.nn.BatchNorm2d):
-            shift, scale = (
-                layer.running_mean[:, None, None],
-                (layer.running_var + 1e-5).sqrt()[:, None, None],
-            )
-            maps = (maps - shift) / scale * layer.weight[:, None, None] + layer.bias[:, None, None]
+            rows = layer.running_mean, layer.running_var, layer.weight, layer.bias
+            mean, variance, weight, bias = (row[:, None, None] for row in rows)
+            maps = (maps - mean) / (variance + 1e-5).sqrt() * weight + bias
         else:
             maps = maps * torch.sigmoid(maps)
     assert torch.allclose(block(x), x + maps.permute(0, 2, 3, 1), atol=1e-5)
@@ -127,9 +93,8 @@ def test_mlp_reads_the_sum_of_both_branches():
 
 def test_images_drop_each_of_three_paths_by_itself():
     torch.manual_seed(0)
-    block = random(
-        parts.block(dim=8, heads=2, window=0, grid=2, drop_path=0.5, branch=wide_branch(8, 32))
-    ).train()
+    sizes = {"dim": 8, "heads": 2, "window": 0, "grid": 2}
+    block = random(parts.block(**sizes, drop_path=0.5, branch=wide_branch(8, 32))).train()
     for layer in block.pcm:
         layer.eval()  # else the images of a batch change each other
     found = block(torch.ones(400, 2, 2, 8)).flatten(1)
@@ -154,10 +119,8 @@ def slow_performer(performer, x, mixed):
         return u * (1 + torch.erf(torch.from_numpy(u / 2**0.5)).numpy()) / 2
 
     def norm(u, name):
-        spread = np.sqrt(u.var(axis=-1, keepdims=True) + 1e-5)
-        return (u - u.mean(axis=-1, keepdims=True)) / spread * w[f"{name}.weight"] + w[
-            f"{name}.bias"
-        ]
+        u = (u - u.mean(axis=-1, keepdims=True)) / np.sqrt(u.var(axis=-1, keepdims=True) + 1e-5)
+        return u * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def phi(u):
         return np.array([np.exp(row @ u - u @ u / 2) for row in w["w"]]) / len(w["w"]) ** 0.5
@@ -178,9 +141,8 @@ def slow_performer(performer, x, mixed):
 def test_linear_attention_equals_the_slow_sum():
     performer = random(Performer(10, 8)).eval()
     x, mixed = torch.randn(2, 7, 10), torch.randn(2, 7, 8)
-    np.testing.assert_allclose(
-        performer(x, mixed).detach().numpy(), slow_performer(performer, x, mixed), atol=2e-6
-    )
+    found = performer(x, mixed).detach().numpy()
+    np.testing.assert_allclose(found, slow_performer(performer, x, mixed), atol=2e-6)
 
 
 def test_random_features_are_orthogonal_and_not_learnt():
@@ -196,9 +158,7 @@ def test_a_cell_concatenates_dilations_and_keeps_the_grid():
     plain = random(ReductionCell(3, 5, 3, 2, (1, 2)))
     first, second = plain(images).split(5, dim=1)
     for map_, conv, dilation in ((first, plain.prm[0], 1), (second, plain.prm[1], 2)):
-        wanted = F.conv2d(
-            images, conv.weight, conv.bias, stride=2, padding=dilation, dilation=dilation
-        )
+        wanted = F.conv2d(images, conv.weight, conv.bias, 2, dilation, dilation)
         assert torch.allclose(map_, F.gelu(wanted), atol=1e-6)
 
 
@@ -207,13 +167,8 @@ def test_images_of_a_batch_do_not_see_each_other(name):
     build, side = BACKBONES[name]
     backbone = build(scaled_rel_pos=True, final_norm=True).eval()
     images = torch.randn(3, 3, side, 2 * side)
-    together = backbone(images)
-    assert together.shape == (
-        3,
-        backbone.out_channels,
-        side // backbone.stride,
-        2 * side // backbone.stride,
-    )
+    together, cells = backbone(images), side // backbone.stride
+    assert together.shape == (3, backbone.out_channels, cells, 2 * cells)
     for i in range(3):
         assert torch.allclose(together[i], backbone(images[i : i + 1])[0], atol=1e-5)
 
@@ -244,8 +199,8 @@ def test_features_leave_the_range_of_half_precision_unharmed():
 @pytest.mark.parametrize(
     ("name", "parameters", "buffers"),
     [
-        # Backbone of the published detector; less its deconvolutions, which are the pyramid's here; plus the keys' bias of
-        # 4 blocks, less the 2 random matrices, which are buffers here.
+        # The published backbone, without its deconvolutions (the pyramid's here) and 2 random
+        # matrices (buffers here), with the bias of the keys of 4 blocks.
         ("vit_b", 95_966_720 - 7_081_728, 0),
         ("vitae_b", 98_737_664 - 7_081_728 + 4 * 768, 73_740),
         ("vitae_s", 25_518_880 - 1_771_392 - 23_040, 43_294 + 23_040),
@@ -268,32 +223,14 @@ def test_vitae_s_has_no_other_patch_size():
         named("vitae_s", patch_size=8)
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        (
-            "vitae_b",
-            {
-                "pos_embed": 0,
-                "patch_embed.proj.weight": 0,
-                "blocks.0.pcm.0.weight": 1,
-                "blocks.11.attn.proj.bias": 12,
-                "norm.weight": 13,
-            },
-        ),
-        (
-            "vitae_s",
-            {
-                "reductions.0.prm.3.weight": 0,
-                "reductions.1.attn.kqv.bias": 1,
-                "reductions.2.prm.1.bias": 2,
-                "blocks.0.norm1.weight": 3,
-                "blocks.13.pcm.6.weight": 16,
-                "norm.bias": 18,
-            },
-        ),
-    ],
-)
+LAYERS_OF_B = {"pos_embed": 0, "patch_embed.proj.weight": 0, "blocks.0.pcm.0.weight": 1}
+LAYERS_OF_B |= {"blocks.11.attn.proj.bias": 12, "norm.weight": 13}
+LAYERS_OF_S = {"reductions.0.prm.3.weight": 0, "reductions.1.attn.kqv.bias": 1}
+LAYERS_OF_S |= {"reductions.2.prm.1.bias": 2, "blocks.0.norm1.weight": 3}
+LAYERS_OF_S |= {"blocks.13.pcm.6.weight": 16, "norm.bias": 18}
+
+
+@pytest.mark.parametrize(("name", "layers"), [("vitae_b", LAYERS_OF_B), ("vitae_s", LAYERS_OF_S)])
 def test_layers_of_the_layer_wise_decay(name, layers):
     backbone = named(name)
     assert {n: backbone.layer_of(n) for n in layers} == layers
@@ -303,7 +240,7 @@ def test_layers_of_the_layer_wise_decay(name, layers):
 
 @pytest.mark.parametrize(("name", "count"), [("vit_b", 47), ("vitae_b", 64), ("vitae_s", 134)])
 def test_fresh_weights_are_distributed_as_the_published_ones(name, count):
-    """Mean, deviation and largest value of every tensor of the first three blocks, and around them; one draw each."""
+    """Mean, deviation and largest value of the tensors up to the first three blocks."""
     if not INIT.exists():
         pytest.skip("needs ../shared")
     torch.manual_seed(0)

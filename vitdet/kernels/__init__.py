@@ -1,5 +1,4 @@
-"""Triton kernels for operations without a fast implementation in PyTorch, each a custom operator
-with a reference in plain torch.
+"""Triton kernels for operations without a fast implementation in PyTorch, as custom operators.
 
 Triton launches kernels on the current device, so each operator sets it to the device of its
 tensors.
@@ -44,9 +43,7 @@ def describe() -> str:
 
 @torch.compiler.assume_constant_result
 def _runs_on(device: int) -> bool:
-    """Opaque to compilers: neither the environment nor the GPU changes while a compiled model
-    exists.
-    """
+    """Opaque to compilers: environment and GPU do not change while a compiled model exists."""
     return _obstacle(device) is None
 
 
@@ -68,8 +65,6 @@ def _missing(device: int | None) -> str | None:
         return "no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
-        return (
-            f"compute capability {'.'.join(map(str, capability))}, "
-            f"they need {'.'.join(map(str, CAPABILITY))}"
-        )
+        found, needed = (".".join(map(str, one)) for one in (capability, CAPABILITY))
+        return f"compute capability {found}, they need {needed}"
     return None if find_spec("triton") else "triton is not installed"

@@ -29,13 +29,11 @@ from torch.nn import functional as F
 from vitdet.kernels.attention_positions import (
     LOG2E,
     Layout,
-    empty_products,
     load,
     origin,
     positions,
     positions_backward,
     store,
-    tile,
     tokens,
 )
 
@@ -73,10 +71,10 @@ def forward(
     batch, tokens, channels = qkv.shape
     out = qkv.new_empty(batch, tokens, channels // 3)
     sums = qkv.new_empty(batch * layout.groups, layout.area, dtype=torch.float32)
-    constants = _blocks(layout, FORWARD)
-    programs = triton.cdiv(layout.area, constants["QUERIES"]) * len(sums)
     products = positions(layout, qkv, tables, factor)
-    launch(forward_kernel, programs, (qkv, bias, *products, out, sums), constants)
+    layout, options = _blocks(layout, FORWARD)
+    programs = triton.cdiv(layout.area, layout.queries) * len(sums)
+    launch(forward_kernel, programs, (qkv, bias, *products, out, sums, layout), options)
     return out, sums
 
 
@@ -90,310 +88,224 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv, bias (for tokens beyond the grid) and both tables, given that of
+    """Return the gradients of qkv, bias (of tokens beyond the grid) and tables, given that of
     `out`; all but the first in float32.
     """
-    # recomputed, to save memory
-    products = positions(layout, qkv, tables, factor)
-    dproducts = empty_products(layout, qkv)
+    products = positions(layout, qkv, tables, factor)  # recomputed, to save memory
+    dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
-    constants = _blocks(layout, BACKWARD_QUERIES)
-    programs = triton.cdiv(layout.area, constants["QUERIES"]) * len(sums)
-    given = qkv, bias, *products, out, gradient, sums
-    launch(backward_queries_kernel, programs, (*given, delta, dqkv, *dproducts), constants)
-    constants = _blocks(layout, BACKWARD_KEYS)
-    blocks = triton.cdiv(layout.sides[0], constants["LINES"])
+    blocks, options = _blocks(layout, BACKWARD_QUERIES)
+    programs = triton.cdiv(layout.area, blocks.queries) * len(sums)
+    given = qkv, bias, *products, out, gradient, sums, delta, dqkv, *dproducts, blocks
+    launch(backward_queries_kernel, programs, given, options)
+    blocks, options = _blocks(layout, BACKWARD_KEYS)
+    number = triton.cdiv(layout.rows, blocks.lines)
     # of each block of keys and values: the part beyond the grid
-    size = (len(sums) // layout.heads, layout.heads, blocks if layout.padded else 0)
+    size = len(sums) // layout.heads, layout.heads, number if layout.padded else 0
     beyond = sums.new_zeros(*size, 2, layout.depth)
-    given = qkv, bias, *products, gradient, sums, delta
-    launch(backward_keys_kernel, blocks * len(sums), (*given, dqkv, beyond), constants)
-    dbias = F.pad(beyond.sum(dim=(0, 2)).transpose(0, 1), (0, 0, 0, 0, 1, 0))
-    return (
-        dqkv,
-        dbias.reshape(-1),
-        *positions_backward(layout, qkv, tables, factor, dproducts, dqkv),
-    )
+    of_keys = qkv, bias, *products, gradient, sums, delta, dqkv, beyond, blocks
+    launch(backward_keys_kernel, number * len(sums), of_keys, options)
+    dbias = F.pad(beyond.sum(dim=(0, 2)).transpose(0, 1), (0, 0, 0, 0, 1, 0)).reshape(-1)
+    drel_h, drel_w = positions_backward(layout, qkv, tables, factor, dproducts, dqkv)
+    return dqkv, dbias, drel_h, drel_w
 
 
-def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> dict[str, Any]:
-    """Return the constants of the kernels of this file."""
-    blocks, line = choice[layout.window == 0], tile(layout.sides[1])
-    return layout.constants | {
-        "QUERIES": blocks.queries,
-        "LINE": line,
-        "LINES": max(1, blocks.keys // line),
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-        "maxnreg": blocks.registers,
-    }
+def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> tuple[Layout, dict[str, Any]]:
+    """Return the layout with its blocks, and the options of the launch."""
+    queries, keys, warps, stages, registers = choice[layout.whole]
+    layout = layout._replace(queries=queries, lines=max(1, keys // layout.column_tile))
+    return layout, {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
-def launch(
-    kernel: Any, programs: int, tensors: Sequence[Tensor], constants: dict[str, Any]
-) -> None:
+def launch(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
     """Launch a kernel; with fewer stages on GPUs with less than an H100's 227 KiB shared memory."""
     try:
-        kernel[(programs,)](*tensors, **constants)
+        kernel[(programs,)](*given, **options)
     except triton.runtime.errors.OutOfResources:
-        if constants["num_stages"] == 1:
+        if options["num_stages"] == 1:
             raise
-        fewer = constants | {"num_stages": constants["num_stages"] - 1}
-        launch(kernel, programs, tensors, fewer)
+        launch(kernel, programs, given, options | {"num_stages": options["num_stages"] - 1})
 
 
 @triton.jit
-def load_keys(x, bias, token, exists, inside, step, DEPTH, CHANNELS: tl.constexpr, PADDED):
+def load_keys(x, bias, token, exists, inside, step, L):
     """`load` for keys or values; beyond the grid they are read from the bias."""
-    channel = tl.arange(0, CHANNELS)[None, :]
+    channel = tl.arange(0, L.channels)[None, :]
     at = x + token[:, None] * step + channel
-    if PADDED:
+    if L.height % L.rows + L.width % L.columns > 0:
         at = tl.where(inside[:, None], at, bias + channel)
-    return tl.load(at, mask=exists[:, None] & (channel < DEPTH), other=0.0)
+    return tl.load(at, mask=exists[:, None] & (channel < L.depth), other=0.0)
 
 
 @triton.jit
-def load_rows(rows, group, row, i, exists, ROWS, LINES, AREA):
-    """Load q . R of queries i with rows of keys, of shape row x i or i x row: -inf beyond the last
-    row.
-    """
-    at = rows + (group.to(tl.int64) * ROWS + row) * AREA + i
-    if ROWS % LINES == 0:
+def load_rows(rows, group, row, i, exists, L, LINES):
+    """Load q . R of queries i and rows of keys, row x i or i x row: -inf beyond the last row."""
+    at = rows + (group.to(tl.int64) * L.rows + row) * (L.rows * L.columns) + i
+    if L.rows % LINES == 0:
         found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
     else:
-        found = tl.load(at, mask=exists & (row < ROWS), other=0.0).to(tl.float32)
-        found = tl.where(row < ROWS, found, float("-inf"))
+        found = tl.load(at, mask=exists & (row < L.rows), other=0.0).to(tl.float32)
+        found = tl.where(row < L.rows, found, float("-inf"))
     return found
 
 
 @triton.jit
-def forward_kernel(
-    qkv,
-    bias,
-    rows,
-    columns,
-    out,
-    sums,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    LINE: tl.constexpr,
-    LINES: tl.constexpr,
-):
-    """One block of queries over all keys, with a running maximum (Dao, FlashAttention-2,
-    2307.08691).
-    """
-    AREA: tl.constexpr = ROWS * COLUMNS
+def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
+    """A block of queries over all keys, with a running maximum (FlashAttention-2, 2307.08691)."""
+    QUERIES: tl.constexpr = L.queries
+    LINES: tl.constexpr = L.lines
+    LINE: tl.constexpr = L.column_tile
+    AREA: tl.constexpr = L.rows * L.columns
     BLOCKS: tl.constexpr = (AREA + QUERIES - 1) // QUERIES
     group = tl.program_id(0) // BLOCKS
     begin = tl.program_id(0) % BLOCKS * QUERIES
-    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
-    if top + begin // COLUMNS >= HEIGHT:
+    first, top, left, head = origin(group, L)
+    if top + begin // L.columns >= L.height:
         return
-    PART: tl.constexpr = HEADS * DEPTH
-    PADDED: tl.constexpr = HEIGHT % ROWS + WIDTH % COLUMNS > 0
-    qkv += first * (3 * PART) + head * DEPTH
-    bias += head * DEPTH
+    CHANNELS: tl.constexpr = L.channels
+    PART: tl.constexpr = L.heads * L.depth
+    STEP: tl.constexpr = 3 * PART
+    qkv += first * STEP + head * L.depth
+    bias += head * L.depth
     i = begin + tl.arange(0, QUERIES)
-    token, exists, inside = tokens(
-        i // COLUMNS, i % COLUMNS, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
-    )
+    token, exists, inside = tokens(i // L.columns, i % L.columns, top, left, L)
     line = group.to(tl.int64) * AREA + i
-    q = load(qkv, token, inside, 3 * PART, DEPTH, CHANNELS)
+    q = load(qkv, token, inside, STEP, L)
     along_width = columns + line[:, None] * LINE + tl.arange(0, LINE)[None, :]
     along_width = tl.load(along_width, mask=exists[:, None], other=0.0).to(tl.float32)[:, None, :]
     largest = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES, CHANNELS), tl.float32)
     key = tl.arange(0, LINES * LINE)
-    for start in range(0, ROWS, LINES):
-        at, real, within = tokens(
-            start + key // LINE, key % LINE, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
-        )
+    for start in range(0, L.rows, LINES):
+        at, real, within = tokens(start + key // LINE, key % LINE, top, left, L)
         row = start + tl.arange(0, LINES)
-        along_height = load_rows(
-            rows, group, row[None, :], i[:, None], exists[:, None], ROWS, LINES, AREA
-        )
-        k = load_keys(qkv + PART, bias + PART, at, real, within, 3 * PART, DEPTH, CHANNELS, PADDED)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee") * (DEPTH**-0.5 * LOG2E)
+        along_height = load_rows(rows, group, row[None, :], i[:, None], exists[:, None], L, LINES)
+        k = load_keys(qkv + PART, bias + PART, at, real, within, STEP, L)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee") * (L.depth**-0.5 * LOG2E)
         x = tl.reshape(x, (QUERIES, LINES, LINE)) + along_width
         new = tl.maximum(largest, tl.max(tl.max(x, 2) + along_height, 1))
         p = tl.math.exp2(x - (new[:, None] - along_height)[:, :, None])
         p = tl.reshape(p, (QUERIES, LINES * LINE))
         decay = tl.math.exp2(largest - new)
         total = total * decay + tl.sum(p, 1)
-        v = load_keys(
-            qkv + 2 * PART, bias + 2 * PART, at, real, within, 3 * PART, DEPTH, CHANNELS, PADDED
-        )
+        v = load_keys(qkv + 2 * PART, bias + 2 * PART, at, real, within, STEP, L)
         mixed = tl.dot(p.to(v.dtype), v, mixed * decay[:, None], input_precision="ieee")
         largest = new
-    to = out + first * PART + head * DEPTH
-    store(to, token, inside, mixed / total[:, None], PART, DEPTH, CHANNELS)
+    to = out + first * PART + head * L.depth
+    store(to, token, inside, mixed / total[:, None], PART, L)
     tl.store(sums + line, largest + tl.math.log2(total), mask=exists)
 
 
 @triton.jit
 def backward_queries_kernel(
-    qkv,
-    bias,
-    rows,
-    columns,
-    out,
-    gradient,
-    sums,
-    delta,
-    dqkv,
-    drows,
-    dcolumns,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    LINE: tl.constexpr,
-    LINES: tl.constexpr,
+    qkv, bias, rows, columns, out, gradient, sums, delta, dqkv, drows, dcolumns, L: tl.constexpr
 ):
-    """One block of queries over all keys: gradients of queries and positions, and `delta` for the
-    keys.
-    """
-    AREA: tl.constexpr = ROWS * COLUMNS
+    """A block of queries over all keys: gradients of queries, positions; `delta` for the keys."""
+    QUERIES: tl.constexpr = L.queries
+    LINES: tl.constexpr = L.lines
+    LINE: tl.constexpr = L.column_tile
+    AREA: tl.constexpr = L.rows * L.columns
     BLOCKS: tl.constexpr = (AREA + QUERIES - 1) // QUERIES
     group = tl.program_id(0) // BLOCKS
     begin = tl.program_id(0) % BLOCKS * QUERIES
-    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
-    if top + begin // COLUMNS >= HEIGHT:
+    first, top, left, head = origin(group, L)
+    if top + begin // L.columns >= L.height:
         return
-    PART: tl.constexpr = HEADS * DEPTH
-    PADDED: tl.constexpr = HEIGHT % ROWS + WIDTH % COLUMNS > 0
-    qkv += first * (3 * PART) + head * DEPTH
-    bias += head * DEPTH
+    CHANNELS: tl.constexpr = L.channels
+    PART: tl.constexpr = L.heads * L.depth
+    STEP: tl.constexpr = 3 * PART
+    qkv += first * STEP + head * L.depth
+    bias += head * L.depth
     i = begin + tl.arange(0, QUERIES)
-    token, exists, inside = tokens(
-        i // COLUMNS, i % COLUMNS, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
-    )
+    token, exists, inside = tokens(i // L.columns, i % L.columns, top, left, L)
     line = group.to(tl.int64) * AREA + i
-    o = load(out + first * PART + head * DEPTH, token, inside, PART, DEPTH, CHANNELS)
-    do = load(gradient + first * PART + head * DEPTH, token, inside, PART, DEPTH, CHANNELS)
+    o = load(out + first * PART + head * L.depth, token, inside, PART, L)
+    do = load(gradient + first * PART + head * L.depth, token, inside, PART, L)
     product = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + line, product, mask=exists)
-    q = load(qkv, token, inside, 3 * PART, DEPTH, CHANNELS)
+    q = load(qkv, token, inside, STEP, L)
     at_columns = line[:, None] * LINE + tl.arange(0, LINE)[None, :]
     along_width = tl.load(columns + at_columns, mask=exists[:, None], other=0.0).to(tl.float32)
     along_width = (along_width - tl.load(sums + line, mask=exists, other=0.0)[:, None])[:, None, :]
     dq = tl.zeros((QUERIES, CHANNELS), tl.float32)
     d_width = tl.zeros((QUERIES, LINE), tl.float32)
     key = tl.arange(0, LINES * LINE)
-    for start in range(0, ROWS, LINES):
-        at, real, within = tokens(
-            start + key // LINE, key % LINE, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
-        )
+    for start in range(0, L.rows, LINES):
+        at, real, within = tokens(start + key // LINE, key % LINE, top, left, L)
         row = (start + tl.arange(0, LINES))[None, :]
-        along_height = load_rows(rows, group, row, i[:, None], exists[:, None], ROWS, LINES, AREA)
-        k = load_keys(qkv + PART, bias + PART, at, real, within, 3 * PART, DEPTH, CHANNELS, PADDED)
-        v = load_keys(
-            qkv + 2 * PART, bias + 2 * PART, at, real, within, 3 * PART, DEPTH, CHANNELS, PADDED
-        )
-        x = tl.dot(q, tl.trans(k), input_precision="ieee") * (DEPTH**-0.5 * LOG2E)
+        along_height = load_rows(rows, group, row, i[:, None], exists[:, None], L, LINES)
+        k = load_keys(qkv + PART, bias + PART, at, real, within, STEP, L)
+        v = load_keys(qkv + 2 * PART, bias + 2 * PART, at, real, within, STEP, L)
+        x = tl.dot(q, tl.trans(k), input_precision="ieee") * (L.depth**-0.5 * LOG2E)
         x = tl.reshape(x, (QUERIES, LINES, LINE)) + (along_width + along_height[:, :, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee") - product[:, None]
         ds = tl.math.exp2(x) * tl.reshape(dp, (QUERIES, LINES, LINE))
         d_width += tl.sum(ds, 1)
-        at_rows = (group.to(tl.int64) * ROWS + row) * AREA + i[:, None]
+        at_rows = (group.to(tl.int64) * L.rows + row) * AREA + i[:, None]
         d_height = tl.sum(ds, 2).to(drows.dtype.element_ty)
-        tl.store(drows + at_rows, d_height, mask=exists[:, None] & (row < ROWS))
+        tl.store(drows + at_rows, d_height, mask=exists[:, None] & (row < L.rows))
         ds = tl.reshape(ds, (QUERIES, LINES * LINE)).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
-    to = dqkv + first * (3 * PART) + head * DEPTH
-    store(to, token, inside, dq * DEPTH**-0.5, 3 * PART, DEPTH, CHANNELS)
+    to = dqkv + first * STEP + head * L.depth
+    store(to, token, inside, dq * L.depth**-0.5, STEP, L)
     tl.store(dcolumns + at_columns, d_width.to(dcolumns.dtype.element_ty), mask=exists[:, None])
 
 
 @triton.jit
 def backward_keys_kernel(
-    qkv,
-    bias,
-    rows,
-    columns,
-    gradient,
-    sums,
-    delta,
-    dqkv,
-    beyond,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    LINE: tl.constexpr,
-    LINES: tl.constexpr,
+    qkv, bias, rows, columns, gradient, sums, delta, dqkv, beyond, L: tl.constexpr
 ):
-    """One block of keys over all queries in the grid. Logits are transposed, to multiply from
-    registers.
-    """
-    BLOCKS: tl.constexpr = (ROWS + LINES - 1) // LINES
+    """A block of keys over the grid's queries. Logits are transposed: products from registers."""
+    QUERIES: tl.constexpr = L.queries
+    LINES: tl.constexpr = L.lines
+    LINE: tl.constexpr = L.column_tile
+    BLOCKS: tl.constexpr = (L.rows + LINES - 1) // LINES
     group = tl.program_id(0) // BLOCKS
-    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
-    AREA: tl.constexpr = ROWS * COLUMNS
-    PART: tl.constexpr = HEADS * DEPTH
-    PADDED: tl.constexpr = HEIGHT % ROWS + WIDTH % COLUMNS > 0
-    qkv += first * (3 * PART) + head * DEPTH
-    gradient += first * PART + head * DEPTH
-    bias += head * DEPTH
+    first, top, left, head = origin(group, L)
+    AREA: tl.constexpr = L.rows * L.columns
+    CHANNELS: tl.constexpr = L.channels
+    PART: tl.constexpr = L.heads * L.depth
+    STEP: tl.constexpr = 3 * PART
+    qkv += first * STEP + head * L.depth
+    gradient += first * PART + head * L.depth
+    bias += head * L.depth
     key = tl.arange(0, LINES * LINE)
     start = tl.program_id(0) % BLOCKS * LINES
-    at, real, within = tokens(
-        start + key // LINE, key % LINE, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
-    )
-    k = load_keys(qkv + PART, bias + PART, at, real, within, 3 * PART, DEPTH, CHANNELS, PADDED)
-    v = load_keys(
-        qkv + 2 * PART, bias + 2 * PART, at, real, within, 3 * PART, DEPTH, CHANNELS, PADDED
-    )
+    at, real, within = tokens(start + key // LINE, key % LINE, top, left, L)
+    k = load_keys(qkv + PART, bias + PART, at, real, within, STEP, L)
+    v = load_keys(qkv + 2 * PART, bias + 2 * PART, at, real, within, STEP, L)
     row = start + tl.arange(0, LINES)
     column = tl.arange(0, LINE)
     dk = tl.zeros((LINES * LINE, CHANNELS), tl.float32)
     dv = tl.zeros((LINES * LINE, CHANNELS), tl.float32)
-    for begin in range(0, tl.minimum(HEIGHT - top, ROWS) * COLUMNS, QUERIES):
+    for begin in range(0, tl.minimum(L.height - top, L.rows) * L.columns, QUERIES):
         i = begin + tl.arange(0, QUERIES)
-        token, exists, inside = tokens(
-            i // COLUMNS, i % COLUMNS, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
-        )
-        q = load(qkv, token, inside, 3 * PART, DEPTH, CHANNELS)
-        do = load(gradient, token, inside, PART, DEPTH, CHANNELS)
+        token, exists, inside = tokens(i // L.columns, i % L.columns, top, left, L)
+        q = load(qkv, token, inside, STEP, L)
+        do = load(gradient, token, inside, PART, L)
         line = group.to(tl.int64) * AREA + i
-        along_height = load_rows(
-            rows, group, row[:, None], i[None, :], exists[None, :], ROWS, LINES, AREA
-        )
+        along_height = load_rows(rows, group, row[:, None], i[None, :], exists[None, :], L, LINES)
         # queries beyond the grid have no output
         along_height -= tl.load(sums + line, mask=inside, other=float("inf"))[None, :]
         along_width = columns + line[:, None] * LINE + column[None, :]
         along_width = tl.trans(tl.load(along_width, mask=exists[:, None], other=0.0))
         product = tl.load(delta + line, mask=inside, other=0.0)
-        x = tl.dot(k, tl.trans(q), input_precision="ieee") * (DEPTH**-0.5 * LOG2E)
+        x = tl.dot(k, tl.trans(q), input_precision="ieee") * (L.depth**-0.5 * LOG2E)
         x = tl.reshape(x, (LINES, LINE, QUERIES))
         x += along_width.to(tl.float32)[None, :, :] + along_height[:, None, :]
         p = tl.math.exp2(tl.reshape(x, (LINES * LINE, QUERIES)))
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - product[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    dk *= DEPTH**-0.5
-    to = dqkv + first * (3 * PART) + head * DEPTH
-    store(to + PART, at, within, dk, 3 * PART, DEPTH, CHANNELS)
-    store(to + 2 * PART, at, within, dv, 3 * PART, DEPTH, CHANNELS)
-    if PADDED:
-        if (top + ROWS > HEIGHT) | (left + COLUMNS > WIDTH):
+    dk *= L.depth**-0.5
+    to = dqkv + first * STEP + head * L.depth
+    store(to + PART, at, within, dk, STEP, L)
+    store(to + 2 * PART, at, within, dv, STEP, L)
+    if L.height % L.rows + L.width % L.columns > 0:
+        if (top + L.rows > L.height) | (left + L.columns > L.width):
             outside = (real & ~within)[:, None]
-            channel = tl.arange(0, CHANNELS)
-            total = beyond + tl.program_id(0).to(tl.int64) * (2 * DEPTH) + channel
-            tl.store(total, tl.sum(tl.where(outside, dk, 0.0), 0), mask=channel < DEPTH)
-            tl.store(total + DEPTH, tl.sum(tl.where(outside, dv, 0.0), 0), mask=channel < DEPTH)
+            channel = tl.arange(0, L.channels)
+            total = beyond + tl.program_id(0).to(tl.int64) * (2 * L.depth) + channel
+            tl.store(total, tl.sum(tl.where(outside, dk, 0.0), 0), mask=channel < L.depth)
+            tl.store(total + L.depth, tl.sum(tl.where(outside, dv, 0.0), 0), mask=channel < L.depth)

@@ -5,7 +5,8 @@ All queries of a line, a row (axis 0) or a column (axis 1) of an area, use the s
 (2 K - 1, d), so that a line is one matrix product with a slice of the table. Plain torch copies the
 queries and expands the table to (K, K, d).
 
-Letters: B images, h heads, d channels of a head, K tokens along an axis of an area.
+Letters: B images, h heads, d channels of a head, K tokens along an axis of an area. Kernels know L,
+their `Layout`, when they are compiled.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
 
@@ -20,84 +21,79 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
-SMALLEST = 16  # side of a tile that tensor cores multiply
-PARTS = {
-    True: 16,
-    False: 96,
-}  # programs that share the images and heads of a line, on the grid and in windows
+# Programs that share the images and heads of a line, by whether the area is the grid.
+PARTS = {True: 16, False: 96}
 
 
 class Layout(NamedTuple):
-    """Sizes of one call. `window`: tokens per side, 0 for the whole grid."""
+    """Sizes of one call; areas are windows, or the whole grid."""
 
     height: int
     width: int
     heads: int
     depth: int
-    window: int
+    rows: int
+    columns: int
+    whole: bool
+    # sides of tiles of channels, rows and columns
+    channels: int
+    row_tile: int
+    column_tile: int
+    # queries, and rows of keys, of a block
+    queries: int = 0
+    lines: int = 0
+
+    @classmethod
+    def of(cls, height: int, width: int, heads: int, depth: int, window: int) -> Layout:
+        """`window`: tokens per side of the windows, 0 for the whole grid."""
+        rows, columns = window or height, window or width
+        tiles = (tile(size) for size in (depth, rows, columns))
+        return cls(height, width, heads, depth, rows, columns, not window, *tiles)
 
     @property
     def sides(self) -> tuple[int, int]:
         """Rows and columns of an area."""
-        return self.window or self.height, self.window or self.width
+        return self.rows, self.columns
 
     @property
     def area(self) -> int:
         """Tokens of an area."""
-        return self.sides[0] * self.sides[1]
+        return self.rows * self.columns
 
     @property
     def groups(self) -> int:
         """Attentions per image: areas times heads."""
-        rows, columns = self.sides
-        return triton.cdiv(self.height, rows) * triton.cdiv(self.width, columns) * self.heads
+        down, across = triton.cdiv(self.height, self.rows), triton.cdiv(self.width, self.columns)
+        return down * across * self.heads
 
     @property
     def padded(self) -> bool:
         """Whether areas exceed the grid."""
-        rows, columns = self.sides
-        return self.height % rows + self.width % columns > 0
+        return self.height % self.rows + self.width % self.columns > 0
 
-    @property
-    def constants(self) -> dict[str, int]:
-        rows, columns = self.sides
-        return {
-            "HEIGHT": self.height,
-            "WIDTH": self.width,
-            "HEADS": self.heads,
-            "DEPTH": self.depth,
-            "CHANNELS": tile(self.depth),
-            "ROWS": rows,
-            "COLUMNS": columns,
-        }
+    def products(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Allocate q . R for the rows (B groups, K, tokens of an area) and the columns (B groups,
+        tokens, tile of K).
+        """
+        groups = len(qkv) * self.groups
+        by_row = qkv.new_empty(groups, self.rows, self.area)
+        return by_row, qkv.new_empty(groups, self.area, self.column_tile)
 
 
 def tile(size: int) -> int:
-    """Return the side of a tile that contains `size` elements."""
-    return max(SMALLEST, triton.next_power_of_2(size))
-
-
-def empty_products(layout: Layout, qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate q . R for the rows (B groups, K, tokens of an area) and the columns (B groups,
-    tokens, tile of K).
-    """
-    groups = len(qkv) * layout.groups
-    rows, columns = layout.sides
-    by_row = qkv.new_empty(groups, rows, layout.area)
-    return by_row, qkv.new_empty(groups, layout.area, tile(columns))
+    """Return the side of a tile of `size` elements that tensor cores multiply."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def positions(
     layout: Layout, qkv: Tensor, tables: tuple[Tensor, Tensor], factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Return q . R times `factor` and log2(e), shaped as `empty_products`; -inf beyond the last
-    column.
-    """
-    found = empty_products(layout, qkv)
+    """Return q . R times `factor` and log2(e); -inf beyond the last column."""
+    found = layout.products(qkv)
     for axis, (table, product) in enumerate(zip(tables, found, strict=True)):
-        positions_kernel[(layout.sides[axis] * len(product),)](
-            qkv, table, product, factor * LOG2E.value, **_lines(layout, axis)
-        )
+        grid = (layout.sides[axis] * len(product),)
+        given = qkv, table, product, factor * LOG2E.value, layout
+        positions_kernel[grid](*given, AXIS=axis, num_warps=4 if layout.whole else 1)
     return found
 
 
@@ -108,18 +104,18 @@ def positions_backward(
     factor: float,
     dproducts: tuple[Tensor, Tensor],
     dqkv: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     """Add to the queries' part of dqkv, and return the gradients of the tables."""
     found = []
     for axis, (table, dproduct) in enumerate(zip(tables, dproducts, strict=True)):
         side, groups = layout.sides[axis], len(dproduct)
-        parts = min(groups, PARTS[layout.window == 0])
+        parts = min(groups, PARTS[layout.whole])
         sums = qkv.new_empty(parts, side, side, layout.depth, dtype=torch.float32)
-        positions_backward_kernel[(side, parts)](
-            qkv, table, dproduct, dqkv, sums, factor, groups, **_lines(layout, axis), num_stages=1
-        )
+        given = qkv, table, dproduct, dqkv, sums, factor, groups, layout
+        options = {"num_warps": 4 if layout.whole else 1, "num_stages": 1}
+        positions_backward_kernel[(side, parts)](*given, AXIS=axis, **options)
         found.append(diagonal_sums(sums.sum(dim=0)))
-    return found[0], found[1]
+    return found
 
 
 def diagonal_sums(x: Tensor) -> Tensor:
@@ -130,156 +126,113 @@ def diagonal_sums(x: Tensor) -> Tensor:
     return skewed.view(size, 2 * size - 1, depth).sum(dim=0)
 
 
-def _lines(layout: Layout, axis: int) -> dict[str, int]:
-    """Return the constants of the kernels for lines: rows (axis 0) or columns (axis 1)."""
-    sides = layout.sides
-    tiles = {"AXIS": axis, "QUERIES": tile(sides[1 - axis]), "KEYS": tile(sides[axis])}
-    return layout.constants | tiles | {"num_warps": 1 if layout.window else 4}
-
-
 @triton.jit
-def origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS):
+def origin(group, L):
     """Return a group's first token of its image, first row and column of its area, and head."""
-    across = (WIDTH + COLUMNS - 1) // COLUMNS
-    areas = (HEIGHT + ROWS - 1) // ROWS * across
-    area = group // HEADS
-    first = tl.cast(area // areas, tl.int64) * (HEIGHT * WIDTH)
-    return first, area % areas // across * ROWS, area % across * COLUMNS, group % HEADS
+    across = (L.width + L.columns - 1) // L.columns
+    areas = (L.height + L.rows - 1) // L.rows * across
+    area = group // L.heads
+    first = tl.cast(area // areas, tl.int64) * (L.height * L.width)
+    return first, area % areas // across * L.rows, area % across * L.columns, group % L.heads
 
 
 @triton.jit
-def tokens(row, column, top, left, HEIGHT, WIDTH, ROWS, COLUMNS):
-    """Return the grid tokens at these rows and columns of an area, which of them exist, and which
-    are in the grid.
-    """
-    exists = (row < ROWS) & (column < COLUMNS)
-    inside = exists & (top + row < HEIGHT) & (left + column < WIDTH)
-    return (top + row) * WIDTH + left + column, exists, inside
+def tokens(row, column, top, left, L):
+    """Return the grid tokens at these places of an area; which exist, and which are in the grid."""
+    exists = (row < L.rows) & (column < L.columns)
+    inside = exists & (top + row < L.height) & (left + column < L.width)
+    return (top + row) * L.width + left + column, exists, inside
 
 
 @triton.jit
-def load(x, token, inside, step, DEPTH, CHANNELS: tl.constexpr):
-    """Load a head's channels of these tokens, `step` apart: (tokens, CHANNELS)."""
-    channel = tl.arange(0, CHANNELS)[None, :]
-    mask = inside[:, None] & (channel < DEPTH)
+def load(x, token, inside, step, L):
+    """Load a head's channels of these tokens, `step` apart: (tokens, channels)."""
+    channel = tl.arange(0, L.channels)[None, :]
+    mask = inside[:, None] & (channel < L.depth)
     return tl.load(x + token[:, None] * step + channel, mask=mask, other=0.0)
 
 
 @triton.jit
-def store(to, token, inside, x, step, DEPTH, CHANNELS: tl.constexpr):
+def store(to, token, inside, x, step, L):
     """Inverse of `load`."""
-    channel = tl.arange(0, CHANNELS)[None, :]
-    mask = inside[:, None] & (channel < DEPTH)
+    channel = tl.arange(0, L.channels)[None, :]
+    mask = inside[:, None] & (channel < L.depth)
     tl.store(to + token[:, None] * step + channel, x.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def line_of(i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES: tl.constexpr):
-    """Return the queries of row i (axis 0) or column i (axis 1): their indices in the area, and as
-    `tokens`.
-    """
+def line_of(i, top, left, L, AXIS, QUERIES: tl.constexpr):
+    """Return the queries of line i: their indices in the area, and as `tokens`."""
     j = tl.arange(0, QUERIES)
     row = i + j * 0 if AXIS == 0 else j
     column = j if AXIS == 0 else i + j * 0
-    token, exists, inside = tokens(row, column, top, left, HEIGHT, WIDTH, ROWS, COLUMNS)
-    return row * COLUMNS + column, token, exists, inside
+    token, exists, inside = tokens(row, column, top, left, L)
+    return row * L.columns + column, token, exists, inside
 
 
 @triton.jit
-def table_rows(table, i, side, DEPTH, CHANNELS: tl.constexpr, KEYS: tl.constexpr):
-    """Load the relative positions of all keys for line i: (KEYS, CHANNELS)."""
+def table_rows(table, i, side, L, KEYS: tl.constexpr):
+    """Load the relative positions of all keys for line i: (KEYS, channels)."""
     key = tl.arange(0, KEYS)[:, None]
-    channel = tl.arange(0, CHANNELS)[None, :]
-    mask = (key < side) & (channel < DEPTH)
-    at = table + (i - key + side - 1) * DEPTH + channel
+    channel = tl.arange(0, L.channels)[None, :]
+    mask = (key < side) & (channel < L.depth)
+    at = table + (i - key + side - 1) * L.depth + channel
     return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def place_of(group, i, key, AXIS, AREA, ROWS, KEYS):
-    """Return the address of q . R of query i and a key in the result of `empty_products`."""
-    group = tl.cast(group, tl.int64)
-    return (group * ROWS + key) * AREA + i if AXIS == 0 else (group * AREA + i) * KEYS + key
+def place_of(group, i, key, L, AXIS, KEYS):
+    """Return the address of q . R of query i and a key in the result of `Layout.products`."""
+    group, area = tl.cast(group, tl.int64), L.rows * L.columns
+    return (group * L.rows + key) * area + i if AXIS == 0 else (group * area + i) * KEYS + key
 
 
 @triton.jit
-def positions_kernel(
-    qkv,
-    table,
-    product,
-    factor,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AXIS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+def positions_kernel(qkv, table, product, factor, L: tl.constexpr, AXIS: tl.constexpr):
     """Multiply all queries of line i by the rows i - key + K - 1 of a table."""
-    SIDE: tl.constexpr = COLUMNS if AXIS else ROWS
-    i = tl.program_id(0) % SIDE
-    group = tl.program_id(0) // SIDE
-    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
-    place, token, exists, inside = line_of(
-        i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES
-    )
-    qkv += first * (3 * HEADS * DEPTH) + head * DEPTH
-    q = load(qkv, token, inside, 3 * HEADS * DEPTH, DEPTH, CHANNELS)
-    known = table_rows(table, i, SIDE, DEPTH, CHANNELS, KEYS).to(q.dtype)
+    SIDE: tl.constexpr = L.columns if AXIS else L.rows
+    QUERIES: tl.constexpr = L.row_tile if AXIS else L.column_tile
+    KEYS: tl.constexpr = L.column_tile if AXIS else L.row_tile
+    STEP: tl.constexpr = 3 * L.heads * L.depth
+    i, group = tl.program_id(0) % SIDE, tl.program_id(0) // SIDE
+    first, top, left, head = origin(group, L)
+    place, token, exists, inside = line_of(i, top, left, L, AXIS, QUERIES)
+    q = load(qkv + (first * STEP + head * L.depth), token, inside, STEP, L)
+    known = table_rows(table, i, SIDE, L, KEYS).to(q.dtype)
     key = tl.arange(0, KEYS)[None, :]
     found = tl.dot(q, tl.trans(known), input_precision="ieee") * factor
     found = tl.where(key < SIDE, found, float("-inf")).to(product.dtype.element_ty)
-    at = product + place_of(group, place[:, None], key, AXIS, ROWS * COLUMNS, ROWS, KEYS)
+    at = product + place_of(group, place[:, None], key, L, AXIS, KEYS)
     tl.store(at, found, mask=exists[:, None] & ((key < SIDE) | (AXIS == 1)))
 
 
 @triton.jit
 def positions_backward_kernel(
-    qkv,
-    table,
-    dproduct,
-    dqkv,
-    sums,
-    factor,
-    groups,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AXIS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    qkv, table, dproduct, dqkv, sums, factor, groups, L: tl.constexpr, AXIS: tl.constexpr
 ):
     """Line i of several groups in sequence, so that the sums over them need no atomics."""
-    i = tl.program_id(0)
-    part = tl.program_id(1)
-    SIDE: tl.constexpr = COLUMNS if AXIS else ROWS
-    STEP: tl.constexpr = 3 * HEADS * DEPTH
+    i, part = tl.program_id(0), tl.program_id(1)
+    SIDE: tl.constexpr = L.columns if AXIS else L.rows
+    QUERIES: tl.constexpr = L.row_tile if AXIS else L.column_tile
+    KEYS: tl.constexpr = L.column_tile if AXIS else L.row_tile
+    STEP: tl.constexpr = 3 * L.heads * L.depth
+    CHANNELS: tl.constexpr = L.channels
     key = tl.arange(0, KEYS)
-    known = table_rows(table, i, SIDE, DEPTH, CHANNELS, KEYS).to(dqkv.dtype.element_ty)
+    known = table_rows(table, i, SIDE, L, KEYS).to(dqkv.dtype.element_ty)
     total = tl.zeros((KEYS, CHANNELS), tl.float32)
     share = tl.cdiv(groups, tl.num_programs(1))
     for group in range(part * share, tl.minimum(part * share + share, groups)):
-        first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
-        place, token, exists, inside = line_of(
-            i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES
-        )
-        shift = first * STEP + head * DEPTH
-        q = load(qkv + shift, token, inside, STEP, DEPTH, CHANNELS)
-        at = place_of(group, place[:, None], key[None, :], AXIS, ROWS * COLUMNS, ROWS, KEYS)
+        first, top, left, head = origin(group, L)
+        place, token, exists, inside = line_of(i, top, left, L, AXIS, QUERIES)
+        shift = first * STEP + head * L.depth
+        q = load(qkv + shift, token, inside, STEP, L)
+        at = place_of(group, place[:, None], key[None, :], L, AXIS, KEYS)
         mask = inside[:, None] & (key < SIDE)[None, :]
         given = tl.load(dproduct + at, mask=mask, other=0.0)
         total = tl.dot(tl.trans(given), q, total, input_precision="ieee")
-        dq = load(dqkv + shift, token, inside, STEP, DEPTH, CHANNELS).to(tl.float32)
+        dq = load(dqkv + shift, token, inside, STEP, L).to(tl.float32)
         dq += tl.dot(given, known, input_precision="ieee") * factor
-        store(dqkv + shift, token, inside, dq, STEP, DEPTH, CHANNELS)
-    channel = tl.arange(0, CHANNELS)[None, :]
-    at = sums + ((part * SIDE + i) * SIDE + key[:, None]) * DEPTH + channel
-    tl.store(at, total * factor, mask=(key[:, None] < SIDE) & (channel < DEPTH))
+        store(dqkv + shift, token, inside, dq, STEP, L)
+    channel = tl.arange(0, L.channels)[None, :]
+    at = sums + ((part * SIDE + i) * SIDE + key[:, None]) * L.depth + channel
+    tl.store(at, total * factor, mask=(key[:, None] < SIDE) & (channel < L.depth))

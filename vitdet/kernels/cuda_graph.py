@@ -1,5 +1,4 @@
-"""CUDA graphs of a function of tensors: its kernels are recorded once and then launched by one
-call.
+"""CUDA graphs of a function of tensors: its kernels are recorded once and launched by one call.
 
 At small batch sizes, launching the thousands of kernels of a training step takes the host longer
 than the GPU needs to run them; as a graph a step has some 90 launches.
@@ -22,9 +21,7 @@ _recording = Lock()  # torch records one graph of a process at a time
 
 
 class NotRecorded(Exception):
-    """A function cannot be recorded as a CUDA graph, or not for these shapes; the message is the
-    reason.
-    """
+    """A function cannot be recorded (for these shapes); the message is the reason."""
 
 
 class NoRoom(NotRecorded):
@@ -79,8 +76,7 @@ class CudaGraph(Generic[Output]):
         return _shapes(tensors) in self.graphs
 
     def record(self, function: Callable[..., Output], *tensors: Tensor) -> None:
-        """Record function(*tensors) for tensors of these shapes. It is called several times, with
-        its side effects.
+        """Record function(*tensors), which is called several times, for tensors of these shapes.
 
         The state of the device's random generator does not change.
 
@@ -97,34 +93,28 @@ class CudaGraph(Generic[Output]):
             self._record(function, device, tensors)
 
     def _record(
-        self,
-        function: Callable[..., Output],
-        device: torch.device,
-        tensors: tuple[Tensor, ...],
+        self, function: Callable[..., Output], device: torch.device, tensors: tuple[Tensor, ...]
     ) -> None:
         random = torch.cuda.get_rng_state(device)
-        with torch.inference_mode(
-            False
-        ):  # otherwise later calls could write to them in that mode only
+        # made in inference mode, they could be written in that mode only
+        with torch.inference_mode(False):
             inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
-        self.stream = self.stream or torch.cuda.Stream(device)
+        stream = self.stream = self.stream or torch.cuda.Stream(device)
+        options = {"pool": self.pool, "stream": stream, "capture_error_mode": "thread_local"}
         try:
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(self.stream):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     function(*inputs)
-            torch.cuda.current_stream(device).wait_stream(self.stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # the graph has its own memory
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, **options):
                 output = function(*inputs)
         except RuntimeError as error:
-            kind = NotRecorded
-            if isinstance(error, torch.OutOfMemoryError):
-                kind = OutOfMemory
+            kind = OutOfMemory if isinstance(error, torch.OutOfMemoryError) else NotRecorded
+            if kind is OutOfMemory:
                 self.clear()
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()

@@ -35,19 +35,12 @@ def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
         labels: (G, N) int64, or None. Groups of more than TOGETHER boxes then need a
             synchronization.
         limit: at least the first `limit` kept boxes of a group are marked, later ones may not be.
-
-    Raises:
-        ValueError: tensors of other shapes.
     """
-    if boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be (G, N, 4), got {tuple(boxes.shape)}")
-    if labels is not None and labels.shape != boxes.shape[:2]:
-        raise ValueError(f"labels must be {tuple(boxes.shape[:2])}, got {tuple(labels.shape)}")
-    if boxes.dtype == torch.float32 and enabled(boxes):
-        if labels is not None and boxes.shape[1] > TOGETHER:
-            return suppress_by_label(boxes, labels, iou, limit)
-        return suppress(boxes, labels, iou, limit)
-    return reference(boxes, labels, iou)
+    if boxes.dtype != torch.float32 or not enabled(boxes):
+        return reference(boxes, labels, iou)
+    if labels is not None and boxes.shape[1] > TOGETHER:
+        return suppress_by_label(boxes, labels, iou, limit)
+    return suppress(boxes, labels, iou, limit)
 
 
 @torch.library.custom_op("vitdet::nms", mutates_args=())

@@ -20,10 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 BITS = tl.constexpr(64)  # of a word
-# Bytes of bits that exist at a time; 40 groups of 2,000 boxes take 20 MB.
-MEMORY = 2**28
-# Words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes.
-TILE = 2**11
+MEMORY = 2**28  # bytes of bits that exist at a time; 40 groups of 2,000 boxes take 20 MB
+TILE = 2**11  # words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes
 
 
 def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
@@ -40,36 +38,18 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
         some = slice(start, min(start + step, groups))
         size = (some.stop - start, BITS.value * words, words)
         bits = torch.empty(size, dtype=torch.int64, device=boxes.device)
-        compare_boxes[(words, 2 * words, len(bits))](
-            boxes[some],
-            classes[some],
-            bits,
-            count,
-            words,
-            below(iou),
-            LABELS=labels is not None,
-            ROWS=BITS.value // 2,
-            num_warps=4,
-            # a fused a * b - c would round otherwise than torchvision on the CPU
-            enable_fp_fusion=False,
-        )
-        suppress_boxes[(len(bits),)](
-            bits,
-            keep[some],
-            count,
-            words,
-            limit,
-            ROWS=max(1, min(BITS.value, TILE // padded)),
-            WORDS=padded,
-            num_warps=4,
-        )
+        given = boxes[some], classes[some], bits, count, words, below(iou)
+        sizes = {"LABELS": labels is not None, "ROWS": BITS.value // 2, "num_warps": 4}
+        # a fused a * b - c would round otherwise than torchvision on the CPU
+        compare_boxes[(words, 2 * words, len(bits))](*given, **sizes, enable_fp_fusion=False)
+        rows = max(1, min(BITS.value, TILE // padded))
+        sizes = {"ROWS": rows, "WORDS": padded, "num_warps": 4}
+        suppress_boxes[(len(bits),)](bits, keep[some], count, words, limit, **sizes)
     return keep
 
 
 def below(number: float) -> float:
-    """Return the largest float32 that is at most `number`: a float32 exceeds it iff it exceeds
-    `number`.
-    """
+    """Return the largest float32 up to `number`: a float32 exceeds both or neither."""
     single = torch.tensor(number, dtype=torch.float32)
     if single.item() > number:
         single = single.nextafter(torch.tensor(-math.inf))
@@ -101,8 +81,7 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
     j = block * BITS + tl.arange(0, BITS)
     ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
     bx0, by0, bx1, by1 = corners(boxes, j, j < count)
-    # The later boxes lie along axis 0, which is summed below: a thread holds many of them for one
-    # row.
+    # Later boxes are along axis 0, which is summed below: a thread holds many of them of a row.
     width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
     height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
@@ -131,9 +110,7 @@ def either(a, b):
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
 def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """keep (G, N): boxes that no kept one suppresses, up to the block of 64 in which `limit` is
-    reached.
-    """
+    """keep (G, N): boxes that no kept one suppresses, to the block in which `limit` is reached."""
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS
     keep += group * count
@@ -147,8 +124,7 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
         lines = bits + block * BITS * words
         here = tl.sum(tl.where(word == block, gone, 0), axis=0)
         for k in tl.static_range(BITS):
-            # The chain through the 64 boxes is these few instructions; the loads do not wait for
-            # it.
+            # The chain through 64 boxes is these few instructions; loads do not wait for it.
             line = tl.load(lines + k * words + block)
             own = tl.full((), 1, tl.int64) << k
             here |= line & tl.where(((here | line) & own) == 0, -1, own)
@@ -157,11 +133,8 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
         kept_count += tl.sum(kept.to(tl.int32), axis=0)
         for k in range(0, BITS, ROWS):
             row = k + tl.arange(0, ROWS)
-            suppressed = tl.load(
-                lines + row[:, None] * words + word[None, :],
-                mask=(((here >> row) & 1) == 0)[:, None]
-                & ((word > block) & (word < words))[None, :],
-                other=0,
-            )
+            mask = (((here >> row) & 1) == 0)[:, None] & ((word > block) & (word < words))[None, :]
+            at = lines + row[:, None] * words + word[None, :]
+            suppressed = tl.load(at, mask=mask, other=0)
             gone |= tl.reduce(suppressed, 0, either)
         block += 1

@@ -60,8 +60,8 @@ def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: in
 def reference(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
     """`paste` by `grid_sample`; also used on the CPU."""
     pixels = torch.empty(total, dtype=torch.uint8, device=masks.device)
-    columns = _centres(regions[:, 0], regions[:, 2], boxes[:, 0], boxes[:, 2])
-    rows = _centres(regions[:, 1], regions[:, 3], boxes[:, 1], boxes[:, 3])
+    columns = _centers(regions[:, 0], regions[:, 2], boxes[:, 0], boxes[:, 2])
+    rows = _centers(regions[:, 1], regions[:, 3], boxes[:, 1], boxes[:, 3])
     starts = (ends - bytes_of(regions)).tolist()
     for index, (_, _, width, height) in enumerate(regions.tolist()):
         down, start = rows[index, : height + 1], starts[index]
@@ -80,12 +80,12 @@ def _(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -
     return masks.new_empty(total, dtype=torch.uint8)
 
 
-def _centres(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return the positions in boxes, on one axis, of the centres of `counts` (N,) pixels from
+def _centers(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the positions in boxes, on one axis, of the centers of `counts` (N,) pixels from
     `first` (N,) on: low (N,) is at -1, high (N,) at 1. The rows of the result (N, largest count +
     1) continue outside of the box.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
-    sides = (high - low).clamp(min=1e-9)  # an empty box has no pixel centre
-    centres = ((first[:, None] + steps).float() + 0.5 - low[:, None]) / sides[:, None] * 2 - 1
-    return centres.where(steps < counts[:, None], OUTSIDE)
+    sides = (high - low).clamp(min=1e-9)  # an empty box has no pixel center
+    centers = ((first[:, None] + steps).float() + 0.5 - low[:, None]) / sides[:, None] * 2 - 1
+    return centers.where(steps < counts[:, None], OUTSIDE)

@@ -26,9 +26,7 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
 
 @triton.jit
 def cell_of(first, step, low, side, M: tl.constexpr):
-    """Return cell and remainder of a pixel's centre on one axis, with the operations of
-    `grid_sample` on a CPU.
-    """
+    """Return cell and remainder of a pixel's center on an axis, computed as by `grid_sample`."""
     place = tl.div_rn((first + step).to(tl.float32) + 0.5 - low, side) * 2.0 - 1.0
     place = tl.fma(place + 1.0, M / 2, -0.5)
     cell = tl.floor(place)
@@ -36,14 +34,7 @@ def cell_of(first, step, low, side, M: tl.constexpr):
 
 
 @triton.jit
-def paste_kernel(
-    MASKS,
-    BOXES,
-    REGIONS,
-    ENDS,
-    PIXELS,
-    M: tl.constexpr,
-):
+def paste_kernel(MASKS, BOXES, REGIONS, ENDS, PIXELS, M: tl.constexpr):
     """One program for every tl.num_programs(1)-th block of a mask's bytes."""
     index = tl.program_id(0)
     x = tl.load(REGIONS + index * 4).to(tl.int32)

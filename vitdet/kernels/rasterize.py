@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 
+@torch.library.custom_op("vitdet::rasterize", mutates_args=())
 def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Return which of the size x size cells of each RoI have their centre inside its outline: (R,
-    size, size) bool, on CUDA.
+    """Return which of the size x size cells of each RoI have their center inside its outline, i.e.
+    have a winding number other than zero: (R, size, size) bool, on CUDA.
 
     Args:
         edges: (E, 4) float32, x0, y0, x1, y1 in pixels.
@@ -26,33 +27,13 @@ def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
             (exclusive).
         boxes: (R, 4) float32 xyxy.
         size: cells per side.
-
-    A point is inside if the winding number is not zero. Raises ValueError for other shapes or
-    dtypes.
     """
-    for name, tensor, columns, kind in (
-        ("edges", edges, 4, torch.float32),
-        ("spans", spans, 2, torch.int64),
-        ("boxes", boxes, 4, torch.float32),
-    ):
-        if tensor.shape != (len(tensor), columns) or tensor.dtype != kind:
-            raise ValueError(
-                f"{name} must be (., {columns}) {kind}, got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-    if len(spans) != len(boxes):
-        raise ValueError(f"each box needs a span, got {len(boxes)} boxes and {len(spans)} spans")
-    return fill(edges, spans, boxes, size)
-
-
-@torch.library.custom_op("vitdet::rasterize", mutates_args=())
-def fill(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """`rasterize` by the Triton kernel."""
     from vitdet.kernels.rasterize_kernels import launch
 
     with torch.cuda.device_of(boxes):
         return launch(edges.contiguous(), spans.contiguous(), boxes.contiguous(), size)
 
 
-@fill.register_fake
+@rasterize.register_fake
 def _(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
     return boxes.new_empty(boxes.shape[0], size, size, dtype=torch.bool)

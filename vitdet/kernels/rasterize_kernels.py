@@ -16,18 +16,10 @@ def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Contiguous edges (E, 4), spans (R, 2), boxes (R, 4) -> (R, size, size) bool."""
     inside = torch.empty(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
     if inside.numel():
-        rasterize_kernel[(len(boxes), size)](
-            edges,
-            spans,
-            boxes,
-            inside,
-            SIZE=size,
-            COLUMNS=triton.next_power_of_2(size),
-            EDGES=EDGES,
-            num_warps=4,
-            # a fused a * b + c would round otherwise than torch
-            enable_fp_fusion=False,
-        )
+        sizes = {"SIZE": size, "COLUMNS": triton.next_power_of_2(size), "EDGES": EDGES}
+        # a fused a * b + c would round otherwise than torch
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        rasterize_kernel[(len(boxes), size)](edges, spans, boxes, inside, **sizes, **options)
     return inside
 
 
@@ -39,17 +31,9 @@ def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
 
 @triton.jit
 def rasterize_kernel(
-    edges,
-    spans,
-    boxes,
-    inside,
-    SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EDGES: tl.constexpr,
+    edges, spans, boxes, inside, SIZE: tl.constexpr, COLUMNS: tl.constexpr, EDGES: tl.constexpr
 ):
-    """One program per row of cells of a RoI: sums the directions of the edges that cross it left of
-    each cell's centre.
-    """
+    """One program per row of a RoI's cells: sums directions of edges that cross it left of each."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)
@@ -57,7 +41,7 @@ def rasterize_kernel(
     # detectron2: a box is at least a tenth of a pixel wide
     width = tl.maximum(tl.load(boxes + roi * 4 + 2) - left, 0.1)
     height = tl.maximum(tl.load(boxes + roi * 4 + 3) - top, 0.1)
-    centre = row.to(tl.float32) + 0.5
+    center = row.to(tl.float32) + 0.5
     column = tl.arange(0, COLUMNS)
     winding = tl.zeros((EDGES, COLUMNS), tl.int32)
     for start in range(first, last, EDGES):
@@ -67,15 +51,12 @@ def rasterize_kernel(
         y0 = in_cells(edges, edge * 4 + 1, exists, top, height, SIZE)
         x1 = in_cells(edges, edge * 4 + 2, exists, left, width, SIZE)
         y1 = in_cells(edges, edge * 4 + 3, exists, top, height, SIZE)
-        down, up = (y0 <= centre) & (y1 > centre), (y1 <= centre) & (y0 > centre)
+        down, up = (y0 <= center) & (y1 > center), (y1 <= center) & (y0 > center)
         direction = down.to(tl.int32) - up.to(tl.int32)
         rise = tl.where(y1 == y0, 1.0, y1 - y0)
-        crossing = x0 + tl.math.div_rn((centre - y0) * (x1 - x0), rise)
-        # the first cell whose centre is not left of the crossing
+        crossing = x0 + tl.math.div_rn((center - y0) * (x1 - x0), rise)
+        # the first cell whose center is not left of the crossing
         cell = tl.ceil(crossing - 0.5)
         winding += tl.where(cell[:, None] <= column[None, :].to(tl.float32), direction[:, None], 0)
-    tl.store(
-        inside + (roi * SIZE + row) * SIZE + column,
-        tl.sum(winding, axis=0) != 0,
-        mask=column < SIZE,
-    )
+    mask = column < SIZE
+    tl.store(inside + (roi * SIZE + row) * SIZE + column, tl.sum(winding, axis=0) != 0, mask=mask)

@@ -21,54 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align as torchvision_roi_align
-
-LEVELS = 5  # at most, of the kernels
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def roi_align(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    image: Tensor,
-    level: Tensor,
-    strides: Sequence[int],
-    bins: int,
-    sampling_ratio: int,
-) -> Tensor:
-    """Return the features of every RoI, (R, C, bins, bins), channels last in memory: aligned as in
-    Detectron2, for CUDA tensors.
-
-    Args:
-        features: 1 to 5 maps (B, C, h, w) of bfloat16, float16 or float32 (channels last is
-            fastest).
-        boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates give zeros and no gradient.
-        image: (R,) int64 in 0..B-1.
-        level: (R,) int64, the map to read; -1: zeros and no gradient.
-        strides: of the maps.
-        bins: per side.
-        sampling_ratio: points per bin and axis; 0: adaptive to the RoI's size, none if it ends
-            before it starts.
-
-    Raises:
-        ValueError: other numbers of maps, shapes or dtypes.
-    """
-    features = list(features)
-    if not 1 <= len(features) <= LEVELS or len(features) != len(strides):
-        raise ValueError(
-            f"roi_align takes 1 to {LEVELS} maps and a stride for each, "
-            f"got {len(features)} maps and {len(strides)} strides"
-        )
-    kinds = {one.dtype for one in features}
-    if len(kinds) > 1 or not kinds <= set(TYPES):
-        raise ValueError(f"maps must be of one type of {TYPES}, got {sorted(map(str, kinds))}")
-    if boxes.shape != (len(boxes), 4) or boxes.dtype != torch.float32:
-        raise ValueError(f"boxes must be (R, 4) float32, got {tuple(boxes.shape)} {boxes.dtype}")
-    return pool(features, boxes, image, level, list(strides), bins, sampling_ratio)
 
 
 @torch.library.custom_op("vitdet::roi_align", mutates_args=())
-def pool(
+def roi_align(
     features: Sequence[Tensor],
     boxes: Tensor,
     image: Tensor,
@@ -77,7 +33,20 @@ def pool(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """`roi_align` by the Triton kernel."""
+    """Return the features of every RoI, (R, C, bins, bins), channels last in memory: aligned as in
+    Detectron2, for CUDA tensors.
+
+    Args:
+        features: 1 to 5 maps (B, C, h, w) of bfloat16, float16 or float32 (channels last is
+            fastest), all of one dtype.
+        boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates give zeros and no gradient.
+        image: (R,) int64 in 0..B-1.
+        level: (R,) int64, the map to read; -1: zeros and no gradient.
+        strides: of the maps.
+        bins: per side.
+        ratio: points per bin and axis; 0: adaptive to the RoI's size, none if it ends before it
+            starts.
+    """
     from vitdet.kernels.roi_align_kernels import forward
 
     maps = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]
@@ -87,15 +56,15 @@ def pool(
     return found.permute(0, 3, 1, 2)
 
 
-@pool.register_fake
-def _(features: Sequence[Tensor], boxes: Tensor, *sizes: Any) -> Tensor:
-    bins = sizes[3]
+@roi_align.register_fake
+def _(features: Sequence[Tensor], boxes: Tensor, *given: Any) -> Tensor:
+    bins = given[3]
     out = features[0].new_empty(boxes.shape[0], bins, bins, features[0].shape[1])
     return out.permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("vitdet::roi_align_backward", mutates_args=())
-def pool_backward(
+def roi_align_backward(
     gradient: Tensor,
     boxes: Tensor,
     image: Tensor,
@@ -106,9 +75,7 @@ def pool_backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Return the gradients (B, C, h, w) of the maps, given that of the features (R, C, bins,
-    bins).
-    """
+    """Return the gradients (B, C, h, w) of the maps, given that of (R, C, bins, bins)."""
     from vitdet.kernels.roi_align_kernels import backward
 
     given = gradient.permute(0, 2, 3, 1).contiguous()
@@ -119,13 +86,12 @@ def pool_backward(
     return [one.permute(0, 3, 1, 2) for one in found]
 
 
-@pool_backward.register_fake
+@roi_align_backward.register_fake
 def _(gradient: Tensor, *given: Any) -> list[Tensor]:
     heights, widths, images = given[3:6]
-    return [
-        gradient.new_empty(images, height, width, gradient.shape[1]).permute(0, 3, 1, 2)
-        for height, width in zip(heights, widths, strict=True)
-    ]
+    sizes = zip(heights, widths, strict=True)
+    maps = [gradient.new_empty(images, *size, gradient.shape[1]) for size in sizes]
+    return [one.permute(0, 3, 1, 2) for one in maps]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,28 +102,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    return pool_backward(gradient, *ctx.saved_tensors, *ctx.sizes), *[None] * 6
+    return roi_align_backward(gradient, *ctx.saved_tensors, *ctx.sizes), *[None] * 6
 
 
-pool.register_autograd(_backward, setup_context=_setup)
-
-
-def reference(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    image: Tensor,
-    level: Tensor,
-    strides: Sequence[int],
-    bins: int,
-    sampling_ratio: int,
-) -> Tensor:
-    """`roi_align` for finite boxes, by torchvision in the precision of the maps."""
-    rois = torch.cat([image[:, None], boxes], dim=1).to(features[0].dtype)
-    found = features[0].new_zeros(len(boxes), features[0].shape[1], bins, bins)
-    for number, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        chosen = (level == number).nonzero().flatten()
-        pooled = torchvision_roi_align(
-            feature, rois[chosen], bins, 1 / stride, sampling_ratio, aligned=True
-        )
-        found = found.index_put((chosen,), pooled)
-    return found
+roi_align.register_autograd(_backward, setup_context=_setup)

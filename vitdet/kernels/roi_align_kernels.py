@@ -82,9 +82,7 @@ def backward(
 
 
 def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
-    """Return five maps (B, H, W, C), heights, widths and 1 / strides (the first one's for missing
-    levels), and the number of maps.
-    """
+    """Return five maps, heights, widths and 1 / strides (or the first's), and their number."""
     rows = [(one, *one.shape[1:3], 1 / stride) for one, stride in zip(maps, strides, strict=True)]
     rows += rows[:1] * (LEVELS - len(rows))
     return [value for column in zip(*rows, strict=True) for value in column] + [len(maps)]
@@ -137,9 +135,7 @@ def is_finite(x0, y0, x1, y1):
 
 @triton.jit
 def touched(start, end, length):
-    """Return the first and last of the cells 0..length-1 that points between start and end may
-    read.
-    """
+    """Return the first and last cell of 0..length-1 that points from start to end may read."""
     low, high = tl.minimum(start, end), tl.maximum(start, end)
     last = (length - 1).to(tl.float32)
     first = tl.minimum(tl.maximum(tl.floor(low), 0.0), last)
@@ -155,9 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the number of points of a bin of this size along an axis; none if it ends before it
-    starts.
-    """
+    """Return the points of a bin of this size along an axis; none if it ends before it starts."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:
@@ -166,8 +160,7 @@ def points_of(size, RATIO: tl.constexpr):
 
 @triton.jit
 def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
-    """Return the weight of each cell of an axis in each bin's mean, with broadcastable cells and
-    bins.
+    """Return the weight of each cell of an axis in each bin's mean; cells and bins are broadcast.
 
     A point between two cells reads both. Points up to a cell outside the map read the border cell,
     others nothing.
@@ -208,41 +201,12 @@ def add_product(total, matrix, values):
 
 @triton.jit(do_not_specialize=SIZES)
 def roi_align_forward(
-    f0,
-    f1,
-    f2,
-    f3,
-    f4,
-    h0,
-    h1,
-    h2,
-    h3,
-    h4,
-    w0,
-    w1,
-    w2,
-    w3,
-    w4,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
-    levels,
-    boxes,
-    image,
-    level,
-    out,
-    channels,
-    BINS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RATIO: tl.constexpr,
+    f0, f1, f2, f3, f4, h0, h1, h2, h3, h4, w0, w1, w2, w3, w4, s0, s1, s2, s3, s4, levels,
+    boxes, image, level, out, channels,
+    BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
     CHANNELS: tl.constexpr,
-):
-    """One program for ROWS rows of a RoI's bins and CHANNELS channels. f: maps, h, w: their sizes,
-    s: 1 / stride.
-    """
+):  # fmt: skip
+    """A program for ROWS rows of a RoI's bins, CHANNELS channels; f: maps (h, w), s: 1 / stride."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -269,9 +233,8 @@ def roi_align_forward(
                 at_cells = places(pixels, cell_y * width + cell_x, channel, channels)
                 mask = ((cell_y <= bottom) & (cell_x <= right))[:, None]
                 values = tl.load(at_cells, mask=mask & (channel < channels)[None, :], other=0.0)
-                across = weights(
-                    (x + side)[None, None, None, :], columns, x0, bin_width, width, RATIO
-                )
+                cells = (x + side)[None, None, None, :]
+                across = weights(cells, columns, x0, bin_width, width, RATIO)
                 matrix = tl.reshape(vertical * across, (ROWS * COLUMNS, SIDE * SIDE))
                 total = add_product(total, matrix, values)
     place = tl.arange(0, ROWS * COLUMNS)
@@ -283,44 +246,13 @@ def roi_align_forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def roi_align_backward(
-    f0,
-    f1,
-    f2,
-    f3,
-    f4,
-    h0,
-    h1,
-    h2,
-    h3,
-    h4,
-    w0,
-    w1,
-    w2,
-    w3,
-    w4,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
-    levels,
-    boxes,
-    order,
-    first,
-    gradient,
-    images,
-    channels,
-    BINS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RATIO: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROIS: tl.constexpr,
-):
-    """One program for a tile of a map's gradient and CHANNELS channels.
-
-    order (R,): RoIs sorted by image and level, first (B L + 1,): the start of each image and level
-    in it.
+    f0, f1, f2, f3, f4, h0, h1, h2, h3, h4, w0, w1, w2, w3, w4, s0, s1, s2, s3, s4, levels,
+    boxes, order, first, gradient, images, channels,
+    BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
+    CHANNELS: tl.constexpr, ROIS: tl.constexpr,
+):  # fmt: skip
+    """A program for a tile of a map's gradient, CHANNELS channels. order (R,): RoIs sorted by image
+    and level, first (B L + 1,): the start of each image and level in it.
     """
     # tile, image and level of this program
     tile = tl.program_id(0)
@@ -360,33 +292,20 @@ def roi_align_backward(
             one = tl.load(order + following)
             x0, y0, x1, y1 = extent(boxes, one, True, scale)
             bin_height, bin_width = tl.math.div_rn(y1 - y0, BINS), tl.math.div_rn(x1 - x0, BINS)
-            horizontal = weights(
-                (x + side)[None, :, None, None],
-                columns[None, None, None, :],
-                x0,
-                bin_width,
-                width,
-                RATIO,
-            )
+            cells, bins = (x + side)[None, :, None, None], columns[None, None, None, :]
+            horizontal = weights(cells, bins, x0, bin_width, width, RATIO)
             for row in range(0, BINS, ROWS):
                 low, high = rows_touched(row, y0, bin_height, height, BINS, ROWS)
                 if (low < y + SIDE) & (high >= y):
                     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
                     bin = (one * BINS + bin_y) * BINS + bin_x
                     mask = ((bin_y < BINS) & (bin_x < BINS))[:, None]
-                    values = tl.load(
-                        places(gradient, bin, channel, channels),
-                        mask=mask & (channel < channels)[None, :],
-                        other=0.0,
-                    )
-                    vertical = weights(
-                        (y + side)[:, None, None, None],
-                        (row + tl.arange(0, ROWS))[None, None, :, None],
-                        y0,
-                        bin_height,
-                        height,
-                        RATIO,
-                    )
+                    mask = mask & (channel < channels)[None, :]
+                    at_bins = places(gradient, bin, channel, channels)
+                    values = tl.load(at_bins, mask=mask, other=0.0)
+                    down_cells = (y + side)[:, None, None, None]
+                    rows = (row + tl.arange(0, ROWS))[None, None, :, None]
+                    vertical = weights(down_cells, rows, y0, bin_height, height, RATIO)
                     matrix = tl.reshape(vertical * horizontal, (SIDE * SIDE, ROWS * COLUMNS))
                     total = add_product(total, matrix, values)
             waiting = tl.where(waiting == following, end, waiting)

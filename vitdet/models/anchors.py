@@ -13,9 +13,7 @@ from torch import Tensor
 
 
 def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> list[tuple[float, ...]]:
-    """Return boxes (A, 4) xyxy around the origin with area side^2, one per ratio (height /
-    width).
-    """
+    """Return boxes (A, 4) xyxy around the origin of area side^2, one per ratio (height / width)."""
     found: list[tuple[float, ...]] = []
     for ratio in aspect_ratios:
         width = (side**2 / ratio) ** 0.5

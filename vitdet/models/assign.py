@@ -19,21 +19,16 @@ from torch.nn import functional as F
 BACKGROUND, IGNORE = -1, -2
 
 Match = Callable[[Iterable[Tensor], float, float], Tensor]
-# candidates (B, N) bool and how many of each image are wanted (B,) -> keys (B, N) of at least 0, of
-# which the largest win
+# candidates (B, N) bool, and their wanted number (B,) -> keys (B, N) >= 0, of which the largest win
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Overlaps(NamedTuple):
-    """Reductions of the IoUs, (..., N) each.
+    """Reductions of the IoUs, (..., N) each."""
 
-    best: the largest IoU of each box. truth: the first ground truth that has it. favourite: the
-    last ground truth of which the box has the largest IoU (ties included); below 0 for none.
-    """
-
-    best: Tensor
-    truth: Tensor
-    favourite: Tensor
+    best: Tensor  # the largest IoU of each box
+    truth: Tensor  # the first ground truth that has it
+    favorite: Tensor  # the last one whose largest IoU the box has (ties included), or below 0
 
 
 @torch.no_grad()
@@ -49,13 +44,11 @@ def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 @torch.no_grad()
 def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """`match`, but every box with the largest IoU of any ground truth is matched to the ground
-    truth of its own largest IoU.
-
-    As in Detectron2's RPN. (A ground truth that overlaps no box is ignored; in Detectron2 it would
-    turn all boxes of IoU 0 into foreground.)
+    truth of its own largest IoU, as in Detectron2's RPN (where a ground truth that overlaps no box
+    would turn all boxes of IoU 0 into foreground).
     """
     found = _overlaps(iou, 0.0)
-    return torch.where(found.favourite >= 0, found.truth, _by_threshold(found, low, high))
+    return torch.where(found.favorite >= 0, found.truth, _by_threshold(found, low, high))
 
 
 @torch.no_grad()
@@ -64,7 +57,7 @@ def match_keeping_best(iou: Iterable[Tensor], low: float, high: float) -> Tensor
     this ground truth, the last one if there are several. As in mmdet, in RPN and RoI heads.
     """
     found = _overlaps(iou, low)
-    return torch.where(found.favourite >= 0, found.favourite, _by_threshold(found, low, high))
+    return torch.where(found.favorite >= 0, found.favorite, _by_threshold(found, low, high))
 
 
 def _by_threshold(found: _Overlaps, low: float, high: float) -> Tensor:
@@ -73,13 +66,13 @@ def _by_threshold(found: _Overlaps, low: float, high: float) -> Tensor:
 
 
 def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
-    """Reduce all blocks (..., G, N); only IoUs of at least `least` count for `favourite`."""
+    """Reduce all blocks (..., G, N); only IoUs of at least `least` count for `favorite`."""
     found, start = None, 0
     for block in iou:
         # without ground truths: a dummy that overlaps no box
         rows = block if block.shape[-2] else F.pad(block, (0, 0, 0, 1))
         best, index = rows.max(dim=-2)
-        one = _Overlaps(best, index + start, _favourites(rows, start, least))
+        one = _Overlaps(best, index + start, _favorites(rows, start, least))
         found = one if found is None else _larger(found, one)
         start += block.shape[-2]
     assert found is not None, "no block of IoUs"
@@ -88,17 +81,13 @@ def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
 
 def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
     better = later.best > found.best
-    return _Overlaps(
-        torch.where(better, later.best, found.best),
-        torch.where(better, later.truth, found.truth),
-        torch.maximum(found.favourite, later.favourite),
-    )
+    truth = torch.where(better, later.truth, found.truth)
+    best = torch.where(better, later.best, found.best)
+    return _Overlaps(best, truth, torch.maximum(found.favorite, later.favorite))
 
 
-def _favourites(iou: Tensor, start: int, least: float) -> Tensor:
-    """Return (..., N): the last ground truth, counted from `start`, of which each box has the
-    largest IoU, at least `least`.
-    """
+def _favorites(iou: Tensor, start: int, least: float) -> Tensor:
+    """Return (..., N): the last ground truth whose largest IoU, at least `least`, a box has."""
     if least == math.inf or iou.shape[-1] == 0:
         return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
     top = iou.amax(dim=-1, keepdim=True)
@@ -108,16 +97,12 @@ def _favourites(iou: Tensor, start: int, least: float) -> Tensor:
 
 
 class Sampled(NamedTuple):
-    """Sampled boxes in slots, foreground first, then background.
+    """Sampled boxes in slots, foreground first, then background."""
 
-    Indices of the `chosen` boxes (B, S); (B, S) bool: which slots are foreground, and which are
-    filled. Foreground is in the first `most` slots.
-    """
-
-    chosen: Tensor
-    foreground: Tensor
-    filled: Tensor
-    most: int
+    chosen: Tensor  # (B, S), indices of boxes
+    foreground: Tensor  # (B, S) bool
+    filled: Tensor  # (B, S) bool
+    most: int  # foreground is in the first `most` slots
 
 
 @torch.no_grad()

@@ -43,11 +43,19 @@ def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
     return x[:, :height, :width]
 
 
-def table_for(table: Tensor, size: int) -> Tensor:
-    """Return the table of relative positions (2 K - 1, d) for an axis of `size` tokens: (2 size -
-    1, d).
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """(B, H, W, 3 h d) -> queries, keys and values (B, h, N, d)."""
+    return rearrange(qkv, "b h w (three n d) -> three b n (h w) d", three=3, n=heads).unbind()
 
-    A table of another size is interpolated linearly (Detectron2: get_rel_pos).
+
+def join_heads(y: Tensor, height: int) -> Tensor:
+    """(B, h, N, d) -> (B, H, W, h d)."""
+    return rearrange(y, "b n (h w) d -> b h w (n d)", h=height)
+
+
+def table_for(table: Tensor, size: int) -> Tensor:
+    """Return the table of relative positions (2 K - 1, d), interpolated linearly to (2 size - 1, d)
+    for an axis of `size` tokens (Detectron2: get_rel_pos).
     """
     if len(table) == 2 * size - 1:
         return table
@@ -56,20 +64,31 @@ def table_for(table: Tensor, size: int) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Return the table's rows for every query and key of an axis of `size` tokens: (size, size,
-    d).
-    """
+    """Return the table's rows for each query and key of `size` tokens: (size, size, d)."""
     # Query i sees the rows from i on, the last of them for key 0. Windows of the table's rows have
     # a backward pass that sorts no indices.
     return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
-def in_half(x: Tensor) -> bool:
-    """Return whether a linear layer computes this tensor in half precision on a GPU, directly or by
-    autocast.
+def widen(
+    q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, height: int, width: int, scaled: bool
+) -> tuple[Tensor, Tensor]:
+    """Widen queries and keys (B, h, N, d) to (B, h, N, d + H + W, zero-padded), whose products are
+    the logits. rel_h, rel_w (2 K - 1, d); `scaled`: apply them to the scaled query.
     """
-    cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
-    return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
+    scaled_q = q * q.shape[-1] ** -0.5
+    grid = rearrange(scaled_q if scaled else q, "b n (h w) d -> b n h w d", h=height)
+    rows = relative_positions(rel_h, height).to(q.dtype)
+    columns = relative_positions(rel_w, width).to(q.dtype)
+    along_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rows).flatten(2, 3)
+    along_w = torch.einsum("bnhwd,wkd->bnhwk", grid, columns).flatten(2, 3)
+    eye_h, eye_w = (torch.eye(side, dtype=k.dtype, device=k.device) for side in (height, width))
+    one_hot = torch.cat([eye_h.repeat_interleave(width, dim=0), eye_w.repeat(height, 1)], dim=1)
+    spare = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % WIDTH
+    one_hot = F.pad(one_hot, (0, spare)).expand(*k.shape[:2], -1, -1)
+    zeros = [q.new_zeros(1).expand(*q.shape[:3], spare)] if spare else []
+    query = torch.cat([scaled_q, along_h.to(q.dtype), along_w.to(q.dtype), *zeros], dim=-1)
+    return query, torch.cat([k, one_hot], dim=-1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -82,6 +101,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if query.device.type == "cpu":
         return (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=query.dtype) @ value
     return F.scaled_dot_product_attention(query, key, value, scale=1.0)
+
+
+def in_half(x: Tensor) -> bool:
+    """Return whether a linear layer computes x in half precision on a GPU, also by autocast."""
+    cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+    return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 
 
 class Attention(nn.Module):
@@ -104,9 +129,7 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
     def forward(self, x: Tensor, window: int = 0) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side, or (0) among
-        all tokens.
-        """
+        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side (0: none)."""
         height, width, channels = x.shape[1:]
         if kernels.enabled(x) and in_half(x) and fused.fits(width, window, channels // self.heads):
             return self.attend_fused(x, window)
@@ -117,49 +140,16 @@ class Attention(nn.Module):
     def attend_fused(self, x: Tensor, window: int) -> Tensor:
         """Attention by the Triton kernels, on the unpadded grid."""
         height, width = x.shape[1:3]
-        y = fused.attention(
-            self.qkv(x).flatten(1, 2),
-            self.qkv.bias,
-            table_for(self.rel_pos_h, window or height),
-            table_for(self.rel_pos_w, window or width),
-            height=height,
-            width=width,
-            heads=self.heads,
-            window=window,
-            scaled=self.scaled_rel_pos,
-        )
+        rel_h = table_for(self.rel_pos_h, window or height)
+        rel_w = table_for(self.rel_pos_w, window or width)
+        sizes = [height, width, self.heads, window, int(self.scaled_rel_pos)]
+        y, _ = fused.attention(self.qkv(x).flatten(1, 2), self.qkv.bias, rel_h, rel_w, sizes)
         return self.proj(y.unflatten(1, (height, width)))
 
     def attend_widened(self, x: Tensor) -> Tensor:
         """Attention in plain torch, among all tokens."""
         height, width = x.shape[1:3]
-        q, k, v = rearrange(
-            self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads
-        )
-        query, key = self.with_positions(q, k, height, width)
-        y = attend(query, key, v)
-        return self.proj(rearrange(y, "b n (h w) d -> b h w (n d)", h=height))
-
-    def with_positions(
-        self, q: Tensor, k: Tensor, height: int, width: int
-    ) -> tuple[Tensor, Tensor]:
-        """Widen queries and keys (B, h, N, d) to (B, h, N, d + H + W, zero-padded), whose inner
-        products are the logits.
-        """
-        scaled = q * q.shape[-1] ** -0.5
-        grid = rearrange(scaled if self.scaled_rel_pos else q, "b n (h w) d -> b n h w d", h=height)
-        rows = relative_positions(self.rel_pos_h, height).to(q.dtype)
-        columns = relative_positions(self.rel_pos_w, width).to(q.dtype)
-        rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rows).flatten(2, 3)
-        rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, columns).flatten(2, 3)
-        one_hot_h = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(
-            width, dim=0
-        )
-        one_hot_w = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
-        spare = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % WIDTH
-        zeros = [q.new_zeros(1).expand(*q.shape[:3], spare)] if spare else []
-        one_hot = F.pad(torch.cat([one_hot_h, one_hot_w], dim=1), (0, spare)).expand(
-            *k.shape[:2], -1, -1
-        )
-        query = torch.cat([scaled, rel_h.to(q.dtype), rel_w.to(q.dtype), *zeros], dim=-1)
-        return query, torch.cat([k, one_hot], dim=-1)
+        q, k, v = split_heads(self.qkv(x), self.heads)
+        tables = self.rel_pos_h, self.rel_pos_w
+        query, key = widen(q, k, *tables, height, width, self.scaled_rel_pos)
+        return self.proj(join_heads(attend(query, key, v), height))

@@ -46,9 +46,7 @@ class BoxHead(nn.Module):
         init_predictor(self.deltas, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, C, 7, 7) -> logits (R, K + 1) and deltas (R, K, 4), or (R, 1, 4) if
-        class-agnostic.
-        """
+        """(R, C, 7, 7) -> logits (R, K + 1), deltas (R, K, 4), or (R, 1, 4) if class-agnostic."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
         hidden = pooled.flatten(1)

@@ -7,7 +7,7 @@ are numbers, not a tensor, to avoid a copy to the GPU in every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,39 +15,33 @@ from torch import Tensor
 MAX_LOG_SCALE = math.log(1000 / 16)  # maximum growth of a side in one step
 PAIRS = 2**22  # pairs of boxes compared at a time: 130 MB
 
-Weights = tuple[float, float, float, float]
 
-
-def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
-    """Return deltas (..., 4) that transform boxes to targets: centre offsets / box sides, log side
+def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return deltas (..., 4) that transform boxes to targets: center offsets / box sides, log side
     ratios, times weights.
     """
     size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
-    centre, target_centre = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
-    deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=-1)
-    return torch.stack(
-        [one * weight for one, weight in zip(deltas.unbind(-1), weights, strict=True)], dim=-1
-    )
+    center, target_center = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
+    deltas = torch.cat([(target_center - center) / size, torch.log(target_size / size)], dim=-1)
+    columns = zip(deltas.unbind(-1), weights, strict=True)
+    return torch.stack([one * weight for one, weight in columns], dim=-1)
 
 
-def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float) -> Tensor:
+def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scale: float) -> Tensor:
     """Inverse of `encode`, in float32: boxes (..., 4) and deltas (..., 4), or (..., K, 4) with K
     sets per box.
 
     The logarithm of a side changes by at most MAX_LOG_SCALE and at least `min_log_scale`.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-    columns = deltas.to(boxes.dtype).unbind(-1)
-    deltas = torch.stack(
-        [one / weight for one, weight in zip(columns, weights, strict=True)], dim=-1
-    )
+    columns = zip(deltas.to(boxes.dtype).unbind(-1), weights, strict=True)
+    deltas = torch.stack([one / weight for one, weight in columns], dim=-1)
     if deltas.dim() > boxes.dim():
         boxes = boxes.unsqueeze(-2)
     size = boxes[..., 2:] - boxes[..., :2]
-    centre = boxes[..., :2] + 0.5 * size
-    new_centre = deltas[..., :2] * size + centre
-    new_size = torch.exp(deltas[..., 2:].clamp(min_log_scale, MAX_LOG_SCALE)) * size
-    return torch.cat([new_centre - 0.5 * new_size, new_centre + 0.5 * new_size], dim=-1)
+    center = deltas[..., :2] * size + (boxes[..., :2] + 0.5 * size)
+    half = 0.5 * (torch.exp(deltas[..., 2:].clamp(min_log_scale, MAX_LOG_SCALE)) * size)
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -78,9 +72,7 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
-    """Yield `pairwise_iou` in at least one block of rows G, each of at most PAIRS pairs (or one
-    row).
-    """
+    """Yield `pairwise_iou` in blocks of rows G, at least one, of at most PAIRS pairs (or a row)."""
     images = first.shape[:-2].numel()
     for rows in first.split(max(1, PAIRS // max(images * second.shape[-2], 1)), dim=-2):
         yield pairwise_iou(rows, second)
@@ -88,17 +80,14 @@ def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
     """Return the rows of (B, N, ...) at the indices (B, S) of each image: (B, S, ...)."""
-    return rows.gather(
-        1, index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
-    )
+    index = index.view(*index.shape, *[1] * (rows.dim() - 2))
+    return rows.gather(1, index.expand(-1, -1, *rows.shape[2:]))
 
 
 def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Return the `num` largest of scores (B, N) and their indices, (B, num) each, sorted; ties
-    ordered by index.
-
-    (`topk` leaves the order of ties open, and it differs between devices.) Which of several scores
-    equal to the last one are included is not specified.
+    ordered by index (`topk` leaves that to the device). Which of several scores equal to the last
+    one are included is not specified.
     """
     index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
     best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)

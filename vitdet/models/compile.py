@@ -18,16 +18,13 @@ from vitdet.models.layers import Blocks
 
 
 def compile_parts(detector: Detector) -> None:
-    """Compile the blocks of the backbone, the pyramid and the heads in place, for fixed sizes of
-    images and batches.
-
-    Compilation takes place at the first call. Random numbers are those of the uncompiled parts.
+    """Compile the backbone's blocks, the pyramid and the heads in place, for fixed sizes of images
+    and batches, at their first call. Random numbers are those of the uncompiled parts.
     """
     torch._inductor.config.fallback_random = True
     # levels and heads are called with other shapes in training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    # einops caches tensor types, and compiled code would be recompiled when
-    # there is another one
+    # einops caches tensor types, and code would be compiled again when there is another one
     for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1)), np.zeros(1)):
         rearrange(tensor, "a -> a")
     for part in parts(detector):

@@ -51,17 +51,13 @@ class Detector(nn.Module):
         targets: Targets | Sequence[Target] | None = None,
         sizes: Tensor | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
-        """Compute losses or detections of images (B, 3, S, S) RGB 0..255.
+        """Return losses if targets are given, else Detections per image, in pixels of the canvas.
 
         Args:
             images: (B, 3, S, S), RGB 0..255.
             targets: ground truth in pixels of the canvas; None: detect.
             sizes: (B, 2) int, (height, width) of the image in the top left of each canvas; None:
                 all of the canvas.
-
-        Returns:
-            A dict of losses if targets are given, else Detections per image, in pixels of the
-            canvas.
         """
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
@@ -71,10 +67,8 @@ class Detector(nn.Module):
         if not isinstance(targets, Targets):
             targets = Targets.of(targets)
         proposals = self.rpn.propose(found, sizes, self.rpn.top_train)
-        return {
-            **self.roi_heads.losses(features, proposals, targets, sizes),
-            **self.rpn.losses(found, targets),
-        }
+        losses = self.roi_heads.losses(features, proposals, targets, sizes)
+        return losses | self.rpn.losses(found, targets)
 
     def features(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Anchored]:
         """Return the maps of the pyramid and the predictions of the region proposal network."""
@@ -91,9 +85,7 @@ class Detector(nn.Module):
         return self.roi_heads.finish(*self.find(images, sizes))
 
     def find(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Scored, Found]:
-        """Return the detections in slots, and the inputs of `RoIHeads.finish`; does not synchronize
-        with a GPU.
-        """
+        """Return slots of detections and the inputs of `RoIHeads.finish`; does not synchronize."""
         features, proposals = self.propose(images, sizes)
         return features, *self.roi_heads.find(features, proposals, sizes)
 
@@ -104,9 +96,7 @@ class Detector(nn.Module):
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalize to zero mean and unit deviation; 0 in the padding, as in Detectron2, which pads
-        afterwards.
-        """
+        """Normalize to zero mean and unit deviation; 0 in the padding, as in Detectron2."""
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes[:, :1]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]

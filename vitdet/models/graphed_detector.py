@@ -1,6 +1,4 @@
-"""Detection as CUDA graphs (see `vitdet.kernels.cuda_graph`), if supported by detector and
-device.
-"""
+"""Detection as CUDA graphs (`vitdet.kernels.cuda_graph`), if detector and device support it."""
 
 from __future__ import annotations
 
@@ -26,8 +24,7 @@ Output = tuple[list[Tensor], Scored, Found, Tensor | None]
 
 
 class GraphedDetector:
-    """A detector whose inference is recorded as a CUDA graph for each batch shape; without a GPU,
-    the detector itself.
+    """A detector whose inference is recorded as a CUDA graph for each batch shape on a GPU.
 
     Weights may change. If they move in memory (to another device, for example), or if the mode or a
     limit of the number of detections (`Detector.limits`) changes, all graphs are recorded again. It
@@ -62,9 +59,7 @@ class GraphedDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Return the detections of images (B, 3, S, S), sorted by score; sizes (B, 2) as in
-        `Detector.forward`.
-        """
+        """Return the detections of images (B, 3, S, S); sizes (B, 2) as in `Detector.forward`."""
         if isinstance(self.detector, Detector) and enabled(images):
             with self.lock:
                 found = self.replay(images, sizes)
@@ -74,13 +69,10 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Detect by a graph; None if it cannot be recorded. Uses as many candidates as needed
-        (`Found.exact`).
-        """
+        """Detect by a graph, with as many candidates as needed; None if it cannot be recorded."""
         detector = self.detector
         assert isinstance(detector, Detector)
-        tensors = chain(detector.parameters(), detector.buffers())
-        places = (tensor.data_ptr() for tensor in tensors)
+        places = (one.data_ptr() for one in chain(detector.parameters(), detector.buffers()))
         state = (int(detector.training), *detector.limits(), *places)
         if state != self.state:
             self.graph, self.state, self.refused = CudaGraph(), state, set()
@@ -92,19 +84,13 @@ class GraphedDetector:
                 self.graph.record(self.find, images, sizes)
             except NotRecorded as error:
                 self.refused.add(shape)
-                log.info(
-                    "detection in batches of %d images (%d x %d pixels) runs without a CUDA graph: "
-                    "%s",
-                    shape[0],
-                    *shape[2:],
-                    error,
-                )
+                batch = f"{shape[0]} images ({shape[2]} x {shape[3]} pixels)"
+                log.info("detection in batches of %s runs without a CUDA graph: %s", batch, error)
                 return None
         features, scored, found, masks = self.graph(images, sizes)
         if not bool(found.exact.all()):
             with self.context():
                 return detector.roi_heads.finish(features, scored, found)
         own = Found(*(tensor.clone() for tensor in found))
-        # waits for the copies, so that the next call, in whatever stream, may overwrite the
-        # originals
+        # waits for the copies, so that the next call, in any stream, may overwrite the originals
         return detections(own, None if masks is None else masks.clone())

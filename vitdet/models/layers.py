@@ -36,7 +36,6 @@ class ConvNorm(nn.Module):
         self.norm = LayerNorm2d(out_channels, eps=eps) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W)."""
         return self.norm(self.conv(x))
 
 
@@ -53,14 +52,11 @@ class Deconv2x2(nn.ConvTranspose2d):
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
-        """(B, C, H, W) -> (B, C', 2H, 2W)."""
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        # Channels stay innermost in memory, as they come from the tokens and as the next layers
-        # want them.
-        return rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2).permute(
-            0, 3, 1, 2
-        )
+        # channels stay innermost in memory, as they come from the tokens
+        pixels = rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2)
+        return pixels.permute(0, 3, 1, 2)
 
 
 class Blocks(nn.ModuleList):
@@ -73,7 +69,6 @@ class Blocks(nn.ModuleList):
     checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
         for block in self:
             if self.checkpointing and torch.is_grad_enabled():
                 again = partial(_contexts, block)
@@ -106,18 +101,14 @@ class DropPath(nn.Module):
         return x * (kept / self.keep).to(x.dtype)
 
 
-def _contexts(
-    block: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts of the first computation of a block and of its recomputation."""
     return nullcontext(), _other_statistics(block)
 
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Update copies of the running statistics of BatchNorms, as the first pass has already updated
-    them.
-    """
+    """Update copies of the BatchNorms' statistics, which the first pass has updated already."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()

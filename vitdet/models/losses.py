@@ -32,8 +32,7 @@ def federated_classes(
     odds = F.pad(weights.float(), (0, 1))
     present = torch.zeros_like(odds).index_add(0, labels, here.to(odds.dtype)) > 0
     odds = torch.where(present, 0.0, odds)
-    # the largest of odds / exponential noise are a draw without replacement (as
-    # torch.multinomial's)
+    # the largest of odds / exponential noise: a draw without replacement, as torch.multinomial's
     keys = odds / torch.empty_like(odds).exponential_() if draw else odds
     rank = keys.argsort(descending=True, stable=True).argsort()
     return present | ((rank < num - present.sum()) & (odds > 0))
@@ -42,9 +41,7 @@ def federated_classes(
 def federated_classification(
     logits: Tensor, labels: Tensor, classes: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Sigmoid cross-entropy of logits (R, K + 1) over the chosen classes (K + 1,) bool, summed,
-    divided by R.
-    """
+    """Summed sigmoid cross-entropy of logits (R, K + 1) over the classes (K + 1,) bool, over R."""
     logits = at_least_float32(logits[:, :-1])
     truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
@@ -64,9 +61,7 @@ def objectness(
 def box_l1(
     deltas: Tensor, targets: Tensor, number: int | Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """L1 distance of deltas (..., 4) and targets, summed, divided by `number` (by 1 if that is
-    0).
-    """
+    """L1 distance of deltas (..., 4) and targets, summed, divided by `number` (at least 1)."""
     loss = (at_least_float32(deltas) - targets).abs().sum(dim=-1)
     return _sum(loss, counts) / torch.as_tensor(number).clamp(min=1)
 
@@ -95,9 +90,7 @@ class SoftmaxClassification(nn.Module):
         super().__init__()
         self.num_classes = num_classes
 
-    def loss(self, logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of logits (R, K + 1) and labels (R,)."""
-        return classification(logits, labels, counts)
+    loss = staticmethod(classification)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., K + 1) -> (..., K), without the background."""

@@ -1,9 +1,7 @@
 """The mask head and its training targets.
 
-He et al. (1703.06870); 4 convolutions with LN and one deconvolution, as in Detectron2's ViTDet
-configs.
-Letters: R RoIs, G ground truths, E edges, P pairs of a RoI and an edge of its outline, K classes, s
-x s cells of a mask (28).
+He et al. (1703.06870); convolutions with LN and one deconvolution, as in Detectron2's ViTDet.
+Letters: R RoIs, E edges, P pairs of a RoI and an edge of its outline, K classes.
 """
 
 from __future__ import annotations
@@ -39,9 +37,7 @@ class MaskHead(nn.Module):
         init_predictor(self.logits, std=0.001)
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Features (R, C, 14, 14) and labels (R,) in 0..K-1 -> logits (R, 28, 28) of each RoI's
-        class.
-        """
+        """Features (R, C, 14, 14), labels (R,) in 0..K-1 -> logits (R, 28, 28) of each class."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
         pixels = F.relu(self.deconv(pooled)).permute(0, 2, 3, 1)
@@ -61,12 +57,10 @@ def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
 
 
 def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
-    """Rasterize R outlines in boxes (R, 4): (R, size, size) bool, whether a cell's centre is
-    inside.
+    """Rasterize R outlines in boxes (R, 4): (R, size, size) bool, the cells with center inside.
 
-    A cell is inside if the winding number is not zero, i.e. if the edges that cross its row to its
-    left do not cancel. Each edge adds its direction at the first cell right of its crossing; a
-    cumulative sum spreads it.
+    A cell is inside if the edges that cross its row to its left do not cancel. Each edge adds its
+    direction at the first cell right of its crossing; a cumulative sum spreads it.
     """
     first, last = masks.spans.unbind(1)
     ends = (last - first).cumsum(0)
@@ -80,10 +74,8 @@ def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
 
 
 def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None:
-    """Add to steps (R, size, size + 1) the directions of edges (P, 4), each relative to the box roi
-    (P,) of (R, 4).
-
-    Sums of integers are exact in any order.
+    """Add to steps (R, size, size + 1) the directions of edges (P, 4), which are integers, each
+    relative to the box roi (P,) of (R, 4).
     """
     size = steps.shape[1]
     low = boxes[:, :2]

@@ -1,5 +1,4 @@
-"""Simple feature pyramid: every level is computed from the last map of the backbone, without
-lateral connections.
+"""Simple feature pyramid: every level is computed from the last map of the backbone.
 
 Li et al. (2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
 deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
@@ -39,9 +38,8 @@ class SimpleFeaturePyramid(nn.Module):
         self.out_channels = out_channels
         self.strides = [int(stride / scale) for scale in (*scales, scales[-1] / 2)]
         shrink = 2 if halve_channels else 1
-        self.levels = nn.ModuleList(
-            _level(in_channels, out_channels, scale, shrink, eps) for scale in scales
-        )
+        levels = [_level(in_channels, out_channels, scale, shrink, eps) for scale in scales]
+        self.levels = nn.ModuleList(levels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, C, h, w) -> maps (B, D, ., .), finest first."""
@@ -53,23 +51,18 @@ def _level(
     in_channels: int, out_channels: int, scale: float, shrink: int, eps: float
 ) -> nn.Sequential:
     resample, channels = _resample(in_channels, scale, shrink)
-    convs = (
-        ConvNorm(channels, out_channels, 1, norm=True, eps=eps),
-        ConvNorm(out_channels, out_channels, 3, norm=True, eps=eps),
+    lateral = ConvNorm(channels, out_channels, 1, norm=True, eps=eps)
+    return nn.Sequential(
+        *resample, lateral, ConvNorm(out_channels, out_channels, 3, norm=True, eps=eps)
     )
-    return nn.Sequential(*resample, *convs)
 
 
 def _resample(dim: int, scale: float, shrink: int) -> tuple[list[nn.Module], int]:
     """The layers that bring the map to its scale, and the channels that leave them."""
     inner, last = dim // shrink, dim // shrink**2
     if scale == 4.0:
-        return [
-            Deconv2x2(dim, inner),
-            LayerNorm2d(inner, eps=NORM_EPS),
-            nn.GELU(),
-            Deconv2x2(inner, last),
-        ], last
+        norm = LayerNorm2d(inner, eps=NORM_EPS)
+        return [Deconv2x2(dim, inner), norm, nn.GELU(), Deconv2x2(inner, last)], last
     if scale == 2.0:
         return [Deconv2x2(dim, inner)], inner
     if scale == 1.0:

@@ -1,7 +1,6 @@
 """RoI heads: proposals -> classes and boxes through one or several stages, then masks.
 
-Mask R-CNN is a cascade of one stage (He et al. 1703.06870; Cai & Vasconcelos 1712.00726); without
-the mask head they are Faster R-CNN and Cascade R-CNN. Numbers as in Detectron2's ViTDet configs.
+He et al. 1703.06870; Cai & Vasconcelos 1712.00726. Numbers as in Detectron2's ViTDet configs.
 Letters: B images, S slots for boxes of an image, R RoIs (of all images together), N proposals, D
 detections, K classes, G ground truths.
 """
@@ -19,16 +18,7 @@ from vitdet.kernels.nms import nms
 from vitdet.models.assign import BACKGROUND, IGNORE, Choose, Match, choose_randomly, sample
 from vitdet.models.box_head import BINS as BOX_BINS
 from vitdet.models.box_head import BoxHead
-from vitdet.models.boxes import (
-    Weights,
-    clip,
-    decode,
-    encode,
-    iou_blocks,
-    largest,
-    nonempty,
-    pick,
-)
+from vitdet.models.boxes import clip, decode, encode, iou_blocks, largest, nonempty, pick
 from vitdet.models.layers import scale_gradient
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification, box_l1, mask_bce
 from vitdet.models.mask_head import BINS as MASK_BINS
@@ -44,15 +34,11 @@ CANDIDATES = 2000  # pairs of box and class before NMS; all if too few detection
 
 
 class Assigned(NamedTuple):
-    """Boxes (B, S, 4) and the ground truth (B, S) assigned to each, BACKGROUND, or IGNORE in an
-    empty slot.
+    """Boxes with the ground truths assigned to them."""
 
-    Foreground is in the first `most` slots of an image.
-    """
-
-    boxes: Tensor
-    matched: Tensor
-    most: int
+    boxes: Tensor  # (B, S, 4)
+    matched: Tensor  # (B, S): ground truth, BACKGROUND, or IGNORE in an empty slot
+    most: int  # foreground is in the first `most` slots of an image
 
     @property
     def filled(self) -> Tensor:
@@ -61,25 +47,21 @@ class Assigned(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Slots of detections, sorted by score: boxes (B, D, 4), scores (B, D), labels (B, D), filled
-    (B, D) bool; exact (B,) bool: whether more candidates would give the same detections.
-    """
+    """Slots of detections, sorted by score."""
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    filled: Tensor
-    exact: Tensor
+    boxes: Tensor  # (B, D, 4)
+    scores: Tensor  # (B, D)
+    labels: Tensor  # (B, D)
+    filled: Tensor  # (B, D) bool
+    exact: Tensor  # (B,) bool: whether more candidates would give the same detections
 
 
 class Scored(NamedTuple):
-    """Results of the stages: boxes (B, N, K or 1, 4) of the last, mean scores (B, N, K) of all, and
-    which slots are filled (B, N) bool.
-    """
+    """Results of the stages."""
 
-    boxes: Tensor
-    scores: Tensor
-    filled: Tensor
+    boxes: Tensor  # (B, N, K or 1, 4), of the last stage
+    scores: Tensor  # (B, N, K), mean of all stages
+    filled: Tensor  # (B, N) bool
 
 
 class RoIHeads(nn.Module):
@@ -120,22 +102,13 @@ class RoIHeads(nn.Module):
         self.samples, self.positive_fraction = samples, positive_fraction
         self.mask_samples, self.max_detections = mask_samples, max_detections
         self.score_threshold, self.nms_iou = score_threshold, nms_iou
-        x, y, width, height = WEIGHTS
-        self.weights: list[Weights] = [
-            (x * factor, y * factor, width * factor, height * factor)
-            for factor in range(1, len(stages) + 1)
-        ]
+        numbers = range(1, len(stages) + 1)
+        self.weights = [tuple(one * number for one in WEIGHTS) for number in numbers]
 
     def losses(
-        self,
-        features: Sequence[Tensor],
-        proposals: Proposals,
-        targets: Targets,
-        sizes: Tensor,
+        self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
     ) -> dict[str, Tensor]:
-        """Return loss_cls and loss_box_reg (with several stages named _stage0...), and loss_mask
-        with a mask head.
-        """
+        """Return loss_cls, loss_box_reg (of several stages: _stage0...) and loss_mask, if any."""
         found = {}
         assigned = self.sample(proposals.boxes, proposals.filled, targets)
         if self.mask is not None:
@@ -145,9 +118,8 @@ class RoIHeads(nn.Module):
             logits, deltas = self.run_stage(stage, features, assigned.boxes, filled)
             suffix = f"_stage{stage}" if len(self.stages) > 1 else ""
             labels = self.labels(assigned, targets)
-            found[f"loss_cls{suffix}"] = self.classification.loss(
-                logits.flatten(0, 1), labels.flatten(), filled.flatten()
-            )
+            flat = logits.flatten(0, 1), labels.flatten(), filled.flatten()
+            found[f"loss_cls{suffix}"] = self.classification.loss(*flat)
             found[f"loss_box_reg{suffix}"] = self.box_loss(stage, deltas, labels, assigned, targets)
             if stage + 1 < len(self.stages):
                 refined = self.decode(stage, assigned.boxes, deltas.detach()[:, :, 0])
@@ -158,17 +130,13 @@ class RoIHeads(nn.Module):
         self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
     ) -> tuple[Scored, Found]:
         """Return the slots of detections, from CANDIDATES; boxes in pixels of the canvas, clipped
-        to sizes (B, 2).
-
-        Does not synchronize with a GPU.
+        to sizes (B, 2). Does not synchronize with a GPU.
         """
         scored = self.refine(features, proposals, sizes)
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """Return the detections, sorted by score; uses more candidates where too few entered
-        NMS.
-        """
+        """Return the detections, sorted by score, from more candidates where too few were used."""
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -189,17 +157,12 @@ class RoIHeads(nn.Module):
     def run_stage(
         self, stage: int, features: Sequence[Tensor], boxes: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return logits (B, S, K + 1) and deltas (B, S, K or 1, 4) of boxes (B, S, 4); undefined in
-        empty slots.
-        """
-
-        def head(pooled: Tensor) -> tuple[Tensor, Tensor]:
-            if len(self.stages) > 1:
-                pooled = scale_gradient(pooled, 1 / len(self.stages))
-            return self.stages[stage](pooled)
-
+        """Boxes (B, S, 4) -> logits (B, S, K + 1), deltas (B, S, K or 1, 4), undefined if empty."""
         slots = used(filled)
-        logits, deltas = head(self.pool(features, boxes, filled, slots, BOX_BINS))
+        pooled = self.pool(features, boxes, filled, slots, BOX_BINS)
+        if len(self.stages) > 1:
+            pooled = scale_gradient(pooled, 1 / len(self.stages))
+        logits, deltas = self.stages[stage](pooled)
         return spread(logits, slots, filled), spread(deltas, slots, filled)
 
     def pool(
@@ -217,9 +180,7 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
-        """Sample foreground, then background, from the proposals (B, N, 4) and the ground truths
-        themselves.
-        """
+        """Sample foreground, then background, of proposals (B, N, 4) and ground truths."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
         # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
@@ -248,14 +209,10 @@ class RoIHeads(nn.Module):
     def box_loss(
         self, stage: int, deltas: Tensor, labels: Tensor, assigned: Assigned, targets: Targets
     ) -> Tensor:
-        """L1 loss of the foreground boxes' deltas (of their class), divided by the number of all
-        boxes.
-        """
-        boxes, matched, most = assigned
-        number = assigned.filled.sum()
-        boxes, matched, labels, deltas = (
-            rows[:, :most] for rows in (boxes, matched, labels, deltas)
-        )
+        """L1 loss of the foreground's deltas (of their class), over the number of all boxes."""
+        number, most = assigned.filled.sum(), assigned.most
+        rows = assigned.boxes, assigned.matched, labels, deltas
+        boxes, matched, labels, deltas = (row[:, :most] for row in rows)
         foreground = (matched > BACKGROUND)[..., None]
         unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # for slots without foreground
         truth = torch.where(foreground, pick(targets.boxes, matched.clamp(min=0)), unit)
@@ -265,9 +222,8 @@ class RoIHeads(nn.Module):
         return box_l1(own, wanted, number, foreground[..., 0])
 
     def mask_loss(self, features: Sequence[Tensor], assigned: Assigned, targets: Targets) -> Tensor:
-        """Mask loss over (at most `mask_samples` of) the foreground boxes of every image.
-
-        Boxes of objects without an annotated outline are ignored.
+        """Mask loss over (at most `mask_samples` of) the foreground boxes of every image whose
+        objects have an annotated outline.
         """
         assert self.mask is not None
         boxes, matched = assigned.boxes[:, : assigned.most], assigned.matched[:, : assigned.most]
@@ -290,10 +246,8 @@ class RoIHeads(nn.Module):
         return mask_targets(masks, boxes)
 
     def select(self, boxes: Tensor, scores: Tensor, filled: Tensor, candidates: int) -> Found:
-        """Return the best boxes of each image after class-wise NMS: boxes (B, N, K or 1, 4), scores
-        (B, N, K).
-
-        Only the `candidates` best pairs of box and class enter NMS.
+        """Return the best boxes of each image after class-wise NMS of the `candidates` best pairs
+        of box and class: boxes (B, N, K or 1, 4), scores (B, N, K).
         """
         finite = boxes.isfinite().flatten(2).all(dim=2) & scores.isfinite().all(dim=2)
         passed = (scores > self.score_threshold) & (finite & filled)[..., None]
@@ -308,18 +262,12 @@ class RoIHeads(nn.Module):
         order = kept.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : self.max_detections]
         seen = passed.flatten(1).sum(dim=1) <= best.shape[1]
-        return Found(
-            pick(found, order),
-            best.gather(1, order),
-            labels.gather(1, order),
-            kept.gather(1, order),
-            seen | (kept.sum(dim=1) >= self.max_detections),
-        )
+        exact = seen | (kept.sum(dim=1) >= self.max_detections)
+        scores, labels, kept = (rows.gather(1, order) for rows in (best, labels, kept))
+        return Found(pick(found, order), scores, labels, kept, exact)
 
     def masks(self, features: Sequence[Tensor], found: Found) -> Tensor | None:
-        """Return mask probabilities (B, D, 28, 28) inside the boxes of detections; None without a
-        mask head.
-        """
+        """Return mask probabilities (B, D, 28, 28) inside the boxes; None without a mask head."""
         if self.mask is None:
             return None
         slots = used(found.filled)
@@ -329,9 +277,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) of (B, S) that a head runs on: on a GPU all, to avoid a
-    synchronization.
-    """
+    """Return the slots (R,) of (B, S) that a head runs on: on a GPU all, to not synchronize."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()
@@ -346,16 +292,10 @@ def spread(rows: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
 
 
 def detections(found: Found, masks: Tensor | None) -> list[Detections]:
-    """Return the detections of every image, sorted by score. Synchronizes with the GPU for their
-    number.
-    """
+    """Return the detections of every image, sorted by score. Synchronizes with the GPU."""
     counts = found.filled.sum(dim=1).tolist()
+    every = [None] * len(counts) if masks is None else masks
     return [
-        Detections(
-            found.boxes[i, :count],
-            found.scores[i, :count],
-            found.labels[i, :count],
-            None if masks is None else masks[i, :count],
-        )
-        for i, count in enumerate(counts)
+        Detections(boxes[:n], scores[:n], labels[:n], None if own is None else own[:n])
+        for n, boxes, scores, labels, own in zip(counts, *found[:3], every, strict=True)
     ]

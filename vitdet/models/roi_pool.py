@@ -19,9 +19,7 @@ from vitdet.models.layers import at_least_float32
 
 
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
-    """Return the level (R,) of each box, 0 the finest; a side of 56 strides is assigned to level 2
-    (224 px for stride 4).
-    """
+    """Return the level (R,) of each box, 0 the finest; 2 for a side of 56 strides of level 0."""
     canonical = 56 * finest_stride
     # detectron2: epsilon within the log
     level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
@@ -55,9 +53,8 @@ def pool(
     values = []
     for feature, chosen, stride in zip(features, order, strides, strict=True):
         exact = at_least_float32(feature)  # in bf16 a coordinate of 1000 px would be 4 px coarse
-        found = ops.roi_align(
-            exact, rois[chosen].to(exact.dtype), bins, 1 / stride, 0, aligned=True
-        )
+        given = rois[chosen].to(exact.dtype)
+        found = ops.roi_align(exact, given, bins, 1 / stride, 0, aligned=True)
         values.append(found.to(features[0].dtype))
     return torch.cat(values)[torch.cat(order).argsort()]
 
@@ -71,11 +68,9 @@ def _pool_by_products(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """RoIAlign with a fixed number of points, which is linear and separable, as two matrix
-    products.
+    """RoIAlign with a fixed number of points, linear and separable, as two matrix products.
 
-    Its gradient is then a matrix product too, instead of the scattered additions that dominate a
-    step on a CPU.
+    So is its gradient, instead of the scattered additions that dominate a step on a CPU.
     """
     # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]
@@ -83,15 +78,11 @@ def _pool_by_products(
     for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
         for number, pixels in enumerate(images):
             chosen = ((image == number) & (levels == level)).nonzero().flatten()
-            # common; skips empty products
-            if len(chosen) == 0:
+            if len(chosen) == 0:  # common
                 continue
-            rows = interpolation(boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(
-                pixels.dtype
-            )
-            columns = interpolation(boxes[chosen, 0::2] / stride, pixels.shape[1], bins, ratio).to(
-                pixels.dtype
-            )
+            spans = boxes[chosen] / stride
+            rows = interpolation(spans[:, 1::2], len(pixels), bins, ratio).to(pixels.dtype)
+            columns = interpolation(spans[:, 0::2], pixels.shape[1], bins, ratio).to(pixels.dtype)
             lines = (rows.flatten(0, 1) @ pixels.flatten(1)).unflatten(0, rows.shape[:2])
             values.append(columns[:, None] @ lines.unflatten(2, pixels.shape[1:]))
             order.append(chosen)
@@ -101,20 +92,17 @@ def _pool_by_products(
 
 
 def interpolation(spans: Tensor, length: int, bins: int, ratio: int) -> Tensor:
-    """Return the weights (R, bins, length) of an axis's cells in each bin's mean over `ratio`
-    points.
+    """Return the weights (R, bins, length) of an axis's cells in each bin's mean of `ratio` points.
 
     spans (R, 2): low and high end in cells. Points more than a cell outside the map count as 0, as
     in torchvision.
     """
     low, high = spans[:, :1] - 0.5, spans[:, 1:] - 0.5
-    steps = (torch.arange(bins * ratio, device=spans.device, dtype=spans.dtype) + 0.5) / (
-        bins * ratio
-    )
+    number = bins * ratio
+    steps = (torch.arange(number, device=spans.device, dtype=spans.dtype) + 0.5) / number
     points = low + (high - low) * steps
     inside = ((points >= -1) & (points <= length)).to(spans.dtype)
     cells = torch.arange(length, device=spans.device, dtype=spans.dtype)
-    weights = (1 - (points.clamp(0, length - 1)[:, :, None] - cells).abs()).clamp(min=0) * inside[
-        :, :, None
-    ]
+    distance = (points.clamp(0, length - 1)[:, :, None] - cells).abs()
+    weights = (1 - distance).clamp(min=0) * inside[:, :, None]
     return weights.unflatten(1, (bins, ratio)).mean(dim=2)

@@ -28,9 +28,7 @@ WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
 
 
 class Anchored(NamedTuple):
-    """The anchors (N, 4) of each level, and the predictions for them: logits (B, N), deltas (B,
-    N, 4).
-    """
+    """Of each level: logits (B, N) and deltas (B, N, 4) of its anchors (N, 4)."""
 
     logits: list[Tensor]
     deltas: list[Tensor]
@@ -38,9 +36,7 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (B, N, 4) sorted by objectness, objectness logits (B, N), and which slots are filled
-    (B, N).
-    """
+    """Boxes (B, N, 4) sorted by their objectness logits (B, N), and the filled slots (B, N)."""
 
     boxes: Tensor
     logits: Tensor
@@ -103,12 +99,11 @@ class RPN(nn.Module):
         """Maps (B, C, h, w), finest first -> logits and deltas of every anchor."""
         maps = [self.head(feature) for feature in features]
         grids = [(feature.shape[2], feature.shape[3]) for feature in features]
+        layout = self.strides, self.anchor_scale, self.aspect_ratios
         return Anchored(
             [rearrange(logits, "b a h w -> b (h w a)") for logits, _ in maps],
             [rearrange(deltas, "b (a d) h w -> b (h w a) d", d=4) for _, deltas in maps],
-            grid_anchors(
-                grids, self.strides, self.anchor_scale, self.aspect_ratios, features[0].device
-            ),
+            grid_anchors(grids, *layout, features[0].device),
         )
 
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,9 +153,7 @@ class RPN(nn.Module):
         return matched, sample(matched, self.samples, self.positive_fraction, self.choose)
 
     def losses(self, found: Anchored, targets: Targets) -> dict[str, Tensor]:
-        """Return loss_rpn_cls over the sampled anchors and loss_rpn_loc over the foreground
-        anchors.
-        """
+        """Return loss_rpn_cls over the sampled and loss_rpn_loc over the foreground anchors."""
         anchors = torch.cat(found.anchors)
         logits, deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
         matched, sampled = self.sample(anchors, targets)
@@ -173,9 +166,8 @@ class RPN(nn.Module):
         here = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))
         wanted = encode(here, torch.where(foreground[..., None], truth, here), WEIGHTS)
+        own = logits.gather(1, sampled.chosen)
         return {
-            "loss_rpn_cls": objectness(
-                logits.gather(1, sampled.chosen), sampled.foreground, number, sampled.filled
-            ),
+            "loss_rpn_cls": objectness(own, sampled.foreground, number, sampled.filled),
             "loss_rpn_loc": box_l1(pick(deltas, index), wanted, number, foreground),
         }

@@ -1,5 +1,4 @@
-"""The plain Vision Transformer as a detection backbone: window attention, global attention in a few
-evenly spaced blocks.
+"""The plain Vision Transformer as a detection backbone: window attention, in a few blocks global.
 
 Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers
 as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in ViTAE-Transformer/ViTDet.
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from einops import rearrange
@@ -23,9 +22,7 @@ from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, DropPath, init_conv
 
 
 class Size(NamedTuple):
-    """Constructor arguments of a named backbone; blocks in `global_blocks` have global
-    attention.
-    """
+    """Constructor arguments of a named backbone; `global_blocks`: those with global attention."""
 
     dim: int
     depth: int
@@ -43,23 +40,20 @@ SIZES = {
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H / patch, W / patch, C)."""
+    """Images (B, 3, H, W) -> tokens (B, H / patch, W / patch, C), by a product of the patches."""
 
     def __init__(self, dim: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H / patch, W / patch, C), as a matrix product of the patches."""
         patch = self.proj.kernel_size[0]
         patches = rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=patch, q=patch)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ConvBottleneck(nn.Module):
-    """Residual convolutions that propagate information between windows: the paper's alternative to
-    global attention.
-    """
+    """Residual convolutions between windows: the paper's alternative to global attention."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -79,11 +73,10 @@ class ConvBottleneck(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `window`: side of its windows in tokens, 0 for attention over
-    `grid`.
+    """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C); paths are dropped independently.
 
-    `branch` runs in parallel to the attention on the block's input: maps (B, C, H, W) -> (B, C, H,
-    W).
+    `window`: side of its windows in tokens, 0 for attention over `grid`. `branch` runs in parallel
+    to the attention on the block's input: maps (B, C, H, W) -> (B, C, H, W).
     """
 
     def __init__(
@@ -102,9 +95,8 @@ class Block(nn.Module):
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(
-            dim=dim, heads=heads, size=window or grid, scaled_rel_pos=scaled_rel_pos
-        )
+        size = window or grid
+        self.attn = Attention(dim=dim, heads=heads, size=size, scaled_rel_pos=scaled_rel_pos)
         self.pcm = branch
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
@@ -112,7 +104,6 @@ class Block(nn.Module):
         self.residual = ConvBottleneck(dim) if conv_after else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C). Paths are dropped independently per image."""
         y = x + self.drop_path(self.attn(self.norm1(x), self.window))
         if self.pcm is not None:
             y = y + self.drop_path(self.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -120,34 +111,37 @@ class Block(nn.Module):
         return self.residual(y)
 
 
+class BlockOptions(TypedDict):
+    """Arguments of a plain backbone for all of its blocks, with the indices of special ones."""
+
+    heads: int
+    global_blocks: Sequence[int]
+    window_size: int
+    drop_path: float
+    mlp_ratio: float
+    residual_blocks: Sequence[int]
+    scaled_rel_pos: bool
+
+
 def build_blocks(
-    *,
     dim: int,
     depth: int,
-    heads: int,
-    global_blocks: Sequence[int],
-    window_size: int,
-    grid: int | tuple[int, int],
-    drop_path: float,
-    mlp_ratio: float,
-    residual_blocks: Sequence[int],
-    scaled_rel_pos: bool,
+    grid: tuple[int, int],
     branch: Callable[[], nn.Module] | None,
+    options: BlockOptions,
 ) -> Blocks:
-    """Build the blocks of a backbone; the drop path rate increases linearly; `branch` creates one
-    module per block.
-    """
-    rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+    """Build blocks; drop path rates increase linearly; `branch` creates one module per block."""
+    rates = torch.linspace(0, options["drop_path"], depth, device="cpu").tolist()
     return Blocks(
         Block(
             dim=dim,
-            heads=heads,
-            window=0 if i in global_blocks else window_size,
+            heads=options["heads"],
+            window=0 if i in options["global_blocks"] else options["window_size"],
             grid=grid,
             drop_path=rates[i],
-            conv_after=i in residual_blocks,
-            mlp_ratio=mlp_ratio,
-            scaled_rel_pos=scaled_rel_pos,
+            conv_after=i in options["residual_blocks"],
+            mlp_ratio=options["mlp_ratio"],
+            scaled_rel_pos=options["scaled_rel_pos"],
             branch=branch() if branch else None,
         )
         for i in range(depth)
@@ -186,61 +180,36 @@ class ViT(nn.Module):
         *,
         dim: int,
         depth: int,
-        heads: int,
-        global_blocks: Sequence[int],
-        mlp_ratio: float,
         patch_size: int,
-        window_size: int,
-        drop_path: float,
         pos_embed_grid: int | tuple[int, int],
         rel_pos_size: int | tuple[int, int],
-        residual_blocks: Sequence[int],
-        scaled_rel_pos: bool,
         final_norm: bool,
         branch: Callable[[], nn.Module] | None,
+        **options: Unpack[BlockOptions],
     ) -> None:
         super().__init__()
-        self.out_channels = dim
-        self.stride = patch_size
-        self.num_layers = depth
+        self.out_channels, self.stride, self.num_layers = dim, patch_size, depth
         height, width = to_2tuple(rel_pos_size)
+        grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *to_2tuple(pos_embed_grid), dim))
-        self.blocks = build_blocks(
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            global_blocks=global_blocks,
-            window_size=window_size,
-            grid=(height // patch_size, width // patch_size),
-            drop_path=drop_path,
-            mlp_ratio=mlp_ratio,
-            residual_blocks=residual_blocks,
-            scaled_rel_pos=scaled_rel_pos,
-            branch=branch,
-        )
+        self.blocks = build_blocks(dim, depth, grid, branch, options)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         init_normal(self.pos_embed)
         init_linears(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H / patch, W / patch)."""
         x = self.blocks(self.embed(images))
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens with absolute positions before the first block: (B, 3, H, W) -> (B, h,
-        w, C).
-        """
+        """Return the first block's input, with positions: (B, 3, H, W) -> (B, h, w, C)."""
         x = self.patch_embed(images)
         return x + resize_positions(self.pos_embed, (x.shape[1], x.shape[2]))
 
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise decay: 0 before the blocks, i + 1 in block i,
-        else depth + 1.
-
-        As Detectron2's get_vit_lr_decay_rate, which assigns a block's residual convolutions to the
-        last layer.
+        else depth + 1, also for residual convolutions (Detectron2: get_vit_lr_decay_rate).
         """
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0
@@ -248,9 +217,7 @@ class ViT(nn.Module):
 
 
 def layer_of_block(name: str, first: int, rest: int) -> int:
-    """Return first + i for parameters of block i, `rest` for others and for residual
-    convolutions.
-    """
+    """Return first + i for block i, `rest` for other parameters and residual convolutions."""
     block = re.match(r"blocks\.(\d+)\.", name)
     return first + int(block.group(1)) if block and ".residual." not in name else rest
 
@@ -263,19 +230,16 @@ def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed
-    rows, columns = (
-        bicubic_matrix(size, wanted, pos_embed.device)
-        for size, wanted in zip(pos_embed.shape[1:3], grid, strict=True)
-    )
     _, height, width, channels = pos_embed.shape
+    rows = bicubic_matrix(height, grid[0], pos_embed.device)
+    columns = bicubic_matrix(width, grid[1], pos_embed.device)
     tall = rows @ pos_embed.double().view(height, width * channels)
     return (columns @ tall.view(-1, width, channels)).to(pos_embed.dtype)[None]
 
 
 def bicubic_matrix(size: int, wanted: int, device: torch.device) -> Tensor:
-    """Return the matrix (wanted, size) float64 that interpolates `size` values to `wanted`;
-    computed on the device without synchronization.
-    """
+    """Return the matrix (wanted, size) float64 that interpolates `size` values to `wanted`."""
+    # computed on the device, without synchronization
     one_hot = torch.eye(size, dtype=torch.float64, device=device)[None, :, :, None]
     resized = F.interpolate(one_hot, size=(wanted, 1), mode="bicubic", align_corners=False)
     return resized[0, :, :, 0].T

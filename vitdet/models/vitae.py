@@ -1,5 +1,4 @@
-"""ViTAE as a detection backbone: a plain ViT with convolutions parallel to the attention of its
-blocks.
+"""ViTAE as a detection backbone: a plain ViT with convolutions parallel to its attention.
 
 Xu et al., ViTAE (2106.03348), Zhang et al., ViTAEv2 (2202.10108); numbers as in
 ViTAE-Transformer/ViTDet. ViTAE-B is the `ViT` with `wide_branch` in each block. ViTAE-S,
@@ -16,7 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from einops import rearrange
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.layers import NORM_EPS
-from vitdet.models.vit import Size, build_blocks, init_linears, layer_of_block
+from vitdet.models.vit import BlockOptions, Size, build_blocks, init_linears, layer_of_block
 
 
 class SmallSize(NamedTuple):
@@ -54,29 +53,30 @@ def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """Create ViTAE-B's convolutions parallel to the attention, 4 channels per group: (B, C, H, W)
-    -> (B, C, H, W).
-    """
-    groups = dim // 4
-    return nn.Sequential(
-        conv(dim, hidden, groups=groups),
-        nn.BatchNorm2d(hidden),
-        nn.SiLU(),
-        conv(hidden, dim, groups=groups),
-    )
+    """Create ViTAE-B's parallel convolutions, 4 channels a group: (B, C, H, W) -> (B, C, H, W)."""
+    return nn.Sequential(*_two_convs(dim, hidden, dim // 4))
 
 
 def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
     """Create ViTAE-S's convolutions parallel to the attention: (B, C, H, W) -> (B, C, H, W)."""
-    return nn.Sequential(
-        conv(dim, hidden, groups=groups),
-        nn.BatchNorm2d(hidden),
-        nn.SiLU(),
-        conv(hidden, dim, groups=groups),
-        nn.BatchNorm2d(dim),
-        nn.SiLU(),
-        conv(dim, dim, groups=groups),
-        nn.SiLU(),
+    layers = _two_convs(dim, hidden, groups)
+    layers += [nn.BatchNorm2d(dim), nn.SiLU(), conv(dim, dim, groups=groups), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+def _two_convs(dim: int, hidden: int, groups: int) -> list[nn.Module]:
+    first, second = conv(dim, hidden, groups=groups), conv(hidden, dim, groups=groups)
+    return [first, nn.BatchNorm2d(hidden), nn.SiLU(), second]
+
+
+def dilated_convs(
+    inputs: int, width: int, kernel: int, stride: int, dilations: Sequence[int]
+) -> nn.ModuleList:
+    """Create parallel convolutions of a map (B, C, H, W) -> (B, width, H / stride, W / stride)."""
+    paddings = [math.ceil(((kernel - 1) * dilation + 1 - stride) / 2) for dilation in dilations]
+    return nn.ModuleList(
+        nn.Conv2d(inputs, width, kernel, stride=stride, dilation=dilation, padding=padding)
+        for dilation, padding in zip(dilations, paddings, strict=True)
     )
 
 
@@ -95,15 +95,13 @@ class Performer(nn.Module):
         features = dim // 2
         self.norm1 = nn.LayerNorm(inputs, eps=CELL_NORM_EPS)
         self.kqv = nn.Linear(inputs, 3 * dim)
-        self.register_buffer(
-            "w", nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features)
-        )
+        w = nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features)
+        self.register_buffer("w", w)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(DROPOUT)
         self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(DROPOUT)
-        )
+        layers = nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(DROPOUT)
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Tokens (B, N, C) and the output of the convolutions (B, N, E) -> (B, N, E)."""
@@ -112,8 +110,8 @@ class Performer(nn.Module):
         return y + self.mlp(self.norm2(y))
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, N, E) each -> (B, N, E). In float64, as the exponentials exceed the range of half
-        precision, to which autocast would convert float32.
+        """(B, N, E) each -> (B, N, E), in float64, as autocast would convert float32 to half
+        precision, whose range the exponentials exceed.
         """
         query, key = self.features(q), self.features(k)
         share = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
@@ -126,8 +124,7 @@ class Performer(nn.Module):
 
 
 class ReductionCell(nn.Module):
-    """Parallel dilated convolutions of an image, concatenated: (B, C, H, W) -> (B, E, H / stride, W
-    / stride).
+    """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
     With `dim`, a Performer maps their channels to E = dim, parallel to convolutions of the cell's
     input with `strides`.
@@ -144,20 +141,11 @@ class ReductionCell(nn.Module):
         strides: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.prm = nn.ModuleList(
-            nn.Conv2d(
-                inputs,
-                width,
-                kernel,
-                stride=stride,
-                dilation=dilation,
-                padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2),
-            )
-            for dilation in dilations
-        )
-        self.attn = Performer(width * len(dilations), dim) if dim else None
-        self.pcm = (
-            nn.Sequential(
+        self.prm = dilated_convs(inputs, width, kernel, stride, dilations)
+        self.attn = self.pcm = None
+        if dim:
+            self.attn = Performer(width * len(dilations), dim)
+            self.pcm = nn.Sequential(
                 conv(inputs, width, strides[0]),
                 nn.SiLU(),
                 conv(width, width, strides[1]),
@@ -166,19 +154,12 @@ class ReductionCell(nn.Module):
                 conv(width, dim, strides[2]),
                 nn.SiLU(),
             )
-            if dim
-            else None
-        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, E, H / stride, W / stride)."""
         maps = torch.cat([F.gelu(branch(x)) for branch in self.prm], dim=1)
         if self.attn is None or self.pcm is None:
             return maps
-        tokens, mixed = (
-            rearrange(maps, "b c h w -> b (h w) c"),
-            rearrange(self.pcm(x), "b c h w -> b (h w) c"),
-        )
+        tokens, mixed = (rearrange(y, "b c h w -> b (h w) c") for y in (maps, self.pcm(x)))
         return rearrange(self.attn(tokens, mixed), "b (h w) c -> b c h w", h=maps.shape[2])
 
 
@@ -195,48 +176,30 @@ class ViTAESmall(nn.Module):
         *,
         dim: int,
         depth: int,
-        heads: int,
-        global_blocks: Sequence[int],
-        mlp_ratio: float,
         widths: Sequence[int],
         cell_dims: Sequence[int],
         groups: int,
-        window_size: int,
-        drop_path: float,
         rel_pos_size: int | tuple[int, int],
-        residual_blocks: Sequence[int],
-        scaled_rel_pos: bool,
         final_norm: bool,
+        **options: Unpack[BlockOptions],
     ) -> None:
         super().__init__()
         self.out_channels, self.stride = dim, 16
         height, width = to_2tuple(rel_pos_size)
-        self.reductions = nn.ModuleList(
-            [
-                ReductionCell(3, widths[0], 7, 4, (1, 2, 3, 4), cell_dims[0], (2, 2, 1)),
-                ReductionCell(cell_dims[0], widths[1], 3, 2, (1, 2, 3), cell_dims[1], (2, 1, 1)),
-                ReductionCell(cell_dims[1], widths[2], 3, 2, (1, 2)),
-            ]
-        )
-        self.num_layers = len(self.reductions) + depth
-        self.blocks = build_blocks(
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            global_blocks=global_blocks,
-            window_size=window_size,
-            grid=(height // self.stride, width // self.stride),
-            drop_path=drop_path,
-            mlp_ratio=mlp_ratio,
-            residual_blocks=residual_blocks,
-            scaled_rel_pos=scaled_rel_pos,
-            branch=partial(deep_branch, dim, int(mlp_ratio * dim), groups),
-        )
+        grid = (height // self.stride, width // self.stride)
+        cells = [
+            ReductionCell(3, widths[0], 7, 4, (1, 2, 3, 4), cell_dims[0], (2, 2, 1)),
+            ReductionCell(cell_dims[0], widths[1], 3, 2, (1, 2, 3), cell_dims[1], (2, 1, 1)),
+            ReductionCell(cell_dims[1], widths[2], 3, 2, (1, 2)),
+        ]
+        self.reductions = nn.ModuleList(cells)
+        self.num_layers = len(cells) + depth
+        branch = partial(deep_branch, dim, int(options["mlp_ratio"] * dim), groups)
+        self.blocks = build_blocks(dim, depth, grid, branch, options)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         init_linears(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H / 16, W / 16)."""
         x = images
         for cell in self.reductions:
             x = cell(x)
@@ -250,9 +213,6 @@ class ViTAESmall(nn.Module):
         As in the published run; its published config counts 12 layers, with which the last blocks
         learn faster than the heads.
         """
-        cell = re.match(r"reductions\.(\d+)\.", name)
-        return (
-            int(cell.group(1))
-            if cell
-            else layer_of_block(name, len(self.reductions), self.num_layers + 1)
-        )
+        if cell := re.match(r"reductions\.(\d+)\.", name):
+            return int(cell.group(1))
+        return layer_of_block(name, len(self.reductions), self.num_layers + 1)

@@ -25,12 +25,9 @@ class FPN(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         self.strides = [*strides, 2 * strides[-1]]
-        self.lateral = nn.ModuleList(
-            nn.Conv2d(channels, out_channels, 1) for channels in in_channels
-        )
-        self.output = nn.ModuleList(
-            nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels
-        )
+        lateral = [nn.Conv2d(channels, out_channels, 1) for channels in in_channels]
+        output = [nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels]
+        self.lateral, self.output = nn.ModuleList(lateral), nn.ModuleList(output)
         for conv in [*self.lateral, *self.output]:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -39,8 +36,7 @@ class FPN(nn.Module):
         """Maps (B, C_i, ., .), finest first -> maps (B, D, ., .), finest first."""
         inner = [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]
         for i in reversed(range(len(inner) - 1)):
-            inner[i] = inner[i] + F.interpolate(
-                inner[i + 1], size=inner[i].shape[2:], mode="nearest"
-            )
+            size = inner[i].shape[2:]
+            inner[i] = inner[i] + F.interpolate(inner[i + 1], size=size, mode="nearest")
         levels = [conv(x) for conv, x in zip(self.output, inner, strict=True)]
         return [*levels, levels[-1][:, :, ::2, ::2]]

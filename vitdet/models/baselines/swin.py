@@ -10,7 +10,7 @@ Letters: B images, C channels, H x W tokens, K windows of N tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,7 +23,7 @@ from vitdet.models.attention import join_windows, split_windows
 from vitdet.models.layers import Blocks, DropPath
 from vitdet.models.vit import init_linears
 
-BLOCKED = -100.0  # added to the logits of two tokens that only the roll made neighbours
+BLOCKED = -100.0  # added to the logits of two tokens that only the roll made neighbors
 
 
 class Size(NamedTuple):
@@ -39,13 +39,11 @@ SIZES = {"swin_t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24))}
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """Return the mask added to the logits in a map rolled by `shift`: (K, N, N), 0 between tokens
-    that were neighbours.
-
-    height and width are multiples of the window. Only the last windows of an axis contain tokens
-    from both ends.
+    that were neighbors. height and width are multiples of the window.
     """
 
     def parts(size: int) -> Tensor:
+        # only the last windows of an axis contain tokens from both ends
         steps = torch.arange(size, device=device)
         return (steps >= size - window).long() + (steps >= size - shift).long()
 
@@ -86,34 +84,25 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging, except in the first stage, then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2
-    C).
-    """
+    """Patch merging (not in the first stage), blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
 
     def __init__(
         self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
     ) -> None:
         super().__init__()
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
+        shifts = (0, window // 2)  # in turn
         self.blocks = Blocks(
-            Block(
-                dim=dim,
-                heads=heads,
-                window=window,
-                shift=window // 2 if i % 2 else 0,
-                drop_path=rate,
-            )
+            Block(dim=dim, heads=heads, window=window, shift=shifts[i % 2], drop_path=rate)
             for i, rate in enumerate(rates)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
         return self.blocks(self.downsample(x))
 
 
 class Swin(nn.Module):
-    """Swin Transformer: images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, each after a
-    LayerNorm.
+    """Swin Transformer: images (B, 3, H, W) -> maps of strides 4, 8, 16, 32, after LayerNorms.
 
     H and W are multiples of 32. `drop_path`: rate of the last block; increases linearly from 0.
     """
@@ -131,24 +120,13 @@ class Swin(nn.Module):
         self.out_channels = tuple(dim * 2**i for i in range(len(depths)))
         self.strides = tuple(4 * 2**i for i in range(len(depths)))
         self.num_layers = 0  # no layer-wise decay: every parameter belongs to the rest
-        self.patch_embed = PatchEmbed(
-            None,
-            4,
-            embed_dim=dim,
-            norm_layer=nn.LayerNorm,
-            output_fmt="NHWC",
-            strict_img_size=False,
-        )
+        layout: dict[str, Any] = {"output_fmt": "NHWC", "strict_img_size": False}
+        self.patch_embed = PatchEmbed(None, 4, embed_dim=dim, norm_layer=nn.LayerNorm, **layout)
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
+        stages = zip(self.out_channels, heads, (part.tolist() for part in rates), strict=True)
         self.layers = nn.ModuleList(
-            Stage(
-                dim=channels,
-                heads=heads[i],
-                window=window_size,
-                rates=rates[i].tolist(),
-                downsample=i > 0,
-            )
-            for i, channels in enumerate(self.out_channels)
+            Stage(dim=dim, heads=num, window=window_size, rates=part, downsample=i > 0)
+            for i, (dim, num, part) in enumerate(stages)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.out_channels)
         init_linears(self)

@@ -1,5 +1,4 @@
-"""ViTAEv2, a hierarchical backbone: four stages of a reduction cell, which downsamples, and normal
-cells.
+"""ViTAEv2, a hierarchical backbone: four stages of a reduction cell and normal cells.
 
 Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTAE-Transformer
 (Object-Detection). The first two stages have window attention without shift and without relative
@@ -14,15 +13,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdet.models.attention import attend, join_windows, split_windows
+from vitdet.models.attention import attend, join_heads, join_windows, split_heads, split_windows
 from vitdet.models.layers import NORM_EPS, Blocks, DropPath
 from vitdet.models.vit import init_linears
-from vitdet.models.vitae import CELL_NORM_EPS, conv
+from vitdet.models.vitae import CELL_NORM_EPS, conv, dilated_convs
 
 
 class Size(NamedTuple):
@@ -59,9 +57,7 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Create three convolutions parallel to the attention, from channels[0] to channels[3]: (B, C,
-    H, W) -> (B, E, ., .).
-    """
+    """Create three convolutions parallel to the attention, of channels[0] to channels[3]."""
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -101,17 +97,15 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """Attention among all tokens of a map or window."""
-        q, k, v = rearrange(
-            self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads
-        )
+        q, k, v = split_heads(self.qkv(x), self.heads)
         y = attend(q * q.shape[-1] ** -0.5, k, v)
-        y, v = (rearrange(z, "b n (h w) d -> b h w (n d)", h=x.shape[1]) for z in (y, v))
+        y, v = (join_heads(one, x.shape[1]) for one in (y, v))
         return self.proj(y) + v if self.keep_values else self.proj(y)
 
 
 class ReductionCell(nn.Module):
-    """Dilated convolutions, attention and parallel convolutions of the input: (B, C, H, W) -> (B, H
-    / s, W / s, E).
+    """Dilated convolutions, attention, and convolutions of the input in parallel: (B, C, H, W) ->
+    (B, H / stride, W / stride, E).
     """
 
     def __init__(
@@ -128,33 +122,16 @@ class ReductionCell(nn.Module):
         window: int,
     ) -> None:
         super().__init__()
-        self.prm = nn.ModuleList(
-            nn.Conv2d(
-                inputs,
-                width,
-                kernel,
-                stride=stride,
-                dilation=dilation,
-                padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2),
-            )
-            for dilation in dilations
-        )
+        self.prm = dilated_convs(inputs, width, kernel, stride, dilations)
         self.pcm = branch((inputs, width, width, dim), groups, (2, stride // 2, 1))
         channels = width * len(dilations)
         self.norm1 = nn.LayerNorm(channels, eps=CELL_NORM_EPS)
-        self.attn = Attention(
-            inputs=channels,
-            dim=dim,
-            heads=heads,
-            window=window,
-            bias=window > 0,
-            keep_values=window == 0,
-        )
+        kind = {"bias": window > 0, "keep_values": window == 0}
+        self.attn = Attention(inputs=channels, dim=dim, heads=heads, window=window, **kind)
         self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
         self.mlp = Mlp(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H / stride, W / stride, E)."""
         maps = torch.cat([F.gelu(dilated(x)) for dilated in self.prm], dim=1)
         y = self.attn(self.norm1(maps.permute(0, 2, 3, 1))) + self.pcm(x).permute(0, 2, 3, 1)
         return y + self.mlp(self.norm2(y))
@@ -190,7 +167,6 @@ class Stage(nn.Module):
         self.cells = Blocks(cells)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, E, H / stride, W / stride)."""
         return self.cells(self.reduction(x)).permute(0, 3, 1, 2)
 
 
@@ -219,32 +195,22 @@ class ViTAEv2(nn.Module):
         self.num_layers = 0  # no layer-wise decay: every parameter belongs to the rest
         self.stages = nn.ModuleList()
         for s, rates in enumerate(drop_rates(depths, drop_path)):
-            window = window_size if WINDOWED[s] else 0
-            self.stages.append(
-                Stage(
-                    ReductionCell(
-                        inputs=dims[s - 1] if s else 3,
-                        width=widths[s],
-                        dim=dims[s],
-                        kernel=KERNELS[s],
-                        stride=STRIDES[s],
-                        dilations=DILATIONS[s],
-                        heads=reduction_heads[s],
-                        groups=reduction_groups[s],
-                        window=window,
-                    ),
-                    [
-                        NormalCell(
-                            dim=dims[s],
-                            heads=heads[s],
-                            groups=groups[s],
-                            window=window,
-                            drop_path=rate,
-                        )
-                        for rate in rates
-                    ],
-                )
+            both = {"dim": dims[s], "window": window_size if WINDOWED[s] else 0}
+            reduction = ReductionCell(
+                inputs=dims[s - 1] if s else 3,
+                width=widths[s],
+                kernel=KERNELS[s],
+                stride=STRIDES[s],
+                dilations=DILATIONS[s],
+                heads=reduction_heads[s],
+                groups=reduction_groups[s],
+                **both,
             )
+            cells = [
+                NormalCell(heads=heads[s], groups=groups[s], drop_path=rate, **both)
+                for rate in rates
+            ]
+            self.stages.append(Stage(reduction, cells))
         init_linears(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
