@@ -258,11 +258,7 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     ("file", "content", "says"),
     [
         ("Annotations/one.xml", BOMB, "one.xml: invalid XML: it has a DOCTYPE"),
-        (
-            "Annotations/one.xml",
-            "<annotation>",
-            "one.xml: invalid XML: no element found",
-        ),
+        ("Annotations/one.xml", "<annotation>", "one.xml: invalid XML: no element found"),
         ("Annotations/one.xml", "", "one.xml: invalid XML: no element found"),
         ("Annotations/one.xml", "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
         (

@@ -14,10 +14,7 @@ TEXTS = (
         b"version https://git-lfs",
         "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository",
     ),
-    (
-        b"<!doctype html",
-        "an HTML page; the download may need a login, or another address",
-    ),
+    (b"<!doctype html", "an HTML page; the download may need a login, or another address"),
     (b"<html", "an HTML page; the download may need a login, or another address"),
     (b"<?xml", "an XML text, such as a storage server's error; download it again"),
     (b'{"', "a JSON text, such as a server's error or an index of other files"),

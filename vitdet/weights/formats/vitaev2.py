@@ -18,9 +18,5 @@ _VITAEV2 = (
 
 VITAEV2 = Format(rows=(*_VITAEV2, *FPN_DETECTOR), wrappers=("state_dict",))
 VITAEV2_CLS = Format(
-    rows=without_prefix(_VITAEV2),
-    heads=HEADS,
-    before=join_bias,
-    wrappers=WRAPPERS,
-    parts=PARTS,
+    rows=without_prefix(_VITAEV2), heads=HEADS, before=join_bias, wrappers=WRAPPERS, parts=PARTS
 )
