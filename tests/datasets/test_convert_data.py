@@ -43,22 +43,17 @@ def image(
 @pytest.fixture
 def yolo(tmp_path: Path) -> Path:
     root = tmp_path / "yolo"
-    write(
-        root / "data.yaml",
-        "path: ../datasets/yolo\n"
-        "train: images/train\nval: [images/val.txt]\nnames: {0: no, 1: dog}\n",
-    )
+    places = "path: ../datasets/yolo\ntrain: images/train\nval: [images/val.txt]\n"
+    write(root / "data.yaml", f"{places}names: {{0: no, 1: dog}}\n")
     for number, name in enumerate(("train/a.jpg", "train/b.jpg", "train/none.png", "val/a.jpg")):
         image(root / "images" / name, value=40 * number)
     image(root / "images" / "train" / "turned.jpg", value=200, orientation=6)
     write(root / "images" / "val.txt", "./val/a.jpg\n\n")
-    write(
-        root / "labels" / "train" / "a.txt",
-        "1 0.5 0.5 0.2 0.4\n1 0.5 0.5 0.2 0.4\n0 0.95 0.5 0.2 0.4\n",
-    )
-    write(root / "labels" / "train" / "b.txt", "0 0.1 0.2 0.5 0.2 0.5 0.8\n")
-    write(root / "labels" / "train" / "turned.txt", "1 0.5 0.5 1 0.1\n")
-    write(root / "labels" / "val" / "a.txt", "")
+    twice = "1 0.5 0.5 0.2 0.4\n" * 2
+    write(root / "labels/train/a.txt", f"{twice}0 0.95 0.5 0.2 0.4\n")
+    write(root / "labels/train/b.txt", "0 0.1 0.2 0.5 0.2 0.5 0.8\n")
+    write(root / "labels/train/turned.txt", "1 0.5 0.5 1 0.1\n")
+    write(root / "labels/val/a.txt", "")
     return root
 
 
@@ -72,16 +67,10 @@ def voc(tmp_path: Path) -> Path:
     things = OBJECT.format("dog", part, 1, 1, 10, 20)
     things += OBJECT.format("cat", "<difficult>1</difficult>", 11, 31, 100, 50)
     write(root / "Annotations" / "one.xml", f"<annotation>{size}{things}</annotation>")
-    write(
-        root / "Annotations" / "two.xml",
-        f"<annotation>{OBJECT.format('cat', '', 5, 5, 5, 5.5)}</annotation>",
-    )
-    for split, ids in (
-        ("train", "one\n"),
-        ("val", "two\n"),
-        ("trainval", "one\ntwo\n"),
-        ("dog_train", "one  1\n"),
-    ):
+    two = OBJECT.format("cat", "", 5, 5, 5, 5.5)
+    write(root / "Annotations" / "two.xml", f"<annotation>{two}</annotation>")
+    lists = {"train": "one\n", "val": "two\n", "trainval": "one\ntwo\n", "dog_train": "one  1\n"}
+    for split, ids in lists.items():
         write(root / "ImageSets" / "Main" / f"{split}.txt", ids)
     numbers = np.zeros((50, 100), np.uint8)
     numbers[0:20, 0:8], numbers[20, 0:8] = 1, 255
@@ -108,12 +97,9 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train = tree(out, "train")
     assert train["categories"] == [{"id": 1, "name": "no"}, {"id": 2, "name": "dog"}]
-    assert [(one["file_name"], one["height"], one["width"]) for one in train["images"]] == [
-        ("a.jpg", 50, 100),
-        ("b.jpg", 50, 100),
-        ("none.png", 50, 100),
-        ("turned.jpg", 100, 50),
-    ]
+    images = [(one["file_name"], one["height"], one["width"]) for one in train["images"]]
+    level = [("a.jpg", 50, 100), ("b.jpg", 50, 100), ("none.png", 50, 100)]
+    assert images == [*level, ("turned.jpg", 100, 50)]
     box, cut, outline, turned = train["annotations"]
     assert box["bbox"] == [40, 15, 20, 20] and box["area"] == 400
     assert box["segmentation"] == [] and box["category_id"] == 2
@@ -127,17 +113,13 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert "  3 x boxes are used as masks" in output.splitlines()
     box, *_ = tree(tmp_path / "asked", "train")["annotations"]
     assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]]
-    assert (out / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
-    # in val
-    assert [finding.kind for finding in check(out).errors] == ["no objects"]
-    assert read_coco(out / "annotations/instances_train.json", out / "train").class_names == (
-        "no",
-        "dog",
-    )
+    original = yolo / "images/train/a.jpg"
+    assert (out / "train/a.jpg").samefile(original)
+    assert [finding.kind for finding in check(out).errors] == ["no objects"]  # in val
+    found = read_coco(out / "annotations/instances_train.json", out / "train")
+    assert found.class_names == ("no", "dog")
     assert vitdet("data", "convert", yolo / "data.yaml", "copied", "--copy")[0] == 0
-    assert not (tmp_path / "copied" / "train" / "a.jpg").samefile(
-        yolo / "images" / "train" / "a.jpg"
-    )
+    assert not (tmp_path / "copied/train/a.jpg").samefile(original)
     code, output, errors = vitdet("data", "convert", yolo, "out")
     assert (code, output, errors) == (1, "", "vitdet: out: already exists; choose a new folder\n")
 
@@ -147,68 +129,42 @@ def test_a_picture_in_two_splits_is_not_hidden_by_a_new_name(
 ) -> None:
     write(yolo / "images" / "val.txt", "./val/a.jpg\ntrain/b.jpg\n")
     assert vitdet("data", "convert", yolo, "out")[0] == 0
-    assert [finding.kind for finding in check(tmp_path / "out", images=False).errors] == [
-        "file name in two splits"
-    ]
+    found = check(tmp_path / "out", images=False).errors
+    assert [finding.kind for finding in found] == ["file name in two splits"]
 
 
 def test_roboflow_names_splits_from_outside(vitdet: Run, tmp_path: Path) -> None:
-    write(
-        tmp_path / "r" / "data.yaml",
-        "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['a b']\n",
-    )
+    places = "train: ../train/images\nval: ../valid/images\n"
+    write(tmp_path / "r" / "data.yaml", f"{places}nc: 1\nnames: ['a b']\n")
     for number, split in enumerate(("train", "valid")):
         image(tmp_path / "r" / split / "images" / f"{split}.jpg", value=number)
         write(tmp_path / "r" / split / "labels" / f"{split}.txt", "0 .5 .5 .5 .5")
-    assert vitdet("data", "convert", "r", "out")[1].startswith(
-        "out: 1 classes; train 1 images, 1 objects; val 1 im"
-    )
+    output = vitdet("data", "convert", "r", "out")[1]
+    assert output.startswith("out: 1 classes; train 1 images, 1 objects; val 1 im")
+
+
+ROWS, HEAD = "labels/train/a.txt", "data.yaml"
 
 
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("labels/train/a.txt", "0 .5 .5 .5", "a.txt:1: expected 'class x y width height'"),
-        (
-            "labels/train/a.txt",
-            "0 .5 .5 .5 .5\n0 .5 .5 .5 .5 .9",
-            "a.txt:2: expected 'class x y width height'",
-        ),
-        (
-            "labels/train/a.txt",
-            "2 .5 .5 .5 .5",
-            "a.txt:1: class 2: expected a whole number from 0 to 1",
-        ),
-        ("labels/train/a.txt", "0.5 .5 .5 .5 .5", "class 0.5: expected a whole number"),
-        ("labels/train/a.txt", "nan .5 .5 .5 .5", "class nan: expected a whole number"),
-        ("labels/train/a.txt", "0 .5 .5 40 .5", "coordinate 40: expected a fraction of the image"),
-        ("labels/train/a.txt", "0 .5 nan .5 .5", "coordinate nan"),
-        ("labels/train/a.txt", "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
+        (ROWS, "0 .5 .5 .5 .5\n0 .5 .5 .5 .5 .9", "a.txt:2: expected 'class x y width height'"),
+        (ROWS, "2 .5 .5 .5 .5", "a.txt:1: class 2: expected a whole number from 0 to 1"),
+        (ROWS, "0.5 .5 .5 .5 .5", "class 0.5: expected a whole number"),
+        (ROWS, "nan .5 .5 .5 .5", "class nan: expected a whole number"),
+        (ROWS, "0 .5 .5 40 .5", "coordinate 40: expected a fraction of the image"),
+        (ROWS, "0 .5 nan .5 .5", "coordinate nan"),
+        (ROWS, "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
         ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
         ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
-        (
-            "data.yaml",
-            "train: images/train\nval: images/v\nnames: [a, b]",
-            "val: images/v is not there, looked below",
-        ),
-        ("data.yaml", "test: images/train\nnames: [a, b]", "expected the keys train and val"),
-        (
-            "data.yaml",
-            "train: images\nval: images\nnames: {1: a}",
-            "names: expected a list of class names",
-        ),
-        ("data.yaml", "train: images\nval: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
-        (
-            "data.yaml",
-            "train: images\nval: images\nnames: [a]\nkpt_shape: [17, 3]",
-            "these are key points",
-        ),
-        ("data.yaml", "train: [", "data.yaml: not YAML"),
-        (
-            "data.yaml",
-            "train: {a: b}\nnames: [a]",
-            "train: expected a folder, a text file or a list of these",
-        ),
+        (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v is not there, looked below"),
+        (HEAD, "test: images/train\nnames: [a, b]", "expected the keys train and val"),
+        (HEAD, "train: images\nnames: {1: a}", "names: expected a list of class names"),
+        (HEAD, "train: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
+        (HEAD, "train: images\nnames: [a]\nkpt_shape: [17, 3]", "these are key points"),
+        (HEAD, "train: [", "data.yaml: not YAML"),
+        (HEAD, "train: {a: b}\nnames: [a]", "train: expected a folder, a text file or a list of"),
     ],
 )
 def test_bad_yolo_is_one_line_and_leaves_nothing(
@@ -235,18 +191,11 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     )
     assert "1 x difficult objects" in output and "2 x objects have a box only" in output
     train, val = tree(tmp_path / "out", "train"), tree(tmp_path / "out", "val")
-    assert (
-        train["categories"]
-        == val["categories"]
-        == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    )
+    classes = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    assert train["categories"] == val["categories"] == classes
     dog, cat = train["annotations"]
-    assert (dog["category_id"], dog["bbox"], dog["iscrowd"], dog["area"]) == (
-        2,
-        [0, 0, 10, 20],
-        0,
-        160,
-    )
+    assert (dog["category_id"], dog["bbox"]) == (2, [0, 0, 10, 20])
+    assert (dog["iscrowd"], dog["area"]) == (0, 160)
     pixels = decode(dog["segmentation"], 50, 100)
     assert pixels.sum() == 160 and pixels[:20, :8].all()  # the rim of 255 is nobody's
     assert (cat["category_id"], cat["bbox"], cat["iscrowd"]) == (1, [30, 10, 70, 40], 1)
@@ -254,53 +203,30 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     assert check(tmp_path / "out").ok
 
 
+ONE = "Annotations/one.xml"
+
+
+def wrong(*values: object) -> str:
+    """An XML file with one object: its name, and the values of its box."""
+    name, ymin, xmin, xmax, ymax = values
+    return f"<a>{OBJECT.format(name, '', ymin, xmin, xmax, ymax)}</a>"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("Annotations/one.xml", BOMB, "one.xml: invalid XML: it has a DOCTYPE"),
-        (
-            "Annotations/one.xml",
-            "<annotation>",
-            "one.xml: invalid XML: no element found",
-        ),
-        ("Annotations/one.xml", "", "one.xml: invalid XML: no element found"),
-        ("Annotations/one.xml", "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
-        (
-            "Annotations/one.xml",
-            "<a>" * (1 << 21),
-            "6,291,456 bytes are too many for the annotations of one image",
-        ),
-        (
-            "Annotations/one.xml",
-            f"<a>{OBJECT.format('a', '', 1, 1, 'x', 1)}</a>",
-            "bndbox: expected numbers",
-        ),
-        (
-            "Annotations/one.xml",
-            f"<a>{OBJECT.format('a', '', 1, 9, 5, 1)}</a>",
-            "expected xmin <= xmax",
-        ),
-        (
-            "Annotations/one.xml",
-            f"<a>{OBJECT.format('a', '', 1, 'nan', 5, 1)}</a>",
-            "expected xmin <= xmax",
-        ),
-        (
-            "Annotations/one.xml",
-            f"<a>{OBJECT.format('a', '', 1, 101, 105, 9)}</a>",
-            "is outside of the image of 100 x 50",
-        ),
-        (
-            "Annotations/one.xml",
-            f"<a>{OBJECT.format(' ', '', 1, 1, 5, 9)}</a>",
-            "an object without <name>",
-        ),
-        (
-            "Annotations/one.xml",
-            "<a><size><width>50</width><height>100</height></size></a>",
-            "the size is 50 x 100, but",
-        ),
-        ("Annotations/one.xml", "<a/>", "has an object 1, but"),
+        (ONE, BOMB, "one.xml: invalid XML: it has a DOCTYPE"),
+        (ONE, "<annotation>", "one.xml: invalid XML: no element found"),
+        (ONE, "", "one.xml: invalid XML: no element found"),
+        (ONE, "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
+        (ONE, "<a>" * (1 << 21), "6,291,456 bytes are too many for the annotations of one image"),
+        (ONE, wrong("a", 1, 1, "x", 1), "bndbox: expected numbers"),
+        (ONE, wrong("a", 1, 9, 5, 1), "expected xmin <= xmax"),
+        (ONE, wrong("a", 1, "nan", 5, 1), "expected xmin <= xmax"),
+        (ONE, wrong("a", 1, 101, 105, 9), "is outside of the image of 100 x 50"),
+        (ONE, wrong(" ", 1, 1, 5, 9), "an object without <name>"),
+        (ONE, "<a><size><width>50</width><height>99</height></size></a>", "the size is 50 x 99, "),
+        (ONE, "<a/>", "has an object 1, but"),
         ("ImageSets/Main/train.txt", "three", "three.xml: no such annotation file"),
         ("ImageSets/Main/train.txt", "../one", "../one: expected the name of an image"),
         ("SegmentationObject/one.png", "", "one.png: the image cannot be read: the file is empty"),
@@ -315,14 +241,13 @@ def test_bad_voc_is_one_line_and_leaves_nothing(
 
 def test_what_the_source_is(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(
-        vitdet("data", "convert", "empty", "out"),
-        "empty: looks like none of yolo, voc, coco, labelme, cvat; found nothing",
-        tmp_path,
-    )
-    refused(vitdet("data", "convert", "none", "out"), "none: no such folder", tmp_path)
     write(voc / "data.yaml", "names: [a]")
-    refused(vitdet("data", "convert", voc, "out"), "looks like yolo and voc", tmp_path)
+    for source, says in (
+        ("empty", "empty: looks like none of yolo, voc, coco, labelme, cvat; found nothing"),
+        ("none", "none: no such folder"),
+        (voc, "looks like yolo and voc"),
+    ):
+        refused(vitdet("data", "convert", source, "out"), says, tmp_path)
     assert vitdet("data", "convert", voc, "out", "--format", "voc")[0] == 0
 
 
@@ -334,9 +259,8 @@ def test_without_hard_links_it_copies(
 
     monkeypatch.setattr(os, "link", no)
     assert vitdet("data", "convert", voc, "out")[0] == 0
-    assert (tmp_path / "out/train/one.jpg").read_bytes() == (
-        voc / "JPEGImages/one.jpg"
-    ).read_bytes()
+    copy, original = tmp_path / "out/train/one.jpg", voc / "JPEGImages/one.jpg"
+    assert copy.read_bytes() == original.read_bytes() and not copy.samefile(original)
 
 
 def refused(result: tuple[int, str, str], says: str, folder: Path) -> None:

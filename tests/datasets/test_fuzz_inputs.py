@@ -29,51 +29,11 @@ XML = (
 )
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;">]>'
 WORDS = [
-    "nan",
-    "inf",
-    "-1",
-    "1e999",
-    "1e308",
-    "1_0",
-    "0x10",
-    "",
-    "2",
-    "0.5",
-    "\udcff",
-    "\0",
-    "é",
-    "١",
-    "../..",
-    "/etc",
-    "~",
-    "null",
-    "<object>",
-    "</object>",
-    "<object><name>cat</name></object>",
-    "&b;",
-    "&lt;",
-    "<!--",
-    "]]>",
-    BOMB,
-    "<?xml version='1.0' encoding='utf-7'?>",
-    "[",
-    "{",
-    "- a",
-    "&x [*x, *x]",
-    "*x",
-    "names: []",
-    "names: {1: a}",
-    "!!python/object/apply:os.system [id]",
-    "nc: 3",
-    "kpt_shape: [1]",
-    "train: [a, b]",
-    "val: 5",
-    "\n",
-    "\t",
-    ": ",
-    "0 0 0 0 0",
-    "0 1 1 1 1 1 1",
-    "\ufeff",
+    *"nan inf -1 1e999 1e308 1_0 0x10 2 0.5 é ١ ../.. /etc ~ null [ { *x &b; &lt; <!-- ]]>".split(),
+    *("<object>", "</object>", "<object><name>cat</name></object>", BOMB),
+    *("<?xml version='1.0' encoding='utf-7'?>", "- a", "&x [*x, *x]", "names: []", "names: {1: a}"),
+    *("!!python/object/apply:os.system [id]", "nc: 3", "kpt_shape: [1]", "train: [a, b]", "val: 5"),
+    *("", "\udcff", "\0", "\n", "\t", ": ", "0 0 0 0 0", "0 1 1 1 1 1 1", "\ufeff"),
 ]
 
 
@@ -86,9 +46,8 @@ def texts(draw: st.DrawFn, sound: str) -> bytes:
     for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
         start, length = draw(st.integers(0, len(text))), draw(st.sampled_from([0, 0, 1, 3, 8]))
         text = text[:start] + draw(st.sampled_from(WORDS)) + text[start + length :]
-    return text.encode(
-        draw(st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16", "latin-1"])), "replace"
-    )
+    encodings = ["utf-8", "utf-8", "utf-8", "utf-16", "latin-1"]
+    return text.encode(draw(st.sampled_from(encodings)), "replace")
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inputs")
     for lvis, name in ((False, "coco.json"), (True, "lvis.json")):
         (root / name).write_text(json.dumps(document(lvis=lvis)))
-    for place in (
-        "yolo/images/train",
-        "yolo/images/val",
-        "yolo/labels/train",
-        "yolo/labels/val",
-        "voc/Annotations",
-        "voc/JPEGImages",
-        "voc/ImageSets/Main",
-    ):
+    yolo = [f"yolo/{kind}/{split}" for kind in ("images", "labels") for split in ("train", "val")]
+    for place in (*yolo, "voc/Annotations", "voc/JPEGImages", "voc/ImageSets/Main"):
         (root / place).mkdir(parents=True)
-    for value, place in enumerate(
-        ("yolo/images/train/a", "yolo/images/val/b", "voc/JPEGImages/a", "voc/JPEGImages/b")
-    ):
+    images = ("yolo/images/train/a", "yolo/images/val/b", "voc/JPEGImages/a", "voc/JPEGImages/b")
+    for value, place in enumerate(images):
         Image.new("RGB", (WIDTH, HEIGHT), (60 * value, 9, 9)).save(root / f"{place}.png")
     for split, name in (("train", "a"), ("val", "b")):
         (root / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text(name)
@@ -168,13 +119,9 @@ def converted(root: Path, kind: str, which: str, content: bytes, sound: str) -> 
         if made:
             found = {finding.kind for finding in check(target).errors}
             assert found <= {"no objects", "same image file in two splits"}, found
-        assert {one.name for one in root.iterdir()} - {"results.json"} == {
-            "coco.json",
-            "lvis.json",
-            "yolo",
-            "voc",
-            *(["converted"] if made else []),
-        }
+        there = {one.name for one in root.iterdir()} - {"results.json"}
+        new = ["converted"] if made else []
+        assert there == {"coco.json", "lvis.json", "yolo", "voc", *new}
     finally:
         path.write_text(sound)
         shutil.rmtree(target, ignore_errors=True)

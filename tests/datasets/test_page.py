@@ -11,27 +11,30 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import pytest
+from PIL import Image, ImageFont
 
-from vitdet.datasets.report.charts import doubling, ranges
-from vitdet.demo.scenes import CATEGORIES
+from vitdet.datasets.report.charts import doubling, histogram, ranges
+from vitdet.datasets.report.page import LENGTHS, OBJECTS, SIDES
 from vitdet.visualize import class_color
 
 Run = Callable[..., tuple[int, str, str]]
 VOID = {"meta", "img", "input", "link"}
+JPEG = "data:image/jpeg;base64,"
 
 
 class Tags(HTMLParser):
-    """The tags of a page that must balance."""
+    """The tags of a page, which must balance."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.seen: list[tuple[str, dict]] = []
         self.feed(page)
+        assert not self.open
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.seen.append((tag, dict(attributes)))
+        self.handle_startendtag(tag, attributes)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -58,33 +61,27 @@ def test_the_page_tells_what_is_there_and_asks_nobody(
     assert sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*")) == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.html"]
     page = (tmp_path / "tiny.html").read_text()
-    tags = Tags(page)
-    assert not tags.open
-    for tag, attributes in tags.seen:
+    tags = Tags(page).seen
+    for tag, attributes in tags:
         assert tag not in ("script", "iframe", "object")
         assert attributes.get("href", "data:,") == "data:,"
-        assert (
-            attributes.get("src", "data:").startswith("data:image/jpeg;base64,")
-            or "src" not in attributes
-        )
+        assert attributes.get("src", JPEG).startswith(JPEG)
     assert "url(" not in page and "http:" not in page and "https:" not in page
-    photos = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
+    photos = [attributes["src"] for tag, attributes in tags if tag == "img"]
     assert len(photos) == 10  # six of train, the four of val
-    assert Image.open(io.BytesIO(base64.b64decode(photos[0].split(",")[1]))).format == "JPEG"
+    content = base64.b64decode(photos[0].removeprefix(JPEG))
+    assert Image.open(io.BytesIO(content)).format == "JPEG"
     for split in ("train", "val"):
         tree = json.loads((tiny / "annotations" / f"instances_{split}.json").read_text())
         kept = [one for one in tree["annotations"] if not one["iscrowd"]]
-        assert re.search(
-            rf"<tr><th>{split}</th><td>{len(tree['images'])}</td><td>\d+</td><td>{len(kept)}</td>",
-            page,
-        )
+        head = f"<tr><th>{split}</th><td>{len(tree['images'])}</td>"
+        assert re.search(rf"{head}<td>\d+</td><td>{len(kept)}</td>", page)
         first = tree["categories"][0]
         mine = [one for one in kept if one["category_id"] == first["id"]]
         row = re.search(rf"<tr><th>{first['name']}</th>(.*?)</tr>", page)[1]
         numbers = re.findall(r'<b>(\d+)</b></div></td><td class="n">(\d+)<', row)
-        assert (str(len(mine)), str(len({one["image_id"] for one in mine}))) == numbers[
-            split == "val"
-        ]
+        expected = (str(len(mine)), str(len({one["image_id"] for one in mine})))
+        assert numbers[split == "val"] == expected
 
 
 def test_an_outline_is_drawn_where_it_is(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
@@ -93,44 +90,27 @@ def test_an_outline_is_drawn_where_it_is(vitdet: Run, own_tiny: Path, tmp_path: 
         # a line down in column 20
         counts = [head["height"] * 20 + 10, 30, head["height"] * (head["width"] - 20) - 40]
         tree["images"] = [head]
+        common = {"image_id": head["id"], "category_id": 1, "area": 30, "iscrowd": 0}
+        line = {"size": [head["height"], head["width"]], "counts": counts}
+        corner = [[3, 4, 53, 4, 3, 64]]
         tree["annotations"] = [
-            {
-                "id": 1,
-                "image_id": head["id"],
-                "category_id": 1,
-                "bbox": [3, 4, 50, 60],
-                "area": 1500,
-                "iscrowd": 0,
-                "segmentation": [[3, 4, 53, 4, 3, 64]],
-            },
-            {
-                "id": 2,
-                "image_id": head["id"],
-                "category_id": 1,
-                "bbox": [20, 10, 1, 30],
-                "area": 30,
-                "iscrowd": 0,
-                "segmentation": {"size": [head["height"], head["width"]], "counts": counts},
-            },
+            {"id": 1, "bbox": [3, 4, 50, 60], "segmentation": corner, **common},
+            {"id": 2, "bbox": [20, 10, 1, 30], "segmentation": line, **common},
         ]
 
     change(own_tiny, "val", then)
     assert vitdet("data", "report", own_tiny, "--output", "deep/page.html")[0] == 0
-    page = (tmp_path / "deep" / "page.html").read_text()
-    assert (
-        'd="M3.0,4.0 53.0,4.0 3.0,64.0Z"/><rect class="box" x="3.0" y="4.0" width="50.0" height="60.0"/>'
-        in page
-    )
-    (path,) = re.findall(r'd="M([^"Z]*)Z"/><rect class="box" x="20.0" y="10.0" width="1.0"', page)
-    points = np.array([[float(value) for value in point.split(",")] for point in path.split()])
-    assert (
-        f'<g style="--c:rgb{class_color(0)}"><title>{CATEGORIES[1]}</title><path class="mask" d="M3.0,4.0'
-        in page
-    )
-    assert (
-        np.abs(points.min(axis=0) - (20, 10)).max() <= 0.5
-        and np.abs(points.max(axis=0) - (21, 40)).max() <= 0.5
-    )
+    tags = Tags((tmp_path / "deep" / "page.html").read_text()).seen
+    masks = [attributes["d"] for tag, attributes in tags if attributes.get("class") == "mask"]
+    boxes = [attributes for tag, attributes in tags if attributes.get("class") == "box"]
+    corner, line = masks[-2:]
+    assert corner == "M3.0,4.0 53.0,4.0 3.0,64.0Z" and boxes[-2]["width"] == "50.0"
+    assert [boxes[-1][key] for key in ("x", "y", "width")] == ["20.0", "10.0", "1.0"]
+    points = np.array([point.split(",") for point in line.strip("MZ").split()], float)
+    assert np.abs(points.min(axis=0) - (20, 10)).max() <= 0.5
+    assert np.abs(points.max(axis=0) - (21, 40)).max() <= 0.5
+    colors = [attributes.get("style") for tag, attributes in tags if tag == "g"]
+    assert f"--c:rgb{class_color(0)}" in colors
 
 
 def test_names_are_text_and_problems_are_on_the_page(
@@ -148,7 +128,7 @@ def test_names_are_text_and_problems_are_on_the_page(
         path.write_bytes(b"no image")
     code, output, _ = vitdet("data", "report", own_tiny, "--images")
     page = (tmp_path / "own.html").read_text()
-    assert code == 0 and "4 errors" in output and not Tags(page).open
+    assert code == 0 and "4 errors" in output and Tags(page)
     assert "<script" not in page and "&lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;" in page
     assert page.count("truncated or invalid image file") == 1
     assert page.count('<p class="error">') == 4 and "1 of zero size" in page
@@ -175,3 +155,26 @@ def test_bins() -> None:
     assert ranges((1, 2, 3, 5)) == ["0", "1", "2", "3-4", "5+"]
     assert doubling(np.array([0, 1, 1, 3, 4, 9]), (1, 2, 3, 5)).tolist() == [1, 2, 0, 2, 1]
     assert ranges((8, 16)) == ["<8", "8-15", "16+"]
+
+
+LETTERS = ImageFont.load_default(11)  # pixels, as the style of SVG texts in pages/style.css
+
+
+@pytest.mark.parametrize("edges, borders", [(OBJECTS, False), (SIDES, True), (LENGTHS, True)])
+def test_neighbours_do_not_touch(edges: tuple[int, ...], borders: bool) -> None:
+    counts = [("train", np.ones(len(edges) + 1, int))]
+    found = histogram("", ranges(edges), counts, "", edges if borders else ()).marks
+    ends = [(x - LETTERS.getlength(said) / 2, x + LETTERS.getlength(said) / 2) for x, said in found]
+    assert len(found) == len(edges) + (not borders) and ends[0][0] > 0 and ends[-1][1] < 460
+    assert all(right[0] - left[1] > 8 for left, right in zip(ends, ends[1:], strict=False))
+
+
+def test_an_edge_stands_between_what_is_below_and_what_is_from_it_on() -> None:
+    chart = histogram(
+        "", ranges((8, 16)), [("train", doubling(np.array([3, 8, 8, 20]), (8, 16)))], "", (8, 16)
+    )
+    (eight, _), (sixteen, _) = chart.marks
+    assert [bar.tip.split(": ")[1].split()[0] for bar in chart.bars] == ["1", "2", "1"]
+    ends = [(bar.x, bar.x + bar.width) for bar in chart.bars]
+    assert ends[0][1] < eight < ends[1][0] < ends[1][1] < sixteen < ends[2][0]
+    assert [said for _, said in chart.marks] == ["8", "16"]

@@ -71,11 +71,8 @@ def test_a_full_disk_leaves_the_old_state_and_one_line(tmp_path: Path) -> None:
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    for line in lines:
-        assert (
-            "step_00000002.pt: could not be written ([Errno 27] File too large); free some space"
-            in line
-        )
+    says = "step_00000002.pt: could not be written ([Errno 27] File too large); free some space"
+    assert all(says in line for line in lines)
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["step_00000001.pt"]
     assert torch.equal(Checkpoints(tmp_path / "states", 1).latest()["x"], torch.arange(10))
 
@@ -96,11 +93,8 @@ def test_the_last_states_stay(tmp_path: Path) -> None:
     (tmp_path / "step_notes.pt").write_text("somebody's")
     for step in (0, 3, 20, 100):
         states.save(step, {"x": step})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step_00000020.pt",
-        "step_00000100.pt",
-        "step_notes.pt",
-    ]
+    left = ["step_00000020.pt", "step_00000100.pt", "step_notes.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert states.latest() == {"format": STATE, "step": 100, "x": 100}
 
 
@@ -173,22 +167,18 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, packed: bool) -> None
 def test_a_detector_comes_back_as_it_was(trained: Path) -> None:
     detector, config, names = restore_detector(trained / "model.pt")
     assert not detector.training and names == tuple(CATEGORIES.values())
-    stored = load_model_file(trained / "model.pt")
-    assert all(
-        torch.equal(tensor, stored["model"][name]) for name, tensor in detector.state_dict().items()
-    )
+    stored = load_model_file(trained / "model.pt")["model"]
+    assert all(torch.equal(one, stored[name]) for name, one in detector.state_dict().items())
     assert config == load_config(trained / "config.yaml")
 
 
 def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
     stored = load_model_file(trained / "model.pt")
     path = tmp_path / "model.pt"
+    unknown = "its config is not valid in this version: model.pyramids: no such setting"
     for change, says in (
         ({"pyramid": {"channels": 32}}, "its weights do not fit its config"),
-        (
-            {"pyramids": {}},
-            "its config is not valid in this version: model.pyramids: no such setting",
-        ),
+        ({"pyramids": {}}, unknown),
     ):
         config = {**stored["config"], "model": {**stored["config"]["model"], **change}}
         save(path, {**stored, "config": config})
@@ -210,24 +200,18 @@ def test_only_a_full_disk_is_told_to_be_emptied(
         assert list(tmp_path.iterdir()) == []
         return f"{type(caught.value).__name__} {one_line(caught.value)}"
 
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        assert failing(OSError(code, os.strerror(code))).endswith(
-            "free some space and run the same command again"
-        )
-    for words in (
-        "[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470",
-        "PytorchStreamWriter failed writing file data/7: file write failed",
+    for error in (
+        *(OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470"),
+        RuntimeError("PytorchStreamWriter failed writing file data/7: file write failed"),
     ):
-        assert "OSError" in failing(RuntimeError(words)) and "free some space" in failing(
-            RuntimeError(words)
-        )
-    assert failing(OSError(errno.EIO, "Input/output error")) == (
-        f"OSError {tmp_path / 'model.pt'}: could not be written ([Errno 5] Input/output error)"
-    )
-    assert (
-        failing(RuntimeError("CUDA error: out of memory"))
-        == "RuntimeError CUDA error: out of memory"
-    )
+        text = failing(error)
+        assert text.startswith("OSError ") and "free some space and run the same command" in text
+    where = f"{tmp_path / 'model.pt'}: could not be written"
+    text = failing(OSError(errno.EIO, "Input/output error"))
+    assert text == f"OSError {where} ([Errno 5] Input/output error)"
+    text = failing(RuntimeError("CUDA error: out of memory"))
+    assert text == "RuntimeError CUDA error: out of memory"
 
 
 @pytest.mark.parametrize(

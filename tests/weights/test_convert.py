@@ -159,10 +159,7 @@ def test_vitae_b_in_the_naming_of_autoencoders(style: str) -> None:
         name = name.removeprefix("backbone.")
         if name.startswith(("blocks.", "patch_embed.", "norm.")) and "rel_pos" not in name:
             theirs[name] = tensor
-    theirs |= {
-        "cls_token": torch.zeros(1, 1, 768),
-        "pos_embed": torch.randn(1, 197, 768),
-    }
+    theirs |= {"cls_token": torch.zeros(1, 1, 768), "pos_embed": torch.randn(1, 197, 768)}
     for i in range(12):
         stem = f"blocks.{i}.attn."
         for key in ("q_bias", "v_bias", "qkv.bias"):

@@ -55,15 +55,8 @@ def write_model(recipe: Path, path: Path) -> Path:
         for parameter in detector.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     names = list("abcdefgh"[: config.model.roi_heads.num_classes])
-    save(
-        path,
-        {
-            "format": FORMAT,
-            "config": to_dict(config),
-            "model": detector.state_dict(),
-            "class_names": names,
-        },
-    )
+    content = {"format": FORMAT, "config": to_dict(config), "class_names": names}
+    save(path, {**content, "model": detector.state_dict()})
     return path
 
 
@@ -87,13 +80,11 @@ def test_a_detector_goes_to_detectron2_and_comes_back(
         assert not content["model"]["backbone.net.pos_embed"][:, 0].any()
     notes = convert_file(theirs, back, "detectron2", recipe)
     count = len(load_model_file(back)["class_names"])
-    assert notes == [
-        f"class names: unknown for {count} classes of coco; named class 0, class 1, ..."
-    ]
-    before, after = restore_detector(model)[0].state_dict(), restore_detector(back)[0].state_dict()
-    assert before.keys() == after.keys() and all(
-        torch.equal(before[name], after[name]) for name in before
-    )
+    unknown = f"class names: unknown for {count} classes of coco"
+    assert notes == [f"{unknown}; named class 0, class 1, ..."]
+    before, after = (restore_detector(path)[0].state_dict() for path in (model, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     expected, found = (Predictor.load(path)(picture, 0.0) for path in (model, back))
     assert torch.equal(expected.boxes, found.boxes) and found.class_names[0] == "class 0"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -122,32 +113,26 @@ def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> 
         "relative positions: rescaled for this model, which applies them to the unscaled query"
     ]
     table = load_model_file(ours)["model"]["backbone.blocks.1.attn.rel_pos_h"]
-    torch.testing.assert_close(
-        again.state_dict()["backbone.blocks.1.attn.rel_pos_h"], table * 32**-0.5
-    )
+    rescaled = again.state_dict()["backbone.blocks.1.attn.rel_pos_h"]
+    torch.testing.assert_close(rescaled, table * 32**-0.5)
     torch.testing.assert_close(features["mixed"], features["fork"], atol=1e-5, rtol=1e-5)
-    assert (
-        "ours.pt: not a detector of detectron2: model.norm_eps is 1e-05, detectron2 uses 1e-06; model"
-        in (refused(ours, tmp_path / "x.pkl", "detectron2", reverse=True))
-    )
+    text = refused(ours, tmp_path / "x.pkl", "detectron2", reverse=True)
+    says = "not a detector of detectron2: model.norm_eps is 1e-05, detectron2 uses 1e-06; model"
+    assert f"ours.pt: {says}" in text
 
 
 def test_tensors_alone(model: Path, recipe: Path, tmp_path: Path) -> None:
     """They say of themselves where they are from; so they can be loaded, and become a detector, later."""
     convert_file(model, tmp_path / "theirs.pkl", "detectron2", reverse=True)
     convert_file(tmp_path / "theirs.pkl", tmp_path / "ours.safetensors", "detectron2")
+    expected = {"format": "pt", "layout": "detectron2", "scaled_rel_pos": "false"}
     with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
-        assert file.metadata() == {
-            "format": "pt",
-            "layout": "detectron2",
-            "scaled_rel_pos": "false",
-        }
+        assert file.metadata() == expected
     convert_file(tmp_path / "theirs.pkl", tmp_path / "fitted.safetensors", "detectron2", recipe)
     assert read_source(tmp_path / "fitted.safetensors", "vitdet").class_names == ()  # not known
     convert_file(model, tmp_path / "named.safetensors", "vitdet")
-    assert read_source(tmp_path / "named.safetensors", "vitdet").class_names == tuple(
-        load_model_file(model)["class_names"]
-    )
+    names = tuple(load_model_file(model)["class_names"])
+    assert read_source(tmp_path / "named.safetensors", "vitdet").class_names == names
     assert read_source(tmp_path / "ours.safetensors", "vitdet").layout == "detectron2"
     convert_file(tmp_path / "ours.safetensors", tmp_path / "again.pt", "vitdet", recipe)
     one, two = load_model_file(model)["model"], load_model_file(tmp_path / "again.pt")["model"]
@@ -158,77 +143,44 @@ def test_tensors_alone(model: Path, recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_pretraining_becomes_tensors(tmp_path: Path) -> None:
-    torch.save(
-        {
-            "model": {
-                name: tensor.contiguous().half() for name, tensor in file_of("mae/base").items()
-            }
-        },
-        tmp_path / "mae.pth",
-    )
-    assert convert_file(tmp_path / "mae.pth", tmp_path / "mae.safetensors", "mae") == []
+    weights = {name: tensor.contiguous().half() for name, tensor in file_of("mae/base").items()}
+    mae, other = tmp_path / "mae.pth", tmp_path / "x.safetensors"
+    torch.save({"model": weights}, mae)
+    assert convert_file(mae, tmp_path / "mae.safetensors", "mae") == []
     source = read_source(tmp_path / "mae.safetensors", "vitdet")
     assert source.layout == "mae" and source.scaled is None and not source.whole
     assert source.weights["backbone.pos_embed"].shape == (1, 14, 14, 768)
-    text = refused(tmp_path / "mae.pth", tmp_path / "mae.pt", "mae", "mask_rcnn_vitdet_b_coco")
+    text = refused(mae, tmp_path / "mae.pt", "mae", "mask_rcnn_vitdet_b_coco")
     assert "mae.pth: contains only a backbone" in text
-    text = refused(
-        tmp_path / "mae.pth", tmp_path / "x.safetensors", "mae", "mask_rcnn_vitae_b_coco"
-    )
-    assert (
-        "does not fit this backbone: " in text and "missing backbone.blocks.0.pcm.0.weight" in text
-    )
-    assert (
-        "mae.pth, read as vitae_cls: 150 tensors unknown to this format, such as cls_token"
-        in refused(tmp_path / "mae.pth", tmp_path / "x.safetensors", "vitae_cls")
-    )
+    text = refused(mae, other, "mae", "mask_rcnn_vitae_b_coco")
+    assert "does not fit this backbone: " in text
+    assert "missing backbone.blocks.0.pcm.0.weight" in text
+    text = refused(mae, other, "vitae_cls")
+    assert "read as vitae_cls: 150 tensors unknown to this format, such as cls_token" in text
     assert not list(tmp_path.glob("*x.safetensors*"))
 
 
 def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Path) -> None:
-    for given, named, says in (
-        (
-            (model, tmp_path / "x.pkl", "detectron2"),
-            {},
-            "expected a name that ends in .safetensors or .pt",
-        ),
-        ((model, tmp_path / "x.pt", "vitdet"), {}, "set --recipe NAME"),
-        (
-            (model, tmp_path / "x.pt", "detectron3"),
-            {},
-            "unknown format of weights 'detectron3'; expected one of",
-        ),
-        (
-            (tmp_path / "none.pkl", tmp_path / "x.pt", "detectron2", recipe),
-            {},
-            "none.pkl: no such weights file",
-        ),
-        ((model, model, "vitdet", recipe), {}, "is the source; choose"),
-        (
-            (model, tmp_path / "x.pth", "mae"),
-            {"reverse": True},
-            "writes detectron2 and mmdet, not mae",
-        ),
-        (
-            (model, tmp_path / "x.pkl", "mmdet"),
-            {"reverse": True},
-            "expected a name that ends in .pth (for mmdet)",
-        ),
-        ((model, tmp_path / "x.pth", "mmdet"), {"reverse": True}, "not a detector of mmdet: "),
-        (
-            (recipe, tmp_path / "x.pth", "mmdet"),
-            {"reverse": True},
-            "small.yaml: not a complete vitdet checkpoint",
-        ),
-        (
-            (model, tmp_path / "x.pt", "vitdet", "mask_rcnn_vitdet_b_coco"),
-            {},
-            "model.pt: does not fit this detector",
-        ),
+    pkl, pt, pth = (tmp_path / f"x.{suffix}" for suffix in ("pkl", "pt", "pth"))
+    ends = "expected a name that ends in"
+    for given, says in (
+        ((model, pkl, "detectron2"), f"{ends} .safetensors or .pt"),
+        ((model, pt, "vitdet"), "set --recipe NAME"),
+        ((model, pt, "detectron3"), "unknown format of weights 'detectron3'; expected one of"),
+        ((tmp_path / "none.pkl", pt, "detectron2", recipe), "none.pkl: no such weights file"),
+        ((model, model, "vitdet", recipe), "is the source; choose"),
+        ((model, pt, "vitdet", "mask_rcnn_vitdet_b_coco"), "model.pt: does not fit this detector"),
     ):
-        assert says in refused(*given, **named), says
+        assert says in refused(*given), says
+    for given, says in (
+        ((model, pth, "mae"), "writes detectron2 and mmdet, not mae"),
+        ((model, pkl, "mmdet"), f"{ends} .pth (for mmdet)"),
+        ((model, pth, "mmdet"), "not a detector of mmdet: "),
+        ((recipe, pth, "mmdet"), "small.yaml: not a complete vitdet checkpoint"),
+    ):
+        assert says in refused(*given, reverse=True), says
     save_config(load_config(recipe, ["model.roi_heads.num_classes=80"]), tmp_path / "coco.yaml")
-    text = refused(model, tmp_path / "x.pt", "vitdet", tmp_path / "coco.yaml")
+    text = refused(model, pt, "vitdet", tmp_path / "coco.yaml")
     assert "the recipe's model 80; to train it on other classes, use it as train.init" in text
     assert not list(tmp_path.glob("*x.p*"))
 

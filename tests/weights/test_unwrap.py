@@ -55,10 +55,7 @@ def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[s
             {**prefixed("module.module."), "module.n_averaged": torch.tensor(5)},
             ["names: removed the prefix module.module."],
         ),
-        (
-            {"model": plain(), "params": {"lr": 1}, "ema": {"decay": {"value": 0.9}}},
-            [],
-        ),
+        ({"model": plain(), "params": {"lr": 1}, "ema": {"decay": {"value": 0.9}}}, []),
         (
             {"teacher": {"model": {"state_dict": plain()}}, "model": {"lr": 1}},
             ["weights: read from 'state_dict' in 'model' in 'teacher'"],

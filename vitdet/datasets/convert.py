@@ -27,11 +27,16 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.files import atomic_dir
 
+UNDIVIDED = (
+    "no validation split, which training needs; --val-share 0.1 splits off a tenth of the images"
+)
+
 
 @dataclass(frozen=True)
 class Converted:
-    """The result: (images, objects) of each split, the classes, and messages for the user: `notes`
-    with counts, `remarks` without.
+    """The result: (images, objects) of each split, the classes, and messages for the user.
+
+    notes: with counts; remarks: without.
     """
 
     splits: dict[str, tuple[int, int]]
@@ -78,26 +83,24 @@ def convert(
         raise FileNotFoundError(f"{source}: no such folder")
     if not 0 <= val_share < 1:
         raise ValueError(f"--val-share: expected a number from 0 to 1, got {val_share}")
-    found = FORMATS[kind or detect(source)].read(source, splits, reading)
-    if found.class_names:
+    found = ImportedDataset(source, splits, reading)
+    FORMATS[kind or detect(source)].read(found)
+    names: tuple[str, ...] = ()
+    labels: list[int | None] = []
+    if found.class_names:  # else nothing is readable
         names, labels = select_classes(source, found.class_names, classes, rename or {})
-    else:
-        names, labels = (), []  # nothing readable
     with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, names, labels, copy, boxes_as_masks)
-        pictures: Mapping[str, Iterable[ImportedImage]] = found.splits
-        if val_share and found.splits:
-            pictures = _divided(source, found, val_share, seed)
-        counts = {split: writer.write(split, items) for split, items in pictures.items()}
+        images: Mapping[str, Iterable[ImportedImage]] = found.splits
+        if val_share and images:
+            images = _divided(found, val_share, seed)
+        counts = {split: writer.write(split, listed) for split, listed in images.items()}
         found.problems.raise_if_any(source)
         if not counts:
             raise ValueError(f"{source}: nothing to convert; {'; '.join(found.remarks)}")
     if not any(split.startswith("val") for split in counts):
-        found.remarks.append(
-            "no validation split, which training needs; --val-share 0.1 splits off a tenth of the "
-            "images"
-        )
+        found.remarks.append(UNDIVIDED)
     notes = {note: count for note, count in found.notes.items() if count}
     if boxes_as_masks and BOX_ONLY in notes:
         notes["boxes are used as masks"] = notes.pop(BOX_ONLY)
@@ -106,64 +109,54 @@ def convert(
     return Converted(counts, names, notes, tuple(found.remarks))
 
 
-def _divided(
-    source: Path, found: ImportedDataset, share: float, seed: int
-) -> dict[str, list[ImportedImage]]:
-    """Split the images of the only split into train and val. Raises ValueError if there are several
-    splits, or too few images.
+def _divided(found: ImportedDataset, share: float, seed: int) -> dict[str, list[ImportedImage]]:
+    """Split the images of the only split into train and val.
+
+    Raises ValueError if there are several splits, or too few images.
     """
     if len(found.splits) != 1:
         raise ValueError(
-            f"{source}: --val-share divides the images of one split, but there are "
-            f"{', '.join(found.splits)}; "
-            "--splits takes one of them"
+            f"{found.source}: --val-share divides the images of one split, but there are "
+            f"{', '.join(found.splits)}; --splits takes one of them"
         )
-    pictures = [picture for split in found.splits.values() for picture in split]
-    if len(pictures) < 2 and not found.problems.counts:
-        raise ValueError(f"{source}: {len(pictures)} images cannot be divided by --val-share")
-    count = min(max(round(share * len(pictures)), 1), len(pictures) - 1)
-    chosen = set(random.Random(seed).sample(range(len(pictures)), max(count, 0)))
-    found.remarks.append(f"val: {count:,} of {len(pictures):,} images, drawn with seed {seed}")
+    images = [image for split in found.splits.values() for image in split]
+    if len(images) < 2 and not found.problems.counts:
+        raise ValueError(f"{found.source}: {len(images)} images cannot be divided by --val-share")
+    count = min(max(round(share * len(images)), 1), len(images) - 1)
+    chosen = set(random.Random(seed).sample(range(len(images)), max(count, 0)))
+    found.remarks.append(f"val: {count:,} of {len(images):,} images, drawn with seed {seed}")
     return {
-        "train": [one for index, one in enumerate(pictures) if index not in chosen],
-        "val": [one for index, one in enumerate(pictures) if index in chosen],
+        "train": [one for index, one in enumerate(images) if index not in chosen],
+        "val": [one for index, one in enumerate(images) if index in chosen],
     }
 
 
+@dataclass
 class _Writer:
     """Writes the splits, with consecutive ids and unique file names."""
 
-    def __init__(
-        self,
-        folder: Path,
-        class_names: Sequence[str],
-        labels: Sequence[int | None],
-        copy: bool,
-        boxes_as_masks: bool,
-    ) -> None:
-        self.folder, self.class_names, self.copy = folder, class_names, copy
-        self.labels = labels  # label of the source -> label here, None: skipped
-        self.boxes_as_masks = boxes_as_masks
+    folder: Path
+    class_names: Sequence[str]
+    labels: Sequence[int | None]  # label of the source -> label here, None: skipped
+    copy: bool
+    boxes_as_masks: bool
+
+    def __post_init__(self) -> None:
         self.images = self.objects = self.other_classes = 0
         self.name_of: dict[str, str] = {}  # source file -> name
         self.taken: Counter[str] = Counter()
 
-    def write(self, split: str, pictures: Iterable[ImportedImage]) -> tuple[int, int]:
+    def write(self, split: str, images: Iterable[ImportedImage]) -> tuple[int, int]:
         """Write a split; return its numbers of images and objects."""
         (self.folder / split).mkdir()
-        categories = [
-            {"id": label + 1, "name": name} for label, name in enumerate(self.class_names)
-        ]
-        images, objects = [], self.objects
+        categories = [{"id": label, "name": name} for label, name in enumerate(self.class_names, 1)]
+        entries, before = [], self.objects
         with open(self.folder / "annotations" / f"instances_{split}.json", "w") as file:
-            file.write(
-                '{"info": {}, "licenses": [], "categories": '
-                + json.dumps(categories)
-                + ', "annotations": ['
-            )
-            for picture in pictures:
-                images.append(self._image(split, picture))
-                for thing in picture.things:
+            head = f'"info": {{}}, "licenses": [], "categories": {json.dumps(categories)}'
+            file.write(f'{{{head}, "annotations": [')
+            for image in images:
+                entries.append(self._image(split, image))
+                for thing in image.things:
                     label = self.labels[thing.label]
                     if label is None:
                         self.other_classes += 1
@@ -178,29 +171,23 @@ class _Writer:
                         "segmentation": thing.segmentation or self._box_as_mask(thing),
                         "iscrowd": int(thing.crowd),
                     }
-                    file.write(
-                        (",\n" if self.objects > objects + 1 else "\n") + json.dumps(annotation)
-                    )
-            file.write('\n], "images": ' + json.dumps(images) + "}\n")
-        return len(images), self.objects - objects
+                    comma = "," if self.objects > before + 1 else ""
+                    file.write(f"{comma}\n{json.dumps(annotation)}")
+            file.write(f'\n], "images": {json.dumps(entries)}}}\n')
+        return len(entries), self.objects - before
 
     def _box_as_mask(self, thing: ImportedObject) -> list[list[float]]:
         x, y, width, height = thing.box
         right, low = round(x + width, 3), round(y + height, 3)
         return [[x, y, right, y, right, low, x, low]] if self.boxes_as_masks else []
 
-    def _image(self, split: str, picture: ImportedImage) -> dict[str, str | int]:
-        path = os.path.realpath(picture.path)  # a link to a link would be one
-        name = self.name_of.setdefault(path, "") or self._name(picture.path.name)
-        self.name_of[path] = name
+    def _image(self, split: str, image: ImportedImage) -> dict[str, str | int]:
+        path = os.path.realpath(image.path)  # a link to a link would be one
+        name = self.name_of[path] = self.name_of.get(path) or self._name(image.path.name)
         _bring(path, self.folder / split / name, self.copy)
         self.images += 1
-        return {
-            "id": self.images,
-            "file_name": name,
-            "height": picture.height,
-            "width": picture.width,
-        }
+        size = {"height": image.height, "width": image.width}
+        return {"id": self.images, "file_name": name, **size}
 
     def _name(self, name: str) -> str:
         """Return the file name, with a number if another file has it."""

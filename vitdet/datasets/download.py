@@ -30,12 +30,13 @@ from vitdet.files import write_json
 CHUNK = 1 << 18  # bytes
 LARGEST = 100 * 10**9  # bytes: limit for files of unknown size; no published file is larger
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes that are retried
+DENIED = "the server denies access to this file"
 REASONS = {
     401: "it requires a password",
-    403: "the server denies access to this file",
     404: "no such file there",
     410: "the file is gone",
 }
+CHANGED = "the file on the server has changed"
 log = logging.getLogger(__name__)
 
 
@@ -67,10 +68,6 @@ class _Broken(Exception):
         self.pause = pause
 
 
-class _TooLongError(Exception):
-    """The server sent more bytes than the file has."""
-
-
 class _Beginning(NamedTuple):
     """The file that the bytes received so far belong to."""
 
@@ -90,7 +87,7 @@ def download(
     """Download a file to `path`, resuming a previous download.
 
     Args:
-        address: the URL.
+        url: its address.
         path: the file to write.
         watcher: progress display.
         patience: retry policy.
@@ -102,21 +99,20 @@ def download(
         OSError: the file cannot be written.
         ValueError: not the expected file.
     """
+    attempt = _Attempt(url, path, watcher, patience.stall, size, copies)
     furthest, failures = _have(path), 0
     while True:
         try:
-            return _attempt(url, path, watcher, patience.stall, size, copies)
+            return attempt.run()
         except _Broken as broken:
             here = _have(path)
             failures = 1 if here > furthest else failures + 1
             furthest = max(here, furthest)
             if failures >= patience.tries:
-                raise ConnectionError(
-                    f"{url}: {broken}, {failures} times in a row; {_kept(here)}"
-                ) from broken
-            pause = min(
-                max(patience.pause * 2 ** (failures - 1), broken.pause), patience.longest_pause
-            )
+                times = f"{failures} times in a row; {_kept(here)}"
+                raise ConnectionError(f"{url}: {broken}, {times}") from broken
+            pause = max(patience.pause * 2 ** (failures - 1), broken.pause)
+            pause = min(pause, patience.longest_pause)
             watcher.end()
             log.warning("%s: %s; next attempt in %.0f s", path.name, broken, pause)
             time.sleep(pause)
@@ -125,8 +121,7 @@ def download(
 
 
 def mirrored(url: str, mirror: str) -> str:
-    """Return the address on a mirror: MIRROR/PATH, with the path (and query) of the original
-    address.
+    """Return the address on a mirror: MIRROR/PATH, with path and query of the original address.
 
     Raises ValueError for a mirror that is not an http address.
     """
@@ -135,11 +130,8 @@ def mirrored(url: str, mirror: str) -> str:
         raise ValueError(
             f"--mirror {mirror}: expected an address such as https://mirror.example.org/weights"
         )
-    return urlunsplit(
-        original._replace(
-            scheme=base.scheme, netloc=base.netloc, path=base.path.rstrip("/") + original.path
-        )
-    )
+    path = base.path.rstrip("/") + original.path
+    return urlunsplit(original._replace(scheme=base.scheme, netloc=base.netloc, path=path))
 
 
 def discard(path: Path) -> None:
@@ -149,158 +141,152 @@ def discard(path: Path) -> None:
         os.truncate(path, 0)
 
 
-def _attempt(
-    url: str, path: Path, watcher: Watcher, stall: float, size: int | None, copies: int
-) -> None:
-    have, beginning = _have(path), _beginning(path)
-    if not have or beginning is None or beginning.url != url:
-        have, beginning = 0, None
-    if beginning and have == beginning.total:
-        return  # it was interrupted after the last byte
-    request = Request(url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
-    if beginning:
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", beginning.validator)
-    with _open(request, path, stall) as response:
-        start, total = _range(response, path, have, beginning)
-        _check(response, url, total, size)
-        _ask_for_space(path, total, have, copies)
-        if not start:
-            # remove the old bytes before writing the new description, so that a kill cannot mix
-            # them
-            discard(path)
-            _write_note(path, _Beginning(url, _validator(response), total))
-        _receive(response, path, start, total, watcher, stall, size)
-    here = _have(path)
-    if total is not None and here != total:
-        raise _Broken(f"the connection was cut at {here:,} of {total:,} bytes")
+def note(path: Path) -> Path:
+    """Return the path of the file that describes the bytes in `path`."""
+    return path.with_name(f"{path.name}.json")
 
 
-def _open(request: Request, path: Path, stall: float) -> http.client.HTTPResponse:
-    """Send the request and return the response, before its body is read."""
-    url = request.full_url
-    try:
-        return urlopen(request, timeout=stall)
-    except HTTPError as error:
-        with error:
-            # range not satisfiable: the file on the server has changed
-            if error.code == 416:
-                discard(path)
-                raise _Broken("the file on the server has changed") from error
-            text = f"the server answers {error.code} {error.reason}"
-            if error.code in PASSING:
-                after = error.headers.get("Retry-After", "")
-                raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
-            kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
-            meaning = REASONS.get(error.code, "the server denies access to this file")
-            raise kind(f"{url}: {text} ({meaning})") from error
-    except (URLError, OSError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise ConnectionError(f"{url}: {reason}") from error
-        raise _Broken(_words(reason, stall)) from error
+@dataclass(frozen=True)
+class _Attempt:
+    url: str
+    path: Path
+    watcher: Watcher
+    stall: float  # seconds
+    size: int | None
+    copies: int
 
+    def run(self) -> None:
+        """Receive the file or its rest."""
+        have, beginning = _have(self.path), _beginning(self.path)
+        if not have or beginning is None or beginning.url != self.url:
+            have, beginning = 0, None
+        if beginning and have == beginning.total:
+            return  # it was interrupted after the last byte
+        request = Request(self.url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
+        if beginning:
+            request.add_header("Range", f"bytes={have}-")
+            request.add_header("If-Range", beginning.validator)
+        with self.send(request) as response:
+            start, total = self.extent(response, have, beginning)
+            self.check(response, total)
+            self.check_space(total, have)
+            if not start:
+                # first remove the old bytes, so that a kill cannot mix them with the new note
+                discard(self.path)
+                noted = _Beginning(self.url, _validator(response), total)
+                write_json(note(self.path), noted._asdict())
+            self.receive(response, start, total)
+        here = _have(self.path)
+        if total is not None and here != total:
+            raise _Broken(f"the connection was cut at {here:,} of {total:,} bytes")
 
-def _range(
-    response: http.client.HTTPResponse, path: Path, have: int, beginning: _Beginning | None
-) -> tuple[int, int | None]:
-    """Return the offset of the body and the length of the file."""
-    length = response.headers.get("Content-Length")
-    if response.status != 206 or beginning is None:
-        return 0, int(length) if length and length.isdigit() else None
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    total = int(found[2]) if found and found[2] != "*" else None
-    same = _validator(response) in (beginning.validator, "")  # some servers ignore If-Range
-    if not found or int(found[1]) != have or total != beginning.total or not same:
-        discard(path)
-        raise _Broken("the file on the server has changed")
-    return have, total
-
-
-def _check(
-    response: http.client.HTTPResponse, url: str, total: int | None, size: int | None
-) -> None:
-    if urlsplit(url).scheme == "https" and urlsplit(response.url).scheme != "https":
-        raise ValueError(
-            f"{url}: redirects to an unencrypted address ({response.url}); it was not followed"
-        )
-    if response.headers.get_content_type() == "text/html":
-        raise ValueError(
-            f"{url}: received a web page instead of the file (login, proxy or dead link); open "
-            "it in a browser and give the file with --from"
-        )
-    if size is not None and total is not None and total != size:
-        raise ValueError(
-            f"{url}: the server has {total:,} bytes, expected {size:,}: not the published file"
-        )
-
-
-def _ask_for_space(path: Path, total: int | None, have: int, copies: int) -> None:
-    """Raise OSError if the rest of the file, and its further copies, do not fit on the disk."""
-    needed = copies * (total or 0) - have
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        what = "the file" if copies == 1 else f"{copies} files of this size"
-        raise OSError(
-            f"{path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are free; free "
-            "some "
-            "space or give another folder"
-        )
-
-
-def _receive(
-    response: http.client.HTTPResponse,
-    path: Path,
-    start: int,
-    total: int | None,
-    watcher: Watcher,
-    stall: float,
-    size: int | None,
-) -> None:
-    """Append the body to the first `start` bytes of the file. Raises ValueError, and discards all,
-    for more than `size`.
-    """
-    done, most = start, LARGEST if size is None else size
-    with open(path, "ab", buffering=0) as file:  # flush what was received
+    def send(self, request: Request) -> http.client.HTTPResponse:
+        """Send the request and return the response, before its body is read."""
         try:
-            watcher.at(done, total)
-            # read one byte more than expected, to detect a longer file
-            while chunk := _read(response, stall, min(CHUNK, most - done + 1)):
-                if done + len(chunk) > most:
-                    raise _TooLongError
-                view = memoryview(chunk)
-                while view:
-                    count = file.write(view)  # a partial write on a nearly full disk
-                    view, done = view[count:], done + count
-                watcher.at(done, total)
-        except _TooLongError:
-            discard(path)
+            return urlopen(request, timeout=self.stall)
+        except HTTPError as error:
+            with error:
+                if error.code == 416:  # range not satisfiable
+                    discard(self.path)
+                    raise _Broken(CHANGED) from error
+                text = f"the server answers {error.code} {error.reason}"
+                if error.code in PASSING:
+                    after = error.headers.get("Retry-After", "")
+                    raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
+                kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
+                reason = REASONS.get(error.code, DENIED)
+                raise kind(f"{self.url}: {text} ({reason})") from error
+        except (OSError, http.client.HTTPException) as error:
+            cause = error.reason if isinstance(error, URLError) else error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise ConnectionError(f"{self.url}: {cause}") from error
+            raise self.broken(cause) from error
+
+    def extent(
+        self, response: http.client.HTTPResponse, have: int, beginning: _Beginning | None
+    ) -> tuple[int, int | None]:
+        """Return the offset of the body and the length of the file."""
+        headers = response.headers
+        if response.status != 206 or beginning is None:
+            length = headers.get("Content-Length", "")
+            return 0, int(length) if length.isdigit() else None
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+        total = int(found[2]) if found and found[2] != "*" else None
+        same = _validator(response) in (beginning.validator, "")  # some servers ignore If-Range
+        if not found or int(found[1]) != have or total != beginning.total or not same:
+            discard(self.path)
+            raise _Broken(CHANGED)
+        return have, total
+
+    def check(self, response: http.client.HTTPResponse, total: int | None) -> None:
+        """Raise ValueError if it is known not to be the file."""
+        if urlsplit(self.url).scheme == "https" != urlsplit(response.url).scheme:
             raise ValueError(
-                f"{response.url}: the server sends more than the "
-                f"{'' if size is None else 'expected '}"
-                f"{most:,} bytes: not the published file; nothing was kept"
-            ) from None
-        except OSError as error:
+                f"{self.url}: redirects to an unencrypted address ({response.url}); it was not "
+                "followed"
+            )
+        if response.headers.get_content_type() == "text/html":
+            raise ValueError(
+                f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
+                "open it in a browser and give the file with --from"
+            )
+        if None not in (self.size, total) and total != self.size:
+            has = f"the server has {total:,} bytes, expected {self.size:,}"
+            raise ValueError(f"{self.url}: {has}: not the published file")
+
+    def check_space(self, total: int | None, have: int) -> None:
+        """Raise OSError if the rest of the file, and its further copies, do not fit on the disk."""
+        needed = self.copies * (total or 0) - have
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            what = "the file" if self.copies == 1 else f"{self.copies} files of this size"
             raise OSError(
-                f"{path}: could not be written ({error}); free some space, {_kept(done)}"
-            ) from error
+                f"{self.path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are "
+                "free; free some space or give another folder"
+            )
 
+    def receive(self, response: http.client.HTTPResponse, start: int, total: int | None) -> None:
+        """Append the body to the first `start` bytes of the file."""
+        done, most = start, LARGEST if self.size is None else self.size
+        with open(self.path, "ab", buffering=0) as file:  # flush what was received
+            try:
+                self.watcher.at(done, total)
+                # read one byte more than expected, to detect a longer file
+                while chunk := self.read(response, min(CHUNK, most - done + 1)):
+                    if done + len(chunk) > most:
+                        break
+                    view = memoryview(chunk)
+                    while view:
+                        count = file.write(view)  # a partial write on a nearly full disk
+                        view, done = view[count:], done + count
+                    self.watcher.at(done, total)
+            except OSError as error:
+                text = f"could not be written ({error}); free some space, {_kept(done)}"
+                raise OSError(f"{self.path}: {text}") from error
+        if chunk:
+            discard(self.path)
+            most_bytes = f"{'' if self.size is None else 'expected '}{most:,} bytes"
+            raise ValueError(
+                f"{response.url}: the server sends more than the {most_bytes}: not the published "
+                "file; nothing was kept"
+            )
 
-def _read(response: http.client.HTTPResponse, stall: float, most: int) -> bytes:
-    try:
-        return response.read1(most)  # read1: a broken connection loses nothing
-    except (OSError, http.client.HTTPException) as error:
-        raise _Broken(_words(error, stall)) from error
+    def read(self, response: http.client.HTTPResponse, most: int) -> bytes:
+        """Read some bytes of the body."""
+        try:
+            return response.read1(most)  # read1: a broken connection loses nothing
+        except (OSError, http.client.HTTPException) as error:
+            raise self.broken(error) from error
+
+    def broken(self, error: object) -> _Broken:
+        """Return the exception for an error of the connection."""
+        if isinstance(error, TimeoutError):
+            return _Broken(f"no byte came for {self.stall:g} s")
+        return _Broken(f"the connection failed ({error})")
 
 
 def _bytes(number: int) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
-
-
-def _words(error: object, stall: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no byte came for {stall:g} s"
-    return f"the connection failed ({error})"
 
 
 def _validator(response: http.client.HTTPResponse) -> str:
@@ -314,16 +300,9 @@ def _have(path: Path) -> int:
 
 
 def _kept(done: int) -> str:
-    return (
-        f"the {done:,} bytes so far are kept; run the same command to resume"
-        if done
-        else "nothing came"
-    )
-
-
-def note(path: Path) -> Path:
-    """Return the path of the file that describes the bytes in `path`."""
-    return path.with_name(f"{path.name}.json")
+    if not done:
+        return "nothing came"
+    return f"the {done:,} bytes so far are kept; run the same command to resume"
 
 
 def _beginning(path: Path) -> _Beginning | None:
@@ -333,7 +312,3 @@ def _beginning(path: Path) -> _Beginning | None:
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return noted if noted.validator else None
-
-
-def _write_note(path: Path, beginning: _Beginning) -> None:
-    write_json(note(path), beginning._asdict())

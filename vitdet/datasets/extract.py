@@ -52,6 +52,10 @@ class Entry(NamedTuple):
     crc: int
 
 
+class _Refused(Exception):
+    """The reason for rejecting an archive."""
+
+
 def unpack(
     archive: Path,
     folder: Path,
@@ -96,10 +100,6 @@ def unpack(
     return found
 
 
-class _Refused(Exception):
-    """The reason for rejecting an archive."""
-
-
 def _checked(
     infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], limits: Limits
 ) -> list[tuple[zipfile.ZipInfo, str]]:
@@ -111,20 +111,17 @@ def _checked(
         if name is not None:
             _check_name(name)
             chosen.append((info, name))
-    if len(chosen) > limits.files:
-        raise _Refused(
-            f"{len(chosen):,} files, of which at most {limits.files:,} are expected: rejected"
-        )
-    size = sum(info.file_size for info, _ in chosen)
+    count, size = len(chosen), sum(info.file_size for info, _ in chosen)
+    if count > limits.files:
+        raise _Refused(f"{count:,} files, of which at most {limits.files:,} are expected: rejected")
     if size > limits.size:
         raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: rejected")
     first: dict[str, str] = {}
     for _, name in chosen:  # as compared by a case-insensitive disk
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
-            raise _Refused(
-                f"contains both {other} and {name}, which are the same file on some disks: rejected"
-            )
+            both = f"contains both {other} and {name}"
+            raise _Refused(f"{both}, which are the same file on some disks: rejected")
     return chosen
 
 
@@ -132,18 +129,15 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
     if info.header_offset < 0:
         raise _Refused("not a complete zip archive (its beginning is missing)")
     _check_name(info.orig_filename.removesuffix("/"))
-    kind = stat.S_IFMT(info.external_attr >> 16)
+    kind, name = stat.S_IFMT(info.external_attr >> 16), info.filename
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():
-        raise _Refused(
-            f"{info.filename} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}: rejected"
-        )
+        what = "a link" if kind == stat.S_IFLNK else "no plain file"
+        raise _Refused(f"{name} is {what}: rejected")
     if info.flag_bits & 0x1:
-        raise _Refused(f"{info.filename} is encrypted: rejected")
+        raise _Refused(f"{name} is encrypted: rejected")
     if info.compress_type not in METHODS:
-        raise _Refused(
-            f"{info.filename} is compressed with method {info.compress_type}, not deflated or "
-            "stored: rejected"
-        )
+        method = f"is compressed with method {info.compress_type}"
+        raise _Refused(f"{name} {method}, not deflated or stored: rejected")
 
 
 def _check_name(name: str) -> None:
@@ -151,16 +145,15 @@ def _check_name(name: str) -> None:
     parts = name.split("/")
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
-        raise _Refused(
-            f"contains the name {name!r}, which is outside of the folder or invalid: rejected"
-        )
+        reason = "which is outside of the folder or invalid"
+        raise _Refused(f"contains the name {name!r}, {reason}: rejected")
     if max(len(part.encode()) for part in parts) > 255:
         raise _Refused(f"contains a name of more than 255 bytes, {name[:40]!r}...: rejected")
 
 
 def _check_parents(path: Path, folder: Path) -> None:
-    """Raise ValueError if a folder between `folder` and the file is a link."""
-    for parent in (path.parent, *path.parent.parents):
+    """Raise OSError if a folder between `folder` and the file is a link."""
+    for parent in path.parents:
         if parent.is_symlink():
             raise OSError(
                 f"{parent}: is a link, which is not followed; remove it, or give the folder that "
@@ -168,48 +161,39 @@ def _check_parents(path: Path, folder: Path) -> None:
             )
         if parent == folder:
             break
-    if path.parent != folder:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _is_there(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
-    """Return whether the file is complete; raises ValueError for another file that must not be
-    replaced.
-    """
+    """Return whether the file is complete. Raises ValueError for a file not to be replaced."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return False
-    if stat.S_ISREG(found.st_mode) and found.st_size == info.file_size and crc32(path) == info.CRC:
+    plain = stat.S_ISREG(found.st_mode)
+    if plain and found.st_size == info.file_size and crc32(path) == info.CRC:
         return True
-    if ours and stat.S_ISREG(found.st_mode):
+    if ours and plain:
         return False
-    raise ValueError(
-        f"{path}: exists and differs from the file in the archive; move it away and repeat the "
-        "command"
-    )
+    what = "exists and differs from the file in the archive"
+    raise ValueError(f"{path}: {what}; move it away and repeat the command")
 
 
 def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary: Path) -> None:
     """Write one file atomically."""
-    done, flags = 0, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+    done, declared = 0, info.file_size
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     try:
         with opened.open(info) as source, open(os.open(temporary, flags, 0o644), "wb") as target:
             while chunk := source.read(CHUNK):  # zipfile compares the checksum at the end
                 done += len(chunk)
-                if done > info.file_size:
-                    raise _Refused(
-                        f"{info.filename} has more bytes than declared ({info.file_size:,}): "
-                        "rejected"
-                    )
+                if done > declared:
+                    more = f"more bytes than declared ({declared:,})"
+                    raise _Refused(f"{info.filename} has {more}: rejected")
                 target.write(chunk)
     except OSError as error:
-        raise OSError(
-            f"{path}: could not be extracted ({error}); free some space and run the same command "
-            "to resume"
-        ) from error
-    if done != info.file_size:
-        raise _Refused(
-            f"{info.filename} has {done:,} bytes, it declares {info.file_size:,}: broken"
-        )
+        resume = "free some space and run the same command to resume"
+        raise OSError(f"{path}: could not be extracted ({error}); {resume}") from error
+    if done != declared:
+        raise _Refused(f"{info.filename} has {done:,} bytes, it declares {declared:,}: broken")
     temporary.replace(path)

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from vitdet.data import download_record
-from vitdet.data.download_record import DownloadRecord
+from vitdet.data.download_record import DownloadRecord, File, Images, digest
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
 from vitdet.datasets.extract import Entry, Limits, unpack
 from vitdet.datasets.parallel import SharedProgress, run_parallel
@@ -33,6 +33,7 @@ from vitdet.files import locked, sha256
 PICTURE = re.compile(r"\d{12}\.jpg")  # file names of COCO's images
 BLOCK = 4096  # block size of a disk in bytes
 PATIENT = Patience()
+AWAY = "move it away and repeat the command"
 log = logging.getLogger(__name__)
 
 
@@ -48,9 +49,13 @@ def fetch(
     """Download and extract the archives below `root`; return False if everything exists.
 
     Args:
+        archives: those to fetch.
+        root: the folder of the data sets.
         show: creates the progress display of a step.
+        mirror: where to download from instead of the published addresses.
         local: a folder with the archives, which are then not downloaded.
         keep: keep the archives in root/archives.
+        patience: retry policy.
 
     Raises:
         FileNotFoundError: an archive is not in `local`.
@@ -66,10 +71,11 @@ def fetch(
         if todo:
             _check_places(todo, root)
             _check_space(todo, root, local)
-            files = (
-                _given(todo, local) if local else _downloaded(todo, root, show, mirror, patience)
-            )
-            found = _unpacked(todo, files, root, show)
+            if local:
+                files = _given(todo, local)
+            else:
+                files = _downloaded(todo, root, show("downloading"), mirror, patience)
+            found = _unpacked(todo, files, root, show("unpacking"))
             log.info("%s: extracted; syncing to disk", root)
             download_record.write(root, download_record.read(root).with_(found))
         _tidy(archives, root, keep)
@@ -93,14 +99,14 @@ def _is_there(archive: Archive, root: Path, known: DownloadRecord) -> bool:
         return False
     except ValueError as error:
         if archive.members or len(os.listdir(root / archive.folder)) >= archive.count:
-            raise ValueError(f"{error}; move it away and repeat the command") from error
+            raise ValueError(f"{error}; {AWAY}") from error
         log.warning("%s; downloading what is missing", error)
         return False
     return True
 
 
 def _check_places(todo: Sequence[Archive], root: Path) -> None:
-    """Raise ValueError, before downloading, for an image folder that cannot be completed."""
+    """Raise an error, before downloading, for an image folder that cannot be completed."""
     for archive in todo:
         folder = root / archive.folder
         if folder.is_symlink():
@@ -113,97 +119,66 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
         there = os.listdir(folder)
         foreign = [name for name in there if not PICTURE.fullmatch(name)]
         if foreign:
-            raise ValueError(
-                f"{folder / min(foreign)}: not of {archive.name}; move it away and repeat the "
-                "command"
-            )
+            raise ValueError(f"{folder / min(foreign)}: not of {archive.name}; {AWAY}")
         if len(there) > archive.count:
-            raise ValueError(
-                f"{folder}: has more than the {archive.count:,} files of {archive.name}; move it "
-                "away and "
-                "repeat the command"
-            )
+            more = f"has more than the {archive.count:,} files of {archive.name}"
+            raise ValueError(f"{folder}: {more}; {AWAY}")
 
 
 def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> None:
     """Raise OSError if the archives and their content do not fit on the disk."""
-    download = (
-        0
-        if local
-        else sum(
-            archive.size - _used(root / ".archives", archive.name)
-            for archive in todo
-            if not (root / "archives" / archive.name).exists()
-        )
-    )
-    content = sum(archive.unpacked + archive.count * BLOCK for archive in todo)
-    content -= sum(
-        _used(root, folder)
-        for archive in todo
-        for folder in (archive.folder, f".{archive.folder}.part")
-        if not archive.members
-    )
+    lacking = [one for one in todo if not local and not (root / "archives" / one.name).exists()]
+    folders = [one.folder for one in todo if not one.members]
+    download = sum(one.size - _used(root / ".archives" / one.name) for one in lacking)
+    content = sum(one.unpacked + one.count * BLOCK for one in todo)
+    content -= sum(_used(root / name) + _used(root / f".{name}.part") for name in folders)
     free = shutil.disk_usage(root).free
     if download + content > free:
         raise OSError(
             f"{root}: {(download + content) / 1e9:.1f} GB are needed ({download / 1e9:.1f} for "
             f"archives, {content / 1e9:.1f} for their content), {free / 1e9:.1f} GB are free; free "
-            "some space or name "
-            "a folder on another disk"
+            "some space or name a folder on another disk"
         )
 
 
-def _used(root: Path, name: str) -> int:
+def _used(path: Path) -> int:
     """Return the bytes of a file or its beginning, or of a folder's files with their blocks."""
-    if (root / name).is_dir():
-        with os.scandir(root / name) as listed:
+    if path.is_dir():
+        with os.scandir(path) as listed:
             return sum(one.stat(follow_symlinks=False).st_size + BLOCK for one in listed)
-    return max(
-        (path.stat().st_size for path in (root / name, root / f"{name}.part") if path.is_file()),
-        default=0,
-    )
+    files = (path, path.with_name(f"{path.name}.part"))
+    return max((one.stat().st_size for one in files if one.is_file()), default=0)
 
 
 def _given(todo: Sequence[Archive], local: Path) -> list[Path]:
     """Return the verified archives in the user's folder."""
-    files = [local / archive.name for archive in todo]
-    missing = [
-        f"{archive.name} ({archive.url})"
-        for archive, path in zip(todo, files, strict=True)
-        if not path.is_file()
-    ]
+    missing = [f"{one.name} ({one.url})" for one in todo if not (local / one.name).is_file()]
     if missing:
         raise FileNotFoundError(f"{local}: lacks {', '.join(missing)}")
-    log.info("verifying %s", ", ".join(path.name for path in files))
-    run_parallel(
-        [partial(_verify, path, archive) for path, archive in zip(files, todo, strict=True)],
-        threading.Event(),
-    )
-    return files
+    log.info("verifying %s", ", ".join(one.name for one in todo))
+    run_parallel([partial(_verify, local / one.name, one) for one in todo], threading.Event())
+    return [local / one.name for one in todo]
 
 
 def _downloaded(
-    todo: Sequence[Archive],
-    root: Path,
-    show: Callable[[str], Watcher],
-    mirror: str,
-    patience: Patience,
+    todo: Sequence[Archive], root: Path, bar: Watcher, mirror: str, patience: Patience
 ) -> list[Path]:
     """Return the verified archives, existing or downloaded."""
     addresses = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
     stop = threading.Event()
-    progress = SharedProgress(show("downloading"), sum(archive.size for archive in todo), stop)
+    progress = SharedProgress(bar, sum(archive.size for archive in todo), stop)
     files: dict[str, Path] = {}
 
     def bring(archive: Archive, address: str) -> None:
-        kept, path = root / "archives" / archive.name, root / ".archives" / archive.name
+        kept, path = (root / folder / archive.name for folder in ("archives", ".archives"))
+        watcher = progress.watcher(archive.name)
         files[archive.name] = kept if kept.is_file() else path
         if kept.is_file():
             _verify(kept, archive)
         elif not path.is_file():
             part = path.with_name(f"{path.name}.part")
-            download(address, part, progress.watcher(archive.name), patience, archive.size)
+            download(address, part, watcher, patience, archive.size)
             log.info("%s: verifying", archive.name)
             try:
                 _verify(part, archive)
@@ -211,110 +186,86 @@ def _downloaded(
                 discard(part)
                 raise ValueError(f"{address}: {error}; the download was removed") from error
             part.replace(path)
-        progress.watcher(archive.name).at(archive.size, archive.size)
+        watcher.at(archive.size, archive.size)
 
     run_parallel([partial(bring, *one) for one in zip(todo, addresses, strict=True)], stop)
-    progress.bar.end()
+    bar.end()
     return [files[archive.name] for archive in todo]
 
 
 def _verify(path: Path, archive: Archive) -> None:
-    size = path.stat().st_size
+    size, other = path.stat().st_size, f"not the published {archive.name}"
     if size != archive.size:
-        raise ValueError(
-            f"{path}: {size:,} bytes, expected {archive.size:,}: not the published {archive.name}"
-        )
+        raise ValueError(f"{path}: {size:,} bytes, expected {archive.size:,}: {other}")
     if archive.sha256 and (found := sha256(path)) != archive.sha256:
-        raise ValueError(
-            f"{path}: sha256 {found}, expected {archive.sha256}: not the published {archive.name}"
-        )
+        raise ValueError(f"{path}: sha256 {found}, expected {archive.sha256}: {other}")
     if not archive.sha256:
         log.warning("%s: no checksum is published; only its size was verified", archive.name)
 
 
 def _unpacked(
-    todo: Sequence[Archive], files: Sequence[Path], root: Path, show: Callable[[str], Watcher]
+    todo: Sequence[Archive], files: Sequence[Path], root: Path, bar: Watcher
 ) -> DownloadRecord:
     """Extract the archives and describe their content."""
-    stop, found = threading.Event(), []
-    progress = SharedProgress(show("unpacking"), sum(archive.unpacked for archive in todo), stop)
+    stop, record = threading.Event(), DownloadRecord()
+    progress = SharedProgress(bar, sum(archive.unpacked for archive in todo), stop)
 
     def one(archive: Archive, path: Path) -> None:
+        nonlocal record
         watcher, done = progress.watcher(archive.name), 0
 
         def seen(size: int) -> None:
             nonlocal done
             done += size
-            # the total is approximate
-            watcher.at(min(done, archive.unpacked - 1), None)
+            watcher.at(min(done, archive.unpacked - 1), None)  # the total is approximate
 
-        found.append(_describe(archive, path, root, _place(archive, path, root, seen)))
+        found = _describe(archive, path, root, _place(archive, path, root, seen))
+        with progress.lock:
+            record = record.with_(found)
         watcher.at(archive.unpacked, None)
 
     run_parallel([partial(one, *each) for each in zip(todo, files, strict=True)], stop)
-    progress.bar.end()
-    manifest = DownloadRecord()
-    for each in found:
-        manifest = manifest.with_(each)
-    return manifest
+    bar.end()
+    return record
 
 
 def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]) -> list[Entry]:
-    """Extract one archive: files into an existing folder, or a folder that is renamed when
-    complete.
-    """
+    """Extract files to an existing folder, or a folder that is renamed when complete."""
     folder = root / archive.folder
     limits = Limits(archive.count, archive.unpacked + archive.unpacked // 10)
     there = bool(archive.members) or folder.exists()
     work = folder if there else root / f".{archive.folder}.part"
     entries = unpack(path, work, archive.choose, limits, seen, ours=not there)
     if len(entries) != archive.count:
-        raise ValueError(
-            f"{path}: contains {len(entries):,} of the {archive.count:,} files of {archive.folder}"
-        )
+        parts = f"{len(entries):,} of the {archive.count:,} files of {archive.folder}"
+        raise ValueError(f"{path}: contains {parts}")
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
-        raise ValueError(
-            f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; "
-            "move them "
-            "away and repeat the command"
-        )
+        more = f"not of {archive.name}, and {len(foreign) - 1} more files"
+        raise ValueError(f"{work / min(foreign)}: {more}; move them away and repeat the command")
     if not there:
         work.rename(folder)
     return entries
 
 
 def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]) -> DownloadRecord:
+    published, size = bool(archive.sha256), path.stat().st_size
     checksum = archive.sha256 or sha256(path)
-    source = download_record.Archive(
-        archive.name, archive.url, path.stat().st_size, checksum, bool(archive.sha256)
-    )
+    source = download_record.Archive(archive.name, archive.url, size, checksum, published)
     if archive.members:
-        return DownloadRecord(
-            (source,),
-            tuple(
-                download_record.File(
-                    f"{archive.folder}/{entry.name}",
-                    entry.size,
-                    sha256(root / archive.folder / entry.name),
-                )
-                for entry in entries
-            ),
-        )
-    names = download_record.digest(f"{entry.name} {entry.size}" for entry in entries)
-    content = download_record.digest(
-        f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries
-    )
-    size = sum(entry.size for entry in entries)
-    return DownloadRecord(
-        (source,), (), (download_record.Images(archive.folder, len(entries), size, names, content),)
-    )
+        paths = [f"{archive.folder}/{entry.name}" for entry in entries]
+        sizes = [entry.size for entry in entries]
+        files = (File(*one, sha256(root / one[0])) for one in zip(paths, sizes, strict=True))
+        return DownloadRecord((source,), tuple(files))
+    names = digest(f"{entry.name} {entry.size}" for entry in entries)
+    content = digest(f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries)
+    total = sum(entry.size for entry in entries)
+    images = Images(archive.folder, len(entries), total, names, content)
+    return DownloadRecord((source,), (), (images,))
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to where they are kept, or remove them; those of other data sets
-    remain.
-    """
+    """Move these archives to where they are kept, or remove them; not those of other data sets."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.data.annotation_file import read_entries
-from vitdet.data.images import Reading
 from vitdet.data.segmentation import show
-from vitdet.datasets.importers.coco import is_coco, read_coco_folder
-from vitdet.datasets.importers.cvat import is_cvat, read_cvat
+from vitdet.datasets.importers import coco, cvat, labelme, voc, yolo
 from vitdet.datasets.importers.dataset import ImportedDataset, image_suffixes
-from vitdet.datasets.importers.labelme import is_labelme, read_labelme
-from vitdet.datasets.importers.voc import is_voc, read_voc
 from vitdet.datasets.importers.xml_file import start_of
-from vitdet.datasets.importers.yolo import description, read_yolo
 
 SHOWN = 6  # entries of a folder that a message names
 
 
 class Format(NamedTuple):
-    """A format: what is expected, whether a folder matches, and the reader, called with the folder,
-    the requested splits (empty: all), and how image files are read.
-    """
+    """A format: what is expected, whether a folder or file matches, and the reader."""
 
     expected: str
-    matches: Callable[[Path], bool]
-    read: Callable[[Path, Collection[str], Reading], ImportedDataset]
+    matches: Callable[[Path], object]
+    read: Callable[[ImportedDataset], None]
 
 
 FORMATS = {
-    "yolo": Format("data.yaml", lambda source: description(source) is not None, read_yolo),
-    "voc": Format("Annotations/*.xml, or XML files beside the images", is_voc, read_voc),
-    "coco": Format("a JSON file with images, annotations, categories", is_coco, read_coco_folder),
-    "labelme": Format("JSON files with shapes", is_labelme, read_labelme),
-    "cvat": Format("annotations.xml of CVAT for images", is_cvat, read_cvat),
+    "yolo": Format("data.yaml", yolo.description, yolo.read_yolo),
+    "voc": Format("Annotations/*.xml, or XML files beside the images", voc.is_voc, voc.read_voc),
+    "coco": Format(
+        "a JSON file with images, annotations, categories", coco.is_coco, coco.read_coco_folder
+    ),
+    "labelme": Format("JSON files with shapes", labelme.is_labelme, labelme.read_labelme),
+    "cvat": Format("annotations.xml of CVAT for images", cvat.annotation_files, cvat.read_cvat),
 }
 
 
@@ -56,7 +51,7 @@ def detect(source: Path) -> str:
 
 
 def _contents(source: Path) -> str:
-    """Describe the entries of a folder."""
+    """Describe a file, or the entries of a folder."""
     if source.is_file():
         return _looks(source)
     entries = sorted(
@@ -71,11 +66,8 @@ def _contents(source: Path) -> str:
 def _looks(path: Path) -> str:
     suffix = path.suffix.lower()
     if path.is_dir():
-        below = Counter(
-            os.path.splitext(name)[1].lower() or "without an ending"
-            for _, _, names in os.walk(path)
-            for name in names
-        )
+        names = (name for _, _, names in os.walk(path) for name in names)
+        below = Counter(Path(name).suffix.lower() or "without an ending" for name in names)
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in below.most_common(3))
         return f"{path.name}/ ({counts or 'empty'})"
     if suffix == ".json":

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
 from vitdet.datasets.download import Watcher
 
 LINGER = 10.0  # seconds for the others to end after a failure
-SHORT = 0.2  # seconds for each to end after Ctrl-C
-log = logging.getLogger(__name__)
+SHORT = 0.2  # seconds to end after Ctrl-C
 
 
 class Stopped(Exception):
@@ -19,11 +18,11 @@ class Stopped(Exception):
 
 
 class SharedProgress:
-    """Progress of several files as one."""
+    """Progress of several files as one, of `total` bytes. Raises Stopped once `stop` is set."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop
-        self.done: dict[str, int] = {}
+        self.done: Counter[str] = Counter()
         self.lock = threading.Lock()
 
     def watcher(self, name: str) -> _One:
@@ -32,54 +31,44 @@ class SharedProgress:
 
 
 class _One:
-    def __init__(self, progress: SharedProgress, name: str) -> None:
-        self.progress, self.name = progress, name
+    def __init__(self, every: SharedProgress, name: str) -> None:
+        self.every, self.name = every, name
 
     def at(self, done: int, _: int | None) -> None:
-        """Report the bytes of this file."""
-        every = self.progress
+        every = self.every
         if every.stop.is_set():
             raise Stopped
         with every.lock:
             every.done[self.name] = done
-            every.bar.at(sum(every.done.values()), every.total)
+            every.bar.at(every.done.total(), every.total)
 
     def end(self) -> None:
-        """End the progress line, before other output."""
-        with self.progress.lock:
-            self.progress.bar.end()
+        with self.every.lock:
+            self.every.bar.end()
 
 
 def run_parallel(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
-    """Run all tasks in parallel; if one fails, the others stop at their next byte, and its error is
-    raised.
-    """
-    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    """Run all tasks in parallel.
 
-    def run(work: Callable[[], None]) -> None:
+    If one fails, the others stop at their next byte, and its error is raised.
+    """
+
+    def run(work: Callable[[], None], future: Future[None]) -> None:
         try:
             work()
-            ended.put(None)
+            future.set_result(None)
         except Exception as error:  # any error: raised below
-            ended.put(error)
+            future.set_exception(error)
 
-    # do not wait for servers after Ctrl-C
-    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
-    for thread in threads:
-        thread.start()
-    failed = None
+    futures: list[Future[None]] = [Future() for _ in works]
+    for pair in zip(works, futures, strict=True):
+        # daemons: do not wait for servers after Ctrl-C
+        threading.Thread(target=run, args=pair, daemon=True).start()
     try:
-        for _ in works:
-            try:
-                error = ended.get(timeout=LINGER if failed else None)
-            except queue.Empty:
-                break  # blocked in a connection; it writes nothing afterwards
-            failed = failed or error
-            if failed:
-                stop.set()
+        done, others = wait(futures, return_when=FIRST_EXCEPTION)
     finally:
         stop.set()
-        for thread in threads:
-            thread.join(SHORT)
-    if failed:
-        raise failed
+        wait(futures, SHORT)
+    wait(others, LINGER)  # one may be blocked in a connection; it writes nothing afterwards
+    for future in done:
+        future.result()

@@ -51,36 +51,50 @@ class Archive:
 
         Raises ValueError for a file in an image folder that is not an image.
         """
-        name = member.removeprefix(self.prefix)
+        inside, name = member.startswith(self.prefix), member.removeprefix(self.prefix)
         if self.members:
-            return name if member.startswith(self.prefix) and name in self.members else None
-        if not member.startswith(self.prefix) or "/" in name:
-            raise ValueError(
-                f"{self.name}: contains {member!r}, expected files of {self.prefix} only"
-            )
+            return name if inside and name in self.members else None
+        if not inside or "/" in name:
+            expected = f"expected files of {self.prefix} only"
+            raise ValueError(f"{self.name}: contains {member!r}, {expected}")
         return name
 
 
-# JPEG files do not get smaller in an archive: what they unpack to is the archive's size, or a
-# little more.
-TRAIN2017 = Archive(
-    f"{COCO}/zips/train2017.zip",
-    19_336_861_798,
-    "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-    19_336_861_798,
-    "train2017/",
+def _images(name: str, size: int, count: int, sha256: str) -> Archive:
+    # JPEG files do not get smaller in an archive: they unpack to its size, or a little more
+    return Archive(f"{COCO}/zips/{name}.zip", size, sha256, size, f"{name}/", name, count)
+
+
+def _lvis(name: str, size: int, unpacked: int, sha256: str) -> Archive:
+    return Archive(f"{LVIS}/{name}.zip", size, sha256, unpacked, "", "annotations", 1, (name,))
+
+
+TRAIN2017 = _images(
     "train2017",
+    19_336_861_798,
     118_287,
+    "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
 )
-VAL2017 = Archive(
-    f"{COCO}/zips/val2017.zip",
-    815_585_330,
-    "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-    815_585_330,
-    "val2017/",
+VAL2017 = _images(
     "val2017",
+    815_585_330,
     5_000,
+    "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
 )
+LVIS_V1 = {
+    "train": _lvis(
+        "lvis_v1_train.json",
+        350_264_821,
+        1_097_154_875,
+        "334a4caa374030a7817cf050364525e910f7960f9b6968cef47cffbf3893f8ba",
+    ),
+    "val": _lvis(
+        "lvis_v1_val.json",
+        64_026_968,
+        201_235_232,
+        "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5",
+    ),
+}
 UNPACKED = {"train": 469_785_474, "val": 19_987_840}  # bytes of instances_*2017.json
 
 
@@ -96,30 +110,6 @@ def instances(*splits: str) -> Archive:
         len(splits),
         tuple(f"instances_{split}2017.json" for split in splits),
     )
-
-
-LVIS_V1 = {
-    "train": Archive(
-        f"{LVIS}/lvis_v1_train.json.zip",
-        350_264_821,
-        "334a4caa374030a7817cf050364525e910f7960f9b6968cef47cffbf3893f8ba",
-        1_097_154_875,
-        "",
-        "annotations",
-        1,
-        ("lvis_v1_train.json",),
-    ),
-    "val": Archive(
-        f"{LVIS}/lvis_v1_val.json.zip",
-        64_026_968,
-        "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5",
-        201_235_232,
-        "",
-        "annotations",
-        1,
-        ("lvis_v1_val.json",),
-    ),
-}
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:

@@ -39,26 +39,18 @@ VISIBLE, PAINTED = (0.25, 0.375)
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Apply a block to tokens (B, N, C) without relative positions, which are undefined for a
-    subset of patches.
-    """
+    """Apply a block to tokens (B, N, C) of a subset of patches, without relative positions."""
     assert isinstance(block, Block)
     attention = block.attn
-    q, k, v = rearrange(
-        attention.qkv(block.norm1(x)),
-        "b n (three h d) -> three b h n d",
-        three=3,
-        h=attention.heads,
-    )
+    qkv, pattern = attention.qkv(block.norm1(x)), "b n (three h d) -> three b h n d"
+    q, k, v = rearrange(qkv, pattern, three=3, h=attention.heads)
     y = attend(q * q.shape[-1] ** -0.5, k, v)
     x = x + attention.proj(rearrange(y, "b h n d -> b n (h d)"))
     return x + block.mlp(block.norm2(x))
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT's patch embedding, positions and blocks as encoder, and a decoder that is discarded
-    afterwards.
-    """
+    """A ViT's embedding, positions and blocks as encoder, and a decoder that is discarded."""
 
     def __init__(self, encoder: ViT, decoder_dim: int = 96, decoder_depth: int = 2) -> None:
         super().__init__()
@@ -82,46 +74,34 @@ class MaskedAutoencoder(nn.Module):
             )
             for _ in range(decoder_depth)
         )
-        self.to_pixels = nn.Sequential(
-            nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, 3 * self.patch**2)
-        )
+        pixels = nn.Linear(decoder_dim, 3 * self.patch**2)
+        self.to_pixels = nn.Sequential(nn.LayerNorm(decoder_dim), pixels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized images (B, 3, S, S) -> mean squared error of the hidden patches, each
-        normalized to zero mean and unit deviation.
+        """Return the mean squared error of the hidden patches of normalized images (B, 3, S, S).
+
+        Each patch is normalized to zero mean and unit deviation.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
         order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
-        visible, hidden, _ = order.split(
-            [
-                int(count * VISIBLE),
-                int(count * PAINTED),
-                count - int(count * VISIBLE) - int(count * PAINTED),
-            ],
-            dim=1,
-        )
+        shown, painted = int(count * VISIBLE), int(count * PAINTED)
+        visible, hidden = order[:, :shown], order[:, shown : shown + painted]
         x = take(tokens, visible)
         for block in self.encoder.blocks:
             x = run_block(block, x)
         x = self.into_decoder(self.norm(x))
-        filled = torch.cat(
-            [x, self.mask_token.expand(len(x), hidden.shape[1], -1).to(x.dtype)], dim=1
-        )
-        filled = filled + take(
-            self.positions.expand(len(x), -1, -1), torch.cat([visible, hidden], dim=1)
-        )
+        masked = self.mask_token.expand(len(x), painted, -1).to(x.dtype)
+        positions = self.positions.expand(len(x), -1, -1)
+        x = torch.cat([x, masked], dim=1) + take(positions, order[:, : shown + painted])
         for layer in self.decoder:
-            filled = run_block(layer, filled)
-        painted = self.to_pixels(filled[:, visible.shape[1] :]).float()
-        patches = rearrange(
-            images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch
-        )
-        wanted = take(patches, hidden)
-        wanted = (wanted - wanted.mean(dim=-1, keepdim=True)) / (
-            wanted.var(dim=-1, keepdim=True) + 1e-6
-        ).sqrt()
-        return F.mse_loss(painted, wanted)
+            x = run_block(layer, x)
+        found = self.to_pixels(x[:, shown:]).float()
+        pattern = "b c (h p) (w q) -> b (h w) (c p q)"
+        wanted = take(rearrange(images, pattern, p=self.patch, q=self.patch), hidden)
+        deviation = (wanted.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        wanted = (wanted - wanted.mean(dim=-1, keepdim=True)) / deviation
+        return F.mse_loss(found, wanted)
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -130,13 +110,10 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def draw(index: int, side: int) -> np.ndarray:
-    """Draw image `index` of the pre-training seeds on a square canvas (side, side, 3) uint8,
-    mirrored into the padding.
-    """
+    """Draw an image of the pre-training seed, mirrored into the padding: (side, side, 3) uint8."""
     image = draw_scene(PRETRAIN_SEED, index).image
-    return np.pad(
-        image, ((0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)), mode="symmetric"
-    )
+    padding = [(0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)]
+    return np.pad(image, padding, mode="symmetric")
 
 
 def pictures(count: int, side: int) -> Tensor:
@@ -147,9 +124,7 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to a patch or more, mirror or transpose all equally, then normalize:
-    (B, 3, S, S).
-    """
+    """Shift, mirror or transpose all images equally, at random; normalize them: (B, 3, S, S)."""
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images
@@ -169,9 +144,7 @@ def pretrain(
     lr: float = 1.5e-3,
     seed: int = 0,
 ) -> None:
-    """Train the recipe's backbone on `count` images and write its weights, float16, without
-    relative positions.
-    """
+    """Train the recipe's backbone on `count` images and write its weights as float16."""
     torch.manual_seed(seed)
     config = load_config(recipe)
     encoder = build_backbone(config.model)
@@ -198,23 +171,19 @@ def pretrain(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         total += loss.item()
-        if (step + 1) % 100 == 0:
-            log.info(
-                "step %d/%d  loss %.4f  %.0f s",
-                step + 1,
-                steps,
-                total / 100,
-                time.perf_counter() - started,
-            )
+        done = step + 1
+        if done % 100 == 0:
+            seconds = time.perf_counter() - started
+            log.info("step %d/%d  loss %.4f  %.0f s", done, steps, total / 100, seconds)
             total = 0.0
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
+        if done % 1000 == 0 or done == steps:
             export(model.encoder, output)
 
 
 def export(encoder: ViT, output: Path) -> None:
-    """Write the backbone's weights as safetensors, under their names in a detector."""
+    """Write the backbone's weights under their names in a detector, without relative positions."""
     weights = {
-        f"backbone.{name}": tensor.detach().half().contiguous()
+        f"backbone.{name}": tensor.detach().half()
         for name, tensor in encoder.state_dict().items()
         if not any(part in name for part in NOT_PRETRAINED)
     }

@@ -1,7 +1,7 @@
-"""Scenes of the tiny data set: six classes that differ in shape and texture, not in colour.
+"""Scenes of the tiny data set: six classes that differ in shape and texture, not in color.
 
 Every class has its own silhouette and a preferred texture, used by 70 % of its instances (the
-others use any); colours are random, backgrounds have the same textures on a larger scale, and there
+others use any); colors are random, backgrounds have the same textures on a larger scale, and there
 are untextured fragments and lines as distractors. A scene depends on its seed and index only. The
 drawing is frozen: change it only together with VERSION.
 
@@ -18,10 +18,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitdet.data.outlines import fill, signed_area, trace
-from vitdet.demo.shapes import TEXTURES, Color, Dice, placed, random_color, silhouette, texture
+from vitdet.demo.shapes import (
+    SQUARE,
+    TEXTURES,
+    Color,
+    Dice,
+    placed,
+    random_color,
+    silhouette,
+    texture,
+)
 
 VERSION = 1
-# favourites: TEXTURES
+# preferred textures: TEXTURES, in the same order
 CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: "cross"}
 FINE = 2  # fine pixels a pixel and axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
@@ -29,13 +38,12 @@ TOLERANCE = 0.45  # pixels between a traced outline and its polygon
 SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
 VISIBLE = 0.45  # of an object's area and
 VISIBLE_AREA = 44.0  # square pixels: what later objects leave of an earlier one
+Window = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One annotated object: category id, box xywh, area in square pixels; a crowd has run lengths,
-    others polygons.
-    """
+    """An annotated object: its box is xywh, its area in square pixels; a crowd has run lengths."""
 
     category_id: int
     bbox: tuple[float, float, float, float]
@@ -53,9 +61,7 @@ class Scene:
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """Draw the scene of a seed and an index, deterministically. 88 to 128 pixels a side, one side
-    128.
-    """
+    """Draw a scene of 88 to 128 pixels a side, one side 128, from its seed and index."""
     dice = Dice(seed, index)
     short = dice.integer(88, 129)
     height, width = (128, short) if dice.chance(0.5) else (short, 128)
@@ -67,9 +73,8 @@ def draw_scene(seed: int, index: int) -> Scene:
         if crowd:
             canvas.paint_crowd()
         count = 1 + int((11 if crowd else 12) * dice.uniform(0, 1) ** 1.6)
-        sides = [
-            math.exp(dice.uniform(math.log(SIDES[0]), math.log(SIDES[1]))) for _ in range(count)
-        ]
+        low, high = map(math.log, SIDES)
+        sides = [math.exp(dice.uniform(low, high)) for _ in range(count)]
         # mostly small on large
         for side in sorted(sides, key=lambda side: -side * dice.uniform(0.6, 1.6)):
             canvas.paint_object(side)
@@ -77,6 +82,17 @@ def draw_scene(seed: int, index: int) -> Scene:
             for _ in range(dice.integer(1, 3)):
                 canvas.paint_line()
     return Scene(canvas.image(), canvas.objects())
+
+
+@dataclass
+class _Owner:
+    """What owns fine pixels: an object or the ground. window: the part that contains it."""
+
+    category: int
+    crowd: bool
+    window: Window
+    full: float = 0.0  # fine pixels of the whole object
+    seen: int = 0  # and of its visible part
 
 
 class _Canvas:
@@ -87,108 +103,84 @@ class _Canvas:
         self.height, self.width = height * FINE, width * FINE
         ground = random_color(dice, [], 0)
         self.palette = [ground, random_color(dice, [ground], 25, 75)]
-        pattern = texture(
-            TEXTURES[dice.integer(0, 6)], self.height, self.width, FINE * dice.uniform(12, 40), dice
-        )
+        kind, period = TEXTURES[dice.integer(0, 6)], FINE * dice.uniform(12, 40)
+        pattern = texture(kind, self.height, self.width, period, dice)
         self.paint = pattern.astype(np.uint8)
-        # number of an object; 0: none
-        self.owner = np.zeros((self.height, self.width), dtype=np.uint8)
-        self.category, self.crowd = [0], [False]  # of object 1, 2, ...; entry 0 is the ground
-        self.full, self.seen = [0.0], [0]  # fine pixels: of the whole object, of its visible part
-        # the part of the canvas that contains the object
-        self.window = [(slice(0, self.height), slice(0, self.width))]
+        self.owner = np.zeros((self.height, self.width), dtype=np.uint8)  # index of `owners`
+        self.owners = [_Owner(0, False, (slice(0, self.height), slice(0, self.width)))]
 
     def paint_scrap(self) -> None:
         """Paint a small untextured fragment or line that belongs to no class."""
         side = FINE * self.dice.uniform(3, 8)
         length = 1.0 if self.dice.chance(0.6) else self.dice.uniform(2.5, 6)
-        scrap = placed(
-            np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-            * (0.5 + 0.5 * self.dice.numbers((4, 2)))
-            * [length, 0.6],
-            side * length,
-            self.dice,
-        )
-        self._apply(scrap + self._centre(0), 0, [self._plain()])
+        outline = SQUARE * (0.5 + 0.5 * self.dice.numbers((4, 2))) * [length, 0.6]
+        scrap = placed(outline, side * length, self.dice)
+        self._apply(scrap + self._center(0), 0, [self._plain()])
 
     def paint_line(self) -> None:
         """Paint a thin line over everything, which splits objects but does not hide them."""
-        line = placed(
-            np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [1, 0.02],
-            FINE * self.dice.uniform(50, 110),
-            self.dice,
-        )
-        line, color = line + self._centre(20 * FINE), self._plain()
+        length = FINE * self.dice.uniform(50, 110)
+        line = placed(SQUARE * [1, 0.02], length, self.dice)
+        line, color = line + self._center(20 * FINE), self._plain()
         if math.isfinite(self._cost(line)):
             self._apply(line, 0, [color])
 
     def paint_crowd(self) -> None:
         """Paint a cluster of small objects of one class, annotated as one region."""
         kind, side = self.dice.integer(0, 6), FINE * self.dice.uniform(30, 46)
-        centre, pattern = self._centre(side / 2), self._favourite(kind)
+        center, pattern = self._center(side / 2), self._preferred(kind)
         number = self._register(kind, crowd=True)
         colors = self._colors()
         for _ in range(self.dice.integer(9, 16)):
             size = FINE * self.dice.uniform(8, 11)
-            place = centre + (self.dice.numbers(2) - 0.5) * (side - size)
-            self._apply(
-                placed(silhouette(kind, self.dice), size, self.dice) + place,
-                number,
-                colors,
-                pattern,
-                size,
-            )
-        self.full[number] = float(self.seen[number])
+            place = center + (self.dice.numbers(2) - 0.5) * (side - size)
+            outline = placed(silhouette(kind, self.dice), size, self.dice)
+            self._apply(outline + place, number, colors, pattern, size)
+        self.owners[number].full = float(self.owners[number].seen)
 
     def paint_object(self, side: float) -> None:
-        """Paint an object whose box has this longer side, at the best of a few positions; nothing
-        if all are occupied.
-        """
+        """Paint an object whose box has this longer side, at the best of a few free positions."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
         patience = 8 if self.dice.chance(0.75) else 1  # a few objects may hide others
         best, least = None, math.inf
         for _ in range(16):
-            vertices = outline + self._centre(0.4 * FINE * side)
+            vertices = outline + self._center(0.4 * FINE * side)
             cost = self._cost(vertices)
             if cost < least:
                 best, least = vertices, cost
             patience -= math.isfinite(cost)
             if least == 0 or patience <= 0:
                 break
-        pattern, colors = self._favourite(kind), self._colors()
+        pattern, colors = self._preferred(kind), self._colors()
         if best is not None:
             self._apply(best, self._register(kind, crowd=False), colors, pattern, FINE * side)
 
     def image(self) -> np.ndarray:
         """Return the image (H, W, 3) uint8: averaged fine pixels, illuminated from one side."""
-        fine = np.take(np.array(self.palette, dtype=np.uint16), self.paint, axis=0)
-        rgb = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
+        rgb = _sums(np.take(np.array(self.palette, dtype=np.uint16), self.paint, axis=0))
         height, width = rgb.shape[:2]
         angle, strength = self.dice.uniform(0, 2 * math.pi), self.dice.uniform(0, 0.15)
         slope = (np.arange(height, dtype=np.float32)[:, None] / height - 0.5) * math.sin(angle)
         slope = slope + (np.arange(width, dtype=np.float32) / width - 0.5) * math.cos(angle)
-        return np.clip(rgb * (0.25 + 0.25 * strength * slope[..., None]) + 0.5, 0, 255).astype(
-            np.uint8
-        )
+        lit = rgb * (0.25 + 0.25 * strength * slope[..., None]) + 0.5
+        return np.clip(lit, 0, 255).astype(np.uint8)
 
     def objects(self) -> tuple[SceneObject, ...]:
         """Return the visible part of each object, in pixels."""
-        things = [number for number in range(1, len(self.category)) if not self.crowd[number]]
-        outlines = trace(
-            [self.owner[self.window[number]] == number for number in things], TOLERANCE * FINE
-        )
-        return tuple(
-            [
-                self._crowd_region(number)
-                for number in range(1, len(self.category))
-                if self.crowd[number]
-            ]
-            + [self._visible(number, parts) for number, parts in zip(things, outlines, strict=True)]
-        )
+        numbered = list(enumerate(self.owners))[1:]
+        crowds = [self._crowd_region(number, one) for number, one in numbered if one.crowd]
+        single = [(number, one) for number, one in numbered if not one.crowd]
+        bitmaps = [self.owner[one.window] == number for number, one in single]
+        outlines = trace(bitmaps, TOLERANCE * FINE)
+        visible = [
+            self._visible(one, parts, int(np.count_nonzero(bitmap)))
+            for (_, one), parts, bitmap in zip(single, outlines, bitmaps, strict=True)
+        ]
+        return (*crowds, *visible)
 
-    def _visible(self, number: int, outlines: list[np.ndarray]) -> SceneObject:
-        rows, columns = window = self.window[number]
+    def _visible(self, owner: _Owner, outlines: list[np.ndarray], pixels: int) -> SceneObject:
+        rows, columns = owner.window
         areas = [signed_area(part) for part in outlines]
         parts = [
             (part + (columns.start, rows.start)) / FINE
@@ -197,45 +189,30 @@ class _Canvas:
         ]
         x0, y0 = np.min([part.min(axis=0) for part in parts], axis=0).tolist()
         x1, y1 = np.max([part.max(axis=0) for part in parts], axis=0).tolist()
-        area = int(np.count_nonzero(self.owner[window] == number)) / FINE**2
-        return SceneObject(
-            self.category[number],
-            (x0, y0, x1 - x0, y1 - y0),
-            area,
-            [part.ravel().tolist() for part in parts],
-            False,
-        )
+        polygons = [part.ravel().tolist() for part in parts]
+        box = (x0, y0, x1 - x0, y1 - y0)
+        return SceneObject(owner.category, box, pixels / FINE**2, polygons, False)
 
-    def _crowd_region(self, number: int) -> SceneObject:
-        fine = (self.owner == number).astype(np.int64)
-        region = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2] >= 2
+    def _crowd_region(self, number: int, owner: _Owner) -> SceneObject:
+        region = _sums((self.owner == number).astype(np.int64)) >= 2
         rows, columns = (np.flatnonzero(region.any(axis)).tolist() for axis in (1, 0))
         flat = region.ravel(order="F")  # COCO's order: by column, starting with outside
         changes = np.flatnonzero(np.diff(flat, prepend=False))
         counts = np.diff(changes, prepend=0, append=flat.size).tolist()
-        box = (
-            float(columns[0]),
-            float(rows[0]),
-            columns[-1] + 1.0 - columns[0],
-            rows[-1] + 1.0 - rows[0],
-        )
-        return SceneObject(
-            self.category[number],
-            box,
-            float(region.sum()),
-            {"size": list(region.shape), "counts": counts},
-            True,
-        )
+        x, y = float(columns[0]), float(rows[0])
+        box = (x, y, columns[-1] + 1.0 - x, rows[-1] + 1.0 - y)
+        code = {"size": list(region.shape), "counts": counts}
+        return SceneObject(owner.category, box, float(region.sum()), code, True)
 
-    def _centre(self, margin: float) -> np.ndarray:
+    def _center(self, margin: float) -> np.ndarray:
         return margin + self.dice.numbers(2) * (np.array([self.width, self.height]) - 2 * margin)
 
-    def _favourite(self, kind: int) -> str:
+    def _preferred(self, kind: int) -> str:
         # 0.64 + 0.36 / 6 = 0.7
         return TEXTURES[kind if self.dice.chance(0.64) else self.dice.integer(0, 6)]
 
     def _colors(self) -> list[Color]:
-        """Return two colours that contrast with each other and with both background colours."""
+        """Return two colors that contrast with each other and with both background colors."""
         first = self._unlike(self.palette[:2])
         return [first, self._unlike([*self.palette[:2], first])]
 
@@ -243,50 +220,39 @@ class _Canvas:
         return random_color(self.dice, self.palette[:2], 60)
 
     def _unlike(self, others: list[Color]) -> Color:
-        """Return a colour that contrasts with these: of four candidates, the one most different
-        from all.
-        """
+        """Return a color that contrasts with these: the most different one of four candidates."""
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
-        return max(
-            choices, key=lambda color: min(math.dist(color, other) for other in self.palette)
-        )
+        return max(choices, key=lambda color: min(math.dist(color, one) for one in self.palette))
 
     def _register(self, kind: int, crowd: bool) -> int:
-        self.category.append(list(CATEGORIES)[kind])
-        self.crowd.append(crowd)
-        self.full.append(0.0)
-        self.seen.append(0)
-        self.window.append(self.window[0])
-        return len(self.category) - 1
+        self.owners.append(_Owner(list(CATEGORIES)[kind], crowd, self.owners[0].window))
+        return len(self.owners) - 1
 
-    def _window(self, vertices: np.ndarray) -> tuple[slice, slice]:
+    def _stencil(self, vertices: np.ndarray) -> tuple[Window, np.ndarray, list[int]]:
+        """Return the window of a polygon, its pixels, and those that it covers of each owner."""
         (x0, y0), (x1, y1) = np.floor(vertices.min(axis=0)), np.ceil(vertices.max(axis=0))
-        return (
-            slice(max(int(y0), 0), max(min(int(y1), self.height), 0)),
-            slice(max(int(x0), 0), max(min(int(x1), self.width), 0)),
-        )
-
-    def _stencil(self, vertices: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
-        rows, columns = window = self._window(vertices)
+        rows = slice(max(int(y0), 0), max(min(int(y1), self.height), 0))
+        columns = slice(max(int(x0), 0), max(min(int(x1), self.width), 0))
         size = max(rows.stop - rows.start, 0), max(columns.stop - columns.start, 0)
-        return window, fill(vertices - (columns.start, rows.start), *size)
+        stencil = fill(vertices - (columns.start, rows.start), *size)
+        owners = self.owner[rows, columns][stencil]
+        covered = np.bincount(owners, minlength=len(self.owners)).tolist()
+        return (rows, columns), stencil, covered
 
     def _cost(self, vertices: np.ndarray) -> float:
-        """Return the fine pixels of other objects that a new one would cover; inf if it would hide
-        one or make a hole.
+        """Return the fine pixels of other objects that a new one would cover.
+
+        Infinite if it would hide one or make a hole.
         """
-        window, stencil = self._stencil(vertices)
-        size = int(np.count_nonzero(stencil))
-        covered = np.bincount(self.owner[window][stencil], minlength=len(self.seen)).tolist()
-        if size < 0.7 * abs(signed_area(vertices)) or max(covered[1:], default=0) == size:
+        _, stencil, covered = self._stencil(vertices)
+        size, losses = int(np.count_nonzero(stencil)), covered[1:]
+        if size < 0.7 * abs(signed_area(vertices)) or max(losses, default=0) == size:
             return math.inf
-        left = zip(self.seen[1:], covered[1:], self.full[1:], strict=True)
-        if any(
-            loss and seen - loss < max(VISIBLE * full, VISIBLE_AREA * FINE**2)
-            for seen, loss, full in left
-        ):
-            return math.inf
-        return float(sum(covered[1:]))
+        for owner, loss in zip(self.owners[1:], losses, strict=True):
+            least = max(VISIBLE * owner.full, VISIBLE_AREA * FINE**2)
+            if loss and owner.seen - loss < least:
+                return math.inf
+        return float(sum(losses))
 
     def _apply(
         self,
@@ -296,10 +262,8 @@ class _Canvas:
         pattern: str = "",
         side: float = 0.0,
     ) -> None:
-        """Paint a polygon for owner `number` in one colour, or in two with a pattern scaled to its
-        longer side.
-        """
-        window, stencil = self._stencil(vertices)
+        """Paint a polygon in one color, or in two with a pattern scaled to its longer side."""
+        window, stencil, covered = self._stencil(vertices)
         index = np.full(stencil.shape, len(self.palette), dtype=np.uint8)
         if pattern:
             period = min(max(side * self.dice.uniform(0.22, 0.4), 4.5 * FINE), 12.0 * FINE)
@@ -307,12 +271,16 @@ class _Canvas:
             index += texture(pattern, height, width, period, self.dice)
         self.palette += colors
         self.paint[window][stencil] = index[stencil]
-        for loser, loss in enumerate(
-            np.bincount(self.owner[window][stencil], minlength=len(self.seen)).tolist()
-        ):
-            self.seen[loser] -= loss
+        for loser, loss in zip(self.owners, covered, strict=True):
+            loser.seen -= loss
         self.owner[window][stencil] = number
-        self.seen[number] += int(np.count_nonzero(stencil))
-        self.full[number] = abs(signed_area(vertices))
-        if not self.crowd[number]:
-            self.window[number] = window
+        owner = self.owners[number]
+        owner.seen += int(np.count_nonzero(stencil))
+        owner.full = abs(signed_area(vertices))
+        if not owner.crowd:
+            owner.window = window
+
+
+def _sums(fine: np.ndarray) -> np.ndarray:
+    """Return the sum over the fine pixels of each pixel."""
+    return fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]

@@ -1,4 +1,4 @@
-"""Building blocks of the tiny data set's scenes: random numbers, colours, silhouettes, textures.
+"""Building blocks of the tiny data set's scenes: random numbers, colors, silhouettes, textures.
 
 Letters: V vertices, H and W fine pixels.
 """
@@ -9,19 +9,17 @@ import math
 
 import numpy as np
 
+SQUARE = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
 TEXTURES = ("rings", "checks", "dots", "stripes", "blotches", "zigzag")
 Color = tuple[float, float, float]
 
 
 class Dice:
-    """Random numbers from `random()` only, the distribution whose stream NumPy is least likely to
-    change.
-    """
+    """Random numbers from `random()` only, whose stream NumPy is least likely to change."""
 
     def __init__(self, seed: int, index: int) -> None:
-        self._generator = np.random.Generator(
-            np.random.PCG64(np.random.SeedSequence([seed, index]))
-        )
+        bits = np.random.PCG64(np.random.SeedSequence([seed, index]))
+        self._generator = np.random.Generator(bits)
 
     def numbers(self, shape: int | tuple[int, int]) -> np.ndarray:
         """Return independent numbers from 0 to 1."""
@@ -41,7 +39,7 @@ class Dice:
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """Return a random colour (0..255 per channel) at this RGB distance from the others."""
+    """Return a random color (0..255 per channel) at this RGB distance from the others."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):
@@ -57,21 +55,17 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
         angle = np.arange(3) * (2 * math.pi / 3)
         return np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.3 * (dice.numbers((3, 2)) - 0.5)
     if kind == 2:  # bar
-        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [1, dice.uniform(0.4, 0.9)]
+        return SQUARE * [1, dice.uniform(0.4, 0.9)]
     if kind == 3:  # star
-        angle, radius = (
-            np.arange(10) * (2 * math.pi / 10),
-            np.array([1, dice.uniform(0.4, 0.5)] * 5),
-        )
+        angle = np.arange(10) * (2 * math.pi / 10)
+        radius = np.array([1, dice.uniform(0.4, 0.5)] * 5)
         return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], axis=1)
     if kind == 4:  # crescent: most of a circle, and back along the half of an ellipse
         tip, depth = dice.uniform(0.7, 1.1), dice.uniform(0.25, 0.45)
         outer = tip + np.arange(21) / 20 * (2 * math.pi - 2 * tip)
         inner = (0.5 - np.arange(1, 14) / 14) * -math.pi
-        x, y = (
-            math.cos(tip) - (math.cos(tip) + depth) * np.cos(inner),
-            math.sin(tip) * np.sin(inner),
-        )
+        x = math.cos(tip) - (math.cos(tip) + depth) * np.cos(inner)
+        y = math.sin(tip) * np.sin(inner)
         return np.stack([np.append(np.cos(outer), x), np.append(np.sin(outer), y)], axis=1)
     arm = dice.uniform(0.28, 0.4)  # cross
     quarter = np.array([[arm, arm], [arm, 1], [-arm, 1]])
@@ -80,12 +74,12 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
 
 
 def placed(outline: np.ndarray, side: float, dice: Dice) -> np.ndarray:
-    """Squeeze, bend and rotate a silhouette at random, scaled to this longer side of its box,
-    centred at the origin.
+    """Squeeze, bend and rotate a silhouette at random; scale its box to this longer side.
+
+    The box is centered at the origin.
     """
-    outline = (
-        outline * [1, dice.uniform(0.8, 1)] + 0.05 * (dice.numbers(2) - 0.5) * outline[:, ::-1] ** 2
-    )
+    squeezed = outline * [1, dice.uniform(0.8, 1)]
+    outline = squeezed + 0.05 * (dice.numbers(2) - 0.5) * outline[:, ::-1] ** 2
     angle = dice.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
     outline = outline @ np.array([[cos, sin], [-sin, cos]])
@@ -121,8 +115,7 @@ def _fraction(values: np.ndarray) -> np.ndarray:
 
 
 def _smooth(heights: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    (i, a), (j, b) = (
-        (at.astype(np.int64), (at % 1) ** 2 * (3 - 2 * (at % 1))) for at in (rows, columns)
-    )
+    i, j = rows.astype(np.int64), columns.astype(np.int64)
+    a, b = ((at % 1) ** 2 * (3 - 2 * (at % 1)) for at in (rows, columns))
     across = heights[:, j] * (1 - b) + heights[:, j + 1] * b
     return across[i] * (1 - a[:, None]) + across[i + 1] * a[:, None]

@@ -36,14 +36,14 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
     if not name_or_path:
         return None
     path = Path(name_or_path)
-    if not path.suffix and name_or_path not in CATALOGUE:
+    if path.suffix:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such weights file (train.init)")
+        return path
+    if name_or_path not in CATALOGUE:
+        closest = nearest(name_or_path, list(CATALOGUE))
         raise ValueError(
-            f"train.init: no weights named {name_or_path!r}; "
-            f"{nearest(name_or_path, list(CATALOGUE))} "
-            "(or give a file of weights; '' trains from scratch)"
+            f"train.init: no weights named {name_or_path!r}; {closest} (or give a file of weights; "
+            "'' trains from scratch)"
         )
-    if not path.suffix:
-        return fetched(name_or_path, folder)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file (train.init)")
-    return path
+    return fetched(name_or_path, folder)

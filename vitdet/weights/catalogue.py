@@ -46,16 +46,14 @@ class Entry:
     @property
     def instead(self) -> str:
         """The remedy if it cannot be downloaded."""
-        own = f"convert your copy of the file (vitdet weights fetch {self.name} --from FILE)"
+        command = f"vitdet weights fetch {self.name} --from FILE"
         if self.state == "page":
-            return f"download it in a browser, then vitdet weights fetch {self.name} --from FILE"
-        if self.recipe:
-            return (
-                f"{own}, or train it from its pre-training (vitdet train {self.recipe} "
-                "--output FOLDER)"
-            )
+            return f"download it in a browser, then {command}"
         other = f"--set train.init={self.other}" if self.other else "vitdet weights list"
-        return f"{own}, or start from other weights ({other})"
+        other = f"start from other weights ({other})"
+        if self.recipe:
+            other = f"train it from its pre-training (vitdet train {self.recipe} --output FOLDER)"
+        return f"convert your copy of the file ({command}), or {other}"
 
 
 def load_catalogue(path: Path) -> dict[str, Entry]:
@@ -74,10 +72,8 @@ CATALOGUE = load_catalogue(PACKAGED / "catalogue.yaml")
 def find(name: str) -> Entry:
     """Return the entry of a name. Raises ValueError with the nearest name."""
     if name not in CATALOGUE:
-        raise ValueError(
-            f"no weights named {name!r}; {nearest(name, list(CATALOGUE))} "
-            "(or give a .safetensors file)"
-        )
+        closest = nearest(name, list(CATALOGUE))
+        raise ValueError(f"no weights named {name!r}; {closest} (or give a .safetensors file)")
     return CATALOGUE[name]
 
 
@@ -89,9 +85,8 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "vitdet"
     except RuntimeError as error:
-        raise FileNotFoundError(
-            "no home folder for the cache of weights; give a folder with --output"
-        ) from error
+        text = "no home folder for the cache of weights; give a folder with --output"
+        raise FileNotFoundError(text) from error
 
 
 def fetched(name: str, folder: Path | None = None) -> Path:
@@ -103,12 +98,9 @@ def fetched(name: str, folder: Path | None = None) -> Path:
     home = PACKAGED if entry.state == "packaged" else cache_folder()
     path = (folder or home) / entry.file
     if not path.is_file():
-        command = f"vitdet weights fetch {name}" + (f" --output {folder}" if folder else "")
-        todo = (
-            f"run: {command}"
-            if entry.state in ("packaged", "file")
-            else f"{unavailable_reason(entry)}: {entry.instead}"
-        )
+        todo = f"run: vitdet weights fetch {name}" + (f" --output {folder}" if folder else "")
+        if entry.state not in ("packaged", "file"):
+            todo = f"{unavailable_reason(entry)}: {entry.instead}"
         raise FileNotFoundError(f"{path}: not fetched yet; {todo}")
     return path
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from vitdet.checkpoint import FORMAT, read_detector_file, save
 from vitdet.config import Config, flatten, load_config, to_dict
@@ -26,21 +25,14 @@ from vitdet.weights import PACKAGED
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.formats.mmdet import mmdet_format
 from vitdet.weights.formats.table import Format, to_theirs
-from vitdet.weights.load import LOGITS, Source, fitted, has_mask_head, read_source
+from vitdet.weights.load import LOGITS, Source, Weights, fitted, has_mask_head, read_source
 from vitdet.weights.resize import rescale_relative_positions
 
 # Settings in which the systems differ and that cannot be inferred from the weights
+_KEYS = ("model.norm_eps", "model.clamp_shrinking", "model.pyramid.halve_channels")
 FIXED = {
-    "detectron2": {
-        "model.norm_eps": 1e-6,
-        "model.clamp_shrinking": False,
-        "model.pyramid.halve_channels": True,
-    },
-    "mmdet": {
-        "model.norm_eps": 1e-5,
-        "model.clamp_shrinking": True,
-        "model.pyramid.halve_channels": False,
-    },
+    "detectron2": dict(zip(_KEYS, (1e-6, False, True), strict=True)),
+    "mmdet": dict(zip(_KEYS, (1e-5, True, False), strict=True)),
 }
 AUTHOR = "vitdet"  # Detectron2 loads a .pkl without name matching if it has an __author__
 
@@ -71,15 +63,15 @@ def convert_file(
     """
     source, destination = Path(source), Path(destination)
     if layout not in FORMATS:
-        raise ValueError(
-            f"unknown format of weights {layout!r}; expected one of {', '.join(FORMATS)}"
-        )
+        known = ", ".join(FORMATS)
+        raise ValueError(f"unknown format of weights {layout!r}; expected one of {known}")
     if source.resolve() == destination.resolve():
         raise ValueError(f"{destination}: is the source; choose another destination")
     if reverse:
         return _write_theirs(source, destination, layout)
     _expect_suffix(destination, (".safetensors", ".pt"), "--format is the format of SRC")
-    if destination.suffix == ".pt" and recipe is None:
+    tensors = destination.suffix == ".safetensors"
+    if not tensors and recipe is None:
         raise ValueError(
             f"{destination}: a .pt file is a complete detector with its config; set --recipe NAME, "
             "or write .safetensors"
@@ -90,21 +82,29 @@ def convert_file(
         return list(found.notes)
     config, notes = load_config(recipe), []
     if found.whole and config.model.mask.enabled and not has_mask_head(found):
-        model = config.model
-        config = replace(config, model=replace(model, mask=replace(model.mask, enabled=False)))
+        mask = replace(config.model.mask, enabled=False)
+        config = replace(config, model=replace(config.model, mask=mask))
         notes.append("the file has no mask head: model.mask.enabled=false")
     weights, lines = fitted(found, shapes_of(config), source)
     notes += [*lines, *_other_settings(config, found.layout)]
-    if found.whole or destination.suffix == ".pt":
+    if found.whole or not tensors:
         _check_whole(found, weights, config, source)
     names, lines = class_names(config, found.class_names) if found.whole else ((), [])
-    if destination.suffix == ".safetensors":
-        known = () if lines else names
-        _write_tensors(
-            destination, weights, found.layout, config.model.backbone.scaled_rel_pos, known
-        )
+    if tensors:
+        scaled = config.model.backbone.scaled_rel_pos
+        _write_tensors(destination, weights, found.layout, scaled, () if lines else names)
         return notes
-    _write_detector(destination, weights, config, names)
+    content = {
+        "format": FORMAT,
+        "config": to_dict(config),
+        "model": {name: one.contiguous() for name, one in weights.items()},
+        "class_names": list(names),
+        "run_id": None,
+        "step": 0,
+        "fingerprints": {},
+        "metrics": {},
+    }
+    save(destination, content)
     return [*notes, *lines]
 
 
@@ -118,38 +118,18 @@ def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str
     """Return the class names of a model, and a warning line if they are unknown.
 
     stored: the names in the file; default: those of the data set (the categories of COCO or LVIS
-    v1, ordered by id)."""
-    count = config.model.roi_heads.num_classes
-    known = PACKAGED / "labels" / f"{config.data.dataset}.txt"
-    names = stored or tuple(known.read_text().splitlines())
+    v1, ordered by id).
+    """
+    count, dataset = config.model.roi_heads.num_classes, config.data.dataset
+    names = stored or tuple((PACKAGED / "labels" / f"{dataset}.txt").read_text().splitlines())
     if len(names) == count:
         return names, []
-    numbers = tuple(f"class {i}" for i in range(count))
-    return numbers, [
-        f"class names: unknown for {count} classes of {config.data.dataset}; named class 0, "
-        "class 1, ..."
-    ]
+    unknown = f"class names: unknown for {count} classes of {dataset}"
+    line = f"{unknown}; named class 0, class 1, ..."
+    return tuple(f"class {i}" for i in range(count)), [line]
 
 
-def _write_detector(
-    destination: Path, weights: dict[str, Tensor], config: Config, names: tuple[str, ...]
-) -> None:
-    save(
-        destination,
-        {
-            "format": FORMAT,
-            "config": to_dict(config),
-            "model": {name: one.contiguous() for name, one in weights.items()},
-            "class_names": list(names),
-            "run_id": None,
-            "step": 0,
-            "fingerprints": {},
-            "metrics": {},
-        },
-    )
-
-
-def _check_whole(found: Source, weights: dict[str, Tensor], config: Config, source: Path) -> None:
+def _check_whole(found: Source, weights: Weights, config: Config, source: Path) -> None:
     """Raise ValueError if the file does not contain a complete detector of the config."""
     if not found.whole:
         raise ValueError(
@@ -164,19 +144,15 @@ def _check_whole(found: Source, weights: dict[str, Tensor], config: Config, sour
 
 
 def _write_tensors(
-    destination: Path,
-    weights: dict[str, Tensor],
-    layout: str,
-    scaled: bool | None,
-    names: tuple[str, ...],
+    path: Path, weights: Weights, layout: str, scaled: bool | None, names: tuple[str, ...]
 ) -> None:
-    said = {"format": "pt", "layout": layout}
-    said |= {} if scaled is None else {"scaled_rel_pos": str(scaled).lower()}
-    said |= {"class_names": json.dumps(names)} if names else {}
-    save_tensors(destination, weights, said)
+    stored = {"format": "pt", "layout": layout}
+    stored |= {} if scaled is None else {"scaled_rel_pos": str(scaled).lower()}
+    stored |= {"class_names": json.dumps(names)} if names else {}
+    save_tensors(path, weights, stored)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: Weights, metadata: dict[str, str]) -> None:
     """Write a .safetensors file atomically. Raises OSError with a one-line message."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _written(path) as temporary:
@@ -186,23 +162,22 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
     if layout not in ("detectron2", "mmdet"):
         raise ValueError(f"--reverse writes detectron2 and mmdet, not {layout}")
-    _expect_suffix(
-        destination, (".pkl", ".pth") if layout == "detectron2" else (".pth",), f"for {layout}"
-    )
+    suffixes = (".pkl", ".pth") if layout == "detectron2" else (".pth",)
+    _expect_suffix(destination, suffixes, f"for {layout}")
     weights, config, names = read_detector_file(source)
-    scaled = FORMATS[layout].scaled
-    if scaled is not None:
-        weights = rescale_relative_positions(weights, config.model.backbone.scaled_rel_pos, scaled)
-    others = _other_settings(config, layout)
+    table = _layout_of(config) if layout == "mmdet" else FORMATS[layout]
+    if table.scaled is not None:
+        scaled = config.model.backbone.scaled_rel_pos
+        weights = rescale_relative_positions(weights, scaled, table.scaled)
     try:
-        if others:
+        if others := _other_settings(config, layout):
             raise ValueError("; ".join(others))
-        theirs = to_theirs(weights, _layout_of(config) if layout == "mmdet" else FORMATS[layout])
+        theirs = to_theirs(weights, table)
     except ValueError as error:
         raise ValueError(f"{source}: not a detector of {layout}: {error}") from error
     if destination.suffix == ".pth":
         meta = {"meta": {"CLASSES": names, "author": AUTHOR}} if layout == "mmdet" else {}
-        save(destination, {**meta, FORMATS[layout].wrappers[0]: theirs})
+        save(destination, {**meta, table.wrappers[0]: theirs})
         return []
     with _written(destination) as temporary, open(temporary, "wb") as file:
         arrays = {name: tensor.numpy() for name, tensor in theirs.items()}
@@ -211,21 +186,17 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
 
 
 def _other_settings(config: Config, layout: str) -> list[str]:
-    """A line on each setting of a config by which it computes something else than the layout's
-    system.
-    """
-    ours = flatten(config)
+    """Return a line on each setting by which the config differs from the layout's system."""
+    ours, theirs = flatten(config), FIXED.get(layout, {})
     return [
         f"{key} is {ours[key]}, {layout} uses {value}"
-        for key, value in FIXED.get(layout, {}).items()
+        for key, value in theirs.items()
         if ours[key] != value
     ]
 
 
 def _layout_of(config: Config) -> Format:
-    """ViTAE-Transformer/ViTDet stores q_bias and v_bias as separate tensors in the global blocks
-    of ViTAE-B.
-    """
+    """Return mmdet's format; ViTDet's ViTAE-B has q_bias and v_bias in the global blocks."""
     backbone = shapes_of(config).backbone
     if config.model.backbone.name != "vitae_b" or not isinstance(backbone, ViT):
         return mmdet_format()

@@ -2,7 +2,8 @@
 
 FOLDER/NAME.safetensors (a detector: .pt) is written atomically. FOLDER/.NAME.part.SUFFIX is an
 incomplete or not yet converted download; it is locked, so that concurrent processes download the
-file once."""
+file once.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +42,7 @@ def fetch_published(
     mirror: str = "",
     local: Path | None = None,
 ) -> Path:
-    """Fetch a file of the catalogue to a folder (default: the cache); copy it if it is in the
-    cache.
+    """Fetch a file of the catalogue to a folder, by default the cache; a cached file is copied.
 
     show: creates the progress display of a download. Raises as `fetch`.
     """
@@ -69,7 +69,6 @@ def is_here(entry: Entry) -> bool:
 
 def copy(source: Path, folder: Path) -> Path:
     """Copy a file to a folder atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / source.name
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
@@ -89,7 +88,8 @@ def fetch(
 
     local: a copy of the published file to use instead of a download. Raises as `download`;
     ValueError for a file that is not the published one, cannot be converted, or cannot be
-    downloaded."""
+    downloaded.
+    """
     target = folder / entry.file
     if target.is_file():
         return target
@@ -113,54 +113,50 @@ def fetch(
     return target
 
 
-def verify(path: Path, entry: Entry) -> None:
-    """Raise ValueError if the size or a published checksum does not match."""
-    size = path.stat().st_size
+def verify(path: Path, entry: Entry) -> bool:
+    """Compare the size and the published checksums; return whether one proves the content.
+
+    Raises ValueError if one does not match.
+    """
+    size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:
-        raise ValueError(f"{size:,} bytes, expected {entry.size:,}: not the published {entry.name}")
+        raise ValueError(f"{size:,} bytes, expected {entry.size:,}: {other}")
     for kind, expected in (("sha256", entry.sha256), ("md5", entry.md5)):
         if not expected:
             continue
         with open(path, "rb") as file:
             algorithm = partial(hashlib.new, kind, usedforsecurity=False)
-            found = hashlib.file_digest(file, algorithm).hexdigest()
-        if found.startswith(expected):
-            continue
-        text = f"{kind} {found[: len(expected)]}, expected {expected}"
-        if kind == "sha256" or not entry.md5_of_name:
-            raise ValueError(f"{text}: not the published {entry.name}")
+            found = hashlib.file_digest(file, algorithm).hexdigest()[: len(expected)]
+        if found != expected:
+            text = f"{kind} {found}, expected {expected}"
+            if kind == "sha256" or not entry.md5_of_name:
+                raise ValueError(f"{text}: {other}")
+            text += " according to the published file name; it may be another file"
+            log.warning("%s: %s", entry.name, text)
+    if not entry.sha256 and not entry.md5:
         log.warning(
-            "%s: %s according to the published file name; it may be another file", entry.name, text
+            "%s: %s",
+            entry.name,
+            "neither a checksum nor a size is published; nothing was verified"
+            if entry.size is None
+            else "no checksum is published; only its size was verified",
         )
+    return bool(entry.sha256 or (entry.md5 and not entry.md5_of_name))
 
 
 def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address: str) -> None:
     """Verify and convert a complete file; remove an unverified download (`address`) on an error."""
     verified = False
     try:
-        verify(source, entry)
-        verified = bool(entry.sha256 or entry.md5 and not entry.md5_of_name)
-        if not (entry.sha256 or entry.md5):
-            log.warning("%s: %s", entry.name, _unverified(entry))
+        verified = verify(source, entry)
         _place(source, target, convert)
     except ValueError as error:
         if not address:
             raise ValueError(f"{source}: {error}") from error
         if not verified:
             discard(source)
-        fate = "kept" if verified else "removed"
-        raise ValueError(
-            f"{entry.name}, from {address}: {error}; the download was {fate}"
-        ) from error
-
-
-def _unverified(entry: Entry) -> str:
-    """Return the warning for a file without a published checksum."""
-    return (
-        "neither a checksum nor a size is published; nothing was verified"
-        if entry.size is None
-        else "no checksum is published; only its size was verified"
-    )
+        fate = f"the download was {'kept' if verified else 'removed'}"
+        raise ValueError(f"{entry.name}, from {address}: {error}; {fate}") from error
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:

@@ -1,5 +1,4 @@
-"""Loading weights into a detector: exactly, except for declared parameters that keep their
-initialization.
+"""Loading weights into a detector: exactly, except for declared parameters that stay initialized.
 
 A pre-trained backbone fills the backbone. A complete detector fills everything; if its classes
 differ, everything except the layers with one row per class. Position embeddings and patch kernels
@@ -9,6 +8,7 @@ of another size are resized.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,14 @@ LOGITS = "roi_heads.stages.0.logits.weight"
 _ODDS = "roi_heads.classification.class_weights"
 _MASK_HEAD = "roi_heads.mask."
 _DETECTOR = ("rpn.", "roi_heads.", "pyramid.")
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Source:
     """The weights of a file under vitdet's names, with metadata."""
 
-    weights: dict[str, Tensor]
+    weights: Weights
     layout: str  # the format whose declared differences apply
     # whether relative positions are applied to the scaled query; None: unknown
     scaled: bool | None
@@ -48,9 +49,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of loading weights: the parameters that keep their initialization, and notes for the
-    user.
-    """
+    """Result of loading weights: the parameters that stay initialized, and notes for the user."""
 
     fresh: list[str]
     notes: list[str]
@@ -67,21 +66,19 @@ def read_source(path: Path, layout: str) -> Source:
         prefix = "" if str(error).startswith(str(path)) else f"{path}, read as {layout}: "
         raise ValueError(f"{prefix}{next(iter(str(error).splitlines()), 'broken')}") from error
     if not weights:
-        raise ValueError(
-            f"{path}, read as {layout}: contains no tensors that a detector uses; found "
-            f"{', '.join(list(theirs)[:3])}"
-        )
+        found = ", ".join(list(theirs)[:3])
+        text = f"contains no tensors that a detector uses; found {found}"
+        raise ValueError(f"{path}, read as {layout}: {text}")
     if heads := [name for name in theirs if known(name, table.heads)]:
         notes.append(f"ignored classifier head: {', '.join(heads)}")
-    said = metadata(path)
-    if said.get("layout") in FORMATS:  # converted: the differences of the original format apply
-        origin = said["layout"]
-        scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
-        names = tuple(json.loads(said.get("class_names", "[]")))
-    else:
-        origin, names = layout, _class_names(content)
-        scaled = _scaled(content) if layout == "vitdet" else table.scaled
-    return Source(weights, origin, scaled, names, tuple(notes))
+    stored = metadata(path)
+    origin = stored.get("layout")
+    if origin in FORMATS:  # converted: the differences of the original format apply
+        scaled = {"true": True, "false": False}.get(stored.get("scaled_rel_pos", ""))
+        names = tuple(json.loads(stored.get("class_names", "[]")))
+        return Source(weights, origin, scaled, names, tuple(notes))
+    scaled = _scaled(content) if layout == "vitdet" else table.scaled
+    return Source(weights, layout, scaled, _class_names(content), tuple(notes))
 
 
 def _scaled(content: dict) -> bool | None:
@@ -130,49 +127,34 @@ def load_pretrained(
 
 def fitted(
     source: Source, detector: nn.Module, path: Path, class_names: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights that `load_pretrained` copies, and one line per change and per layer that
-    is not loaded. The detector may be on the meta device. Raises as `load_pretrained`.
+) -> tuple[Weights, list[str]]:
+    """Return the weights that `load_pretrained` copies, and a line per change and unloaded layer.
+
+    The detector may be on the meta device. Raises as `load_pretrained`.
     """
-    weights, own = source.weights, detector.state_dict()
-    notes = list(source.notes)
-    wanted = next(
-        (part.scaled_rel_pos for part in detector.modules() if isinstance(part, Attention)), None
-    )
-    if (
-        source.scaled is not None
-        and wanted is not None
-        and source.scaled != wanted
-        and any(map(RELATIVE.fullmatch, weights))
-    ):
-        weights = rescale_relative_positions(weights, source.scaled, wanted)
-        notes.append(
-            "relative positions: rescaled for this model, which applies them to the "
-            f"{'scaled' if wanted else 'unscaled'} query"
-        )
-    afresh = (
-        _other_classes(weights, own, source.class_names, tuple(class_names)) if source.whole else {}
-    )
-    notes += [
-        f"{name}: {'newly initialized' if name in own else 'not loaded'} ({why})"
-        for name, why in afresh.items()
-    ]
+    weights, own, notes = source.weights, detector.state_dict(), list(source.notes)
+    attention = (part for part in detector.modules() if isinstance(part, Attention))
+    wanted = next((part.scaled_rel_pos for part in attention), None)
+    differs = None not in (source.scaled, wanted) and source.scaled != wanted
+    if differs and any(map(RELATIVE.fullmatch, weights)):
+        weights = rescale_relative_positions(weights, bool(source.scaled), bool(wanted))
+        query = f"the {'scaled' if wanted else 'unscaled'} query"
+        notes.append(f"relative positions: rescaled for this model, which applies them to {query}")
+    afresh: set[str] = set()
     if source.whole:
-        names, note = _other_mask_head(weights, own)
-        afresh |= dict.fromkeys(names, note)
+        layers, why = _other_classes(weights, own, source.class_names, tuple(class_names))
+        for name in sorted(layers):
+            what = "newly initialized" if name in own else "not loaded"
+            notes.append(f"{name}: {what} ({why})")
+        mask_head, note = _other_mask_head(weights, own)
         notes += [note] if note else []
-    if source.whole and not afresh and class_names and not source.class_names:
-        notes.append(
-            f"{len(class_names)} classes, as many as in the file, which does not contain their "
-            "names: their layers are loaded"
-        )
-    weights, lines = _fit(
-        {name: tensor for name, tensor in weights.items() if name not in afresh},
-        own,
-        source,
-        set(afresh),
-        path,
-    )
+        afresh = layers | mask_head
+        if not afresh and class_names and not source.class_names:
+            notes.append(
+                f"{len(class_names)} classes, as many as in the file, which does not contain their "
+                "names: their layers are loaded"
+            )
+    weights, lines = _fit(weights, own, source, afresh, path)
     return weights, [*notes, *lines]
 
 
@@ -181,7 +163,7 @@ def has_mask_head(source: Source) -> bool:
     return any(name.startswith(_MASK_HEAD) for name in source.weights)
 
 
-def _other_mask_head(weights: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[set[str], str]:
+def _other_mask_head(weights: Weights, own: Weights) -> tuple[set[str], str]:
     """Return the names of a mask head that only the file or only the detector has, and a note."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, own)
@@ -194,27 +176,22 @@ def _other_mask_head(weights: dict[str, Tensor], own: dict[str, Tensor]) -> tupl
 
 
 def _other_classes(
-    weights: dict[str, Tensor],
-    own: dict[str, Tensor],
-    theirs: tuple[str, ...],
-    ours: tuple[str, ...],
-) -> dict[str, str]:
-    """Return the class-specific layers of either detector that are not loaded, with the reason."""
+    weights: Weights, own: Weights, theirs: tuple[str, ...], ours: tuple[str, ...]
+) -> tuple[set[str], str]:
+    """Return the class-specific layers of either detector that are not loaded, and the reason."""
     if LOGITS not in weights or LOGITS not in own:
-        return {}
+        return set(), ""
     there, here = len(weights[LOGITS]) - 1, len(own[LOGITS]) - 1
     layers = class_layers(own) | class_layers(weights)
     if there != here:
-        return dict.fromkeys(sorted(layers), f"{there} classes in the file, {here} here")
+        return layers, f"{there} classes in the file, {here} here"
     if theirs and ours and theirs != ours:
         first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
-        return dict.fromkeys(
-            sorted(layers), f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
-        )
-    return {_ODDS: "another loss"} if (_ODDS in own) != (_ODDS in weights) else {}
+        return layers, f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
+    return ({_ODDS} if (_ODDS in own) != (_ODDS in weights) else set()), "another loss"
 
 
-def class_layers(weights: dict[str, Tensor]) -> set[str]:
+def class_layers(weights: Weights) -> set[str]:
     """Return the layers with one row per class; a cascade's box deltas are class-agnostic."""
     patterns = ["roi_heads.stages.{}.logits.{}", "roi_heads.mask.logits.{}", _ODDS]
     if not any(name.startswith("roi_heads.stages.1.") for name in weights):
@@ -223,16 +200,18 @@ def class_layers(weights: dict[str, Tensor]) -> set[str]:
 
 
 def _fit(
-    weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afresh: set[str], path: Path
-) -> tuple[dict[str, Tensor], list[str]]:
+    weights: Weights, own: Weights, source: Source, afresh: set[str], path: Path
+) -> tuple[Weights, list[str]]:
     """Return the detector's weights in its shapes, and one line per kind of resized tensor."""
     layout = FORMATS[source.layout]
-    fitting: dict[str, Tensor] = {}
+    fitting: Weights = {}
     surplus: list[str] = []
     shapes: list[str] = []
     types: list[str] = []
-    resized: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    resized: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = defaultdict(list)
     for name, tensor in weights.items():
+        if name in afresh:
+            continue
         if name not in own:
             if source.whole or not known(name, layout.spare):
                 surplus.append(name)
@@ -241,45 +220,35 @@ def _fit(
         if tensor.is_floating_point() != own[name].is_floating_point():
             types.append(f"{name} {tensor.dtype}, expected {own[name].dtype}")
             continue
-        shape = tuple(own[name].shape)
-        fitted = (
-            tensor
-            if tuple(tensor.shape) == shape
-            else resize(name, tensor, shape)
-            if tensor.numel()
-            else None
-        )
+        before, shape = tuple(tensor.shape), tuple(own[name].shape)
+        fitted: Tensor | None = tensor
+        if before != shape:
+            fitted = resize(name, tensor, shape) if tensor.numel() else None
+            resized[before, shape].append(name)
         if fitted is None:
-            shapes.append(f"{name} {tuple(tensor.shape)}, expected {shape}")
-            continue
-        fitting[name] = fitted
-        if fitted is not tensor:
-            resized.setdefault((tuple(tensor.shape), shape), []).append(name)
+            shapes.append(f"{name} {before}, expected {shape}")
+        else:
+            fitting[name] = fitted
+    lacking = [name for name in own if name not in weights and name not in afresh]
     missing = [
         name
-        for name in own
-        if name not in weights
-        and name not in afresh
-        and (source.whole or name.startswith("backbone.") and not known(name, layout.fresh))
+        for name in lacking
+        if source.whole or (name.startswith("backbone.") and not known(name, layout.fresh))
     ]
     if surplus or missing or shapes or types:
-        hint = (
-            "is it of another format (train.init_format, --format)?"
-            if surplus and source.layout == "vitdet"
-            else ""
-        )
-        raise ValueError(
-            f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
-            f"{_few('unexpected', surplus)}{_few('missing', missing)}"
-            f"{_few('wrong shape:', shapes)}"
-            f"{_few('wrong type:', types)}{hint}".rstrip("; ")
-        )
+        kinds = {"unexpected": surplus, "missing": missing}
+        kinds |= {"wrong shape:": shapes, "wrong type:": types}
+        problems = [
+            f"{len(names)} tensors: {what} {', '.join(names[:3])}"
+            for what, names in kinds.items()
+            if names
+        ]
+        if surplus and source.layout == "vitdet":
+            problems.append("is it of another format (train.init_format, --format)?")
+        kind = "detector" if source.whole else "backbone"
+        raise ValueError(f"{path}: does not fit this {kind}: {'; '.join(problems)}")
     return fitting, [
         f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to "
         f"{after}"
         for (before, after), names in resized.items()
     ]
-
-
-def _few(what: str, names: list[str]) -> str:
-    return f"{len(names)} tensors: {what} {', '.join(names[:3])}; " if names else ""

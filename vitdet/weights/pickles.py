@@ -2,7 +2,8 @@
 
 A .pkl may reference only the functions that create numeric arrays; they are replaced by our own,
 which check shape, type and length. A .pth is read with torch.load(weights_only=True); objects
-beside the weights (options, configs, scores) become `Inert`."""
+beside the weights (options, configs, scores) become `Inert`.
+"""
 
 from __future__ import annotations
 
@@ -37,42 +38,26 @@ class Inert:
         """Ignore the state."""
 
 
-# Options of MAE, ViTAE and timm; NumPy scores of mmcv, mmengine and timm; configs (dicts) of mmcv,
-# mmengine and Detectron2
-INERT: tuple[tuple[type, str], ...] = (
-    *(
-        (Inert, name)
-        for name in (
-            "argparse.Namespace",
-            "datetime.datetime",
-            "pathlib.PosixPath",
-            "pathlib.WindowsPath",
-            "pathlib._local.PosixPath",  # Python 3.13
-            "pathlib._local.WindowsPath",
-            "numpy.dtype",
-            "numpy.ndarray",
-            "numpy.core.multiarray.scalar",
-            "numpy._core.multiarray.scalar",
-            "numpy.core.multiarray._reconstruct",
-            "numpy._core.multiarray._reconstruct",
-            "numpy.dtypes.Float64DType",
-            "mmcv.utils.config.Config",
-            "mmengine.config.config.Config",
-            "mmengine.logging.history_buffer.HistoryBuffer",
-        )
-    ),
-    *(
-        (OrderedDict, name)
-        for name in (
-            "mmcv.utils.config.ConfigDict",
-            "mmengine.config.config.ConfigDict",
-            "addict.addict.Dict",
-            "fvcore.common.config.CfgNode",
-            "yacs.config.CfgNode",
-            "detectron2.config.config.CfgNode",
-        )
-    ),
-)
+# options of MAE, ViTAE and timm; NumPy scores of mmcv, mmengine and timm
+OBJECTS = """
+argparse.Namespace datetime.datetime
+pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath
+numpy.dtype numpy.ndarray numpy.dtypes.Float64DType
+numpy.core.multiarray.scalar numpy._core.multiarray.scalar
+numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
+mmcv.utils.config.Config mmengine.config.config.Config
+mmengine.logging.history_buffer.HistoryBuffer
+""".split()
+# configs of mmcv, mmengine and Detectron2
+DICTS = """
+mmcv.utils.config.ConfigDict mmengine.config.config.ConfigDict addict.addict.Dict
+fvcore.common.config.CfgNode yacs.config.CfgNode detectron2.config.config.CfgNode
+""".split()
+INERT: list[Any] = [*((Inert, name) for name in OBJECTS), *((OrderedDict, name) for name in DICTS)]
+
+
+class _ForbiddenError(Exception):
+    """A pickle references a global, named in the message, that is not allowed."""
 
 
 def read_file(path: Path) -> dict:
@@ -84,98 +69,73 @@ def read_file(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     check_whole(path)
-    content = _reader(path)(path)
+    kind = {".safetensors": "safetensors file", ".npz": "npz file of numbers"}
+    try:
+        content = _reader(path)(path)
+    except _ForbiddenError as error:
+        # in a damaged file the name may be anything
+        shown = str(error).encode("unicode_escape").decode()[:200]
+        raise ValueError(
+            f"{path}: rejected: it references {shown}, which could run code; expected only numbers "
+            "and text"
+        ) from error
+    except Exception as error:  # a damaged file can raise any exception
+        whole = f"not a complete {kind.get(path.suffix, 'file of weights')}"
+        raise ValueError(f"{path}: {whole} ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, got a {type(content).__name__}")
     return content
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
-
-
-def _reader(path: Path) -> Callable[[Path], object]:
-    """Choose the reader by suffix, or by the magic number of torch files."""
-    if path.suffix in (".safetensors", ".npz"):
-        return read_safetensors if path.suffix == ".safetensors" else _read_npz
-    with open(path, "rb") as file:
-        head = file.read(len(LEGACY))
-    return _read_torch if head[:2] == b"PK" or head == LEGACY else _read_pickle
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file; raises ValueError if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}
-    except Exception as error:  # a damaged file can raise any exception
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
 def metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a .safetensors file; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except Exception as error:  # a damaged file raises anything
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _reader(path: Path) -> Callable[[Path], object]:
+    """Choose the reader by suffix, or by the magic number of torch files."""
+    if path.suffix in (".safetensors", ".npz"):
+        return _read_safetensors if path.suffix == ".safetensors" else _read_npz
+    head = _head(path)
+    return _read_torch if head[:2] == b"PK" or head == LEGACY else _read_pickle
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(LEGACY))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in list(file.keys())}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
-    except Exception as error:  # a damaged file raises anything
-        raise ValueError(
-            f"{path}: not a complete npz file of numbers ({first_line(error)})"
-        ) from error
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
 def _read_torch(path: Path) -> object:
+    if _head(path)[:2] == b"PK" and (record := damaged_record(path)):
+        raise ValueError(f"the checksum of {record} does not match: the file is damaged")
     try:
-        with torch.serialization.safe_globals(list(INERT)), warnings.catch_warnings():
+        with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats
-            if _is_zip(path) and (record := damaged_record(path)):
-                raise ValueError(f"the checksum of {record} does not match: the file is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:
-            raise ValueError(refusal(path, named.group(1))) from error
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _ForbiddenError(named[1]) from error
         # cut off torch's advice to allow running the code
         cause = str(error).rpartition("WeightsUnpickler error: ")[2]
-        raise ValueError(
-            f"{path}: not a complete file of weights ({' '.join(cause.split())[:120]})"
-        ) from error
-    except Exception as error:  # a damaged file raises anything
-        raise ValueError(f"{path}: not a complete file of weights ({first_line(error)})") from error
+        raise ValueError(" ".join(cause.split())) from error
 
 
 def _read_pickle(path: Path) -> object:
-    try:
-        with open(path, "rb") as file:
-            return _tensors(_Unpickler(file).load())
-    except _ForbiddenError as error:
-        raise ValueError(refusal(path, str(error))) from error
-    except Exception as error:  # a damaged file raises anything: struct.error, RecursionError, ...
-        raise ValueError(f"{path}: not a complete file of weights ({first_line(error)})") from error
-
-
-def refusal(path: Path, name: str) -> str:
-    """Return the message for a file that references something else than data."""
-    shown = name.encode("unicode_escape").decode()[:200]  # in a damaged file it may be anything
-    return (
-        f"{path}: rejected: it references {shown}, which could run code; expected only numbers and "
-        "text"
-    )
-
-
-class _ForbiddenError(Exception):
-    """A pickle references a global that is not allowed."""
+    with open(path, "rb") as file:
+        return _tensors(_Unpickler(file).load())
 
 
 class _Maker:
@@ -220,7 +180,6 @@ class _Type:
         self.order = order
 
     def dtype(self) -> np.dtype:
-        """Return the NumPy dtype."""
         return np.dtype(self.order.replace("|", "=") + self.code)
 
 
@@ -246,25 +205,18 @@ def _from_buffer(raw: object, kind: object, shape: object, order: object) -> _Ar
 def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray:
     if isinstance(raw, str):
         raw = raw.encode("latin1")  # Python 2
-    if (
-        not isinstance(raw, bytes | bytearray)
-        or not isinstance(kind, _Type)
-        or order not in ("C", "F")
-    ):
+    if not isinstance(raw, bytes | bytearray) or not isinstance(kind, _Type):
         raise ValueError("an array of other elements than numbers")
+    if order not in ("C", "F"):
+        raise ValueError(f"an array of order {order!r}")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(f"an array of shape {shape!r}")
-    dtype = kind.dtype()
-    if math.prod(shape) * dtype.itemsize != len(raw):
-        raise ValueError(
-            f"an array of shape {shape} with {dtype.itemsize} bytes per number in {len(raw)} bytes"
-        )
+    dtype, length = kind.dtype(), len(raw)
+    if math.prod(shape) * dtype.itemsize != length:
+        parts = f"{dtype.itemsize} bytes per number in {length} bytes"
+        raise ValueError(f"an array of shape {shape} with {parts}")
     array = np.frombuffer(raw, dtype).reshape(shape, order=order)
-    return (
-        np.ascontiguousarray(array, dtype.newbyteorder("="))
-        if array.ndim
-        else array.astype(dtype.newbyteorder("="))
-    )
+    return np.asarray(array, dtype.newbyteorder("="), order="C")
 
 
 def _scalar(kind: object, raw: object) -> object:
@@ -277,21 +229,16 @@ def _encode(text: object, encoding: object) -> bytes:
     return text.encode("latin1")
 
 
-_MAKERS = {
-    **{
-        (f"numpy.{core}.{module}", name): make
-        for core in ("core", "_core")
-        for module, name, make in (
-            ("multiarray", "_reconstruct", _Array),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _from_buffer),
-        )
-    },
+_MAKERS: dict[tuple[str, str], Callable[..., object]] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): _Table,
 }
+for _core in ("numpy.core", "numpy._core"):
+    _MAKERS[f"{_core}.multiarray", "_reconstruct"] = _Array
+    _MAKERS[f"{_core}.multiarray", "scalar"] = _scalar
+    _MAKERS[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 
 
 class _Unpickler(pickle._Unpickler):

@@ -8,28 +8,25 @@ from pathlib import Path
 
 HEAD = 512
 LIMIT = 100 << 20  # of a safetensors header, as the library has it
+PAGE = "an HTML page; the download may need a login, or another address"
 # First bytes, without white space and in lower case -> what such a file is, and what to do
-TEXTS = (
-    (
-        b"version https://git-lfs",
-        "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository",
-    ),
-    (
-        b"<!doctype html",
-        "an HTML page; the download may need a login, or another address",
-    ),
-    (b"<html", "an HTML page; the download may need a login, or another address"),
-    (b"<?xml", "an XML text, such as a storage server's error; download it again"),
-    (b'{"', "a JSON text, such as a server's error or an index of other files"),
-)
-BINARIES = (
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"BZh", "a bzip2 archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz archive; unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"Rar!", "a RAR archive; unpack it first"),
-    (b"\x89HDF", "an HDF5 file (Keras); expected weights of PyTorch"),
-)
+TEXTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its "
+    "repository",
+    b"<!doctype html": PAGE,
+    b"<html": PAGE,
+    b"<?xml": "an XML text, such as a storage server's error; download it again",
+    b'{"': "a JSON text, such as a server's error or an index of other files",
+}
+BINARIES = {
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"BZh": "a bzip2 archive; unpack it first",
+    b"\xfd7zXZ": "an xz archive; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"Rar!": "a RAR archive; unpack it first",
+    b"\x89HDF": "an HDF5 file (Keras); expected weights of PyTorch",
+}
+AGAIN = "copy or download it again"
 
 
 def check_whole(path: Path) -> None:
@@ -37,12 +34,12 @@ def check_whole(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head:
-        raise ValueError(f"{path}: the file is empty; copy or download it again")
+        raise ValueError(f"{path}: the file is empty; {AGAIN}")
     if not head.strip(b"\0"):
-        raise ValueError(f"{path}: the file begins with zeros; copy or download it again")
+        raise ValueError(f"{path}: the file begins with zeros; {AGAIN}")
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for signatures, start in ((TEXTS, text), (BINARIES, head)):
-        for signature, what in signatures:
+        for signature, what in signatures.items():
             if start.startswith(signature):
                 raise ValueError(f"{path}: {what}")
     if path.suffix == ".safetensors":
@@ -55,31 +52,25 @@ def _check_safetensors(path: Path, head: bytes) -> None:
     """Compare the length of the file with its header; the reader detects other damage."""
     size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
     if length > LIMIT:
-        raise ValueError(
-            f"{path}: not a safetensors file: its first 8 bytes are not a valid header length"
-        )
+        what = "its first 8 bytes are not a valid header length"
+        raise ValueError(f"{path}: not a safetensors file: {what}")
     expected = 8 + length
     if size >= expected:
         with open(path, "rb") as file:
             file.seek(8)
-            try:
-                header = json.loads(file.read(length))
-                ends = [
-                    one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"
-                ]
-                expected += max(ends, default=0)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                return
+            content = file.read(length)
+        try:
+            header = json.loads(content)
+            header.pop("__metadata__", None)
+            expected += max((one["data_offsets"][1] for one in header.values()), default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return
     if size < expected:
-        raise ValueError(
-            f"{path}: truncated: {size:,} of {expected:,} bytes; copy or download it again"
-        )
+        raise ValueError(f"{path}: truncated: {size:,} of {expected:,} bytes; {AGAIN}")
 
 
 def _check_zip(path: Path) -> None:
-    """Check that a zip archive is complete and contains weights; the reader detects other
-    damage.
-    """
+    """Check that a zip archive is complete and contains weights; the reader detects the rest."""
     try:
         complete, names = zipfile.is_zipfile(path), list[str]()
         if complete:
@@ -88,11 +79,8 @@ def _check_zip(path: Path) -> None:
     except Exception:  # a damaged directory can raise any exception, e.g. NotImplementedError
         return
     if not complete:
-        raise ValueError(
-            f"{path}: truncated: the zip central directory is missing; copy or download it again"
-        )
+        raise ValueError(f"{path}: truncated: the zip central directory is missing; {AGAIN}")
     if path.suffix != ".npz" and not any(name.endswith("data.pkl") for name in names):
         shown = ", ".join(names[:3]) or "no files"
-        raise ValueError(
-            f"{path}: a zip archive with {shown}, not a file of weights; unpack it first"
-        )
+        what = f"a zip archive with {shown}, not a file of weights"
+        raise ValueError(f"{path}: {what}; unpack it first")

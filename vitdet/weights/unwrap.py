@@ -2,7 +2,8 @@
 
 DistributedDataParallel and AveragedModel prefix names with `module.`, torch.compile with
 `_orig_mod.`, Lightning modules with `model.`; checkpoints also contain the optimizer state and
-averaged weights."""
+averaged weights.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +17,10 @@ from torch import Tensor
 from vitdet.weights.formats.table import Format, known
 
 # Keys of weights, averaged ones first: DINO, DINOv2, timm, YOLO, Lightning, mmengine, fairseq
-KEYS = (
-    "teacher",
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "weights",
-    "params",
-)
+KEYS = """
+teacher state_dict_ema model_ema ema_state_dict ema
+state_dict model_state_dict model_state model module weights params
+""".split()
 # At the start of a name, or within it if a part of the model was wrapped
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
@@ -42,7 +33,8 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     The keys of the format's own trainer (`layout.wrappers`) take precedence over `KEYS`. If names
     begin with one of `layout.parts`, such as `encoder.`, only these and the classifier heads
     (`layout.heads`) are returned. Raises ValueError if there are no weights, if some entries are
-    not tensors, or if two names are equal without prefixes."""
+    not tensors, or if two names are equal without prefixes.
+    """
     inside, notes = _innermost(content, layout.wrappers)
     _check_tensors(inside, content, path)
     plain = {name: PREFIX.sub("", name) for name in inside}
@@ -54,32 +46,22 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
         notes.append(f"names: removed the prefix {' and '.join(taken)}")
     weights = {short: inside[name] for name, short in plain.items()}
     for part in layout.parts:
-        chosen = {
-            name.removeprefix(part): one for name, one in weights.items() if name.startswith(part)
-        }
-        if chosen:
+        names = [name for name in weights if name.startswith(part)]
+        if names:
             # classifier heads may be outside of the part; the caller reports their names
-            heads = {
-                name: one
-                for name, one in weights.items()
-                if not name.startswith(part) and known(name, layout.heads)
-            }
-            others = len(weights) - len(chosen) - len(heads)
-            notes.append(
-                f"names: removed the prefix {part}"
-                f"{f'; {others} other tensors ignored' if others else ''}"
-            )
-            weights = heads | chosen
+            rest = {name: one for name, one in weights.items() if not name.startswith(part)}
+            heads = {name: one for name, one in rest.items() if known(name, layout.heads)}
+            others = len(rest) - len(heads)
+            ignored = f"; {others} other tensors ignored" if others else ""
+            notes.append(f"names: removed the prefix {part}{ignored}")
+            weights = heads | {name.removeprefix(part): weights[name] for name in names}
     return weights, notes
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
     """Raise ValueError if a tensor contains NaN or infinite values, with its name."""
-    broken = [
-        name
-        for name, one in weights.items()
-        if one.is_floating_point() and not torch.isfinite(one).all()
-    ]
+    floats = {name: one for name, one in weights.items() if one.is_floating_point()}
+    broken = [name for name, one in floats.items() if not torch.isfinite(one).all()]
     if broken:
         raise ValueError(
             f"{path}: {len(broken)} tensors contain NaN or infinite values, e.g. {broken[0]}; "
@@ -106,9 +88,7 @@ def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[s
 
 
 def _holds_tensors(value: object, depth: int = DEPTH) -> bool:
-    """Return whether a value is a dictionary with a tensor, possibly nested; `params` may be
-    options.
-    """
+    """Return whether a value is a, possibly nested, dict with a tensor; `params` may be options."""
     return isinstance(value, Mapping) and any(
         isinstance(one, Tensor) or (depth > 1 and _holds_tensors(one, depth - 1))
         for one in value.values()
@@ -129,9 +109,8 @@ def _check_tensors(inside: Mapping, content: Mapping, path: Path) -> None:
             f"{path}: expected tensors by name, or a dict of them under a key such as state_dict "
             f"or model; found {listed}"
         )
-    raise ValueError(
-        f"{path}: {len(strange)} entries are not complete tensors, such as {strange[0]}"
-    )
+    entries = f"{len(strange)} entries are not complete tensors, such as {strange[0]}"
+    raise ValueError(f"{path}: {entries}")
 
 
 def _is_whole(value: object) -> bool:

@@ -1,9 +1,8 @@
-"""Reader of COCO's annotations (https://cocodataset.org/#format-data) in the layouts of annotation
-tools.
+"""Reader of COCO's annotations in the layouts of annotation tools.
 
-Roboflow: train|valid|test/_annotations.coco.json beside the images
-(https://roboflow.com/formats/coco-json); its category 0 is the root of the others, not a class.
-CVAT: annotations/instances_default.json and images/, or images/SPLIT/
+Format: https://cocodataset.org/#format-data. Roboflow: train|valid|test/_annotations.coco.json
+beside the images (https://roboflow.com/formats/coco-json); its category 0 is the root of the
+others, not a class. CVAT: annotations/instances_default.json and images/, or images/SPLIT/
 (https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
 images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
 (https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
@@ -15,23 +14,21 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from vitdet.data.annotation_file import read_entries
 from vitdet.data.annotations import CROWD, NO_OUTLINE, AnnotationValidator
-from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import pixel_count
 from vitdet.data.shared_memory import PackedList
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
+    BROKEN,
     SPLIT_NAMES,
     ImportedDataset,
     ImportedImage,
     ImportedObject,
-    ImportedSplit,
     find_image,
     split_of,
 )
@@ -56,10 +53,7 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
     instances = sorted((source / "annotations").glob("instances_*.json"))
     if named or instances:
         return named or [(one.stem.removeprefix("instances_"), one) for one in instances]
-    others = [
-        *sorted((source / "annotations").glob("*.json"))[:MOST],
-        *sorted(source.glob("*.json"))[:MOST],
-    ]
+    others = [one for folder in ("annotations", "") for one in _json_files(source / folder)[:MOST]]
     return [(_split(path.stem), path) for path in others if _is_coco_file(path)]
 
 
@@ -67,6 +61,10 @@ def is_coco(source: Path) -> bool:
     """Return whether a folder contains such annotation files, or is one."""
     files = annotation_files(source)
     return bool(files) and (not source.is_file() or _is_coco_file(source))
+
+
+def _json_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"))
 
 
 def _split(stem: str) -> str:
@@ -84,9 +82,7 @@ def _is_coco_file(path: Path) -> bool:
 
 @dataclass
 class _File:
-    """The content of an annotation file; objects: (category, bbox, segmentation, is a crowd), rows:
-    those of an image.
-    """
+    """An annotation file; objects: (category, bbox, segmentation, is a crowd), rows: by image."""
 
     path: Path
     split: str
@@ -97,18 +93,23 @@ class _File:
     used: set[int] = field(default_factory=set)
 
     def folders(self) -> list[Path]:
-        """The possible folders of its images."""
+        """Return the possible folders of its images."""
         parents = (self.path.parent, self.path.parent.parent)
         below = (self.split, f"images/{self.split}", "images", "data", "")
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
+    def root(self) -> set[int]:
+        """Return category 0 if no object has it and it is the parent of others, or Roboflow's."""
+        name = self.validator.categories.get(0)
+        if name is None or 0 in self.used or len(self.validator.categories) < 2:
+            return set()
+        roboflow = self.path.name == ROBOFLOW and name in self.parents["none"]
+        return {0} if name in self.parents or roboflow else set()
 
-def read_coco_folder(
-    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
-) -> ImportedDataset:
+
+def read_coco_folder(found: ImportedDataset) -> None:
     """Read such a folder or file; classes in the order of the categories. Images are read later."""
-    found = ImportedDataset(reading)
-    there = dict[str, tuple[str, Path]]()
+    source, there = found.source, dict[str, tuple[str, Path]]()
     for name, path in annotation_files(source):
         split = split_of(name)
         if split in there:
@@ -119,37 +120,28 @@ def read_coco_folder(
         there[split] = name, path
     if not there:
         raise FileNotFoundError(f"{source}: no annotation file in COCO's format")
-    files = {
-        split: _read(name, path, found)
-        for split, (name, path) in found.select(source, there, only).items()
-    }
-    paths = {path for _, path in there.values()}
-    beside = {one for path in paths for one in path.parent.glob("*.json")}
-    found.notes["other JSON files not read"] += 0 if source.is_file() else len(beside - paths)
-    roots = set.intersection(*(_root(file) for file in files.values()))
+    files = {split: _read(*one, found) for split, one in found.select(there).items()}
+    if not source.is_file():
+        paths = {path for _, path in there.values()}
+        beside = {one for path in paths for one in _json_files(path.parent)}
+        found.notes["other JSON files not read"] += len(beside - paths)
+    roots = set.intersection(*(file.root() for file in files.values()))
     found.notes["root category dropped, no object has it"] += len(roots)
-    names = dict.fromkeys(
-        name
-        for file in files.values()
-        for number, name in sorted(file.validator.categories.items())
-        if number not in roots
-    )
-    found.class_names = tuple(names)
-    label_of = {name: label for label, name in enumerate(names)}
-    used: set[Path] = set()
+    categories = [
+        one for file in files.values() for one in sorted(file.validator.categories.items())
+    ]
+    images: dict[str, list[tuple[_File, int, Path]]] = {}
     folders: set[Path] = set()
     for split, file in files.items():
-        images: list[tuple[int, Path]] = []
+        images[split] = []
         for number, name in sorted(file.validator.names.items()):
             with found.problems.collect("missing image file"):
                 folder, path = find_image(f"{file.path}: image {number}", file.folders(), name)
-                images.append((number, path))
+                images[split].append((file, number, path))
                 folders.add(folder)
-        used.update(path for _, path in images)
-        read = partial(_picture, file=file, label_of=label_of, found=found)
-        found.splits[split] = ImportedSplit(images, read, found.problems)
-    found.count_unnamed(folders, used)
-    return found
+    names = dict.fromkeys(name for number, name in categories if number not in roots)
+    found.define([*names], images, _picture)
+    found.count_unnamed(folders, [path for listed in images.values() for _, _, path in listed])
 
 
 def _read(name: str, path: Path, found: ImportedDataset) -> _File:
@@ -163,7 +155,7 @@ def _read(name: str, path: Path, found: ImportedDataset) -> _File:
     try:
         content = read_entries(path)
     except (OSError, ValueError) as problem:
-        found.problems.add("annotation file that cannot be read", f"{path}: {problem}")
+        found.problems.add(BROKEN, f"{path}: {problem}")
         return file
     tables = file.validator.read_header(content)
     for category in tables["categories"]:
@@ -183,22 +175,12 @@ def _read(name: str, path: Path, found: ImportedDataset) -> _File:
     return file
 
 
-def _root(file: _File) -> set[int]:
-    """Return category 0 if no object has it and it is the parent of others, or Roboflow's."""
-    name = file.validator.categories.get(0)
-    if name is None or 0 in file.used or len(file.validator.categories) < 2:
-        return set()
-    is_root = name in file.parents or (file.path.name == ROBOFLOW and name in file.parents["none"])
-    return {0} if is_root else set()
-
-
 def _picture(
-    item: tuple[int, Path], file: _File, label_of: dict[str, int], found: ImportedDataset
+    item: tuple[_File, int, Path], label_of: Mapping[str, int], found: ImportedDataset
 ) -> ImportedImage:
-    number, path = item
-    size = found.check_size(
-        f"{file.path}: image {number}", path, file.validator.sizes[number] or (0, 0)
-    )
+    file, number, path = item
+    stated = file.validator.sizes[number] or ()
+    size = found.check_size(f"{file.path}: image {number}", path, stated)
     things = []
     for row in file.rows[number]:
         category, (x, y, width, height), shape, crowd = file.objects[row]

@@ -1,12 +1,11 @@
-"""Reader of CVAT's XML for images: annotations.xml, and the images in images/, images/SUBSET/ or
-beside it.
+"""Reader of CVAT's XML for images: annotations.xml, and the images in images/ or beside it.
 
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
-<box label xtl ytl xbr ybr>, rotated by `rotation` degrees about its centre if present; <polygon
+<box label xtl ytl xbr ybr>, rotated by `rotation` degrees about its center if present; <polygon
 label points="x,y;x,y;..."> and <mask label rle left top width height>, run lengths of the rows of
-that rectangle. Coordinates are pixels from 0. `subset` is the split. Other elements (polyline,
-points, ellipse, cuboid, skeleton, tag) are counted and ignored. The format for videos has <track>
-instead of <image>.
+that rectangle. Coordinates are pixels from 0. `subset` is the split, and may be a folder in images/
+or beside the file. Other elements (polyline, points, ellipse, cuboid, skeleton, tag) are counted
+and ignored. The format for videos has <track> instead of <image>.
 """
 
 from __future__ import annotations
@@ -14,19 +13,20 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
+    BROKEN,
     THIN,
     ImportedDataset,
     ImportedImage,
     ImportedObject,
+    Size,
     Unusable,
     find_image,
     object_from_box,
@@ -39,7 +39,6 @@ from vitdet.datasets.importers.xml_file import has_root, read_xml
 
 LARGEST = 1 << 30  # maximum bytes of an XML file, which describes all images of a task
 SHAPES = ("box", "polygon", "mask")
-IMAGE_SIZE = ("height", "width")
 
 
 def annotation_files(source: Path) -> list[Path]:
@@ -48,34 +47,23 @@ def annotation_files(source: Path) -> list[Path]:
     return [path for path in paths if path.suffix == ".xml" and has_root(path, "annotations")]
 
 
-def is_cvat(source: Path) -> bool:
-    """Return whether a folder contains such a file, or is one."""
-    return bool(annotation_files(source))
-
-
-def read_cvat(
-    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
-) -> ImportedDataset:
-    """Read such a folder or file; classes in the order of the task's labels, then
-    alphabetically.
-    """
-    found = ImportedDataset(reading)
+def read_cvat(found: ImportedDataset) -> None:
+    """Read a folder or file; classes in the order of the task's labels, others by name."""
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
-    for path in annotation_files(source):
-        with found.problems.collect("annotation file that cannot be read"):
+    for path in annotation_files(found.source):
+        with found.problems.collect(BROKEN):
             root = read_xml(path, LARGEST)
             if root.find("track") is not None:
                 raise ValueError(f"{path}: it has tracks; export the task as 'CVAT for images'")
-            labels = [label.findtext("name") or "" for label in root.iterfind("meta//label")]
-            names.update(dict.fromkeys(labels))
+            for label in root.iterfind("meta//label"):
+                names[label.findtext("name") or ""] = None
             for element in root.findall("image"):
-                name = split_of(element.get("subset") or "train")
-                splits[name].append((path, element))
-    found.problems.raise_if_any(source)
+                splits[split_of(element.get("subset") or "train")].append((path, element))
+    found.problems.raise_if_any(found.source)
     items: dict[str, list[tuple[Path, Element, Path]]] = {}
     folders: set[Path] = set()
-    for split, pairs in found.select(source, splits, only).items():
+    for split, pairs in found.select(splits).items():
         items[split] = []
         for path, element in pairs:
             with found.problems.collect("missing image file"):
@@ -86,21 +74,15 @@ def read_cvat(
                 found.notes[f"elements <{shape.tag}> skipped"] += shape.tag not in SHAPES
     shapes = [shape for pairs in splits.values() for _, one in pairs for shape in one]
     used = {shape.get("label") or "" for shape in shapes if shape.tag in SHAPES}
-    classes = [name for name in (*names, *sorted(used - names.keys())) if name]
-    found.define(classes, items, _picture)
-    found.count_unnamed(folders, {one[2] for triples in items.values() for one in triples})
-    return found
+    found.define([*filter(None, [*names, *sorted(used - names.keys())])], items, _picture)
+    found.count_unnamed(folders, [image for listed in items.values() for _, _, image in listed])
 
 
 def _folders(path: Path, element: Element) -> list[Path]:
+    """Return the possible folders of an image."""
     subset = element.get("subset") or "default"
-    below = [
-        path.parent / "images" / subset,
-        path.parent / "images",
-        path.parent / subset,
-        path.parent,
-    ]
-    return [folder for folder in below if folder.is_dir()]
+    below = (f"images/{subset}", "images", subset, "")
+    return [folder for name in below if (folder := path.parent / name).is_dir()]
 
 
 def _picture(
@@ -108,7 +90,7 @@ def _picture(
 ) -> ImportedImage:
     path, element, image = item
     where = f"{path}: image {show(element.get('name'))}"
-    size = found.check_size(where, image, [element.get(side) for side in IMAGE_SIZE])
+    size = found.check_size(where, image, (element.get("height"), element.get("width")))
     things: list[ImportedObject] = []
     for shape in (one for one in element if one.tag in SHAPES):
         with found.problems.collect("shape that cannot be used"):
@@ -120,7 +102,7 @@ def _picture(
 
 
 def _shape(
-    where: str, shape: Element, label: int, size: tuple[int, int], found: ImportedDataset
+    where: str, shape: Element, label: int, size: Size, found: ImportedDataset
 ) -> tuple[ImportedObject, ...]:
     if shape.tag == "mask":
         return found.keep(_mask(where, shape, label, size))
@@ -142,23 +124,18 @@ def _shape(
     return found.keep(object_from_box(label, (x0, y0, x1, y1), size))
 
 
-def _mask(where: str, shape: Element, label: int, size: tuple[int, int]) -> ImportedObject | None:
+def _mask(where: str, shape: Element, label: int, size: Size) -> ImportedObject | None:
+    kind = "mask with invalid run lengths"
     try:
-        left, top, width, height = (
-            int(shape.get(key, "")) for key in ("left", "top", "width", "height")
-        )
+        sides = [int(shape.get(key, "")) for key in ("left", "top", "width", "height")]
         runs = [int(run) for run in shape.get("rle", "").split(",")]
     except ValueError:
-        raise Unusable(
-            "mask with invalid run lengths", f"{where}: expected whole numbers"
-        ) from None
+        raise Unusable(kind, f"{where}: expected whole numbers") from None
+    left, top, width, height = sides
     fits = 0 <= left <= left + width <= size[1] and 0 <= top <= top + height <= size[0]
     if not fits or min(runs) < 0 or sum(runs) != width * height:
-        raise Unusable(
-            "mask with invalid run lengths",
-            f"{where}: {sum(runs)} pixels in {width} x {height} at {left}, {top} of "
-            f"{size[1]} x {size[0]}",
-        )
+        place = f"{width} x {height} at {left}, {top} of {size[1]} x {size[0]}"
+        raise Unusable(kind, f"{where}: {sum(runs)} pixels in {place}")
     pixels = np.zeros(size, bool)
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
     pixels[top : top + height, left : left + width] = inside

@@ -8,52 +8,48 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vitdet.data.coco_layouts import existing_name
-from vitdet.data.images import DEFAULT, DRAWINGS, Reading, image_size
+from vitdet.data.images import DRAWINGS, Reading, image_size
 from vitdet.data.masks import encode
 from vitdet.data.segmentation import pixel_count, reaches_far, show
 
+BROKEN = "annotation file that cannot be read"
 EMPTY = "objects without size skipped"
 BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks converts boxes to masks)"
 THIN = "outlines of fewer than 3 points skipped"
 CROWDS = "difficult objects: ignored in training and evaluation"
 EXAMPLES = 20  # locations listed per kind of problem
-# formats that Pillow recognises and cannot decode
+# formats that Pillow recognizes and cannot decode
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
 # suffixes of other files in image folders
 DOCUMENTS = frozenset(
     ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
 )
 # common names of splits -> names here; "default" is the only split of a CVAT task
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "default": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+SPLIT_NAMES = (
+    dict.fromkeys(("train", "training", "default"), "train")
+    | dict.fromkeys(("val", "valid", "validation"), "val")
+    | dict.fromkeys(("test", "testing"), "test")
+)
+Size = tuple[int, int]  # height, width of an image
+Box = tuple[float, float, float, float]  # left, top, width, height
 Item = TypeVar("Item")
 
 
 class Unusable(ValueError):
-    """An unusable part of the source: the kind of problem, and its location and description in one
-    line.
-    """
+    """An unusable part of the source: the kind of problem, and a line with location and reason."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -61,9 +57,7 @@ class Unusable(ValueError):
 
 
 class SourceError(ValueError):
-    """All problems of a source: one line for a single problem, else their number and each kind with
-    count and examples.
-    """
+    """All problems of a source: one line, or the number of problems and examples of each kind."""
 
 
 class Problems:
@@ -71,20 +65,16 @@ class Problems:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
+        self.examples: dict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, text: str) -> None:
-        """Add a problem of this kind."""
         self.counts[kind] += 1
-        examples = self.examples.setdefault(kind, [])
-        if len(examples) < EXAMPLES:
-            examples.append(" ".join(text.splitlines()))
+        if len(self.examples[kind]) < EXAMPLES:
+            self.examples[kind].append(" ".join(text.splitlines()))
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Add the error that ends the block, if any: of its own kind if it is `Unusable`, else of
-        this one.
-        """
+        """Add the error that ends the block, if any: under its own kind if it is `Unusable`."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -105,15 +95,14 @@ class Problems:
 
 @dataclass(frozen=True)
 class ImportedObject:
-    """An object: class, left, top, width, height, COCO's polygons or RLE ([]: box only), area in
-    pixels.
+    """An object: class, box, COCO's polygons or RLE ([]: box only), area in pixels.
 
     area: of the mask as rasterized by pycocotools, or of the box. crowd: ignored in evaluation and
     training.
     """
 
     label: int
-    box: tuple[float, float, float, float]
+    box: Box
     segmentation: list[list[float]] | dict
     area: float
     crowd: bool = False
@@ -129,71 +118,53 @@ class ImportedImage:
     things: tuple[ImportedObject, ...]
 
 
-class ImportedSplit(Iterable[ImportedImage], Generic[Item]):
-    """The images of a split, each read on iteration; those that cannot be read are added to the
-    problems.
-    """
-
-    def __init__(
-        self, items: Sequence[Item], read: Callable[[Item], ImportedImage], problems: Problems
-    ) -> None:
-        self.items, self.read, self.problems = items, read, problems
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[ImportedImage]:
-        for item in self.items:
-            picture = None
-            with self.problems.collect("image or annotation file that cannot be used"):
-                picture = self.read(item)
-            if picture is not None:
-                yield picture
-
-
 @dataclass
 class ImportedDataset:
     """A data set in another format; label k is class_names[k].
 
-    notes: messages for the user with counts; remarks: without. Iterating over a split adds to
-    `notes` and `problems`. reading: how image files are read.
+    only: the requested splits; empty: all. reading: how image files are read. notes: messages for
+    the user with counts; remarks: without. A split reads its images on iteration, once, which adds
+    to `notes` and `problems`.
     """
 
-    reading: Reading = DEFAULT
+    source: Path
+    only: Collection[str]
+    reading: Reading
     class_names: tuple[str, ...] = ()
-    splits: dict[str, ImportedSplit] = field(default_factory=dict)
+    splits: dict[str, Iterator[ImportedImage]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
 
-    def select(
-        self, source: Path, items: dict[str, Item], only: Collection[str]
-    ) -> dict[str, Item]:
-        """Keep the requested splits, all if empty. Raises ValueError for an unknown split."""
-        missing = [name for name in only if name not in items]
+    def select(self, items: dict[str, Item]) -> dict[str, Item]:
+        """Keep the requested splits. Raises ValueError for an unknown split."""
+        missing = [name for name in self.only if name not in items]
         if missing:
-            raise ValueError(
-                f"{source}: no split {missing[0]}; there are {', '.join(items) or 'none'}"
-            )
-        left = [name for name in items if only and name not in only]
+            there = ", ".join(items) or "none"
+            raise ValueError(f"{self.source}: no split {missing[0]}; there are {there}")
+        left = [name for name in items if self.only and name not in self.only]
         self.remarks += [f"split {name} skipped, not requested" for name in left]
         return {name: item for name, item in items.items() if name not in left}
 
     def define(
         self,
         class_names: Sequence[str],
-        items: Mapping[str, Sequence[Item]],
+        items: Mapping[str, Iterable[Item]],
         read: Callable[[Item, Mapping[str, int], ImportedDataset], ImportedImage],
     ) -> None:
-        """Set the classes and splits. `read` is called with an item of a split, the label of each
-        class, and this data set.
+        """Set the classes and splits.
+
+        `read` is called with an item of a split, the label of each class, and this data set.
         """
         self.class_names = tuple(class_names)
         label_of = {name: label for label, name in enumerate(class_names)}
-        for split, listed in items.items():
-            self.splits[split] = ImportedSplit(
-                listed, lambda item: read(item, label_of, self), self.problems
-            )
+
+        def images(listed: Iterable[Item]) -> Iterator[ImportedImage]:
+            for item in listed:
+                with self.problems.collect("image or annotation file that cannot be used"):
+                    yield read(item, label_of, self)
+
+        self.splits = {split: images(listed) for split, listed in items.items()}
 
     def keep(self, thing: ImportedObject | None) -> tuple[ImportedObject, ...]:
         """Return the object if it has a size; update the notes."""
@@ -205,14 +176,10 @@ class ImportedDataset:
         return (thing,)
 
     def is_image(self, path: Path) -> bool:
-        """Return whether a file is an image, by its suffix, or its content if the suffix is
-        unknown.
-        """
+        """Return whether a file is an image, by its suffix; if that is unknown, by its content."""
         suffix = path.suffix.lower()
-        if suffix in image_suffixes():
-            return True
-        if suffix in DOCUMENTS:
-            return False
+        if suffix in image_suffixes() or suffix in DOCUMENTS:
+            return suffix in image_suffixes()
         try:
             image_size(path, self.reading)
         except (ValueError, OSError):
@@ -220,9 +187,7 @@ class ImportedDataset:
         return True
 
     def images_below(self, *folders: Path) -> tuple[list[Path], list[Path]]:
-        """Return the image files of folders and their subfolders, and files that are neither images
-        nor documents.
-        """
+        """Return the image files below folders, and files that are neither images nor documents."""
         images, others = [], []
         for path in files_below(*folders):
             if self.is_image(path):
@@ -231,75 +196,60 @@ class ImportedDataset:
                 others.append(path)
         return images, others
 
-    def check_size(
-        self, where: object, image: Path, stated: Sequence[object] = (0, 0)
-    ) -> tuple[int, int]:
-        """Return (height, width) of an image. Raises Unusable if the annotations state another size
-        (not 0 or none).
+    def check_size(self, where: object, image: Path, stated: Sequence[object] = ()) -> Size:
+        """Return the size of an image. Raises Unusable if the annotations state another one.
+
+        stated: height and width; zero or None: not stated.
         """
         size = image_size(image, self.reading)
         words = [str(side or 0) for side in stated]
-        if words not in (["0", "0"], list(map(str, size))):
+        if words not in ([], ["0", "0"], list(map(str, size))):
             raise Unusable(
                 "image size that differs from the annotations",
                 f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x "
-                f"{size[0]} (width x height, "
-                "upright)",
+                f"{size[0]} (width x height, upright)",
             )
         return size
 
-    def count_left_out(self, files: Iterable[Path], is_labelled: Callable[[Path], bool]) -> None:
+    def count_left_out(self, files: Iterable[Path], is_labeled: Callable[[Path], bool]) -> None:
         """Count the files of image folders that are no readable images, by suffix."""
-        by_suffix: dict[str, list[Path]] = {}
+        by_suffix: dict[str, list[Path]] = defaultdict(list)
         for path in files:
-            by_suffix.setdefault(path.suffix.lower(), []).append(path)
+            by_suffix[path.suffix.lower()].append(path)
         for suffix, paths in sorted(by_suffix.items()):
-            labelled = sum(map(is_labelled, paths))
-            also = f", {labelled:,} of them with a label file" if labelled else ""
+            labeled = sum(map(is_labeled, paths))
+            also = f", {labeled:,} of them with a label file" if labeled else ""
             name = f"{suffix} files" if suffix else "files without an ending"
             self.notes[f"{name} skipped, not a supported image format{also}"] += len(paths)
 
-    def count_unnamed(self, folders: Iterable[Path], used: Collection[Path]) -> None:
-        """Count the images of these folders that no annotation file refers to, and the files that
-        are no images.
-        """
+    def count_unnamed(self, folders: Iterable[Path], used: Iterable[Path]) -> None:
+        """Count the files of these folders that no annotation file refers to."""
         images, others = self.images_below(*folders)
         self.notes["images without annotation file skipped"] += len({*images}.difference(used))
         self.count_left_out(others, lambda path: False)
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the split that a folder or file of this name represents; for unknown names
-    `otherwise`, or the name.
-    """
+    """Return the split that a name represents; for unknown names `otherwise`, or the name."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of the image formats that Pillow can read, in lower case with their
-    dot.
-    """
-    readable = Image.registered_extensions()
-    return frozenset(
-        suffix
-        for suffix, kind in readable.items()
-        if kind in Image.OPEN and kind not in (*DRAWINGS, *STUBS)
-    )
+    """Return the suffixes, with dot, in lower case, of the image formats that Pillow can read."""
+    kinds = set(Image.registered_extensions().values()) & Image.OPEN.keys()
+    kinds.difference_update(DRAWINGS, STUBS)
+    return frozenset(name for name, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return all files, except hidden ones, of folders and their subfolders, sorted by path;
-    optionally of one suffix.
-    """
+    """Return all files below folders except hidden ones, sorted by path; optionally of a suffix."""
     found = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
     return sorted(path for path in found if suffix in ("", path.suffix.lower()) and path.is_file())
 
 
 def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
-    """Return the first of the folders that contains this image file, and the file. Raises Unusable
-    if none does.
-    """
+    """Return the first folder that contains this image file, and the file; else raise Unusable."""
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
         raise Unusable("image name outside of its folder", f"{where}: {show(name)}")
@@ -312,59 +262,45 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
 
 
 def object_from_box(
-    label: int, corners: Sequence[float], size: tuple[int, int], crowd: bool = False
+    label: int, corners: Sequence[float], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with a box x0, y0, x1, y1 only, clipped to the image (height, width); None
-    if empty.
-    """
+    """Return an object with only a box x0, y0, x1, y1, clipped to the image; None if empty."""
     box = _clipped(corners, size)[1]
-    return (
-        ImportedObject(label, box, [], round(box[2] * box[3], 3), crowd)
-        if min(box[2:]) > 0
-        else None
-    )
+    if min(box[2:]) <= 0:
+        return None
+    return ImportedObject(label, box, [], round(box[2] * box[3], 3), crowd)
 
 
 def object_from_outline(
-    label: int, parts: Sequence[Sequence[float]], size: tuple[int, int], crowd: bool = False
+    label: int, parts: Sequence[Sequence[float]], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with the parts of its outline, each x, y, x, y, ... of 3 points or more;
-    None if empty.
+    """Return an object with these polygons x, y, x, y, ... of 3 points or more; None if empty.
 
     Points outside the image are moved to its border.
     """
     clipped = [_clipped(part, size)[0] for part in parts]
-    x, y, width, height = _clipped([value for part in clipped for value in part], size)[1]
-    if width <= 0 or height <= 0:
+    box = _clipped([value for part in clipped for value in part], size)[1]
+    if min(box[2:]) <= 0:
         return None
-    area = float(pixel_count(clipped, *size))
-    return ImportedObject(label, (x, y, width, height), clipped, area, crowd)
+    return ImportedObject(label, box, clipped, float(pixel_count(clipped, *size)), crowd)
 
 
 def object_from_mask(
-    label: int,
-    pixels: np.ndarray,
-    box: tuple[float, float, float, float] | None = None,
-    crowd: bool = False,
+    label: int, pixels: np.ndarray, box: Box | None = None, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with a mask (H, W) bool; box: left, top, width, height, default: of the
-    mask. None if empty.
-    """
+    """Return an object with a mask (H, W) bool; box: default: of the mask. None if empty."""
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
     if not len(rows):
         return None
     if box is None:
         x, y = float(columns[0]), float(rows[0])
         box = (x, y, float(columns[-1]) + 1 - x, float(rows[-1]) + 1 - y)
-    return ImportedObject(
-        label, box, encode(torch.from_numpy(pixels[None]))[0], float(pixels.sum()), crowd
-    )
+    code = encode(torch.from_numpy(pixels[None]))[0]
+    return ImportedObject(label, box, code, float(pixels.sum()), crowd)
 
 
-def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> list[float]:
-    """Return coordinates in pixels of an image (height, width). Raises Unusable for invalid ones or
-    ones far outside.
-    """
+def pixels_of(where: object, words: Iterable[object], size: Size) -> list[float]:
+    """Return coordinates in pixels of an image. Raises Unusable if invalid or far outside."""
     words = list(words)
     try:
         values = [float(word) for word in words]  # type: ignore[arg-type]
@@ -380,14 +316,9 @@ def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> 
     return values
 
 
-def _clipped(
-    points: Sequence[float], size: tuple[int, int]
-) -> tuple[list[float], tuple[float, float, float, float]]:
-    """Return points x, y, x, y, ... clipped to the image, and the box around them: left, top,
-    width, height.
-    """
+def _clipped(points: Sequence[float], size: Size) -> tuple[list[float], Box]:
+    """Return points x, y, x, y, ... clipped to the image, and the box around them."""
     sides = (size[1], size[0])
     inside = [round(min(max(value, 0), sides[k % 2]), 3) for k, value in enumerate(points)]
     x, y = inside[0::2], inside[1::2]
-    box = (min(x), min(y), round(max(x) - min(x), 3), round(max(y) - min(y), 3))
-    return inside, box
+    return inside, (min(x), min(y), round(max(x) - min(x), 3), round(max(y) - min(y), 3))

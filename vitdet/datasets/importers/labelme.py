@@ -1,5 +1,4 @@
-"""Reader of LabelMe's files: a JSON file per image, with `imagePath` relative to it and a list of
-`shapes`.
+"""Reader of LabelMe's files: a JSON file per image, with `imagePath` relative to it and `shapes`.
 
 https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in
 pixels of the upright image and a shape_type. A polygon is an outline; polygons of one label and
@@ -11,7 +10,7 @@ and ignored. Folders train/, valid/ and test/ are splits.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from typing import Any
 import msgspec
 
 from vitdet.data.header import is_text
-from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
+    BROKEN,
     THIN,
     ImportedDataset,
     ImportedImage,
@@ -57,6 +56,9 @@ class LabelFile(msgspec.Struct):
     imageWidth: int | None = None  # noqa: N815
 
 
+Item = tuple[Path, Path, LabelFile, list[Shape]]  # of an image: JSON file, image, content, shapes
+
+
 def is_labelme(source: Path) -> bool:
     """Return whether a folder contains JSON files with `shapes`."""
     return source.is_dir() and any(map(_has_shapes, islice(source.rglob("*.json"), MOST)))
@@ -69,35 +71,27 @@ def _has_shapes(path: Path) -> bool:
         return False
 
 
-def read_labelme(
-    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
-) -> ImportedDataset:
+def read_labelme(found: ImportedDataset) -> None:
     """Read such a folder; classes in alphabetical order. JSON files are read here, images later."""
-    found = ImportedDataset(reading)
-    splits: dict[str, list[Path]] = defaultdict(list)
+    source, splits = found.source, defaultdict[str, list[Path]](list)
     for path in files_below(source, suffix=".json"):
         splits[split_of(path.relative_to(source).parts[0], "train")].append(path)
-    used: set[Path] = set()
-    labels: set[str] = set()
-    read: dict[str, list[tuple[Path, Path, LabelFile, list[Shape]]]] = {}
-    for split, paths in found.select(source, splits, only).items():
-        read[split] = []
+    items: dict[str, list[Item]] = {}
+    for split, paths in found.select(splits).items():
+        items[split] = []
         for path in paths:
-            with found.problems.collect("annotation file that cannot be read"):
+            with found.problems.collect(BROKEN):
                 content = _decode(path)
                 if content is None:
                     found.notes["JSON files without shapes not read"] += 1
                     continue
                 image = _image(source, path, content.imagePath)
-                shapes = _shapes(path, content, found)
-                used.add(image)
-                labels.update(shape.label for shape in shapes)
-                read[split].append((path, image, content, shapes))
-    found.define(sorted(labels), read, _picture)
+                items[split].append((path, image, content, _shapes(path, content, found)))
+    every = [item for listed in items.values() for item in listed]
+    found.define(sorted({shape.label for item in every for shape in item[3]}), items, _picture)
     images, others = found.images_below(source)
-    found.notes["images without a JSON file skipped"] += len(set(images) - used)
+    found.notes["images without a JSON file skipped"] += len({*images} - {one[1] for one in every})
     found.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
-    return found
 
 
 def _decode(path: Path) -> LabelFile | None:
@@ -116,13 +110,11 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image of a file: at imagePath if that is below the source, else of this name
-    beside the file.
-    """
+    """Return the image of a file: at imagePath if below the source, else of its name beside it."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
-        return Path(*image.parts) if ".." not in image.parts else image.resolve()
+        return image if ".." not in image.parts else image.resolve()
     return find_image(path, [path.parent], slashed.rpartition("/")[2])[1]
 
 
@@ -143,25 +135,19 @@ def _shapes(path: Path, content: LabelFile, found: ImportedDataset) -> list[Shap
     return shapes
 
 
-def _picture(
-    item: tuple[Path, Path, LabelFile, list[Shape]],
-    label_of: Mapping[str, int],
-    found: ImportedDataset,
-) -> ImportedImage:
+def _picture(item: Item, label_of: Mapping[str, int], found: ImportedDataset) -> ImportedImage:
     path, image, content, shapes = item
     size = found.check_size(path, image, (content.imageHeight, content.imageWidth))
     things: list[ImportedObject] = []
     # key of each object: label and group, or a unique number without a group
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
+        where = f"{path}: shape {number}"
         with found.problems.collect("shape that cannot be used"):
-            words = [value for point in shape.points for value in point]
-            points = pixels_of(f"{path}: shape {number}", words, size)
+            points = pixels_of(where, [value for point in shape.points for value in point], size)
             if shape.shape_type == "rectangle":
                 if len(points) < 4:
-                    raise Unusable(
-                        "rectangle without two corners", f"{path}: shape {number}: {show(points)}"
-                    )
+                    raise Unusable("rectangle without two corners", f"{where}: {show(points)}")
                 x, y = points[0::2], points[1::2]
                 corners = (min(x), min(y), max(x), max(y))
                 things += found.keep(object_from_box(label_of[shape.label], corners, size))

@@ -20,8 +20,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -29,14 +29,17 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from PIL import Image
 
-from vitdet.data.images import DEFAULT, Reading, image_size
+from vitdet.data.images import image_size
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
+    BROKEN,
     SPLIT_NAMES,
     THIN,
+    Box,
     ImportedDataset,
     ImportedImage,
     ImportedObject,
+    Size,
     Unusable,
     files_below,
     object_from_box,
@@ -50,9 +53,10 @@ from vitdet.datasets.importers.xml_file import has_root, read_xml
 LARGEST = 4 << 20  # maximum bytes of an XML file; VOC's have a few thousand
 RIM = 255
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
-# an ID, possibly quoted, and its value in a list of one class: absent, difficult,
-# there
+# an ID, possibly quoted, and its value in a list of one class: absent, difficult, there
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
+
+Item = tuple[Path, Element, Path]  # of an image: XML file, its root, image
 
 
 def is_voc(source: Path) -> bool:
@@ -61,28 +65,59 @@ def is_voc(source: Path) -> bool:
         return True
     if not source.is_dir():
         return False
-    for folder in (source, *sorted(one for one in source.iterdir() if one.is_dir())):
-        path = next(folder.glob("*.xml"), None)
-        if path is not None and has_root(path, "annotation"):
-            return True
-    return False
+    folders = (source, *sorted(one for one in source.iterdir() if one.is_dir()))
+    firsts = (next(folder.glob("*.xml"), None) for folder in folders)
+    return any(path is not None and has_root(path, "annotation") for path in firsts)
+
+
+def read_voc(found: ImportedDataset) -> None:
+    """Read such a folder; classes in alphabetical order. XML files are read here, images later."""
+    folders = _Folders(found)
+    splits = folders.splits()
+    items: dict[str, list[Item]] = {}
+    for split, paths in found.select(splits).items():
+        if split == "test" and not any(map(os.path.isfile, paths)):
+            # as in VOC2012, whose test annotations are not published
+            note = "images of the split test skipped, none has an annotation file"
+            found.notes[note] += len(paths)
+            continue
+        items[split] = []
+        for path, where in paths.items():
+            with found.problems.collect(BROKEN):
+                if not os.path.isfile(path):
+                    text = f"{where}{path}: no such annotation file"
+                    raise Unusable("missing annotation file", text)
+                tree = read_xml(path, LARGEST)
+                items[split].append((path, tree, folders.image(path, tree)))
+    every = [item for listed in items.values() for item in listed]
+    folders.count_others(splits, {image for _, _, image in every})
+    names = set()
+    for path, tree, _ in every:
+        for element in tree.findall("object"):
+            names.add(name := _name(element))
+            if not name:
+                found.problems.add("object without a name", f"{path}: an object without <name>")
+    if not names and not found.problems.counts:
+        raise ValueError(f"{folders.annotations}: no object in any file")
+    found.define(sorted(names - {""}), items, partial(_picture, folders))
 
 
 class _Folders:
-    """The folders of the XML files and the images."""
+    """The XML files, images and lists of a data set."""
 
-    def __init__(self, source: Path, found: ImportedDataset) -> None:
-        self.source, self.is_image = source, found.is_image
+    def __init__(self, found: ImportedDataset) -> None:
+        source, self.found = found.source, found
         self.annotations = source / "Annotations"
         if not self.annotations.is_dir():
             self.annotations = source
         usual = [source / name for name in ("JPEGImages", "images", "Images")]
         self.images = next((one for one in usual if one.is_dir()), self.annotations)
-        self.lists = next((one for name in LISTS if _has_lists(one := source / name)), None)
+        lists = (source / name for name in LISTS)
+        self.lists = next((one for one in lists if any(one.glob("*.txt"))), None)
         self.files, self.others = found.images_below(self.images)
-        self.by_stem: dict[Path, list[Path]] = {}
+        self.by_stem: dict[Path, list[Path]] = defaultdict(list)
         for path in self.files:
-            self.by_stem.setdefault(self.image_stem(path), []).append(path)
+            self.by_stem[self.image_stem(path)].append(path)
 
     def stem(self, path: Path) -> Path:
         """Return the ID of an XML file."""
@@ -95,265 +130,190 @@ class _Folders:
     def image(self, path: Path, tree: Element) -> Path:
         """Return the image of an XML file: of the same name, else `filename` in `images`."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
-        same = self.by_stem.get(self.stem(path), [])
-        if same:
+        stem = self.stem(path)
+        if same := self.by_stem.get(stem):
             return min(same, key=lambda one: (one.suffix.lower() != ".jpg", one.name != named))
-        for folder in (self.images, self.images / self.stem(path).parent):
-            if named and os.path.isfile(folder / named) and self.is_image(folder / named):
-                return folder / named
-        unread = [one for one in self.others if self.image_stem(one) == self.stem(path)]
-        if unread:
-            raise Unusable("image that cannot be read", f"{unread[0]}: not a known image format")
-        raise Unusable(
-            "missing image file",
-            f"{path}: no image {self.images / self.stem(path)}.jpg (.png, ...)",
-        )
+        for image in (self.images / named, self.images / stem.parent / named):
+            if named and os.path.isfile(image) and self.found.is_image(image):
+                return image
+        for other in self.others:
+            if self.image_stem(other) == stem:
+                raise Unusable("image that cannot be read", f"{other}: not a known image format")
+        text = f"{path}: no image {self.images / stem}.jpg (.png, ...)"
+        raise Unusable("missing image file", text)
 
+    def xml(self, one: str) -> Path:
+        """Return the XML file of an ID, which may have the suffix of its image."""
+        stem = one.rpartition(".")[0]
+        path, shorter = (self.annotations / f"{name}.xml" for name in (one, stem))
+        return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
-def _has_lists(folder: Path) -> bool:
-    return any(folder.glob("*.txt"))
+    def splits(self) -> dict[str, dict[Path, str]]:
+        """Return the XML files of each split, with the location in its list.
 
-
-def read_voc(
-    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
-) -> ImportedDataset:
-    """Read such a folder; classes in alphabetical order. XML files are read here, images later."""
-    found = ImportedDataset(reading)
-    folders = _Folders(source, found)
-    splits = _splits(folders, found)
-    trees: dict[str, list[tuple[Path, Element, Path]]] = {}
-    for split, paths in found.select(source, splits, only).items():
-        if split == "test" and not any(map(os.path.isfile, paths)):
-            # as in VOC2012, whose test annotations are not published
-            found.notes["images of the split test skipped, none has an annotation file"] += len(
-                paths
-            )
-            continue
-        trees[split] = []
-        for path, where in paths.items():
-            with found.problems.collect("annotation file that cannot be read"):
-                if not os.path.isfile(path):
-                    raise Unusable(
-                        "missing annotation file", f"{where}{path}: no such annotation file"
-                    )
-                tree = read_xml(path, LARGEST)
-                trees[split].append((path, tree, folders.image(path, tree)))
-    _account(folders, splits, {one[2] for items in trees.values() for one in items}, found)
-    names = set()
-    for path, tree, _ in (one for items in trees.values() for one in items):
-        for element in tree.findall("object"):
-            name = _name(element)
-            if name:
-                names.add(name)
-            else:
-                found.problems.add("object without a name", f"{path}: an object without <name>")
-    if not names and not found.problems.counts:
-        raise ValueError(f"{folders.annotations}: no object in any file")
-    found.define(sorted(names), trees, partial(_picture, folders))
-    return found
-
-
-def _splits(folders: _Folders, found: ImportedDataset) -> dict[str, dict[Path, str]]:
-    """Return the XML files of each split, with the location in its list; without trainval if train
-    and val exist.
-    """
-    splits: dict[str, dict[Path, str]] = {}
-    if folders.lists is None:
-        paths = files_below(folders.annotations, suffix=".xml")
-        if not paths:
-            raise FileNotFoundError(f"{folders.annotations}: no XML file")
-        firsts = {path: folders.stem(path).parts[0].lower() for path in paths}
-        if (
-            not {*firsts.values()} <= SPLIT_NAMES.keys()
-        ):  # names of files, or folders that are no splits
-            return {"train": dict.fromkeys(paths, "")}
-        for path, first in firsts.items():
-            splits.setdefault(split_of(first), {})[path] = ""
+        Without trainval if train and val exist.
+        """
+        splits: dict[str, dict[Path, str]] = defaultdict(dict)
+        if self.lists is None:
+            paths = files_below(self.annotations, suffix=".xml")
+            if not paths:
+                raise FileNotFoundError(f"{self.annotations}: no XML file")
+            firsts = {path: self.stem(path).parts[0].lower() for path in paths}
+            # otherwise these are names of files, or folders that are no splits
+            divided = {*firsts.values()} <= SPLIT_NAMES.keys()
+            for path, first in firsts.items():
+                splits[split_of(first) if divided else "train"][path] = ""
+            return splits
+        lists = sorted(self.lists.glob("*.txt"))
+        counts = Counter(split_of(path.stem) for path in lists)
+        for path in lists:
+            name = split_of(path.stem)
+            if ids := self.ids(path):
+                splits[name if counts[name] == 1 else path.stem] = ids
+        if not splits and not self.found.problems.counts:
+            raise FileNotFoundError(f"{self.lists}: no train.txt or val.txt with an ID a line")
+        if "train" in splits and "val" in splits:
+            left = splits.pop("trainval", {}).keys() - splits["train"].keys() - splits["val"].keys()
+            note = "IDs of trainval.txt skipped, in neither train.txt nor val.txt"
+            self.found.notes[note] += len(left)
         return splits
-    lists = sorted(folders.lists.glob("*.txt"))
-    counts = Counter(split_of(path.stem) for path in lists)
-    for path in lists:
-        ids = _ids(path, folders, found)
-        name = split_of(path.stem)
-        if ids:
-            splits[name if counts[name] == 1 else path.stem] = ids
-    if not splits and not found.problems.counts:
-        raise FileNotFoundError(f"{folders.lists}: no train.txt or val.txt with an ID a line")
-    if "train" in splits and "val" in splits:
-        both = splits["train"] | splits["val"]
-        found.notes["IDs of trainval.txt skipped, in neither train.txt nor val.txt"] += len(
-            splits.pop("trainval", {}).keys() - both.keys()
-        )
-    return splits
 
+    def ids(self, path: Path) -> dict[Path, str]:
+        """Return the XML files that a list names, with line numbers; none for that of one class.
 
-def _ids(path: Path, folders: _Folders, found: ImportedDataset) -> dict[Path, str]:
-    """Return the XML files that a list names, with line numbers; none for the list of one class.
+        Lines that are neither an ID nor a row of a list of one class are problems.
+        """
+        found, ids = self.found, dict[Path, str]()
+        rows = problems = 0
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+            match = ROW.fullmatch(line)
+            if not line or match is None:
+                continue
+            quoted = match["quoted"]
+            one = match["plain"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+            known = next((name for name in (line, one) if os.path.isfile(self.xml(name))), None)
+            if match["presence"] and known != line:
+                rows += 1
+                continue
+            problem = ""
+            if Path(one).is_absolute() or ".." in Path(one).parts:
+                problem = f"{line}: expected the name of an image without its ending"
+            elif known is None and quoted is None and len(line.split()) > 1:
+                problem = f"{show(line)}: expected an ID, but there is no file {self.xml(line)}"
+            if problem:
+                problems += 1
+                found.problems.add("line that is no ID", f"{path}:{number}: {problem}")
+            else:
+                ids[self.xml(known or one)] = f"{path}:{number}: "
+        if rows and ids:
+            text = f"{path}: {len(ids)} IDs and {rows} rows 'ID -1|0|1' of a list of one class"
+            found.problems.add("list file of two kinds", text)
+        elif rows:
+            found.notes["lists of one class (ID and a second column), not read"] += 1
+        elif not ids and not problems:
+            found.remarks.append(f"split {split_of(path.stem)} skipped: {path} has no IDs")
+        return ids
 
-    Lines that are neither an ID nor a row of a list of one class are problems.
-    """
-    ids: dict[Path, str] = {}
-    rows = problems = 0
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
-        match = ROW.fullmatch(line)
-        if not line or match is None:
-            continue
-        quoted = match["quoted"]
-        one = match["plain"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
-        known = next((name for name in (line, one) if os.path.isfile(_xml(folders, name))), None)
-        if match["presence"] and known != line:
-            rows += 1
-            continue
-        problem = ""
-        if Path(one).is_absolute() or ".." in Path(one).parts:
-            problem = f"{line}: expected the name of an image without its ending"
-        elif known is None and quoted is None and len(line.split()) > 1:
-            problem = f"{show(line)}: expected an ID, but there is no file {_xml(folders, line)}"
-        if problem:
-            problems += 1
-            found.problems.add("line that is no ID", f"{path}:{number}: {problem}")
-        else:
-            ids[_xml(folders, known or one)] = f"{path}:{number}: "
-    if rows and ids:
-        found.problems.add(
-            "list file of two kinds",
-            f"{path}: {len(ids)} IDs and {rows} rows 'ID -1|0|1' of a list of one class",
-        )
-    elif rows:
-        found.notes["lists of one class (ID and a second column), not read"] += 1
-    elif not ids and not problems:
-        found.remarks.append(f"split {split_of(path.stem)} skipped: {path} has no IDs")
-    return ids
+    def count_others(self, splits: dict[str, dict[Path, str]], used: set[Path]) -> None:
+        """Count the annotation and image files that are in no split."""
+        notes, there = self.found.notes, {*files_below(self.annotations, suffix=".xml")}
+        left = there.difference(*splits.values())
+        notes["annotation files that no list contains skipped"] += len(left)
+        stems = {self.stem(path) for path in there}
+        unnamed = [path for path in self.files if self.image_stem(path) not in stems]
+        notes["images without an annotation file skipped"] += len({*unnamed} - used)
+        self.found.count_left_out(self.others, lambda path: self.image_stem(path) in stems)
 
-
-def _xml(folders: _Folders, one: str) -> Path:
-    """Return the XML file of an ID, which may have the suffix of its image."""
-    path = folders.annotations / f"{one}.xml"
-    stem = one.rpartition(".")[0]
-    if stem and not os.path.isfile(path) and os.path.isfile(folders.annotations / f"{stem}.xml"):
-        return folders.annotations / f"{stem}.xml"
-    return path
-
-
-def _account(
-    folders: _Folders, splits: dict[str, dict[Path, str]], used: set[Path], found: ImportedDataset
-) -> None:
-    """Count the annotation and image files that are in no split."""
-    listed = {path for paths in splits.values() for path in paths}
-    there = {*files_below(folders.annotations, suffix=".xml")}
-    found.notes["annotation files that no list contains skipped"] += len(there - listed)
-    stems = {folders.stem(path) for path in there}
-    found.notes["images without an annotation file skipped"] += sum(
-        folders.image_stem(path) not in stems and path not in used for path in folders.files
-    )
-    found.count_left_out(folders.others, lambda path: folders.image_stem(path) in stems)
+    def numbers(self, path: Path, size: Size, objects: int) -> np.ndarray | None:
+        """Return the object number of each pixel (H, W), from 1; None without a file."""
+        file = self.found.source / "SegmentationObject" / f"{self.stem(path)}.png"
+        if not os.path.isfile(file):
+            return None
+        if image_size(file, self.found.reading) != size:
+            sides = f"{size[1]} x {size[0]} (width x height)"
+            raise ValueError(f"{file}: not of its image's size, {sides}")
+        try:
+            with Image.open(file) as image:
+                if image.mode not in ("P", "L"):
+                    expected = "expected an image of numbers (palette), got one of mode"
+                    raise ValueError(f"{expected} {image.mode}")
+                numbers = np.asarray(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+        largest = int(numbers.max(where=numbers != RIM, initial=0))
+        if largest > objects:
+            raise ValueError(f"{file}: has an object {largest}, but {path} names {objects}")
+        return numbers
 
 
 def _picture(
-    folders: _Folders,
-    item: tuple[Path, Element, Path],
-    label_of: Mapping[str, int],
-    found: ImportedDataset,
+    folders: _Folders, item: Item, label_of: Mapping[str, int], found: ImportedDataset
 ) -> ImportedImage:
     path, tree, image = item
     stated = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("height", "width")]
     size = found.check_size(path, image, stated)
     objects = tree.findall("object")
-    numbers = _numbers(folders, path, size, len(objects), found.reading)
+    numbers = folders.numbers(path, size, len(objects))
     things: list[ImportedObject] = []
     for number, element in enumerate(objects, 1):
-        if not _name(element):
+        if not (name := _name(element)):
             continue  # counted when the classes were collected
         with found.problems.collect("object that cannot be used"):
             pixels = None if numbers is None else numbers == number
-            things += found.keep(_thing(path, element, size, label_of, pixels, found))
+            things += found.keep(_thing(path, element, size, label_of[name], pixels, found))
     return ImportedImage(image, *size, tuple(things))
 
 
 def _thing(
     path: Path,
     element: Element,
-    size: tuple[int, int],
-    label_of: Mapping[str, int],
+    size: Size,
+    label: int,
     pixels: np.ndarray | None,
     found: ImportedDataset,
 ) -> ImportedObject | None:
-    """Return the object of an element; pixels (H, W) bool: its mask in SegmentationObject, or
-    None.
-    """
-    label = label_of[_name(element)]
+    """Return the object of an element; pixels (H, W) bool: its mask in SegmentationObject."""
     crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
     parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
     whole = [part for part in parts if len(part) >= 6]
     found.notes[THIN] += len(parts) - len(whole)
-    if whole and (pixels is None or not pixels.any()):
+    masked = pixels is not None and pixels.any()
+    if whole and not masked:
         return object_from_outline(label, whole, size, crowd)
     thing = object_from_box(label, _corners(path, element, size), size, crowd)
-    if thing is None or pixels is None or not pixels.any():
+    if thing is None or pixels is None or not masked:
         return thing
     return object_from_mask(label, pixels, thing.box, crowd)
 
 
-def _polygon(path: Path, polygon: Element, size: tuple[int, int]) -> list[float]:
+def _polygon(path: Path, polygon: Element, size: Size) -> list[float]:
     """Return x, y, x, y, ... of an outline with children x1, y1, x2, y2, ... or pt."""
     points = polygon.findall("pt")
-    if points:
-        words = [point.findtext(axis) for point in points for axis in ("x", "y")]
-    else:
+    words = [point.findtext(axis) for point in points for axis in ("x", "y")]
+    if not points:
         values = {child.tag: child.text for child in polygon if child.tag[:1] in ("x", "y")}
-        words = [
-            values.get(f"{axis}{k + 1}") for k in range((len(values) + 1) // 2) for axis in "xy"
-        ]
+        count = (len(values) + 1) // 2
+        words = [values.get(f"{axis}{k + 1}") for k in range(count) for axis in "xy"]
     return pixels_of(f"{path}: polygon", words, size)
 
 
-def _numbers(
-    folders: _Folders, path: Path, size: tuple[int, int], objects: int, reading: Reading
-) -> np.ndarray | None:
-    """Return the object number of each pixel (H, W), from 1; None without a file."""
-    file = folders.source / "SegmentationObject" / f"{folders.stem(path)}.png"
-    if not os.path.isfile(file):
-        return None
-    if image_size(file, reading) != size:
-        raise ValueError(f"{file}: not of its image's size, {size[1]} x {size[0]} (width x height)")
-    try:
-        with Image.open(file) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(
-                    f"expected an image of numbers (palette), got one of mode {image.mode}"
-                )
-            numbers = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-    largest = int(numbers.max(where=numbers != RIM, initial=0))
-    if largest > objects:
-        raise ValueError(f"{file}: has an object {largest}, but {path} names {objects}")
-    return numbers
-
-
-def _corners(
-    path: Path, element: Element, size: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def _corners(path: Path, element: Element, size: Size) -> Box:
+    """Return the box x0, y0, x1, y1, in pixels from 0."""
     words = [element.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
+    where, got = f"{path}: bndbox:", show(words)
     try:
         x0, y0, x1, y1 = map(float, words)
     except ValueError:
-        raise Unusable(
-            "box without four numbers",
-            f"{path}: bndbox: expected numbers xmin, ymin, xmax, ymax, got {show(words)}",
-        ) from None
+        expected = f"{where} expected numbers xmin, ymin, xmax, ymax, got {got}"
+        raise Unusable("box without four numbers", expected) from None
     height, width = size
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
-        raise Unusable(
-            "box with exchanged corners",
-            f"{path}: bndbox: expected xmin <= xmax and ymin <= ymax, got {show(words)}",
-        )
+        expected = f"{where} expected xmin <= xmax and ymin <= ymax, got {got}"
+        raise Unusable("box with exchanged corners", expected)
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
-        raise Unusable(
-            "box outside of its image",
-            f"{path}: bndbox: {show(words)} is outside of the image of {width} x {height} pixels",
-        )
+        text = f"{where} {got} is outside of the image of {width} x {height} pixels"
+        raise Unusable("box outside of its image", text)
     return x0 - 1, y0 - 1, x1, y1
 
 

@@ -7,25 +7,22 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers.expat import ExpatError, ParserCreate
 
-from vitdet.datasets.importers.dataset import Unusable
-
-BROKEN = "annotation file that cannot be read"
+from vitdet.datasets.importers.dataset import BROKEN, Unusable
 
 
 def read_xml(path: Path, largest: int) -> Element:
-    """Return the root of a file of at most `largest` bytes.
+    """Return the root of a file of at most `largest` bytes. Raises Unusable.
 
-    A DOCTYPE is rejected: it could define entities that expand to huge texts. Raises Unusable.
+    A DOCTYPE is rejected: it could define entities that expand to huge texts.
     """
 
     def refuse(*_: object) -> None:
         raise ValueError("it has a DOCTYPE, which is not allowed")
 
-    if path.stat().st_size > largest:
-        raise Unusable(
-            BROKEN,
-            f"{path}: {path.stat().st_size:,} bytes are too many for the annotations of one image",
-        )
+    size = path.stat().st_size
+    if size > largest:
+        text = f"{path}: {size:,} bytes are too many for the annotations of one image"
+        raise Unusable(BROKEN, text)
     builder, parser = TreeBuilder(), ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse

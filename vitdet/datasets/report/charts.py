@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 WIDTH, HEIGHT, MARGIN, FOOT = 460, 170, 6, 24  # pixels of a histogram, at its sides, below the axis
+SIZE = {"width": WIDTH, "height": HEIGHT, "margin": MARGIN, "foot": FOOT}  # for the template
 
 
 class Bar(NamedTuple):
@@ -60,10 +61,9 @@ def histogram(
 
 
 def doubling(values: np.ndarray, edges: Sequence[int]) -> np.ndarray:
-    """Return how many values are below edges[0], from there below edges[1], ..., and from the last one up."""
-    return np.bincount(
-        np.searchsorted(np.array(edges), values, side="right"), minlength=len(edges) + 1
-    )
+    """Return the number of values in each bin: below edges[0], below edges[1], ..., the others."""
+    places = np.searchsorted(np.array(edges), values, side="right")
+    return np.bincount(places, minlength=len(edges) + 1)
 
 
 def ranges(edges: Sequence[int]) -> list[str]:

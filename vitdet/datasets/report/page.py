@@ -1,14 +1,13 @@
-"""The report of a data set: one HTML page with counts, classes, sizes, some images and problems, from `page.html`.
+"""The report of a data set: one HTML page with counts, classes, sizes, some images and problems.
 
-Only what training can use is counted; what it leaves out (crowds, boxes without size) is listed as well. Sizes are
-COCO's: small below 32 x 32 pixels of the box, large from 96 x 96.
+Only what training can use is counted; what it leaves out (crowds, boxes without size) is listed as
+well. Sizes are COCO's: small below 32 x 32 pixels of the box, large from 96 x 96.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,16 +15,7 @@ from vitdet.data.check import Report, check
 from vitdet.data.coco import CocoSplit, read_coco
 from vitdet.data.coco_layouts import find_splits
 from vitdet.data.images import DEFAULT, Reading
-from vitdet.datasets.report.charts import (
-    FOOT,
-    HEIGHT,
-    MARGIN,
-    WIDTH,
-    Histogram,
-    doubling,
-    histogram,
-    ranges,
-)
+from vitdet.datasets.report import charts
 from vitdet.datasets.report.portrait import Portrait, portrait
 from vitdet.files import atomic_write
 from vitdet.pages import render
@@ -54,20 +44,14 @@ class _Split:
         return self.found.records.counts()
 
 
-class _Class(NamedTuple):
-    """A class; counts: of each split (objects, images with the class)."""
-
-    name: str
-    counts: list[tuple[int, int]]
-
-
 def write_page(
     folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
 ) -> tuple[int, int, Report]:
-    """Write the page of a folder in COCO's or LVIS's layout; return its images, its objects, and what `check` found.
+    """Write the page of a folder in COCO's or LVIS's layout; what cannot be read is listed.
 
-    images: read every image file, as `check` does; reading: how these are read. The page states what cannot be read.
-    Raises FileNotFoundError if there is nothing to show, and OSError if `output` cannot be written.
+    images: read every image file, as `check` does. Returns the number of images, of objects, and
+    what `check` found. Raises FileNotFoundError if there is nothing to show, OSError if `output`
+    cannot be written.
     """
     report = check(folder, images=images, reading=reading)
     if not report.splits:
@@ -88,16 +72,14 @@ def write_page(
         "broken": broken,
         "rows": [_row(split) for split in splits],
         "splits": [split.name for split in splits],
-        "size": {"width": WIDTH, "height": HEIGHT, "margin": MARGIN, "foot": FOOT},
+        "size": charts.SIZE,
         "charts": _charts(splits),
         "classes": classes,
-        "most_objects": max((one[0] for row in classes for one in row.counts), default=0) or 1,
+        "most_objects": max((one[0] for _, counts in classes for one in counts), default=0) or 1,
         "first": FIRST,
         "portraits": _portraits(splits, reading),
-        "findings": [
-            *(("bad", one) for one in report.errors),
-            *(("warn", one) for one in report.warnings),
-        ],
+        "findings": [("bad", one) for one in report.errors]
+        + [("warn", one) for one in report.warnings],
     }
     page = render("datasets/report/page.html", values)
     with atomic_write(output) as temporary:
@@ -106,9 +88,8 @@ def write_page(
 
 
 def _sums(report: Report) -> tuple[int, int]:
-    return sum(one[0] for one in report.splits.values()), sum(
-        one[1] for one in report.splits.values()
-    )
+    images, objects, _ = zip(*report.splits.values(), strict=True)
+    return sum(images), sum(objects)
 
 
 def _read(folder: Path, name: str) -> _Split:
@@ -116,13 +97,12 @@ def _read(folder: Path, name: str) -> _Split:
     files = find_splits(folder, dataset)[name.removeprefix("lvis_v1_")]
     found = read_coco(*files, by_url=dataset == "lvis")
     sides = [record.boxes[:, 2:] - record.boxes[:, :2] for record in found.records]
-    return _Split(
-        name, found, np.prod(np.concatenate([np.zeros((0, 2), np.float32), *sides]), axis=1)
-    )
+    every = np.concatenate([np.zeros((0, 2), np.float32), *sides])
+    return _Split(name, found, np.prod(every, axis=1))
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """(name, value, CSS class) of the numbers at the top."""
+    """Return (name, value, CSS class) of the numbers at the top."""
     images, objects = _sums(report)
     errors, warnings = (
         sum(one.count for one in found) for found in (report.errors, report.warnings)
@@ -138,32 +118,28 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _row(split: _Split) -> list[str]:
-    """The values of COLUMNS."""
-    total, left = len(split.areas), split.found.dropped
+    """Return the values of COLUMNS."""
+    total, counts = len(split.areas), split.counts
     small, large = int((split.areas < SMALL).sum()), int((split.areas >= LARGE).sum())
     sizes = (small, total - small - large, large)
-    return [
-        split.name,
-        f"{len(split.counts):,}",
-        f"{int((split.counts == 0).sum()):,}",
-        f"{total:,}",
-        *(f"{100 * part / total:.0f}\u00a0%" if total else "-" for part in sizes),
-        ", ".join(f"{count:,} {reason}" for reason, count in sorted(left.items())) or "-",
-    ]
+    left = ", ".join(f"{count:,} {why}" for why, count in sorted(split.found.dropped.items()))
+    numbers = [f"{number:,}" for number in (len(counts), int((counts == 0).sum()), total)]
+    shares = [f"{100 * part / total:.0f}\u00a0%" if total else "-" for part in sizes]
+    return [split.name, *numbers, *shares, left or "-"]
 
 
-def _charts(splits: list[_Split]) -> list[Histogram]:
-    def chart(title: str, unit: str, edges: tuple[int, ...], values: list[np.ndarray]) -> Histogram:
-        series = [
-            (split.name, doubling(one, edges)) for split, one in zip(splits, values, strict=True)
-        ]
-        return histogram(title, ranges(edges), series, unit, () if edges is OBJECTS else edges)
+def _charts(splits: list[_Split]) -> list[charts.Histogram]:
+    def chart(
+        title: str, unit: str, edges: tuple[int, ...], values: list[np.ndarray]
+    ) -> charts.Histogram:
+        counts = [charts.doubling(one, edges) for one in values]
+        series = [(split.name, one) for split, one in zip(splits, counts, strict=True)]
+        labels = charts.ranges(edges)
+        return charts.histogram(title, labels, series, unit, () if edges is OBJECTS else edges)
 
-    kinds = [
-        np.array([len(np.unique(labels)) for labels in split.found.records.labels()])
-        for split in splits
-    ]
-    sizes = [split.found.records.sizes().max(axis=1, initial=0) for split in splits]
+    records = [split.found.records for split in splits]
+    kinds = [np.array([len(np.unique(one)) for one in every.labels()]) for every in records]
+    sizes = [every.sizes().max(axis=1, initial=0) for every in records]
     areas = [split.areas**0.5 for split in splits]
     return [
         chart("Objects per image", "objects", OBJECTS, [split.counts for split in splits]),
@@ -173,29 +149,28 @@ def _charts(splits: list[_Split]) -> list[Histogram]:
     ]
 
 
-def _classes(splits: list[_Split]) -> list[_Class]:
-    """By name, as the splits may name different ones; the most frequent first."""
+def _classes(splits: list[_Split]) -> list[tuple[str, list[list[int]]]]:
+    """Return the name of each class and (objects, images) of each split, most frequent first.
+
+    By name, as the splits may name different ones.
+    """
     names = list(dict.fromkeys(name for split in splits for name in split.found.class_names))
     place = {name: row for row, name in enumerate(names)}
-    objects, images = (np.zeros((len(splits), len(names)), np.int64) for _ in range(2))
+    counts = np.zeros((len(names), len(splits), 2), np.int64)
     for number, split in enumerate(splits):
         rows = np.array([place[name] for name in split.found.class_names], np.int64)
         for labels in split.found.records.labels():
-            np.add.at(objects[number], rows[labels], 1)
-            np.add.at(images[number], rows[np.unique(labels)], 1)
-    order = np.argsort(-objects.sum(axis=0), kind="stable")
-    counts = np.stack([objects, images], axis=-1).swapaxes(0, 1).tolist()  # class, split, both
-    return [_Class(names[row], [(one[0], one[1]) for one in counts[row]]) for row in order]
+            np.add.at(counts[:, number, 0], rows[labels], 1)
+            np.add.at(counts[:, number, 1], rows[np.unique(labels)], 1)
+    order = np.argsort(-counts[:, :, 0].sum(axis=1), kind="stable")
+    return [(names[row], counts[row].tolist()) for row in order]
 
 
 def _portraits(splits: list[_Split], reading: Reading) -> list[Portrait]:
     shown = []
     for split in splits:
+        records, names = split.found.records, split.found.class_names
         held = np.flatnonzero(split.counts)
-        shown += [
-            portrait(
-                split.found.records[int(held[one])], split.found.class_names, split.name, reading
-            )
-            for one in spread(len(held), -(-PICTURES // len(splits)))
-        ]
+        for one in spread(len(held), -(-PICTURES // len(splits))):
+            shown.append(portrait(records[int(held[one])], names, split.name, reading))
     return shown

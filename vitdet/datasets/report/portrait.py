@@ -1,4 +1,4 @@
-"""An image of a data set for its report: a small JPEG, and outlines of its objects to draw above it."""
+"""An image of a data set for its report: a small JPEG, and outlines of its objects above it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Shape(NamedTuple):
 
 
 class Portrait(NamedTuple):
-    """An image with its objects, small ones last; error: why it cannot be read, which leaves `source` and `shapes` empty.
+    """An image with its objects, small ones last.
 
-    letter: the size of a letter in pixels of the image.
+    letter: the size of a letter in pixels of the image. error: why it cannot be read, which leaves
+    `source` and `shapes` empty.
     """
 
     title: str
@@ -50,7 +51,7 @@ class Portrait(NamedTuple):
 def portrait(
     record: Record, class_names: Sequence[str], split: str, reading: Reading = DEFAULT
 ) -> Portrait:
-    """Return an image of a split with its objects, read as `reading` says."""
+    """Return an image of a split with its objects."""
     title, letter = f"{split}: {record.path.name}", max(record.width, record.height) / 34
     try:
         picture = read_image(record.path, (record.height, record.width), reading)
@@ -64,19 +65,17 @@ def portrait(
 
 def _shape(record: Record, index: int, class_names: Sequence[str], letter: float) -> Shape:
     label = int(record.labels[index])
+    name = class_names[label]
     x0, y0, x1, y1 = record.boxes[index].tolist()
-    path = "".join(
-        "M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in part) + "Z"
-        for part in _outlines(record, index)
-    )
-    width = letter * (0.62 * len(class_names[label]) + 0.6)
-    left, top = max(min(x0, record.width - width), 0), max(y0 - 1.25 * letter, 0)
-    box = (x0, y0, x1 - x0, y1 - y0)
-    return Shape(f"rgb{class_color(label)}", class_names[label], path, box, (left, top, width))
+    parts = (" ".join(f"{x:.1f},{y:.1f}" for x, y in part) for part in _outlines(record, index))
+    width = letter * (0.62 * len(name) + 0.6)
+    field = (max(min(x0, record.width - width), 0), max(y0 - 1.25 * letter, 0), width)
+    path = "".join(f"M{points}Z" for points in parts)
+    return Shape(f"rgb{class_color(label)}", name, path, (x0, y0, x1 - x0, y1 - y0), field)
 
 
 def _outlines(record: Record, index: int) -> list[np.ndarray]:
-    """The polygons (V, 2) of an object in pixels of its image."""
+    """Return the polygons (V, 2) of an object in pixels of its image."""
     segmentation = record.segmentations[index]
     if segmentation is None:
         return []

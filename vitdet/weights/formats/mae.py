@@ -6,7 +6,7 @@ A pre-trained backbone has no relative positions, which start at zero, and no pa
 from __future__ import annotations
 
 from vitdet.weights.formats.detectron2 import add_class_token, drop_class_token
-from vitdet.weights.formats.table import Change, Format, Row
+from vitdet.weights.formats.table import Change, Format, rows
 
 # Classifier heads of fine-tuned backbones, also timm's and DINO's
 HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
@@ -19,19 +19,20 @@ FRESH = (
     "backbone.blocks.{}.residual.{*}",
 )
 NORM = ("backbone.norm.{}",)
-BLOCKS = (
-    Row("blocks.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
-    Row("blocks.{}.{*}", "backbone.blocks.{}.{*}"),
-    Row("patch_embed.proj.{}", "backbone.patch_embed.proj.{}"),
-    Row("pos_embed", "backbone.pos_embed"),
-    Row("norm.{}", "backbone.norm.{}"),
-)
+# The detector has neither class token nor decoder, which the file of an autoencoder contains
+DROPPED = ("cls_token", "mask_token", "decoder_{*}")
+BLOCKS = rows("""
+    blocks.{}.PCM.{*}       backbone.blocks.{}.pcm.{*}
+    blocks.{}.{*}           backbone.blocks.{}.{*}
+    patch_embed.proj.{}     backbone.patch_embed.proj.{}
+    pos_embed               backbone.pos_embed
+    norm.{}                 backbone.norm.{}
+""")
 
 MAE = Format(
     rows=BLOCKS,
     changes=POSITIONS,
-    # The detector has neither class token nor decoder, which the file of an autoencoder contains
-    dropped=("cls_token", "mask_token", "decoder_{*}"),
+    dropped=DROPPED,
     heads=HEADS,
     wrappers=("model",),
     parts=PARTS,

@@ -1,5 +1,4 @@
-"""Names of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18 (.pth): its ViT-B, ViTAE-B and ViTAE-S
-Mask R-CNN.
+"""Names of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18 (.pth): ViT-B, ViTAE-B and ViTAE-S.
 
 Its relative positions are applied to the scaled query, Detectron2's to the unscaled one: they are
 used unchanged only in a model with `scaled_rel_pos`, else rescaled
@@ -15,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vitdet.weights.formats.table import Change, Format, Row, Weights
+from vitdet.weights.formats.table import Change, Format, Weights, rows
 
 
 def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -23,11 +22,10 @@ def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     side = round(pos_embed.shape[1] ** 0.5) if pos_embed.dim() == 3 else 0
     height, width = grid or (side, side)
     if pos_embed.dim() != 3 or height * width != pos_embed.shape[1]:
-        raise ValueError(
-            f"position embedding: expected (1, {'h * w' if grid else 'n * n'}, C) without a class "
-            f"token, got {tuple(pos_embed.shape)}"
-            f"{f' for a grid of {height} x {width}' if grid else ''}"
-        )
+        expected = f"expected (1, {'h * w' if grid else 'n * n'}, C) without a class token"
+        place = f" for a grid of {height} x {width}" if grid else ""
+        shape = tuple(pos_embed.shape)
+        raise ValueError(f"position embedding: {expected}, got {shape}{place}")
     return rearrange(pos_embed, "b (h w) c -> b h w c", h=height)
 
 
@@ -41,89 +39,101 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
     joined = {}
     for name, tensor in weights.items():
         stem, _, part = name.rpartition(".")
-        if part == "q_bias":
-            if f"{stem}.v_bias" not in weights:
-                raise ValueError(f"{name} without {stem}.v_bias")
-            if f"{stem}.qkv.bias" in weights:
-                raise ValueError(f"both {name} and {stem}.qkv.bias")
-            joined[f"{stem}.qkv.bias"] = torch.cat(
-                [tensor, torch.zeros_like(tensor), weights[f"{stem}.v_bias"]]
-            )
-        elif part == "v_bias" and f"{stem}.q_bias" not in weights:
-            raise ValueError(f"{name} without {stem}.q_bias")
-        elif part != "v_bias":
+        query, value, whole = (f"{stem}.{key}" for key in ("q_bias", "v_bias", "qkv.bias"))
+        if part not in ("q_bias", "v_bias"):
             joined[name] = tensor
+            continue
+        for other in (query, value):
+            if other not in weights:
+                raise ValueError(f"{name} without {other}")
+        if whole in weights:
+            raise ValueError(f"both {name} and {whole}")
+        if part == "q_bias":
+            joined[whole] = torch.cat([tensor, torch.zeros_like(tensor), weights[value]])
     return joined
 
 
 def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
-    """Inverse of `join_bias` for the given blocks. The keys' part is dropped: it shifts all logits
-    of a query equally, which does not change the softmax."""
+    """Inverse of `join_bias` for the given blocks.
+
+    The keys' part is dropped: it shifts all logits of a query equally, which does not change the
+    softmax.
+    """
     split = dict(weights)
     for stem in stems:
-        split[f"{stem}.attn.q_bias"], _, split[f"{stem}.attn.v_bias"] = split.pop(
-            f"{stem}.attn.qkv.bias"
-        ).chunk(3)
+        query, _, value = split.pop(f"{stem}.attn.qkv.bias").chunk(3)
+        split[f"{stem}.attn.q_bias"], split[f"{stem}.attn.v_bias"] = query, value
     return split
 
 
-# ViTAE-S, whose blocks are the last stage's cells
-_REDUCTIONS = "backbone.reductions."
 _BACKBONE = (
-    Row("backbone.layers.{}.RC.PRM.convs.{}.0.{}", "backbone.reductions.{}.prm.{}.{}"),
-    Row("backbone.layers.{}.RC.PCM.{*}", "backbone.reductions.{}.pcm.{*}"),
-    Row("backbone.layers.{}.RC.attn.{*}", "backbone.reductions.{}.attn.{*}"),
-    Row("backbone.layers.2.NC.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}", _REDUCTIONS),
-    Row("backbone.layers.2.NC.{}.{*}", "backbone.blocks.{}.{*}", _REDUCTIONS),
-    Row("backbone.blocks.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
-    Row("backbone.blocks.{}.{*}", "backbone.blocks.{}.{*}"),
-    Row("backbone.patch_embed.{*}", "backbone.patch_embed.{*}"),
-    Row("backbone.pos_embed", "backbone.pos_embed"),
-    Row("backbone.norm.{}", "backbone.norm.{}"),
-)
-_PYRAMID = (
-    Row("backbone.fpn1.0.{}", "pyramid.levels.0.0.{}"),
-    Row("backbone.fpn1.1.ln.{}", "pyramid.levels.0.1.{}"),
-    Row("backbone.fpn1.3.{}", "pyramid.levels.0.3.{}"),
-    Row("backbone.fpn2.0.{}", "pyramid.levels.1.0.{}"),
-    *(
-        row
-        for level, first in enumerate((4, 1, 0, 1))
-        for theirs, ours in (
-            (f"neck.lateral_convs.{level}", f"pyramid.levels.{level}.{first}"),
-            (f"neck.fpn_convs.{level}", f"pyramid.levels.{level}.{first + 1}"),
-        )
-        for row in (
-            Row(f"{theirs}.conv.{{}}", f"{ours}.conv.{{}}"),
-            Row(f"{theirs}.ln.{{}}", f"{ours}.norm.{{}}"),
-        )
+    *rows("""
+    backbone.layers.{}.RC.PRM.convs.{}.0.{}     backbone.reductions.{}.prm.{}.{}
+    backbone.layers.{}.RC.PCM.{*}               backbone.reductions.{}.pcm.{*}
+    backbone.layers.{}.RC.attn.{*}              backbone.reductions.{}.attn.{*}
+    """),
+    # ViTAE-S, whose blocks are the last stage's cells
+    *rows(
+        """
+    backbone.layers.2.NC.{}.PCM.{*}             backbone.blocks.{}.pcm.{*}
+    backbone.layers.2.NC.{}.{*}                 backbone.blocks.{}.{*}
+    """,
+        given="backbone.reductions.",
     ),
+    *rows("""
+    backbone.blocks.{}.PCM.{*}                  backbone.blocks.{}.pcm.{*}
+    backbone.blocks.{}.{*}                      backbone.blocks.{}.{*}
+    backbone.patch_embed.{*}                    backbone.patch_embed.{*}
+    backbone.pos_embed                          backbone.pos_embed
+    backbone.norm.{}                            backbone.norm.{}
+    """),
 )
+_PYRAMID = rows("""
+    backbone.fpn1.0.{}                  pyramid.levels.0.0.{}
+    backbone.fpn1.1.ln.{}               pyramid.levels.0.1.{}
+    backbone.fpn1.3.{}                  pyramid.levels.0.3.{}
+    backbone.fpn2.0.{}                  pyramid.levels.1.0.{}
+    neck.lateral_convs.0.conv.{}        pyramid.levels.0.4.conv.{}
+    neck.lateral_convs.0.ln.{}          pyramid.levels.0.4.norm.{}
+    neck.lateral_convs.1.conv.{}        pyramid.levels.1.1.conv.{}
+    neck.lateral_convs.1.ln.{}          pyramid.levels.1.1.norm.{}
+    neck.lateral_convs.2.conv.{}        pyramid.levels.2.0.conv.{}
+    neck.lateral_convs.2.ln.{}          pyramid.levels.2.0.norm.{}
+    neck.lateral_convs.3.conv.{}        pyramid.levels.3.1.conv.{}
+    neck.lateral_convs.3.ln.{}          pyramid.levels.3.1.norm.{}
+    neck.fpn_convs.0.conv.{}            pyramid.levels.0.5.conv.{}
+    neck.fpn_convs.0.ln.{}              pyramid.levels.0.5.norm.{}
+    neck.fpn_convs.1.conv.{}            pyramid.levels.1.2.conv.{}
+    neck.fpn_convs.1.ln.{}              pyramid.levels.1.2.norm.{}
+    neck.fpn_convs.2.conv.{}            pyramid.levels.2.1.conv.{}
+    neck.fpn_convs.2.ln.{}              pyramid.levels.2.1.norm.{}
+    neck.fpn_convs.3.conv.{}            pyramid.levels.3.2.conv.{}
+    neck.fpn_convs.3.ln.{}              pyramid.levels.3.2.norm.{}
+""")
 # Without biases
-_NORMED_RPN = (
-    Row("rpn_head.rpn_conv.{}.conv.weight", "rpn.convs.{}.conv.weight"),
-    Row("rpn_head.rpn_conv.{}.ln.{}", "rpn.convs.{}.norm.{}"),
-)
-HEADS = (
-    Row("rpn_head.rpn_cls.{}", "rpn.objectness.{}"),
-    Row("rpn_head.rpn_reg.{}", "rpn.deltas.{}"),
-    Row("roi_head.bbox_head.shared_convs.{}.conv.{}", "roi_heads.stages.0.convs.{}.conv.{}"),
-    Row("roi_head.bbox_head.shared_convs.{}.ln.{}", "roi_heads.stages.0.convs.{}.norm.{}"),
-    Row("roi_head.bbox_head.shared_fcs.{}.{}", "roi_heads.stages.0.fcs.{}.{}"),
-    Row("roi_head.bbox_head.fc_cls.{}", "roi_heads.stages.0.logits.{}"),
-    Row("roi_head.bbox_head.fc_reg.{}", "roi_heads.stages.0.deltas.{}"),
-    Row("roi_head.mask_head.convs.{}.conv.{}", "roi_heads.mask.convs.{}.conv.{}"),
-    Row("roi_head.mask_head.convs.{}.ln.{}", "roi_heads.mask.convs.{}.norm.{}"),
-    Row("roi_head.mask_head.upsample.{}", "roi_heads.mask.deconv.{}"),
-    Row("roi_head.mask_head.conv_logits.{}", "roi_heads.mask.logits.{}"),
-)
+_NORMED_RPN = rows("""
+    rpn_head.rpn_conv.{}.conv.weight    rpn.convs.{}.conv.weight
+    rpn_head.rpn_conv.{}.ln.{}          rpn.convs.{}.norm.{}
+""")
+HEADS = rows("""
+    rpn_head.rpn_cls.{}                             rpn.objectness.{}
+    rpn_head.rpn_reg.{}                             rpn.deltas.{}
+    roi_head.bbox_head.shared_convs.{}.conv.{}      roi_heads.stages.0.convs.{}.conv.{}
+    roi_head.bbox_head.shared_convs.{}.ln.{}        roi_heads.stages.0.convs.{}.norm.{}
+    roi_head.bbox_head.shared_fcs.{}.{}             roi_heads.stages.0.fcs.{}.{}
+    roi_head.bbox_head.fc_cls.{}                    roi_heads.stages.0.logits.{}
+    roi_head.bbox_head.fc_reg.{}                    roi_heads.stages.0.deltas.{}
+    roi_head.mask_head.convs.{}.conv.{}             roi_heads.mask.convs.{}.conv.{}
+    roi_head.mask_head.convs.{}.ln.{}               roi_heads.mask.convs.{}.norm.{}
+    roi_head.mask_head.upsample.{}                  roi_heads.mask.deconv.{}
+    roi_head.mask_head.conv_logits.{}               roi_heads.mask.logits.{}
+""")
 # The neck and heads of the hierarchical detectors
-FPN_DETECTOR = (
-    Row("neck.lateral_convs.{}.conv.{}", "pyramid.lateral.{}.{}"),
-    Row("neck.fpn_convs.{}.conv.{}", "pyramid.output.{}.{}"),
-    Row("rpn_head.rpn_conv.{}", "rpn.convs.0.conv.{}"),
-    *HEADS,
-)
+FPN_DETECTOR = HEADS + rows("""
+    neck.lateral_convs.{}.conv.{}       pyramid.lateral.{}.{}
+    neck.fpn_convs.{}.conv.{}           pyramid.output.{}.{}
+    rpn_head.rpn_conv.{}                rpn.convs.0.conv.{}
+""")
 
 
 def mmdet_format(

@@ -61,9 +61,10 @@ class Format(NamedTuple):
     scaled: bool | None = None
 
 
-def without_prefix(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Return the rows of a detector's backbone for a file that contains only the backbone."""
-    return tuple(row._replace(theirs=row.theirs.removeprefix("backbone.")) for row in rows)
+def rows(text: str, theirs: str = "", ours: str = "", given: str = "") -> tuple[Row, ...]:
+    """Return the rows of a text of two columns, their names and ours, with these prefixes."""
+    pairs = (line.split() for line in text.strip().splitlines())
+    return tuple(Row(theirs + left, ours + right, given) for left, right in pairs)
 
 
 def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
@@ -79,15 +80,14 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
         renamed = rename(name, layout)
         if renamed is None:
             unknown.append(name)
-            continue
-        if renamed in ours:
+        elif renamed in ours:
             raise ValueError(f"two tensors for {renamed}; one is {name}")
-        change = _change(renamed, layout)
-        ours[renamed] = change.to_ours(tensor) if change else tensor
+        else:
+            change = _change(renamed, layout)
+            ours[renamed] = change.to_ours(tensor) if change else tensor
     if unknown:
-        raise ValueError(
-            f"{len(unknown)} tensors unknown to this format, such as {', '.join(unknown[:3])}"
-        )
+        few = ", ".join(unknown[:3])
+        raise ValueError(f"{len(unknown)} tensors unknown to this format, such as {few}")
     return ours
 
 
@@ -98,57 +98,48 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
         renamed = _name_back(name, layout, weights)
         if renamed is None:
             unknown.append(name)
-            continue
-        change = _change(name, layout)
-        theirs[renamed] = change.to_theirs(tensor) if change else tensor
+        else:
+            change = _change(name, layout)
+            theirs[renamed] = change.to_theirs(tensor) if change else tensor
     if unknown:
-        raise ValueError(
-            f"{len(unknown)} tensors without a name in this format, such as "
-            f"{', '.join(unknown[:3])}"
-        )
+        few = ", ".join(unknown[:3])
+        raise ValueError(f"{len(unknown)} tensors without a name in this format, such as {few}")
     return dict(layout.after(theirs))
 
 
 def rename(name: str, layout: Format) -> str | None:
     """Return our name of their tensor, or None if it matches no row."""
-    for row in layout.rows:
-        renamed = fill(name, row.theirs, row.ours)
-        if renamed is not None:
-            return renamed
-    return None
+    names = (_fill(name, row.theirs, row.ours) for row in layout.rows)
+    return next((one for one in names if one is not None), None)
 
 
-def fill(name: str, source: str, target: str) -> str | None:
+def known(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether one of the patterns matches the name."""
+    return any(_pattern(one).fullmatch(name) for one in patterns)
+
+
+def _fill(name: str, source: str, target: str) -> str | None:
     """Rewrite a name that matches the pattern `source` as `target`; None if it does not match."""
-    found = pattern(source).fullmatch(name)
+    found = _pattern(source).fullmatch(name)
     if found is None:
         return None
     pieces = iter(found.groups())
     return re.sub(r"\{\*?\}", lambda _: next(pieces), target)
 
 
-def known(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether one of the patterns matches the name."""
-    return any(pattern(one).fullmatch(name) for one in patterns)
-
-
 @cache
-def pattern(row: str) -> re.Pattern[str]:
+def _pattern(row: str) -> re.Pattern[str]:
     """Return the regular expression of one side of a row."""
     return re.compile(re.escape(row).replace(r"\{\*\}", "(.+)").replace(r"\{\}", "([^.]+)"))
 
 
 def _name_back(name: str, layout: Format, weights: Weights) -> str | None:
     for row in layout.rows:
-        renamed = fill(name, row.ours, row.theirs)
-        if renamed is not None and (
-            not row.given or any(other.startswith(row.given) for other in weights)
-        ):
+        renamed = _fill(name, row.ours, row.theirs)
+        if renamed is not None and any(other.startswith(row.given) for other in weights):
             return renamed
     return None
 
 
 def _change(name: str, layout: Format) -> Change | None:
-    return next(
-        (change for ours, change in layout.changes.items() if pattern(ours).fullmatch(name)), None
-    )
+    return next((change for ours, change in layout.changes.items() if known(name, [ours])), None)
