@@ -27,14 +27,7 @@ def evaluate(
     from vitdet import stages
 
     found = stages.evaluate_recipe(
-        checkpoint.path,
-        resolved.path,
-        name,
-        data,
-        workspace,
-        run_id(),
-        figures.path,
-        report.path,
+        checkpoint.path, resolved.path, name, data, workspace, run_id(), figures.path, report.path
     )
     # AP of single classes is in the report and in MLflow
     for key in [metric for metric in found.metrics if "/" not in metric]:

@@ -27,9 +27,7 @@ def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
     if found is None:
         return None
     left = timedelta(
-        hours=int(found["hours"] or 0),
-        minutes=int(found["minutes"]),
-        seconds=int(found["seconds"]),
+        hours=int(found["hours"] or 0), minutes=int(found["minutes"]), seconds=int(found["seconds"])
     )
     return {
         "step": int(found["step"]),

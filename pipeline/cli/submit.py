@@ -87,10 +87,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--no-cache", action="store_true", help="do not reuse cached results of steps")
     source = run.add_mutually_exclusive_group()
     source.add_argument(
-        "--package",
-        type=Path,
-        metavar="FILE",
-        help="a compiled pipeline (default: compile it now)",
+        "--package", type=Path, metavar="FILE", help="a compiled pipeline (default: compile it now)"
     )
     source.add_argument(
         "--job",
@@ -115,11 +112,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="with --cron: maximum number of concurrent runs, 1..10 (default: 1)",
     )
-    run.add_argument(
-        "--no-catch-up",
-        action="store_true",
-        help="with --cron: skip missed runs",
-    )
+    run.add_argument("--no-catch-up", action="store_true", help="with --cron: skip missed runs")
     add_version(run, "default: the server's")
     add_server(command)
     command.set_defaults(run=run_submit)

@@ -378,7 +378,6 @@ def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     with pytest.raises(ValueError, match="^2 processes cannot share"):
         launcher.launch(**given, check_processes=refuse)
     with pytest.raises(
-        ValueError,
-        match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm",
+        ValueError, match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm"
     ):
         launcher.launch(**{**given, "workspace": "/database"})

@@ -80,10 +80,7 @@ def trainjob() -> tuple[dict, dict]:
     }
     node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
     job["spec"]["runtimePatches"] = [
-        {
-            "manager": "m",
-            "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
-        }
+        {"manager": "m", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}}}
     ]
     job["spec"].setdefault("trainer", {})["image"] = "image:1"
     return job, runtime

@@ -69,7 +69,4 @@ def jobset_failure(
         return "FailJobSetFailurePolicyAction", f"applying FailJobSet failure policy action {first}"
     if action == RESTARTS_IGNORED or counted < policy.get("maxRestarts", 0):
         return None
-    return (
-        "ReachedMaxRestarts",
-        f"jobset failed due to reaching max number of restarts {first}",
-    )
+    return ("ReachedMaxRestarts", f"jobset failed due to reaching max number of restarts {first}")

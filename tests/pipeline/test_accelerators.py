@@ -67,10 +67,7 @@ def test_evaluate_waits_in_the_queue_of_the_training(
 ) -> None:
     monkeypatch.setattr("pipeline.graph.IMAGE", "")
     own = evaluation(GOLDEN, tmp_path / "none.yaml")[1]["podMetadata"]["labels"]
-    assert own == {
-        "app.kubernetes.io/name": "vitdet",
-        "app.kubernetes.io/component": "step",
-    }
+    assert own == {"app.kubernetes.io/name": "vitdet", "app.kubernetes.io/component": "step"}
     labels = {"kueue.x-k8s.io/queue-name": "team", "kueue.x-k8s.io/priority-class": "low"}
     jobs = list(yaml.safe_load_all(GOLDEN))
     for job in jobs:

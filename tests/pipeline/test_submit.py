@@ -319,10 +319,7 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["tiny", "--package", ROOT / "dvc.yaml"], "not a compiled pipeline"),
         (["tiny", "--package", "none.yaml"], "pipeline: none.yaml: no such file"),
         (["tiny", "--package", sys.executable], "not a compiled pipeline"),
-        (
-            ["tiny", "--token-file", "-", "--cookie-file", "-"],
-            "can read standard input",
-        ),
+        (["tiny", "--token-file", "-", "--cookie-file", "-"], "can read standard input"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_started(
