@@ -63,7 +63,8 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
         resource = f"{rule['resource']}.{rule['group']}".rstrip(".")
         return (
             f"{what}: account {rule['account']} has no Role for verb {rule['verb']} of {resource}; "
-            "apply manifests/shared (Role vitdet-pipeline) or run the steps as an account that has it"
+            "apply manifests/shared (Role vitdet-pipeline) or run the steps as an account that has "
+            "it"
         )
     reason = message or error.reason
     if error.status == 401:

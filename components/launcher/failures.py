@@ -37,16 +37,15 @@ class Failures:
         )
         if cause is None:
             return ""
-        lines = self.found[cause.pod][1] if cause.pod in self.found else []
-        lines = lines[-SHOWN_LINES:]
-        shown = "\n  ".join(["\nlast lines of its log:", *lines]) if lines else ""
-        killed = " (the system killed a process, most likely out of memory)"
+        lines = self.found[cause.pod][1][-SHOWN_LINES:] if cause.pod in self.found else []
         first = self.ranks.first_failure(time_before(cause.time))
-        return (
-            (f"\n{first}" if first else "")
-            + f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}"
-            + shown
-        )
+        parts = [str(first)] if first else []
+        killed = any("Signal 9 (SIGKILL)" in line for line in lines)
+        hint = " (the system killed a process, most likely out of memory)" if killed else ""
+        parts.append(f"cause: {cause}{hint}")
+        if lines:
+            parts.append("\n  ".join(["last lines of its log:", *lines]))
+        return "".join(f"\n{part}" for part in parts)
 
 
 def time_before(text: str) -> str:

@@ -175,7 +175,7 @@ class Follower:
         self.started = STARTED in annotations
 
     def poll(self) -> bool:
-        """Report changes; return whether the job has succeeded. Raises RuntimeError if it failed."""
+        """Report changes; return whether the job has succeeded. RuntimeError: it has failed."""
         job = self.client.get()
         if job is None:
             return self.handle_missing()
@@ -207,14 +207,14 @@ class Follower:
         if phase == "suspended":
             self.restarts.forget_pods()
         else:
-            self.count_failures(pods)
+            self.count_failures()
         self.check_queue(job, phase)
         limit = self.timeouts.operator
         missing = None if phase == "suspended" else missing_pods(job, pods, self.client.events)
         if self.persists("operator", not phase and not pods and not missing, limit):
             text = f"has had no status for {limit:.0f} s: {self.kind.operator} does not run"
-            self.give_up(f"{self.name} {text}", pods, None)
-        self.check_start(pods, phase, missing)
+            self.give_up(f"{self.name} {text}")
+        self.check_start(phase, missing)
         until = time.monotonic() + self.timeouts.poll
         for pod in self.client.watch(version, self.timeouts.poll):
             self.record_failures([pod])
@@ -255,7 +255,7 @@ class Follower:
             self.report("queue", f"{self.name}: {text}")
             self.admitted = not is_suspended(job)  # it trains without the queue
         if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
-            self.give_up(f"{self.name} stays suspended, for {limit:.0f} s now: {text}", [], None)
+            self.give_up(f"{self.name} stays suspended, for {limit:.0f} s now: {text}")
 
     def publish_progress(self, final: bool) -> None:
         """Annotate the job with the step, the speed and the expected end of its training."""
@@ -306,17 +306,17 @@ class Follower:
             if log is not None and log.held_since is not None:
                 self.stream_log(pod, final=True)
 
-    def count_failures(self, pods: list[dict]) -> None:
+    def count_failures(self) -> None:
         """End the job for lack of memory, or after more errors than its file allows to restart.
 
         Disruptions are not limited. A TrainJob has the rules of its runtime for this.
         """
         now = time.monotonic()
-        for pod in pods:
+        for pod in self.pods:
             self.restarts.observe(pod, self.kind.container, now)
         elastic = self.job["spec"].get("elasticPolicy") or {}
         needed = elastic.get("minReplicas", expected_pods(self.job))
-        self.restarts.complete_poll(pods, needed, now)
+        self.restarts.complete_poll(self.pods, needed, now)
         if self.restarts.disruptions:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
         self.check_memory()
@@ -332,7 +332,7 @@ class Follower:
                 self.report("errors", f"errors: {errors} of at most {limit}{last}")
         if errors > limit:
             times = "1 time" if errors == 1 else f"{errors} times"
-            self.give_up(f"{self.name} has failed {times}", pods, None)
+            self.give_up(f"{self.name} has failed {times}")
 
     def check_memory(self) -> None:
         """End the job if a pod ran out of memory: a restart would not help."""
@@ -349,18 +349,19 @@ class Follower:
                 )
             else:
                 continue
-            self.give_up(f"{self.name} ran out of memory: {advice}", [], cause)
+            self.give_up(f"{self.name} ran out of memory: {advice}", cause)
 
-    def check_start(self, pods: list[dict], phase: str, missing: Cause | None) -> None:
+    def check_start(self, phase: str, missing: Cause | None) -> None:
         """Report why pods do not start; give up if the problem persists.
 
         A training run that has started waits for a lost node until the deadline of the job.
         """
-        running = sum((one.get("status") or {}).get("phase") == "Running" for one in pods)
+        running = sum((one.get("status") or {}).get("phase") == "Running" for one in self.pods)
         if not self.started and running >= expected_pods(self.job):
             self.started = True
             self.client.annotate({STARTED: "true"})
-        found = [blocking_reason(pod) or startup_warning(pod, self.client.events) for pod in pods]
+        events = self.client.events
+        found = [blocking_reason(pod) or startup_warning(pod, events) for pod in self.pods]
         # an elastic job can run with fewer nodes than requested
         elastic = "elasticPolicy" in self.job["spec"] and phase == "running"
         waiting = f"{self.name} lost a pod, waiting for another" if self.started else "waiting"
@@ -376,12 +377,12 @@ class Follower:
             if self.started and topic == "schedule":
                 continue
             if self.persists(topic, bool(causes) and not elastic, limit):
-                self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", pods, causes[0])
+                self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", causes[0])
 
-    def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
+    def give_up(self, text: str, cause: Cause | None = None) -> NoReturn:
         """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""
         self.stream_held_lines()
-        explained = self.failures.explain(pods, cause)
+        explained = self.failures.explain(self.pods, cause)
         queued = queue_name(self.current)
         ending = "its deadline is set to now" if queued else "it is suspended"
         self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)

@@ -75,7 +75,7 @@ def launch(
         task_config: The fields of kfp's dsl.TaskConfig.
         out: Called with each line of rank 0's log and of the job's progress.
         finished: Returns whether the training is complete; called if the job is gone or has failed.
-        check_processes: Raises ValueError if the training cannot use this number of processes.
+        check_processes: Raises ValueError if this number of processes cannot train.
         keep_logs: Called with files of the last lines of each rank, by name, after the job's end.
 
     Raises:
@@ -118,8 +118,9 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
 
     A job that has started and still trains after a failed run, e.g. because its step was evicted
     too often, is left running and released from the Workflow, whose deletion would delete it: Retry
-    of the run follows it. All other unfinished jobs are deleted. Raises RuntimeError if it is unknown whether the run
-    was ended by a user, so that no job is deleted by mistake: the step is retried.
+    of the run follows it. All other unfinished jobs are deleted. Raises RuntimeError if it is
+    unknown whether the run was ended by a user, so that no job is deleted by mistake: the step is
+    retried.
     """
     api, namespace = connect()
     step = Step(JobClient(api, KINDS["pytorchjob"], "", namespace, print, Timeouts()))
@@ -132,8 +133,8 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
         release_job(api, kind, namespace, name, without_run(job))
         phase = job_phase(kind, job)[0] or "created"
         return (
-            f"{name}: {phase}, is left running. Retry of the run follows it; else it ends by itself, "
-            f"at its deadline ({deadline(job)}), or by `python -m pipeline terminate {run_id}`"
+            f"{name}: {phase}, is left running. Retry of the run follows it; else it ends by "
+            f"itself, at its deadline ({deadline(job)}), or by `python -m pipeline terminate {run_id}`"
         )
 
     return delete_jobs(run_id, own=own, keep=keep)
