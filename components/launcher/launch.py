@@ -134,7 +134,8 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
         phase = job_phase(kind, job)[0] or "created"
         return (
             f"{name}: {phase}, is left running. Retry of the run follows it; else it ends by "
-            f"itself, at its deadline ({deadline(job)}), or by `python -m pipeline terminate {run_id}`"
+            f"itself, at its deadline ({deadline(job)}), or by `python -m pipeline terminate "
+            f"{run_id}`"
         )
 
     return delete_jobs(run_id, own=own, keep=keep)
