@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from kubernetes import client
 
-from components.launcher import client as kube
-from components.launcher import follower, logs
 from components.launcher import launch as launcher
 from components.launcher.client import Timeouts
 from components.launcher.follower import Follower
 from components.launcher.templates import KINDS
+from tests.cluster.conftest import use_clock
 from tests.cluster.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
 
 PYTORCH = KINDS["pytorchjob"]
 SHORT = Timeouts(
     poll=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1
 )
-
-
-class Clock:
-    """Stands in for the module `time`: sleeping takes no time, and time passes only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(time, name)
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The launcher's clock, so that its timeouts do not depend on how busy the machine is."""
-    clock = Clock()
-    for module in (kube, follower, logs):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
 
 
 class Record:
@@ -121,10 +94,12 @@ def follow(
     if job is None:
         job = filled(owner=OWNER)
         del job["metadata"]["annotations"]  # the file's own timeout for nodes
-    try:
-        Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
-    except RuntimeError as error:
-        return lines, str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        use_clock(patch)
+        try:
+            Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
+        except RuntimeError as error:
+            return lines, str(error)
     return lines, ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from pipeline.cli import main
 from tests.cluster.test_manifests import MANIFESTS, OVERLAYS, PARTS
 from tests.conftest import ROOT
 from tests.helpers.guide import BLOCKS, CODE, COMMANDS, PROSE, TEXT, lines
-from tests.helpers.manifests import kustomize
+from tests.helpers.manifests import kustomize, needs_kubectl
 
 # Fields and variables of Kubernetes, its operators and Istio that the text names in code.
 KUBERNETES = {
@@ -99,7 +98,7 @@ def test_the_files_that_it_names_exist() -> None:
             assert (ROOT / path).exists(), f"{file}: {path}"
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+@needs_kubectl
 def test_the_folders_that_it_applies_are_in_every_overlay() -> None:
     folders = {found for line in lines("kubectl") for found in re.findall(r"\$O(?:/\w+)?", line)}
     assert {"$O", "$O/trainjob", *(f"$O/{part}" for part in PARTS)} == folders

@@ -14,9 +14,8 @@ from urllib3.exceptions import MaxRetryError, NameResolutionError, ProtocolError
 
 from components.launcher.client import JobClient, Timeouts, connect
 from components.launcher.errors import describe_outage
-from tests.cluster.test_following import PYTORCH, SHORT, Clock, clock
-
-__all__ = ["clock"]  # a fixture for the whole file
+from tests.cluster.conftest import Clock
+from tests.cluster.test_following import PYTORCH, SHORT
 
 
 def answers(*given: object) -> Callable:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_manifests import OVERLAYS, copy, installed, overlay, pools, pytestmark
+from tests.cluster.test_manifests import OVERLAYS, installed, overlay, pools
 from tests.helpers.free_maps import unknown
-from tests.helpers.manifests import kustomize, problems
+from tests.helpers.manifests import kustomize, needs_kubectl, problems
 from tests.helpers.schemas import misspelled
 
-__all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
+pytestmark = needs_kubectl
 SECRETS = {
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +12,18 @@ import yaml
 
 from components.launcher.templates import KINDS, RESTARTS, SCHEDULE, JobRequest, fill_template
 from tests.conftest import ROOT
-from tests.helpers.manifests import GPU_TAINT, containers, insecure, kustomize, pods, problems
+from tests.helpers.manifests import (
+    GPU_TAINT,
+    containers,
+    insecure,
+    kustomize,
+    needs_kubectl,
+    pods,
+    problems,
+)
 from vitdet.config import recipes
 
-pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+pytestmark = needs_kubectl
 MANIFESTS = ROOT / "manifests"
 CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a10", "a100", "h100", "h200", "l4")
 OVERLAYS = ("kind", *CLOUDS)
@@ -84,11 +91,6 @@ def build(
     }
     (folder / "kustomization.yaml").write_text(HEADER + yaml.safe_dump(listed) + extra)
     return kustomize(folder)
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    return shutil.copytree(MANIFESTS, tmp_path / "manifests")
 
 
 @pytest.mark.parametrize("part", JOBS)

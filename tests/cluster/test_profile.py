@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from components.launcher.templates import KINDS, JobRequest, fill_template
-from tests.cluster.test_manifests import CLOUDS, build, copy, installed, pools, pytestmark
-from tests.helpers.manifests import kustomize, pods, problems
+from tests.cluster.test_manifests import CLOUDS, build, installed, pools
+from tests.helpers.manifests import kustomize, needs_kubectl, pods, problems
 
-__all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
+pytestmark = needs_kubectl
 # Folders of an overlay that the owner of a profile applies.
 OWNER = ("namespace", "data", ".", "trainjob")
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.helpers.free_maps import unknown
 from tests.helpers.schemas import misspelled
 
+needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 # Set on GPU nodes by the clouds, or by the administrator (node-pools/onprem).
 GPU_TAINT = "nvidia.com/gpu"
 # Secrets that docs/kubeflow.md creates.

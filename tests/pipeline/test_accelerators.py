@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ from pipeline.graph import compile_pipeline
 from pipeline.job_manifests import accelerators, queue_labels
 from tests.cluster.test_manifests import OVERLAYS, overlay
 from tests.conftest import ROOT
+from tests.helpers.manifests import needs_kubectl
 
 GOLDEN = (ROOT / "tests" / "golden_pipeline" / "jobs.yaml").read_text()
 TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 
 
 def text(name: str, part: str = ".") -> str:
