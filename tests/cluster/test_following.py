@@ -15,6 +15,7 @@ from components.launcher.follower import Follower
 from components.launcher.templates import KINDS
 from tests.cluster.conftest import use_clock
 from tests.cluster.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
+from tests.helpers.cluster import arguments
 
 PYTORCH = KINDS["pytorchjob"]
 SHORT = Timeouts(
@@ -151,22 +152,10 @@ def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
 
 
 def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
-    job = {
-        "status": {
-            "conditions": [
-                {"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed."}
-            ]
-        }
-    }
-    record = Record(
-        (
-            job,
-            [
-                pod("m", container=ended(1, when="2026-01-01T00:00:09Z")),
-                pod("w", phase="Failed", container=ended(137, "OOMKilled")),
-            ],
-        )
-    )
+    failed = pod("m", container=ended(1, when="2026-01-01T00:00:09Z"))
+    killed = pod("w", phase="Failed", container=ended(137, "OOMKilled"))
+    job = conditions("Failed=True", message="1 Worker replica(s) failed.")
+    record = Record((job, [failed, killed]))
     record.logs["w"] = [f"2026-01-01T00:00:{second:02}Z line {second}" for second in range(40)]
     _, error = follow(record)
     head, *tail = error.split("\n  ")
@@ -221,13 +210,7 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
         "TrainJob exceeded its active deadline": "DeadlineExceeded",
     }
     for message, reason in texts.items():
-        job = {
-            "status": {
-                "conditions": [
-                    {"type": "Failed", "status": "True", "message": message, "reason": reason}
-                ]
-            }
-        }
+        job = conditions("Failed=True", message=message, reason=reason)
         _, error = follow(Record((job, [pod(container=ended(143))])))
         assert error == (
             f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
@@ -236,18 +219,9 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
 
 
 def unschedulable(name: str = "w-0") -> dict:
-    return pod(
-        name,
-        "Pending",
-        conditions=[
-            {
-                "type": "PodScheduled",
-                "status": "False",
-                "reason": "Unschedulable",
-                "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-            }
-        ],
-    )
+    message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    return pod(name, "Pending", conditions=[{**scheduled, "message": message}])
 
 
 BAD_IMAGE = pod(
@@ -324,18 +298,7 @@ def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
 def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = {
-        "template": TEMPLATES["pytorchjob"],
-        "kind": "pytorchjob",
-        "run_id": "r",
-        "name": "tiny",
-        "args": [],
-        "nodes": 2,
-        "pool": "",
-        "image": "",
-        "workspace": "/data/runs",
-        "task_config": None,
-    }
+    given = {**arguments(TEMPLATES["pytorchjob"], []), "workspace": "/data/runs"}
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(
         RuntimeError, match="no cluster: not in a pod with a service account, and no kubeconfig"

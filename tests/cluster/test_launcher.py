@@ -245,15 +245,10 @@ def test_the_operator_finds_the_container_by_its_name() -> None:
         )
 
 
-def conditions(*given: str) -> dict:
-    """A job whose conditions are as in "Running=True"."""
-    return {
-        "status": {
-            "conditions": [
-                dict(zip(("type", "status"), one.split("="), strict=True)) for one in given
-            ]
-        }
-    }
+def conditions(*given: str, **more: str) -> dict:
+    """A job whose conditions are as in "Running=True", with more fields in each."""
+    pairs = (one.split("=") for one in given)
+    return {"status": {"conditions": [{"type": a, "status": b, **more} for a, b in pairs]}}
 
 
 @pytest.mark.parametrize(
