@@ -14,7 +14,17 @@ from components.launcher.client import Timeouts
 from components.launcher.follower import Follower
 from components.launcher.templates import KINDS
 from tests.cluster.conftest import use_clock
-from tests.cluster.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
+from tests.cluster.test_launcher import (
+    LABELS,
+    OWNER,
+    TEMPLATES,
+    UNSCHEDULABLE,
+    conditions,
+    ended,
+    filled,
+    pod,
+    waiting,
+)
 from tests.helpers.cluster import arguments
 
 PYTORCH = KINDS["pytorchjob"]
@@ -219,15 +229,10 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
 
 
 def unschedulable(name: str = "w-0") -> dict:
-    message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
-    scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
-    return pod(name, "Pending", conditions=[{**scheduled, "message": message}])
+    return pod(name, "Pending", conditions=[UNSCHEDULABLE])
 
 
-BAD_IMAGE = pod(
-    phase="Pending",
-    container={"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no tag"}}},
-)
+BAD_IMAGE = waiting(reason="ImagePullBackOff", message="no tag")
 
 
 @pytest.mark.parametrize(
