@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from kfp_server_api import ApiClient, ApiException, Configuration
@@ -204,16 +203,26 @@ class Transport(RESTClientObject):
         self.renewed = any(secret.renewed for secret in self.login)
 
     def request(
-        self, method: str, url: str, headers: dict | None = None, **options: Any
+        self,
+        method: str,
+        url: str,
+        query_params: list | None = None,
+        headers: dict | None = None,
+        body: object = None,
+        post_params: list | None = None,
+        _preload_content: bool = True,
+        _request_timeout: object = None,
     ) -> RESTResponse:
         """Send a request; the base class takes a pair of timeouts and ignores a single float."""
-        options["_request_timeout"] = (self.timeout, self.timeout)
+        timeouts = (self.timeout, self.timeout)
         attempt, read_again = 0, False
         while True:
             login = self.login_headers()
             try:
                 sent = {**(headers or {}), **login}
-                answer = super().request(method, url, headers=sent, **options)
+                answer = super().request(
+                    method, url, query_params, sent, body, post_params, _preload_content, timeouts
+                )
                 if answer.data.lstrip()[:1] in (b"{", b""):
                     return answer
                 kind = "a web page" if answer.data.lstrip()[:1] == b"<" else "other text"

@@ -107,12 +107,12 @@ def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) 
 
     Raises PermissionError if listing is forbidden, RuntimeError on any other error.
     """
-    return request_once(api, kind, namespace, "list", label_selector=selector).get("items", [])
+    return _request_once(api, kind, namespace, "list", label_selector=selector).get("items", [])
 
 
 def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> None:
     """Delete a job and its pods, if it exists. Raises the same errors as `list_jobs`."""
-    request_once(api, kind, namespace, "delete", name, propagation_policy="Background")
+    _request_once(api, kind, namespace, "delete", name, propagation_policy="Background")
 
 
 def release_job(
@@ -120,10 +120,10 @@ def release_job(
 ) -> None:
     """Replace the owners of a job, if it exists. Raises the same errors as `list_jobs`."""
     change = {"metadata": {"ownerReferences": owners or None}}
-    request_once(api, kind, namespace, "patch", name, change)
+    _request_once(api, kind, namespace, "patch", name, change)
 
 
-def request_once(
+def _request_once(
     api: client.ApiClient, kind: Kind, namespace: str, verb: str, *args: object, **options: str
 ) -> dict:
     """Send a request about jobs once; {} on 404. Raises the same errors as `list_jobs`."""
@@ -215,7 +215,7 @@ class JobClient:
             reported = True
             time.sleep(min(self.timeouts.poll, 2))
 
-    def job_request(self, verb: str, *args: object, **limits: Any) -> dict | None:
+    def _job_request(self, verb: str, *args: object, **limits: Any) -> dict | None:
         """Send a request about jobs of this kind; limits: keywords of `request`."""
         call = getattr(self.objects, f"{verb}_namespaced_custom_object")
         resource = (self.kind.group, self.kind.version, self.namespace, self.kind.plural)
@@ -226,21 +226,21 @@ class JobClient:
 
         refused: seconds to wait for a quota or an admission webhook.
         """
-        return self.job_request("create", job, none_if=(409,), refused=refused)
+        return self._job_request("create", job, none_if=(409,), refused=refused)
 
     def get(self) -> dict | None:
         """Return the job, or None if it does not exist."""
         limit = self.timeouts.forbidden
-        return self.job_request("get", self.name, none_if=(404,), forbidden=limit)
+        return self._job_request("get", self.name, none_if=(404,), forbidden=limit)
 
     def delete(self) -> None:
         """Delete the job and its pods, if it exists."""
         options = {"propagation_policy": "Background"}
-        self.job_request("delete", self.name, none_if=(404,), options=options)
+        self._job_request("delete", self.name, none_if=(404,), options=options)
 
     def patch(self, change: dict) -> None:
         """Apply a merge patch, the only patch type that the client supports for custom objects."""
-        self.job_request("patch", self.name, change, none_if=(404,))
+        self._job_request("patch", self.name, change, none_if=(404,))
 
     def adopt(self, owners: list[dict]) -> None:
         """Replace the owners of the job."""

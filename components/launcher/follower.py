@@ -13,11 +13,11 @@ from typing import NoReturn
 
 from components.launcher.client import JobClient, Timeouts
 from components.launcher.failures import Failures
-from components.launcher.logs import OUT_OF_GPU_MEMORY, PodLog, RankLogs
+from components.launcher.logs import PodLog, RankLogs
 from components.launcher.progress import PROGRESS, Progress
 from components.launcher.pruned import check_dropped
 from components.launcher.queue import is_suspended, no_workload, queue_name, waiting_reason
-from components.launcher.restarts import OUT_OF_MEMORY, Restarts, node_is_unresponsive
+from components.launcher.restarts import Restarts, node_is_unresponsive
 from components.launcher.signals import on_stop
 from components.launcher.status import (
     BROKEN,
@@ -319,7 +319,9 @@ class Follower:
         self.restarts.complete_poll(self.pods, needed, now)
         if self.restarts.disruptions:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
-        self.check_memory()
+        if found := self.failures.out_of_memory():
+            cause, advice = found
+            self.give_up(f"{self.name} ran out of memory: {advice}", cause)
         allowed = annotations_of(self.job).get(RESTARTS)
         if allowed is None:
             return
@@ -333,23 +335,6 @@ class Follower:
         if errors > limit:
             times = "1 time" if errors == 1 else f"{errors} times"
             self.give_up(f"{self.name} has failed {times}")
-
-    def check_memory(self) -> None:
-        """End the job if a pod ran out of memory: a restart would not help."""
-        for cause, lines in self.failures.found.values():
-            if cause.reason == OUT_OF_MEMORY and not cause.init:
-                advice = (
-                    "raise the memory limit of the pods (`memory` in the cluster's values), or use "
-                    "fewer data-loader workers"
-                )
-            elif any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
-                advice = (
-                    "too many images for the memory of a GPU: the last line of its log names the "
-                    "settings that need less; or use more or larger GPUs"
-                )
-            else:
-                continue
-            self.give_up(f"{self.name} ran out of memory: {advice}", cause)
 
     def check_start(self, phase: str, missing: Cause | None) -> None:
         """Report why pods do not start; give up if the problem persists.
