@@ -22,6 +22,7 @@ import yaml
 
 from components.launcher.launch import delete_jobs
 from components.launcher.templates import ERRORS, FAILURE, job_name
+from tests.cluster.test_launcher import UNSCHEDULABLE
 from tests.helpers.cluster import (
     PATIENT,
     PIPELINE_RUN,
@@ -189,36 +190,13 @@ def test_a_job_that_kueue_holds_back_is_waited_for(live: Scene) -> None:
     assert "admitted" in live.lines
 
 
-IMAGE = {
-    "phase": "Pending",
-    "containerStatuses": [
-        {
-            "name": "pytorch",
-            "image": "vitdet:typo",
-            "imageID": "",
-            "ready": False,
-            "restartCount": 0,
-            "started": False,
-            "state": {
-                "waiting": {
-                    "reason": "ImagePullBackOff",
-                    "message": 'Back-off pulling image "vitdet:typo"',
-                }
-            },
-        }
-    ],
-}
+PULLING = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "vitdet:typo"'}
+CONTAINER = {"name": "pytorch", "image": "vitdet:typo", "imageID": "", "restartCount": 0}
+STATE = {"ready": False, "started": False, "state": {"waiting": PULLING}}
+IMAGE = {"phase": "Pending", "containerStatuses": [{**CONTAINER, **STATE}]}
 NO_NODE = {
     "phase": "Pending",
-    "conditions": [
-        {
-            "type": "PodScheduled",
-            "status": "False",
-            "reason": "Unschedulable",
-            "lastTransitionTime": "2026-01-01T00:00:00Z",
-            "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-        }
-    ],
+    "conditions": [{**UNSCHEDULABLE, "lastTransitionTime": "2026-01-01T00:00:00Z"}],
 }
 
 
@@ -226,11 +204,7 @@ NO_NODE = {
     ("recipe", "status", "text"),
     [
         ("image", IMAGE, 'ImagePullBackOff: Back-off pulling image "vitdet:typo"'),
-        (
-            "no-node",
-            NO_NODE,
-            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-        ),
+        ("no-node", NO_NODE, f"Unschedulable: {UNSCHEDULABLE['message']}"),
     ],
 )
 def test_a_pod_that_never_starts_fails_the_step_and_frees_the_queue(
@@ -276,25 +250,25 @@ def test_all_jobs_of_a_run_are_deleted_and_no_others(
 def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher as the pipeline's service account, with the Role of manifests/shared and nothing else."""
     shared = Path(__file__).parents[2] / "manifests/shared/accounts.yaml"
-    rights = [
-        part
-        for part in yaml.safe_load_all(shared.read_text())
-        if part["kind"] in ("ServiceAccount", "Role", "RoleBinding")
-    ]
-    for part in rights:
+    for part in yaml.safe_load_all(shared.read_text()):
+        if part["kind"] not in ("ServiceAccount", "Role", "RoleBinding"):
+            continue
         part["metadata"]["namespace"] = live.namespace
         for subject in part.get("subjects", []):
             subject["namespace"] = live.namespace
         kubectl("apply -f -", given=part)
-    secret = wait_until(
-        lambda: [
+
+    def tokens() -> list[dict]:
+        found = json.loads(kubectl(f"get secrets -n {live.namespace} -o json"))["items"]
+        key = "kubernetes.io/service-account.name"
+        own = [one for one in found if one["metadata"].get("annotations", {}).get(key)]
+        return [
             one
-            for one in json.loads(kubectl(f"get secrets -n {live.namespace} -o json"))["items"]
-            if one["metadata"].get("annotations", {}).get("kubernetes.io/service-account.name")
-            == "vitdet-pipeline"
-            and "data" in one
+            for one in own
+            if one["metadata"]["annotations"][key] == "vitdet-pipeline" and "data" in one
         ]
-    )[0]
+
+    secret = wait_until(tokens)[0]
     settings = yaml.safe_load(live.kubeconfig.read_text())
     settings["users"][0]["user"] = {"token": base64.b64decode(secret["data"]["token"]).decode()}
     (tmp_path / "account").write_text(yaml.safe_dump(settings))

@@ -87,7 +87,7 @@ def test_the_run_has_to_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Jobs:
-    """Plays `launch` and `clean_up_jobs`: remembers what was asked, and does what the job would have done."""
+    """Replaces `launch` and `clean_up_jobs`: records the arguments and writes the job's output."""
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
@@ -105,14 +105,14 @@ class Jobs:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    played = Jobs()
+    made = Jobs()
     monkeypatch.setenv(components.RUN_ID, RUN)
     monkeypatch.setitem(
         sys.modules,
         "components.launcher.launch",
-        SimpleNamespace(launch=played.launch, clean_up_jobs=played.clean_up_jobs),
+        SimpleNamespace(launch=made.launch, clean_up_jobs=made.clean_up_jobs),
     )
-    return played
+    return made
 
 
 class Prepared:
