@@ -1,4 +1,4 @@
-"""Steps `announce` and `compare`: the MLflow parent run of all trainings, and the final table."""
+"""Steps `announce` and `compare`: the MLflow parent run, and the final table."""
 
 from kfp.dsl import HTML, Artifact, Input, Markdown, Output
 
@@ -22,7 +22,7 @@ def compare(
     table: Output[HTML],
     links: Output[Markdown],
 ) -> None:
-    """Create a table of all trainings, evaluated on the same data with the same settings.
+    """Create a table of all training runs, evaluated on the same data with the same settings.
 
     links: the same table with links to MLflow, which Kubeflow's page opens from Markdown only.
     """

@@ -17,8 +17,8 @@ def data(
 
     The demo's data set is generated.
 
-    Returns {"training": name, "data": fingerprint} for each training. The fingerprint is part of
-    the cache key of a training.
+    Returns {"training": name, "data": fingerprint} for each training run. The fingerprint is part
+    of its cache key.
     """
     from vitdet import stages
 

@@ -17,8 +17,8 @@ def evaluate(
 ) -> str:
     """Evaluate a checkpoint; log box and mask AP in percent and the other metrics, also to MLflow.
 
-    report: precision-recall curves, classes, errors, worst and best images on one page; its metadata has the address of
-    the MLflow run.
+    report: precision-recall curves, classes, errors, worst and best images on one page; its
+    metadata has the address of the MLflow run.
 
     Returns "known" if the registry has the champion's AP on this data with these settings, else
     "unknown".
@@ -27,14 +27,7 @@ def evaluate(
     from vitdet import stages
 
     found = stages.evaluate_recipe(
-        checkpoint.path,
-        resolved.path,
-        name,
-        data,
-        workspace,
-        run_id(),
-        figures.path,
-        report.path,
+        checkpoint.path, resolved.path, name, data, workspace, run_id(), figures.path, report.path
     )
     # AP of single classes is in the report and in MLflow
     for key in [metric for metric in found.metrics if "/" not in metric]:

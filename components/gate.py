@@ -13,9 +13,9 @@ def gate(
     workspace: str,
     verdict: Output[Artifact],
 ) -> str:
-    """Compare AP on the same validation data by the settings of the gate; return "passed" or "stopped".
+    """Compare AP on the same validation data by the settings of the gate.
 
-    The first model passes; a tie does not.
+    Returns "passed" or "stopped". The first model passes; a tie does not.
     """
     from components import run_id
     from vitdet import stages

@@ -13,7 +13,7 @@ def register(
     resolved: Input[Artifact],
     workspace: str,
 ) -> str:
-    """Package the detector, test it on an image and register it; return a summary of the version."""
+    """Package the detector, test it on an image and register it; return a summary."""
     from components import run_id
     from vitdet import stages
 

@@ -50,7 +50,7 @@ class Server:
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
     def link(self, run_id: str, kind: str = "runs") -> str:
-        """Return the link to a run in the web interface, without the host if it only serves the API."""
+        """Return the link to a run in the web interface; no host if that only serves the API."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
     @cached_property
@@ -70,8 +70,8 @@ class Server:
                 raise ServerError(f"{self.host}: the API server does not respond", 503)
             return health
         raise ServerError(
-            f"{self.host} is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends in "
-            "/pipeline",
+            f"{self.host} is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment "
+            "the address ends in /pipeline",
             404,
         )
 
@@ -92,14 +92,12 @@ class Server:
 
     def experiment(self, name: str, namespace: str) -> str:
         """Return the id of an experiment; create it if it does not exist."""
-        wanted = {
-            "predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]
-        }
+        by_name = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
         scope = {"namespace": namespace} if namespace else {}
 
         def find() -> api.V2beta1Experiment | None:
             listed = self.experiments.experiment_service_list_experiments(
-                filter=json.dumps(wanted), **scope
+                filter=json.dumps({"predicates": [by_name]}), **scope
             )
             return next(iter(listed.experiments or ()), None)
 
@@ -172,11 +170,9 @@ class Server:
             if attempt < self.transport.retries:
                 self.transport.report(f"{last}; nothing was created, retrying")
                 time.sleep(self.transport.backoff * 2**attempt)
-        doubt = (
-            "; nothing was created so far: check before you submit again"
-            if last.status == 0
-            else ""
-        )
+        doubt = "; nothing was created so far: check before you submit again"
+        if last.status:
+            doubt = ""
         raise ServerError(f"{last}{doubt}", last.status)
 
     def find(self, some_id: str) -> api.V2beta1Run | api.V2beta1RecurringRun:
@@ -204,8 +200,8 @@ class Server:
     def follow(self, run_id: str, every: float = 10.0, tolerance: float = 600.0) -> api.V2beta1Run:
         """Report state changes until the run has ended.
 
-        The server may be unavailable for `tolerance` seconds, or not accept a token that has expired
-        and whose file is renewed.
+        The server may be unavailable for `tolerance` seconds, or not accept a token that has
+        expired and whose file is renewed.
         """
         reported: dict[str, str] = {}
         last_answer = time.monotonic()

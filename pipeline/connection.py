@@ -84,7 +84,8 @@ def server_address(host: str) -> str:
     parts = urlsplit(host)
     if parts.username or parts.password:
         raise ValueError(
-            f"the address of the server contains a user name or password; remove it and give {LOGIN}"
+            "the address of the server contains a user name or password; remove it and give "
+            f"{LOGIN}"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
@@ -165,9 +166,8 @@ def validate_secret(kind: str, text: str, source: str) -> str:
     """Return a valid header value; http.client would print an invalid one in its traceback."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
-        raise ValueError(
-            f"{source}: expected one line with a {kind}, got {'nothing' if not text else 'other content'}"
-        )
+        found = "other content" if text else "nothing"
+        raise ValueError(f"{source}: expected one line with a {kind}, got {found}")
     if kind == "cookie" and "=" not in text:
         raise ValueError(f"{source}: expected a cookie as NAME=VALUE, e.g. authservice_session=...")
     return text
@@ -214,19 +214,14 @@ class Transport(RESTClientObject):
         _request_timeout: object = None,
     ) -> RESTResponse:
         """Send a request; the base class takes a pair of timeouts and ignores a single float."""
+        timeouts = (self.timeout, self.timeout)
         attempt, read_again = 0, False
         while True:
             login = self.login_headers()
             try:
+                sent = {**(headers or {}), **login}
                 answer = super().request(
-                    method,
-                    url,
-                    query_params,
-                    {**(headers or {}), **login},
-                    body,
-                    post_params,
-                    _preload_content,
-                    (self.timeout, self.timeout),
+                    method, url, query_params, sent, body, post_params, _preload_content, timeouts
                 )
                 if answer.data.lstrip()[:1] in (b"{", b""):
                     return answer
@@ -261,12 +256,11 @@ class Transport(RESTClientObject):
         """Return the error for a response with an error status."""
         status = error.status or 0
         if not status:  # the base class reports TLS errors this way
-            reason = " ".join(
-                re.sub(r"SSLError|\(_ssl\.c:\d+\)|\[SSL: \w+\]", "", str(error.reason)).split()
-            )
+            noise = r"SSLError|\(_ssl\.c:\d+\)|\[SSL: \w+\]"
+            reason = " ".join(re.sub(noise, "", str(error.reason)).split())
             return ServerError(
-                f"{self.host}: no TLS connection ({reason}); pass the certificate of a private authority"
-                " with --ca-file, or use http:// for a server without TLS",
+                f"{self.host}: no TLS connection ({reason}); pass the certificate of a private "
+                "authority with --ca-file, or use http:// for a server without TLS",
                 0,
                 sent=False,
             )
@@ -283,16 +277,13 @@ class Transport(RESTClientObject):
             return ServerError(f"{self.host} requires authentication (401): give {LOGIN}", status)
         if status == 401:
             return ServerError(
-                f"{self.host} does not accept the credentials from {self.login_sources()} (401): they have expired or"
-                f" are for another server{text}",
+                f"{self.host} does not accept the credentials from {self.login_sources()} (401): "
+                f"they have expired or are for another server{text}",
                 status,
             )
         if status == 403:
-            who = (
-                f"the credentials from {self.login_sources()}"
-                if self.login
-                else "requests without token and cookie"
-            )
+            own = f"the credentials from {self.login_sources()}" if self.login else ""
+            who = own or "requests without token and cookie"
             return ServerError(f"{self.host} forbids this to {who} (403){text}", status)
         unknown = refused_field((error.body or b"").decode(errors="replace").replace('\\"', '"'))
         return ServerError(
@@ -307,27 +298,19 @@ class Transport(RESTClientObject):
         """Return the error for a request without a response."""
         if isinstance(error, exceptions.NameResolutionError):
             return ServerError(f"{self.host}: no such host", 0, sent=False)
+        sent, reason = True, "the connection was closed before a response"
         if isinstance(error, exceptions.ConnectTimeoutError | exceptions.NewConnectionError):
-            reason = (
-                getattr(error.__cause__, "strerror", None)
-                or f"no connection within {self.timeout:g} s"
-            )
-            return ServerError(f"{self.host}: {reason}", 0, transient=True, sent=False)
-        if isinstance(error, exceptions.ReadTimeoutError):
-            return ServerError(
-                f"{self.host}: no response within {self.timeout:g} s", 0, transient=True
-            )
-        return ServerError(
-            f"{self.host}: the connection was closed before a response", 0, transient=True
-        )
+            sent, reason = False, f"no connection within {self.timeout:g} s"
+            reason = getattr(error.__cause__, "strerror", None) or reason
+        elif isinstance(error, exceptions.ReadTimeoutError):
+            reason = f"no response within {self.timeout:g} s"
+        return ServerError(f"{self.host}: {reason}", 0, transient=True, sent=sent)
 
     def login_hint(self) -> str:
         """Return what to do if the server returns a web page."""
-        path = (
-            ""
-            if urlsplit(self.host).path
-            else "; in a full Kubeflow deployment the address ends in /pipeline"
-        )
+        path = "; in a full Kubeflow deployment the address ends in /pipeline"
+        if urlsplit(self.host).path:
+            path = ""
         if not self.login:
             return f"it requires a login: give {LOGIN}{path}"
         return f"the credentials from {self.login_sources()} have expired or are not accepted{path}"

@@ -8,19 +8,20 @@ overrides describe the experiment; nodes, pool, job_kind and workspace describe 
 depends on the other.
 
 Step `configs` resolves the settings that do not depend on the data, step `data` the others. `data`
-is never cached, as the data may change in place; its fingerprint is an input of the trainings,
-which are cached. The cache compares artifacts by id, so a training does not use artifacts of
+is never cached, as the data may change in place; its fingerprint is an input of the training runs,
+which are cached. The cache compares artifacts by id, so a training run does not use artifacts of
 `data`: it reads the splits and classes itself, from data with that fingerprint.
 
-Trainings wait for one another: ParallelFor's parallelism, a constant of the compiled pipeline. The
-backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the Argo
-template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
-v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the others (dag.go:
-assessDAGPhase waits for every node; template.failFast is not set), but `compare` depends on the loop
-(`depends: X.Succeeded`) and is then omitted: the exit handler makes the table of what finished, from
-the workspace, as an exit handler has no outputs of other steps. `ignore_upstream_failure` is no
-alternative: the backend compiles it to an exit hook, which iteratorTask does not pass on. After Retry
-of a run, the backend repeats `compare` but no exit handler that has succeeded.
+Training runs wait for one another: ParallelFor's parallelism, a constant of the compiled pipeline.
+The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
+Argo template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
+v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the others
+(dag.go: assessDAGPhase waits for every node; template.failFast is not set), but `compare` depends
+on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler makes the table of what
+finished, from the workspace, as an exit handler has no outputs of other steps.
+`ignore_upstream_failure` is no alternative: the backend compiles it to an exit hook, which
+iteratorTask does not pass on. After Retry of a run, the backend repeats `compare` but no exit
+handler that has succeeded.
 
 Workarounds for kfp 2.17:
 
@@ -63,10 +64,11 @@ from pipeline.job_manifests import (
     queue_labels,
     training_jobs,
 )
+from pipeline.request import MOUNT
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
-CLAIM, MOUNT = "vitdet-data", "/data"
+CLAIM = "vitdet-data"
 # key -> variable; not MLflow's names, which the MLflow plugin of Kubeflow Pipelines sets:
 # vitdet/tracking/address.py
 SECRET = {
@@ -75,11 +77,12 @@ SECRET = {
     "MLFLOW_TRACKING_PASSWORD": "VITDET_MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_UI_URL": "MLFLOW_UI_URL",  # optional: MLflow's address in a browser, for links
 }
-# Longer than any training. Argo counts from the start of the first attempt; after this time there
-# are no more retries and the running attempt is terminated (argo-workflows, operator.go:
-# processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py) does
-# not repeat a training that a retry cannot fix. Whether Argo retries exit codes and deleted pods is a
-# setting of the cluster, which a compiled pipeline cannot carry: manifests/pipelines.
+# Longer than any training run. Argo counts from the start of the first attempt; after this time
+# there are no more retries and the running attempt is terminated (argo-workflows, operator.go:
+# processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py)
+# does not repeat a training run that a retry cannot fix. Whether Argo retries exit codes and
+# deleted pods is a setting of the cluster, which a compiled pipeline cannot carry:
+# manifests/pipelines.
 MAX_RETRY_TIME = "1296000s"
 # Autoscalers do not evict the launcher to free or replace its node.
 DO_NOT_DISRUPT = {
@@ -102,8 +105,8 @@ def build(
     """Build the pipeline.
 
     train: the component that trains. job: YAML of the training jobs that it may start. image: the
-    image of these jobs. parallel: trainings at a time, with their evaluations; 0: no limit. shape: the
-    defaults of the parameters nodes and job_kind.
+    image of these jobs. parallel: number of concurrent training runs, with their evaluations; 0: no
+    limit. shape: the defaults of the parameters nodes and job_kind.
     """
 
     @dsl.pipeline(name="champion")
@@ -116,13 +119,8 @@ def build(
         workspace: str,
     ) -> None:
         with dsl.If(known == "unknown", name="unknown"):
-            task = evaluate_champion(
-                checkpoint=checkpoint,
-                figures=figures,
-                name=name,
-                resolved=resolved,
-                workspace=workspace,
-            )
+            inputs = {"name": name, "resolved": resolved, "workspace": workspace}
+            task = evaluate_champion(checkpoint=checkpoint, figures=figures, **inputs)
             configure(task, "gpu").set_caching_options(False)
 
     @dsl.pipeline(
@@ -143,16 +141,16 @@ def build(
         """Train, evaluate and compare recipes.
 
         Args:
-            recipes: Names of recipes (`tiny` is a demo that draws its data), or absolute paths of YAML
-                files on the shared volume. All are trained on the same data and compared.
+            recipes: Names of recipes (`tiny` is a demo that draws its data), or absolute paths of
+                YAML files on the shared volume. All are trained on the same data and compared.
             overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
             sweep: Settings to vary, as SECTION.KEY=VALUE,VALUE; every combination is trained.
-            seeds: Trainings of each recipe and combination, with consecutive seeds; the table has mean
-                and standard deviation.
+            seeds: Training runs of each recipe and combination, with consecutive seeds; the table
+                has mean and standard deviation.
             fetch: Brings the data to the recipe's folder on the volume first, as `coco`, `lvis` or
                 `convert SOURCE`, with options of `vitdet data`. Empty: the data is there.
-            workspace: Folder on the shared volume for data, weights and trainings.
-            nodes: Nodes of each training.
+            workspace: Folder on the shared volume for data, weights and training runs.
+            nodes: Nodes of each training run.
             pool: Node pool for training (label vitdet/pool). Empty: the one in the job's manifest.
             job_kind: Kind of the training job, `pytorchjob` or `trainjob`.
         """
@@ -161,16 +159,8 @@ def build(
             "small",
         )
         with dsl.ExitHandler(end, name="experiment"):
-            config = configure(
-                configs(
-                    recipes=recipes,
-                    overrides=overrides,
-                    sweep=sweep,
-                    seeds=seeds,
-                    workspace=workspace,
-                ),
-                "once",
-            )
+            plan = {"sweep": sweep, "seeds": seeds, "workspace": workspace}
+            config = configure(configs(recipes=recipes, overrides=overrides, **plan), "once")
             settings = config.outputs["settings"]
             dataset = configure(data(settings=settings, workspace=workspace, fetch=fetch), "data")
             resolved = dataset.outputs["resolved"]
@@ -198,51 +188,21 @@ def build(
                     ),
                     "launcher",
                 ).after(parent)
+                checkpoint = trained.outputs["checkpoint"]
+                inputs = {"name": name, "resolved": resolved, "workspace": workspace}
                 measured = configure(
-                    evaluate(
-                        checkpoint=trained.outputs["checkpoint"],
-                        name=name,
-                        resolved=resolved,
-                        data=fingerprint,
-                        workspace=workspace,
-                    ),
-                    "gpu",
+                    evaluate(checkpoint=checkpoint, data=fingerprint, **inputs), "gpu"
                 )
-                best = champion(
-                    known=measured.outputs["Output"],
-                    checkpoint=trained.outputs["checkpoint"],
-                    figures=measured.outputs["figures"],
-                    name=name,
-                    resolved=resolved,
-                    workspace=workspace,
-                )
-                judged = configure(
-                    gate(
-                        figures=measured.outputs["figures"],
-                        name=name,
-                        resolved=resolved,
-                        workspace=workspace,
-                    ),
-                    "small",
-                ).after(best)
+                known, figures = measured.outputs["Output"], measured.outputs["figures"]
+                best = champion(known=known, checkpoint=checkpoint, figures=figures, **inputs)
+                judged = configure(gate(figures=figures, **inputs), "small").after(best)
                 with dsl.If(judged.outputs["Output"] == "passed", name="better"):
                     registered = configure(
-                        register(
-                            checkpoint=trained.outputs["checkpoint"],
-                            figures=measured.outputs["figures"],
-                            name=name,
-                            resolved=resolved,
-                            workspace=workspace,
-                        ),
-                        "model",
+                        register(checkpoint=checkpoint, figures=figures, **inputs), "model"
                     )
+            verdicts = dsl.Collected(judged.outputs["verdict"])
             table = configure(
-                compare(
-                    verdicts=dsl.Collected(judged.outputs["verdict"]),
-                    resolved=resolved,
-                    workspace=workspace,
-                ),
-                "small",
+                compare(verdicts=verdicts, resolved=resolved, workspace=workspace), "small"
             )
             # never cached: the registry and MLflow may have changed
             for task in (measured, best, judged, registered, table):
@@ -254,24 +214,17 @@ def build(
 def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
     """Write the cluster's pipeline; the output is deterministic.
 
-    parallel: as of `build`. job: YAML of the training jobs, as printed by `kubectl kustomize`; default: the jobs in
-    manifests/. The steps run in the image of the jobs unless the environment variable VITDET_IMAGE
-    is set. Raises ValueError if it contains no job, or a TrainJob without its runtime.
+    parallel: as of `build`. job: YAML of the training jobs, as printed by `kubectl kustomize`;
+    default: the jobs in manifests/. The steps run in the image of the jobs unless the environment
+    variable VITDET_IMAGE is set. Raises ValueError if it contains no job, or a TrainJob without its
+    runtime.
     """
     text = job or "\n---\n".join(path.read_text() for path in JOBS)
     jobs = training_jobs(text)
     image = IMAGE or job_image(jobs)
-    compiler.Compiler().compile(
-        build(
-            train_job,
-            jobs,
-            image,
-            cluster_settings(accelerators(text), image, queue_labels(jobs)),
-            parallel,
-            job_shape(jobs),
-        ),
-        str(file),
-    )
+    configure = cluster_settings(accelerators(text), image, queue_labels(jobs))
+    pipeline = build(train_job, jobs, image, configure, parallel, job_shape(jobs))
+    compiler.Compiler().compile(pipeline, str(file))
     return file
 
 
@@ -299,7 +252,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
             task.set_retry(
                 retries,
                 backoff_duration="30s",
-                # a training that has failed fails again at once: its last retry must not take hours
+                # a failed training run fails again at once: its last retry must not take hours
                 backoff_factor=1 if size == "launcher" else 2,
                 backoff_max_duration=MAX_RETRY_TIME,
             )
@@ -326,15 +279,9 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
                 # on GKE a pod must select the pool to be scheduled to its nodes
                 for key, value in needs.selector.items():
                     kubernetes.add_node_selector(task, key, value)
+            keys = ("key", "operator", "value", "effect", "tolerationSeconds")
             for one in needs.tolerations:
-                kubernetes.add_toleration(
-                    task,
-                    one.get("key"),
-                    one.get("operator"),
-                    one.get("value"),
-                    one.get("effect"),
-                    one.get("tolerationSeconds"),
-                )
+                kubernetes.add_toleration(task, *(one.get(key) for key in keys))
         return task
 
     return configure

@@ -31,9 +31,8 @@ def training_jobs(text: str) -> str:
         try:
             document = yaml.safe_load(part)
         except yaml.YAMLError as error:
-            raise ValueError(
-                f"the job's file: invalid YAML: {' '.join(str(error).split())}"
-            ) from error
+            problem = " ".join(str(error).split())
+            raise ValueError(f"the job's file: invalid YAML: {problem}") from error
         kind = str(document.get("kind")) if isinstance(document, dict) else ""
         if kind in KINDS:
             if kind in found:
@@ -61,7 +60,7 @@ class Shape(NamedTuple):
 
 
 def job_shape(jobs: str) -> Shape:
-    """Return the shape of the job in the result of `training_jobs`; of two kinds, the PyTorchJob's."""
+    """Return the shape of the job in the result of `training_jobs`; of two, the PyTorchJob's."""
     job = documents_of(jobs)[0]
     spec, kind = job["spec"], KINDS[job["kind"]]
     replicas = spec.get("pytorchReplicaSpecs")
@@ -84,8 +83,8 @@ def job_image(jobs: str) -> str:
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
     if len(found) != 1 or "" in found:
         raise ValueError(
-            f"the training jobs must name one image, they name {', '.join(sorted(found)) or 'none'}; "
-            "set it in the manifests, or for all steps in VITDET_IMAGE"
+            f"the training jobs must name one image, they name {', '.join(sorted(found)) or 'none'}"
+            "; set it in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()
 
@@ -95,14 +94,11 @@ def queue_labels(jobs: str) -> dict[str, str]:
 
     Raises ValueError if the jobs differ in them.
     """
-    found = [
-        {key: value for key, value in labels.items() if key.startswith(KUEUE)}
-        for labels in (job["metadata"].get("labels") or {} for job in documents_of(jobs))
-    ]
+    labels = [job["metadata"].get("labels") or {} for job in documents_of(jobs)]
+    found = [{key: one[key] for key in one if key.startswith(KUEUE)} for one in labels]
     if any(one != found[0] for one in found):
-        raise ValueError(
-            f"the training jobs must have the same labels {KUEUE}*, got {' and '.join(map(str, found))}"
-        )
+        got = " and ".join(map(str, found))
+        raise ValueError(f"the training jobs must have the same labels {KUEUE}*, got {got}")
     return found[0]
 
 
@@ -154,8 +150,8 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
     if runtime is None and resources is None:
         raise ValueError(
             f"the TrainJob's {kind} {name} is not among the documents, so the GPUs and nodes for "
-            "`evaluate` are unknown; pass the full output of `kubectl kustomize manifests/overlays/NAME/trainjob`"
-            ", or set the job's spec.trainer.resourcesPerNode"
+            "`evaluate` are unknown; pass the full output of `kubectl kustomize "
+            "manifests/overlays/NAME/trainjob`, or set the job's spec.trainer.resourcesPerNode"
         )
     pod: dict = {}
     for spec in ([runtime["spec"]] if runtime else []) + [

@@ -85,7 +85,8 @@ def run_locally(
 ) -> str:
     """Run the pipeline and return the run's id; its artifacts and log are in WORKSPACE/pipeline.
 
-    parallel: trainings at a time; kfp's local runner has two at most. Raises RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
+    parallel: number of concurrent training runs; kfp's local runner has two at most. Raises
+    RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
     """
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
@@ -94,38 +95,29 @@ def run_locally(
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp.local")
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
     original_print = builtins.print
+    inputs = {
+        "recipes": list(recipes),
+        "overrides": list(overrides),
+        "workspace": str(workspace),
+        "job_kind": "",
+    }
     with open(root / f"{run_id}.log", "w") as log, redirect_stdout(Screen(sys.stdout, log)):
         try:
-            build(train, parallel=parallel)(
-                recipes=list(recipes),
-                overrides=list(overrides),
-                sweep=list(sweep),
-                seeds=seeds,
-                fetch=fetch,
-                workspace=str(workspace),
-                job_kind="",
-            )
+            pipeline = build(train, parallel=parallel)
+            pipeline(**inputs, sweep=list(sweep), seeds=seeds, fetch=fetch)
         except RuntimeError as error:
-            failed = re.findall(
-                r"'([\w-]+)'", COLOR.sub("", str(error)).partition("Inner task failed:")[2]
-            )
+            cause = COLOR.sub("", str(error)).partition("Inner task failed:")[2]
+            failed = re.search(r"'([\w-]+)'", cause)
             raise RuntimeError(
-                f"step {failed[0] if failed else '?'} failed; the whole log: {log.name}"
+                f"step {failed[1] if failed else '?'} failed; the whole log: {log.name}"
             ) from error
         except KeyboardInterrupt:
             # kfp's local runner skips the exit handler, so MLflow's parent run would not end
             ended = dsl.PipelineTaskFinalStatus("CANCELED", "", "", None, None)
-            clean_up.python_func(
-                recipes=list(recipes),
-                overrides=list(overrides),
-                workspace=str(workspace),
-                job_kind="",
-                status=ended,
-                table=dsl.HTML(uri=str(root / f"{run_id}.html")),
-            )
+            table = dsl.HTML(uri=str(root / f"{run_id}.html"))
+            clean_up.python_func(**inputs, status=ended, table=table)
             raise
         finally:
-            builtins.print = (
-                original_print  # kfp replaces it and does not restore it if steps run in parallel
-            )
+            # kfp replaces it and does not restore it if steps run in parallel
+            builtins.print = original_print
     return run_id

@@ -15,10 +15,12 @@ import yaml
 
 from pipeline.versions import Version, fit
 
+MOUNT = "/data"  # of the shared volume in the steps
 DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
 DEFAULT_IMAGE_WARNING = (
-    f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your cluster's job: `kubectl "
-    "kustomize manifests/overlays/NAME | python -m pipeline ... --job -` (or set VITDET_IMAGE)"
+    f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your "
+    "cluster's job: `kubectl kustomize manifests/overlays/NAME | python -m pipeline ... --job -` "
+    "(or set VITDET_IMAGE)"
 )
 
 
@@ -48,7 +50,7 @@ def load_package(
 ) -> dict:
     """Create the body of a request from a compiled pipeline.
 
-    parallel: trainings at a time; None: as compiled.
+    parallel: number of concurrent training runs; None: as compiled.
 
     Without caching, no step at any depth reuses results. With caching, step `configs` does not if a
     recipe is a file, whose content may have changed.
@@ -59,12 +61,8 @@ def load_package(
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
         raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
-    needed = {
-        name
-        for name, about in known.items()
-        if "defaultValue" not in about and not about.get("isOptional")
-    }
-    if missing := needed - parameters.keys():
+    given = [name for name, one in known.items() if "defaultValue" in one or one.get("isOptional")]
+    if missing := known.keys() - {*given, *parameters}:
         raise ValueError(f"{package}: the pipeline also needs {', '.join(sorted(missing))}")
     recipes = parameters.get("recipes")
     files = isinstance(recipes, list) and any(is_file(str(recipe)) for recipe in recipes)
@@ -81,10 +79,9 @@ def read_package(package: Path) -> list[dict]:
     """Return the pipeline and, if it has one, its Kubernetes part. Raises as `load_package`."""
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        documents = list(
-            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        )
+        documents = list(yaml.load_all(Path(package).read_text(), loader))
     except (yaml.YAMLError, UnicodeDecodeError):
         documents = []
     if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
@@ -105,9 +102,8 @@ def fit_package(package: Path, version: Version) -> list[str]:
 
 def default_image_warning(pipeline: dict) -> str:
     """Return a warning if a pipeline uses the placeholder image of manifests/, else ""."""
-    executors = (
-        pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
-    )
+    spec = pipeline.get("pipeline_spec", pipeline)
+    executors = spec.get("deploymentSpec", {}).get("executors", {})
     images = {item.get("container", {}).get("image") for item in executors.values()}
     return DEFAULT_IMAGE_WARNING if images == {DEFAULT_IMAGE} else ""
 
@@ -121,14 +117,12 @@ def kubeflow_cron(expression: str) -> str:
     """Convert a schedule to Kubeflow's notation, whose first field is seconds.
 
     Kubeflow interprets the five fields of a crontab as seconds..months, so "0 3 * * *" would start
-    a training every hour; second 0 is therefore prepended. Six fields and @daily, @every 12h are kept.
+    a run every hour; second 0 is therefore prepended. Six fields and @daily, @every 12h are kept.
     Raises ValueError for anything else.
     """
-    fields = expression.split()
-    if expression.startswith("@") and re.fullmatch(
-        r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression
-    ):
+    if re.fullmatch(r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression):
         return expression
+    fields = expression.split()
     if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\w*/,?-]+", item) for item in fields):
         raise ValueError(
             f"schedule {expression!r}: expected five fields as in a crontab (minute hour day month "
@@ -137,7 +131,7 @@ def kubeflow_cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-# Resolves the trainings as the first step does; the workspace is that of the cluster.
+# Resolves the training runs as the first step does; the workspace is that of the cluster.
 CHECK = """
 import json, sys
 from pathlib import Path
@@ -160,9 +154,9 @@ def check_recipes(
 ) -> bool:
     """Raise ValueError for settings that the first step would reject; False if not checked.
 
-    Runs vitdet in a process, as pipeline/ does not depend on what vitdet depends on, which is required
-    only in the image. Without it the first step rejects the run, before data is prepared or GPUs are
-    requested.
+    Runs vitdet in a process, as pipeline/ does not depend on what vitdet depends on, which is
+    required only in the image. Without it the first step rejects the run, before data is prepared
+    or GPUs are requested.
     """
     from vitdet.config.credentials import has_credentials
 
@@ -172,8 +166,8 @@ def check_recipes(
         for text in texts:
             if has_credentials(text.partition("=")[2] or text):
                 raise ValueError(
-                    f"{option} {text.partition('=')[0]}: the user and password would be visible in the "
-                    "run's parameters; store them in the cluster's Secret"
+                    f"{option} {text.partition('=')[0]}: the user and password would be visible in "
+                    "the run's parameters; store them in the cluster's Secret"
                 )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
@@ -181,8 +175,8 @@ def check_recipes(
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
-                f"{recipe}: a file on this machine; pass a recipe's name, or the absolute path of a file on "
-                "the cluster's shared volume"
+                f"{recipe}: a file on this machine; pass a recipe's name, or the absolute path of "
+                "a file on the cluster's shared volume"
             )
     here = [recipe for recipe in recipes if not is_file(recipe) or Path(recipe).exists()]
     if here:

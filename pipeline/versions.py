@@ -3,8 +3,8 @@
 All servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for its
 Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
 v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Pipelines 2.5 ignores unknown
-fields of the Kubernetes part, but then also the annotations and labels of the step. `fit` leaves out
-what a server does not know.
+fields of the Kubernetes part, but then also the annotations and labels of the step. `fit` leaves
+out what a server does not know.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Field:
     """A field that a release added.
 
     path: keys from the top of a document, "*" is any. since: the release. loss: what the user loses
-    without the field; "": the result would be another, so it cannot be left out. value: the field is
-    meant only where it contains this.
+    without the field; "": the result would be another, so it cannot be left out. value: the field
+    is meant only where it contains this.
     """
 
     path: str
@@ -50,17 +50,21 @@ class Field:
 _EXECUTOR = "platforms.kubernetes.deploymentSpec.executors.*."
 _RUN = "platforms.kubernetes.pipelineConfig."
 _KEPT = "the server decides how long the finished Workflow is kept"
-_JOB = "the training job takes environment, volumes, node selector and tolerations from its manifest alone"
+_JOB = (
+    "the training job takes environment, volumes, node selector and tolerations from its manifest "
+    "alone"
+)
 
 # The fields that were added since OLDEST: api/v2alpha1/pipeline_spec.proto and
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(
-        # known before, but 2.5 looks retries up among the steps of the outermost group (container.go:
-        # getTaskRetryPolicySpec)
+        # known before, but 2.5 looks retries up among the steps of the outermost group
+        # (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),
-        "steps are not retried, e.g. when their node is lost; Retry of the run continues its trainings",
+        "steps are not retried, e.g. when their node is lost; Retry of the run continues its "
+        "training runs",
     ),
     Field(f"{_EXECUTOR}nodeAffinity.*.nodeAffinityJson", (2, 14, 0)),
     Field(f"{_RUN}workspace", (2, 14, 0)),
@@ -72,21 +76,19 @@ FIELDS = (
         ("parameterType", "TASK_CONFIG"),
     ),
     Field("deploymentSpec.executors.*.importer.downloadToWorkspace", (2, 15, 0)),
-    Field(
-        f"{_EXECUTOR}secretAsEnv.*.optional",
-        (2, 15, 0),
-        "a pod does not start until its Secret exists and has all keys",
-    ),
-    Field(
-        f"{_EXECUTOR}configMapAsEnv.*.optional",
-        (2, 15, 0),
-        "a pod does not start until its ConfigMap exists and has all keys",
+    *(
+        Field(
+            f"{_EXECUTOR}{kind}AsEnv.*.optional",
+            (2, 15, 0),
+            f"a pod does not start until its {kind[0].upper()}{kind[1:]} exists and has all keys",
+        )
+        for kind in ("secret", "configMap")
     ),
     Field(
         f"{_EXECUTOR}securityContext",
         (2, 16, 0),
-        "the steps run as their image's user, and a namespace with Pod Security `restricted` does not "
-        "admit them",
+        "the steps run as their image's user, and a namespace with Pod Security `restricted` does "
+        "not admit them",
     ),
     Field(f"{_EXECUTOR}pvcMount.*.subPath", (2, 16, 0)),
     *(
@@ -113,8 +115,8 @@ def text(version: Version) -> str:
 def read_version(given: str) -> Version:
     """Return the version in a text such as 2.15, 2.15.0 or v2.15.0-rc.1.
 
-    A patch release knows the fields of its minor release. Raises ValueError for other text and for a
-    release that is not supported.
+    A patch release knows the fields of its minor release. Raises ValueError for other text and for
+    a release that is not supported.
     """
     match = re.fullmatch(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:[-+.][\w.+-]+)?", given.strip())
     supported = ", ".join(
@@ -125,13 +127,11 @@ def read_version(given: str) -> Version:
         raise ValueError(f"version {given!r} of Kubeflow Pipelines: expected one of {supported}")
     version = (int(match[1]), int(match[2]), int(match[3] or 0))
     if version[:2] not in {known[:2] for known in SERVERS}:
-        age = (
-            "too old"
-            if version < OLDEST
-            else "newer than this client knows"
-            if version > NEWEST
-            else "no release of the server"
-        )
+        age = "no release of the server"
+        if version < OLDEST:
+            age = "too old"
+        elif version > NEWEST:
+            age = "newer than this client knows"
         raise ValueError(f"Kubeflow Pipelines {given} is {age}; supported: {supported}")
     return version
 
@@ -139,18 +139,17 @@ def read_version(given: str) -> Version:
 def server_version(health: dict) -> tuple[Version, str]:
     """Return the version that a server reports at /healthz, and "" or a remark for the user.
 
-    The API server calls it tag_name, the web interface in front of it apiServerTagName. Images before
-    2.16 were built without it and report "unknown" (.github/workflows/build-and-push.yml at the tags);
-    pipeline_store is reported since 2.14. Raises ValueError for a server that is too old.
+    The API server calls it tag_name, the web interface in front of it apiServerTagName. Images
+    before 2.16 were built without it and report "unknown" (.github/workflows/build-and-push.yml at
+    the tags); pipeline_store is reported since 2.14. Raises ValueError for a server that is too
+    old.
     """
     given = str(health.get("tag_name") or health.get("apiServerTagName") or "unknown")
     if match := re.match(r"v?(\d+)\.(\d+)", given):
         if (int(match[1]), int(match[2])) <= NEWEST[:2]:
             return read_version(given), ""
-        return (
-            NEWEST,
-            f"the server is Pipelines {given}; treated as {text(NEWEST)}, the newest known",
-        )
+        treated = f"treated as {text(NEWEST)}, the newest known"
+        return NEWEST, f"the server is Pipelines {given}; {treated}"
     store = health.get("pipeline_store") or health.get("pipelineStore")
     version = (2, 15, 0) if store else OLDEST
     return version, (
@@ -162,8 +161,8 @@ def server_version(health: dict) -> tuple[Version, str]:
 def fit(documents: list[dict], version: Version) -> list[str]:
     """Leave out, in place, what a server of this version does not know of a compiled pipeline.
 
-    Returns a line for each kind of field left out, with what the user loses. Raises ValueError for a
-    field without which the pipeline would do something else.
+    Returns a line for each kind of field left out, with what the user loses. Raises ValueError for
+    a field without which the pipeline would do something else.
     """
     lines = []
     for field in FIELDS:
@@ -174,14 +173,14 @@ def fit(documents: list[dict], version: Version) -> list[str]:
             continue
         if not field.loss:
             raise ValueError(
-                f"the pipeline uses {field.name}, which Pipelines {text(version)} does not support and "
-                f"which cannot be left out; it needs {text(field.since)} or later"
+                f"the pipeline uses {field.name}, which Pipelines {text(version)} does not support "
+                f"and which cannot be left out; it needs {text(field.since)} or later"
             )
         for parent, key in found:
             del parent[key]
         lines.append(
-            f"Pipelines {text(version)} does not support {field.name} ({text(field.since)} does), left "
-            f"out {len(found)} times: {field.loss}"
+            f"Pipelines {text(version)} does not support {field.name} ({text(field.since)} does), "
+            f"left out {len(found)} times: {field.loss}"
         )
     return lines
 
@@ -213,7 +212,8 @@ def places(document: dict, field: Field) -> list[tuple[dict, str]]:
 def refused_field(message: str) -> str:
     """Return the field or value that a server's error says it does not know; "" for another error.
 
-    The errors are those of Go's protojson: `unknown field "X"`, `invalid value for enum field F: "X"`.
+    The errors are those of Go's protojson: `unknown field "X"`,
+    `invalid value for enum field F: "X"`.
     """
     match = re.search(r'unknown field "([^"]+)"|invalid value for enum [^"]*"([^"]+)"', message)
     return (match[1] or match[2]) if match else ""

@@ -1,4 +1,4 @@
-"""The requests to the Kubernetes API; the only importer of `kubernetes`."""
+"""The requests to the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
-from kubernetes import client, config
+from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
@@ -24,6 +25,7 @@ from components.launcher.errors import (
 from components.launcher.templates import FAILURE, Kind
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+REQUEST_TIMEOUT = (5, 30)  # seconds to connect, and between two parts of the response
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def in_cluster() -> bool:
 
 
 def active_context() -> dict:
-    """The kubeconfig's current context."""
+    """Return the kubeconfig's current context."""
     return config.list_kube_config_contexts(config_file=os.environ.get("KUBECONFIG"))[1]
 
 
@@ -85,18 +87,15 @@ def describe_namespace(namespace: str) -> str:
     Not an error if the account may not read namespaces.
     """
     api, _ = connect()
-    name = (
-        "this pod's cluster"
-        if in_cluster()
-        else f"the cluster of context {active_context()['name']}"
-    )
+    context = "" if in_cluster() else active_context()["name"]
+    name = f"the cluster of context {context}" if context else "this pod's cluster"
     try:
-        client.CoreV1Api(api).read_namespace(namespace, _request_timeout=(5, 30))
+        client.CoreV1Api(api).read_namespace(namespace, _request_timeout=REQUEST_TIMEOUT)
     except ApiException as error:
         if error.status == 404:
             raise ValueError(
-                f"{name} has no namespace {namespace}; give that of the run's pods with --namespace, or "
-                "set KUBECONFIG or its current context to the pipeline's cluster"
+                f"{name} has no namespace {namespace}; give that of the run's pods with "
+                "--namespace, or set KUBECONFIG or its current context to the pipeline's cluster"
             ) from None
     except HTTPError as error:
         raise RuntimeError(f"{name} {describe_outage(error)}") from None
@@ -108,42 +107,30 @@ def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) 
 
     Raises PermissionError if listing is forbidden, RuntimeError on any other error.
     """
-    call = client.CustomObjectsApi(api).list_namespaced_custom_object
-    resource = (kind.group, kind.version, namespace, kind.plural)
-    options = {"label_selector": selector}
-    answer = request_once(kind, namespace, "list", call, resource, options)
-    return answer.get("items", [])
+    return _request_once(api, kind, namespace, "list", label_selector=selector).get("items", [])
 
 
 def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> None:
     """Delete a job and its pods, if it exists. Raises the same errors as `list_jobs`."""
-    call = client.CustomObjectsApi(api).delete_namespaced_custom_object
-    resource = (kind.group, kind.version, namespace, kind.plural, name)
-    options = {"propagation_policy": "Background"}
-    request_once(kind, namespace, "delete", call, resource, options)
+    _request_once(api, kind, namespace, "delete", name, propagation_policy="Background")
 
 
 def release_job(
     api: client.ApiClient, kind: Kind, namespace: str, name: str, owners: list[dict]
 ) -> None:
     """Replace the owners of a job, if it exists. Raises the same errors as `list_jobs`."""
-    call = client.CustomObjectsApi(api).patch_namespaced_custom_object
     change = {"metadata": {"ownerReferences": owners or None}}
-    resource = (kind.group, kind.version, namespace, kind.plural, name)
-    request_once(kind, namespace, "patch", call, (*resource, change), {})
+    _request_once(api, kind, namespace, "patch", name, change)
 
 
-def request_once(
-    kind: Kind,
-    namespace: str,
-    verb: str,
-    call: Callable,
-    args: tuple[object, ...],
-    options: dict[str, str],
+def _request_once(
+    api: client.ApiClient, kind: Kind, namespace: str, verb: str, *args: object, **options: str
 ) -> dict:
-    """Send a request without retries; {} on 404. Raises the same errors as `list_jobs`."""
+    """Send a request about jobs once; {} on 404. Raises the same errors as `list_jobs`."""
+    call = getattr(client.CustomObjectsApi(api), f"{verb}_namespaced_custom_object")
+    resource = (kind.group, kind.version, namespace, kind.plural)
     try:
-        return call(*args, _request_timeout=(5, 30), **options)
+        return call(*resource, *args, _request_timeout=REQUEST_TIMEOUT, **options)
     except ApiException as error:
         if error.status == 404:  # this kind is not installed, or the job is gone
             return {}
@@ -171,7 +158,7 @@ class JobClient:
         self.kind, self.name, self.namespace = kind, name, namespace
         self.out, self.timeouts = out, timeouts
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
-        self.resource = (kind.group, kind.version, namespace, kind.plural)
+        self.watcher = watch.Watch(return_type=object)  # pods as dictionaries
         self.allowed: set[str] = set()  # verbs of requests that were answered
         self.reported: set[str] = set()  # optional requests whose missing permission was reported
 
@@ -193,13 +180,13 @@ class JobClient:
         within 2.5 s instead of retrying.
         """
         start, reported = time.monotonic(), False
-        timeout = (1, 1.5) if once else (5, 30)
+        timeout = (1, 1.5) if once else REQUEST_TIMEOUT
         while True:
             try:
                 raw = call(
                     *args, _preload_content=False, _request_timeout=timeout, **(options or {})
-                ).data
-                answer = json.loads(raw)
+                )
+                answer = json.loads(raw.data)
                 if reported:
                     self.out("launcher: the API server answers again")
                 self.allowed.add(verb)
@@ -228,30 +215,32 @@ class JobClient:
             reported = True
             time.sleep(min(self.timeouts.poll, 2))
 
+    def _job_request(self, verb: str, *args: object, **limits: Any) -> dict | None:
+        """Send a request about jobs of this kind; limits: keywords of `request`."""
+        call = getattr(self.objects, f"{verb}_namespaced_custom_object")
+        resource = (self.kind.group, self.kind.version, self.namespace, self.kind.plural)
+        return self.request(f"{verb} {self.kind.plural}", call, *resource, *args, **limits)
+
     def create(self, job: dict, refused: float = 0) -> dict | None:
         """Create the job and return it as stored; None if a job with this name exists.
 
         refused: seconds to wait for a quota or an admission webhook.
         """
-        return self.request(
-            f"create {self.kind.plural}",
-            self.objects.create_namespaced_custom_object,
-            *self.resource,
-            job,
-            none_if=(409,),
-            refused=refused,
-        )
+        return self._job_request("create", job, none_if=(409,), refused=refused)
 
     def get(self) -> dict | None:
-        """The job, None when there is none."""
-        return self.request(
-            f"get {self.kind.plural}",
-            self.objects.get_namespaced_custom_object,
-            *self.resource,
-            self.name,
-            none_if=(404,),
-            forbidden=self.timeouts.forbidden,
-        )
+        """Return the job, or None if it does not exist."""
+        limit = self.timeouts.forbidden
+        return self._job_request("get", self.name, none_if=(404,), forbidden=limit)
+
+    def delete(self) -> None:
+        """Delete the job and its pods, if it exists."""
+        options = {"propagation_policy": "Background"}
+        self._job_request("delete", self.name, none_if=(404,), options=options)
+
+    def patch(self, change: dict) -> None:
+        """Apply a merge patch, the only patch type that the client supports for custom objects."""
+        self._job_request("patch", self.name, change, none_if=(404,))
 
     def adopt(self, owners: list[dict]) -> None:
         """Replace the owners of the job."""
@@ -261,61 +250,23 @@ class JobClient:
         """Set annotations of the job."""
         self.patch({"metadata": {"annotations": annotations}})
 
-    def pod(self, name: str, once: bool = False) -> dict | None:
-        """Return a pod, or None if it does not exist."""
-        return self.request(
-            "get pods",
-            self.core.read_namespaced_pod,
-            name,
-            self.namespace,
-            none_if=(404,),
-            forbidden=self.timeouts.forbidden,
-            once=once,
-        )
-
-    def workflow(self, name: str, once: bool = False) -> dict | None:
-        """Return a Workflow, or None if it does not exist.
-
-        once: fail within 2.5 s instead of retrying.
-        """
-        return self.request(
-            "get workflows",
-            self.objects.get_namespaced_custom_object,
-            workflow.GROUP,
-            workflow.VERSION,
-            self.namespace,
-            workflow.PLURAL,
-            name,
-            none_if=(404,),
-            forbidden=self.timeouts.forbidden,
-            once=once,
-        )
-
     def mark(self, failure: str, spec: dict | None) -> None:
         """Annotate the job with its failure; spec: a patch that ends it, see `Kind`."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": spec} if spec else change)
 
-    def patch(self, change: dict) -> None:
-        """Apply a merge patch, the only patch type that the client supports for custom objects."""
-        self.request(
-            f"patch {self.kind.plural}",
-            self.objects.patch_namespaced_custom_object,
-            *self.resource,
-            self.name,
-            change,
-            none_if=(404,),
-        )
+    def pod(self, name: str, once: bool = False) -> dict | None:
+        """Return a pod, or None if it does not exist. once: as of `request`."""
+        call, limit = self.core.read_namespaced_pod, self.timeouts.forbidden
+        where = (name, self.namespace)
+        return self.request("get pods", call, *where, none_if=(404,), forbidden=limit, once=once)
 
-    def delete(self) -> None:
-        """Delete the job and its pods, if it exists."""
-        self.request(
-            f"delete {self.kind.plural}",
-            self.objects.delete_namespaced_custom_object,
-            *self.resource,
-            self.name,
-            none_if=(404,),
-            options={"propagation_policy": "Background"},
+    def workflow(self, name: str, once: bool = False) -> dict | None:
+        """Return a Workflow, or None if it does not exist. once: as of `request`."""
+        call, limit = self.objects.get_namespaced_custom_object, self.timeouts.forbidden
+        where = (workflow.GROUP, workflow.VERSION, self.namespace, workflow.PLURAL, name)
+        return self.request(
+            "get workflows", call, *where, none_if=(404,), forbidden=limit, once=once
         )
 
     def pods(self) -> tuple[list[dict], str]:
@@ -331,23 +282,21 @@ class JobClient:
         return found["items"], found["metadata"]["resourceVersion"]
 
     def watch(self, version: str, seconds: float) -> Iterator[dict]:
-        """Yield the job's pods as they change, for `seconds`; ends early if the connection drops."""
+        """Yield the job's pods as they change, for `seconds`; ends early if the connection drops.
+
+        It also ends if the version is too old: the next list has a new one.
+        """
         try:
-            lines = self.core.list_namespaced_pod(
+            for event in self.watcher.stream(
+                self.core.list_namespaced_pod,
                 self.namespace,
                 label_selector=self.kind.selector(self.name),
                 resource_version=version,
-                watch=True,
                 timeout_seconds=max(1, round(seconds)),
-                _preload_content=False,
                 _request_timeout=(5, seconds + 10),
-            )
-            for line in lines:
-                event = json.loads(line)
-                if event["type"] == "ERROR":  # the version is too old: the next list has a new one
-                    return
+            ):
                 yield event["object"]
-        except (ApiException, HTTPError, ValueError):
+        except (ApiException, HTTPError, ValueError, LookupError):
             return  # if the problem persists, the next request reports it
 
     def events(self, selector: str) -> list[dict]:
@@ -383,7 +332,7 @@ class JobClient:
                 container=container or self.kind.container,
                 timestamps=True,
                 _preload_content=False,
-                _request_timeout=(5, 30),
+                _request_timeout=REQUEST_TIMEOUT,
                 **{key: value for key, value in options.items() if value is not None},
             )
             return raw.data.decode(errors="replace").splitlines()
@@ -402,7 +351,7 @@ class JobClient:
                 self.namespace,
                 queue.PLURAL,
                 label_selector=f"{queue.JOB_UID}={uid}",
-                _request_timeout=(5, 30),
+                _request_timeout=REQUEST_TIMEOUT,
             )["items"]
         except ApiException as error:
             self.report_forbidden("list workloads", error)

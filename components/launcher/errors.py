@@ -1,4 +1,4 @@
-"""What a request that the Kubernetes API rejects means, in one line: the request, the reason, the remedy.
+"""A rejected request to the Kubernetes API in one line: the request, the reason, the remedy.
 
 Three causes share status 403. RBAC names the account, the verb and the resource of the missing rule
 (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); it is not fixed by waiting. A
@@ -62,11 +62,14 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
     if rule:
         resource = f"{rule['resource']}.{rule['group']}".rstrip(".")
         return (
-            f"{what}: account {rule['account']} has no Role for verb {rule['verb']} of {resource}; apply "
-            "manifests/shared (Role vitdet-pipeline) or run the steps as an account that has it"
+            f"{what}: account {rule['account']} has no Role for verb {rule['verb']} of {resource}; "
+            "apply manifests/shared (Role vitdet-pipeline) or run the steps as an account that has "
+            "it"
         )
+    reason = message or error.reason
     if error.status == 401:
-        return f"{what}: {message or error.reason}: the API server does not accept the account's token (HTTP 401)"
+        return f"{what}: {reason}: the API server does not accept the account's token (HTTP 401)"
     if error.status == 404 and not message:
-        return f"{what}: the cluster knows no {kind.name} ({kind.group}/{kind.version}); install {kind.operator}"
-    return f"{what}: {message or error.reason} (HTTP {error.status})"
+        version = f"{kind.group}/{kind.version}"
+        return f"{what}: the cluster knows no {kind.name} ({version}); install {kind.operator}"
+    return f"{what}: {reason} (HTTP {error.status})"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from components.launcher.client import JobClient
-from components.launcher.logs import MAX_PODS, TAIL, RankLogs, keep_newest
-from components.launcher.restarts import WINDOW
+from components.launcher.logs import MAX_PODS, OUT_OF_GPU_MEMORY, TAIL, RankLogs, keep_newest
+from components.launcher.restarts import OUT_OF_MEMORY, WINDOW
 from components.launcher.status import Cause, failure_reason, root_cause
 
 SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
@@ -28,6 +28,21 @@ class Failures:
         keep_newest(self.found, MAX_PODS - 1)
         self.found[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
+    def out_of_memory(self) -> tuple[Cause, str] | None:
+        """Return a failure for lack of memory, and what to do: a restart would not help."""
+        for cause, lines in self.found.values():
+            if cause.reason == OUT_OF_MEMORY and not cause.init:
+                return cause, (
+                    "raise the memory limit of the pods (`memory` in the cluster's values), or use "
+                    "fewer data-loader workers"
+                )
+            if any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
+                return cause, (
+                    "too many images for the memory of a GPU: the last line of its log names the "
+                    "settings that need less; or use more or larger GPUs"
+                )
+        return None
+
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
         """Return the cause of a failure and the last log lines of the pod; "" if unknown."""
         cause = (
@@ -37,16 +52,15 @@ class Failures:
         )
         if cause is None:
             return ""
-        lines = self.found[cause.pod][1] if cause.pod in self.found else []
-        lines = lines[-SHOWN_LINES:]
-        shown = "\n  ".join(["\nlast lines of its log:", *lines]) if lines else ""
-        killed = " (the system killed a process, most likely out of memory)"
+        lines = self.found[cause.pod][1][-SHOWN_LINES:] if cause.pod in self.found else []
         first = self.ranks.first_failure(time_before(cause.time))
-        return (
-            (f"\n{first}" if first else "")
-            + f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}"
-            + shown
-        )
+        parts = [str(first)] if first else []
+        killed = any("Signal 9 (SIGKILL)" in line for line in lines)
+        hint = " (the system killed a process, most likely out of memory)" if killed else ""
+        parts.append(f"cause: {cause}{hint}")
+        if lines:
+            parts.append("\n  ".join(["last lines of its log:", *lines]))
+        return "".join(f"\n{part}" for part in parts)
 
 
 def time_before(text: str) -> str:

@@ -13,16 +13,18 @@ from typing import NoReturn
 
 from components.launcher.client import JobClient, Timeouts
 from components.launcher.failures import Failures
-from components.launcher.logs import OUT_OF_GPU_MEMORY, PodLog, RankLogs
+from components.launcher.logs import PodLog, RankLogs
 from components.launcher.progress import PROGRESS, Progress
 from components.launcher.pruned import check_dropped
 from components.launcher.queue import is_suspended, no_workload, queue_name, waiting_reason
-from components.launcher.restarts import OUT_OF_MEMORY, Restarts, node_is_unresponsive
+from components.launcher.restarts import Restarts, node_is_unresponsive
 from components.launcher.signals import on_stop
 from components.launcher.status import (
     BROKEN,
     Cause,
+    annotations_of,
     blocking_reason,
+    creation_time,
     deadline_exceeded,
     expected_pods,
     failure_reason,
@@ -76,10 +78,8 @@ class Follower:
         self.failures = Failures(client, self.ranks)
         self.restarts, self.errors, self.started = Restarts(), 0, False
         self.admitted = False  # by Kueue
-        self.limits = {"schedule": timeouts.schedule, "start": timeouts.start}
-        own = (job["metadata"].get("annotations") or {}).get(SCHEDULE)
-        if own:
-            self.limits["schedule"] = float(own)
+        schedule = float(annotations_of(job).get(SCHEDULE) or timeouts.schedule)
+        self.limits = {"schedule": schedule, "start": timeouts.start}
 
     def run(self) -> None:
         """Block until the job has succeeded. Raises RuntimeError with the cause of a failure."""
@@ -100,16 +100,16 @@ class Follower:
     def stopped(self) -> None:
         """Delete the job if its run ends, else leave it to the next attempt of the step.
 
-        The pod of a step is evicted, drained or lost like any other; the training goes on.
+        The pod of a step is evicted, drained or lost like any other; the training run continues.
         """
-        reason = self.end_reason()
-        if reason:
-            self.out(f"launcher: this step is being stopped, {reason}: deleting {self.name}")
+        stopping = "launcher: this step is being stopped"
+        if reason := self.end_reason():
+            self.out(f"{stopping}, {reason}: deleting {self.name}")
             self.client.delete()
         else:
             self.out(
-                f"launcher: this step is being stopped, but its run continues: {self.name} is left "
-                "running, and the next attempt of the step follows it"
+                f"{stopping}, but its run continues: {self.name} is left running, and the next "
+                "attempt of the step follows it"
             )
 
     def report(self, topic: str, text: str) -> None:
@@ -133,28 +133,21 @@ class Follower:
             if existing is None:
                 continue
             labels = existing["metadata"].get("labels") or {}
-            if any(
-                labels.get(key) != value
-                for key, value in wanted["labels"].items()
-                if key.startswith("vitdet/")
-            ):
+            own = {key: value for key, value in wanted["labels"].items() if key[:7] == "vitdet/"}
+            if not own.items() <= labels.items():
                 raise RuntimeError(
                     f"{self.name} exists and is not of this run: its labels are {labels}"
                 )
-            failure = (existing["metadata"].get("annotations") or {}).get(FAILURE, "")
+            failure = annotations_of(existing).get(FAILURE, "")
             failed = failure or job_phase(self.kind, existing)[0] == "failed"
             outdated = self.first_attempt and failed
             if not outdated and "deletionTimestamp" not in existing["metadata"]:
                 self.adopt(existing, failure)
                 return
-            self.report(
-                "created",
-                f"{self.name} of an earlier attempt has failed or is being deleted: recreating it",
-            )
+            earlier = f"{self.name} of an earlier attempt"
+            self.report("created", f"{earlier} has failed or is being deleted: recreating it")
             if self.persists("deletion", True, self.timeouts.deletion):
-                raise RuntimeError(
-                    f"{self.name} of an earlier attempt is still being deleted; check its finalizers"
-                )
+                raise RuntimeError(f"{earlier} is still being deleted; check its finalizers")
             self.client.delete()
             time.sleep(min(self.timeouts.poll, 1))
         self.report("created", f"created {self.name} in namespace {wanted['namespace']}")
@@ -176,13 +169,13 @@ class Follower:
             self.client.adopt([*without_run(existing), *owners])
         if failure:
             raise RuntimeError(failure)
-        annotations = existing["metadata"].get("annotations") or {}
+        annotations = annotations_of(existing)
         self.errors = int(annotations.get(ERRORS, 0))
         self.restarts = Restarts(self.errors)
         self.started = STARTED in annotations
 
     def poll(self) -> bool:
-        """Report changes; return whether the job has succeeded. Raises RuntimeError if it failed."""
+        """Report changes; return whether the job has succeeded. RuntimeError: it has failed."""
         job = self.client.get()
         if job is None:
             return self.handle_missing()
@@ -190,22 +183,16 @@ class Follower:
         pods, version = self.client.pods()
         # those of a deleted job with this name may live on for a moment
         pods = [one for one in pods if creation_time(one) >= creation_time(job)]
-        self.report_phase(phase, message)
+        ended = phase in ("succeeded", "failed")
+        meaning = phase
+        if phase == "suspended":
+            meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
+        details = f" ({message})" if message else ""
+        self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
         self.pods = pods
-        present = {pod["metadata"]["uid"] for pod in pods}
-        self.pod_logs = {uid: log for uid, log in self.pod_logs.items() if uid in present}
-        for pod in pods:
-            if node_is_unresponsive(pod):  # each request would wait for its time-out
-                node = (pod.get("spec") or {}).get("nodeName")
-                self.report(
-                    pod["metadata"]["name"],
-                    f"pod {pod['metadata']['name']}: its node {node} does not respond; the pod is replaced "
-                    "after its eviction, or after the Node object is deleted",
-                )
-            else:
-                self.stream_log(pod, final=phase in ("succeeded", "failed"))
+        self.read_logs(final=ended)
         self.record_failures(pods)
-        self.publish_progress(final=phase in ("succeeded", "failed"))
+        self.publish_progress(final=ended)
         if phase == "succeeded":
             return True
         if phase == "failed" and self.finished():  # deadline exceeded, or a pod was lost at the end
@@ -214,26 +201,20 @@ class Follower:
         if phase == "failed":
             # after the deadline the operator deletes the pods, so they fail too
             deadline = deadline_exceeded(job, message)
-            why = (
-                f"\ncause: {deadline}; its checkpoints stay"
-                if deadline
-                else self.failures.explain(pods, None)
-            )
+            cause = f"\ncause: {deadline}; its checkpoints stay" if deadline else ""
+            why = cause or self.failures.explain(pods, None)
             self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", None)
         if phase == "suspended":
             self.restarts.forget_pods()
         else:
-            self.count_failures(pods)
+            self.count_failures()
         self.check_queue(job, phase)
         limit = self.timeouts.operator
         missing = None if phase == "suspended" else missing_pods(job, pods, self.client.events)
         if self.persists("operator", not phase and not pods and not missing, limit):
-            self.give_up(
-                f"{self.name} has had no status for {limit:.0f} s: {self.kind.operator} does not run",
-                pods,
-                None,
-            )
-        self.check_start(pods, phase, missing)
+            text = f"has had no status for {limit:.0f} s: {self.kind.operator} does not run"
+            self.give_up(f"{self.name} {text}")
+        self.check_start(phase, missing)
         until = time.monotonic() + self.timeouts.poll
         for pod in self.client.watch(version, self.timeouts.poll):
             self.record_failures([pod])
@@ -242,13 +223,20 @@ class Follower:
         time.sleep(max(0.0, until - time.monotonic()))
         return False
 
-    def report_phase(self, phase: str, message: str) -> None:
-        """Write a new phase of the job to the step's log."""
-        meaning = phase
-        if phase == "suspended":
-            meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
-        details = f" ({message})" if message else ""
-        self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
+    def read_logs(self, final: bool) -> None:
+        """Read the new lines of all pods; final: the job has ended."""
+        present = {pod["metadata"]["uid"] for pod in self.pods}
+        self.pod_logs = {uid: log for uid, log in self.pod_logs.items() if uid in present}
+        for pod in self.pods:
+            if node_is_unresponsive(pod):  # each request would wait for its timeout
+                name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName")
+                self.report(
+                    name,
+                    f"pod {name}: its node {node} does not respond; the pod is replaced after its "
+                    "eviction, or after the Node object is deleted",
+                )
+            else:
+                self.stream_log(pod, final)
 
     def check_queue(self, job: dict, phase: str) -> None:
         """Report why Kueue holds the job; give up if Kueue does not know it."""
@@ -267,7 +255,7 @@ class Follower:
             self.report("queue", f"{self.name}: {text}")
             self.admitted = not is_suspended(job)  # it trains without the queue
         if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
-            self.give_up(f"{self.name} stays suspended, for {limit:.0f} s now: {text}", [], None)
+            self.give_up(f"{self.name} stays suspended, for {limit:.0f} s now: {text}")
 
     def publish_progress(self, final: bool) -> None:
         """Annotate the job with the step, the speed and the expected end of its training."""
@@ -295,23 +283,19 @@ class Follower:
             if cause is None:
                 continue
             container = cause.container or self.kind.container
-            restarts = restart_count(pod, container)
-            text = (
-                f"{cause}{f'; restarted (restarts so far: {restarts})' if cause.previous else ''}"
-            )
-            if text != self.reported.get(cause.pod):
-                self.report(cause.pod, text)
+            count = restart_count(pod, container)
+            again = f"; restarted (restarts so far: {count})" if cause.previous else ""
+            if f"{cause}{again}" != self.reported.get(cause.pod):
+                self.report(cause.pod, f"{cause}{again}")
                 self.stream_log(pod)
                 self.failures.add(cause, container)
 
     def stream_log(self, pod: dict, final: bool = False) -> None:
         """Read the new lines of a pod and write those of rank 0; final: the job has ended."""
-        labels = pod["metadata"].get("labels") or {}
-        log = self.pod_logs.setdefault(
-            pod["metadata"]["uid"], PodLog(self.client, self.kind.container)
-        )
-        main = self.kind.rank0(self.current).items() <= labels.items()
-        for line in self.ranks.add(pod["metadata"]["name"], log.new_lines(pod, final), main):
+        metadata = pod["metadata"]
+        log = self.pod_logs.setdefault(metadata["uid"], PodLog(self.client, self.kind.container))
+        main = self.kind.rank0(self.current).items() <= (metadata.get("labels") or {}).items()
+        for line in self.ranks.add(metadata["name"], log.new_lines(pod, final), main):
             self.out(line)
             self.progress.read(line)
 
@@ -322,21 +306,23 @@ class Follower:
             if log is not None and log.held_since is not None:
                 self.stream_log(pod, final=True)
 
-    def count_failures(self, pods: list[dict]) -> None:
+    def count_failures(self) -> None:
         """End the job for lack of memory, or after more errors than its file allows to restart.
 
         Disruptions are not limited. A TrainJob has the rules of its runtime for this.
         """
         now = time.monotonic()
-        for pod in pods:
+        for pod in self.pods:
             self.restarts.observe(pod, self.kind.container, now)
         elastic = self.job["spec"].get("elasticPolicy") or {}
         needed = elastic.get("minReplicas", expected_pods(self.job))
-        self.restarts.complete_poll(pods, needed, now)
+        self.restarts.complete_poll(self.pods, needed, now)
         if self.restarts.disruptions:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
-        self.check_memory()
-        allowed = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
+        if found := self.failures.out_of_memory():
+            cause, advice = found
+            self.give_up(f"{self.name} ran out of memory: {advice}", cause)
+        allowed = annotations_of(self.job).get(RESTARTS)
         if allowed is None:
             return
         limit, errors = int(allowed), self.restarts.decided_errors(now)
@@ -348,60 +334,43 @@ class Follower:
                 self.report("errors", f"errors: {errors} of at most {limit}{last}")
         if errors > limit:
             times = "1 time" if errors == 1 else f"{errors} times"
-            self.give_up(f"{self.name} has failed {times}", pods, None)
+            self.give_up(f"{self.name} has failed {times}")
 
-    def check_memory(self) -> None:
-        """End the job if a pod ran out of memory: a restart would not help."""
-        for cause, lines in self.failures.found.values():
-            if cause.reason == OUT_OF_MEMORY and not cause.init:
-                advice = (
-                    "raise the memory limit of the pods (`memory` in the cluster's values), or use fewer "
-                    "data-loader workers"
-                )
-            elif any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
-                advice = (
-                    "too many images for the memory of a GPU: the last line of its log names the settings "
-                    "that need less; or use more or larger GPUs"
-                )
-            else:
-                continue
-            self.give_up(f"{self.name} ran out of memory: {advice}", [], cause)
-
-    def check_start(self, pods: list[dict], phase: str, missing: Cause | None) -> None:
+    def check_start(self, phase: str, missing: Cause | None) -> None:
         """Report why pods do not start; give up if the problem persists.
 
-        A training that has run waits for a lost node until the deadline of the job.
+        A training run that has started waits for a lost node until the deadline of the job.
         """
-        running = sum((one.get("status") or {}).get("phase") == "Running" for one in pods)
+        running = sum((one.get("status") or {}).get("phase") == "Running" for one in self.pods)
         if not self.started and running >= expected_pods(self.job):
             self.started = True
             self.client.annotate({STARTED: "true"})
-        found = [
-            cause
-            for pod in pods
-            if (cause := blocking_reason(pod) or startup_warning(pod, self.client.events))
-        ]
-        found += [missing] if missing else []
+        events = self.client.events
+        found = [blocking_reason(pod) or startup_warning(pod, events) for pod in self.pods]
         # an elastic job can run with fewer nodes than requested
         elastic = "elasticPolicy" in self.job["spec"] and phase == "running"
+        waiting = f"{self.name} lost a pod, waiting for another" if self.started else "waiting"
         for topic in ("schedule", "start"):
-            causes = [cause for cause in found if (cause.reason in BROKEN) == (topic == "start")]
-            waiting = f"{self.name} lost a pod, waiting for another" if self.started else "waiting"
+            causes = [
+                cause
+                for cause in (*found, missing)
+                if cause and (cause.reason in BROKEN) == (topic == "start")
+            ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
             # an image that could be pulled before is missing for other reasons than its name
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue
             if self.persists(topic, bool(causes) and not elastic, limit):
-                self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", pods, causes[0])
+                self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", causes[0])
 
-    def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
+    def give_up(self, text: str, cause: Cause | None = None) -> NoReturn:
         """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""
         self.stream_held_lines()
-        explained = self.failures.explain(pods, cause)
-        if queue_name(self.current):
-            self.fail(f"{text}{explained}; its deadline is set to now", self.kind.expire)
-        self.fail(f"{text}{explained}; it is suspended", self.kind.halt)
+        explained = self.failures.explain(self.pods, cause)
+        queued = queue_name(self.current)
+        ending = "its deadline is set to now" if queued else "it is suspended"
+        self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)
 
     def fail(self, text: str, spec: dict | None) -> NoReturn:
         """Annotate the job with the cause; spec: a patch that ends it. Raises RuntimeError."""
@@ -419,8 +388,3 @@ class Follower:
             self.client.delete()
         except RuntimeError as error:
             self.out(f"launcher: cannot delete {self.name}, which may still use its GPUs: {error}")
-
-
-def creation_time(resource: dict) -> str:
-    """Return when the API server created this; "" if unknown."""
-    return resource["metadata"].get("creationTimestamp") or ""

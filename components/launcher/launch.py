@@ -12,6 +12,7 @@ finished PyTorchJob after its time to live; a TrainJob has none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from components.launcher.client import (
     JobClient,
@@ -22,7 +23,7 @@ from components.launcher.client import (
     release_job,
 )
 from components.launcher.follower import Follower
-from components.launcher.status import deadline, job_phase, retention
+from components.launcher.status import annotations_of, deadline, job_phase, retention
 from components.launcher.step import Step
 from components.launcher.templates import (
     FAILURE,
@@ -74,7 +75,7 @@ def launch(
         task_config: The fields of kfp's dsl.TaskConfig.
         out: Called with each line of rank 0's log and of the job's progress.
         finished: Returns whether the training is complete; called if the job is gone or has failed.
-        check_processes: Raises ValueError if the training cannot use this number of processes.
+        check_processes: Raises ValueError if this number of processes cannot train.
         keep_logs: Called with files of the last lines of each rank, by name, after the job's end.
 
     Raises:
@@ -102,48 +103,39 @@ def launch(
     job = fill_template(template, job_kind, request)
     for count in process_counts(job_kind, job):
         check_processes(count)
-    folders = [folder.rstrip("/") for folder in mount_paths(job_kind, job)]
-    if folders and not any(
-        f"{workspace.rstrip('/')}/".startswith(f"{folder}/") for folder in folders
-    ):
+    folders = mount_paths(job_kind, job)
+    if folders and not any(Path(workspace).is_relative_to(folder) for folder in folders):
+        mounted = ", ".join(folders)
         raise ValueError(
-            f"the job's pods do not mount the workspace {workspace}; they mount {', '.join(folders)}"
+            f"the job's pods do not mount the workspace {workspace}; they mount {mounted}"
         )
-    Follower(
-        client,
-        job_kind,
-        job,
-        out,
-        timeouts,
-        finished,
-        step.end_reason,
-        step.first_attempt,
-        keep_logs,
-    ).run()
+    follow = (finished, step.end_reason, step.first_attempt, keep_logs)
+    Follower(client, job_kind, job, out, timeouts, *follow).run()
 
 
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
     """End the training jobs of a run in its exit handler; returns and raises as `delete_jobs`.
 
-    A job that has started and still trains after a failed run, e.g. because its step was evicted too often, is left
-    running and released from the Workflow, whose deletion would delete it: Retry of the run follows
-    it. All other unfinished jobs are deleted. Raises RuntimeError if it is unknown whether the run
-    was ended by a user, so that no job is deleted by mistake: the step is retried.
+    A job that has started and still trains after a failed run, e.g. because its step was evicted
+    too often, is left running and released from the Workflow, whose deletion would delete it: Retry
+    of the run follows it. All other unfinished jobs are deleted. Raises RuntimeError if it is
+    unknown whether the run was ended by a user, so that no job is deleted by mistake: the step is
+    retried.
     """
     api, namespace = connect()
     step = Step(JobClient(api, KINDS["pytorchjob"], "", namespace, print, Timeouts()))
     ended = succeeded or step.run_ended()
 
     def keep(kind: Kind, job: dict) -> str:
-        metadata = job["metadata"]
-        annotations = metadata.get("annotations") or {}
+        name, annotations = job["metadata"]["name"], annotations_of(job)
         if ended or FAILURE in annotations or STARTED not in annotations:
             return ""
-        release_job(api, kind, namespace, metadata["name"], without_run(job))
+        release_job(api, kind, namespace, name, without_run(job))
         phase = job_phase(kind, job)[0] or "created"
         return (
-            f"{metadata['name']}: {phase}, is left running. Retry of the run follows it; else it ends by "
-            f"itself, at its deadline ({deadline(job)}), or by `python -m pipeline terminate {run_id}`"
+            f"{name}: {phase}, is left running. Retry of the run follows it; else it ends by "
+            f"itself, at its deadline ({deadline(job)}), or by `python -m pipeline terminate "
+            f"{run_id}`"
         )
 
     return delete_jobs(run_id, own=own, keep=keep)
@@ -160,9 +152,9 @@ def delete_jobs(
         keep: Called for each unfinished job; decides whether it is deleted.
 
     Returns:
-        The names of the deleted jobs, and one line for each job that is not deleted: a finished job,
-        with how long it and its pods' logs are kept, or a job that is already being deleted; and
-        for each kind that may not be listed, e.g. if the account may use one operator only.
+        The names of the deleted jobs, and one line for each job that is not deleted: a finished
+        job, with how long it and its pods' logs are kept, or a job that is already being deleted;
+        and for each kind that may not be listed, e.g. if the account may use one operator only.
 
     Raises:
         PermissionError: Listing `own`, or every kind, or a deletion is forbidden.

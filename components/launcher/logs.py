@@ -119,24 +119,19 @@ class RankLogs:
                 text = text[prefix.end() :]
             source = f"rank {prefix[1]}" if prefix else f"pod {pod}"
             if source not in self.lines and not prefix:
-                self.forget_oldest_pod()
+                pods = [one for one in self.lines if one.startswith("pod ")]
+                if len(pods) >= MAX_PODS:
+                    del self.lines[pods[0]], self.pods[pods[0]]
             self.lines.setdefault(source, deque(maxlen=TAIL)).append(Line(when, text))
             self.pods[source] = pod
             if prefix[1] == "0" if prefix else main:
                 shown.append(text)
         return shown
 
-    def forget_oldest_pod(self) -> None:
-        """Make room for another pod."""
-        pods = [source for source in self.lines if source.startswith("pod ")]
-        if len(pods) >= MAX_PODS:
-            del self.lines[pods[0]], self.pods[pods[0]]
-
     def tails(self) -> dict[str, list[str]]:
         """Return the last lines by rank, then by pod."""
-        ranks = sorted((one for one in self.lines if one.startswith("rank ")), key=rank_number)
-        others = sorted(one for one in self.lines if one.startswith("pod "))
-        return {one: [line.text for line in self.lines[one]] for one in [*ranks, *others]}
+        ordered = sorted(self.lines, key=source_order)
+        return {one: [line.text for line in self.lines[one]] for one in ordered}
 
     def files(self) -> dict[str, str]:
         """Return the last lines as files, one for each rank and pod, e.g. rank-00003.log."""
@@ -182,16 +177,14 @@ class RankLogs:
         for source, lines in self.lines.items():
             values: dict[str, str] = {}
             for line in lines:
-                if line.time > since and (found := SUMMARY.match(line.text)):
-                    values[found[1]] = found[2]
-                    if found[1] == "exitcode":
-                        code = int(values["exitcode"])
-                        if code < 0 and code != -15 and "rank" in values:
-                            error = f"ended by signal {-code}"
-                            rank = f"rank {values['rank']}"
-                            failures.append(
-                                Failure(rank, self.pods[source], line.time, error, -code)
-                            )
+                found = SUMMARY.match(line.text) if line.time > since else None
+                if found is None:
+                    continue
+                values[found[1]] = found[2]
+                signal = -int(found[2]) if found[1] == "exitcode" else 0
+                if signal > 0 and signal != 15 and "rank" in values:
+                    rank, error = f"rank {values['rank']}", f"ended by signal {signal}"
+                    failures.append(Failure(rank, self.pods[source], line.time, error, signal))
         return failures
 
 
@@ -201,9 +194,10 @@ def keep_newest(entries: dict, most: int) -> None:
         del entries[key]
 
 
-def rank_number(source: str) -> int:
-    """Return 3 for `rank 3`."""
-    return int(source.split()[1])
+def source_order(source: str) -> tuple[bool, int, str]:
+    """Return the sort key of `rank 3` or `pod NAME`: ranks by number, then pods by name."""
+    kind, _, name = source.partition(" ")
+    return kind == "pod", int(name) if kind == "rank" else 0, name
 
 
 def error_text(lines: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The progress of a training, from the lines that rank 0 writes, as an annotation of its job.
+"""The progress of a training run, from the lines that rank 0 writes, as an annotation of its job.
 
 `vitdet.tracking.tracker.Progress` writes these lines: the step, the time left and images/s.
 """
@@ -12,8 +12,9 @@ from datetime import UTC, datetime, timedelta
 PROGRESS = "vitdet/progress"  # annotation of a job
 INTERVAL = 30.0  # seconds between two updates of the annotation
 LINE = re.compile(
-    r"step (?P<step>\d+)/(?P<steps>\d+)  (?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d\d) left"
-    r"  (?P<speed>\d+\.\d+) images/s\b"
+    r"step (?P<step>\d+)/(?P<steps>\d+)  "
+    r"(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d\d) left  "
+    r"(?P<speed>\d+\.\d+) images/s\b"
 )
 
 
@@ -21,15 +22,13 @@ def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
     """Return the progress in a line of rank 0's log, or None.
 
     {step, steps, images_per_second, eta, time}; the times are UTC in RFC 3339. `time` is when the
-    line was read and `eta` when the training is expected to end.
+    line was read and `eta` when the training run is expected to end.
     """
     found = LINE.match(line)
     if found is None:
         return None
     left = timedelta(
-        hours=int(found["hours"] or 0),
-        minutes=int(found["minutes"]),
-        seconds=int(found["seconds"]),
+        hours=int(found["hours"] or 0), minutes=int(found["minutes"]), seconds=int(found["seconds"])
     )
     return {
         "step": int(found["step"]),
@@ -53,7 +52,7 @@ def describe(annotation: str) -> str:
 
 
 class Progress:
-    """The latest progress of one training, and when it was published."""
+    """The latest progress of one training run, and when it was published."""
 
     def __init__(self) -> None:
         self.latest = self.published = ""

@@ -11,9 +11,10 @@ from __future__ import annotations
 from components.launcher.templates import Kind
 
 # Fields without which a job still trains in the same way -> the consequence
+NO_DEADLINE = "the job has no deadline, so a forgotten job does not end by itself"
 SAFETY = {
-    "spec.activeDeadlineSeconds": "the job has no deadline, so a forgotten job does not end by itself",
-    "spec.runPolicy.activeDeadlineSeconds": "the job has no deadline, so a forgotten job does not end by itself",
+    "spec.activeDeadlineSeconds": NO_DEADLINE,
+    "spec.runPolicy.activeDeadlineSeconds": NO_DEADLINE,
     "spec.runPolicy.ttlSecondsAfterFinished": "the job is not deleted some time after its end",
 }
 # Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
@@ -30,16 +31,13 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
     if isinstance(sent, dict):
         if not isinstance(received, dict):
             return [path]
-        return [
-            one
-            for key, value in sent.items()
-            if value not in (None, "", 0, False, [], {})
-            for one in (
-                dropped_fields(value, received[key], f"{path}.{key}")
-                if key in received
-                else [f"{path}.{key}"]
-            )
-        ]
+        lost = []
+        for key, value in sent.items():
+            if value in (None, "", 0, False, [], {}):
+                continue
+            inside = f"{path}.{key}"
+            lost += dropped_fields(value, received[key], inside) if key in received else [inside]
+        return lost
     if isinstance(sent, list) and any(isinstance(one, dict) for one in sent):
         found = received if isinstance(received, list) else []
         return [
@@ -51,9 +49,8 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, place: int, entries: list) -> object:
-    """Return the entry of a list with the same identity, or else at the same place; None if none."""
-    key = next((key for key in KEYS if key in entry), None) if isinstance(entry, dict) else None
-    if isinstance(entry, dict) and key:
+    """Return the entry of a list with the same identity, or else at the same place, or None."""
+    if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         same = (one for one in entries if isinstance(one, dict) and one.get(key) == entry[key])
         return next(same, None)
     return entries[place] if place < len(entries) else None
@@ -76,23 +73,20 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
     error: the job would not train as requested; "" if only warnings remain.
     """
     warnings, lost = [], []
+    settings = pod_settings(sent["spec"])
+    missing = f"the cluster's {kind.name} has no "
     for path in dropped_fields(sent["spec"], received.get("spec"), "spec"):
-        field = path.split(".")[1].partition("[")[0]
-        since = SINCE.get(field) if kind.name == "TrainJob" else None
-        remedy = (
-            f"upgrade Kubeflow Trainer to {since} or later" if since else f"see {kind.operator}"
-        )
+        since = SINCE.get(path.split(".")[1].partition("[")[0]) if kind.name == "TrainJob" else ""
+        remedy = f"see {kind.operator}"
+        if since:
+            remedy = f"upgrade Kubeflow Trainer to {since} or later"
         if path in SAFETY:
-            warnings.append(f"the cluster's {kind.name} has no {path}: {SAFETY[path]}; {remedy}")
-        elif path == "spec.runtimePatches" and not pod_settings(sent["spec"]):
-            warnings.append(
-                f"the cluster's {kind.name} has no {path}: the pods lack the labels of the run; {remedy}"
-            )
+            warnings.append(f"{missing}{path}: {SAFETY[path]}; {remedy}")
+        elif path != "spec.runtimePatches":
+            lost.append(f"{path} ({remedy})")
+        elif settings:
+            lost.append(f"{path}, which sets {', '.join(settings)} of the pods ({remedy})")
         else:
-            settings = pod_settings(sent["spec"]) if path == "spec.runtimePatches" else []
-            meaning = f", which sets {', '.join(settings)} of the pods" if settings else ""
-            lost.append(f"{path}{meaning} ({remedy})")
-    error = ""
-    if lost:
-        error = f"the cluster's {kind.name} has no {'; no '.join(lost)}; the job would train in another way"
+            warnings.append(f"{missing}{path}: the pods lack the labels of the run; {remedy}")
+    error = f"{missing}{'; no '.join(lost)}; the job would train in another way" if lost else ""
     return warnings, error

@@ -10,6 +10,7 @@ TrainJobs are not counted: JobSet's failure policy does it (manifests/trainjob/r
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -24,27 +25,16 @@ WINDOW = 600.0
 EVICTION = 360.0  # until the pods of a lost node are evicted: 40 s, 5 minutes, and some more
 OUT_OF_MEMORY = "OOMKilled"
 # Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
-OWN_LIMITS = (
-    "exceeds the limit",
-    "exceeds the total limit",
-    "exceeded its local ephemeral storage",
+OWN_LIMITS = re.compile(
+    "exceeds the limit|exceeds the total limit|exceeded its local ephemeral storage"
 )
 # Values of status.reason of pods that were terminated or rejected by their node, for versions and
-# cases without the condition DisruptionTarget: pkg/kubelet (eviction, nodeshutdown, preemption, lifecycle) and pkg/controller/nodelifecycle
-DISRUPTIONS = (
-    "Evicted",
-    "NodeLost",
-    "NodeShutdown",
-    "Shutdown",
-    "Terminated",
-    "Preempting",
-    "NodeAffinity",
-    "UnexpectedAdmissionError",
-    "Deleted",
-    "NodeNotReady",
-    # of a container whose end the kubelet or the runtime did not see: its node was restarted
-    "ContainerStatusUnknown",
-    "Unknown",
+# cases without the condition DisruptionTarget: pkg/kubelet (eviction, nodeshutdown, preemption,
+# lifecycle) and pkg/controller/nodelifecycle. The last two are of a container whose end the kubelet
+# or the runtime did not see: its node was restarted.
+DISRUPTIONS = re.compile(
+    "Evicted|NodeLost|NodeShutdown|Shutdown|Terminated|Preempting|NodeAffinity|OutOf.*"
+    "|UnexpectedAdmissionError|Deleted|NodeNotReady|ContainerStatusUnknown|Unknown"
 )
 
 
@@ -81,7 +71,7 @@ class Restarts:
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
-        """The number of errors without the last incident while it can turn out to be a disruption."""
+        """The number of errors, without the last incident while it may still be a disruption."""
         last = self.incidents[-1] if self.incidents else None
         undecided = last is not None and not last.disrupted and not self.is_decided(now)
         return self.errors - undecided
@@ -96,10 +86,9 @@ class Restarts:
 
         The first poll of a job counts none: they were before this launcher.
         """
-        name, uid = pod["metadata"]["name"], pod["metadata"].get("uid") or pod["metadata"]["name"]
-        cause, count, before = failure_reason(pod), 0, self.failures.get(uid, 0)
-        if cause is not None:
-            count = failure_count(pod, cause, container)
+        name, uid = pod["metadata"]["name"], uid_of(pod)
+        cause, before = failure_reason(pod), self.failures.get(uid, 0)
+        count = failure_count(pod, cause, container) if cause else 0
         self.failures[uid] = max(count, before)
         if is_backing_off(pod, container):
             self.backing_off.add(uid)
@@ -125,24 +114,20 @@ class Restarts:
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
         """Compare all pods with those of the last poll: a pod that is gone was deleted.
 
-        needed: how many pods must run so that the training can.
-
         The operator deletes failed pods, which `observe` has seen, and those of a suspended job.
+        needed: how many pods must run for the job to train.
         """
-        current = {one["metadata"]["name"]: one["metadata"].get("uid") or "" for one in pods}
+        current = {one["metadata"]["name"]: uid_of(one) for one in pods}
         for name, uid in self.pods.items():
-            if (
-                current.get(name) != uid
-                and not self.failures.get(uid)
-                and uid not in self.disrupted
-            ):
+            seen = self.failures.get(uid) or uid in self.disrupted
+            if current.get(name) != uid and not seen:
                 self.add(name, Cause(name, "Deleted"), now, True)
         self.incomplete = sum(map(can_run, pods)) < needed
-        self.backing_off &= {one["metadata"].get("uid") or one["metadata"]["name"] for one in pods}
+        self.backing_off &= set(current.values())
         self.pods, self.initialized = current, True
 
     def is_decided(self, now: float) -> bool:
-        """Whether the last incident is an error: no node can turn out to be lost any more.
+        """Whether the last incident is an error: no node can turn out to be lost anymore.
 
         The pod on a lost node does not fail by itself, and is evicted after minutes.
         """
@@ -184,6 +169,11 @@ class Restarts:
         return True
 
 
+def uid_of(pod: dict) -> str:
+    """Return what identifies a pod."""
+    return pod["metadata"].get("uid") or pod["metadata"]["name"]
+
+
 def is_disruption(cause: Cause, pod: dict) -> bool:
     """Whether the node or an eviction ended this pod, not its own process.
 
@@ -191,14 +181,13 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
     """
     if cause.reason == OUT_OF_MEMORY:
         return False
-    if cause.reason == "Evicted" and any(text in cause.message for text in OWN_LIMITS):
+    if cause.reason == "Evicted" and OWN_LIMITS.search(cause.message):
         return False
     reason = (pod.get("status") or {}).get("reason") or cause.reason
     return (
         is_deleted_before(pod, cause.time)
         or has_disruption_target(pod)
-        or reason in DISRUPTIONS
-        or reason.startswith("OutOf")
+        or DISRUPTIONS.fullmatch(reason) is not None
     )
 
 
@@ -213,7 +202,7 @@ def is_deleted_before(pod: dict, time: str) -> bool:
 
 
 def can_run(pod: dict) -> bool:
-    """Whether this pod takes part in the training, or will as soon as its container is restarted."""
+    """Whether this pod takes part in training, or will as soon as its container is restarted."""
     running = (pod.get("status") or {}).get("phase") == "Running"
     return running and "deletionTimestamp" not in pod["metadata"] and not node_is_unresponsive(pod)
 

@@ -1,4 +1,4 @@
-"""Schema of the job fields that this package reads; invalid YAML is rejected with the path of the field.
+"""Schema of the job fields that this package reads; YAML that is not valid is rejected by path.
 
 The API server validates all other fields. A value of null is an absent field, as in Kubernetes.
 """
@@ -8,228 +8,81 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct, ValidationError, convert, field
+from msgspec import Meta, ValidationError, convert, defstruct
 
 GPU = "nvidia.com/gpu"
-# YAML reads unquoted numbers; the API server validates the type
-Scalar = str | int | float | bool
-Map = dict[str, Scalar | None]
 
 
-class ApiObject(Struct, rename="camel"):
-    """Fields of the Kubernetes API; unknown ones are ignored."""
-
-
-class Metadata(ApiObject):
-    """ObjectMeta."""
-
-    name: str | None = None
-    labels: Map | None = None
-    annotations: Map | None = None
-
-
-class RuntimeMetadata(Metadata, kw_only=True):
-    """ObjectMeta of a runtime, to which a TrainJob refers by name."""
-
-    name: str
-
-
-class Variable(ApiObject):
-    """EnvVar."""
-
-    name: str
-
-
-class Claim(ApiObject):
-    """PersistentVolumeClaimVolumeSource."""
-
-    claim_name: str | None = None
-
-
-class Volume(ApiObject):
-    """Volume."""
-
-    name: str
-    persistent_volume_claim: Claim | None = None
-
-
-class Mount(ApiObject):
-    """VolumeMount."""
-
-    name: str
-    mount_path: str
-
-
-class GpuCount:
+class _GpuCount:
     """Quantity of a resource that is counted in whole numbers, as 8 or "8"."""
 
 
-class Limits(ApiObject):
-    """The limits that this package reads."""
-
-    gpus: GpuCount | None = field(default=None, name=GPU)
-
-
-class Resources(ApiObject):
-    """ResourceRequirements."""
-
-    limits: Limits | None = None
-    requests: Map | None = None
+def _fields(required: dict[str, Any] | None = None, /, **optional: Any) -> Any:
+    """Return a type with these fields of the Kubernetes API; it ignores all others."""
+    fields: list[Any] = list((required or {}).items())
+    return defstruct("Fields", fields + [(key, one | None, None) for key, one in optional.items()])
 
 
-class Container(ApiObject):
-    """Container."""
-
-    name: str
-    image: str | None = None
-    args: list[str] | None = None
-    env: list[Variable] | None = None
-    volume_mounts: list[Mount] | None = None
-    resources: Resources | None = None
+def _list(kind: Any) -> Any:
+    return list[kind]
 
 
-class PodFields(ApiObject):
-    """What a runtime or a patch may say of a pod."""
-
-    containers: list[Container] | None = None
-    volumes: list[Volume] | None = None
-    node_selector: Map | None = None
-    tolerations: list[dict] | None = None
-    affinity: dict | None = None
-
-
-class Pod(PodFields, kw_only=True):
-    """PodSpec with at least one container."""
-
-    containers: Annotated[list[Container], Meta(min_length=1)]
-
-
-class PodTemplate(ApiObject):
-    """PodTemplateSpec."""
-
-    spec: Pod
-    metadata: Metadata | None = None
-
-
-class Replica(ApiObject):
-    """ReplicaSpec of the training operator."""
-
-    template: PodTemplate
-    replicas: int | None = None
-
-
-class RunPolicy(ApiObject):
-    """RunPolicy of the training operator."""
-
-    active_deadline_seconds: int | None = None
-    ttl_seconds_after_finished: int | None = None
-    backoff_limit: int | None = None
-
-
-class ElasticPolicy(ApiObject):
-    """ElasticPolicy of the training operator."""
-
-    min_replicas: int | None = None
-    max_replicas: int | None = None
-
-
-class PyTorchJob(ApiObject):
-    """PyTorchJobSpec; `validate` checks the replicas."""
-
-    pytorch_replica_specs: Annotated[dict[str, Any], Meta(min_length=1)]
-    run_policy: RunPolicy | None = None
-    elastic_policy: ElasticPolicy | None = None
-    nproc_per_node: Scalar | None = None
-
-
-class RuntimeRef(ApiObject):
-    """RuntimeRef of Kubeflow Trainer."""
-
-    name: str
-    kind: str | None = None
-
-
-class Trainer(ApiObject):
-    """Trainer of Kubeflow Trainer."""
-
-    image: str | None = None
-    num_nodes: int | None = None
-    num_proc_per_node: Scalar | None = None
-    env: list[Variable] | None = None
-    resources_per_node: Resources | None = None
-
-
-class OptionalPodTemplate(ApiObject):
-    """The pods of a runtime's or a patch's job."""
-
-    spec: PodFields | None = None
-    metadata: Metadata | None = None
-
-
-class JobSpec(ApiObject):
-    """batch/v1 JobSpec."""
-
-    template: OptionalPodTemplate | None = None
-
-
-class JobTemplate(ApiObject):
-    """batch/v1 JobTemplateSpec."""
-
-    spec: JobSpec | None = None
-
-
-class ReplicatedJob(ApiObject):
-    """ReplicatedJob of JobSet."""
-
-    name: str
-    template: JobTemplate | None = None
-
-
-class JobSetSpec(ApiObject):
-    """JobSetSpec."""
-
-    replicated_jobs: list[ReplicatedJob] | None = None
-
-
-class JobSetTemplate(ApiObject):
-    """The JobSet of a runtime."""
-
-    spec: JobSetSpec | None = None
-
-
-class RuntimeSpec(ApiObject):
-    """TrainingRuntimeSpec, also as a patch."""
-
-    template: JobSetTemplate | None = None
-
-
-class RuntimePatch(ApiObject):
-    """RuntimePatch of Kubeflow Trainer 2.3."""
-
-    manager: str
-    training_runtime_spec: RuntimeSpec | None = None
-
-
-class TrainJob(ApiObject):
-    """TrainJobSpec."""
-
-    runtime_ref: RuntimeRef
-    trainer: Trainer | None = None
-    runtime_patches: list[RuntimePatch] | None = None
-    active_deadline_seconds: int | None = None
-
-
+# YAML reads unquoted numbers; the API server validates the type
+Scalar = str | int | float | bool
+_MAP = dict[str, Scalar | None]
+_METADATA = _fields(name=str, labels=_MAP, annotations=_MAP)
+# a TrainJob refers to its runtime by name
+_NAMED = _fields({"name": str}, labels=_MAP, annotations=_MAP)
+_ENV = _list(_fields({"name": str}))
+_LIMITS = defstruct("Limits", [("gpus", _GpuCount | None, None)], rename={"gpus": GPU})
+_RESOURCES = _fields(limits=_LIMITS, requests=_MAP)
+_CONTAINER = _fields(
+    {"name": str},
+    image=str,
+    args=list[str],
+    env=_ENV,
+    volumeMounts=_list(_fields({"name": str, "mountPath": str})),
+    resources=_RESOURCES,
+)
+_POD_FIELDS = {
+    "volumes": _list(_fields({"name": str}, persistentVolumeClaim=_fields(claimName=str))),
+    "nodeSelector": _MAP,
+    "tolerations": list[dict],
+    "affinity": dict,
+}
+_POD = _fields({"containers": Annotated[_list(_CONTAINER), Meta(min_length=1)]}, **_POD_FIELDS)
+# one entry of a PyTorchJob's pytorchReplicaSpecs
+_REPLICA = _fields({"template": _fields({"spec": _POD}, metadata=_METADATA)}, replicas=int)
+_PYTORCHJOB = _fields(
+    {"pytorchReplicaSpecs": Annotated[dict[str, Any], Meta(min_length=1)]},
+    runPolicy=_fields(activeDeadlineSeconds=int, ttlSecondsAfterFinished=int, backoffLimit=int),
+    elasticPolicy=_fields(minReplicas=int, maxReplicas=int),
+    nprocPerNode=Scalar,
+)
+# a TrainJob's pods: in a runtime and in a patch of one
+_PODS = _fields(spec=_fields(containers=_list(_CONTAINER), **_POD_FIELDS), metadata=_METADATA)
+_JOB = _fields(spec=_fields(template=_PODS))
+_JOBSET = _fields(replicatedJobs=_list(_fields({"name": str}, template=_JOB)))
+_RUNTIME = _fields(template=_fields(spec=_JOBSET))
+_TRAINJOB = _fields(
+    {"runtimeRef": _fields({"name": str}, kind=str)},
+    trainer=_fields(
+        image=str, numNodes=int, numProcPerNode=Scalar, env=_ENV, resourcesPerNode=_RESOURCES
+    ),
+    runtimePatches=_list(_fields({"manager": str}, trainingRuntimeSpec=_RUNTIME)),
+    activeDeadlineSeconds=int,
+)
 # kind -> types of metadata and spec
 TYPES: dict[str, tuple[Any, Any]] = {
-    "PyTorchJob": (Metadata | None, PyTorchJob),
-    "TrainJob": (Metadata | None, TrainJob),
-    "TrainingRuntime": (RuntimeMetadata, RuntimeSpec),
-    "ClusterTrainingRuntime": (RuntimeMetadata, RuntimeSpec),
+    "PyTorchJob": (_METADATA | None, _PYTORCHJOB),
+    "TrainJob": (_METADATA | None, _TRAINJOB),
+    "TrainingRuntime": (_NAMED, _RUNTIME),
+    "ClusterTrainingRuntime": (_NAMED, _RUNTIME),
 }
 
 
 def validate(document: dict) -> dict:
-    """Return a copy of a job or runtime without nulls; documents of other kinds are returned as they are.
+    """Return a copy of a job or runtime without nulls; other documents are returned unchanged.
 
     Raises ValueError with the path of a field that is missing or of another type.
     """
@@ -243,7 +96,7 @@ def validate(document: dict) -> dict:
     _check(document["spec"], spec, f"{kind}: spec")
     # One by one, because msgspec does not report the keys of a mapping: `pytorchReplicaSpecs[...]`
     for name, replica in document["spec"].get("pytorchReplicaSpecs", {}).items():
-        _check(replica, Replica, f"{kind}: spec.pytorchReplicaSpecs.{name}")
+        _check(replica, _REPLICA, f"{kind}: spec.pytorchReplicaSpecs.{name}")
     return without_nulls(document)
 
 
@@ -285,7 +138,7 @@ def _mapping_at(value: Any, path: str) -> dict:
 
 
 def _gpu_count(kind: type, value: object) -> object:
-    """Convert to GpuCount, the only type that msgspec does not know."""
+    """Convert to _GpuCount, the only type that msgspec does not know."""
     if not re.fullmatch("[0-9]+", str(value)):
         raise ValueError(f"expected a whole number, got {value!r}")
     return kind()

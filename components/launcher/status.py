@@ -7,8 +7,9 @@ Failed and status.reason (Evicted, NodeLost, Terminated) without such a containe
 condition DisruptionTarget; a pod without a node has the condition PodScheduled False with reason
 Unschedulable.
 
-Two problems are reported by events only (core/v1 Event). A pod whose creation the API server rejects (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator 1.9
-creates the event FailedCreatePod of the job and returns before it writes the job's status
+Two problems are reported by events only (core/v1 Event). A pod whose creation the API server
+rejects (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator
+1.9 creates the event FailedCreatePod of the job and returns before it writes the job's status
 (pkg/controller.v1/control/pod_control.go); Kubernetes' Job, which Trainer's JobSet creates, has the
 event FailedCreate. A volume or network that cannot be set up: the kubelet creates the events
 FailedMount and FailedCreatePodSandBox of the pod, whose status stays ContainerCreating.
@@ -60,13 +61,13 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
 def deadline_exceeded(job: dict, message: str) -> str:
     """Describe the deadline if the job failed because of it; else "".
 
-    Only the message identifies this case: the training operator's is "... active longer than specified deadline"
-    (common/job.go, ReconcileJobs, with the same reason as every failure), Trainer's "... exceeded
-    its active deadline".
+    Only the message identifies this case: the training operator's is "... active longer than
+    specified deadline" (common/job.go, ReconcileJobs, with the same reason as every failure),
+    Trainer's "... exceeded its active deadline".
     """
-    if "deadline" not in message:
-        return ""
-    return f"activeDeadlineSeconds, {deadline(job)} in the job's file"
+    return (
+        f"activeDeadlineSeconds, {deadline(job)} in the job's file" if "deadline" in message else ""
+    )
 
 
 def deadline(job: dict) -> str:
@@ -90,7 +91,18 @@ def retention(kind: Kind, job: dict) -> str:
         until.append(f"{expiry:%Y-%m-%d %H:%M} UTC")
     if job["metadata"].get("ownerReferences"):
         until.append("its run is deleted")
-    return f"{phase}; stays, with the logs of pods that are left, until {' or '.join(until) or 'somebody deletes it'}"
+    kept = " or ".join(until) or "somebody deletes it"
+    return f"{phase}; stays, with the logs of pods that are left, until {kept}"
+
+
+def annotations_of(resource: dict) -> dict[str, str]:
+    """Return the annotations; {} if there are none."""
+    return resource["metadata"].get("annotations") or {}
+
+
+def creation_time(resource: dict) -> str:
+    """Return when the API server created this; "" if unknown."""
+    return resource["metadata"].get("creationTimestamp") or ""
 
 
 @dataclass(frozen=True)
@@ -143,65 +155,52 @@ def container_statuses(pod: dict) -> list[dict]:
 
 def failure_reason(pod: dict) -> Cause | None:
     """Return why this pod or the previous instance of its container failed; else None."""
-    status, name = pod.get("status") or {}, pod["metadata"]["name"]
-    node = (pod.get("spec") or {}).get("nodeName") or ""
-    containers = container_statuses(pod)
-    inits = len(status.get("initContainerStatuses") or [])
-    terminations = [
-        termination_cause(
-            name, node, part, key == "lastState", one.get("name") or "", place < inits
-        )
+    status = pod.get("status") or {}
+    name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName") or ""
+    inits = [one.get("name") for one in status.get("initContainerStatuses") or []]
+    terminated = (
+        ((one.get(key) or {}).get("terminated") or {}, one.get("name") or "", key == "lastState")
         for key in ("state", "lastState")
-        for place, one in enumerate(containers)
-        if (part := (one.get(key) or {}).get("terminated")) and part.get("exitCode")
-    ]
-    first = terminations[0] if terminations else None
+        for one in container_statuses(pod)
+    )
+    first = next(
+        (
+            Cause(
+                name,
+                part.get("reason") or "Error",
+                part["exitCode"],
+                part.get("message") or "",
+                part.get("finishedAt") or "",
+                node,
+                previous,
+                container,
+                container in inits,
+            )
+            for part, container, previous in terminated
+            if part.get("exitCode")
+        ),
+        None,
+    )
     if first and first.reason != "Error":
         return first  # OOMKilled is more specific than the status of the pod
-    exit_code = first.exit_code if first else None
+    code, time = (first.exit_code, first.time) if first else (None, "")
     for one in status.get("conditions") or []:
         if one["type"] == "DisruptionTarget" and one.get("status") == "True":
-            return Cause(
-                name,
-                one.get("reason") or "Disrupted",
-                exit_code,
-                one.get("message") or "",
-                one.get("lastTransitionTime") or "",
-                node,
-            )
+            reason, message = one.get("reason") or "Disrupted", one.get("message") or ""
+            return Cause(name, reason, code, message, one.get("lastTransitionTime") or "", node)
     if status.get("phase") == "Failed" and status.get("reason"):
-        message, time = status.get("message") or "", first.time if first else ""
-        return Cause(name, status["reason"], exit_code, message, time, node)
+        return Cause(name, status["reason"], code, status.get("message") or "", time, node)
     return first
-
-
-def termination_cause(
-    name: str, node: str, terminated: dict, previous: bool, container: str, init: bool
-) -> Cause:
-    """Return the cause from a container's state.terminated."""
-    return Cause(
-        name,
-        terminated.get("reason") or "Error",
-        terminated["exitCode"],
-        terminated.get("message") or "",
-        terminated.get("finishedAt") or "",
-        node,
-        previous,
-        container,
-        init,
-    )
 
 
 def root_cause(causes: Iterable[Cause]) -> Cause | None:
     """Return the most likely root cause, or None for no causes.
 
-    When one process of a distributed training dies, all others fail soon after. Prefers causes that
-    a restart did not fix, then specific causes, then the earliest.
+    When one process of a distributed training run dies, all others fail soon after. Prefers causes
+    that a restart did not fix, then specific causes, then the earliest.
     """
     return min(
-        causes,
-        key=lambda cause: (cause.previous, not cause.specific, cause.time or "9"),
-        default=None,
+        causes, key=lambda one: (one.previous, not one.specific, one.time or "9"), default=None
     )
 
 
@@ -244,34 +243,29 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
     """Return why this job lacks pods, or None if it has all of them or no event gives a reason."""
     if len(pods) >= expected_pods(job):
         return None
-    metadata = job["metadata"]
-    name, created = metadata["name"], metadata.get("creationTimestamp") or ""
+    name = job["metadata"]["name"]
     # the events of a TrainJob are those of its JobSet's Jobs, whose names begin with its name
-    own = (
-        f"involvedObject.uid={metadata.get('uid')}"
-        if "pytorchReplicaSpecs" in job["spec"]
-        else "involvedObject.kind=Job"
-    )
+    own = f"involvedObject.uid={job['metadata'].get('uid')}"
+    if "pytorchReplicaSpecs" not in job["spec"]:
+        own = "involvedObject.kind=Job"
     found = [
         one
         for one in events(f"type=Warning,{own}")
         if one["reason"].startswith("FailedCreate")
         and f"{one['involvedObject']['name']}-".startswith(f"{name}-")
-        and event_time(one) >= created
+        and event_time(one) >= creation_time(job)
     ]
     return event_cause(max(found, key=event_time), name, "job") if found else None
 
 
 def startup_warning(pod: dict, events: EventQuery) -> Cause | None:
-    """Return the last event of a scheduled pod that does not start, if it is a warning; else None."""
+    """Return the last event of a scheduled pod that does not start, if it is a warning."""
     scheduled = (pod.get("spec") or {}).get("nodeName")
     if (pod.get("status") or {}).get("phase") != "Pending" or not scheduled:
         return None
     own = events(f"involvedObject.uid={pod['metadata']['uid']}")
-    last = max(own, key=event_time, default=None)
-    if last and last.get("type") == "Warning":
-        return event_cause(last, pod["metadata"]["name"])
-    return None
+    last = max(own, key=event_time, default={})
+    return event_cause(last, pod["metadata"]["name"]) if last.get("type") == "Warning" else None
 
 
 def event_time(event: dict) -> str:

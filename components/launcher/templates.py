@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import yaml
 
@@ -21,11 +22,10 @@ POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provid
 # the same on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
-SCHEDULE = (
-    "vitdet/schedule-seconds"  # annotation of a template: how long its pods may wait for a node
-)
-# annotations set by the launcher: why the job failed or was aborted; how many errors (not disruptions)
-# are restarted, and how many there were; whether all pods have run together
+# annotation of a template: for how many seconds its pods may wait for a node
+SCHEDULE = "vitdet/schedule-seconds"
+# annotations set by the launcher: why the job failed or was aborted; how many errors (not
+# disruptions) are restarted, and how many there were; whether all pods have run together
 FAILURE, RESTARTS = "vitdet/failure", "vitdet/restarts"
 ERRORS, STARTED = "vitdet/errors", "vitdet/started"
 # defaults in seconds: maximum run time, and how long a finished job is kept
@@ -51,6 +51,11 @@ class JobRequest:
     pool: str
     task: dict = field(default_factory=dict)
     owner: dict | None = None
+
+    @property
+    def program(self) -> dict[str, Any]:
+        """The container's arguments, and its image unless it is the template's."""
+        return {"args": self.args, **({"image": self.image} if self.image else {})}
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,10 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
 def process_counts(kind: Kind, job: dict) -> range:
     """Return the numbers of training processes that this job can have; empty if unknown.
 
-    torchrun starts `nprocPerNode` (`numProcPerNode`) processes on a node; `gpu` is one for each GPU.
+    torchrun starts `nprocPerNode` (`numProcPerNode`) processes on a node; `gpu`: one for each GPU.
     """
     spec = job["spec"]
-    replicas = spec.get("pytorchReplicaSpecs")
-    if replicas:
+    if replicas := spec.get("pytorchReplicaSpecs"):
         pod = next(iter(replicas.values()))["template"]["spec"]
         resources = main_container(pod, kind.container).get("resources") or {}
         local, most = spec.get("nprocPerNode"), sum(one["replicas"] for one in replicas.values())
@@ -201,7 +205,7 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
         template.setdefault("metadata", {}).setdefault("labels", {}).update(request.labels)
         pod = template["spec"]
         container = main_container(pod, "pytorch")
-        container.update(args=request.args, **({"image": request.image} if request.image else {}))
+        container |= request.program
         task = reuse_claim_volumes(pod, request.task)
         add_to_container(container, task)
         add_to_pod(pod, replace(request, task=task))
@@ -212,17 +216,11 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
     spec = job["spec"]
     spec.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)  # a TrainJob has no time to live
     trainer = spec.setdefault("trainer", {})
-    trainer.update(
-        args=request.args,
-        numNodes=request.nodes,
-        **({"image": request.image} if request.image else {}),
-    )
+    trainer |= {**request.program, "numNodes": request.nodes}
     task = request.task
     add_to_container(trainer, {"env": task.get("env")})
-    if task.get("resources"):
-        trainer["resourcesPerNode"] = merge_resources(
-            trainer.get("resourcesPerNode"), task["resources"]
-        )
+    if added := task.get("resources"):
+        trainer["resourcesPerNode"] = merge_resources(trainer.get("resourcesPerNode"), added)
     pod: dict = {}
     # the controller merges like `kubectl patch`: lists by name or key, but tolerations are replaced
     add_to_pod(pod, request)
@@ -262,12 +260,9 @@ def add_to_pod(pod: dict, request: JobRequest) -> None:
         pod["nodeSelector"] = selector
     if task.get("affinity"):
         pod["affinity"] = task["affinity"]
-    if task.get("tolerations"):
-        existing = pod.get("tolerations") or []
-        pod["tolerations"] = [
-            *existing,
-            *(one for one in task["tolerations"] if one not in existing),
-        ]
+    existing = pod.get("tolerations") or []
+    if added := [one for one in task.get("tolerations") or [] if one not in existing]:
+        pod["tolerations"] = [*existing, *added]
     if task.get("volumes"):
         pod["volumes"] = merge_by_key(pod.get("volumes"), task["volumes"], "name")
 
@@ -305,17 +300,12 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 def merge_resources(existing: dict | None, added: dict) -> dict:
     """Merge limits and requests; added values take precedence, an added limit drops the request."""
     existing = existing or {}
-    limits = {**existing.get("limits", {}), **added.get("limits", {})}
-    old = {
-        key: value
-        for key, value in existing.get("requests", {}).items()
-        if key not in added.get("limits", {})
-    }
-    requests = {**old, **added.get("requests", {})}
-    return {
-        **({"limits": limits} if limits else {}),
-        **({"requests": requests} if requests else {}),
-    }
+    limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
+    for key in added.get("limits", {}):
+        requests.pop(key, None)
+    limits |= added.get("limits", {})
+    requests |= added.get("requests", {})
+    return {key: one for key, one in (("limits", limits), ("requests", requests)) if one}
 
 
 def pytorchjob_rank0_labels(job: dict) -> dict[str, str]:

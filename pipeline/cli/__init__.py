@@ -18,7 +18,7 @@ SIGPIPE = 141  # 128 + SIGPIPE, as the shell reports it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; user errors print one line to stderr and exit with 1 (invalid arguments: 2)."""
+    """Run a command; user errors print one line and exit with 1 (invalid arguments: 2)."""
     args = parser().parse_args(argv)
     try:
         code = args.run(args)

@@ -1,4 +1,4 @@
-"""Arguments shared by several commands: the experiment, the server, the training jobs' file."""
+"""Arguments shared by several commands: the experiment, the server, the file of the jobs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from pipeline.connection import LOGIN, connect, credentials, in_cluster_address,
 from pipeline.versions import Version, read_version
 
 
-def add_overrides(command: argparse.ArgumentParser) -> None:
-    """Add --set."""
+def add_text(group: argparse._ActionsContainer, name: str, metavar: str, help: str) -> None:
+    """Add an option whose value is text; its default is ""."""
+    group.add_argument(name, default="", metavar=metavar, help=help)
+
+
+def add_experiment(command: argparse.ArgumentParser) -> None:
+    """Add --set, --sweep, --seeds and --fetch."""
     command.add_argument(
         "--set",
         action="append",
@@ -22,10 +27,6 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override a setting, as `vitdet train` does; may be repeated",
     )
-
-
-def add_experiment(command: argparse.ArgumentParser) -> None:
-    """Add --sweep, --seeds and --fetch."""
     command.add_argument(
         "--sweep",
         action="append",
@@ -38,14 +39,15 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="train each recipe and combination with N seeds; the table has mean and standard deviation "
-        "(default: 1)",
+        help="train each recipe and combination with N seeds; the table has mean and standard "
+        "deviation (default: 1)",
     )
-    command.add_argument(
+    add_text(
+        command,
         "--fetch",
-        default="",
-        metavar="DATA",
-        help="download or convert the data first: coco, lvis or 'convert SOURCE', with options of `vitdet data`",
+        "DATA",
+        "download or convert the data first: coco, lvis or 'convert SOURCE', with options of "
+        "`vitdet data`",
     )
 
 
@@ -55,7 +57,7 @@ def add_parallel(command: argparse._ActionsContainer, default: str) -> None:
         "--parallel",
         type=positive,
         metavar="N",
-        help=f"number of trainings at a time; the others wait ({default})",
+        help=f"number of concurrent training runs; the others wait ({default})",
     )
 
 
@@ -72,8 +74,8 @@ def add_version(command: argparse.ArgumentParser, default: str) -> None:
         "--kfp",
         type=version,
         metavar="VERSION",
-        help="version of Kubeflow Pipelines; what it does not support is left out of the pipeline, with a "
-        f"message ({default})",
+        help="version of Kubeflow Pipelines; what it does not support is left out of the pipeline, "
+        f"with a message ({default})",
     )
 
 
@@ -88,40 +90,28 @@ def version(given: str) -> Version:
 def add_server(command: argparse.ArgumentParser) -> None:
     """Add the arguments for the server and its credentials."""
     group = command.add_argument_group("the server")
-    group.add_argument(
+    add_text(
+        group,
         "--host",
-        default="",
-        metavar="URL",
-        help="address of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline "
-        "(default: KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
+        "URL",
+        "address of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline (default: "
+        "KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
     )
-    group.add_argument(
-        "--ui-host", default="", metavar="URL", help="address for links, if different"
-    )
-    group.add_argument(
-        "--namespace",
-        default="",
-        metavar="NAME",
-        help="namespace of your profile, on a multi-user server",
-    )
-    group.add_argument(
+    add_text(group, "--ui-host", "URL", "address for links, if different")
+    add_text(group, "--namespace", "NAME", "namespace of your profile, on a multi-user server")
+    add_text(
+        group,
         "--token-file",
-        default="",
-        metavar="FILE",
-        help="file with a bearer token, - for standard input (default: KFP_TOKEN, or the pod's token)",
+        "FILE",
+        "file with a bearer token, - for standard input (default: KFP_TOKEN, or the pod's token)",
     )
-    group.add_argument(
+    add_text(
+        group,
         "--cookie-file",
-        default="",
-        metavar="FILE",
-        help="file with the browser's login cookie NAME=VALUE (default: KFP_COOKIE)",
+        "FILE",
+        "file with the browser's login cookie NAME=VALUE (default: KFP_COOKIE)",
     )
-    group.add_argument(
-        "--ca-file",
-        default="",
-        metavar="FILE",
-        help="certificate of a private certificate authority",
-    )
+    add_text(group, "--ca-file", "FILE", "certificate of a private certificate authority")
     group.add_argument(
         "--timeout",
         type=seconds,
@@ -146,15 +136,13 @@ def connect_server(args: argparse.Namespace) -> Server:
     """Connect to the server given by the arguments of `add_server`."""
     if args.inline_secret is not None:
         raise ValueError(
-            f"credentials on the command line are visible to other users of this machine; use {LOGIN}"
+            "credentials on the command line are visible to other users of this machine; use "
+            f"{LOGIN}"
         )
     host = server_address(args.host)
     token, cookie = credentials(host, args.token_file, args.cookie_file)
-    nearby = in_cluster_address(host) or urlsplit(host).hostname in (
-        "localhost",
-        "127.0.0.1",
-        "::1",
-    )
+    loopback = urlsplit(host).hostname in ("localhost", "127.0.0.1", "::1")
+    nearby = loopback or in_cluster_address(host)
     if host.startswith("http:") and not nearby and (token or cookie):
         remark(f"{host}: without https the credentials are sent unencrypted")
     client = connect(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.cli.arguments import add_parallel, add_version, read_job_file, remark
+from pipeline.cli.arguments import add_parallel, add_text, add_version, read_job_file, remark
 from pipeline.request import default_image_warning, fit_package, load_package
 from pipeline.versions import NEWEST, text
 
@@ -18,11 +18,11 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
         help="write the pipeline to a file, for `submit` or Kubeflow's web interface",
     )
     command.add_argument("file", type=Path, metavar="FILE", help="the YAML file to write")
-    command.add_argument(
+    add_text(
+        command,
         "--job",
-        metavar="FILE",
-        default="",
-        help="YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
+        "FILE",
+        "YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
         "prints it; - is the standard input (default: the jobs in manifests/)",
     )
     add_parallel(command, "default: 1")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.cli.arguments import add_experiment, add_overrides, add_parallel
-from pipeline.request import check_recipes
+from pipeline.cli.arguments import add_experiment, add_parallel
+from pipeline.request import check_recipes, is_file
 
 
 def add_run(commands: argparse._SubParsersAction) -> None:
@@ -17,7 +17,6 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="a recipe's name or file; several are compared"
     )
-    add_overrides(command)
     add_experiment(command)
     add_parallel(command, "default: 1, at most 2")
     command.add_argument(
@@ -25,7 +24,8 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("work/pipeline"),
         metavar="DIR",
-        help="folder for data, runs and models; relative paths of the recipes start here (default: work/pipeline)",
+        help="folder for data, runs and models; relative paths of the recipes start here "
+        "(default: work/pipeline)",
     )
     command.set_defaults(run=run_run)
 
@@ -35,8 +35,7 @@ def run_run(args: argparse.Namespace) -> int:
     from pipeline.local import run_locally
 
     recipes = [
-        str(Path(recipe).resolve()) if Path(recipe).suffix in (".yaml", ".yml") else recipe
-        for recipe in args.recipes
+        str(Path(recipe).resolve()) if is_file(recipe) else recipe for recipe in args.recipes
     ]
     check_recipes(recipes, args.overrides, args.sweep, args.seeds, args.fetch)
     workspace = args.workspace.resolve()

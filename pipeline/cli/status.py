@@ -26,9 +26,11 @@ def run_status(args: argparse.Namespace) -> int:
     server = connect_server(args)
     found = server.find(run_id_of(args.run_id))
     if isinstance(found, V2beta1RecurringRun):
+        link = server.link(found.recurring_run_id, RECURRING)
         print(
-            f"schedule {found.display_name}\nid       {found.recurring_run_id}\nstate    {found.status}\n"
-            f"when     {found.trigger.cron_schedule.cron}\nlink     {server.link(found.recurring_run_id, RECURRING)}"
+            f"schedule {found.display_name}\nid       {found.recurring_run_id}\n"
+            f"state    {found.status}\nwhen     {found.trigger.cron_schedule.cron}\n"
+            f"link     {link}"
         )
         return 0
     print_run(server, found, args.namespace)

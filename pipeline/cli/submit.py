@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 
 from pipeline.cli.arguments import (
     add_experiment,
-    add_overrides,
     add_parallel,
     add_server,
+    add_text,
     add_version,
     connect_server,
     positive,
@@ -25,6 +25,7 @@ from pipeline.cli.arguments import (
 from pipeline.client import RECURRING, Server, failed_steps
 from pipeline.connection import ServerError
 from pipeline.request import (
+    MOUNT,
     RunRequest,
     Schedule,
     check_recipes,
@@ -49,21 +50,29 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         metavar="RECIPE",
         help="a recipe's name, or the absolute path of one on the cluster's volume",
     )
-    add_overrides(command)
     add_experiment(command)
     cluster = command.add_argument_group("cluster settings (do not affect the experiment)")
     cluster.add_argument(
-        "--nodes", type=positive, metavar="N", help="nodes per training (default: as in the job)"
+        "--nodes",
+        type=positive,
+        metavar="N",
+        help="nodes of each training run (default: the job's)",
     )
     add_parallel(cluster, "default: 1, or as compiled into --package")
     cluster.add_argument(
-        "--pool", metavar="NAME", help="node pool for training (the node label vitdet/pool)"
+        "--pool",
+        metavar="NAME",
+        help="node pool for training, the node label vitdet/pool (default: the job's)",
     )
     cluster.add_argument(
-        "--job-kind", choices=("pytorchjob", "trainjob"), help="kind of training job"
+        "--job-kind",
+        choices=("pytorchjob", "trainjob"),
+        help="kind of training job (default: the job's; of two, pytorchjob)",
     )
     cluster.add_argument(
-        "--workspace", metavar="FOLDER", help="folder for data and runs on the shared volume"
+        "--workspace",
+        metavar="FOLDER",
+        help=f"folder for data and runs on the shared volume (default: {MOUNT})",
     )
     cluster.add_argument(
         "--service-account",
@@ -71,9 +80,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"service account of the steps (default: {ACCOUNT}, see manifests/; '': the server's)",
     )
-    cluster.add_argument(
-        "--pipeline-root", default="", metavar="URL", help="storage of the steps' artifacts"
-    )
+    add_text(cluster, "--pipeline-root", "URL", "storage of the steps' artifacts")
     run = command.add_argument_group("the run")
     run.add_argument(
         "--experiment",
@@ -81,31 +88,27 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"experiment that contains the run (default: {EXPERIMENT})",
     )
-    run.add_argument(
-        "--name", default="", help="name of the run (default: the recipes and the time)"
-    )
+    add_text(run, "--name", "NAME", "name of the run (default: the recipes and the time)")
     run.add_argument("--no-cache", action="store_true", help="do not reuse cached results of steps")
     source = run.add_mutually_exclusive_group()
     source.add_argument(
-        "--package",
-        type=Path,
-        metavar="FILE",
-        help="a compiled pipeline (default: compile it now)",
+        "--package", type=Path, metavar="FILE", help="a compiled pipeline (default: compile it now)"
     )
-    source.add_argument(
+    add_text(
+        source,
         "--job",
-        default="",
-        metavar="FILE",
-        help="compile it with the training jobs in this YAML file, as `compile --job`; - is standard input",
+        "FILE",
+        "compile it with the training jobs in this YAML file, as `compile --job`; - is standard "
+        "input",
     )
     run.add_argument(
         "--wait", action="store_true", help="follow the run; exit code 0 only if it succeeds"
     )
-    run.add_argument(
+    add_text(
+        run,
         "--cron",
-        default="",
-        metavar="WHEN",
-        help="create a schedule: '0 3 * * 1-5' as in a crontab (UTC), @daily, '@every 12h'",
+        "WHEN",
+        "create a schedule: '0 3 * * 1-5' as in a crontab (UTC), @daily, '@every 12h'",
     )
     run.add_argument(
         "--max-concurrency",
@@ -115,11 +118,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="with --cron: maximum number of concurrent runs, 1..10 (default: 1)",
     )
-    run.add_argument(
-        "--no-catch-up",
-        action="store_true",
-        help="with --cron: skip missed runs",
-    )
+    run.add_argument("--no-catch-up", action="store_true", help="with --cron: skip missed runs")
     add_version(run, "default: the server's")
     add_server(command)
     command.set_defaults(run=run_submit)
@@ -139,18 +138,10 @@ def run_submit(args: argparse.Namespace) -> int:
             raise ValueError("--wait is for one run, --cron starts many; look at them with status")
     check_pool(args.pool)
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
-        print(
-            "pipeline: recipes and settings are not validated here; the first step does that",
-            file=sys.stderr,
-        )
+        remark("recipes and settings are not validated here; the first step does that")
     title = " + ".join(Path(recipe).stem for recipe in args.recipes)[:100]
     name = args.name or (title if schedule else f"{title} {time.strftime('%Y-%m-%d %H-%M-%S')}")
-    cluster = {
-        "nodes": args.nodes,
-        "pool": args.pool,
-        "job_kind": args.job_kind,
-        "workspace": args.workspace,
-    }
+    cluster = {key: getattr(args, key) for key in ("nodes", "pool", "job_kind", "workspace")}
     experiment = {"sweep": args.sweep, "seeds": args.seeds, "fetch": args.fetch}
     parameters = {
         "recipes": args.recipes,
@@ -189,7 +180,7 @@ def fit_pipeline(pipeline: dict, server: Server, asked: Version | None) -> None:
 
 
 def refused(error: ServerError, server: Server) -> ServerError:
-    """Return the error to raise for a run that was not started, with advice for an unknown field."""
+    """Return the error of a run that was not started, with advice for an unknown field."""
     if not error.field:
         return error
     version, doubt = server.version()
@@ -237,21 +228,13 @@ def follow(server: Server, run_id: str, every: float) -> int:
     try:
         run = server.follow(run_id, every)
     except KeyboardInterrupt:
-        print(
-            f"\npipeline: the run continues; `python -m pipeline terminate {run_id}` ends it",
-            file=sys.stderr,
-        )
+        print(file=sys.stderr)
+        remark(f"the run continues; `python -m pipeline terminate {run_id}` ends it")
         return 130
     failed = failed_steps(run)
     for name, message in failed:
-        print(
-            f"pipeline: {name} failed: {message or 'the server reports no reason; see its log'}",
-            file=sys.stderr,
-        )
+        remark(f"{name} failed: {message or 'the server reports no reason; see its log'}")
     if run.state == "SUCCEEDED" and not failed:
         return 0
-    print(
-        f"pipeline: run {run_id} {'FAILED' if failed else run.state}: {server.link(run_id)}",
-        file=sys.stderr,
-    )
+    remark(f"run {run_id} {'FAILED' if failed else run.state}: {server.link(run_id)}")
     return 1

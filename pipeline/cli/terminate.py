@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from kfp_server_api import V2beta1RecurringRun, V2beta1Run
 
-from pipeline.cli.arguments import add_server, connect_server, run_id_of
+from pipeline.cli.arguments import add_server, connect_server, remark, run_id_of
 from pipeline.cli.report import job_kind, print_run
 from pipeline.client import ENDED, Server
 from pipeline.connection import ServerError
@@ -50,10 +50,8 @@ def run_terminate(args: argparse.Namespace) -> int:
         for line in delete_run_jobs(server, found, namespace, args.every):
             print(line, flush=True)
     except KeyboardInterrupt:
-        print(
-            f"\npipeline: the run is ending; to delete training jobs created since: {again}",
-            file=sys.stderr,
-        )
+        print(file=sys.stderr)
+        remark(f"the run is ending; to delete training jobs created since: {again}")
         return 130
     except StillEnding as error:
         raise RuntimeError(f"{error}; to delete training jobs created later: {again}") from None

@@ -6,7 +6,6 @@ tests/helpers/fake_operator.py has what the operators do about them, and where t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,6 @@ from tests.helpers.cluster import (
     Scene,
     kubectl,
     on_cluster,
-    scene,
     template,
     wait_until,
 )
@@ -31,56 +29,55 @@ pytestmark = on_cluster
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with scene(tmp_path_factory.mktemp("deadline")) as made:
-        yield with_runtime(made)
+def live(live: Scene) -> Scene:
+    return with_runtime(live)
 
 
 def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happens(
-    played: Scene,
+    live: Scene,
 ) -> None:
     name, quiet = job_name(PIPELINE_RUN, "late"), []
 
     def stir() -> None:
-        running(played, "late")
+        running(live, "late")
         time.sleep(12)
-        quiet.append(job_phase(KINDS["pytorchjob"], played.job("late"))[0])
-        kubectl("annotate", "pytorchjob", "-n", played.namespace, name, "something=happened")
+        quiet.append(job_phase(KINDS["pytorchjob"], live.job("late"))[0])
+        kubectl(f"annotate pytorchjob -n {live.namespace} {name} something=happened")
 
     other = meanwhile(stir)
     with pytest.raises(RuntimeError) as raised:
-        played.launch(script(activeDeadlineSeconds=10), ["echo on; sleep 60"], "late")
+        live.launch(script(activeDeadlineSeconds=10), ["echo on; sleep 60"], "late")
     other.join()
     assert quiet == ["running"]  # past its deadline, and nobody has looked
     assert str(raised.value) == (
         f"PyTorchJob {name} failed: Job {name} has failed because it was active longer than specified deadline\n"
         "cause: activeDeadlineSeconds, 10 s in the job's file; its checkpoints stay"
     )
-    wait_until(lambda: not played.pods("late"))
+    wait_until(lambda: not live.pods("late"))
 
 
-def test_trainer_ends_a_job_at_its_deadline(played: Scene) -> None:
+def test_trainer_ends_a_job_at_its_deadline(live: Scene) -> None:
     job = yaml.safe_load(template("trainjob", script=True))
     job["spec"]["activeDeadlineSeconds"] = 2
     with pytest.raises(RuntimeError) as raised:
-        played.launch(yaml.safe_dump(job), ["echo on; sleep 60"], "late", kind="trainjob")
+        live.launch(yaml.safe_dump(job), ["echo on; sleep 60"], "late", kind="trainjob")
     assert str(raised.value).split(" failed: ")[1] == (
         "TrainJob exceeded its active deadline\ncause: activeDeadlineSeconds, 2 s in the job's file; its checkpoints "
         "stay"
     )
-    wait_until(lambda: not played.pods("late", kind="trainjob"))
+    wait_until(lambda: not live.pods("late", kind="trainjob"))
 
 
-def test_a_job_that_is_gone_after_its_time_to_live_has_succeeded(played: Scene) -> None:
+def test_a_job_that_is_gone_after_its_time_to_live_has_succeeded(live: Scene) -> None:
     seldom = replace(PATIENT, poll=3)  # so that it ends and goes between two looks
-    played.launch(
+    live.launch(
         script(ttlSecondsAfterFinished=0),
         ["echo on; sleep 1; echo done > /data/complete"],
         "short",
         timeouts=seldom,
-        finished=lambda: (played.volume / "complete").exists(),
+        finished=lambda: (live.volume / "complete").exists(),
     )
-    wait_until(lambda: played.job("short") is None and not played.pods("short"))
-    assert played.lines[-1].endswith(
+    wait_until(lambda: live.job("short") is None and not live.pods("short"))
+    assert live.lines[-1].endswith(
         ("is gone, and its training is complete", "is successfully completed.)")
     )

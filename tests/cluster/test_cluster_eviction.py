@@ -10,22 +10,16 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from components.launcher.launch import clean_up_jobs
 from components.launcher.templates import job_name
 from tests.cluster.test_cluster_failures import gone, running, script
-from tests.helpers.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, wait_until
+from tests.helpers.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, wait_until
 
 pytestmark = on_cluster
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with scene(tmp_path_factory.mktemp("played")) as made:
-        yield made
 
 
 class Training:
@@ -65,7 +59,7 @@ class Training:
         return kubectl(*words, "-n", self.made.namespace)
 
     def patch(self, kind: str, name: str, change: dict) -> None:
-        self.kubectl("patch", kind, name, "--type=merge", "-p", json.dumps(change))
+        self.kubectl(f"patch {kind} {name} --type=merge -p", json.dumps(change))
 
     def owners(self) -> list[str]:
         job = self.made.job(self.recipe)
@@ -75,7 +69,7 @@ class Training:
 def evicted(training: Training) -> None:
     """The API server marks the pod as deleted, then the kubelet sends SIGTERM."""
     training.patch("pod", training.pod, {"metadata": {"finalizers": ["vitdet/test"]}})
-    training.kubectl("delete", "pod", training.pod, "--wait=false")
+    training.kubectl(f"delete pod {training.pod} --wait=false")
     assert "its run continues" in training.end(signal.SIGTERM)
     training.patch("pod", training.pod, {"metadata": {"finalizers": None}})
     training.follow()
@@ -84,7 +78,7 @@ def evicted(training: Training) -> None:
 def node_gone(training: Training) -> None:
     """Node and process are gone at once, the pod is deleted later."""
     training.end(signal.SIGKILL)
-    training.kubectl("delete", "pod", training.pod, "--force", "--grace-period=0", "--wait=false")
+    training.kubectl(f"delete pod {training.pod} --force --grace-period=0 --wait=false")
     training.follow()
 
 
@@ -137,10 +131,10 @@ def failed_and_collected(training: Training) -> None:
     assert deleted == [] and "is left running. Retry of the run follows it" in told
     assert f"terminate {PIPELINE_RUN}" in told and training.owners() == []
     training.patch("workflow", training.run, {"status": {"phase": "Failed"}})
-    training.kubectl("delete", "workflow", training.run)
-    wait_until(lambda: exit_handler not in training.kubectl("get", "pods", "-o", "name"))
+    training.kubectl(f"delete workflow {training.run}")
+    wait_until(lambda: exit_handler not in training.kubectl("get pods -o name"))
     training.follow(attempt=0)
-    workflow = json.loads(training.kubectl("get", "workflow", training.run, "-o", "json"))
+    workflow = json.loads(training.kubectl(f"get workflow {training.run} -o json"))
     assert training.owners() == [workflow["metadata"]["uid"]]
 
 
@@ -155,8 +149,8 @@ def terminated_by_argo(training: Training) -> None:
 
 
 def deleted_while_it_runs(training: Training) -> None:
-    training.kubectl("delete", "workflow", training.run, "--wait=false")
-    wait_until(lambda: training.pod not in training.kubectl("get", "pods", "-o", "name"))
+    training.kubectl(f"delete workflow {training.run} --wait=false")
+    wait_until(lambda: training.pod not in training.kubectl("get pods -o name"))
     training.launcher.send_signal(signal.SIGTERM)
     training.launcher.communicate(timeout=120)
 
@@ -167,9 +161,9 @@ def deleted_while_it_runs(training: Training) -> None:
     ids=["terminated", "terminated by argo", "five times, then deleted"],
 )
 def test_a_training_outlives_its_launchers_and_ends_with_its_run(
-    played: Scene, times: int, ending: Callable[[Training], None]
+    live: Scene, times: int, ending: Callable[[Training], None]
 ) -> None:
-    training = Training(played, ending.__name__.replace("_", "-"))
+    training = Training(live, ending.__name__.replace("_", "-"))
     events = (
         evicted,
         node_gone,
@@ -184,17 +178,17 @@ def test_a_training_outlives_its_launchers_and_ends_with_its_run(
             assert training.uids() == training.pods, event.__name__
     assert len(training.owners()) == 1
     ending(training)
-    gone(played, training.recipe)
+    gone(live, training.recipe)
 
 
-def test_the_exit_handler_of_a_terminated_run_deletes_its_jobs(played: Scene) -> None:
-    training = Training(played, "stopped-run")
+def test_the_exit_handler_of_a_terminated_run_deletes_its_jobs(live: Scene) -> None:
+    training = Training(live, "stopped-run")
     training.end(signal.SIGKILL)
     training.patch("workflow", training.run, {"spec": {"shutdown": "Stop"}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", str(played.kubeconfig))
-        for key, value in played.step_pod("exit-stopped", training.run).items():
+        patch.setenv("KUBECONFIG", str(live.kubeconfig))
+        for key, value in live.step_pod("exit-stopped", training.run).items():
             patch.setenv(key, value)
         deleted, _ = clean_up_jobs(PIPELINE_RUN, "pytorchjob", succeeded=False)
     assert deleted == [job_name(PIPELINE_RUN, training.recipe)]
-    gone(played, training.recipe)
+    gone(live, training.recipe)

@@ -13,7 +13,7 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import yaml
 
 from components.launcher.launch import delete_jobs
 from components.launcher.templates import ERRORS, FAILURE, job_name
+from tests.cluster.test_launcher import UNSCHEDULABLE
 from tests.helpers.cluster import (
     PATIENT,
     PIPELINE_RUN,
@@ -34,20 +35,6 @@ from tests.helpers.cluster import (
 )
 
 pytestmark = on_cluster
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Jobs run."""
-    with scene(tmp_path_factory.mktemp("played"), reasons={137: "OOMKilled"}) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def still(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Pods are made and stay Pending."""
-    with scene(tmp_path_factory.mktemp("still"), node=False) as made:
-        yield made
 
 
 def script(**policy: object) -> str:
@@ -93,44 +80,39 @@ def write_status(made: Scene, recipe: str, status: dict) -> None:
     )
 
 
-def test_a_job_deleted_from_outside_is_an_error(played: Scene) -> None:
+def test_a_job_deleted_from_outside_is_an_error(live: Scene) -> None:
     def delete() -> None:
-        running(played, "deleted")
+        running(live, "deleted")
         kubectl(
-            "delete",
-            "pytorchjob",
-            "-n",
-            played.namespace,
-            job_name(PIPELINE_RUN, "deleted"),
-            "--wait=false",
+            f"delete pytorchjob -n {live.namespace} {job_name(PIPELINE_RUN, 'deleted')} --wait=false"
         )
 
     other = meanwhile(delete)
     with pytest.raises(
         RuntimeError, match="was deleted before it ended: by another client, with its owner"
     ):
-        played.launch(script(), ["echo on; sleep 60"], "deleted")
+        live.launch(script(), ["echo on; sleep 60"], "deleted")
     other.join()
-    gone(played, "deleted")
+    gone(live, "deleted")
 
 
-def test_sigterm_deletes_the_job(played: Scene) -> None:
-    launcher = played.start(script(), ["echo on; sleep 60"], "stopped", {})
-    running(played, "stopped")
+def test_sigterm_deletes_the_job(live: Scene) -> None:
+    launcher = live.start(script(), ["echo on; sleep 60"], "stopped", {})
+    running(live, "stopped")
     launcher.terminate()
     output, _ = launcher.communicate()
     assert launcher.returncode == 143 and "this step is being stopped" in output
-    gone(played, "stopped")
+    gone(live, "stopped")
 
 
-def test_a_retried_step_goes_on_with_the_job_of_the_first(played: Scene) -> None:
-    first, second = played.step_pod("step-first"), played.step_pod("step-second", attempt=1)
-    lost = played.start(script(), ["echo on; sleep 12; echo off"], "retried", first)
-    running(played, "retried")
+def test_a_retried_step_goes_on_with_the_job_of_the_first(live: Scene) -> None:
+    first, second = live.step_pod("step-first"), live.step_pod("step-second", attempt=1)
+    lost = live.start(script(), ["echo on; sleep 12; echo off"], "retried", first)
+    running(live, "retried")
     lost.kill()
-    uid = played.job("retried")["metadata"]["uid"]
-    again = played.start(script(), ["another script"], "retried", second)
-    kubectl("delete", "pod", "-n", played.namespace, "step-first", "--wait=false")
+    uid = live.job("retried")["metadata"]["uid"]
+    again = live.start(script(), ["another script"], "retried", second)
+    kubectl(f"delete pod -n {live.namespace} step-first --wait=false")
     output, _ = again.communicate()
     assert (
         again.returncode == 0
@@ -138,43 +120,43 @@ def test_a_retried_step_goes_on_with_the_job_of_the_first(played: Scene) -> None
         and "on\n" in output
         and "off\n" in output
     )
-    assert played.job("retried")["metadata"]["uid"] == uid
+    assert live.job("retried")["metadata"]["uid"] == uid
 
 
 def test_a_container_that_runs_out_of_memory_ends_the_job_at_once_with_its_last_words(
-    played: Scene,
+    live: Scene,
 ) -> None:
     dying = "echo working; if [ $RANK = 1 ]; then seq 100; sleep 1; kill -9 $$; fi; sleep 60"
     with pytest.raises(RuntimeError) as raised:
-        played.launch(script(), [dying], "oom")
+        live.launch(script(), [dying], "oom")
     head, *tail = str(raised.value).split("\n  ")
     name = job_name(PIPELINE_RUN, "oom")
     assert head.startswith(f"PyTorchJob {name} ran out of memory: raise the memory limit")
     assert (
-        f"cause: pod {name}-worker-0 on node {played.node.name}: OOMKilled, exit code 137 (SIGKILL)"
+        f"cause: pod {name}-worker-0 on node {live.node.name}: OOMKilled, exit code 137 (SIGKILL)"
         in head
     )
     assert tail[:-1] == [str(number) for number in range(71, 100)] and "100" in tail[-1]
-    wait_until(lambda: not played.pods("oom"))  # suspended: the operator took them away
+    wait_until(lambda: not live.pods("oom"))  # suspended: the operator took them away
 
 
 def test_a_container_that_keeps_failing_ends_the_job_after_the_restarts_of_its_file(
-    played: Scene,
+    live: Scene,
 ) -> None:
     failing = "if [ $RANK = 1 ]; then sleep 1; echo no such image; exit 3; fi; sleep 60"
     # the fourth time at the latest: the Master has not failed and could be on a lost node
     with pytest.raises(RuntimeError, match="has failed [34] times") as raised:
-        played.launch(script(backoffLimit=2), [failing], "failing")
+        live.launch(script(backoffLimit=2), [failing], "failing")
     assert "no such image; it is suspended" in str(raised.value)
-    annotations = played.job("failing")["metadata"]["annotations"]
+    annotations = live.job("failing")["metadata"]["annotations"]
     assert annotations[ERRORS] in ("3", "4") and annotations[FAILURE] == str(raised.value)
 
 
-def test_an_evicted_pod_is_told_and_replaced(played: Scene) -> None:
+def test_an_evicted_pod_is_told_and_replaced(live: Scene) -> None:
     def evict() -> None:
-        running(played, "evicted")
+        running(live, "evicted")
         write_status(
-            played,
+            live,
             "evicted",
             {
                 "phase": "Failed",
@@ -185,65 +167,36 @@ def test_an_evicted_pod_is_told_and_replaced(played: Scene) -> None:
         )
 
     other = meanwhile(evict)
-    played.launch(script(), ["echo on; sleep 6"], "evicted")
+    live.launch(script(), ["echo on; sleep 6"], "evicted")
     other.join()
-    lines = [line for line in played.lines if job_name(PIPELINE_RUN, "evicted") in line]
+    lines = [line for line in live.lines if job_name(PIPELINE_RUN, "evicted") in line]
     assert any("Evicted: The node was low on resource: memory." in line for line in lines)
     assert lines[-1].endswith("is successfully completed.)")
 
 
-def test_a_job_that_kueue_holds_back_is_waited_for(played: Scene) -> None:
+def test_a_job_that_kueue_holds_back_is_waited_for(live: Scene) -> None:
     def admit() -> None:
-        wait_until(lambda: any("suspended, a queue (Kueue)" in line for line in played.lines))
+        wait_until(lambda: any("suspended, a queue (Kueue)" in line for line in live.lines))
         time.sleep(7)  # longer than it would wait for the operator, a node or a start
         kubectl(
-            "patch",
-            "pytorchjob",
-            "-n",
-            played.namespace,
-            job_name(PIPELINE_RUN, "queued"),
-            "--type=json",
-            "-p",
+            f"patch pytorchjob -n {live.namespace} {job_name(PIPELINE_RUN, 'queued')} --type=json -p",
             '[{"op": "replace", "path": "/spec/runPolicy/suspend", "value": false}]',
         )
 
     other = meanwhile(admit)
     timeouts = replace(PATIENT, operator=5, start=5, schedule=5)
-    played.launch(script(suspend=True), ["echo admitted"], "queued", timeouts=timeouts)
+    live.launch(script(suspend=True), ["echo admitted"], "queued", timeouts=timeouts)
     other.join()
-    assert "admitted" in played.lines
+    assert "admitted" in live.lines
 
 
-IMAGE = {
-    "phase": "Pending",
-    "containerStatuses": [
-        {
-            "name": "pytorch",
-            "image": "vitdet:typo",
-            "imageID": "",
-            "ready": False,
-            "restartCount": 0,
-            "started": False,
-            "state": {
-                "waiting": {
-                    "reason": "ImagePullBackOff",
-                    "message": 'Back-off pulling image "vitdet:typo"',
-                }
-            },
-        }
-    ],
-}
+PULLING = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "vitdet:typo"'}
+CONTAINER = {"name": "pytorch", "image": "vitdet:typo", "imageID": "", "restartCount": 0}
+STATE = {"ready": False, "started": False, "state": {"waiting": PULLING}}
+IMAGE = {"phase": "Pending", "containerStatuses": [{**CONTAINER, **STATE}]}
 NO_NODE = {
     "phase": "Pending",
-    "conditions": [
-        {
-            "type": "PodScheduled",
-            "status": "False",
-            "reason": "Unschedulable",
-            "lastTransitionTime": "2026-01-01T00:00:00Z",
-            "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-        }
-    ],
+    "conditions": [{**UNSCHEDULABLE, "lastTransitionTime": "2026-01-01T00:00:00Z"}],
 }
 
 
@@ -251,11 +204,7 @@ NO_NODE = {
     ("recipe", "status", "text"),
     [
         ("image", IMAGE, 'ImagePullBackOff: Back-off pulling image "vitdet:typo"'),
-        (
-            "no-node",
-            NO_NODE,
-            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-        ),
+        ("no-node", NO_NODE, f"Unschedulable: {UNSCHEDULABLE['message']}"),
     ],
 )
 def test_a_pod_that_never_starts_fails_the_step_and_frees_the_queue(
@@ -290,60 +239,58 @@ def test_all_jobs_of_a_run_are_deleted_and_no_others(
             "namespace": still.namespace,
             "labels": {"vitdet/run": run},
         }
-        kubectl("create", "-f", "-", given=given)
+        kubectl("create -f -", given=given)
     assert sorted(delete_jobs("mine")[0]) == ["a", "b"] and delete_jobs(
         "mine", still.namespace
     ) == ([], [])
-    assert "c" in kubectl("get", "pytorchjobs", "-n", still.namespace, "-o", "name")
+    assert "c" in kubectl(f"get pytorchjobs -n {still.namespace} -o name")
 
 
 @pytest.fixture
-def account(played: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher as the pipeline's service account, with the Role of manifests/shared and nothing else."""
     shared = Path(__file__).parents[2] / "manifests/shared/accounts.yaml"
-    rights = [
-        part
-        for part in yaml.safe_load_all(shared.read_text())
-        if part["kind"] in ("ServiceAccount", "Role", "RoleBinding")
-    ]
-    for part in rights:
-        part["metadata"]["namespace"] = played.namespace
+    for part in yaml.safe_load_all(shared.read_text()):
+        if part["kind"] not in ("ServiceAccount", "Role", "RoleBinding"):
+            continue
+        part["metadata"]["namespace"] = live.namespace
         for subject in part.get("subjects", []):
-            subject["namespace"] = played.namespace
-        kubectl("apply", "-f", "-", given=part)
-    secret = wait_until(
-        lambda: [
+            subject["namespace"] = live.namespace
+        kubectl("apply -f -", given=part)
+
+    def tokens() -> list[dict]:
+        found = json.loads(kubectl(f"get secrets -n {live.namespace} -o json"))["items"]
+        key = "kubernetes.io/service-account.name"
+        own = [one for one in found if one["metadata"].get("annotations", {}).get(key)]
+        return [
             one
-            for one in json.loads(kubectl("get", "secrets", "-n", played.namespace, "-o", "json"))[
-                "items"
-            ]
-            if one["metadata"].get("annotations", {}).get("kubernetes.io/service-account.name")
-            == "vitdet-pipeline"
-            and "data" in one
+            for one in own
+            if one["metadata"]["annotations"][key] == "vitdet-pipeline" and "data" in one
         ]
-    )[0]
-    settings = yaml.safe_load(played.kubeconfig.read_text())
+
+    secret = wait_until(tokens)[0]
+    settings = yaml.safe_load(live.kubeconfig.read_text())
     settings["users"][0]["user"] = {"token": base64.b64decode(secret["data"]["token"]).decode()}
     (tmp_path / "account").write_text(yaml.safe_dump(settings))
-    monkeypatch.setattr(played, "kubeconfig", tmp_path / "account")
+    monkeypatch.setattr(live, "kubeconfig", tmp_path / "account")
 
 
 def test_the_role_of_the_manifests_suffices_and_its_loss_is_one_line(
-    played: Scene, account: None
+    live: Scene, account: None
 ) -> None:
-    played.launch(script(), ["echo with rights"], "allowed")
-    assert "with rights" in played.lines
+    live.launch(script(), ["echo with rights"], "allowed")
+    assert "with rights" in live.lines
 
     def revoke() -> None:
-        running(played, "revoked")
-        kubectl("delete", "rolebindings", "--all", "-n", played.namespace)
+        running(live, "revoked")
+        kubectl(f"delete rolebindings --all -n {live.namespace}")
 
     other = meanwhile(revoke)
     with pytest.raises(
         RuntimeError, match="vitdet-pipeline has no Role for verb get of pytorchjobs.kubeflow.org"
     ):
-        played.launch(script(), ["echo on; sleep 60"], "revoked")
+        live.launch(script(), ["echo on; sleep 60"], "revoked")
     other.join()
     with pytest.raises(RuntimeError, match="has no Role for verb create of pytorchjobs") as raised:
-        played.launch(script(), ["true"], "refused")
+        live.launch(script(), ["true"], "refused")
     assert "\n" not in str(raised.value)

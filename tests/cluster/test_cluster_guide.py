@@ -6,7 +6,6 @@ import base64
 import copy
 import json
 import os
-import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -18,16 +17,9 @@ from tests.cluster.test_cluster_manifests import moved
 from tests.cluster.test_manifests import MANIFESTS, installed, overlay
 from tests.helpers.cluster import kubectl, on_cluster
 from tests.helpers.guide import BLOCKS, lines
+from tests.helpers.manifests import needs_kubectl
 
-pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
-
-
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
-    name = f"vitdet-guide-{uuid.uuid4().hex[:8]}"
-    kubectl("create", "namespace", name)
-    yield name
-    kubectl("delete", "namespace", name, "--wait=false")
+pytestmark = [*on_cluster, needs_kubectl]
 
 
 def applied(name: str, line: str) -> list[str]:
@@ -56,10 +48,10 @@ def spaces() -> Iterator[dict[str, str]]:
     suffix = uuid.uuid4().hex[:8]
     found = {"NS": f"vitdet-guide-{suffix}", "M": f"vitdet-guide-{suffix}-mlflow"}
     for name in found.values():
-        kubectl("create", "namespace", name)
+        kubectl(f"create namespace {name}")
     yield found
     for name in found.values():
-        kubectl("delete", "namespace", name, "--wait=false")
+        kubectl(f"delete namespace {name} --wait=false")
 
 
 def run_blocks(word: str, spaces: dict[str, str]) -> None:
@@ -78,7 +70,7 @@ def run_blocks(word: str, spaces: dict[str, str]) -> None:
 
 
 def secret(namespace: str, name: str) -> dict:
-    return json.loads(kubectl("get", "secret", name, "-n", namespace, "-o", "json"))
+    return json.loads(kubectl(f"get secret {name} -n {namespace} -o json"))
 
 
 def test_the_secrets_have_the_keys_that_the_pods_read(spaces: dict[str, str]) -> None:
@@ -143,19 +135,19 @@ def test_what_cannot_change_is_refused(namespace: str) -> None:
     }
     for kind, (change, said) in changes.items():
         before = one(kind, namespace)
-        kubectl("apply", "-f", "-", given=before)
+        kubectl("apply -f -", given=before)
         try:
             after = copy.deepcopy(before)
             change(after)
-            assert said in kubectl("apply", "-f", "-", given=after, fails=True), kind
+            assert said in kubectl("apply -f -", given=after, fails=True), kind
         finally:
-            kubectl("delete", "-f", "-", "--wait=false", given=before)
+            kubectl("delete -f - --wait=false", given=before)
 
 
 def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
     runtime, _ = moved(overlay("kind", "trainjob"), namespace)
-    kubectl("apply", "-f", "-", given=runtime)
-    found = json.loads(kubectl("get", "trainingruntimes", "-n", namespace, "-o", "json"))["items"]
+    kubectl("apply -f -", given=runtime)
+    found = json.loads(kubectl(f"get trainingruntimes -n {namespace} -o json"))["items"]
     assert [one["metadata"]["name"] for one in found] == ["vitdet-gpu-train"]
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
     # training, its variable VITDET_IMAGE, and the demo's data
@@ -166,10 +158,10 @@ def test_the_patch_of_kubeflow_pipelines_keeps_the_rest_of_the_configmap(namespa
     name = "workflow-controller-configmap"
     before = {"executor": "imagePullPolicy: IfNotPresent", "workflowDefaults": "spec: {}"}
     given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": before}
-    kubectl("apply", "-n", namespace, "-f", "-", given=given)
+    kubectl(f"apply -n {namespace} -f -", given=given)
     file = MANIFESTS / "pipelines" / "workflow-defaults.yaml"
-    kubectl("-n", namespace, "patch", "configmap", name, "--patch-file", str(file))
-    data = json.loads(kubectl("get", "configmap", name, "-n", namespace, "-o", "json"))["data"]
+    kubectl(f"-n {namespace} patch configmap {name} --patch-file", str(file))
+    data = json.loads(kubectl(f"get configmap {name} -n {namespace} -o json"))["data"]
     assert data["executor"] == before["executor"]
     spec = yaml.safe_load(data["workflowDefaults"])["spec"]
     ttl = spec["ttlStrategy"]

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from components.launcher.templates import KINDS
-from tests.cluster.test_manifests import (
-    JOBS,
-    MANIFESTS,
-    OVERLAYS,
-    PARTS,
-    build,
-    copy,
-    overlay,
-    parts,
-)
+from tests.cluster.test_manifests import JOBS, MANIFESTS, OVERLAYS, PARTS, build, overlay, parts
 from tests.helpers.cluster import QUICK, kubectl, on_cluster
+from tests.helpers.manifests import needs_kubectl
 
-__all__ = ["copy"]  # a fixture
-pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
+pytestmark = [*on_cluster, needs_kubectl]
 # Kinds that only their own cloud or add-on defines; tests/cluster/test_manifests.py has their schemas.
 UNKNOWN = {
     "ComputeClass",
@@ -38,14 +26,6 @@ UNKNOWN = {
     "WorkloadPriorityClass",
     "VirtualService",
 }
-
-
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
-    name = f"vitdet-manifests-{uuid.uuid4().hex[:8]}"
-    kubectl("create", "namespace", name)
-    yield name
-    kubectl("delete", "namespace", name, "--wait=false")
 
 
 def moved(documents: list[dict], namespace: str) -> list[dict]:
@@ -69,11 +49,7 @@ def test_a_server_accepts_an_overlay(name: str, part: str, namespace: str) -> No
         pytest.skip("kind has none")
     documents = moved(overlay(name, JOBS.get(part, part)), namespace)
     said = kubectl(
-        "apply",
-        "--dry-run=server",
-        "--validate=true",
-        "--filename=-",
-        given=yaml.safe_dump_all(documents),
+        "apply --dry-run=server --validate=true --filename=-", given=yaml.safe_dump_all(documents)
     )
     assert said.count("created (server dry run)") == len(documents)
 
@@ -87,7 +63,7 @@ def test_a_server_accepts_the_options(namespace: str, copy: Path) -> None:
     ]
     given = yaml.safe_dump_all(moved(documents, namespace))
     assert "Ingress" in given and "podAffinity" in given
-    said = kubectl("apply", "--dry-run=server", "--validate=true", "-f", "-", given=given)
+    said = kubectl("apply --dry-run=server --validate=true -f -", given=given)
     assert said.count("created (server dry run)") == len(moved(documents, namespace))
 
 
@@ -95,7 +71,7 @@ def test_a_server_refuses_a_typo(namespace: str) -> None:
     job = moved(overlay("kind"), namespace)[0]
     job["spec"]["runPolicy"]["backofLimit"] = 3
     assert "backofLimit" in kubectl(
-        "apply", "--dry-run=server", "--filename=-", given=yaml.safe_dump(job), fails=True
+        "apply --dry-run=server --filename=-", given=yaml.safe_dump(job), fails=True
     )
 
 
@@ -134,7 +110,7 @@ def reviewed(account: str, namespace: str, verb: str, group: str, resource: str)
             },
         },
     }
-    answer = kubectl("create", "-f", "-", "-o", "json", given=json.dumps(review))
+    answer = kubectl("create -f - -o json", given=json.dumps(review))
     return json.loads(answer)["status"]["allowed"]
 
 
@@ -142,8 +118,7 @@ def reviewed(account: str, namespace: str, verb: str, group: str, resource: str)
 def accounts(namespace: str) -> str:
     text = (MANIFESTS / "shared" / "accounts.yaml").read_text()
     kubectl(
-        "apply",
-        "--filename=-",
+        "apply --filename=-",
         given=yaml.safe_dump_all(moved(list(yaml.safe_load_all(text)), namespace)),
     )
     return namespace
@@ -185,10 +160,7 @@ def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> Non
         assert not check(verb, resource, name), f"{verb} {resource} {name}"
     assert not may("vitdet-pipeline", accounts, "list", "pods --all-namespaces")
     denied = kubectl(
-        "get",
-        "pods",
-        "--namespace=default",
-        f"--as=system:serviceaccount:{accounts}:vitdet-pipeline",
+        f"get pods --namespace=default --as=system:serviceaccount:{accounts}:vitdet-pipeline",
         fails=True,
     )
     assert "forbidden" in denied
@@ -211,9 +183,7 @@ def exercise_launcher(kind: str, accounts: str, account: str) -> None:
     cluster = JobClient(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
     *_, job = moved(overlay("kind", JOBS[kind]), accounts)
     # one that exists: else the garbage collector takes the job, sooner or later
-    made = json.loads(kubectl("create", "configmap", f"step-{kind}", "-n", accounts, "-o", "json"))[
-        "metadata"
-    ]
+    made = json.loads(kubectl(f"create configmap step-{kind} -n {accounts} -o json"))["metadata"]
     owner = {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -107,7 +107,7 @@ def served() -> bool:
 
 
 def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) -> None:
-    kubectl("delete", "crd", "pytorchjobs.kubeflow.org")
+    kubectl("delete crd pytorchjobs.kubeflow.org")
     wait_until(lambda: not served())  # a moment longer than the definition is there
     with pytest.raises(RuntimeError) as raised:
         alone.launch(template(script=True), ["true"], "undefined")

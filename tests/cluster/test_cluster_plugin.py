@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Iterator
 
 import pytest
 import yaml
 
 from components.launcher.templates import KINDS, JobRequest, fill_template
 from tests.conftest import ROOT
-from tests.helpers.cluster import kubectl, on_cluster, template
+from tests.helpers.cluster import job_containers, kubectl, on_cluster, template
 
 pytestmark = on_cluster
 
@@ -30,14 +28,6 @@ INJECTED = [
     {"name": "MLFLOW_EXPERIMENT_ID", "value": "7"},
     *EVERYWHERE[1:],
 ]
-
-
-@pytest.fixture
-def namespace() -> Iterator[str]:
-    name = f"vitdet-test-{uuid.uuid4().hex[:8]}"
-    kubectl("create", "namespace", name)
-    yield name
-    kubectl("delete", "namespace", name, "--wait=false")
 
 
 def secret_env(step: str) -> list[dict]:
@@ -71,7 +61,7 @@ def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False)
         "metadata": {"name": name, "namespace": namespace},
         "template": template,
     }
-    kubectl("create", "-f", "-", given=made)
+    kubectl("create -f -", given=made)
     patch = json.dumps({"template": {"spec": {"containers": [{**container, "env": env}]}}})
     words = ["patch", "podtemplate", name, "-n", namespace, "--type", "strategic", "-p", patch]
     out = kubectl(*words, "-o", "json", fails=fails)
@@ -103,16 +93,8 @@ def test_a_training_job_has_each_variable_once(namespace: str, kind: str) -> Non
         task={"env": [*INJECTED, *secret_env("exec-train-job")]},
     )
     job = fill_template(template(kind), KINDS[kind], request)
-    made = json.loads(kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", given=job))
-    spec = made["spec"]
-    containers = (
-        [spec["trainer"]]
-        if kind == "trainjob"
-        else [
-            replica["template"]["spec"]["containers"][0]
-            for replica in spec["pytorchReplicaSpecs"].values()
-        ]
-    )
+    made = json.loads(kubectl("create --dry-run=server -o json -f -", given=job))
+    containers = job_containers(made)
     for container in containers:
         names = [one["name"] for one in container["env"]]
         assert names.count("MLFLOW_TRACKING_URI") == 1 and len(names) == len(set(names))

@@ -10,14 +10,13 @@ pkg/controller/tainteviction (DeletionByTaintManager), pkg/controller/podgc (Del
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import yaml
 from kubernetes import client
 
 from tests.conftest import ROOT
-from tests.helpers.cluster import Scene, kubectl, on_cluster, scene, template, wait_until
+from tests.helpers.cluster import Scene, kubectl, on_cluster, template, wait_until
 from tests.helpers.fake_jobset import job_failure, jobset_failure
 from tests.helpers.manifests import kustomize
 
@@ -111,12 +110,10 @@ def test_the_rules_pass_the_webhooks(runtime: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def still(tmp_path_factory: pytest.TempPathFactory, runtime: dict) -> Iterator[Scene]:
-    """Pods stay as the test writes them."""
-    with scene(tmp_path_factory.mktemp("still"), node=False) as made:
-        own = {**runtime, "metadata": {**runtime["metadata"], "namespace": made.namespace}}
-        kubectl("apply", "-f", "-", given=own)
-        yield made
+def still(still: Scene, runtime: dict) -> Scene:
+    own = {**runtime, "metadata": {**runtime["metadata"], "namespace": still.namespace}}
+    kubectl("apply -f -", given=own)
+    return still
 
 
 class Job:
@@ -126,7 +123,7 @@ class Job:
         self.namespace, self.name, self.seen = made.namespace, name, set()
         job = yaml.safe_load(template("trainjob"))
         job["metadata"] |= {"name": name, "namespace": made.namespace}
-        kubectl("apply", "-f", "-", given=job)
+        kubectl("apply -f -", given=job)
 
     def pods(self) -> list[client.V1Pod]:
         """Both, of the next life."""

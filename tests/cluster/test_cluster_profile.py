@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,13 @@ import pytest
 import yaml
 
 from tests.cluster.test_cluster_manifests import exercise_launcher
-from tests.cluster.test_manifests import JOBS, MANIFESTS, copy
+from tests.cluster.test_manifests import JOBS, MANIFESTS
 from tests.cluster.test_profile import OWNER, for_profile
 from tests.helpers.cluster import kubectl, on_cluster, wait_until
 from tests.helpers.kubeflow_roles import RELEASES, profile_roles
-from tests.helpers.manifests import kustomize
+from tests.helpers.manifests import kustomize, needs_kubectl
 
-__all__ = ["copy"]  # a fixture
-pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
+pytestmark = [*on_cluster, needs_kubectl]
 OURS = MANIFESTS / "cluster" / "profile-roles.yaml"
 
 
@@ -46,9 +44,9 @@ def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
     suffix = uuid.uuid4().hex[:8]
     made = Profile(f"vitdet-profile-{suffix}", f"owner-{suffix}", f"friend-{suffix}")
     roles = profile_roles(suffix, request.param, yaml.safe_load(OURS.read_text()))
-    kubectl("create", "namespace", made.namespace)
-    kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
-    kubectl("create", "serviceaccount", "default-editor", "-n", made.namespace)
+    kubectl(f"create namespace {made.namespace}")
+    kubectl("apply -f -", given=yaml.safe_dump_all(roles))
+    kubectl(f"create serviceaccount default-editor -n {made.namespace}")
     editor = {"kind": "ServiceAccount", "name": "default-editor", "namespace": made.namespace}
     user = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io"}
     bindings = [
@@ -56,12 +54,12 @@ def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
         binding("friend", f"kubeflow-edit-{suffix}", {**user, "name": made.contributor}),
         binding("default-editor", f"kubeflow-edit-{suffix}", editor),
     ]
-    kubectl("apply", "-n", made.namespace, "-f", "-", given=yaml.safe_dump_all(bindings))
+    kubectl(f"apply -n {made.namespace} -f -", given=yaml.safe_dump_all(bindings))
     wait_until(lambda: may(made.namespace, made.owner, "create", "trainingruntimes"), 60)
     yield made
-    kubectl("delete", "namespace", made.namespace, "--wait=false")
+    kubectl(f"delete namespace {made.namespace} --wait=false")
     for role in roles:
-        kubectl("delete", "clusterrole", role["metadata"]["name"], "--wait=false")
+        kubectl(f"delete clusterrole {role['metadata']['name']} --wait=false")
 
 
 def may(namespace: str, user: str, verb: str, resource: str) -> bool:
@@ -82,14 +80,14 @@ def may(namespace: str, user: str, verb: str, resource: str) -> bool:
             },
         },
     }
-    said = json.loads(kubectl("create", "-f", "-", "-o", "json", given=review))
+    said = json.loads(kubectl("create -f - -o json", given=review))
     return said["status"]["allowed"]
 
 
 def test_the_owner_applies_everything(profile: Profile, copy: Path) -> None:
     folder = for_profile(copy, "eks", profile.namespace, profile.namespace)
     documents = [one for part in (*OWNER, "mlflow") for one in kustomize(folder / part)]
-    said = kubectl("apply", f"--as={profile.owner}", "-f", "-", given=yaml.safe_dump_all(documents))
+    said = kubectl(f"apply --as={profile.owner} -f -", given=yaml.safe_dump_all(documents))
     assert said.count(" created") == len(documents) > 15
 
 
@@ -98,9 +96,7 @@ def test_contributors_apply_everything_but_the_role(profile: Profile, copy: Path
     documents = [one for part in OWNER for one in kustomize(folder / part)]
     for document in documents:
         role = document["kind"] in ("Role", "RoleBinding")
-        said = kubectl(
-            "apply", f"--as={profile.contributor}", "-f", "-", given=document, fails=role
-        )
+        said = kubectl(f"apply --as={profile.contributor} -f -", given=document, fails=role)
         assert ("forbidden" in said) == role, said
 
 
@@ -111,9 +107,7 @@ def test_runs_from_kubeflow_s_page_may_launch_jobs(profile: Profile) -> None:
     patch = '{"imagePullSecrets": [{"name": "vitdet-registry"}]}'
     words = ("patch", "serviceaccount", "default-editor", "-n", profile.namespace, "-p", patch)
     kubectl(*words, f"--as={profile.contributor}")
-    found = json.loads(
-        kubectl("get", "serviceaccount", "default-editor", "-n", profile.namespace, "-o", "json")
-    )
+    found = json.loads(kubectl(f"get serviceaccount default-editor -n {profile.namespace} -o json"))
     assert found["imagePullSecrets"] == [{"name": "vitdet-registry"}]
 
 
@@ -124,11 +118,11 @@ def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: s
     space, owner = f"vitdet-profile-{suffix}", f"owner-{suffix}"
     roles = profile_roles(suffix, release, None)
     user = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": owner}
-    kubectl("create", "namespace", space)
+    kubectl(f"create namespace {space}")
     try:
-        kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
+        kubectl("apply -f -", given=yaml.safe_dump_all(roles))
         given = binding("owner", f"kubeflow-admin-{suffix}", user)
-        kubectl("apply", "-n", space, "-f", "-", given=given)
+        kubectl(f"apply -n {space} -f -", given=given)
         wait_until(lambda: may(space, owner, "create", "roles"), 60)
         (role,) = (
             one
@@ -136,7 +130,7 @@ def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: s
             if one["kind"] == "Role"
         )
         role["metadata"]["namespace"] = space
-        said = kubectl("apply", f"--as={owner}", "-f", "-", given=role, fails=True)
+        said = kubectl(f"apply --as={owner} -f -", given=role, fails=True)
         assert "attempting to grant RBAC permissions not currently held" in said
         lacking = {"workloads"} | (
             {"trainjobs", "workflowtaskresults"} if release == "early" else set()
@@ -146,6 +140,6 @@ def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: s
         } == lacking
         assert not may(space, owner, "create", "trainingruntimes")
     finally:
-        kubectl("delete", "namespace", space, "--wait=false")
+        kubectl(f"delete namespace {space} --wait=false")
         for one in roles:
-            kubectl("delete", "clusterrole", one["metadata"]["name"], "--wait=false")
+            kubectl(f"delete clusterrole {one['metadata']['name']} --wait=false")

@@ -7,7 +7,6 @@ tests/cluster/test_queue.py names, and the job's suspension.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,11 +19,10 @@ from tests.cluster.test_queue import ADMITTED, UNCOVERED, workload
 from tests.helpers.cluster import (
     PATIENT,
     PIPELINE_RUN,
-    WORKFLOWS,
     Scene,
+    definition,
     kubectl,
     on_cluster,
-    scene,
     template,
     wait_until,
 )
@@ -34,23 +32,11 @@ LINE = "step 40/100  0:30 left  12.3 images/s  loss 3.500 (cls 1.250)"
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    version = {**WORKFLOWS["spec"]["versions"][0], "name": "v1beta2"}
-    names = {"plural": "workloads", "singular": "workload", "kind": "Workload"}
-    definition = {
-        **WORKFLOWS,
-        "metadata": {"name": "workloads.kueue.x-k8s.io"},
-        "spec": {
-            **WORKFLOWS["spec"],
-            "group": "kueue.x-k8s.io",
-            "names": names,
-            "versions": [version],
-        },
-    }
-    kubectl("apply", "-f", "-", given=definition)
-    kubectl("wait", "--for=condition=established", "crd/workloads.kueue.x-k8s.io")
-    with scene(tmp_path_factory.mktemp("played")) as made:
-        yield made
+def live(live: Scene) -> Scene:
+    given = definition("kueue.x-k8s.io", "v1beta2", "workloads", "Workload")
+    kubectl("apply -f -", given=given)
+    kubectl("wait --for=condition=established crd/workloads.kueue.x-k8s.io")
+    return live
 
 
 def queued() -> str:
@@ -60,33 +46,33 @@ def queued() -> str:
     return yaml.safe_dump(job)
 
 
-def test_the_reason_of_the_queue_and_the_progress_are_visible(played: Scene) -> None:
+def test_the_reason_of_the_queue_and_the_progress_are_visible(live: Scene) -> None:
     name = job_name(PIPELINE_RUN, "queued")
-    where = ("-n", played.namespace)
+    where = ("-n", live.namespace)
 
     def write(found: dict) -> None:
-        uid = wait_until(lambda: played.job("queued"))["metadata"]["uid"]
+        uid = wait_until(lambda: live.job("queued"))["metadata"]["uid"]
         metadata = {"name": name, "labels": {"kueue.x-k8s.io/job-uid": uid}}
         about = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "metadata": metadata}
         kubectl("apply", *where, "-f", "-", given={**about, **found})
 
     def kueue() -> None:
         write(workload(UNCOVERED))
-        wait_until(lambda: any("add the resource to coveredResources" in x for x in played.lines))
+        wait_until(lambda: any("add the resource to coveredResources" in x for x in live.lines))
         write(workload(*ADMITTED))
         resume = json.dumps({"spec": {"runPolicy": {"suspend": False}}})
-        kubectl("patch", "pytorchjob", *where, name, "--type=merge", "-p", resume)
+        kubectl("patch pytorchjob", *where, name, "--type=merge", "-p", resume)
 
     other = meanwhile(kueue)
-    played.launch(queued(), [f"echo '{LINE}'; sleep 3"], "queued")
+    live.launch(queued(), [f"echo '{LINE}'; sleep 3"], "queued")
     other.join()
-    assert LINE in played.lines and not any("has no effect" in line for line in played.lines)
-    progress = json.loads(played.job("queued")["metadata"]["annotations"][PROGRESS])
+    assert LINE in live.lines and not any("has no effect" in line for line in live.lines)
+    progress = json.loads(live.job("queued")["metadata"]["annotations"][PROGRESS])
     assert (progress["step"], progress["steps"], progress["images_per_second"]) == (40, 100, 12.3)
 
 
-def test_a_job_without_a_workload_is_given_up_and_stays_suspended(played: Scene) -> None:
+def test_a_job_without_a_workload_is_given_up_and_stays_suspended(live: Scene) -> None:
     with pytest.raises(RuntimeError, match="Kueue has no Workload for it.*since Kueue 0.19"):
-        played.launch(queued(), ["true"], "unknown", timeouts=replace(PATIENT, operator=3))
-    job = played.job("unknown")
-    assert job["spec"]["runPolicy"]["suspend"] and not played.pods("unknown")
+        live.launch(queued(), ["true"], "unknown", timeouts=replace(PATIENT, operator=3))
+    job = live.job("unknown")
+    assert job["spec"]["runPolicy"]["suspend"] and not live.pods("unknown")

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import yaml
 
 from components.launcher.templates import job_name
-from tests.helpers.cluster import PIPELINE_RUN, QUICK, Scene, on_cluster, scene, template
+from tests.helpers.cluster import PIPELINE_RUN, QUICK, Scene, on_cluster, template
 
 pytestmark = on_cluster
 MISSING = "no PriorityClass with name not-there was found"
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with scene(tmp_path_factory.mktemp("played")) as made:
-        yield made
-
-
 @pytest.mark.parametrize("kinds", [("Master", "Worker"), ("Worker",)])
 def test_a_refused_pod_is_the_cause_whether_others_run_or_not(
-    played: Scene, kinds: tuple[str, ...]
+    live: Scene, kinds: tuple[str, ...]
 ) -> None:
     job, recipe = yaml.safe_load(template(script=True)), f"refused-{len(kinds)}"
     for kind in kinds:
@@ -30,11 +22,11 @@ def test_a_refused_pod_is_the_cause_whether_others_run_or_not(
             "not-there"
         )
     with pytest.raises(RuntimeError) as raised:
-        played.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, timeouts=QUICK)
+        live.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, timeouts=QUICK)
     name = job_name(PIPELINE_RUN, recipe)
     assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in str(
         raised.value
     )
     assert MISSING in str(raised.value) and "does not run" not in str(raised.value)
-    assert any("waiting: " in line and name in line and MISSING in line for line in played.lines)
-    assert ("on" in played.lines) == (kinds == ("Worker",))
+    assert any("waiting: " in line and name in line and MISSING in line for line in live.lines)
+    assert ("on" in live.lines) == (kinds == ("Worker",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,6 @@ from tests.helpers.cluster import (
 )
 
 pytestmark = on_cluster
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Jobs run."""
-    with scene(tmp_path_factory.mktemp("played")) as made:
-        yield made
 
 
 def failing() -> str:
@@ -59,35 +51,35 @@ def refused(
 
 
 def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_run_again(
-    played: Scene, monkeypatch: pytest.MonkeyPatch
+    live: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = played.step_pod("failing-0"), played.step_pod("failing-1", attempt=1)
+    first, second = live.step_pod("failing-0"), live.step_pod("failing-1", attempt=1)
     args = [
         "echo one try >> /data/tries; if [ $RANK = 1 ]; then echo no such weights; exit 3; fi; sleep 60"
     ]
-    error = refused(played, "failing", failing(), args, first, monkeypatch)
+    error = refused(live, "failing", failing(), args, first, monkeypatch)
     name = job_name(PIPELINE_RUN, "failing")
     assert error.endswith(
-        f"cause: pod {name}-worker-0 on node {played.node.name}: Error, exit code 3\n"
+        f"cause: pod {name}-worker-0 on node {live.node.name}: Error, exit code 3\n"
         "last lines of its log:\n  no such weights"
     )
-    job = played.job("failing")
+    job = live.job("failing")
     assert job["metadata"]["annotations"][FAILURE] == error
 
-    again = refused(played, "failing", failing(), args, second, monkeypatch)
+    again = refused(live, "failing", failing(), args, second, monkeypatch)
     assert again == error
-    assert played.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
+    assert live.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
     # it can be looked into
-    assert "no such weights" in kubectl("logs", "-n", played.namespace, f"{name}-worker-0")
-    assert (played.volume / "tries").read_text() == "one try\n" * 2  # one a pod
+    assert "no such weights" in kubectl(f"logs -n {live.namespace} {name}-worker-0")
+    assert (live.volume / "tries").read_text() == "one try\n" * 2  # one a pod
 
     # Kubeflow's `Retry` deletes the pods of the failed steps, whose attempts are counted from 0 again
     # (backend/src/common/util/workflow.go).
-    kubectl("delete", "pod", "-n", played.namespace, "failing-0", "failing-1", "--wait=false")
-    for key, value in played.step_pod("failing-anew").items():
+    kubectl(f"delete pod -n {live.namespace} failing-0 failing-1 --wait=false")
+    for key, value in live.step_pod("failing-anew").items():
         monkeypatch.setenv(key, value)
-    played.launch(failing(), ["echo mended"], "failing")
-    assert "mended" in played.lines
+    live.launch(failing(), ["echo mended"], "failing")
+    assert "mended" in live.lines
 
 
 def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_run_deletes_it(
@@ -109,23 +101,23 @@ def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_ru
 
 
 def test_the_end_of_a_run_deletes_what_runs_and_leaves_what_has_ended_with_its_logs(
-    played: Scene, monkeypatch: pytest.MonkeyPatch
+    live: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = "11111111-1f3e-4b7e-9b1b-0d6c35f7a002"
-    played.launch(script(), ["echo last words"], "ended", run=run)
+    live.launch(script(), ["echo last words"], "ended", run=run)
     given = yaml.safe_load(template())
     given["metadata"] = {
         "name": "going-on",
-        "namespace": played.namespace,
+        "namespace": live.namespace,
         "labels": {"vitdet/run": run},
     }
     for replica in given["spec"]["pytorchReplicaSpecs"].values():
         replica["template"]["spec"]["containers"][0].update(
             command=["sh", "-c"], args=["echo on; sleep 60"]
         )
-    kubectl("create", "-f", "-", given=given)
-    wait_until(lambda: "going-on-master-0" in played.node.containers)
-    monkeypatch.setenv("KUBECONFIG", str(played.kubeconfig))
+    kubectl("create -f -", given=given)
+    wait_until(lambda: "going-on-master-0" in live.node.containers)
+    monkeypatch.setenv("KUBECONFIG", str(live.kubeconfig))
     deleted, left = delete_jobs(run)
     name = job_name(run, "ended")
     assert (
@@ -134,9 +126,5 @@ def test_the_end_of_a_run_deletes_what_runs_and_leaves_what_has_ended_with_its_l
         and left[0].startswith(f"{name}: succeeded; stays, with the logs")
     )
     assert " UTC" in left[0]
-    assert "last words" in kubectl("logs", "-n", played.namespace, f"{name}-master-0")
-    wait_until(
-        lambda: (
-            "going-on" not in kubectl("get", "pytorchjobs", "-n", played.namespace, "-o", "name")
-        )
-    )
+    assert "last words" in kubectl(f"logs -n {live.namespace} {name}-master-0")
+    wait_until(lambda: "going-on" not in kubectl(f"get pytorchjobs -n {live.namespace} -o name"))

@@ -192,7 +192,7 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
     assert [one.step for one in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
 
     processes = set(made.node.containers)
-    kubectl("delete", "pytorchjob", "-n", made.namespace, job["metadata"]["name"], "--wait=false")
+    kubectl(f"delete pytorchjob -n {made.namespace} {job['metadata']['name']} --wait=false")
     wait_until(lambda: made.job(step.name, run=RUN) is None)
     # a step that KFP retries after its work was done
     assert step("again.pt").read_bytes() == trained.read_bytes()

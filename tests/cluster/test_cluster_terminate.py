@@ -19,13 +19,13 @@ OF_THE_OTHER = "pytorchjob.kubeflow.org/c"
 
 def jobs(namespace: str) -> list[str]:
     kinds = ",".join(f"{kind.plural}.{kind.group}" for kind in KINDS.values())
-    return sorted(kubectl("get", kinds, "-n", namespace, "-o", "name").split())
+    return sorted(kubectl(f"get {kinds} -n {namespace} -o name").split())
 
 
 def make(namespace: str, kind: str, run: str, name: str) -> None:
     job = yaml.safe_load(template(kind))
     job["metadata"].update(name=name, namespace=namespace, labels={RUN: label(run)})
-    kubectl("create", "-f", "-", given=job)
+    kubectl("create -f -", given=job)
 
 
 def test_terminate_deletes_the_jobs_of_its_run_only(

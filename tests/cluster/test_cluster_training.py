@@ -73,17 +73,12 @@ def test_kubectl_apply_alone_trains_on_two_nodes(training: Scene) -> None:
     job["metadata"]["namespace"] = training.namespace
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         replica["template"]["spec"]["containers"][0]["args"] = words("applied", optim__lr=1e-3)
-    kubectl("apply", "-f", "-", given=job)
+    kubectl("apply -f -", given=job)
     kubectl(
-        "wait",
-        "--for=condition=Succeeded",
-        "-n",
-        training.namespace,
-        "pytorchjob/vitdet-train",
-        "--timeout=120s",
+        f"wait --for=condition=Succeeded -n {training.namespace} pytorchjob/vitdet-train --timeout=120s"
     )
     assert load_model_file(training.volume / "applied" / "model.pt")["step"] == STEPS
-    log = kubectl("logs", "-n", training.namespace, "vitdet-train-master-0")
+    log = kubectl(f"logs -n {training.namespace} vitdet-train-master-0")
     assert f"step {STEPS}/{STEPS}" in log and "/applied/model.pt" in log
     (run,) = runs(training, "applied")
     assert run.info.status == "FINISHED" and points(training, run) == list(range(1, STEPS + 1))
@@ -130,7 +125,7 @@ def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
     training.lines.clear()
     runtime, _ = kustomize(ROOT / "manifests" / "overlays" / "kind" / "trainjob")
     runtime["metadata"]["namespace"] = training.namespace
-    kubectl("apply", "-f", "-", given=runtime)
+    kubectl("apply -f -", given=runtime)
     training.launch(
         template("trainjob"), words("trained", optim__lr=3e-3), recipe="second", kind="trainjob"
     )

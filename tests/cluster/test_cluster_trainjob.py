@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -43,15 +42,13 @@ def with_runtime(made: Scene) -> Scene:
     runtime, _ = kustomize(ROOT / "manifests/overlays/kind/trainjob")
     runtime["metadata"]["namespace"] = made.namespace
     runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] = 1
-    kubectl("apply", "-f", "-", given=runtime)
+    kubectl("apply -f -", given=runtime)
     return made
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Jobs run."""
-    with scene(tmp_path_factory.mktemp("played"), reasons={137: "OOMKilled"}) as made:
-        yield with_runtime(made)
+def live(live: Scene) -> Scene:
+    return with_runtime(live)
 
 
 def launch(
@@ -96,10 +93,10 @@ def write_status(made: Scene, name: str, status: dict) -> None:
     client.CoreV1Api().patch_namespaced_pod_status(name, made.namespace, {"status": status})
 
 
-def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(played: Scene) -> None:
+def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(live: Scene) -> None:
     failing = "echo working; if [ $PET_NODE_RANK = 1 ]; then seq 100; exit 3; fi; sleep 60"
     with pytest.raises(RuntimeError) as raised:
-        launch(played, "failing", failing)
+        launch(live, "failing", failing)
     head, *tail = str(raised.value).split("\n  ")
     name = job_name(PIPELINE_RUN, "failing")
     assert (
@@ -108,33 +105,32 @@ def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(played: Sce
     )
     assert (
         f"cause: pod {name}-node-0-1-" in head
-        and f"on node {played.node.name}: Error, exit code 3" in head
+        and f"on node {live.node.name}: Error, exit code 3" in head
     )
     assert tail == [str(number) for number in range(71, 101)]
-    pods = [key for key in played.node.containers if key.startswith(f"{name}-node-0-1-")]
+    pods = [key for key in live.node.containers if key.startswith(f"{name}-node-0-1-")]
     assert len(pods) == 2  # the runtime's one restart made all anew
     wait_until(
         lambda: (
-            {one["status"]["phase"] for one in played.pods("failing", kind="trainjob")}
-            == {"Failed"}
+            {one["status"]["phase"] for one in live.pods("failing", kind="trainjob")} == {"Failed"}
         )
     )
 
 
-def test_a_training_out_of_memory_is_not_restarted(played: Scene) -> None:
+def test_a_training_out_of_memory_is_not_restarted(live: Scene) -> None:
     with pytest.raises(RuntimeError) as raised:
-        launch(played, "oom", "if [ $PET_NODE_RANK = 1 ]; then kill -9 $$; fi; sleep 60")
+        launch(live, "oom", "if [ $PET_NODE_RANK = 1 ]; then kill -9 $$; fi; sleep 60")
     name = job_name(PIPELINE_RUN, "oom")
     assert "OOMKilled" in str(raised.value) and f"pod {name}-node-0-1-" in str(raised.value)
-    pods = [key for key in played.node.containers if key.startswith(f"{name}-node-0-1-")]
+    pods = [key for key in live.node.containers if key.startswith(f"{name}-node-0-1-")]
     assert len(pods) == 1
 
 
-def test_an_evicted_pod_is_told_and_all_are_made_anew(played: Scene) -> None:
+def test_an_evicted_pod_is_told_and_all_are_made_anew(live: Scene) -> None:
     def evict() -> None:
         write_status(
-            played,
-            running(played, "evicted"),
+            live,
+            running(live, "evicted"),
             {
                 "phase": "Failed",
                 "reason": "Evicted",
@@ -144,9 +140,9 @@ def test_an_evicted_pod_is_told_and_all_are_made_anew(played: Scene) -> None:
         )
 
     other = meanwhile(evict)
-    launch(played, "evicted", "echo on; sleep 3")
+    launch(live, "evicted", "echo on; sleep 3")
     other.join()
-    lines = [line for line in played.lines if job_name(PIPELINE_RUN, "evicted") in line]
+    lines = [line for line in live.lines if job_name(PIPELINE_RUN, "evicted") in line]
     assert any(
         "-node-0-1-" in line and "Evicted: The node was low on resource: ephemeral-storage." in line
         for line in lines
@@ -154,23 +150,17 @@ def test_an_evicted_pod_is_told_and_all_are_made_anew(played: Scene) -> None:
     assert lines[-1].endswith(": succeeded (jobset completed successfully)")
 
 
-def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene) -> None:
+def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -> None:
     name = job_name(PIPELINE_RUN, "queued")
 
     def suspend(value: bool) -> None:
         kubectl(
-            "patch",
-            "trainjob",
-            "-n",
-            played.namespace,
-            name,
-            "--type=merge",
-            "-p",
+            f"patch trainjob -n {live.namespace} {name} --type=merge -p",
             json.dumps({"spec": {"suspend": value}}),
         )
 
     def told(times: int) -> bool:
-        return sum(f"{name}: suspended, a queue (Kueue)" in line for line in played.lines) == times
+        return sum(f"{name}: suspended, a queue (Kueue)" in line for line in live.lines) == times
 
     def queue() -> None:
         wait_until(lambda: told(1))
@@ -179,12 +169,11 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
         # The launcher has seen it run, else it would not tell a second time that it is suspended.
         wait_until(
             lambda: (
-                "spoken" in played.lines
-                and any(f"{name}: running" in line for line in played.lines)
+                "spoken" in live.lines and any(f"{name}: running" in line for line in live.lines)
             )
         )
         suspend(True)
-        wait_until(lambda: told(2) and not played.pods("queued", kind="trainjob"))
+        wait_until(lambda: told(2) and not live.pods("queued", kind="trainjob"))
         suspend(False)
 
     task = {
@@ -197,11 +186,11 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
     other = meanwhile(queue)
     script = "echo $WORD; if mkdir /more/life-of-$PET_NODE_RANK 2>/dev/null; then sleep 60; fi; ls /data/ > /more/seen"
     timeouts = replace(PATIENT, start=5, schedule=5)
-    launch(played, "queued", script, task, timeouts, suspend=True)
+    launch(live, "queued", script, task, timeouts, suspend=True)
     other.join()
-    assert played.lines.count("spoken") == 2  # before it was taken back, and after
-    assert "seen" in (played.volume / "seen").read_text()
-    spec = played.pods("queued", kind="trainjob")[0]["spec"]
+    assert live.lines.count("spoken") == 2  # before it was taken back, and after
+    assert "seen" in (live.volume / "seen").read_text()
+    spec = live.pods("queued", kind="trainjob")[0]["spec"]
     assert spec["nodeSelector"]["disk"] == "fast" and task["tolerations"][0] in spec["tolerations"]
     assert sum("persistentVolumeClaim" in one for one in spec["volumes"]) == 1
 

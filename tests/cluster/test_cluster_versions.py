@@ -29,9 +29,9 @@ from tests.helpers.cluster import (
     PIPELINE_RUN,
     QUICK,
     Scene,
+    definition,
     kubectl,
     on_cluster,
-    scene,
     template,
     wait_until,
 )
@@ -39,12 +39,6 @@ from tests.helpers.cluster import (
 pytestmark = on_cluster
 OLD = replace(KINDS["trainjob"], group="trainer-2-1.vitdet.test")
 WAITING = replace(QUICK, schedule=60)
-
-
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with scene(tmp_path_factory.mktemp("played"), node=False) as made:
-        yield made
 
 
 @pytest.fixture
@@ -59,25 +53,13 @@ def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     spec = schema["properties"]["spec"]["properties"]
     for field in ("runtimePatches", "activeDeadlineSeconds"):
         del spec[field]
-    names = {"plural": OLD.plural, "singular": "trainjob", "kind": OLD.name}
-    version = {"name": OLD.version, "served": True, "storage": True}
-    definition = {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{OLD.plural}.{OLD.group}"},
-        "spec": {
-            "group": OLD.group,
-            "scope": "Namespaced",
-            "names": names,
-            "versions": [{**version, "schema": {"openAPIV3Schema": schema}}],
-        },
-    }
+    given = definition(OLD.group, OLD.version, OLD.plural, OLD.name, schema)
     # --validate=false: servers before 1.25 do not know rules in CEL
-    kubectl("create", "--validate=false", "-f", "-", given=definition)
-    kubectl("wait", "--for=condition=established", f"crd/{OLD.plural}.{OLD.group}")
+    kubectl("create --validate=false -f -", given=given)
+    kubectl(f"wait --for=condition=established crd/{OLD.plural}.{OLD.group}")
     monkeypatch.setitem(KINDS, "trainjob", OLD)
     yield
-    kubectl("delete", "crd", f"{OLD.plural}.{OLD.group}", "--wait=false")
+    kubectl(f"delete crd {OLD.plural}.{OLD.group} --wait=false")
 
 
 def old_job() -> str:
@@ -86,54 +68,54 @@ def old_job() -> str:
 
 
 def test_lost_pod_settings_end_the_job_and_a_lost_deadline_is_a_warning(
-    played: Scene, trainer_2_1: None
+    still: Scene, trainer_2_1: None
 ) -> None:
     task = {"node_selector": {"disk": "fast"}}
     with pytest.raises(RuntimeError) as raised:
-        played.launch(old_job(), ["true"], "lost", kind="trainjob", task=task)
+        still.launch(old_job(), ["true"], "lost", kind="trainjob", task=task)
     text = str(raised.value)
     assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} is deleted: ")
     assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
-    assert "\n" not in text and any("no spec.activeDeadlineSeconds" in one for one in played.lines)
-    wait_until(lambda: played.job("lost", "trainjob") is None)
+    assert "\n" not in text and any("no spec.activeDeadlineSeconds" in one for one in still.lines)
+    wait_until(lambda: still.job("lost", "trainjob") is None)
     # without settings of pods only the deadline and labels are lost; this group has no operator, so the job is given up
     with pytest.raises(RuntimeError, match="has had no status"):
         timeouts = replace(QUICK, operator=3)
-        played.launch(old_job(), ["true"], "warned", kind="trainjob", timeouts=timeouts)
-    assert any("the pods lack the labels of the run" in line for line in played.lines)
-    assert played.job("warned", "trainjob") is not None
+        still.launch(old_job(), ["true"], "warned", kind="trainjob", timeouts=timeouts)
+    assert any("the pods lack the labels of the run" in line for line in still.lines)
+    assert still.job("warned", "trainjob") is not None
 
 
-def test_a_quota_of_jobs_is_waited_for_and_then_named(played: Scene) -> None:
+def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
     quota = {
         "apiVersion": "v1",
         "kind": "ResourceQuota",
         "metadata": {"name": "trainings"},
         "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}},
     }
-    kubectl("apply", "-n", played.namespace, "-f", "-", given=quota)
+    kubectl(f"apply -n {still.namespace} -f -", given=quota)
     # what the quota controller computes
     count = {"count/pytorchjobs.kubeflow.org": "0"}
     client.CoreV1Api().patch_namespaced_resource_quota_status(
-        "trainings", played.namespace, {"status": {"hard": count, "used": count}}
+        "trainings", still.namespace, {"status": {"hard": count, "used": count}}
     )
 
     def free() -> None:
-        wait_until(lambda: any("asking again for 30 s" in one for one in played.lines))
-        kubectl("delete", "resourcequota", "trainings", "-n", played.namespace)
+        wait_until(lambda: any("asking again for 30 s" in one for one in still.lines))
+        kubectl(f"delete resourcequota trainings -n {still.namespace}")
 
     with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
-        played.launch(template(script=True), ["true"], "refused")
+        still.launch(template(script=True), ["true"], "refused")
     other = meanwhile(free)
     with pytest.raises(RuntimeError, match="cannot start"):  # there is no node: it was created
         job = yaml.safe_load(template(script=True))
         job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
         other_limits = replace(QUICK, schedule=1)  # the file's own patience counts
-        write = meanwhile(lambda: unschedulable(played, "quota"))
-        played.launch(yaml.safe_dump(job), ["true"], "quota", timeouts=other_limits)
+        write = meanwhile(lambda: unschedulable(still, "quota"))
+        still.launch(yaml.safe_dump(job), ["true"], "quota", timeouts=other_limits)
     other.join()
     write.join()
-    assert played.job("quota") is not None
+    assert still.job("quota") is not None
 
 
 def unschedulable(made: Scene, recipe: str) -> None:
@@ -179,7 +161,7 @@ class Policy:
         context.load_cert_chain(cert, key)
         self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        kubectl("label", "namespace", self.namespace, f"vitdet-test={self.namespace}")
+        kubectl(f"label namespace {self.namespace} vitdet-test={self.namespace}")
         configuration = {
             "apiVersion": "admissionregistration.k8s.io/v1",
             "kind": "ValidatingWebhookConfiguration",
@@ -206,7 +188,7 @@ class Policy:
                 }
             ],
         }
-        kubectl("apply", "-f", "-", given=configuration)
+        kubectl("apply -f -", given=configuration)
         job = yaml.safe_load(template(script=True))
         job["metadata"].update(name="probe", namespace=self.namespace)
         wait_until(lambda: self.refuses_now(job))
@@ -223,28 +205,28 @@ class Policy:
         return "denied the request" in done.stderr
 
     def __exit__(self, *error: object) -> None:
-        kubectl("delete", "validatingwebhookconfiguration", self.name)
+        kubectl(f"delete validatingwebhookconfiguration {self.name}")
         self.server.shutdown()
         self.server.server_close()
 
 
-def test_a_policy_is_waited_for_and_an_invalid_field_is_not(played: Scene, tmp_path: Path) -> None:
-    with Policy(tmp_path, played.namespace, "no trainings\nat night") as policy:
+def test_a_policy_is_waited_for_and_an_invalid_field_is_not(still: Scene, tmp_path: Path) -> None:
+    with Policy(tmp_path, still.namespace, "no trainings\nat night") as policy:
 
         def allow() -> None:
-            wait_until(lambda: any("no trainings at night" in one for one in played.lines))
+            wait_until(lambda: any("no trainings at night" in one for one in still.lines))
             policy.refuses = False
 
         other = meanwhile(allow)
-        write = meanwhile(lambda: unschedulable(played, "night"))
+        write = meanwhile(lambda: unschedulable(still, "night"))
         job = yaml.safe_load(template(script=True))
         job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
         with pytest.raises(RuntimeError, match="cannot start"):
-            played.launch(yaml.safe_dump(job), ["true"], "night")
+            still.launch(yaml.safe_dump(job), ["true"], "night")
         other.join()
         write.join()
-        assert played.job("night") is not None
+        assert still.job("night") is not None
         policy.refuses, policy.message = True, "spec.nprocPerNode: Invalid value: x: must be y"
         with pytest.raises(RuntimeError) as raised:
-            played.launch(template(script=True), ["true"], "invalid", timeouts=WAITING)
+            still.launch(template(script=True), ["true"], "invalid", timeouts=WAITING)
     assert str(raised.value).endswith("must be y (HTTP 403)")

@@ -12,7 +12,7 @@ from components.launcher.status import (
 )
 from tests.cluster.test_following import DONE, RUNNING, Record, follow
 from tests.cluster.test_kube_requests import cluster, refused
-from tests.cluster.test_launcher import conditions, pod
+from tests.cluster.test_launcher import conditions, pod, waiting
 
 NAME = "vitdet-tiny-1"
 
@@ -83,9 +83,7 @@ def test_a_trainjob_s_refusals_are_of_its_own_jobs_since_it_was_made() -> None:
 
 
 def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
-    creating = pod(
-        phase="Pending", container={"state": {"waiting": {"reason": "ContainerCreating"}}}
-    )
+    creating = waiting(reason="ContainerCreating")
     record = Record((conditions("Created=True"), [creating, pod("b")]))
     record.warnings = [
         event("FailedMount", "driver nfs.csi.k8s.io not found"),
@@ -100,19 +98,9 @@ def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
 
 
 def crashing(state: dict, code: int = 7, count: int = 4) -> dict:
-    found = pod(
-        phase="Pending",
-        initContainerStatuses=[
-            {
-                "name": "wait",
-                "restartCount": count,
-                "ready": False,
-                "state": state,
-                "lastState": {"terminated": {"exitCode": code, "reason": "Error"}},
-            }
-        ],
-    )
-    return found
+    last = {"terminated": {"exitCode": code, "reason": "Error"}}
+    status = {"name": "wait", "restartCount": count, "ready": False, "state": state}
+    return pod(phase="Pending", initContainerStatuses=[{**status, "lastState": last}])
 
 
 def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given_up() -> None:

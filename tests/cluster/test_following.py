@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from kubernetes import client
 
-from components.launcher import client as kube
-from components.launcher import follower, logs
 from components.launcher import launch as launcher
 from components.launcher.client import Timeouts
 from components.launcher.follower import Follower
 from components.launcher.templates import KINDS
-from tests.cluster.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
+from tests.cluster.conftest import use_clock
+from tests.cluster.test_launcher import (
+    LABELS,
+    OWNER,
+    TEMPLATES,
+    UNSCHEDULABLE,
+    conditions,
+    ended,
+    filled,
+    pod,
+    waiting,
+)
+from tests.helpers.cluster import arguments
 
 PYTORCH = KINDS["pytorchjob"]
 SHORT = Timeouts(
     poll=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1
 )
-
-
-class Clock:
-    """Stands in for the module `time`: sleeping takes no time, and time passes only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(time, name)
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The launcher's clock, so that its timeouts do not depend on how busy the machine is."""
-    clock = Clock()
-    for module in (kube, follower, logs):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
 
 
 class Record:
@@ -121,10 +105,12 @@ def follow(
     if job is None:
         job = filled(owner=OWNER)
         del job["metadata"]["annotations"]  # the file's own timeout for nodes
-    try:
-        Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
-    except RuntimeError as error:
-        return lines, str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        use_clock(patch)
+        try:
+            Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
+        except RuntimeError as error:
+            return lines, str(error)
     return lines, ""
 
 
@@ -176,22 +162,10 @@ def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
 
 
 def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
-    job = {
-        "status": {
-            "conditions": [
-                {"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed."}
-            ]
-        }
-    }
-    record = Record(
-        (
-            job,
-            [
-                pod("m", container=ended(1, when="2026-01-01T00:00:09Z")),
-                pod("w", phase="Failed", container=ended(137, "OOMKilled")),
-            ],
-        )
-    )
+    failed = pod("m", container=ended(1, when="2026-01-01T00:00:09Z"))
+    killed = pod("w", phase="Failed", container=ended(137, "OOMKilled"))
+    job = conditions("Failed=True", message="1 Worker replica(s) failed.")
+    record = Record((job, [failed, killed]))
     record.logs["w"] = [f"2026-01-01T00:00:{second:02}Z line {second}" for second in range(40)]
     _, error = follow(record)
     head, *tail = error.split("\n  ")
@@ -246,13 +220,7 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
         "TrainJob exceeded its active deadline": "DeadlineExceeded",
     }
     for message, reason in texts.items():
-        job = {
-            "status": {
-                "conditions": [
-                    {"type": "Failed", "status": "True", "message": message, "reason": reason}
-                ]
-            }
-        }
+        job = conditions("Failed=True", message=message, reason=reason)
         _, error = follow(Record((job, [pod(container=ended(143))])))
         assert error == (
             f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
@@ -261,24 +229,10 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
 
 
 def unschedulable(name: str = "w-0") -> dict:
-    return pod(
-        name,
-        "Pending",
-        conditions=[
-            {
-                "type": "PodScheduled",
-                "status": "False",
-                "reason": "Unschedulable",
-                "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-            }
-        ],
-    )
+    return pod(name, "Pending", conditions=[UNSCHEDULABLE])
 
 
-BAD_IMAGE = pod(
-    phase="Pending",
-    container={"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no tag"}}},
-)
+BAD_IMAGE = waiting(reason="ImagePullBackOff", message="no tag")
 
 
 @pytest.mark.parametrize(
@@ -349,18 +303,7 @@ def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
 def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = {
-        "template": TEMPLATES["pytorchjob"],
-        "kind": "pytorchjob",
-        "run_id": "r",
-        "name": "tiny",
-        "args": [],
-        "nodes": 2,
-        "pool": "",
-        "image": "",
-        "workspace": "/data/runs",
-        "task_config": None,
-    }
+    given = {**arguments(TEMPLATES["pytorchjob"], []), "workspace": "/data/runs"}
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(
         RuntimeError, match="no cluster: not in a pod with a service account, and no kubeconfig"
@@ -378,7 +321,6 @@ def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     with pytest.raises(ValueError, match="^2 processes cannot share"):
         launcher.launch(**given, check_processes=refuse)
     with pytest.raises(
-        ValueError,
-        match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm",
+        ValueError, match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm"
     ):
         launcher.launch(**{**given, "workspace": "/database"})

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-from itertools import pairwise
 
 import pytest
-import yaml
 
 from pipeline.cli import main
 from tests.cluster.test_manifests import MANIFESTS, OVERLAYS, PARTS
 from tests.conftest import ROOT
-from tests.helpers.guide import BLOCKS, CODE, COMMANDS, PROSE, TEXT, lines
-from tests.helpers.manifests import kustomize
-
-# Fields and variables of Kubernetes, its operators and Istio that the text names in code.
-KUBERNETES = {
-    "activeDeadlineSeconds",
-    "authType",  # this and injectUserEnvVars: of Kubeflow Pipelines' MLflow plugin
-    "fsGroup",
-    "injectUserEnvVars",
-    "matchLabelKeys",
-    "podAffinity",
-    "runtimePatches",
-    "sizeLimit",
-    "terminationGracePeriodSeconds",
-}
+from tests.helpers.guide import BLOCKS, COMMANDS, TEXT, lines
+from tests.helpers.manifests import kustomize, needs_kubectl
 
 
 def test_the_commands_are_shell() -> None:
@@ -35,29 +19,6 @@ def test_the_commands_are_shell() -> None:
     for command in [*BLOCKS, *COMMANDS]:
         done = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), f"{command}: {done.stderr}"
-
-
-def test_waiting_has_a_timeout() -> None:
-    waiting = [line for verb in (" wait ", " rollout status ") for line in lines("kubectl", verb)]
-    assert len(waiting) > 8
-    assert [line for line in waiting if "--timeout=" not in line] == []
-
-
-def test_steps_of_each_procedure_are_numbered_in_a_row() -> None:
-    for section in re.split(r"(?m)^#+ ", TEXT):
-        numbers = [int(number) for number in re.findall(r"(?m)^(\d+)\. ", section)]
-        assert numbers == list(range(1, len(numbers) + 1)), section.split("\n")[0]
-
-
-def test_tables_are_complete_and_links_lead_somewhere() -> None:
-    rows = [line for line in TEXT.split("\n") if line.startswith("|")]
-    assert len(rows) > 60
-    for before, line in pairwise(TEXT.split("\n")):
-        if before.startswith("|") and line.startswith("|"):
-            assert line.count("|") == before.count("|"), line
-    titles = re.findall(r"(?m)^#+ (.+)$", PROSE)
-    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
 
 
 def test_the_pipeline_s_options_are_ones_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,15 +37,6 @@ def test_the_pipeline_s_options_are_ones_that_it_has(capsys: pytest.CaptureFixtu
         assert re.search(rf"{option}\b", capsys.readouterr().out), f"{verb} {option}"
 
 
-def test_the_values_that_it_names_exist() -> None:
-    values = set()
-    for name in OVERLAYS:
-        file = MANIFESTS / "overlays" / name / "values" / "values.yaml"
-        values |= yaml.safe_load(file.read_text())["data"].keys()
-    named = {one.split(":")[0] for one in CODE if re.fullmatch(r"[a-z]+[A-Z]\w*(: [\w-]+)?", one)}
-    assert {"waitSeconds", "storageClass", "mlflowNamespace"} <= named <= values | KUBERNETES
-
-
 def test_the_files_that_it_names_exist() -> None:
     for path in re.findall(r"(?<![\w/])manifests/[\w./-]+\w", TEXT):
         if not path.startswith("manifests/kustomize"):  # of another repository
@@ -99,7 +51,7 @@ def test_the_files_that_it_names_exist() -> None:
             assert (ROOT / path).exists(), f"{file}: {path}"
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+@needs_kubectl
 def test_the_folders_that_it_applies_are_in_every_overlay() -> None:
     folders = {found for line in lines("kubectl") for found in re.findall(r"\$O(?:/\w+)?", line)}
     assert {"$O", "$O/trainjob", *(f"$O/{part}" for part in PARTS)} == folders

@@ -7,11 +7,10 @@ import json
 from datetime import UTC, datetime
 
 from components.launcher.progress import INTERVAL, PROGRESS, Progress, parse
-from tests.cluster.test_following import DONE, RUNNING, Record, clock, follow
+from tests.cluster.test_following import DONE, RUNNING, Record, follow
 from tests.cluster.test_launcher import pod
 from vitdet.tracking import tracker
 
-__all__ = ["clock"]  # a fixture for the whole file
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POINTS = {"loss": 3.5, "loss_cls": 1.25, "images_per_second": 12.34}
 

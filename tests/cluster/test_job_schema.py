@@ -80,10 +80,7 @@ def trainjob() -> tuple[dict, dict]:
     }
     node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
     job["spec"]["runtimePatches"] = [
-        {
-            "manager": "m",
-            "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
-        }
+        {"manager": "m", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}}}
     ]
     job["spec"].setdefault("trainer", {})["image"] = "image:1"
     return job, runtime
@@ -128,21 +125,12 @@ def test_a_rejected_field_is_named_by_its_path(kind: str, number: int) -> None:
             "{pytorchReplicaSpecs: {Worker: }}",
             "spec.pytorchReplicaSpecs.Worker: expected object, got null",
         ),
-        ("{pytorchReplicaSpecs: {}}", "spec.pytorchReplicaSpecs: expected object of length >= 1"),
         (
             "{pytorchReplicaSpecs: {Worker: {template: {spec: {}}}}}",
             "spec.pytorchReplicaSpecs.Worker.template.spec: missing containers",
         ),
-        (
-            "{pytorchReplicaSpecs: {Master: {template: {spec: {containers: [{name: }]}}}}}",
-            "spec.pytorchReplicaSpecs.Master.template.spec.containers[0].name: expected str, got null",
-        ),
         ("{}", "spec: missing pytorchReplicaSpecs"),
         ("{1: a}", "spec: expected only strings as keys, got 1"),
-        (
-            "{pytorchReplicaSpecs: {1: {}}}",
-            "spec.pytorchReplicaSpecs: expected only strings as keys, got 1",
-        ),
     ],
 )
 def test_an_invalid_spec_is_rejected_with_its_path(spec: str, message: str) -> None:
@@ -161,7 +149,7 @@ def pytorchjob(container: str = "", pod: str = "") -> dict:
     return yaml.safe_load(f"kind: PyTorchJob\nspec: {spec}\n")
 
 
-@pytest.mark.parametrize("gpus", ["abc", "-1", "1.5", "true", "[8]", "''", "8 GPUs"])
+@pytest.mark.parametrize("gpus", ["-1", "1.5", "8 GPUs"])
 def test_a_number_of_gpus_that_is_none_is_rejected_with_its_path(gpus: str) -> None:
     job = pytorchjob(f", resources: {{limits: {{nvidia.com/gpu: {gpus}}}}}")
     with pytest.raises(ValueError) as error:
@@ -200,26 +188,16 @@ def test_an_entry_of_a_mapping_is_named_by_its_key(pod: str, message: str) -> No
     assert validate(pytorchjob(pod=", nodeSelector: {b: }"))["kind"] == "PyTorchJob"
 
 
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"labels": {1: "a"}}, "labels: expected only strings as keys, got 1"),
-        ({"annotations": {"a": [1]}}, "annotations.a: expected "),
-    ],
-)
-def test_metadata_is_rejected_by_its_path(metadata: dict, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        validate({**pytorchjob(), "metadata": metadata})
-    assert str(error.value).startswith(f"the job's file: its PyTorchJob: metadata.{message}")
+def test_metadata_is_rejected_by_its_path() -> None:
+    with pytest.raises(ValueError, match="PyTorchJob: metadata.annotations.a: expected "):
+        validate({**pytorchjob(), "metadata": {"annotations": {"a": [1]}}})
 
 
-@pytest.mark.parametrize("kind", ["TrainingRuntime", "ClusterTrainingRuntime"])
 @pytest.mark.parametrize(
-    ("metadata", "message"),
+    ("kind", "metadata", "message"),
     [
-        ({}, "metadata: expected object, got null"),
-        ({"metadata": {}}, "metadata: missing name"),
-        ({"metadata": {"name": None}}, "metadata.name: expected str, got null"),
+        ("TrainingRuntime", {}, "metadata: expected object, got null"),
+        ("ClusterTrainingRuntime", {"metadata": {}}, "metadata: missing name"),
     ],
 )
 def test_a_runtime_needs_a_name(kind: str, metadata: dict, message: str) -> None:

@@ -19,6 +19,7 @@ from components.launcher.templates import (
     label,
     process_counts,
 )
+from tests.helpers import fake_node
 
 ROOT = Path(__file__).parents[2]
 PYTORCH, TRAIN = KINDS["pytorchjob"], KINDS["trainjob"]
@@ -86,12 +87,8 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
     policy = {**template["spec"]["runPolicy"]}
     assert job["metadata"]["annotations"]["vitdet/restarts"] == str(policy.pop("backoffLimit"))
     assert job["spec"]["runPolicy"] == policy
-    assert (
-        filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
-            "nodeSelector"
-        ]
-        == (replica(template, "Master")[0]["nodeSelector"])
-    )
+    plain = replica(filled(pool="", image=""), "Master")[0]
+    assert plain["nodeSelector"] == replica(template, "Master")[0]["nodeSelector"]
 
 
 def test_one_node_has_no_worker_and_nets_are_set_where_the_template_has_none() -> None:
@@ -183,39 +180,27 @@ def test_a_claim_that_both_mount_is_one_volume() -> None:
     job = fill_template(yaml.safe_dump(template), PYTORCH, request(task=task))
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
-        claims = {
-            one["name"]: one["persistentVolumeClaim"]["claimName"]
-            for one in pod["volumes"]
-            if "persistentVolumeClaim" in one
-        }
+        claims = fake_node.claims({"spec": pod})
         assert claims == {"mine": "vitdet-data", "other": "other"}
-        assert {
-            one["mountPath"]: one["name"]
-            for one in container["volumeMounts"]
-            if one["name"] in claims
-        } == {"/data": "mine", "/work": "mine", "/other": "other"}
-    runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"][
-        "template"
-    ]["spec"]
-    volumes = runtime["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"]
+        mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+        claimed = {"/data": "mine", "/work": "mine", "/other": "other"}
+        assert {path: name for path, name in mounts.items() if name in claims} == claimed
+    runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"]
+    (node,) = runtime["template"]["spec"]["replicatedJobs"]
+    volumes = node["template"]["spec"]["template"]["spec"]["volumes"]
     assert task["volumes"][0] in volumes  # there the controller merges by the name
 
 
 def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
     job = fill_template(TEMPLATES["trainjob"], TRAIN, request(nodes=3, task=TASK, owner=OWNER))
     trainer = job["spec"]["trainer"]
-    assert (trainer["image"], trainer["numNodes"], trainer["args"]) == (
-        "registry/vitdet:1",
-        3,
-        ["train", "x.yaml"],
-    )
+    found = (trainer["image"], trainer["numNodes"], trainer["args"])
+    assert found == ("registry/vitdet:1", 3, ["train", "x.yaml"])
     assert trainer["env"] == TASK["env"][:1] and trainer["resourcesPerNode"] == TASK["resources"]
-    assert job["spec"]["activeDeadlineSeconds"] == 1209600 and job["metadata"][
-        "ownerReferences"
-    ] == [OWNER]
-    node = job["spec"]["runtimePatches"][-1]["trainingRuntimeSpec"]["template"]["spec"][
-        "replicatedJobs"
-    ][0]
+    assert job["spec"]["activeDeadlineSeconds"] == 1209600
+    assert job["metadata"]["ownerReferences"] == [OWNER]
+    patch = job["spec"]["runtimePatches"][-1]["trainingRuntimeSpec"]
+    (node,) = patch["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]
     assert node["name"] == "node" and pod["metadata"]["labels"] == LABELS
     assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
@@ -225,35 +210,26 @@ def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "message"),
+    ("kind", "text", "change", "message"),
     [
-        ("trainjob", {}, "must contain one TrainJob, got PyTorchJob"),
-        ("pytorchjob", {"nodes": 0}, "at least 1 node, got 0"),
+        ("trainjob", "", {}, "must contain one TrainJob, got PyTorchJob"),
+        ("pytorchjob", "", {"nodes": 0}, "at least 1 node, got 0"),
+        # the operator finds the container by its name
+        ("pytorchjob", "name: pytorch ", {}, "no container named 'pytorch'"),
     ],
 )
-def test_a_template_that_cannot_hold_the_wish_is_one_line(
-    kind: str, change: dict, message: str
+def test_a_template_that_does_not_fit_is_one_line(
+    kind: str, text: str, change: dict, message: str
 ) -> None:
+    template = TEMPLATES["pytorchjob"].replace(text, "name: main " if text else "")
     with pytest.raises(ValueError, match=message):
-        fill_template(TEMPLATES["pytorchjob"], KINDS[kind], request(**change))
+        fill_template(template, KINDS[kind], request(**change))
 
 
-def test_the_operator_finds_the_container_by_its_name() -> None:
-    with pytest.raises(ValueError, match="no container named 'pytorch'"):
-        fill_template(
-            TEMPLATES["pytorchjob"].replace("name: pytorch ", "name: main "), PYTORCH, request()
-        )
-
-
-def conditions(*given: str) -> dict:
-    """A job whose conditions are as in "Running=True"."""
-    return {
-        "status": {
-            "conditions": [
-                dict(zip(("type", "status"), one.split("="), strict=True)) for one in given
-            ]
-        }
-    }
+def conditions(*given: str, **more: str) -> dict:
+    """A job whose conditions are as in "Running=True", with more fields in each."""
+    pairs = (one.split("=") for one in given)
+    return {"status": {"conditions": [{"type": a, "status": b, **more} for a, b in pairs]}}
 
 
 @pytest.mark.parametrize(
@@ -267,11 +243,8 @@ def conditions(*given: str) -> dict:
         (PYTORCH, conditions("Suspended=False", "Running=True"), "running"),
         (PYTORCH, conditions("Restarting=True", "Running=False"), "restarting"),
         (PYTORCH, conditions("Succeeded=True", "Running=False"), "succeeded"),
-        (
-            PYTORCH,
-            conditions("Failed=True", "Created=True", "Restarting=True"),
-            "failed",
-        ),  # wherever it stands
+        # wherever it stands
+        (PYTORCH, conditions("Failed=True", "Created=True", "Restarting=True"), "failed"),
         (PYTORCH, conditions("Failed=False", "Running=True"), "running"),
         (TRAIN, conditions("Suspended=False", "Complete=True"), "succeeded"),
         (TRAIN, conditions("Failed=True"), "failed"),
@@ -287,14 +260,11 @@ def test_a_state_is_read_from_any_true_condition(kind: object, job: dict, phase:
 def pod(
     name: str = "w-0", phase: str = "Running", container: dict | None = None, **status: object
 ) -> dict:
-    """A pod as the API server gives it."""
+    """A pod as the API server returns it."""
     states = [{"name": "pytorch", "restartCount": 0, **container}] if container else []
+    labels = {"training.kubeflow.org/replica-type": "master"}
     return {
-        "metadata": {
-            "name": name,
-            "uid": name,
-            "labels": {"training.kubeflow.org/replica-type": "master"},
-        },
+        "metadata": {"name": name, "uid": name, "labels": labels},
         "spec": {"nodeName": "n1"},
         "status": {"phase": phase, "containerStatuses": states, **status},
     }
@@ -306,45 +276,26 @@ def ended(
     return {key: {"terminated": {"exitCode": code, "reason": reason, "finishedAt": when}}}
 
 
+PREEMPTED = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+LOW = {"reason": "Evicted", "message": "The node was low on resource: memory. "}
+
+
 @pytest.mark.parametrize(
     ("found", "text"),
     [
-        (pod(phase="Failed", container=ended(1)), "pod w-0 on node n1: Error, exit code 1"),
+        (pod(container=ended(1)), "Error, exit code 1"),
+        (pod(container=ended(139)), "Error, exit code 139 (SIGSEGV)"),
+        (pod(container=ended(137, "OOMKilled")), "OOMKilled, exit code 137 (SIGKILL)"),
+        (pod(container=ended(9, "OOMKilled", key="lastState")), "OOMKilled, exit code 9"),
+        (pod(phase="Failed", **LOW), "Evicted: The node was low on resource: memory."),
         (
-            pod(phase="Failed", container=ended(139)),
-            "pod w-0 on node n1: Error, exit code 139 (SIGSEGV)",
-        ),
-        (
-            pod(phase="Failed", container=ended(137, "OOMKilled")),
-            "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)",
-        ),
-        (
-            pod(container=ended(137, "OOMKilled", key="lastState")),
-            "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)",
-        ),
-        (
-            pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory. "),
-            "pod w-0 on node n1: Evicted: The node was low on resource: memory.",
-        ),
-        (
-            pod(
-                phase="Failed",
-                container=ended(143),
-                conditions=[
-                    {
-                        "type": "DisruptionTarget",
-                        "status": "True",
-                        "reason": "PreemptionByScheduler",
-                        "message": "preempted",
-                    }
-                ],
-            ),
-            "pod w-0 on node n1: PreemptionByScheduler, exit code 143 (SIGTERM): preempted",
+            pod(container=ended(143), conditions=[{**PREEMPTED, "message": "preempted"}]),
+            "PreemptionByScheduler, exit code 143 (SIGTERM): preempted",
         ),
     ],
 )
 def test_a_failed_pod_says_why(found: dict, text: str) -> None:
-    assert str(failure_reason(found)) == text
+    assert str(failure_reason(found)) == f"pod w-0 on node n1: {text}"
 
 
 def test_nothing_failed() -> None:
@@ -364,36 +315,30 @@ def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
     assert root_cause([mended, echo]) is echo and root_cause([]) is None
 
 
+def waiting(**state: str) -> dict:
+    return pod(phase="Pending", container={"state": {"waiting": state}})
+
+
+UNSCHEDULABLE = {
+    "type": "PodScheduled",
+    "status": "False",
+    "reason": "Unschedulable",
+    "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+}
+
+
 @pytest.mark.parametrize(
     ("found", "text"),
     [
         (
-            pod(
-                phase="Pending",
-                container={
-                    "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}
-                },
-            ),
+            waiting(reason="ImagePullBackOff", message="no such tag"),
             "pod w-0: ImagePullBackOff: no such tag",
         ),
         (
-            pod(
-                phase="Pending",
-                conditions=[
-                    {
-                        "type": "PodScheduled",
-                        "status": "False",
-                        "reason": "Unschedulable",
-                        "message": "0/3 nodes are available",
-                    }
-                ],
-            ),
-            "pod w-0: Unschedulable: 0/3 nodes are available",
+            pod(phase="Pending", conditions=[UNSCHEDULABLE]),
+            "pod w-0: Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
         ),
-        (
-            pod(phase="Pending", container={"state": {"waiting": {"reason": "ContainerCreating"}}}),
-            "None",
-        ),
+        (waiting(reason="ContainerCreating"), "None"),
     ],
 )
 def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.test_manifests import OVERLAYS, build, copy, overlay, parts, pools, pytestmark
-from tests.helpers.manifests import kustomize, problems
+from tests.cluster.test_manifests import OVERLAYS, build, overlay, parts, pools
+from tests.helpers.manifests import kustomize, needs_kubectl, problems
 from vitdet.cli import parser as vitdet_parser
 
-__all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
+pytestmark = needs_kubectl
 
 
 def test_a_gpu_that_a_cloud_does_not_have_is_an_error(copy: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +13,18 @@ import yaml
 
 from components.launcher.templates import KINDS, RESTARTS, SCHEDULE, JobRequest, fill_template
 from tests.conftest import ROOT
-from tests.helpers.manifests import GPU_TAINT, containers, insecure, kustomize, pods, problems
+from tests.helpers.manifests import (
+    GPU_TAINT,
+    containers,
+    insecure,
+    kustomize,
+    needs_kubectl,
+    pods,
+    problems,
+)
 from vitdet.config import recipes
 
-pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+pytestmark = needs_kubectl
 MANIFESTS = ROOT / "manifests"
 CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a10", "a100", "h100", "h200", "l4")
 OVERLAYS = ("kind", *CLOUDS)
@@ -86,11 +94,6 @@ def build(
     return kustomize(folder)
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    return shutil.copytree(MANIFESTS, tmp_path / "manifests")
-
-
 @pytest.mark.parametrize("part", JOBS)
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_torchrun_waits_for_its_processes_as_long_as_their_pod_may(name: str, part: str) -> None:
@@ -107,10 +110,9 @@ def test_torchrun_waits_for_its_processes_as_long_as_their_pod_may(name: str, pa
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_is_right(name: str, part: str) -> None:
     jobs = overlay(name, JOBS[part])
-    assert [job["kind"] for job in jobs] == {
-        "pytorchjob": ["PyTorchJob"],
-        "trainjob": ["TrainingRuntime", "TrainJob"],  # before the job that refers to it
-    }[part]
+    # a runtime comes before the job that refers to it
+    kinds = {"pytorchjob": ["PyTorchJob"], "trainjob": ["TrainingRuntime", "TrainJob"]}
+    assert [job["kind"] for job in jobs] == kinds[part]
     assert problems(installed(name), jobs, pools(name)) == []
 
 
@@ -118,14 +120,8 @@ def test_an_overlay_is_right(name: str, part: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["rdma"],
-        ["volcano"],
-        ["coscheduling"],
-        ["kueue"],
-        ["one-zone"],
-        ["no-priority-class"],
-        ["+elastic"],
-        ["rdma", "kueue", "one-zone", "+elastic"],
+        *(["rdma"], ["volcano"], ["coscheduling"], ["kueue"], ["one-zone"]),
+        *(["no-priority-class"], ["+elastic"], ["rdma", "kueue", "one-zone", "+elastic"]),
     ],
     ids="-".join,
 )
@@ -136,14 +132,11 @@ def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
     assert jobs != overlay("onprem", JOBS[job]) or (job == "trainjob" and options == ["+elastic"])
     assert problems(installed("onprem"), jobs, pools("onprem")) == []
     if after and job == "pytorchjob":
-        spec = jobs[0]["spec"]
-        assert {
-            role: replica["replicas"] for role, replica in spec["pytorchReplicaSpecs"].items()
-        } == {"Worker": 2}
-        assert (spec["elasticPolicy"]["minReplicas"], spec["elasticPolicy"]["maxReplicas"]) == (
-            1,
-            2,
+        replicas, policy = (
+            jobs[0]["spec"][key] for key in ("pytorchReplicaSpecs", "elasticPolicy")
         )
+        assert {role: replica["replicas"] for role, replica in replicas.items()} == {"Worker": 2}
+        assert (policy["minReplicas"], policy["maxReplicas"]) == (1, 2)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -194,15 +187,12 @@ def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> Non
     for name in CLOUDS:
         if (name, gpu) == ("gke", "a10"):
             continue  # Google Cloud has none
-        chosen = copy / "overlays" / name / "values" / "kustomization.yaml"
+        folder = copy / "overlays" / name
+        chosen = folder / "values" / "kustomization.yaml"
         assert "components/h100" in chosen.read_text()
-        chosen.write_text(
-            chosen.read_text().replace("components/h100", f"components/{gpu}")
-            + "  - ../../../components/spot\n"
-        )
-        text = yaml.safe_dump_all(
-            kustomize(copy / "overlays" / name / ("cluster" if name != "onprem" else "."))
-        )
+        changed = chosen.read_text().replace("components/h100", f"components/{gpu}")
+        chosen.write_text(f"{changed}  - ../../../components/spot\n")
+        text = yaml.safe_dump_all(kustomize(folder / ("cluster" if name != "onprem" else ".")))
         family = {"a10": "g5", "a100": "p4de", "h100": "p5", "h200": "p5en", "l4": "g6"}[gpu]
         words = {
             "gke": f"type: nvidia-{gpu}",
@@ -211,14 +201,9 @@ def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> Non
         }[name]
         assert words in text
         assert {"gke": "spot: true", "eks": "- spot\n", "onprem": ""}[name] in text
-        (job,), (runtime, _) = (
-            kustomize(copy / "overlays" / name),
-            kustomize(copy / "overlays" / name / "trainjob"),
-        )
-        limits = (
-            job["spec"]["runPolicy"]["backoffLimit"],
-            runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"],
-        )
+        (job,), (runtime, _) = kustomize(folder), kustomize(folder / "trainjob")
+        policy = runtime["spec"]["template"]["spec"]["failurePolicy"]
+        limits = (job["spec"]["runPolicy"]["backoffLimit"], policy["maxRestarts"])
         assert limits == (50, 50)
 
 
@@ -243,21 +228,17 @@ def test_every_value_reaches_its_place(name: str, copy: Path) -> None:
     places = {document["metadata"].get("namespace", marks["namespace"]) for document in rendered}
     assert places == {marks["namespace"], marks["mlflowNamespace"]}
     assert not re.search(r"namespace: vitdet\b|metadata.name: vitdet\b|vitdet-mlflow\.svc", text)
-    file.write_text(
-        yaml.safe_dump(
-            {**values, "data": {key: value for key, value in marks.items() if key != "pool"}}
-        )
-    )
+    del marks["pool"]
+    file.write_text(yaml.safe_dump({**values, "data": marks}))
     with pytest.raises(ValueError, match="data.pool"):
         kustomize(folder)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_both_kinds_run_the_same(name: str) -> None:
-    (job,), (runtime, trainjob) = overlay(name), overlay(name, "trainjob")
-    master, worker = (
-        job["spec"]["pytorchReplicaSpecs"][role]["template"] for role in ("Master", "Worker")
-    )
+    (job,), (runtime, trainjob) = deepcopy((overlay(name), overlay(name, "trainjob")))
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    master, worker = (replicas[role]["template"] for role in ("Master", "Worker"))
     assert master == worker
     ((_, node),) = pods([runtime])
     # the volume, by its claim
@@ -274,21 +255,14 @@ def test_both_kinds_run_the_same(name: str) -> None:
     # a PyTorchJob's nodes meet by c10d
     assert ours["command"][0] == theirs["command"][0] == "torchrun"
     assert ours["command"][-2:] == theirs["command"][-2:] == ["-m", "vitdet"]
-    own = ("name", "args", "ports", "command")
-    assert {
-        **master,
-        "spec": {**master["spec"], "containers": [{k: v for k, v in ours.items() if k not in own}]},
-    } == {
-        **node,
-        "spec": {**node["spec"], "containers": [{k: v for k, v in theirs.items() if k not in own}]},
-    }
     gpus = ours["resources"]["limits"].get("nvidia.com/gpu", 1)
+    for one in (ours, theirs):
+        for key in ("name", "args", "ports", "command"):
+            one.pop(key, None)
+    assert {**master, "spec": {**master["spec"], "containers": [ours]}} == node
     assert trainjob["spec"]["trainer"]["numProcPerNode"] == gpus
     assert job["spec"]["nprocPerNode"] == ("gpu" if name != "kind" else "1")
-    assert (
-        trainjob["spec"]["trainer"]["numNodes"]
-        == 1 + job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
-    )
+    assert trainjob["spec"]["trainer"]["numNodes"] == 1 + replicas["Worker"]["replicas"]
 
 
 @pytest.mark.parametrize("nodes", [1, 3])

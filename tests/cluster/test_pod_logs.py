@@ -1,13 +1,13 @@
 """Container logs across restarts: order of lines, and lines held back until missing ones arrive."""
 
-# ruff: noqa: F401, F811 - the fixture of the other file
 from __future__ import annotations
 
 import pytest
 
 from components.launcher import logs
 from components.launcher.logs import PodLog
-from tests.cluster.test_following import DONE, RUNNING, Clock, Record, clock, follow, unschedulable
+from tests.cluster.conftest import Clock
+from tests.cluster.test_following import DONE, RUNNING, Record, follow, unschedulable
 from tests.cluster.test_launcher import conditions, ended, pod
 
 

@@ -6,13 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from components.launcher.templates import KINDS, JobRequest, fill_template
-from tests.cluster.test_manifests import CLOUDS, build, copy, installed, pools, pytestmark
-from tests.helpers.manifests import kustomize, pods, problems
+from tests.cluster.test_manifests import CLOUDS, build, installed, pools
+from tests.helpers.manifests import kustomize, needs_kubectl, problems
 
-__all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
+pytestmark = needs_kubectl
 # Folders of an overlay that the owner of a profile applies.
 OWNER = ("namespace", "data", ".", "trainjob")
 
@@ -80,22 +78,3 @@ def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, cop
         assert not [one for one in kustomize(folder / part) if "namespace" not in one["metadata"]]
     for document in kustomize(folder / "cluster"):
         assert "namespace" not in document["metadata"] and document["kind"] != "Namespace"
-
-
-def test_jobs_without_a_priority_class(copy: Path) -> None:
-    parts = ["components/no-priority-class", "components/values"]
-    jobs = build(copy, "eks", ["pytorchjob", "trainjob"], parts)
-    found = list(pods(jobs))
-    assert len(found) == 3
-    assert not [pod for _, pod in found if "priorityClassName" in pod["spec"]]
-
-
-def test_the_launcher_s_trainjob_keeps_the_runtime(copy: Path) -> None:
-    (runtime, job) = kustomize(copy / "overlays" / "kind" / "trainjob")
-    request = JobRequest("vitdet-x", "kubeflow", {}, "", ["train"], 2, "", {})
-    made = fill_template(yaml.safe_dump_all([runtime, job]), KINDS["trainjob"], request)
-    assert made["spec"]["runtimeRef"] == {
-        "kind": "TrainingRuntime",
-        "name": runtime["metadata"]["name"],
-    }
-    assert runtime["metadata"]["namespace"] == made["metadata"]["namespace"]

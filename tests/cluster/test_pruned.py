@@ -8,10 +8,9 @@ import pytest
 
 from components.launcher.pruned import check_dropped, dropped_fields
 from components.launcher.templates import KINDS, fill_template
-from tests.cluster.test_following import DONE, Record, clock, follow
+from tests.cluster.test_following import DONE, Record, follow
 from tests.cluster.test_launcher import TEMPLATES, filled, request
 
-__all__ = ["clock"]  # a fixture for the whole file
 VOLUME = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import pytest
 
 from components.launcher.queue import waiting_reason
-from tests.cluster.test_following import DONE, RUNNING, Record, clock, follow
+from tests.cluster.test_following import DONE, RUNNING, Record, follow
 from tests.cluster.test_launcher import conditions, filled, pod
 
-__all__ = ["clock"]  # a fixture for the whole file
 SUSPENDED = conditions("Created=True", "Suspended=True")
 
 

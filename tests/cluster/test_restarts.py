@@ -32,6 +32,13 @@ def named(name: str, uid: str) -> dict:
     return found
 
 
+def not_ready(container: bool) -> dict:
+    """A pod with the condition Ready False, whose container is ready or not."""
+    found = pod("w", container={"state": {"running": {}}, "ready": container})
+    found["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    return found
+
+
 def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
     """The count after the pods were seen like this, `step` seconds apart."""
     restarts = Restarts()
@@ -66,13 +73,10 @@ def test_a_lost_node_that_is_reported_minutes_after_its_peers_failed_is_no_error
 
 
 def test_a_node_that_does_not_respond_is_a_disruption_before_its_pods_are_evicted() -> None:
-    silent = pod("w", container={"state": {"running": {}}, "ready": True})
-    silent["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    silent = not_ready(True)
     found = counted(HEALTHY, [crashed("m", 1), silent])
     assert (found.errors, found.disruptions) == (0, 1)
-    starting = pod("w", container={"state": {"running": {}}, "ready": False})
-    starting["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
-    assert counted(HEALTHY, [crashed("m", 1), starting]).errors == 1
+    assert counted(HEALTHY, [crashed("m", 1), not_ready(False)]).errors == 1
 
 
 def test_a_pod_that_is_replaced_without_a_failure_was_deleted_with_its_node() -> None:
@@ -164,22 +168,15 @@ def crash_loop_of_seven_rounds(pods: int, run: float, terminated: float, apart: 
 
 
 def test_two_errors_that_are_far_apart_are_two() -> None:
-    assert (
-        counted(
-            HEALTHY, [crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)], step=700
-        ).errors
-        == 2
-    )
+    looks = [[crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)]]
+    assert counted(HEALTHY, *looks, step=700).errors == 2
 
 
 def test_many_evictions_are_no_error() -> None:
     looks = [HEALTHY]
     for number in range(50):
-        uid = f"w{number}"
-        looks += [
-            [crashed("m", number + 1), lost("w", uid)],
-            [crashed("m", number + 1), named("w", f"w{number + 1}")],
-        ]
+        failed = crashed("m", number + 1)
+        looks += [[failed, lost("w", f"w{number}")], [failed, named("w", f"w{number + 1}")]]
     found = counted(*looks, step=120)
     assert found.errors == 0 and found.disruptions >= 10
 
@@ -188,16 +185,9 @@ def test_many_evictions_are_no_error() -> None:
     ("status", "disruption"),
     [
         ({"reason": "Evicted", "message": "The node was low on resource: memory."}, True),
-        (
-            {"reason": "Evicted", "message": 'EmptyDir volume "tmp" exceeds the limit "20Gi".'},
-            False,
-        ),
+        ({"reason": "Evicted", "message": 'EmptyDir "tmp" exceeds the limit "20Gi".'}, False),
         ({"reason": "NodeLost"}, True),
-        ({"reason": "NodeShutdown"}, True),
-        (
-            {"reason": "Terminated", "message": "Pod was terminated in response to node shutdown"},
-            True,
-        ),
+        ({"reason": "Terminated", "message": "in response to node shutdown"}, True),
         ({"reason": "Preempting"}, True),
         ({"reason": "OutOfnvidia.com/gpu"}, True),
         ({"reason": "UnexpectedAdmissionError"}, True),
@@ -293,19 +283,16 @@ def test_errors_of_an_elastic_job_count_while_it_waits_for_more_nodes() -> None:
 
 
 def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:
-    dead = pod("w", container={"state": {"running": {}}, "ready": True})
-    dead["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
     deleted = pod("w")
     deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-    for gone in (dead, deleted):
+    for gone in (not_ready(True), deleted):
         looks = [[crashed("m", times), gone] for times in range(9)]
         found = counted(HEALTHY, [crashed("m", 0), gone], *looks, step=700)
         assert found.errors == 0
 
 
 def test_a_node_that_comes_and_goes_is_a_disruption_each_time() -> None:
-    silent = pod("w", container={"state": {"running": {}}, "ready": True})
-    silent["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    silent = not_ready(True)
     looks = [HEALTHY]
     for number in range(1, 6):
         looks += [[crashed("m", number), silent], [crashed("m", number), pod("w")]]
@@ -344,11 +331,7 @@ def test_lack_of_memory_is_not_retried_and_says_what_to_change(
 
 def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline() -> None:
     waiting = (RUNNING, [pod("m"), unschedulable("w")])
-    record = Record((RUNNING, HEALTHY), *[waiting] * 50, (RUNNING, HEALTHY), ({"status": {}}, []))
-    record.looks[-1] = (
-        {**RUNNING, "status": {"conditions": [{"type": "Succeeded", "status": "True"}]}},
-        [],
-    )
+    record = Record((RUNNING, HEALTHY), *[waiting] * 50, (RUNNING, HEALTHY), SUCCEEDED)
     lines, error = follow(record)
     assert error == "" and record.annotations["vitdet/started"] == "true"
     (told,) = [line for line in lines if "Unschedulable" in line]

@@ -1,6 +1,7 @@
 """Fixtures for tests on a real API server: a namespace in which jobs run as local processes.
 
-KUBECONFIG must name a control plane without scheduler and kubelets on this machine: tests/helpers/fake_node.py plays them.
+KUBECONFIG must name a control plane on this machine without scheduler and kubelets, which
+tests/helpers/fake_node.py simulates.
 """
 
 from __future__ import annotations
@@ -38,39 +39,41 @@ PATIENT = Timeouts(
 )
 # For jobs that are to be given up.
 QUICK = replace(PATIENT, start=3, schedule=3)
-# The definition of argo, whose schema does not matter here
-WORKFLOWS = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {"name": "workflows.argoproj.io"},
-    "spec": {
-        "group": "argoproj.io",
-        "scope": "Namespaced",
-        "names": {"plural": "workflows", "singular": "workflow", "kind": "Workflow"},
-        "versions": [
-            {
-                "name": "v1alpha1",
-                "served": True,
-                "storage": True,
-                "schema": {
-                    "openAPIV3Schema": {
-                        "type": "object",
-                        "x-kubernetes-preserve-unknown-fields": True,
-                    }
-                },
-            }
-        ],
-    },
-}
+
+
+def definition(
+    group: str, version: str, plural: str, kind: str, schema: dict | None = None
+) -> dict:
+    """Return a CustomResourceDefinition; schema: default: any object."""
+    schema = schema or {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    served = {"name": version, "served": True, "storage": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"plural": plural, "singular": kind.lower(), "kind": kind},
+            "versions": [{**served, "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+
+
+WORKFLOWS = definition("argoproj.io", "v1alpha1", "workflows", "Workflow")
 ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 
 
-def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
-    """Runs kubectl; its output, which of a wanted failure is that of stderr."""
+def kubectl(words: str, *more: str, given: object = None, fails: bool = False) -> str:
+    """Run kubectl with the words of the first text; return stdout, or stderr if it is to fail."""
     text = given if isinstance(given, str) or given is None else json.dumps(given)
     done = subprocess.run(
-        ["kubectl", *words], input=text, capture_output=True, text=True, env={**os.environ, **ADMIN}
+        ["kubectl", *words.split(), *more],
+        input=text,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ADMIN},
     )
     assert (done.returncode != 0) == fails, done.stderr + done.stdout
     return done.stderr if fails else done.stdout
@@ -95,28 +98,41 @@ def template(kind: str = "pytorchjob", script: bool = False) -> str:
     job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
     # for how long its pods may wait for a node: the tests' timeouts say that
     job["metadata"].pop("annotations")
-    containers = (
-        [job["spec"]["trainer"]]
-        if kind == "trainjob"
-        else [
-            replica["template"]["spec"]["containers"][0]
-            for replica in job["spec"]["pytorchReplicaSpecs"].values()
-        ]
-    )
-    for container in containers if script else ():
+    for container in job_containers(job) if script else ():
         container["command"] = ["sh", "-c"]
     return yaml.safe_dump(job)
+
+
+def job_containers(job: dict) -> list[dict]:
+    """Return the training containers of a job: spec.trainer of a TrainJob."""
+    spec = job["spec"]
+    if "trainer" in spec:
+        return [spec["trainer"]]
+    replicas = spec["pytorchReplicaSpecs"].values()
+    return [one["template"]["spec"]["containers"][0] for one in replicas]
+
+
+def arguments(
+    text: str,
+    args: list[str],
+    recipe: str = "tiny",
+    run: str = PIPELINE_RUN,
+    nodes: int = 2,
+    kind: str = "pytorchjob",
+    task: dict | None = None,
+) -> dict:
+    """Return the arguments of `launch` for a job."""
+    given = {"template": text, "args": args, "name": recipe, "run_id": run, "nodes": nodes}
+    rest = {"pool": "", "image": "", "workspace": "/data"}
+    return {**given, **rest, "kind": kind, "task_config": task}
 
 
 class Scene:
     """A namespace with a node, an operator and a volume, and a launcher that is pointed there."""
 
     def __init__(self, namespace: str, folder: Path, timeouts: Timeouts) -> None:
-        self.namespace, self.volume, self.kubeconfig = (
-            namespace,
-            folder / "volume",
-            folder / "kubeconfig",
-        )
+        self.namespace = namespace
+        self.volume, self.kubeconfig = folder / "volume", folder / "kubeconfig"
         self.timeouts = timeouts
         self.lines: list[str] = []
         self.node = None
@@ -134,7 +150,7 @@ class Scene:
         finished: Callable[[], bool] = lambda: False,
         keep_logs: Callable[[dict[str, str]], None] = lambda files: None,
     ) -> None:
-        """`components.launcher.launch`, its lines in self.lines and in the output of a test that fails."""
+        """Run `components.launcher.launch`; its lines go to self.lines and the test's output."""
         from components.launcher.launch import launch
 
         def out(line: str) -> None:
@@ -144,16 +160,7 @@ class Scene:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(self.kubeconfig))
             launch(
-                template=text,
-                kind=kind,
-                run_id=run,
-                name=recipe,
-                args=args,
-                nodes=nodes,
-                pool="",
-                image="",
-                workspace="/data",
-                task_config=task,
+                **arguments(text, args, recipe, run, nodes, kind, task),
                 out=out,
                 timeouts=timeouts or self.timeouts,
                 finished=finished,
@@ -163,25 +170,14 @@ class Scene:
     def start(
         self, text: str, args: list[str], recipe: str, environment: dict[str, str]
     ) -> subprocess.Popen:
-        """The same in a process of its own, as in a step's pod."""
-        given = {
-            "template": text,
-            "kind": "pytorchjob",
-            "run_id": PIPELINE_RUN,
-            "name": recipe,
-            "args": args,
-            "nodes": 2,
-            "pool": "",
-            "image": "",
-            "workspace": "/data",
-            "task_config": None,
-        }
+        """Run the same in a process of its own, as in a step's pod."""
         code = (
-            "import json, sys; from tests.helpers.cluster import PATIENT; from components.launcher.launch import launch; "
+            "import json, sys; from tests.helpers.cluster import PATIENT; "
+            "from components.launcher.launch import launch; "
             "launch(**json.loads(sys.argv[1]), timeouts=PATIENT)"
         )
         return subprocess.Popen(
-            [sys.executable, "-u", "-c", code, json.dumps(given)],
+            [sys.executable, "-u", "-c", code, json.dumps(arguments(text, args, recipe))],
             cwd=ROOT,
             text=True,
             env={**os.environ, **environment, "KUBECONFIG": str(self.kubeconfig)},
@@ -195,14 +191,7 @@ class Scene:
         """The job of a recipe, None when it is gone."""
         shape = KINDS[kind]
         found = kubectl(
-            "get",
-            f"{shape.plural}.{shape.group}",
-            "-n",
-            self.namespace,
-            "-o",
-            "json",
-            "-l",
-            f"{RUN}={run},{RECIPE}={recipe}",
+            f"get {shape.plural}.{shape.group} -n {self.namespace} -o json -l {RUN}={run},{RECIPE}={recipe}"
         )
         return next(iter(json.loads(found)["items"]), None)
 
@@ -211,57 +200,37 @@ class Scene:
     ) -> list[dict]:
         """The pods of its job, of a PyTorchJob the Master first."""
         found = kubectl(
-            "get",
-            "pods",
-            "-n",
-            self.namespace,
-            "-o",
-            "json",
-            "-l",
-            KINDS[kind].selector(job_name(run, recipe)),
+            f"get pods -n {self.namespace} -o json -l", KINDS[kind].selector(job_name(run, recipe))
         )
         return json.loads(found)["items"]
 
     def workflow(self, name: str) -> dict:
         """A Workflow of this name, made if it is not there."""
-        workflow = {
-            "apiVersion": "argoproj.io/v1alpha1",
-            "kind": "Workflow",
-            "metadata": {"name": name},
-            "spec": {},
-        }
-        kubectl("apply", "-f", "-", given=WORKFLOWS)
-        kubectl("wait", "--for=condition=established", "crd/workflows.argoproj.io")
-        words = ("-n", self.namespace, "-o", "json", "-f", "-")
-        return json.loads(kubectl("apply", *words, given=workflow))
+        about = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow"}
+        workflow = {**about, "metadata": {"name": name}, "spec": {}}
+        kubectl("apply -f -", given=WORKFLOWS)
+        kubectl("wait --for=condition=established crd/workflows.argoproj.io")
+        return json.loads(kubectl(f"apply -n {self.namespace} -o json -f -", given=workflow))
 
     def step_pod(self, name: str, run: str = "run", attempt: int = 0) -> dict[str, str]:
-        """A pod in the place of a step of this Workflow, and the environment of Kubeflow Pipelines.
+        """Create a step's pod as Argo does; return the environment of Kubeflow Pipelines.
 
-        As argo makes it: workflow/controller/workflowpod.go of v3.7.
+        workflow/controller/workflowpod.go of v3.7.
         """
         workflow = self.workflow(run)
-        owner = {
-            "apiVersion": workflow["apiVersion"],
-            "kind": workflow["kind"],
-            "name": run,
-            "uid": workflow["metadata"]["uid"],
-            "controller": True,
-            "blockOwnerDeletion": True,
-        }
+        owner = {key: workflow[key] for key in ("apiVersion", "kind")}
+        owner |= {"name": run, "uid": workflow["metadata"]["uid"]}
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {
                 "name": name,
-                "ownerReferences": [owner],
+                "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
                 "annotations": {NODE: f"{run}.root.train-job({attempt})"},
             },
             "spec": {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]},
         }
-        made = json.loads(
-            kubectl("create", "-n", self.namespace, "-o", "json", "-f", "-", given=pod)
-        )
+        made = json.loads(kubectl(f"create -n {self.namespace} -o json -f -", given=pod))
         return {"KFP_POD_NAME": name, "KFP_POD_UID": made["metadata"]["uid"]}
 
 
@@ -269,8 +238,10 @@ class Scene:
 def scene(
     folder: Path, node: bool = True, operator: bool = True, reasons: dict[int, str] | None = None
 ) -> Iterator[Scene]:
-    """A Scene; without `node` the pods stay as the test writes them, and the launcher soon gives them up; without
-    `operator` the jobs stay.
+    """A Scene.
+
+    Without `node` the pods stay as the test writes them, and the launcher soon gives them up;
+    without `operator` the jobs stay.
     """
     from kubernetes import client, config
 
@@ -287,41 +258,35 @@ def scene(
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setitem(ADMIN, "KUBECONFIG", os.environ["KUBECONFIG"])
         config.load_kube_config(str(folder / "kubeconfig"))
-        kubectl("create", "namespace", name)
-        stack.callback(kubectl, "delete", "namespace", name, "--wait=false")
+        kubectl(f"create namespace {name}")
+        stack.callback(kubectl, f"delete namespace {name} --wait=false")
         stack.callback(
-            kubectl,
-            "delete",
-            "pods",
-            "--all",
-            "-n",
-            name,
-            "--force",
-            "--grace-period=0",
-            "--wait=false",
+            kubectl, f"delete pods --all -n {name} --force --grace-period=0 --wait=false"
         )
-        stack.callback(
-            kubectl, "delete", "pytorchjobs,trainjobs", "--all", "-n", name, "--wait=false"
-        )
-        core = client.CoreV1Api()
-        core.create_namespaced_secret(
-            name,
-            {
-                "metadata": {"name": "vitdet-mlflow"},
-                "stringData": {"MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"},
-            },
-        )
+        stack.callback(kubectl, f"delete pytorchjobs,trainjobs --all -n {name} --wait=false")
+        secret = {
+            "metadata": {"name": "vitdet-mlflow"},
+            "stringData": {"MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"},
+        }
+        client.CoreV1Api().create_namespaced_secret(name, secret)
         priority = {
             "apiVersion": "scheduling.k8s.io/v1",
             "kind": "PriorityClass",
             "metadata": {"name": "vitdet-train"},
             "value": 1000,
         }
-        kubectl("apply", "-f", "-", given=priority)
+        kubectl("apply -f -", given=priority)
         if node:
-            made.node = stack.enter_context(
-                FakeNode(name, folder, {"vitdet-data": made.volume}, reasons)
-            )
+            claims = {"vitdet-data": made.volume}
+            made.node = stack.enter_context(FakeNode(name, folder, claims, reasons))
         if operator:
             stack.enter_context(FakeOperator(name))
         yield made
+
+
+def namespace_for(purpose: str) -> Iterator[str]:
+    """A namespace of its own."""
+    name = f"vitdet-{purpose}-{uuid.uuid4().hex[:8]}"
+    kubectl(f"create namespace {name}")
+    yield name
+    kubectl(f"delete namespace {name} --wait=false")

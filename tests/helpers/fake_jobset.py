@@ -2,7 +2,7 @@
 
 Kubernetes' Job controller: pkg/controller/job/pod_failure_policy.go (matchPodFailurePolicy) and job_controller.go
 (getFailJobMessage, and the order in syncJob: the pod failure policy of any failed pod before the backoff limit). Of the
-actions FailJob alone is played. JobSet 0.12: pkg/controllers/failure_policy.go, constants of pkg/constants/constants.go.
+actions FailJob alone is simulated. JobSet 0.12: pkg/controllers/failure_policy.go, constants of pkg/constants/constants.go.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def job_failure(spec: dict, pods: list[dict]) -> tuple[str, str] | None:
     failed = [pod for pod in pods if pod["status"]["phase"] == "Failed"]
     for pod in failed:
         for index, rule in enumerate(spec.get("podFailurePolicy", {}).get("rules", [])):
-            assert rule["action"] == "FailJob", "no other action is played"
+            assert rule["action"] == "FailJob", "no other action is simulated"
             if found := matches(rule, pod):
                 return "PodFailurePolicy", f"{found} matching FailJob rule at index {index}"
     if len(failed) > spec.get("backoffLimit", 6):
@@ -69,7 +69,4 @@ def jobset_failure(
         return "FailJobSetFailurePolicyAction", f"applying FailJobSet failure policy action {first}"
     if action == RESTARTS_IGNORED or counted < policy.get("maxRestarts", 0):
         return None
-    return (
-        "ReachedMaxRestarts",
-        f"jobset failed due to reaching max number of restarts {first}",
-    )
+    return ("ReachedMaxRestarts", f"jobset failed due to reaching max number of restarts {first}")

@@ -1,9 +1,10 @@
-"""Simulated scheduler, kubelet, DNS and volumes of one node: pods of a namespace run as local processes.
+"""Simulated scheduler, kubelet, DNS and volumes of a node: pods of a namespace are local processes.
 
-A pod without a node is bound to this one; its first container becomes a process; its status is written in the shapes of
-core/v1 PodStatus as the kubelet writes them; its log is served as the kubelet does (GET /containerLogs/NAMESPACE/POD/
-CONTAINER?follow&timestamps&tailLines&sinceSeconds&previous), through which the API server answers `kubectl logs`.
-Images, probes, init containers and limits are not played. It needs the test control plane of this machine.
+A pod without a node is bound to this one; its first container becomes a process; its status is
+written in the shapes of core/v1 PodStatus as the kubelet writes them; its log is served as the
+kubelet does (GET /containerLogs/NAMESPACE/POD/CONTAINER?follow&timestamps&tailLines&sinceSeconds&
+previous), through which the API server answers `kubectl logs`. Images, probes, init containers and
+limits are not simulated. It needs the test control plane of this machine.
 """
 
 from __future__ import annotations
@@ -69,24 +70,9 @@ class FakeNode:
         self.uids: dict[str, str] = {}
         self.ports: dict[str, int] = {}
         self.stopped = threading.Event()
-        subprocess.run(
-            [
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "rsa:2048",
-                "-nodes",
-                "-subj",
-                "/CN=node",
-                "-keyout",
-                folder / "key.pem",
-                "-out",
-                folder / "cert.pem",
-            ],
-            check=True,
-            capture_output=True,
-        )
+        words = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=node"
+        files = ("-keyout", folder / "key.pem", "-out", folder / "cert.pem")
+        subprocess.run([*words.split(), *files], check=True, capture_output=True)
         self.server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Kubelet", (Kubelet,), {"node": self})
         )
@@ -97,15 +83,11 @@ class FakeNode:
     def __enter__(self) -> FakeNode:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.core.create_node({"metadata": {"name": self.name}})
-        self.core.patch_node_status(
-            self.name,
-            {
-                "status": {
-                    "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
-                    "daemonEndpoints": {"kubeletEndpoint": {"Port": self.server.server_port}},
-                }
-            },
-        )
+        status = {
+            "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": self.server.server_port}},
+        }
+        self.core.patch_node_status(self.name, {"status": status})
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
         return self
@@ -160,22 +142,9 @@ class FakeNode:
         elif pod["spec"].get("schedulerName") != "default-scheduler":
             return
         elif len(set(claims(pod).values())) < len(claims(pod)):
-            self.core.patch_namespaced_pod_status(
-                name,
-                self.namespace,
-                {
-                    "status": {
-                        "conditions": [
-                            {
-                                "type": "PodScheduled",
-                                "status": "False",
-                                "reason": "Unschedulable",
-                                "message": "a claim twice",
-                            }
-                        ]
-                    }
-                },
-            )
+            unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+            status = {"conditions": [{**unscheduled, "message": "a claim twice"}]}
+            self.core.patch_namespaced_pod_status(name, self.namespace, {"status": status})
         elif not pod["spec"].get("nodeName"):
             self.core.create_namespaced_pod_binding(
                 name,
@@ -213,31 +182,19 @@ class FakeNode:
 
     def write(self, pod: dict, phase: str, state: dict, last: dict | None = None) -> None:
         container, name = pod["spec"]["containers"][0], pod["metadata"]["name"]
-        self.core.patch_namespaced_pod_status(
-            name,
-            self.namespace,
-            {
-                "status": {
-                    "phase": phase,
-                    "hostIP": "127.0.0.1",
-                    "podIP": "127.0.0.1",
-                    "startTime": now(),
-                    "containerStatuses": [
-                        {
-                            "name": container["name"],
-                            "image": container["image"],
-                            "imageID": "",
-                            "ready": "running" in state,
-                            "started": "running" in state,
-                            "restartCount": self.containers[name].restarts,
-                            "state": state,
-                            "lastState": last or {},
-                        }
-                    ],
-                }
-            },
-            _preload_content=False,
-        )
+        one = {
+            "name": container["name"],
+            "image": container["image"],
+            "imageID": "",
+            "ready": "running" in state,
+            "started": "running" in state,
+            "restartCount": self.containers[name].restarts,
+            "state": state,
+            "lastState": last or {},
+        }
+        status = {"phase": phase, "hostIP": "127.0.0.1", "podIP": "127.0.0.1", "startTime": now()}
+        change = {"status": {**status, "containerStatuses": [one]}}
+        self.core.patch_namespaced_pod_status(name, self.namespace, change, _preload_content=False)
 
     def process_of(self, pod: dict, spec: dict) -> tuple[list[str], dict[str, str], Path]:
         """Command, environment and folder: mounted folders and names in DNS become those of this machine."""

@@ -1,13 +1,15 @@
-"""The training operator 1.9 and Kubeflow Trainer 2.3, played for one namespace: jobs become pods, pods become status.
+"""A simulated training operator 1.9 and Kubeflow Trainer 2.3 for one namespace.
 
-Pods get the names, labels and the exact environment that the real ones set: for PyTorchJob pkg/controller.v1/pytorch/
-{envvar,master,elastic}.go and pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/
-plugins/torch/torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
-(ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/trainjob_controller.go, of its JobSet
-0.12 tests/helpers/fake_jobset.py. Deadlines: pkg/core/job.go (PastActiveDeadline), which is
-asked only when something has happened, as pytorchjob_controller.go gives the controller a FakeWorkQueue; the other
-thing that makes it ask, a look at all jobs every 10 hours (controller-runtime's SyncPeriod), is not played. Trainer:
-reconcileDeadline, at the second. Left out: services, webhooks, gang scheduling, the workers' init container.
+Jobs become pods, pods become status. Pods get the names, labels and the exact environment that the
+real operators set: for PyTorchJob pkg/controller.v1/pytorch/{envvar,master,elastic}.go and
+pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/plugins/torch/
+torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
+(ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/
+trainjob_controller.go, of its JobSet 0.12 tests/helpers/fake_jobset.py. Deadlines: pkg/core/job.go
+(PastActiveDeadline), which is evaluated only when something has happened, as pytorchjob_controller.go
+gives the controller a FakeWorkQueue; the evaluation of all jobs every 10 hours (controller-runtime's
+SyncPeriod) is not simulated. Trainer: reconcileDeadline, at the second. Left out: services,
+webhooks, gang scheduling, the workers' init container.
 """
 
 from __future__ import annotations
@@ -61,28 +63,15 @@ def pytorch_environment(job: dict, kind: str, index: int) -> dict[str, str]:
 
 
 def merged(base: object, patch: object) -> object:
-    """A strategic merge as far as pod templates need it: lists of named things by name, others replaced."""
+    """A strategic merge of pod templates: lists of named objects by name, others replaced."""
     if isinstance(base, dict) and isinstance(patch, dict):
-        return {
-            **base,
-            **{
-                key: merged(base[key], value) if key in base else value
-                for key, value in patch.items()
-            },
-        }
-    key = next(
-        (
-            key
-            for key in ("mountPath", "name")
-            if isinstance(base, list) and base and key in base[0]
-        ),
-        None,
-    )
-    if key and isinstance(patch, list):
-        there, added = {one[key]: one for one in base}, {one[key]: one for one in patch}
-        return [
-            merged(one, added[name]) if name in added else one for name, one in there.items()
-        ] + [one for name, one in added.items() if name not in there]
+        both = {key: merged(base[key], patch[key]) for key in base.keys() & patch.keys()}
+        return {**base, **patch, **both}
+    if isinstance(base, list) and isinstance(patch, list) and base:
+        key = next((key for key in ("mountPath", "name") if key in base[0]), None)
+        if key:
+            there, added = {one[key]: one for one in base}, {one[key]: one for one in patch}
+            return list(merged(there, added).values())
     return patch
 
 
@@ -90,11 +79,8 @@ class FakeOperator:
     """`with FakeOperator(namespace):`"""
 
     def __init__(self, namespace: str) -> None:
-        self.namespace, self.objects, self.core = (
-            namespace,
-            client.CustomObjectsApi(),
-            client.CoreV1Api(),
-        )
+        self.namespace = namespace
+        self.objects, self.core = client.CustomObjectsApi(), client.CoreV1Api()
         self.stopped, self.restarts, self.versions = threading.Event(), {}, {}
 
     def __enter__(self) -> FakeOperator:
@@ -145,36 +131,24 @@ class FakeOperator:
     ) -> None:
         """A pod of the template, owned by the job."""
         template = copy.deepcopy(template)
+        added = [
+            {"name": key, **(value if isinstance(value, dict) else {"value": value})}
+            for key, value in environment.items()
+        ]
         for container in template["spec"]["containers"]:
-            container["env"] = [
-                *(container.get("env") or []),
-                *(
-                    {"name": key, **(value if isinstance(value, dict) else {"value": value})}
-                    for key, value in environment.items()
-                ),
-            ]
+            container["env"] = [*(container.get("env") or []), *added]
         metadata = template.get("metadata") or {}
+        owner = {key: job[key] for key in ("apiVersion", "kind")}
+        owner |= {key: job["metadata"][key] for key in ("name", "uid")}
+        about = {
+            "name": name,
+            "labels": {**(metadata.get("labels") or {}), **labels},
+            "annotations": {**(metadata.get("annotations") or {}), **annotations},
+            "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
+        }
         try:
             self.core.create_namespaced_pod(
-                self.namespace,
-                {
-                    "metadata": {
-                        "name": name,
-                        "labels": {**(metadata.get("labels") or {}), **labels},
-                        "annotations": {**(metadata.get("annotations") or {}), **annotations},
-                        "ownerReferences": [
-                            {
-                                "apiVersion": job["apiVersion"],
-                                "kind": job["kind"],
-                                "controller": True,
-                                "blockOwnerDeletion": True,
-                                "name": job["metadata"]["name"],
-                                "uid": job["metadata"]["uid"],
-                            }
-                        ],
-                    },
-                    "spec": template["spec"],
-                },
+                self.namespace, {"metadata": about, "spec": template["spec"]}
             )
         except ApiException as error:
             if error.status == 409:  # that of before is still being deleted
@@ -247,10 +221,8 @@ class FakeOperator:
     def stirred(self, job: dict, pods: dict[str, dict]) -> bool:
         """Whether anything has happened to job or pods since this was asked last."""
         versions = sorted(one["metadata"]["resourceVersion"] for one in (job, *pods.values()))
-        before, self.versions[job["metadata"]["uid"]] = (
-            self.versions.get(job["metadata"]["uid"]),
-            versions,
-        )
+        uid = job["metadata"]["uid"]
+        before, self.versions[uid] = self.versions.get(uid), versions
         return before != versions
 
     def tend_pytorch(self, job: dict) -> None:
@@ -331,11 +303,8 @@ class FakeOperator:
                 self.create(job, pod, template, labels, {}, pytorch_environment(job, kind, index))
                 continue
             phase = pods[pod]["status"]["phase"]
-            counts[
-                {"Running": "active", "Succeeded": "succeeded", "Failed": "failed"}.get(
-                    phase, "active"
-                )
-            ] += phase != "Pending"
+            names = {"Succeeded": "succeeded", "Failed": "failed"}
+            counts[names.get(phase, "active")] += phase != "Pending"
             codes = [
                 one["state"]["terminated"]["exitCode"]
                 for one in pods[pod]["status"].get("containerStatuses", [])
@@ -427,45 +396,32 @@ class FakeOperator:
             one = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
             template = merged(template, one["template"]["spec"]["template"])
         own = {key: trainer[key] for key in ("image", "command", "args", "env") if key in trainer}
-        resources = (
-            {"resources": trainer["resourcesPerNode"]} if "resourcesPerNode" in trainer else {}
-        )
-        template = merged(
-            template, {"spec": {"containers": [{"name": "node", **own, **resources}]}}
-        )
+        if "resourcesPerNode" in trainer:
+            own["resources"] = trainer["resourcesPerNode"]
+        template = merged(template, {"spec": {"containers": [{"name": "node", **own}]}})
+        key = "batch.kubernetes.io/job-completion-index"
+        labels = {
+            "jobset.sigs.k8s.io/jobset-name": name,
+            "jobset.sigs.k8s.io/replicatedjob-name": "node",
+            "jobset.sigs.k8s.io/job-index": "0",
+        }
+        rank = {"fieldRef": {"fieldPath": f"metadata.annotations['{key}']"}}
+        environment = {
+            "PET_NNODES": str(nodes),
+            "PET_NPROC_PER_NODE": str(trainer.get("numProcPerNode", "auto")),
+            "PET_NODE_RANK": {"valueFrom": rank},
+            "PET_MASTER_ADDR": f"{name}-node-0-0.{name}",
+            "PET_MASTER_PORT": "29500",
+        }
         for index in range(nodes) if not pods else ():
-            annotation = "batch.kubernetes.io/job-completion-index"
-            self.create(
-                job,
-                f"{name}-node-0-{index}-{uuid.uuid4().hex[:5]}",
-                template,
-                {
-                    "jobset.sigs.k8s.io/jobset-name": name,
-                    "jobset.sigs.k8s.io/replicatedjob-name": "node",
-                    "jobset.sigs.k8s.io/job-index": "0",
-                    annotation: str(index),
-                },
-                {annotation: str(index)},
-                {
-                    "PET_NNODES": str(nodes),
-                    "PET_NPROC_PER_NODE": str(trainer.get("numProcPerNode", "auto")),
-                    "PET_NODE_RANK": {
-                        "valueFrom": {
-                            "fieldRef": {"fieldPath": f"metadata.annotations['{annotation}']"}
-                        }
-                    },
-                    "PET_MASTER_ADDR": f"{name}-node-0-0.{name}",
-                    "PET_MASTER_PORT": "29500",
-                },
-            )
+            pod, place = f"{name}-node-0-{index}-{uuid.uuid4().hex[:5]}", {key: str(index)}
+            self.create(job, pod, template, labels | place, place, environment)
         ready = phases.count("Running")
-        status["jobsStatus"] = [
-            {
-                "name": "node",
-                "ready": int(ready == nodes),
-                "succeeded": int("Succeeded" in phases),
-                "failed": 0,
-                "suspended": 0,
-                "active": int(bool(phases)),
-            }
-        ]
+        counts = {
+            "ready": ready == nodes,
+            "succeeded": "Succeeded" in phases,
+            "failed": 0,
+            "suspended": 0,
+            "active": bool(phases),
+        }
+        status["jobsStatus"] = [{"name": "node", **{key: int(one) for key, one in counts.items()}}]

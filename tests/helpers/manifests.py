@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.helpers.free_maps import unknown
 from tests.helpers.schemas import misspelled
 
+needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 # Set on GPU nodes by the clouds, or by the administrator (node-pools/onprem).
 GPU_TAINT = "nvidia.com/gpu"
 # Secrets that docs/kubeflow.md creates.
@@ -84,114 +87,117 @@ def containers(pod: dict) -> list[dict]:
     return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
 
 
+def broken(*rules: tuple[object, str]) -> list[str]:
+    """Return the texts of the rules that are broken."""
+    return [text for wrong, text in rules if wrong]
+
+
 def refused(job: dict) -> list[str]:
-    """What the webhooks would refuse: training operator 1.9, pkg/webhooks/pytorch; Trainer 2.3, the torch plugin."""
-    name, spec, said = f"{job['kind']} {job['metadata']['name']}", job["spec"], []
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", job["metadata"]["name"]):
-        said.append("its name is no DNS-1035 label")
+    """Return what the webhooks would refuse.
+
+    Training operator 1.9, pkg/webhooks/pytorch; Trainer 2.3, the torch plugin.
+    """
+    name, spec = job["metadata"]["name"], job["spec"]
+    said = broken(
+        (
+            not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name),
+            "its name is no DNS-1035 label",
+        )
+    )
     if job["kind"] == "PyTorchJob":
-        replicas = spec["pytorchReplicaSpecs"]
-        said += [
-            f"unknown replica type {role}" for role in replicas if role not in ("Master", "Worker")
-        ]
-        if "Master" in replicas and replicas["Master"].get("replicas") != 1:
-            said.append("Master.replicas must be written as 1")
-        if "Worker" in replicas and replicas["Worker"].get("replicas", 1) < 1:
-            said.append("Worker.replicas must be at least 1")
-        if "elasticPolicy" in spec:
-            said += ["elasticPolicy needs Worker"] * ("Worker" not in replicas)
-            said += ["elasticPolicy.nProcPerNode beside nprocPerNode"] * (
-                "nProcPerNode" in spec["elasticPolicy"]
-            )
-            said += ["no Master may stand beside elasticPolicy here: it would not take part"] * (
-                "Master" in replicas
-            )
+        replicas, local = spec["pytorchReplicaSpecs"], spec.get("nprocPerNode", "auto")
+        elastic, master = spec.get("elasticPolicy"), replicas.get("Master", {"replicas": 1})
+        said += broken(
+            (replicas.keys() - {"Master", "Worker"}, f"unknown replica type in {list(replicas)}"),
+            (master.get("replicas") != 1, "Master.replicas must be written as 1"),
+            (replicas.get("Worker", {}).get("replicas", 1) < 1, "Worker.replicas: at least 1"),
+            (elastic and "Worker" not in replicas, "elasticPolicy needs Worker"),
+            ("nProcPerNode" in (elastic or {}), "elasticPolicy.nProcPerNode beside nprocPerNode"),
+            (elastic and "Master" in replicas, "a Master beside elasticPolicy takes no part"),
+            (not re.fullmatch(r"auto|cpu|gpu|[1-9]\d*", local), f"nprocPerNode {local}"),
+        )
         for role, replica in replicas.items():
-            names = [container["name"] for container in replica["template"]["spec"]["containers"]]
-            said += [f"{role} has no container pytorch"] * ("pytorch" not in names)
-            said += [f"{role}: a restart policy of the pod is overwritten"] * (
-                "restartPolicy" in replica["template"]["spec"]
+            pod = replica["template"]["spec"]
+            names = [container["name"] for container in pod["containers"]]
+            said += broken(
+                ("pytorch" not in names, f"{role} has no container pytorch"),
+                ("restartPolicy" in pod, f"{role}: a restart policy of the pod is overwritten"),
             )
-        if not re.fullmatch(r"auto|cpu|gpu|[1-9]\d*", spec.get("nprocPerNode", "auto")):
-            said.append(f"nprocPerNode {spec['nprocPerNode']}: not auto, cpu, gpu or a number")
     elif job["kind"] in RUNTIMES:
         inner = {entry["name"]: entry for entry in spec["template"]["spec"]["replicatedJobs"]}
         if "node" not in inner:
-            said.append("no replicated job `node`")
-        else:
-            named = [
-                c["name"]
-                for c in inner["node"]["template"]["spec"]["template"]["spec"]["containers"]
-            ]
-            said += ["no container `node`"] * ("node" not in named)
-            labels = inner["node"]["template"].get("metadata", {}).get("labels", {})
-            said += ["its trainer step has no label"] * (
-                labels.get("trainer.kubeflow.org/trainjob-ancestor-step") != "trainer"
-            )
+            return [f"{job['kind']} {name}: no replicated job `node`"]
+        node = inner["node"]["template"]
+        named = [one["name"] for one in node["spec"]["template"]["spec"]["containers"]]
+        step = node.get("metadata", {}).get("labels", {})
         env = {
             entry["name"]
             for _, pod in pods([job])
             for one in containers(pod)
             for entry in one.get("env", [])
         }
-        said += [f"{key} is reserved" for key in env if key in RESERVED]
-    return [f"{name}: {what}" for what in said]
+        said += broken(
+            ("node" not in named, "no container `node`"),
+            (
+                step.get("trainer.kubeflow.org/trainjob-ancestor-step") != "trainer",
+                "its trainer step has no label",
+            ),
+            *((key in RESERVED, f"{key} is reserved") for key in env),
+        )
+    return [f"{job['kind']} {name}: {what}" for what in said]
+
+
+VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
+HOST = ("hostNetwork", "hostPID", "hostIPC", "hostUsers")
 
 
 def insecure(where: str, pod: dict, claims: set[str]) -> list[str]:
-    """Pod Security `restricted`, and what of the house goes beyond: read-only root, resources, pinned images."""
-    spec, said = pod["spec"], []
-    context = spec.get("securityContext", {})
-    said += ["may run as root"] * (
-        context.get("runAsNonRoot") is not True or context.get("runAsUser", 0) == 0
+    """Return what breaks Pod Security `restricted` and the rules of this project.
+
+    Beyond `restricted`: a read-only root, resources, pinned images, no token, no sidecar.
+    """
+    spec, context = pod["spec"], pod["spec"].get("securityContext", {})
+    volumes = spec.get("volumes", [])
+    there = {volume["name"] for volume in volumes} | claims
+    root = context.get("runAsNonRoot") is not True or context.get("runAsUser", 0) == 0
+    sidecar = pod["metadata"].get("annotations", {}).get("sidecar.istio.io/inject") != "false"
+    seccomp = context.get("seccompProfile", {}).get("type")
+    said = broken(
+        (root, "may run as root"),
+        (seccomp != "RuntimeDefault", "no seccomp profile"),
+        *((spec.get(key), f"{key} is the host's") for key in HOST),
+        *(
+            (not set(one) & VOLUMES, f"volume {one['name']} is of a refused kind")
+            for one in volumes
+        ),
+        *(
+            (
+                "sizeLimit" not in one.get("emptyDir", {"sizeLimit": 0}),
+                f"{one['name']} has no limit",
+            )
+            for one in volumes
+        ),
+        (spec.get("automountServiceAccountToken") is not False, "has a token of the API server"),
+        (sidecar, "gets an Istio sidecar"),
     )
-    said += ["no seccomp profile"] * (
-        context.get("seccompProfile", {}).get("type") != "RuntimeDefault"
-    )
-    said += [
-        f"{key} is the host's"
-        for key in ("hostNetwork", "hostPID", "hostIPC", "hostUsers")
-        if spec.get(key)
-    ]
-    said += [
-        f"volume {volume['name']} is of a kind that is refused"
-        for volume in spec.get("volumes", [])
-        if not set(volume)
-        & {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
-    ]
-    said += [
-        f"volume {volume['name']} may fill the node"
-        for volume in spec.get("volumes", [])
-        if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]
-    ]
-    said += ["holds a token of the API server"] * (
-        spec.get("automountServiceAccountToken") is not False
-    )
-    there = {volume["name"] for volume in spec.get("volumes", [])} | claims
-    annotations = pod["metadata"].get("annotations", {})
-    said += ["gets an Istio sidecar"] * (annotations.get("sidecar.istio.io/inject") != "false")
     for one in containers(pod):
-        own, name = one.get("securityContext", {}), one["name"]
-        said += [f"{name}: privileged"] * bool(own.get("privileged"))
-        said += [f"{name}: may gain privileges"] * (
-            own.get("allowPrivilegeEscalation") is not False
-        )
-        said += [f"{name}: its root is writable"] * (own.get("readOnlyRootFilesystem") is not True)
-        said += [f"{name}: keeps capabilities"] * (own.get("capabilities") != {"drop": ["ALL"]})
-        for kind in ("requests", "limits"):
-            said += [
-                f"{name}: no {kind} of {what}"
-                for what in ("cpu", "memory")
-                if what not in one.get("resources", {}).get(kind, {})
-            ]
-        said += [f"{name}: image {one['image']} is not pinned"] * (not pinned(one["image"]))
+        own, name, image = one.get("securityContext", {}), one["name"], one["image"]
+        resources = one.get("resources", {})
         mounted = [mount["name"] for mount in one.get("volumeMounts", [])]
-        said += [f"{name}: nothing writable at /tmp"] * ("tmp" not in mounted)
-        said += [
-            f"{name}: mounts {volume}, which is no volume"
-            for volume in mounted
-            if volume not in there
-        ]
+        said += broken(
+            (own.get("privileged"), f"{name}: privileged"),
+            (own.get("allowPrivilegeEscalation") is not False, f"{name}: may gain privileges"),
+            (own.get("readOnlyRootFilesystem") is not True, f"{name}: its root is writable"),
+            (own.get("capabilities") != {"drop": ["ALL"]}, f"{name}: keeps capabilities"),
+            *(
+                (what not in resources.get(kind, {}), f"{name}: no {kind} of {what}")
+                for kind in ("requests", "limits")
+                for what in ("cpu", "memory")
+            ),
+            (not pinned(image), f"{name}: image {image} is not pinned"),
+            ("tmp" not in mounted, f"{name}: nothing writable at /tmp"),
+            *((one not in there, f"{name}: mounts {one}, which is no volume") for one in mounted),
+        )
     return [f"{where}: {what}" for what in said]
 
 
@@ -218,14 +224,9 @@ def dangling(where: str, pod: dict, documents: list[dict], namespace: str) -> li
         if "configMap" in volume:
             wanted.append(("ConfigMap", volume["configMap"]["name"]))
     for one in containers(pod):
-        for source in one.get("envFrom", []):
-            wanted += [("Secret", source["secretRef"]["name"])]
-        for entry in one.get("env", []):
-            wanted += [
-                ("Secret", key["name"])
-                for key in [entry.get("valueFrom", {}).get("secretKeyRef")]
-                if key
-            ]
+        keys = [entry.get("valueFrom", {}).get("secretKeyRef") for entry in one.get("env", [])]
+        keys += [source["secretRef"] for source in one.get("envFrom", [])]
+        wanted += [("Secret", key["name"]) for key in keys if key]
     return [
         f"{where}: no {kind} {name} in {namespace}"
         for kind, name in wanted

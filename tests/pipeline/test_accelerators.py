@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ from pipeline.graph import compile_pipeline
 from pipeline.job_manifests import accelerators, queue_labels
 from tests.cluster.test_manifests import OVERLAYS, overlay
 from tests.conftest import ROOT
+from tests.helpers.manifests import needs_kubectl
 
 GOLDEN = (ROOT / "tests" / "golden_pipeline" / "jobs.yaml").read_text()
 TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 
 
 def text(name: str, part: str = ".") -> str:
@@ -67,10 +66,7 @@ def test_evaluate_waits_in_the_queue_of_the_training(
 ) -> None:
     monkeypatch.setattr("pipeline.graph.IMAGE", "")
     own = evaluation(GOLDEN, tmp_path / "none.yaml")[1]["podMetadata"]["labels"]
-    assert own == {
-        "app.kubernetes.io/name": "vitdet",
-        "app.kubernetes.io/component": "step",
-    }
+    assert own == {"app.kubernetes.io/name": "vitdet", "app.kubernetes.io/component": "step"}
     labels = {"kueue.x-k8s.io/queue-name": "team", "kueue.x-k8s.io/priority-class": "low"}
     jobs = list(yaml.safe_load_all(GOLDEN))
     for job in jobs:

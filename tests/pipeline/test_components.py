@@ -25,20 +25,8 @@ from components.weights import weights
 from tests.conftest import minimal
 from vitdet import stages
 
-ALL = [
-    announce,
-    clean_up,
-    compare,
-    configs,
-    data,
-    evaluate,
-    evaluate_champion,
-    gate,
-    register,
-    train,
-    train_job,
-    weights,
-]
+ALL = [announce, clean_up, compare, configs, data, evaluate, evaluate_champion]
+ALL += [gate, register, train, train_job, weights]
 RUN = "0123456789abcdef"
 FOLDER = Path(components.__file__).parent
 
@@ -99,7 +87,7 @@ def test_the_run_has_to_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Jobs:
-    """Plays `launch` and `clean_up_jobs`: remembers what was asked, and does what the job would have done."""
+    """Replaces `launch` and `clean_up_jobs`: records the arguments and writes the job's output."""
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
@@ -117,14 +105,14 @@ class Jobs:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    played = Jobs()
+    made = Jobs()
     monkeypatch.setenv(components.RUN_ID, RUN)
     monkeypatch.setitem(
         sys.modules,
         "components.launcher.launch",
-        SimpleNamespace(launch=played.launch, clean_up_jobs=played.clean_up_jobs),
+        SimpleNamespace(launch=made.launch, clean_up_jobs=made.clean_up_jobs),
     )
-    return played
+    return made
 
 
 class Prepared:
@@ -233,6 +221,23 @@ def test_no_gpu_is_asked_for_when_the_weights_are_gone(
     assert jobs.asked == []
 
 
+def end_run(folder: Path, kind: str, state: str) -> Path:
+    """Run the exit handler; return its table."""
+    table = dsl.HTML(uri=str(folder / "table"))
+    status = dsl.PipelineTaskFinalStatus(state, "", "", None, None)
+    given = {"recipes": ["tiny"], "overrides": [], "workspace": str(folder), "job_kind": kind}
+    clean_up.python_func(**given, status=status, table=table)
+    return Path(table.path)
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The states with which MLflow's parent runs were ended."""
+    states: list[str] = []
+    monkeypatch.setattr(stages, "end_parent_run", lambda *words: states.append(words[-1]))
+    return states
+
+
 @pytest.mark.parametrize(
     ("kind", "state", "ended"),
     [
@@ -242,54 +247,19 @@ def test_no_gpu_is_asked_for_when_the_weights_are_gone(
     ],
 )
 def test_at_the_end_the_jobs_of_a_cluster_are_ended(
-    kind: str, state: str, ended: list, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, state: str, ended: list, jobs: Jobs, tmp_path: Path, closed: list[str]
 ) -> None:
-    closed = []
-    monkeypatch.setattr(stages, "end_parent_run", lambda *words: closed.append(words[-1]))
-    table = dsl.HTML(uri=str(tmp_path / "table"))
-    status = dsl.PipelineTaskFinalStatus(
-        state=state,
-        pipeline_job_resource_name="",
-        pipeline_task_name="",
-        error_code=None,
-        error_message=None,
-    )
-    clean_up.python_func(
-        recipes=["tiny"],
-        overrides=[],
-        workspace=str(tmp_path),
-        job_kind=kind,
-        status=status,
-        table=table,
-    )
-    assert jobs.ended == ended
-    assert closed == [state]
-    assert "No training was started" in Path(table.path).read_text()
+    assert "No training was started" in end_run(tmp_path, kind, state).read_text()
+    assert jobs.ended == ended and closed == [state]
 
 
 def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
-    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: list[str]
 ) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError("no")
 
-    closed = []
-    monkeypatch.setattr(stages, "end_parent_run", lambda *words: closed.append(words[-1]))
     monkeypatch.setattr(sys.modules["components.launcher.launch"], "clean_up_jobs", forbidden)
-    status = dsl.PipelineTaskFinalStatus(
-        state="FAILED",
-        pipeline_job_resource_name="",
-        pipeline_task_name="",
-        error_code=None,
-        error_message=None,
-    )
     with pytest.raises(PermissionError):
-        clean_up.python_func(
-            recipes=["tiny"],
-            overrides=[],
-            workspace=str(tmp_path),
-            job_kind="pytorchjob",
-            status=status,
-            table=dsl.HTML(uri=str(tmp_path / "table")),
-        )
+        end_run(tmp_path, "pytorchjob", "FAILED")
     assert closed == ["FAILED"]

@@ -7,7 +7,7 @@ import io
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -47,12 +47,6 @@ def certificate(folder: Path) -> Path:
         )
     )
     return path
-
-
-@pytest.fixture
-def kubeflow() -> Iterator[Kubeflow]:
-    with serving(Kubeflow()) as server:
-        yield server
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def end_parent_run(recipes, overrides, workspace, run_id, state):
 """
 
 
-class Played:
+class Ran:
     """A run of `python -m pipeline run` with such steps: its calls in their order. interrupt: Ctrl-C once it trains."""
 
     def __init__(self, folder: Path, *recipes: str, interrupt: bool = False) -> None:
@@ -135,68 +135,66 @@ class Played:
 
 
 def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None:
-    played = Played(tmp_path, "good", "better", "best")
-    assert played.done.returncode == 0, played.done.stdout + played.done.stderr
-    assert played.of("configs") == [[["good", "better", "best"], ["a.b=1"], [], 1]]
-    (run_id,) = played.of("announce")[0]
-    assert sorted(played.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
-    assert sorted(played.of("evaluate")) == [
+    ran = Ran(tmp_path, "good", "better", "best")
+    assert ran.done.returncode == 0, ran.done.stdout + ran.done.stderr
+    assert ran.of("configs") == [[["good", "better", "best"], ["a.b=1"], [], 1]]
+    (run_id,) = ran.of("announce")[0]
+    assert sorted(ran.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
+    assert sorted(ran.of("evaluate")) == [
         ["best", "best"],
         ["better", "better"],
         ["good", "good"],
     ]
-    assert played.of("register") == [["better", "better"]]  # alone passed the gate
-    assert played.of("compare") == [[["best", "better", "good"], run_id]]
-    assert played.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]
-    order = played.order()
+    assert ran.of("register") == [["better", "better"]]  # alone passed the gate
+    assert ran.of("compare") == [[["best", "better", "good"], run_id]]
+    assert ran.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]
+    order = ran.order()
     assert order[0] == "configs"
     # all of them before anything is trained
     assert sorted(order[1:4]) == ["announce", "data", "weights"]
     assert order[-3:] == ["compare", "compare-finished", "clean-up"]
-    assert "| a table |" in played.done.stdout
+    assert "| a table |" in ran.done.stdout
 
 
 def test_the_champion_is_evaluated_only_where_its_ap_is_unknown(tmp_path: Path) -> None:
-    played = Played(tmp_path, "unknown", "known", "better-unknown")
-    assert played.done.returncode == 0, played.done.stdout + played.done.stderr
-    (run_id,) = played.of("announce")[0]
+    ran = Ran(tmp_path, "unknown", "known", "better-unknown")
+    assert ran.done.returncode == 0, ran.done.stdout + ran.done.stderr
+    (run_id,) = ran.of("announce")[0]
     names = ["better-unknown", "unknown"]
-    assert sorted(played.of("champion")) == [[name, name, name, run_id] for name in names]
-    order = played.calls
+    assert sorted(ran.of("champion")) == [[name, name, name, run_id] for name in names]
+    order = ran.calls
     for name in names:  # before the gate
         champion = next(i for i, call in enumerate(order) if call[:2] == ["champion", name])
         assert order.index(["evaluate", name, name]) < champion < order.index(["gate", name])
-    assert sorted(played.of("gate")) == [["better-unknown"], ["known"], ["unknown"]]
-    assert played.of("register") == [["better-unknown", "better-unknown"]]
+    assert sorted(ran.of("gate")) == [["better-unknown"], ["known"], ["unknown"]]
+    assert ran.of("register") == [["better-unknown", "better-unknown"]]
 
 
 def test_one_that_failed_takes_nothing_from_the_others(tmp_path: Path) -> None:
-    played = Played(tmp_path, "broken", "better")
-    assert played.done.returncode == 1
-    assert "ValueError: a loss is not finite" in played.done.stdout
-    assert played.done.stderr.startswith("pipeline: step train failed")
-    (run_id,) = played.of("announce")[0]
-    assert [name for name, _ in played.of("train")] == ["broken", "better"]  # one after the other
-    assert played.of("register") == [["better", "better"]]
-    assert played.of("compare") == []
-    assert played.order()[-2:] == ["compare-finished", "clean-up"]
-    assert "what finished" in played.done.stdout
-    assert played.of("clean-up")[0][1:] == ["FAILED", run_id]
+    ran = Ran(tmp_path, "broken", "better")
+    assert ran.done.returncode == 1
+    assert "ValueError: a loss is not finite" in ran.done.stdout
+    assert ran.done.stderr.startswith("pipeline: step train failed")
+    (run_id,) = ran.of("announce")[0]
+    assert [name for name, _ in ran.of("train")] == ["broken", "better"]  # one after the other
+    assert ran.of("register") == [["better", "better"]]
+    assert ran.of("compare") == []
+    assert ran.order()[-2:] == ["compare-finished", "clean-up"]
+    assert "what finished" in ran.done.stdout
+    assert ran.of("clean-up")[0][1:] == ["FAILED", run_id]
 
 
 def test_settings_seeds_and_data_reach_the_first_steps(tmp_path: Path) -> None:
     words = ["--sweep", "a.c=1,2", "--seeds", "3", "--fetch", "coco", "--parallel", "2"]
-    played = Played(tmp_path, "good", *words)
-    assert played.done.returncode == 0, played.done.stdout + played.done.stderr
-    assert played.of("configs") == [[["good"], ["a.b=1"], ["a.c=1,2"], 3]]
-    assert played.of("data") == [["coco"]]
+    ran = Ran(tmp_path, "good", *words)
+    assert ran.done.returncode == 0, ran.done.stdout + ran.done.stderr
+    assert ran.of("configs") == [[["good"], ["a.b=1"], ["a.c=1,2"], 3]]
+    assert ran.of("data") == [["coco"]]
 
 
 def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path, ctrl_c: None) -> None:
-    played = Played(tmp_path, "slow", interrupt=True)
-    assert played.done.returncode == 130, played.done.stderr
-    assert played.of("train") and not played.of("woke")  # interrupted in its sleep
-    assert (
-        played.of("clean-up")[0][:2] == [["slow"], "CANCELED"] and played.order()[-1] == "clean-up"
-    )
-    assert played.of("evaluate") == []
+    ran = Ran(tmp_path, "slow", interrupt=True)
+    assert ran.done.returncode == 130, ran.done.stderr
+    assert ran.of("train") and not ran.of("woke")  # interrupted in its sleep
+    assert ran.of("clean-up")[0][:2] == [["slow"], "CANCELED"] and ran.order()[-1] == "clean-up"
+    assert ran.of("evaluate") == []

@@ -18,20 +18,12 @@ from components.launcher.follower import MAX_ANNOTATION, Follower
 from components.launcher.status import retention
 from components.launcher.templates import FAILURE, KINDS
 from tests.cluster.test_following import BAD_IMAGE, DONE, PYTORCH, RUNNING, SHORT, Record, follow
-from tests.cluster.test_launcher import LABELS, OWNER, conditions, ended, filled, pod
+from tests.cluster.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
+from tests.helpers.cluster import arguments
 
-FAILED = {
-    "status": {
-        "conditions": [
-            {
-                "type": "Failed",
-                "status": "True",
-                "message": "1 Worker replica(s) failed.",
-                "lastTransitionTime": "2026-01-01T00:00:10Z",
-            }
-        ]
-    }
-}
+FAILED = conditions(
+    "Failed=True", message="1 Worker replica(s) failed.", lastTransitionTime="2026-01-01T00:00:10Z"
+)
 
 
 def there(status: dict, told: str = "") -> dict:
@@ -91,24 +83,11 @@ def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         launcher, "connect", lambda retries=None: (client.ApiClient(client.Configuration()), "ours")
     )
-    from tests.cluster.test_launcher import TEMPLATES
-
     for index in ("0", "1", None):
         monkeypatch.setenv("KFP_RETRY_INDEX", index) if index else monkeypatch.delenv(
             "KFP_RETRY_INDEX"
         )
-        launcher.launch(
-            template=TEMPLATES["pytorchjob"],
-            kind="pytorchjob",
-            run_id="r",
-            name="tiny",
-            args=[],
-            nodes=2,
-            pool="",
-            image="",
-            workspace="/data",
-            task_config=None,
-        )
+        launcher.launch(**arguments(TEMPLATES["pytorchjob"], []))
     assert seen == [True, False, False]
 
 
@@ -179,39 +158,24 @@ def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
 
 
 class Objects:
-    """CustomObjectsApi with these jobs: an exception for a kind is its list's answer, one for a name its deletion's."""
+    """CustomObjectsApi with these jobs: an exception for a kind is its list's answer, one for a
+    name its deletion's.
+    """
 
     def __init__(
         self, jobs: dict[str, object], deletions: dict[str, Exception] | None = None
     ) -> None:
         self.jobs, self.deletions, self.deleted = jobs, deletions or {}, []
 
-    def list_namespaced_custom_object(
-        self,
-        group: str,
-        version: str,
-        namespace: str,
-        plural: str,
-        *,
-        label_selector: str,
-        _request_timeout: tuple,
-    ) -> dict:
-        assert label_selector == "vitdet/run=run-1" and namespace == "ours"
-        if isinstance(self.jobs[plural], Exception):
-            raise self.jobs[plural]
-        return {"items": self.jobs[plural]}
+    def list_namespaced_custom_object(self, *words: str, label_selector: str, **_: object) -> dict:
+        assert label_selector == "vitdet/run=run-1" and words[2] == "ours"
+        found = self.jobs[words[3]]
+        if isinstance(found, Exception):
+            raise found
+        return {"items": found}
 
-    def delete_namespaced_custom_object(
-        self,
-        group: str,
-        version: str,
-        namespace: str,
-        plural: str,
-        name: str,
-        *,
-        propagation_policy: str,
-        _request_timeout: tuple,
-    ) -> dict:
+    def delete_namespaced_custom_object(self, *words: str, **_: object) -> dict:
+        *_, plural, name = words
         if name in self.deletions:
             raise self.deletions[name]
         self.deleted.append(f"{plural}/{name}")
@@ -325,18 +289,13 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
     ("answer", "told"),
     [
         (None, "namespace team-a of the cluster of context work"),
-        (
-            ApiException(status=403),
-            "namespace team-a of the cluster of context work",
-        ),  # who asks may know jobs only
+        # the account may know jobs only
+        (ApiException(status=403), "namespace team-a of the cluster of context work"),
         (
             ApiException(status=404),
-            "the cluster of context work has no namespace team-a; give that of the run's pods with",
+            "the cluster of context work has no namespace team-a; give that",
         ),
-        (
-            ReadTimeoutError(None, "/", "x"),
-            "the cluster of context work does not answer (ReadTimeoutError)",
-        ),
+        (ReadTimeoutError(None, "/", "x"), "the cluster of context work does not answer (ReadTime"),
     ],
 )
 def test_where_jobs_are_looked_for_is_told(

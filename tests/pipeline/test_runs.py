@@ -89,11 +89,8 @@ def test_a_refused_request_is_not_repeated(
 def test_an_address_without_the_api(kubeflow: Kubeflow, pipeline: Run, words: list[str]) -> None:
     kubeflow.plan["GET /healthz"] = [lambda handler: handler.send(404, "404 page not found")]
     code, _, said = pipeline(*words)
-    assert (
-        code == 1
-        and "is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends in "
-        in said
-    )
+    text = "is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends"
+    assert code == 1 and text in said
 
 
 def test_waiting_says_each_change_once_and_ends_well_after_success_only(
@@ -106,36 +103,13 @@ def test_waiting_says_each_change_once_and_ends_well_after_success_only(
         task("iteration-iterations(0:0)", "RUNNING"),
         task("executor", "RUNNING"),
     ]
+    first = [*shells, task("configs", "RUNNING")]
+    second = [*shells, task("configs", "SUCCEEDED"), task("train-job", "RUNNING")]
+    last = [task("configs", "SUCCEEDED"), task("train-job", "SUCCEEDED")]
+    last += [task("train-job(0)", "FAILED"), task("register", "SKIPPED")]
+    looks = [*(("RUNNING", one) for one in (first, first, second)), ("SUCCEEDED", last)]
     kubeflow.states = [
-        {
-            "state": "RUNNING",
-            "run_details": {"task_details": [*shells, task("configs", "RUNNING")]},
-        },
-        {
-            "state": "RUNNING",
-            "run_details": {"task_details": [*shells, task("configs", "RUNNING")]},
-        },
-        {
-            "state": "RUNNING",
-            "run_details": {
-                "task_details": [
-                    *shells,
-                    task("configs", "SUCCEEDED"),
-                    task("train-job", "RUNNING"),
-                ]
-            },
-        },
-        {
-            "state": "SUCCEEDED",
-            "run_details": {
-                "task_details": [
-                    task("configs", "SUCCEEDED"),
-                    task("train-job", "SUCCEEDED"),
-                    task("train-job(0)", "FAILED"),
-                    task("register", "SKIPPED"),
-                ]
-            },
-        },
+        {"state": state, "run_details": {"task_details": tasks}} for state, tasks in looks
     ]
     code, out, said = pipeline("submit", "tiny", "--wait")
     assert (code, said) == (0, "")
@@ -278,13 +252,8 @@ def test_status_of_a_run_and_of_a_schedule(
 ) -> None:
     pipeline("submit", "tiny", "--name", "mine")
     pipeline("submit", "tiny", "--cron", "0 3 * * *")
-    kubeflow.states = [
-        {
-            "state": "FAILED",
-            "finished_at": "2026-11-22T10:00:09Z",
-            "run_details": {"task_details": FAILED},
-        }
-    ]
+    details = {"run_details": {"task_details": FAILED}}
+    kubeflow.states = [{"state": "FAILED", "finished_at": "2026-11-22T10:00:09Z", **details}]
     monkeypatch.setattr(kube, "connect", without_cluster)
     code, out, _ = pipeline("status", f"{kubeflow.url}/#/runs/details/{RUN}")
     assert code == 0 and out == (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,12 @@ import yaml
 
 from pipeline.versions import FIELDS, NEWEST, fit, places, read_version, server_version
 from tests.conftest import ROOT
-from tests.helpers.kubeflow import Kubeflow, command, serving
+from tests.helpers.kubeflow import Kubeflow, command
 
 Run = Callable[..., tuple[int, str, str]]
 GOLDEN = ROOT / "tests" / "golden_pipeline" / "pipeline.yaml"
 JOB = ROOT / "tests" / "golden_pipeline" / "jobs.yaml"
 EXECUTORS = "platforms kubernetes deploymentSpec executors".split()
-
-
-@pytest.fixture
-def kubeflow() -> Iterator[Kubeflow]:
-    with serving(Kubeflow()) as server:
-        yield server
 
 
 @pytest.fixture
