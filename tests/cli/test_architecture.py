@@ -35,7 +35,7 @@ from tests.helpers.layers import (
 from vitdet.config import Config, flatten
 
 MAX_MODULES = 10  # directly in vitdet/
-MAX_LINES = 500  # of a file
+MAX_LINES = 400  # of a file; tests: 500
 PRINTING = ("vitdet/cli/", "pipeline/cli/", "components/")
 # Packages that only some files may import; tests may import all.
 ONLY_IN = {
@@ -217,8 +217,9 @@ def test_code_conventions() -> None:
 
 def test_files_are_short() -> None:
     counts = {name: len((ROOT / name).read_text().splitlines()) for name in tracked("*.py")}
-    long = [f"{name}: {count}" for name, count in counts.items() if count > MAX_LINES]
-    report(long, f"files of more than {MAX_LINES} lines")
+    limits = {name: 500 if name.startswith("tests/") else MAX_LINES for name in counts}
+    long = [f"{name}: {count}" for name, count in counts.items() if count > limits[name]]
+    report(long, "files that are too long")
     modules = [source.name for source in product() if re.fullmatch(r"vitdet/\w+[.]py", source.name)]
     assert len(modules) <= MAX_MODULES, f"{len(modules)} modules directly in vitdet/: {modules}"
 
