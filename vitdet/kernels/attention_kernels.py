@@ -63,10 +63,8 @@ def forward(
     layout: Layout, qkv: Tensor, bias: Tensor, tables: tuple[Tensor, Tensor], factor: float
 ) -> tuple[Tensor, Tensor]:
     """Return the heads' output (B, N, h d) and the base-2 logarithms of the softmax's sums (B
-    groups, tokens of an area).
-
-    qkv (B, N, 3 h d), its bias (3 h d), tables of relative positions (2 K - 1, d), multiplied by
-    `factor`.
+    groups, area), given qkv (B, N, 3 h d), its bias (3 h d), and tables of relative positions
+    (2 K - 1, d), multiplied by `factor`.
     """
     batch, tokens, channels = qkv.shape
     out = qkv.new_empty(batch, tokens, channels // 3)
@@ -88,9 +86,7 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv, bias (of tokens beyond the grid) and tables, given that of
-    `out`; all but the first in float32.
-    """
+    """Return gradients of qkv, bias (of tokens beyond the grid), tables; the last 3 in float32."""
     products = positions(layout, qkv, tables, factor)  # recomputed, to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)

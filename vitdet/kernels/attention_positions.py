@@ -72,9 +72,7 @@ class Layout(NamedTuple):
         return self.height % self.rows + self.width % self.columns > 0
 
     def products(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Allocate q . R for the rows (B groups, K, tokens of an area) and the columns (B groups,
-        tokens, tile of K).
-        """
+        """Allocate q . R for rows (B groups, K, area) and columns (B groups, area, tile of K)."""
         groups = len(qkv) * self.groups
         by_row = qkv.new_empty(groups, self.rows, self.area)
         return by_row, qkv.new_empty(groups, self.area, self.column_tile)

@@ -1,13 +1,9 @@
-"""Exact greedy NMS of many groups of boxes at once.
+"""Exact greedy NMS of many groups of boxes at once, without synchronizing with the host.
 
-torchvision processes one image after the other, each in a single thread block that iterates over
-all of its boxes: 31 of 312 ms of a training step of ViT-B at batch 8 on an H100. Here one launch
-compares all pairs of a group's boxes, 64 per word of bits, and a second one iterates over each
-group, 64 boxes at a time, all groups in parallel. The host does not synchronize, and chains of
-suppressions may have any length.
-
-The arithmetic is that of torchvision on the CPU, operation by operation (IEEE division, no fused
-multiply-add, float32 compared with a float64 threshold), so both keep the same boxes.
+torchvision processes one image after the other, each in a single thread block: 31 of 312 ms of a
+training step of ViT-B at batch 8 on an H100. The arithmetic is that of torchvision on the CPU,
+operation by operation (IEEE division, no fused multiply-add, float32 compared with a float64
+threshold), so both keep the same boxes.
 
 Letters: G groups, N boxes of a group.
 """

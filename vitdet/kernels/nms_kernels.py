@@ -1,9 +1,8 @@
 """The two Triton kernels of `vitdet.kernels.nms`, and their launch.
 
-A program of `compare_boxes` compares 32 boxes with the 64 of a word, and stores one 64-bit word for
-each of the 32. A program of `suppress_boxes` iterates over a group, 64 boxes at a time: whether
-each is kept follows from 64 words in registers; the later boxes that they suppress are the OR of
-their rows of words.
+A program of `compare_boxes` compares 32 boxes with 64 others and stores a word of bits for each. A
+program of `suppress_boxes` iterates over a group, 64 boxes at a time: whether each is kept follows
+from 64 words in registers; the later boxes that they suppress are the OR of their rows of words.
 
 Letters: G groups, N boxes of a group, W words of a row.
 """

@@ -1,15 +1,14 @@
 """Pasting of predicted masks into images, stored by column as in COCO's run lengths.
 
-A mask is zero outside its box, so only that region of the image is stored: of N masks in sequence,
-the columns of each region from left to right, each from top to bottom and followed by a zero. Where
-these bytes change, a run of the mask begins or ends (`vitdet.evaluation.run_lengths` computes
-COCO's strings from that).
+Only the region of a mask's box is stored: of N masks in sequence, the columns of each region from
+left to right, each from top to bottom and followed by a zero. Where these bytes change, a run of
+the mask begins or ends (`vitdet.evaluation.run_lengths` computes COCO's strings from that).
 
-Evaluation needs masks in the size of the image. `grid_sample` takes one launch per mask, writes a
-grid of 8 bytes per pixel first, and rounds differently on a GPU. The kernel takes one launch for
-all masks of a batch, keeps coordinates and weights in registers and writes one byte per pixel. It
-performs the operations of `grid_sample` on an x86 CPU in the same order (fused multiply-adds where
-used there, correctly rounded division), so the bytes, and with them AP, are identical.
+`grid_sample` takes one launch per mask, writes a grid of 8 bytes per pixel first, and rounds
+differently on a GPU. The kernel takes one launch for all masks of a batch and writes one byte per
+pixel. It performs the operations of `grid_sample` on an x86 CPU in the same order (fused
+multiply-adds where used there, correctly rounded division), so the bytes, and with them AP, are
+identical.
 
 Letters: N masks of M x M cells.
 """

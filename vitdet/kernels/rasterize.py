@@ -1,11 +1,8 @@
 """Rasterization of outlines into boxes: the training targets of masks.
 
-In plain torch (`vitdet.models.mask_head.rasterize`) the pairs of RoIs and edges are processed in
-blocks, whose number must be known: the host synchronizes, and memory and launches grow with the
-edges. Here each row of a RoI is a program that iterates over its outline's edges.
-
-The arithmetic is that of the plain version, operation by operation in float32 (IEEE division, no
-fused multiply-add), and directions are integers, so both mark the same cells.
+In plain torch (`vitdet.models.mask_head.rasterize`) the host synchronizes, and memory and launches
+grow with the edges. The arithmetic is that of the plain version, operation by operation in float32
+(IEEE division, no fused multiply-add), and directions are integers, so both mark the same cells.
 
 Letters: R RoIs, E edges.
 """

@@ -1,14 +1,13 @@
 """The two Triton kernels of `vitdet.kernels.roi_align`, and their launches.
 
-RoIAlign is linear and separable: a bin's value is a sum over the cells of a map, each weighted by
-the product of a row weight and a column weight. The values of 64 bins are the product of a weight
-matrix (bins x cells) with a tile of 8 x 8 cells (cells x channels), summed over the tiles that the
-RoI touches: each cell is read once per RoI, not once per adjacent point. The gradient of a tile is
-the product of the transposed matrix with the gradients of the bins, summed over the RoIs that touch
-the tile: each cell is written once, by one program, in a fixed order.
+RoIAlign is linear and separable: a bin's value is a sum over cells, each weighted by the product of
+a row weight and a column weight. The values of 64 bins are the product of a weight matrix (bins x
+cells) with a tile of 8 x 8 cells (cells x channels), summed over the tiles that the RoI touches.
+The gradient of a tile is the product of the transposed matrix with the gradients of the bins,
+summed over the RoIs that touch it: each cell is written once, by one program, in a fixed order.
 
-Weights are float32; in products with 16-bit maps they are split in two 16-bit numbers, whose sum
-has their precision. Sums are float32.
+In products with 16-bit maps, the float32 weights are split in two 16-bit numbers, whose sum has
+their precision.
 
 Letters: B images, R RoIs, C channels, H x W cells of a map, L levels.
 """

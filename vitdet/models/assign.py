@@ -54,7 +54,7 @@ def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 @torch.no_grad()
 def match_keeping_best(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """`match`, but every box with the largest IoU, at least `low`, of a ground truth is matched to
-    this ground truth, the last one if there are several. As in mmdet, in RPN and RoI heads.
+    this ground truth, the last one if there are several, as in mmdet.
     """
     found = _overlaps(iou, low)
     return torch.where(found.favorite >= 0, found.favorite, _by_threshold(found, low, high))
@@ -107,9 +107,7 @@ class Sampled(NamedTuple):
 
 @torch.no_grad()
 def sample(matched: Tensor, num: int, positive_fraction: float, choose: Choose) -> Sampled:
-    """Sample at most num * positive_fraction foreground boxes of matched (B, N), and background
-    boxes up to `num` in total.
-    """
+    """Sample up to num * positive_fraction foreground boxes of matched (B, N), then background."""
     most, slots = (min(size, matched.shape[1]) for size in (int(num * positive_fraction), num))
     positive, negative = matched > BACKGROUND, matched == BACKGROUND
     num_positive = positive.sum(dim=1).clamp(max=most)

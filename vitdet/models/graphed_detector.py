@@ -34,21 +34,13 @@ class GraphedDetector:
 
     def __init__(self, detector: nn.Module, context: Callable[[], AbstractContextManager]) -> None:
         self.detector, self.context = detector, context
-        self.forget()
-
-    def forget(self) -> None:
-        """Discard all graphs."""
         self.lock = Lock()
         self.graph: CudaGraph[Output] = CudaGraph()
         self.state: tuple[float, ...] = ()  # of the detector that is recorded
         self.refused: set[tuple[int, ...]] = set()  # shapes of images that could not be recorded
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"detector": self.detector, "context": self.context}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.detector, self.context = state["detector"], state["context"]
-        self.forget()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphedDetector, (self.detector, self.context)
 
     def find(self, images: Tensor, sizes: Tensor) -> Output:
         """Return maps, scored proposals, slots of detections, and their masks."""

@@ -30,9 +30,8 @@ class ConvNorm(nn.Module):
         self, in_channels: int, out_channels: int, kernel_size: int, *, norm: bool, eps: float
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm
-        )
+        size, padding = kernel_size, kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, size, padding=padding, bias=not norm)
         self.norm = LayerNorm2d(out_channels, eps=eps) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

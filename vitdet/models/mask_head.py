@@ -74,9 +74,7 @@ def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
 
 
 def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None:
-    """Add to steps (R, size, size + 1) the directions of edges (P, 4), which are integers, each
-    relative to the box roi (P,) of (R, 4).
-    """
+    """Add to steps (R, size, size + 1) the directions of edges (P, 4), each in box roi (P,)."""
     size = steps.shape[1]
     low = boxes[:, :2]
     # detectron2: a box is at least a tenth of a pixel wide

@@ -52,9 +52,8 @@ def _level(
 ) -> nn.Sequential:
     resample, channels = _resample(in_channels, scale, shrink)
     lateral = ConvNorm(channels, out_channels, 1, norm=True, eps=eps)
-    return nn.Sequential(
-        *resample, lateral, ConvNorm(out_channels, out_channels, 3, norm=True, eps=eps)
-    )
+    output = ConvNorm(out_channels, out_channels, 3, norm=True, eps=eps)
+    return nn.Sequential(*resample, lateral, output)
 
 
 def _resample(dim: int, scale: float, shrink: int) -> tuple[list[nn.Module], int]:

@@ -143,9 +143,8 @@ class NormalCell(nn.Module):
     def __init__(self, *, dim: int, heads: int, groups: int, window: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(
-            inputs=dim, dim=dim, heads=heads, window=window, bias=True, keep_values=False
-        )
+        kind = {"bias": True, "keep_values": False}
+        self.attn = Attention(inputs=dim, dim=dim, heads=heads, window=window, **kind)
         self.pcm = branch((dim, 4 * dim, dim, dim), groups)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, 4 * dim)
