@@ -1,4 +1,4 @@
-"""Grey values of 10 to 14 bits in files of 16: read with data.bit_depth, and reported by `data check --images`."""
+"""Gray values of 10 to 14 bits in files of 16: read with data.bit_depth, and reported by `data check --images`."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_values_beyond_the_depth_are_refused(write: Write, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [2, 6])
-def test_colours_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None:
+def test_colors_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None:
     data_set(tmp_path, (HIGH, WIDE))
     path = tmp_path / "odd" / "odd.jpg"
     pixels = MANY[..., : 3 if kind == 2 else 4] >> 4
@@ -131,7 +131,7 @@ def test_colours_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> Non
         lambda: upright(Image.open(path), TWELVE),
     ):
         with pytest.raises(
-            ValueError, match="data.bit_depth=12 applies to grey images; save it with 8 bits"
+            ValueError, match="data.bit_depth=12 applies to gray images; save it with 8 bits"
         ):
             reader()
     assert check(tmp_path).lines()[-3:-1] == [

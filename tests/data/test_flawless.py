@@ -101,7 +101,7 @@ def outcome(content: dict, lvis: bool, flawless: bool) -> tuple:
         dict(validator.instances),
         dict(validator.objects),
         validator.outlines,
-        validator._count,
+        validator.count,
     )
     return sorted(said) if lvis else said, state, found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,6 @@ PARTS = "outline with parts of fewer than 3 points (ignored)"
 NUMBER = "number of another type (read as a whole number)"
 NO_IMAGE = "annotation of an unknown image (dropped)"
 NO_CATEGORY = "annotation of an unknown category (dropped)"
-TEXT_SIDES = [("height", 48.0), ("height", "48"), ("width", 64.0), ("width", "64")]
 # What may follow from the change of one value
 CONSEQUENCES = {"category without instances", "area that does not fit its box"}
 WHOLE = "id that is not a whole number"
@@ -78,146 +77,91 @@ def without(table: str, key: str) -> dict:
     return content
 
 
+def each(table: str, key: str, values: Iterable[object], kind: str, index: int = 0) -> list[tuple]:
+    """A case for each value of the key."""
+    return [(changed(table, key, value, index), kind) for value in values]
+
+
+def outlines(values: Iterable[object], kind: str) -> list[tuple]:
+    return each("annotations", "segmentation", values, kind)
+
+
+def run_lengths(values: Iterable[object], kind: str) -> list[tuple]:
+    return outlines(({"size": SIZE, "counts": counts} for counts in values), kind)
+
+
+BROKEN_RUNS = [
+    "",
+    "\x7f",
+    "0`1`n",
+    "ä",
+    "o" * 8,
+    "oooooooo0",
+    [1.5, 3070.5],
+    [-1, 3073],
+    [True],
+    None,
+]
+NOT_FINITE = [float("nan"), float("inf"), "30", None, 10**400, [1]]
+BOXES = [[1, 2, 3], [1, 2, 3, float("nan")], ["1", 2, 3, 4], [True, 2, 3, 4], [1, 2, 3, 10**400]]
+FAR = [[-100, 0, 120, 20], [0, 0, 1e39, 20], [0, 0, 10**200, 10**200], [0, 0, 0, 1e39]]
+AREAS = [-1, float("nan"), float("inf"), "400", True, 1e11, 10**400]
+NEEDED = {
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "images": ("id", "width", "height", "file_name"),
+    "categories": ("id", "name"),
+}
 ERRORS = [
-    *(
-        (changed("annotations", "id", value), f"annotation {WHOLE}")
-        for value in (1.5, "1.0", "one", True, None, [1])
-    ),
-    *(
-        (changed("images", "id", value, 2), f"image {WHOLE}")
-        for value in (3.5, "three", True, None)
-    ),
-    *(
-        (changed("categories", "id", value, 1), f"category {WHOLE}")
-        for value in (3.5, "three", True, None)
-    ),
+    *each("annotations", "id", (1.5, "1.0", "one", True, None, [1]), f"annotation {WHOLE}"),
+    *each("images", "id", (3.5, "three", True, None), f"image {WHOLE}", 2),
+    *each("categories", "id", (3.5, "three", True, None), f"category {WHOLE}", 1),
     (changed("annotations", "id", 2**63), "annotation id of more than 64 bits"),
+    *each("annotations", "iscrowd", (2, 0.5, "no", [0]), "iscrowd that is neither 0 nor 1"),
+    *run_lengths(BROKEN_RUNS, "RLE whose counts are not run lengths"),
+    *run_lengths(
+        ("0`1`n3", "0", [3071], [], [2**32 + 3072]), "RLE whose counts do not fill its size"
+    ),
+    *outlines([COMPRESSED | {"size": SIZE[::-1]}], "RLE of another size than its image"),
+    *outlines([COMPRESSED | {"size": [48.5, 64]}], "RLE without size [height, width]"),
+    *outlines(("x", 5, True), "segmentation that is neither polygons nor RLE"),
+    *outlines([[5]], "polygon that is not a list x, y, x, y, ..."),
+    *outlines(
+        ([[*SQUARE[:-1], value]] for value in NOT_FINITE),
+        "polygon with coordinates that are not finite numbers",
+    ),
+    *outlines(
+        ([[*SQUARE[:-1], value]] for value in (129, -65, 1e308)), "polygon far outside its image"
+    ),
+    *each("annotations", "bbox", BOXES, "bbox that is not four finite numbers"),
+    *each(
+        "annotations", "bbox", (None, "1 2 3 4", {"x": 1}), "bbox that is not four finite numbers"
+    ),
+    *each("annotations", "bbox", FAR, "box far outside its image"),
+    *each("annotations", "area", AREAS, "area that is not a number of pixels"),
+    *each("categories", "name", (None, ["a"], "\ud800", "a\nb"), "category name that is not text"),
+    *each("images", "file_name", ("", None, "x\ny", "a\0b"), "file name that is not text"),
+    *each(
+        "images",
+        "file_name",
+        ("../val/1.png", "/etc/passwd", "a/../../val/1.png"),
+        "file name that leaves its folder",
+    ),
+    *each("images", "file_name", ["none.png"], "missing image file"),
+    *each("images", "file_name", ("é" * 300, "\ud800"), "image file that cannot be read"),
     *(
-        (changed("annotations", "iscrowd", value), "iscrowd that is neither 0 nor 1")
-        for value in (2, 0.5, "no", [0])
-    ),
-    *(
-        (
-            changed("annotations", "segmentation", {"size": SIZE, "counts": counts}),
-            "RLE whose counts are not run lengths",
-        )
-        for counts in (
-            "",
-            "\x7f",
-            "0`1`n",
-            "ä",
-            "o" * 8,
-            "oooooooo0",
-            [1.5, 3070.5],
-            [-1, 3073],
-            ["3072"],
-            [True],
-            None,
-        )
-    ),
-    *(
-        (
-            changed("annotations", "segmentation", {"size": SIZE, "counts": counts}),
-            "RLE whose counts do not fill its size",
-        )
-        for counts in ("0`1`n3", "0", [3071], [], [2**32 + 3072])
-    ),
-    (
-        changed("annotations", "segmentation", COMPRESSED | {"size": SIZE[::-1]}),
-        "RLE of another size than its image",
-    ),
-    (
-        changed("annotations", "segmentation", COMPRESSED | {"size": [48.5, 64]}),
-        "RLE without size [height, width]",
-    ),
-    *(
-        (
-            changed("annotations", "segmentation", value),
-            "segmentation that is neither polygons nor RLE",
-        )
-        for value in ("x", 5, True)
-    ),
-    *(
-        (
-            changed("annotations", "segmentation", [SQUARE[:-1] + [value]]),
-            "polygon with coordinates that are not finite numbers",
-        )
-        for value in (float("nan"), float("inf"), "30", None, 10**400, [1])
-    ),
-    *(
-        (
-            changed("annotations", "segmentation", [SQUARE[:-1] + [value]]),
-            "polygon far outside its image",
-        )
-        for value in (129, -65, 1e9, 1e308)
-    ),
-    *(
-        (changed("annotations", "bbox", value), "bbox that is not four finite numbers")
-        for value in (
-            [1, 2, 3],
-            [1, 2, 3, 4, 5],
-            [1, 2, 3, float("nan")],
-            [1, 2, float("inf"), 4],
-            ["1", 2, 3, 4],
-            [True, 2, 3, 4],
-            [1, 2, 3, 10**400],
-            None,
-            "1 2 3 4",
-            {"x": 1},
-        )
-    ),
-    *(
-        (changed("annotations", "bbox", value), "box far outside its image")
-        for value in (
-            [-100, 0, 120, 20],
-            [0, 0, 1e39, 20],
-            [0, 0, 10**200, 10**200],
-            [0, 0, 0, 1e39],
-        )
-    ),
-    *(
-        (changed("annotations", "area", value), "area that is not a number of pixels")
-        for value in (-1, float("nan"), float("inf"), "400", True, 1e11)
-    ),
-    *(
-        (changed("categories", "name", value), "category name that is not text")
-        for value in (None, 5, ["a"], "\ud800", "a\nb")
-    ),
-    *(
-        (changed("images", "file_name", value), "file name that leaves its folder")
-        for value in ("../val/1.png", "/etc/passwd", "a/../../val/1.png")
-    ),
-    *(
-        (changed("images", "file_name", value), "file name that is not text")
-        for value in ("", None, 1, "x\ny", "a\0b")
-    ),
-    (changed("images", "file_name", "none.png"), "missing image file"),
-    *(
-        (changed("images", "file_name", value), "image file that cannot be read")
-        for value in ("é" * 300, "\ud800")
-    ),
-    *(
-        (
-            changed("images", side, value),
+        case
+        for side in ("height", "width")
+        for case in each(
+            "images",
+            side,
+            (0, -1, 48.5, "high", None, 2**16, True),
             f"image {side} that is not a whole number from 1 to 65535",
         )
-        for side in ("height", "width")
-        for value in (0, -1, 48.5, "high", None, 2**16, True)
     ),
     *(
         (without(table, key), f"{table[:-1].replace('ie', 'y')} without {key!r}")
-        for table, key in (
-            ("annotations", "id"),
-            ("annotations", "image_id"),
-            ("annotations", "category_id"),
-            ("annotations", "bbox"),
-            ("images", "id"),
-            ("images", "width"),
-            ("images", "height"),
-            ("images", "file_name"),
-            ("categories", "id"),
-            ("categories", "name"),
-        )
+        for table, keys in NEEDED.items()
+        for key in keys
     ),
     (document() | {"annotations": None}, "'annotations' is not a list"),
     (document() | {"annotations": [None]}, "annotation that is not an object"),
@@ -232,51 +176,47 @@ def test_an_error_is_one_for_all_readers(data: DataConfig, content: dict, kind: 
     assert kind in kinds(data, content)[0]
 
 
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (changed("annotations", "id", -7), ""),
-        (changed("annotations", "id", 2**63 - 1), ""),
-        (changed("annotations", "iscrowd", True), ""),
-        (changed("annotations", "segmentation", COMPRESSED), ELSEWHERE),
-        (changed("annotations", "segmentation", {"size": SIZE, "counts": [0, 0, 3072]}), NO_PIXELS),
-        (changed("annotations", "segmentation", [[5, 5] * 3]), NO_PIXELS),  # a point
-        (changed("annotations", "bbox", [10, 10, 20, 15]), DIFFERS),
-        (changed("annotations", "bbox", [10, 10, 19, 21]), ""),  # rounding
-        (changed("annotations", "segmentation", [[70, 10, 90, 10, 90, 30]]), NO_PIXELS),
-        (changed("annotations", "segmentation", {"size": SIZE, "counts": [3072]}), NO_PIXELS),
-        *((changed("annotations", "segmentation", value), NO_OUTLINE) for value in ([], None)),
-        (without("annotations", "segmentation"), NO_OUTLINE),
-        (changed("annotations", "segmentation", [SQUARE, [1, 2, 3, 4]]), PARTS),
-        *((changed("annotations", "id", value), NUMBER) for value in (1.0, "1")),
-        *((changed("images", "id", value, 2), NUMBER) for value in (3.0, "3")),
-        *((changed("categories", "id", value, 1), NUMBER) for value in (3.0, "3")),
-        *((changed("annotations", "image_id", value), NUMBER) for value in (1.0, "1")),
-        *((changed("annotations", "category_id", value), NUMBER) for value in (1.0, "1")),
-        *((changed("annotations", "iscrowd", value), NUMBER) for value in (0.0, "0")),
-        *((changed("images", side, value), NUMBER) for side, value in TEXT_SIDES),
-        *((changed("annotations", "image_id", value), NO_IMAGE) for value in (True, -1, None, 1.5)),
-        *(
-            (changed("annotations", "category_id", value), NO_CATEGORY)
-            for value in (True, 2**63, None)
-        ),
-        (
-            changed("annotations", "bbox", [64, 10, 20, 20]),
-            "box outside its image (ignored in training)",
-        ),
-        (changed("annotations", "iscrowd", None), "annotation without 'iscrowd' (read as 0)"),
-        (changed("annotations", "area", None), WITHOUT_AREA),
-        (without("annotations", "area"), WITHOUT_AREA),
-        (without("annotations", "iscrowd"), "annotation without 'iscrowd' (read as 0)"),
-        (changed("annotations", "bbox", [-1.5, 0, 2.5, HEIGHT], 4), "box partly outside its image"),
-        (changed("categories", "name", "bar"), "duplicate category name"),
-        (changed("images", "file_name", "2.png"), "file shared by several images"),
-        (changed("categories", "image_count", 10**400), ""),
-    ],
-)
+NO_CROWD = "annotation without 'iscrowd' (read as 0)"
+OUTSIDE = "box outside its image (ignored in training)"
+TOLERATED = [
+    *each("annotations", "id", (-7, 2**63 - 1), ""),
+    *each("annotations", "iscrowd", [True], ""),
+    *each("categories", "image_count", [10**400], ""),
+    *each("annotations", "bbox", [[10, 10, 19, 21]], ""),  # rounding
+    *each("annotations", "bbox", [[10, 10, 20, 15]], DIFFERS),
+    *each("annotations", "bbox", [[64, 10, 20, 20]], OUTSIDE),
+    *each("annotations", "bbox", [[-1.5, 0, 2.5, HEIGHT]], "box partly outside its image", 4),
+    *outlines([COMPRESSED], ELSEWHERE),
+    *outlines([[[5, 5] * 3], [[70, 10, 90, 10, 90, 30]]], NO_PIXELS),  # a point, another place
+    *run_lengths(([0, 0, 3072], [3072]), NO_PIXELS),
+    *outlines(([], None), NO_OUTLINE),
+    *outlines([[SQUARE, [1, 2, 3, 4]]], PARTS),
+    *each("annotations", "id", (1.0, "1"), NUMBER),
+    *each("annotations", "image_id", (1.0, "1"), NUMBER),
+    *each("annotations", "category_id", (1.0, "1"), NUMBER),
+    *each("annotations", "iscrowd", (0.0, "0"), NUMBER),
+    *each("images", "id", (3.0, "3"), NUMBER, 2),
+    *each("images", "height", (48.0, "48"), NUMBER),
+    *each("images", "width", (64.0, "64"), NUMBER),
+    *each("categories", "id", (3.0, "3"), NUMBER, 1),
+    *each("annotations", "image_id", (True, -1, None, 1.5), NO_IMAGE),
+    *each("annotations", "category_id", (True, 2**63, None), NO_CATEGORY),
+    *each("annotations", "iscrowd", [None], NO_CROWD),
+    *each("annotations", "area", [None], WITHOUT_AREA),
+    *each("annotations", "area", [4000.0], "area that does not fit its box"),
+    (without("annotations", "area"), WITHOUT_AREA),
+    (without("annotations", "iscrowd"), NO_CROWD),
+    (without("annotations", "segmentation"), NO_OUTLINE),
+    *each("categories", "name", ["bar"], "duplicate category name"),
+    *each("images", "file_name", ["2.png"], "file shared by several images"),
+]
+
+
+@pytest.mark.parametrize(("content", "kind"), TOLERATED)
 def test_what_is_tolerated_is_tolerated_by_all(data: DataConfig, content: dict, kind: str) -> None:
     errors, warnings = kinds(data, content)
-    assert not errors and warnings - CONSEQUENCES == {kind} - {""}
+    expected = {kind} - {""}
+    assert not errors and expected <= warnings <= expected | CONSEQUENCES
 
 
 def every(key: str, change: Callable[[object], object]) -> dict:

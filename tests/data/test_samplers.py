@@ -2,12 +2,11 @@
 
 import time
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 
-from vitdet.data.samplers import InfiniteSampler, check_batch_size, positions, repeat_factors
+from vitdet.data.samplers import InfiniteSampler, StepSampler, check_batch_size, repeat_factors
 
 
 def test_an_epoch_holds_every_image_once_in_an_order_of_its_own() -> None:
@@ -32,30 +31,31 @@ def test_the_stream_has_no_end(repeats: np.ndarray | None) -> None:
     far = [sampler[position] for position in range(9_000, 9_600)]
     start = [sampler[position] for position in range(300)]
     assert set(far) == {0, 1, 2} and far[:300] != far[300:] != start != far[:300]
-    steps = positions(10**12, 6, 1, 2)
-    assert (
-        next(steps) == [6 * 10**12 + 3, 6 * 10**12 + 4, 6 * 10**12 + 5]
-        and next(steps)[0] == 6 * 10**12 + 9
-    )
+    (step,) = StepSampler(6, 10**12, 10**12 + 1, 1, 2)
+    assert step == [6 * 10**12 + 3, 6 * 10**12 + 4, 6 * 10**12 + 5]
 
 
-def test_ranks_share_the_batch_of_one_process() -> None:
-    alone = list(islice(positions(0, 6), 4))
-    for world_size in (1, 2, 3, 6):
-        ranks = [list(islice(positions(0, 6, rank, world_size), 4)) for rank in range(world_size)]
-        assert [sum((rank[step] for rank in ranks), []) for step in range(4)] == alone
-    assert sum(alone, []) == list(range(24))
-
-
-def test_a_restart_takes_the_next_step() -> None:
-    assert list(islice(positions(5, 4, 1, 2), 3)) == list(islice(positions(0, 4, 1, 2), 8))[5:]
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_batch_of_one_process(world_size: int, accumulate: int) -> None:
+    alone = list(StepSampler(12, 0, 4))
+    ranks = [StepSampler(12, 0, 4, rank, world_size, accumulate) for rank in range(world_size)]
+    assert [len(rank) for rank in ranks] == [4 * accumulate] * world_size
+    parts = [list(rank) for rank in ranks]
+    for step, batch in enumerate(alone):
+        mine = slice(step * accumulate, (step + 1) * accumulate)
+        assert [place for rank in parts for part in rank[mine] for place in part] == batch
+    assert sum(alone, []) == list(range(48))
+    restarted = StepSampler(12, 3, 4, 0, world_size, accumulate)
+    assert list(restarted) == parts[0][3 * accumulate :]
+    assert list(StepSampler(12, 4, 4)) == [] and len(StepSampler(12, 5, 4)) == 0
 
 
 def test_uneven_shares_and_no_images_are_refused() -> None:
     with pytest.raises(
         ValueError, match="train.batch_size must be a multiple of the 4 processes, got 6"
     ):
-        positions(0, 6, 0, 4)
+        StepSampler(6, 0, 1, 0, 4)
     with pytest.raises(ValueError, match="no image"):
         InfiniteSampler(0, 0)
     with pytest.raises(ValueError, match="a repeat factor of at least 1 for each of 2 images"):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitdet.data.bilinear import resize_bilinear
 from vitdet.data.masks import edges_of
 from vitdet.data.transforms import (
     Affine,
@@ -15,6 +14,7 @@ from vitdet.data.transforms import (
     jitter,
     pad,
     resize_and_pad,
+    resize_bilinear,
     resize_longest,
     visible_boxes,
 )

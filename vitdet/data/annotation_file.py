@@ -10,14 +10,15 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from vitdet.data.segmentation import show, whole_number
+from vitdet.data.segmentation import Box, show, whole_number
 
 GZIP = b"\x1f\x8b"  # magic number
 UNKNOWN = -(2**63)  # replaces an id that is not a number; never a valid id
@@ -30,19 +31,13 @@ class Annotation(msgspec.Struct, gc=False):
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
-    segmentation: Any = None
+    segmentation: list[list[int | float]] | dict | None = None
     area: float | None = None  # None: not stated
     iscrowd: int | None = None  # None: not stated
 
 
-class PolygonAnnotation(Annotation, gc=False):
-    """An annotation whose segmentation is a list of polygons."""
-
-    segmentation: list[list[float]] = []
-
-
-ANY = msgspec.json.Decoder(Annotation)
-POLYGONS = msgspec.json.Decoder(PolygonAnnotation)
+_decode_annotation = msgspec.json.Decoder(Annotation).decode
+_convert = partial(msgspec.convert, type=Annotation)
 
 
 class _Layout(msgspec.Struct):
@@ -61,34 +56,36 @@ class InvalidEntry:
 class Entries:
     """A table of the file; each iteration decodes the entries again."""
 
-    def __init__(self, marked: list[msgspec.Raw]) -> None:
-        self._marked = marked
+    def __init__(self, encoded: list[msgspec.Raw]) -> None:
+        self.encoded = encoded
 
     def __len__(self) -> int:
-        return len(self._marked)
+        return len(self.encoded)
 
     def __iter__(self) -> Iterator[object]:
-        return map(_decode, self._marked)
+        return map(_decode, self.encoded)
 
-    def annotations(self, start: int = 0, stop: int | None = None) -> Iterator[object]:
-        """Yield entries start..stop-1 as `Annotation` if their values have its types, else as
-        dict.
-        """
-        decode = ANY.decode
-        for marked in self._marked[start:stop]:
-            try:
-                yield decode(marked)
-            except (ValueError, RecursionError):
-                yield _decode(marked)
 
-    def polygon_annotations(self, start: int, stop: int) -> Iterator[object]:
-        """Yield entries as `annotations`, but those with polygons as `PolygonAnnotation`."""
-        decode = POLYGONS.decode
-        for place, marked in enumerate(self._marked[start:stop], start):
-            try:
-                yield decode(marked)
-            except (ValueError, RecursionError):
-                yield from self.annotations(place, place + 1)
+def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
+    """Yield the entries of a table, each as `Annotation` if its values have its types.
+
+    rows: indices of the entries in a table that is a list or `Entries`; default: all.
+    """
+    items: Any = table
+    convert: Callable[[Any], object] = _convert
+    otherwise: Callable[[Any], object] = _unchanged
+    if isinstance(table, Entries):
+        items, convert, otherwise = table.encoded, _decode_annotation, _decode
+    for item in items if rows is None else map(items.__getitem__, rows):
+        try:
+            found = convert(item)
+        except (ValueError, RecursionError):
+            found = otherwise(item)
+        yield found
+
+
+def _unchanged(item: object) -> object:
+    return item
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:
@@ -97,15 +94,11 @@ def read_entries(path: Path, mapped: bool = True) -> object:
     mapped: memory-map the file, which must not change while the entries are used. Of duplicate keys
     the last one counts, as in Python's json. Raises OSError, and ValueError for invalid JSON.
     """
-    if mapped:
-        with open(path, "rb") as file:
-            content = (
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                if os.fstat(file.fileno()).st_size
-                else b""
-            )
-    else:
-        content = path.read_bytes()
+    with open(path, "rb") as file:
+        if mapped and os.fstat(file.fileno()).st_size:
+            content: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        else:
+            content = file.read()
     if content[:2] == GZIP:
         raise ValueError("the file is compressed with gzip; decompress it")
     try:
@@ -125,26 +118,14 @@ def parse(content: bytes) -> object:
         raise ValueError("lists or objects are nested too deeply") from None
 
 
-def _decode(marked: msgspec.Raw) -> object:
+def _decode(encoded: Any) -> object:
     try:
-        return msgspec.json.decode(marked)
+        return msgspec.json.decode(encoded)
     except (ValueError, RecursionError):  # e.g. a number beyond floats, a lone surrogate
         try:
-            return parse(bytes(marked))
+            return parse(bytes(encoded))
         except ValueError as error:
             return InvalidEntry(str(error))
-
-
-def annotations_of(table: Iterable[object]) -> Iterator[object]:
-    """Yield each entry of a table as `Annotation` if its values have its types, else unchanged."""
-    if isinstance(table, Entries):
-        yield from table.annotations()
-        return
-    for item in table:
-        try:
-            yield msgspec.convert(item, Annotation)
-        except (ValueError, RecursionError):
-            yield item
 
 
 def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, str]], str]:
@@ -154,43 +135,32 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
         The annotation, None after an error; the errors (kind, text); a text with the converted
         values, such as 96.0 or "96" for a whole number, which pycocotools and Detectron2 accept.
     """
-    errors: list[tuple[str, str]] = []
-    converted: list[str] = []
-    values: dict[str, Any] = {}
-    for key in ("id", "image_id", "category_id"):
-        number = whole_number(item.get(key))
-        values[key] = UNKNOWN if number is None else number
-        if key not in item:
-            errors.append((f"annotation without {key!r}", ""))
-        elif number is not None and type(item[key]) is not int:
-            converted.append(f"{key} {show(item[key])}")
-    crowd = item.get("iscrowd")
-    values["iscrowd"] = int(crowd) if isinstance(crowd, bool) else whole_number(crowd)
-    if crowd is not None and values["iscrowd"] not in (0, 1):
+    ids = {key: whole_number(item.get(key)) for key in ("id", "image_id", "category_id")}
+    errors = [(f"annotation without {key!r}", "") for key in ids if key not in item]
+    crowd, area, box = item.get("iscrowd"), None, (0.0, 0.0, 0.0, 0.0)
+    iscrowd = int(crowd) if isinstance(crowd, bool) else whole_number(crowd)
+    if crowd is not None and iscrowd not in (0, 1):
         errors.append(("iscrowd that is neither 0 nor 1", show(crowd)))
-    elif crowd is not None and type(crowd) not in (int, bool):
-        converted.append(f"iscrowd {show(crowd)}")
-    values["area"] = item.get("area")
-    if values["area"] is not None and type(values["area"]) not in (int, float):
-        errors.append(("area that is not a number of pixels", show(values["area"])))
-    values["bbox"] = item.get("bbox")
-    if "bbox" not in item:
+        iscrowd = None
+    try:
+        area = msgspec.convert(item.get("area"), float | None)
+    except ValueError:
+        errors.append(("area that is not a number of pixels", show(item["area"])))
+    try:
+        box = msgspec.convert(item["bbox"], Box)
+        if not math.isfinite(sum(box)):
+            raise ValueError
+    except KeyError:
         errors.append(("annotation without 'bbox'", ""))
-    elif not is_box(values["bbox"]):
-        errors.append(("bbox that is not four finite numbers", show(values["bbox"])))
-    values["segmentation"] = item.get("segmentation")
-    try:
-        found = None if errors else msgspec.convert(values, Annotation)
-    except (ValueError, RecursionError):
-        found = None
-    return found, errors, ", ".join(converted)
-
-
-def is_box(value: object) -> bool:
-    """Return whether a value is a list of four finite numbers."""
-    if not isinstance(value, list | tuple) or len(value) != 4:
-        return False
-    try:
-        return {int, float}.issuperset(map(type, value)) and math.isfinite(sum(value))
-    except OverflowError:  # beyond any float
-        return False
+    except ValueError:
+        errors.append(("bbox that is not four finite numbers", show(item["bbox"])))
+    converted = ", ".join(
+        f"{key} {show(item[key])}"
+        for key, number in (ids | {"iscrowd": iscrowd}).items()
+        if number is not None and type(item[key]) not in (int, bool)
+    )
+    if errors:
+        return None, errors, converted
+    numbers = [UNKNOWN if number is None else number for number in ids.values()]
+    found = Annotation(*numbers, box, item.get("segmentation"), area, iscrowd)  # type: ignore
+    return found, errors, converted

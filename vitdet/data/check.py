@@ -131,19 +131,19 @@ def check(
     checked = [_Split(report, *one, reading) for one in found]
     for split in checked:
         split.check()
-    digests = [split.read_images() if images else split.find_images() for split in checked]
-    for (first, its_digests), (second, other_digests) in combinations(
-        zip(checked, digests, strict=True), 2
-    ):
+    for split in checked:
+        if images:
+            split.read_images()
+        else:
+            split.find_images()
+    for first, second in combinations(checked, 2):
         if first.lvis == second.lvis:  # COCO and LVIS share images
-            _compare(report, first, second, its_digests, other_digests)
+            _compare(report, first, second)
     return report
 
 
 class _Outcome(NamedTuple):
-    """Result of reading an image file: kind of error ('': none), its text, digest of the bytes ('':
-    not read), properties of the image.
-    """
+    """Result of reading an image file: kind of error or "", its text, digest of the bytes or ""."""
 
     kind: str
     text: str
@@ -152,7 +152,7 @@ class _Outcome(NamedTuple):
 
 
 class _Split:
-    """The check of one split."""
+    """The check of one split. digests: of each image file by image id, if it was read."""
 
     def __init__(
         self, report: Report, name: str, files: SplitFiles, lvis: bool, reading: Reading
@@ -163,6 +163,7 @@ class _Split:
         place = files.annotations.relative_to(report.folder)
         self.file = place.name if place.parent.name == "annotations" else str(place)
         self.validator = AnnotationValidator(self.lvis, self._error, self._warning)
+        self.digests: dict[int, str] = {}
 
     def check(self) -> None:
         """Check everything except the image files."""
@@ -188,28 +189,26 @@ class _Split:
                     add = self._warning if "test" in self.name else self._error
                     add("no objects", "annotations", explain_dropped(dropped))
 
-    def find_images(self) -> dict[int, str]:
-        """Report missing image files; return no digests."""
+    def find_images(self) -> None:
+        """Report missing image files."""
         for image_id, name in self.validator.names.items():
             if not os.path.isfile(f"{self.images}/{existing_name(self.images, name)}"):
                 self._image_error("missing image file", image_id, _backslashes(name))
-        return {}
 
-    def read_images(self) -> dict[int, str]:
-        """Read all image files and report unusable ones; return the digest of each."""
+    def read_images(self) -> None:
+        """Read all image files and report unusable ones."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            digests, deep = {}, dict[bool, dict[int, int]]()
+            deep = dict[bool, dict[int, int]]()
             for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
                 if outcome.kind:
                     self._image_error(outcome.kind, image_id, outcome.text)
                 if outcome.digest:
-                    digests[image_id] = outcome.digest
+                    self.digests[image_id] = outcome.digest
                 if outcome.found and outcome.found.highest is not None:
                     deep.setdefault(outcome.found.colors, {})[image_id] = outcome.found.highest
         for colors, highest in deep.items():
             self._value_range(colors, highest)
-        return digests
 
     def _value_range(self, colors: bool, highest: dict[int, int]) -> None:
         """Warn of 16-bit files with values of fewer bits, which would be read as nearly black.
@@ -223,17 +222,13 @@ class _Split:
         cure = "save it with 8 bits per channel" if colors else f"set data.bit_depth={depth}"
         kind = f"16-bit image with values of {depth} bits, read as nearly black ({cure})"
         for image_id, value in highest.items():
-            self._warning(
-                kind,
-                f"image {image_id}",
-                f"{show(self.validator.names[image_id])}: largest value {value} of 65535",
-            )
+            text = f"{show(self.validator.names[image_id])}: largest value {value} of 65535"
+            self._warning(kind, f"image {image_id}", text)
 
     def _image_error(self, kind: str, image_id: int, what: str = "") -> None:
         folder = "" if self.lvis else _prefix(self.images, self.report.folder)
-        self._error(
-            kind, f"image {image_id}", f"{folder}{show(self.validator.names[image_id])}{what}"
-        )
+        text = f"{folder}{show(self.validator.names[image_id])}{what}"
+        self._error(kind, f"image {image_id}", text)
 
     def _error(self, kind: str, where: str, what: str) -> None:
         self.report.error(kind, f"{self.file}: {where}{what and ': '}{what}")
@@ -259,54 +254,34 @@ class _Split:
         size = self.validator.sizes.get(image_id)
         if size not in (None, found.size):
             high, wide = found.size
-            return _Outcome(
-                "image size that differs from the annotations",
-                f": {wide} x {high}, annotated {size[1]} x {size[0]} (width x height)"
-                f"{exchanged(found.size, size)}",
-                digest,
-            )
+            text = f": {wide} x {high}, annotated {size[1]} x {size[0]} (width x height)"
+            text += exchanged(found.size, size)
+            return _Outcome("image size that differs from the annotations", text, digest)
         return _Outcome("", "", digest, found)
 
 
-def _compare(
-    report: Report,
-    first: _Split,
-    second: _Split,
-    first_digests: dict[int, str],
-    second_digests: dict[int, str],
-) -> None:
-    """Report images in both splits, by content if both were read, else by id and file name; report
-    different categories.
-    """
+def _compare(report: Report, first: _Split, second: _Split) -> None:
+    """Report images in both splits, by content if read, else by id and name; other categories."""
     one, two = first.validator, second.validator
     pair = f"{first.file} and {second.file}"
-    if (
-        one.categories != two.categories
-        and first.name in report.splits
-        and second.name in report.splits
-    ):
+    if one.categories != two.categories and {first.name, second.name} <= report.splits.keys():
         differing = sorted(set(one.categories.items()) ^ set(two.categories.items()))
         report.error("categories that differ between splits", f"{pair}: {show(differing)}")
-    image_of = {digest: image_id for image_id, digest in first_digests.items()}
-    for image_id, digest in second_digests.items():
+    image_of = {digest: image_id for image_id, digest in first.digests.items()}
+    for image_id, digest in second.digests.items():
         if digest in image_of:
-            report.error(
-                "same image file in two splits",
-                f"{pair}: image {image_of[digest]} and image {image_id}, "
-                f"{show(two.names[image_id])}",
-            )
+            images = f"image {image_of[digest]} and image {image_id}, {show(two.names[image_id])}"
+            report.error("same image file in two splits", f"{pair}: {images}")
     by_name = {name: image_id for image_id, name in two.names.items()}
-    same_id = [
-        ("image id in two splits", str(key), key, key)
-        for key in one.sizes.keys() & two.sizes.keys()
-    ]
+    both = sorted(one.sizes.keys() & two.sizes.keys())
+    same_id = [("image id in two splits", str(key), key, key) for key in both]
     same_name = [
         ("file name in two splits", show(name), key, by_name[name])
         for key, name in one.names.items()
         if name in by_name
     ]
-    for kind, value, key, other in sorted(same_id, key=lambda entry: entry[2]) + same_name:
-        digests = first_digests.get(key), second_digests.get(other)
+    for kind, value, key, other in same_id + same_name:
+        digests = first.digests.get(key), second.digests.get(other)
         if None in digests:  # not read: possibly the same image
             report.error(kind, f"{pair}: {value}")
         elif digests[0] != digests[1]:  # different images, which training accepts

@@ -24,10 +24,10 @@ from vitdet.data.records import Objects, Records
 
 
 class ImageError(ValueError):
-    """An unusable image file. The message is one line.
+    """An unusable image file.
 
-    DataLoader re-raises a worker's error with the traceback as message, of which the last line is
-    kept."""
+    The message is the last line given: DataLoader re-raises a worker's error with its traceback.
+    """
 
     def __init__(self, message: str) -> None:
         last = message.strip().splitlines()[-1]
@@ -41,7 +41,8 @@ class CocoSplit:
     Label k is class_names[k] and category_ids[k] of the file. image_counts[k]: number of images
     with class k, from the file's categories (LVIS) or counted. dropped, unmasked: number of objects
     by reason for dropping them or for training box and class only. outlines: objects with an
-    outline."""
+    outline.
+    """
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
@@ -94,9 +95,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the number of images of each category: the file's image_counts if complete, else
-    counted.
-    """
+    """Return the number of images of each category: the file's if complete, else counted."""
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)

@@ -91,9 +91,7 @@ def _is_coco(path: Path) -> bool:
 
 
 def image_name(head: dict, lvis: bool) -> str:
-    """Return an image's path in its folder: file_name, or for LVIS the last two parts of
-    coco_url.
-    """
+    """Return an image's path: file_name, or for LVIS the last two parts of coco_url."""
     url = head.get("coco_url") if lvis else None
     return "/".join(url.split("/")[-2:]) if url else head["file_name"]
 

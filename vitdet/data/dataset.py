@@ -44,10 +44,12 @@ def read_split(
 
     The limit counts images with objects, except of the training split with data.keep_empty.
 
-    Args: data: the data set. split: name of the split. tree: the content of the annotation file, if
-        it was already read. check_files: check that the files exist and match the record of `vitdet
-        data coco|lvis`; rank 0 does
-            so for all ranks.
+    Args:
+        data: the data set.
+        split: name of the split.
+        tree: the content of the annotation file, if it was already read.
+        check_files: check that the files exist and match the record of `vitdet data coco|lvis`;
+            rank 0 does so for all ranks.
 
     Raises:
         FileNotFoundError, ValueError: as `read_coco`, and for missing or modified files.
@@ -70,10 +72,8 @@ def read_split(
         found = replace(found, records=found.records[: data.max_images])
     elif data.max_images:
         found = with_objects(found, data.max_images)
-    gone = (
-        [path for path in found.records.paths() if not os.path.isfile(path)] if check_files else []
-    )
-    if gone:
+    paths = found.records.paths() if check_files else ()
+    if gone := [path for path in paths if not os.path.isfile(path)]:
         raise FileNotFoundError(
             f"{gone[0]}: no such file, {len(gone) - 1} more images are missing; "
             f"`vitdet data check {data.root}` lists all problems"
@@ -97,9 +97,8 @@ class TrainData(Dataset):
         self.without_objects = len(split.records) - len(held)
         self.data = data
         self.seed = seed
-        repeats = None
-        if data.repeat_threshold:
-            repeats = repeat_factors(self.records.labels(), data.repeat_threshold)
+        threshold = data.repeat_threshold
+        repeats = repeat_factors(self.records.labels(), threshold) if threshold else None
         self.sampler = InfiniteSampler(len(self.records), seed, repeats)
         self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
         self._cache: dict[int, tuple[Image.Image, np.ndarray, np.ndarray]] = {}
@@ -147,14 +146,9 @@ class TrainData(Dataset):
             has_mask = torch.tensor([shape is not None for shape in record.segmentations])[keep]
         if data.redraw_empty and len(record) and not keep.any():
             return None
-        target = Target(
-            torch.from_numpy(boxes[keep]),
-            torch.from_numpy(record.labels[keep]),
-            Polygons.of(
-                torch.from_numpy(edges[np.repeat(keep, counts)]), torch.from_numpy(counts[keep])
-            ),
-            has_mask,
-        )
+        tensor = torch.from_numpy
+        masks = Polygons.of(tensor(edges[np.repeat(keep, counts)]), tensor(counts[keep]))
+        target = Target(tensor(boxes[keep]), tensor(record.labels[keep]), masks, has_mask)
         pad(affine.seen(image, data.antialias), canvas)
         return target, affine.size, record.image_id, affine.source
 
@@ -192,9 +186,8 @@ class ValData(Dataset):
         """Read an image and write it to the black `canvas` (3, S, S) uint8."""
         record = self.records[index]
         source = (record.height, record.width)
-        _, size = resize_and_pad(
-            read_image(record.path, source, self.reading), self.image_size, self.antialias, canvas
-        )
+        image = read_image(record.path, source, self.reading)
+        _, size = resize_and_pad(image, self.image_size, self.antialias, canvas)
         return None, size, record.image_id, source
 
 

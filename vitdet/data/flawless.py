@@ -8,31 +8,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Set
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
-from vitdet.data.annotation_file import Annotation, PolygonAnnotation
-from vitdet.data.box_fit import ROUNDING
+from vitdet.data.annotation_file import Annotation
+from vitdet.data.segmentation import ROUNDING
 
 LARGEST = 2**32  # area in pixels; COCO's evaluation ignores objects above 1e10
 # smallest and largest ratio of area to box, and a tolerance in pixels
 LEAST_AREA, MOST_AREA, SPARE_AREA = 0.005, 1.1, 4
-
-
-class ImageSizes:
-    """Vectorized lookup of image sizes. sizes: (height, width) by id; None if invalid."""
-
-    def __init__(self, sizes: Mapping[int, tuple[int, int] | None]) -> None:
-        known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
-        # sentinel row
-        table = np.array([*known, (2**63 - 1, 0, 0)], np.int64)
-        self._ids, self._sides = table[:, 0].copy(), table[:, 1:].T.astype(np.float64)
-
-    def of(self, image_ids: np.ndarray) -> np.ndarray:
-        """Return heights and widths (2, N) for ids (N,) int64; 0 for unknown images."""
-        place = np.searchsorted(self._ids, image_ids)
-        return np.where(self._ids[place] == image_ids, self._sides[:, place], 0)
 
 
 class Flawless(NamedTuple):
@@ -49,57 +35,58 @@ NONE = Flawless([], [], [], [])
 
 def find_flawless(
     block: Iterable[object],
-    images: ImageSizes,
+    sizes: Mapping[int, tuple[int, int] | None],
     categories: Collection[int],
     lvis: bool,
     seen: Set[int],
 ) -> Flawless:
-    """Find annotations with polygons inside their image, matching area and box, and known category.
+    """Find annotations with polygons inside their image, matching area and box, known category.
 
-    lvis: iscrowd may be missing. seen: ids of earlier annotations. Finds none if an entry of the
-    block is not an `Annotation`, or an id is repeated or exceeds 64 bits."""
+    sizes: (height, width) of each image by id. lvis: iscrowd may be missing. seen: ids of earlier
+    annotations. Finds none if an entry of the block is not an `Annotation`, an id is repeated, or a
+    whole number exceeds 64 bits.
+    """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block
     chosen = Flawless([], [], [], [])
     rows, ids, image_ids, category_ids = chosen
-    numbers, coordinates, lengths = array("d"), array("d"), array("q")
+    coordinates, numbers, lengths = array("d"), array("d"), array("q")
     for row, one in enumerate(block):
-        if not isinstance(one, Annotation):
+        if type(one) is not Annotation:
             return NONE
         every.append(one.id)
-        if type(one) is not PolygonAnnotation or one.area is None or not one.segmentation:
+        parts, size = one.segmentation, sizes.get(one.image_id)
+        if type(parts) is not list or one.area is None or size is None:
             continue
         if one.iscrowd not in no_crowd or one.category_id not in categories:
             continue
         before = len(coordinates)
-        for part in one.segmentation:
-            if len(part) < 6 or len(part) % 2:
-                del coordinates[before:]
-                break
-            coordinates.fromlist(part)
-        else:
+        try:
+            for part in parts:
+                if len(part) < 6 or len(part) % 2:
+                    del coordinates[before:]
+                    break
+                coordinates.fromlist(part)
+        except OverflowError:  # a whole number beyond floats
+            return NONE
+        if len(coordinates) > before:
             lengths.append(len(coordinates) - before)
-            numbers.extend(one.bbox)
-            numbers.append(one.area)
+            numbers.fromlist([*one.bbox, one.area, *size])
             rows.append(row)
             ids.append(one.id)
             image_ids.append(one.image_id)
             category_ids.append(one.category_id)
     if not rows or len(set(every)) < len(every) or not seen.isdisjoint(every):
         return NONE
-    try:
-        _, owners = np.array([ids, image_ids], np.int64)
-    except OverflowError:
+    if min(every) < -(2**63) or max(every) >= 2**63:
         return NONE
     found = _fit(
-        np.concatenate([np.frombuffer(numbers).reshape(-1, 5).T, images.of(owners)]),
+        np.frombuffer(numbers).reshape(-1, 7).T,
         np.frombuffer(coordinates).reshape(-1, 2).T,
         np.frombuffer(lengths, np.int64) // 2,
     )
-    if found.all():
-        return chosen
-    places = np.flatnonzero(found).tolist()
-    return Flawless(*([column[place] for place in places] for column in chosen))
+    passed = found.tolist()
+    return Flawless(*(list(compress(column, passed)) for column in chosen))
 
 
 def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np.ndarray:
@@ -111,31 +98,18 @@ def _fit(numbers: np.ndarray, points: np.ndarray, counts: np.ndarray) -> np.ndar
     """Return (N,) bool: box, area and outline match each other and are inside the image.
 
     numbers (7, N): left, top, width, height, area, image height, image width; points (2, P): x and
-    y of all outlines; counts (N,): points per outline."""
-    x, y, width, height, area, rows, columns = numbers
+    y of all outlines; counts (N,): points per outline.
+    """
+    corner, sides, area, image = numbers[:2], numbers[2:4], numbers[4], numbers[:4:-1]
     starts = np.cumsum(counts) - counts
-    x0, y0 = np.minimum.reduceat(points, starts, axis=1)
-    x1, y1 = np.maximum.reduceat(points, starts, axis=1)
-    side = np.maximum(rows, columns)
+    low = np.minimum.reduceat(points, starts, axis=1)
+    high = np.maximum.reduceat(points, starts, axis=1)
+    longer = image.max(0)
     with np.errstate(invalid="ignore", over="ignore"):
-        right, low, pixels = x + width, y + height, width * height
-        return (
-            (width > 0)
-            & (height > 0)
-            & ((width >= 1) | (height >= 1))
-            & (x >= 0)
-            & (y >= 0)
-            & (right <= columns)
-            & (low <= rows)
-            & (area >= 0)
-            & (area <= LARGEST)
-            & area_fits(area, pixels)
-            & (np.minimum(x0, y0) >= -side)
-            & (np.maximum(x1, y1) <= 2 * side)
-            & (x1 > x0)
-            & (y1 > y0)
-            & (np.abs(x - x0) <= ROUNDING)
-            & (np.abs(y - y0) <= ROUNDING)
-            & (np.abs(right - x1) <= ROUNDING)
-            & (np.abs(low - y1) <= ROUNDING)
-        )
+        end = corner + sides
+        is_box = (sides > 0).all(0) & (sides >= 1).any(0)
+        is_inside = (corner >= 0).all(0) & (end <= image).all(0)
+        is_area = (area >= 0) & (area <= LARGEST) & area_fits(area, sides[0] * sides[1])
+        is_near = (low >= -longer).all(0) & (high <= 2 * longer).all(0) & (high > low).all(0)
+        matches = (abs(corner - low) <= ROUNDING).all(0) & (abs(end - high) <= ROUNDING).all(0)
+    return is_box & is_inside & is_area & is_near & matches

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from vitdet.data.annotation_file import Entries, InvalidEntry
@@ -30,9 +32,7 @@ def ignore_warning(kind: str, where: str, what: str) -> None:
 
 
 def root_category(categories: Iterable[object]) -> int | None:
-    """Return the id of the category 0 that Roboflow adds as supercategory of all others, or
-    None.
-    """
+    """Return 0 if it is the category that Roboflow adds as supercategory of all others, or None."""
     items = [item for item in categories if isinstance(item, dict)]
     names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
     others = [item for item in items if whole_number(item.get("id")) != 0]
@@ -40,6 +40,7 @@ def root_category(categories: Iterable[object]) -> int | None:
     return 0 if is_root else None
 
 
+@dataclass
 class HeaderValidator:
     """Validates the tables, the categories and the images of one annotation file.
 
@@ -53,27 +54,23 @@ class HeaderValidator:
         names: file name of each image by id.
         categories: name of each category by id.
         stated: `image_count` of each category by id, as in the file.
+        root: of `root_category`; None once an annotation uses it.
     """
 
-    def __init__(
-        self,
-        lvis: bool,
-        error: Handler = raise_error,
-        warning: Handler = ignore_warning,
-        files: bool = True,
-    ) -> None:
-        self.lvis, self.error, self.warning, self.files = lvis, error, warning, files
-        self.sizes: dict[int, tuple[int, int] | None] = {}
-        self.names: dict[int, str] = {}
-        self.categories: dict[int, str] = {}
-        self.stated: dict[int, object] = {}
-        # of `root_category`; None once an annotation uses it
-        self._root: int | None = None
+    lvis: bool
+    error: Handler = raise_error
+    warning: Handler = ignore_warning
+    files: bool = True
+    sizes: dict[int, tuple[int, int] | None] = field(default_factory=dict, init=False)
+    names: dict[int, str] = field(default_factory=dict, init=False)
+    categories: dict[int, str] = field(default_factory=dict, init=False)
+    stated: dict[int, object] = field(default_factory=dict, init=False)
+    root: int | None = field(default=None, init=False)
 
     def read_header(self, content: object) -> dict[str, Table]:
         """Check the layout, the categories and the images; return the tables (empty if missing)."""
         tables = self._tables(content)
-        self._root = root_category(tables["categories"])
+        self.root = root_category(tables["categories"])
         for category in self._items(tables["categories"], "category"):
             self._category(category)
         for image in self._items(tables["images"], "image"):
@@ -83,17 +80,13 @@ class HeaderValidator:
     def _tables(self, content: object) -> dict[str, Table]:
         tables: dict[str, Table] = {"images": [], "annotations": [], "categories": []}
         if not isinstance(content, dict):
-            self.error(
-                "not COCO's layout",
-                "top level",
-                f"expected an object with {', '.join(tables)}; got a {type(content).__name__}",
-            )
+            text = f"expected an object with {', '.join(tables)}; got a {type(content).__name__}"
+            self.error("not COCO's layout", "top level", text)
             return tables
         for key in tables:
             if key not in content:
-                self.error(
-                    f"no {key!r} in the file", "top level", f"its keys are {show(list(content))}"
-                )
+                text = f"its keys are {show(list(content))}"
+                self.error(f"no {key!r} in the file", "top level", text)
             elif not isinstance(content[key], Table):
                 self.error(f"{key!r} is not a list", "top level", f"got {show(content[key])}")
             else:
@@ -105,15 +98,23 @@ class HeaderValidator:
         seen: set[int] = set()
         for index, item in enumerate(table):
             number = whole_number(item.get("id")) if type(item) is dict else None
-            if number is not None and number not in seen and -(2**63) <= number < 2**63:
-                seen.add(number)
-                if type(item["id"]) is not int:
-                    self._converted(f"{what} {number}", f"id {show(item['id'])}")
-                yield item | {"id": number}
-            else:
-                self._no_item(item, what, index)
+            if number is None or not self._is_new(number, seen):
+                self._invalid(item, what, index)
+                continue
+            if type(item["id"]) is not int:
+                self._converted(f"{what} {number}", f"id {show(item['id'])}")
+            yield item | {"id": number}
 
-    def _no_item(self, item: object, what: str, index: int) -> None:
+    @staticmethod
+    def _is_new(number: int, seen: set[int]) -> bool:
+        """Add a valid id to `seen`; return whether it is valid and was not there."""
+        is_new = number not in seen and -(2**63) <= number < 2**63
+        if is_new:
+            seen.add(number)
+        return is_new
+
+    def _invalid(self, item: object, what: str, index: int) -> None:
+        """Report an entry without a valid, unique id."""
         where = f"{what}s, entry {index}"
         if isinstance(item, InvalidEntry):
             self.error("invalid JSON", where, item.reason)
@@ -173,16 +174,17 @@ class HeaderValidator:
         self.sizes[number] = (sides[0], sides[1]) if len(sides) == 2 else None
 
     def _name(self, image: dict, where: str) -> None:
-        place = "coco_url" if self.lvis and image.get("coco_url") else "file_name"
-        if self._has(image, place, where):
-            if not is_line(image[place]) or not image[place]:
-                self.error("file name that is not text", where, show(image[place]))
-                return
-            name = image_name(image, self.lvis)
-            if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
-                self.error("file name that leaves its folder", where, show(name))
-            else:
-                self.names[image["id"]] = name
+        key = "coco_url" if self.lvis and image.get("coco_url") else "file_name"
+        if not self._has(image, key, where):
+            return
+        if not is_line(image[key]) or not image[key]:
+            self.error("file name that is not text", where, show(image[key]))
+            return
+        name = image_name(image, self.lvis)
+        if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
+            self.error("file name that leaves its folder", where, show(name))
+        else:
+            self.names[image["id"]] = name
 
     def _are_categories(self, ids: object) -> bool:
         return isinstance(ids, list) and all(
@@ -197,8 +199,4 @@ def is_line(value: object) -> bool:
 
 def is_text(value: object) -> bool:
     """Return whether a value is text of at most one line without lone surrogates."""
-    return (
-        isinstance(value, str)
-        and is_line(value)
-        and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
-    )
+    return is_line(value) and not re.search("[\ud800-\udfff]", str(value))

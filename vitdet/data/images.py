@@ -61,7 +61,8 @@ class Examined(NamedTuple):
     """Properties of an image file.
 
     size: height and width of the upright image. highest: largest value if it is stored in more than
-    8 bits without a declared bit depth, else None. colors: whether it is a colour image."""
+    8 bits without a declared bit depth, else None. colors: whether it is a color image.
+    """
 
     size: tuple[int, int]
     highest: int | None = None
@@ -72,7 +73,8 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     """Read a file as an upright RGB image.
 
     Raises FileNotFoundError, and ValueError if the file is not an image, damaged, or has more
-    pixels than `reading.max_pixels`; then it is not decoded."""
+    pixels than `reading.max_pixels`; then it is not decoded.
+    """
     with _named(path):
         check_file(path)
         with _opened(path, reading) as file:
@@ -144,9 +146,7 @@ def examine(content: bytes, reading: Reading = DEFAULT) -> Examined:
 
 
 def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
-    """Return a hint for error messages about the size of an image if height and width are
-    exchanged.
-    """
+    """Return a hint for errors about an image's size if height and width are exchanged."""
     hint = "; annotations must refer to the upright image, after its EXIF orientation is applied"
     return hint if found == annotated[::-1] else ""
 
@@ -189,13 +189,13 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bits(image: Image.Image, stated: int, reading: Reading) -> Image.Image:
-    """Scale grey values of up to 16 bits to 8 bits; Pillow would clip at 255."""
+    """Scale gray values of up to 16 bits to 8 bits; Pillow would clip at 255."""
     depth = _depth(image, _highest(image), stated, reading)
     return Image.fromarray((np.asarray(image) >> (depth - 8)).astype(np.uint8))
 
 
 def _highest(image: Image.Image) -> int:
-    """Return the largest grey value. Raises ValueError for values outside 0..65535."""
+    """Return the largest gray value. Raises ValueError for values outside 0..65535."""
     if image.mode == "F":
         raise ValueError(
             "its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits"
@@ -208,10 +208,7 @@ def _highest(image: Image.Image) -> int:
 
 
 def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
-    """Return the bit depth of grey values.
-
-    high: largest value; stated: from the file, 0: unknown.
-    """
+    """Return the bit depth of gray values. stated: from the file, 0: unknown."""
     usual = 16 if image.mode != "I" or image.format in SIXTEEN or high > 255 else 8
     depth = stated or reading.bit_depth or usual
     if high >= 1 << depth:
@@ -223,7 +220,7 @@ def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
 
 
 def _stated_depth(image: Image.Image) -> int:
-    """Return the declared bit depth of grey values, 0 if unknown. Call before loading the image."""
+    """Return the declared bit depth of gray values, 0 if unknown. Call before loading the image."""
     if image.format == "TIFF":
         (bits, *_) = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) or (0,)
         return bits if 8 < bits < 16 else 0
@@ -233,7 +230,7 @@ def _stated_depth(image: Image.Image) -> int:
 
 
 def _has_deep_colors(image: Image.Image) -> bool:
-    """Return whether a file has 16-bit colours, of which Pillow reads the upper 8 bits.
+    """Return whether a file has 16-bit colors, of which Pillow reads the upper 8 bits.
 
     Call before loading the image.
     """
@@ -242,9 +239,7 @@ def _has_deep_colors(image: Image.Image) -> bool:
 
 
 def _decoder(image: Image.Image) -> tuple[str, tuple]:
-    """Return Pillow's decoder of a file that is not loaded yet, and its arguments (raw mode
-    first).
-    """
+    """Return Pillow's decoder of a file that is not loaded yet, and its arguments."""
     for decoder, _, _, arguments in getattr(image, "tile", ())[:1]:
         return decoder, arguments if isinstance(arguments, tuple) else (arguments,)
     return "", ()
@@ -253,13 +248,13 @@ def _decoder(image: Image.Image) -> tuple[str, tuple]:
 def _check_colors(reading: Reading) -> None:
     if reading.bit_depth not in (0, 16):
         raise ValueError(
-            "only the upper 8 bits of 16-bit colours are read, and data.bit_depth="
-            f"{reading.bit_depth} applies to grey images; save it with 8 bits per channel"
+            "only the upper 8 bits of 16-bit colors are read, and data.bit_depth="
+            f"{reading.bit_depth} applies to gray images; save it with 8 bits per channel"
         )
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Blend with white, so that the colours of transparent pixels do not appear."""
+    """Blend with white, so that the colors of transparent pixels do not appear."""
     image = image.convert("RGBA")
     opacity = image.getchannel("A")
     if opacity.getextrema()[1] == 0:  # fully transparent: the fourth channel is not opacity

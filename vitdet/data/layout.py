@@ -120,8 +120,7 @@ def following(explicit: Collection[str]) -> list[str]:
 
 
 def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
-    """Set the splits, the number of classes and whether there are masks from data.root; also return
-    the changed settings.
+    """Set splits, number of classes and masks from data.root; also return the changed settings.
 
     Applies only if data.root is an explicit setting; other explicit settings are not changed.
     Missing or unreadable data changes nothing. Masks are turned off if no object of the training
@@ -153,9 +152,7 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
 
 
 def settings_text(found: Mapping[str, str | int]) -> str:
-    """Return the settings that `resolve` found as text: `data.val_split=val,
-    model.mask.enabled=false`.
-    """
+    """Return the settings as text: `data.val_split=val, model.mask.enabled=false`."""
     return ", ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in found.items()

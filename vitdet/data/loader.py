@@ -8,14 +8,13 @@ import logging
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from vitdet.config import DataConfig
 from vitdet.data.annotations import NO_OUTLINE
@@ -23,7 +22,7 @@ from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import TrainData, ValData, read_split
 from vitdet.data.images import Reading
 from vitdet.data.layout import split_files
-from vitdet.data.samplers import check_batch_size, positions
+from vitdet.data.samplers import StepSampler
 from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
@@ -66,11 +65,11 @@ def train_loader(
     """Create a loader of this rank's batches for steps start_step..steps-1.
 
     `batch_size` is global, over all ranks. split: the training split, if it was already read.
-    accumulate: micro-batches per step, of which the loader yields one at a time; micro-batch k of
-    rank r is what rank r * accumulate + k of accumulate * world_size ranks would load. Raises what
-    `read_split` raises (only rank 0 checks the files) and ValueError if batch_size is not divisible
-    by the number of micro-batches of all ranks. Iteration raises ValueError for unusable image
-    files."""
+    accumulate: micro-batches per step, of which the loader yields one at a time (see
+    `StepSampler`). Raises what `read_split` raises (only rank 0 checks the files) and ValueError if
+    batch_size is not divisible by the number of micro-batches of all ranks. Iteration raises
+    ValueError for unusable image files.
+    """
     dataset = TrainData(
         split or read_split(data, data.train_split, check_files=rank == 0), data, seed
     )
@@ -82,7 +81,7 @@ def train_loader(
         if dataset.without_objects:
             done = "trained as background" if data.keep_empty else "ignored"
             log.info("%s: %d images without objects are %s", path, dataset.without_objects, done)
-    sampler = _Steps(batch_size, start_step, steps, rank, world_size, accumulate)
+    sampler = StepSampler(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 
 
@@ -114,34 +113,10 @@ def val_loader(
     )
 
 
-class _Steps(Sampler):
-    def __init__(
-        self,
-        batch_size: int,
-        start_step: int,
-        steps: int,
-        rank: int,
-        world_size: int,
-        accumulate: int,
-    ) -> None:
-        check_batch_size(batch_size, world_size, accumulate)
-        self.count = max(steps - start_step, 0) * accumulate
-        parts = range(rank * accumulate, (rank + 1) * accumulate)
-        self.arguments = [(start_step, batch_size, k, world_size * accumulate) for k in parts]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        steps = zip(*(positions(*one) for one in self.arguments), strict=True)
-        return islice(chain.from_iterable(steps), self.count)
-
-    def __len__(self) -> int:
-        return self.count
-
-
 def _keep_memory() -> None:
     """Make glibc reuse freed memory instead of returning it to the kernel (a fifth of the time).
 
-    glibc raises its mmap threshold when a large allocation is freed. The pages of this allocation
-    are never touched, so it uses no memory.
+    It raises its mmap threshold when a large allocation is freed; the pages are never touched.
     """
     np.empty(KEPT_BYTES, np.uint8)
 

@@ -1,7 +1,7 @@
 """Mask representations: annotation -> directed edges; predicted grid -> bitmap -> RLE.
 
 Edges are transformed like points and stay exact at any scale. `paste` follows Detectron2's
-`paste_masks_in_image`: bilinear at pixel centres, zero outside the grid.
+`paste_masks_in_image`: bilinear at pixel centers, zero outside the grid.
 Letters: G objects, E edges, N detections, H, W pixels of the image.
 """
 
@@ -89,11 +89,11 @@ def encode(bitmaps: Tensor) -> list[dict]:
 
 @torch.no_grad()
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Paste masks (N, M, M) of probabilities into boxes (N, 4) xyxy; returns bitmaps (N, H, W)
-    bool.
+    """Paste masks (N, M, M) of probabilities into boxes (N, 4) xyxy: bitmaps (N, H, W) bool.
 
-    A pixel is set if the probability at its centre is at least `threshold` (above 0). size: (H, W)
-    of the image. All tensors are on the CPU."""
+    A pixel is set if the probability at its center is at least `threshold` (above 0). size: (H, W)
+    of the image. All tensors are on the CPU.
+    """
     height, width = size
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool)
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
@@ -107,10 +107,10 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float 
 
 
 def _sample(mask: Tensor, box: Tensor, region: tuple[int, int, int, int]) -> Tensor:
-    """Return probabilities (h, w) of one mask at the pixel centres of a region x0, y0, x1, y1."""
+    """Return probabilities (h, w) of one mask at the pixel centers of a region x0, y0, x1, y1."""
     x0, y0, x1, y1 = region
     box = box.float()
-    low, sides = box[:2], (box[2:] - box[:2]).clamp(min=1e-9)  # an empty box has no pixel centre
+    low, sides = box[:2], (box[2:] - box[:2]).clamp(min=1e-9)  # an empty box has no pixel center
     x = (torch.arange(x0, x1, dtype=torch.float32) + 0.5 - low[0]) / sides[0] * 2 - 1
     y = (torch.arange(y0, y1, dtype=torch.float32) + 0.5 - low[1]) / sides[1] * 2 - 1
     grid = torch.stack([x.expand(y1 - y0, -1), y[:, None].expand(-1, x1 - x0)], dim=2)

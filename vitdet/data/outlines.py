@@ -1,6 +1,6 @@
 """Rasterization of polygons and polygonization of bitmaps.
 
-Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside if its centre is
+Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside if its center is
 (even-odd rule). Tracing follows the cracks between inside and outside pixels and joins their
 midpoints, so that a staircase becomes a slanted line; Douglas-Peucker then simplifies the line.
 Letters: V vertices, P points, E cracks.
@@ -17,30 +17,27 @@ def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return the pixels (height, width) bool inside the polygon vertices (V, 2) xy, clipped."""
     x0, y0 = vertices.T
     x1, y1 = following(vertices).T
-    centres = np.arange(height)[:, None] + 0.5
-    row, edge = np.nonzero((y0 <= centres) != (y1 <= centres))
+    centers = np.arange(height)[:, None] + 0.5
+    row, edge = np.nonzero((y0 <= centers) != (y1 <= centers))
     x = x0[edge] + (row + 0.5 - y0[edge]) * (x1[edge] - x0[edge]) / (y1[edge] - y0[edge])
     column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
-    flips = np.bincount(row * (width + 1) + column, minlength=height * (width + 1)).reshape(
-        height, width + 1
-    )
-    return (np.cumsum(flips, axis=1)[:, :width] & 1).astype(bool)
+    flips = np.bincount(row * (width + 1) + column, minlength=height * (width + 1))
+    return (np.cumsum(flips.reshape(height, width + 1), axis=1)[:, :width] & 1).astype(bool)
 
 
 def trace(bitmaps: Sequence[np.ndarray], tolerance: float) -> list[list[np.ndarray]]:
     """Return the outer outlines (V, 2) xy of the 4-connected parts of each bitmap (H, W) bool.
 
     Outlines are clockwise on the screen; holes are filled. tolerance: of Douglas-Peucker, in
-    pixels."""
+    pixels.
+    """
     loops = [[loop for loop in _crack_loops(bitmap) if signed_area(loop) > 0] for bitmap in bitmaps]
     outlines = iter(_simplify([loop for parts in loops for loop in parts], tolerance))
     return [[next(outlines) for _ in parts] for parts in loops]
 
 
 def signed_area(points: np.ndarray) -> float:
-    """Return the area of the polygon points (P, 2) xy; negative if counterclockwise on the
-    screen.
-    """
+    """Return the area of the polygon (P, 2) xy; negative if counterclockwise on the screen."""
     ahead = following(points)
     return 0.5 * float(points[:, 0] @ ahead[:, 1] - points[:, 1] @ ahead[:, 0])
 
@@ -55,14 +52,13 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     inside = np.pad(bitmap, 1)
     core = inside[1:-1, 1:-1]
     pitch = bitmap.shape[1] + 1  # grid corners per row
-    # Directions: 0 right along a pixel's top, 1 down its right, 2 left along its bottom, 3 up its
-    # left.
-    neighbours = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
+    # directions: 0 right along a pixel's top, 1 down its right, 2 left at its bottom, 3 up its left
+    neighbors = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
     starts, ends, midpoints, directions = [], [], [], []
     # (row, column) offset of the start of a crack in each direction
     corners = ((0, 0), (0, 1), (1, 1), (1, 0))
-    for side, neighbour in enumerate(neighbours):
-        row, column = np.nonzero(core & ~neighbour)
+    for side, neighbor in enumerate(neighbors):
+        row, column = np.nonzero(core & ~neighbor)
         (r0, c0), (r1, c1) = corners[side], corners[(side + 1) % 4]
         starts.append((row + r0) * pitch + column + c0)
         ends.append((row + r1) * pitch + column + c1)

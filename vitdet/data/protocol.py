@@ -24,7 +24,8 @@ def settings_of(config: Config) -> str:
     """Return the settings of this config that affect AP, as one string.
 
     Settings that version 0.1 did not have are omitted at their defaults, so that its AP stays
-    comparable."""
+    comparable.
+    """
     values, defaults = flatten(config), flatten(Config())
     keys = [key for key in SETTINGS if key not in LATER or values[key] != defaults[key]]
     return " ".join(f"{key}={values[key]}" for key in keys)
@@ -39,9 +40,7 @@ class Protocol:
 
     @classmethod
     def of(cls, config: Config, fingerprint: str) -> Protocol:
-        """Create the protocol of an evaluation with this config on the split with this
-        fingerprint.
-        """
+        """Create the protocol of an evaluation on the split with this fingerprint."""
         return cls(fingerprint, settings_of(config))
 
     @property

@@ -1,7 +1,7 @@
 """Sampling from an infinite stream of images.
 
 The stream is a sequence of epochs, each in its own random order. A step takes the next `batch_size`
-positions, and each rank a contiguous part of them. Which images a step sees therefore depends
+positions, and each rank a contiguous part of them. Which images a step takes therefore depends
 neither on the number of processes or workers nor on restarts.
 
 Repeat factors follow Gupta et al. (LVIS, 1908.03195) and Detectron2's RepeatFactorTrainingSampler:
@@ -60,17 +60,14 @@ class InfiniteSampler:
         return epoch, position - self._ends[epoch]
 
     def _counts(self, repeats: np.ndarray, epoch: int) -> np.ndarray:
-        """Return the occurrences (N,) of each image in an epoch: its factor, stochastically
-        rounded.
-        """
+        """Return the occurrences (N,) of each image: its factor, stochastically rounded."""
         whole = np.floor(repeats)
         up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < repeats - whole
         return whole.astype(np.int64) + up
 
 
 def repeat_factors(labels: Sequence[np.ndarray], threshold: float) -> np.ndarray:
-    """Return the repeat factor (N,) of each image. labels: the classes (G,) of each image's
-    objects.
+    """Return the repeat factor (N,) of each image, from the classes (G,) of its objects.
 
     A class in a share f of the images has the factor max(1, sqrt(threshold / f)), an image the
     largest factor of its classes.
@@ -79,17 +76,6 @@ def repeat_factors(labels: Sequence[np.ndarray], threshold: float) -> np.ndarray
     share = np.bincount(np.concatenate(classes)) / len(classes)
     asked = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-300)))
     return np.array([asked[image].max(initial=1.0) for image in classes])
-
-
-def positions(
-    start_step: int, batch_size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[list[int]]:
-    """Yield the positions of one rank, one list per step, without end.
-
-    batch_size is global. Raises ValueError if it is not divisible by the number of ranks.
-    """
-    check_batch_size(batch_size, world_size)
-    return _positions(start_step, batch_size, rank, batch_size // world_size)
 
 
 def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> None:
@@ -110,8 +96,33 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
         )
 
 
-def _positions(step: int, batch_size: int, rank: int, share: int) -> Iterator[list[int]]:
-    while True:
-        first = step * batch_size + rank * share
-        yield list(range(first, first + share))
-        step += 1
+class StepSampler:
+    """The positions of one rank for steps start_step..steps-1, one list per micro-batch.
+
+    batch_size is global. Micro-batch k of rank r is what rank r * accumulate + k of accumulate *
+    world_size ranks would take. Raises ValueError as `check_batch_size`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        start_step: int,
+        steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        check_batch_size(batch_size, world_size, accumulate)
+        self.batch_size = batch_size
+        self.share = batch_size // (world_size * accumulate)
+        self.steps = range(start_step, max(start_step, steps))
+        self.parts = range(rank * accumulate, (rank + 1) * accumulate)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for part in self.parts:
+                first = step * self.batch_size + part * self.share
+                yield list(range(first, first + self.share))
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.parts)

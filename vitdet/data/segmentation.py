@@ -1,7 +1,9 @@
-"""Validation of an annotation's segmentation, and the box around it.
+"""Validation of an annotation's segmentation, and comparison of the box around it with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
 mmdet, parts of fewer than 3 points are ignored; an object without other parts has no outline.
+Detectron2 trains on the box around the visible outline, COCO's evaluation uses `bbox`: if the two
+differ, training and evaluation use different boxes.
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle
 
+# Tolerance of each side of a fitting box: pixels, plus a share of the box's side
+ROUNDING, SHARE = 1.5, 0.05
+LEAST_IOU = 0.5  # below it, the outline belongs to another object or uses other coordinates
+
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+Fit = Literal["fits", "differs", "elsewhere", "empty"]
 show = reprlib.repr  # any value, abbreviated, for messages
 
 
@@ -41,17 +48,14 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
     if isinstance(segmentation, dict):
         return _read_rle(segmentation, size, boxed)
     if not isinstance(segmentation, list):
-        problem = "segmentation that is neither polygons nor RLE", show(segmentation)
-        return Outline(None, problem=problem)
+        return _problem("segmentation that is neither polygons nor RLE", show(segmentation))
+    shape = []
     low_x = low_y = math.inf
     high_x = high_y = -math.inf
-    left_out = 0
     for part in segmentation:
         if type(part) is not list:
-            problem = "polygon that is not a list x, y, x, y, ...", show(part)
-            return Outline(None, problem=problem)
+            return _problem("polygon that is not a list x, y, x, y, ...", show(part))
         if len(part) < 6 or len(part) % 2:
-            left_out += 1
             continue
         try:
             finite = math.isfinite(sum(part))
@@ -61,19 +65,21 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
         except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
             finite = False
         if not finite:
-            problem = "polygon with coordinates that are not finite numbers", show(part)
-            return Outline(None, problem=problem)
-    if left_out == len(segmentation):
+            return _problem("polygon with coordinates that are not finite numbers", show(part))
+        shape.append(part)
+    left_out = len(segmentation) - len(shape)
+    if not shape:
         return Outline(None, left_out)
     box = low_x, low_y, high_x, high_y
     # pycocotools rasterizes all of it; the first comparison is for speed
     if size is not None and not inside(box, size) and reaches_far(box, size):
-        problem = "polygon far outside its image", f"{show(box)} on {size[1]} x {size[0]} pixels"
-        return Outline(None, problem=problem)
-    shape = segmentation
-    if left_out:
-        shape = [part for part in segmentation if len(part) >= 6 and len(part) % 2 == 0]
+        text = f"{show(box)} on {size[1]} x {size[0]} pixels"
+        return _problem("polygon far outside its image", text)
     return Outline(shape, left_out, box)
+
+
+def _problem(kind: str, text: str) -> Outline:
+    return Outline(None, problem=(kind, text))
 
 
 def inside(box: Box, size: tuple[int, int]) -> bool:
@@ -88,13 +94,58 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
     return min(coordinates) < -side or max(coordinates) > 2 * side
 
 
+def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fit:
+    """Compare a `bbox` (left, top, width, height) with the box around its outline.
+
+    size: (height, width) of the image. Returns "empty" if the outline is outside the image,
+    "elsewhere" if the IoU is below LEAST_IOU.
+    """
+    if outline is None:
+        return "empty"
+    x, y, width, height = bbox
+    box = x, y, x + width, y + height
+    if _area(outline) > 0 and _near(box, outline, (ROUNDING, ROUNDING)):
+        return "fits"
+    image = 0.0, 0.0, size[1], size[0]
+    seen, box = _common(outline, image), _common(box, image)
+    if seen[0] >= seen[2] or seen[1] >= seen[3]:
+        return "empty"
+    if _near(box, seen, (ROUNDING + SHARE * width, ROUNDING + SHARE * height)):
+        return "fits"
+    return "differs" if _iou(box, seen) >= LEAST_IOU else "elsewhere"
+
+
+def are_corners(bbox: Sequence[float], outline: Box) -> bool:
+    """Return whether a `bbox` that does not fit would fit if read as x0, y0, x1, y1."""
+    x0, y0, x1, y1 = bbox
+    return _iou((x0, y0, x1, y1), outline) >= LEAST_IOU
+
+
+def _near(one: Box, other: Box, rooms: tuple[float, float]) -> bool:
+    return all(abs(a - b) <= room for a, b, room in zip(one, other, rooms * 2, strict=True))
+
+
+def _common(one: Box, other: Box) -> Box:
+    (a0, b0, a1, b1), (c0, d0, c1, d1) = one, other
+    return max(a0, c0), max(b0, d0), min(a1, c1), min(b1, d1)
+
+
+def _area(box: Box) -> float:
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+
+
+def _iou(one: Box, other: Box) -> float:
+    shared = _area(_common(one, other))
+    return shared / (_area(one) + _area(other) - shared) if shared else 0.0
+
+
 def compressed(shape: list | dict, height: int, width: int) -> dict:
     """Convert a usable outline to pycocotools' RLE, with counts in bytes."""
     if isinstance(shape, list):
         return rle.merge(rle.frPyObjects(shape, height, width))
-    if isinstance(shape["counts"], list):
-        return rle.frPyObjects(shape, height, width)
     counts = shape["counts"]
+    if isinstance(counts, list):
+        return rle.frPyObjects(shape, height, width)
     return {"size": shape["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
@@ -116,20 +167,20 @@ def whole_number(value: object) -> int | None:
 
 def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
     shape, counts = code.get("size"), code.get("counts")
-    sides = [whole_number(side) for side in shape] if isinstance(shape, list) else []
-    if len(sides) != 2 or any(side is None or side <= 0 for side in sides):
-        return Outline(None, problem=("RLE without size [height, width]", show(shape)))
-    height, width = (int(side or 0) for side in sides)
+    sides = [whole_number(side) or 0 for side in shape] if isinstance(shape, list) else []
+    if len(sides) != 2 or min(sides) <= 0:
+        return _problem("RLE without size [height, width]", show(shape))
+    height, width = sides
     if size is not None and (height, width) != size:
         text = f"{shape}, the image {list(size)} (height, width)"
-        return Outline(None, problem=("RLE of another size than its image", text))
+        return _problem("RLE of another size than its image", text)
     runs = run_lengths(counts)
     if runs is None:
-        return Outline(None, problem=("RLE whose counts are not run lengths", show(counts)))
+        return _problem("RLE whose counts are not run lengths", show(counts))
     if sum(runs) != height * width:
         text = f"{sum(runs)} of {height * width} pixels"
-        return Outline(None, problem=("RLE whose counts do not fill its size", text))
-    whole = {"size": [height, width], "counts": runs if isinstance(counts, list) else counts}
+        return _problem("RLE whose counts do not fill its size", text)
+    whole = {"size": sides, "counts": runs if isinstance(counts, list) else counts}
     if size is None or not boxed:  # without size, the sides may be too long to decode
         return Outline(whole)
     x, y, wide, high = rle.toBbox(compressed(whole, height, width)).tolist()
@@ -142,12 +193,10 @@ def run_lengths(counts: object) -> list[int] | None:
     Compressed: 5 bits per character, values relative to the run two before.
     """
     if isinstance(counts, list):
-        whole: list[Any] = counts
-        types = set(map(type, counts))
-        if float in types:
-            whole = [whole_number(run) if type(run) is float else run for run in counts]
-            types = set(map(type, whole))
-        return whole if types <= {int} and min(whole, default=0) >= 0 else None
+        runs: Any = counts
+        if float in set(map(type, runs)):
+            runs = [whole_number(run) if type(run) is float else run for run in counts]
+        return runs if {int}.issuperset(map(type, runs)) and min(runs, default=0) >= 0 else None
     if not isinstance(counts, str) or not counts.isascii():
         return None
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
