@@ -359,14 +359,14 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
                 data.val_split,
             )
     truth, image_ids = truth_of(path, tree), {record.image_id for record in split.records}
-    arbiter = METRICS_OF[data.dataset]
-    if arbiter is lvis:
+    rules = METRICS_OF[data.dataset]
+    if rules is lvis:
         lvis.check(truth)
     objects = (one for one in truth.objects if one.image_id in image_ids)
-    if not any(one.category_id in truth.categories and arbiter.counts(one) for one in objects):
+    if not any(one.category_id in truth.categories and rules.counts(one) for one in objects):
         raise ValueError(
             f"{path}: AP is undefined: none of the objects in the {len(image_ids)} images to "
-            f"evaluate counts: {arbiter.UNCOUNTED}"
+            f"evaluate counts: {rules.UNCOUNTED}"
         )
     return truth, split
 
