@@ -40,8 +40,7 @@ from vitdet.evaluation.detections import detections_to_results as detections_to_
 from vitdet.evaluation.detections import results_of
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.page import checkpoint_facts, results_facts
-from vitdet.evaluation.pairs import Images, images_of
-from vitdet.evaluation.pictures import write_pictures
+from vitdet.evaluation.pictures import Images, images_of, write_pictures
 from vitdet.evaluation.report import details, write_reports
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
 from vitdet.models import build_detector
