@@ -2,10 +2,11 @@
 
     python -m tests.bench.detectron2 FOLDER --batch 8,1 --output figures.json
 
-FOLDER holds Detectron2's sources; nothing of it has to be compiled, as torchvision has the operators that ViTDet needs,
-but fvcore, iopath, omegaconf and the like must be importable. Its step is that of its own trainer, AMPTrainer in fp16 as
-ViTDet's configs say; its polygons, proposals on the objects and scaled class logits are ours (`vitdet.cli.bench`).
-Where a batch does not fit, a smaller one is measured.
+FOLDER contains Detectron2's sources. They need not be compiled, as torchvision has the operators
+that ViTDet needs, but fvcore, iopath, omegaconf and others must be installed. A training step is
+that of Detectron2's AMPTrainer in fp16, as in the configs of ViTDet; polygons, proposals on the
+objects and scaled class logits are those of `vitdet.cli.bench`. If a batch does not fit into
+memory, a smaller one is measured.
 """
 
 from __future__ import annotations

@@ -21,18 +21,18 @@ from vitdet.models.mask_head import rasterize as plain_rasterize
 from vitdet.types import Polygons
 
 SIDE, STRIDES = 1024, [4, 8, 16, 32]
-OBJECTS = 8  # of an image: most boxes lie on one, as in a trained detector
+OBJECTS = 8  # of an image: most boxes are on one, as in a trained detector
 
 
 def boxes_on_objects(images: int, count: int) -> Tensor:
     """Boxes (images, count, 4) around random objects, cut to the image."""
-    centre = torch.rand(images, OBJECTS, 2, device="cuda") * SIDE
+    center = torch.rand(images, OBJECTS, 2, device="cuda") * SIDE
     size = 16 * 32 ** torch.rand(images, OBJECTS, 2, device="cuda")
     chosen = torch.randint(OBJECTS, (images, count), device="cuda")[..., None].expand(-1, -1, 2)
-    centre, size = centre.gather(1, chosen), size.gather(1, chosen)
-    centre = centre + torch.randn_like(centre) * size * 0.2
+    center, size = center.gather(1, chosen), size.gather(1, chosen)
+    center = center + torch.randn_like(center) * size * 0.2
     size = size * torch.exp(0.3 * torch.randn_like(size))
-    return torch.cat([centre - size / 2, centre + size / 2], dim=2).clamp(0, SIDE)
+    return torch.cat([center - size / 2, center + size / 2], dim=2).clamp(0, SIDE)
 
 
 def nms_case(images: int, groups: int, labels: int, limit: int) -> tuple[Callable, Callable]:

@@ -14,17 +14,16 @@ from vitdet.evaluation.matches import IOUS, Matches, precisions
 
 
 class World:
-    """Images with objects, some harder to find than others, and detectors that differ by chance and quality."""
+    """Images with objects, some harder to find, and detectors that differ by chance and quality."""
 
     def __init__(self, seed: int, images: int, classes: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.images, self.classes = images, classes
         self.object_image = np.repeat(np.arange(images), self.rng.poisson(7, images))
         share = 1 / np.arange(1, classes + 1) ** 0.7
-        self.object_category = self.rng.choice(
-            classes, len(self.object_image), p=share / share.sum()
-        )
-        self.difficulty = self.rng.normal(0, 1, len(self.object_image))
+        count = len(self.object_image)
+        self.object_category = self.rng.choice(classes, count, p=share / share.sum())
+        self.difficulty = self.rng.normal(0, 1, count)
 
     def detect(self, quality: float = 0.0, noise: float = 0.3) -> Matches:
         """One detection per object and ten false ones per image. quality 0.033 is about 1 AP."""
@@ -35,15 +34,14 @@ class World:
         false_image = np.repeat(np.arange(self.images), self.rng.poisson(10, self.images))
         false = np.zeros((len(false_image), len(IOUS)), bool)
         matched = np.concatenate([iou[:, None] >= IOUS, false])
+        false_category = self.rng.choice(self.classes, len(false))
         return Matches(
             kind="bbox",
             image_ids=np.arange(self.images),
             category_ids=np.arange(self.classes),
             class_names=tuple(f"class {place}" for place in range(self.classes)),
             image=np.concatenate([self.object_image, false_image]),
-            category=np.concatenate(
-                [self.object_category, self.rng.choice(self.classes, len(false))]
-            ),
+            category=np.concatenate([self.object_category, false_category]),
             score=np.concatenate([score, self.rng.beta(1, 6, len(false))]),
             matched=matched,
             ignored=np.zeros_like(matched),
@@ -96,16 +94,15 @@ def test_a_resample_without_objects_has_no_ap() -> None:
 
 @pytest.mark.parametrize(("images", "real"), [(1, None), (9, None), (10, True)])
 def test_a_class_in_few_images_has_no_verdict(images: int, real: bool | None) -> None:
-    """All resamples that contain a single image have the same difference, whose interval has no width."""
-    worse = World(0, 200, 2).detect()
-    places = np.arange(images)
+    """Resamples of a single image all have the same difference, with an interval of width 0."""
+    places, none = np.arange(images), np.zeros((images, len(IOUS)), bool)
     worse = replace(
-        worse,
+        World(0, 200, 2).detect(),
         image=places,
         category=np.ones(images, int),
         score=np.full(images, 0.9),
-        matched=np.zeros((images, len(IOUS)), bool),
-        ignored=np.zeros((images, len(IOUS)), bool),
+        matched=none,
+        ignored=none,
         found=np.full(images, -1),
         object_image=np.concatenate([np.arange(200), places]),
         object_category=np.repeat([0, 1], [200, images]),
@@ -137,11 +134,8 @@ def test_a_better_class_is_told_from_the_others() -> None:
     real = [other.difference(first, "ap50", place).is_significant for place in range(3)]
     assert real == [False, True, False]
     difference = other.difference(first)
-    assert (
-        difference.is_significant
-        and difference.value > 0
-        and difference.p == pytest.approx(2 / 101)
-    )
+    assert difference.is_significant and difference.value > 0
+    assert difference.p == pytest.approx(2 / 101)
     assert len(METRICS) == len(other.value)
 
 

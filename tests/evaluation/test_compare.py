@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from vitdet.evaluation.bootstrap import bootstrap
 from vitdet.tracking.table import markdown_table
 
 Run = Callable[..., tuple[int, str, str]]
+TRUTH = ["--annotations", "annotations.json"]
 
 
 @pytest.fixture
@@ -45,17 +47,11 @@ def vitdet(
 def files(tmp_path: Path) -> list[Path]:
     """annotations.json, and two files of box results: the second lacks most of class 1's true ones."""
     truth, results = random_set(1, 60, 3)
-    results = [
-        {key: one[key] for key in ("image_id", "category_id", "score", "bbox")} for one in results
-    ]
-    objects = [
-        {key: getattr(one, key) for key in ("image_id", "category_id", "bbox", "area", "iscrowd")}
-        for one in truth.objects
-    ]
+    results = [{key: one[key] for key in one if key != "segmentation"} for one in results]
     tree = {
         "images": [{**one, "file_name": f"{one['id']}.jpg"} for one in truth.images.values()],
         "categories": list(truth.categories.values()),
-        "annotations": [{**one, "id": number} for number, one in enumerate(objects, 1)],
+        "annotations": [msgspec.to_builtins(one) for one in truth.objects],
     }
     worse = [one for one in results if one["category_id"] != 5 or one["image_id"] % 4]
     paths = []
@@ -72,15 +68,13 @@ def refused(result: tuple[int, str, str], message: str) -> None:
 
 
 def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> None:
-    words = ["first.json", "worse.json", "first.json", "--annotations", files[0]]
-    code, text, errors = vitdet("compare", *words, "--resamples", 100, "--output", "new/text.md")
+    words = ["first.json", "worse.json", "first.json", *TRUTH, "--resamples", 100]
+    code, text, errors = vitdet("compare", *words, "--output", "new/text.md")
     assert (code, errors) == (0, "")
     assert (tmp_path / "new" / "text.md").read_text() == text
     verdicts = [line for line in text.splitlines() if line.startswith("- ")]
     assert verdicts[0].startswith("- worse.json is worse than first.json (1) by ")
-    assert verdicts[1].startswith(
-        "- first.json (2) and first.json (1) do not differ significantly: +0.00"
-    )
+    assert "first.json (2) and first.json (1) do not differ significantly: +0.00" in verdicts[1]
     truth, results = random_set(1, 60, 3)
     ap = coco.compare(truth, results, ["bbox"])["bbox"].ap()
     assert f"| first.json (1) | box  | {ap:.2f} [" in text
@@ -92,13 +86,10 @@ def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> Non
     [
         (["first.json"], "name at least two results"),
         (["first.json", "worse.json"], "needs --annotations FILE"),
-        (["first.json", "none.json", "--annotations", "annotations.json"], "none.json: no such"),
+        (["first.json", "none.json", *TRUTH], "none.json: no such"),
         (["none.pt", "first.json"], "none.pt: no such checkpoint"),
         (["tiny optim.lr=0.004", "first.json"], "no such MLflow store; set MLFLOW_TRACKING_URI"),
-        (
-            ["first.json", "annotations.json", "--annotations", "annotations.json"],
-            "annotations.json: expected a list of results",
-        ),
+        (["first.json", TRUTH[1], *TRUTH], "annotations.json: expected a list of results"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -162,20 +153,22 @@ def test_differences_over_few_images_are_not_tested() -> None:
 @pytest.mark.parametrize(
     ("other", "are_seeds"),
     [
-        ([], False),  # model.pt and best.pt of one training
+        ([], False),  # model.pt and best.pt of one training run
         (["train.seed=1"], True),
         (["train.seed=1", "data.workers=3"], True),
         (["train.seed=1", "evaluate.max_images=3"], False),  # determines which step is the best
     ],
 )
-def test_only_trainings_with_other_seeds_are_averaged(other: list[str], are_seeds: bool) -> None:
+def test_only_training_runs_with_other_seeds_are_averaged(
+    other: list[str], are_seeds: bool
+) -> None:
     best = ["train.keep_best=box_ap"]
     two = [compared("a", settings(*best)), compared("b", settings(*best, *other))]
     resampled = bootstrap([one.matches["bbox"] for one in two], resamples=20)
     assert ("## Over seeds" in comparison_text(two, {"bbox": resampled})) is are_seeds
 
 
-def test_a_folder_that_is_no_training_is_a_name_of_a_run(vitdet: Run, tmp_path: Path) -> None:
+def test_a_folder_without_config_is_a_name_of_a_run(vitdet: Run, tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     refused(vitdet("compare", "tiny", "tiny"), "no such MLflow store; set MLFLOW_TRACKING_URI")
     save_config(load_config("tiny"), tmp_path / "tiny" / "config.yaml")
@@ -227,7 +220,7 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     runs = MlflowClient(store).search_runs(["1"])
     seed = next(run for run in runs if run.data.params["train.seed"] == "1")
     first = next(
-        run for run in runs if run.data.params["evaluate.nms_iou"] == "0.5" and run is not seed
+        run for run in runs if run is not seed and run.data.params["evaluate.nms_iou"] == "0.5"
     )
     assert " train.seed=1 " in seed.info.run_name
     words = [first.info.run_id, seed.info.run_name, "--tracking-uri", store, *few]

@@ -31,10 +31,8 @@ class Witness(nn.Module):
 
     def forward(self, images: Tensor, targets: None, sizes: Tensor) -> list[Detections]:
         self.kinds.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
-        nothing = Detections(
-            torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), None
-        )
-        return [nothing for _ in images]
+        labels = torch.zeros(0, dtype=torch.int64)
+        return [Detections(torch.zeros(0, 4), torch.zeros(0), labels, None) for _ in images]
 
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,9 +50,8 @@ def test_only_the_detector_computes_in_the_precision(precision: str) -> None:
 
 
 def test_a_predictor_refuses_another_precision() -> None:
-    with pytest.raises(
-        ValueError, match="precision: expected one of fp32, bf16, fp16, auto, got 'fp8'"
-    ):
+    message = "precision: expected one of fp32, bf16, fp16, auto, got 'fp8'"
+    with pytest.raises(ValueError, match=message):
         Predictor(Witness(), ("thing",), 8, precision="fp8")
 
 
@@ -64,21 +61,19 @@ def test_auto_is_the_fastest_that_the_processor_has(monkeypatch: pytest.MonkeyPa
         assert fastest(CPU) == wanted
         with autocast("auto", CPU):
             assert torch.is_autocast_enabled("cpu") is answer
-    for capability, wanted in (
-        ((9, 0), torch.bfloat16),
-        ((7, 5), torch.float16),
-        ((6, 1), torch.float32),
-    ):
-        # torch emulates bf16 on older GPUs
-        monkeypatch.setattr(
-            torch.cuda,
-            "is_bf16_supported",
-            lambda including_emulation=True, new=capability >= (8, 0): including_emulation or new,
-        )
+    wanted = {(9, 0): torch.bfloat16, (7, 5): torch.float16, (6, 1): torch.float32}
+    for capability, precision in wanted.items():
+
+        def is_supported(
+            including_emulation: bool = True, new: bool = capability >= (8, 0)
+        ) -> bool:
+            return including_emulation or new  # torch emulates bf16 on older GPUs
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device, value=capability: value
         )
-        assert fastest(GPU) == wanted
+        assert fastest(GPU) == precision
 
 
 def test_a_checkpoint_is_evaluated_and_predicted_in_its_precision(trained: Path) -> None:

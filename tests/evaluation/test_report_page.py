@@ -19,7 +19,7 @@ from PIL import Image
 from vitdet.evaluation.analysis import Analysis, ClassResult, Confusion, ImageResult, Threshold
 from vitdet.evaluation.errors import TYPES
 from vitdet.evaluation.page import Facts, write_page
-from vitdet.evaluation.pairs import Images, draw_pairs, images_of
+from vitdet.evaluation.pictures import Images, draw_pairs, images_of
 from vitdet.evaluation.results import Truth, read_truth
 
 EVIL = "<script>alert('&')</script>"

@@ -30,7 +30,6 @@ IRRELEVANT = {
         "vitdet/evaluation/analysis.py",
         "vitdet/evaluation/errors.py",
         "vitdet/evaluation/page.py",
-        "vitdet/evaluation/pairs.py",
         "vitdet/evaluation/pictures.py",
         "vitdet/evaluation/report.py",
         "vitdet/files.py",

@@ -40,8 +40,7 @@ from vitdet.evaluation.detections import detections_to_results as detections_to_
 from vitdet.evaluation.detections import results_of
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.page import checkpoint_facts, results_facts
-from vitdet.evaluation.pairs import Images, images_of
-from vitdet.evaluation.pictures import write_pictures
+from vitdet.evaluation.pictures import Images, images_of, write_pictures
 from vitdet.evaluation.report import details, write_reports
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
 from vitdet.models import build_detector
@@ -359,14 +358,14 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
                 data.val_split,
             )
     truth, image_ids = truth_of(path, tree), {record.image_id for record in split.records}
-    arbiter = METRICS_OF[data.dataset]
-    if arbiter is lvis:
+    rules = METRICS_OF[data.dataset]
+    if rules is lvis:
         lvis.check(truth)
     objects = (one for one in truth.objects if one.image_id in image_ids)
-    if not any(one.category_id in truth.categories and arbiter.counts(one) for one in objects):
+    if not any(one.category_id in truth.categories and rules.counts(one) for one in objects):
         raise ValueError(
             f"{path}: AP is undefined: none of the objects in the {len(image_ids)} images to "
-            f"evaluate counts: {arbiter.UNCOUNTED}"
+            f"evaluate counts: {rules.UNCOUNTED}"
         )
     return truth, split
 

@@ -12,7 +12,7 @@ from vitdet.config import Config
 from vitdet.data.fingerprint import fingerprint
 from vitdet.evaluation.analysis import Analysis
 from vitdet.evaluation.matches import Matches
-from vitdet.evaluation.pairs import Images, draw_pairs
+from vitdet.evaluation.pictures import Images, draw_pairs
 from vitdet.evaluation.results import Truth
 from vitdet.files import atomic_write, sha256
 from vitdet.pages import data_uri, render

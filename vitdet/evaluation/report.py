@@ -10,7 +10,7 @@ from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matches import MATCHES, RECALLS, Matches, save_matches
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.page import Facts, write_page
-from vitdet.evaluation.pairs import Images
+from vitdet.evaluation.pictures import Images
 from vitdet.evaluation.results import Truth
 from vitdet.files import write_json
 

@@ -149,13 +149,13 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
         ("category_id", "category", "categories", truth.categories),
     ):
         try:
-            strangers = sorted({item[key] for item in results} - known.keys(), key=str)
+            unknown = sorted({item[key] for item in results} - known.keys(), key=str)
         except TypeError as error:
             raise ValueError(f"{key} of a result must be a number ({error})") from error
-        if strangers:
+        if unknown:
             raise ValueError(
-                f"{truth.path}: contains no {name} {show(strangers[0])}, which has results "
-                f"({len(strangers)} such {names}); expected results of the same data set"
+                f"{truth.path}: contains no {name} {show(unknown[0])}, which has results "
+                f"({len(unknown)} such {names}); expected results of the same data set"
             )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:
