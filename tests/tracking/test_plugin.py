@@ -10,13 +10,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.tracking.test_register import METRICS, PROTOCOL, make_checkpoint
-from vitdet.config import load_config
+from tests.tracking.test_register import METRICS, enter, make_checkpoint
 from vitdet.tracking import comparison
 from vitdet.tracking.address import VARIABLES, tracking_uri
-from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.mlflow import start_run
-from vitdet.tracking.registry import register
 
 ROW = {
     "name": "tiny",
@@ -63,17 +60,7 @@ def pipeline(folder: Path, group: str) -> tuple[str, str]:
     )
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
-    register(
-        make_checkpoint(folder / "model.pt", 0),
-        run_id=tracker.run_id,
-        uri="",
-        folder=folder,
-        model_name="detector",
-        alias=None,
-        evaluation=Evaluation(METRICS),
-        protocol=PROTOCOL,
-        used=load_config("tiny"),
-    )
+    enter(folder, make_checkpoint(folder / "model.pt", 0, tracker.run_id))
     rows = [{**ROW, "run_id": tracker.run_id}]
     comparison.compare(group, rows, {}, {}, model_name="detector", **place)
     comparison.end_parent_run(group, "SUCCEEDED", **place)

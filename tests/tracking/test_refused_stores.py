@@ -126,8 +126,8 @@ def test_an_answer_that_is_no_json_is_not_a_refusal(tmp_path: Path, answers: Ser
 
 def copied(folder: Path, run_id: str) -> Path:
     """The model.pt of a run on another machine."""
-    path = make_checkpoint(folder / "model.pt", 0)
-    torch.save(torch.load(path) | {"run_id": run_id, "metrics": {}}, path)
+    path = make_checkpoint(folder / "model.pt", 0, run_id)
+    torch.save(torch.load(path) | {"metrics": {}}, path)
     return path
 
 
@@ -136,7 +136,7 @@ def copied(folder: Path, run_id: str) -> Path:
 def test_a_copied_checkpoint_is_registered_without_its_run(tmp_path: Path, run_id: str) -> None:
     path = copied(tmp_path, run_id)
     for _ in range(2):
-        assert enter(tmp_path, path, "candidate", run_id) == ("detector", "1")
+        assert enter(tmp_path, path) == ("detector", "1")
     version = client_of(tmp_path).get_model_version("detector", "1")
     assert not version.run_id and version.tags["training_run"] == run_id
     assert not (tmp_path / "journal").exists()

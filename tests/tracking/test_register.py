@@ -22,17 +22,17 @@ from vitdet.predictor import Predictor
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking import packaged_model
 from vitdet.tracking.client import Client
-from vitdet.tracking.gate import Evaluation
-from vitdet.tracking.registry import register
+from vitdet.tracking.registry import register_checkpoint
 from vitdet.tracking.wheel import build_wheel, requirements
 
 NAMES = ["disc", "ring", "star", "cross", "leaf", "wave"]
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 METRICS = {"box_ap": 35.24, "mask_ap": 30.5}
-PROTOCOL = Protocol.of(load_config("tiny"), "0123456789abcdef")
+CONFIG = load_config("tiny", ["tracking.model_name=detector"])
+PROTOCOL = Protocol.of(CONFIG, "0123456789abcdef")
 
 
-def make_checkpoint(path: Path, seed: int) -> Path:
+def make_checkpoint(path: Path, seed: int, run_id: str | None = None) -> Path:
     """A detector with random weights."""
     torch.manual_seed(seed)
     config = load_config("tiny")
@@ -44,7 +44,7 @@ def make_checkpoint(path: Path, seed: int) -> Path:
             "config": to_dict(config),
             "class_names": NAMES,
             "model": detector.state_dict(),
-            "run_id": None,
+            "run_id": run_id,
             "step": 1,
             "dataset_digest": "0123456789ab",
         },
@@ -69,30 +69,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"},
         )
         tracker.close()
-        make_checkpoint(folder / "model.pt", 0)
-        (folder / "run_id").write_text(tracker.run_id)
-        assert enter(folder, folder / "model.pt", "candidate") == ("detector", "1")
+        make_checkpoint(folder / "model.pt", 0, tracker.run_id)
+        assert enter(folder, folder / "model.pt") == ("detector", "1")
     return folder
+
+
+def run_of(folder: Path) -> str:
+    return load_model_file(folder / "model.pt")["run_id"]
 
 
 def client_of(folder: Path) -> Client:
     return tracking.open_client(tracking.tracking_uri("", folder))
 
 
-def enter(
-    folder: Path, checkpoint: Path, alias: str | None, run_id: str | None = ""
-) -> tuple[str, str]:
-    return register(
-        checkpoint,
-        run_id=(folder / "run_id").read_text() if run_id == "" else run_id,
-        uri="",
-        folder=folder,
-        model_name="detector",
-        alias=alias,
-        evaluation=Evaluation(METRICS),
-        protocol=PROTOCOL,
-        used=load_config("tiny"),
+def enter(folder: Path, checkpoint: Path, alias: str = "candidate") -> tuple[str, str]:
+    found = register_checkpoint(
+        checkpoint, folder=folder, alias=alias, config=CONFIG, metrics=METRICS, protocol=PROTOCOL
     )
+    return found.name, found.version
 
 
 PASSWORD_URI = "http://alice:s3cret@127.0.0.1:9/?token=t0ken"
@@ -119,7 +113,7 @@ def download(folder: Path, into: Path) -> Path:
 def test_a_version_says_where_it_comes_from(work: Path) -> None:
     client = client_of(work)
     version = client.get_model_version_by_alias("detector", "candidate")
-    assert version.run_id == (work / "run_id").read_text()
+    assert version.run_id == run_of(work)
     expected = {"box_ap": "35.24", "mask_ap": "30.5", "git_revision": "a" * 40, **PROTOCOL.tags()}
     assert expected.items() <= version.tags.items()
     assert client.get_run(version.run_id).info.status == "FINISHED"
@@ -128,18 +122,9 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
 def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_path: Path) -> None:
     with_password(tmp_path / "model.pt")
     changes = ["gate.min_gain=0.5", "evaluate.max_detections=7", "data.val_split=test"]
-    used = load_config("tiny", [*changes, "optim.lr=5"])
-    register(
-        tmp_path / "model.pt",
-        run_id=None,
-        uri="",
-        folder=work,
-        model_name="configured",
-        alias="candidate",
-        evaluation=Evaluation(METRICS),
-        protocol=PROTOCOL,
-        used=used,
-    )
+    used = load_config("tiny", [*changes, "optim.lr=5", "tracking.model_name=configured"])
+    given = {"config": used, "metrics": METRICS, "protocol": PROTOCOL}
+    register_checkpoint(tmp_path / "model.pt", folder=work, alias="candidate", **given)
     artifact = "models:/configured@candidate/config.yaml"
     path = packaged_model.download(tracking.tracking_uri("", work), artifact, tmp_path)
     expected = load_config("tiny", [*changes, "tracking.uri=http://127.0.0.1:9/"])
@@ -189,18 +174,17 @@ def test_nothing_is_pickled_and_the_signature_checks_its_input(work: Path, tmp_p
 
 def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
     client = client_of(work)
-    assert enter(work, work / "model.pt", "candidate") == ("detector", "1")
-    other = make_checkpoint(work / "other.pt", 1)
+    assert enter(work, work / "model.pt") == ("detector", "1")
+    other = make_checkpoint(work / "other.pt", 1, run_of(work))
     assert enter(work, other, "next") == ("detector", "2")
     assert enter(work, other, "again") == ("detector", "2")
-    assert client.get_model_version_by_alias("detector", "candidate").version == 1
-    assert client.get_model_version_by_alias("detector", "again").version == 2
-    assert enter(work, other, None) == ("detector", "2")
+    assert enter(work, work / "model.pt") == ("detector", "1")
     aliases = client.get_registered_model("detector").aliases
-    assert {name: str(number) for name, number in aliases.items()} == {
-        "candidate": "1", "next": "2", "again": "2"
-    }  # fmt: skip
-    assert enter(work, other, "untracked", run_id=None) == ("detector", "3")
+    found = {name: str(number) for name, number in aliases.items()}
+    assert found == {"candidate": "1", "next": "2", "again": "2"}
+    untracked = make_checkpoint(work / "untracked.pt", 1)
+    assert enter(work, untracked, "untracked") == enter(work, untracked) == ("detector", "3")
+    assert enter(work, work / "model.pt") == ("detector", "1")
 
 
 def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:

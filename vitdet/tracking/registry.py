@@ -65,7 +65,9 @@ def register_checkpoint(
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
-    The version becomes `candidate` in any case. The data is read only for the gate.
+    The version becomes `candidate` in any case. The data is read only for the gate. The packaged
+    model is tried before any upload. If the server does not know the run of the training, e.g. of a
+    checkpoint from another machine, the version has no run, but its id in the tag `training_run`.
 
     Args:
         checkpoint: The detector.
@@ -81,7 +83,9 @@ def register_checkpoint(
 
     Raises:
         RejectedError: The gate rejects the candidate, which is registered.
-        ValueError: As `register` raises it.
+        ConnectionError: The server does not respond.
+        ValueError: The packaged model does not answer, the metrics are of another checkpoint, or
+            the gate lacks the data that they were measured on.
     """
     check("the alias", Alias, alias)
     stored = load_model_file(checkpoint)
@@ -109,22 +113,21 @@ def register_checkpoint(
             "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or pass the "
             "config of the evaluation with --config"
         )
-    name = tracking.model_name
-    place: dict[str, Any] = {"uri": tracking.uri, "folder": folder, "model_name": name}
-    _, version = register(
-        checkpoint,
-        run_id=stored["run_id"],
-        alias=CANDIDATE,
-        evaluation=evaluation,
-        protocol=protocol,
-        used=replace(used, gate=gate),
-        plots=plots,
-        **place,
-    )
+    run_id, name = stored["run_id"], tracking.model_name
+    try:
+        client, known_run = connect_run(run_id, tracking.uri, folder)
+    except UnknownRunError as error:
+        log.warning("%s; the version is registered without a run", error)
+        client, known_run = connect(tracking.uri, folder), None
+    used = replace(used, gate=gate)
+    entry = _Entry(client, name, known_run, stored, evaluation, protocol, used, plots)
+    version = entry.register(folder, sha256(checkpoint))
+    client.set_registered_model_alias(name, CANDIDATE, version)
     if not is_gated:
         if alias != CANDIDATE:
-            connect(tracking.uri, folder).set_registered_model_alias(name, alias, version)
+            client.set_registered_model_alias(name, alias, version)
         return Registered(name, version, "")
+    place: dict[str, Any] = {"uri": tracking.uri, "folder": folder, "model_name": name}
     evaluate = champion.evaluation_like(used, stored["class_names"], protocol)
     verdict = champion.judge(
         evaluation, protocol, gate, **place, evaluate=evaluate, version=version
@@ -140,84 +143,13 @@ def register_checkpoint(
     return Registered(name, version, verdict.reason)
 
 
-def register(
-    checkpoint: Path,
-    *,
-    run_id: str | None,
-    uri: str,
-    folder: Path,
-    model_name: str,
-    alias: str | None,
-    evaluation: Evaluation,
-    protocol: Protocol,
-    used: Config,
-    plots: Path | None = None,
-) -> tuple[str, str]:
-    """Register a checkpoint, set the alias, if any, and return (name, version).
-
-    A checkpoint of a run is registered once; a repeated registration moves the alias, and replaces
-    the evaluation, report and model card if the metrics are of known data (see
-    `vitdet.tracking.champion.update_tags`). The packaged model is tried before any upload.
-
-    run_id: of the training run. If the server does not know it, e.g. of a checkpoint from another
-    machine, the version has no run, but this id in the tag `training_run`. evaluation: under
-    `protocol`, with the config `used`, whose gate, data and evaluate settings the version's config
-    contains. plots: the folder of its files. Raises ConnectionError if the server does not respond,
-    ValueError if the packaged model does not answer.
-    """
-    try:
-        client, known_run = connect_run(run_id, uri, folder)
-    except UnknownRunError as error:
-        log.warning("%s; the version is registered without a run", error)
-        client, known_run = connect(uri, folder), None
-    stored, digest = load_model_file(checkpoint), sha256(checkpoint)
-    found = _Registration(client, model_name, known_run, stored, evaluation, protocol, used, plots)
-    version = found.version(digest)
-    with tempfile.TemporaryDirectory(prefix="vitdet-model-") as folder_name:
-        work = Path(folder_name)
-        if version is None:
-            card = found.write_files(work / "files")
-            model_id = found.log_model(folder, work)
-            found.log_metrics(model_id)
-            create(
-                lambda: next(iter(client.search_registered_models(f"name = '{model_name}'")), None),
-                lambda: client.create_registered_model(model_name, description=DESCRIPTION),
-            )
-            tags = {
-                "git_revision": found.revision,
-                "train_fingerprint": (stored.get("fingerprints") or {}).get("train"),
-                "training_run": None if known_run else run_id,
-                "checkpoint_sha256": digest,
-                **protocol.tags(),
-                **tags_of(evaluation.metrics),
-            }
-            version = create(
-                lambda: found.version(digest),
-                lambda: client.create_model_version(
-                    model_name,
-                    f"models:/{model_id}",
-                    known_run,
-                    {key: value for key, value in tags.items() if value},
-                    description=description_of(card),
-                    model_id=model_id,
-                ),
-            )
-        elif champion.update_tags(client, folder, version, evaluation.metrics, protocol):
-            card = found.write_files(work / "files")
-            if model := model_id_of(version):
-                client.log_model_artifacts(model, str(work / "files"))
-                found.log_metrics(model)
-            client.update_model_version(model_name, version.version, description_of(card))
-        elif plots is not None:
-            evaluations.add_matches(client, version, protocol, evaluation.metrics, plots)
-    if alias is not None:
-        client.set_registered_model_alias(model_name, alias, version.version)
-    return model_name, str(version.version)
-
-
 @dataclass(frozen=True)
-class _Registration:
-    """What is registered; see `register`. stored: the content of the checkpoint."""
+class _Entry:
+    """What is registered.
+
+    run_id: of the training run, if the server knows it. stored: the content of the checkpoint.
+    evaluation: under `protocol`, with the config `used` and its files in `plots`.
+    """
 
     client: Client
     model_name: str
@@ -233,6 +165,58 @@ class _Registration:
         if self.run_id is None:
             return ""
         return self.client.get_run(self.run_id).data.tags.get("git_revision", "")
+
+    def register(self, folder: Path, digest: str) -> str:
+        """Register the checkpoint with this digest; return the version.
+
+        A checkpoint of a run is registered once; a repeated registration replaces the evaluation,
+        report and model card if the metrics are of known data, see `champion.update_tags`.
+        """
+        client, name, metrics = self.client, self.model_name, self.evaluation.metrics
+        version = self.version(digest)
+        with tempfile.TemporaryDirectory(prefix="vitdet-model-") as work:
+            files = Path(work) / "files"
+            if version is None:
+                return str(self.add(folder, digest, Path(work)).version)
+            if champion.update_tags(client, folder, version, metrics, self.protocol):
+                card = self.write_files(files)
+                if model := model_id_of(version):
+                    client.log_model_artifacts(model, str(files))
+                    self.log_metrics(model)
+                client.update_model_version(name, version.version, description_of(card))
+            elif self.plots is not None:
+                evaluations.add_matches(client, version, self.protocol, metrics, self.plots)
+        return str(version.version)
+
+    def add(self, folder: Path, digest: str, work: Path) -> ModelVersion:
+        """Create a version; its files are written to `work`."""
+        client, name, run_id = self.client, self.model_name, self.stored["run_id"]
+        card = self.write_files(work / "files")
+        model_id = self.log_model(folder, work)
+        self.log_metrics(model_id)
+        create(
+            lambda: next(iter(client.search_registered_models(f"name = '{name}'")), None),
+            lambda: client.create_registered_model(name, description=DESCRIPTION),
+        )
+        tags = {
+            "git_revision": self.revision,
+            "train_fingerprint": (self.stored.get("fingerprints") or {}).get("train"),
+            "training_run": None if self.run_id else run_id,
+            "checkpoint_sha256": digest,
+            **self.protocol.tags(),
+            **tags_of(self.evaluation.metrics),
+        }
+        return create(
+            lambda: self.version(digest),
+            lambda: client.create_model_version(
+                name,
+                f"models:/{model_id}",
+                self.run_id,
+                {key: value for key, value in tags.items() if value},
+                description=description_of(card),
+                model_id=model_id,
+            ),
+        )
 
     def version(self, digest: str) -> ModelVersion | None:
         """Return the version of the run with this checkpoint, if it is registered."""
