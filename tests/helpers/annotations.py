@@ -265,9 +265,8 @@ def _like(key: str | int, value: object) -> st.SearchStrategy:
 @st.composite
 def files(draw: st.DrawFn, sound: dict | list) -> bytes:
     """A file that was JSON of the content: values changed, keys written twice, bytes cut and spliced, recoded."""
-    change = draw(
-        st.sampled_from(["values"] * 12 + ["twice", "bytes", "bytes", "code", "anything"])
-    )
+    kinds = ["values"] * 12 + ["twice", "bytes", "bytes", "code", "anything"]
+    change = draw(st.sampled_from(kinds))
     content = draw(JSON if change == "anything" else mutated(sound))
     text = json.dumps(content)
     if change == "twice" and isinstance(content, dict) and content:

@@ -18,12 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 FAR = "meta"
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}
-INDEXING = {
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+INDEXING.add(aten._index_put_impl_.default)
 
 
 class FarTensor(Tensor):
@@ -31,9 +27,8 @@ class FarTensor(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor) -> FarTensor:
-        return Tensor._make_wrapper_subclass(
-            cls, near.shape, strides=near.stride(), dtype=near.dtype, device=FAR
-        )
+        given = {"strides": near.stride(), "dtype": near.dtype, "device": FAR}
+        return Tensor._make_wrapper_subclass(cls, near.shape, **given)
 
     def __init__(self, near: Tensor) -> None:
         self.near = near
@@ -54,32 +49,24 @@ def run(function: Callable, args: tuple, kwargs: dict) -> object:
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     far = [tensor for tensor in tensors if isinstance(tensor, FarTensor)]
     near = [tensor for tensor in tensors if not isinstance(tensor, FarTensor) and tensor.dim()]
-    if (
-        far
-        and near
-        and function not in MOVES
-        and not (function in INDEXING and isinstance(args[0], FarTensor))
-    ):
+    indexes = function in INDEXING and isinstance(args[0], FarTensor)
+    if far and near and function not in MOVES and not indexes:
         raise RuntimeError(
             f"{function}: operands {[tuple(one.shape) for one in near]} on the CPU, "
             f"{[tuple(one.shape) for one in far]} far away"
         )
-    stays_far = is_far(kwargs["device"]) if kwargs.get("device") is not None else bool(far)
+    stays_far, inner = bool(far), kwargs
+    if kwargs.get("device") is not None:
+        stays_far, inner = is_far(kwargs["device"]), {**kwargs, "device": torch.device("cpu")}
     if function is aten._local_scalar_dense.default:
         stays_far = False
-    inner = (
-        {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
-    )
-    inside = [
-        tree_map(lambda one: one.near if isinstance(one, FarTensor) else one, part)
-        for part in (args, inner)
-    ]
-    found = function(*inside[0], **inside[1])
+    near_of = lambda one: one.near if isinstance(one, FarTensor) else one  # noqa: E731
+    positional, named = tree_map(near_of, (args, inner))
+    found = function(*positional, **named)
     if function._schema.name.endswith("_") and found is not None:
         return args[0]  # in place
-    return tree_map(
-        lambda one: FarTensor(one) if stays_far and isinstance(one, Tensor) else one, found
-    )
+    to_far = lambda one: FarTensor(one) if isinstance(one, Tensor) else one  # noqa: E731
+    return tree_map(to_far, found) if stays_far else found
 
 
 class Dispatch(TorchDispatchMode):
@@ -100,11 +87,8 @@ class Literals(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is torch.tensor:
             device = kwargs.pop("device", None)
-            return (
-                FarTensor(torch.tensor(*args, **kwargs))
-                if is_far(device)
-                else function(*args, **kwargs)
-            )
+            found = function(*args, **kwargs)
+            return FarTensor(found) if is_far(device) else found
         if function is Tensor.new_tensor and isinstance(args[0], FarTensor):
             return FarTensor(torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}))
         if function is Tensor.tolist and isinstance(args[0], FarTensor):
@@ -123,9 +107,9 @@ def send(module: nn.Module) -> nn.Module:
     """The module with all of its tensors far away."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            part._parameters[name] = (
-                nn.Parameter(FarTensor(parameter.data)) if parameter is not None else None
-            )
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(FarTensor(parameter.data))
         for name, buffer in part._buffers.items():
-            part._buffers[name] = FarTensor(buffer) if buffer is not None else None
+            if buffer is not None:
+                part._buffers[name] = FarTensor(buffer)
     return module

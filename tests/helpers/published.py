@@ -61,6 +61,5 @@ def draw(shape: list[int], generator: torch.Generator) -> Tensor:
     if len(shape) == 0:
         return torch.tensor(7)
     positions = len(shape) == 3 or len(shape) == 2 and shape[0] < 128
-    return torch.randn(shape if len(shape) == 1 or positions else (), generator=generator).expand(
-        shape
-    )
+    drawn = torch.randn(shape if len(shape) == 1 or positions else (), generator=generator)
+    return drawn.expand(shape)

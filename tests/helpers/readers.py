@@ -42,10 +42,8 @@ def judged(data: DataConfig, content: bytes) -> Report:
     "\n".join(report.lines()).encode()
     page(root)
     kinds = {finding.kind for finding in report.errors}
-    split, truth = (
-        outcome(path, lambda: read_split(data, "val")),
-        outcome(path, lambda: read_truth(path, lvis)),
-    )
+    split = outcome(path, lambda: read_split(data, "val"))
+    truth = outcome(path, lambda: read_truth(path, lvis))
     if not kinds:
         assert not isinstance(split, Exception) and not isinstance(truth, Exception), (split, truth)
         training = TrainData(split, data, seed=0)
@@ -54,11 +52,8 @@ def judged(data: DataConfig, content: bytes) -> Report:
             assert np.isfinite(target.boxes.numpy()).all() and len(target.labels) == len(
                 target.boxes
             )
-        assert (
-            ValData(split.records, 64, antialias=True)
-            .__getitems__(range(len(split.records)))
-            .image_ids
-        )
+        batch = ValData(split.records, 64, antialias=True).__getitems__(range(len(split.records)))
+        assert batch.image_ids
         figures = evaluate_results(perfect(root, truth), path, data.dataset)
         assert all(0 <= value <= 100 + 1e-9 for value in figures.values())
     elif kinds <= FILES:

@@ -78,10 +78,9 @@ def images(count, seed=1):
 
 def rectangle(x0, y0, x1, y1):
     """The outline of a box as directed edges (4, 4)."""
-    return torch.tensor(
-        [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]],
-        dtype=torch.float32,
-    )
+    corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+    edges = [start + end for start, end in zip(corners, corners[1:] + corners[:1], strict=True)]
+    return torch.tensor(edges, dtype=torch.float32)
 
 
 def target(boxes, labels):

@@ -90,11 +90,8 @@ def file(
             if start >= len(content):
                 return status(416)(to)
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        headers |= (
-            {"Content_Length": len(content) - start + surplus}
-            if length
-            else {"Connection": "close"}
-        )
+        whole = {"Content_Length": len(content) - start + surplus}
+        headers |= whole if length else {"Connection": "close"}
         to.begin(206 if "Content_Range" in headers else 200, **headers)
         to.body(content[start:][:cut])
         if stall:
@@ -127,9 +124,7 @@ def changed(content: bytes, then: Answer) -> Answer:
 def serve() -> Iterator[Web]:
     """A running server."""
     with Web() as web:
-        thread = threading.Thread(
-            target=web.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        )
+        thread = threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield web
         web.resting.set()

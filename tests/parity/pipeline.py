@@ -1,4 +1,4 @@
-"""The test-time pipeline of ViTAE-Transformer/ViTDet (mmdet, OpenCV): resize, RGB, normalisation, padding."""
+"""The test-time pipeline of ViTAE-Transformer/ViTDet (mmdet, OpenCV): resize, RGB, normalization, padding."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.parity.report import Report
 from vitdet.data.transforms import resize_and_pad
 from vitdet.models.detector import Detector
 
-GREY_LEVEL = 1 / 57  # of one channel, normalised
+GRAY_LEVEL = 1 / 57  # of one channel, normalized
 
 
 def compute(folder: Path) -> dict[str, np.ndarray]:
-    """{tag/out: normalised canvas (3, S, S), tag/img_shape, tag/scale_factor} of each tag's image."""
+    """{tag/out: normalized canvas (3, S, S), tag/img_shape, tag/scale_factor} of each tag's image."""
     config = json.loads((folder / "config.json").read_text())
     inputs = load(folder / "io.npz", lambda name: name.endswith("/bgr"))
     parts = Detector(
@@ -47,7 +47,7 @@ def compare(folder: Path, found: dict[str, np.ndarray], report: Report) -> None:
     config = json.loads((folder / "config.json").read_text())
     for tag, values in config.items():
         stored |= {f"{tag}/{key}": np.array(value) for key, value in values.items()}
-    tolerances = {"out": GREY_LEVEL, "scale_factor": 1e-6}
+    tolerances = {"out": GRAY_LEVEL, "scale_factor": 1e-6}
     for name in stored:
         if name.endswith("/bgr"):
             report.skip(f"pipeline.{name}", "an input: it shows in what is made of it")

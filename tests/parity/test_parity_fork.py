@@ -153,7 +153,7 @@ def norms(detector):
 
 
 def test_the_settings_of_the_recipe_build_the_golden_detector():
-    """Layers, epsilons, assignment, clamps and normaliser."""
+    """Layers, epsilons, assignment, clamps and normalizer."""
     model = load_config("mask_rcnn_vit_b_coco").model
     small = replace(
         model,

@@ -35,11 +35,11 @@ def config():
     return read(GOLDEN / "config.json")
 
 
-def test_the_case_holds_to_the_grey_level(capsys):
+def test_the_case_holds_to_the_gray_level(capsys):
     assert parity.main([str(GOLDEN)]) == 0
     lines = capsys.readouterr().out.splitlines()
     errors = [float(line.split()[3]) for line in lines if "/out: error" in line]
-    assert len(errors) == 3 and max(errors) < 1e-5  # OpenCV's very grey levels
+    assert len(errors) == 3 and max(errors) < 1e-5  # OpenCV's very gray levels
 
 
 def test_the_shared_case_holds():

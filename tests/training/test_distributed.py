@@ -103,7 +103,7 @@ def tracked(folder: Path) -> tuple[MlflowClient, Run]:
 
 
 def killed_alone(tiny: Path, folder: Path) -> None:
-    """folder/run: a training that got SIGTERM, was started again, got SIGKILL, and was started again."""
+    """folder/run: a run that got SIGTERM, was started again, got SIGKILL, and was started again."""
     words = ["train", "tiny", *options(minimal(tiny)), "--output", "run"]
     first = random.randrange(1, STEPS - 3)
     process = start(words, folder)
@@ -121,7 +121,7 @@ def killed_alone(tiny: Path, folder: Path) -> None:
 
 
 def killed_pair(tiny: Path, folder: Path) -> None:
-    """folder/run: a training under torchrun with two processes, all of which got SIGKILL, and started again."""
+    """folder/run: a run under torchrun with two processes, all of which got SIGKILL, and started again."""
     words = ["train", "tiny", *options(minimal(tiny, **TOGETHER)), "--output", "run"]
     process = start(words, folder, processes=2)
     at = random.randrange(1, STEPS)

@@ -1,4 +1,4 @@
-"""The precision of a training, for simulated GPUs."""
+"""The precision of training, for simulated GPUs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """SIGKILL at random times: equal weights, each value once in MLflow, no open runs.
 
-`python -m tests.training.test_random_kills --kills 30` does it for longer than the suite: 30 trainings, each killed once, with one
+`python -m tests.training.test_random_kills --kills 30` does it for longer than the suite: 30 runs, each killed once, with one
 process and 30 with two.
 """
 

@@ -26,7 +26,7 @@ CONSTANT = {"optim__milestones": "[]", "train__keep": 9}
 
 @pytest.fixture(scope="module")
 def stopped_at_7(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that was stopped at step 7; not to be changed."""
+    """The folder of a run that was stopped at step 7; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped")
     stop_at(7, tiny, folder)
     return folder
@@ -40,7 +40,7 @@ def stopped(stopped_at_7: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def constant(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole training of constant rate with all its states; not to be changed."""
+    """The folder of a whole run of constant rate with all its states; not to be changed."""
     folder = tmp_path_factory.mktemp("constant")
     go(tiny, folder, **CONSTANT)
     return folder

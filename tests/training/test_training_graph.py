@@ -1,4 +1,4 @@
-"""Steps of a training that cannot be recorded as a CUDA graph: which, for how long, and what the log says."""
+"""Training steps that cannot be recorded as a CUDA graph: which, for how long, and what the log says."""
 
 from __future__ import annotations
 
