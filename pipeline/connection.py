@@ -3,7 +3,7 @@
 Requests are sent with kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
 itself is not used: its constructor requests /healthz without a timeout, then again every 5 s with a
 traceback each, reads cookies from ~/.config/kfp and, depending on an environment variable, prompts.
-It waits forever on a server that stalls and on a cancelled run, does not retry after a 5xx, and
+It waits forever on a server that stalls and on a canceled run, does not retry after a 5xx, and
 prints an error's headers including cookies; its `enable_caching=False` does not apply to steps
 inside an ExitHandler, a loop or a condition, i.e. to no step of this pipeline.
 

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import yaml
 
+from components.launcher import templates
 from components.launcher.schema import GPU, validate
+from components.launcher.status import expected_pods
 
-KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
+KINDS = {kind.name: word for word, kind in templates.KINDS.items()}  # PyTorchJob -> pytorchjob
 KUEUE = "kueue.x-k8s.io/"
 
 
@@ -62,11 +64,7 @@ class Shape(NamedTuple):
 def job_shape(jobs: str) -> Shape:
     """Return the shape of the job in the result of `training_jobs`; of two, the PyTorchJob's."""
     job = documents_of(jobs)[0]
-    spec, kind = job["spec"], KINDS[job["kind"]]
-    replicas = spec.get("pytorchReplicaSpecs")
-    if replicas:
-        return Shape(sum(one.get("replicas", 1) for one in replicas.values()), kind)
-    return Shape((spec.get("trainer") or {}).get("numNodes", 1), kind)
+    return Shape(expected_pods(job), KINDS[job["kind"]])
 
 
 def documents_of(text: str) -> list[dict]:

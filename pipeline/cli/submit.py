@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from components.launcher.templates import KINDS
 from pipeline.cli.arguments import (
     add_experiment,
     add_parallel,
@@ -66,7 +67,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     )
     cluster.add_argument(
         "--job-kind",
-        choices=("pytorchjob", "trainjob"),
+        choices=KINDS,
         help="kind of training job (default: the job's; of two, pytorchjob)",
     )
     cluster.add_argument(

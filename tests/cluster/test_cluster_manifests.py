@@ -16,20 +16,14 @@ from tests.helpers.manifests import needs_kubectl
 
 pytestmark = [*on_cluster, needs_kubectl]
 # Kinds that only their own cloud or add-on defines; tests/cluster/test_manifests.py has their schemas.
-UNKNOWN = {
-    "ComputeClass",
-    "NodePool",
-    "EC2NodeClass",
-    "ClusterQueue",
-    "LocalQueue",
-    "ResourceFlavor",
-    "WorkloadPriorityClass",
-    "VirtualService",
-}
+UNKNOWN = set(
+    "ComputeClass NodePool EC2NodeClass ClusterQueue LocalQueue ResourceFlavor "
+    "WorkloadPriorityClass VirtualService".split()
+)
 
 
 def moved(documents: list[dict], namespace: str) -> list[dict]:
-    """The same in another namespace; cluster-wide objects under another name, so that nobody's are touched."""
+    """The same in another namespace; cluster-wide objects under another name."""
     text = yaml.safe_dump_all(document for document in documents if document["kind"] not in UNKNOWN)
     found = list(yaml.safe_load_all(text))
     for document in found:
@@ -77,20 +71,9 @@ def test_a_server_refuses_a_typo(namespace: str) -> None:
 
 def may(account: str, namespace: str, verb: str, resource: str, name: str = "") -> bool:
     resource = f"{resource}/{name}" if name else resource
-    done = subprocess.run(
-        [
-            "kubectl",
-            "auth",
-            "can-i",
-            verb,
-            *resource.split(" "),
-            "--namespace",
-            namespace,
-            f"--as=system:serviceaccount:{namespace}:{account}",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    who = f"system:serviceaccount:{namespace}:{account}"
+    words = f"kubectl auth can-i {verb} {resource} --namespace {namespace} --as={who}"
+    done = subprocess.run(words.split(), capture_output=True, text=True)
     assert done.stdout.strip() in ("yes", "no"), done.stderr
     return done.stdout.strip() == "yes"
 

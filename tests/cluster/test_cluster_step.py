@@ -26,15 +26,9 @@ from vitdet.checkpoint import load_model_file
 
 pytestmark = on_cluster
 RUN, OTHER = "0b1c2d3e-1f3e-4b7e-9b1b-0d6c35f7a001", "9a8b7c6d-1f3e-4b7e-9b1b-0d6c35f7a001"
-AFFINITY = {
-    "nodeAffinity": {
-        "requiredDuringSchedulingIgnoredDuringExecution": {
-            "nodeSelectorTerms": [
-                {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}
-            ]
-        }
-    }
-}
+ZONE = {"key": "zone", "operator": "In", "values": ["a"]}
+REQUIRED = {"nodeSelectorTerms": [{"matchExpressions": [ZONE]}]}
+AFFINITY = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": REQUIRED}}
 SPOT = {
     "key": "spot",
     "operator": "Equal",
@@ -94,16 +88,11 @@ class Step:
         """Runs it; the file that it gives to the next step."""
 
         def artifact(kind: str, path: str) -> dict:
-            return {
-                "artifacts": [
-                    {"name": kind, "type": {"schemaTitle": f"system.{kind}"}, "uri": path}
-                ]
-            }
+            schema = {"schemaTitle": f"system.{kind}"}
+            return {"artifacts": [{"name": kind, "type": schema, "uri": path}]}
 
-        checkpoint, jobs = (
-            self.out / file,
-            "---\n".join(template(kind) for kind in ("pytorchjob", "trainjob")),
-        )
+        checkpoint = self.out / file
+        jobs = "---\n".join(template(kind) for kind in ("pytorchjob", "trainjob"))
         values = {
             "name": self.name,
             "data": self.data,
@@ -116,19 +105,13 @@ class Step:
             "image": "vitdet:1",
             "task_config": given(self.workspace),
         }
-        Executor(
-            {
-                "inputs": {
-                    "parameterValues": values,
-                    "artifacts": {"settings": artifact("Artifact", self.settings)},
-                },
-                "outputs": {
-                    "artifacts": {"checkpoint": artifact("Model", str(checkpoint))},
-                    "outputFile": str(self.out / "output.json"),
-                },
-            },
-            train_job,
-        ).execute()
+        inputs = {"settings": artifact("Artifact", self.settings)}
+        outputs = {"checkpoint": artifact("Model", str(checkpoint))}
+        request = {
+            "inputs": {"parameterValues": values, "artifacts": inputs},
+            "outputs": {"artifacts": outputs, "outputFile": str(self.out / "output.json")},
+        }
+        Executor(request, train_job).execute()
         return checkpoint
 
 
@@ -157,11 +140,8 @@ def check_carried(pod: dict, workspace: str) -> None:
     claimed = [one["name"] for one in spec["volumes"] if "persistentVolumeClaim" in one]
     mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
     assert len(claimed) == 1  # of two volumes of one claim the second is never mounted
-    assert (mounts["/data"], mounts[workspace], mounts["/scratch"]) == (
-        claimed[0],
-        claimed[0],
-        "scratch",
-    )
+    found = (mounts["/data"], mounts[workspace], mounts["/scratch"])
+    assert found == (claimed[0], claimed[0], "scratch")
     assert {"/tmp", "/dev/shm"} < set(mounts)
     assert container["image"] == "vitdet:1" and container["resources"]["limits"]["memory"] != "4Gi"
 

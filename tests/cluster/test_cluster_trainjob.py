@@ -99,14 +99,11 @@ def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(live: Scene
         launch(live, "failing", failing)
     head, *tail = str(raised.value).split("\n  ")
     name = job_name(PIPELINE_RUN, "failing")
-    assert (
-        f"{name} failed: jobset failed due to reaching max number of restarts (first failed job: {name}-node-0"
-        in (head)
+    text = (
+        f"{name} failed: jobset failed due to reaching max number of restarts (first failed job: "
     )
-    assert (
-        f"cause: pod {name}-node-0-1-" in head
-        and f"on node {live.node.name}: Error, exit code 3" in head
-    )
+    assert f"{text}{name}-node-0" in head and f"cause: pod {name}-node-0-1-" in head
+    assert f"on node {live.node.name}: Error, exit code 3" in head
     assert tail == [str(number) for number in range(71, 101)]
     pods = [key for key in live.node.containers if key.startswith(f"{name}-node-0-1-")]
     assert len(pods) == 2  # the runtime's one restart made all anew

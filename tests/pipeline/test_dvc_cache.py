@@ -25,20 +25,17 @@ from vitdet.tracking.tracker import Tracker
 pytestmark = pytest.mark.slow
 
 HELD = (
-    "work/data",
-    "work/train",
-    "work/pictures",
-    "work/plots",
-    "work/weights",
-    "work/config.yaml",
-    "work/metrics.json",
-    "work/registered.json",
-    "work/tensors.safetensors",
-    "drawn",
-    "yolo",
-    "data/coco/annotations",
-    "data/coco/manifest.json",
-)
+    "work/data work/train work/pictures work/plots work/weights work/config.yaml work/metrics.json "
+    "work/registered.json work/tensors.safetensors drawn yolo data/coco/annotations "
+    "data/coco/manifest.json"
+).split()
+# files that are only there to be replaced
+RESULTS = (
+    "work/plots/results.json work/plots/curve.json work/plots/classes.json "
+    "work/plots/thresholds.json work/plots/matches.npz work/plots/report.html work/config.yaml "
+    "work/metrics.json work/registered.json work/weights/mae_vit_tiny.safetensors "
+    "drawn/000000500001.jpg drawn/detections.json"
+).split()
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -79,33 +76,11 @@ def space(
     Path("data/coco/train2017").symlink_to(tmp_path / "another disk")
     shutil.copytree(min((trained / "pictures").iterdir()), "work/pictures")
     result = {"image_id": 500001, "category_id": 1, "score": 0.5, "bbox": [0, 0, 9, 9]}
-    for name in (
-        "work/plots/results.json",
-        "work/plots/curve.json",
-        "work/plots/classes.json",
-        "work/plots/thresholds.json",
-        "work/plots/matches.npz",
-        "work/plots/report.html",
-        "work/config.yaml",
-        "work/metrics.json",
-        "work/registered.json",
-        "work/weights/mae_vit_tiny.safetensors",
-        "drawn/000000500001.jpg",
-        "drawn/detections.json",
-    ):
+    for name in RESULTS:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(json.dumps([result]) + "\n" * len(name))
-    assert (
-        vitdet(
-            "weights",
-            "convert",
-            "work/train/model.pt",
-            "work/tensors.safetensors",
-            "--format",
-            "vitdet",
-        )[0]
-        == 0
-    )
+    words = "weights convert work/train/model.pt work/tensors.safetensors --format vitdet"
+    assert vitdet(*words.split())[0] == 0
     return tmp_path
 
 
@@ -113,69 +88,33 @@ def making(root: Path) -> list[list[object]]:
     """The verbs that make again what DVC holds of them."""
     changes = options(minimal(root, train__init="mae_vit_tiny"))
     picture = min((root / "val").iterdir())
-    return [
-        ["config", "tiny", *changes, "--output", "work/config.yaml"],
-        ["weights", "fetch", "work/config.yaml", "--output", "work/weights"],
-        [
-            "evaluate",
-            "work/train/model.pt",
-            "--config",
-            "work/config.yaml",
-            "--output",
-            "work/metrics.json",
-            "--pictures",
-            "work/pictures",
-            "--plots",
-            "work/plots",
-        ],
-        [
-            "register",
-            "work/train/model.pt",
-            "--config",
-            "work/config.yaml",
-            "--metrics",
-            "work/metrics.json",
-            "--output",
-            "work/registered.json",
-        ],
-        [
-            "weights",
-            "convert",
-            "work/train/model.pt",
-            "work/tensors.safetensors",
-            "--format",
-            "vitdet",
-        ],
-        ["predict", "work/train/model.pt", picture, "--threshold", "0", "--output", "drawn"],
-    ]
+    settings = "work/train/model.pt --config work/config.yaml"
+    commands = (
+        "weights fetch work/config.yaml --output work/weights",
+        f"evaluate {settings} --output work/metrics.json --pictures work/pictures "
+        "--plots work/plots",
+        f"register {settings} --metrics work/metrics.json --output work/registered.json",
+        "weights convert work/train/model.pt work/tensors.safetensors --format vitdet",
+        f"predict work/train/model.pt {picture} --threshold 0 --output drawn",
+    )
+    first = ["config", "tiny", *changes, "--output", "work/config.yaml"]
+    return [first, *(one.split() for one in commands)]
 
 
 def reading(root: Path) -> list[list[object]]:
     """The verbs that read it and write elsewhere, or find that there is nothing to do."""
     few = options(minimal(root, optim__steps=1, train__init="work/train/model.pt"))
-    return [
-        ["data", "check", root, "--images"],
-        ["data", "report", root, "--output", "page.html", "--images"],
-        ["data", "tiny", root, "--train", "12", "--val", "4"],
-        ["data", "coco", "data/coco", "--from", "archives"],
-        ["data", "convert", "yolo", "converted"],
-        ["train", "tiny", *few, "--output", "runs/tuned"],
-        [
-            "evaluate",
-            "--results",
-            "work/plots/results.json",
-            "--annotations",
-            root / "annotations" / "instances_val.json",
-        ],
-        [
-            "weights",
-            "convert",
-            "work/tensors.safetensors",
-            "tensors.safetensors",
-            "--format",
-            "vitdet",
-        ],
-    ]
+    commands = (
+        f"data check {root} --images",
+        f"data report {root} --output page.html --images",
+        f"data tiny {root} --train 12 --val 4",
+        "data coco data/coco --from archives",
+        "data convert yolo converted",
+        "evaluate --results work/plots/results.json "
+        f"--annotations {root}/annotations/instances_val.json",
+        "weights convert work/tensors.safetensors tensors.safetensors --format vitdet",
+    )
+    return [["train", "tiny", *few, "--output", "runs/tuned"], *(one.split() for one in commands)]
 
 
 def cache() -> dict[str, tuple[str, int, int]]:
@@ -214,11 +153,8 @@ def test_no_verb_writes_into_a_cache_that_the_workspace_is_linked_to(
         for one in (Path(name).rglob("*") if Path(name).is_dir() else [Path(name)])
         if one.is_file() and one.stat().st_size
     ]
-    assert (
-        len(files) > 50
-        and all(map(is_link, files))
-        and {mode & 0o777 for _, mode, _ in before.values()} == {0o444}
-    )
+    assert len(files) > 50 and all(map(is_link, files))
+    assert {mode & 0o777 for _, mode, _ in before.values()} == {0o444}
 
     for words in reading(root):
         code, out, said = vitdet(*words)

@@ -60,6 +60,12 @@ def documents(compiled: Path) -> tuple[dict, dict]:
     return specification, platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
+def tasks_of(specification: dict) -> list[tuple[str, dict]]:
+    """The tasks of all groups, with their names."""
+    groups = [specification["root"], *specification["components"].values()]
+    return [task for one in groups for task in one.get("dag", {}).get("tasks", {}).items()]
+
+
 def test_it_compiles_to_the_golden_file(compiled: Path) -> None:
     assert compiled.read_text() == (GOLDEN / "pipeline.yaml").read_text(), (
         "if the change is meant: see the docstring"
@@ -177,23 +183,15 @@ def test_nothing_is_installed_and_every_step_has_what_it_needs(
     with_gpu = [
         name for name, one in executors.items() if "accelerator" in one["container"]["resources"]
     ]
-    assert (
-        with_gpu
-        == ["exec-evaluate", "exec-evaluate-champion"]
-        == [name for name, needs in kubernetes.items() if "tolerations" in needs]
-    )
+    assert with_gpu == ["exec-evaluate", "exec-evaluate-champion"]
+    assert with_gpu == [name for name, needs in kubernetes.items() if "tolerations" in needs]
     for name in with_gpu:
         assert kubernetes[name]["nodeSelector"] == {"labels": {"vitdet/pool": "gpu-train"}}
 
 
 def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dict, dict]) -> None:
     specification, _ = documents
-    groups = [specification["root"], *specification["components"].values()]
-    tasks = {
-        name: task
-        for group in groups
-        for name, task in group.get("dag", {}).get("tasks", {}).items()
-    }
+    tasks = dict(tasks_of(specification))
     steps = {name: task for name, task in tasks.items() if not re.search(r"-\d+$", name)}
     cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
     assert cached == {"configs", "train-job"}
@@ -211,13 +209,8 @@ def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dic
 def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, dict]) -> None:
     """Argo counts from the first try's start: with less than a training takes, a launcher lost later is given up."""
     specification, _ = documents
-    groups = [specification["root"], *specification["components"].values()]
-    policies = [
-        task["retryPolicy"]
-        for group in groups
-        for task in group.get("dag", {}).get("tasks", {}).values()
-        if "retryPolicy" in task
-    ]
+    tasks = [task for _, task in tasks_of(specification)]
+    policies = [task["retryPolicy"] for task in tasks if "retryPolicy" in task]
     job = yaml.safe_load((ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text())
     longest = job["spec"]["runPolicy"]["activeDeadlineSeconds"]
     assert longest >= 1209600 and len(policies) == 10
@@ -254,8 +247,7 @@ def test_trainings_wait_for_one_another_as_asked(
     documents: tuple[dict, dict], tmp_path: Path
 ) -> None:
     def limits(pipeline: dict) -> list[int]:
-        groups = [pipeline["root"], *pipeline["components"].values()]
-        tasks = [t for one in groups for t in one.get("dag", {}).get("tasks", {}).values()]
+        tasks = [task for _, task in tasks_of(pipeline)]
         return [t["iteratorPolicy"]["parallelismLimit"] for t in tasks if "parameterIterator" in t]
 
     assert limits(documents[0]) == [1]

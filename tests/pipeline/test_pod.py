@@ -119,27 +119,22 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     asked = json.loads((tmp_path / "asked.json").read_text())
     config = asked.pop("task_config")
+    same = ("nodes", "pool", "image", "name")
     assert asked == {
+        **{key: VALUES[key] for key in same},
         "template": "backoffLimit: 4",
         "kind": "trainjob",
         "run_id": "run",
-        "name": "tiny",
-        "nodes": 2,
         "args": ["train", "tiny", "run"],
-        "pool": "p",
-        "image": "i:1",
         "workspace": "/data",
         "finished": False,
         "check_processes": "tiny on 2",
         "keep_logs": "/data/tiny/files",
     }
-    assert config == {
-        "node_selector": {"a": "b"},
-        "tolerations": [{"key": "k"}],
-        "volume_mounts": [{"name": "v"}],
-        "volumes": [{"name": "v"}],
-        "env": [{"name": "E"}],
-        "affinity": None,
-        "resources": None,
+    given = VALUES["task_config"]
+    renamed = {"node_selector": "nodeSelector", "volume_mounts": "volumeMounts"}
+    passed = {
+        key: given[renamed.get(key, key)] for key in config.keys() - {"affinity", "resources"}
     }
+    assert len(passed) == 5 and config == {**passed, "affinity": None, "resources": None}
     assert (tmp_path / "checkpoint").read_text() == "model"

@@ -315,8 +315,8 @@ def test_a_wrong_word_is_refused_by_the_command_line(
 
 
 def test_a_pipeline_with_other_parameters_is_refused(package: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the pipeline has no parameter colour"):
-        load_package(package, {"recipes": [], "overrides": [], "colour": "red"}, True)
+    with pytest.raises(ValueError, match="the pipeline has no parameter color"):
+        load_package(package, {"recipes": [], "overrides": [], "color": "red"}, True)
     with pytest.raises(ValueError, match="the pipeline also needs overrides, recipes"):
         load_package(package, {}, True)
 

@@ -124,12 +124,7 @@ def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
     kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
 ) -> None:
     pipeline("submit", "tiny")
-    kubeflow.states = [
-        {"state": state},
-        {"state": "CANCELING"},
-        {"state": "CANCELING"},
-        {"state": "CANCELED"},
-    ]
+    kubeflow.states = [{"state": one} for one in (state, "CANCELING", "CANCELING", "CANCELED")]
     cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
     assert (code, said) == (0, "")
@@ -172,17 +167,16 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
     cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
     code, out, said = pipeline("terminate", RUN, "--retries", 0)
-    assert (
-        code == 1
-        and out.splitlines()[-2:] == ["deleted vitdet-2, made since", KEPT]
-        and len(cluster.asked) == 2
+    assert (code, out.splitlines()[-2:]) == (1, ["deleted vitdet-2, made since", KEPT])
+    assert len(cluster.asked) == 2
+    cause = "it is unknown whether the run has ended ("
+    if status == 503:
+        cause = "the run is still ending"
+    last = said.splitlines()[-1]
+    assert last.startswith(f"pipeline: {cause}")
+    assert last.endswith(
+        f"to delete training jobs created later: `python -m pipeline terminate {RUN}`"
     )
-    cause = (
-        "the run is still ending" if status == 503 else "it is unknown whether the run has ended ("
-    )
-    assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[
-        -1
-    ].endswith(f"; to delete training jobs created later: `python -m pipeline terminate {RUN}`")
 
 
 def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
