@@ -14,7 +14,8 @@ from vitdet.data.check import check
 
 Run = Callable[..., tuple[int, str, str]]
 BOX = [10.0, 10.0, 30.0, 30.0]
-DIAMOND = [65.5, 20.0, 81.0, 35.5, 65.5, 51.0, 50.0, 35.5]
+POINTS = [(65.5, 20.0), (81.0, 35.5), (65.5, 51.0), (50.0, 35.5)]
+DIAMOND = [value for point in POINTS for value in point]
 WIDTH, HEIGHT = 96, 64
 
 
@@ -31,36 +32,26 @@ def images(folder: Path, *names: str) -> None:
         )
 
 
-def coco(*names: str, prefix: str = "", root: bool = False, first: int = 1) -> dict:
-    """Categories 1 and 2, or as Roboflow has them with a root 0; first: the id of the first image."""
-    annotations = []
-    for number in range(first, first + len(names)):
-        common = {"image_id": number, "iscrowd": 0}
-        annotations += [
-            {"id": 2 * number, "category_id": 1, "bbox": BOX, "area": 900, "segmentation": []}
-            | common,
-            {
-                "id": 2 * number + 1,
-                "category_id": 2,
-                "bbox": [50.0, 20.0, 31.0, 31.0],
-                "area": 1,
-                "segmentation": [DIAMOND],
-            }
-            | common,
-        ]
-    parents = [{"id": 0, "name": "things", "supercategory": "none"}] if root else []
-    return {
-        "categories": parents
-        + [
-            {"id": 1, "name": "box", "supercategory": "things"},
-            {"id": 2, "name": "ball", "supercategory": "things"},
-        ],
-        "images": [
-            {"id": number, "file_name": f"{prefix}{name}.jpg", "width": WIDTH, "height": HEIGHT}
-            for number, name in enumerate(names, first)
-        ],
-        "annotations": annotations,
-    }
+def coco(*names: str, prefix: str = "", root: bool = False) -> dict:
+    """Categories 1 and 2, or as Roboflow has them with a root 0."""
+    ball = {"category_id": 2, "bbox": [50.0, 20.0, 31.0, 31.0], "segmentation": [DIAMOND]}
+    box = {"category_id": 1, "bbox": BOX, "segmentation": []}
+    annotations = [
+        {"id": 2 * number + place, "image_id": number, "area": 900, "iscrowd": 0, **one}
+        for number in range(1, 1 + len(names))
+        for place, one in enumerate((box, ball))
+    ]
+    categories = [
+        {"id": number, "name": name, "supercategory": "things"}
+        for number, name in enumerate(("box", "ball"), 1)
+    ]
+    if root:
+        categories.append({"id": 0, "name": "things", "supercategory": "none"})
+    images = [
+        {"id": number, "file_name": f"{prefix}{name}.jpg", "width": WIDTH, "height": HEIGHT}
+        for number, name in enumerate(names, 1)
+    ]
+    return {"categories": categories, "images": images, "annotations": annotations}
 
 
 def label_rows() -> str:
@@ -71,13 +62,10 @@ def label_rows() -> str:
 
 
 def voc_xml(name: str, points: bool = False) -> str:
-    numbers = "".join(
-        f"<{'y' if k % 2 else 'x'}{k // 2 + 1}>{value}</{'y' if k % 2 else 'x'}{k // 2 + 1}>"
-        for k, value in enumerate(DIAMOND)
-    )
     if points:
-        pairs = zip(DIAMOND[0::2], DIAMOND[1::2], strict=True)
-        numbers = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in pairs)
+        numbers = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in POINTS)
+    else:
+        numbers = "".join(f"<x{k}>{x}</x{k}><y{k}>{y}</y{k}>" for k, (x, y) in enumerate(POINTS, 1))
     return (
         f"<annotation><folder></folder><filename>{name}.jpg</filename><size><width>{WIDTH}</width>"
         f"<height>{HEIGHT}</height><depth>3</depth></size>"
@@ -89,29 +77,21 @@ def voc_xml(name: str, points: bool = False) -> str:
 
 def shapes(*more: dict) -> list[dict]:
     corners = [[40, 40], [10, 10]]
-    points = [list(pair) for pair in zip(DIAMOND[0::2], DIAMOND[1::2], strict=True)]
     common = {"group_id": None, "description": "", "flags": {}, "mask": None}
     return [
         {"label": "box", "points": corners, "shape_type": "rectangle"} | common,
-        {"label": "ball", "points": points, "shape_type": "polygon"} | common,
+        {"label": "ball", "points": POINTS, "shape_type": "polygon"} | common,
         *more,
     ]
 
 
 def labelme(name: str, found: list[dict]) -> dict:
-    return {
-        "version": "5.4.1",
-        "flags": {},
-        "shapes": found,
-        "imagePath": f"{name}.jpg",
-        "imageData": None,
-        "imageHeight": HEIGHT,
-        "imageWidth": WIDTH,
-    }
+    size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
+    return {"shapes": found, "imagePath": f"{name}.jpg", "imageData": None, **size}
 
 
 def cvat_xml(*names: str, more: str = "", subset: str = "") -> str:
-    points = ";".join(f"{x},{y}" for x, y in zip(DIAMOND[0::2], DIAMOND[1::2], strict=True))
+    points = ";".join(f"{x},{y}" for x, y in POINTS)
     found = "".join(
         f'<image id="{number}" name="{name}.jpg" {subset} width="{WIDTH}" height="{HEIGHT}">'
         '<box label="box" source="manual" occluded="0" xtl="10.00" ytl="10.00" xbr="40.00" ybr="40.00"'
@@ -153,46 +133,6 @@ def voc_beside(root: Path) -> None:
         write(root / f"{name}.xml", voc_xml(name))
 
 
-def roboflow(root: Path) -> None:
-    images(root / "train", "p1", "p2")
-    write(root / "train/_annotations.coco.json", coco("p1", "p2", root=True))
-
-
-def cvat_coco(root: Path) -> None:
-    images(root / "images/default", "p1", "p2")
-    write(root / "annotations/instances_default.json", coco("p1", "p2"))
-
-
-def cvat_coco_old(root: Path) -> None:
-    images(root / "images", "p1", "p2")
-    write(root / "annotations/instances_default.json", coco("p1", "p2"))
-
-
-def label_studio(root: Path) -> None:
-    images(root / "images", "p1", "p2")
-    write(root / "result.json", coco("p1", "p2", prefix="images/"))
-
-
-def label_studio_windows(root: Path) -> None:
-    images(root / "images", "p1", "p2")
-    write(root / "result.json", coco("p1", "p2", prefix="images\\"))
-
-
-def fiftyone(root: Path) -> None:
-    images(root / "data", "p1", "p2")
-    write(root / "labels.json", coco("p1", "p2"))
-
-
-def coco_beside(root: Path) -> None:
-    images(root, "p1", "p2")
-    write(root / "my_export.json", coco("p1", "p2"))
-
-
-def coco_itself(root: Path) -> None:
-    images(root / "train", "p1", "p2")
-    write(root / "annotations/instances_train.json", coco("p1", "p2"))
-
-
 def labelme_files(root: Path) -> None:
     images(root, "p1", "p2")
     for name in ("p1", "p2"):
@@ -204,22 +144,36 @@ def cvat_images(root: Path) -> None:
     write(root / "annotations.xml", cvat_xml("p1", "p2"))
 
 
-LAYOUTS = [
-    yolo_lists,
-    voc_folders,
-    voc_without_lists,
-    voc_beside,
-    roboflow,
-    cvat_coco,
-    cvat_coco_old,
-    label_studio,
-    label_studio_windows,
-    fiftyone,
-    coco_beside,
-    coco_itself,
-    labelme_files,
-    cvat_images,
-]
+def coco_layout(folder: str, file: str, **options: object) -> Callable[[Path], None]:
+    """Images in a folder, and an annotation file."""
+
+    def layout(root: Path) -> None:
+        images(root / folder, "p1", "p2")
+        write(root / file, coco("p1", "p2", **options))
+
+    return layout
+
+
+roboflow = coco_layout("train", "train/_annotations.coco.json", root=True)
+cvat_coco = coco_layout("images/default", "annotations/instances_default.json")
+fiftyone = coco_layout("data", "labels.json")
+coco_beside = coco_layout("", "my_export.json")
+LAYOUTS = {
+    "yolo": yolo_lists,
+    "voc": voc_folders,
+    "voc without lists": voc_without_lists,
+    "voc beside": voc_beside,
+    "roboflow": roboflow,
+    "cvat's coco": cvat_coco,
+    "cvat's old coco": coco_layout("images", "annotations/instances_default.json"),
+    "label studio": coco_layout("images", "result.json", prefix="images/"),
+    "label studio on windows": coco_layout("images", "result.json", prefix="images\\"),
+    "fiftyone": fiftyone,
+    "coco beside": coco_beside,
+    "coco": coco_layout("train", "annotations/instances_train.json"),
+    "labelme": labelme_files,
+    "cvat": cvat_images,
+}
 
 
 def records(root: Path, split: str) -> list:
@@ -228,14 +182,9 @@ def records(root: Path, split: str) -> list:
     file_of = {one["id"]: one["file_name"] for one in tree["images"]}
     assert all((root / split / name).is_file() for name in file_of.values())
     assert sorted(name_of.values()) == ["ball", "box"]
+    keys = ("bbox", "segmentation", "area")
     found = [
-        (
-            file_of[one["image_id"]],
-            name_of[one["category_id"]],
-            one["bbox"],
-            one["segmentation"],
-            one["area"],
-        )
+        (file_of[one["image_id"]], name_of[one["category_id"]], *(one[key] for key in keys))
         for one in tree["annotations"]
     ]
     return sorted(found, key=lambda one: one[:3])
@@ -253,7 +202,7 @@ def expected(*names: str) -> list:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_each_layout_becomes_the_same_records(
     vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
 ) -> None:
@@ -274,22 +223,20 @@ def test_each_layout_becomes_the_same_records(
     assert code == 1 and "no split dev; there are train" in errors
 
 
-def split_roboflow(root: Path) -> None:
-    for split, name, first in (("train", "p1", 1), ("valid", "p2", 1), ("test", "p3", 1)):
-        images(root / split, name)
-        write(root / split / "_annotations.coco.json", coco(name, root=True, first=first))
+def split_layout(file: str, content: Callable[[str], object]) -> Callable[[Path], None]:
+    """A folder for each split, with an image and its annotations."""
+
+    def layout(root: Path) -> None:
+        for split, name in (("train", "p1"), ("valid", "p2"), ("test", "p3")):
+            images(root / split, name)
+            write(root / split / file.format(name), content(name))
+
+    return layout
 
 
-def split_voc(root: Path) -> None:
-    for split, name in (("train", "p1"), ("valid", "p2"), ("test", "p3")):
-        images(root / split, name)
-        write(root / split / f"{name}.xml", voc_xml(name))
-
-
-def split_labelme(root: Path) -> None:
-    for split, name in (("train", "p1"), ("valid", "p2"), ("test", "p3")):
-        images(root / split, name)
-        write(root / split / f"{name}.json", labelme(name, shapes()))
+split_roboflow = split_layout("_annotations.coco.json", lambda name: coco(name, root=True))
+split_voc = split_layout("{}.xml", voc_xml)
+split_labelme = split_layout("{}.json", lambda name: labelme(name, shapes()))
 
 
 def split_cvat(root: Path) -> None:
@@ -406,12 +353,11 @@ def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
     write(tmp_path / "source/other.json", {"a": 1})
     code, output, errors = vitdet("data", "convert", "source", "out")
     assert (code, errors) == (0, "")
-    for line in (
+    assert {
         "  2 x shapes of the type 'circle' skipped",
         "  1 x JSON files without shapes not read",
         "  1 x images without a JSON file skipped",
-    ):
-        assert line in output.splitlines(), output
+    } <= {*output.splitlines()}
     found = records(tmp_path / "out", "train")
     assert len(found) == 3 and len(found[0][3]) == 2 and found[0][2] == [0, 0, 25, 5]
 
@@ -442,14 +388,13 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
     write(tmp_path / "source/annotations.xml", cvat_xml("p1", more=more))
     code, output, errors = vitdet("data", "convert", "source", "out")
     assert (code, errors) == (0, "")
-    for line in (
+    assert {
         "  1 x elements <polyline> skipped",
         "  2 x elements <tag> skipped",
         "  1 x rotated boxes: replaced by the upright box around each",
         "  1 x objects without size skipped",
         "  1 x outlines of fewer than 3 points skipped",
-    ):
-        assert line in output.splitlines(), output
+    } <= {*output.splitlines()}
     found = [one[1:] for one in records(tmp_path / "out", "train")]
     (mask,) = [one for one in found if isinstance(one[2], dict)]
     (turned,) = [one for one in found if one[0] == "box" and one[1] != BOX]

@@ -40,10 +40,8 @@ def test_archives_that_are_there_already(get: Fetch, web: Web, root: Path, tmp_p
     with pytest.raises(ValueError, match="val2017.zip: sha256 .* expected .*: not the published"):
         get(local=tmp_path, mirror="")
     (tmp_path / "val2017.zip").unlink()
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"lacks val2017.zip \(http://images.cocodataset.org/zips/val2017.zip",
-    ):
+    says = r"lacks val2017.zip \(http://images.cocodataset.org/zips/val2017.zip"
+    with pytest.raises(FileNotFoundError, match=says):
         get(local=tmp_path, mirror="")
 
 
@@ -74,37 +72,33 @@ def test_what_is_lost_is_brought_again_and_what_is_changed_is_named(
     check(root, web)
     with open(root / "val2017" / "000000000003.jpg", "ab") as image:
         image.write(b"?")
-    with pytest.raises(
-        ValueError, match="val2017: 12 files of .*; move it away and repeat the command"
-    ):
+    with pytest.raises(ValueError, match="val2017: 12 files of .*; move it away and repeat the"):
         get()
 
 
 def test_images_of_before_are_compared_and_completed(get: Fetch, web: Web, root: Path) -> None:
     get()
+    train = root / "train2017"
     (root / "manifest.json").unlink()
-    (root / "train2017" / "000000000007.jpg").unlink()
+    (train / "000000000007.jpg").unlink()
     get()
     check(root, web)
     (root / "manifest.json").unlink()
-    (root / "train2017" / "000000000007.jpg").unlink()
-    (root / "train2017" / "holiday.jpg").write_bytes(b"mine")
+    (train / "000000000007.jpg").unlink()
+    (train / "holiday.jpg").write_bytes(b"mine")
     web.asked.clear()
+    with pytest.raises(ValueError, match="train2017/holiday.jpg: not of train2017.zip; move it aw"):
+        get()
+    (train / "holiday.jpg").rename(train / "000000000099.jpg")
+    (train / "000000000098.jpg").write_bytes(b"mine")
     with pytest.raises(
-        ValueError, match="train2017/holiday.jpg: not of train2017.zip; move it away"
+        ValueError, match="train2017: has more than the 12 files of train2017.zip; m"
     ):
         get()
-    (root / "train2017" / "holiday.jpg").rename(root / "train2017" / "000000000099.jpg")
-    (root / "train2017" / "000000000099.jpg").with_name("000000000098.jpg").write_bytes(b"mine")
+    assert web.asked == [] and (train / "000000000099.jpg").read_bytes() == b"mine"
+    (train / "000000000098.jpg").unlink()
     with pytest.raises(
-        ValueError, match="train2017: has more than the 12 files of train2017.zip; move it away"
-    ):
-        get()
-    assert web.asked == [] and (root / "train2017" / "000000000099.jpg").read_bytes() == b"mine"
-    (root / "train2017" / "000000000098.jpg").unlink()
-    with pytest.raises(
-        ValueError,
-        match="train2017.*/000000000099.jpg: not of train2017.zip, and 0 more files; move",
+        ValueError, match="train2017.*/000000000099.jpg: not of .*, and 0 more files"
     ):
         get()
 
@@ -125,18 +119,15 @@ def test_the_disk_is_asked_first(
     usage, wanted = shutil.disk_usage(root.parent), miniatures("coco")[0]
     wanted[1] = replace(wanted[1], size=19_000_000_000, unpacked=20_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000_000))
-    with pytest.raises(
-        OSError, match=r"data: 39.0 GB are needed \(19.0 for archives, 20.0 for their content"
-    ):
+    says = r"data: 39.0 GB are needed \(19.0 for archives, 20.0 for their content"
+    with pytest.raises(OSError, match=says):
         get(wanted=wanted)
     assert web.asked == []
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(get: Fetch, web: Web, root: Path) -> None:
-    with (
-        pytest.raises(OSError, match="part: could not be written .*File too large"),
-        largest_file(9_000),
-    ):
+    says = "part: could not be written .*File too large"
+    with pytest.raises(OSError, match=says), largest_file(9_000):
         get(split="train")
     get()
     check(root, web)

@@ -22,11 +22,8 @@ from vitdet.data import download_record
 from vitdet.datasets.fetch import fetch
 from vitdet.datasets.published import Archive
 
-TRAIN, VAL, BOTH = (
-    "/zips/train2017.zip",
-    "/zips/val2017.zip",
-    "/annotations/annotations_trainval2017.zip",
-)
+TRAIN, VAL = "/zips/train2017.zip", "/zips/val2017.zip"
+BOTH = "/annotations/annotations_trainval2017.zip"
 Fetch = Callable[..., bool]
 
 
@@ -45,7 +42,12 @@ def web() -> Iterator[Web]:
 
 
 @pytest.fixture
-def get(web: Web, tmp_path: Path) -> Fetch:
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def get(web: Web, root: Path) -> Fetch:
     def run(
         dataset: str = "coco",
         split: str = "",
@@ -53,21 +55,10 @@ def get(web: Web, tmp_path: Path) -> Fetch:
         mirror: str = web.url,
         **options: object,
     ) -> bool:
-        return fetch(
-            wanted or miniatures(dataset, split)[0],
-            tmp_path / "data",
-            lambda _: Seen(),
-            mirror,
-            patience=QUICK,
-            **options,
-        )
+        archives = wanted or miniatures(dataset, split)[0]
+        return fetch(archives, root, lambda _: Seen(), mirror, patience=QUICK, **options)
 
     return run
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "data"
 
 
 def tree(root: Path) -> set[str]:
@@ -86,11 +77,9 @@ def expected(content: bytes, folder: str) -> dict[str, bytes]:
 
 def check(root: Path, web: Web) -> None:
     """COCO lies below root, whole, and nothing else."""
-    wanted = {
-        **expected(web.files[TRAIN], "train2017"),
-        **expected(web.files[VAL], "val2017"),
-        **expected(web.files[BOTH], "annotations"),
-    }
+    wanted = {}
+    for path, folder in ((TRAIN, "train2017"), (VAL, "val2017"), (BOTH, "annotations")):
+        wanted |= expected(web.files[path], folder)
     assert len(wanted) == 26 and tree(root) == {*wanted, "manifest.json"}
     assert all((root / name).read_bytes() == content for name, content in wanted.items())
     download_record.verify(root, contents=True)
@@ -125,12 +114,8 @@ def test_lvis_lies_over_the_same_images(get: Fetch, web: Web, root: Path) -> Non
     web.asked.clear()
     assert get("lvis") is True
     assert asked(web) == ["/LVIS/lvis_v1_train.json.zip", "/LVIS/lvis_v1_val.json.zip"]
-    assert {path.name for path in (root / "annotations").iterdir()} == {
-        "instances_train2017.json",
-        "instances_val2017.json",
-        "lvis_v1_train.json",
-        "lvis_v1_val.json",
-    }
+    stems = ("instances_train2017", "instances_val2017", "lvis_v1_train", "lvis_v1_val")
+    assert sorted(path.stem for path in (root / "annotations").iterdir()) == list(stems)
     assert get("lvis") is False and get() is False and len(download_record.read(root).archives) == 5
 
 
@@ -185,26 +170,19 @@ def wrong(to: Handler) -> None:
     to.body(bytes(len(to.server.files[TRAIN])))
 
 
+OTHER = "sha256 .*, expected .*: not the published train2017.zip; the download was removed"
+PAGE = status(200, b"<html>log in</html>", Content_Type="text/html")
+SHORT = status(200, b"short", Content_Type="application/zip")
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "says"),
     [
-        (
-            wrong,
-            ValueError,
-            "sha256 .*, expected .*: not the published train2017.zip; the download was removed",
-        ),
+        (wrong, ValueError, OTHER),
         (status(404), FileNotFoundError, "404 Not Found"),
         (status(403), ConnectionError, "403 Forbidden"),
-        (
-            status(200, b"<html>log in</html>", Content_Type="text/html"),
-            ValueError,
-            "received a web page instead",
-        ),
-        (
-            status(200, b"short", Content_Type="application/zip"),
-            ValueError,
-            "the server has 5 bytes, expected",
-        ),
+        (PAGE, ValueError, "received a web page instead"),
+        (SHORT, ValueError, "the server has 5 bytes, expected"),
     ],
     ids=["wrong bytes", "404", "403", "web page", "wrong length"],
 )
@@ -281,13 +259,8 @@ def kill(process: subprocess.Popen) -> None:
 def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     web.plans = {TRAIN: [file(cut=9_000, stall=True)]}
     process = start(web, root)
-    until(
-        lambda: (
-            size(root / ".archives" / "train2017.zip.part") == 9_000
-            and size(root / ".archives" / "val2017.zip")
-        ),
-        process,
-    )
+    part, val = (root / ".archives" / name for name in ("train2017.zip.part", "val2017.zip"))
+    until(lambda: size(part) == 9_000 and size(val), process)
     kill(process)
     # stops in the middle of this image of both folders
     process = start(web, root, "000000000005.jpg")

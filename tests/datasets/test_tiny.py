@@ -1,4 +1,4 @@
-"""The tiny data set: fixed, complete, and not solvable by colour."""
+"""The tiny data set: fixed, complete, and not solvable by color."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from vitdet.data.outlines import fill, trace
 from vitdet.demo.tiny import CATEGORIES, PRETRAIN_SEED, draw_scene, make_tiny
 
 TRAIN, VAL = 300, 120
-FROZEN_ANNOTATIONS = (
-    "b345dadd7ce88403c583a8aa2be9148fffb8baa7e38eae5971d79b8ff120669a"  # 32 + 8 images, seed 0
-)
-FROZEN_PIXELS = "6f91d0d379e58cc5e6528f0332d9cacaae278e0e499bd1df07e21bdd02e84c64"  # scenes (0, 0..7) before JPEG
+# 32 + 8 images, seed 0; scenes (0, 0..7) before JPEG
+FROZEN_ANNOTATIONS = "b345dadd7ce88403c583a8aa2be9148fffb8baa7e38eae5971d79b8ff120669a"
+FROZEN_PIXELS = "6f91d0d379e58cc5e6528f0332d9cacaae278e0e499bd1df07e21bdd02e84c64"
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +37,8 @@ def read(folder: Path, split: str) -> dict:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
@@ -52,10 +48,8 @@ def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
     assert one == two and len(one) == 42
     annotations = b"".join(one[f"annotations/instances_{split}.json"] for split in ("train", "val"))
     assert hashlib.sha256(annotations).hexdigest() == FROZEN_ANNOTATIONS
-    pixels = hashlib.sha256(
-        b"".join(draw_scene(0, index).image.tobytes() for index in range(8))
-    ).hexdigest()
-    assert pixels == FROZEN_PIXELS
+    pixels = b"".join(draw_scene(0, index).image.tobytes() for index in range(8))
+    assert hashlib.sha256(pixels).hexdigest() == FROZEN_PIXELS
 
 
 def test_same_call_again_does_nothing_and_another_is_refused(tmp_path: Path) -> None:
@@ -102,12 +96,8 @@ def test_no_image_is_in_two_splits_or_in_the_pretraining_scenes(tiny: Path) -> N
         for split in ("train", "val")
     )
     assert len(train) == TRAIN and len(val) == VAL and not train & val
-    drawn = {
-        draw_scene(seed, index).image.tobytes()
-        for seed in (0, 1, PRETRAIN_SEED)
-        for index in range(40)
-    }
-    assert len(drawn) == 120
+    scenes = [(seed, index) for seed in (0, 1, PRETRAIN_SEED) for index in range(40)]
+    assert len({draw_scene(*scene).image.tobytes() for scene in scenes}) == 120
 
 
 def test_every_feature_of_real_data_is_there(tiny: Path) -> None:
@@ -131,9 +121,8 @@ def test_every_feature_of_real_data_is_there(tiny: Path) -> None:
     assert 0.01 < len({a["image_id"] for a in annotations if a["iscrowd"]}) / TRAIN < 0.12
     assert min(a["area"] for a in things) >= 40
     assert all(3 <= len(part) // 2 <= 60 for a in things for part in a["segmentation"])
-    assert len(
-        {a["id"] for a in annotations} | {a["id"] for a in read(tiny, "val")["annotations"]}
-    ) == len(annotations) + len(read(tiny, "val")["annotations"])
+    every = [*annotations, *read(tiny, "val")["annotations"]]
+    assert len({a["id"] for a in every}) == len(every)
 
 
 def test_outlines_fit_box_area_and_image(tiny: Path) -> None:
@@ -147,10 +136,8 @@ def test_outlines_fit_box_area_and_image(tiny: Path) -> None:
             region = annotation["segmentation"]
             assert region["size"] == [height, width] and sum(region["counts"]) == height * width
             encoded = rle.frPyObjects(region, height, width)
-            assert (
-                rle.area(encoded) == annotation["area"]
-                and rle.toBbox(encoded).tolist() == annotation["bbox"]
-            )
+            assert rle.area(encoded) == annotation["area"]
+            assert rle.toBbox(encoded).tolist() == annotation["bbox"]
             continue
         points = np.concatenate([np.reshape(part, (-1, 2)) for part in annotation["segmentation"]])
         assert np.allclose([*points.min(axis=0), *np.ptp(points, axis=0)], annotation["bbox"])
@@ -165,11 +152,11 @@ def test_images_are_the_files(tiny: Path) -> None:
             assert image.size == (entry["width"], entry["height"]) and image.mode == "RGB"
 
 
-# The baseline: whatever has not the colours of the ground is an object; its colours say its class.
+# The baseline: whatever has not the colors of the ground is an object; its colors say its class.
 # It is told which pixels are ground: nothing but the separation of touching objects and the class is left to it.
 
 
-def colour_bins(pixels: np.ndarray) -> np.ndarray:
+def color_bins(pixels: np.ndarray) -> np.ndarray:
     """Histogram (64,) of pixels (P, 3), 4 levels a channel, sum 1."""
     level = pixels.astype(int) // 64
     counts = np.bincount(level[:, 0] * 16 + level[:, 1] * 4 + level[:, 2], minlength=64)
@@ -186,56 +173,44 @@ def covered(objects: list[dict], height: int, width: int) -> np.ndarray:
     return np.any([np.zeros((height, width), dtype=bool), *regions], axis=0)
 
 
-def two_colours(pixels: np.ndarray) -> np.ndarray:
-    """The two centres (2, 3) of k-means over pixels (P, 3)."""
-    centres = pixels[[pixels.sum(axis=1).argmin(), pixels.sum(axis=1).argmax()]]
+def two_colors(pixels: np.ndarray) -> np.ndarray:
+    """The two centers (2, 3) of k-means over pixels (P, 3)."""
+    centers = pixels[[pixels.sum(axis=1).argmin(), pixels.sum(axis=1).argmax()]]
     for _ in range(8):
-        nearest = np.linalg.norm(pixels[:, None] - centres, axis=2).argmin(axis=1)
-        centres = np.stack(
-            [
-                pixels[nearest == k].mean(axis=0) if (nearest == k).any() else centres[k]
-                for k in (0, 1)
-            ]
-        )
-    return centres
+        nearest = np.linalg.norm(pixels[:, None] - centers, axis=2).argmin(axis=1)
+        for k in set(nearest.tolist()):
+            centers[k] = pixels[nearest == k].mean(axis=0)
+    return centers
 
 
 def components(picture: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
-    """Connected regions (H, W) bool, large enough to be objects, that differ from both colours of the ground."""
-    away = np.linalg.norm(
-        picture[:, :, None].astype(float) - two_colours(picture[ground].astype(float)), axis=3
-    )
+    """Connected regions (H, W) bool, large enough to be objects, that differ from both colors of the ground."""
+    colors = two_colors(picture[ground].astype(float))
+    away = np.linalg.norm(picture[:, :, None].astype(float) - colors, axis=3)
     regions = [fill(part, *ground.shape) for part in trace([away.min(axis=2) > 55], 0.0)[0]]
     return [region for region in regions if region.sum() >= 60]
 
 
-def detect_by_colour(folder: Path) -> list[dict]:
-    """COCO results: each component under each class, scored by the likeness of its colours to the class's mean."""
+def detect_by_color(folder: Path) -> list[dict]:
+    """COCO results: each component under each class, scored by the likeness of its colors to the class's mean."""
     known: dict[int, list[np.ndarray]] = {category: [] for category in CATEGORIES}
     for picture, objects, _ in pictures(folder, "train"):
         for annotation in objects:
             if not annotation["iscrowd"]:
                 inside = covered([annotation], *picture.shape[:2])
-                known[annotation["category_id"]].append(colour_bins(picture[inside]))
+                known[annotation["category_id"]].append(color_bins(picture[inside]))
     means = {category: np.mean(histograms, axis=0) for category, histograms in known.items()}
     results = []
     for picture, objects, number in pictures(folder, "val"):
         for region in components(picture, ~covered(objects, *picture.shape[:2])):
             encoded = rle.encode(np.asfortranarray(region, dtype=np.uint8))
-            likeness = {
-                c: np.sqrt(colour_bins(picture[region]) * mean).sum() for c, mean in means.items()
-            }
+            bins = color_bins(picture[region])
+            likeness = {c: np.sqrt(bins * mean).sum() for c, mean in means.items()}
             total = sum(value**8 for value in likeness.values())
             for category, value in likeness.items():
-                results.append(
-                    {
-                        "image_id": number,
-                        "category_id": category,
-                        "score": value**8 / total,
-                        "bbox": rle.toBbox(encoded).tolist(),
-                        "segmentation": encoded,
-                    }
-                )
+                region = {"bbox": rle.toBbox(encoded).tolist(), "segmentation": encoded}
+                found = {"image_id": number, "category_id": category, "score": value**8 / total}
+                results.append(found | region)
     return results
 
 
@@ -258,8 +233,8 @@ def average_precision(folder: Path, results: list[dict], kind: str, classes: boo
 
 
 @pytest.mark.slow
-def test_colour_and_connected_components_do_not_solve_it(tiny: Path) -> None:
-    results = detect_by_colour(tiny)
+def test_color_and_connected_components_do_not_solve_it(tiny: Path) -> None:
+    results = detect_by_color(tiny)
     assert average_precision(tiny, results, "bbox", classes=True) < 15
     assert average_precision(tiny, results, "segm", classes=True) < 15
     one_each = results[:: len(CATEGORIES)]

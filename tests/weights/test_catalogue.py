@@ -30,9 +30,8 @@ def test_every_recipe_starts_from_a_name_of_the_list() -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_every_entry_can_be_used(entry: object) -> None:
-    assert bool(entry.recipe) == bool(entry.ap) and entry.file.endswith(
-        ".pt" if entry.recipe else ".safetensors"
-    )
+    assert bool(entry.recipe) == bool(entry.ap)
+    assert entry.file.endswith(".pt" if entry.recipe else ".safetensors")
     assert (entry.format in FORMATS) == (entry.state != "packaged")
     assert entry.other == "" or find(entry.other).state != "none"
     assert (urlsplit(entry.url).scheme == "https") == (entry.state in ("file", "page", "dead"))
@@ -51,18 +50,14 @@ def test_detectron2s_detectors_are_those_of_its_tables() -> None:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         if len(cells) == 10 and "vitdet" in cells[0] and cells[-1].endswith(".pkl"):
             published[cells[-1]] = (float(cells[6]), float(cells[7]), cells[0])
-    ours = {
-        entry.url.removeprefix("https://dl.fbaipublicfiles.com/detectron2/ViTDet/"): entry
-        for entry in ENTRIES
-        if entry.format == "detectron2"
-    }
+    base = "https://dl.fbaipublicfiles.com/detectron2/ViTDet/"
+    detectron2 = [entry for entry in ENTRIES if entry.format == "detectron2"]
+    ours = {entry.url.removeprefix(base): entry for entry in detectron2}
     assert set(ours) == set(published) and len(ours) == 12
     for path, (box_ap, mask_ap, config) in published.items():
-        entry = ours[path]
+        entry, name = ours[path], f"{config.rsplit('_', 1)[0]}_{path.split('/')[0].lower()}"
         assert entry.ap == (box_ap, mask_ap) and path.endswith(f"_{entry.md5}.pkl")
-        assert (
-            entry.name == f"{config.rsplit('_', 1)[0]}_{path.split('/')[0].lower()}" == entry.recipe
-        )
+        assert entry.name == name == entry.recipe
 
 
 def test_where_a_fetched_file_is_looked_for(
@@ -71,24 +66,27 @@ def test_where_a_fetched_file_is_looked_for(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "vitdet"
     assert fetched("mae_vit_tiny").is_file()
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"mae_vit_b.safetensors: not fetched yet; run: vitdet weights fetch "
-        r"mae_vit_b$",
+    run = "run: vitdet weights fetch"
+    for given, error, says in (
+        (
+            ("mae_vit_b",),
+            FileNotFoundError,
+            f"mae_vit_b.safetensors: not fetched yet; {run} mae_vit_b$",
+        ),
+        (("mae_vit_tiny", Path("there")), FileNotFoundError, f"{run} mae_vit_tiny --output there$"),
+        (
+            ("mae_vitae_b",),
+            FileNotFoundError,
+            "not published it: convert .*--set train.init=vitae_b",
+        ),
+        (
+            ("mae_vit_tny",),
+            ValueError,
+            "no weights named 'mae_vit_tny'; did you mean 'mae_vit_tiny'",
+        ),
     ):
-        fetched("mae_vit_b")
-    with pytest.raises(
-        FileNotFoundError, match="run: vitdet weights fetch mae_vit_tiny --output there$"
-    ):
-        fetched("mae_vit_tiny", Path("there"))
-    with pytest.raises(
-        FileNotFoundError, match="not published it: convert your copy .*--set train.init=vitae_b"
-    ):
-        fetched("mae_vitae_b")
-    with pytest.raises(
-        ValueError, match="no weights named 'mae_vit_tny'; did you mean 'mae_vit_tiny'"
-    ):
-        fetched("mae_vit_tny")
+        with pytest.raises(error, match=says):
+            fetched(*given)
     for name in ("mae_vit_b.safetensors", "mask_rcnn_vitdet_b_coco.pt"):
         cache_folder().mkdir(parents=True, exist_ok=True)
         (cache_folder() / name).touch()

@@ -13,7 +13,7 @@ from vitdet.weights.formats import FORMATS
 from vitdet.weights.formats.detectron2 import DETECTRON2, drop_class_token
 from vitdet.weights.formats.mmdet import MMDET, mmdet_format
 from vitdet.weights.formats.table import rename, to_ours, to_theirs
-from vitdet.weights.formats.vitae import VITAE, VITAE_CLS
+from vitdet.weights.formats.vitae import VITAE
 from vitdet.weights.load import Source, fitted
 from vitdet.weights.resize import (
     rescale_relative_positions,
@@ -21,6 +21,8 @@ from vitdet.weights.resize import (
     resize_kernel,
     resize_table,
 )
+
+BIAS = "roi_heads.box_predictor{}.cls_score.bias"
 
 FILE = Path("the file")
 
@@ -41,23 +43,19 @@ def test_a_published_detector_is_the_recipes_and_comes_back(name: str) -> None:
     assert shapes(weights) == shapes(detector.state_dict()) and not notes
 
     ours = sum(parameter.numel() for parameter in detector.parameters())
-    unread = PUBLISHED[name]["n_params"] - ours
-    if name.startswith("detectron2"):
-        assert unread == detector.backbone.out_channels  # the class token's position
-    elif name == "mmdet/vit_b":
-        assert unread == 0
-    elif name == "mmdet/vitae_b":
+    unread = {
+        "mmdet/vit_b": 0,
         # four blocks have q_bias and v_bias, ours a (useless) bias of the keys as well
-        assert unread == -4 * 768
-    else:
-        assert unread == 23040  # `attn.w` of two cells has no gradient and is no parameter here
+        "mmdet/vitae_b": -4 * 768,
+        # `attn.w` of two cells has no gradient and is no parameter here
+        "mmdet/vitae_s": 23040,
+    }
+    token = detector.backbone.out_channels  # the class token's position in Detectron2's files
+    assert PUBLISHED[name]["n_params"] - ours == unread.get(name, token)
 
-    layout = (
-        mmdet_format(split=(2, 5, 8, 11))
-        if name == "mmdet/vitae_b"
-        else FORMATS[name.split("/")[0]]
-    )
-    back = to_theirs(weights, layout)
+    split = (2, 5, 8, 11) if name == "mmdet/vitae_b" else ()
+    mmdet = mmdet_format(split=split)
+    back = to_theirs(weights, mmdet if name.startswith("mmdet") else DETECTRON2)
     assert shapes(back) == shapes(theirs)
     for key, tensor in back.items():
         expected = theirs[key]
@@ -83,40 +81,40 @@ def test_a_published_pretraining_fills_the_backbone(name: str, recipe: str) -> N
         norm if name.startswith("vitae_cls") else []
     )
     assert len(notes) == BACKBONES[name, recipe], notes
-    left = [key for key in theirs if rename(key, layout) not in weights]
-    assert sorted(left) == sorted(
-        {
-            "mae": ["cls_token"] + ([] if norm else ["norm.weight", "norm.bias"]),
-            "vitae_cls": ["head.weight", "head.bias"]
-            + (
-                ["layers.0.RC.cls_token", "fc_norm.weight", "fc_norm.bias"]
-                if name.endswith("Base")
-                else []
-            ),
-        }[name.split("/")[0]]
-    )
+    left = {key for key in theirs if rename(key, layout) not in weights}
+    if name.startswith("mae"):
+        assert left == {"cls_token", *(() if norm else ("norm.weight", "norm.bias"))}
+    else:
+        base = {"layers.0.RC.cls_token", "fc_norm.weight", "fc_norm.bias"}
+        assert left == {"head.weight", "head.bias"} | (base if name.endswith("Base") else set())
 
 
-def test_names() -> None:
-    assert (
-        rename("backbone.net.blocks.3.attn.qkv.weight", DETECTRON2)
-        == "backbone.blocks.3.attn.qkv.weight"
-    )
-    assert (
-        rename("roi_heads.box_head.2.conv4.norm.bias", DETECTRON2)
-        == "roi_heads.stages.2.convs.3.norm.bias"
-    )
-    assert (
-        rename("roi_heads.box_head.conv1.weight", DETECTRON2)
-        == "roi_heads.stages.0.convs.0.conv.weight"
-    )
-    assert rename("neck.fpn_convs.0.ln.weight", MMDET) == "pyramid.levels.0.5.norm.weight"
-    assert (
-        rename("backbone.layers.2.NC.13.PCM.4.running_var", MMDET)
-        == "backbone.blocks.13.pcm.4.running_var"
-    )
-    assert rename("layers.0.RC.PRM.proj.bias", VITAE_CLS) == "backbone.patch_embed.proj.bias"
-    assert rename("somewhere.else", DETECTRON2) is None
+@pytest.mark.parametrize(
+    ("layout", "theirs", "ours"),
+    [
+        (
+            "detectron2",
+            "backbone.net.blocks.3.attn.qkv.weight",
+            "backbone.blocks.3.attn.qkv.weight",
+        ),
+        (
+            "detectron2",
+            "roi_heads.box_head.2.conv4.norm.bias",
+            "roi_heads.stages.2.convs.3.norm.bias",
+        ),
+        (
+            "detectron2",
+            "roi_heads.box_head.conv1.weight",
+            "roi_heads.stages.0.convs.0.conv.weight",
+        ),
+        ("mmdet", "neck.fpn_convs.0.ln.weight", "pyramid.levels.0.5.norm.weight"),
+        ("mmdet", "backbone.layers.2.NC.13.PCM.4.bias", "backbone.blocks.13.pcm.4.bias"),
+        ("vitae_cls", "layers.0.RC.PRM.proj.bias", "backbone.patch_embed.proj.bias"),
+        ("detectron2", "somewhere.else", None),
+    ],
+)
+def test_names(layout: str, theirs: str, ours: str | None) -> None:
+    assert rename(theirs, FORMATS[layout]) == ours
 
 
 def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
@@ -126,29 +124,18 @@ def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
         "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4),
     }
     assert shapes(to_ours(weights, DETECTRON2)) == {"backbone.pos_embed": (1, 2, 2, 2)}
-    with pytest.raises(ValueError, match="1 tensors unknown to this format, such as head.extra"):
-        to_ours(weights | {"head.extra": torch.zeros(1)}, DETECTRON2)
-    with pytest.raises(
-        ValueError, match=r"without a name in this format, such as backbone.blocks.0.pcm.0.weight"
+    one, three = torch.zeros(1), torch.zeros(3)
+    both = {"attn.qkv.bias": three, "attn.q_bias": one, "attn.v_bias": one}
+    both = {f"blocks.0.{name}": tensor for name, tensor in both.items()}
+    twice = {BIAS.format(stage): one for stage in ("", ".0")}
+    for convert, layout, given, says in (
+        (to_ours, DETECTRON2, {**weights, "head.extra": one}, "1 tensors unknown .* as head.extra"),
+        (to_theirs, DETECTRON2, {"backbone.blocks.0.pcm.0.weight": one}, "without a name in this"),
+        (to_ours, VITAE, both, "both blocks.0.attn.q_bias and blocks.0.attn.qkv.bias"),
+        (to_ours, DETECTRON2, twice, "two tensors for roi_heads.stages.0.logits.bias"),
     ):
-        to_theirs({"backbone.blocks.0.pcm.0.weight": torch.zeros(1)}, DETECTRON2)
-    with pytest.raises(ValueError, match="both blocks.0.attn.q_bias and blocks.0.attn.qkv.bias"):
-        to_ours(
-            {
-                "blocks.0.attn.qkv.bias": torch.zeros(3),
-                "blocks.0.attn.q_bias": torch.zeros(1),
-                "blocks.0.attn.v_bias": torch.zeros(1),
-            },
-            VITAE,
-        )
-    with pytest.raises(ValueError, match=r"two tensors for roi_heads.stages.0.logits.bias"):
-        to_ours(
-            {
-                f"roi_heads.box_predictor{stage}.cls_score.bias": torch.zeros(1)
-                for stage in ("", ".0")
-            },
-            DETECTRON2,
-        )
+        with pytest.raises(ValueError, match=says):
+            convert(given, layout)
 
 
 @pytest.mark.parametrize("style", ["mae", "beit"])
@@ -164,22 +151,15 @@ def test_vitae_b_in_the_naming_of_autoencoders(style: str) -> None:
         stem = f"blocks.{i}.attn."
         for key in ("q_bias", "v_bias", "qkv.bias"):
             theirs.pop(stem + key, None)
-        parts = {key: torch.randn(768) for key in ("q_bias", "v_bias")}
-        theirs |= (
-            {stem + key: part for key, part in parts.items()}
-            if style == "beit"
-            else {
-                f"{stem}qkv.bias": torch.cat([parts["q_bias"], torch.zeros(768), parts["v_bias"]])
-            }
-        )
+        query, value = torch.randn(768), torch.randn(768)
+        if style == "beit":
+            theirs |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
+        else:
+            theirs[f"{stem}qkv.bias"] = torch.cat([query, torch.zeros(768), value])
     detector = model_of("mask_rcnn_vitae_b_coco")
     weights, notes = fitted(Source(to_ours(theirs, VITAE), "vitae", None), detector, FILE)
-    own = [
-        name
-        for name in detector.state_dict()
-        if name.startswith("backbone.") and "rel_pos" not in name
-    ]
-    assert sorted(weights) == sorted(own)
+    own = {name for name in detector.state_dict() if name.startswith("backbone.")}
+    assert weights.keys() == {name for name in own if "rel_pos" not in name}
     assert notes == ["backbone.pos_embed: resized from (1, 14, 14, 768) to (1, 64, 64, 768)"]
 
 

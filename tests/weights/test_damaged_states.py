@@ -54,13 +54,8 @@ def test_a_training_goes_on_from_the_state_before_a_damaged_one(
         "; renamed to step_00000007.pt.damaged; resuming from step 6, repeating steps 7 to 7"
     )
     same_bits(tmp_path, trained)
-    assert names(newest.parent) == [
-        ".lock",
-        "step_00000006.pt",
-        "step_00000007.pt.damaged",
-        "step_00000008.json",
-        "step_00000008.pt",
-    ]
+    files = ("6.pt", "7.pt.damaged", "8.json", "8.pt")
+    assert names(newest.parent) == [".lock", *(f"step_0000000{file}" for file in files)]
 
 
 def test_a_damaged_state_is_told_once_and_is_none_of_the_last(
@@ -80,12 +75,8 @@ def test_a_damaged_state_is_told_once_and_is_none_of_the_last(
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest()["step"] == 2 and not again.damaged and len(caplog.messages) == 1
     again.save(3, {"w": torch.ones(999)})
-    assert names(tmp_path) == [
-        "step_00000002.json",
-        "step_00000002.pt",
-        "step_00000003.pt",
-        "step_00000003.pt.damaged",
-    ]
+    files = ("2.json", "2.pt", "3.pt", "3.pt.damaged")
+    assert names(tmp_path) == [f"step_0000000{file}" for file in files]
     again.save(4, {})
     assert [path.name for path in again.all()] == ["step_00000003.pt", "step_00000004.pt"]
 
@@ -94,10 +85,8 @@ def test_all_states_are_damaged(tmp_path: Path) -> None:
     states = Checkpoints(tmp_path, keep=3)
     for step in (1, 2, 3):
         states.save(step, {}).write_bytes(b"PK")
-    with pytest.raises(
-        ValueError,
-        match=r"step_00000003.pt: not a complete .*; remove it and the 2 earlier states, also damaged, to start over$",
-    ):
+    advice = "remove it and the 2 earlier states, also damaged, to start over"
+    with pytest.raises(ValueError, match=f"step_00000003.pt: not a complete .*; {advice}$"):
         states.latest()
     assert len(states.all()) == 3
 

@@ -92,10 +92,9 @@ def test_what_may_pass_is_tried_again(web: Web, load: Load, bad: Answer) -> None
 def test_a_server_that_never_gets_further_is_given_up(web: Web, load: Load, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError) as caught:
         load(file(cut=30_000), *[file(cut=0)] * 9)
-    assert str(caught.value) == (
-        f"{web.url}/a/file.pth: the connection was cut at 30,000 of 100,000 bytes, 3 times in a row; the 30,000 bytes "
-        "so far are kept; run the same command to resume"
-    )
+    cut = "the connection was cut at 30,000 of 100,000 bytes, 3 times in a row"
+    kept = "the 30,000 bytes so far are kept; run the same command to resume"
+    assert str(caught.value) == f"{web.url}/a/file.pth: {cut}; {kept}"
     assert len(web.asked) == 3 and (tmp_path / "part").read_bytes() == CONTENT[:30_000]
     assert load().read_bytes() == CONTENT and web.sent == 100_000
 
@@ -142,25 +141,18 @@ def test_a_length_that_is_not_known(web: Web, load: Load) -> None:
     assert load(file(length=False)).read_bytes() == CONTENT
 
 
+PAGE = status(200, b"<html>log in</html>", Content_Type="text/html")
+LONGER = "the server has 100,001 bytes, expected 100,000: not the published file"
+FORBIDDEN = "the server answers 403 Forbidden (the server denies access to this file)"
+
+
 @pytest.mark.parametrize(
     ("answer", "error", "says"),
     [
         (status(404), FileNotFoundError, "the server answers 404 Not Found (no such file there)"),
-        (
-            status(403),
-            ConnectionError,
-            "the server answers 403 Forbidden (the server denies access to this file)",
-        ),
-        (
-            status(200, b"<html>log in</html>", Content_Type="text/html"),
-            ValueError,
-            "received a web page instead of the file",
-        ),
-        (
-            file(surplus=1),
-            ValueError,
-            "the server has 100,001 bytes, expected 100,000: not the published file",
-        ),
+        (status(403), ConnectionError, FORBIDDEN),
+        (PAGE, ValueError, "received a web page instead of the file"),
+        (file(surplus=1), ValueError, LONGER),
     ],
     ids=["404", "403", "web page", "wrong length"],
 )
@@ -169,12 +161,9 @@ def test_what_will_not_pass_is_one_line_at_once(
 ) -> None:
     with pytest.raises(error) as caught:
         load(answer, size=100_000)
-    assert (
-        says in str(caught.value)
-        and f"{web.url}/a/file.pth" in str(caught.value)
-        and len(web.asked) == 1
-    )
-    assert "\n" not in str(caught.value) and not (tmp_path / "part").exists()
+    text = str(caught.value)
+    assert says in text and f"{web.url}/a/file.pth" in text and "\n" not in text
+    assert len(web.asked) == 1 and not (tmp_path / "part").exists()
 
 
 def test_more_announced_than_sent_is_a_cut(load: Load) -> None:
@@ -197,10 +186,8 @@ def test_redirects_are_followed_with_the_range(web: Web, load: Load) -> None:
 
 
 def test_a_full_disk_keeps_what_came(load: Load, web: Web, tmp_path: Path) -> None:
-    with (
-        largest_file(40_000),
-        pytest.raises(OSError, match="part: could not be written .*File too large"),
-    ):
+    says = "part: could not be written .*File too large"
+    with largest_file(40_000), pytest.raises(OSError, match=says):
         load()
     assert (tmp_path / "part").read_bytes() == CONTENT[:40_000]
     assert load().read_bytes() == CONTENT and ranges(web) == [None, "bytes=40000-"]

@@ -34,33 +34,25 @@ def nothing_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
 def certificate(folder: Path) -> Path:
     """A key and a certificate for this machine, signed by nobody else."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name, now = (
-        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")]),
-        datetime.datetime.now(datetime.UTC),
-    )
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(1)
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(1))
-        .not_valid_after(now + datetime.timedelta(1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
-        )
+        .not_valid_before(now - day)
+        .not_valid_after(now + day)
+        .add_extension(x509.SubjectAlternativeName([address]), False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         .sign(key, hashes.SHA256())
     )
     path = folder / "server.pem"
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + made.public_bytes(serialization.Encoding.PEM)
-    )
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
+    path.write_bytes(private + made.public_bytes(pem))
     return path
 
 
@@ -88,12 +80,9 @@ def test_a_certificate_that_nobody_vouches_for_is_one_line_at_once(
     web, url, _ = secure
     with pytest.raises(ConnectionError, match="certificate verify failed") as caught:
         download(f"{url}/a", tmp_path / "part", Seen(), QUICK)
-    assert str(caught.value).startswith(f"{url}/a: ") and "\n" not in str(caught.value)
-    assert (
-        "times in a row" not in str(caught.value)
-        and not web.asked
-        and not (tmp_path / "part").exists()
-    )
+    text = str(caught.value)
+    assert text.startswith(f"{url}/a: ") and "\n" not in text and "times in a row" not in text
+    assert not web.asked and not (tmp_path / "part").exists()
 
 
 def test_a_houses_own_authority_is_believed(
@@ -113,9 +102,8 @@ def test_a_way_out_of_the_encryption_is_not_taken(
     with serve() as plain:
         plain.content = CONTENT
         web.plan = [status(302, Location=f"{plain.url}/a")]
-        with pytest.raises(
-            ValueError, match="redirects to an unencrypted address .*; it was not followed"
-        ):
+        says = "redirects to an unencrypted address .*; it was not followed"
+        with pytest.raises(ValueError, match=says):
             download(f"{url}/a", tmp_path / "part", Seen(), QUICK)
     assert not (tmp_path / "part").exists()
 
@@ -126,8 +114,7 @@ def test_the_proxy_of_the_environment_is_asked(
     with serve() as proxy:
         proxy.content = CONTENT
         monkeypatch.setenv("http_proxy", proxy.url)
-        download(
-            "http://images.example.org/zips/a.zip", tmp_path / "part", Seen(), QUICK, len(CONTENT)
-        )
-        assert [path for path, _ in proxy.asked] == ["http://images.example.org/zips/a.zip"]
+        url = "http://images.example.org/zips/a.zip"
+        download(url, tmp_path / "part", Seen(), QUICK, len(CONTENT))
+        assert [path for path, _ in proxy.asked] == [url]
     assert (tmp_path / "part").read_bytes() == CONTENT

@@ -26,6 +26,7 @@ from vitdet.weights.fetch import fetch
 
 CONTENT = random.Random(0).randbytes(100_000)
 SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
+PART = [".some.part.pth", ".some.part.pth.json"]
 Fetch = Callable[..., Path]
 
 
@@ -49,9 +50,8 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def entry(web: Web) -> Entry:
-    return Entry(
-        "some", "weights", f"{web.url}/pub/some.pth", "mae", size=len(CONTENT), sha256=SHA256
-    )
+    url = f"{web.url}/pub/some.pth"
+    return Entry("some", "weights", url, "mae", size=len(CONTENT), sha256=SHA256)
 
 
 @pytest.fixture
@@ -62,9 +62,8 @@ def get(entry: Entry, tmp_path: Path) -> Fetch:
         local: Path | None = None,
         **changes: object,
     ) -> Path:
-        return fetch(
-            replace(entry, **changes), tmp_path / "here", convert, Seen(), mirror, local, QUICK
-        )
+        changed, here = replace(entry, **changes), tmp_path / "here"
+        return fetch(changed, here, convert, Seen(), mirror, local, QUICK)
 
     return run
 
@@ -85,13 +84,10 @@ def test_it_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Pat
         ({"size": 99_999}, "the server has 100,000 bytes, expected 99,999"),
         (
             {"sha256": "0" * 64},
-            f"some.pth: sha256 {SHA256}, expected {'0' * 64}: not the published some; the",
+            f"sha256 {SHA256}, expected {'0' * 64}: not the published some; the",
         ),
         ({"sha256": "0000", "md5": MD5}, f"sha256 {SHA256[:4]}, expected 0000"),
-        (
-            {"sha256": "", "md5": "00000g"},
-            f"md5 {MD5[:6]}, expected 00000g: not the published some",
-        ),
+        ({"sha256": "", "md5": "00000g"}, f"md5 {MD5[:6]}, expected 00000g: not the published "),
     ],
 )
 def test_another_file_than_the_published_one_does_not_stay(
@@ -99,9 +95,8 @@ def test_another_file_than_the_published_one_does_not_stay(
 ) -> None:
     with pytest.raises(ValueError) as caught:
         get(**known)
-    assert (
-        says in str(caught.value) and "\n" not in str(caught.value) and not names(tmp_path / "here")
-    )
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not names(tmp_path / "here")
     assert get().is_file()
 
 
@@ -127,9 +122,8 @@ def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
     get: Fetch, caplog: pytest.LogCaptureFixture, known: dict, notes: int
 ) -> None:
     get(**{"sha256": "", "size": None, **known})
-    assert len(caplog.messages) == notes and all(
-        "expected abcdef according to the published file name" in text for text in caplog.messages
-    )
+    says = "expected abcdef according to the published file name"
+    assert len(caplog.messages) == notes and all(says in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +145,7 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
 ) -> None:
     with pytest.raises(ValueError, match="3 tensors unknown to this format; the download was kept"):
         get(refuse)
-    assert (
-        names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
-        and web.sent == 100_000
-    )
+    assert names(tmp_path / "here") == PART and web.sent == 100_000
     assert get().is_file() and web.sent == 100_000
     get().unlink()
     with pytest.raises(ValueError, match="unknown to this format; the download was removed"):
@@ -163,19 +154,17 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
 
 
 def test_a_copy_from_elsewhere(get: Fetch, web: Web, tmp_path: Path) -> None:
-    (tmp_path / "copy.pth").write_bytes(CONTENT)
-    (tmp_path / "other.pth").write_bytes(CONTENT[1:])
-    with pytest.raises(
-        ValueError, match=r"other.pth: 99,999 bytes, expected 100,000: not the published some$"
-    ):
-        get(local=tmp_path / "other.pth")
+    copy, other = tmp_path / "copy.pth", tmp_path / "other.pth"
+    copy.write_bytes(CONTENT)
+    other.write_bytes(CONTENT[1:])
+    with pytest.raises(ValueError, match="other.pth: 99,999 bytes, expected 100,000: not the pub"):
+        get(local=other)
     with pytest.raises(ValueError, match=r"copy.pth: copy.pth: 3 tensors unknown to this format$"):
-        get(refuse, local=tmp_path / "copy.pth")
+        get(refuse, local=copy)
     with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
         get(local=tmp_path / "none.pth")
-    assert get(local=tmp_path / "copy.pth").read_bytes() == CONTENT[::-1]
+    assert get(local=copy).read_bytes() == CONTENT[::-1] and copy.read_bytes() == CONTENT
     assert names(tmp_path / "here") == ["some.safetensors"] and not web.asked
-    assert (tmp_path / "copy.pth").read_bytes() == CONTENT
 
 
 def test_a_mirror(get: Fetch, web: Web) -> None:
@@ -186,14 +175,11 @@ def test_a_mirror(get: Fetch, web: Web) -> None:
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        (
-            "dead",
-            r"its link is dead \(https://x/y\); convert your copy of the file .*--from FILE\), or start from other",
-        ),
+        ("dead", r"its link is dead \(https://x/y\); convert your copy .*, or start from other"),
         ("none", "its authors have not published it; convert your copy"),
         (
             "page",
-            "https://x/y is a page, not a file; download it in a browser, then vitdet weights fetch some ",
+            "https://x/y is a page, not a file; download it in a browser, then vitdet weights",
         ),
     ],
 )
@@ -215,7 +201,7 @@ def test_a_full_disk_in_the_conversion_costs_no_download(
 
     with largest_file(150_000), pytest.raises(OSError, match="File too large"):
         get(twice)
-    assert names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
+    assert names(tmp_path / "here") == PART
     assert get(twice).stat().st_size == 200_000 and web.sent == 100_000
 
 
@@ -264,7 +250,7 @@ def test_killed_and_run_again(web: Web, tmp_path: Path) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
+    assert names(tmp_path / "here") == PART
     (tmp_path / "here" / ".some.tmp").mkdir()
     (tmp_path / "here" / ".some.tmp" / "half").touch()  # as if killed in the conversion
     both = [subprocess.Popen(words, env=environment(tmp_path)) for _ in range(2)]

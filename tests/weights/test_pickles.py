@@ -10,12 +10,12 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.pickles import LEGACY, read_file
@@ -82,11 +82,9 @@ def test_an_exploit_does_nothing(tmp_path: Path, name: str, how: str) -> None:
     assert "rejected: it references " in text or "getattr" in name or "array" in name, text
     assert not proof.exists()
     if name not in ("getattr", "numpy's own reader"):  # it would have happened
-        (
-            pickle.loads(path.read_bytes())
-            if "pickle" in how
-            else torch.load(path, weights_only=False)
-        )
+        read = pickle.load if "pickle" in how else partial(torch.load, weights_only=False)
+        with open(path, "rb") as file:
+            read(file)
         assert proof.exists()
 
 
@@ -113,23 +111,21 @@ def packed(path: Path, content: bytes) -> Path:
 
 def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
-    torch.save(
-        {"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}, path, pickle_protocol=4
-    )
+    content = {"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}
+    torch.save(content, path, pickle_protocol=4)
     text = one_line(path)
     assert "Unsupported operand 149" in text and "weights_only" not in text
 
 
 def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
     path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
-    assert "it references posix.system" in one_line(
-        packed(path, b"\x80\x02" + one % b"cposix\nsystem\n" + b".")
-    )
-    inner = one % b"ctorch\nFloatStorage\n"
-    assert "not a complete file of weights" in one_line(
-        packed(path, b"\x80\x02" + one % inner + b".")
-    )
-    assert "not a complete file of weights" in one_line(packed(path, b"\x80\x02X\x02\0\0\0idQ."))
+    broken = "not a complete file of weights"
+    for content, says in (
+        (one % b"cposix\nsystem\n", "it references posix.system"),
+        (one % (one % b"ctorch\nFloatStorage\n"), broken),
+        (b"X\x02\0\0\0idQ", broken),
+    ):
+        assert says in one_line(packed(path, b"\x80\x02" + content + b"."))
 
 
 def test_a_reader_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None:
@@ -148,14 +144,9 @@ def array(shape: object, kind: bytes = b"f4", raw: bytes = b"\0" * 8, order: byt
     dtype = (
         b"cnumpy\ndtype\n(S'" + kind + b"'\nI0\nI1\ntR(I3\nS'" + order + b"'\nNNNI-1\nI-1\nI0\ntb"
     )
-    return (
-        b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n"
-        + shape
-        + dtype
-        + b"I00\nS'"
-        + raw.decode().encode("unicode_escape")
-        + b"'\ntbs."
-    )
+    head = b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n"
+    content = raw.decode().encode("unicode_escape")
+    return head + shape + dtype + b"I00\nS'" + content + b"'\ntbs."
 
 
 def test_arrays_by_hand(tmp_path: Path) -> None:
@@ -164,22 +155,18 @@ def test_arrays_by_hand(tmp_path: Path) -> None:
     assert read_file(path)["w"].tolist() == [0, 0]
     path.write_bytes(array(b"(I1\nI1\nt", b"i2", b"\x01\x02", b">"))
     assert read_file(path)["w"].tolist() == [[258]]
+    huge = "an array of shape (1000000000000000,) with 4 bytes per number in 8 bytes"
+    made = b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     for content, says in (
-        (
-            array(b"(L1000000000000000L\nt"),
-            "an array of shape (1000000000000000,) with 4 bytes per number in 8 bytes",
-        ),
+        (array(b"(L1000000000000000L\nt"), huge),
         (array(b"(I-2\nt"), "an array of shape (-2,)"),
         (array(b"(S'2'\nt"), "an array of shape ('2',)"),
         (array(b"(I2\nt", b"O8"), "arrays of type 'O8', expected numbers"),
         (array(b"(I2\nt", b"V4"), "arrays of type 'V4', expected numbers"),
-        (
-            b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntRs.",
-            "an array without",
-        ),
-        (b"\x80\x04B\xff\xff\xff\x7f" + b"x.", "not a complete file"),  # says it has 2 GB
+        (made + b"s.", "an array without"),
+        (b"\x80\x04B\xff\xff\xff\x7fx.", "not a complete file"),  # says it has 2 GB
         (b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.", "not a complete file"),
-        (b"\x80\x02N" + b"r\xff\xff\xff\xff.", "got a NoneType"),  # a memo of 4 billion places
+        (b"\x80\x02Nr\xff\xff\xff\xff.", "got a NoneType"),  # a memo of 4 billion places
         (b"\x80\x02(" + b"\x88" * 10 + b"Pid\n.", "not a complete file"),  # a persistent id
         (b"", "the file is empty"),
         (b"weights", "not a complete file"),
@@ -200,18 +187,14 @@ def test_a_detectron2_file_is_read(tmp_path: Path) -> None:
         "big": np.arange(2, dtype=">i4"),
     }
     path = tmp_path / "model.pkl"
+    content = {"model": OrderedDict(arrays), "__author__": "x", "n": np.float32(1)}
     for protocol in range(6):
-        path.write_bytes(
-            pickle.dumps(
-                {"model": OrderedDict(arrays), "__author__": "x", "n": np.float32(1)}, protocol
-            )
-        )
+        path.write_bytes(pickle.dumps(content, protocol))
         found, _ = unwrap(read_file(path), FORMATS["detectron2"], path)
         assert list(found) == list(arrays)
         for name, tensor in found.items():
-            assert (
-                np.array_equal(tensor.numpy(), arrays[name]) and tensor.shape == arrays[name].shape
-            ), name
+            assert np.array_equal(tensor.numpy(), arrays[name]), name
+            assert tensor.shape == arrays[name].shape, name
     # as Python 2 wrote it: text and bytes are one
     path.write_bytes(array(b"(I2\nt", raw=b"\x00\x00\x01\x02\x00\x00\x01\x02"))
     assert read_file(path)["w"].shape == (2,)
@@ -222,15 +205,8 @@ def mmdet_file() -> dict:
     weights = OrderedDict(w=torch.ones(2), n=torch.tensor(7))
     weights._metadata = OrderedDict({"": {"version": 1}})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    meta = {
-        "epoch": 25,
-        "iter": 183250,
-        "CLASSES": ("person", "bicycle"),
-        "env_info": "sys.platform: linux",
-        "config": "model = dict()",
-        "hook_msgs": {"best_score": np.float64(0.5), "last": np.arange(3)},
-        "time": "Tue",
-    }
+    scores = {"best_score": np.float64(0.5), "last": np.arange(3)}
+    meta = {"epoch": 25, "CLASSES": ("person", "bicycle"), "config": "", "hook_msgs": scores}
     return {
         "meta": meta,
         "state_dict": weights,
@@ -260,19 +236,15 @@ def test_a_missing_package_is_not_needed(tmp_path: Path) -> None:
 
 def test_tensors_without_content_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
-    huge: list[Tensor] = [
-        torch.zeros(1).expand(2**40),
-        torch.empty(2**40, device="meta"),
-        torch.zeros(2, 2).to_sparse(),
-    ]
-    for tensor in huge:
+    huge = [torch.zeros(1).expand(2**40), torch.empty(2**40, device="meta")]
+    for tensor in (*huge, torch.zeros(2, 2).to_sparse()):
         torch.save({"model": {"w": tensor}}, path)
         assert "1 entries are not complete tensors, such as w" in one_line(path)
     torch.save({"model": {"v": torch.ones(1), "w": 3}}, path)
     assert "such as w (int)" in one_line(path)
     torch.save({"state": {"w": 3}}, path)
-    assert "expected tensors by name, or a dict of them" in one_line(path)
-    assert "found state" in one_line(path)
+    text = one_line(path)
+    assert "expected tensors by name, or a dict of them" in text and "found state" in text
 
 
 def test_other_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -44,11 +45,8 @@ def test_a_recipe_holds_differences_only_and_says_what_it_is(recipe: str) -> Non
     def named(node: dict | list | str | None, key: str) -> list[str]:
         if not isinstance(node, dict):
             return [key]
-        return [
-            leaf
-            for name, child in node.items()
-            for leaf in named(child, f"{key}.{name}" if key else name)
-        ]
+        below = ((child, f"{key}.{name}" if key else name) for name, child in node.items())
+        return [leaf for pair in below for leaf in named(*pair)]
 
     written = set(named(yaml.safe_load(path.read_text()) or {}, "")) - {""}
     assert written - {"train.init"} <= differing, "the default need not be said again"
@@ -59,26 +57,18 @@ def test_a_recipe_holds_differences_only_and_says_what_it_is(recipe: str) -> Non
 def test_steps_warm_up_and_drops_are_the_published_ones(recipe: str) -> None:
     config, published = load_config(recipe), PUBLISHED[recipe]
     assert config.optim.steps == published["max_iter"] and config.train.batch_size == 64
-    assert (config.optim.lr, config.optim.weight_decay) == (
-        published["lr"],
-        published["weight_decay"],
-    )
+    rates = (config.optim.lr, config.optim.weight_decay)
+    assert rates == (published["lr"], published["weight_decay"])
     for step, factor in published["lr_multiplier_at"].items():
         assert lr_factor(int(step), config.optim) == pytest.approx(factor, rel=1e-6), step
-    for factor, step in zip(
-        (0.1, 0.01), published.get("first_iter_at_0p1_and_0p01", ()), strict=False
-    ):
+    drops = published.get("first_iter_at_0p1_and_0p01", ())
+    for factor, step in zip((0.1, 0.01), drops, strict=False):
         assert lr_factor(step, config.optim) == pytest.approx(factor)
         assert lr_factor(step - 1, config.optim) == pytest.approx(10 * factor)
     if "drop_path_rate" in published:
         assert config.model.backbone.drop_path == published["drop_path_rate"]
-        file = (
-            published["init_checkpoint"]
-            .split("?")[0]
-            .removesuffix(".pth")
-            .split("mae_pretrain_vit_")[1]
-        )
-        assert config.train.init == PRETRAINING[file]
+        file = published["init_checkpoint"].split("?")[0].removesuffix(".pth")
+        assert config.train.init == PRETRAINING[file.split("mae_pretrain_vit_")[1]]
 
 
 @pytest.mark.parametrize("recipe", sorted(GROUPS))
@@ -110,11 +100,8 @@ def published_groups(recipe: str) -> dict[str, tuple[float, float]]:
 @cache
 def our_names(recipe: str) -> dict[str, str]:
     """Their name -> ours; two of their biases are parts of one of ours."""
-    joined = {
-        name: name.replace(".q_bias", ".qkv.bias").replace(".v_bias", ".qkv.bias")
-        for name in GROUPS[recipe]
-    }
-    return {name: rename(whole, layout(recipe)) for name, whole in joined.items()}
+    whole = {name: re.sub(r"\.[qv]_bias$", ".qkv.bias", name) for name in GROUPS[recipe]}
+    return {name: rename(joined, layout(recipe)) for name, joined in whole.items()}
 
 
 @pytest.mark.parametrize("recipe", sorted(PUBLISHED))
@@ -140,9 +127,8 @@ def declared_difference(recipe: str) -> int:
 def test_the_paper_s_other_propagation_has_no_global_attention() -> None:
     blocks = on_meta("mask_rcnn_vitdet_b_residual_coco").backbone.blocks
     assert all(block.window == 14 for block in blocks)
-    assert [
-        i for i, block in enumerate(blocks) if not isinstance(block.residual, torch.nn.Identity)
-    ] == [2, 5, 8, 11]
+    plain = [isinstance(block.residual, torch.nn.Identity) for block in blocks]
+    assert [i for i, identity in enumerate(plain) if not identity] == [2, 5, 8, 11]
 
 
 def test_lvis_recipes_are_the_coco_ones_on_other_data() -> None:
@@ -151,10 +137,8 @@ def test_lvis_recipes_are_the_coco_ones_on_other_data() -> None:
             config = load_config(recipe)
             assert (config.data.dataset, config.model.roi_heads.num_classes) == ("lvis", 1203)
             assert (config.evaluate.score_threshold, config.evaluate.max_detections) == (0.02, 300)
-            assert (config.model.roi_heads.loss, config.data.repeat_threshold) == (
-                "federated",
-                0.001,
-            )
+            assert config.model.roi_heads.loss == "federated"
+            assert config.data.repeat_threshold == 0.001
 
 
 # Of mmdet's and ViTAE-Transformer's configs and key lists: parameters, those without weight decay (its keys hold "norm"
@@ -174,8 +158,6 @@ def test_the_hierarchical_baselines_follow_their_configs(
     assert sum(p.numel() for p in on_meta(recipe).parameters()) == parameters
     assert sum(len(group["names"]) for group in groups if group["weight_decay"] == 0) == undecayed
     assert {group["lr_scale"] for group in groups} == {1.0}
-    factors = [
-        lr_factor(step, optim)
-        for step in (0, warmup, 27 * epoch - 1, 27 * epoch, 33 * epoch, 36 * epoch - 1)
-    ]
+    steps = (0, warmup, 27 * epoch - 1, 27 * epoch, 33 * epoch, 36 * epoch - 1)
+    factors = [lr_factor(step, optim) for step in steps]
     assert factors == pytest.approx([0.001, 1, 1, 0.1, 0.01, 0.01]) and optim.steps == 36 * epoch

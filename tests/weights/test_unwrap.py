@@ -28,63 +28,61 @@ def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[s
     return {prefix + name: one for name, one in (weights or plain()).items()}
 
 
+def read(text: str) -> str:
+    return f"weights: read from {text}"
+
+
+def removed(text: str) -> str:
+    return f"names: removed the prefix {text}"
+
+
+COUNTER = torch.tensor(5)
+INNER = {name.replace(".", "._orig_mod.", 1): one for name, one in plain().items()}
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (plain(), []),
         ({"model": plain(), "epoch": 3}, []),
-        ({"state_dict": plain()}, ["weights: read from 'state_dict'"]),
-        ({"ema": {"module": plain()}}, ["weights: read from 'module' in 'ema'"]),
+        ({"state_dict": plain()}, [read("'state_dict'")]),
+        ({"ema": {"module": plain()}}, [read("'module' in 'ema'")]),
         (
             {"student": plain(), "teacher": prefixed("module.backbone.")},
-            [
-                "weights: read from 'teacher'",
-                "names: removed the prefix module.",
-                "names: removed the prefix backbone.",
-            ],
+            [read("'teacher'"), removed("module."), removed("backbone.")],
         ),
+        ({"model": plain(), "model_ema": prefixed("x.")}, [read("'model'; ignored: 'model_ema'")]),
+        ({**prefixed("module."), "n_averaged": COUNTER}, [removed("module.")]),
         (
-            {"model": plain(), "model_ema": prefixed("x.")},
-            ["weights: read from 'model'; ignored: 'model_ema'"],
-        ),
-        (
-            {**prefixed("module."), "n_averaged": torch.tensor(5)},
-            ["names: removed the prefix module."],
-        ),
-        (
-            {**prefixed("module.module."), "module.n_averaged": torch.tensor(5)},
-            ["names: removed the prefix module.module."],
+            {**prefixed("module.module."), "module.n_averaged": COUNTER},
+            [removed("module.module.")],
         ),
         ({"model": plain(), "params": {"lr": 1}, "ema": {"decay": {"value": 0.9}}}, []),
         (
             {"teacher": {"model": {"state_dict": plain()}}, "model": {"lr": 1}},
-            ["weights: read from 'state_dict' in 'model' in 'teacher'"],
+            [read("'state_dict' in 'model' in 'teacher'")],
         ),
-        (prefixed("_orig_mod.module."), ["names: removed the prefix _orig_mod.module."]),
+        (prefixed("_orig_mod.module."), [removed("_orig_mod.module.")]),
         (
             {"state_dict": prefixed("model._orig_mod.")},
-            ["weights: read from 'state_dict'", "names: removed the prefix model._orig_mod."],
+            [read("'state_dict'"), removed("model._orig_mod.")],
         ),
-        (
-            {name.replace(".", "._orig_mod.", 1): one for name, one in plain().items()},
-            ["names: removed the prefix _orig_mod."],
-        ),
+        (INNER, [removed("_orig_mod.")]),
         (
             prefixed("encoder.") | prefixed("decoder."),
-            ["names: removed the prefix encoder.; 3 other tensors ignored"],
+            [removed("encoder.; 3 other tensors ignored")],
         ),
         (
             prefixed("student.") | prefixed("teacher."),
-            ["names: removed the prefix teacher.; 3 other tensors ignored"],
+            [removed("teacher.; 3 other tensors ignored")],
         ),
     ],
 )
 def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
     found, notes = unwrap(content, FORMATS["mae"], Path("w.pth"))
     assert notes == told
-    assert found.keys() == set(NAMES) and all(
-        torch.equal(found[name], one) for name, one in plain().items()
-    )
+    assert found.keys() == set(NAMES)
+    assert all(torch.equal(found[name], one) for name, one in plain().items())
 
 
 def test_names_that_are_one_without_prefixes_are_refused() -> None:
@@ -94,9 +92,8 @@ def test_names_that_are_one_without_prefixes_are_refused() -> None:
 
 def test_a_dictionary_without_tensors_is_not_the_weights() -> None:
     content = {"norm.weight": torch.ones(2), "params": {"lr": 1}}
-    with pytest.raises(
-        ValueError, match=r"^w.pth: 1 entries are not complete tensors, such as params \(dict\)$"
-    ):
+    says = r"^w.pth: 1 entries are not complete tensors, such as params \(dict\)$"
+    with pytest.raises(ValueError, match=says):
         unwrap(content, FORMATS["mae"], Path("w.pth"))
 
 
@@ -127,26 +124,21 @@ def test_the_layers_of_a_classifier_are_ignored_by_name(
 ) -> None:
     path = tmp_path / "w.pth"
     heads = {name: torch.ones(2) for name in ("head.weight", "head.fc.bias", "fc_norm.weight")}
+    ignored = "ignored classifier head: head.weight, head.fc.bias, fc_norm.weight"
     torch.save({"model": {name: torch.ones(2), **heads}}, path)
     found = read_source(path, layout)
-    assert len(found.weights) == 1
-    assert found.notes[-1] == "ignored classifier head: head.weight, head.fc.bias, fc_norm.weight"
+    assert len(found.weights) == 1 and found.notes[-1] == ignored
     torch.save(heads, path)
     with pytest.raises(ValueError, match="contains no tensors that a detector uses"):
         read_source(path, layout)
     heads["head.fc.bias"][0] = torch.nan  # of no interest
     for prefix in ("backbone.", "teacher.", "module.encoder."):
         outer = "module." if prefix.startswith("module.") else ""
-        torch.save(
-            {prefix + name: torch.ones(2), "student.x": torch.ones(2)} | prefixed(outer, heads),
-            path,
-        )
+        weights = {prefix + name: torch.ones(2), "student.x": torch.ones(2)}
+        torch.save(weights | prefixed(outer, heads), path)
         found = read_source(path, layout)
-        assert len(found.weights) == 1
+        assert len(found.weights) == 1 and found.notes[-1] == ignored
         assert found.notes[-2].endswith("1 other tensors ignored")
-        assert (
-            found.notes[-1] == "ignored classifier head: head.weight, head.fc.bias, fc_norm.weight"
-        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -156,10 +148,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
     save_file(weights, path)
     with pytest.raises(ValueError) as error:
         read_source(path, "mae")
-    assert str(error.value) == (
-        f"{path}: 1 tensors contain NaN or infinite values, e.g. backbone.{NAMES[1]}; "
-        "use an earlier checkpoint"
-    )
+    says = f"1 tensors contain NaN or infinite values, e.g. backbone.{NAMES[1]}"
+    assert str(error.value) == f"{path}: {says}; use an earlier checkpoint"
 
 
 @pytest.mark.parametrize(

@@ -39,16 +39,14 @@ def test_a_whole_backbone_is_loaded_and_the_rest_stays(
     detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    save_file(
-        {name: tensor.half() for name, tensor in backbone.items()}, tmp_path / "w.safetensors"
-    )
+    half = {name: tensor.half() for name, tensor in backbone.items()}
+    save_file(half, tmp_path / "w.safetensors")
     fresh = load_pretrained(detector, tmp_path / "w.safetensors").fresh
     after = detector.state_dict()
-    assert set(fresh) == set(before) - set(backbone) and any(
-        name.endswith(NOT_PRETRAINED) for name in fresh
-    )
+    assert set(fresh) == set(before) - set(backbone)
+    assert any(name.endswith(NOT_PRETRAINED) for name in fresh)
     for name, tensor in after.items():
-        expected = backbone[name].half().float() if name in backbone else before[name]
+        expected = half[name].float() if name in half else before[name]
         assert torch.equal(tensor, expected) and tensor.dtype == torch.float32, name
 
 
@@ -56,20 +54,14 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(
     detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    lacking = {
-        name: tensor for name, tensor in backbone.items() if not name.endswith("norm1.weight")
-    }
+    lacking = {name: one for name, one in backbone.items() if not name.endswith("norm1.weight")}
+    name, integers = "backbone.pos_embed", torch.ones(1, 16, 16, 128, dtype=torch.int8)
+    shape, kind = "(1, 3, 3, 64), expected (1, 16, 16, 128)", "torch.int8, expected torch.float32"
     cases = (
         ({**backbone, "head.weight": torch.zeros(2)}, "1 tensors: unexpected head.weight"),
         (lacking, "tensors: missing backbone.blocks.0.norm1.weight"),
-        (
-            {**backbone, "backbone.pos_embed": torch.zeros(1, 3, 3, 64)},
-            "1 tensors: wrong shape: backbone.pos_embed (1, 3, 3, 64), expected (1, 16, 16, 128)",
-        ),
-        (
-            {**backbone, "backbone.pos_embed": torch.ones(1, 16, 16, 128, dtype=torch.int8)},
-            "1 tensors: wrong type: backbone.pos_embed torch.int8, expected torch.float32",
-        ),
+        ({**backbone, name: torch.zeros(1, 3, 3, 64)}, f"1 tensors: wrong shape: {name} {shape}"),
+        ({**backbone, name: integers}, f"1 tensors: wrong type: {name} {kind}"),
         ({"x": torch.zeros(1)}, "1 tensors: unexpected x; "),
     )
     for number, (weights, says) in enumerate(cases):
@@ -78,11 +70,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(
         with pytest.raises(ValueError) as caught:
             load_pretrained(detector, path)
         text = str(caught.value)
-        assert (
-            text.startswith(f"{path}: does not fit this backbone: ")
-            and says in text
-            and "\n" not in text
-        )
+        assert text.startswith(f"{path}: does not fit this backbone: ") and "\n" not in text
+        assert says in text
     assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
 
 
@@ -101,7 +90,7 @@ def deep(whole: bytes) -> bytes:
         (lambda whole: b"{}", "truncated: 2 of 32,131 bytes"),
         (
             lambda whole: b"not weights at all",
-            "not a safetensors file: its first 8 bytes are not a valid header length",
+            "not a safetensors file: its first 8 bytes are not a",
         ),
         (lambda whole: whole[:8] + whole[9:], "not a complete safetensors file ("),
         (deep, "not a complete safetensors file ("),
@@ -124,21 +113,16 @@ def test_a_damaged_file_is_one_line(
 
 def test_names_and_files(tmp_path: Path) -> None:
     assert resolve("") is None
-    with pytest.raises(
-        ValueError, match="train.init: no weights named 'mae_vit_tny'; did you mean 'mae_vit_tiny'"
-    ):
+    with pytest.raises(ValueError, match="init: no weights named 'mae_vit_tny'; did you mean 'mae"):
         resolve("mae_vit_tny")
     with pytest.raises(
-        FileNotFoundError, match=r"none.safetensors: no such weights file \(train.init\)"
+        FileNotFoundError, match=r"none.safetensors: no such weights file \(train.i"
     ):
         resolve("none.safetensors")
     name = next(iter(CATALOGUE))
-    (tmp_path / f"{name}.safetensors").write_bytes(b"")
-    assert resolve(name, tmp_path) == tmp_path / f"{name}.safetensors"
-    assert (
-        resolve(str(tmp_path / f"{name}.safetensors"), Path("elsewhere"))
-        == tmp_path / f"{name}.safetensors"
-    )
+    path = tmp_path / f"{name}.safetensors"
+    path.write_bytes(b"")
+    assert resolve(name, tmp_path) == resolve(str(path), Path("elsewhere")) == path
 
 
 def test_a_training_begins_with_them(
