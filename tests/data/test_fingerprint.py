@@ -73,17 +73,6 @@ def append(path: Path) -> None:
         (lambda root: (root / "val" / "folder").mkdir(), set()),
         (lambda root: (root / "annotations" / "captions_val.json").write_text("{}"), set()),
     ],
-    ids=[
-        "added training image",
-        "added validation image",
-        "renamed class",
-        "byte of annotations",
-        "size of an image",
-        ".DS_Store",
-        "image without annotations",
-        "folder",
-        "other annotations",
-    ],
 )
 def test_a_fingerprint_covers_annotations_and_the_images_that_they_name(
     data: DataConfig, change: Callable[[Path], object], changed: set[str]

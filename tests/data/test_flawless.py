@@ -96,14 +96,8 @@ def outcome(content: dict, lvis: bool, flawless: bool) -> tuple:
         (one.annotation.id, one.annotation.bbox, one.segmentation, *one[2:])
         for one in validator.annotations(table, flawless)
     ]
-    state = (
-        validator.categories,
-        dict(validator.instances),
-        dict(validator.objects),
-        validator.outlines,
-        validator.count,
-    )
-    return sorted(said) if lvis else said, state, found
+    numbers = validator.instances, validator.objects, validator.outlines, validator.count
+    return sorted(said) if lvis else said, (validator.categories, *numbers), found
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -63,52 +63,29 @@ def test_uneven_shares_and_no_images_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "processes", "accumulate", "message"),
+    ("batch_size", "processes", "accumulate", "parts", "sizes"),
     [
-        (
-            3,
-            2,
-            1,
-            "of the 2 processes, got 3; set it to 2 or 4, or start another number of processes",
-        ),
-        (
-            12,
-            2,
-            4,
-            "of 8 (2 processes x train.accumulate=4), got 12; set it to 8 or 16, or change train.accumulate or "
-            "the number of processes",
-        ),
-        (
-            2,
-            1,
-            3,
-            "of 3 (1 process x train.accumulate=3), got 2; set it to 3, or change train.accumulate or the "
-            "number of processes",
-        ),
+        (3, 2, 1, "the 2 processes", "2 or 4"),
+        (12, 2, 4, "8 (2 processes x train.accumulate=4)", "8 or 16"),
+        (2, 1, 3, "3 (1 process x train.accumulate=3)", "3"),
     ],
 )
 def test_a_batch_that_cannot_be_divided_is_refused(
-    batch_size: int, processes: int, accumulate: int, message: str
+    batch_size: int, processes: int, accumulate: int, parts: str, sizes: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
         check_batch_size(batch_size, processes, accumulate)
-    assert str(caught.value) == f"train.batch_size must be a multiple {message}"
+    what = (
+        f"train.batch_size must be a multiple of {parts}, got {batch_size}; set it to {sizes}, or "
+    )
+    change = "change train.accumulate or the" if accumulate > 1 else "start another"
+    assert str(caught.value) == f"{what}{change} number of processes"
     check_batch_size(24, processes, accumulate)
 
 
 def test_repeat_factors_are_those_of_the_rarest_class() -> None:
-    labels = [
-        np.array([0, 0]),
-        np.array([0, 1]),
-        np.array([0]),
-        np.array([0, 2, 3]),
-        np.array([0]),
-        np.array([0, 1]),
-        np.array([0]),
-        np.array([0, 3]),
-        np.array([0]),
-        np.array([], np.int64),
-    ]
+    images = ([0, 0], [0, 1], [0], [0, 2, 3], [0], [0, 1], [0], [0, 3], [0], [])
+    labels = [np.array(image, np.int64) for image in images]
     # Shares of the ten images: class 0 in 9, class 1 in 2, class 2 in 1, class 3 in 2.
     expected = [1, (0.4 / 0.2) ** 0.5, 1, 2, 1, (0.4 / 0.2) ** 0.5, 1, 2**0.5, 1, 1]
     assert repeat_factors(labels, 0.4) == pytest.approx(expected)

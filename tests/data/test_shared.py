@@ -101,3 +101,10 @@ def test_a_plain_copy_is_a_copy() -> None:
     assert len(empty) == 0 and list(empty) == []
     with pytest.raises(TypeError):
         packed.append("one more")  # it would move what others look at
+
+
+def test_packed_values_are_no_objects() -> None:
+    values = [[float(number)] * 50 for number in range(100)]
+    packed = PackedList(values)
+    values[3][0] = -1.0
+    assert packed[3] == [3.0] * 50 and packed[3] is not packed[3] and len(packed) == 100
