@@ -11,9 +11,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from tests.tracking.test_register import METRICS, enter, make_checkpoint
+from tests.tracking.test_tracking import start
 from vitdet.tracking import comparison
 from vitdet.tracking.address import VARIABLES, tracking_uri
-from vitdet.tracking.mlflow import start_run
 
 ROW = {
     "name": "tiny",
@@ -50,14 +50,7 @@ def pipeline(folder: Path, group: str) -> tuple[str, str]:
     """The steps of a pipeline run that use MLflow, in experiment `group`: (id of the parent run, of the training's)."""
     place = {"uri": "", "folder": folder, "experiment": group}
     parent = comparison.start_parent_run(group, ["tiny"], **place)
-    tracker = start_run(
-        **place,
-        name="tiny",
-        params={"optim.lr": 1e-4},
-        tags={},
-        dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"},
-        group=group,
-    )
+    tracker = start(folder, "", experiment=group, group=group)
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     enter(folder, make_checkpoint(folder / "model.pt", 0, tracker.run_id))

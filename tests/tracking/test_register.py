@@ -14,6 +14,7 @@ import torch
 from mlflow.models import Model
 
 import vitdet
+from tests.tracking.test_tracking import start
 from vitdet.checkpoint import FORMAT, load_model_file, save, save_safetensors
 from vitdet.config import load_config, to_dict
 from vitdet.data.protocol import Protocol
@@ -59,15 +60,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
         folder = tmp_path_factory.mktemp("work")
-        tracker = tracking.start_run(
-            uri="",
-            folder=folder,
-            experiment="test",
-            name="run",
-            params={"optim.lr": 1e-4},
-            tags={"git_revision": "a" * 40},
-            dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"},
-        )
+        tracker = start(folder, "", tags={"git_revision": "a" * 40})
         tracker.close()
         make_checkpoint(folder / "model.pt", 0, tracker.run_id)
         assert enter(folder, folder / "model.pt") == ("detector", "1")

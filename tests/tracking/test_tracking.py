@@ -37,8 +37,10 @@ def server(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     server.kill()
 
 
-def start(folder: Path, uri: str, **more: object) -> tracking.Tracker:
-    return tracking.start_run(uri=uri, folder=folder, **{**WHAT, **more})
+def start(
+    folder: Path, uri: str, run_id: str | None = None, resume_step: int = 0, **more: object
+) -> tracking.Tracker:
+    return tracking.start_run(uri, folder, WHAT | more, run_id, resume_step)
 
 
 def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -120,7 +122,7 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     code = (
         "import sys, time; from pathlib import Path; from vitdet.tracking import mlflow as tracking\n"
         "tracking.SHIP_SECONDS = 0.05\n"
-        f"t = tracking.start_run(uri={store!r}, folder=Path({str(tmp_path)!r}), **{WHAT!r})\n"
+        f"t = tracking.start_run({store!r}, Path({str(tmp_path)!r}), {WHAT!r})\n"
         "print(t.run_id, flush=True)\n"
         "for step in range(10**6):\n"
         "    t.log({'loss': step / 2}, step); print(step, flush=True); time.sleep(0.002)"

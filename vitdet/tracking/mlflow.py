@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from vitdet.tracking.address import hide_credentials, tracking_uri
 from vitdet.tracking.client import (
@@ -143,26 +144,18 @@ class MLflowTracker(Tracker):
 
 
 def start_run(
-    *,
-    uri: str,
-    folder: Path,
-    experiment: str,
-    name: str,
-    params: dict[str, bool | int | float | str],
-    tags: dict[str, str],
-    dataset: dict[str, str],
-    run_id: str | None = None,
-    resume_step: int = 0,
-    group: str = "",
-    output: str = "",
+    uri: str, folder: Path, what: dict[str, Any], run_id: str | None = None, resume_step: int = 0
 ) -> Tracker:
     """Start a tracker of a new run, or of the run `run_id`, which goes on at `resume_step`.
 
-    uri: "" means a SQLite file in `folder`; the environment's MLFLOW_TRACKING_URI precedes.
-    dataset: name, digest and source. run_id: MLflow's or a pending one; a run that the server does
-    not know becomes a new one with all records of the journal. group: a new run becomes a child of
-    the run in its experiment whose tag `group` has this value. output: the folder in `folder` that
-    is written to; a run that was killed before its first checkpoint is found by it and goes on.
+    uri: "" means a SQLite file in `folder`; the environment's MLFLOW_TRACKING_URI precedes. run_id:
+    MLflow's or a pending one; a run that the server does not know becomes a new one with all
+    records of the journal.
+
+    what: of a new run, its experiment, name, params, tags and dataset (name, digest and source).
+    group: it becomes a child of the run in its experiment whose tag `group` has this value, if any.
+    output: the folder in `folder` that is written to; a run that was killed before its first
+    checkpoint is found by it and goes on.
 
     Raises ValueError at step 0 for a deleted experiment or an unsupported store; later, that is a
     warning.
@@ -170,28 +163,19 @@ def start_run(
     server = tracking_uri(uri, folder)
     params = {
         key: hide_credentials(value) if isinstance(value, str) else value
-        for key, value in params.items()
+        for key, value in what["params"].items()
     }
     source = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL"}
-    tags = source | code_tags() | tags
+    tags = source | code_tags() | what["tags"]
     if revision := tags.get("git_revision"):
         tags["mlflow.source.git.commit"] = revision[:40]
-    if run_id is None and output:
-        run_id = unfinished(folder, output, params)
+    if run_id is None and what.get("output"):
+        run_id = unfinished(folder, what["output"], params)
     journal, resume = find(folder, run_id), None
     start = journal.start()
     if start is None:
-        what = {
-            "experiment": experiment,
-            "name": name,
-            "params": params,
-            "tags": tags,
-            "dataset": dataset,
-            "group": group,
-            "output": output,
-            "server": hide_credentials(server),
-        }
-        journal.append({"start": what})
+        new = {"params": params, "tags": tags, "server": hide_credentials(server)}
+        journal.append({"start": what | new})
     if run_id is not None:
         changed = "; ".join(
             f"{key}: {params[key]}, not {hide_credentials(value)}"

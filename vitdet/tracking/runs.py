@@ -69,19 +69,17 @@ def start_tracker(
             "mlflow.note.content": description(config, builtin, output),
             **machine(),
         }
-        tracker = start_run(
-            uri=config.tracking.uri,
-            folder=default_folder(output),
-            experiment=config.tracking.experiment,
-            name=hide_credentials(run_name(config, recipe, builtin)),
-            params=flatten(config),
-            tags={key: hide_credentials(value) for key, value in tags.items()},
-            group=group,
-            dataset={"name": root.name, "digest": data_digest, "source": str(root.resolve())},
-            run_id=run_id,
-            resume_step=step,
-            output=output.resolve().name,
-        )
+        what = {
+            "experiment": config.tracking.experiment,
+            "name": hide_credentials(run_name(config, recipe, builtin)),
+            "params": flatten(config),
+            "tags": {key: hide_credentials(value) for key, value in tags.items()},
+            "dataset": {"name": root.name, "digest": data_digest, "source": str(root.resolve())},
+            "group": group,
+            "output": output.resolve().name,
+        }
+        folder = default_folder(output)
+        tracker = start_run(config.tracking.uri, folder, what, run_id, step)
     else:
         log.warning("mlflow is not installed: this training run is not tracked")
     return Progress(tracker, config.optim.steps, step)
