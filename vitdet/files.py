@@ -7,7 +7,7 @@ that ended.
 
 The kernel releases a lock when its process ends, also after SIGKILL. filelock opens the file for
 writing, as NFSv4 requires, and closes it in forked children, so data-loader workers do not keep the
-lock of a killed training.
+lock of a killed training run.
 """
 
 from __future__ import annotations
@@ -47,15 +47,8 @@ CRC_THREADS = 4  # zlib releases the GIL
 # disk full, file size limit, disk quota
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # flock on Lustre without the mount option flock, on NFS without lockd, and on some FUSE mounts
-UNSUPPORTED = {
-    errno.ENOSYS,
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-    errno.ENOTSUP,
-    errno.EINVAL,
-    errno.EBADF,
-    errno.ENOTTY,
-}
+UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+UNSUPPORTED |= {errno.EINVAL, errno.EBADF, errno.ENOTTY}
 POLL_SECONDS = 0.2
 _warned: set[str] = set()  # once per process
 log = logging.getLogger(__name__)
@@ -113,8 +106,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_once(path.parent.resolve(), os.getpid())
-    prefix = f".{path.name}.{writer()}."
-    temporary = Path(tempfile.mkdtemp(".tmp", prefix, path.parent))
+    temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.{writer()}.", path.parent))
     try:
         temporary.chmod(0o755)
         with _named(path):
@@ -221,11 +213,12 @@ def damaged_record(path: Path) -> str | None:
     None also if no record matches: the archive was written without checksums
     (torch.serialization.set_crc32_options). Raises ValueError if the archive is incomplete.
     """
+    workers = min(CRC_THREADS, os.cpu_count() or 1)
     try:
         with (
             zipfile.ZipFile(path) as archive,
             open(path, "rb") as file,
-            ThreadPoolExecutor(min(CRC_THREADS, os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(workers) as pool,
         ):
             records = archive.infolist()
             whole = list(pool.map(lambda one: _is_whole(archive, file.fileno(), one), records))

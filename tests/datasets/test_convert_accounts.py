@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image, features
+from PIL import features
 
+from tests.datasets import test_convert_data as data
+from tests.datasets.test_convert_data import Run, tree
 from vitdet.data.masks import decode
 from vitdet.datasets.importers.dataset import image_suffixes
 
-Run = Callable[..., tuple[int, str, str]]
 OBJECT = (
     "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
     "</bndbox></object>"
@@ -22,17 +21,11 @@ XML = f"<annotation>{OBJECT.format('cat', 11, 11, 40, 40)}</annotation>"
 
 
 def write(path: Path, content: str = "0 0.5 0.5 0.2 0.4\n") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+    data.write(path, content)
 
 
 def image(path: Path, value: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (96, 64), (value, 90, 90)).save(path)
-
-
-def tree(root: Path, split: str) -> dict:
-    return json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+    data.image(path, 96, 64, value)
 
 
 def names(root: Path, split: str) -> list[str]:

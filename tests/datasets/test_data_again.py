@@ -1,6 +1,5 @@
 """Downloads into folders that already hold archives, images, other files or links; full disks."""
 
-# ruff: noqa: F401, F811 - fixtures of the other file
 from __future__ import annotations
 
 import json
@@ -11,19 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import largest_file
-from tests.datasets.test_data_fetch import (
-    BOTH,
-    TRAIN,
-    VAL,
-    Fetch,
-    asked,
-    check,
-    get,
-    no_sync,
-    root,
-    web,
-)
+from tests.datasets.test_data_fetch import BOTH, TRAIN, VAL, Fetch, asked, check
 from tests.helpers.archives import miniatures
 from tests.helpers.web import Web
 from vitdet.data import download_record
@@ -123,14 +110,6 @@ def test_the_disk_is_asked_first(
     with pytest.raises(OSError, match=says):
         get(wanted=wanted)
     assert web.asked == []
-
-
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(get: Fetch, web: Web, root: Path) -> None:
-    says = "part: could not be written .*File too large"
-    with pytest.raises(OSError, match=says), largest_file(9_000):
-        get(split="train")
-    get()
-    check(root, web)
 
 
 def test_an_archive_that_lacks_files_is_not_noted(get: Fetch, root: Path) -> None:

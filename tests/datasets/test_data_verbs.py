@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_cli import largest_file
 from tests.helpers.archives import miniatures, path
-from tests.helpers.web import Web, serve, status
+from tests.helpers.web import Web, status
 from vitdet.datasets import published
 
 PART = r"d/\.archives/\w+\.\S*zip\.part"
@@ -20,15 +20,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    """A mirror of small archives, which are the published ones for this test."""
-    monkeypatch.setattr(os, "sync", lambda: None)
-    with serve() as web:
-        web.files = {**miniatures("coco")[1], **miniatures("lvis")[1]}
-        monkeypatch.setattr(
-            published, "archives", lambda dataset, split: miniatures(dataset, split)[0]
-        )
-        yield web
+def web(web: Web, monkeypatch: pytest.MonkeyPatch) -> Web:
+    """The mirror's archives are the published ones for this test."""
+    monkeypatch.setattr(published, "archives", lambda *given: miniatures(*given)[0])
+    return web
 
 
 def test_what_is_published() -> None:

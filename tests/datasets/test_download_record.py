@@ -45,11 +45,6 @@ def folder_entry(root: Path, path: str) -> Images:
     return Images(path, len(files), sum(map(len, files.values())), names, content)
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sync", lambda: None)
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "val2017").mkdir()

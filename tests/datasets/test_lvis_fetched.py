@@ -13,18 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_lvis_data import change, lvis, own_lvis, settings
-from tests.datasets.test_data_fetch import (
-    BOTH,
-    TRAIN,
-    VAL,
-    Fetch,
-    asked,
-    check,
-    get,
-    no_sync,
-    root,
-    web,
-)
+from tests.datasets.test_data_fetch import BOTH, TRAIN, VAL, Fetch, asked, check
 from tests.helpers.archives import path, zipped
 from tests.helpers.web import Handler, Web, file, status
 from vitdet.data import check as data_check

@@ -90,10 +90,9 @@ def test_a_finished_detector_loads(case: str, tiny: Path, tmp_path: Path) -> Non
     # commit dad8b8b did not say for which batch size a learning rate is meant
     assert config == config_of(case, tiny, optim__lr_batch_size=64)
     assert names == tuple(stored["class_names"]) and len(names) == 6
-    assert detector.state_dict().keys() == stored["model"].keys()
-    assert all(
-        torch.equal(tensor, stored["model"][name]) for name, tensor in detector.state_dict().items()
-    )
+    weights, expected = detector.state_dict(), stored["model"]
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
     image = next((tiny / "val").iterdir())
     found = Predictor.load(path, "cpu")(image, threshold=0.0)
     assert len(found.names) == len(found.boxes) > 0
@@ -116,9 +115,8 @@ def test_a_finished_detector_initializes_a_training(case: str, tiny: Path, tmp_p
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_state_resumes(case: str, tiny: Path, tmp_path: Path) -> None:
-    stored = write(
-        f"state_{case}", tiny, tmp_path / "run" / "checkpoints" / f"step_{STEPS - 3:08d}.pt"
-    )
+    path = tmp_path / "run" / "checkpoints" / f"step_{STEPS - 3:08d}.pt"
+    stored = write(f"state_{case}", tiny, path)
     assert bool(stored["average"]) == (case == "tiny")
     recorder, begun = Recorder(), []
 

@@ -192,17 +192,10 @@ def test_a_file_of_another_kind_is_reported_by_its_type(
         assert str(error.value).startswith(f"{path}: ") and what in str(error.value)
 
 
-def test_a_truncated_file_and_an_archive_are_reported(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    save_file(plain(), path)
-    whole = path.read_bytes()
-    for size in (9, 100, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"truncated: {size} of "):
-            read_file(path)
+def test_an_archive_of_other_files_is_reported(tmp_path: Path) -> None:
     archive = tmp_path / "w.pth"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("run/w.safetensors", whole)
+        file.writestr("run/w.safetensors", b"")
     with pytest.raises(ValueError, match=r"a zip archive with run/w\.safetensors"):
         read_file(archive)
 

@@ -45,9 +45,7 @@ def _environment() -> Environment:
 
 
 def _encodable(value: object) -> object:
-    """Replace lone surrogates, which names of classes and files may contain and UTF-8 cannot
-    encode.
-    """
+    """Replace lone surrogates, which names may contain and UTF-8 cannot encode."""
     return value.encode("utf-8", "backslashreplace").decode() if type(value) is str else value
 
 
@@ -61,8 +59,6 @@ def _count(value: int, noun: str = "") -> str:
 
 
 def _path(values: Sequence[float], width: float, height: float) -> str:
-    """Return the points of an SVG polyline of evenly spaced values in 0..1, with 0 at the
-    bottom.
-    """
+    """Return the points of an SVG polyline of evenly spaced values in 0..1, 0 at the bottom."""
     step = width / max(len(values) - 1, 1)
     return " ".join(f"{i * step:.1f},{height * (1 - value):.1f}" for i, value in enumerate(values))

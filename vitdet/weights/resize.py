@@ -19,11 +19,8 @@ def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         return resize_grid(tensor, (shape[1], shape[2]))
     if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:
         return resize_table(tensor, shape[0])
-    if (
-        name == "backbone.patch_embed.proj.weight"
-        and tensor.dim() == 4
-        and tensor.shape[:2] == shape[:2]
-    ):
+    is_kernel = name == "backbone.patch_embed.proj.weight" and tensor.dim() == 4
+    if is_kernel and tensor.shape[:2] == shape[:2]:
         return resize_kernel(tensor, shape[2])
     return None
 
@@ -46,7 +43,8 @@ def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
 
     MAE's ViT-H has patches of 14 pixels, ViTDet's 16. The interpolation of the ViTDet paper's
     authors according to R. Hu in facebookresearch/long_seq_mae, issue 2; their converted file,
-    mae_pretrain_vit_huge_p14to16.pth, was published without a script."""
+    mae_pretrain_vit_huge_p14to16.pth, was published without a script.
+    """
     return _bicubic(kernel.float(), (patch, patch))
 
 
@@ -56,15 +54,13 @@ def rescale_relative_positions(
     """Rescale relative positions between models that apply them to the scaled or unscaled query.
 
     q d^-0.5 . R = q . (d^-0.5 R): the function does not change. scaled: of the weights; wanted: of
-    the model."""
+    the model.
+    """
     if scaled == wanted:
         return weights
-    return {
-        name: tensor * tensor.shape[1] ** (-0.5 if scaled else 0.5)
-        if RELATIVE.fullmatch(name)
-        else tensor
-        for name, tensor in weights.items()
-    }
+    power = -0.5 if scaled else 0.5
+    tables = {name: table for name, table in weights.items() if RELATIVE.fullmatch(name)}
+    return weights | {name: table * table.shape[1] ** power for name, table in tables.items()}
 
 
 def _bicubic(maps: Tensor, size: tuple[int, int]) -> Tensor:

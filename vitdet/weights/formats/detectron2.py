@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -10,6 +12,7 @@ from vitdet.weights.formats.table import Change, Format, Row, Weights, rows
 
 _ODDS = "roi_heads.box_predictor.{}fed_loss_cls_weights"
 _CASCADE = "roi_heads.stages.1."
+_FROM_ONE = [(n, n - 1) for n in range(1, 5)]  # numbers of four convolutions there and here
 
 
 def drop_class_token(pos_embed: Tensor) -> Tensor:
@@ -34,30 +37,33 @@ def _repeat_odds(weights: Weights) -> Weights:
     return {**weights, **{_ODDS.format(f"{stage}."): weights[first] for stage in stages}}
 
 
-def _convs(theirs: str, ours: str, given: str = "") -> tuple[Row, ...]:
-    """Return the rows of four convolutions, counted from 1 there and from 0 here."""
-    text = "\n".join(
-        f"{n}.norm.{{}} {n - 1}.norm.{{}}\n{n}.weight {n - 1}.conv.weight" for n in range(1, 5)
-    )
-    return rows(text, theirs, ours, given)
+def _convs(
+    theirs: str, ours: str, numbers: Iterable[tuple[int, int]], given: str = ""
+) -> list[Row]:
+    """Return the rows of convolutions with norms, by their number there and here."""
+    return [
+        Row(f"{theirs}{there}.{left}", f"{ours}{here}.{right}", given)
+        for there, here in numbers
+        for left, right in (("norm.{}", "norm.{}"), ("weight", "conv.weight"))
+    ]
 
 
-def _box_stage(theirs: str, ours: str, given: str = "") -> tuple[Row, ...]:
+def _box_stage(theirs: str, ours: str, given: str = "") -> list[Row]:
     text = f"""
         box_head.{theirs}fc1.{{}}                   fcs.0.{{}}
         box_head.{theirs}fc2.{{}}                   fcs.1.{{}}
         box_predictor.{theirs}cls_score.{{}}        logits.{{}}
         box_predictor.{theirs}bbox_pred.{{}}        deltas.{{}}
     """
-    convs = _convs(f"roi_heads.box_head.{theirs}conv", f"{ours}.convs.", given)
-    return convs + rows(text, "roi_heads.", f"{ours}.", given)
+    convs = _convs(f"roi_heads.box_head.{theirs}conv", f"{ours}.convs.", _FROM_ONE, given)
+    return [*convs, *rows(text, "roi_heads.", f"{ours}.", given)]
 
 
-def _level(level: int, convs: tuple[int, ...], plain: tuple[int, ...]) -> tuple[Row, ...]:
+def _level(level: int, convs: tuple[int, ...], plain: tuple[int, ...]) -> list[Row]:
     """Return the rows of a level of the pyramid: convolutions with norms, and other layers."""
-    lines = [f"{i}.norm.{{}} {i}.norm.{{}}\n{i}.weight {i}.conv.weight" for i in convs]
-    lines += [f"{i}.{{}} {i}.{{}}" for i in plain]
-    return rows("\n".join(lines), f"backbone.simfp_{level + 2}.", f"pyramid.levels.{level}.")
+    theirs, ours = f"backbone.simfp_{level + 2}.", f"pyramid.levels.{level}."
+    others = [Row(f"{theirs}{i}.{{}}", f"{ours}{i}.{{}}") for i in plain]
+    return _convs(theirs, ours, zip(convs, convs, strict=True)) + others
 
 
 _BACKBONE = rows(
@@ -95,7 +101,7 @@ DETECTRON2 = Format(
         *_box_stage("", "roi_heads.stages.0"),
         Row(_ODDS.format("0."), "roi_heads.classification.class_weights", _CASCADE),
         Row(_ODDS.format(""), "roi_heads.classification.class_weights"),
-        *_convs("roi_heads.mask_head.mask_fcn", "roi_heads.mask.convs."),
+        *_convs("roi_heads.mask_head.mask_fcn", "roi_heads.mask.convs.", _FROM_ONE),
         *_OTHERS,
     ),
     changes={"backbone.pos_embed": Change(drop_class_token, add_class_token)},

@@ -66,28 +66,21 @@ def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
     return split
 
 
-_BACKBONE = (
-    *rows("""
+# ViTAE-S, whose blocks are the last stage's cells
+_CELLS = """
+    backbone.layers.2.NC.{}.PCM.{*}             backbone.blocks.{}.pcm.{*}
+    backbone.layers.2.NC.{}.{*}                 backbone.blocks.{}.{*}
+"""
+_BACKBONE = rows(_CELLS, given="backbone.reductions.") + rows("""
     backbone.layers.{}.RC.PRM.convs.{}.0.{}     backbone.reductions.{}.prm.{}.{}
     backbone.layers.{}.RC.PCM.{*}               backbone.reductions.{}.pcm.{*}
     backbone.layers.{}.RC.attn.{*}              backbone.reductions.{}.attn.{*}
-    """),
-    # ViTAE-S, whose blocks are the last stage's cells
-    *rows(
-        """
-    backbone.layers.2.NC.{}.PCM.{*}             backbone.blocks.{}.pcm.{*}
-    backbone.layers.2.NC.{}.{*}                 backbone.blocks.{}.{*}
-    """,
-        given="backbone.reductions.",
-    ),
-    *rows("""
     backbone.blocks.{}.PCM.{*}                  backbone.blocks.{}.pcm.{*}
     backbone.blocks.{}.{*}                      backbone.blocks.{}.{*}
     backbone.patch_embed.{*}                    backbone.patch_embed.{*}
     backbone.pos_embed                          backbone.pos_embed
     backbone.norm.{}                            backbone.norm.{}
-    """),
-)
+""")
 _PYRAMID = rows("""
     backbone.fpn1.0.{}                  pyramid.levels.0.0.{}
     backbone.fpn1.1.ln.{}               pyramid.levels.0.1.{}
