@@ -297,7 +297,7 @@ class Checkpoints:
         raise DamagedError(f"{self.damaged[states[-1]]}; remove {which} to start over")
 
     def set_aside(self, start: int) -> None:
-        """Rename the damaged files and log what is lost, when a training resumes from step `start`.
+        """Rename the damaged files and log what is lost, when training resumes from step `start`.
 
         Call it while `locked`.
         """
