@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,18 @@ def test_one_process_ships_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", ["line", "cursor"])
+def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path, recorded: str) -> None:
     journal = filled(tmp_path, 1)
     copy = journal.path.with_suffix("") / "1" / "a.png"
     copy.parent.mkdir(parents=True)
     copy.write_bytes(b"a")
-    journal.adopt({"file": str(copy.relative_to(journal.path.parent)), "folder": "pictures"})
+    record = {"file": str(copy.relative_to(journal.path.parent)), "folder": "pictures"}
+    if recorded == "line":
+        journal.adopt(record)
+    else:
+        cursor = {"run_id": "a1", "offset": 0, "uploads": [record]}
+        journal.path.with_suffix(".json").write_text(json.dumps(cursor))
+        journal.move("a1", 0)
     (entry,) = journal.entries()
     assert (entry / "pictures" / "a.png").read_bytes() == b"a" and not copy.exists()

@@ -63,17 +63,15 @@ class Journal:
     def append_file(self, path: Path, folder: str) -> None:
         """Add a copy of a file for this folder of the run's artifacts."""
         try:
-            with atomic_dir(self.files / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}") as entry:
-                (entry / folder).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, entry / folder / Path(path).name)
+            self._copy(path, folder)
         except OSError as error:
             log.warning("tracking: %s is not logged: %s", path, error)
 
     def adopt(self, record: dict) -> None:
-        """Keep the file of a line of an earlier version, whose copies were elsewhere."""
+        """Move the file of a record of an earlier version, whose copies were elsewhere."""
         copy = self.path.parent / record["file"]
         if copy.exists():
-            self.append_file(copy, record["folder"])
+            self._copy(copy, record["folder"])
             shutil.rmtree(copy.parent)
 
     def entries(self) -> list[Path]:
@@ -143,14 +141,24 @@ class Journal:
 
     def cursor(self) -> tuple[str | None, int]:
         """Return the run's id on the server, if any, and the offset of the first line to send."""
-        if not self._cursor.exists():
-            return None, 0
-        cursor = json.loads(self._cursor.read_text())
+        cursor = self._read_cursor()
         return cursor["run_id"], cursor["offset"]
 
     def move(self, run_id: str | None, offset: int) -> None:
         """Set the cursor."""
+        for record in self._read_cursor().get("uploads", ()):  # written by an earlier version
+            self.adopt(record)
         write_json(self._cursor, {"run_id": run_id, "offset": offset})
+
+    def _read_cursor(self) -> dict:
+        if not self._cursor.exists():
+            return {"run_id": None, "offset": 0}
+        return json.loads(self._cursor.read_text())
+
+    def _copy(self, path: Path, folder: str) -> None:
+        with atomic_dir(self.files / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}") as entry:
+            (entry / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, entry / folder / Path(path).name)
 
     def remove(self) -> None:
         """Remove all files of the journal."""
