@@ -106,11 +106,11 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
         ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
         ({"bbox": [1, 2, 3]}, "result 2: bbox must be 4 finite numbers x, y, .*, got .1, 2, 3."),
         ({"bbox": [1, 2, 3, float("inf")]}, "result 2: bbox must be 4 finite"),
-        ({"segmentation": BROKEN}, "result 2: RLE whose counts"),
-        ({"segmentation": SHORT}, "result 2: RLE whose counts do not fill its size"),
-        ({"segmentation": OTHER_SIZE}, "result 2: RLE of another size than its image"),
-        ({"segmentation": NO_RUNS}, "result 2: RLE whose counts are not run lengths"),
-        ({"segmentation": 3}, "result 2: segmentation that is neither"),
+        ({"segmentation": BROKEN}, "category \\d+: RLE whose counts"),
+        ({"segmentation": SHORT}, "category \\d+: RLE whose counts do not fill its size"),
+        ({"segmentation": OTHER_SIZE}, "category \\d+: RLE of another size than its image"),
+        ({"segmentation": NO_RUNS}, "category \\d+: RLE whose counts are not run lengths"),
+        ({"segmentation": 3}, "category \\d+: segmentation that is neither"),
         *(({key: ...}, f"result 2: {key} is missing") for key in ("image_id", "score", "bbox")),
     ],
     ids=str,
@@ -123,6 +123,9 @@ def test_a_result_that_cannot_be_compared_is_named_in_one_line(files, change, me
     with pytest.raises(ValueError, match=message) as caught:
         evaluate_results(results, annotations)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(results))
+    if "segmentation" in change:
+        ids = f"image {items[1]['image_id']}, category {items[1]['category_id']}"
+        assert f": result for {ids}: " in str(caught.value)
 
 
 @pytest.mark.parametrize(

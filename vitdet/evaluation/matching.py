@@ -247,20 +247,20 @@ def _found(
 def _masks(results: Sequence[dict], truth: Truth) -> tuple[list[dict], list[float]]:
     """Return the masks of results as compressed RLE with counts in bytes, and their areas."""
     codes = []
-    for number, item in enumerate(results, start=1):
+    for item in results:
         code, size = item["segmentation"], truth.sides(item["image_id"])
         fits = isinstance(code, dict) and code.get("size") == list(size)
         counts = code.get("counts") if fits else None
         if isinstance(counts, str):
             code = {"size": list(size), "counts": counts.encode("utf-8", "surrogatepass")}
         elif not isinstance(counts, bytes):
-            code = compressed(check_code(item, f"result {number}", size), *size)
+            code = compressed(check_code(item, size), *size)
         codes.append(code)
     pixels = [code["size"][0] * code["size"][1] for code in codes]
     sizes, valid = areas([code["counts"] for code in codes], pixels)
     for place in np.flatnonzero(~valid).tolist():
         item = results[place]
-        check_code(item, f"result {place + 1}", truth.sides(item["image_id"]))
+        check_code(item, truth.sides(item["image_id"]))
         sizes[place] = rle.area(codes[place])
     return codes, sizes.astype(float).tolist()
 

@@ -176,13 +176,15 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
     return array.shape == shape and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
 
-def check_code(item: dict, name: str, size: tuple[int, int]) -> list | dict:
+def check_code(item: dict, size: tuple[int, int]) -> list | dict:
     """Return the usable outline of a result: polygons without their broken parts, or RLE.
 
-    size: (height, width) of the image. Raises ValueError, with `name` in front, for a segmentation
-    that is no mask of such an image.
+    size: (height, width) of the image. Raises ValueError for a segmentation that is no mask of such
+    an image.
     """
     outline = read_outline(item["segmentation"], size)
+    # not its number: only the results that count are compared
+    name = f"result for image {item['image_id']}, category {item['category_id']}"
     if outline.problem:
         raise ValueError(f"{name}: {outline.problem[0]}: {outline.problem[1]}")
     if outline.shape is None:
