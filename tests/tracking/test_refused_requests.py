@@ -134,6 +134,27 @@ def test_an_artifact_store_that_hangs_holds_nothing_back(
             thread.join(60)
 
 
+def test_files_that_are_added_during_an_upload_are_uploaded(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploading, added, taken = threading.Event(), threading.Event(), []
+
+    def upload(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+        uploading.set()
+        assert added.wait(60)
+        taken.append(folder)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", upload)
+    (tmp_path / "a.png").write_bytes(b"a")
+    tracker = start(tmp_path, store)
+    tracker.artifact(tmp_path / "a.png", "first")
+    assert uploading.wait(60)
+    tracker.artifact(tmp_path / "a.png", "second")
+    threading.Timer(0.5, added.set).start()
+    tracker.close()
+    assert taken == ["first", "second"] and not find(tmp_path, tracker.run_id).entries()
+
+
 def test_a_file_that_is_refused_does_not_keep_the_others_back(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

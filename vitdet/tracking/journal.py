@@ -76,6 +76,9 @@ class Journal:
 
     def entries(self) -> list[Path]:
         """Return the folders of the files to upload, each with one file in its artifact folder."""
+        for record in self._read_cursor().get("uploads", ()):  # written by an earlier version
+            with suppress(OSError):
+                self.adopt(record)
         return sorted(self.files.glob("[!.]*"))
 
     def start(self) -> dict | None:
@@ -146,9 +149,7 @@ class Journal:
 
     def move(self, run_id: str | None, offset: int) -> None:
         """Set the cursor."""
-        for record in self._read_cursor().get("uploads", ()):  # written by an earlier version
-            self.adopt(record)
-        write_json(self._cursor, {"run_id": run_id, "offset": offset})
+        write_json(self._cursor, self._read_cursor() | {"run_id": run_id, "offset": offset})
 
     def _read_cursor(self) -> dict:
         if not self._cursor.exists():

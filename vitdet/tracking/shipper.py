@@ -68,8 +68,9 @@ class Shipper:
                 if self._answers:
                     self._answers = False
                     what = "refuses" if is_refused else "does not accept"
-                    kept = f"({first_line(error)}); they are kept in {self.journal.path}"
-                    log.warning("tracking: the server %s the run's metrics %s", what, kept)
+                    reason = first_line(error).removeprefix(f"{self._shown}: ")
+                    kept = f"({reason}); they are kept in {self.journal.path}"
+                    log.warning("tracking: %s %s the run's metrics %s", self._shown, what, kept)
                 if time.monotonic() + pause > deadline or is_refused:
                     return False
                 time.sleep(pause)
@@ -85,18 +86,15 @@ class Shipper:
         An artifact store that hangs therefore delays neither the metrics nor the end of the
         process.
         """
-        if not self._is_uploading():
-            if not self.journal.entries() or time.monotonic() < self._next_upload:
-                return
-            self._uploading = threading.Thread(target=self._upload, name="uploads", daemon=True)
-            self._uploading.start()
-        if seconds and self._uploading:
-            self._uploading.join(seconds)
-            if self._is_uploading():
+        deadline = time.monotonic() + seconds
+        while (thread := self._start_upload()) and seconds:  # files may be added meanwhile
+            thread.join(max(deadline - time.monotonic(), 0.0))
+            if thread.is_alive():
                 log.warning(
                     f"tracking: files are not uploaded after {seconds:g} s; they are kept in "
                     f"{self.journal.files} for the next command that uses this run"
                 )
+                break
 
     def refusal(self) -> str:
         """Find or create the run; return why the server will never accept it, "" if it may."""
@@ -117,8 +115,17 @@ class Shipper:
             self._run_id = self._known(client) or self._create(client)
         return self._run_id
 
-    def _is_uploading(self) -> bool:
-        return self._uploading is not None and self._uploading.is_alive()
+    def _start_upload(self) -> threading.Thread | None:
+        """Upload in a thread if there are files; return it, or that of an upload in progress."""
+        if self._uploading is not None and self._uploading.is_alive():
+            return self._uploading
+        if time.monotonic() < self._next_upload or not self.journal.entries():
+            return None
+        if self.refusal() or self._run_id is None:  # only to a run that exists on the server
+            return None
+        self._uploading = threading.Thread(target=self._upload, name="uploads", daemon=True)
+        self._uploading.start()
+        return self._uploading
 
     def _upload(self) -> None:
         """Upload one file after another until one fails, which then is the last."""
