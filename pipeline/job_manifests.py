@@ -50,7 +50,8 @@ def training_jobs(text: str) -> str:
 
 
 def job_kinds(text: str) -> set[str]:
-    """Return the values of job_kind for the jobs in a YAML stream. Raises like `training_jobs`."""
+    """Return the values of job_kind for the jobs in a YAML stream. Raises the errors of
+    `training_jobs`."""
     return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
 
 
@@ -68,7 +69,7 @@ def job_shape(jobs: str) -> Shape:
 
 
 def documents_of(text: str) -> list[dict]:
-    """Return the documents of a YAML stream without nulls. Raises like `validate`."""
+    """Return the documents of a YAML stream without nulls. Raises the errors of `validate`."""
     return [validate(one) for one in yaml.safe_load_all(text) if isinstance(one, dict)]
 
 
@@ -136,7 +137,7 @@ def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
 def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
     """Return the accelerators of a TrainJob and its runtime, if it is among the documents.
 
-    Raises like `accelerators`.
+    Raises the errors of `accelerators`.
     """
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
     kind, name = wanted.get("kind", "ClusterTrainingRuntime"), wanted["name"]

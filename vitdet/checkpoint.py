@@ -120,7 +120,7 @@ def load_model_file(path: str | Path) -> dict:
     """Return {config, class_names, model, run_id, step, fingerprints} of a trained detector.
 
     Reads .pt files, and .safetensors files of `save_safetensors`. Files of version 0.1 contain a
-    dataset_digest instead of fingerprints. Raises as `load`.
+    dataset_digest instead of fingerprints. Raises the errors of `load`.
     """
     read = _load_safetensors if Path(path).suffix == ".safetensors" else load
     content = OPTIONAL | read(Path(path), FORMAT)
@@ -184,7 +184,8 @@ def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> 
 
 
 def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
-    """Return the weights, config and class names of a trained detector; raises as `load`."""
+    """Return the weights, config and class names of a trained detector; raises the errors of
+    `load`."""
     content = load_model_file(path)
     try:
         return content["model"], from_dict(content["config"]), tuple(content["class_names"])
@@ -236,7 +237,7 @@ class Checkpoints:
                 held.enter_context(locked(self.folder / ".lock"))
             except BlockingIOError as error:
                 raise ValueError(
-                    f"{self.folder}: another training is writing to this folder; wait until it "
+                    f"{self.folder}: another training run is writing to this folder; wait until it "
                     "ends or choose another --output"
                 ) from error
             remove_abandoned(self.folder)

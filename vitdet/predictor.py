@@ -87,7 +87,8 @@ class Predictor:
     ) -> Predictor:
         """Load a predictor from a checkpoint.
 
-        device: default: a GPU if available. precision: default: evaluate.precision of its config.
+        device: a GPU by default, if there is one. precision: by default evaluate.precision of its
+        config.
         Raises FileNotFoundError, or ValueError for a file that is not a checkpoint.
         """
         detector, config, class_names = restore_detector(path)

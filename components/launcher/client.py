@@ -188,7 +188,7 @@ class JobClient:
                 )
                 answer = json.loads(raw.data)
                 if reported:
-                    self.out("launcher: the API server answers again")
+                    self.out("launcher: the API server responds again")
                 self.allowed.add(verb)
                 return answer
             except ApiException as error:

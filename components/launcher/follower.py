@@ -136,7 +136,7 @@ class Follower:
             own = {key: value for key, value in wanted["labels"].items() if key[:7] == "vitdet/"}
             if not own.items() <= labels.items():
                 raise RuntimeError(
-                    f"{self.name} exists and is not of this run: its labels are {labels}"
+                    f"{self.name} exists and does not belong to this run: its labels are {labels}"
                 )
             failure = annotations_of(existing).get(FAILURE, "")
             failed = failure or job_phase(self.kind, existing)[0] == "failed"

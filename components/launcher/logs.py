@@ -164,7 +164,7 @@ class RankLogs:
             if start is None:
                 continue
             error = error_text([line.text for line in texts[start:]])
-            # any rank may write that another one does not answer
+            # any rank may write that another one does not respond
             stalled = STALLED.search(error)
             rank = f"rank {stalled[1]}" if stalled else source
             pod = self.pods.get(rank, self.pods[source])

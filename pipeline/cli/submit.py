@@ -136,7 +136,7 @@ def run_submit(args: argparse.Namespace) -> int:
         schedule = Schedule(args.cron, args.max_concurrency, catch_up=not args.no_catch_up)
         kubeflow_cron(args.cron)
         if args.wait:
-            raise ValueError("--wait is for one run, --cron starts many; look at them with status")
+            raise ValueError("--wait is for one run, --cron starts many; see `status`")
     check_pool(args.pool)
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
         remark("recipes and settings are not validated here; the first step does that")

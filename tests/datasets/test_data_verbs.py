@@ -95,7 +95,7 @@ def test_a_wrong_word_is_one_line(vitdet: Run, web: Web, words: tuple[str, ...],
 def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
     web.plans = {"/zips/val2017.zip": [status(404)]}
     code, _, errors = vitdet("data", "coco", "d", "--mirror", web.url)
-    says = f"vitdet: {web.url}/zips/val2017.zip: the server answers 404 Not Found"
+    says = f"vitdet: {web.url}/zips/val2017.zip: the server responded with 404 Not Found"
     assert code == 1 and says in errors
     assert "Traceback" not in errors and not (tmp_path / "d" / "manifest.json").exists()
 

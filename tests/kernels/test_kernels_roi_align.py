@@ -33,9 +33,9 @@ class Scene:
         ]
         self.strides = STRIDES[: len(sizes)]
         side = torch.tensor([sizes[0][1], sizes[0][0]]) * 4.0
-        centre = torch.rand(rois, 2, generator=draw) * side
+        center = torch.rand(rois, 2, generator=draw) * side
         size = side * torch.rand(rois, 2, generator=draw) ** 2
-        self.boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+        self.boxes = torch.cat([center - size / 2, center + size / 2], dim=1)
         self.boxes[0] = torch.cat([-side, 3 * side])
         self.boxes[1] = torch.cat([-side, -side / 2])
         self.boxes[2, 2] = self.boxes[2, 0]

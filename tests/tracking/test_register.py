@@ -218,7 +218,7 @@ def test_the_last_line_of_a_failed_trial_is_the_reason(
         packaged_model.try_model(tmp_path, wheel)
     monkeypatch.setattr(packaged_model, "PROGRAM", "import time; time.sleep(60)")
     monkeypatch.setattr(packaged_model, "TIMEOUT_SECONDS", 0.2)
-    with pytest.raises(ValueError, match="did not answer within"):
+    with pytest.raises(ValueError, match="did not respond within"):
         packaged_model.try_model(tmp_path, wheel)
 
 

@@ -143,13 +143,17 @@ def test_a_length_that_is_not_known(web: Web, load: Load) -> None:
 
 PAGE = status(200, b"<html>log in</html>", Content_Type="text/html")
 LONGER = "the server has 100,001 bytes, expected 100,000: not the published file"
-FORBIDDEN = "the server answers 403 Forbidden (the server denies access to this file)"
+FORBIDDEN = "the server responded with 403 Forbidden (the server denies access to this file)"
 
 
 @pytest.mark.parametrize(
     ("answer", "error", "says"),
     [
-        (status(404), FileNotFoundError, "the server answers 404 Not Found (no such file there)"),
+        (
+            status(404),
+            FileNotFoundError,
+            "the server responded with 404 Not Found (no such file there)",
+        ),
         (status(403), ConnectionError, FORBIDDEN),
         (PAGE, ValueError, "received a web page instead of the file"),
         (file(surplus=1), ValueError, LONGER),

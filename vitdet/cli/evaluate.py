@@ -51,7 +51,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.results or args.annotations or args.dataset:
         return _evaluate_results(args)
     if not args.checkpoint:
-        raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
+        raise ValueError("give a CHECKPOINT, or --results FILE and --annotations FILE")
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config

@@ -136,7 +136,7 @@ def compare(
     """Compare names and sizes with a record, with `contents` also the checksums of the images.
 
     used: paths below root of the images that are used. Other files in an image folder that were not
-    downloaded are ignored. Raises like `verify`.
+    downloaded are ignored. Raises the errors of `verify`.
     """
     for file in record.files:
         path = root / file.path
@@ -189,7 +189,7 @@ def _downloaded(
 def check_split(root: Path, annotations: Path) -> None:
     """Compare the size of a split's annotation file with the record, if there is one.
 
-    Raises like `compare`, adding the remedy. Ignores a manifest.json of another program.
+    Raises the errors of `compare`, adding the remedy. Ignores a manifest.json of another program.
     """
     _check(root, {str(annotations.relative_to(root))}, ())
 
@@ -197,7 +197,7 @@ def check_split(root: Path, annotations: Path) -> None:
 def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
     """Compare the image folders of a split with the record, if there is one.
 
-    names: the names of the split's images, relative to the folder `images`. Raises like
+    names: the names of the split's images, relative to the folder `images`. Raises the errors of
     `check_split`.
     """
     if exists(root):

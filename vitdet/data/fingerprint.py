@@ -46,7 +46,7 @@ def fingerprint(data: DataConfig, split: str, records: Records | None = None) ->
 def fingerprints(data: DataConfig) -> dict[str, str]:
     """Return {"train": ..., "val": ...}, the fingerprints of both splits.
 
-    Raises like `fingerprint`.
+    Raises the errors of `fingerprint`.
     """
     return {"train": fingerprint(data, data.train_split), "val": fingerprint(data, data.val_split)}
 

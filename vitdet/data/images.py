@@ -88,7 +88,8 @@ def find_image(path: Path) -> None:
 
 
 def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
-    """Convert any input of `Predictor` to an upright RGB image; raises as `Predictor.__call__`."""
+    """Convert any input of `Predictor` to an upright RGB image; raises the errors of
+    `Predictor.__call__`."""
     if isinstance(image, str | Path):
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
@@ -116,7 +117,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
 def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
     """Return height and width of the upright image; reads only the header of a JPEG.
 
-    Raises as `open_image`.
+    Raises the errors of `open_image`.
     """
     with _named(path):
         check_file(path)

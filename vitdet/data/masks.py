@@ -2,7 +2,7 @@
 
 Edges are transformed like points and stay exact at any scale. `paste` follows Detectron2's
 `paste_masks_in_image`: bilinear at pixel centers, zero outside the grid.
-Letters: G objects, E edges, N detections, H, W pixels of the image.
+Notation: G objects, E edges, N detections, H, W pixels of the image.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ neither on the number of processes or workers nor on restarts.
 
 Repeat factors follow Gupta et al. (LVIS, 1908.03195) and Detectron2's RepeatFactorTrainingSampler:
 an image with factor 2.3 is repeated twice or, in 30 % of the epochs, three times.
-Letters: N images, K classes.
+Notation: N images, K classes.
 """
 
 from __future__ import annotations

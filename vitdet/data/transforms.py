@@ -2,7 +2,7 @@
 
 Large-scale jitter (Ghiasi et al. 2021) with the order, rounding and the single random number for
 both crop offsets of Detectron2 (ResizeScale, FixedSizeCrop). mmdet draws two offsets and resizes
-without antialiasing: both are options. Axes are exchanged first; colors are changed last. Letters:
+without antialiasing: both are options. Axes are exchanged first; colors are changed last. Notation:
 G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width)."""
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ class _Attempt:
                 if error.code == 416:  # range not satisfiable
                     discard(self.path)
                     raise _Broken(CHANGED) from error
-                text = f"the server answers {error.code} {error.reason}"
+                text = f"the server responded with {error.code} {error.reason}"
                 if error.code in PASSING:
                     after = error.headers.get("Retry-After", "")
                     raise _Broken(text, float(after) if after.isdigit() else 0.0) from error

@@ -44,7 +44,7 @@ def detect(source: Path) -> str:
     if not kinds:
         expected = "; ".join(f"{kind}: {one.expected}" for kind, one in FORMATS.items())
         raise ValueError(
-            f"{source}: looks like none of {', '.join(FORMATS)}; found {_contents(source)}; "
+            f"{source}: matches none of {', '.join(FORMATS)}; found {_contents(source)}; "
             f"expected {expected}"
         )
     return kinds[0]

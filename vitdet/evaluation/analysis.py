@@ -93,8 +93,8 @@ class Confusion:
     j; the last column counts missed objects, the last row detections without an object. True
     positives are on the diagonal; other detections and objects are paired across classes in
     descending order of their IoU, at least 0.5, each at most once.
-    classes: number of all classes. Of more than 30, the matrix has the 30 with the most confusions
-    with other classes, and counts only confusions among these and background.
+    classes: number of all classes. If there are more than 30, the matrix has the 30 with the most
+    confusions with other classes, and counts only confusions among these and background.
     """
 
     score: float

@@ -1,6 +1,6 @@
 """The matches of detections and objects in arrays, from which AP follows for any image weights.
 
-Letters: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
+Notation: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ When masks are compared, an object without an outline does not count; a detectio
 mask is ignored if the IoU of its box with the box of such an object reaches the threshold. Any
 number of detections can be ignored this way, as with a crowd.
 
-Letters of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M
+Notation of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M
 limits of detections.
 """
 

@@ -5,7 +5,7 @@ mask, background first. COCO's compressed text (maskApi.c) has 5 bits per charac
 lowest first; bit 5 marks that the number continues, bit 4 of its last character is the sign. From
 the fourth number on it is the difference from the run two before.
 
-Letters: N masks, R runs inside masks, C counts, U numbers of all codes.
+Notation: N masks, R runs inside masks, C counts, U numbers of all codes.
 """
 
 from __future__ import annotations

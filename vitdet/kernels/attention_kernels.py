@@ -10,8 +10,8 @@ tokens beyond it are the projection's bias.
 The backward pass computes the logits twice, per queries and per keys (7 products instead of 5), so
 that it needs no atomics and is deterministic.
 
-Letters: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of an
-area.
+Notation: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of
+an area.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
 

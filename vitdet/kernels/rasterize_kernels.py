@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-EDGES = 128  # that a program looks at together
+EDGES = 128  # edges that a program processes at a time
 
 
 def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -17,7 +17,7 @@ def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
     inside = torch.empty(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
     if inside.numel():
         sizes = {"SIZE": size, "COLUMNS": triton.next_power_of_2(size), "EDGES": EDGES}
-        # a fused a * b + c would round otherwise than torch
+        # a fused a * b + c would round differently from torch
         options = {"num_warps": 4, "enable_fp_fusion": False}
         rasterize_kernel[(len(boxes), size)](edges, spans, boxes, inside, **sizes, **options)
     return inside

@@ -1,6 +1,6 @@
 """The detector: images in, losses out if targets are given, else detections.
 
-Letters: B images, S side of the square canvas.
+Notation: B images, S side of the square canvas.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Layers shared by several parts of the detector, initialization, and numeric helpers.
 
-Letters: B images, C channels.
+Notation: B images, C channels.
 """
 
 from __future__ import annotations

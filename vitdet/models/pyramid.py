@@ -2,7 +2,7 @@
 
 Li et al. (2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
 deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
-Letters: B images, C channels of the backbone, D channels of the pyramid.
+Notation: B images, C channels of the backbone, D channels of the pyramid.
 """
 
 from __future__ import annotations

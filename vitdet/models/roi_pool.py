@@ -1,7 +1,7 @@
 """RoIAlign over a pyramid: each RoI is pooled from the level that matches its size.
 
 He et al., Mask R-CNN (1703.06870), aligned as in Detectron2; level assignment of FPN (1612.03144).
-Letters: B images, R RoIs, C channels, s x s bins.
+Notation: B images, R RoIs, C channels, s x s bins.
 """
 
 from __future__ import annotations

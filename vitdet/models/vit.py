@@ -2,7 +2,7 @@
 
 Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers
 as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in ViTAE-Transformer/ViTDet.
-Letters: B images, H x W tokens, C channels.
+Notation: B images, H x W tokens, C channels.
 """
 
 from __future__ import annotations

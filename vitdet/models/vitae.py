@@ -5,7 +5,7 @@ ViTAE-Transformer/ViTDet. ViTAE-B is the `ViT` with `wide_branch` in each block.
 `ViTAESmall`, computes its tokens in three reduction cells of dilated convolutions, two of them with
 linear attention (Performer: Choromanski et al., 2009.14794; in the form of T2T-ViT: Yuan et al.,
 2101.11986), and has no absolute positions.
-Letters: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2
+Notation: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2
 random features.
 """
 

@@ -77,7 +77,8 @@ def prepare_data(
 def verified_config(folder: str, name: str, data: str) -> Config:
     """Return a config of `resolve_configs` or `prepare_data`, with the data's splits and classes.
 
-    Raises as `vitdet.data.fingerprint.verify` does if the fingerprint of the data is not `data`.
+    Raises the errors of `vitdet.data.fingerprint.verify` if the fingerprint of the data is not
+    `data`.
     """
     from vitdet.data.fingerprint import verify
     from vitdet.data.layout import resolve
@@ -137,7 +138,7 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
 def fetch_weights(configs: str, workspace: str) -> str:
     """Fetch the weights that train.init of each config names; return a digest of all these files.
 
-    Raises as `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
+    Raises the errors of `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
     """
     from vitdet.weights import resolve
     from vitdet.weights.catalogue import find

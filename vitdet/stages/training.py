@@ -39,8 +39,8 @@ def train(
         group: ID of the pipeline run, whose MLflow run becomes the parent; "": none.
         profile: whether to trace a few steps.
 
-    Raises as `vitdet.train`, `vitdet.weights.resolve` and, for a wrong address of the MLflow
-    server, `vitdet.tracking.address.tracking_uri`.
+    Raises the errors of `vitdet.train`, `vitdet.weights.resolve` and, if the address of the MLflow
+    server is invalid, `vitdet.tracking.address.tracking_uri`.
     """
     from vitdet import training
     from vitdet.tracking.address import tracking_uri
@@ -68,7 +68,7 @@ def train_recipe(
 ) -> None:
     """Train in this process and copy the detector to `checkpoint`.
 
-    Raises as `verified_config` and `train` do.
+    Raises the errors of `verified_config` and `train`.
     """
     with recorded(workspace, name, run_id, "train"):
         config = verified_config(settings, name, data)
@@ -81,7 +81,7 @@ def train_recipe(
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
     """Return the arguments of `vitdet` in a job that trains, and save the config for the job.
 
-    Raises as `verified_config` and `vitdet.weights.resolve`, before the job is created.
+    Raises the errors of `verified_config` and `vitdet.weights.resolve`, before the job is created.
     """
     from vitdet.weights import resolve
 

@@ -31,7 +31,7 @@ def tracking_uri(uri: str, folder: Path) -> str:
 
 
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:
-    """Return the address of a run on MLflow's pages, "" if the store has none.
+    """Return the address of a run in MLflow's UI, "" if the store has none.
 
     The environment's MLFLOW_UI_URL is the server's address in a browser, where that differs from
     `uri`.

@@ -251,7 +251,7 @@ class _Contest:
                     raise ValueError(f"its {label(self.gate)} is {ap}")
                 save_evaluation(self.client, champion, self.protocol, metrics, plots)
         except Exception as error:  # also errors of storage clients, or out of memory
-            check_server(self.client)  # without an answer it is not a failure of the champion
+            check_server(self.client)  # without a response it is not a failure of the champion
             line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
             expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
             if not expected or isinstance(error, KeyError | IndexError):
@@ -278,7 +278,7 @@ class _Contest:
         model, number = champion.name, str(champion.version)
         name = f"the champion, version {number}"
         if number == version:
-            return Verdict(True, f"{shown}: is already {name}")
+            return Verdict(True, f"{shown} is already {name}")
         if undone := history.rolled_back(events(client, model), version):
             because = undone.reason and f" ({undone.reason})"
             return Verdict(

@@ -35,7 +35,7 @@ USER_SETTINGS = {
     for name in (RETRIES, FACTOR)
     if os.environ.get(name, NO_RETRIES) != NO_RETRIES
 }
-# If the answer is lost, the request may have been carried out: see `create`.
+# If the response is lost, the request may have been carried out: see `create`.
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
 # MLflow, and what it uses for HTTP, databases and artifact stores; not all of their errors become
@@ -78,7 +78,7 @@ class Client:
 
     Raises LookupError for what does not exist on the server, FileExistsError for what exists
     already, RefusedError if the server rejects the request permanently or denies access, and
-    ConnectionError for all other errors of the libraries, e.g. no answer.
+    ConnectionError for all other errors of the libraries, e.g. no response.
     """
 
     def __init__(self, client: Any, uri: str, repeats: bool = True) -> None:
@@ -148,7 +148,8 @@ def translated(uri: str) -> Iterator[None]:
 
 @contextmanager
 def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
-    """Make each of MLflow's requests in this block up to so many times; raises as `Client` does.
+    """Make each of MLflow's requests in this block up to so many times; raises the errors of
+    `Client`.
 
     Functions of MLflow that have no client use the server `uri`. Threads run such blocks one after
     another.
@@ -183,7 +184,7 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
     retry: Any = record.args[-1] if isinstance(record.args, tuple) and record.args else None
     if history := getattr(retry, "history", ()):
         last = history[-1]
-        reason = f"the answer is {last.status}" if last.status else first_line(last.error)
+        reason = f"the response is {last.status}" if last.status else first_line(last.error)
         log.warning("%s: %s; %d more tries", shown, reason, retry.total + 1)
     return False
 
@@ -191,7 +192,7 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
 def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
     """Return what `find` finds or else `make` makes.
 
-    After a lost answer, it looks again before it makes another.
+    After a lost response, it looks again before it makes another.
     """
     for last in (False, False, True):
         if (found := find()) is not None:
@@ -201,7 +202,7 @@ def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
         except (ConnectionError, FileExistsError) as error:
             if last:
                 raise
-            log.warning("%s; looking whether it was carried out", first_line(error))
+            log.warning("%s; checking whether it was carried out", first_line(error))
     raise AssertionError
 
 

@@ -52,7 +52,7 @@ def experiment_id(
 
 
 def check_server(client: Client) -> None:
-    """Raise RefusedError if the service is not MLflow, e.g. answers `{}` to every request."""
+    """Raise RefusedError if the service is not MLflow, e.g. responds to every request with `{}`."""
     _experiment(client, "connection check")  # usually there is none
 
 

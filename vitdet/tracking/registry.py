@@ -66,7 +66,7 @@ def register_checkpoint(
     """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
     The version becomes `candidate` in any case. The data is read only for the gate. The packaged
-    model is tried before any upload. If the server does not know the run of the training, e.g. of a
+    model is tried before any upload. If the server does not know the training run, e.g. for a
     checkpoint from another machine, the version has no run, but its id in the tag `training_run`.
 
     Args:
@@ -84,7 +84,7 @@ def register_checkpoint(
     Raises:
         RejectedError: The gate rejects the candidate, which is registered.
         ConnectionError: The server does not respond.
-        ValueError: The packaged model does not answer, the metrics are of another checkpoint, or
+        ValueError: The packaged model does not respond, the metrics are of another checkpoint, or
             the gate lacks the data that they were measured on.
     """
     check("the alias", Alias, alias)
@@ -104,8 +104,8 @@ def register_checkpoint(
     of_plots = read_measured(plots / MATCHES) if plots else None
     if of_plots and of_plots.checkpoint_sha256 != sha256(checkpoint):
         raise ValueError(
-            f"{plots}: of another checkpoint than {checkpoint}; run `vitdet evaluate {checkpoint} "
-            f"--plots {plots}` again"
+            f"{plots}: from a different checkpoint than {checkpoint}; run `vitdet evaluate "
+            f"{checkpoint} --plots {plots}` again"
         )
     if is_gated and not protocol.fingerprint:
         raise ValueError(

@@ -76,7 +76,7 @@ class Shipper:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._answers:
             self._answers = True
-            log.warning("tracking: %s answers again and has all metrics", self._shown)
+            log.warning("tracking: %s responds again and has all metrics", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
@@ -103,7 +103,7 @@ class Shipper:
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
-        except InvalidRequestError as error:  # a proxy may answer so for a while
+        except InvalidRequestError as error:  # a proxy may respond like this for a while
             log.debug("tracking: %s", error)
         except RefusedError as error:
             return str(error)
@@ -112,7 +112,8 @@ class Shipper:
         return ""
 
     def attach(self, client: Client) -> str:
-        """Find the run on the server, or create it; return its id. Raises as the client does."""
+        """Find the run on the server, or create it; return its id. Raises the errors of the
+        client."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
         return self._run_id
@@ -184,7 +185,7 @@ class Shipper:
         made = client.search_runs([place], f"tags.journal = '{key}'")
         run = made[0] if made else client.create_run(place, start["time"], tags, start["name"])
         run_id = run.info.run_id
-        # made: an earlier request arrived, though its answer did not
+        # made: an earlier request arrived, although its response was lost
         self._held = {} if made else None
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits

@@ -114,7 +114,7 @@ def train(
         if profile and steps - start < STEPS:
             raise ValueError(
                 f"a profile takes {STEPS} steps, but only {steps - start} are left: "
-                "start another training, with a larger optim.steps"
+                "start another training run with a larger optim.steps"
             )
         settings, ranks = config.train, (distributed.rank(), distributed.world_size())
         batches = (settings.batch_size, settings.seed, start, steps)

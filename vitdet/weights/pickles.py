@@ -206,7 +206,7 @@ def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray
     if isinstance(raw, str):
         raw = raw.encode("latin1")  # Python 2
     if not isinstance(raw, bytes | bytearray) or not isinstance(kind, _Type):
-        raise ValueError("an array of other elements than numbers")
+        raise ValueError("an array of elements other than numbers")
     if order not in ("C", "F"):
         raise ValueError(f"an array of order {order!r}")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):

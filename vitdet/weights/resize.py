@@ -1,6 +1,6 @@
 """Resizing of position embeddings and patch kernels to another image or patch size.
 
-Letters: C channels, P patch, K tokens per axis.
+Notation: C channels, P patch, K tokens per axis.
 """
 
 from __future__ import annotations

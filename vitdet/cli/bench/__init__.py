@@ -92,8 +92,7 @@ def run_bench_evaluate(given: argparse.Namespace) -> int:
 
     measured = measure(given.images, given.detections, given.rounds)
     print(
-        f"{measured['images']} images x {measured['detections_per_image']} detections, "
-        "seconds of one processor"
+        f"{measured['images']} images x {measured['detections_per_image']} detections, CPU seconds"
     )
     for name, seconds in measured["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
@@ -109,10 +108,7 @@ def run_bench_data(given: argparse.Namespace) -> int:
     from vitdet.cli.bench.data import measure
 
     measured = measure(given.folder, given.split or ("train2017", "val2017"), given.rounds)
-    print(
-        f"{measured['images']} images, {measured['objects']} objects: "
-        "milliseconds of one processor an image"
-    )
+    print(f"{measured['images']} images, {measured['objects']} objects: CPU milliseconds per image")
     for name, times in measured["cpu_ms"].items():
         ratio = measured["ratio"].get(name)
         share = f"  vitdet takes {ratio:.2f} of it" if ratio else ""

@@ -15,7 +15,7 @@ from vitdet.tracking.table import markdown_table, mean_deviation
 
 CHANGES = 10  # classes shown of each result
 AP_HEADS = [metric.replace("ap", "AP") for metric in METRICS]
-# column -> metric of the training's run
+# column -> metric of the training run
 RESOURCES = {
     "training images/s": "images_per_second",
     "evaluation s/image": "seconds_per_image",

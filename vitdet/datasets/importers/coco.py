@@ -114,8 +114,8 @@ def read_coco_folder(found: ImportedDataset) -> None:
         split = split_of(name)
         if split in there:
             raise ValueError(
-                f"{source}: {there[split][1]} and {path} are both of the split {split}; give one "
-                "of them as SRC"
+                f"{source}: {there[split][1]} and {path} both belong to the split {split}; give "
+                "one of them as SRC"
             )
         there[split] = name, path
     if not there:

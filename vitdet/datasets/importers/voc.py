@@ -171,7 +171,7 @@ class _Folders:
             if ids := self.ids(path):
                 splits[name if counts[name] == 1 else path.stem] = ids
         if not splits and not self.found.problems.counts:
-            raise FileNotFoundError(f"{self.lists}: no train.txt or val.txt with an ID a line")
+            raise FileNotFoundError(f"{self.lists}: no train.txt or val.txt with one ID per line")
         if "train" in splits and "val" in splits:
             left = splits.pop("trainval", {}).keys() - splits["train"].keys() - splits["val"].keys()
             note = "IDs of trainval.txt skipped, in neither train.txt nor val.txt"
@@ -232,7 +232,7 @@ class _Folders:
             return None
         if image_size(file, self.found.reading) != size:
             sides = f"{size[1]} x {size[0]} (width x height)"
-            raise ValueError(f"{file}: not of its image's size, {sides}")
+            raise ValueError(f"{file}: not the size of its image, {sides}")
         try:
             with Image.open(file) as image:
                 if image.mode not in ("P", "L"):
@@ -312,8 +312,8 @@ def _corners(path: Path, element: Element, size: Size) -> Box:
         expected = f"{where} expected xmin <= xmax and ymin <= ymax, got {got}"
         raise Unusable("box with exchanged corners", expected)
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
-        text = f"{where} {got} is outside of the image of {width} x {height} pixels"
-        raise Unusable("box outside of its image", text)
+        text = f"{where} {got} is outside the image of {width} x {height} pixels"
+        raise Unusable("box outside its image", text)
     return x0 - 1, y0 - 1, x1, y1
 
 

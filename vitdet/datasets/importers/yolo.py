@@ -36,7 +36,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 HEAD = "entry of data.yaml that cannot be used"
-TOLERANCE = 0.01  # tolerance of coordinates outside of the image, as a fraction
+TOLERANCE = 0.01  # tolerance of coordinates outside the image, as a fraction
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
@@ -274,7 +274,7 @@ def _row(where: str, line: str, classes: int) -> tuple[float, ...]:
     for word, value in zip(words[1:], row[1:], strict=True):
         if not -TOLERANCE <= value <= 1 + TOLERANCE:  # NaN, too
             text = f"{where}: coordinate {word}: expected a fraction of the image, from 0 to 1"
-            raise Unusable("coordinate outside of its image", text)
+            raise Unusable("coordinate outside its image", text)
     return row
 
 
