@@ -63,7 +63,8 @@ class Shape(NamedTuple):
 
 
 def job_shape(jobs: str) -> Shape:
-    """Return the shape of the job in the result of `training_jobs`; of two, the PyTorchJob's."""
+    """Return the shape of the job in the result of `training_jobs`; of the PyTorchJob if there are
+    two."""
     job = documents_of(jobs)[0]
     return Shape(expected_pods(job), KINDS[job["kind"]])
 
@@ -82,7 +83,7 @@ def job_image(jobs: str) -> str:
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
     if len(found) != 1 or "" in found:
         raise ValueError(
-            f"the training jobs must name one image, they name {', '.join(sorted(found)) or 'none'}"
+            f"the training jobs must use one image, they use {', '.join(sorted(found)) or 'none'}"
             "; set it in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()

@@ -69,7 +69,7 @@ def save(path: Path, content: dict) -> None:
         with atomic_write(path, sync=True) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # torch replaces the system's error by one about its archive
+        # torch replaces the system's error with one about its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         if not isinstance(cause, OSError) and not _is_torn(cause):
             raise  # not an I/O error

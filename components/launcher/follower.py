@@ -357,7 +357,7 @@ class Follower:
                 if cause and (cause.reason in BROKEN) == (topic == "start")
             ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
-            # an image that could be pulled before is missing for other reasons than its name
+            # an image that could be pulled before is missing for reasons other than its name
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue

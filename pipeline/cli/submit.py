@@ -68,7 +68,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     cluster.add_argument(
         "--job-kind",
         choices=KINDS,
-        help="kind of training job (default: the job's; of two, pytorchjob)",
+        help="kind of training job (default: the job's; pytorchjob if there are two)",
     )
     cluster.add_argument(
         "--workspace",
@@ -99,8 +99,8 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         source,
         "--job",
         "FILE",
-        "compile it with the training jobs in this YAML file, as `compile --job`; - is standard "
-        "input",
+        "compile it with the training jobs in this YAML file, as for `compile --job`; - is "
+        "standard input",
     )
     run.add_argument(
         "--wait", action="store_true", help="follow the run; exit code 0 only if it succeeds"
@@ -203,7 +203,7 @@ def check_pool(name: str | None) -> None:
     """Raise ValueError for a name that is not a valid label value: no pod could select it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
-            f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63"
+            f"--pool {name!r}: expected a label value: letters, digits, - _ . inside, at most 63"
         )
 
 

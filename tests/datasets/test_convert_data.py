@@ -158,7 +158,7 @@ ROWS, HEAD = "labels/train/a.txt", "data.yaml"
         (ROWS, "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
         ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
         ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
-        (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v is not there, looked below"),
+        (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v was not found, looked below"),
         (HEAD, "test: images/train\nnames: [a, b]", "expected the keys train and val"),
         (HEAD, "train: images\nnames: {1: a}", "names: expected a list of class names"),
         (HEAD, "train: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),

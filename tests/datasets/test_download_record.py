@@ -218,7 +218,7 @@ def test_the_check_names_pictures_that_are_not_as_they_came(
         picture.write(b"?")  # behind the last marker: still a picture
     assert vitdet("data", "check", fetched)[0] == 0
     code, listed, _ = vitdet("data", "check", fetched, "--images")
-    assert code == 1 and "1 x not as manifest.json says" in listed
+    assert code == 1 and "1 x different from manifest.json" in listed
     assert "val: the content of a file" in listed
 
 

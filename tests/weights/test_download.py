@@ -92,7 +92,7 @@ def test_what_may_pass_is_tried_again(web: Web, load: Load, bad: Answer) -> None
 def test_a_server_that_never_gets_further_is_given_up(web: Web, load: Load, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError) as caught:
         load(file(cut=30_000), *[file(cut=0)] * 9)
-    cut = "the connection was cut at 30,000 of 100,000 bytes, 3 times in a row"
+    cut = "the connection was closed at 30,000 of 100,000 bytes, 3 times in a row"
     kept = "the 30,000 bytes so far are kept; run the same command to resume"
     assert str(caught.value) == f"{web.url}/a/file.pth: {cut}; {kept}"
     assert len(web.asked) == 3 and (tmp_path / "part").read_bytes() == CONTENT[:30_000]

@@ -28,7 +28,7 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     add_folder(
         verb,
         "--plots",
-        "folder for report.html, the data of plots, results.json, and the matches that `vitdet "
+        "folder for report.html, plot data, results.json, and the matches that `vitdet "
         "compare` reads",
     )
     add_file(
@@ -59,7 +59,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vitdet.tracking.runs import default_folder
 
     for path in filter(None, (args.output, args.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # an error before the evaluation
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails before the evaluation
     config = None
     if args.config:
         config, found = resolve_config(args.config)

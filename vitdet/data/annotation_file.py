@@ -121,7 +121,7 @@ def parse(content: bytes) -> object:
 def _decode(encoded: Any) -> object:
     try:
         return msgspec.json.decode(encoded)
-    except (ValueError, RecursionError):  # e.g. a number beyond floats, a lone surrogate
+    except (ValueError, RecursionError):  # e.g. a number too large for a float, a lone surrogate
         try:
             return parse(bytes(encoded))
         except ValueError as error:

@@ -1,6 +1,6 @@
 """Reading images as upright 8-bit RGB.
 
-As Detectron2: the EXIF orientation is applied, as annotations refer to the upright image. In
+As in Detectron2, the EXIF orientation is applied, as annotations refer to the upright image. In
 addition, 16 bits are scaled to 8, transparent pixels are blended with white, and animations are
 reduced to their first frame. Pixel values of unknown range are rejected.
 """

@@ -61,7 +61,7 @@ def rectangles(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Decode COCO polygons (as pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
+    """Decode COCO polygons (as in pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
 
     Raises ValueError for an RLE of another size.
     """

@@ -178,7 +178,7 @@ class _Attempt:
             self.receive(response, start, total)
         here = _have(self.path)
         if total is not None and here != total:
-            raise _Broken(f"the connection was cut at {here:,} of {total:,} bytes")
+            raise _Broken(f"the connection was closed at {here:,} of {total:,} bytes")
 
     def send(self, request: Request) -> http.client.HTTPResponse:
         """Send the request and return the response, before its body is read."""

@@ -195,5 +195,5 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
         resume = "free some space and run the same command to resume"
         raise OSError(f"{path}: could not be extracted ({error}); {resume}") from error
     if done != declared:
-        raise _Refused(f"{info.filename} has {done:,} bytes, it declares {declared:,}: broken")
+        raise _Refused(f"{info.filename} has {done:,} bytes but declares {declared:,}: damaged")
     temporary.replace(path)

@@ -114,7 +114,7 @@ class Analysis:
     curves: precision at recall 0, 0.01, ..., 1, mean over the classes with objects, for IoU "0.5",
     "0.75" and the "mean" over all IoUs.
     thresholds: scores 0.01, 0.02, ..., 0.99, of all classes together; empty without objects.
-    best_threshold: that with the best F1, the highest of equals; None without true positives. The
+    best_threshold: that with the best F1, the highest in a tie; None without true positives. The
     confusion matrix and the images are at this threshold, or at 0.5 without one.
     errors: dAP of each error type (`vitdet.evaluation.errors`), "false_positive" and
     "false_negative" included. error_counts: errors of the six types.
@@ -193,7 +193,7 @@ def _thresholds(matches: Matches) -> list[Threshold]:
 
 
 def _best_threshold(matches: Matches, category: int) -> Threshold | None:
-    """Return the score of a detection of a class with the best F1, the highest of equals; None
+    """Return the score of a detection of a class with the best F1, the highest in a tie; None
     without objects or detections.
     """
     objects = int((matches.object_category == category).sum())

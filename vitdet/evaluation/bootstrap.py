@@ -25,7 +25,7 @@ METRICS = ("ap", "ap50", "ap75")
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 # Images with objects: intervals from resamples of fewer are far too narrow (Hesterberg 2015,
-# arXiv:1411.5279), of a single image they have no width.
+# arXiv:1411.5279); those of a single image have no width.
 MIN_IMAGES = 10
 
 

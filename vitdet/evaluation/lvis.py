@@ -38,7 +38,7 @@ def compare(
     *,
     boxed: bool = False,
 ) -> dict[str, Comparison]:
-    """Return the comparison of each kind; arguments and errors as of `coco.compare`.
+    """Return the comparison of each kind; arguments and errors as in `coco.compare`.
 
     boxed: the size of a mask is that of the box beside it. Raises ValueError also for an annotation
     file without LVIS's own fields.

@@ -52,7 +52,7 @@ class Blocks(NamedTuple):
 
 
 # By whether the area is the grid (64 x 64 tokens) or a window (14 x 14): among the best on an H200
-# with d = 64 (`tests/bench/attention.py`); a limit of registers gains 5 to 9 % there but would
+# with d = 64 (`tests/bench/attention.py`); a limit of registers gains 5 to 9% there but would
 # spill with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}

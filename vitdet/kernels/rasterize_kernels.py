@@ -38,7 +38,7 @@ def rasterize_kernel(
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)
     left, top = tl.load(boxes + roi * 4), tl.load(boxes + roi * 4 + 1)
-    # detectron2: a box is at least a tenth of a pixel wide
+    # as in Detectron2, a box is at least a tenth of a pixel wide
     width = tl.maximum(tl.load(boxes + roi * 4 + 2) - left, 0.1)
     height = tl.maximum(tl.load(boxes + roi * 4 + 3) - top, 0.1)
     center = row.to(tl.float32) + 0.5

@@ -29,7 +29,7 @@ SIDE = tl.constexpr(8)  # of a tile of cells
 TILE = 64  # bins of a product
 ROIS = 256  # RoIs that a program of the gradient processes at a time
 WIDE = 256  # channels of a program for 16-bit maps
-# arguments that vary from batch to batch: another value is no reason to compile again
+# arguments that vary from batch to batch: another value does not require compiling again
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
 LARGEST = tl.constexpr(2.0**30)  # coordinate, in pixels; a RoI beyond, or with NaN, is empty
 

@@ -21,7 +21,7 @@ from vitdet.models.layers import at_least_float32
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
     """Return the level (R,) of each box, 0 the finest; 2 for a side of 56 strides of level 0."""
     canonical = 56 * finest_stride
-    # detectron2: epsilon within the log
+    # as in Detectron2, with an epsilon in the logarithm
     level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
     return level.clamp(0, num_levels - 1).long()
 

@@ -34,7 +34,7 @@ def evaluate(
         overrides: settings of `data` and `evaluate` as strings SECTION.KEY=VALUE.
         folder: of MLflow's default store.
         config: its data and evaluate settings are used; default: those of the checkpoint.
-        output, pictures, plots, report: files and folders to write, as of `vitdet evaluate`.
+        output, pictures, plots, report: files and folders to write, as for `vitdet evaluate`.
 
     Returns the metrics and the ID of the MLflow run, None if there is no run or no store. Raises
     the errors of `vitdet.evaluate` and, if the address is invalid,
@@ -46,7 +46,7 @@ def evaluate(
     from vitdet.tracking.measured import write_evaluation
     from vitdet.tracking.runs import has_mlflow, log_evaluation
 
-    if has_mlflow():  # a mistake in the address ends this now
+    if has_mlflow():  # fails now if the address is invalid
         tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(
         checkpoint,

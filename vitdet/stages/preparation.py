@@ -33,8 +33,8 @@ def prepare_data(
     """Verify the data set; write the configs with its splits and classes, and its description.
 
     settings: folder of `resolve_configs`; configs: folder to write; manifest: JSON file to write.
-    fetch: how to bring the data set, as in `fetch_words`; "": it is there. The demo's data set is
-    generated. Raises FileNotFoundError or ValueError for data that is missing or unusable.
+    fetch: how to bring the data set, as in `fetch_words`; "": it already exists. The demo's data
+    set is generated. Raises FileNotFoundError or ValueError for data that is missing or unusable.
     """
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text

@@ -48,7 +48,7 @@ def train(
     from vitdet.weights import resolve
 
     if has_mlflow():
-        tracking_uri(config.tracking.uri, default_folder(output))  # a mistake in it ends this now
+        tracking_uri(config.tracking.uri, default_folder(output))  # fails now if it is invalid
 
     def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
         return start_tracker(config, recipe, output, group, data_digest, run_id, step)

@@ -52,7 +52,7 @@ def _use_step_secret() -> None:
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return
-    for name in VARIABLES:  # a password is of the same source as the address, or there is none
+    for name in VARIABLES:  # a password comes from the same source as the address or is absent
         os.environ.pop(name, None)
         if value := os.environ.get(f"{STEP}{name}"):
             os.environ[name] = value

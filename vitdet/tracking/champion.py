@@ -303,7 +303,8 @@ class _Contest:
         return compare(gate, candidate, before, name)
 
     def best(self, event: Event, ap: float) -> tuple[float, str]:
-        """Return (AP, version) of the best of this promotion and its rivals; of equals the older.
+        """Return (AP, version) of the best of this promotion and its rivals; in a tie the older
+        one.
 
         A version that a user forced or restored in place of the same champion is better than any
         other; its AP is infinite.

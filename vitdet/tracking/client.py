@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 from vitdet.tracking.address import hide_credentials
 
-# with 0, 2, 4, ... seconds between them: about a minute, as long as a server takes to restart
+# attempts with 0, 2, 4, ... seconds between them: about a minute, the time that a server takes to
+# restart
 TRIES = 7
 BACK_OFF = "1"
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
-NO_RETRIES = "00"  # not "0", so that a child process does not take it for a setting of the user
+NO_RETRIES = "00"  # not "0", so that a child process does not mistake it for a user's setting
 DEFAULTS = {
     RETRIES: NO_RETRIES,
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -38,13 +39,14 @@ USER_SETTINGS = {
 # If the response is lost, the request may have been carried out: see `create`.
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
-# MLflow, and what it uses for HTTP, databases and artifact stores; not all of their errors become
-# MLflow's
+# MLflow, and the libraries that it uses for HTTP, databases and artifact stores, whose errors it
+# does not always convert to its own
 LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
-# of SQLAlchemy: no address of a database, no database; not its OperationalError, which may pass
+# SQLAlchemy's errors for an address that is not that of a database; its OperationalError may be
+# temporary
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # Environment and loggers are the process's: blocks of two threads must not restore each other's.
 LOCK = threading.RLock()
@@ -53,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 class RefusedError(ValueError):
-    """What MLflow will not accept later either."""
+    """A request or store that MLflow will not accept later either."""
 
 
 class InvalidRequestError(RefusedError):
@@ -148,7 +150,7 @@ def translated(uri: str) -> Iterator[None]:
 
 @contextmanager
 def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
-    """Make each of MLflow's requests in this block up to so many times; raises the errors of
+    """Make each of MLflow's requests in this block up to `tries` times; raises the errors of
     `Client`.
 
     Functions of MLflow that have no client use the server `uri`. Threads run such blocks one after

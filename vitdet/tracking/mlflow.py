@@ -38,7 +38,7 @@ START_SECONDS = 2.5
 STOP_SECONDS = 2.5
 # to create the tables of a new SQLite file, and to write the last values to one
 CREATE_SECONDS = 60.0
-CLOSE_SECONDS = 20.0  # of `log_metrics` and `connect_run`, whose purpose it is
+CLOSE_SECONDS = 20.0  # of `log_metrics` and `connect_run`, whose purpose is to send
 
 
 class MLflowTracker(Tracker):
@@ -93,7 +93,9 @@ class MLflowTracker(Tracker):
         self._stop(CLOSE_SECONDS if finishes else STOP_SECONDS)
         if self._thread.is_alive():
             path = self._journal.path
-            log.warning("tracking: the last values wait in %s; the same command sends them", path)
+            log.warning(
+                "tracking: the last values are kept in %s; the same command sends them", path
+            )
 
     def abandon(self) -> None:
         """Send nothing more."""
@@ -227,8 +229,8 @@ def log_metrics(
 def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
     """Return a client of the server in use, with retries.
 
-    tries: of the first request; default: as of all others. Raises ConnectionError if the server
-    does not respond, and ValueError if the store can never be used.
+    tries: attempts of the first request; by default as many as for all others. Raises
+    ConnectionError if the server does not respond, and ValueError if the store can never be used.
     """
     uri = tracking_uri(uri, folder)
     try:

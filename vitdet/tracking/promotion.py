@@ -1,4 +1,4 @@
-"""Promotion of a version to champion (`vitdet promote`), and its undoing (`vitdet rollback`)."""
+"""Promotion of a version to champion (`vitdet promote`), and the way back (`vitdet rollback`)."""
 
 from __future__ import annotations
 

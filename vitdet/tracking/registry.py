@@ -66,7 +66,7 @@ def register_checkpoint(
     """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
     The version becomes `candidate` in any case. The data is read only for the gate. The packaged
-    model is tried before any upload. If the server does not know the training run, e.g. for a
+    model is tested before any upload. If the server does not know the training run, e.g. for a
     checkpoint from another machine, the version has no run, but its id in the tag `training_run`.
 
     Args:
@@ -245,7 +245,7 @@ class _Entry:
         return card
 
     def log_model(self, folder: Path, work: Path) -> str:
-        """Pack and try the detector, and upload it with `work`/files; return its id."""
+        """Package and test the detector, and upload it with `work`/files; return its id."""
         client, run_id, packed = self.client, self.run_id, work / "model"
         model, wheel = Model(run_id=run_id), build_wheel(work)
         pack(packed, model, self.stored, wheel)

@@ -173,6 +173,6 @@ def metric_name(name: str) -> str:
     """
     name = re.sub(r"[^\w\-. :/]", "_", name)
     head, slash, tail = name.partition("/")
-    # in the name of a class a slash, or a dot in front, would be part of a path
+    # in the name of a class a slash or a leading dot would be part of a path
     tail = re.sub(r"^\.+|\.+$", "_", tail.replace("/", "_")) or "_" * len(slash)
     return f"{head}{slash}{tail}"[:250]

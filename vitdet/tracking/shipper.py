@@ -45,7 +45,7 @@ class Shipper:
         self._answers = True
         self._uploading: threading.Thread | None = None
         self._next_upload = 0.0
-        self._failed: set[str] = set()  # files of which a warning was logged
+        self._failed: set[str] = set()  # files for which a warning was logged
         self.is_unknown = False  # see UnknownRunError
 
     def deliver(self, seconds: float = 0.0) -> bool:

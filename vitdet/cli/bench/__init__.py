@@ -14,7 +14,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     """Add the kinds of the verb `bench`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser(
-        "evaluate", help="time AP of synthetic results beside pycocotools (about 3 minutes)"
+        "evaluate", help="time AP of synthetic results, compared with pycocotools (about 3 minutes)"
     )
     _add_number(kind, "--images", 5000, "number of images")
     _add_number(kind, "--detections", 100, "detections per image")
@@ -22,8 +22,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
-        help="time reading and augmenting a training image, beside Detectron2's mapper if "
-        "installed",
+        help="time reading and augmenting a training image, and Detectron2's mapper if installed",
     )
     kind.add_argument("folder", type=given_path, help="folder of a data set in COCO's layout")
     kind.add_argument(

@@ -47,7 +47,7 @@ def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Ten
 
 
 def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> None:
-    """Make the RPN replace its last proposals by boxes on the objects of `batch`."""
+    """Make the RPN replace its last proposals with boxes on the objects of `batch`."""
     propose, most = detector.rpn.propose, detector.rpn.top_train[1]
     side, count = batch.images.shape[-1], max(1, int(SHARE * most))
     laid = torch.stack([boxes_on_objects(one.boxes, count, side) for one in batch.targets])

@@ -212,7 +212,7 @@ class ImportedDataset:
         return size
 
     def count_left_out(self, files: Iterable[Path], is_labeled: Callable[[Path], bool]) -> None:
-        """Count the files of image folders that are no readable images, by suffix."""
+        """Count the files of image folders that are not readable images, by suffix."""
         by_suffix: dict[str, list[Path]] = defaultdict(list)
         for path in files:
             by_suffix[path.suffix.lower()].append(path)

@@ -6,7 +6,7 @@ ImageSets/Main/SPLIT.txt with one ID per line; the pixel at the top left is (1, 
 includes its last row and column, so xmin..xmax are the x from xmin - 1 to xmax; `difficult` objects
 are ignored in evaluation, like COCO's crowds; in SegmentationObject/ID.png, if present, the pixels
 of object n of the XML file have the value n, background 0, and 255 is the border between objects,
-which is ignored. Files per class (aeroplane_train.txt) have a second column and are no splits.
+which is ignored. Files per class (aeroplane_train.txt) have a second column and are not splits.
 
 Annotation tools differ: CVAT quotes IDs with a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
@@ -159,7 +159,7 @@ class _Folders:
             if not paths:
                 raise FileNotFoundError(f"{self.annotations}: no XML file")
             firsts = {path: self.stem(path).parts[0].lower() for path in paths}
-            # otherwise these are names of files, or folders that are no splits
+            # otherwise these are names of files, or folders that are not splits
             divided = {*firsts.values()} <= SPLIT_NAMES.keys()
             for path, first in firsts.items():
                 splits[split_of(first) if divided else "train"][path] = ""
@@ -243,7 +243,7 @@ class _Folders:
             raise ValueError(f"{file}: {error}") from error
         largest = int(numbers.max(where=numbers != RIM, initial=0))
         if largest > objects:
-            raise ValueError(f"{file}: has an object {largest}, but {path} names {objects}")
+            raise ValueError(f"{file}: has an object {largest}, but {path} lists {objects}")
         return numbers
 
 

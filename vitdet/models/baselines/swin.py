@@ -70,7 +70,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Window attention; zero padding on the right and bottom takes part in it."""
+        """Window attention; zero padding on the right and bottom is included."""
         height, width = x.shape[1:3]
         size, shift, mask = self.window, self.shift, None
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
