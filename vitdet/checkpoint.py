@@ -257,7 +257,7 @@ class Checkpoints:
     def save_evaluation(self, step: int, content: dict) -> None:
         """Write the entries that an evaluation adds to the state after `step` steps.
 
-        A small JSON file beside the state, so that it is not rewritten; `latest` merges both.
+        A small JSON file next to the state, so that it is not rewritten; `latest` merges both.
         """
         path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
         try:
@@ -294,7 +294,7 @@ class Checkpoints:
         if not states:
             return None
         others = len(states) - 1
-        which = f"it and the {others} earlier states, also damaged," if others else "it"
+        which = f"it and the {others} earlier states, which are damaged too," if others else "it"
         raise DamagedError(f"{self.damaged[states[-1]]}; remove {which} to start over")
 
     def set_aside(self, start: int) -> None:

@@ -54,7 +54,7 @@ class Scene:
         return found, torch.autograd.grad(found, maps, weight.to(device, kind))
 
     def errors(self, bins, ratio, layout=torch.channels_last):
-        """The relative errors of features and gradients beside float64."""
+        """The relative errors of features and gradients against float64."""
         kind = self.maps[0].dtype
         found, gradients = self.run(roi_align, DEVICE, kind, bins, ratio, layout)
         wanted, right = self.run(reference, DEVICE, torch.float64, bins, ratio)

@@ -21,10 +21,10 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb,
         "--output",
-        "JSON file for the metrics, with AP of each class; NAME.measured.json beside it describes "
+        "JSON file for the metrics, with AP of each class; NAME.measured.json next to it describes "
         "data and settings",
     )
-    add_folder(verb, "--pictures", "folder for images of detections beside the ground truth")
+    add_folder(verb, "--pictures", "folder for images of detections next to the ground truth")
     add_folder(
         verb,
         "--plots",

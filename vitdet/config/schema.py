@@ -253,7 +253,7 @@ class EvalConfig(Section, prefix="evaluate."):
 class TrackingConfig(Section, prefix="tracking."):
     """MLflow; the environment variable MLFLOW_TRACKING_URI takes precedence over `uri`."""
 
-    uri: str = ""  # '': an SQLite file beside the output folder
+    uri: str = ""  # '': an SQLite file next to the output folder
     experiment: str = "vitdet"
     model_name: str = "vitdet"
 

@@ -212,7 +212,7 @@ class _Split:
             self._value_range(colors, highest)
 
     def _value_range(self, colors: bool, highest: dict[int, int]) -> None:
-        """Warn of 16-bit files with values of fewer bits, which would be read as nearly black.
+        """Warn about 16-bit files with values of fewer bits, which would be read as nearly black.
 
         highest: largest value of each image by id.
         """

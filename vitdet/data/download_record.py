@@ -126,7 +126,9 @@ def verify(root: Path, contents: bool = False) -> str:
     compare(root, record, contents=contents)
     for file in record.files:
         if (found := sha256(root / file.path)) != file.sha256:
-            raise ValueError(f"{root / file.path}: sha256 {found}, downloaded with {file.sha256}")
+            raise ValueError(
+                f"{root / file.path}: sha256 {found}, but {file.sha256} when downloaded"
+            )
     return sha256(root / NAME)
 
 
@@ -144,7 +146,7 @@ def compare(
             raise FileNotFoundError(f"{path}: missing")
         if path.stat().st_size != file.size:
             raise ValueError(
-                f"{path}: {path.stat().st_size:,} bytes, downloaded with {file.size:,}"
+                f"{path}: {path.stat().st_size:,} bytes, but {file.size:,} when downloaded"
             )
     for images in record.folders:
         folder = root / images.path
@@ -155,8 +157,8 @@ def compare(
         downloaded = _downloaded(found, images, used)
         if downloaded is None:
             raise ValueError(
-                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, downloaded with "
-                f"{images.count:,} of {images.size:,}; names or sizes differ"
+                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, but "
+                f"{images.count:,} of {images.size:,} when downloaded; names or sizes differ"
             )
         if contents and images.content != digest(
             f"{name} {size} {crc32(folder / name):08x}" for name, size in downloaded.items()

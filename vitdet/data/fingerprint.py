@@ -92,9 +92,9 @@ def describe(data: DataConfig) -> dict:
         # `read_split` has compared the sizes
         if recorded.get(path, checksum) != checksum:
             raise ValueError(
-                f"{annotations}: sha256 {checksum}, downloaded with {recorded[path]}; remove it "
-                f"and run `vitdet data coco|lvis {root}` to restore it; if the change is intended, "
-                f"remove {root / download_record.NAME}"
+                f"{annotations}: sha256 {checksum}, but {recorded[path]} when downloaded; remove "
+                f"it and run `vitdet data coco|lvis {root}` to restore it; if the change is "
+                f"intended, remove {root / download_record.NAME}"
             )
         files.append({"path": path, "size": annotations.stat().st_size, "sha256": checksum})
         images[split] = {

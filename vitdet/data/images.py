@@ -82,7 +82,7 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def find_image(path: Path) -> None:
-    """Raise as `open_image` if `path` is not a non-empty file."""
+    """Raise the errors of `open_image` if `path` is not a non-empty file."""
     with _named(path):
         check_file(path)
 

@@ -54,7 +54,7 @@ def outline(segmentation: list | dict | None, height: int, width: int) -> np.nda
 
 
 def rectangles(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outlines of boxes (G, 4) xyxy as `edges_of`: edges (4 G, 4), 4 per box."""
+    """Return the outlines of boxes (G, 4) xyxy as in `edges_of`: edges (4 G, 4), 4 per box."""
     x0, y0, x1, y1 = boxes.T
     edges = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]]
     return np.moveaxis(np.array(edges), 2, 0).reshape(-1, 4), np.full(len(boxes), 4)

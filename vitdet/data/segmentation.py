@@ -155,7 +155,8 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a whole number, also from 96.0 or "96"; None for any other value, such as true."""
+    """Return a whole number, converted from 96.0 or "96" too; None for any other value, such as
+    true."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():

@@ -60,7 +60,7 @@ def fetch(
     Raises:
         FileNotFoundError: an archive is not in `local`.
         ValueError: an archive is not the published one, or other files are in its place.
-        OSError: not enough space, or not writable; and as `download`.
+        OSError: not enough space, or not writable; and the cases of `download`.
     """
     if not (root / ".archives").exists() and not _lacking(archives, root):
         return False

@@ -80,7 +80,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean squared error of the hidden patches of normalized images (B, 3, S, S).
 
-        Each patch is normalized to zero mean and unit deviation.
+        Each patch is normalized to zero mean and unit standard deviation.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]

@@ -289,7 +289,7 @@ def evaluate_results(
     """Return the metrics of a file of COCO results against an annotation file in percent.
 
     dataset: "coco" or "lvis", the rules of AP. plots, report, detailed: as in `evaluate`; the page
-    has pictures if the images are found beside the annotations. Raises FileNotFoundError for a
+    has pictures if the images are found next to the annotations. Raises FileNotFoundError for a
     missing file and ValueError, in one line, for an error in a file.
     """
     if dataset not in METRICS_OF:

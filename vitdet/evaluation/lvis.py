@@ -40,8 +40,8 @@ def compare(
 ) -> dict[str, Comparison]:
     """Return the comparison of each kind; arguments and errors as in `coco.compare`.
 
-    boxed: the size of a mask is that of the box beside it. Raises ValueError also for an annotation
-    file without LVIS's own fields.
+    boxed: the size of a mask is that of the box next to it. Raises ValueError also for an
+    annotation file without LVIS's own fields.
     """
     check(truth)
     image_ids, results = choose(truth, results, {*kinds, *(["bbox"] if boxed else [])}, image_ids)

@@ -119,7 +119,7 @@ def match(
         empty: include objects and results without an area.
         unsure: pairs (image id, category id) of which not every object is annotated: detections
             that match no object are ignored.
-        boxed: the size of a mask is that of the box beside it.
+        boxed: the size of a mask is that of the box next to it.
 
     Raises:
         ValueError: an invalid mask.

@@ -179,7 +179,7 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
 def check_code(item: dict, name: str, size: tuple[int, int]) -> list | dict:
     """Return the usable outline of a result: polygons without their broken parts, or RLE.
 
-    size: (height, width) of the image. Raises ValueError, with `name` in front, for a segmentation
+    size: (height, width) of the image. Raises ValueError, with `name` as prefix, for a segmentation
     that is not a mask of such an image.
     """
     outline = read_outline(item["segmentation"], size)

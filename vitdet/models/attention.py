@@ -104,7 +104,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def in_half(x: Tensor) -> bool:
-    """Return whether a linear layer computes x in half precision on a GPU, also by autocast."""
+    """Return whether a linear layer computes x in half precision on a GPU, possibly through
+    autocast."""
     cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 

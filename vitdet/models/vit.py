@@ -149,7 +149,7 @@ def build_blocks(
 
 
 def init_normal(weight: Tensor) -> None:
-    """Initialize from a normal distribution of deviation 0.02, in place.
+    """Initialize from a normal distribution with standard deviation 0.02, in place.
 
     The published code truncates at -2 and 2, which never occurs, except that a uniform draw of
     exactly -1 (1 in 2^24) becomes -2.
@@ -158,7 +158,7 @@ def init_normal(weight: Tensor) -> None:
 
 
 def init_linears(module: nn.Module) -> None:
-    """Initialize every linear layer: normal weights of deviation 0.02, biases 0."""
+    """Initialize every linear layer: normal weights with standard deviation 0.02, biases 0."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             init_normal(child.weight)

@@ -33,7 +33,7 @@ def train(
     Args:
         config: the resolved config.
         recipe: its name, for the MLflow run.
-        output: folder for model.pt, best.pt and config.yaml; MLflow's default store is beside it.
+        output: folder for model.pt, best.pt and config.yaml; MLflow's default store is next to it.
         checkpoints: folder for the training states; default: `output`.
         weights: folder of the initial weights; default: the package and the cache.
         group: ID of the pipeline run, whose MLflow run becomes the parent; "": none.

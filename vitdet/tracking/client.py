@@ -105,7 +105,7 @@ class Client:
 
 def open_client(uri: str) -> Client:
     """Return a client without retries. Raises RefusedError if the store can never be used."""
-    for name, value in DEFAULTS.items():  # each time: MLflow reads them at every request
+    for name, value in DEFAULTS.items():  # each time: MLflow reads them with every request
         os.environ.setdefault(name, value)
     return _cached_client(uri)
 

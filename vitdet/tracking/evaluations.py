@@ -90,7 +90,7 @@ def save_evaluation(
     plots: Path,
 ) -> None:
     """Store an evaluation of a version. plots: the folder with its matches, if there are any."""
-    # the matches first: metrics without them would be taken for complete
+    # the matches first: metrics without them would look complete
     if (model := model_id_of(version)) and (plots / MATCHES).is_file():
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     for key, value in tags_of(metrics).items():

@@ -103,7 +103,7 @@ class DetectorModel(PythonModel):
 
 
 def download(uri: str, artifact: str, folder: Path) -> Path:
-    """Download an artifact, as `models:/NAME/VERSION/FILE`; return its path in `folder`."""
+    """Download an artifact, given as `models:/NAME/VERSION/FILE`; return its path in `folder`."""
     with repeating(uri):
         return Path(
             download_artifacts(artifact, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)

@@ -35,7 +35,7 @@ from vitdet.tracking.shipper import same_number
 from vitdet.tracking.wheel import build_wheel
 
 CANDIDATE = "candidate"
-CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, beside the report
+CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, next to the report
 DESCRIPTION = (  # of a registered model
     "Detectors of vitdet. `candidate`: the version that was "
     "registered last. `champion`: the best version; only a version that passes the gate "
@@ -268,7 +268,7 @@ class _Entry:
     def log_metrics(self, model_id: str) -> None:
         """Log the metrics to the model, with the validation data that they were measured on.
 
-        MLflow has no metrics of a model without a run. Metrics of single classes are in the report.
+        MLflow has no metrics of a model without a run. Per-class metrics are in the report.
         """
         client, run_id, step = self.client, self.run_id, self.stored["step"]
         values = {

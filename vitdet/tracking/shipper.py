@@ -138,7 +138,7 @@ class Shipper:
                 if key not in self._failed:
                     log.warning(
                         f"tracking: {path and path.name} cannot be uploaded ({first_line(error)}); "
-                        f"it is kept in {self.journal.files} and tried again, also by the next "
+                        f"it is kept in {self.journal.files} and tried again, e.g. by the next "
                         "command that uses this run"
                     )
                 self._failed.add(key)
@@ -231,7 +231,7 @@ class Shipper:
             else:
                 self._refused |= names
                 what = next(iter(names), record)
-                log.warning("tracking: the server refuses %s: %s", what, first_line(error))
+                log.warning("tracking: the server rejects %s: %s", what, first_line(error))
 
     def _send_points(self, client: Client, run_id: str, records: list[dict]) -> None:
         from mlflow.entities import Metric

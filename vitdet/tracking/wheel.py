@@ -79,7 +79,7 @@ def _metadata() -> tuple[str, str]:
         installed = metadata.distribution("vitdet")
     except metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"{PACKAGE}: no pyproject.toml beside it and not installed; install vitdet"
+            f"{PACKAGE}: no pyproject.toml next to it and not installed; install vitdet"
         ) from error
     return installed.version, installed.read_text("METADATA") or ""
 

@@ -263,7 +263,7 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """Evaluate the (averaged) weights on the validation split, and write pictures.
 
-        The metrics are written beside the saved state after `step` steps. Raises Stopped.
+        The metrics are written next to the saved state after `step` steps. Raises Stopped.
         """
         self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
         self.training_step.release()

@@ -19,7 +19,7 @@ from vitdet.models import Detector
 from vitdet.models.rpn import Anchored, Proposals
 from vitdet.types import Batch, Polygons, Target
 
-OBJECTS = 8.0  # mean number of an image
+OBJECTS = 8.0  # mean number per image
 SIDES = (0.04, 0.5)  # of an object, as a share of the image's
 ORIGINAL = 0.54  # side of an image's file, as a share: 553 pixels for 1024, as many as 640 x 480
 CELL = 32  # pixels of the background's noise

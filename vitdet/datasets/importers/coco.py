@@ -1,12 +1,12 @@
 """Reader of COCO's annotations in the layouts of annotation tools.
 
 Format: https://cocodataset.org/#format-data. Roboflow: train|valid|test/_annotations.coco.json
-beside the images (https://roboflow.com/formats/coco-json); its category 0 is the root of the
+next to the images (https://roboflow.com/formats/coco-json); its category 0 is the root of the
 others, not a class. CVAT: annotations/instances_default.json and images/, or images/SPLIT/
 (https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
 images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
 (https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
-and SPLIT/. Or any JSON file of this format, with the images beside it or in a folder of these
+and SPLIT/. Or any JSON file of this format, with the images next to it or in a folder of these
 names.
 """
 

@@ -10,7 +10,7 @@ which is ignored. Files per class (aeroplane_train.txt) have a second column and
 
 Annotation tools differ: CVAT quotes IDs with a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
-ImageSets/Segmentation; without ImageSets, XML files are beside the images in train/, valid/ and
+ImageSets/Segmentation; without ImageSets, XML files are next to the images in train/, valid/ and
 test/ (https://roboflow.com/formats/pascal-voc-xml) or in one folder; <polygon> is an outline of x1,
 y1, x2, y2, ... or of points <pt> in pixels from 0, whose box is used.
 """
