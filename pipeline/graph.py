@@ -214,7 +214,7 @@ def build(
 def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
     """Write the cluster's pipeline; the output is deterministic.
 
-    parallel: as of `build`. job: YAML of the training jobs, as printed by `kubectl kustomize`;
+    parallel: as for `build`. job: YAML of the training jobs, as printed by `kubectl kustomize`;
     default: the jobs in manifests/. The steps run in the image of the jobs unless the environment
     variable VITDET_IMAGE is set. Raises ValueError if it contains no job, or a TrainJob without its
     runtime.

@@ -50,7 +50,8 @@ def training_jobs(text: str) -> str:
 
 
 def job_kinds(text: str) -> set[str]:
-    """Return the values of job_kind for the jobs in a YAML stream. Raises like `training_jobs`."""
+    """Return the values of job_kind for the jobs in a YAML stream. Raises the errors of
+    `training_jobs`."""
     return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
 
 
@@ -62,13 +63,14 @@ class Shape(NamedTuple):
 
 
 def job_shape(jobs: str) -> Shape:
-    """Return the shape of the job in the result of `training_jobs`; of two, the PyTorchJob's."""
+    """Return the shape of the job in the result of `training_jobs`; of the PyTorchJob if there are
+    two."""
     job = documents_of(jobs)[0]
     return Shape(expected_pods(job), KINDS[job["kind"]])
 
 
 def documents_of(text: str) -> list[dict]:
-    """Return the documents of a YAML stream without nulls. Raises like `validate`."""
+    """Return the documents of a YAML stream without nulls. Raises the errors of `validate`."""
     return [validate(one) for one in yaml.safe_load_all(text) if isinstance(one, dict)]
 
 
@@ -81,7 +83,7 @@ def job_image(jobs: str) -> str:
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
     if len(found) != 1 or "" in found:
         raise ValueError(
-            f"the training jobs must name one image, they name {', '.join(sorted(found)) or 'none'}"
+            f"the training jobs must use one image, they use {', '.join(sorted(found)) or 'none'}"
             "; set it in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()
@@ -136,7 +138,7 @@ def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
 def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
     """Return the accelerators of a TrainJob and its runtime, if it is among the documents.
 
-    Raises like `accelerators`.
+    Raises the errors of `accelerators`.
     """
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
     kind, name = wanted.get("kind", "ClusterTrainingRuntime"), wanted["name"]

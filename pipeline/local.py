@@ -109,7 +109,7 @@ def run_locally(
             cause = COLOR.sub("", str(error)).partition("Inner task failed:")[2]
             failed = re.search(r"'([\w-]+)'", cause)
             raise RuntimeError(
-                f"step {failed[1] if failed else '?'} failed; the whole log: {log.name}"
+                f"step {failed[1] if failed else '?'} failed; full log: {log.name}"
             ) from error
         except KeyboardInterrupt:
             # kfp's local runner skips the exit handler, so MLflow's parent run would not end

@@ -76,7 +76,8 @@ def load_package(
 
 
 def read_package(package: Path) -> list[dict]:
-    """Return the pipeline and, if it has one, its Kubernetes part. Raises as `load_package`."""
+    """Return the pipeline and, if it has one, its Kubernetes part. Raises the errors of
+    `load_package`."""
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -113,7 +113,7 @@ def text(version: Version) -> str:
 
 
 def read_version(given: str) -> Version:
-    """Return the version in a text such as 2.15, 2.15.0 or v2.15.0-rc.1.
+    """Return the version in a string such as 2.15, 2.15.0 or v2.15.0-rc.1.
 
     A patch release knows the fields of its minor release. Raises ValueError for other text and for
     a release that is not supported.

@@ -69,7 +69,7 @@ def save(path: Path, content: dict) -> None:
         with atomic_write(path, sync=True) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # torch replaces the system's error by one about its archive
+        # torch replaces the system's error with one about its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         if not isinstance(cause, OSError) and not _is_torn(cause):
             raise  # not an I/O error
@@ -120,7 +120,7 @@ def load_model_file(path: str | Path) -> dict:
     """Return {config, class_names, model, run_id, step, fingerprints} of a trained detector.
 
     Reads .pt files, and .safetensors files of `save_safetensors`. Files of version 0.1 contain a
-    dataset_digest instead of fingerprints. Raises as `load`.
+    dataset_digest instead of fingerprints. Raises the errors of `load`.
     """
     read = _load_safetensors if Path(path).suffix == ".safetensors" else load
     content = OPTIONAL | read(Path(path), FORMAT)
@@ -184,7 +184,8 @@ def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> 
 
 
 def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
-    """Return the weights, config and class names of a trained detector; raises as `load`."""
+    """Return the weights, config and class names of a trained detector; raises the errors of
+    `load`."""
     content = load_model_file(path)
     try:
         return content["model"], from_dict(content["config"]), tuple(content["class_names"])
@@ -236,7 +237,7 @@ class Checkpoints:
                 held.enter_context(locked(self.folder / ".lock"))
             except BlockingIOError as error:
                 raise ValueError(
-                    f"{self.folder}: another training is writing to this folder; wait until it "
+                    f"{self.folder}: another training run is writing to this folder; wait until it "
                     "ends or choose another --output"
                 ) from error
             remove_abandoned(self.folder)
@@ -256,7 +257,7 @@ class Checkpoints:
     def save_evaluation(self, step: int, content: dict) -> None:
         """Write the entries that an evaluation adds to the state after `step` steps.
 
-        A small JSON file beside the state, so that it is not rewritten; `latest` merges both.
+        A small JSON file next to the state, so that it is not rewritten; `latest` merges both.
         """
         path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
         try:
@@ -293,7 +294,7 @@ class Checkpoints:
         if not states:
             return None
         others = len(states) - 1
-        which = f"it and the {others} earlier states, also damaged," if others else "it"
+        which = f"it and the {others} earlier states, which are damaged too," if others else "it"
         raise DamagedError(f"{self.damaged[states[-1]]}; remove {which} to start over")
 
     def set_aside(self, start: int) -> None:

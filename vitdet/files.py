@@ -5,7 +5,7 @@ so that an error or a kill leaves the previous version and readers never see a p
 Temporary names identify the writing process; the next writer in a folder removes those of processes
 that ended.
 
-The kernel releases a lock when its process ends, also after SIGKILL. filelock opens the file for
+The kernel releases a lock when its process ends, even after SIGKILL. filelock opens the file for
 writing, as NFSv4 requires, and closes it in forked children, so data-loader workers do not keep the
 lock of a killed training run.
 """

@@ -87,7 +87,8 @@ class Predictor:
     ) -> Predictor:
         """Load a predictor from a checkpoint.
 
-        device: default: a GPU if available. precision: default: evaluate.precision of its config.
+        device: a GPU by default, if there is one. precision: by default evaluate.precision of its
+        config.
         Raises FileNotFoundError, or ValueError for a file that is not a checkpoint.
         """
         detector, config, class_names = restore_detector(path)
@@ -158,8 +159,8 @@ def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]
     """Convert detections from the canvas to pixels of the original image; clip, drop empty boxes.
 
     size: (height, width) of the unpadded image on the canvas; original: (height, width) of the
-    image. As Detectron2's `detector_postprocess`: one factor per axis, since the sides of a resized
-    image are rounded independently."""
+    image. As in Detectron2's `detector_postprocess`: one factor per axis, since the sides of a
+    resized image are rounded independently."""
     high, wide = original
     factors = torch.tensor([wide / size[1], high / size[0]] * 2, device=found.boxes.device)
     limits = torch.tensor([wide, high] * 2, dtype=found.boxes.dtype, device=found.boxes.device)

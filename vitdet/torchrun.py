@@ -24,8 +24,8 @@ def world_size() -> int:
 def end_with_torchrun() -> None:
     """Have the kernel send SIGTERM to this process when torchrun is killed (prctl, Linux only).
 
-    Without a handler SIGTERM ends the process, also while it imports torch or joins the others;
-    with the handler of `vitdet.training.stop` the training saves its state. The signal is sent when
+    Without a handler SIGTERM ends the process, even while it imports torch or joins the others;
+    with the handler of `vitdet.training.stop` training saves its state. The signal is sent when
     the thread that started this process ends; torchrun starts its processes in its main thread. On
     other systems `vitdet.training.watchdog` detects a changed parent later.
 

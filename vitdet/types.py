@@ -1,7 +1,7 @@
 """Data structures exchanged between modules.
 
 Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are
-RGB. Letters: B images, G ground truths, N detections, E edges, K classes."""
+RGB. Notation: B images, G ground truths, N detections, E edges, K classes."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ class JobClient:
                 )
                 answer = json.loads(raw.data)
                 if reported:
-                    self.out("launcher: the API server answers again")
+                    self.out("launcher: the API server responds again")
                 self.allowed.add(verb)
                 return answer
             except ApiException as error:
@@ -256,13 +256,13 @@ class JobClient:
         self.patch({**change, "spec": spec} if spec else change)
 
     def pod(self, name: str, once: bool = False) -> dict | None:
-        """Return a pod, or None if it does not exist. once: as of `request`."""
+        """Return a pod, or None if it does not exist. once: as for `request`."""
         call, limit = self.core.read_namespaced_pod, self.timeouts.forbidden
         where = (name, self.namespace)
         return self.request("get pods", call, *where, none_if=(404,), forbidden=limit, once=once)
 
     def workflow(self, name: str, once: bool = False) -> dict | None:
-        """Return a Workflow, or None if it does not exist. once: as of `request`."""
+        """Return a Workflow, or None if it does not exist. once: as for `request`."""
         call, limit = self.objects.get_namespaced_custom_object, self.timeouts.forbidden
         where = (workflow.GROUP, workflow.VERSION, self.namespace, workflow.PLURAL, name)
         return self.request(

@@ -39,7 +39,7 @@ def server_message(error: ApiException) -> str:
 
 def describe_outage(error: Exception) -> str:
     """Return the kind of a failed connection, e.g. SSLError, for messages."""
-    return f"does not answer ({type(getattr(error, 'reason', None) or error).__name__})"
+    return f"does not respond ({type(getattr(error, 'reason', None) or error).__name__})"
 
 
 def may_be_admitted_later(error: ApiException) -> bool:

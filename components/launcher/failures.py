@@ -13,7 +13,7 @@ SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
 
 
 class Failures:
-    """The failures of a job's pods, also of pods that are gone.
+    """The failures of a job's pods, including those of pods that are gone.
 
     found: name of a pod -> its last failure and the last lines of its log.
     """
@@ -64,7 +64,7 @@ class Failures:
 
 
 def time_before(text: str) -> str:
-    """Return the time `WINDOW` before an RFC 3339 time, as `Line.time`; "" for ""."""
+    """Return the time `WINDOW` before an RFC 3339 time, in the format of `Line.time`; "" for ""."""
     if not text:
         return ""
     return f"{datetime.fromisoformat(text) - timedelta(seconds=WINDOW):%Y-%m-%dT%H:%M:%S}"

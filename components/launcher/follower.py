@@ -133,10 +133,12 @@ class Follower:
             if existing is None:
                 continue
             labels = existing["metadata"].get("labels") or {}
-            own = {key: value for key, value in wanted["labels"].items() if key[:7] == "vitdet/"}
+            own = {
+                key: value for key, value in wanted["labels"].items() if key.startswith("vitdet/")
+            }
             if not own.items() <= labels.items():
                 raise RuntimeError(
-                    f"{self.name} exists and is not of this run: its labels are {labels}"
+                    f"{self.name} exists and does not belong to this run: its labels are {labels}"
                 )
             failure = annotations_of(existing).get(FAILURE, "")
             failed = failure or job_phase(self.kind, existing)[0] == "failed"
@@ -357,7 +359,7 @@ class Follower:
                 if cause and (cause.reason in BROKEN) == (topic == "start")
             ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
-            # an image that could be pulled before is missing for other reasons than its name
+            # an image that could be pulled before is missing for reasons other than its name
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue

@@ -114,7 +114,8 @@ def launch(
 
 
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
-    """End the training jobs of a run in its exit handler; returns and raises as `delete_jobs`.
+    """End the training jobs of a run in its exit handler; returns and raises the same as
+    `delete_jobs`.
 
     A job that has started and still trains after a failed run, e.g. because its step was evicted
     too often, is left running and released from the Workflow, whose deletion would delete it: Retry
@@ -175,7 +176,7 @@ def delete_jobs(
         for job in jobs:
             name = job["metadata"]["name"]
             if job["metadata"].get("deletionTimestamp"):
-                left.append(f"{name}: is already being deleted")
+                left.append(f"{name}: already being deleted")
             elif kept := retention(kind, job):
                 left.append(f"{name}: {kept}")
             elif kept := keep(kind, job):

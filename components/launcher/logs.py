@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
 
 class PodLog:
-    """A pod's log; returns each line once, also if the container or the API server restarts."""
+    """A pod's log; returns each line once, even if the container or the API server restarts."""
 
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
@@ -104,7 +104,7 @@ class Failure:
 
 
 class RankLogs:
-    """The last lines of each rank, and of torchrun in each pod, also of pods that are gone."""
+    """The last lines of each rank, and of torchrun in each pod, including pods that are gone."""
 
     def __init__(self) -> None:
         self.lines: dict[str, deque[Line]] = {}  # "rank 3" or "pod NAME" -> its last lines
@@ -164,7 +164,7 @@ class RankLogs:
             if start is None:
                 continue
             error = error_text([line.text for line in texts[start:]])
-            # any rank may write that another one does not answer
+            # any rank may write that another one does not respond
             stalled = STALLED.search(error)
             rank = f"rank {stalled[1]}" if stalled else source
             pod = self.pods.get(rank, self.pods[source])

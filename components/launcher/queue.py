@@ -79,7 +79,7 @@ def describe(condition: dict) -> str:
 
 
 def one_line(text: str | None) -> str:
-    """Return a text without line breaks."""
+    """Return text without line breaks."""
     return " ".join((text or "").split())
 
 

@@ -3,9 +3,9 @@
 The training operator adds up the restarts of all containers, whatever the cause, so a job would end
 after a few evictions. A failure of one pod makes all others fail, so failures are grouped into
 incidents: the failures of different pods within `WINDOW` are one. An incident with a disruption is
-a disruption, also if the other pods failed first: a lost node is reported minutes later.
+a disruption, even if the other pods failed first: a lost node is reported minutes later.
 
-TrainJobs are not counted: JobSet's failure policy does it (manifests/trainjob/runtime.yaml).
+TrainJobs are not counted: JobSet's failure policy does this (manifests/trainjob/runtime.yaml).
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _check(value: object, kind: Any, place: str) -> None:
 
 
 def _mapping_at(value: Any, path: str) -> dict:
-    """Return the mapping at a path as `.template.spec.containers[0].resources`."""
+    """Return the mapping at a path such as `.template.spec.containers[0].resources`."""
     for name, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
         value = value[name or int(index)]
     return value

@@ -16,7 +16,7 @@ class Step:
     """The step that this process runs.
 
     owner: an ownerReference to the Workflow of its run; None outside a pipeline.
-    first_attempt: this is not a retry of the step, also after Retry of the run.
+    first_attempt: this is not a retry of the step; also true after Retry of the run.
     """
 
     def __init__(self, client: JobClient) -> None:

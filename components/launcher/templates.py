@@ -97,7 +97,7 @@ def job_name(run_id: str, recipe: str) -> str:
 
 
 def label(text: str) -> str:
-    """Convert text to a label value: replace invalid characters by `-`, truncate to 63."""
+    """Convert text to a label value: replace invalid characters with `-`, truncate to 63."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:63].strip("-._")
 
 

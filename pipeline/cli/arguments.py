@@ -25,7 +25,7 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="override a setting, as `vitdet train` does; may be repeated",
+        help="override a setting, as in `vitdet train`; may be repeated",
     )
     command.add_argument(
         "--sweep",
@@ -39,7 +39,7 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="train each recipe and combination with N seeds; the table has mean and standard "
+        help="train each recipe and combination with N seeds; the table shows mean and standard "
         "deviation (default: 1)",
     )
     add_text(

@@ -68,7 +68,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     cluster.add_argument(
         "--job-kind",
         choices=KINDS,
-        help="kind of training job (default: the job's; of two, pytorchjob)",
+        help="kind of training job (default: the job's; pytorchjob if there are two)",
     )
     cluster.add_argument(
         "--workspace",
@@ -99,8 +99,8 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         source,
         "--job",
         "FILE",
-        "compile it with the training jobs in this YAML file, as `compile --job`; - is standard "
-        "input",
+        "compile it with the training jobs in this YAML file, as for `compile --job`; - is "
+        "standard input",
     )
     run.add_argument(
         "--wait", action="store_true", help="follow the run; exit code 0 only if it succeeds"
@@ -136,7 +136,7 @@ def run_submit(args: argparse.Namespace) -> int:
         schedule = Schedule(args.cron, args.max_concurrency, catch_up=not args.no_catch_up)
         kubeflow_cron(args.cron)
         if args.wait:
-            raise ValueError("--wait is for one run, --cron starts many; look at them with status")
+            raise ValueError("--wait is for one run, --cron starts many; see `status`")
     check_pool(args.pool)
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
         remark("recipes and settings are not validated here; the first step does that")
@@ -203,7 +203,7 @@ def check_pool(name: str | None) -> None:
     """Raise ValueError for a name that is not a valid label value: no pod could select it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
-            f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63"
+            f"--pool {name!r}: expected a label value: letters, digits, - _ . inside, at most 63"
         )
 
 

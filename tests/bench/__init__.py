@@ -1,1 +1,1 @@
-"""Benchmarks beside other projects; not tests."""
+"""Benchmarks, some against other projects; not tests."""

@@ -1,4 +1,4 @@
-"""A recipe's training step and inference beside Detectron2's, on the same images in the same process.
+"""A recipe's training step and inference compared with Detectron2's, on the same images in the same process.
 
     python -m tests.bench.detectron2 FOLDER --batch 8,1 --output figures.json
 

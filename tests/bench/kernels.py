@@ -1,4 +1,4 @@
-"""Times of the detection kernels on this GPU beside the plain paths: python -m tests.bench.kernels
+"""Times of the detection kernels on this GPU compared with the plain paths: python -m tests.bench.kernels
 
 Median milliseconds at the sizes of ViT-B at 1024 pixels and batch 8 (and 1), as called and as part of a CUDA graph;
 `plain` is torchvision, called as by the plain path: image after image, level after level, maps in float32.

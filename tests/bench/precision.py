@@ -83,7 +83,7 @@ def compare(exact: Sequence[Detections], other: Sequence[Detections], threshold:
         "in fp32 only": alone,
         "in the other only": theirs,
         "mean IoU": ious.mean().item(),
-        "IoU exceeded by 99 %": ious.quantile(0.01).item(),
+        "IoU exceeded by 99%": ious.quantile(0.01).item(),
         "mean difference of scores": apart.mean().item(),
         "share of scores within 0.02": (apart <= 0.02).double().mean().item(),
         "largest difference of scores": apart.max().item(),

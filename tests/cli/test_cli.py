@@ -69,7 +69,7 @@ def test_data(vitdet: Run, tmp_path: Path) -> None:
     words = ("data", "tiny", "made", "--train", "3", "--val", "2", "--seed", "5")
     assert vitdet(*words) == (0, "made: 3 + 2 images\n", "")
     assert vitdet(*words) == (0, "made: 3 + 2 images, already there\n", "")
-    refused(vitdet(*words[:-1], "6"), "contains something else than the tiny data set")
+    refused(vitdet(*words[:-1], "6"), "contains something other than the tiny data set")
     code, output, _ = vitdet("data", "check", "made")
     assert code == 0 and "train: 3 images" in output and "errors: none" in output
     next((tmp_path / "made" / "train").glob("*.jpg")).unlink()
@@ -192,7 +192,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         ("trian", "invalid choice: 'trian'"),
         ("compare a b --resamples many", "expected a number from 100 to 1000000, got 'many'"),
         ("promote a --version 0", "expected the number of a version, got '0'"),
-        ("data convert a b --splits ,", "expected names with commas between them, got ','"),
+        ("data convert a b --splits ,", "expected names separated by commas, got ','"),
     ],
 )
 def test_a_wrong_argument_is_named(vitdet: Run, words: str, message: str) -> None:

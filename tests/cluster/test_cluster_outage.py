@@ -97,8 +97,8 @@ def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone
     assert [line for line in alone.lines if line.startswith("line")] == [
         f"line {number}" for number in range(1, 51)
     ]
-    assert any("the API server does not answer" in line for line in alone.lines)
-    assert any("the API server answers again" in line for line in alone.lines)
+    assert any("the API server does not respond" in line for line in alone.lines)
+    assert any("the API server responds again" in line for line in alone.lines)
 
 
 def served() -> bool:

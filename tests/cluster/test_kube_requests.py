@@ -57,15 +57,15 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
     ]
     assert ask("get x", answers(*gone)) == {"a": 1}
     assert lines == [
-        "launcher: the API server does not answer (ProtocolError); asking again for 0 s",
-        "launcher: the API server answers again",
+        "launcher: the API server does not respond (ProtocolError); asking again for 0 s",
+        "launcher: the API server responds again",
     ]
     # an API server that starts knows neither what it allowed before nor the custom resources
     starting = [refused(403, "no roles yet"), refused(404), b"{}"]
     assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
     with pytest.raises(RuntimeError, match="no roles yet"):
         ask("get y", answers(*starting), none_if=(404,), forbidden=5)
-    with pytest.raises(RuntimeError, match="the API server does not answer"):
+    with pytest.raises(RuntimeError, match="the API server does not respond"):
         ask("get x", answers(ProtocolError("reset")))
 
 
@@ -134,7 +134,7 @@ def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None
     what = f"cannot create in namespace ours: {text} (HTTP 403)"
     assert lines == [
         f"launcher: {what}; asking again for 9 s",
-        "launcher: the API server answers again",
+        "launcher: the API server responds again",
     ]
     start = clock.now
     with pytest.raises(RuntimeError) as raised:
@@ -163,5 +163,5 @@ def test_a_kubeconfig_that_is_none_is_one_line(
 
 def test_an_outage_names_its_kind() -> None:
     reset = MaxRetryError(HTTPConnectionPool("h"), "/", NameResolutionError("h", None, OSError()))
-    assert describe_outage(reset) == "does not answer (NameResolutionError)"
-    assert describe_outage(ProtocolError("reset")) == "does not answer (ProtocolError)"
+    assert describe_outage(reset) == "does not respond (NameResolutionError)"
+    assert describe_outage(ProtocolError("reset")) == "does not respond (ProtocolError)"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.test_manifests import CLOUDS, build, installed, pools
-from tests.helpers.manifests import kustomize, needs_kubectl, problems
+from tests.helpers.manifests import kustomize, needs_kubectl, pods, problems
 
 pytestmark = needs_kubectl
 # Folders of an overlay that the owner of a profile applies.
@@ -78,3 +78,10 @@ def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, cop
         assert not [one for one in kustomize(folder / part) if "namespace" not in one["metadata"]]
     for document in kustomize(folder / "cluster"):
         assert "namespace" not in document["metadata"] and document["kind"] != "Namespace"
+
+
+def test_jobs_without_a_priority_class(copy: Path) -> None:
+    parts = ["components/no-priority-class", "components/values"]
+    found = list(pods(build(copy, "eks", ["pytorchjob", "trainjob"], parts)))
+    assert len(found) == 3
+    assert not [pod for _, pod in found if "priorityClassName" in pod["spec"]]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.cli.test_cli import Run, refused
 from tests.data.test_odd_images import Watcher, data_set
-from tests.helpers.odd_files import GREY, HIGH, MANY, WIDE, drawn, rgb
+from tests.helpers.odd_files import GRAY, HIGH, MANY, WIDE, drawn, rgb
 from vitdet.data.check import check
 from vitdet.data.coco import ImageError
 from vitdet.data.images import Reading, examine, open_image, read_image, upright
@@ -27,7 +27,7 @@ TWELVE = Reading(bit_depth=12)
 
 
 def as_png(path: Path, pixels: np.ndarray) -> None:
-    drawn(0, pixels.astype(">u2"), rgb(GREY))(path)
+    drawn(0, pixels.astype(">u2"), rgb(GRAY))(path)
 
 
 def as_tiff(path: Path, pixels: np.ndarray) -> None:
@@ -100,8 +100,8 @@ def test_a_tiff_states_its_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reading", [Reading(), Reading(bit_depth=8), TWELVE])
 def test_eight_bits_stay_as_they_are(reading: Reading, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    Image.fromarray(GREY).save(path)
-    assert np.array_equal(open_image(path, reading), rgb(GREY))
+    Image.fromarray(GRAY).save(path)
+    assert np.array_equal(open_image(path, reading), rgb(GRAY))
 
 
 @pytest.mark.parametrize("write", FILES.values(), ids=FILES)
@@ -124,7 +124,7 @@ def test_colors_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None
     data_set(tmp_path, (HIGH, WIDE))
     path = tmp_path / "odd" / "odd.jpg"
     pixels = MANY[..., : 3 if kind == 2 else 4] >> 4
-    drawn(kind, pixels.astype(">u2"), rgb(GREY))(path)
+    drawn(kind, pixels.astype(">u2"), rgb(GRAY))(path)
     for reader in (
         lambda: open_image(path, TWELVE),
         lambda: examine(path.read_bytes(), TWELVE),
@@ -188,7 +188,7 @@ def test_max_pixels_can_be_set_where_files_are_read(
 ) -> None:
     data_set(tmp_path, (HIGH, WIDE))
     path = tmp_path / "odd" / "odd.jpg"
-    Image.fromarray(GREY).save(path, "PNG")
+    Image.fromarray(GRAY).save(path, "PNG")
     predict = ("predict", trained / "model.pt", path, "--output", tmp_path / "drawn")
     looked = ("data", "check", tmp_path, "--images")
     small = f"data.max_pixels={HIGH * WIDE - 1}"

@@ -14,7 +14,7 @@ SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "coco-sample"
 
 
 def _rasterise(lines: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixels (H, W) whose centre has a winding number other than zero: the definition, row by row."""
+    """Pixels (H, W) whose center has a winding number other than zero: the definition, row by row."""
     turns = np.zeros((height, width), int)
     x = np.arange(width) + 0.5
     for x0, y0, x1, y1 in lines.astype(np.float64):

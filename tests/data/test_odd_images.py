@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from tests.cli.test_cli import Run, refused
-from tests.helpers.odd_files import GREY, HIGH, ODD, RNG, WIDE, Make, png
+from tests.helpers.odd_files import GRAY, HIGH, ODD, RNG, WIDE, Make, png
 from vitdet.config import DataConfig
 from vitdet.data.check import check
 from vitdet.data.coco import ImageError
@@ -154,15 +154,15 @@ REFUSED: dict[str, tuple[bytes | Image.Image | Callable[[Path], None], str]] = {
         "the image has more than 178,956,970 pixels; downscale it or cut it into tiles",
     ),
     "fractions": (
-        Image.fromarray(GREY / np.float32(255)),
+        Image.fromarray(GRAY / np.float32(255)),
         "its pixels are floating-point numbers of unknown range",
     ),
     "32 bits": (
-        Image.fromarray(GREY.astype(np.int32) * 70000),
+        Image.fromarray(GRAY.astype(np.int32) * 70000),
         "its pixel values are 0 to ",
     ),
     "below zero": (
-        Image.fromarray(GREY.astype(np.int32) - 1000),
+        Image.fromarray(GRAY.astype(np.int32) - 1000),
         "its pixel values are -1000 to ",
     ),
 }
@@ -258,7 +258,7 @@ def test_a_file_that_promises_too_many_pixels_is_not_decoded(
 @pytest.mark.parametrize(("bound", "fits"), [(HIGH * WIDE, True), (HIGH * WIDE - 1, False)])
 def test_max_pixels_is_the_largest_image(bound: int, fits: bool, tmp_path: Path) -> None:
     data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
-    ODD["grey"](path)
+    ODD["gray"](path)
     data = replace(data, max_pixels=bound)
     readers = [
         lambda: next(iter(train_loader(data, 1, 0, 0, 1))),
@@ -291,7 +291,7 @@ def test_a_picture_annotated_as_it_lies_is_told_why_its_size_is_wrong(
     tmp_path: Path, found: tuple[int, int]
 ) -> None:
     data = data_set(tmp_path, found)
-    ODD["grey"](tmp_path / "odd" / "odd.jpg")
+    ODD["gray"](tmp_path / "odd" / "odd.jpg")
     hint = "annotations must refer to the upright image, after its EXIF orientation is applied"
     with pytest.raises(
         ImageError, match=f"24 x 16 pixels, annotated {found[1]} x {found[0]}"

@@ -29,7 +29,7 @@ NAMES = ("bolt", "nut", "split pin")
 
 @pytest.fixture
 def yolo(tmp_path: Path) -> Path:
-    """Squares of three classes, as a camera's labelling tool leaves them."""
+    """Squares of three classes, as a camera's labeling tool leaves them."""
     folder, rng = tmp_path / "yolo", np.random.default_rng(0)
     for split in ("train", "valid"):
         for kind in ("images", "labels"):

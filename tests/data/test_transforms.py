@@ -258,7 +258,7 @@ def test_pad_keeps_every_byte() -> None:
 
 
 def _slow_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Four neighbours of each pixel's centre, in float64."""
+    """Four neighbors of each pixel's center, in float64."""
     out = np.zeros((*size, 3))
     for row in range(size[0]):
         for column in range(size[1]):

@@ -67,7 +67,7 @@ def test_images_of_every_kind_are_taken(
     assert f"more.{suffix}" in names(tmp_path / "out", "train")
 
 
-def test_an_image_is_recognised_without_a_usual_ending(
+def test_an_image_is_recognized_without_a_usual_ending(
     vitdet: Run, yolo: Path, tmp_path: Path
 ) -> None:
     (yolo / "images/train/train0.png").rename(yolo / "images/train/train0.raw_1")
@@ -181,7 +181,7 @@ def test_all_problems_of_yolo_at_once(vitdet: Run, yolo: Path, tmp_path: Path) -
     assert (code, output) == (1, "")
     lines = errors.splitlines()
     assert lines[0] == f"vitdet: {yolo}: 5 problems, nothing was written"
-    assert "  2 x coordinate outside of its image" in lines
+    assert "  2 x coordinate outside its image" in lines
     for place in ("train0.txt:2", "train0.txt:3", "train1.txt:1", "val0.txt:1", "val1.png"):
         assert sum(f"{place}: " in line for line in lines) == 1, place
     assert [one.name for one in tmp_path.iterdir()] == ["yolo"]
@@ -190,7 +190,7 @@ def test_all_problems_of_yolo_at_once(vitdet: Run, yolo: Path, tmp_path: Path) -
 def test_the_first_twenty_of_a_kind_are_named(vitdet: Run, yolo: Path) -> None:
     write(yolo / "labels/train/train0.txt", "0 .5 .5 2 .1\n" * 30)
     lines = vitdet("data", "convert", yolo, "out")[2].splitlines()
-    assert lines[1] == "  30 x coordinate outside of its image" and lines[-1] == "      ..."
+    assert lines[1] == "  30 x coordinate outside its image" and lines[-1] == "      ..."
     assert len(lines) == 2 + 20 + 1
 
 

@@ -158,7 +158,7 @@ ROWS, HEAD = "labels/train/a.txt", "data.yaml"
         (ROWS, "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
         ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
         ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
-        (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v is not there, looked below"),
+        (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v was not found, looked below"),
         (HEAD, "test: images/train\nnames: [a, b]", "expected the keys train and val"),
         (HEAD, "train: images\nnames: {1: a}", "names: expected a list of class names"),
         (HEAD, "train: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
@@ -223,7 +223,7 @@ def wrong(*values: object) -> str:
         (ONE, wrong("a", 1, 1, "x", 1), "bndbox: expected numbers"),
         (ONE, wrong("a", 1, 9, 5, 1), "expected xmin <= xmax"),
         (ONE, wrong("a", 1, "nan", 5, 1), "expected xmin <= xmax"),
-        (ONE, wrong("a", 1, 101, 105, 9), "is outside of the image of 100 x 50"),
+        (ONE, wrong("a", 1, 101, 105, 9), "is outside the image of 100 x 50"),
         (ONE, wrong(" ", 1, 1, 5, 9), "an object without <name>"),
         (ONE, "<a><size><width>50</width><height>99</height></size></a>", "the size is 50 x 99, "),
         (ONE, "<a/>", "has an object 1, but"),
@@ -243,7 +243,7 @@ def test_what_the_source_is(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write(voc / "data.yaml", "names: [a]")
     for source, says in (
-        ("empty", "empty: looks like none of yolo, voc, coco, labelme, cvat; found nothing"),
+        ("empty", "empty: matches none of yolo, voc, coco, labelme, cvat; found nothing"),
         ("none", "none: no such folder"),
         (voc, "looks like yolo and voc"),
     ):

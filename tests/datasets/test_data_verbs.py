@@ -61,7 +61,7 @@ def test_of_an_archive_of_images_nothing_else_is_taken() -> None:
 def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     code, output, errors = vitdet("data", "coco", "d", "--mirror", web.url, "--split", "val")
     assert (code, output) == (0, "d: val2017 12 images, annotations/instances_val2017.json\n")
-    assert "downloading  100 %" in errors and "unpacking  100 %" in errors
+    assert "downloading  100%" in errors and "unpacking  100%" in errors
     code, output, errors = vitdet("data", "lvis", "d", "--mirror", web.url, "--keep-archives")
     files = "annotations/lvis_v1_train.json, annotations/lvis_v1_val.json"
     assert (code, output) == (0, f"d: train2017 12 images, val2017 12 images, {files}\n")
@@ -95,7 +95,7 @@ def test_a_wrong_word_is_one_line(vitdet: Run, web: Web, words: tuple[str, ...],
 def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
     web.plans = {"/zips/val2017.zip": [status(404)]}
     code, _, errors = vitdet("data", "coco", "d", "--mirror", web.url)
-    says = f"vitdet: {web.url}/zips/val2017.zip: the server answers 404 Not Found"
+    says = f"vitdet: {web.url}/zips/val2017.zip: the server responded with 404 Not Found"
     assert code == 1 and says in errors
     assert "Traceback" not in errors and not (tmp_path / "d" / "manifest.json").exists()
 

@@ -196,7 +196,7 @@ def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(
 
 @pytest.mark.parametrize(
     ("theirs", "refused"),
-    [((3, 2), ""), ((4, 2), "contains something else than the tiny data set")],
+    [((3, 2), ""), ((4, 2), "contains something other than the tiny data set")],
 )
 def test_what_another_process_has_finished_meanwhile_counts_if_it_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int, int], refused: str

@@ -84,7 +84,7 @@ CAT = (1, [10, 10, 20, 20])
 @pytest.mark.parametrize(
     ("kind", "category", "box"),
     [
-        ("localisation", 1, [10, 22, 20, 20]),  # IoU 0.25
+        ("localization", 1, [10, 22, 20, 20]),  # IoU 0.25
         ("classification", 2, [10, 10, 20, 20]),
         ("both", 2, [10, 22, 20, 20]),
         ("background", 1, [60, 60, 20, 20]),
@@ -93,7 +93,7 @@ CAT = (1, [10, 10, 20, 20])
 def test_each_wrong_detection_has_one_error(kind, category, box):
     found = errors(scene(CAT), [detection(category, box, 0.9)])
     counts = {name: int(value.sum()) for name, value in found.counts.items() if value.sum()}
-    fixable = kind in ("localisation", "classification")
+    fixable = kind in ("localization", "classification")
     assert counts == ({kind: 1} if fixable else {kind: 1, "missed": 1})
     assert found.counts[kind][category - 1] == 1
     if fixable:
@@ -119,8 +119,8 @@ def test_of_two_fixable_detections_of_an_object_the_better_is_fixed():
     found = errors(
         scene(CAT), [detection(1, [10, 22, 20, 20], 0.9), detection(2, [10, 10, 20, 20], 0.8)]
     )
-    # the classification error is removed only: its object goes to the localisation error
-    assert found.gains["localisation"][0] == pytest.approx(100)
+    # the classification error is removed only: its object goes to the localization error
+    assert found.gains["localization"][0] == pytest.approx(100)
     assert found.gains["classification"][0] == 0
 
 

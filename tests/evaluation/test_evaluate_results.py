@@ -173,7 +173,7 @@ def test_broken_annotations_are_refused_in_one_line(files, change, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "name a CHECKPOINT, or --results FILE"),
+        ((), "give a CHECKPOINT, or --results FILE"),
         (("--results", "r.json"), "must be given together"),
         (("model.pt", "--dataset", "lvis"), "cannot be combined with CHECKPOINT"),
         (("--results", "r.json", "--annotations", "a.json"), "r.json: no such results file"),

@@ -1,4 +1,4 @@
-"""The report page: its content, no external requests, and its behaviour in a browser."""
+"""The report page: its content, no external requests, and its behavior in a browser."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CLASSES = [
     class_result("star", 40.0),
     class_result(EVIL, 12.34, "classification"),
     class_result("ring", None),
-    class_result("box", 8.0, "localisation"),
+    class_result("box", 8.0, "localization"),
 ]
 
 
@@ -106,7 +106,7 @@ def test_the_top_names_the_weakest_class_and_its_main_error(page: Path) -> None:
     text = page.read_text().partition("</section>")[0].partition("<body>")[2]
     text = " ".join(re.sub(r"<[^>]+>", " ", text).split())
     assert "box is the weakest class: AP 8.0 with 1,200 objects, mean of all classes 20.1" in text
-    assert "Its main error is localisation (4 cases)" in text and "AP50 would be 7.2" in text
+    assert "Its main error is localization (4 cases)" in text and "AP50 would be 7.2" in text
     assert "ring" not in text
 
 

@@ -95,8 +95,8 @@ def _object(rng: np.random.Generator, head: dict, lvis: bool) -> dict:
     corners = int(np.clip(rng.lognormal(3.65 if lvis else 3.0, 0.6), 4, 300))
     turns = np.arange(corners) * (2 * np.pi / corners)
     radius = np.exp(rng.uniform(1.5, 5.0)) * rng.uniform(0.7, 1.3, corners)
-    centre = rng.uniform((20, 20), (width - 20, height - 20))
-    points = centre + radius[:, None] * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    center = rng.uniform((20, 20), (width - 20, height - 20))
+    points = center + radius[:, None] * np.stack([np.cos(turns), np.sin(turns)], axis=1)
     points = points.clip(0, (width, height)).round(2)
     low, high = points.min(0), points.max(0)
     outline = {"size": [height, width], "counts": [height * 7, *[9, height - 9] * (width - 20)]}

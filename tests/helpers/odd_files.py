@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 # flat blocks, which JPEG keeps
 COLORS = np.kron(RNG.integers(0, 256, (2, 3, 3)), np.ones((8, 8, 1), int)).astype(np.uint8)
 HIGH, WIDE = COLORS.shape[:2]
-GREY = RNG.integers(0, 256, (HIGH, WIDE), np.uint8)
+GRAY = RNG.integers(0, 256, (HIGH, WIDE), np.uint8)
 OPACITY = RNG.choice(np.array([0, 1, 127, 128, 254, 255], np.uint8), (HIGH, WIDE))
 MANY = RNG.integers(0, 65536, (HIGH, WIDE, 4)).astype(">u2")
 FEW = (MANY >> 8).astype(np.uint8)
@@ -36,7 +36,7 @@ UPRIGHT = {
 def png(
     size: tuple[int, int], bits: int, kind: int, rows: list[bytes], *extra: tuple[bytes, bytes]
 ) -> bytes:
-    """A PNG file; kind: 0 grey, 2 RGB, 3 palette, 4 grey and opacity, 6 RGB and opacity."""
+    """A PNG file; kind: 0 gray, 2 RGB, 3 palette, 4 gray and opacity, 6 RGB and opacity."""
     head = struct.pack(">IIBBBBB", size[1], size[0], bits, kind, 0, 0, 0)
     chunks = [
         (b"IHDR", head),
@@ -53,8 +53,8 @@ def png(
     )
 
 
-def rgb(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[..., None], 3, axis=2)
+def rgb(gray: np.ndarray) -> np.ndarray:
+    return np.repeat(gray[..., None], 3, axis=2)
 
 
 def over_white(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
@@ -155,26 +155,26 @@ BROKEN = {
     "beside": EXIF.tobytes().replace(b"\1\x0f\0\2", b"\1\x0f\0\x0a"),
 }
 ODD: dict[str, Make] = {
-    "grey": drawn(0, GREY, rgb(GREY)),
-    "grey JPEG": saved(
+    "gray": drawn(0, GRAY, rgb(GRAY)),
+    "gray JPEG": saved(
         "JPEG", Image.fromarray(COLORS[..., 0]), rgb(COLORS[..., 0]), 1, quality=100
     ),
-    "grey of 2 bits": drawn(
+    "gray of 2 bits": drawn(
         0,
-        GREY[:, : WIDE // 4],
+        GRAY[:, : WIDE // 4],
         rgb(
-            np.stack([GREY[:, : WIDE // 4] >> shift & 3 for shift in (6, 4, 2, 0)], axis=2).reshape(
+            np.stack([GRAY[:, : WIDE // 4] >> shift & 3 for shift in (6, 4, 2, 0)], axis=2).reshape(
                 HIGH, WIDE
             )
             * np.uint8(85)
         ),
         bits=2,
     ),
-    "1 bit": drawn(0, np.packbits(GREY > 99, axis=1), rgb((GREY > 99) * np.uint8(255)), bits=1),
-    "grey and opacity": drawn(4, np.dstack([GREY, OPACITY]), over_white(rgb(GREY), OPACITY)),
+    "1 bit": drawn(0, np.packbits(GRAY > 99, axis=1), rgb((GRAY > 99) * np.uint8(255)), bits=1),
+    "gray and opacity": drawn(4, np.dstack([GRAY, OPACITY]), over_white(rgb(GRAY), OPACITY)),
     "opacity": drawn(6, np.dstack([COLORS, OPACITY]), over_white(COLORS, OPACITY)),
-    "fully opaque": drawn(6, np.dstack([COLORS, np.full_like(GREY, 255)]), COLORS),
-    "fourth channel that is no opacity": drawn(6, np.dstack([COLORS, np.zeros_like(GREY)]), COLORS),
+    "fully opaque": drawn(6, np.dstack([COLORS, np.full_like(GRAY, 255)]), COLORS),
+    "fourth channel that is no opacity": drawn(6, np.dstack([COLORS, np.zeros_like(GRAY)]), COLORS),
     "opacity WebP": saved(
         "WEBP",
         Image.fromarray(np.dstack([COLORS, OPACITY])),
@@ -182,23 +182,23 @@ ODD: dict[str, Make] = {
         lossless=True,
         exact=True,
     ),
-    "a clear colour": drawn(2, COLORS, CLEAR, (b"tRNS", COLORS[0, 0].astype(">u2").tobytes())),
-    "palette": drawn(3, GREY, PALETTE[GREY], TABLE),
-    "palette and a clear colour": drawn(
+    "a clear color": drawn(2, COLORS, CLEAR, (b"tRNS", COLORS[0, 0].astype(">u2").tobytes())),
+    "palette": drawn(3, GRAY, PALETTE[GRAY], TABLE),
+    "palette and a clear color": drawn(
         3,
-        GREY,
-        np.where((GREY == 2)[..., None], 255, PALETTE[GREY]),
+        GRAY,
+        np.where((GRAY == 2)[..., None], 255, PALETTE[GRAY]),
         TABLE,
         (b"tRNS", b"\xff\xff\0"),
     ),
     "palette and opacity": drawn(
-        3, GREY, over_white(PALETTE[GREY], OPACITY.ravel()[:256][GREY]), TABLE, HALF
+        3, GRAY, over_white(PALETTE[GRAY], OPACITY.ravel()[:256][GRAY]), TABLE, HALF
     ),
     "palette of 4 bits": drawn(
         3,
-        GREY[:, : WIDE // 2],
+        GRAY[:, : WIDE // 2],
         PALETTE[
-            np.stack([GREY[:, : WIDE // 2] >> 4, GREY[:, : WIDE // 2] & 15], axis=2).reshape(
+            np.stack([GRAY[:, : WIDE // 2] >> 4, GRAY[:, : WIDE // 2] & 15], axis=2).reshape(
                 HIGH, WIDE
             )
         ],
@@ -210,7 +210,7 @@ ODD: dict[str, Make] = {
     "YCCK": printed(2),
     "CMYK TIFF": saved("TIFF", PICTURE.convert("CMYK"), COLORS),
     "16 bits": drawn(0, MANY[..., 0], rgb(FEW[..., 0])),
-    "16 bits, dark": drawn(0, (MANY[..., 0] & 255).astype(">u2"), rgb(np.zeros_like(GREY))),
+    "16 bits, dark": drawn(0, (MANY[..., 0] & 255).astype(">u2"), rgb(np.zeros_like(GRAY))),
     "16 bits RGB": drawn(2, MANY[..., :3], FEW[..., :3]),
     "16 bits and opacity": drawn(6, MANY, over_white(FEW[..., :3], FEW[..., 3])),
     "16 bits TIFF": saved("TIFF", Image.fromarray(MANY[..., 0].astype("<u2")), rgb(FEW[..., 0])),
@@ -222,7 +222,7 @@ ODD: dict[str, Make] = {
     "32 bits that hold 16": saved(
         "TIFF", Image.fromarray(MANY[..., 0].astype(np.int32)), rgb(FEW[..., 0])
     ),
-    "32 bits that hold 8": saved("TIFF", Image.fromarray(GREY.astype(np.int32)), rgb(GREY)),
+    "32 bits that hold 8": saved("TIFF", Image.fromarray(GRAY.astype(np.int32)), rgb(GRAY)),
     "progressive": saved("JPEG", PICTURE, COLORS, 2, progressive=True, quality=100, subsampling=0),
     "PNG": drawn(2, COLORS, COLORS),
     "WebP": saved("WEBP", PICTURE, COLORS, lossless=True),

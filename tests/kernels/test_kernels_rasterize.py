@@ -11,12 +11,12 @@ from vitdet.models.mask_head import rasterize as plain
 from vitdet.types import Polygons
 
 
-def ring(points, centre, radius, seed):
+def ring(points, center, radius, seed):
     """A closed outline (points, 4) with corners at random distances, many on whole pixels."""
     draw = torch.Generator().manual_seed(seed)
     angle = torch.arange(points) * (2 * math.pi / points)
     far = radius * (0.4 + 0.6 * torch.rand(points, generator=draw))
-    corners = torch.stack([centre + far * angle.cos(), centre + far * angle.sin()], dim=1)
+    corners = torch.stack([center + far * angle.cos(), center + far * angle.sin()], dim=1)
     corners[::3] = corners[::3].round()
     return torch.cat([corners, corners.roll(-1, 0)], dim=1)
 

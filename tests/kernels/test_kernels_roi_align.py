@@ -33,9 +33,9 @@ class Scene:
         ]
         self.strides = STRIDES[: len(sizes)]
         side = torch.tensor([sizes[0][1], sizes[0][0]]) * 4.0
-        centre = torch.rand(rois, 2, generator=draw) * side
+        center = torch.rand(rois, 2, generator=draw) * side
         size = side * torch.rand(rois, 2, generator=draw) ** 2
-        self.boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+        self.boxes = torch.cat([center - size / 2, center + size / 2], dim=1)
         self.boxes[0] = torch.cat([-side, 3 * side])
         self.boxes[1] = torch.cat([-side, -side / 2])
         self.boxes[2, 2] = self.boxes[2, 0]
@@ -54,7 +54,7 @@ class Scene:
         return found, torch.autograd.grad(found, maps, weight.to(device, kind))
 
     def errors(self, bins, ratio, layout=torch.channels_last):
-        """The relative errors of features and gradients beside float64."""
+        """The relative errors of features and gradients against float64."""
         kind = self.maps[0].dtype
         found, gradients = self.run(roi_align, DEVICE, kind, bins, ratio, layout)
         wanted, right = self.run(reference, DEVICE, torch.float64, bins, ratio)

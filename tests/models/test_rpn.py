@@ -73,7 +73,7 @@ def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
     found = Anchored(*one_level(far, [1.0, 3.0, float("nan"), 2.0]))
     found.deltas[0][0, 1] = float("inf")
     (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (4, 10)))
-    # infinite, no number, and outside of the picture
+    # infinite, no number, and outside the picture
     assert proposals.boxes.tolist() == [[0, 0, 8, 8]]
     found = Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0]))
     (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (2, 10)))

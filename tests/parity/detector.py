@@ -3,7 +3,7 @@
 The stored results are read by `compare_detector`, after this. Losses and gradients are computed
 twice, in float32 and in float64 (boxes stay float32, as in the reference), which leaves no rounding
 to tolerate. A case without ground truth has neither.
-Letters: B images, K classes.
+Notation: B images, K classes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SGD from the weights of a detector case: the first step is checked, the other 19 are printed.
 
 Twenty steps amplify rounding: the reference's own run from weights disturbed by 1e-6 flips a discrete
-choice (one more background candidate shifts every sampled box) and then differs by 2 % of the total
+choice (one more background candidate shifts every sampled box) and then differs by 2% of the total
 loss. Which step flips first depends on the processor's kernels, from the second step on. What is
 portable is checked:
 

@@ -4,7 +4,7 @@ in, maps, proposals, detections, masks and training losses out.
 The stored results are read by `compare_fork`, after this. The losses were computed without sampling:
 `EVERYTHING` anchors and boxes are wanted, so all are used. A case without ground truth has no losses,
 and its config needs no settings for training.
-Letters: K classes.
+Notation: K classes.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_a_run_that_cannot_be_is_ended_by_its_first_steps(finished: Finished) ->
     assert taken[0] == "configs" and taken[-1] == "clean-up"
     assert "data failed" in taken and "train" not in taken
     assert "absent" in done.stdout and "set the pipeline's parameter `fetch`" in done.stdout
-    assert re.fullmatch(r"pipeline: step data failed; the whole log: \S+\n", done.stderr)
+    assert re.fullmatch(r"pipeline: step data failed; full log: \S+\n", done.stderr)
 
 
 def test_a_run_that_would_be_refused_is_not_started(finished: Finished, tmp_path: Path) -> None:

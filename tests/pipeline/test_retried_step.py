@@ -111,7 +111,7 @@ def test_a_job_that_cannot_be_ended_otherwise_is_deleted() -> None:
 
     class Away(Refusing):
         def delete(self) -> None:
-            raise RuntimeError("the API server does not answer")
+            raise RuntimeError("the API server does not respond")
 
     lines, error = follow(Away((conditions("Created=True"), [BAD_IMAGE])))
     assert "ImagePullBackOff" in error and "which may still use its GPUs" in lines[-1]
@@ -227,7 +227,7 @@ def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.Monkey
     )
     objects = Objects({"pytorchjobs": [going], "trainjobs": []})
     assert (
-        delete(objects, monkeypatch) == ([], ["going: is already being deleted"])
+        delete(objects, monkeypatch) == ([], ["going: already being deleted"])
         and objects.deleted == []
     )
 
@@ -252,7 +252,7 @@ def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_no
             ApiException(status=403, reason="Forbidden"),
             "cannot (list|delete) pytorchjobs in namespace ours",
         ),
-        (ReadTimeoutError(None, "/", "x"), "the API server does not answer .ReadTimeoutError."),
+        (ReadTimeoutError(None, "/", "x"), "the API server does not respond .ReadTimeoutError."),
     ],
 )
 def test_a_deletion_that_is_refused_or_stalls_is_one_line(
@@ -295,7 +295,10 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
             ApiException(status=404),
             "the cluster of context work has no namespace team-a; give that",
         ),
-        (ReadTimeoutError(None, "/", "x"), "the cluster of context work does not answer (ReadTime"),
+        (
+            ReadTimeoutError(None, "/", "x"),
+            "the cluster of context work does not respond (ReadTime",
+        ),
     ],
 )
 def test_where_jobs_are_looked_for_is_told(

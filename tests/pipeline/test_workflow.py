@@ -91,7 +91,7 @@ class Cluster:
         return found
 
 
-SILENT = RuntimeError("the API server does not answer")
+SILENT = RuntimeError("the API server does not respond")
 DISRUPTED = {"conditions": [{"type": "DisruptionTarget", "status": "True"}]}
 
 
@@ -121,7 +121,7 @@ def test_an_exit_handler_that_cannot_read_its_run_ends_no_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "exit")
-    with pytest.raises(RuntimeError, match="does not answer"):
+    with pytest.raises(RuntimeError, match="does not respond"):
         Step(Cluster(step_pod(), SILENT)).run_ended()
     assert not Step(Cluster(step_pod(), WORKFLOW)).run_ended()
     assert Step(Cluster(step_pod(), None)).run_ended()

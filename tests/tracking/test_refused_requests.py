@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from tests.helpers.mlflow_answers import Server
 from tests.tracking.test_tracking import points, start
+from vitdet.cli import main
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.stages.workspace import result
 from vitdet.tracking import mlflow as tracking
@@ -204,6 +205,15 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     assert points(store, before.run_id, "loss") == [(3, 3.0)]
     assert find(tmp_path, other.run_id).waiting()
     assert tracking.open_client(store).get_experiment_by_name("elsewhere") is None
+
+
+def test_the_command_line_shows_no_password(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    uri = "tracking.uri=http://alice:s3cret@127.0.0.1:9"
+    assert main(["train", "tiny", "--set", uri, "--output", str(tmp_path / "run")]) == 1
+    out, err = capsys.readouterr()
+    assert "s3cret" not in out + err and "tracking.uri must not contain" in err
 
 
 @pytest.mark.parametrize(

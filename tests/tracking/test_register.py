@@ -180,6 +180,15 @@ def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
     assert enter(work, work / "model.pt") == ("detector", "1")
 
 
+def test_a_damaged_checkpoint_is_not_registered(work: Path) -> None:
+    damaged = work / "damaged.pt"
+    damaged.write_bytes((work / "model.pt").read_bytes()[:1000])
+    before = len(client_of(work).search_model_versions("name = 'detector'"))
+    with pytest.raises(ValueError, match="not a complete vitdet checkpoint"):
+        enter(work, damaged)
+    assert len(client_of(work).search_model_versions("name = 'detector'")) == before
+
+
 def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:
     first, second = build_wheel(tmp_path / "a"), build_wheel(tmp_path / "b")
     assert first.read_bytes() == second.read_bytes()
@@ -218,7 +227,7 @@ def test_the_last_line_of_a_failed_trial_is_the_reason(
         packaged_model.try_model(tmp_path, wheel)
     monkeypatch.setattr(packaged_model, "PROGRAM", "import time; time.sleep(60)")
     monkeypatch.setattr(packaged_model, "TIMEOUT_SECONDS", 0.2)
-    with pytest.raises(ValueError, match="did not answer within"):
+    with pytest.raises(ValueError, match="did not respond within"):
         packaged_model.try_model(tmp_path, wheel)
 
 

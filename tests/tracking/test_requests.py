@@ -125,7 +125,7 @@ def test_a_server_that_stays_away_ends_in_one_line(
     if retries:
         monkeypatch.setattr(client, "USER_SETTINGS", {client.RETRIES: retries})
     answers.plan["experiments/search"] = [(503, {}, {})] * 100
-    with pytest.raises(ConnectionError, match="no answer from MLflow") as error:
+    with pytest.raises(ConnectionError, match="no response from MLflow") as error:
         parent(answers.uri, tmp_path)
     assert len(answers.asked) == (1 + int(retries) if retries else client.TRIES)
     assert retries or 30 < sum(slept) < 90

@@ -28,7 +28,7 @@ def test_a_server_that_does_not_answer_holds_up_neither_the_start_nor_the_end(
     caplog: pytest.LogCaptureFixture,
     status: str,
 ) -> None:
-    """It does not answer while the tracker is open, and nothing waits for that."""
+    """It does not respond while the tracker is open, and nothing waits for that."""
     monkeypatch.setattr(tracking, "START_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 600.0)

@@ -112,7 +112,7 @@ def test_training_and_evaluation_log_the_commit_and_the_image_they_ran_in(
     checkpoint = {"run_id": tracker.run_id, "step": 3, "config": {"tracking": {"uri": ""}}}
     monkeypatch.setattr("vitdet.tracking.runs.load_model_file", lambda path: checkpoint)
     monkeypatch.setenv("VITDET_REVISION", "b" * 40)
-    monkeypatch.delenv("VITDET_IMAGE")  # as outside of a cluster
+    monkeypatch.delenv("VITDET_IMAGE")  # as outside a cluster
     run_id = log_evaluation(tmp_path / "model.pt", {"box_ap": 1.0}, None, tmp_path)
     uri = tracking_uri("", tmp_path)
     run = MlflowClient(uri, uri).get_run(run_id)

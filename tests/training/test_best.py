@@ -83,7 +83,7 @@ def test_a_training_that_no_longer_gains_ends_also_when_it_was_resumed(
         whole = run("whole")
     assert (max(whole.points), whole.status) == (4, "FINISHED")
     assert whole.points[4]["best_box_ap50"] == 3.0 and whole.points[4]["best_step"] == 2
-    assert [text for text in caplog.messages if "the training ends at step 4 of 12" in text]
+    assert [text for text in caplog.messages if "training ends at step 4 of 12" in text]
     model, best = (load_model_file(tmp_path / "whole" / f"{name}.pt") for name in ("model", "best"))
     assert (model["step"], model["metrics"]["box_ap50"]) == (4, 2.0)
     assert (best["step"], best["metrics"]["box_ap50"]) == (2, 3.0)

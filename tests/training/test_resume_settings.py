@@ -84,7 +84,7 @@ def test_a_resume_without_changes_logs_none(
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [
-        (4, {}),  # milestones at 85 and 95 %: the first drop was after step 7, and is after step 10
+        (4, {}),  # milestones at 85 and 95%: the first drop was after step 7, and is after step 10
         (8, CONSTANT),  # also a run that has ended
     ],
     ids=["before the first drop", "constant rate"],

@@ -199,7 +199,7 @@ def test_a_step_whose_gradients_overflow_is_skipped(tiny: Path) -> None:
     assert step.scaler.get_scale() == 4.0
     assert {float(slots["step"]) for slots in step.optimizer.state.values()} == {1.0}
     changed = [name for name, one in step.average.weights.items() if (one != average[name]).any()]
-    assert changed  # it goes on towards the weights
+    assert changed  # it continues toward the weights
     step.check()
     values = meter.read(CPU)
     assert values["skipped_steps"] == 1 and values["grad_norm"] == pytest.approx(finite)
@@ -248,7 +248,7 @@ def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
     for weights in (state["model"], state["average"]):
         assert all(one.isfinite().all() for one in weights.values())
     assert state["model"]["norm.running_mean"] == 1.0
-    with refused("not finite: the training has diverged"):
+    with refused("not finite: training has diverged"):
         go(tiny, tmp_path / "b", train__precision="fp32", **changes)
     monkeypatch.setattr(Spoiled, "scale", 2.0**-14)
     recorder = Recorder()
@@ -265,7 +265,7 @@ def test_a_meter_of_skipped_steps_alone_has_no_means() -> None:
     values = meter.read(CPU)
     assert values["skipped_steps"] == 2 and not {"loss", "loss_a", "grad_norm"} & values.keys()
     meter.add({"loss_a": torch.tensor(torch.nan)}, torch.tensor(1.0), torch.tensor(False))
-    with refused("loss_a, loss not finite: the training has diverged"):
+    with refused("loss_a, loss not finite: training has diverged"):
         meter.read(CPU)
     meter.restart()
     meter.add({"loss_a": torch.tensor(2.0)}, torch.tensor(torch.nan))

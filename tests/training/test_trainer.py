@@ -155,7 +155,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
 def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     changes = {"optim__lr": 1e18, "optim__clip": 0, "train__log_every": 100, "train__save_every": 1}
-    with refused("not finite: the training has diverged; try a smaller optim.lr") as caught:
+    with refused("not finite: training has diverged; try a smaller optim.lr") as caught:
         go(tiny, tmp_path, recorder, **changes)
     assert "\n" not in str(caught.value) and recorder.status == "FAILED" and recorder.points == {}
     for path in (tmp_path / "checkpoints").glob("*.pt"):
@@ -177,7 +177,7 @@ def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -
         env=environment(tmp_path),
     )
     assert other.stdout.readline() == "locked\n"
-    with refused("another training is writing to this folder"):
+    with refused("another training run is writing to this folder"):
         go(tiny, tmp_path)
     other.kill()
     other.communicate()

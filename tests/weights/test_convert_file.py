@@ -168,7 +168,7 @@ def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Pa
         ((model, pt, "vitdet"), "set --recipe NAME"),
         ((model, pt, "detectron3"), "unknown format of weights 'detectron3'; expected one of"),
         ((tmp_path / "none.pkl", pt, "detectron2", recipe), "none.pkl: no such weights file"),
-        ((model, model, "vitdet", recipe), "is the source; choose"),
+        ((model, model, "vitdet", recipe), "this is the source file; choose"),
         ((model, pt, "vitdet", "mask_rcnn_vitdet_b_coco"), "model.pt: does not fit this detector"),
     ):
         assert says in refused(*given), says

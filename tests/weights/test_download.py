@@ -92,7 +92,7 @@ def test_what_may_pass_is_tried_again(web: Web, load: Load, bad: Answer) -> None
 def test_a_server_that_never_gets_further_is_given_up(web: Web, load: Load, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError) as caught:
         load(file(cut=30_000), *[file(cut=0)] * 9)
-    cut = "the connection was cut at 30,000 of 100,000 bytes, 3 times in a row"
+    cut = "the connection was closed at 30,000 of 100,000 bytes, 3 times in a row"
     kept = "the 30,000 bytes so far are kept; run the same command to resume"
     assert str(caught.value) == f"{web.url}/a/file.pth: {cut}; {kept}"
     assert len(web.asked) == 3 and (tmp_path / "part").read_bytes() == CONTENT[:30_000]
@@ -143,13 +143,17 @@ def test_a_length_that_is_not_known(web: Web, load: Load) -> None:
 
 PAGE = status(200, b"<html>log in</html>", Content_Type="text/html")
 LONGER = "the server has 100,001 bytes, expected 100,000: not the published file"
-FORBIDDEN = "the server answers 403 Forbidden (the server denies access to this file)"
+FORBIDDEN = "the server responded with 403 Forbidden (the server denies access to this file)"
 
 
 @pytest.mark.parametrize(
     ("answer", "error", "says"),
     [
-        (status(404), FileNotFoundError, "the server answers 404 Not Found (no such file there)"),
+        (
+            status(404),
+            FileNotFoundError,
+            "the server responded with 404 Not Found (no such file there)",
+        ),
         (status(403), ConnectionError, FORBIDDEN),
         (PAGE, ValueError, "received a web page instead of the file"),
         (file(surplus=1), ValueError, LONGER),

@@ -201,7 +201,7 @@ def test_a_detectron2_file_is_read(tmp_path: Path) -> None:
 
 
 def mmdet_file() -> dict:
-    """What mmcv, MAE and timm leave beside the weights."""
+    """What mmcv, MAE and timm store in addition to the weights."""
     weights = OrderedDict(w=torch.ones(2), n=torch.tensor(7))
     weights._metadata = OrderedDict({"": {"version": 1}})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])

@@ -107,7 +107,7 @@ def test_a_name_becomes_weights_that_train_init_finds(
     code, output, errors = fetch("mae_vit_h")
     assert (code, output) == (0, f"{path}\n")
     assert web.asked == [(ADDRESS, None), (ADDRESS, "bytes=500-")]
-    assert [line for line in errors.splitlines() if "100 %" in line]
+    assert [line for line in errors.splitlines() if "100%" in line]
     assert resolve("mae_vit_h") == path
     assert load_file(path)["backbone.pos_embed"].tolist() == [[[[2, 3], [4, 5]], [[6, 7], [8, 9]]]]
     assert fetch("mae_vit_h") == (0, f"{path}\n", "") and len(web.asked) == 2
@@ -201,13 +201,11 @@ def test_a_log_gets_a_line_a_tenth_and_a_terminal_one_that_changes(
             parts = text.split("\r\x1b[2K")
             assert len(parts) == 22 and text.endswith("]\n")
             assert all(len(part) <= 70 for part in parts)
-            assert parts[1].startswith("some    0 %  0.0 of 2.0 MB  [-")
+            assert parts[1].startswith("some    0%  0.0 of 2.0 MB  [-")
             assert "#" in parts[11] and "-" in parts[11]
         else:
             lines = text.splitlines()
-            assert (
-                lines[5] == "some   50 %  1.0 of 2.0 MB  0.8 MB/s  0:01 left" and len(lines) == 11
-            )
+            assert lines[5] == "some   50%  1.0 of 2.0 MB  0.8 MB/s  0:01 left" and len(lines) == 11
     bar = Bar("some", log := io.StringIO())
     for done in range(0, 250_000_000, 10_000_000):
         bar.at(done, None)

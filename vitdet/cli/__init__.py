@@ -1,7 +1,7 @@
 """The command line. Each verb has a module, which adds its arguments and runs it.
 
 A verb imports torch, MLflow and the like when it runs, so that `vitdet --help` and `vitdet config`
-are fast. It returns the exit code; `main` prints an error of the user in one line.
+are fast. It returns the exit code; `main` prints a user error in one line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VERBS = {
     "promote": (add_promote, "make a registered version the champion if it passes the gate"),
     "rollback": (add_rollback, "restore the previous champion"),
 }
-# what a user can change when a GPU's memory does not suffice
+# what a user can change when a GPU runs out of memory
 MEMORY_ADVICE = {
     "train": "Raise train.accumulate (the same batch in smaller parts), set "
     "train.activation_checkpointing=blocks, or lower train.batch_size, data.image_size or, for "
@@ -56,7 +56,7 @@ SIGPIPE = 141  # exit code that a shell reports for a process that this signal e
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: with 1 after an error of the user, 2 for wrong arguments."""
+    """Run a command and exit: with 1 after a user error, 2 for invalid arguments."""
     verb = ""
     try:
         try:
@@ -90,11 +90,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _message(error: Exception, verb: str) -> str:
-    """Return the line that reports an error of the user, "" for a fault in vitdet."""
+    """Return the line that reports a user error; "" for a bug in vitdet."""
     kinds = {kind.__name__ for kind in type(error).__mro__}  # without importing torch or mlflow
     lines = hide_credentials(error).strip().splitlines() or [type(error).__name__]
     if "OutOfMemoryError" in kinds:
-        # requested and available memory; torch goes on to explain its allocator
+        # requested and available memory; torch then explains its allocator
         memory = "".join(lines[0].partition(" is free.")[:2])
         return f"{memory} {MEMORY_ADVICE.get(verb, 'Use a GPU with more memory')}"
     if "MlflowException" in kinds:

@@ -120,7 +120,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="share of the images of a source without val that become val, e.g. 0.1 (default: "
+        help="share of the images that become val if the source has no val, e.g. 0.1 (default: "
         "%(default)s)",
     )
     kind.add_argument(
@@ -153,7 +153,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
     return list(dict.fromkeys(names))
 
 
@@ -179,7 +179,7 @@ def run_data_check(args: argparse.Namespace) -> int:
         if download_record.exists(args.folder):
             download_record.verify(args.folder, contents=args.images)
     except (ValueError, FileNotFoundError) as error:
-        report.error(f"not as {download_record.NAME} says", str(error))
+        report.error(f"different from {download_record.NAME}", str(error))
     print(*report.lines(), sep="\n")
     return 0 if report.ok else 1
 

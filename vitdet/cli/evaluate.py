@@ -21,14 +21,14 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb,
         "--output",
-        "JSON file for the metrics, with AP of each class; NAME.measured.json beside it describes "
+        "JSON file for the metrics, with AP of each class; NAME.measured.json next to it describes "
         "data and settings",
     )
-    add_folder(verb, "--pictures", "folder for images of detections beside the ground truth")
+    add_folder(verb, "--pictures", "folder for images of detections next to the ground truth")
     add_folder(
         verb,
         "--plots",
-        "folder for report.html, the data of plots, results.json, and the matches that `vitdet "
+        "folder for report.html, plot data, results.json, and the matches that `vitdet "
         "compare` reads",
     )
     add_file(
@@ -51,7 +51,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.results or args.annotations or args.dataset:
         return _evaluate_results(args)
     if not args.checkpoint:
-        raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
+        raise ValueError("give a CHECKPOINT, or --results FILE and --annotations FILE")
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
@@ -59,7 +59,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vitdet.tracking.runs import default_folder
 
     for path in filter(None, (args.output, args.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # an error before the evaluation
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails before the evaluation
     config = None
     if args.config:
         config, found = resolve_config(args.config)
@@ -77,7 +77,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         report=args.report,
     )
     if distributed.rank() == 0:
-        print(_table(metrics))
+        print(table(metrics))
     return 0
 
 
@@ -103,13 +103,13 @@ def _evaluate_results(args: argparse.Namespace) -> int:
         report=args.report,
         detailed=True,
     )
-    print(_table(metrics))
+    print(table(metrics))
     if args.output:
         write_metrics(args.output, metrics, None)
     return 0
 
 
-def _table(metrics: dict[str, float]) -> str:
+def table(metrics: dict[str, float]) -> str:
     """Return the metrics as text, with a row for boxes and one for masks."""
     shown = [key.partition("_") for key in metrics if key.startswith(("box_", "mask_"))]
     columns = list(dict.fromkeys(column for _, _, column in shown))

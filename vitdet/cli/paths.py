@@ -29,7 +29,7 @@ def given_path(text: str) -> Path:
     """
     if not text.strip():
         raise FileNotFoundError(
-            f"a path on the command line is empty, got {text!r}; expected a file or folder (`.` is "
+            f"empty path on the command line: {text!r}; expected a file or folder (`.` is "
             "the current folder)"
         )
     return Path(text)

@@ -11,7 +11,7 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Progress of a download: a line that is redrawn on a terminal, a line per 10 % in a log."""
+    """Progress of a download: a line that is redrawn on a terminal, a line per 10% in a log."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
@@ -40,14 +40,14 @@ class Bar:
             self._write(f"{text}\n")
 
     def _text(self, done: int, total: int | None, now: float) -> str:
-        """Return a line as `mae_vit_b   50 %   171.6 of 343.2 MB  12.0 MB/s  0:14 left`."""
+        """Return a line as `mae_vit_b   50%   171.6 of 343.2 MB  12.0 MB/s  0:14 left`."""
         begin, had = self._first or (now, done)
         speed = (done - had) / max(now - begin, 1e-3) / 1e6
         if not total:
             return f"{self.name}  {done / 1e6:.1f} MB  {speed:.1f} MB/s"
         size = f"{total / 1e6:.1f}"
         left = f"  {speed:.1f} MB/s  {clock((total - done) / speed / 1e6)} left" if speed else ""
-        share = f"{100 * done // total:3} %  {done / 1e6:{len(size)}.1f} of {size} MB"
+        share = f"{100 * done // total:3}%  {done / 1e6:{len(size)}.1f} of {size} MB"
         return f"{self.name}  {share}{left}"
 
     def end(self) -> None:

@@ -94,5 +94,5 @@ def _number(text: str) -> str:
 
 def _reason(text: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError("expected a reason, got an empty text")
+        raise argparse.ArgumentTypeError("expected a reason, got an empty string")
     return text.strip()

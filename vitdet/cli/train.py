@@ -37,7 +37,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
         "--group",
         default="",
         metavar="RUN",
-        help="MLflow parent run, by the name of the pipeline run",
+        help="ID of a pipeline run, whose MLflow run becomes the parent",
     )
     verb.add_argument(
         "--profile",

@@ -155,7 +155,7 @@ def run_fetch(args: argparse.Namespace) -> int:
         if args.output:  # an output of a DVC stage must exist
             args.output.mkdir(parents=True, exist_ok=True)
         print("train.init is empty: training starts from random weights")
-    elif (source := Path(name)).suffix:  # a file of the user
+    elif (source := Path(name)).suffix:  # a user's file
         if not source.is_file():
             raise FileNotFoundError(f"{source}: no such weights file")
         print(copy(source, args.output) if args.output else source)

@@ -35,7 +35,7 @@ LATER = (
 
 
 def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None = None) -> list[str]:
-    """Return a text like `optim.lr: 0.0001, not 0.0002` for each setting that differs.
+    """Return a string such as `optim.lr: 0.0001, not 0.0002` for each setting that differs.
 
     affecting_weights: compare only settings that affect the trained weights (True) or do not
     (False); None: all settings.

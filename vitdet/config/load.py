@@ -34,7 +34,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def load_stored(path: str | Path) -> Config:
-    """Return the config that a training or registration saved; those of earlier versions may
+    """Return the config that a training run or a registration saved; those of earlier versions may
     contain addresses and names that `load_config` rejects.
     """
     return from_dict(_read(path))
@@ -64,7 +64,8 @@ def check_names(tracking: TrackingConfig) -> None:
 def override(
     config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
 ) -> Config:
-    """Return `config` with `sections` of `other`, then with overrides; raises as `load_config`."""
+    """Return `config` with `sections` of `other`, then with overrides; raises the errors of
+    `load_config`."""
     theirs = to_dict(other) if other else {}
     tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
     return _apply_overrides(tree, overrides)
@@ -87,7 +88,8 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(tree: Mapping) -> Config:
-    """Inverse of `to_dict`; missing settings take their defaults. Raises as `load_config`."""
+    """Inverse of `to_dict`; missing settings take their defaults. Raises the errors of
+    `load_config`."""
     if unknown := list(_unknown(Config, tree)):
         raise ValueError("; ".join(unknown))
     return convert_section(Config, tree)
@@ -139,7 +141,7 @@ def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
 
 
 def _parse(key: str, text: str) -> object:
-    """Parse the value of an override as YAML; text settings are taken literally, as `a #1`."""
+    """Parse the value of an override as YAML; string settings are taken literally, e.g. `a #1`."""
     default, _ = list_settings(Config()).get(key, (None, False))
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text

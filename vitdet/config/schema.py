@@ -108,7 +108,7 @@ class MaskConfig(Section, prefix="model.mask."):
     enabled: bool = True  # false: a detector of boxes and classes, Faster or Cascade R-CNN
     num_convs: Depth = 4
     norm: bool = True  # LayerNorm after each convolution
-    samples: Amount = 128  # most foreground boxes per image in the mask loss
+    samples: Amount = 128  # maximum of foreground boxes per image in the mask loss
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class DataConfig(Section, prefix="data."):
     diagonal_crop: bool = True  # one random number for both crop offsets; two in mmdet
     transpose: Fraction = 0.0  # probability of exchanging the axes
     color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
-    antialias: bool = True  # when downscaling, as PIL; mmdet uses OpenCV's plain bilinear filter
+    antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
     keep_empty: bool = False  # train images without objects too, as background
-    redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
+    redraw_empty: bool = False  # replace a crop without objects with one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # larger image files are rejected before decoding; the upper bound is Pillow's own
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
@@ -253,7 +253,7 @@ class EvalConfig(Section, prefix="evaluate."):
 class TrackingConfig(Section, prefix="tracking."):
     """MLflow; the environment variable MLFLOW_TRACKING_URI takes precedence over `uri`."""
 
-    uri: str = ""  # '': an SQLite file beside the output folder
+    uri: str = ""  # '': an SQLite file next to the output folder
     experiment: str = "vitdet"
     model_name: str = "vitdet"
 

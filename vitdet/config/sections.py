@@ -15,7 +15,7 @@ from vitdet.config.ranges import check, without_ranges
 def operational(reason: str, *unless: str) -> dict[str, Any]:
     """Return field metadata of a setting that does not affect the trained weights.
 
-    A training can resume with another value, and the names of run and checkpoint folders do not
+    A training run can resume with another value, and the names of run and checkpoint folders do not
     depend on it. reason: why it has no effect; unless: settings such as `optim.scale_lr` that give
     it an effect if any of them is on.
     """

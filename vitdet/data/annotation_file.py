@@ -91,8 +91,8 @@ def _unchanged(item: object) -> object:
 def read_entries(path: Path, mapped: bool = True) -> object:
     """Read a JSON file; of a file in COCO's layout, return the three tables as `Entries`.
 
-    mapped: memory-map the file, which must not change while the entries are used. Of duplicate keys
-    the last one counts, as in Python's json. Raises OSError, and ValueError for invalid JSON.
+    mapped: memory-map the file, which must not change while the entries are used. Of duplicate
+    keys, the last one counts, as in Python's json. Raises OSError, and ValueError for invalid JSON.
     """
     with open(path, "rb") as file:
         if mapped and os.fstat(file.fileno()).st_size:
@@ -121,7 +121,7 @@ def parse(content: bytes) -> object:
 def _decode(encoded: Any) -> object:
     try:
         return msgspec.json.decode(encoded)
-    except (ValueError, RecursionError):  # e.g. a number beyond floats, a lone surrogate
+    except (ValueError, RecursionError):  # e.g. a number too large for a float, a lone surrogate
         try:
             return parse(bytes(encoded))
         except ValueError as error:
@@ -132,7 +132,7 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
     """Convert an entry whose values have other types.
 
     Returns:
-        The annotation, None after an error; the errors (kind, text); a text with the converted
+        The annotation, None after an error; the errors (kind, text); a string with the converted
         values, such as 96.0 or "96" for a whole number, which pycocotools and Detectron2 accept.
     """
     ids = {key: whole_number(item.get(key)) for key in ("id", "image_id", "category_id")}

@@ -280,7 +280,7 @@ class AnnotationValidator(HeaderValidator):
         self.warning(kind, _place(annotation.id, annotation.image_id), text)
 
     def _suspect(self, kind: str, annotation: Annotation, text: str) -> None:
-        """Warn of a problem that is an error if most objects have it."""
+        """Warn about a problem that is an error if most objects have it."""
         self.suspects[kind] += 1
         self._warn(kind, annotation, text)
 

@@ -105,8 +105,9 @@ def check(
 
     Args:
         folder: the data set.
-        splits: default: all that `find_splits` finds.
-        images: also decode every image file (most of the time), not only check that it exists.
+        splits: names of splits; all that `find_splits` finds if omitted.
+        images: also decode every image file, which takes most of the time, instead of only checking
+        that it exists.
         reading: how image files are read.
     """
     report = Report(Path(folder))
@@ -211,7 +212,7 @@ class _Split:
             self._value_range(colors, highest)
 
     def _value_range(self, colors: bool, highest: dict[int, int]) -> None:
-        """Warn of 16-bit files with values of fewer bits, which would be read as nearly black.
+        """Warn about 16-bit files with values of fewer bits, which would be read as nearly black.
 
         highest: largest value of each image by id.
         """

@@ -75,7 +75,7 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Raise ValueError as `read_coco` for the first error in a file whose images are not used."""
+    """Raise ValueError like `read_coco` for the first error in a file whose images are not used."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]

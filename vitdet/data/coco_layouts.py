@@ -6,7 +6,7 @@ images/
 * Roboflow, https://roboflow.com/formats/coco-json: SPLIT/_annotations.coco.json, SPLIT/
 * Label Studio, https://labelstud.io/guide/export: result.json, whose file names begin with images/
 * FiftyOne, https://docs.voxel51.com (COCODetectionDataset): labels.json, data/
-* labelme2coco and others: JSON files beside the images
+* labelme2coco and others: JSON files next to the images
 * LVIS, https://www.lvisdataset.org/dataset: annotations/lvis_v1_SPLIT.json, images by coco_url
 """
 

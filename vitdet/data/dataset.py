@@ -52,7 +52,7 @@ def read_split(
             rank 0 does so for all ranks.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_coco`, and for missing or modified files.
+        FileNotFoundError, ValueError: as in `read_coco`, and for missing or modified files.
     """
     root, (annotations, images) = Path(data.root), split_files(data, split)
     for path in (annotations, images):

@@ -126,7 +126,9 @@ def verify(root: Path, contents: bool = False) -> str:
     compare(root, record, contents=contents)
     for file in record.files:
         if (found := sha256(root / file.path)) != file.sha256:
-            raise ValueError(f"{root / file.path}: sha256 {found}, downloaded with {file.sha256}")
+            raise ValueError(
+                f"{root / file.path}: sha256 {found}, but {file.sha256} when downloaded"
+            )
     return sha256(root / NAME)
 
 
@@ -136,7 +138,7 @@ def compare(
     """Compare names and sizes with a record, with `contents` also the checksums of the images.
 
     used: paths below root of the images that are used. Other files in an image folder that were not
-    downloaded are ignored. Raises like `verify`.
+    downloaded are ignored. Raises the errors of `verify`.
     """
     for file in record.files:
         path = root / file.path
@@ -144,7 +146,7 @@ def compare(
             raise FileNotFoundError(f"{path}: missing")
         if path.stat().st_size != file.size:
             raise ValueError(
-                f"{path}: {path.stat().st_size:,} bytes, downloaded with {file.size:,}"
+                f"{path}: {path.stat().st_size:,} bytes, but {file.size:,} when downloaded"
             )
     for images in record.folders:
         folder = root / images.path
@@ -155,8 +157,8 @@ def compare(
         downloaded = _downloaded(found, images, used)
         if downloaded is None:
             raise ValueError(
-                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, downloaded with "
-                f"{images.count:,} of {images.size:,}; names or sizes differ"
+                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, but "
+                f"{images.count:,} of {images.size:,} when downloaded; names or sizes differ"
             )
         if contents and images.content != digest(
             f"{name} {size} {crc32(folder / name):08x}" for name, size in downloaded.items()
@@ -189,7 +191,7 @@ def _downloaded(
 def check_split(root: Path, annotations: Path) -> None:
     """Compare the size of a split's annotation file with the record, if there is one.
 
-    Raises like `compare`, adding the remedy. Ignores a manifest.json of another program.
+    Raises the errors of `compare`, adding the remedy. Ignores a manifest.json of another program.
     """
     _check(root, {str(annotations.relative_to(root))}, ())
 
@@ -197,7 +199,7 @@ def check_split(root: Path, annotations: Path) -> None:
 def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
     """Compare the image folders of a split with the record, if there is one.
 
-    names: the names of the split's images, relative to the folder `images`. Raises like
+    names: the names of the split's images, relative to the folder `images`. Raises the errors of
     `check_split`.
     """
     if exists(root):

@@ -46,7 +46,7 @@ def fingerprint(data: DataConfig, split: str, records: Records | None = None) ->
 def fingerprints(data: DataConfig) -> dict[str, str]:
     """Return {"train": ..., "val": ...}, the fingerprints of both splits.
 
-    Raises like `fingerprint`.
+    Raises the errors of `fingerprint`.
     """
     return {"train": fingerprint(data, data.train_split), "val": fingerprint(data, data.val_split)}
 
@@ -92,9 +92,9 @@ def describe(data: DataConfig) -> dict:
         # `read_split` has compared the sizes
         if recorded.get(path, checksum) != checksum:
             raise ValueError(
-                f"{annotations}: sha256 {checksum}, downloaded with {recorded[path]}; remove it "
-                f"and run `vitdet data coco|lvis {root}` to restore it; if the change is intended, "
-                f"remove {root / download_record.NAME}"
+                f"{annotations}: sha256 {checksum}, but {recorded[path]} when downloaded; remove "
+                f"it and run `vitdet data coco|lvis {root}` to restore it; if the change is "
+                f"intended, remove {root / download_record.NAME}"
             )
         files.append({"path": path, "size": annotations.stat().st_size, "sha256": checksum})
         images[split] = {

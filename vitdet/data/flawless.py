@@ -67,7 +67,7 @@ def find_flawless(
                     del coordinates[before:]
                     break
                 coordinates.fromlist(part)
-        except OverflowError:  # a whole number beyond floats
+        except OverflowError:  # an integer too large for a float
             return NONE
         if len(coordinates) > before:
             lengths.append(len(coordinates) - before)

@@ -1,6 +1,6 @@
 """Reading images as upright 8-bit RGB.
 
-As Detectron2: the EXIF orientation is applied, as annotations refer to the upright image. In
+As in Detectron2, the EXIF orientation is applied, as annotations refer to the upright image. In
 addition, 16 bits are scaled to 8, transparent pixels are blended with white, and animations are
 reduced to their first frame. Pixel values of unknown range are rejected.
 """
@@ -82,13 +82,14 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def find_image(path: Path) -> None:
-    """Raise as `open_image` if `path` is not a non-empty file."""
+    """Raise the errors of `open_image` if `path` is not a non-empty file."""
     with _named(path):
         check_file(path)
 
 
 def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
-    """Convert any input of `Predictor` to an upright RGB image; raises as `Predictor.__call__`."""
+    """Convert any input of `Predictor` to an upright RGB image; raises the errors of
+    `Predictor.__call__`."""
     if isinstance(image, str | Path):
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
@@ -116,7 +117,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
 def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
     """Return height and width of the upright image; reads only the header of a JPEG.
 
-    Raises as `open_image`.
+    Raises the errors of `open_image`.
     """
     with _named(path):
         check_file(path)

@@ -78,7 +78,8 @@ def resolve_config(
 ) -> tuple[Config, dict[str, str | int]]:
     """Load a config with the splits and classes of data.root; also return the settings read there.
 
-    Raises like `load_config`. Missing or unreadable data is ignored here; its reader reports it.
+    Raises the errors of `load_config`. Missing or unreadable data is ignored here; its reader
+    reports it.
     """
     return resolve(load_config(recipe, overrides), explicit_settings(recipe, overrides))
 

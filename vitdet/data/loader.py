@@ -66,8 +66,8 @@ def train_loader(
 
     `batch_size` is global, over all ranks. split: the training split, if it was already read.
     accumulate: micro-batches per step, of which the loader yields one at a time (see
-    `StepSampler`). Raises what `read_split` raises (only rank 0 checks the files) and ValueError if
-    batch_size is not divisible by the number of micro-batches of all ranks. Iteration raises
+    `StepSampler`). Raises the errors of `read_split` (only rank 0 checks the files) and ValueError
+    if batch_size is not divisible by the number of micro-batches of all ranks. Iteration raises
     ValueError for unusable image files.
     """
     dataset = TrainData(
@@ -101,8 +101,8 @@ def val_loader(
     """Create a loader of this rank's part of the validation images, in order of image id.
 
     Includes images without objects. The concatenated parts of all ranks contain each image once.
-    split: the validation split, if it was already read. Raises what `read_split` raises; iteration
-    raises ValueError for unusable image files.
+    split: the validation split, if it was already read. Raises the errors of `read_split`;
+    iteration raises ValueError for unusable image files.
     """
     records = (split or read_split(data, data.val_split)).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
@@ -114,17 +114,19 @@ def val_loader(
 
 
 def _keep_memory() -> None:
-    """Make glibc reuse freed memory instead of returning it to the kernel (a fifth of the time).
+    """Make glibc reuse freed memory instead of returning it to the kernel, which takes a fifth of
+    the time.
 
-    It raises its mmap threshold when a large allocation is freed; the pages are never touched.
+    glibc raises its mmap threshold when a large allocation is freed; its pages are never touched.
     """
     np.empty(KEPT_BYTES, np.uint8)
 
 
 def release_memory() -> None:
-    """Return the memory that `_keep_memory` made glibc keep to the kernel, as after an evaluation.
+    """Return to the kernel the memory that `_keep_memory` made glibc keep, e.g. after an
+    evaluation.
 
-    Its freed blocks are between those of the training, which cannot use them.
+    Its freed blocks lie between those of training, which cannot use them.
     """
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
@@ -143,9 +145,9 @@ def _processes(workers: int) -> dict:
 def _start_worker(worker: int) -> None:
     """Set up a worker process.
 
-    The worker leaves the process group of the training, so that a signal to the group does not end
-    it before the next batch; the training process ends its workers itself. The garbage collector
-    ignores the parent's objects, so that it does not copy their pages.
+    The worker leaves the process group of the training process, so that a signal to the group does
+    not end it before the next batch; the training process ends its workers itself. The garbage
+    collector ignores the parent's objects, so that it does not copy their pages.
     """
     os.setpgrp()
     gc.freeze()

@@ -2,7 +2,7 @@
 
 Edges are transformed like points and stay exact at any scale. `paste` follows Detectron2's
 `paste_masks_in_image`: bilinear at pixel centers, zero outside the grid.
-Letters: G objects, E edges, N detections, H, W pixels of the image.
+Notation: G objects, E edges, N detections, H, W pixels of the image.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def outline(segmentation: list | dict | None, height: int, width: int) -> np.nda
 
 
 def rectangles(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outlines of boxes (G, 4) xyxy as `edges_of`: edges (4 G, 4), 4 per box."""
+    """Return the outlines of boxes (G, 4) xyxy as in `edges_of`: edges (4 G, 4), 4 per box."""
     x0, y0, x1, y1 = boxes.T
     edges = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]]
     return np.moveaxis(np.array(edges), 2, 0).reshape(-1, 4), np.full(len(boxes), 4)
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Decode COCO polygons (as pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
+    """Decode COCO polygons (as in pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
 
     Raises ValueError for an RLE of another size.
     """

@@ -3,7 +3,7 @@
 Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside if its center is
 (even-odd rule). Tracing follows the cracks between inside and outside pixels and joins their
 midpoints, so that a staircase becomes a slanted line; Douglas-Peucker then simplifies the line.
-Letters: V vertices, P points, E cracks.
+Notation: V vertices, P points, E cracks.
 """
 
 from __future__ import annotations

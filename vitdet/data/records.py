@@ -1,6 +1,6 @@
 """The images of a split with their objects, stored in arrays that worker processes share.
 
-Letters: N images, M objects of all of them, G of one.
+Notation: N images, M objects of all of them, G of one.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ positions, and each rank a contiguous part of them. Which images a step takes th
 neither on the number of processes or workers nor on restarts.
 
 Repeat factors follow Gupta et al. (LVIS, 1908.03195) and Detectron2's RepeatFactorTrainingSampler:
-an image with factor 2.3 is repeated twice or, in 30 % of the epochs, three times.
-Letters: N images, K classes.
+an image with factor 2.3 is repeated twice or, in 30% of the epochs, three times.
+Notation: N images, K classes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class StepSampler:
     """The positions of one rank for steps start_step..steps-1, one list per micro-batch.
 
     batch_size is global. Micro-batch k of rank r is what rank r * accumulate + k of accumulate *
-    world_size ranks would take. Raises ValueError as `check_batch_size`.
+    world_size ranks would take. Raises ValueError like `check_batch_size`.
     """
 
     def __init__(

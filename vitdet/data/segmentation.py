@@ -62,7 +62,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
             x, y = part[0::2], part[1::2]
             low_x, high_x = min(low_x, min(x)), max(high_x, max(x))
             low_y, high_y = min(low_y, min(y)), max(high_y, max(y))
-        except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
+        except (TypeError, OverflowError):  # text, lists, nothing, or too large for a float
             finite = False
         if not finite:
             return _problem("polygon with coordinates that are not finite numbers", show(part))
@@ -155,7 +155,8 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a whole number, also from 96.0 or "96"; None for any other value, such as true."""
+    """Return a whole number, converted from 96.0 or "96" too; None for any other value, such as
+    true."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():

@@ -2,7 +2,7 @@
 
 Large-scale jitter (Ghiasi et al. 2021) with the order, rounding and the single random number for
 both crop offsets of Detectron2 (ResizeScale, FixedSizeCrop). mmdet draws two offsets and resizes
-without antialiasing: both are options. Axes are exchanged first; colors are changed last. Letters:
+without antialiasing: both are options. Axes are exchanged first; colors are changed last. Notation:
 G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width)."""
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _neighbors(
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return the size of longest side `size`, rounded as Detectron2's ResizeShortestEdge."""
+    """Return the size of longest side `size`, rounded as in Detectron2's ResizeShortestEdge."""
     scale = size / min(source)
     height, width = scale * source[0], scale * source[1]
     shrink = size / max(height, width)
@@ -167,8 +167,8 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) -> np.ndarray:
-    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size`, bilinear as PIL's or,
-    without antialiasing, as OpenCV's.
+    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size`, bilinearly as in PIL or,
+    without antialiasing, as in OpenCV.
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     height, width = fit((image.height, image.width), size)

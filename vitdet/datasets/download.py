@@ -178,7 +178,7 @@ class _Attempt:
             self.receive(response, start, total)
         here = _have(self.path)
         if total is not None and here != total:
-            raise _Broken(f"the connection was cut at {here:,} of {total:,} bytes")
+            raise _Broken(f"the connection was closed at {here:,} of {total:,} bytes")
 
     def send(self, request: Request) -> http.client.HTTPResponse:
         """Send the request and return the response, before its body is read."""
@@ -189,7 +189,7 @@ class _Attempt:
                 if error.code == 416:  # range not satisfiable
                     discard(self.path)
                     raise _Broken(CHANGED) from error
-                text = f"the server answers {error.code} {error.reason}"
+                text = f"the server responded with {error.code} {error.reason}"
                 if error.code in PASSING:
                     after = error.headers.get("Retry-After", "")
                     raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
@@ -220,7 +220,8 @@ class _Attempt:
 
     def check(self, response: http.client.HTTPResponse, total: int | None) -> None:
         """Raise ValueError if it is known not to be the file."""
-        if urlsplit(self.url).scheme == "https" != urlsplit(response.url).scheme:
+        before, after = (urlsplit(url).scheme for url in (self.url, response.url))
+        if before == "https" and after != "https":
             raise ValueError(
                 f"{self.url}: redirects to an unencrypted address ({response.url}); it was not "
                 "followed"
@@ -230,7 +231,7 @@ class _Attempt:
                 f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
                 "open it in a browser and give the file with --from"
             )
-        if None not in (self.size, total) and total != self.size:
+        if self.size is not None and total is not None and total != self.size:
             has = f"the server has {total:,} bytes, expected {self.size:,}"
             raise ValueError(f"{self.url}: {has}: not the published file")
 

@@ -1,6 +1,6 @@
 """Safe extraction of zip archives into one folder.
 
-All names are checked before a byte is written: a name outside of the folder, a link, a device,
+All names are checked before a byte is written: a name outside the folder, a link, a device,
 names that are equal on case-insensitive disks, encryption, a compression with unbounded memory, or
 more files or bytes than allowed reject the whole archive. A file gets no more bytes than its entry
 declares, and its checksum (CRC-32, APPNOTE.TXT 4.4.7) must match. Files are written atomically, and
@@ -113,7 +113,7 @@ def _checked(
             chosen.append((info, name))
     count, size = len(chosen), sum(info.file_size for info, _ in chosen)
     if count > limits.files:
-        raise _Refused(f"{count:,} files, of which at most {limits.files:,} are expected: rejected")
+        raise _Refused(f"{count:,} files, expected at most {limits.files:,}: rejected")
     if size > limits.size:
         raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: rejected")
     first: dict[str, str] = {}
@@ -141,11 +141,11 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Reject names that any system interprets as outside of the folder."""
+    """Reject names that any system interprets as outside the folder."""
     parts = name.split("/")
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
-        reason = "which is outside of the folder or invalid"
+        reason = "which is outside the folder or invalid"
         raise _Refused(f"contains the name {name!r}, {reason}: rejected")
     if max(len(part.encode()) for part in parts) > 255:
         raise _Refused(f"contains a name of more than 255 bytes, {name[:40]!r}...: rejected")
@@ -156,7 +156,7 @@ def _check_parents(path: Path, folder: Path) -> None:
     for parent in path.parents:
         if parent.is_symlink():
             raise OSError(
-                f"{parent}: is a link, which is not followed; remove it, or give the folder that "
+                f"{parent}: a link, which is not followed; remove it, or give the folder that "
                 "it points to"
             )
         if parent == folder:
@@ -195,5 +195,5 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
         resume = "free some space and run the same command to resume"
         raise OSError(f"{path}: could not be extracted ({error}); {resume}") from error
     if done != declared:
-        raise _Refused(f"{info.filename} has {done:,} bytes, it declares {declared:,}: broken")
+        raise _Refused(f"{info.filename} has {done:,} bytes but declares {declared:,}: damaged")
     temporary.replace(path)

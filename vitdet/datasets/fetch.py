@@ -60,7 +60,7 @@ def fetch(
     Raises:
         FileNotFoundError: an archive is not in `local`.
         ValueError: an archive is not the published one, or other files are in its place.
-        OSError: not enough space, or not writable; and as `download`.
+        OSError: not enough space, or not writable; and the cases of `download`.
     """
     if not (root / ".archives").exists() and not _lacking(archives, root):
         return False
@@ -111,7 +111,7 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
         folder = root / archive.folder
         if folder.is_symlink():
             raise OSError(
-                f"{folder}: is a link, which is not followed; remove it, or fetch to the parent of "
+                f"{folder}: a link, which is not followed; remove it, or fetch to the parent of "
                 "the folder that it points to"
             )
         if archive.members or not folder.exists():
@@ -137,7 +137,7 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
         raise OSError(
             f"{root}: {(download + content) / 1e9:.1f} GB are needed ({download / 1e9:.1f} for "
             f"archives, {content / 1e9:.1f} for their content), {free / 1e9:.1f} GB are free; free "
-            "some space or name a folder on another disk"
+            "some space or choose a folder on another disk"
         )
 
 

@@ -27,7 +27,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "yolo": Format("data.yaml", yolo.description, yolo.read_yolo),
-    "voc": Format("Annotations/*.xml, or XML files beside the images", voc.is_voc, voc.read_voc),
+    "voc": Format("Annotations/*.xml, or XML files next to the images", voc.is_voc, voc.read_voc),
     "coco": Format(
         "a JSON file with images, annotations, categories", coco.is_coco, coco.read_coco_folder
     ),
@@ -44,7 +44,7 @@ def detect(source: Path) -> str:
     if not kinds:
         expected = "; ".join(f"{kind}: {one.expected}" for kind, one in FORMATS.items())
         raise ValueError(
-            f"{source}: looks like none of {', '.join(FORMATS)}; found {_contents(source)}; "
+            f"{source}: matches none of {', '.join(FORMATS)}; found {_contents(source)}; "
             f"expected {expected}"
         )
     return kinds[0]

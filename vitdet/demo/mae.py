@@ -5,7 +5,7 @@ quarter of the patches, a small decoder reconstructs the others. The images are 
 that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT` produced the weights
 in the package.
 
-Letters: B images, N tokens, V visible ones, C channels, P = 3 patch^2 values of a patch.
+Notation: B images, N tokens, V visible ones, C channels, P = 3 patch^2 values of a patch.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean squared error of the hidden patches of normalized images (B, 3, S, S).
 
-        Each patch is normalized to zero mean and unit deviation.
+        Each patch is normalized to zero mean and unit standard deviation.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]

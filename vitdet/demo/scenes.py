@@ -1,6 +1,6 @@
 """Scenes of the tiny data set: six classes that differ in shape and texture, not in color.
 
-Every class has its own silhouette and a preferred texture, used by 70 % of its instances (the
+Every class has its own silhouette and a preferred texture, used by 70% of its instances (the
 others use any); colors are random, backgrounds have the same textures on a larger scale, and there
 are untextured fragments and lines as distractors. A scene depends on its seed and index only. The
 drawing is frozen: change it only together with VERSION.
@@ -32,7 +32,7 @@ from vitdet.demo.shapes import (
 VERSION = 1
 # preferred textures: TEXTURES, in the same order
 CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: "cross"}
-FINE = 2  # fine pixels a pixel and axis
+FINE = 2  # fine pixels per pixel along each axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
 TOLERANCE = 0.45  # pixels between a traced outline and its polygon
 SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
@@ -61,7 +61,7 @@ class Scene:
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """Draw a scene of 88 to 128 pixels a side, one side 128, from its seed and index."""
+    """Draw a scene of 88 to 128 pixels per side, one side 128, from its seed and index."""
     dice = Dice(seed, index)
     short = dice.integer(88, 129)
     height, width = (128, short) if dice.chance(0.5) else (short, 128)

@@ -1,6 +1,6 @@
 """Building blocks of the tiny data set's scenes: random numbers, colors, silhouettes, textures.
 
-Letters: V vertices, H and W fine pixels.
+Notation: V vertices, H and W fine pixels.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def make_tiny(
     """
     folder = Path(folder)
     if not (0 < train <= LARGEST and 0 < val <= LARGEST):
-        raise ValueError(f"expected 1 to {LARGEST} images a split, got {train} and {val}")
+        raise ValueError(f"expected 1 to {LARGEST} images per split, got {train} and {val}")
     if not 0 <= seed < PRETRAIN_SEED // 2:
         raise ValueError(f"expected a seed from 0 to {PRETRAIN_SEED // 2 - 1}, got {seed}")
     if _is_there(folder, train, val, seed):
@@ -68,7 +68,7 @@ def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
         return False
     if not (_holds(folder, "train", train, seed) and _holds(folder, "val", val, seed)):
         raise ValueError(
-            f"{folder}: contains something else than the tiny data set (version {VERSION}, seed "
+            f"{folder}: contains something other than the tiny data set (version {VERSION}, seed "
             f"{seed}, {train} + {val} images); choose another folder or delete this one"
         )
     return True

@@ -93,8 +93,8 @@ class Confusion:
     j; the last column counts missed objects, the last row detections without an object. True
     positives are on the diagonal; other detections and objects are paired across classes in
     descending order of their IoU, at least 0.5, each at most once.
-    classes: number of all classes. Of more than 30, the matrix has the 30 with the most confusions
-    with other classes, and counts only confusions among these and background.
+    classes: number of all classes. If there are more than 30, the matrix has the 30 with the most
+    confusions with other classes, and counts only confusions among these and background.
     """
 
     score: float
@@ -114,7 +114,7 @@ class Analysis:
     curves: precision at recall 0, 0.01, ..., 1, mean over the classes with objects, for IoU "0.5",
     "0.75" and the "mean" over all IoUs.
     thresholds: scores 0.01, 0.02, ..., 0.99, of all classes together; empty without objects.
-    best_threshold: that with the best F1, the highest of equals; None without true positives. The
+    best_threshold: that with the best F1, the highest in a tie; None without true positives. The
     confusion matrix and the images are at this threshold, or at 0.5 without one.
     errors: dAP of each error type (`vitdet.evaluation.errors`), "false_positive" and
     "false_negative" included. error_counts: errors of the six types.
@@ -193,7 +193,7 @@ def _thresholds(matches: Matches) -> list[Threshold]:
 
 
 def _best_threshold(matches: Matches, category: int) -> Threshold | None:
-    """Return the score of a detection of a class with the best F1, the highest of equals; None
+    """Return the score of a detection of a class with the best F1, the highest in a tie; None
     without objects or detections.
     """
     objects = int((matches.object_category == category).sum())

@@ -8,7 +8,7 @@ no new matching: it only changes how often the detections and objects of each im
 Several results are measured on the same resamples (paired). Images that are difficult for all of
 them lower each AP but not the differences, which therefore have narrower intervals.
 
-Letters: I images, N detections, K classes, T IoU thresholds, P true positives of all thresholds,
+Notation: I images, N detections, K classes, T IoU thresholds, P true positives of all thresholds,
 R resamples, M = 3 metrics.
 """
 
@@ -25,7 +25,7 @@ METRICS = ("ap", "ap50", "ap75")
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 # Images with objects: intervals from resamples of fewer are far too narrow (Hesterberg 2015,
-# arXiv:1411.5279), of a single image they have no width.
+# arXiv:1411.5279); those of a single image have no width.
 MIN_IMAGES = 10
 
 
@@ -202,7 +202,7 @@ def _check_same(first: Matches, other: Matches) -> None:
         if not np.array_equal(ours, theirs):
             which = ", not the same ones" if len(ours) == len(theirs) else ""
             raise ValueError(
-                f"the results are of different validation data: {len(ours)} and {len(theirs)} "
+                f"the results are from different validation data: {len(ours)} and {len(theirs)} "
                 f"{what}{which}; evaluate them on the same data"
             )
 

@@ -90,7 +90,7 @@ def results_of(
 ) -> Iterator[dict[int, list[dict]]]:
     """Yield the COCO results of each batch by image id.
 
-    The detector is on `device` and in evaluation mode. precision: as `evaluate.precision`. On a
+    The detector is on `device` and in evaluation mode. precision: as in `evaluate.precision`. On a
     GPU the results of a batch are yielded after the next batch was computed; at most two batches
     are in memory.
     """

@@ -3,21 +3,21 @@
 A detection that matches no object at IoU 0.5 has the first of these types that applies, with
 t_f = 0.5 and t_b = 0.1:
 
-- localisation: its best IoU with an object of its class is in [t_b, t_f]
+- localization: its best IoU with an object of its class is in [t_b, t_f]
 - classification: IoU >= t_f with an object of another class
 - duplicate: IoU >= t_f with an object of its class that a detection of higher score matches
 - background: IoU <= t_b with all objects
 - both: the rest, of another class and with an IoU below t_f
 
-missed: objects that no detection matches and that no localisation or classification error is about.
+missed: objects that no detection matches and that no localization or classification error is about.
 
-dAP is the increase of AP50 when all errors of one type are fixed. A detection with a localisation
+dAP is the increase of AP50 when all errors of one type are fixed. A detection with a localization
 or classification error becomes a true positive of its object, unless the object is matched or
 another such detection of it has a higher score; then, as with other types, it is removed. Missed
 objects are not counted as objects. false_positive: all true positives come before all false
 positives. false_negative: no object without a true positive counts.
 
-As in the package tidecv, detections that AP ignores can have localisation and classification
+As in the package tidecv, detections that AP ignores can have localization and classification
 errors, whose fix adds a true positive; they are not counted, and no other fix changes them.
 """
 
@@ -32,7 +32,7 @@ from vitdet.evaluation.matches import Matches, precisions
 from vitdet.evaluation.matching import Comparison
 
 FOREGROUND, BACKGROUND = 0.5, 0.1  # t_f, t_b
-TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
+TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
 SPECIAL = ("false_positive", "false_negative")
 # As in tidecv: some differ from COCO's, of np.linspace, in the last bit, so that a recall of
 # exactly 0.07 or the like reaches one and not the other.
@@ -53,7 +53,7 @@ class Overlaps:
 
 @dataclass(frozen=True)
 class Errors:
-    """The errors of boxes or masks; letters as in `vitdet.evaluation.matches`.
+    """The errors of boxes or masks; notation as in `vitdet.evaluation.matches`.
 
     counts: errors of each type of `TYPES` per class (K,), of the detection or the missed object.
     gains: dAP of each type of `TYPES` and `SPECIAL` per class (K,) in percent, NaN for classes
@@ -143,7 +143,7 @@ def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
 
 def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray]:
     """Return the type (N,) of each detection as index into TYPES, -1 for none, and the object (N,)
-    of a localisation or classification error, else -1.
+    of a localization or classification error, else -1.
     """
     same = matches.category[overlaps.detection] == matches.object_category[overlaps.target]
     used = np.isin(overlaps.target, matches.found)
@@ -153,7 +153,7 @@ def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray
     taken, _ = _best(overlaps, same & used, count)
     conditions = {
         "true": matches.matched[:, 0],
-        "localisation": (own >= BACKGROUND) & (own <= FOREGROUND),
+        "localization": (own >= BACKGROUND) & (own <= FOREGROUND),
         "classification": other >= FOREGROUND,
         "duplicate": taken >= FOREGROUND,
         "background": np.maximum(own, other) <= BACKGROUND,
@@ -161,7 +161,7 @@ def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray
     numbers = [TYPES.index(name) if name in TYPES else -1 for name in conditions]
     types = np.select(list(conditions.values()), numbers, TYPES.index("both"))
     target = np.full(count, -1)
-    for name, objects in (("localisation", nearest), ("classification", nearest_other)):
+    for name, objects in (("localization", nearest), ("classification", nearest_other)):
         chosen = types == TYPES.index(name)
         target[chosen] = objects[chosen]
     return types, target

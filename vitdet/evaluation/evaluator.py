@@ -63,7 +63,7 @@ Advance = Callable[[bool], bool]
 
 
 class Cancelled(Exception):
-    """An evaluation was cancelled by its caller, on this rank or another."""
+    """An evaluation was canceled by its caller, on this rank or another."""
 
 
 def evaluate_detector(
@@ -75,7 +75,7 @@ def evaluate_detector(
 ) -> tuple[dict[str, float], list[dict]]:
     """Return the metrics on the validation split in percent, and the COCO results by image id.
 
-    The detector is on `device`; its mode is restored. Of several processes, each evaluates a part
+    The detector is on `device`; its mode is restored. With several processes, each evaluates a part
     of the images; all return the metrics, only rank 0 the results (5 GB for LVIS). Raises Cancelled
     on all ranks if `advance` cancels on one.
     """
@@ -116,8 +116,8 @@ def detect(
 ) -> tuple[list[dict], list[int]]:
     """Return the COCO results of the validation split by image id, and the evaluated image ids.
 
-    split: the validation split, if already read. Of several processes, rank 0 returns those of all,
-    the others none. Raises Cancelled as `evaluate_detector` does.
+    split: the validation split, if already read. With several processes, rank 0 returns those of
+    all, the others none. Raises Cancelled like `evaluate_detector`.
     """
     split = split or read_split(data, data.val_split)
 
@@ -289,7 +289,7 @@ def evaluate_results(
     """Return the metrics of a file of COCO results against an annotation file in percent.
 
     dataset: "coco" or "lvis", the rules of AP. plots, report, detailed: as in `evaluate`; the page
-    has pictures if the images are found beside the annotations. Raises FileNotFoundError for a
+    has pictures if the images are found next to the annotations. Raises FileNotFoundError for a
     missing file and ValueError, in one line, for an error in a file.
     """
     if dataset not in METRICS_OF:

@@ -3,8 +3,8 @@
 An image of LVIS is annotated for some categories only. Detections of a category that is neither
 annotated in the image nor listed as absent (neg_category_ids) are left out; where not every object
 of a category is annotated (not_exhaustive_category_ids), detections that match no object are
-ignored. Of each image the 300 detections of highest score count, of all categories together. There
-are no crowds, and objects and detections without an area are left out.
+ignored. The 300 detections of highest score in each image count, over all categories together.
+There are no crowds, and objects and detections without an area are left out.
 
 The size of a detection with a mask is that of the mask in `compare`, as in the published metrics
 of Detectron2, which removes the boxes; in `compare_file` it is that of the box, as in the package
@@ -38,10 +38,10 @@ def compare(
     *,
     boxed: bool = False,
 ) -> dict[str, Comparison]:
-    """Return the comparison of each kind; arguments and errors as of `coco.compare`.
+    """Return the comparison of each kind; arguments and errors as in `coco.compare`.
 
-    boxed: the size of a mask is that of the box beside it. Raises ValueError also for an annotation
-    file without LVIS's own fields.
+    boxed: the size of a mask is that of the box next to it. Raises ValueError also for an
+    annotation file without LVIS's own fields.
     """
     check(truth)
     image_ids, results = choose(truth, results, {*kinds, *(["bbox"] if boxed else [])}, image_ids)
@@ -73,8 +73,8 @@ def check(truth: Truth) -> None:
             lacking = next((one["id"] for one in items.values() if key not in one), None)
             if lacking is not None:
                 raise ValueError(
-                    f"{truth.path}: {key} of {what} {lacking} is missing, which LVIS has; "
-                    "with COCO's annotations take dataset coco"
+                    f"{truth.path}: {key} of {what} {lacking} is missing, which LVIS "
+                    "requires; for COCO's annotations set dataset to coco"
                 )
 
 

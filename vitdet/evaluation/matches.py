@@ -1,6 +1,6 @@
 """The matches of detections and objects in arrays, from which AP follows for any image weights.
 
-Letters: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
+Notation: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def precisions(
     all objects, above 0.
     """
     found, wrong = true.cumsum(0), false.cumsum(0)
-    # as pycocotools: no division by 0, the same last digits
+    # as in pycocotools: no division by 0, the same last digits
     precision = found / (found + wrong + np.spacing(1))
     best = np.maximum.accumulate(precision[::-1])[::-1]
     best = np.concatenate([best, np.zeros((1, best.shape[1]))])

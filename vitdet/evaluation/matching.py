@@ -8,7 +8,7 @@ When masks are compared, an object without an outline does not count; a detectio
 mask is ignored if the IoU of its box with the box of such an object reaches the threshold. Any
 number of detections can be ignored this way, as with a crowd.
 
-Letters of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M
+Notation of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M
 limits of detections.
 """
 
@@ -93,6 +93,8 @@ def choose(
     if image_ids is None:
         return sorted(truth.images), list(results)
     inside = set(image_ids)
+    if unknown := inside - truth.images.keys():
+        raise ValueError(f"{truth.path}: contains no image {min(unknown)}")
     return sorted(inside), [item for item in results if item["image_id"] in inside]
 
 
@@ -119,7 +121,7 @@ def match(
         empty: include objects and results without an area.
         unsure: pairs (image id, category id) of which not every object is annotated: detections
             that match no object are ignored.
-        boxed: the size of a mask is that of the box beside it.
+        boxed: the size of a mask is that of the box next to it.
 
     Raises:
         ValueError: an invalid mask.

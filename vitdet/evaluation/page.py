@@ -95,7 +95,7 @@ def checkpoint_facts(checkpoint: Path, config: Config, device: str, matches: Mat
 
 
 def results_facts(results: Path, annotations: Path, detections: int, matches: Matches) -> Facts:
-    """Return the facts of an evaluation of a file of so many results."""
+    """Return the facts of an evaluation of a file with this number of results."""
     return Facts(
         title=f"{results.name} on {annotations.name}",
         data={

@@ -41,7 +41,7 @@ def write_pictures(
 ) -> list[Path]:
     """Write `count` pictures of the validation split, FOLDER/<image id>.jpg; return their paths.
 
-    The images are evenly spaced in the split, so they are the same each time. threshold: least
+    The images are evenly spaced in the split, so they are the same each time. threshold: minimum
     score of a drawn detection. split: the validation split, if already read. precision: as
     evaluate.precision. The detector's mode is restored.
     """

@@ -112,7 +112,7 @@ def write_report(
     analyses: Sequence[Analysis],
 ) -> None:
     """Write classes.json (AP of each class), curve.json (precision over recall), thresholds.json
-    (precision, recall and F1 over the score), results.json (as COCO) and matches.npz
+    (precision, recall and F1 over the score), results.json (in COCO's format) and matches.npz
     (`vitdet.evaluation.matches`).
     """
     for name, value in (

@@ -179,8 +179,8 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
 def check_code(item: dict, size: tuple[int, int]) -> list | dict:
     """Return the usable outline of a result: polygons without their broken parts, or RLE.
 
-    size: (height, width) of the image. Raises ValueError for a segmentation that is no mask of such
-    an image.
+    size: (height, width) of the image. Raises ValueError for a segmentation that is not a mask of
+    such an image.
     """
     outline = read_outline(item["segmentation"], size)
     # not its number: only the results that count are compared

@@ -5,7 +5,7 @@ mask, background first. COCO's compressed text (maskApi.c) has 5 bits per charac
 lowest first; bit 5 marks that the number continues, bit 4 of its last character is the sign. From
 the fourth number on it is the difference from the run two before.
 
-Letters: N masks, R runs inside masks, C counts, U numbers of all codes.
+Notation: N masks, R runs inside masks, C counts, U numbers of all codes.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
     """Return the areas int64 of compressed codes, and whether each is valid: its runs sum to
     `pixels`.
 
-    pycocotools and faster-coco-eval do not return from comparing a code whose runs do not. Of
-    AT_ONCE codes of which one is no text of run lengths, none counts as valid.
+    pycocotools and faster-coco-eval hang when they compare a code whose runs do not. If one of
+    AT_ONCE codes is not a text of run lengths, none of them counts as valid.
     """
     sizes, valid = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for start in range(0, len(texts), AT_ONCE):

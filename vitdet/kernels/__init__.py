@@ -3,7 +3,7 @@
 Triton launches kernels on the current device, so each operator sets it to the device of its
 tensors.
 
-They run on NVIDIA GPUs from Ampere on; elsewhere, and with the environment variable
+They run on NVIDIA GPUs, Ampere and later; elsewhere, and with the environment variable
 VITDET_KERNELS=off, callers use plain torch.
 """
 

@@ -6,7 +6,7 @@ and 8 images the forward pass takes 1.22 ms and the backward pass 4.3 ms, in win
 0.93 ms (H200, bf16; `python -m tests.bench.attention`). Relative positions: Li et al., MViTv2
 (2112.01526).
 
-Letters: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along
+Notation: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along
 an axis.
 """
 

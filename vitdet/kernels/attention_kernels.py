@@ -10,8 +10,8 @@ tokens beyond it are the projection's bias.
 The backward pass computes the logits twice, per queries and per keys (7 products instead of 5), so
 that it needs no atomics and is deterministic.
 
-Letters: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of an
-area.
+Notation: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of
+an area.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
 
@@ -52,7 +52,7 @@ class Blocks(NamedTuple):
 
 
 # By whether the area is the grid (64 x 64 tokens) or a window (14 x 14): among the best on an H200
-# with d = 64 (`tests/bench/attention.py`); a limit of registers gains 5 to 9 % there but would
+# with d = 64 (`tests/bench/attention.py`); a limit of registers gains 5 to 9% there but would
 # spill with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}

@@ -5,8 +5,8 @@ All queries of a line, a row (axis 0) or a column (axis 1) of an area, use the s
 (2 K - 1, d), so that a line is one matrix product with a slice of the table. Plain torch copies the
 queries and expands the table to (K, K, d).
 
-Letters: B images, h heads, d channels of a head, K tokens along an axis of an area. Kernels know L,
-their `Layout`, when they are compiled.
+Notation: B images, h heads, d channels of a head, K tokens along an axis of an area. Kernels know
+L, their `Layout`, when they are compiled.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
 

@@ -5,7 +5,7 @@ training step of ViT-B at batch 8 on an H100. The arithmetic is that of torchvis
 operation by operation (IEEE division, no fused multiply-add, float32 compared with a float64
 threshold), so both keep the same boxes.
 
-Letters: G groups, N boxes of a group.
+Notation: G groups, N boxes of a group.
 """
 
 from __future__ import annotations

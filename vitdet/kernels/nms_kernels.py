@@ -4,7 +4,7 @@ A program of `compare_boxes` compares 32 boxes with 64 others and stores a word 
 program of `suppress_boxes` iterates over a group, 64 boxes at a time: whether each is kept follows
 from 64 words in registers; the later boxes that they suppress are the OR of their rows of words.
 
-Letters: G groups, N boxes of a group, W words of a row.
+Notation: G groups, N boxes of a group, W words of a row.
 """
 
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
@@ -39,7 +39,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
         bits = torch.empty(size, dtype=torch.int64, device=boxes.device)
         given = boxes[some], classes[some], bits, count, words, below(iou)
         sizes = {"LABELS": labels is not None, "ROWS": BITS.value // 2, "num_warps": 4}
-        # a fused a * b - c would round otherwise than torchvision on the CPU
+        # a fused a * b - c would round differently from torchvision on the CPU
         compare_boxes[(words, 2 * words, len(bits))](*given, **sizes, enable_fp_fusion=False)
         rows = max(1, min(BITS.value, TILE // padded))
         sizes = {"ROWS": rows, "WORDS": padded, "num_warps": 4}

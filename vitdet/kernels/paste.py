@@ -10,7 +10,7 @@ pixel. It performs the operations of `grid_sample` on an x86 CPU in the same ord
 multiply-adds where used there, correctly rounded division), so the bytes, and with them AP, are
 identical.
 
-Letters: N masks of M x M cells.
+Notation: N masks of M x M cells.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-THRESHOLD = 0.5  # least probability of a pixel of the mask; the kernel has it, too
+THRESHOLD = 0.5  # minimum probability of a pixel of the mask; the kernel has it, too
 OUTSIDE = 3.0  # of a mask, which goes from -1 to 1
 PIXELS = 2**18  # sampled at a time on the CPU: 3 MB
 
 
 def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Return the regions (N, 4) int64 x, y, width, height outside of which masks in boxes (N, 4)
+    """Return the regions (N, 4) int64 x, y, width, height outside which masks in boxes (N, 4)
     xyxy are zero.
 
-    sizes (N, 2) int64: (height, width) of the images. A box outside of its image has an empty
+    sizes (N, 2) int64: (height, width) of the images. A box outside its image has an empty
     region.
     """
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
@@ -82,7 +82,7 @@ def _(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -
 def _centers(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return the positions in boxes, on one axis, of the centers of `counts` (N,) pixels from
     `first` (N,) on: low (N,) is at -1, high (N,) at 1. The rows of the result (N, largest count +
-    1) continue outside of the box.
+    1) continue outside the box.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
     sides = (high - low).clamp(min=1e-9)  # an empty box has no pixel center

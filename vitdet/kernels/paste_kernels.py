@@ -62,7 +62,7 @@ def paste_kernel(MASKS, BOXES, REGIONS, ENDS, PIXELS, M: tl.constexpr):
         east = (a >= -1) & (a < M - 1) & inside
         north = (b >= 0) & (b < M)
         south = (b >= -1) & (b < M - 1)
-        # a place far outside is no index
+        # a place far outside is not a valid index
         a = tl.where(west | east, a, 0.0).to(tl.int32)
         b = tl.where(north | south, b, 0.0).to(tl.int32)
         cell = mask + b * M + a

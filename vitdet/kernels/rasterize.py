@@ -4,7 +4,7 @@ In plain torch (`vitdet.models.mask_head.rasterize`) the host synchronizes, and 
 grow with the edges. The arithmetic is that of the plain version, operation by operation in float32
 (IEEE division, no fused multiply-add), and directions are integers, so both mark the same cells.
 
-Letters: R RoIs, E edges.
+Notation: R RoIs, E edges.
 """
 
 from __future__ import annotations

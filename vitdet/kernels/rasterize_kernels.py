@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-EDGES = 128  # that a program looks at together
+EDGES = 128  # edges that a program processes at a time
 
 
 def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -17,7 +17,7 @@ def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
     inside = torch.empty(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
     if inside.numel():
         sizes = {"SIZE": size, "COLUMNS": triton.next_power_of_2(size), "EDGES": EDGES}
-        # a fused a * b + c would round otherwise than torch
+        # a fused a * b + c would round differently from torch
         options = {"num_warps": 4, "enable_fp_fusion": False}
         rasterize_kernel[(len(boxes), size)](edges, spans, boxes, inside, **sizes, **options)
     return inside
@@ -38,7 +38,7 @@ def rasterize_kernel(
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)
     left, top = tl.load(boxes + roi * 4), tl.load(boxes + roi * 4 + 1)
-    # detectron2: a box is at least a tenth of a pixel wide
+    # as in Detectron2, a box is at least a tenth of a pixel wide
     width = tl.maximum(tl.load(boxes + roi * 4 + 2) - left, 0.1)
     height = tl.maximum(tl.load(boxes + roi * 4 + 3) - top, 0.1)
     center = row.to(tl.float32) + 0.5

@@ -9,7 +9,7 @@ Relative errors of features and gradients against float64 (L2 norms): below 1e-6
 of small sides, on larger ones that of float32 coordinates; with 16-bit maps that of rounding the
 result (float16: 2e-4).
 
-Letters: B images, R RoIs, C channels, h x w cells of a map.
+Notation: B images, R RoIs, C channels, h x w cells of a map.
 """
 
 from __future__ import annotations

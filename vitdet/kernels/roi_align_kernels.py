@@ -9,7 +9,7 @@ summed over the RoIs that touch it: each cell is written once, by one program, i
 In products with 16-bit maps, the float32 weights are split in two 16-bit numbers, whose sum has
 their precision.
 
-Letters: B images, R RoIs, C channels, H x W cells of a map, L levels.
+Notation: B images, R RoIs, C channels, H x W cells of a map, L levels.
 """
 
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
@@ -27,9 +27,9 @@ from torch import Tensor
 LEVELS = 5
 SIDE = tl.constexpr(8)  # of a tile of cells
 TILE = 64  # bins of a product
-ROIS = 256  # that a program of the gradient looks at together
+ROIS = 256  # RoIs that a program of the gradient processes at a time
 WIDE = 256  # channels of a program for 16-bit maps
-# arguments that vary from batch to batch: another value is no reason to compile again
+# arguments that vary from batch to batch: another value does not require compiling again
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
 LARGEST = tl.constexpr(2.0**30)  # coordinate, in pixels; a RoI beyond, or with NaN, is empty
 

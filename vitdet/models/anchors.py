@@ -1,6 +1,6 @@
 """Anchor boxes of the levels of a pyramid.
 
-As in Detectron2 with offset 0: an anchor is centred on the top-left corner of its cell. Order: row,
+As in Detectron2 with offset 0: anchors are centered on the top-left corners of cells. Order: row,
 column, anchor.
 """
 

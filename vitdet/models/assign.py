@@ -3,7 +3,7 @@
 `matched` (B, N) contains for every box the index of its ground truth, or BACKGROUND or IGNORE.
 Sizes depend on settings only, so that the host does not synchronize with the GPU: missing boxes
 leave empty slots.
-Letters: B images, G ground truths, N boxes, S slots.
+Notation: B images, G ground truths, N boxes, S slots.
 """
 
 from __future__ import annotations

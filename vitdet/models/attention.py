@@ -10,7 +10,7 @@ times as large, which learn more slowly.
 On a GPU zeros widen queries and keys to a multiple of 8, which fused kernels require in half
 precision (PyTorch's sdp_utils.cpp). In half precision on a GPU with `vitdet.kernels`, neither
 widening nor copies of windows are needed.
-Letters: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
+Notation: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def in_half(x: Tensor) -> bool:
-    """Return whether a linear layer computes x in half precision on a GPU, also by autocast."""
+    """Return whether a linear layer computes x in half precision on a GPU, possibly through
+    autocast."""
     cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 

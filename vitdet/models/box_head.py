@@ -1,7 +1,7 @@
 """Box head of one stage: pooled features -> class logits and box deltas.
 
 4 convolutions with LN and one fully connected layer, as in Detectron2's ViTDet configs.
-Letters: R RoIs, C channels, K classes.
+Notation: R RoIs, C channels, K classes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The detector: images in, losses out if targets are given, else detections.
 
-Letters: B images, S side of the square canvas.
+Notation: B images, S side of the square canvas.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Detector(nn.Module):
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalize to zero mean and unit deviation; 0 in the padding, as in Detectron2."""
+        """Normalize to zero mean and unit standard deviation; 0 in the padding, as in
+        Detectron2."""
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes[:, :1]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]

@@ -1,6 +1,6 @@
 """Layers shared by several parts of the detector, initialization, and numeric helpers.
 
-Letters: B images, C channels.
+Notation: B images, C channels.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def init_linear(module: nn.Linear) -> None:
 
 
 def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
-    """Normal with the given deviation, bias 0."""
+    """Normal with the given standard deviation, bias 0."""
     nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

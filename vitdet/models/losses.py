@@ -1,7 +1,7 @@
 """Loss functions, computed in at least float32: sums over filled slots, divided by a number.
 
-Letters: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool: which slots are
-filled; default: all.
+Notation: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool: which slots
+are filled; default: all.
 """
 
 from __future__ import annotations

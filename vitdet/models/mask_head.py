@@ -1,7 +1,7 @@
 """The mask head and its training targets.
 
 He et al. (1703.06870); convolutions with LN and one deconvolution, as in Detectron2's ViTDet.
-Letters: R RoIs, E edges, P pairs of a RoI and an edge of its outline, K classes.
+Notation: R RoIs, E edges, P pairs of a RoI and an edge of its outline, K classes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None
     """Add to steps (R, size, size + 1) the directions of edges (P, 4), each in box roi (P,)."""
     size = steps.shape[1]
     low = boxes[:, :2]
-    # detectron2: a box is at least a tenth of a pixel wide
+    # as in Detectron2, a box is at least a tenth of a pixel wide
     span, low = (boxes[:, 2:] - low).clamp(min=0.1)[roi], low[roi]
     start, end = (edges[:, :2] - low) / span * size, (edges[:, 2:] - low) / span * size
     rows = torch.arange(size, device=edges.device, dtype=edges.dtype) + 0.5

@@ -2,7 +2,7 @@
 
 Li et al. (2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
 deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
-Letters: B images, C channels of the backbone, D channels of the pyramid.
+Notation: B images, C channels of the backbone, D channels of the pyramid.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _level(
 
 
 def _resample(dim: int, scale: float, shrink: int) -> tuple[list[nn.Module], int]:
-    """The layers that bring the map to its scale, and the channels that leave them."""
+    """Return the layers that rescale the map, and the number of their output channels."""
     inner, last = dim // shrink, dim // shrink**2
     if scale == 4.0:
         norm = LayerNorm2d(inner, eps=NORM_EPS)

@@ -1,7 +1,7 @@
 """RoI heads: proposals -> classes and boxes through one or several stages, then masks.
 
 He et al. 1703.06870; Cai & Vasconcelos 1712.00726. Numbers as in Detectron2's ViTDet configs.
-Letters: B images, S slots for boxes of an image, R RoIs (of all images together), N proposals, D
+Notation: B images, S slots for boxes of an image, R RoIs (of all images together), N proposals, D
 detections, K classes, G ground truths.
 """
 

@@ -1,7 +1,7 @@
 """RoIAlign over a pyramid: each RoI is pooled from the level that matches its size.
 
 He et al., Mask R-CNN (1703.06870), aligned as in Detectron2; level assignment of FPN (1612.03144).
-Letters: B images, R RoIs, C channels, s x s bins.
+Notation: B images, R RoIs, C channels, s x s bins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitdet.models.layers import at_least_float32
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
     """Return the level (R,) of each box, 0 the finest; 2 for a side of 56 strides of level 0."""
     canonical = 56 * finest_stride
-    # detectron2: epsilon within the log
+    # as in Detectron2, with an epsilon in the logarithm
     level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
     return level.clamp(0, num_levels - 1).long()
 

@@ -1,7 +1,7 @@
 """Region proposal network: objectness and box deltas for every anchor, proposals, and losses.
 
 Ren et al., Faster R-CNN (1506.01497); numbers as in Detectron2's ViTDet configs.
-Letters: B images, L levels, A anchors per cell, N anchors of a level (h w A) or slots for
+Notation: B images, L levels, A anchors per cell, N anchors of a level (h w A) or slots for
 proposals, G ground truths.
 """
 
@@ -28,7 +28,7 @@ WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
 
 
 class Anchored(NamedTuple):
-    """Of each level: logits (B, N) and deltas (B, N, 4) of its anchors (N, 4)."""
+    """For each level, the logits (B, N) and deltas (B, N, 4) of its anchors (N, 4)."""
 
     logits: list[Tensor]
     deltas: list[Tensor]

@@ -2,7 +2,7 @@
 
 Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers
 as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in ViTAE-Transformer/ViTDet.
-Letters: B images, H x W tokens, C channels.
+Notation: B images, H x W tokens, C channels.
 """
 
 from __future__ import annotations
@@ -128,20 +128,27 @@ def build_blocks(
     depth: int,
     grid: tuple[int, int],
     branch: Callable[[], nn.Module] | None,
-    options: BlockOptions,
+    *,
+    heads: int,
+    global_blocks: Sequence[int],
+    window_size: int,
+    drop_path: float,
+    mlp_ratio: float,
+    residual_blocks: Sequence[int],
+    scaled_rel_pos: bool,
 ) -> Blocks:
     """Build blocks; drop path rates increase linearly; `branch` creates one module per block."""
-    rates = torch.linspace(0, options["drop_path"], depth, device="cpu").tolist()
+    rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return Blocks(
         Block(
             dim=dim,
-            heads=options["heads"],
-            window=0 if i in options["global_blocks"] else options["window_size"],
+            heads=heads,
+            window=0 if i in global_blocks else window_size,
             grid=grid,
             drop_path=rates[i],
-            conv_after=i in options["residual_blocks"],
-            mlp_ratio=options["mlp_ratio"],
-            scaled_rel_pos=options["scaled_rel_pos"],
+            conv_after=i in residual_blocks,
+            mlp_ratio=mlp_ratio,
+            scaled_rel_pos=scaled_rel_pos,
             branch=branch() if branch else None,
         )
         for i in range(depth)
@@ -149,7 +156,7 @@ def build_blocks(
 
 
 def init_normal(weight: Tensor) -> None:
-    """Initialize from a normal distribution of deviation 0.02, in place.
+    """Initialize from a normal distribution with standard deviation 0.02, in place.
 
     The published code truncates at -2 and 2, which never occurs, except that a uniform draw of
     exactly -1 (1 in 2^24) becomes -2.
@@ -158,7 +165,7 @@ def init_normal(weight: Tensor) -> None:
 
 
 def init_linears(module: nn.Module) -> None:
-    """Initialize every linear layer: normal weights of deviation 0.02, biases 0."""
+    """Initialize every linear layer: normal weights with standard deviation 0.02, biases 0."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             init_normal(child.weight)
@@ -193,7 +200,7 @@ class ViT(nn.Module):
         grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *to_2tuple(pos_embed_grid), dim))
-        self.blocks = build_blocks(dim, depth, grid, branch, options)
+        self.blocks = build_blocks(dim, depth, grid, branch, **options)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         init_normal(self.pos_embed)
         init_linears(self)

@@ -5,7 +5,7 @@ ViTAE-Transformer/ViTDet. ViTAE-B is the `ViT` with `wide_branch` in each block.
 `ViTAESmall`, computes its tokens in three reduction cells of dilated convolutions, two of them with
 linear attention (Performer: Choromanski et al., 2009.14794; in the form of T2T-ViT: Yuan et al.,
 2101.11986), and has no absolute positions.
-Letters: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2
+Notation: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2
 random features.
 """
 
@@ -53,7 +53,8 @@ def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """Create ViTAE-B's parallel convolutions, 4 channels a group: (B, C, H, W) -> (B, C, H, W)."""
+    """Create ViTAE-B's parallel convolutions, 4 channels per group: (B, C, H, W) -> (B, C, H,
+    W)."""
     return nn.Sequential(*_two_convs(dim, hidden, dim // 4))
 
 
@@ -195,7 +196,7 @@ class ViTAESmall(nn.Module):
         self.reductions = nn.ModuleList(cells)
         self.num_layers = len(cells) + depth
         branch = partial(deep_branch, dim, int(options["mlp_ratio"] * dim), groups)
-        self.blocks = build_blocks(dim, depth, grid, branch, options)
+        self.blocks = build_blocks(dim, depth, grid, branch, **options)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         init_linears(self)
 

@@ -31,13 +31,14 @@ def evaluate(
 
     Args:
         checkpoint: file of a detector.
-        overrides: settings of `data` and `evaluate` as texts SECTION.KEY=VALUE.
+        overrides: settings of `data` and `evaluate` as strings SECTION.KEY=VALUE.
         folder: of MLflow's default store.
         config: its data and evaluate settings are used; default: those of the checkpoint.
-        output, pictures, plots, report: files and folders to write, as of `vitdet evaluate`.
+        output, pictures, plots, report: files and folders to write, as for `vitdet evaluate`.
 
-    Returns the metrics and the ID of the MLflow run, None if there is no run or no store. Raises as
-    `vitdet.evaluate` and, for a wrong address, `vitdet.tracking.address.tracking_uri`.
+    Returns the metrics and the ID of the MLflow run, None if there is no run or no store. Raises
+    the errors of `vitdet.evaluate` and, if the address is invalid,
+    `vitdet.tracking.address.tracking_uri`.
     """
     from vitdet import distributed
     from vitdet.evaluation.evaluator import evaluate as measure
@@ -45,7 +46,7 @@ def evaluate(
     from vitdet.tracking.measured import write_evaluation
     from vitdet.tracking.runs import has_mlflow, log_evaluation
 
-    if has_mlflow():  # a mistake in the address ends this now
+    if has_mlflow():  # fails now if the address is invalid
         tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(
         checkpoint,
@@ -93,7 +94,8 @@ def evaluate_recipe(
     figures: str,
     report: str,
 ) -> Evaluation:
-    """Evaluate the detector of a training run; raises as `verified_config` and `evaluate` do.
+    """Evaluate the detector of a training run; raises the errors of `verified_config` and
+    `evaluate`.
 
     Writes the metrics, with what identifies data and settings, to the JSON file `figures`, and the
     HTML file `report`.

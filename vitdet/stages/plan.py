@@ -17,7 +17,7 @@ from vitdet.stages.workspace import resolve_paths
 SEED = "train.seed"
 # Each training run is about 12 nodes of a Workflow, whose status Argo keeps in one object of 1 MiB.
 MAX_TRAININGS = 64
-EXPLICIT = "explicit.json"  # beside the configs: the settings of each that the user set
+EXPLICIT = "explicit.json"  # next to the configs: the settings of each that the user set
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
 PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 
@@ -32,7 +32,8 @@ def resolve_configs(
 ) -> list[str]:
     """Write folder/NAME.yaml for each training run and return the names.
 
-    The configs have all settings but those that depend on the data. Raises as `plan_trainings`.
+    The configs have all settings but those that depend on the data. Raises the errors of
+    `plan_trainings`.
     """
     planned = plan_trainings(recipes, overrides, workspace, sweep, seeds)
     for name, (config, _) in planned.items():
@@ -55,7 +56,7 @@ def plan_trainings(
 ) -> dict[str, tuple[Config, list[str]]]:
     """Return {name: (config, the settings that the user set)} of each training run.
 
-    Each recipe is trained with each combination of values in `sweep`, texts as
+    Each recipe is trained with each combination of values in `sweep`, strings such as
     `optim.lr=1e-4,2e-4`, and each of these with `seeds` seeds, from that of the config upwards.
 
     Raises ValueError or FileNotFoundError for a wrong recipe, setting or sweep, for the same
@@ -65,7 +66,7 @@ def plan_trainings(
     from vitdet.data.layout import SPLITS, explicit_settings
 
     if not recipes:
-        raise ValueError("name at least one recipe")
+        raise ValueError("give at least one recipe")
     combinations = _combinations(sweep, overrides)
     if seeds > 1 and any(one.startswith(f"{SEED}=") for one in sweep):
         raise ValueError(f"the sweep has {SEED} already; leave out the number of seeds")
@@ -111,7 +112,7 @@ def check_comparable(
     if differing:
         raise ValueError(
             f"{other_name} and {name} cannot be compared: in {other_name}, {'; '.join(differing)}; "
-            "run them one by one, or set the same for both"
+            "run them one by one, or use the same settings for both"
         )
 
 

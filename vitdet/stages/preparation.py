@@ -33,8 +33,8 @@ def prepare_data(
     """Verify the data set; write the configs with its splits and classes, and its description.
 
     settings: folder of `resolve_configs`; configs: folder to write; manifest: JSON file to write.
-    fetch: how to bring the data set, as in `fetch_words`; "": it is there. The demo's data set is
-    generated. Raises FileNotFoundError or ValueError for data that is missing or unusable.
+    fetch: how to bring the data set, as in `fetch_words`; "": it already exists. The demo's data
+    set is generated. Raises FileNotFoundError or ValueError for data that is missing or unusable.
     """
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text
@@ -77,7 +77,8 @@ def prepare_data(
 def verified_config(folder: str, name: str, data: str) -> Config:
     """Return a config of `resolve_configs` or `prepare_data`, with the data's splits and classes.
 
-    Raises as `vitdet.data.fingerprint.verify` does if the fingerprint of the data is not `data`.
+    Raises the errors of `vitdet.data.fingerprint.verify` if the fingerprint of the data is not
+    `data`.
     """
     from vitdet.data.fingerprint import verify
     from vitdet.data.layout import resolve
@@ -137,7 +138,7 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
 def fetch_weights(configs: str, workspace: str) -> str:
     """Fetch the weights that train.init of each config names; return a digest of all these files.
 
-    Raises as `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
+    Raises the errors of `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
     """
     from vitdet.weights import resolve
     from vitdet.weights.catalogue import find

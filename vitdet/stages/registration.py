@@ -72,7 +72,7 @@ def register_recipe(
 ) -> str:
     """Register the detector, and promote it to champion if it still passes the gate.
 
-    Returns one line with the version. Raises as `register_checkpoint` does.
+    Returns one line with the version. Raises the errors of `register_checkpoint`.
     """
     from vitdet.tracking import champion, evaluations
 

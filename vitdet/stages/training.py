@@ -33,14 +33,14 @@ def train(
     Args:
         config: the resolved config.
         recipe: its name, for the MLflow run.
-        output: folder for model.pt, best.pt and config.yaml; MLflow's default store is beside it.
+        output: folder for model.pt, best.pt and config.yaml; MLflow's default store is next to it.
         checkpoints: folder for the training states; default: `output`.
         weights: folder of the initial weights; default: the package and the cache.
         group: ID of the pipeline run, whose MLflow run becomes the parent; "": none.
         profile: whether to trace a few steps.
 
-    Raises as `vitdet.train`, `vitdet.weights.resolve` and, for a wrong address of the MLflow
-    server, `vitdet.tracking.address.tracking_uri`.
+    Raises the errors of `vitdet.train`, `vitdet.weights.resolve` and, if the address of the MLflow
+    server is invalid, `vitdet.tracking.address.tracking_uri`.
     """
     from vitdet import training
     from vitdet.tracking.address import tracking_uri
@@ -48,7 +48,7 @@ def train(
     from vitdet.weights import resolve
 
     if has_mlflow():
-        tracking_uri(config.tracking.uri, default_folder(output))  # a mistake in it ends this now
+        tracking_uri(config.tracking.uri, default_folder(output))  # fails now if it is invalid
 
     def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
         return start_tracker(config, recipe, output, group, data_digest, run_id, step)
@@ -68,7 +68,7 @@ def train_recipe(
 ) -> None:
     """Train in this process and copy the detector to `checkpoint`.
 
-    Raises as `verified_config` and `train` do.
+    Raises the errors of `verified_config` and `train`.
     """
     with recorded(workspace, name, run_id, "train"):
         config = verified_config(settings, name, data)
@@ -81,7 +81,7 @@ def train_recipe(
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
     """Return the arguments of `vitdet` in a job that trains, and save the config for the job.
 
-    Raises as `verified_config` and `vitdet.weights.resolve`, before the job is created.
+    Raises the errors of `verified_config` and `vitdet.weights.resolve`, before the job is created.
     """
     from vitdet.weights import resolve
 

@@ -31,7 +31,7 @@ def tracking_uri(uri: str, folder: Path) -> str:
 
 
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:
-    """Return the address of a run on MLflow's pages, "" if the store has none.
+    """Return the address of a run in MLflow's UI, "" if the store has none.
 
     The environment's MLFLOW_UI_URL is the server's address in a browser, where that differs from
     `uri`.
@@ -52,7 +52,7 @@ def _use_step_secret() -> None:
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return
-    for name in VARIABLES:  # a password is of the same source as the address, or there is none
+    for name in VARIABLES:  # a password comes from the same source as the address or is absent
         os.environ.pop(name, None)
         if value := os.environ.get(f"{STEP}{name}"):
             os.environ[name] = value

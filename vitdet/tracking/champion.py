@@ -251,7 +251,7 @@ class _Contest:
                     raise ValueError(f"its {label(self.gate)} is {ap}")
                 save_evaluation(self.client, champion, self.protocol, metrics, plots)
         except Exception as error:  # also errors of storage clients, or out of memory
-            check_server(self.client)  # without an answer it is not a failure of the champion
+            check_server(self.client)  # without a response it is not a failure of the champion
             line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
             expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
             if not expected or isinstance(error, KeyError | IndexError):
@@ -278,7 +278,7 @@ class _Contest:
         model, number = champion.name, str(champion.version)
         name = f"the champion, version {number}"
         if number == version:
-            return Verdict(True, f"{shown}: is already {name}")
+            return Verdict(True, f"{shown} is already {name}")
         if undone := history.rolled_back(events(client, model), version):
             because = undone.reason and f" ({undone.reason})"
             return Verdict(
@@ -303,7 +303,8 @@ class _Contest:
         return compare(gate, candidate, before, name)
 
     def best(self, event: Event, ap: float) -> tuple[float, str]:
-        """Return (AP, version) of the best of this promotion and its rivals; of equals the older.
+        """Return (AP, version) of the best of this promotion and its rivals; in a tie the older
+        one.
 
         A version that a user forced or restored in place of the same champion is better than any
         other; its AP is infinite.
@@ -314,4 +315,4 @@ class _Contest:
             known = known_metrics(other, self.protocol).get(self.gate.metric, -1.0)
             by_user = rival.action != PROMOTED and rival.before == event.before
             found.append((float("inf") if by_user else known, rival.version))
-        return max(found, key=lambda one: (one[0], -int(one[1])))
+        return max(found, key=lambda pair: (pair[0], -int(pair[1])))

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 from vitdet.tracking.address import hide_credentials
 
-# with 0, 2, 4, ... seconds between them: about a minute, as long as a server takes to restart
+# attempts with 0, 2, 4, ... seconds between them: about a minute, the time that a server takes to
+# restart
 TRIES = 7
 BACK_OFF = "1"
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
-NO_RETRIES = "00"  # not "0", so that a child process does not take it for a setting of the user
+NO_RETRIES = "00"  # not "0", so that a child process does not mistake it for a user's setting
 DEFAULTS = {
     RETRIES: NO_RETRIES,
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -35,16 +36,17 @@ USER_SETTINGS = {
     for name in (RETRIES, FACTOR)
     if os.environ.get(name, NO_RETRIES) != NO_RETRIES
 }
-# If the answer is lost, the request may have been carried out: see `create`.
+# If the response is lost, the request may have been carried out: see `create`.
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
-# MLflow, and what it uses for HTTP, databases and artifact stores; not all of their errors become
-# MLflow's
+# MLflow, and the libraries that it uses for HTTP, databases and artifact stores, whose errors it
+# does not always convert to its own
 LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
-# of SQLAlchemy: no address of a database, no database; not its OperationalError, which may pass
+# SQLAlchemy's errors for an address that is not that of a database; its OperationalError may be
+# temporary
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # Environment and loggers are the process's: blocks of two threads must not restore each other's.
 LOCK = threading.RLock()
@@ -53,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 class RefusedError(ValueError):
-    """What MLflow will not accept later either."""
+    """A request or store that MLflow will not accept later either."""
 
 
 class InvalidRequestError(RefusedError):
@@ -78,7 +80,7 @@ class Client:
 
     Raises LookupError for what does not exist on the server, FileExistsError for what exists
     already, RefusedError if the server rejects the request permanently or denies access, and
-    ConnectionError for all other errors of the libraries, e.g. no answer.
+    ConnectionError for all other errors of the libraries, e.g. no response.
     """
 
     def __init__(self, client: Any, uri: str, repeats: bool = True) -> None:
@@ -103,7 +105,7 @@ class Client:
 
 def open_client(uri: str) -> Client:
     """Return a client without retries. Raises RefusedError if the store can never be used."""
-    for name, value in DEFAULTS.items():  # each time: MLflow reads them at every request
+    for name, value in DEFAULTS.items():  # each time: MLflow reads them with every request
         os.environ.setdefault(name, value)
     return _cached_client(uri)
 
@@ -148,7 +150,8 @@ def translated(uri: str) -> Iterator[None]:
 
 @contextmanager
 def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
-    """Make each of MLflow's requests in this block up to so many times; raises as `Client` does.
+    """Make each of MLflow's requests in this block up to `tries` times; raises the errors of
+    `Client`.
 
     Functions of MLflow that have no client use the server `uri`. Threads run such blocks one after
     another.
@@ -183,7 +186,7 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
     retry: Any = record.args[-1] if isinstance(record.args, tuple) and record.args else None
     if history := getattr(retry, "history", ()):
         last = history[-1]
-        reason = f"the answer is {last.status}" if last.status else first_line(last.error)
+        reason = f"the response is {last.status}" if last.status else first_line(last.error)
         log.warning("%s: %s; %d more tries", shown, reason, retry.total + 1)
     return False
 
@@ -191,7 +194,7 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
 def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
     """Return what `find` finds or else `make` makes.
 
-    After a lost answer, it looks again before it makes another.
+    After a lost response, it looks again before it makes another.
     """
     for last in (False, False, True):
         if (found := find()) is not None:
@@ -201,7 +204,7 @@ def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
         except (ConnectionError, FileExistsError) as error:
             if last:
                 raise
-            log.warning("%s; looking whether it was carried out", first_line(error))
+            log.warning("%s; checking whether it was carried out", first_line(error))
     raise AssertionError
 
 

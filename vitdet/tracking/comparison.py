@@ -47,7 +47,7 @@ def start_parent_run(
 
 
 def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """End the parent run; state: the final state in KFP. Raises like `start_parent_run`.
+    """End the parent run; state: the final state in KFP. Raises the errors of `start_parent_run`.
 
     A run of the MLflow plugin is ended by the plugin.
     """
@@ -60,7 +60,7 @@ def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment
 
 
 def page_of_run(run_id: str | None, *, uri: str, folder: Path) -> str:
-    """Return the address of a run on MLflow's pages, "" if it has none."""
+    """Return the address of a run in MLflow's UI, "" if it has none."""
     address = tracking_uri(uri, folder)
     if not run_id or not run_page(address, "", run_id):
         return ""

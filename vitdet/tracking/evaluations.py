@@ -57,7 +57,8 @@ def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]
     if not own:
         return {}
     registered = own.items() <= tags.items()  # with an evaluation under this protocol
-    # a later evaluation, in the tags with the digest, precedes that of the registration
+    # a later evaluation, in the tags with the digest, takes precedence over that of the
+    # registration
     found = {
         key: tags.get(protocol.tag(key), tags.get(key) if registered else None) for key in METRICS
     }
@@ -89,7 +90,7 @@ def save_evaluation(
     plots: Path,
 ) -> None:
     """Store an evaluation of a version. plots: the folder with its matches, if there are any."""
-    # the matches first: metrics without them would be taken for complete
+    # the matches first: metrics without them would look complete
     if (model := model_id_of(version)) and (plots / MATCHES).is_file():
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     for key, value in tags_of(metrics).items():
@@ -149,8 +150,9 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
         expected = metrics.get(key)
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
             raise ValueError(
-                f"{path}: of another evaluation than the metrics ({key} {ap:.6g}, not {expected}); "
-                "run `vitdet evaluate` with --output and --plots and register both"
+                f"{path}: from a different evaluation than the metrics ({key} {ap:.6g}, "
+                f"not {expected}); run `vitdet evaluate` with --output and --plots and register "
+                "both"
             )
     return Evaluation(metrics, matches)
 

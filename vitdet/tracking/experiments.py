@@ -52,7 +52,7 @@ def experiment_id(
 
 
 def check_server(client: Client) -> None:
-    """Raise RefusedError if the service is not MLflow, e.g. answers `{}` to every request."""
+    """Raise RefusedError if the service is not MLflow, e.g. responds to every request with `{}`."""
     _experiment(client, "connection check")  # usually there is none
 
 
@@ -70,8 +70,8 @@ def _experiment(client: Client, name: str) -> Experiment | None:
 def plugin_run(client: Client, group: str) -> Run | None:
     """Return the plugin's run of the pipeline run `group`; None without the plugin.
 
-    An MLFLOW_RUN_ID of anything else, as of a shell or another pipeline run, is not used. Raises
-    ConnectionError if the server does not respond.
+    An MLFLOW_RUN_ID of anything else, such as that of a shell or another pipeline run, is not used.
+    Raises ConnectionError if the server does not respond.
     """
     run_id = os.environ.get("MLFLOW_RUN_ID", "") if group else ""
     for _ in range(DEPTH):

@@ -82,9 +82,9 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
     """Return the versions that were champion before the current one, the last one first.
 
     Each event names the version that it replaced; a rollback undoes the promotions since its
-    version was champion. Times are of the clocks of several machines: they order the events of one
-    version, and are followed where a version has no event, as it was deleted or made champion in
-    MLflow's UI.
+    version was champion. Times come from the clocks of several machines: they order the events of
+    one version, and are followed where a version has no event, as it was deleted or made champion
+    in MLflow's UI.
     """
     left, found, version = sorted(recorded, key=lambda event: event.time), [], current
     while version:

@@ -61,7 +61,7 @@ def write_evaluation(
     output: Path | None,
     plots: Path | None,
 ) -> None:
-    """Write metrics to the file `output`; and the provenance, also of the matches in `plots`.
+    """Write metrics to the file `output`, and their provenance and that of the matches in `plots`.
 
     overrides, config: of the evaluation, as in `vitdet.evaluate`.
     """

@@ -38,7 +38,7 @@ START_SECONDS = 2.5
 STOP_SECONDS = 2.5
 # to create the tables of a new SQLite file, and to write the last values to one
 CREATE_SECONDS = 60.0
-CLOSE_SECONDS = 20.0  # of `log_metrics` and `connect_run`, whose purpose it is
+CLOSE_SECONDS = 20.0  # of `log_metrics` and `connect_run`, whose purpose is to send
 
 
 class MLflowTracker(Tracker):
@@ -93,7 +93,9 @@ class MLflowTracker(Tracker):
         self._stop(CLOSE_SECONDS if finishes else STOP_SECONDS)
         if self._thread.is_alive():
             path = self._journal.path
-            log.warning("tracking: the last values wait in %s; the same command sends them", path)
+            log.warning(
+                "tracking: the last values are kept in %s; the same command sends them", path
+            )
 
     def abandon(self) -> None:
         """Send nothing more."""
@@ -111,7 +113,7 @@ class MLflowTracker(Tracker):
             self._resume = None
 
     def _others(self) -> list[Shipper]:
-        """Of the other runs of this folder that were started on this server."""
+        """Return shippers of the other runs in this folder that were started on this server."""
         server = hide_credentials(self._shipper.uri)
         return [
             Shipper(journal, self._shipper.uri)
@@ -146,16 +148,16 @@ class MLflowTracker(Tracker):
 def start_run(
     uri: str, folder: Path, what: dict[str, Any], run_id: str | None = None, resume_step: int = 0
 ) -> Tracker:
-    """Start a tracker of a new run, or of the run `run_id`, which goes on at `resume_step`.
+    """Start a tracker of a new run, or of the run `run_id`, which continues at `resume_step`.
 
-    uri: "" means a SQLite file in `folder`; the environment's MLFLOW_TRACKING_URI precedes. run_id:
-    MLflow's or a pending one; a run that the server does not know becomes a new one with all
-    records of the journal.
+    uri: "" means a SQLite file in `folder`; the environment's MLFLOW_TRACKING_URI takes precedence.
+    run_id: MLflow's or a pending one; a run that the server does not know becomes a new one with
+    all records of the journal.
 
     what: of a new run, its experiment, name, params, tags and dataset (name, digest and source).
     group: it becomes a child of the run in its experiment whose tag `group` has this value, if any.
     output: the folder in `folder` that is written to; a run that was killed before its first
-    checkpoint is found by it and goes on.
+    checkpoint is found by it and continues.
 
     Raises ValueError at step 0 for a deleted experiment or an unsupported store; later, that is a
     warning.
@@ -227,8 +229,8 @@ def log_metrics(
 def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
     """Return a client of the server in use, with retries.
 
-    tries: of the first request; default: as of all others. Raises ConnectionError if the server
-    does not answer, and ValueError if the store can never be used.
+    tries: attempts of the first request; by default as many as for all others. Raises
+    ConnectionError if the server does not respond, and ValueError if the store can never be used.
     """
     uri = tracking_uri(uri, folder)
     try:
@@ -243,7 +245,7 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
             problem = "the file cannot be used"
             advice = "check its path, its permissions and the free disk space"
         else:
-            problem = "no answer from MLflow"
+            problem = "no response from MLflow"
             advice = "start the server, or set MLFLOW_TRACKING_URI to one that runs"
         reason = first_line(error).removeprefix(f"{hide_credentials(uri)}: ")
         raise ConnectionError(f"{hide_credentials(uri)}: {problem} ({reason}); {advice}") from error
@@ -253,8 +255,8 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
 def connect_run(run_id: str | None, uri: str, folder: Path) -> tuple[Client, str | None]:
     """Send all records of a run; return a client of the server in use, and MLflow's id of the run.
 
-    Raises as `connect` does, and UnknownRunError, a LookupError, if the server does not have the
-    run.
+    Raises the errors of `connect`, and UnknownRunError, a LookupError, if the server does not have
+    the run.
     """
     client = connect(uri, folder)
     if not run_id:

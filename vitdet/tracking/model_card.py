@@ -132,7 +132,7 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, float, Interval | None]]:
 
 
 def _worst(matches: Matches) -> list[tuple[str, int, float]]:
-    """(class, objects, AP in percent) of the classes of the lowest AP, the lowest first."""
+    """(class, objects, AP in percent) of the classes with the lowest AP, the lowest first."""
     aps = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))[0, 1:]
     objects = np.bincount(matches.object_category, minlength=len(aps))
     order = [place for place in np.argsort(aps) if objects[place]][:WORST]

@@ -54,7 +54,7 @@ if outside or not modules:
     raise ImportError(f"the package is not imported from the wheel of the model, but {outside}")
 expected = [column.name for column in loaded.metadata.get_output_schema()]
 if list(found.columns) != expected:
-    raise ValueError(f"the answer has the columns {list(found.columns)}, the signature {expected}")
+    raise ValueError(f"the result has the columns {list(found.columns)}, the signature {expected}")
 """
 
 
@@ -103,7 +103,7 @@ class DetectorModel(PythonModel):
 
 
 def download(uri: str, artifact: str, folder: Path) -> Path:
-    """Download an artifact, as `models:/NAME/VERSION/FILE`; return its path in `folder`."""
+    """Download an artifact, given as `models:/NAME/VERSION/FILE`; return its path in `folder`."""
     with repeating(uri):
         return Path(
             download_artifacts(artifact, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
@@ -149,11 +149,11 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
 
 
 def try_model(model: Path, wheel: Path) -> None:
-    """Load a packed model in a new process and run it on its input example.
+    """Load a packaged model in a new process and run it on its input example.
 
     The process imports this package from the wheel only, as a server of the model does; the other
     packages are those that are installed here. Pickles are refused. Raises ValueError if the model
-    does not answer.
+    does not respond.
     """
     with tempfile.TemporaryDirectory(prefix="vitdet-trial-") as work:
         site = Path(work).resolve() / "site"
@@ -170,12 +170,12 @@ def try_model(model: Path, wheel: Path) -> None:
             )
         except subprocess.TimeoutExpired as error:
             raise ValueError(
-                f"the packaged model did not answer within {TIMEOUT_SECONDS:.0f} s in a new "
+                f"the packaged model did not respond within {TIMEOUT_SECONDS:.0f} s in a new "
                 "process; it is not registered"
             ) from error
     if done.returncode:
         reason = next(iter(reversed(done.stderr.strip().splitlines())), f"exit {done.returncode}")
         raise ValueError(
-            f"the packaged model does not answer in a new process ({reason[:300]}); it is not "
+            f"the packaged model does not respond in a new process ({reason[:300]}); it is not "
             "registered"
         )

@@ -1,4 +1,4 @@
-"""Promotion of a version to champion (`vitdet promote`), and its undoing (`vitdet rollback`)."""
+"""Promotion of a version to champion (`vitdet promote`), and the way back (`vitdet rollback`)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def promote_version(
 ) -> tuple[str, str]:
     """Make a registered version the champion if it passes the gate; return (version, reason).
 
-    version: default: that with the alias `candidate`. uri, folder: of the MLflow store. config:
-    the gate, and the data and settings of the evaluation; default: those of the version's
+    version: by default the one with the alias `candidate`. uri, folder: of the MLflow store.
+    config: the gate, and the data and settings of the evaluation; default: those of the version's
     registration. force: a reason to skip the gate, which is stored. Raises LookupError for what
     does not exist, and ValueError if the gate rejects the version or cannot be applied.
     """
@@ -50,7 +50,7 @@ def promote_version(
         with champion.promoting(folder):
             before = history.champion_of(client, model_name)
             if before == number:
-                raise ValueError(f"{shown}: is already the champion")
+                raise ValueError(f"{shown} is already the champion")
             history.set_champion(client, model_name, number, history.FORCED, before or "", force)
         return number, f"without the gate ({force})"
     tags = found.tags
@@ -123,7 +123,7 @@ def _config_of(client: Client, found: ModelVersion) -> Config:
     stored = client.list_logged_model_artifacts(model) if model else []
     if not any(one.path == CONFIG for one in stored):
         raise ValueError(
-            f"{found.name}, version {found.version}: was registered without its config; pass it "
+            f"{found.name}, version {found.version}, was registered without its config; pass it "
             "with --config FILE"
         )
     artifact = f"models:/{found.name}/{found.version}/{CONFIG}"

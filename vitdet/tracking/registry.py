@@ -35,7 +35,7 @@ from vitdet.tracking.shipper import same_number
 from vitdet.tracking.wheel import build_wheel
 
 CANDIDATE = "candidate"
-CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, beside the report
+CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, next to the report
 DESCRIPTION = (  # of a registered model
     "Detectors of vitdet. `candidate`: the version that was "
     "registered last. `champion`: the best version; only a version that passes the gate "
@@ -66,7 +66,7 @@ def register_checkpoint(
     """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
     The version becomes `candidate` in any case. The data is read only for the gate. The packaged
-    model is tried before any upload. If the server does not know the run of the training, e.g. of a
+    model is tested before any upload. If the server does not know the training run, e.g. for a
     checkpoint from another machine, the version has no run, but its id in the tag `training_run`.
 
     Args:
@@ -84,7 +84,7 @@ def register_checkpoint(
     Raises:
         RejectedError: The gate rejects the candidate, which is registered.
         ConnectionError: The server does not respond.
-        ValueError: The packaged model does not answer, the metrics are of another checkpoint, or
+        ValueError: The packaged model does not respond, the metrics are of another checkpoint, or
             the gate lacks the data that they were measured on.
     """
     check("the alias", Alias, alias)
@@ -104,8 +104,8 @@ def register_checkpoint(
     of_plots = read_measured(plots / MATCHES) if plots else None
     if of_plots and of_plots.checkpoint_sha256 != sha256(checkpoint):
         raise ValueError(
-            f"{plots}: of another checkpoint than {checkpoint}; run `vitdet evaluate {checkpoint} "
-            f"--plots {plots}` again"
+            f"{plots}: from a different checkpoint than {checkpoint}; run `vitdet evaluate "
+            f"{checkpoint} --plots {plots}` again"
         )
     if is_gated and not protocol.fingerprint:
         raise ValueError(
@@ -245,7 +245,7 @@ class _Entry:
         return card
 
     def log_model(self, folder: Path, work: Path) -> str:
-        """Pack and try the detector, and upload it with `work`/files; return its id."""
+        """Package and test the detector, and upload it with `work`/files; return its id."""
         client, run_id, packed = self.client, self.run_id, work / "model"
         model, wheel = Model(run_id=run_id), build_wheel(work)
         pack(packed, model, self.stored, wheel)
@@ -268,7 +268,7 @@ class _Entry:
     def log_metrics(self, model_id: str) -> None:
         """Log the metrics to the model, with the validation data that they were measured on.
 
-        MLflow has no metrics of a model without a run. Metrics of single classes are in the report.
+        MLflow has no metrics of a model without a run. Per-class metrics are in the report.
         """
         client, run_id, step = self.client, self.run_id, self.stored["step"]
         values = {

@@ -52,7 +52,7 @@ def start_tracker(
     """Start the MLflow run of a training run; return a tracker that also prints the progress.
 
     recipe: its name, or the stem of the config file. output: the folder of the training run. group:
-    the pipeline run that it belongs to, if any. run_id: of the MLflow run that goes on at `step`.
+    the pipeline run that it belongs to, if any. run_id: of the MLflow run that continues at `step`.
     """
     tracker = Tracker()
     if has_mlflow():
@@ -152,7 +152,7 @@ def log_evaluation(
 def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
     """Return the values under names that MLflow accepts, see `metric_name`.
 
-    Of several with the same name, the later ones get the suffix _2, _3 and so on.
+    If several have the same name, the later ones get the suffix _2, _3 and so on.
     """
     named: dict[str, float] = {}
     for key, value in metrics.items():
@@ -173,6 +173,6 @@ def metric_name(name: str) -> str:
     """
     name = re.sub(r"[^\w\-. :/]", "_", name)
     head, slash, tail = name.partition("/")
-    # in the name of a class a slash, or a dot in front, would be part of a path
+    # in the name of a class a slash or a leading dot would be part of a path
     tail = re.sub(r"^\.+|\.+$", "_", tail.replace("/", "_")) or "_" * len(slash)
     return f"{head}{slash}{tail}"[:250]

@@ -45,7 +45,7 @@ class Shipper:
         self._answers = True
         self._uploading: threading.Thread | None = None
         self._next_upload = 0.0
-        self._failed: set[str] = set()  # files of which a warning was logged
+        self._failed: set[str] = set()  # files for which a warning was logged
         self.is_unknown = False  # see UnknownRunError
 
     def deliver(self, seconds: float = 0.0) -> bool:
@@ -77,7 +77,7 @@ class Shipper:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._answers:
             self._answers = True
-            log.warning("tracking: %s answers again and has all metrics", self._shown)
+            log.warning("tracking: %s responds again and has all metrics", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
@@ -101,7 +101,7 @@ class Shipper:
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
-        except InvalidRequestError as error:  # a proxy may answer so for a while
+        except InvalidRequestError as error:  # a proxy may respond like this for a while
             log.debug("tracking: %s", error)
         except RefusedError as error:
             return str(error)
@@ -110,7 +110,8 @@ class Shipper:
         return ""
 
     def attach(self, client: Client) -> str:
-        """Find the run on the server, or create it; return its id. Raises as the client does."""
+        """Find the run on the server, or create it; return its id. Raises the errors of the
+        client."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
         return self._run_id
@@ -144,7 +145,7 @@ class Shipper:
                 if key not in self._failed:
                     log.warning(
                         f"tracking: {path and path.name} cannot be uploaded ({first_line(error)}); "
-                        f"it is kept in {self.journal.files} and tried again, also by the next "
+                        f"it is kept in {self.journal.files} and tried again, e.g. by the next "
                         "command that uses this run"
                     )
                 self._failed.add(key)
@@ -191,7 +192,7 @@ class Shipper:
         made = client.search_runs([place], f"tags.journal = '{key}'")
         run = made[0] if made else client.create_run(place, start["time"], tags, start["name"])
         run_id = run.info.run_id
-        # made: an earlier request arrived, though its answer did not
+        # made: an earlier request arrived, although its response was lost
         self._held = {} if made else None
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits
@@ -237,7 +238,7 @@ class Shipper:
             else:
                 self._refused |= names
                 what = next(iter(names), record)
-                log.warning("tracking: the server refuses %s: %s", what, first_line(error))
+                log.warning("tracking: the server rejects %s: %s", what, first_line(error))
 
     def _send_points(self, client: Client, run_id: str, records: list[dict]) -> None:
         from mlflow.entities import Metric

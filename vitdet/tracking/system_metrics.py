@@ -30,7 +30,7 @@ class SystemMetrics:
         self._rate, self._hours, self._start = gpus / 3600, gpu_hours, time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """Return `system/gpu_0_utilization_percentage` and its like, and `gpu_hours`."""
+        """Return `system/gpu_0_utilization_percentage` and similar metrics, and `gpu_hours`."""
         values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()

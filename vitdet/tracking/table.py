@@ -46,7 +46,7 @@ def trainings_table(
 ) -> Table:
     """Return a row for each training run, those without a verdict last.
 
-    rows, failures and settings as of `vitdet.tracking.comparison.compare`. versions: MLflow run id
+    rows, failures and settings as for `vitdet.tracking.comparison.compare`. versions: MLflow run id
     -> model version. links: name -> address of its run.
     """
     cells = []

@@ -62,7 +62,7 @@ def requirements(extra: tuple[str, ...] = ()) -> list[str]:
 
 
 def _metadata() -> tuple[str, str]:
-    """Return (version, METADATA file), from pyproject.toml in a source tree."""
+    """Return (version, METADATA file), of a source tree or of the installed package."""
     project = PACKAGE.parent / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text())["project"]
@@ -79,7 +79,7 @@ def _metadata() -> tuple[str, str]:
         installed = metadata.distribution("vitdet")
     except metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"{PACKAGE}: no pyproject.toml beside it and not installed; install vitdet"
+            f"{PACKAGE}: no pyproject.toml next to it and not installed; install vitdet"
         ) from error
     return installed.version, installed.read_text("METADATA") or ""
 

@@ -62,7 +62,8 @@ class Best:
         return {f"best_{self.metric}": self.value, "best_step": self.step}
 
     def keep(self, content: dict) -> None:
-        """Write a trained detector to best.pt atomically; raises as `vitdet.checkpoint.save`."""
+        """Write a trained detector to best.pt atomically; raises the errors of
+        `vitdet.checkpoint.save`."""
         save(self._stored, content)
         self._publish()
 
@@ -72,7 +73,7 @@ class Best:
             log.info(
                 f"train.patience={self.patience}: {self.metric} has not exceeded "
                 f"{self.value or 0.0:.4g} of step {self.step} in the last {self.stale} "
-                f"evaluations: the training ends at step {done} of {steps}"
+                f"evaluations: training ends at step {done} of {steps}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Best:
             found = load_model_file(self._stored)["step"]
             # a later one was written after the state was saved: its evaluation is due again
             if found != self.step and found < start:
-                raise ValueError(f"{self._stored}: was written at step {found}")
+                raise ValueError(f"{self._stored}: written at step {found}")
         except (FileNotFoundError, ValueError) as error:
             text = "the best detector, of step %d, is lost (%s): the next evaluation counts as best"
             log.warning(text, self.step, error)

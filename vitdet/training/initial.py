@@ -25,7 +25,7 @@ def fresh_detector(
     The class weights of the federated loss are computed from the training images.
     """
     torch.manual_seed(config.train.seed)
-    # image_count ** 0.5, as in detectron2
+    # image_count ** 0.5, as in Detectron2
     odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()
     detector = build_detector(config.model, config.evaluate, odds.clone()).to(device)
     if source is not None:

@@ -53,7 +53,7 @@ def check_metric(config: Config) -> None:
 
 
 def check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
-    """Raise ValueError if the splits' classes differ, or their number is not the config's."""
+    """Raise ValueError if the splits' classes differ, or their number differs from the config."""
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         raise ValueError(

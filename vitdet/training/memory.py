@@ -2,8 +2,8 @@
 
 `train.activation_checkpointing=auto` estimates the memory of a step without it. The constants were
 measured with images of 1024 pixels: without the Triton kernels on an H100 (ViT-B, L and H, batches
-of 1 to 8 images: within 15 %), with them on an H200 (ViT-B and L, batches of 1, 4 and 8, as CUDA
-graphs: within 5 %):
+of 1 to 8 images: within 15%), with them on an H200 (ViT-B and L, batches of 1, 4 and 8, as CUDA
+graphs: within 5%):
 
 16 bytes per weight, for itself, its gradient and AdamW's two moments; 4 more with an average of the
 weights. 50 bytes, with the kernels 35, per output value of a block, in bf16 or fp16; twice as many

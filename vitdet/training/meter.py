@@ -68,7 +68,7 @@ class Meter:
         sums = dict(zip(self.sums, distributed.mean(values).tolist(), strict=True))
         if broken := [name for name, value in sums.items() if not math.isfinite(value)]:
             raise ValueError(
-                f"{', '.join(broken)} not finite: the training has diverged; try a smaller "
+                f"{', '.join(broken)} not finite: training has diverged; try a smaller "
                 "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint was "
                 "saved before"
             )
@@ -82,7 +82,7 @@ class Meter:
         """Return the means since the last reading, images/s, wait for data (s) and memory (GB).
 
         skipped_steps is the number of skipped steps; if all were skipped, there are no means.
-        Then restarts. Synchronizes and raises as `state`.
+        Then restarts. Synchronizes, and raises the errors of `state`.
         """
         sums = self.state()["sums"]
         skipped = sums.pop("skipped_steps", None)

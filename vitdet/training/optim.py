@@ -54,7 +54,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads decay
+    # exactly nn.LayerNorm, as in Detectron2: the channel norms of pyramid and heads decay
     norms = {
         name
         for name, module in detector.named_modules()

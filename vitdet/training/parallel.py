@@ -32,7 +32,8 @@ def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) 
     if has_norms and accumulate > 1 and distributed.rank() == 0:
         log.warning(
             "BatchNorm uses the images of one micro-batch only: train.accumulate=%d is not "
-            "equivalent to as many more processes",
+            "equivalent to %d times as many processes",
+            accumulate,
             accumulate,
         )
     if distributed.world_size() == 1:

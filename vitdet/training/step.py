@@ -181,7 +181,7 @@ class TrainingStep:
         """Raise ValueError if fp16 keeps skipping steps. Synchronizes with the device."""
         if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LEAST_SCALE:
             raise ValueError(
-                f"losses or gradients overflow in fp16 at every loss scale (now {scale:.1g}): the "
+                f"losses or gradients overflow in fp16 at every loss scale (now {scale:.1g}): "
                 "training has diverged, or needs a larger range; try a smaller optim.lr, "
                 "optim.clip=1, or train.precision=bf16 or fp32"
             )

@@ -114,7 +114,7 @@ def train(
         if profile and steps - start < STEPS:
             raise ValueError(
                 f"a profile takes {STEPS} steps, but only {steps - start} are left: "
-                "start another training, with a larger optim.steps"
+                "start another training run with a larger optim.steps"
             )
         settings, ranks = config.train, (distributed.rank(), distributed.world_size())
         batches = (settings.batch_size, settings.seed, start, steps)
@@ -263,7 +263,7 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """Evaluate the (averaged) weights on the validation split, and write pictures.
 
-        The metrics are written beside the saved state after `step` steps. Raises Stopped.
+        The metrics are written next to the saved state after `step` steps. Raises Stopped.
         """
         self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
         self.training_step.release()
@@ -309,10 +309,8 @@ class Loop:
 
     def draw(self, step: int) -> None:
         """Write pictures of the current weights' detections."""
-        folder, precision = (
-            self.output / f"pictures/step_{step:08d}",
-            self.config.evaluate.precision,
-        )
+        folder = self.output / f"pictures/step_{step:08d}"
+        precision = self.config.evaluate.precision
         for path in write_pictures(self.detector, self.config.data, folder, precision=precision):
             self.tracker.artifact(path, f"pictures/{folder.name}")
 

@@ -161,7 +161,7 @@ class Watchdog:
             except RuntimeError as error:  # network errors in torch
                 store = None
                 if time.monotonic() - answered > LIMIT:
-                    self._give_up(None, f"the store of rank 0's node does not answer: {error}")
+                    self._give_up(None, f"the store of rank 0's node does not respond: {error}")
             last = time.monotonic()
         if self._shared:
             faulthandler.cancel_dump_traceback_later()
@@ -223,7 +223,7 @@ class Watchdog:
         if record := distributed.flight_record():
             lines.append(f"[rank{self._rank}]: NCCL's collectives in flight: {record}\n")
         os.write(2, "".join(lines).encode())
-        with suppress(RuntimeError):  # some ranks may not answer
+        with suppress(RuntimeError):  # some ranks may not respond
             if store is not None:
                 store.set(f"written {self._rank}", "")
                 answering = [rank for rank, beat in self._beats.items() if beat.silent <= LIMIT]

@@ -29,7 +29,7 @@ class Entry:
     sha256: str = ""
     md5: str = ""
     md5_of_name: bool = False  # the md5 is inferred from the file name, not published as such
-    other: str = ""  # pre-trainings that cannot be downloaded: the name of an alternative
+    other: str = ""  # pre-trained weights that cannot be downloaded: the name of an alternative
     # file: direct download; page: download in a browser; dead: broken link; none: never published
     state: Literal["packaged", "file", "page", "dead", "none"] = "file"
 
@@ -52,7 +52,9 @@ class Entry:
         other = f"--set train.init={self.other}" if self.other else "vitdet weights list"
         other = f"start from other weights ({other})"
         if self.recipe:
-            other = f"train it from its pre-training (vitdet train {self.recipe} --output FOLDER)"
+            other = (
+                f"train it from pre-trained weights (vitdet train {self.recipe} --output FOLDER)"
+            )
         return f"convert your copy of the file ({command}), or {other}"
 
 

@@ -66,7 +66,7 @@ def convert_file(
         known = ", ".join(FORMATS)
         raise ValueError(f"unknown format of weights {layout!r}; expected one of {known}")
     if source.resolve() == destination.resolve():
-        raise ValueError(f"{destination}: is the source; choose another destination")
+        raise ValueError(f"{destination}: this is the source file; choose another destination")
     if reverse:
         return _write_theirs(source, destination, layout)
     _expect_suffix(destination, (".safetensors", ".pt"), "--format is the format of SRC")

@@ -44,7 +44,7 @@ def fetch_published(
 ) -> Path:
     """Fetch a file of the catalogue to a folder, by default the cache; a cached file is copied.
 
-    show: creates the progress display of a download. Raises as `fetch`.
+    show: creates the progress display of a download. Raises the errors of `fetch`.
     """
 
     def convert(source: Path, target: Path) -> None:
@@ -86,9 +86,9 @@ def fetch(
 ) -> Path:
     """Download, verify and convert the file of an entry, unless it exists in the folder.
 
-    local: a copy of the published file to use instead of a download. Raises as `download`;
-    ValueError for a file that is not the published one, cannot be converted, or cannot be
-    downloaded.
+    local: a copy of the published file to use instead of a download. Raises the errors of
+    `download`, and ValueError for a file that is not the published one, cannot be converted, or
+    cannot be downloaded.
     """
     target = folder / entry.file
     if target.is_file():

@@ -130,7 +130,7 @@ def fitted(
 ) -> tuple[Weights, list[str]]:
     """Return the weights that `load_pretrained` copies, and a line per change and unloaded layer.
 
-    The detector may be on the meta device. Raises as `load_pretrained`.
+    The detector may be on the meta device. Raises the errors of `load_pretrained`.
     """
     weights, own, notes = source.weights, detector.state_dict(), list(source.notes)
     attention = (part for part in detector.modules() if isinstance(part, Attention))

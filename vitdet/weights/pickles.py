@@ -1,8 +1,8 @@
 """Reading third-party files of weights without running code from them.
 
 A .pkl may reference only the functions that create numeric arrays; they are replaced by our own,
-which check shape, type and length. A .pth is read with torch.load(weights_only=True); objects
-beside the weights (options, configs, scores) become `Inert`.
+which check shape, type and length. A .pth is read with torch.load(weights_only=True); objects other
+than the weights (options, configs, scores) become `Inert`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
 
 
 class Inert:
-    """Replaces any object beside the weights."""
+    """Replaces any object other than the weights."""
 
     def __init__(self, *values: object) -> None:
         """Ignore the arguments."""
@@ -206,7 +206,7 @@ def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray
     if isinstance(raw, str):
         raw = raw.encode("latin1")  # Python 2
     if not isinstance(raw, bytes | bytearray) or not isinstance(kind, _Type):
-        raise ValueError("an array of other elements than numbers")
+        raise ValueError("an array of elements other than numbers")
     if order not in ("C", "F"):
         raise ValueError(f"an array of order {order!r}")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):

@@ -1,6 +1,6 @@
 """Resizing of position embeddings and patch kernels to another image or patch size.
 
-Letters: C channels, P patch, K tokens per axis.
+Notation: C channels, P patch, K tokens per axis.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 def resize_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize absolute positions (1, h, w, C) to (1, *grid, C), bicubic without antialiasing.
 
-    As Detectron2 in every forward pass and ViTAE-Transformer/ViTDet when loading a pre-training.
+    Detectron2 does so in every forward pass, ViTAE-Transformer/ViTDet when loading pre-trained
+    weights.
     """
     return _bicubic(pos_embed.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).contiguous()
 

@@ -48,7 +48,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     for part in layout.parts:
         names = [name for name in weights if name.startswith(part)]
         if names:
-            # classifier heads may be outside of the part; the caller reports their names
+            # classifier heads may be outside the part; the caller reports their names
             rest = {name: one for name, one in weights.items() if not name.startswith(part)}
             heads = {name: one for name, one in rest.items() if known(name, layout.heads)}
             others = len(rest) - len(heads)

@@ -14,7 +14,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     """Add the kinds of the verb `bench`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser(
-        "evaluate", help="time AP of synthetic results beside pycocotools (about 3 minutes)"
+        "evaluate", help="time AP of synthetic results, compared with pycocotools (about 3 minutes)"
     )
     _add_number(kind, "--images", 5000, "number of images")
     _add_number(kind, "--detections", 100, "detections per image")
@@ -22,8 +22,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
-        help="time reading and augmenting a training image, beside Detectron2's mapper if "
-        "installed",
+        help="time reading and augmenting a training image, and Detectron2's mapper if installed",
     )
     kind.add_argument("folder", type=given_path, help="folder of a data set in COCO's layout")
     kind.add_argument(
@@ -92,8 +91,7 @@ def run_bench_evaluate(given: argparse.Namespace) -> int:
 
     measured = measure(given.images, given.detections, given.rounds)
     print(
-        f"{measured['images']} images x {measured['detections_per_image']} detections, "
-        "seconds of one processor"
+        f"{measured['images']} images x {measured['detections_per_image']} detections, CPU seconds"
     )
     for name, seconds in measured["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
@@ -109,10 +107,7 @@ def run_bench_data(given: argparse.Namespace) -> int:
     from vitdet.cli.bench.data import measure
 
     measured = measure(given.folder, given.split or ("train2017", "val2017"), given.rounds)
-    print(
-        f"{measured['images']} images, {measured['objects']} objects: "
-        "milliseconds of one processor an image"
-    )
+    print(f"{measured['images']} images, {measured['objects']} objects: CPU milliseconds per image")
     for name, times in measured["cpu_ms"].items():
         ratio = measured["ratio"].get(name)
         share = f"  vitdet takes {ratio:.2f} of it" if ratio else ""

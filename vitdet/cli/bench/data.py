@@ -28,8 +28,9 @@ SIDE = 1024
 def measure(
     folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5
 ) -> dict:
-    """Return CPU milliseconds per image, mean and least of the rounds over all images with objects
-    of these splits of a folder in COCO's layout, and the ratios of vitdet's mean to the others'.
+    """Return CPU milliseconds per image, mean and minimum of the rounds over all images with
+    objects of these splits of a folder in COCO's layout, and the ratios of vitdet's mean to the
+    others'.
 
     Raises the errors of `read_split`, and ValueError for rounds below 1.
     """

@@ -19,7 +19,7 @@ from vitdet.models import Detector
 from vitdet.models.rpn import Anchored, Proposals
 from vitdet.types import Batch, Polygons, Target
 
-OBJECTS = 8.0  # mean number of an image
+OBJECTS = 8.0  # mean number per image
 SIDES = (0.04, 0.5)  # of an object, as a share of the image's
 ORIGINAL = 0.54  # side of an image's file, as a share: 553 pixels for 1024, as many as 640 x 480
 CELL = 32  # pixels of the background's noise
@@ -47,7 +47,7 @@ def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Ten
 
 
 def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> None:
-    """Make the RPN replace its last proposals by boxes on the objects of `batch`."""
+    """Make the RPN replace its last proposals with boxes on the objects of `batch`."""
     propose, most = detector.rpn.propose, detector.rpn.top_train[1]
     side, count = batch.images.shape[-1], max(1, int(SHARE * most))
     laid = torch.stack([boxes_on_objects(one.boxes, count, side) for one in batch.targets])

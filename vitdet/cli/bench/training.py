@@ -86,7 +86,7 @@ def measure_training(
 
 
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
-    """Return the row of one batch size and precision: as `measurement.call_row`, and
+    """Return the row of one batch size and precision: that of `measurement.call_row`, and
     reserved_gib, warm_up_s.
     """
     detector = new_detector(config, device).train()

@@ -54,7 +54,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from vitdet.files import atomic_write
 
     if len(args.results) < 2:
-        raise ValueError("name at least two results to compare")
+        raise ValueError("give at least two results to compare")
     reader = Reader(args.tracking_uri, args.annotations, args.dataset or "coco")
     compared = [reader.read(name) for name in args.results]
     check_comparable(compared)

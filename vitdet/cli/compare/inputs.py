@@ -143,7 +143,7 @@ def _fetch(
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
         path = download_file(client, uri, folder, run.run_id, f"{MATCHES_FOLDER}/{file}", target)
-        downloaded = path.parent if path else downloaded  # depends on the kind of store
+        downloaded = path.parent if path else downloaded  # which one depends on the kind of store
     return run, downloaded
 
 

@@ -15,7 +15,7 @@ from vitdet.tracking.table import markdown_table, mean_deviation
 
 CHANGES = 10  # classes shown of each result
 AP_HEADS = [metric.replace("ap", "AP") for metric in METRICS]
-# column -> metric of the training's run
+# column -> metric of the training run
 RESOURCES = {
     "training images/s": "images_per_second",
     "evaluation s/image": "seconds_per_image",
@@ -37,8 +37,8 @@ def comparison_text(
         "# Comparison\n",
         "".join(f"- {sentence}\n" for sentence in _conclusions(names, resampled)),
         f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: "
-        f"95 % bootstrap confidence intervals, {resamples} resamples of the images, paired. A "
-        "difference is significant at the 5 % level if its interval excludes 0; p: two-sided. "
+        f"95% bootstrap confidence intervals, {resamples} resamples of the images, paired. A "
+        "difference is significant at the 5% level if its interval excludes 0; p: two-sided. "
         f"Tested are differences over {MIN_IMAGES} or more images with objects. Training noise is "
         "not included: compare several seeds.\n",
         "## AP\n",
@@ -74,7 +74,7 @@ def _conclusions(
             if found is None:
                 continue
             ap, value = f"{NAMES[kind]} AP", found.value
-            limits = f"95 % interval {_range(found, '{:+.2f}')}"
+            limits = f"95% interval {_range(found, '{:+.2f}')}"
             if found.is_significant is None:
                 yield (
                     f"{name} and {first} differ by {value:+.2f} {ap}; not tested for "
@@ -119,7 +119,7 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
         f"The {len(rows)} largest changes of {len(found)} classes; {len(flags)} classes have "
         f"objects in {MIN_IMAGES} or more images and are tested. Significant: {sum(flags)}. Not "
         "corrected for multiple comparisons: about 1 in 20 of the classes that did not change is "
-        "significant at the 5 % level by chance.\n"
+        "significant at the 5% level by chance.\n"
     )
     heads = ["class", "images", "first", "AP", "AP - first", "p", "significant"]
     title = f"## Classes: {name}, {NAMES[kind]} AP\n"

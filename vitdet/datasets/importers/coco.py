@@ -1,12 +1,12 @@
 """Reader of COCO's annotations in the layouts of annotation tools.
 
 Format: https://cocodataset.org/#format-data. Roboflow: train|valid|test/_annotations.coco.json
-beside the images (https://roboflow.com/formats/coco-json); its category 0 is the root of the
+next to the images (https://roboflow.com/formats/coco-json); its category 0 is the root of the
 others, not a class. CVAT: annotations/instances_default.json and images/, or images/SPLIT/
 (https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
 images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
 (https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
-and SPLIT/. Or any JSON file of this format, with the images beside it or in a folder of these
+and SPLIT/. Or any JSON file of this format, with the images next to it or in a folder of these
 names.
 """
 
@@ -114,8 +114,8 @@ def read_coco_folder(found: ImportedDataset) -> None:
         split = split_of(name)
         if split in there:
             raise ValueError(
-                f"{source}: {there[split][1]} and {path} are both of the split {split}; give one "
-                "of them as SRC"
+                f"{source}: {there[split][1]} and {path} both belong to the split {split}; give "
+                "one of them as SRC"
             )
         there[split] = name, path
     if not there:

@@ -1,10 +1,10 @@
-"""Reader of CVAT's XML for images: annotations.xml, and the images in images/ or beside it.
+"""Reader of CVAT's XML for images: annotations.xml, and the images in images/ or next to it.
 
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
 <box label xtl ytl xbr ybr>, rotated by `rotation` degrees about its center if present; <polygon
 label points="x,y;x,y;..."> and <mask label rle left top width height>, run lengths of the rows of
 that rectangle. Coordinates are pixels from 0. `subset` is the split, and may be a folder in images/
-or beside the file. Other elements (polyline, points, ellipse, cuboid, skeleton, tag) are counted
+or next to the file. Other elements (polyline, points, ellipse, cuboid, skeleton, tag) are counted
 and ignored. The format for videos has <track> instead of <image>.
 """
 

@@ -212,7 +212,7 @@ class ImportedDataset:
         return size
 
     def count_left_out(self, files: Iterable[Path], is_labeled: Callable[[Path], bool]) -> None:
-        """Count the files of image folders that are no readable images, by suffix."""
+        """Count the files of image folders that are not readable images, by suffix."""
         by_suffix: dict[str, list[Path]] = defaultdict(list)
         for path in files:
             by_suffix[path.suffix.lower()].append(path)
@@ -252,7 +252,7 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
     """Return the first folder that contains this image file, and the file; else raise Unusable."""
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
-        raise Unusable("image name outside of its folder", f"{where}: {show(name)}")
+        raise Unusable("image name outside its folder", f"{where}: {show(name)}")
     for folder in folders:
         path = folder / existing_name(folder, name)
         if name and os.path.isfile(path):
@@ -288,7 +288,7 @@ def object_from_outline(
 def object_from_mask(
     label: int, pixels: np.ndarray, box: Box | None = None, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with a mask (H, W) bool; box: default: of the mask. None if empty."""
+    """Return an object with a mask (H, W) bool; box: that of the mask if omitted. None if empty."""
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
     if not len(rows):
         return None
@@ -310,8 +310,8 @@ def pixels_of(where: object, words: Iterable[object], size: Size) -> list[float]
         raise Unusable("invalid coordinates", f"{where}: expected numbers, got {show(words)}")
     if values and reaches_far(values, size):
         raise Unusable(
-            "coordinates far outside of their image",
-            f"{where}: {show(words)} is far outside of the image of {size[1]} x {size[0]} pixels",
+            "coordinates far outside their image",
+            f"{where}: {show(words)} is far outside the image of {size[1]} x {size[0]} pixels",
         )
     return values
 

@@ -110,7 +110,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image of a file: at imagePath if below the source, else of its name beside it."""
+    """Return the image of a file: at imagePath if below the source, else of its name next to it."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):

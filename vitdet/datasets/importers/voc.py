@@ -6,11 +6,11 @@ ImageSets/Main/SPLIT.txt with one ID per line; the pixel at the top left is (1, 
 includes its last row and column, so xmin..xmax are the x from xmin - 1 to xmax; `difficult` objects
 are ignored in evaluation, like COCO's crowds; in SegmentationObject/ID.png, if present, the pixels
 of object n of the XML file have the value n, background 0, and 255 is the border between objects,
-which is ignored. Files per class (aeroplane_train.txt) have a second column and are no splits.
+which is ignored. Files per class (aeroplane_train.txt) have a second column and are not splits.
 
 Annotation tools differ: CVAT quotes IDs with a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
-ImageSets/Segmentation; without ImageSets, XML files are beside the images in train/, valid/ and
+ImageSets/Segmentation; without ImageSets, XML files are next to the images in train/, valid/ and
 test/ (https://roboflow.com/formats/pascal-voc-xml) or in one folder; <polygon> is an outline of x1,
 y1, x2, y2, ... or of points <pt> in pixels from 0, whose box is used.
 """
@@ -159,7 +159,7 @@ class _Folders:
             if not paths:
                 raise FileNotFoundError(f"{self.annotations}: no XML file")
             firsts = {path: self.stem(path).parts[0].lower() for path in paths}
-            # otherwise these are names of files, or folders that are no splits
+            # otherwise these are names of files, or folders that are not splits
             divided = {*firsts.values()} <= SPLIT_NAMES.keys()
             for path, first in firsts.items():
                 splits[split_of(first) if divided else "train"][path] = ""
@@ -171,7 +171,7 @@ class _Folders:
             if ids := self.ids(path):
                 splits[name if counts[name] == 1 else path.stem] = ids
         if not splits and not self.found.problems.counts:
-            raise FileNotFoundError(f"{self.lists}: no train.txt or val.txt with an ID a line")
+            raise FileNotFoundError(f"{self.lists}: no train.txt or val.txt with one ID per line")
         if "train" in splits and "val" in splits:
             left = splits.pop("trainval", {}).keys() - splits["train"].keys() - splits["val"].keys()
             note = "IDs of trainval.txt skipped, in neither train.txt nor val.txt"
@@ -232,7 +232,7 @@ class _Folders:
             return None
         if image_size(file, self.found.reading) != size:
             sides = f"{size[1]} x {size[0]} (width x height)"
-            raise ValueError(f"{file}: not of its image's size, {sides}")
+            raise ValueError(f"{file}: not the size of its image, {sides}")
         try:
             with Image.open(file) as image:
                 if image.mode not in ("P", "L"):
@@ -243,7 +243,7 @@ class _Folders:
             raise ValueError(f"{file}: {error}") from error
         largest = int(numbers.max(where=numbers != RIM, initial=0))
         if largest > objects:
-            raise ValueError(f"{file}: has an object {largest}, but {path} names {objects}")
+            raise ValueError(f"{file}: has an object {largest}, but {path} lists {objects}")
         return numbers
 
 
@@ -312,8 +312,8 @@ def _corners(path: Path, element: Element, size: Size) -> Box:
         expected = f"{where} expected xmin <= xmax and ymin <= ymax, got {got}"
         raise Unusable("box with exchanged corners", expected)
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
-        text = f"{where} {got} is outside of the image of {width} x {height} pixels"
-        raise Unusable("box outside of its image", text)
+        text = f"{where} {got} is outside the image of {width} x {height} pixels"
+        raise Unusable("box outside its image", text)
     return x0 - 1, y0 - 1, x1, y1
 
 

@@ -13,7 +13,7 @@ from vitdet.datasets.importers.dataset import BROKEN, Unusable
 def read_xml(path: Path, largest: int) -> Element:
     """Return the root of a file of at most `largest` bytes. Raises Unusable.
 
-    A DOCTYPE is rejected: it could define entities that expand to huge texts.
+    A DOCTYPE is rejected: it could define entities that expand to huge strings.
     """
 
     def refuse(*_: object) -> None:

@@ -5,7 +5,7 @@ ultralytics/data/utils.py: `names` is a list or a map 0: name, or only `nc`; `tr
 `validation`) and `test` name a folder, a text file of paths, or a list of these, below `path`, and
 a "../" that does not exist is removed; the labels of .../images/x.jpg are in .../labels/x.txt; an
 empty or missing file means no objects; duplicate rows are removed; coordinates are relative to the
-upright image, at most 1 % outside. CVAT's exports have the paths of images in train.txt, with or
+upright image, at most 1% outside. CVAT's exports have the paths of images in train.txt, with or
 without the prefix "data/", and no `val`: https://docs.cvat.ai/docs/dataset_management/formats/
 
 A row of 5 numbers is class, center x and y, width, height; one of 7, 9, ... class and outline.
@@ -36,7 +36,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 HEAD = "entry of data.yaml that cannot be used"
-TOLERANCE = 0.01  # tolerance of coordinates outside of the image, as a fraction
+TOLERANCE = 0.01  # tolerance of coordinates outside the image, as a fraction
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
@@ -117,9 +117,7 @@ class _Head:
             expected = "expected keys with values: names, train, val"
             raise ValueError(f"{path}: {expected}; got {show(values)}")
         if values.get("kpt_shape"):
-            raise ValueError(
-                f"{path}: these are key points (kpt_shape); expected boxes or outlines"
-            )
+            raise ValueError(f"{path}: these are keypoints (kpt_shape); expected boxes or outlines")
         self.values: dict = values
         base = Path(os.path.abspath(path.parent))
         stated = values.get("path")
@@ -177,7 +175,7 @@ class _Head:
         place = self.place(entry)
         if place is None:
             looked = f"looked below {', '.join(map(str, self.roots))}"
-            raise FileNotFoundError(f"{self.path}: {key}: {entry} is not there, {looked}")
+            raise FileNotFoundError(f"{self.path}: {key}: {entry} was not found, {looked}")
         if place.is_dir():
             self.places.add(place)
             yield from self.found.images_below(place)[0]
@@ -274,7 +272,7 @@ def _row(where: str, line: str, classes: int) -> tuple[float, ...]:
     for word, value in zip(words[1:], row[1:], strict=True):
         if not -TOLERANCE <= value <= 1 + TOLERANCE:  # NaN, too
             text = f"{where}: coordinate {word}: expected a fraction of the image, from 0 to 1"
-            raise Unusable("coordinate outside of its image", text)
+            raise Unusable("coordinate outside its image", text)
     return row
 
 

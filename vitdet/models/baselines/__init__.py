@@ -1,1 +1,1 @@
-"""Hierarchical detectors to which the ViTAE papers compare: Swin or ViTAEv2 with an FPN."""
+"""Hierarchical detectors with which the ViTAE papers compare: Swin or ViTAEv2 with an FPN."""

@@ -2,7 +2,7 @@
 
 Lin et al. (1612.03144); layers and initialization as in mmdet's FPN: no norm, no activation,
 nearest upsampling; the fifth level is the fourth, subsampled by 2.
-Letters: B images, C channels of a backbone's map, D channels of the pyramid.
+Notation: B images, C channels of a backbone's map, D channels of the pyramid.
 """
 
 from __future__ import annotations

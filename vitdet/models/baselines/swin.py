@@ -4,7 +4,7 @@ Liu et al. (2103.14030); numbers as in mmdet. The layers are timm's, except the 
 map before padding it to multiples of the window, while the published detectors were trained with
 padding first. Both agree only if the map is a multiple of the window, which is not the case in
 detection (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
-Letters: B images, C channels, H x W tokens, K windows of N tokens.
+Notation: B images, C channels, H x W tokens, K windows of N tokens.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Window attention; zero padding on the right and bottom takes part in it."""
+        """Window attention; zero padding on the right and bottom is included."""
         height, width = x.shape[1:3]
         size, shift, mask = self.window, self.shift, None
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))

@@ -3,7 +3,8 @@
 Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTAE-Transformer
 (Object-Detection). The first two stages have window attention without shift and without relative
 positions, the last two global attention; in each cell convolutions run parallel to the attention.
-Letters: B images, C channels, H x W tokens, N = H W, E output channels of a cell, h heads, s stage.
+Notation: B images, C channels, H x W tokens, N = H W, E output channels of a cell, h heads, s
+stage.
 """
 
 from __future__ import annotations

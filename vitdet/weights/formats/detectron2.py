@@ -12,7 +12,7 @@ from vitdet.weights.formats.table import Change, Format, Row, Weights, rows
 
 _ODDS = "roi_heads.box_predictor.{}fed_loss_cls_weights"
 _CASCADE = "roi_heads.stages.1."
-_FROM_ONE = [(n, n - 1) for n in range(1, 5)]  # numbers of four convolutions there and here
+_FROM_ONE = [(n, n - 1) for n in range(1, 5)]  # numbers of convolutions: Detectron2, vitdet
 
 
 def drop_class_token(pos_embed: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def _repeat_odds(weights: Weights) -> Weights:
 def _convs(
     theirs: str, ours: str, numbers: Iterable[tuple[int, int]], given: str = ""
 ) -> list[Row]:
-    """Return the rows of convolutions with norms, by their number there and here."""
+    """Return the rows of convolutions with norms, by their number in Detectron2 and in vitdet."""
     return [
         Row(f"{theirs}{there}.{left}", f"{ours}{here}.{right}", given)
         for there, here in numbers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from vitdet.weights.formats.detectron2 import add_class_token, drop_class_token
 from vitdet.weights.formats.table import Change, Format, rows
 
-# Classifier heads of fine-tuned backbones, also timm's and DINO's
+# Classifier heads of fine-tuned backbones, including those of timm and DINO
 HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
 PARTS = ("teacher.", "encoder.", "backbone.")
 WRAPPERS = ("state_dict_ema", "state_dict", "model")  # of timm's trainer

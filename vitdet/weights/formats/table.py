@@ -62,7 +62,7 @@ class Format(NamedTuple):
 
 
 def rows(text: str, theirs: str = "", ours: str = "", given: str = "") -> tuple[Row, ...]:
-    """Return the rows of a text of two columns, their names and ours, with these prefixes."""
+    """Return the rows of two columns of text, their names and ours, with these prefixes."""
     pairs = (line.split() for line in text.strip().splitlines())
     return tuple(Row(theirs + left, ours + right, given) for left, right in pairs)
 
