@@ -126,7 +126,7 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
     """Return the token or cookie that the user specified, if any; "-" is standard input."""
     source = f"--{kind}-file" if file else variable
     value = read_secret(file, source) if file else os.environ.get(variable)
-    if file and file != "-" and Path(file).is_file():  # not a pipe, which can be read once
+    if file and file != "-" and Path(file).is_file():  # not a pipe, which can be read only once
         return renewed_secret(kind, file, source)
     if file or value:
         return Secret(source, lambda: validate_secret(kind, value or "", source))

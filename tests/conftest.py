@@ -166,7 +166,8 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def trainings_draw_one_picture() -> Iterator[None]:
-    """Not the default of 8 per evaluation, which take a third of a small training's time (in this process only)."""
+    """Not the default of 8 per evaluation, which take a third of the time of a small training run (only in this
+    process)."""
     from vitdet.training import trainer
 
     one = functools.partial(trainer.write_pictures, count=1)

@@ -22,7 +22,7 @@ SIMULTANEOUS = 5.0
 # Longer than it takes until the other ranks fail (the limit of a collective operation that waits)
 # and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
-EVICTION = 360.0  # until the pods of a lost node are evicted: 40 s, 5 minutes, and some more
+EVICTION = 360.0  # until the pods of a lost node are evicted: 40 s, 5 minutes, and a margin
 OUT_OF_MEMORY = "OOMKilled"
 # Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
 OWN_LIMITS = re.compile(

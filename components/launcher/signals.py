@@ -15,7 +15,7 @@ def on_stop(stopped: Callable[[], None]) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    # signal handlers can be set in the main thread only
+    # signal handlers can only be set in the main thread
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop) if main else None
     try:

@@ -7,7 +7,7 @@ Failed and status.reason (Evicted, NodeLost, Terminated) without such a containe
 condition DisruptionTarget; a pod without a node has the condition PodScheduled False with reason
 Unschedulable.
 
-Two problems are reported by events only (core/v1 Event). A pod whose creation the API server
+Two problems are reported only by events (core/v1 Event). A pod whose creation the API server
 rejects (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator
 1.9 creates the event FailedCreatePod of the job and returns before it writes the job's status
 (pkg/controller.v1/control/pod_control.go); Kubernetes' Job, which Trainer's JobSet creates, has the

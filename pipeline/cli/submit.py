@@ -203,7 +203,8 @@ def check_pool(name: str | None) -> None:
     """Raise ValueError for a name that is not a valid label value: no pod could select it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
-            f"--pool {name!r}: expected a label value: letters, digits, - _ . inside, at most 63"
+            f"--pool {name!r}: expected a label value: at most 63 letters and digits, with - _ . "
+            "between them"
         )
 
 

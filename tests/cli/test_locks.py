@@ -88,7 +88,10 @@ def test_without_locks_the_missing_protection_is_logged_once(
     states = Checkpoints(tmp_path / "states", 1)
     with states.locked(), locked(tmp_path / "a"), locked(tmp_path / "b", waiting="waiting"):
         if kind == "nfs4":  # locks what is open for writing
-            with pytest.raises(ValueError, match="another training is writing"), states.locked():
+            with (
+                pytest.raises(ValueError, match="another training run is writing"),
+                states.locked(),
+            ):
                 pass
         else:
             with states.locked():

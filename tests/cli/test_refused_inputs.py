@@ -94,7 +94,7 @@ def test_an_empty_path_is_not_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "a path on the command line is empty, got ''" in run(capsys, *command.split(), "")
+    assert "empty path on the command line: ''" in run(capsys, *command.split(), "")
     assert not os.listdir()
 
 

@@ -39,7 +39,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 class Clock:
-    """In the place of the module `time`: sleeping takes no time, time passes only by sleeping."""
+    """In place of the module `time`: sleeping takes no time, time passes only by sleeping."""
 
     def __init__(self) -> None:
         self.now = 1000.0

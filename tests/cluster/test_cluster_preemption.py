@@ -1,6 +1,6 @@
 """A TrainJob whose pods are evicted, fail or run out of memory, under the failure policy of manifests/trainjob.
 
-The test writes the pods' statuses, in the place of a kubelet. Conditions of evicted pods are not known to the API server
+The test writes the pods' statuses, in place of a kubelet. Conditions of evicted pods are not known to the API server
 here: kubernetes (1.26 and later) sets DisruptionTarget in pkg/kubelet/eviction/eviction_manager.go and
 pkg/kubelet/nodeshutdown (TerminationByKubelet), pkg/registry/core/pod/rest/eviction.go (EvictionByEvictionAPI),
 pkg/controller/tainteviction (DeletionByTaintManager), pkg/controller/podgc (DeletionByPodGC) and in the scheduler

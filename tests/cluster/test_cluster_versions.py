@@ -1,7 +1,7 @@
 """What other versions and policies of a cluster do to a new job, on a real API server.
 
 An older Kubeflow Trainer is a definition without the fields that it lacks, under a group of its own, so that the tests
-beside these keep theirs: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides in the place of runtimePatches,
+beside these keep theirs: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides in place of runtimePatches,
 and no activeDeadlineSeconds.
 """
 

@@ -34,7 +34,7 @@ SHORT = Timeouts(
 
 
 class Record:
-    """In the place of JobClient: each poll gets the next (job, pods); the last one stays."""
+    """In place of JobClient: each poll gets the next (job, pods); the last one stays."""
 
     def __init__(self, *looks: tuple[dict | None, list[dict]], there: dict | None = None) -> None:
         self.looks, self.there, self.asked = list(looks), there, []
@@ -152,7 +152,7 @@ def test_a_vanishing_job_of_an_earlier_try_is_made_anew() -> None:
 
 def test_a_job_of_another_run_is_left_alone() -> None:
     record = Record((DONE, []), there={"metadata": {"labels": {"vitdet/run": "other"}}, **RUNNING})
-    assert "is not of this run" in follow(record)[1] and record.asked == ["create"]
+    assert "does not belong to this run" in follow(record)[1] and record.asked == ["create"]
 
 
 def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:

@@ -45,6 +45,6 @@ def test_a_full_disk_does_not_hide_the_result_of_the_job(
     (name,) = stages.resolve_configs(["tiny"], minimal(tiny), str(tmp_path), settings)
     output = training_folder(str(tmp_path), name, RUN)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("a file in the place of the folder")
+    output.write_text("a file in place of the folder")
     stages.keep_logs(settings, name, str(tmp_path), RUN, FILES)
     assert "the logs of the job are not kept: " in caplog.text

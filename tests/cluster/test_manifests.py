@@ -41,7 +41,7 @@ def overlay(name: str, part: str = ".") -> list[dict]:
 
 
 def installed(name: str, root: Path | None = None) -> list[dict]:
-    """All objects of an overlay that are no training jobs."""
+    """All objects of an overlay that are not training jobs."""
     render = overlay if root is None else lambda _, part: kustomize(root / "overlays" / name / part)
     return [document for part in parts(name) for document in render(name, part)]
 

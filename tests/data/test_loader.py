@@ -21,7 +21,7 @@ from vitdet.types import Batch
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    """Twelve noise images a split; every third holds no object, object k of an image is a triangle."""
+    """Twelve noise images per split; every third holds no object, object k of an image is a triangle."""
     rng = np.random.default_rng(0)
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):

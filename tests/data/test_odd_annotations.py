@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def kinds(data: DataConfig, content: bytes | dict) -> tuple[set[str], set[str]]:
-    """Errors and warnings of the file, beside the warnings of a sound one; all readers agree with them."""
+    """Errors and warnings of the file, in addition to the warnings of a sound one; all readers agree with them."""
     plain = {
         "crowd region (ignored in training)",
         "image without objects",

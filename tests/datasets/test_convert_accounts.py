@@ -316,14 +316,14 @@ def test_all_entries_of_data_yaml_are_reported(vitdet: Run, yolo: Path) -> None:
     assert code == 1 and "3 problems, nothing was written" in errors
     for text in (
         "names: expected a list of class names, or a map 0: name, 1: name, ...; got '3'",
-        "train: images/none is not there",
+        "train: images/none was not found",
         "val: expected a folder, a text file or a list of these",
     ):
         assert text in errors
 
 
 def test_a_list_may_name_files_of_other_formats(vitdet: Run, yolo: Path) -> None:
-    """As a folder may hold them; a text in a list of images is a mistake."""
+    """As a folder may hold them; a text file in a list of images is an error."""
     train = yolo / "images/train"
     (train / "z.heic").write_bytes(b"\0\0\0\x18ftypheic")
     names = [path.name for path in sorted(train.iterdir())]

@@ -162,7 +162,7 @@ ROWS, HEAD = "labels/train/a.txt", "data.yaml"
         (HEAD, "test: images/train\nnames: [a, b]", "expected the keys train and val"),
         (HEAD, "train: images\nnames: {1: a}", "names: expected a list of class names"),
         (HEAD, "train: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
-        (HEAD, "train: images\nnames: [a]\nkpt_shape: [17, 3]", "these are key points"),
+        (HEAD, "train: images\nnames: [a]\nkpt_shape: [17, 3]", "these are keypoints"),
         (HEAD, "train: [", "data.yaml: not YAML"),
         (HEAD, "train: {a: b}\nnames: [a]", "train: expected a folder, a text file or a list of"),
     ],

@@ -101,9 +101,9 @@ EVIL = {
     "accent": (zipped({"\u00e9.jpg": b"1", "e\u0301.jpg": b"2"}), SAME),
     "bomb": (
         zipped({"bomb": bytes(10_001)}),
-        "unpacks to 10,001 bytes, at most 10,000 are expected",
+        "unpacks to 10,001 bytes, expected at most 10,000",
     ),
-    "many": (zipped({f"{n}": b"" for n in range(11)}), "11 files, of which at most 10 are"),
+    "many": (zipped({f"{n}": b"" for n in range(11)}), "11 files, expected at most 10:"),
 }
 
 

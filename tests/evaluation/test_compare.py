@@ -84,7 +84,7 @@ def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["first.json"], "name at least two results"),
+        (["first.json"], "give at least two results"),
         (["first.json", "worse.json"], "needs --annotations FILE"),
         (["first.json", "none.json", *TRUTH], "none.json: no such"),
         (["none.pt", "first.json"], "none.pt: no such checkpoint"),

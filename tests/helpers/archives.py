@@ -60,7 +60,7 @@ def renamed(archive: bytes, name: str, other: bytes) -> bytes:
 
 
 def miniature(archive: Archive) -> tuple[Archive, bytes]:
-    """An archive of 12 pictures or a few lines of JSON in the place of a published one."""
+    """An archive of 12 pictures or a few lines of JSON in place of a published one."""
     rng = random.Random(archive.name)
     if archive.prefix == "annotations/":
         names = [

@@ -245,7 +245,7 @@ class FakeNode:
         }
 
     def resolve(self, pod: dict, environment: dict[str, str]) -> None:
-        """In the place of DNS: the services' names become this machine, a port of its own for each job.
+        """In place of DNS: the services' names become this machine, a port of its own for each job.
 
         All pods have that one address, so torchrun cannot see by it whether the others look for it or for another pod
         (is_host), nor order the nodes as it does by their names (local address).

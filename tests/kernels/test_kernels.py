@@ -243,6 +243,6 @@ def test_where_memory_is_short_no_graph_keeps_some_of_it(second_gpu):
     assert not graphs.has(OnSecondGpu(1)) and graphs.pool is None
     for size in range(LIMIT):
         graphs.record(lambda _: None, OnSecondGpu(size))
-    with pytest.raises(NoRoom, match=f"{LIMIT} graphs are recorded already"):
+    with pytest.raises(NoRoom, match=f"{LIMIT} graphs are already recorded"):
         graphs.record(lambda _: None, OnSecondGpu(LIMIT))
     assert graphs.has(OnSecondGpu(0))

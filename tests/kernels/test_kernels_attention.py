@@ -32,7 +32,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 
 def cuda(test):
-    """A test that runs on an NVIDIA GPU from Ampere on only."""
+    """A test that runs only on an NVIDIA GPU, Ampere or later."""
     absent = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0)
     return pytest.mark.cuda(pytest.mark.skipif(absent, reason="needs an NVIDIA GPU")(test))
 

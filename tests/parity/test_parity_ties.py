@@ -68,7 +68,7 @@ def test_noise_within_the_tolerance_and_any_order_within_the_groups_hold(seed):
     "order", [[1, 0, 2, 3, 4], [0, 1, 2, 4, 3], [4, 1, 2, 3, 0], [0, 1, 1, 2, 4]]
 )
 def test_another_order_outside_of_ties_and_a_duplicate_are_found(order):
-    """The last case repeats an entry in a tie, in the place of one that is missing."""
+    """The last case repeats an entry in a tie, in place of one that is missing."""
     theirs = entries()
     assert failures(rows(theirs, order), theirs)[0] > 0
 

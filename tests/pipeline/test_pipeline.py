@@ -138,7 +138,7 @@ def test_the_steps_run_in_the_image_of_the_job(
 ) -> None:
     assert job_image(training_jobs(JOBS)) == "registry.example.com/vitdet:1"
     with pytest.raises(
-        ValueError, match="name one image, they name a, registry.example.com/vitdet:1"
+        ValueError, match="use one image, they use a, registry.example.com/vitdet:1"
     ):
         job_image(training_jobs(JOBS.replace("numNodes: 2", "image: a, numNodes: 2")))
     outer = {**os.environ, "VITDET_IMAGE": "other:2"}

@@ -379,5 +379,5 @@ def test_a_pool_that_no_label_can_name_is_refused() -> None:
     for good in (None, "", "h200", "a100.spot_1"):
         check_pool(good)
     for bad in ("h200 ", "-x", "a/b", "x" * 64):
-        with pytest.raises(ValueError, match="--pool .*expected a label's value"):
+        with pytest.raises(ValueError, match="--pool .*expected a label value"):
             check_pool(bad)

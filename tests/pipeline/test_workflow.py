@@ -72,7 +72,7 @@ def test_the_attempt_is_the_number_in_argos_name_of_the_node(node: str, index: i
 
 
 class Cluster:
-    """In the place of JobClient: answers, or errors, to the two questions of a step."""
+    """In place of JobClient: answers, or errors, to the two questions of a step."""
 
     def __init__(self, pod: object, workflow: object) -> None:
         self.answers = {"pod": pod, "workflow": workflow}

@@ -60,7 +60,7 @@ def test_after_a_failure_the_table_has_what_finished_and_why_the_rest_did_not(
     assert "best" not in parent.data.tags  # the exit handler of a server that reports RUNNING
     assert client.list_artifacts(parent.info.run_id)[0].path == "comparison.md"
 
-    # all of them at last, and addresses of MLflow's pages
+    # all of them at last, and addresses in MLflow's UI
     with recorded(space, names[3], RUN, "train"):
         pass
     write_verdict(space, names[3], RUN, verdict(names[3], 31.0))

@@ -122,7 +122,7 @@ def test_with_confidence_a_gain_by_chance_does_not_pass() -> None:
     assert not decide(replace(gate, min_gain=20.0), better, before).passed
     other = evaluation({"disc": hits(30, 50)})
     found = decide(gate, better, other)
-    assert not found.passed and "cannot be compared: the results are of different" in found.reason
+    assert not found.passed and "cannot be compared: the results are from different" in found.reason
 
 
 def test_confidence_ignores_resamples_without_objects_and_needs_ten_images() -> None:

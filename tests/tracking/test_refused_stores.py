@@ -78,7 +78,7 @@ def test_a_store_that_mlflow_does_not_support(tmp_path: Path, uri: str) -> None:
     said = refused(lambda: start(folder, uri, output="a"))
     assert said.startswith(f"{uri}: ") and "set tracking.uri or MLFLOW_TRACKING_URI" in said
     assert said == refused(lambda: tracking.connect(uri, folder))
-    assert "no answer" not in said and not files(tmp_path)
+    assert "no response" not in said and not files(tmp_path)
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ print(json.dumps({"file": vitdet.predictor.__file__, "rows": found.to_dict("reco
 
 
 def fresh_environment(model: Path, folder: Path) -> Path:
-    """The Python of an environment in which the wheel of a model is installed, beside the packages of this one."""
+    """The Python of an environment in which the wheel of a model is installed, in addition to the packages of this one."""
     (wheel,) = [
         line
         for line in (model / "requirements.txt").read_text().splitlines()

@@ -146,7 +146,7 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
 def test_lost_answers_double_nothing(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server does what it is asked, and every second answer is lost on the way back."""
+    """The server does what it is asked, and every second response is lost on the way back."""
     from mlflow import MlflowException
 
     class Lossy:

@@ -111,7 +111,7 @@ def test_a_step_that_ran_out_of_memory_has_that_of_the_graphs(
 def test_more_sizes_than_graphs_are_kept_wait_for_the_next_evaluation(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Recorded, "error", NoRoom("6 graphs are recorded already"))
+    monkeypatch.setattr(Recorded, "error", NoRoom("6 graphs are already recorded"))
     for _ in range(3):
         assert not steps(32) and not steps(32)
         steps.graphed.release()

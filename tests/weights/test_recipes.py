@@ -86,7 +86,7 @@ def test_every_parameter_learns_and_decays_as_published(recipe: str) -> None:
 
 
 def published_groups(recipe: str) -> dict[str, tuple[float, float]]:
-    """Our name -> factor and decay. Of ViTAE-S with the 17 layers of the logged run, not the 12 of the config."""
+    """Our name -> factor and decay. Of ViTAE-S with the 17 layers of the published log, not the 12 of the config."""
     more_layers = 17 - 12 if recipe == "mask_rcnn_vitae_s_coco" else 0
     optim = load_config(recipe).optim
     found = {}

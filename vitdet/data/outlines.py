@@ -68,7 +68,7 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     midpoint = np.concatenate(midpoints)
     crack_at = np.full((bitmap.shape[0] + 1) * pitch * 4, -1)
     crack_at[start * 4 + direction] = np.arange(len(start))
-    # prefer right turns, to separate pixels that touch at a corner only
+    # prefer right turns, to separate pixels that touch only at a corner
     follower = crack_at[end * 4 + (direction + 1) % 4]
     for turn in (0, 3):
         follower = np.where(follower < 0, crack_at[end * 4 + (direction + turn) % 4], follower)

@@ -115,7 +115,7 @@ def _checked(
     if count > limits.files:
         raise _Refused(f"{count:,} files, expected at most {limits.files:,}: rejected")
     if size > limits.size:
-        raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: rejected")
+        raise _Refused(f"unpacks to {size:,} bytes, expected at most {limits.size:,}: rejected")
     first: dict[str, str] = {}
     for _, name in chosen:  # as compared by a case-insensitive disk
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)

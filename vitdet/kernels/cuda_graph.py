@@ -86,7 +86,7 @@ class CudaGraph(Generic[Output]):
             OutOfMemory: too little GPU memory; all graphs are cleared.
         """
         if len(self.graphs) == LIMIT:
-            raise NoRoom(f"{LIMIT} graphs are recorded already, for other shapes")
+            raise NoRoom(f"{LIMIT} graphs are already recorded, for other shapes")
         device = tensors[0].device if tensors[0].is_cuda else torch.device("cuda")
         # kernels run, and memory is synchronized, on the current device
         with _recording, torch.cuda.device(device):
@@ -96,7 +96,7 @@ class CudaGraph(Generic[Output]):
         self, function: Callable[..., Output], device: torch.device, tensors: tuple[Tensor, ...]
     ) -> None:
         random = torch.cuda.get_rng_state(device)
-        # made in inference mode, they could be written in that mode only
+        # made in inference mode, they could only be written in that mode
         with torch.inference_mode(False):
             inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()

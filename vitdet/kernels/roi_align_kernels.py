@@ -67,7 +67,7 @@ def backward(
     """Contiguous gradient (R, bins, bins, C) -> gradients (B, H, W, C) of all maps."""
     bins, channels = gradient.shape[2:]
     found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
-    # RoIs grouped by image and level, so that a program iterates over its own only
+    # RoIs grouped by image and level, so that a program iterates only over its own
     exists = (level >= 0) & (level < len(shapes))
     of, order = torch.where(exists, image * len(shapes) + level, -1).sort(stable=True)
     first = torch.searchsorted(of, torch.arange(images * len(shapes) + 1, device=of.device))

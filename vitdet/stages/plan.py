@@ -32,7 +32,7 @@ def resolve_configs(
 ) -> list[str]:
     """Write folder/NAME.yaml for each training run and return the names.
 
-    The configs have all settings but those that depend on the data. Raises the errors of
+    The configs have all settings except those that depend on the data. Raises the errors of
     `plan_trainings`.
     """
     planned = plan_trainings(recipes, overrides, workspace, sweep, seeds)
@@ -69,7 +69,7 @@ def plan_trainings(
         raise ValueError("give at least one recipe")
     combinations = _combinations(sweep, overrides)
     if seeds > 1 and any(one.startswith(f"{SEED}=") for one in sweep):
-        raise ValueError(f"the sweep has {SEED} already; leave out the number of seeds")
+        raise ValueError(f"the sweep already contains {SEED}; leave out the number of seeds")
     _check_count(len(recipes), [len(combinations)] if sweep else [], seeds)
     planned: dict[str, tuple[Config, list[str]]] = {}
     labels: dict[str, str] = {}

@@ -69,7 +69,7 @@ def trainings_table(
 
 
 def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]]) -> Table | None:
-    """Return mean and standard deviation over seeds; None if no runs differ by seed only."""
+    """Return mean and standard deviation over seeds; None if no runs differ only in the seed."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in rows:
         own = settings.get(row["name"], {})

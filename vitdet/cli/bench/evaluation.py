@@ -31,7 +31,7 @@ HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
 def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: int = 0) -> dict:
     """Return CPU seconds by step for vitdet and pycocotools, of the fastest of `rounds`, their
-    ratio, and the largest difference of the metrics in percent points.
+    ratio, and the largest difference of the metrics in percentage points.
     """
     if min(images, detections, rounds) < 1:
         raise ValueError(

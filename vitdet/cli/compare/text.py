@@ -129,9 +129,9 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Return mean and standard deviation of training runs that differ in the seed only.
+    """Return mean and standard deviation of training runs that differ only in the seed.
 
-    Settings that do not affect the training may differ too.
+    Settings that do not affect training may differ, too.
     """
     groups = defaultdict(list)
     for place, one in enumerate(compared):

@@ -1,4 +1,4 @@
-"""An image of a data set for its report: a small JPEG, and outlines of its objects above it."""
+"""An image of a data set for its report: a small JPEG, and outlines of its objects on top of it."""
 
 from __future__ import annotations
 
