@@ -1,7 +1,8 @@
 """Triton kernels for operations without a fast implementation in PyTorch, as custom operators.
 
 Triton launches kernels on the current device, so each operator sets it to the device of its
-tensors.
+tensors. The operators do not check their arguments: `vitdet.models` and `vitdet.evaluation`, which
+call them, guarantee shapes and dtypes.
 
 They run on NVIDIA GPUs, Ampere and later; elsewhere, and with the environment variable
 VITDET_KERNELS=off, callers use plain torch.
