@@ -83,7 +83,7 @@ def plan_trainings(
                 differing = "; ".join(difference(config, planned[name][0]))
                 raise ValueError(
                     f"{label} is given twice with the same settings"
-                    + (f" for the training, only others differ ({differing})" if differing else "")
+                    + (f" for training; only others differ ({differing})" if differing else "")
                     + ": there is nothing to compare"
                 )
             explicit = sorted(explicit_settings(recipe, [*overrides, *chosen, *seed]))
