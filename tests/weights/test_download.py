@@ -103,7 +103,7 @@ def test_a_server_that_ignores_range_starts_again(web: Web, load: Load, tmp_path
     assert load(file(cut=30_000), file(ranges=False)).read_bytes() == CONTENT
     assert web.sent == 130_000
     (tmp_path / "part").unlink()
-    with pytest.raises(ConnectionError, match="cut at 40,000 of 90,000 bytes, 3 times in a row"):
+    with pytest.raises(ConnectionError, match="closed at 40,000 of 90,000 bytes, 3 times in a row"):
         load(changed(OTHER, file(ranges=False, cut=40_000)), *[file(ranges=False, cut=40_000)] * 9)
 
 
@@ -171,7 +171,7 @@ def test_what_will_not_pass_is_one_line_at_once(
 
 
 def test_more_announced_than_sent_is_a_cut(load: Load) -> None:
-    with pytest.raises(ConnectionError, match="cut at 100,000 of 100,001 bytes"):
+    with pytest.raises(ConnectionError, match="closed at 100,000 of 100,001 bytes"):
         load(*[file(surplus=1)] * 3)
 
 
