@@ -23,7 +23,7 @@ from pipeline.graph import build
 COLOR = re.compile(r"\033\[\d+m")
 BEGIN = re.compile(r"Executing task '([\w-]+)'")
 FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
-# output of kfp: its executor, JSON of a step's inputs, timestamps and levels, rulers
+# output of kfp: its executor, JSON of a step's inputs, timestamps and levels, separator lines
 NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,}|$)")
 
 

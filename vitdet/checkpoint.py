@@ -1,4 +1,5 @@
-"""Checkpoints, of plain data and tensors only: training states, and trained detectors."""
+"""Checkpoints, consisting only of plain data and tensors: training states, and trained
+detectors."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def caption_font(size: int) -> ImageFont.FreeTypeFont:
     """Return Pillow's default font at a size in pixels; raises RuntimeError without FreeType."""
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("Pillow was built without FreeType; install a wheel of Pillow")
+        raise RuntimeError("Pillow was built without FreeType; install a Pillow wheel")
     return font
 
 

@@ -155,7 +155,7 @@ def delete_jobs(
     Returns:
         The names of the deleted jobs, and one line for each job that is not deleted: a finished
         job, with how long it and its pods' logs are kept, or a job that is already being deleted;
-        and for each kind that may not be listed, e.g. if the account may use one operator only.
+        and for each kind that may not be listed, e.g. if the account may use only one operator.
 
     Raises:
         PermissionError: Listing `own`, or every kind, or a deletion is forbidden.

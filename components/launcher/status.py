@@ -215,7 +215,7 @@ def blocking_reason(pod: dict) -> Cause | None:
         waiting = (one.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in BROKEN:
             return Cause(name, waiting["reason"], message=waiting.get("message") or "")
-    # the operators count the restarts of running pods only
+    # the operators count only the restarts of running pods
     for one in status.get("initContainerStatuses") or []:
         last = (one.get("lastState") or {}).get("terminated") or {}
         done = ((one.get("state") or {}).get("terminated") or {}).get("exitCode") == 0

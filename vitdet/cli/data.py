@@ -98,9 +98,9 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
         "source",
         type=given_path,
         metavar="SRC",
-        help="folder in the format of YOLO (data.yaml), Pascal VOC, COCO (also of Roboflow, CVAT, "
-        "Label Studio and FiftyOne), LabelMe or CVAT for images; or its data.yaml, JSON or XML "
-        "file",
+        help="folder in the format of YOLO (data.yaml), Pascal VOC, COCO (including exports of "
+        "Roboflow, CVAT, Label Studio and FiftyOne), LabelMe or CVAT for images; or its data.yaml, "
+        "JSON or XML file",
     )
     kind.add_argument("target", type=given_path, metavar="DST", help="folder to create")
     kind.add_argument(

@@ -101,8 +101,8 @@ def run_list(args: argparse.Namespace) -> int:
             if bool(entry.recipe) == kind:
                 print(*_lines(entry), sep="\n", end="\n\n")
     print(
-        "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: "
-        "elsewhere)."
+        "vitdet weights fetch NAME downloads and converts a file to ~/.cache/vitdet; --output "
+        "selects another folder."
     )
     return 0
 

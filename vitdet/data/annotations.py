@@ -1,9 +1,9 @@
 """Validation of annotation files, shared by `vitdet data check`, training, evaluation and the
 report.
 
-Errors are rejected by all of them, since results would be wrong. Warnings are skipped and counted,
-or accepted, as in pycocotools, Detectron2 and mmdet. Values may be of any type; those that pass
-cannot crash pycocotools.
+All of them reject errors, since results would be wrong. Objects with a warning are skipped and
+counted, or accepted, as in pycocotools, Detectron2 and mmdet. Values may be of any type; those that
+pass cannot crash pycocotools.
 """
 
 from __future__ import annotations

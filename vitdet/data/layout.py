@@ -1,7 +1,7 @@
 """The files of a data set, and the settings that are read from its folder.
 
 A recipe specifies a data set by its folder, its splits and the number of classes. If a user sets
-data.root only, splits, number of classes and whether there are masks are read from the folder: by
+only data.root, splits, number of classes and whether there are masks are read from the folder: by
 `resolve_config` in the command line and in Python, and by `resolve` in the pipeline, whose first
 step resolves the recipes before the data exists.
 """
@@ -175,7 +175,7 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 def _tables(annotations: Path) -> dict[str, Any]:
     """Return the tables of an annotation file; none if it is not usable."""
-    # imported here for the start-up time of `vitdet config`
+    # imported here so that `vitdet config` starts fast
     from vitdet.data.annotation_file import Entries, read_entries
 
     try:

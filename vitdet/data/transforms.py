@@ -157,7 +157,8 @@ def _neighbors(
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return the size of longest side `size`, rounded as in Detectron2's ResizeShortestEdge."""
+    """Return the size whose longest side is `size`, rounded as in Detectron2's
+    ResizeShortestEdge."""
     scale = size / min(source)
     height, width = scale * source[0], scale * source[1]
     shrink = size / max(height, width)
@@ -192,7 +193,7 @@ def resize_and_pad(
 
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
-    """Write an RGB image to the top left corner of a black canvas (3, S, S) uint8."""
+    """Write an RGB image to the top-left corner of a black canvas (3, S, S) uint8."""
     # takes a third of the time of transposing an array
     for plane, band in zip(canvas, image.split(), strict=True):
         plane[: image.height, : image.width] = band

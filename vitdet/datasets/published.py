@@ -3,7 +3,7 @@
 Addresses: cocodataset.org/#download and lvisdataset.org/dataset. images.cocodataset.org supports no
 TLS (its certificate is that of s3.amazonaws.com); the same bucket with TLS is
 https://s3.amazonaws.com/images.cocodataset.org. Neither project publishes checksums. Sizes and
-sha256 are those that TensorFlow Datasets recorded of the same addresses
+sha256 are those that TensorFlow Datasets recorded for the same addresses
 (github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/coco2017.txt at 2282548 and
 tensorflow_datasets/object_detection/lvis/checksums.tsv at 8be2f33).
 """

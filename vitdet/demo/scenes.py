@@ -2,7 +2,7 @@
 
 Every class has its own silhouette and a preferred texture, used by 70% of its instances (the
 others use any); colors are random, backgrounds have the same textures on a larger scale, and there
-are untextured fragments and lines as distractors. A scene depends on its seed and index only. The
+are untextured fragments and lines as distractors. A scene depends only on its seed and index. The
 drawing is frozen: change it only together with VERSION.
 
 Scenes are painted without anti-aliasing on a canvas of twice the size ("fine" pixels) as indices

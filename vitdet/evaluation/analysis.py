@@ -44,7 +44,7 @@ class ClassResult:
 
     objects, images: objects, and images with at least one.
     ap: mean over IoU 0.5, 0.55, ..., 0.95. ar: recall at any score, mean over the same IoUs.
-    best_threshold: the score of a detection with the best F1; None also without detections.
+    best_threshold: the score of a detection with the best F1; None without detections, too.
     curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as in AP, rounded to 3
     digits.
     errors, error_counts: as in `Analysis`; missed objects by their class, other errors by the class
@@ -273,7 +273,7 @@ def _images(
 
 
 def _confusion(matches: Matches, overlaps: Overlaps, score: float) -> Confusion:
-    classes = len(matches.category_ids)  # also the number of background
+    classes = len(matches.category_ids)  # also the index of background
     shown = (matches.score >= score) & ~matches.ignored[:, 0]
     found = np.where(shown, matches.found, -1)
     actual = np.full(len(found), classes)  # the class of each detection's object

@@ -14,7 +14,7 @@ from vitdet.evaluation.matching import Comparison, choose, match
 from vitdet.evaluation.results import Truth
 
 NAMES = {"bbox": "box", "segm": "mask"}
-LIMITS = (1, 10, 100)  # detections of a class in an image
+LIMITS = (1, 10, 100)  # detections per class and image
 UNCOUNTED = "all are crowds"
 
 

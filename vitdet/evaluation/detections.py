@@ -5,7 +5,7 @@ pixels of the original image. The segmentation is a compressed RLE; detectors wi
 give none.
 
 On a GPU, the detections of a batch are converted while the detector computes the next batch: in a
-thread, on a CUDA stream that waits for the first batch only. Boxes are copied to the CPU first;
+thread, on a CUDA stream that waits only for the first batch. Boxes are copied to the CPU first;
 masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
 """
 

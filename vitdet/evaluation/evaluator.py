@@ -187,7 +187,7 @@ def evaluate(
     process as described in `vitdet.data.loader.configure_process`.
 
     Args:
-        overrides: changes of the data and evaluate settings.
+        overrides: changes to the data and evaluate settings.
         config: replaces these settings of the checkpoint, before overrides.
         pictures: folder for `write_pictures`.
         plots: folder for `write_report` and for report.html (`vitdet.evaluation.page`).

@@ -1,6 +1,6 @@
 """LVIS's average precision (Gupta et al. 2019, lvisdataset.org), as in the package lvis 0.5.3.
 
-An image of LVIS is annotated for some categories only. Detections of a category that is neither
+An image of LVIS is annotated only for some categories. Detections of a category that is neither
 annotated in the image nor listed as absent (neg_category_ids) are left out; where not every object
 of a category is annotated (not_exhaustive_category_ids), detections that match no object are
 ignored. The 300 detections of highest score in each image count, over all categories together.
@@ -24,7 +24,7 @@ from vitdet.evaluation.coco import named
 from vitdet.evaluation.matching import Comparison, choose, match
 from vitdet.evaluation.results import Truth, kinds_of
 
-LIMIT = 300  # detections of an image
+LIMIT = 300  # detections per image
 UNCOUNTED = "all have an area of 0, which LVIS leaves out"
 # in at most 10, at most 100, more images of the training split
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}

@@ -2,7 +2,7 @@
 
 The rules are pycocotools'. faster-coco-eval (C++) applies them, to one class at a time and the
 images in which it occurs: it keeps a record for every image, class and size range, which for all
-of LVIS at once would take some 15 GB.
+of LVIS at once would take about 15 GB.
 
 When masks are compared, an object without an outline does not count; a detection that matches no
 mask is ignored if the IoU of its box with the box of such an object reaches the threshold. Any

@@ -114,7 +114,7 @@ def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> tuple[Layout, dict[st
 
 
 def launch(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
-    """Launch a kernel; with fewer stages on GPUs with less than an H100's 227 KiB shared memory."""
+    """Launch a kernel; with fewer stages on GPUs with less shared memory than an H100 (227 KiB)."""
     try:
         kernel[(programs,)](*given, **options)
     except triton.runtime.errors.OutOfResources:

@@ -1,7 +1,7 @@
 """CUDA graphs of a function of tensors: its kernels are recorded once and launched by one call.
 
 At small batch sizes, launching the thousands of kernels of a training step takes the host longer
-than the GPU needs to run them; as a graph a step has some 90 launches.
+than the GPU needs to run them; as a graph a step has about 90 launches.
 """
 
 from __future__ import annotations

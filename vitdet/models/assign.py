@@ -1,7 +1,7 @@
 """Assignment of ground truths to boxes by IoU, and sampling of a fixed number of boxes.
 
 `matched` (B, N) contains for every box the index of its ground truth, or BACKGROUND or IGNORE.
-Sizes depend on settings only, so that the host does not synchronize with the GPU: missing boxes
+Sizes depend only on settings, so that the host does not synchronize with the GPU: missing boxes
 leave empty slots.
 Notation: B images, G ground truths, N boxes, S slots.
 """

@@ -61,7 +61,7 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Detect by a graph, with as many candidates as needed; None if it cannot be recorded."""
+        """Detect with a graph, with as many candidates as needed; None if it cannot be recorded."""
         detector = self.detector
         assert isinstance(detector, Detector)
         places = (one.data_ptr() for one in chain(detector.parameters(), detector.buffers()))

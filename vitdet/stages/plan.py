@@ -57,7 +57,7 @@ def plan_trainings(
     """Return {name: (config, the settings that the user set)} of each training run.
 
     Each recipe is trained with each combination of values in `sweep`, strings such as
-    `optim.lr=1e-4,2e-4`, and each of these with `seeds` seeds, from that of the config upwards.
+    `optim.lr=1e-4,2e-4`, and each of these with `seeds` seeds, from that of the config upward.
 
     Raises ValueError or FileNotFoundError for a wrong recipe, setting or sweep, for the same
     training run twice, for more than MAX_TRAININGS, and for recipes with different data,
@@ -83,7 +83,7 @@ def plan_trainings(
                 differing = "; ".join(difference(config, planned[name][0]))
                 raise ValueError(
                     f"{label} is given twice with the same settings"
-                    + (f" for the training, only others differ ({differing})" if differing else "")
+                    + (f" for training; only others differ ({differing})" if differing else "")
                     + ": there is nothing to compare"
                 )
             explicit = sorted(explicit_settings(recipe, [*overrides, *chosen, *seed]))

@@ -187,7 +187,7 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
     if history := getattr(retry, "history", ()):
         last = history[-1]
         reason = f"the response is {last.status}" if last.status else first_line(last.error)
-        log.warning("%s: %s; %d more tries", shown, reason, retry.total + 1)
+        log.warning("%s: %s; %d more attempts", shown, reason, retry.total + 1)
     return False
 
 

@@ -151,7 +151,7 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
 def try_model(model: Path, wheel: Path) -> None:
     """Load a packaged model in a new process and run it on its input example.
 
-    The process imports this package from the wheel only, as a server of the model does; the other
+    The process imports this package only from the wheel, as a server of the model does; the other
     packages are those that are installed here. Pickles are refused. Raises ValueError if the model
     does not respond.
     """

@@ -117,7 +117,7 @@ def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     for _, _, damaged in found:
         states.damaged |= {path: why for path, why in damaged.items() if path.suffix == ".pt"}
     least = min(step for step, _, _ in found)
-    if any(step > least for step, _, _ in found):  # damaged on one machine only
+    if any(step > least for step, _, _ in found):  # damaged on only one machine
         return _agreed_state(states, least)
     return None if state is None else state | found[0][1]
 

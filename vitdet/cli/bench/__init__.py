@@ -111,5 +111,5 @@ def run_bench_data(given: argparse.Namespace) -> int:
     for name, times in measured["cpu_ms"].items():
         ratio = measured["ratio"].get(name)
         share = f"  vitdet takes {ratio:.2f} of it" if ratio else ""
-        print(f"{name:20} {times['mean']:7.2f}  least {times['least']:7.2f}{share}")
+        print(f"{name:20} {times['mean']:7.2f}  min {times['least']:7.2f}{share}")
     return _written(measured, given.output)

@@ -86,7 +86,7 @@ def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[
             truth, found = COCO(annotations), json.loads(results.read_bytes())
         for kind, key in KINDS.items():
             with _step(seconds, "compare"):
-                # without the other form, else masks have their boxes' areas
+                # only one form, or masks would get their boxes' areas
                 others = set(KINDS.values()) - {key}
                 index = truth.loadRes(
                     [{name: one[name] for name in one if name not in others} for one in found]
@@ -143,7 +143,7 @@ def write_set(annotations: Path, results: Path, images: int, detections: int, se
 
 
 def _shapes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return ellipses (count, 4): center x, y and half axes, of sides from 12 to 380 pixels."""
+    """Return ellipses (count, 4): center x, y and semi-axes, of sides from 12 to 380 pixels."""
     side = np.exp(rng.uniform(np.log(12), np.log(380), count))
     aspect = np.exp(rng.normal(0, 0.4, count))
     x, y = rng.uniform(0, WIDTH, count), rng.uniform(0, HEIGHT, count)

@@ -152,7 +152,7 @@ def _seeds(
 
 
 def _training(settings: Mapping[str, str]) -> tuple:
-    """Return the settings that affect the result of training, but the seed; () if unknown."""
+    """Return the settings that affect the result of training, except the seed; () if unknown."""
     try:
         config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
     except ValueError:  # of another version

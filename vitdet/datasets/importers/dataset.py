@@ -37,7 +37,7 @@ STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
 DOCUMENTS = frozenset(
     ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
 )
-# common names of splits -> names here; "default" is the only split of a CVAT task
+# common names of splits -> names in vitdet; "default" is the only split of a CVAT task
 SPLIT_NAMES = (
     dict.fromkeys(("train", "training", "default"), "train")
     | dict.fromkeys(("val", "valid", "validation"), "val")

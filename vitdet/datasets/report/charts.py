@@ -38,7 +38,7 @@ def histogram(
     unit: str,
     edges: Sequence[int] = (),
 ) -> Histogram:
-    """Return bars of shares over bins; of each series (name, counts per bin) a bar per bin.
+    """Return bars of shares over bins; each series (name, counts per bin) has one bar per bin.
 
     edges: numbers to write below the borders of the bins, instead of the labels below the bins.
     """
