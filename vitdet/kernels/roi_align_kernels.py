@@ -171,7 +171,7 @@ def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
     first = tl.zeros_like(bin + cell)
     steps = points
     if RATIO == 0:
-        # Two points are at least half a cell apart, so of a bin's many points at most 6 can be near
+        # Two points are at least half a cell apart, so at most 6 of a bin's many points can be near
         # a cell.
         before = tl.math.div_rn(at - 1 - origin, size / count) - 0.5
         first = tl.minimum(tl.maximum(tl.floor(before), 0.0), LARGEST).to(tl.int32)
