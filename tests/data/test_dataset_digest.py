@@ -28,8 +28,8 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The digests that MLflow is told, one a training; each training ends there."""
     told: list[str] = []
 
-    def start_run(*, dataset: dict[str, str], **_: object) -> None:
-        told.append(dataset["digest"])
+    def start_run(uri: str, folder: Path, what: dict, *_: object) -> None:
+        told.append(what["dataset"]["digest"])
         raise Stopped("seen enough")
 
     monkeypatch.setattr(tracking, "start_run", start_run)

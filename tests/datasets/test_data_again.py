@@ -95,7 +95,7 @@ def test_a_link_is_refused_before_anything_is_asked_for(
 ) -> None:
     root.mkdir()
     (root / "train2017").symlink_to(tmp_path)
-    with pytest.raises(OSError, match="data/train2017: is a link"):
+    with pytest.raises(OSError, match="data/train2017: a link"):
         get()
     assert web.asked == []
 

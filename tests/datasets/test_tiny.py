@@ -63,10 +63,10 @@ def test_same_call_again_does_nothing_and_another_is_refused(tmp_path: Path) -> 
     before = files(folder)
     assert not make_tiny(folder, 3, 2)
     for other in ({"train": 4, "val": 2}, {"train": 3, "val": 2, "seed": 1}):
-        with pytest.raises(ValueError, match="contains something else"):
+        with pytest.raises(ValueError, match="contains something other"):
             make_tiny(folder, **other)
     next((folder / "train").iterdir()).unlink()
-    with pytest.raises(ValueError, match="contains something else"):
+    with pytest.raises(ValueError, match="contains something other"):
         make_tiny(folder, 3, 2)
     assert len(files(folder)) == len(before) - 1
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # no temporary folder is left

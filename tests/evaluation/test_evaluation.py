@@ -13,6 +13,7 @@ from torch import nn
 
 from vitdet import distributed
 from vitdet.config import DataConfig, EvalConfig, load_config, override
+from vitdet.data import coco
 from vitdet.data.dataset import TrainData, read_split
 from vitdet.data.masks import decode
 from vitdet.data.protocol import Protocol, settings_of
@@ -237,10 +238,15 @@ def test_a_checkpoint_has_the_figures_that_its_training_ended_with(trained, tiny
 
 
 def test_the_annotation_file_is_read_once(trained, tmp_path, monkeypatch):
-    read, as_bytes = [], Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or as_bytes(path))
+    read, original = [], coco.read_entries
+
+    def read_entries(path: Path, mapped: bool = True) -> object:
+        read.append(path.name)
+        return original(path, mapped)
+
+    monkeypatch.setattr(coco, "read_entries", read_entries)
     evaluate(trained / "model.pt", pictures=tmp_path / "pictures", plots=tmp_path / "plots")
-    assert [name for name in read if name.startswith("instances_")] == ["instances_val.json"]
+    assert read == ["instances_val.json"]
 
 
 def test_settings_of_the_evaluation_can_change(trained, tmp_path):

@@ -189,7 +189,7 @@ def test_a_refused_name_takes_no_other_along(
     tracker.close()
     assert points(store, tracker.run_id, "loss") == once(range(5))
     assert len(points(store, tracker.run_id, "nan")) == 5
-    assert sum("refuses ap (%)" in record.message for record in caplog.records) == 1
+    assert sum("rejects ap (%)" in record.message for record in caplog.records) == 1
 
 
 def test_evaluation_adds_to_the_run_and_repeats_nothing(tmp_path: Path, store: str) -> None:
