@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -144,6 +145,14 @@ def test_own_data_commands(
             main([*arguments, *small])
         assert not ended.value.code, arguments
     assert (tmp_path / "report.html").is_file() and (tmp_path / "drawn/photo.jpg").is_file()
+
+
+def test_names_that_the_makefile_imports_exist() -> None:
+    text = (ROOT / "Makefile").read_text()
+    imports = re.findall(r"^from (vitdet[\w.]*) import (\w+)$", text, re.M)
+    assert imports
+    for module, name in imports:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 @pytest.mark.parametrize("repository", [False, True])
