@@ -1,9 +1,9 @@
 """Masked-autoencoder pre-training of the tiny backbone on generated images, without labels.
 
-He et al., Masked Autoencoders Are Scalable Vision Learners (2111.06377): the encoder processes a
-quarter of the patches, a small decoder reconstructs the others. The images are drawn from seeds
-that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT` produced the weights
-in the package.
+He et al., Masked Autoencoders Are Scalable Vision Learners (arXiv:2111.06377): the encoder
+processes a quarter of the patches, a small decoder reconstructs the others. The images are drawn
+from seeds that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT` produced
+the weights in the package.
 
 Notation: B images, N tokens, V visible ones, C channels, P = 3 patch^2 values of a patch.
 """

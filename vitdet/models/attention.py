@@ -1,6 +1,6 @@
 """Multi-head attention on a grid of tokens with decomposed relative positions, and windowing.
 
-Relative positions: Li et al., MViTv2 (2112.01526); windows and padding: Detectron2's ViT.
+Relative positions: Li et al., MViTv2 (arXiv:2112.01526); windows and padding: Detectron2's ViT.
 
 The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh),
 onehot(kw)], so the logits are one product of widened queries and keys, without an N x N bias.

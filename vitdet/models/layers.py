@@ -79,7 +79,7 @@ class Blocks(nn.ModuleList):
 
 class DropPath(nn.Module):
     """Sets a residual path of an image to zero with probability `rate` in training, and scales the
-    others by 1 / (1 - rate). Huang et al., stochastic depth (1603.09382).
+    others by 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382).
 
     The rate is a tensor: with a number, as in timm, torch.compile would compile each block
     separately.

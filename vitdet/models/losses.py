@@ -24,7 +24,7 @@ def federated_classes(
 ) -> Tensor:
     """Return the classes (K + 1,) bool in the loss of a batch: those present (and background K)
     and, up to `num` in total, others sampled by weight (K,) without replacement. Zhou et al.
-    (2103.07461).
+    (arXiv:2103.07461).
 
     draw=False selects the largest weights instead, for comparisons with other implementations.
     """

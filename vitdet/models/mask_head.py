@@ -1,6 +1,6 @@
 """The mask head and its training targets.
 
-He et al. (1703.06870); convolutions with LN and one deconvolution, as in Detectron2's ViTDet.
+He et al. (arXiv:1703.06870); convolutions with LN and one deconvolution, as in Detectron2's ViTDet.
 Notation: R RoIs, E edges, P pairs of a RoI and an edge of its outline, K classes.
 """
 

@@ -1,6 +1,6 @@
 """Simple feature pyramid: every level is computed from the last map of the backbone.
 
-Li et al. (2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
+Li et al. (arXiv:2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
 deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
 Notation: B images, C channels of the backbone, D channels of the pyramid.
 """

@@ -1,6 +1,7 @@
 """RoIAlign over a pyramid: each RoI is pooled from the level that matches its size.
 
-He et al., Mask R-CNN (1703.06870), aligned as in Detectron2; level assignment of FPN (1612.03144).
+He et al., Mask R-CNN (arXiv:1703.06870), aligned as in Detectron2; level assignment of FPN
+(arXiv:1612.03144).
 Notation: B images, R RoIs, C channels, s x s bins.
 """
 
@@ -78,7 +79,7 @@ def _pool_by_products(
     for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
         for number, pixels in enumerate(images):
             chosen = ((image == number) & (levels == level)).nonzero().flatten()
-            if len(chosen) == 0:  # common
+            if len(chosen) == 0:  # often, an image has no RoI on a level
                 continue
             spans = boxes[chosen] / stride
             rows = interpolation(spans[:, 1::2], len(pixels), bins, ratio).to(pixels.dtype)

@@ -1,6 +1,6 @@
 """Region proposal network: objectness and box deltas for every anchor, proposals, and losses.
 
-Ren et al., Faster R-CNN (1506.01497); numbers as in Detectron2's ViTDet configs.
+Ren et al., Faster R-CNN (arXiv:1506.01497); hyperparameters as in Detectron2's ViTDet configs.
 Notation: B images, L levels, A anchors per cell, N anchors of a level (h w A) or slots for
 proposals, G ground truths.
 """

@@ -1,7 +1,8 @@
 """The plain Vision Transformer as a detection backbone: window attention, in a few blocks global.
 
-Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers
-as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in ViTAE-Transformer/ViTDet.
+Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (arXiv:2203.16527);
+hyperparameters as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in
+ViTAE-Transformer/ViTDet.
 Notation: B images, H x W tokens, C channels.
 """
 

@@ -1,7 +1,7 @@
 """Parameter groups with layer-wise decay, AdamW, the learning-rate schedule, and weight averaging.
 
-Layer-wise decay: Clark et al., ELECTRA (2003.10555), as in BEiT and Detectron2's ViTDet; AdamW:
-1711.05101.
+Layer-wise decay: Clark et al., ELECTRA (arXiv:2003.10555), as in BEiT and Detectron2's ViTDet;
+AdamW: arXiv:1711.05101.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
 def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
     """Return the settings with optim.lr scaled to `batch_size` images if scale_lr is set.
 
-    Linear scaling, as in Goyal et al. (1706.02677).
+    Linear scaling, as in Goyal et al. (arXiv:1706.02677).
     """
     if not settings.scale_lr:
         return settings

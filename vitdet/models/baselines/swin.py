@@ -1,9 +1,9 @@
 """Swin Transformer: attention in windows that are shifted by half a window in every other block.
 
-Liu et al. (2103.14030); numbers as in mmdet. The layers are timm's, except the block: timm rolls a
-map before padding it to multiples of the window, while the published detectors were trained with
-padding first. Both agree only if the map is a multiple of the window, which is not the case in
-detection (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
+Liu et al. (arXiv:2103.14030); hyperparameters as in mmdet. The layers are timm's, except the block:
+timm rolls a map before padding it to multiples of the window, while the published detectors were
+trained with padding first. Both agree only if the map is a multiple of the window, which is not the
+case in detection (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
 Notation: B images, C channels, H x W tokens, K windows of N tokens.
 """
 

@@ -1,6 +1,6 @@
 """ViTAEv2, a hierarchical backbone: four stages of a reduction cell and normal cells.
 
-Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTAE-Transformer
+Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in ViTAE-Transformer/ViTAE-Transformer
 (Object-Detection). The first two stages have window attention without shift and without relative
 positions, the last two global attention; in each cell convolutions run parallel to the attention.
 Notation: B images, C channels, H x W tokens, N = H W, E output channels of a cell, h heads, s
