@@ -1,4 +1,4 @@
-"""Step `data`: brings the data set to the workspace if asked to, and verifies it."""
+"""Step `data`: fetches the data set to the workspace if asked to, and verifies it."""
 
 from kfp.dsl import Artifact, Dataset, Input, Output
 
@@ -13,7 +13,7 @@ def data(
     resolved: Output[Artifact],
     manifest: Output[Dataset],
 ) -> list[dict[str, str]]:
-    """Bring the data if `fetch` names any, verify it and add its splits and classes to the configs.
+    """Fetch the data if `fetch` names any, verify it and add its splits and classes to the configs.
 
     The demo's data set is generated.
 

@@ -1,4 +1,4 @@
-"""Drawing of detections and ground truth on images."""
+"""Drawing detections and ground truth on images."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ OWN_LIMITS = re.compile(
 )
 # Values of status.reason of pods that were terminated or rejected by their node, for versions and
 # cases without the condition DisruptionTarget: pkg/kubelet (eviction, nodeshutdown, preemption,
-# lifecycle) and pkg/controller/nodelifecycle. The last two are of a container whose end the kubelet
-# or the runtime did not see: its node was restarted.
+# lifecycle) and pkg/controller/nodelifecycle. The last two mean that the kubelet or the runtime did
+# not see the container exit, because its node was restarted.
 DISRUPTIONS = re.compile(
     "Evicted|NodeLost|NodeShutdown|Shutdown|Terminated|Preempting|NodeAffinity|OutOf.*"
     "|UnexpectedAdmissionError|Deleted|NodeNotReady|ContainerStatusUnknown|Unknown"

@@ -76,7 +76,7 @@ def run_train(args: argparse.Namespace) -> int:
         )
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)
-        return 128 + stopped.signum  # the shell's code of a process that the signal ended
+        return 128 + stopped.signum  # a shell's exit code for a process that a signal ended
     if distributed.rank() == 0:
         print(path)
         if metric := config.train.keep_best:

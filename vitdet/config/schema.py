@@ -229,7 +229,7 @@ class TrainConfig(Section, prefix="train."):
     # save the detector with the highest value of this metric, e.g. box_ap, in best.pt; '': no
     # best.pt
     keep_best: str = ""
-    # stop after so many evaluations without improvement of keep_best's metric (box_ap); 0: never
+    # stop after this many evaluations without improvement of keep_best's metric (box_ap); 0: never
     patience: Annotated[int, between(0, 1_000_000)] = 0
 
 

@@ -243,7 +243,7 @@ class AnnotationValidator(HeaderValidator):
     def _compare(
         self, annotation: Annotation, outline: Outline, size: tuple[int, int]
     ) -> tuple[str, bool]:
-        """Return the reason for not training a mask or "", and `Validated.own_box`."""
+        """Return why the mask is not trained ("" if it is), and `Validated.own_box`."""
         if outline.left_out:
             text = f"{outline.left_out} of {len(annotation.segmentation or ())}"
             self._warn("outline with parts of fewer than 3 points (ignored)", annotation, text)

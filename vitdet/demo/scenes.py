@@ -92,7 +92,7 @@ class _Owner:
     crowd: bool
     window: Window
     full: float = 0.0  # fine pixels of the whole object
-    seen: int = 0  # and of its visible part
+    seen: int = 0  # fine pixels of its visible part
 
 
 class _Canvas:

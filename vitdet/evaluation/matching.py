@@ -1,4 +1,4 @@
-"""Matching of detections with objects, and the precision and recall that follow.
+"""Matching detections with objects, and the resulting precision and recall.
 
 The rules are pycocotools'. faster-coco-eval (C++) applies them, to one class at a time and the
 images in which it occurs: it keeps a record for every image, class and size range, which for all

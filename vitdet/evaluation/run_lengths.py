@@ -1,4 +1,4 @@
-"""Encoding of many masks in COCO's run lengths at once, and the areas of many such codes.
+"""Encoding many masks as COCO's run lengths at once, and the areas of many such codes.
 
 The pixels of an image, column by column, are counted in runs that alternate between background and
 mask, background first. COCO's compressed text (maskApi.c) has 5 bits per character from '0' on,

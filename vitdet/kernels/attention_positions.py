@@ -103,7 +103,7 @@ def positions_backward(
     dproducts: tuple[Tensor, Tensor],
     dqkv: Tensor,
 ) -> list[Tensor]:
-    """Add to the queries' part of dqkv, and return the gradients of the tables."""
+    """Add the gradient of the queries to dqkv, and return the gradients of the tables."""
     found = []
     for axis, (table, dproduct) in enumerate(zip(tables, dproducts, strict=True)):
         side, groups = layout.sides[axis], len(dproduct)

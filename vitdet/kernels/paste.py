@@ -1,4 +1,4 @@
-"""Pasting of predicted masks into images, stored by column as in COCO's run lengths.
+"""Pasting predicted masks into images, stored by column as in COCO's run lengths.
 
 Only the region of a mask's box is stored: of N masks in sequence, the columns of each region from
 left to right, each from top to bottom and followed by a zero. Where these bytes change, a run of

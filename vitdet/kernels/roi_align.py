@@ -5,8 +5,8 @@ gradient with atomics: 28 ms of a training step of ViT-B at batch 8 on an H100, 
 its layout and precision. Here maps are read channels last in their own precision; coordinates,
 weights and sums are float32, and the gradient is deterministic.
 
-Relative errors of features and gradients against float64 (L2 norms): below 1e-6 with float32 maps
-of small sides, on larger ones that of float32 coordinates; with 16-bit maps that of rounding the
+Relative errors of features and gradients against float64 (L2 norms): below 1e-6 with small
+float32 maps; with larger ones, that of float32 coordinates; with 16-bit maps, that of rounding the
 result (float16: 2e-4).
 
 Notation: B images, R RoIs, C channels, h x w cells of a map.

@@ -33,7 +33,7 @@ def prepare_data(
     """Verify the data set; write the configs with its splits and classes, and its description.
 
     settings: folder of `resolve_configs`; configs: folder to write; manifest: JSON file to write.
-    fetch: how to bring the data set, as in `fetch_words`; "": it already exists. The demo's data
+    fetch: how to fetch the data set, as in `fetch_words`; "": it already exists. The demo's data
     set is generated. Raises FileNotFoundError or ValueError for data that is missing or unusable.
     """
     from vitdet.data.fingerprint import combined, describe
@@ -59,7 +59,7 @@ def prepare_data(
         described = describe(every[first].data)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}; to bring the data there, set the pipeline's parameter `fetch` (--fetch) to "
+            f"{error}; to fetch the data, set the pipeline's parameter `fetch` (--fetch) to "
             "coco, lvis or 'convert SOURCE', or on a cluster apply the Job in manifests/data"
         ) from error
     for name, config in every.items():
@@ -91,7 +91,7 @@ def verified_config(folder: str, name: str, data: str) -> Config:
 
 
 def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
-    """Return the arguments of `vitdet data` that bring a data set to `root`.
+    """Return the arguments of `vitdet data` that fetch a data set to `root`.
 
     fetch: `coco`, `lvis` or `convert SOURCE`, with options of that command; a relative SOURCE is
     below the workspace. Raises ValueError for anything else.

@@ -116,9 +116,9 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the champion under the same protocol.
 
-    The first model passes; a tie does not, and neither does a version after a rollback from it to
-    another one. The champion itself passes: it is recognized by `version`, that of the candidate
-    if it is registered. evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates
+    The first model passes; a tie does not, and neither does a version that was rolled back. The
+    champion itself passes: it is recognized by `version`, that of the candidate if it is
+    registered. evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates
     the champion if its evaluation is unknown; without it, the candidate is rejected in this case.
     """
     contest = _Contest(connect(uri, folder), model_name, protocol, gate)
@@ -161,7 +161,7 @@ def promote(
         event = history.record(client, model_name, version, PROMOTED, before, verdict.reason)
         ap = float(tags_of(candidate.metrics)[gate.metric])
         best = contest.best(event, ap)
-        previous = None if best[1] == version else best  # a better one sets the alias itself
+        previous = None if best[1] == version else best  # a better one's process sets the alias
         while best != previous:
             client.set_registered_model_alias(model_name, ALIAS, best[1])
             previous, best = best, contest.best(event, ap)

@@ -43,7 +43,7 @@ def matches_folder(protocol: Protocol) -> str:
 
 
 def model_id_of(version: ModelVersion) -> str | None:
-    """Return the id of the logged model that a version was created from, None without one.
+    """Return the id of the logged model that a version was created from; None if there is none.
 
     Databases do not store `model_id`, but the source, models:/ID.
     """

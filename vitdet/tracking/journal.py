@@ -113,7 +113,7 @@ class Journal:
             file.seek(offset)
             for line in file:
                 offset += len(line)
-                if not line.endswith(b"\n"):  # it is being written
+                if not line.endswith(b"\n"):  # still being written
                     return
                 try:
                     yield json.loads(line), offset
@@ -121,9 +121,10 @@ class Journal:
                     log.warning("tracking: %s: an unreadable line is skipped", self.path)
 
     def batches(self, most: int) -> Iterator[tuple[list[dict], int]]:
-        """Yield the lines to send with the offset of the next.
+        """Yield the lines to send, each batch with the offset of the line after it.
 
-        Consecutive points are joined up to this number; other records are alone.
+        Consecutive lines of metrics share a batch of up to `most` points; every other record is a
+        batch of its own.
         """
         batch: list[dict] = []
         size, offset = 0, self.cursor()[1]

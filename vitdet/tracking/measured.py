@@ -106,7 +106,7 @@ def read_measured(path: Path) -> Measured | None:
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{beside(path)}: not a file of `vitdet evaluate`; remove it") from error
+        raise ValueError(f"{beside(path)}: not written by `vitdet evaluate`; remove it") from error
     return None
 
 

@@ -157,7 +157,7 @@ def start_run(
     what: of a new run, its experiment, name, params, tags and dataset (name, digest and source).
     group: it becomes a child of the run in its experiment whose tag `group` has this value, if any.
     output: the folder in `folder` that is written to; a run that was killed before its first
-    checkpoint is found by it and continues.
+    checkpoint is identified by this folder and continues.
 
     Raises ValueError at step 0 for a deleted experiment or an unsupported store; later, that is a
     warning.

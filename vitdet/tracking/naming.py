@@ -28,7 +28,7 @@ def recipe_of(config: Config, name: str) -> tuple[str, str]:
 
     name: the recipe or the stem of the config file that was given. The built-in recipe is the one
     of this name or, for another file, the one with the fewest settings that differ; a resolved
-    config is named by it.
+    config is named after it.
     """
     builtin = recipes()
     if name in builtin:
@@ -80,8 +80,8 @@ def machine() -> dict[str, str]:
 def git_revision() -> str | None:
     """Return the commit of the working directory, with `-dirty` where tracked files differ.
 
-    Without a repository: the environment variable VITDET_REVISION, which the image sets; otherwise
-    None.
+    Without a repository: the environment variable VITDET_REVISION, which the container image sets;
+    otherwise None.
     """
     commit = _git("rev-parse", "--verify", "-q", "HEAD")
     if not commit:

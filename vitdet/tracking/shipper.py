@@ -1,4 +1,4 @@
-"""Sending of a journal to the tracking server: each line once, in spite of failures.
+"""Sending a journal to the tracking server: each line exactly once, despite failures.
 
 Where it is unknown whether a request was carried out (it failed, or an earlier process made it),
 the server is queried for what it has before anything is sent again.

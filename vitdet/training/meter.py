@@ -69,8 +69,8 @@ class Meter:
         if broken := [name for name, value in sums.items() if not math.isfinite(value)]:
             raise ValueError(
                 f"{', '.join(broken)} not finite: training has diverged; try a smaller "
-                "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint is "
-                "older"
+                "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint was "
+                "saved before that"
             )
         return {"sums": sums, "count": self.count}
 

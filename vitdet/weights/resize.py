@@ -1,4 +1,4 @@
-"""Resizing of position embeddings and patch kernels to another image or patch size.
+"""Resizing position embeddings and patch kernels to another image or patch size.
 
 Notation: C channels, P patch, K tokens per axis.
 """

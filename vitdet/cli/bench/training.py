@@ -40,7 +40,7 @@ from vitdet.types import Batch
 
 # steps before the measured ones, in which memory is allocated and kernels are chosen and compiled
 WARM = {"cuda": 12, "cpu": 2}
-# what is not measured happens after more steps than there are
+# Logging, saving and evaluating are not measured: their intervals exceed the number of steps.
 RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
 
 

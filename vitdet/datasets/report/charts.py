@@ -67,7 +67,7 @@ def doubling(values: np.ndarray, edges: Sequence[int]) -> np.ndarray:
 
 
 def ranges(edges: Sequence[int]) -> list[str]:
-    """Return the names of the bins of `doubling`; a bin of a single whole number is named by it."""
+    """Return the labels of the bins of `doubling`; a bin of one integer is labeled with it."""
     pairs = zip(edges[:-1], edges[1:], strict=True)
     between = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairs]
     first = "0" if edges[0] == 1 else f"<{edges[0]}"
