@@ -76,7 +76,7 @@ class Server:
         )
 
     def version(self) -> tuple[Version, str]:
-        """Return the server's version and a remark, see `server_version`."""
+        """Return the server's version and a remark (see `server_version`)."""
         return server_version(self.health)
 
     def namespace(self, asked: str) -> str:

@@ -91,7 +91,7 @@ def read_package(package: Path) -> list[dict]:
 
 
 def fit_package(package: Path, version: Version) -> list[str]:
-    """Leave out of a file what a server of this version does not support, see `versions.fit`."""
+    """Remove from a package what a server of this version does not support; see `versions.fit`."""
     documents = read_package(package)
     lines = fit(documents, version)
     if lines:
@@ -153,11 +153,11 @@ def check_recipes(
     seeds: int = 1,
     fetch: str = "",
 ) -> bool:
-    """Raise ValueError for settings that the first step would reject; False if not checked.
+    """Raise ValueError for settings the first step would reject; return whether all were checked.
 
-    Runs vitdet in a process, as pipeline/ does not depend on what vitdet depends on, which is
-    required only in the image. Without it the first step rejects the run, before data is prepared
-    or GPUs are requested.
+    They are checked by vitdet in a new process, as pipeline/ does not require vitdet's
+    dependencies, which the container image has. Without them, the first step rejects the run,
+    before data is prepared or GPUs are requested.
     """
     from vitdet.config.credentials import has_credentials
 

@@ -251,7 +251,7 @@ class JobClient:
         self.patch({"metadata": {"annotations": annotations}})
 
     def mark(self, failure: str, spec: dict | None) -> None:
-        """Annotate the job with its failure; spec: a patch that ends it, see `Kind`."""
+        """Annotate the job with its failure; spec: a patch that ends it (see `Kind`)."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": spec} if spec else change)
 

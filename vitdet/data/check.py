@@ -285,5 +285,5 @@ def _compare(report: Report, first: _Split, second: _Split) -> None:
         digests = first.digests.get(key), second.digests.get(other)
         if None in digests:  # not read: possibly the same image
             report.error(kind, f"{pair}: {value}")
-        elif digests[0] != digests[1]:  # different images, which training accepts
+        elif digests[0] != digests[1]:  # training accepts different images under one id or name
             report.warning(kind, f"{pair}: {value}")

@@ -139,7 +139,7 @@ def _read(path: Path, mapped: bool = True) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json "
-            "(data.dataset=lvis: lvis_v1_SPLIT.json), see data.root and data.*_split"
+            "(data.dataset=lvis: lvis_v1_SPLIT.json); see data.root and data.*_split"
         ) from None
     except ValueError as error:
         raise ValueError(

@@ -126,7 +126,7 @@ def diagonal_sums(x: Tensor) -> Tensor:
 
 @triton.jit
 def origin(group, L):
-    """Return a group's first token of its image, first row and column of its area, and head."""
+    """Return the first token of a group's image, the first row and column of its area, its head."""
     across = (L.width + L.columns - 1) // L.columns
     areas = (L.height + L.rows - 1) // L.rows * across
     area = group // L.heads

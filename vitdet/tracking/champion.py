@@ -268,7 +268,7 @@ class _Contest:
         version: str,
         evaluate: Callable[[ModelVersion], Evaluated | None],
     ) -> Verdict:
-        """Compare a candidate with the champion, see `judge`. evaluate: if necessary."""
+        """Compare a candidate with the champion (see `judge`). evaluate: evaluates the champion."""
         client, gate = self.client, self.gate
         if reason := flaw(gate, candidate):
             return Verdict(False, reason)

@@ -68,7 +68,7 @@ def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]
 def read_evaluation(
     client: Client, version: ModelVersion, protocol: Protocol, matches: bool
 ) -> Evaluation:
-    """Return the stored evaluation of a version under this protocol; without metrics if none is.
+    """Return the stored evaluation of a version under this protocol, or one without metrics.
 
     matches: whether to download the per-image matches, if they are stored.
     """

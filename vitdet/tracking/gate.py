@@ -37,7 +37,10 @@ class Verdict:
 
 
 class RejectedError(ValueError):
-    """The gate rejects a version, which is registered: its name, version and alias."""
+    """The gate rejected a version, which stays registered.
+
+    registered: its name, version and alias.
+    """
 
     def __init__(self, message: str, registered: Mapping[str, str]) -> None:
         super().__init__(message)

@@ -2,7 +2,7 @@
 
 MLflow has no transactions. A tag of its own for each event is never overwritten by another
 process, and is written before the alias, so that processes that promote at the same time see each
-other, see `vitdet.tracking.champion.promote`.
+other (see `vitdet.tracking.champion.promote`).
 """
 
 from __future__ import annotations

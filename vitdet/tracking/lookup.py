@@ -23,7 +23,7 @@ class StoredRun:
 
 
 def open_store(uri: str, folder: Path, tries: int | None = None) -> Client:
-    """Return a client of the server in use, see `tracking_uri`; tries: as in `connect`.
+    """Return a client of the server in use (see `tracking_uri`); tries: as in `connect`.
 
     Raises FileNotFoundError for an SQLite file that does not exist, instead of creating it, and the
     errors of `connect`.

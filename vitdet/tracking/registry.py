@@ -170,7 +170,7 @@ class _Entry:
         """Register the checkpoint with this digest; return the version.
 
         A checkpoint of a run is registered once; a repeated registration replaces the evaluation,
-        report and model card if the metrics are of known data, see `champion.update_tags`.
+        report and model card if the metrics are of known data (see `champion.update_tags`).
         """
         client, name, metrics = self.client, self.model_name, self.evaluation.metrics
         version = self.version(digest)

@@ -150,7 +150,7 @@ def log_evaluation(
 
 
 def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the values under names that MLflow accepts, see `metric_name`.
+    """Return the values under names that MLflow accepts (see `metric_name`).
 
     If several have the same name, the later ones get the suffix _2, _3 and so on.
     """

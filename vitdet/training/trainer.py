@@ -212,7 +212,7 @@ class Loop:
         self.batches = iter(self.loader)
         self.stop.check(self.stopped(start))
         if start and self.is_due(start) and self.evaluated < start:
-            self.evaluate(start)  # it was interrupted, had other settings, or best.pt is lost
+            self.evaluate(start)  # was interrupted, had other settings, or best.pt is lost
         self.detector.train()
         for step in range(start, steps):
             if self.best.is_final():

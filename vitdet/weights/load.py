@@ -73,7 +73,7 @@ def read_source(path: Path, layout: str) -> Source:
         notes.append(f"ignored classifier head: {', '.join(heads)}")
     stored = metadata(path)
     origin = stored.get("layout")
-    if origin in FORMATS:  # converted: the differences of the original format apply
+    if origin in FORMATS:  # converted: follows the conventions of the original format
         scaled = {"true": True, "false": False}.get(stored.get("scaled_rel_pos", ""))
         names = tuple(json.loads(stored.get("class_names", "[]")))
         return Source(weights, origin, scaled, names, tuple(notes))

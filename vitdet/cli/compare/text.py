@@ -27,7 +27,7 @@ RESOURCES = {
 def comparison_text(
     compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> str:
-    """Return the comparison of all inputs with the first; resampled: of each, by kind."""
+    """Return the comparison of all inputs with the first; resampled: each input's, by kind."""
     names, matches = _names(compared), next(iter(compared[0].matches.values()))
     resamples = len(next(iter(resampled.values()))[0].resampled)
     protocol = next((one.protocol for one in compared if one.protocol), None)

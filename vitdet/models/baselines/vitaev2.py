@@ -173,7 +173,7 @@ class Stage(nn.Module):
 class ViTAEv2(nn.Module):
     """ViTAEv2: images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, without a final norm.
 
-    H and W are multiples of 32. `drop_path`: largest rate of a cell, see `drop_rates`.
+    H and W are multiples of 32. `drop_path`: largest rate of a cell (see `drop_rates`).
     """
 
     def __init__(
