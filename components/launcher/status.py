@@ -91,7 +91,7 @@ def retention(kind: Kind, job: dict) -> str:
         until.append(f"{expiry:%Y-%m-%d %H:%M} UTC")
     if job["metadata"].get("ownerReferences"):
         until.append("its run is deleted")
-    kept = " or ".join(until) or "somebody deletes it"
+    kept = " or ".join(until) or "it is deleted manually"
     return f"{phase}; stays, with the logs of pods that are left, until {kept}"
 
 

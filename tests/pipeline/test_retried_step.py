@@ -340,7 +340,7 @@ def test_how_long_a_job_stays_counts_from_its_end() -> None:
     }
     assert retention(PYTORCH, job).endswith("until 2026-03-02 10:00 UTC")
     del job["spec"]["runPolicy"]
-    assert retention(PYTORCH, job).endswith("until somebody deletes it")
+    assert retention(PYTORCH, job).endswith("until it is deleted manually")
     assert retention(PYTORCH, {**job, **RUNNING}) == ""
     # Python 3.11 reads Kubernetes' times
     assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(days=1)

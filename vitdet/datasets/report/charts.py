@@ -51,7 +51,7 @@ def histogram(
         x = MARGIN + place * step + step * 0.08
         for number, ((name, counts), one) in enumerate(zip(series, shares, strict=True)):
             height = (HEIGHT - FOOT - 14) * float(one[place]) / top
-            tip = f"{name}, {label} {unit}: {int(counts[place]):,} ({100 * one[place]:.1f} %)"
+            tip = f"{name}, {label} {unit}: {int(counts[place]):,} ({100 * one[place]:.1f}%)"
             y = HEIGHT - FOOT - height
             bars.append(Bar(x + number * width, y, width * 0.92, height, number, tip))
     places = [(float(place), str(edge)) for place, edge in enumerate(edges, 1)]
