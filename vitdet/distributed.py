@@ -79,8 +79,11 @@ def process_group() -> Iterator[torch.device]:
 def _join() -> tuple[dist.Store, int, int]:
     """Wait for all processes; return the store, the rank and the number of processes.
 
-    Raises TimeoutError if some ranks do not join within JOIN_TIMEOUT.
+    Raises TimeoutError if some ranks do not join within JOIN_TIMEOUT, ConnectionError if torchrun
+    has ended.
     """
+    if torchrun.has_ended():
+        raise ConnectionError("the torchrun that started this process has ended")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     limit = f"within {JOIN_TIMEOUT.total_seconds():g} seconds"
     try:

@@ -29,17 +29,26 @@ def end_with_torchrun() -> None:
     the thread that started this process ends; torchrun starts its processes in its main thread. On
     other systems `vitdet.training.watchdog` detects a changed parent later.
 
-    Exits if torchrun ended before this call: then the store that it serves refuses connections.
+    A torchrun that ended before this call is detected by `has_ended`.
     """
-    if not is_worker() or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    # On other nodes the store belongs to the torchrun of the first one.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        try:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            socket.create_connection(address, timeout=10).close()
-        except ConnectionRefusedError:
-            sys.exit("vitdet: the torchrun that started this process has ended")
-        except OSError:
-            pass  # a network problem: joining has its own timeout
+    if is_worker() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def has_ended() -> bool:
+    """Return whether the store that torchrun serves refuses connections.
+
+    To be called well after `end_with_torchrun`: while a killed torchrun is being torn down, its
+    socket may still accept connections.
+    """
+    # without the agent's store, the one of rank 0 may not have started yet
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(address, timeout=10).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # a network problem: joining has its own timeout
+        return False
+    return False

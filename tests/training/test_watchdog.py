@@ -177,7 +177,7 @@ def test_no_rank_outlives_a_torchrun_that_was_killed(tiny: Path, tmp_path: Path)
             time.sleep(0.1)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-        assert not left, f"{seconds} s after their start"
+        assert not left, f"{seconds} s after their start:\n{(tmp_path / 'log').read_text()}"
 
 
 def test_the_collectives_in_flight_are_part_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
