@@ -120,11 +120,8 @@ def test_the_end_of_a_run_deletes_what_runs_and_leaves_what_has_ended_with_its_l
     monkeypatch.setenv("KUBECONFIG", str(live.kubeconfig))
     deleted, left = delete_jobs(run)
     name = job_name(run, "ended")
-    assert (
-        deleted == ["going-on"]
-        and len(left) == 1
-        and left[0].startswith(f"{name}: succeeded; stays, with the logs")
-    )
+    assert deleted == ["going-on"] and len(left) == 1
+    assert left[0].startswith(f"{name}: succeeded; stays, with the logs")
     assert " UTC" in left[0]
     assert "last words" in kubectl(f"logs -n {live.namespace} {name}-master-0")
     wait_until(lambda: "going-on" not in kubectl(f"get pytorchjobs -n {live.namespace} -o name"))

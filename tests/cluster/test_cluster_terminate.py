@@ -44,9 +44,8 @@ def test_terminate_deletes_the_jobs_of_its_run_only(
 
         def end(handler: Handler) -> None:
             """The run ends, after its step was stopped too late to make no job."""
-            assert kubeflow.kept["runs"][0]["state"] == "CANCELING" and jobs(made.namespace) == [
-                OF_THE_OTHER
-            ]
+            assert kubeflow.kept["runs"][0]["state"] == "CANCELING"
+            assert jobs(made.namespace) == [OF_THE_OTHER]
             make(made.namespace, "pytorchjob", PIPELINE_RUN, "late")
             kubeflow.kept["runs"][0]["state"] = "CANCELED"
             handler.serve()
@@ -67,11 +66,8 @@ def test_terminate_deletes_the_jobs_of_its_run_only(
         assert code == 0 and out.endswith(f"{place}found none to delete\n")
         experiment["namespace"] = "of-another-cluster"
         code, _, said = pipeline("terminate", PIPELINE_RUN)
+        assert code == 1
         assert (
-            code == 1
-            and (
-                f"the cluster of context {context} has no namespace of-another-cluster; give that of the "
-                "run's pods with --namespace"
-            )
-            in said
-        )
+            f"the cluster of context {context} has no namespace of-another-cluster; give that of the "
+            "run's pods with --namespace"
+        ) in said

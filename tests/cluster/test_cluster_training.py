@@ -130,11 +130,8 @@ def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
         template("trainjob"), words("trained", optim__lr=3e-3), recipe="second", kind="trainjob"
     )
     text = "\n".join(training.lines)
-    assert (
-        f"step {STEPS}/{STEPS}" in text
-        and "TrainJob vitdet-second" in text
-        and text.count("step 1/") == 1
-    )
+    assert f"step {STEPS}/{STEPS}" in text and "TrainJob vitdet-second" in text
+    assert text.count("step 1/") == 1
     assert training.job("second", "trainjob")["status"]["conditions"][-1]["type"] == "Complete"
     assert load_model_file(training.volume / "trained" / "model.pt")["step"] == STEPS
 

@@ -46,9 +46,8 @@ def test_a_pod_that_is_refused_is_told_and_given_up(look: tuple) -> None:
         f'job {NAME}: FailedCreatePod: Error creating: pods "x" is forbidden: exceeded quota: gpus'
     )
     assert lines.count(f"launcher: waiting: {said}") == 1
-    assert f"{NAME} cannot start, for 0 s now\ncause: {said}" in error and error.endswith(
-        "; it is suspended"
-    )
+    assert f"{NAME} cannot start, for 0 s now\ncause: {said}" in error
+    assert error.endswith("; it is suspended")
     assert "does not run" not in error and record.asked == ["create", "halt"]
 
 
@@ -76,10 +75,8 @@ def test_a_trainjob_s_refusals_are_of_its_own_jobs_since_it_was_made() -> None:
     ]
     assert missing_pods(job, [], ask) is None and asked == ["type=Warning,involvedObject.kind=Job"]
     found.append(event("FailedCreate", "mine", of=f"{NAME}-node-0"))
-    assert (
-        str(missing_pods(job, [], ask)) == f"job {NAME}: FailedCreate: mine"
-        and missing_pods(job, [pod(), pod()], ask) is None
-    )
+    assert str(missing_pods(job, [], ask)) == f"job {NAME}: FailedCreate: mine"
+    assert missing_pods(job, [pod(), pod()], ask) is None
 
 
 def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:

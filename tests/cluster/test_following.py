@@ -198,10 +198,8 @@ def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> 
 def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> None:
     record = Record((RUNNING, [pod(container=ended(1, key="lastState"))]), (None, []))
     error = follow(record)[1]
-    assert (
-        "was deleted before it ended" in error
-        and "cause: pod w-0 on node n1: Error, exit code 1" in error
-    )
+    assert "was deleted before it ended" in error
+    assert "cause: pod w-0 on node n1: Error, exit code 1" in error
     # after its time to live
     lines, error = follow(Record((RUNNING, []), (None, [])), complete=True)
     assert error == "" and lines[-1].endswith("is gone, and its training is complete")
@@ -252,9 +250,8 @@ BAD_IMAGE = waiting(reason="ImagePullBackOff", message="no tag")
 def test_what_never_starts_is_given_up_and_suspended(poll: tuple, text: str) -> None:
     record = Record(poll)
     lines, error = follow(record)
-    assert (
-        text in error and error.endswith("it is suspended") and record.asked == ["create", "halt"]
-    )
+    assert text in error and error.endswith("it is suspended")
+    assert record.asked == ["create", "halt"]
     assert sum("waiting" in line for line in lines) == bool(poll[1])  # said before, and once
 
 

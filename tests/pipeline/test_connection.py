@@ -205,12 +205,8 @@ def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(
 def test_a_file_that_holds_no_secret(pipeline: Run, tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "file").write_bytes(text.encode(errors="surrogateescape"))
     code, _, said = pipeline("status", "x", f"--{kind}-file", tmp_path / "file")
-    assert (
-        code == 1
-        and len(said.splitlines()) == 1
-        and f"--{kind}-file: " in said
-        and SECRET not in said
-    )
+    assert code == 1 and len(said.splitlines()) == 1 and f"--{kind}-file: " in said
+    assert SECRET not in said
 
 
 @pytest.mark.parametrize(
@@ -304,11 +300,8 @@ def test_a_host_that_refuses_and_one_that_does_not_exist(pipeline: Run) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code, _, said = pipeline("status", "x", "--host", f"http://127.0.0.1:{port}", "--retries", 1)
-    assert (
-        code == 1
-        and "retrying in" in said.splitlines()[0]
-        and said.endswith("Connection refused\n")
-    )
+    assert code == 1 and "retrying in" in said.splitlines()[0]
+    assert said.endswith("Connection refused\n")
     code, _, said = pipeline("status", "x", "--host", "http://nowhere.invalid", "--retries", 5)
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"
 
@@ -317,12 +310,8 @@ def test_a_certificate_that_nobody_vouches_for(pipeline: Run, tmp_path: Path) ->
     path = certificate(tmp_path)
     with serving(Kubeflow(path)) as secure:
         code, _, said = pipeline("status", "x", "--host", secure.url)
-        assert (
-            code == 1
-            and "no TLS connection" in said
-            and "certificate" in said
-            and "--ca-file" in said
-        )
+        assert code == 1 and "no TLS connection" in said and "certificate" in said
+        assert "--ca-file" in said
         assert len(said.splitlines()) == 1 and not secure.requests
         assert "has no run" in pipeline("status", "x", "--host", secure.url, "--ca-file", path)[2]
         plain = secure.url.replace("https", "http")
@@ -333,6 +322,5 @@ def test_a_certificate_that_nobody_vouches_for(pipeline: Run, tmp_path: Path) ->
 
 def test_tls_where_the_server_has_none(kubeflow: Kubeflow, pipeline: Run) -> None:
     code, _, said = pipeline("status", "x", "--host", kubeflow.url.replace("http", "https"))
-    assert (
-        code == 1 and len(said.splitlines()) == 1 and "use http:// for a server without TLS" in said
-    )
+    assert code == 1 and len(said.splitlines()) == 1
+    assert "use http:// for a server without TLS" in said

@@ -88,10 +88,8 @@ def test_the_run_ends_in_a_registered_champion(finished: Finished) -> None:
     (model,) = finished.client.search_registered_models()
     champion = finished.client.get_model_version(model.name, model.aliases["champion"])
     _, children = finished.runs(finished.first)
-    assert (
-        champion.run_id in [child.info.run_id for child in children]
-        and str(champion.version) == "1"
-    )
+    assert champion.run_id in [child.info.run_id for child in children]
+    assert str(champion.version) == "1"
     assert len(finished.client.search_model_versions(f"name = '{model.name}'")) == 1
 
 
@@ -101,10 +99,8 @@ def test_a_second_run_whose_model_is_no_better_registers_nothing(finished: Finis
     *_, version, why = table(finished.second)["tiny"]
     assert (version, why) == ("-", "box AP 0, no better than the 0 of the champion, version 1")
     parent, (child,) = finished.runs(finished.second)
-    assert (
-        parent.info.run_id != finished.runs(finished.first)[0].info.run_id
-        and parent.info.status == "FINISHED"
-    )
+    assert parent.info.run_id != finished.runs(finished.first)[0].info.run_id
+    assert parent.info.status == "FINISHED"
     assert child.info.status == "FINISHED"
 
 

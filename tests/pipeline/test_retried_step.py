@@ -226,10 +226,8 @@ def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.Monkey
         "2026-01-01T00:00:00Z"  # a finalizer holds it, Kueue's for one
     )
     objects = Objects({"pytorchjobs": [going], "trainjobs": []})
-    assert (
-        delete(objects, monkeypatch) == ([], ["going: already being deleted"])
-        and objects.deleted == []
-    )
+    assert delete(objects, monkeypatch) == ([], ["going: already being deleted"])
+    assert objects.deleted == []
 
 
 def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_none(
@@ -240,9 +238,8 @@ def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_no
         {"pytorchjobs": [named("gone", RUNNING), named("runs", RUNNING)], "trainjobs": absent},
         {"gone": absent},
     )
-    assert delete(objects, monkeypatch) == (["gone", "runs"], []) and objects.deleted == [
-        "pytorchjobs/runs"
-    ]
+    assert delete(objects, monkeypatch) == (["gone", "runs"], [])
+    assert objects.deleted == ["pytorchjobs/runs"]
 
 
 @pytest.mark.parametrize(

@@ -184,9 +184,8 @@ def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired
     assert code == 0 and out.count("; the run continues") == 3
     kubeflow.plan["GET /runs/0000-run-1"] = [failing(401)]
     code, _, said = pipeline("submit", "tiny", "--wait")
-    assert code == 1 and said.rstrip().endswith(
-        "; the run continues: `python -m pipeline status 0000-run-1`"
-    )
+    assert code == 1
+    assert said.rstrip().endswith("; the run continues: `python -m pipeline status 0000-run-1`")
 
 
 def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(

@@ -125,9 +125,8 @@ def test_what_is_not_asked_for_is_left_to_the_pipeline_and_the_server(
         assert pipeline("submit", "tiny")[0] == 0
     first, second = kubeflow.bodies("POST /runs")[:2]
     assert first["runtime_config"] == {"parameters": {"recipes": ["tiny"], "overrides": []}}
-    assert first["service_account"] == "vitdet-pipeline" and first["display_name"].startswith(
-        "tiny 20"
-    )
+    assert first["service_account"] == "vitdet-pipeline"
+    assert first["display_name"].startswith("tiny 20")
     text = (ROOT / "manifests" / "shared" / "accounts.yaml").read_text()
     accounts = [(one["kind"], one["metadata"]["name"]) for one in yaml.safe_load_all(text)]
     assert ("ServiceAccount", "vitdet-pipeline") in accounts
@@ -143,10 +142,8 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
     run = command(kubeflow, monkeypatch, capsys)
     code, _, said = run("submit", "tiny", "--nodes", 2, "--pool", "h100")
     assert code == 0 and len(said.splitlines()) == 1
-    assert (
-        "the steps' image 'vitdet' has no registry" in said
-        and "| python -m pipeline ... --job -" in said
-    )
+    assert "the steps' image 'vitdet' has no registry" in said
+    assert "| python -m pipeline ... --job -" in said
     spec = kubeflow.bodies("POST /runs")[0]["pipeline_spec"]["pipeline_spec"]
     assert spec["pipelineInfo"]["name"] == "vitdet" and "comp-train-job" in spec["components"]
     job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()

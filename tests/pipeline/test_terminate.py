@@ -215,9 +215,8 @@ def test_terminating_a_run_that_ends_in_the_meantime(
     pipeline("submit", "tiny")
     kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
-    assert pipeline("terminate", RUN)[0] == 0 and {asked[:2] for asked in cluster.asked} == {
-        (RUN, "kubeflow")
-    }
+    assert pipeline("terminate", RUN)[0] == 0
+    assert {asked[:2] for asked in cluster.asked} == {(RUN, "kubeflow")}
 
 
 def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
