@@ -18,11 +18,11 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import yaml
 
 from pipeline.cli import main
 from pipeline.connection import Transport
 
+Run = Callable[..., tuple[int, str, str]]  # words of `python -m pipeline` -> code, stdout, stderr
 API = "/apis/v2beta1"
 PAGE = (
     "<!DOCTYPE html>\n<html><title>Dex</title><form action='/dex/auth/local'>Log in</form></html>"
@@ -212,8 +212,8 @@ def serving(server: Kubeflow) -> Iterator[Kubeflow]:
 
 def command(
     kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """pipeline(*words) runs `python -m pipeline` in this process: (exit code, stdout, stderr)."""
+) -> Run:
+    """cli(*words) runs `python -m pipeline` in this process: (exit code, stdout, stderr)."""
     for name in list(os.environ):
         if name.startswith(("KFP_", "KF_PIPELINES", "KUBERNETES_")):
             monkeypatch.delenv(name)
@@ -261,20 +261,3 @@ def page(handler: Handler) -> None:
 def task(name: str, state: str, **more: object) -> dict:
     """A run's task."""
     return {"task_id": f"id-{name}", "display_name": name, "state": state, **more}
-
-
-def waiting(
-    kubeflow: Kubeflow,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    folder: Path,
-) -> Callable[..., tuple[int, str, str]]:
-    """`command` whose submit takes a pipeline of nothing, and which looks every 10 ms."""
-    package, run = folder / "package.yaml", command(kubeflow, monkeypatch, capsys)
-    parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
-    package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
-    # `test_submit` has it
-    monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
-    return lambda verb, *words: run(
-        verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
-    )

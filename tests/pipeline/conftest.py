@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.helpers.kubeflow import Kubeflow, serving, waiting
+from tests.helpers.kubeflow import Kubeflow, Run, command, serving
 
 
 @pytest.fixture
@@ -17,10 +18,21 @@ def kubeflow() -> Iterator[Kubeflow]:
 
 
 @pytest.fixture
-def pipeline(
-    kubeflow: Kubeflow,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Callable[..., tuple[int, str, str]]:
-    return waiting(kubeflow, monkeypatch, capsys, tmp_path)
+def cli(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """`python -m pipeline` in this process."""
+    return command(kubeflow, monkeypatch, capsys)
+
+
+@pytest.fixture
+def run(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """`cli` whose submit takes an empty pipeline, and which polls every 10 ms."""
+    package = tmp_path / "package.yaml"
+    parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
+    package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
+    # `test_submit` has it
+    monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
+    return lambda verb, *words: cli(
+        verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
+    )

@@ -16,9 +16,8 @@ import pytest
 from pipeline import connection
 from pipeline.connection import ServerError, connect, credentials, server_address
 from pipeline.graph import compile_pipeline
-from tests.helpers.kubeflow import Kubeflow, command, cut, failing, page, serving, stalling
+from tests.helpers.kubeflow import Kubeflow, Run, cut, failing, page, serving, stalling
 
-Run = Callable[..., tuple[int, str, str]]
 SECRET = "eyJhbGciOiJSUzI1NiJ9.c2VjcmV0"
 
 
@@ -50,13 +49,6 @@ def certificate(folder: Path) -> Path:
 
 
 @pytest.fixture
-def pipeline(
-    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
-    return command(kubeflow, monkeypatch, capsys)
-
-
-@pytest.fixture
 def token(tmp_path: Path) -> Path:
     path = tmp_path / "token"
     path.write_text(f"{SECRET}\n")
@@ -64,11 +56,11 @@ def token(tmp_path: Path) -> Path:
 
 
 def test_a_token_comes_from_a_file_a_pipe_the_standard_input_the_environment_or_the_pod(
-    kubeflow: Kubeflow, pipeline: Run, token: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kubeflow: Kubeflow, cli: Run, token: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kubeflow.token = SECRET
-    assert pipeline("status", "x")[0] == 1
-    assert "0000" not in pipeline("status", "x", "--token-file", token)[2]
+    assert cli("status", "x")[0] == 1
+    assert "0000" not in cli("status", "x", "--token-file", token)[2]
     monkeypatch.setattr("sys.stdin", io.StringIO(SECRET))
     read, write = os.pipe()
     os.write(write, SECRET.encode())
@@ -83,46 +75,46 @@ def test_a_token_comes_from_a_file_a_pipe_the_standard_input_the_environment_or_
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            assert "has no run or schedule x" in pipeline("status", "x", *words)[2]
+            assert "has no run or schedule x" in cli("status", "x", *words)[2]
     os.close(read)
 
 
 def test_a_secret_is_sent_in_its_header_and_nowhere_else(
-    kubeflow: Kubeflow, pipeline: Run, token: Path, tmp_path: Path
+    kubeflow: Kubeflow, cli: Run, token: Path, tmp_path: Path
 ) -> None:
     package = compile_pipeline(tmp_path / "pipeline.yaml")
-    code, out, said = pipeline("submit", "tiny", "--package", package, "--token-file", token)
+    code, out, said = cli("submit", "tiny", "--package", package, "--token-file", token)
     assert code == 0 and SECRET not in out + said and len(kubeflow.requests) == 4
     for request in kubeflow.requests:
         assert request.headers.pop("authorization") == f"Bearer {SECRET}"
         assert SECRET not in repr(request)
 
 
-def test_a_login_without_encryption_is_warned_of(pipeline: Run, token: Path) -> None:
-    said = pipeline("status", "x", "--host", "http://kf.invalid", "--token-file", token)[2]
+def test_a_login_without_encryption_is_warned_of(cli: Run, token: Path) -> None:
+    said = cli("status", "x", "--host", "http://kf.invalid", "--token-file", token)[2]
     assert said.startswith(
         "pipeline: http://kf.invalid: without https the credentials are sent unencrypted\n"
     )
 
 
 def test_a_cookie_opens_a_server_behind_a_login_page(
-    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kubeflow: Kubeflow, cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kubeflow.cookie = "authservice_session=MTY5"
-    code, _, said = pipeline("status", "x")
+    code, _, said = cli("status", "x")
     assert code == 1 and "hidden" not in said
     assert "redirects to https://dex.example.com/auth: it requires a login" in said
     (tmp_path / "cookie").write_text(f"Cookie: {kubeflow.cookie}\n")
-    assert "has no run" in pipeline("status", "x", "--cookie-file", tmp_path / "cookie")[2]
+    assert "has no run" in cli("status", "x", "--cookie-file", tmp_path / "cookie")[2]
     monkeypatch.setenv("KFP_COOKIE", kubeflow.cookie)
-    assert "has no run" in pipeline("status", "x")[2]
+    assert "has no run" in cli("status", "x")[2]
 
 
-def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, pipeline: Run) -> None:
+def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [
         lambda handler: handler.send(308, "", Location="https://127.0.0.1/apis?a=b")
     ]
-    assert pipeline("status", "x")[2].endswith(
+    assert cli("status", "x")[2].endswith(
         "redirects to https://127.0.0.1/apis: pass this address as --host\n"
     )
 
@@ -183,9 +175,9 @@ def test_an_address_that_is_none(host: str) -> None:
     ids=lambda words: words[0],
 )
 def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(
-    kubeflow: Kubeflow, pipeline: Run, words: list[str]
+    kubeflow: Kubeflow, cli: Run, words: list[str]
 ) -> None:
-    code, out, said = pipeline("status", "x", *words)
+    code, out, said = cli("status", "x", *words)
     assert code == 1 and len(said.splitlines()) == 1 and SECRET not in out + said
     assert not kubeflow.requests
 
@@ -202,9 +194,9 @@ def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(
         ("token", "\udcff"),
     ],
 )
-def test_a_file_that_holds_no_secret(pipeline: Run, tmp_path: Path, kind: str, text: str) -> None:
+def test_a_file_that_holds_no_secret(cli: Run, tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "file").write_bytes(text.encode(errors="surrogateescape"))
-    code, _, said = pipeline("status", "x", f"--{kind}-file", tmp_path / "file")
+    code, _, said = cli("status", "x", f"--{kind}-file", tmp_path / "file")
     assert code == 1 and len(said.splitlines()) == 1 and f"--{kind}-file: " in said
     assert SECRET not in said
 
@@ -234,10 +226,10 @@ def test_a_file_that_holds_no_secret(pipeline: Run, tmp_path: Path, kind: str, t
     ],
 )
 def test_an_error_is_one_line_without_the_secret(
-    kubeflow: Kubeflow, pipeline: Run, token: Path, answer: Callable, said: str
+    kubeflow: Kubeflow, cli: Run, token: Path, answer: Callable, said: str
 ) -> None:
     kubeflow.plan["GET /runs/x"] = [answer]
-    code, out, line = pipeline("status", "x", "--token-file", token, "--retries", 0)
+    code, out, line = cli("status", "x", "--token-file", token, "--retries", 0)
     assert code == 1 and not out and len(line.splitlines()) == 1
     assert said in line and SECRET not in line
 
@@ -256,32 +248,32 @@ def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None
 
 
 def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(
-    kubeflow: Kubeflow, pipeline: Run
+    kubeflow: Kubeflow, cli: Run
 ) -> None:
     kubeflow.token = SECRET
     assert (
         "requires authentication (401): give a token (--token-file FILE or KFP_TOKEN)"
-        in pipeline("status", "x")[2]
+        in cli("status", "x")[2]
     )
 
 
 @pytest.mark.parametrize("trouble", [failing(503), failing(429), failing(500), cut, stalling])
 def test_a_look_is_repeated_until_the_server_is_well(
-    kubeflow: Kubeflow, pipeline: Run, trouble: Callable
+    kubeflow: Kubeflow, cli: Run, trouble: Callable
 ) -> None:
     kubeflow.kept["experiments"].append({"experiment_id": "e"})
     kubeflow.kept["runs"].append(
         {"run_id": "x", "experiment_id": "e", "display_name": "a run", "state": "RUNNING"}
     )
     kubeflow.plan["GET /runs/x"] = [trouble, trouble]
-    code, out, said = pipeline("status", "x", "--timeout", 1 if trouble is stalling else 60)
+    code, out, said = cli("status", "x", "--timeout", 1 if trouble is stalling else 60)
     assert code == 0 and "state RUNNING" in out
     assert kubeflow.words().count("GET /runs/x") == 3 and said.count("; retrying in") == 2
 
 
-def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, pipeline: Run) -> None:
+def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [failing(503, "no database")] * 9
-    code, _, said = pipeline("status", "x", "--retries", 2)
+    code, _, said = cli("status", "x", "--retries", 2)
     assert code == 1 and len(kubeflow.requests) == 3
     assert (
         said.splitlines()[-1]
@@ -289,38 +281,38 @@ def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, pipeline: Run) 
     )
 
 
-def test_a_stalled_connection_ends_with_its_time(kubeflow: Kubeflow, pipeline: Run) -> None:
+def test_a_stalled_connection_ends_with_its_time(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [stalling] * 2
-    code, _, said = pipeline("status", "x", "--timeout", 0.3, "--retries", 1)
+    code, _, said = cli("status", "x", "--timeout", 0.3, "--retries", 1)
     assert code == 1 and "no response within 0.3 s" in said and len(kubeflow.requests) == 2
 
 
-def test_a_host_that_refuses_and_one_that_does_not_exist(pipeline: Run) -> None:
+def test_a_host_that_refuses_and_one_that_does_not_exist(cli: Run) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code, _, said = pipeline("status", "x", "--host", f"http://127.0.0.1:{port}", "--retries", 1)
+    code, _, said = cli("status", "x", "--host", f"http://127.0.0.1:{port}", "--retries", 1)
     assert code == 1 and "retrying in" in said.splitlines()[0]
     assert said.endswith("Connection refused\n")
-    code, _, said = pipeline("status", "x", "--host", "http://nowhere.invalid", "--retries", 5)
+    code, _, said = cli("status", "x", "--host", "http://nowhere.invalid", "--retries", 5)
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"
 
 
-def test_a_certificate_that_nobody_vouches_for(pipeline: Run, tmp_path: Path) -> None:
+def test_a_certificate_that_nobody_vouches_for(cli: Run, tmp_path: Path) -> None:
     path = certificate(tmp_path)
     with serving(Kubeflow(path)) as secure:
-        code, _, said = pipeline("status", "x", "--host", secure.url)
+        code, _, said = cli("status", "x", "--host", secure.url)
         assert code == 1 and "no TLS connection" in said and "certificate" in said
         assert "--ca-file" in said
         assert len(said.splitlines()) == 1 and not secure.requests
-        assert "has no run" in pipeline("status", "x", "--host", secure.url, "--ca-file", path)[2]
+        assert "has no run" in cli("status", "x", "--host", secure.url, "--ca-file", path)[2]
         plain = secure.url.replace("https", "http")
-        assert pipeline("status", "x", "--host", plain, "--retries", 0)[0] == 1
-    code, _, said = pipeline("status", "x", "--ca-file", tmp_path / "none.pem")
+        assert cli("status", "x", "--host", plain, "--retries", 0)[0] == 1
+    code, _, said = cli("status", "x", "--ca-file", tmp_path / "none.pem")
     assert code == 1 and said.endswith("none.pem: no such file\n")
 
 
-def test_tls_where_the_server_has_none(kubeflow: Kubeflow, pipeline: Run) -> None:
-    code, _, said = pipeline("status", "x", "--host", kubeflow.url.replace("http", "https"))
+def test_tls_where_the_server_has_none(kubeflow: Kubeflow, cli: Run) -> None:
+    code, _, said = cli("status", "x", "--host", kubeflow.url.replace("http", "https"))
     assert code == 1 and len(said.splitlines()) == 1
     assert "use http:// for a server without TLS" in said

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from components.launcher import client as kube
-from tests.helpers.kubeflow import Handler, Kubeflow, cut, failing, stalling, task
+from tests.helpers.kubeflow import Handler, Kubeflow, Run, cut, failing, stalling, task
 
-Run = Callable[..., tuple[int, str, str]]
 RUN = "0000-run-0"
 
 
@@ -27,30 +26,30 @@ RUN = "0000-run-0"
 )
 @pytest.mark.parametrize("words", [[], ["--cron", "@daily"]], ids=["run", "schedule"])
 def test_a_request_that_failed_or_seemed_to_is_made_once(
-    kubeflow: Kubeflow, pipeline: Run, trouble: list, words: list[str]
+    kubeflow: Kubeflow, run: Run, trouble: list, words: list[str]
 ) -> None:
     kind = "recurringruns" if words else "runs"
     kubeflow.plan[f"POST /{kind}"] = list(trouble)
-    code, out, _ = pipeline("submit", "tiny", *words)
+    code, out, _ = run("submit", "tiny", *words)
     assert code == 0 and len(kubeflow.kept[kind]) == 1
     assert f"id   0000-{kind[:3]}-0" in out
 
 
 @pytest.mark.parametrize("trouble", [stalling, cut])
 def test_a_request_without_an_answer_is_not_repeated_blindly(
-    kubeflow: Kubeflow, pipeline: Run, trouble: Callable
+    kubeflow: Kubeflow, run: Run, trouble: Callable
 ) -> None:
     kubeflow.plan["POST /runs"] = [trouble]
-    code, _, said = pipeline("submit", "tiny", "--timeout", 1 if trouble is stalling else 60)
+    code, _, said = run("submit", "tiny", "--timeout", 1 if trouble is stalling else 60)
     assert code == 1 and kubeflow.words().count("POST /runs") == 1
     assert said.splitlines()[-1].endswith(
         "; nothing was created so far: check before you submit again"
     )
 
 
-def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, pipeline: Run) -> None:
+def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.plan["POST /runs"] = [failing(500, "no space left")] * 9
-    code, out, said = pipeline("submit", "tiny", "--retries", 2)
+    code, out, said = run("submit", "tiny", "--retries", 2)
     assert (code, out) == (1, "") and kubeflow.words().count("POST /runs") == 3
     assert (
         said.splitlines()[-1]
@@ -59,10 +58,10 @@ def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, pipeline: Run) 
 
 
 def test_an_experiment_that_another_makes_at_the_same_moment_is_used(
-    kubeflow: Kubeflow, pipeline: Run
+    kubeflow: Kubeflow, run: Run
 ) -> None:
     kubeflow.plan["POST /experiments"] = [failing(409, "Already exists", done=True)]
-    assert pipeline("submit", "tiny")[0] == 0
+    assert run("submit", "tiny")[0] == 0
     assert kubeflow.bodies("POST /runs")[0]["experiment_id"] == "0000-exp-0"
 
 
@@ -75,10 +74,10 @@ def test_an_experiment_that_another_makes_at_the_same_moment_is_used(
     ],
 )
 def test_a_refused_request_is_not_repeated(
-    kubeflow: Kubeflow, pipeline: Run, code: int, said: str
+    kubeflow: Kubeflow, run: Run, code: int, said: str
 ) -> None:
     kubeflow.plan["POST /runs"] = [failing(code, "cannot create")]
-    status, out, line = pipeline("submit", "tiny")
+    status, out, line = run("submit", "tiny")
     assert (status, out) == (1, "") and said in line and len(line.splitlines()) == 1
     assert kubeflow.words().count("POST /runs") == 1
 
@@ -86,15 +85,15 @@ def test_a_refused_request_is_not_repeated(
 @pytest.mark.parametrize(
     "words", [["submit", "tiny"], ["status", "x"], ["terminate", "x"]], ids=lambda words: words[0]
 )
-def test_an_address_without_the_api(kubeflow: Kubeflow, pipeline: Run, words: list[str]) -> None:
+def test_an_address_without_the_api(kubeflow: Kubeflow, run: Run, words: list[str]) -> None:
     kubeflow.plan["GET /healthz"] = [lambda handler: handler.send(404, "404 page not found")]
-    code, _, said = pipeline(*words)
+    code, _, said = run(*words)
     text = "is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends"
     assert code == 1 and text in said
 
 
 def test_waiting_says_each_change_once_and_ends_well_after_success_only(
-    kubeflow: Kubeflow, pipeline: Run
+    kubeflow: Kubeflow, run: Run
 ) -> None:
     shells = [
         task("root", "RUNNING"),
@@ -111,7 +110,7 @@ def test_waiting_says_each_change_once_and_ends_well_after_success_only(
     kubeflow.states = [
         {"state": state, "run_details": {"task_details": tasks}} for state, tasks in looks
     ]
-    code, out, said = pipeline("submit", "tiny", "--wait")
+    code, out, said = run("submit", "tiny", "--wait")
     assert (code, said) == (0, "")
     assert [line[9:] for line in out.splitlines()[3:]] == [
         "run RUNNING",
@@ -145,11 +144,9 @@ FAILED = [
 @pytest.mark.parametrize(
     "state", ["FAILED", "SUCCEEDED"]
 )  # the second: what older servers make of an ExitHandler
-def test_a_failed_step_is_named_with_its_message(
-    kubeflow: Kubeflow, pipeline: Run, state: str
-) -> None:
+def test_a_failed_step_is_named_with_its_message(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": state, "run_details": {"task_details": FAILED}}]
-    code, _, said = pipeline("submit", "tiny", "--wait")
+    code, _, said = run("submit", "tiny", "--wait")
     assert code == 1 and said.splitlines() == [
         "pipeline: train-job failed: OOMKilled (exit 137)",
         "pipeline: evaluate failed: the server reports no reason; see its log",
@@ -158,38 +155,34 @@ def test_a_failed_step_is_named_with_its_message(
 
 
 @pytest.mark.parametrize("state", ["CANCELED", "SKIPPED"])
-def test_a_run_that_ended_otherwise_is_no_success(
-    kubeflow: Kubeflow, pipeline: Run, state: str
-) -> None:
+def test_a_run_that_ended_otherwise_is_no_success(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": "CANCELING"}, {"state": state}]
-    code, _, said = pipeline("submit", "tiny", "--wait")
+    code, _, said = run("submit", "tiny", "--wait")
     assert code == 1 and f"run {RUN} {state}" in said
 
 
-def test_a_run_that_failed_without_a_step_has_its_own_message(
-    kubeflow: Kubeflow, pipeline: Run
-) -> None:
+def test_a_run_that_failed_without_a_step_has_its_own_message(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.states = [
         {"state": "FAILED", "error": {"code": 3, "message": "workflow quota exceeded"}}
     ]
-    assert "run failed: workflow quota exceeded" in pipeline("submit", "tiny", "--wait")[2]
+    assert "run failed: workflow quota exceeded" in run("submit", "tiny", "--wait")[2]
 
 
 def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired(
-    kubeflow: Kubeflow, pipeline: Run
+    kubeflow: Kubeflow, run: Run
 ) -> None:
     kubeflow.plan[f"GET /runs/{RUN}"] = [failing(503)] * 6
     kubeflow.states = [{"state": "SUCCEEDED"}]
-    code, out, _ = pipeline("submit", "tiny", "--wait", "--retries", 1)
+    code, out, _ = run("submit", "tiny", "--wait", "--retries", 1)
     assert code == 0 and out.count("; the run continues") == 3
     kubeflow.plan["GET /runs/0000-run-1"] = [failing(401)]
-    code, _, said = pipeline("submit", "tiny", "--wait")
+    code, _, said = run("submit", "tiny", "--wait")
     assert code == 1
     assert said.rstrip().endswith("; the run continues: `python -m pipeline status 0000-run-1`")
 
 
 def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(
-    kubeflow: Kubeflow, pipeline: Run, tmp_path: Path
+    kubeflow: Kubeflow, run: Run, tmp_path: Path
 ) -> None:
     file = tmp_path / "token"
     file.write_text("first")
@@ -209,7 +202,7 @@ def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(
 
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, expire, Handler.serve, rewrite, renew]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
-    code, out, said = pipeline("submit", "tiny", "--wait", "--token-file", file)
+    code, out, said = run("submit", "tiny", "--wait", "--token-file", file)
     assert (code, said) == (0, "") and out.count("(401): they have expired") == 3
     tokens = [
         request.headers["authorization"]
@@ -220,24 +213,24 @@ def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(
 
 
 def test_waiting_ends_with_a_token_that_cannot_be_renewed(
-    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+    kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KFP_TOKEN", "first")
     kubeflow.token = "first"
     kubeflow.plan[f"GET /runs/{RUN}"] = [failing(401)]
-    code, _, said = pipeline("submit", "tiny", "--wait")
+    code, _, said = run("submit", "tiny", "--wait")
     assert code == 1 and said.rstrip().endswith(f"`python -m pipeline status {RUN}`")
     assert kubeflow.words().count(f"GET /runs/{RUN}") == 1
 
 
 def test_ctrl_c_ends_the_waiting_not_the_run(
-    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+    kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.client.time.sleep", interrupt)
-    code, _, said = pipeline("submit", "tiny", "--wait")
+    code, _, said = run("submit", "tiny", "--wait")
     assert code == 130 and f"python -m pipeline terminate {RUN}" in said
     assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
 
@@ -247,21 +240,21 @@ def without_cluster(retries: int | None = None) -> None:
 
 
 def test_status_of_a_run_and_of_a_schedule(
-    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+    kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline("submit", "tiny", "--name", "mine")
-    pipeline("submit", "tiny", "--cron", "0 3 * * *")
+    run("submit", "tiny", "--name", "mine")
+    run("submit", "tiny", "--cron", "0 3 * * *")
     details = {"run_details": {"task_details": FAILED}}
     kubeflow.states = [{"state": "FAILED", "finished_at": "2026-11-22T10:00:09Z", **details}]
     monkeypatch.setattr(kube, "connect", without_cluster)
-    code, out, _ = pipeline("status", f"{kubeflow.url}/#/runs/details/{RUN}")
+    code, out, _ = run("status", f"{kubeflow.url}/#/runs/details/{RUN}")
     assert code == 0 and out == (
         f"run   mine\nid    {RUN}\nstate FAILED, 2026-11-22 10:00:09\nlink  {kubeflow.url}/#/runs/details/{RUN}\n"
         "  FAILED     train-job: OOMKilled (exit 137)\n  SUCCEEDED  clean-up\n"
         "  job not shown: no cluster: not in a pod\n"
     )
-    code, out, _ = pipeline("status", "0000-rec-0")
+    code, out, _ = run("status", "0000-rec-0")
     assert code == 0, _
     assert "when     0 0 3 * * *" in out
-    code, out, said = pipeline("status", "none")
+    code, out, said = run("status", "none")
     assert (code, out, said) == (1, "", f"pipeline: {kubeflow.url} has no run or schedule none\n")

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,8 @@ from pipeline import client, request
 from pipeline.cli.submit import check_pool
 from pipeline.cli.terminate import job_kind
 from pipeline.request import kubeflow_cron, load_package
-from tests.helpers.kubeflow import Kubeflow, command
+from tests.helpers.kubeflow import Kubeflow, Run
 
-Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,35 +62,26 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pipeline(
-    kubeflow: Kubeflow,
-    package: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Run:
-    run = command(kubeflow, monkeypatch, capsys)
+def submit(cli: Run, package: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`cli` with the verb submit and the package `small`; equal recipes are checked once."""
     monkeypatch.setattr(
         "pipeline.cli.submit.check_recipes",
         lambda recipes, settings, sweep, *rest: check(
             tuple(recipes), tuple(settings), tuple(sweep), *rest
         ),
     )
-
-    def with_package(verb: str, *words: object) -> tuple[int, str, str]:
-        given = ["--package", package] if verb == "submit" and "--package" not in words else []
-        return run(verb, *words, *given, *(["--every", 0.01] if verb == "submit" else []))
-
-    return with_package
+    given = ["submit", "--every", 0.01, "--package", package]
+    return lambda *words: cli(*given, *words)
 
 
-def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package: Path) -> None:
+def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, submit: Run, package: Path) -> None:
     words = (
         "cascade_mask_rcnn_vitdet_b_coco mask_rcnn_vitdet_b_coco --set optim.lr=2e-4 "
         "--set data.root=/data/coco --nodes 2 --pool h100 --job-kind trainjob "
         "--workspace /data/team --experiment study --service-account default-editor "
         "--pipeline-root s3://bucket/root"
     )
-    code, out, said = pipeline("submit", *words.split(), "--name", "a name")
+    code, out, said = submit(*words.split(), "--name", "a name")
     assert (code, said) == (0, "")
     assert out == f"run  a name\nid   0000-run-0\nlink {kubeflow.url}/#/runs/details/0000-run-0\n"
     [body] = kubeflow.bodies("POST /runs")
@@ -119,10 +108,10 @@ def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package:
 
 
 def test_what_is_not_asked_for_is_left_to_the_pipeline_and_the_server(
-    kubeflow: Kubeflow, pipeline: Run
+    kubeflow: Kubeflow, submit: Run
 ) -> None:
     for _ in range(2):
-        assert pipeline("submit", "tiny")[0] == 0
+        assert submit("tiny")[0] == 0
     first, second = kubeflow.bodies("POST /runs")[:2]
     assert first["runtime_config"] == {"parameters": {"recipes": ["tiny"], "overrides": []}}
     assert first["service_account"] == "vitdet-pipeline"
@@ -130,17 +119,16 @@ def test_what_is_not_asked_for_is_left_to_the_pipeline_and_the_server(
     text = (ROOT / "manifests" / "shared" / "accounts.yaml").read_text()
     accounts = [(one["kind"], one["metadata"]["name"]) for one in yaml.safe_load_all(text)]
     assert ("ServiceAccount", "vitdet-pipeline") in accounts
-    assert pipeline("submit", "tiny", "--service-account", "")[0] == 0
+    assert submit("tiny", "--service-account", "")[0] == 0
     assert "service_account" not in kubeflow.bodies("POST /runs")[-1]
     assert first["description"] != second["description"]
     assert kubeflow.bodies("POST /experiments") == [{"display_name": "vitdet"}]  # once
 
 
 def test_the_experiments_pipeline_is_compiled_for_the_server(
-    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kubeflow: Kubeflow, cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = command(kubeflow, monkeypatch, capsys)
-    code, _, said = run("submit", "tiny", "--nodes", 2, "--pool", "h100")
+    code, _, said = cli("submit", "tiny", "--nodes", 2, "--pool", "h100")
     assert code == 0 and len(said.splitlines()) == 1
     assert "the steps' image 'vitdet' has no registry" in said
     assert "| python -m pipeline ... --job -" in said
@@ -149,26 +137,25 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
     job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
     job = job.replace("image: vitdet", "image: registry.example.com/vitdet:1")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"kind: Namespace\n---\n{job}# of the overlay\n"))
-    code, _, said = run("submit", "tiny", "--job", "-")
+    code, _, said = cli("submit", "tiny", "--job", "-")
     assert (code, said) == (0, "")
     assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
 
 
 def test_the_kind_of_job_is_that_of_the_job_and_no_other_is_accepted(
-    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kubeflow: Kubeflow, cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = command(kubeflow, monkeypatch, capsys)
     job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
     monkeypatch.setattr("sys.stdin", io.StringIO(job))
     said = "--job -: contains no trainjob but pytorchjob; see --job-kind"
     words = ["submit", "tiny", "--job", "-", "--job-kind", "trainjob"]
-    assert run(*words) == (1, "", f"pipeline: {said}\n")
+    assert cli(*words) == (1, "", f"pipeline: {said}\n")
     assert not kubeflow.bodies("POST /runs")
     job = (ROOT / "tests" / "golden_pipeline" / "jobs.yaml").read_text()
     job = job.replace("kind: PyTorchJob", "kind: Other")
     job = job.replace("trainer: {", "trainer: {image: 'v:1', resourcesPerNode: {}, ")
     monkeypatch.setattr("sys.stdin", io.StringIO(job))
-    assert run("submit", "tiny", "--job", "-")[0] == 0
+    assert cli("submit", "tiny", "--job", "-")[0] == 0
     (body,) = kubeflow.bodies("POST /runs")
     inputs = body["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
     assert inputs["job_kind"]["defaultValue"] == "trainjob"
@@ -176,11 +163,9 @@ def test_the_kind_of_job_is_that_of_the_job_and_no_other_is_accepted(
     assert job_kind(V2beta1Run(pipeline_spec=body["pipeline_spec"])) == "trainjob"
 
 
-def test_sweep_seeds_data_and_parallel_trainings_are_sent(
-    kubeflow: Kubeflow, pipeline: Run
-) -> None:
+def test_sweep_seeds_data_and_parallel_trainings_are_sent(kubeflow: Kubeflow, submit: Run) -> None:
     words = ["--sweep", "optim.lr=1e-4,2e-4", "--seeds", 3, "--fetch", "lvis --split val"]
-    assert pipeline("submit", "tiny", *words, "--parallel", 4)[0] == 0
+    assert submit("tiny", *words, "--parallel", 4)[0] == 0
     (body,) = kubeflow.bodies("POST /runs")
     assert body["runtime_config"]["parameters"] == {
         "recipes": ["tiny"],
@@ -193,7 +178,7 @@ def test_sweep_seeds_data_and_parallel_trainings_are_sent(
 
 
 def test_without_caching_no_step_at_any_depth_takes_old_results(
-    package: Path, kubeflow: Kubeflow, pipeline: Run
+    package: Path, kubeflow: Kubeflow, submit: Run
 ) -> None:
     def cached(spec: dict) -> list[bool]:
         groups = [spec["root"], *spec["components"].values()]
@@ -203,7 +188,7 @@ def test_without_caching_no_step_at_any_depth_takes_old_results(
             for task in group.get("dag", {}).get("tasks", {}).values()
         ]
 
-    assert pipeline("submit", "tiny")[0] == pipeline("submit", "tiny", "--no-cache")[0] == 0
+    assert submit("tiny")[0] == submit("tiny", "--no-cache")[0] == 0
     with_cache, without = (
         body["pipeline_spec"]["pipeline_spec"] for body in kubeflow.bodies("POST /runs")
     )
@@ -211,11 +196,8 @@ def test_without_caching_no_step_at_any_depth_takes_old_results(
     assert not any(cached(without))
 
 
-def test_a_recipe_s_file_is_read_anew_in_each_run(
-    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = command(kubeflow, monkeypatch, capsys)
-    assert run("submit", "tiny")[0] == run("submit", "/data/mine.yaml", "tiny")[0] == 0
+def test_a_recipe_s_file_is_read_anew_in_each_run(kubeflow: Kubeflow, cli: Run) -> None:
+    assert cli("submit", "tiny")[0] == cli("submit", "/data/mine.yaml", "tiny")[0] == 0
     cached = []
     for body in kubeflow.bodies("POST /runs"):
         components = body["pipeline_spec"]["pipeline_spec"]["components"].values()
@@ -228,13 +210,13 @@ def test_a_recipe_s_file_is_read_anew_in_each_run(
 
 
 def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
-    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kubeflow: Kubeflow, submit: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
+    assert submit("tiny", "--namespace", "team-a")[0] == 0
     kubeflow.users, kubeflow.kept["experiments"] = True, []
-    code, _, said = pipeline("submit", "tiny")
+    code, _, said = submit("tiny")
     assert code == 1 and "pass your profile's namespace with --namespace" in said
-    assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
+    assert submit("tiny", "--namespace", "team-a")[0] == 0
     assert kubeflow.bodies("POST /experiments")[-1] == {
         "display_name": "vitdet",
         "namespace": "team-a",
@@ -242,7 +224,7 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
     (tmp_path / "namespace").write_text("team-b\n")
     monkeypatch.setattr(client, "POD_NAMESPACE", tmp_path / "namespace")
     kubeflow.kept["experiments"] = []
-    assert pipeline("submit", "tiny")[0] == 0
+    assert submit("tiny")[0] == 0
     assert kubeflow.bodies("POST /experiments")[-1]["namespace"] == "team-b"
 
 
@@ -285,9 +267,9 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_started(
-    kubeflow: Kubeflow, pipeline: Run, words: list, said: str
+    kubeflow: Kubeflow, submit: Run, words: list, said: str
 ) -> None:
-    code, out, line = pipeline("submit", *words)
+    code, out, line = submit(*words)
     assert (code, out, len(line.splitlines())) == (1, "", 1)
     assert said in line and "hunter2" not in line
     assert not kubeflow.requests
@@ -305,9 +287,9 @@ def test_a_mistake_is_one_line_before_anything_is_started(
     ],
 )
 def test_a_wrong_word_is_refused_by_the_command_line(
-    kubeflow: Kubeflow, pipeline: Run, words: str
+    kubeflow: Kubeflow, submit: Run, words: str
 ) -> None:
-    assert pipeline("submit", "tiny", *words.split())[0] == 2
+    assert submit("tiny", *words.split())[0] == 2
     assert not kubeflow.requests
 
 
@@ -319,13 +301,13 @@ def test_a_pipeline_with_other_parameters_is_refused(package: Path, tmp_path: Pa
 
 
 def test_without_vitdet_the_first_step_looks_recipes_through(
-    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+    kubeflow: Kubeflow, submit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         request.importlib.util, "find_spec", lambda name: None if name == "vitdet" else find(name)
     )
-    code, _, said = pipeline("submit", "tinyy")
+    code, _, said = submit("tinyy")
     assert code == 0 and said == (
         "pipeline: recipes and settings are not validated here; the first step does that\n"
     )
@@ -352,12 +334,10 @@ def test_the_client_needs_no_torch_and_answers_fast() -> None:
     ],
 )
 def test_a_schedule_means_what_a_crontab_means(
-    kubeflow: Kubeflow, pipeline: Run, given: str, sent: str
+    kubeflow: Kubeflow, submit: Run, given: str, sent: str
 ) -> None:
     assert kubeflow_cron(given) == sent
-    code, out, _ = pipeline(
-        "submit", "tiny", "--cron", given, "--max-concurrency", 2, "--no-catch-up"
-    )
+    code, out, _ = submit("tiny", "--cron", given, "--max-concurrency", 2, "--no-catch-up")
     assert code == 0 and f"link {kubeflow.url}/#/recurringrun/details/0000-rec-0" in out
     [body] = kubeflow.bodies("POST /recurringruns")
     assert body["trigger"] == {"cron_schedule": {"cron": sent}} and body["mode"] == "ENABLE"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
@@ -12,9 +11,8 @@ from components.launcher import client as kube
 from components.launcher import launch as launcher
 from components.launcher.progress import PROGRESS, parse
 from components.launcher.templates import Kind
-from tests.helpers.kubeflow import Handler, Kubeflow, failing, task
+from tests.helpers.kubeflow import Handler, Kubeflow, Run, failing, task
 
-Run = Callable[..., tuple[int, str, str]]
 RUN = "0000-run-0"
 
 
@@ -59,9 +57,9 @@ def job(name: str, kind: str, condition: str, **annotations: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
 def test_status_and_terminate_show_the_same(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, kind: str
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, kind: str
 ) -> None:
-    pipeline("submit", "tiny", "--name", "mine")
+    run("submit", "tiny", "--name", "mine")
     details = {"task_details": [task("train-job", "RUNNING"), task("train-job-2", "")]}
     config = {"parameters": {"job_kind": kind.lower()}}
     kubeflow.kept["runs"][0] |= {
@@ -77,7 +75,7 @@ def test_status_and_terminate_show_the_same(
         {"kind": kind, "metadata": {"name": "vitdet-c"}},
         job("another", "MPIJob", "Running"),
     ]
-    _, status, _ = pipeline("status", RUN)
+    _, status, _ = run("status", RUN)
     assert status.splitlines()[4:] == [
         "  RUNNING    train-job",
         "  PENDING    train-job-2",
@@ -87,10 +85,10 @@ def test_status_and_terminate_show_the_same(
         "  job vitdet-c: pending",
     ]
     config["parameters"]["job_kind"] = "mpijob"
-    assert "job not shown: the run's job_kind is 'mpijob'" in pipeline("status", RUN)[1]
+    assert "job not shown: the run's job_kind is 'mpijob'" in run("status", RUN)[1]
     config["parameters"]["job_kind"] = kind.lower()
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, failing(404)]
-    _, out, _ = pipeline("terminate", RUN)
+    _, out, _ = run("terminate", RUN)
     assert out.replace("RUNNING, now ending", "RUNNING").startswith(status)
 
 
@@ -100,13 +98,13 @@ KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
 
 @pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED", "CANCELED"])
 def test_the_jobs_of_a_run_that_has_ended_are_deleted(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, state: str
 ) -> None:
     kubeflow.users = True
-    pipeline("submit", "tiny", "--namespace", "team-a")
+    run("submit", "tiny", "--namespace", "team-a")
     kubeflow.kept["runs"][0]["runtime_config"] = {"parameters": {"job_kind": "trainjob"}}
     kubeflow.states, cluster.found = [{"state": state}], [(["vitdet-1"], [KEPT])]
-    code, out, said = pipeline("terminate", RUN)
+    code, out, said = run("terminate", RUN)
     assert (code, said) == (0, "")
     assert out.splitlines()[2:] == [
         f"state {state}",
@@ -121,12 +119,12 @@ def test_the_jobs_of_a_run_that_has_ended_are_deleted(
 
 @pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING"])
 def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, state: str
 ) -> None:
-    pipeline("submit", "tiny")
+    run("submit", "tiny")
     kubeflow.states = [{"state": one} for one in (state, "CANCELING", "CANCELING", "CANCELED")]
     cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
-    code, out, said = pipeline("terminate", RUN)
+    code, out, said = run("terminate", RUN)
     assert (code, said) == (0, "")
     assert f"state {state}, now ending" in out and out.splitlines()[4:] == [
         PLACE.format("kubeflow"),
@@ -141,11 +139,11 @@ def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
 
 @pytest.mark.parametrize("left", [[], [KEPT]])
 def test_where_there_are_no_jobs_it_says_where_it_looked(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, left: list[str]
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, left: list[str]
 ) -> None:
-    pipeline("submit", "tiny")
+    run("submit", "tiny")
     kubeflow.states, cluster.found = [{"state": "FAILED"}], [([], left)]
-    assert pipeline("terminate", RUN)[1].splitlines()[4:] == [
+    assert run("terminate", RUN)[1].splitlines()[4:] == [
         PLACE.format("kubeflow"),
         *left,
         "found none to delete",
@@ -157,16 +155,16 @@ def test_where_there_are_no_jobs_it_says_where_it_looked(
 )  # silent; the login has expired; somebody has deleted the run
 def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
     kubeflow: Kubeflow,
-    pipeline: Run,
+    run: Run,
     cluster: Cluster,
     monkeypatch: pytest.MonkeyPatch,
     status: int,
 ) -> None:
     monkeypatch.setattr("pipeline.cli.terminate.END_TIMEOUT", 0.3)
-    pipeline("submit", "tiny")
+    run("submit", "tiny")
     cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
-    code, out, said = pipeline("terminate", RUN, "--retries", 0)
+    code, out, said = run("terminate", RUN, "--retries", 0)
     assert (code, out.splitlines()[-2:]) == (1, ["deleted vitdet-2, made since", KEPT])
     assert len(cluster.asked) == 2
     cause = "it is unknown whether the run has ended ("
@@ -180,14 +178,14 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
 
 
 def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.client.Server.wait_until_ended", interrupt)
-    pipeline("submit", "tiny")
-    code, _, said = pipeline("terminate", RUN)
+    run("submit", "tiny")
+    code, _, said = run("terminate", RUN)
     assert code == 130 and len(cluster.asked) == 1
     assert said.endswith(
         f"; to delete training jobs created since: `python -m pipeline terminate {RUN}`\n"
@@ -195,14 +193,14 @@ def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
 
 
 def test_a_cluster_without_the_namespace_is_refused_in_one_line(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def another(namespace: str) -> str:
         raise ValueError(f"the cluster of context work has no namespace {namespace}")
 
     monkeypatch.setattr(kube, "describe_namespace", another)
-    pipeline("submit", "tiny")
-    code, out, said = pipeline("terminate", RUN)
+    run("submit", "tiny")
+    code, out, said = run("terminate", RUN)
     assert code == 1 and "now ending" in out and cluster.asked == []
     assert said.endswith(
         "training jobs may still exist: the cluster of context work has no namespace kubeflow\n"
@@ -210,32 +208,30 @@ def test_a_cluster_without_the_namespace_is_refused_in_one_line(
 
 
 def test_terminating_a_run_that_ends_in_the_meantime(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
+    kubeflow: Kubeflow, run: Run, cluster: Cluster
 ) -> None:
-    pipeline("submit", "tiny")
+    run("submit", "tiny")
     kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
-    assert pipeline("terminate", RUN)[0] == 0
+    assert run("terminate", RUN)[0] == 0
     assert {asked[:2] for asked in cluster.asked} == {(RUN, "kubeflow")}
 
 
 def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
         raise RuntimeError("may not delete pytorchjobs")
 
     monkeypatch.setattr(launcher, "delete_jobs", forbidden)
-    pipeline("submit", "tiny")
-    code, out, said = pipeline("terminate", RUN, "--namespace", "team-a")
+    run("submit", "tiny")
+    code, out, said = run("terminate", RUN, "--namespace", "team-a")
     assert code == 1 and "now ending" in out and len(said.splitlines()) == 1
     assert f"kubectl delete -n team-a pytorchjobs,trainjobs -l vitdet/run={RUN}" in said
 
 
-def test_terminating_a_schedule_deletes_it(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
-) -> None:
-    pipeline("submit", "tiny", "--cron", "@daily")
-    code, out, _ = pipeline("terminate", "0000-rec-0")
+def test_terminating_a_schedule_deletes_it(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
+    run("submit", "tiny", "--cron", "@daily")
+    code, out, _ = run("terminate", "0000-rec-0")
     assert code == 0 and "runs that it started continue" in out
     assert not kubeflow.kept["recurringruns"] and not cluster.asked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,16 @@ import yaml
 
 from pipeline.versions import FIELDS, NEWEST, fit, places, read_version, server_version
 from tests.conftest import ROOT
-from tests.helpers.kubeflow import Kubeflow, command
+from tests.helpers.kubeflow import Kubeflow, Run
 
-Run = Callable[..., tuple[int, str, str]]
 GOLDEN = ROOT / "tests" / "golden_pipeline" / "pipeline.yaml"
 JOB = ROOT / "tests" / "golden_pipeline" / "jobs.yaml"
 EXECUTORS = "platforms kubernetes deploymentSpec executors".split()
 
 
-@pytest.fixture
-def pipeline(
-    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
+@pytest.fixture(autouse=True)
+def recipes_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
-    return command(kubeflow, monkeypatch, capsys)
 
 
 def documents() -> list[dict]:
@@ -94,10 +89,10 @@ def test_a_field_without_which_the_result_differs_is_refused() -> None:
     ],
 )
 def test_a_version_that_is_not_supported_is_one_line(
-    kubeflow: Kubeflow, pipeline: Run, given: str, said: str, tmp_path: Path
+    kubeflow: Kubeflow, cli: Run, given: str, said: str, tmp_path: Path
 ) -> None:
     for words in (["compile", tmp_path / "p.yaml"], ["submit", "tiny"]):
-        code, out, line = pipeline(*words, "--kfp", given)
+        code, out, line = cli(*words, "--kfp", given)
         assert (code, out) == (2, "") and said in line.splitlines()[-1]
     assert not kubeflow.requests and not list(tmp_path.iterdir())
 
@@ -119,21 +114,21 @@ def test_the_server_is_asked_for_its_version(health: dict, version: tuple, doubt
     assert found == version and doubt in remark and bool(doubt) == bool(remark)
 
 
-def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, pipeline: Run) -> None:
+def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, cli: Run) -> None:
     words = ["submit", "tiny", "--package", GOLDEN]
-    assert pipeline(*words)[2] == ""
+    assert cli(*words)[2] == ""
     assert "securityContext" in executors(sent(kubeflow)[1])["exec-data"]
     kubeflow.health = {"tag_name": "unknown", "pipeline_store": "database"}
-    code, _, said = pipeline(*words)
+    code, _, said = cli(*words)
     doubt, line = said.splitlines()
     assert code == 0 and "treated as Pipelines 2.15.0 (Kubeflow 1.11), pass --kfp" in doubt
     assert "securityContext (2.16.0 does), left out" in line and "Pod Security `restricted`" in line
     assert not any("securityContext" in one for one in executors(sent(kubeflow)[1]).values())
     # what the user states is used as it is
-    code, _, said = pipeline(*words, "--kfp", "2.16.1")
+    code, _, said = cli(*words, "--kfp", "2.16.1")
     assert (code, said) == (0, "") and "securityContext" in str(sent(kubeflow)[1])
     kubeflow.health = {"tag_name": "2.4.1"}
-    code, _, said = pipeline(*words)
+    code, _, said = cli(*words)
     assert code == 1 and "2.4.1 is too old" in said and len(said.splitlines()) == 1
 
 
@@ -152,25 +147,25 @@ def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, pip
     ],
 )
 def test_a_server_that_refuses_a_field_is_not_one_that_is_down(
-    kubeflow: Kubeflow, pipeline: Run, health: dict, said: str
+    kubeflow: Kubeflow, cli: Run, health: dict, said: str
 ) -> None:
     kubeflow.health, kubeflow.unknown = health, "securityContext"
-    code, out, line = pipeline("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")
+    code, out, line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")
     assert (code, out, line) == (1, "", f"pipeline: {kubeflow.url}: {said}\n")
     assert kubeflow.words().count("POST /runs") == 1
     kubeflow.unknown = "schemaVersion"  # no field of the table
-    line = pipeline("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")[2]
+    line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")[2]
     assert line.endswith("the package was compiled with a newer kfp than the server's\n")
 
 
 def test_compile_writes_the_pipeline_of_a_version(
-    pipeline: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     newest, old = tmp_path / "newest.yaml", tmp_path / "old.yaml"
     monkeypatch.setattr("sys.stdin", io.StringIO(JOB.read_text()))
-    code, out, said = pipeline("compile", newest, "--job", "-")
+    code, out, said = cli("compile", newest, "--job", "-")
     assert (code, out, said) == (0, f"{newest}\n", "")
-    code, out, said = pipeline("compile", old, "--job", JOB, "--kfp", "2.15")
+    code, out, said = cli("compile", old, "--job", JOB, "--kfp", "2.15")
     assert code == 0 and len(said.splitlines()) == 1 and "securityContext" in said
     spec, platform = yaml.safe_load_all(newest.read_text())
     for executor in executors(platform).values():
