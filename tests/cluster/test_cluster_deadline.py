@@ -33,9 +33,7 @@ def live(live: Scene) -> Scene:
     return with_runtime(live)
 
 
-def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happens(
-    live: Scene,
-) -> None:
+def test_the_training_operator_ends_a_job_at_the_next_event_after_its_deadline(live: Scene) -> None:
     name, quiet = job_name(PIPELINE_RUN, "late"), []
 
     def stir() -> None:

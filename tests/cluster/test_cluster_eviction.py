@@ -160,7 +160,7 @@ def deleted_while_it_runs(training: Training) -> None:
     [(1, terminated), (1, terminated_by_argo), (5, deleted_while_it_runs)],
     ids=["terminated", "terminated by argo", "five times, then deleted"],
 )
-def test_a_training_outlives_its_launchers_and_ends_with_its_run(
+def test_a_training_run_outlives_its_launchers(
     live: Scene, times: int, ending: Callable[[Training], None]
 ) -> None:
     training = Training(live, ending.__name__.replace("_", "-"))

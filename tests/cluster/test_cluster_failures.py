@@ -119,9 +119,7 @@ def test_a_retried_step_goes_on_with_the_job_of_the_first(live: Scene) -> None:
     assert live.job("retried")["metadata"]["uid"] == uid
 
 
-def test_a_container_that_runs_out_of_memory_ends_the_job_at_once_with_its_last_words(
-    live: Scene,
-) -> None:
+def test_a_container_out_of_memory_ends_the_job_at_once_with_its_last_lines(live: Scene) -> None:
     dying = "echo working; if [ $RANK = 1 ]; then seq 100; sleep 1; kill -9 $$; fi; sleep 60"
     with pytest.raises(RuntimeError) as raised:
         live.launch(script(), [dying], "oom")
@@ -136,9 +134,7 @@ def test_a_container_that_runs_out_of_memory_ends_the_job_at_once_with_its_last_
     wait_until(lambda: not live.pods("oom"))  # suspended: the operator took them away
 
 
-def test_a_container_that_keeps_failing_ends_the_job_after_the_restarts_of_its_file(
-    live: Scene,
-) -> None:
+def test_a_container_that_keeps_failing_ends_the_job_after_its_restarts(live: Scene) -> None:
     failing = "if [ $RANK = 1 ]; then sleep 1; echo no such image; exit 3; fi; sleep 60"
     # the fourth time at the latest: the Master has not failed and could be on a lost node
     with pytest.raises(RuntimeError, match="has failed [34] times") as raised:
@@ -203,7 +199,7 @@ NO_NODE = {
         ("no-node", NO_NODE, f"Unschedulable: {UNSCHEDULABLE['message']}"),
     ],
 )
-def test_a_pod_that_never_starts_fails_the_step_and_frees_the_queue(
+def test_a_pod_that_cannot_start_fails_the_step(
     still: Scene, recipe: str, status: dict, text: str
 ) -> None:
     other = meanwhile(lambda: write_status(still, recipe, status))
@@ -224,9 +220,7 @@ def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
             empty.launch(script(), ["true"], "nobody", timeouts=replace(PATIENT, operator=3))
 
 
-def test_all_jobs_of_a_run_are_deleted_and_no_others(
-    still: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_jobs_of_a_run_are_deleted(still: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(still.kubeconfig))
     given = yaml.safe_load(template())
     for name, run in (("a", "mine"), ("b", "mine"), ("c", "other")):
@@ -270,9 +264,7 @@ def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(live, "kubeconfig", tmp_path / "account")
 
 
-def test_the_role_of_the_manifests_suffices_and_its_loss_is_one_line(
-    live: Scene, account: None
-) -> None:
+def test_the_role_of_the_manifests_suffices_and_is_needed(live: Scene, account: None) -> None:
     live.launch(script(), ["echo with rights"], "allowed")
     assert "with rights" in live.lines
 

@@ -50,7 +50,7 @@ def refused(
     return str(raised.value)
 
 
-def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_run_again(
+def test_a_failed_job_is_recreated_by_retry_of_the_run(
     live: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = live.step_pod("failing-0"), live.step_pod("failing-1", attempt=1)
@@ -82,7 +82,7 @@ def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_r
     assert "mended" in live.lines
 
 
-def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_run_deletes_it(
+def test_a_job_that_could_not_start_is_kept_until_the_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with scene(tmp_path, node=False) as still:
@@ -100,7 +100,7 @@ def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_ru
         wait_until(lambda: still.job("image") is None)
 
 
-def test_the_end_of_a_run_deletes_what_runs_and_leaves_what_has_ended_with_its_logs(
+def test_the_end_of_a_run_deletes_only_running_jobs(
     live: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = "11111111-1f3e-4b7e-9b1b-0d6c35f7a002"

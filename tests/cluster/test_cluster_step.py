@@ -179,9 +179,7 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
     assert made.job(step.name, run=RUN) is None and set(made.node.containers) == processes
 
 
-def test_no_job_is_made_on_a_volume_that_is_not_what_was_verified(
-    step: Step, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_job_is_created_on_changed_data(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(components.RUN_ID, OTHER)
     file = step.made.volume / "tiny" / "annotations" / "instances_train.json"
     before = file.read_text()

@@ -28,7 +28,7 @@ def make(namespace: str, kind: str, run: str, name: str) -> None:
     kubectl("create -f -", given=job)
 
 
-def test_terminate_deletes_the_jobs_of_its_run_only(
+def test_terminate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with scene(tmp_path, node=False, operator=False) as made, serving(Kubeflow()) as kubeflow:

@@ -192,7 +192,7 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
     assert sum("persistentVolumeClaim" in one for one in spec["volumes"]) == 1
 
 
-def test_a_pod_that_no_node_takes_fails_the_step_and_frees_the_queue(
+def test_an_unschedulable_pod_fails_the_step_and_frees_the_queue(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     with scene(tmp_path_factory.mktemp("still"), node=False) as still:

@@ -67,7 +67,7 @@ def old_job() -> str:
     return yaml.safe_dump({**job, "apiVersion": f"{OLD.group}/{OLD.version}"})
 
 
-def test_lost_pod_settings_end_the_job_and_a_lost_deadline_is_a_warning(
+def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
     still: Scene, trainer_2_1: None
 ) -> None:
     task = {"node_selector": {"disk": "fast"}}

@@ -272,7 +272,7 @@ def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("reason", ["", "its run has been terminated"])
-def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
+def test_a_stopped_step_deletes_its_job_if_its_run_ends(
     number: int, reason: str, ctrl_c: None
 ) -> None:
     class Stopped(Record):
@@ -297,7 +297,7 @@ def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
     )
 
 
-def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
+def test_invalid_arguments_are_rejected_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given = {**arguments(TEMPLATES["pytorchjob"], []), "workspace": "/data/runs"}

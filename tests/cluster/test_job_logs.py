@@ -38,7 +38,7 @@ def test_the_logs_of_a_job_are_files_and_artifacts_of_its_run(tmp_path: Path, ti
     assert last.info.status == "FAILED" and not client.list_artifacts(first.info.run_id, "logs")
 
 
-def test_a_full_disk_does_not_hide_the_result_of_the_job(
+def test_a_full_disk_hides_no_result(
     tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = str(tmp_path / "settings")

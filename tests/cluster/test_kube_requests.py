@@ -144,13 +144,9 @@ def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("{: [", "is not valid: while parsing"),
-        ("[1]", "is not valid: "),
-        ("", "file is empty"),
-    ],
+    [("{: [", "is not valid: while parsing"), ("[1]", "is not valid: "), ("", "file is empty")],
 )
-def test_a_kubeconfig_that_is_none_is_one_line(
+def test_an_invalid_kubeconfig_is_one_line(
     text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config").write_text(text)

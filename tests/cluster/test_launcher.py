@@ -218,9 +218,7 @@ def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
         ("pytorchjob", "name: pytorch ", {}, "no container named 'pytorch'"),
     ],
 )
-def test_a_template_that_does_not_fit_is_one_line(
-    kind: str, text: str, change: dict, message: str
-) -> None:
+def test_an_invalid_template_is_one_line(kind: str, text: str, change: dict, message: str) -> None:
     template = TEMPLATES["pytorchjob"].replace(text, "name: main " if text else "")
     with pytest.raises(ValueError, match=message):
         fill_template(template, KINDS[kind], request(**change))
@@ -355,9 +353,7 @@ def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
         ("trainjob", 2, {}, [2]),
     ],
 )
-def test_the_number_of_processes_is_known_before_a_job_is_created(
-    kind: str, nodes: int, changes: dict, counts: list[int]
-) -> None:
+def test_process_counts(kind: str, nodes: int, changes: dict, counts: list[int]) -> None:
     template = yaml.safe_load(TEMPLATES[kind])
     template["spec"].update(changes)
     job = fill_template(yaml.safe_dump(template), KINDS[kind], request(nodes=nodes))

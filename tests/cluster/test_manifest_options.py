@@ -32,9 +32,7 @@ def test_a_gpu_that_a_cloud_does_not_have_is_an_error(copy: Path) -> None:
         ("eks", "EC2NodeClass", [{"id": "cr-5"}]),
     ],
 )
-def test_a_pool_takes_its_nodes_from_a_reservation(
-    name: str, kind: str, wanted: object, copy: Path
-) -> None:
+def test_a_pool_may_use_a_reservation(name: str, kind: str, wanted: object, copy: Path) -> None:
     file = copy / "overlays" / name / "values" / "values.yaml"
     values = yaml.safe_load(file.read_text())
     values["data"] |= {"reservation": "my-gpus" if name == "gke" else "cr-5"}

@@ -140,9 +140,7 @@ def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_the_queue_covers_what_the_pods_request_and_has_their_priority(
-    job: str, copy: Path
-) -> None:
+def test_the_queue_covers_the_pods_requests_and_priority(job: str, copy: Path) -> None:
     """Kueue admits no pod with another resource; a missing class leaves a job without a Workload."""
     options = ["components/rdma", "components/kueue", "components/values"]
     jobs = build(copy, "onprem", [job], ["node-pools/onprem", *options])
@@ -171,9 +169,7 @@ def test_the_queue_covers_what_the_pods_request_and_has_their_priority(
     ("option", "scheduler"),
     [("volcano", "volcano"), ("coscheduling", "scheduler-plugins-scheduler")],
 )
-def test_a_trainjob_s_pods_are_scheduled_as_a_group(
-    option: str, scheduler: str, copy: Path
-) -> None:
+def test_trainjob_pods_are_scheduled_as_a_group(option: str, scheduler: str, copy: Path) -> None:
     """Trainer creates the PodGroup, but does not set the scheduler that reads it."""
     parts = ["node-pools/onprem", f"components/{option}", "components/values"]
     made = build(copy, "onprem", ["trainjob"], parts)

@@ -105,9 +105,7 @@ def backing_off(name: str, times: int) -> dict:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_pods_that_wait_for_one_in_back_off_and_fail_too_are_not_a_second_error(
-    reverse: bool,
-) -> None:
+def test_peers_of_a_pod_in_back_off_are_not_a_second_error(reverse: bool) -> None:
     """In whichever order a poll lists the two."""
 
     def count(*looks: list[dict]) -> Restarts:
@@ -204,7 +202,7 @@ def test_what_ends_a_pod_from_outside_is_a_disruption(status: dict, disruption: 
 @pytest.mark.parametrize(
     ("ended_at", "disruption"), [("2026-01-01T00:00:05Z", True), ("2026-01-01T00:00:01Z", False)]
 )
-def test_a_pod_that_ends_because_it_is_deleted_is_not_one_that_is_deleted_because_it_failed(
+def test_a_pod_that_ends_after_its_deletion_is_a_disruption(
     ended_at: str, disruption: bool
 ) -> None:
     failed = pod(phase="Failed", container=ended(1, when=ended_at))
@@ -319,9 +317,7 @@ def test_the_pods_of_a_deleted_job_with_the_same_name_are_not_looked_at() -> Non
         ),
     ],
 )
-def test_lack_of_memory_is_not_retried_and_says_what_to_change(
-    failed: dict, log: str, advice: str
-) -> None:
+def test_out_of_memory_is_not_retried_and_has_advice(failed: dict, log: str, advice: str) -> None:
     record = Record((RUNNING, HEALTHY), (RUNNING, [pod("m"), failed]))
     record.logs["w previous"] = [f"2026-01-01T00:00:00Z {log}"]
     _, error = follow(record, limited("100"))

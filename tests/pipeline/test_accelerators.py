@@ -50,7 +50,7 @@ def test_both_kinds_say_the_same(name: str) -> None:
 
 @needs_kubectl
 @pytest.mark.parametrize("name", ["gke", "kind"])
-def test_evaluate_is_compiled_the_same_from_both_kinds(
+def test_evaluate_is_the_same_for_both_kinds(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.graph.IMAGE", "")
@@ -61,9 +61,7 @@ def test_evaluate_is_compiled_the_same_from_both_kinds(
     ) * 3
 
 
-def test_evaluate_waits_in_the_queue_of_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_waits_in_the_same_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.graph.IMAGE", "")
     own = evaluation(GOLDEN, tmp_path / "none.yaml")[1]["podMetadata"]["labels"]
     assert own == {"app.kubernetes.io/name": "vitdet", "app.kubernetes.io/component": "step"}

@@ -199,14 +199,14 @@ def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs)
     assert len(jobs.asked) == 1
 
 
-def test_no_gpu_is_asked_for_when_the_volume_was_wiped(prepared: Prepared, jobs: Jobs) -> None:
+def test_no_gpu_is_requested_without_the_data(prepared: Prepared, jobs: Jobs) -> None:
     shutil.rmtree(prepared.root)
     with pytest.raises(FileNotFoundError, match="gone since the data was verified"):
         prepared.train_job(dsl.TaskConfig())
     assert jobs.asked == []
 
 
-def test_no_gpu_is_asked_for_when_the_weights_are_gone(
+def test_no_gpu_is_requested_without_the_weights(
     own_tiny: Path, tmp_path: Path, jobs: Jobs
 ) -> None:
     prepared = Prepared(own_tiny, tmp_path)
@@ -246,7 +246,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("", "CANCELLED", []),
     ],
 )
-def test_at_the_end_the_jobs_of_a_cluster_are_ended(
+def test_the_end_of_a_run_ends_jobs(
     kind: str, state: str, ended: list, jobs: Jobs, tmp_path: Path, closed: list[str]
 ) -> None:
     assert "No training was started" in end_run(tmp_path, kind, state).read_text()

@@ -79,7 +79,7 @@ def test_a_token_comes_from_a_file_a_pipe_the_standard_input_the_environment_or_
     os.close(read)
 
 
-def test_a_secret_is_sent_in_its_header_and_nowhere_else(
+def test_a_secret_is_only_in_its_header(
     kubeflow: Kubeflow, cli: Run, token: Path, tmp_path: Path
 ) -> None:
     package = compile_pipeline(tmp_path / "pipeline.yaml")
@@ -97,7 +97,7 @@ def test_a_login_without_encryption_is_warned_of(cli: Run, token: Path) -> None:
     )
 
 
-def test_a_cookie_opens_a_server_behind_a_login_page(
+def test_a_cookie_replaces_a_login(
     kubeflow: Kubeflow, cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kubeflow.cookie = "authservice_session=MTY5"
@@ -119,9 +119,7 @@ def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, cli: Ru
     )
 
 
-def test_a_token_that_is_renewed_in_its_file_is_used_at_once(
-    kubeflow: Kubeflow, token: Path
-) -> None:
+def test_a_token_renewed_in_its_file_is_used_at_once(kubeflow: Kubeflow, token: Path) -> None:
     from kfp_server_api import HealthzServiceApi
 
     client = connect(kubeflow.url, *credentials(kubeflow.url, str(token)))
@@ -132,7 +130,7 @@ def test_a_token_that_is_renewed_in_its_file_is_used_at_once(
     assert sent == [f"Bearer {SECRET}", "Bearer renewed"]
 
 
-def test_the_pods_token_goes_to_the_clusters_services_only(
+def test_the_pod_s_token_goes_to_cluster_services(
     monkeypatch: pytest.MonkeyPatch, token: Path
 ) -> None:
     monkeypatch.setattr(connection, "POD_TOKEN", token)
@@ -174,9 +172,7 @@ def test_an_address_that_is_none(host: str) -> None:
     ],
     ids=lambda words: words[0],
 )
-def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(
-    kubeflow: Kubeflow, cli: Run, words: list[str]
-) -> None:
+def test_a_misplaced_secret_is_rejected(kubeflow: Kubeflow, cli: Run, words: list[str]) -> None:
     code, out, said = cli("status", "x", *words)
     assert code == 1 and len(said.splitlines()) == 1 and SECRET not in out + said
     assert not kubeflow.requests
@@ -225,7 +221,7 @@ def test_a_file_that_holds_no_secret(cli: Run, tmp_path: Path, kind: str, text: 
         (lambda handler: handler.send(502, "<html>nginx</html>"), "returned 502 Bad Gateway"),
     ],
 )
-def test_an_error_is_one_line_without_the_secret(
+def test_an_error_is_one_line_without_secret(
     kubeflow: Kubeflow, cli: Run, token: Path, answer: Callable, said: str
 ) -> None:
     kubeflow.plan["GET /runs/x"] = [answer]
@@ -247,9 +243,7 @@ def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None
         assert SECRET not in "".join(traceback.format_exception(caught.value)) + repr(both)
 
 
-def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(
-    kubeflow: Kubeflow, cli: Run
-) -> None:
+def test_credentials_are_required_only_if_the_server_says_so(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.token = SECRET
     assert (
         "requires authentication (401): give a token (--token-file FILE or KFP_TOKEN)"
@@ -258,9 +252,7 @@ def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(
 
 
 @pytest.mark.parametrize("trouble", [failing(503), failing(429), failing(500), cut, stalling])
-def test_a_look_is_repeated_until_the_server_is_well(
-    kubeflow: Kubeflow, cli: Run, trouble: Callable
-) -> None:
+def test_a_read_is_retried(kubeflow: Kubeflow, cli: Run, trouble: Callable) -> None:
     kubeflow.kept["experiments"].append({"experiment_id": "e"})
     kubeflow.kept["runs"].append(
         {"run_id": "x", "experiment_id": "e", "display_name": "a run", "state": "RUNNING"}

@@ -135,9 +135,7 @@ def is_link(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["hardlink", "symlink"])
-def test_no_verb_writes_into_a_cache_that_the_workspace_is_linked_to(
-    space: Path, vitdet: Run, kind: str
-) -> None:
+def test_no_verb_writes_into_a_cache_that_is_linked_to(space: Path, vitdet: Run, kind: str) -> None:
     Path(".dvc").mkdir()
     Path(".dvc/config").write_text(
         f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    type = {kind}\n"

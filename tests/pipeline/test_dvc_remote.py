@@ -120,9 +120,7 @@ def with_coco(project: Project) -> None:
         stub.with_name(where.split("/")[-1]).write_bytes(content)
 
 
-def test_of_coco_a_folder_carries_the_annotations_and_the_manifest(
-    project: Project, tmp_path: Path
-) -> None:
+def test_a_folder_carries_coco_s_annotations_and_manifest(project: Project, tmp_path: Path) -> None:
     with_coco(project)
     remote(project, str(tmp_path / "storage"))
     project("dvc", "repro")

@@ -162,9 +162,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
         ("vitdet/demo/mae.py", set()),
     ],
 )
-def test_an_edited_file_outdates_its_stages_alone(
-    repository: Repo, file: str, stages: set[str]
-) -> None:
+def test_an_edited_file_outdates_its_stages(repository: Repo, file: str, stages: set[str]) -> None:
     path = Path(repository.root_dir, file)
     before = path.read_bytes()
     path.write_bytes(before + b"\n# edited\n")

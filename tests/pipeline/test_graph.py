@@ -140,11 +140,7 @@ def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None
     assert ran.of("configs") == [[["good", "better", "best"], ["a.b=1"], [], 1]]
     (run_id,) = ran.of("announce")[0]
     assert sorted(ran.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
-    assert sorted(ran.of("evaluate")) == [
-        ["best", "best"],
-        ["better", "better"],
-        ["good", "good"],
-    ]
+    assert sorted(ran.of("evaluate")) == [["best", "best"], ["better", "better"], ["good", "good"]]
     assert ran.of("register") == [["better", "better"]]  # alone passed the gate
     assert ran.of("compare") == [[["best", "better", "good"], run_id]]
     assert ran.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]

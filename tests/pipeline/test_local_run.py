@@ -62,9 +62,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(space, first, second, client_of(space))
 
 
-def test_two_recipes_are_trained_one_after_the_other_and_end_in_one_table(
-    finished: Finished,
-) -> None:
+def test_two_recipes_are_trained_in_turn_and_end_in_one_table(finished: Finished) -> None:
     taken = steps(finished.first)
     # all of them before anything is trained
     assert sorted(taken[:4]) == ["announce", "configs", "data", "weights"]

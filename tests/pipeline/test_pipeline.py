@@ -133,9 +133,7 @@ def test_the_jobs_travel_as_text() -> None:
     assert "ServiceAccount" not in jobs
 
 
-def test_the_steps_run_in_the_image_of_the_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_run_in_the_job_s_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_image(training_jobs(JOBS)) == "registry.example.com/vitdet:1"
     with pytest.raises(
         ValueError, match="use one image, they use a, registry.example.com/vitdet:1"
@@ -154,9 +152,7 @@ def test_the_steps_run_in_the_image_of_the_job(
     assert {one["container"]["image"] for one in executors.values()} == {"other:2"}
 
 
-def test_nothing_is_installed_and_every_step_has_what_it_needs(
-    compiled: Path, documents: tuple[dict, dict]
-) -> None:
+def test_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dict]) -> None:
     specification, kubernetes = documents
     assert "pip install" not in compiled.read_text()
     executors = specification["deploymentSpec"]["executors"]
@@ -243,9 +239,7 @@ def test_nodes_and_kind_are_those_of_the_job(jobs: str, shape: tuple[int, str]) 
     assert job_shape(training_jobs(jobs)) == shape
 
 
-def test_trainings_wait_for_one_another_as_asked(
-    documents: tuple[dict, dict], tmp_path: Path
-) -> None:
+def test_parallelism_is_as_requested(documents: tuple[dict, dict], tmp_path: Path) -> None:
     def limits(pipeline: dict) -> list[int]:
         tasks = [task for _, task in tasks_of(pipeline)]
         return [t["iteratorPolicy"]["parallelismLimit"] for t in tasks if "parameterIterator" in t]

@@ -181,9 +181,7 @@ def test_a_second_repro_runs_nothing_and_the_demo_changes_no_tracked_file(projec
     assert project.changed == ""
 
 
-def test_an_experiment_sets_what_the_recipe_does_not_name_and_keeps_the_data(
-    project: Project,
-) -> None:
+def test_an_experiment_sets_unnamed_settings_and_keeps_the_data(project: Project) -> None:
     project("dvc", "exp", "run", "--name", "clipped", "-S", f"{RECIPE}:++optim.clip=0.5")
     assert project.ran == ["config", "train", "from 0 to 20", "evaluate", "register"]
     table = json.loads(project("dvc", "metrics", "diff", "demo", "clipped", "--json"))
@@ -206,9 +204,7 @@ def test_a_setting_of_the_evaluation_trains_nothing(project: Project) -> None:
     ] == pytest.approx(10.7)
 
 
-def test_a_setting_of_the_evaluation_trains_again_where_it_chooses_the_result(
-    project: Project,
-) -> None:
+def test_a_setting_that_chooses_the_best_model_trains_again(project: Project) -> None:
     project("dvc", "exp", "run", "-S", f"{RECIPE}:++train.keep_best=box_ap")
     assert "train" in project.ran
     project("dvc", "exp", "run", "-S", f"{RECIPE}:++evaluate.nms_iou=0.7")
@@ -230,9 +226,7 @@ def test_edited_code_runs_its_stages(project: Project) -> None:
 @pytest.mark.parametrize(
     ("setting", "says"), [("optim.lrr=1", "lrr"), ("optim.lr=fast", "optim.lr")]
 )
-def test_a_wrong_setting_stops_before_anything_else_runs(
-    project: Project, setting: str, says: str
-) -> None:
+def test_a_wrong_setting_stops_the_first_stage(project: Project, setting: str, says: str) -> None:
     said = project("dvc", "exp", "run", "-S", f"{RECIPE}:++{setting}", ok=False)
     assert project.ran == ["config"]
     assert says in said

@@ -194,9 +194,7 @@ def delete(
     return launcher.delete_jobs("run-1", own=own)
 
 
-def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_running_jobs_are_deleted_and_ended_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = Objects(
         {
             "pytorchjobs": [
@@ -230,9 +228,7 @@ def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.Monkey
     assert objects.deleted == []
 
 
-def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_missing_job_or_kind_keeps_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = ApiException(status=404)
     objects = Objects(
         {"pytorchjobs": [named("gone", RUNNING), named("runs", RUNNING)], "trainjobs": absent},
@@ -252,7 +248,7 @@ def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_no
         (ReadTimeoutError(None, "/", "x"), "the API server does not respond .ReadTimeoutError."),
     ],
 )
-def test_a_deletion_that_is_refused_or_stalls_is_one_line(
+def test_a_failed_deletion_is_one_line(
     monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
 ) -> None:
     if isinstance(error, ApiException):
@@ -266,9 +262,7 @@ def test_a_deletion_that_is_refused_or_stalls_is_one_line(
         assert "\n" not in str(raised.value)
 
 
-def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_forbidden_kind_keeps_no_job_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     error = ApiException(status=403, reason="Forbidden")
     error.body = json.dumps({"message": "trainjobs is forbidden"})
     objects = Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": error})
@@ -298,7 +292,7 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
         ),
     ],
 )
-def test_where_jobs_are_looked_for_is_told(
+def test_the_namespace_is_described(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Exception | None, told: str
 ) -> None:
     def read_namespace(_: object, name: str, _request_timeout: tuple) -> None:

@@ -25,7 +25,7 @@ RUN = "0000-run-0"
     ],
 )
 @pytest.mark.parametrize("words", [[], ["--cron", "@daily"]], ids=["run", "schedule"])
-def test_a_request_that_failed_or_seemed_to_is_made_once(
+def test_a_creation_is_repeated_until_done_once(
     kubeflow: Kubeflow, run: Run, trouble: list, words: list[str]
 ) -> None:
     kind = "recurringruns" if words else "runs"
@@ -36,7 +36,7 @@ def test_a_request_that_failed_or_seemed_to_is_made_once(
 
 
 @pytest.mark.parametrize("trouble", [stalling, cut])
-def test_a_request_without_an_answer_is_not_repeated_blindly(
+def test_a_creation_without_answer_is_not_repeated(
     kubeflow: Kubeflow, run: Run, trouble: Callable
 ) -> None:
     kubeflow.plan["POST /runs"] = [trouble]
@@ -57,9 +57,7 @@ def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, run: Run) -> No
     )
 
 
-def test_an_experiment_that_another_makes_at_the_same_moment_is_used(
-    kubeflow: Kubeflow, run: Run
-) -> None:
+def test_an_experiment_created_concurrently_is_used(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.plan["POST /experiments"] = [failing(409, "Already exists", done=True)]
     assert run("submit", "tiny")[0] == 0
     assert kubeflow.bodies("POST /runs")[0]["experiment_id"] == "0000-exp-0"
@@ -73,9 +71,7 @@ def test_an_experiment_that_another_makes_at_the_same_moment_is_used(
         (400, "returned 400 Bad Request: cannot create"),
     ],
 )
-def test_a_refused_request_is_not_repeated(
-    kubeflow: Kubeflow, run: Run, code: int, said: str
-) -> None:
+def test_a_rejection_is_final(kubeflow: Kubeflow, run: Run, code: int, said: str) -> None:
     kubeflow.plan["POST /runs"] = [failing(code, "cannot create")]
     status, out, line = run("submit", "tiny")
     assert (status, out) == (1, "") and said in line and len(line.splitlines()) == 1
@@ -92,9 +88,7 @@ def test_an_address_without_the_api(kubeflow: Kubeflow, run: Run, words: list[st
     assert code == 1 and text in said
 
 
-def test_waiting_says_each_change_once_and_ends_well_after_success_only(
-    kubeflow: Kubeflow, run: Run
-) -> None:
+def test_waiting_reports_each_change_once_and_the_result(kubeflow: Kubeflow, run: Run) -> None:
     shells = [
         task("root", "RUNNING"),
         task("root-driver", "SUCCEEDED"),
@@ -144,7 +138,7 @@ FAILED = [
 @pytest.mark.parametrize(
     "state", ["FAILED", "SUCCEEDED"]
 )  # the second: what older servers make of an ExitHandler
-def test_a_failed_step_is_named_with_its_message(kubeflow: Kubeflow, run: Run, state: str) -> None:
+def test_a_failed_step_is_reported(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": state, "run_details": {"task_details": FAILED}}]
     code, _, said = run("submit", "tiny", "--wait")
     assert code == 1 and said.splitlines() == [
@@ -155,22 +149,20 @@ def test_a_failed_step_is_named_with_its_message(kubeflow: Kubeflow, run: Run, s
 
 
 @pytest.mark.parametrize("state", ["CANCELED", "SKIPPED"])
-def test_a_run_that_ended_otherwise_is_no_success(kubeflow: Kubeflow, run: Run, state: str) -> None:
+def test_a_canceled_run_is_no_success(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": "CANCELING"}, {"state": state}]
     code, _, said = run("submit", "tiny", "--wait")
     assert code == 1 and f"run {RUN} {state}" in said
 
 
-def test_a_run_that_failed_without_a_step_has_its_own_message(kubeflow: Kubeflow, run: Run) -> None:
+def test_a_run_failed_without_a_step_has_a_message(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.states = [
         {"state": "FAILED", "error": {"code": 3, "message": "workflow quota exceeded"}}
     ]
     assert "run failed: workflow quota exceeded" in run("submit", "tiny", "--wait")[2]
 
 
-def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired(
-    kubeflow: Kubeflow, run: Run
-) -> None:
+def test_waiting_outlasts_an_outage_but_not_an_expired_login(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.plan[f"GET /runs/{RUN}"] = [failing(503)] * 6
     kubeflow.states = [{"state": "SUCCEEDED"}]
     code, out, _ = run("submit", "tiny", "--wait", "--retries", 1)
@@ -181,9 +173,7 @@ def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired
     assert said.rstrip().endswith("; the run continues: `python -m pipeline status 0000-run-1`")
 
 
-def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(
-    kubeflow: Kubeflow, run: Run, tmp_path: Path
-) -> None:
+def test_waiting_outlasts_a_renewed_token(kubeflow: Kubeflow, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("first")
     kubeflow.token = "first"
@@ -212,7 +202,7 @@ def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(
     assert tokens == [*["Bearer first"] * 5, "Bearer second"]  # the last one at once
 
 
-def test_waiting_ends_with_a_token_that_cannot_be_renewed(
+def test_waiting_ends_at_an_invalid_token(
     kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KFP_TOKEN", "first")
@@ -223,7 +213,7 @@ def test_waiting_ends_with_a_token_that_cannot_be_renewed(
     assert kubeflow.words().count(f"GET /runs/{RUN}") == 1
 
 
-def test_ctrl_c_ends_the_waiting_not_the_run(
+def test_ctrl_c_leaves_the_run(
     kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(_: float) -> None:
@@ -239,7 +229,7 @@ def without_cluster(retries: int | None = None) -> None:
     raise RuntimeError("no cluster: not in a pod")
 
 
-def test_status_of_a_run_and_of_a_schedule(
+def test_status_of_run_and_schedule(
     kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("submit", "tiny", "--name", "mine")

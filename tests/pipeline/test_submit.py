@@ -107,9 +107,7 @@ def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, submit: Run, package: P
     assert kubeflow.bodies("POST /experiments") == [{"display_name": "study"}]
 
 
-def test_what_is_not_asked_for_is_left_to_the_pipeline_and_the_server(
-    kubeflow: Kubeflow, submit: Run
-) -> None:
+def test_unset_options_are_left_to_the_pipeline_and_server(kubeflow: Kubeflow, submit: Run) -> None:
     for _ in range(2):
         assert submit("tiny")[0] == 0
     first, second = kubeflow.bodies("POST /runs")[:2]
@@ -163,7 +161,7 @@ def test_the_kind_of_job_is_that_of_the_job_and_no_other_is_accepted(
     assert job_kind(V2beta1Run(pipeline_spec=body["pipeline_spec"])) == "trainjob"
 
 
-def test_sweep_seeds_data_and_parallel_trainings_are_sent(kubeflow: Kubeflow, submit: Run) -> None:
+def test_sweep_seeds_data_and_parallelism_are_sent(kubeflow: Kubeflow, submit: Run) -> None:
     words = ["--sweep", "optim.lr=1e-4,2e-4", "--seeds", 3, "--fetch", "lvis --split val"]
     assert submit("tiny", *words, "--parallel", 4)[0] == 0
     (body,) = kubeflow.bodies("POST /runs")
@@ -177,9 +175,7 @@ def test_sweep_seeds_data_and_parallel_trainings_are_sent(kubeflow: Kubeflow, su
     assert "'iteratorPolicy': {'parallelismLimit': 4}" in str(body["pipeline_spec"])
 
 
-def test_without_caching_no_step_at_any_depth_takes_old_results(
-    package: Path, kubeflow: Kubeflow, submit: Run
-) -> None:
+def test_no_cache_applies_at_any_depth(package: Path, kubeflow: Kubeflow, submit: Run) -> None:
     def cached(spec: dict) -> list[bool]:
         groups = [spec["root"], *spec["components"].values()]
         return [
@@ -266,9 +262,7 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["tiny", "--token-file", "-", "--cookie-file", "-"], "can read standard input"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_started(
-    kubeflow: Kubeflow, submit: Run, words: list, said: str
-) -> None:
+def test_a_mistake_is_one_line(kubeflow: Kubeflow, submit: Run, words: list, said: str) -> None:
     code, out, line = submit(*words)
     assert (code, out, len(line.splitlines())) == (1, "", 1)
     assert said in line and "hunter2" not in line
@@ -286,9 +280,7 @@ def test_a_mistake_is_one_line_before_anything_is_started(
         "--node 2",
     ],
 )
-def test_a_wrong_word_is_refused_by_the_command_line(
-    kubeflow: Kubeflow, submit: Run, words: str
-) -> None:
+def test_an_invalid_option_is_a_usage_error(kubeflow: Kubeflow, submit: Run, words: str) -> None:
     assert submit("tiny", *words.split())[0] == 2
     assert not kubeflow.requests
 
@@ -300,7 +292,7 @@ def test_a_pipeline_with_other_parameters_is_refused(package: Path, tmp_path: Pa
         load_package(package, {}, True)
 
 
-def test_without_vitdet_the_first_step_looks_recipes_through(
+def test_recipes_unchecked_without_vitdet(
     kubeflow: Kubeflow, submit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -333,7 +325,7 @@ def test_the_client_needs_no_torch_and_answers_fast() -> None:
         ("@every 12h", "@every 12h"),
     ],
 )
-def test_a_schedule_means_what_a_crontab_means(
+def test_a_schedule_is_read_as_crontab(
     kubeflow: Kubeflow, submit: Run, given: str, sent: str
 ) -> None:
     assert kubeflow_cron(given) == sent

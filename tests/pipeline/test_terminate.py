@@ -56,7 +56,7 @@ def job(name: str, kind: str, condition: str, **annotations: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
-def test_status_and_terminate_show_the_same(
+def test_status_and_terminate_print_the_same(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, kind: str
 ) -> None:
     run("submit", "tiny", "--name", "mine")
@@ -97,7 +97,7 @@ KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED", "CANCELED"])
-def test_the_jobs_of_a_run_that_has_ended_are_deleted(
+def test_jobs_of_an_ended_run_are_deleted(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, state: str
 ) -> None:
     kubeflow.users = True
@@ -118,7 +118,7 @@ def test_the_jobs_of_a_run_that_has_ended_are_deleted(
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING"])
-def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
+def test_jobs_of_a_run_are_deleted_twice(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, state: str
 ) -> None:
     run("submit", "tiny")
@@ -138,7 +138,7 @@ def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
 
 
 @pytest.mark.parametrize("left", [[], [KEPT]])
-def test_where_there_are_no_jobs_it_says_where_it_looked(
+def test_without_jobs_the_namespace_is_named(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, left: list[str]
 ) -> None:
     run("submit", "tiny")
@@ -154,11 +154,7 @@ def test_where_there_are_no_jobs_it_says_where_it_looked(
     "status", [503, 401, 404]
 )  # silent; the login has expired; somebody has deleted the run
 def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
-    kubeflow: Kubeflow,
-    run: Run,
-    cluster: Cluster,
-    monkeypatch: pytest.MonkeyPatch,
-    status: int,
+    kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr("pipeline.cli.terminate.END_TIMEOUT", 0.3)
     run("submit", "tiny")
@@ -177,7 +173,7 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
     )
 
 
-def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
+def test_ctrl_c_while_a_run_ends(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -192,7 +188,7 @@ def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
     )
 
 
-def test_a_cluster_without_the_namespace_is_refused_in_one_line(
+def test_a_cluster_without_the_namespace(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def another(namespace: str) -> str:
@@ -207,9 +203,7 @@ def test_a_cluster_without_the_namespace_is_refused_in_one_line(
     )
 
 
-def test_terminating_a_run_that_ends_in_the_meantime(
-    kubeflow: Kubeflow, run: Run, cluster: Cluster
-) -> None:
+def test_a_run_that_ends_meanwhile(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
     run("submit", "tiny")
     kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
@@ -217,7 +211,7 @@ def test_terminating_a_run_that_ends_in_the_meantime(
     assert {asked[:2] for asked in cluster.asked} == {(RUN, "kubeflow")}
 
 
-def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
+def test_jobs_that_cannot_be_deleted(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
@@ -230,7 +224,7 @@ def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
     assert f"kubectl delete -n team-a pytorchjobs,trainjobs -l vitdet/run={RUN}" in said
 
 
-def test_terminating_a_schedule_deletes_it(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
+def test_a_schedule_is_deleted(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
     run("submit", "tiny", "--cron", "@daily")
     code, out, _ = run("terminate", "0000-rec-0")
     assert code == 0 and "runs that it started continue" in out

@@ -88,7 +88,7 @@ def test_a_field_without_which_the_result_differs_is_refused() -> None:
         ),
     ],
 )
-def test_a_version_that_is_not_supported_is_one_line(
+def test_an_unsupported_version_is_one_line(
     kubeflow: Kubeflow, cli: Run, given: str, said: str, tmp_path: Path
 ) -> None:
     for words in (["compile", tmp_path / "p.yaml"], ["submit", "tiny"]):
@@ -146,7 +146,7 @@ def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, cli
         ),
     ],
 )
-def test_a_server_that_refuses_a_field_is_not_one_that_is_down(
+def test_a_rejected_field_is_no_outage(
     kubeflow: Kubeflow, cli: Run, health: dict, said: str
 ) -> None:
     kubeflow.health, kubeflow.unknown = health, "securityContext"
@@ -158,9 +158,7 @@ def test_a_server_that_refuses_a_field_is_not_one_that_is_down(
     assert line.endswith("the package was compiled with a newer kfp than the server's\n")
 
 
-def test_compile_writes_the_pipeline_of_a_version(
-    cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_compile_for_a_version(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     newest, old = tmp_path / "newest.yaml", tmp_path / "old.yaml"
     monkeypatch.setattr("sys.stdin", io.StringIO(JOB.read_text()))
     code, out, said = cli("compile", newest, "--job", "-")

@@ -39,9 +39,7 @@ def changed(**sections: dict) -> dict:
         (changed(status={"phase": "Succeeded"}), "has ended (Succeeded)"),
     ],
 )
-def test_a_run_ends_by_its_user_its_deadline_or_its_result(
-    workflow: dict | None, reason: str
-) -> None:
+def test_a_run_ends_by_user_deadline_or_result(workflow: dict | None, reason: str) -> None:
     found = end_of_run(workflow, "1", NOW)
     assert found == reason == "" or (reason and found.endswith(reason))
 
@@ -108,7 +106,7 @@ DISRUPTED = {"conditions": [{"type": "DisruptionTarget", "status": "True"}]}
         (None, SILENT, False),
     ],
 )
-def test_a_stopped_step_asks_for_its_run_and_without_an_answer_for_its_pod(
+def test_a_stopped_step_reads_its_run_or_pod(
     monkeypatch: pytest.MonkeyPatch, pod: object, workflow: object, deletes: bool
 ) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "step")
@@ -117,9 +115,7 @@ def test_a_stopped_step_asks_for_its_run_and_without_an_answer_for_its_pod(
     assert step.owner == OWNER and step.first_attempt
 
 
-def test_an_exit_handler_that_cannot_read_its_run_ends_no_job(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_exit_handler_without_its_run_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "exit")
     with pytest.raises(RuntimeError, match="does not respond"):
         Step(Cluster(step_pod(), SILENT)).run_ended()
