@@ -9,7 +9,7 @@ import pytest
 from components.launcher.restarts import Restarts, is_disruption
 from components.launcher.status import failure_reason
 from tests.cluster.test_following import RUNNING, Record, follow, unschedulable
-from tests.cluster.test_launcher import OWNER, ended, filled, pod
+from tests.cluster.test_launcher import OWNER, conditions, ended, filled, pod
 
 NODE_LOST = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
 
@@ -50,51 +50,42 @@ def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
 
 
 HEALTHY = [pod("m"), pod("w")]
-SUCCEEDED = ({"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}, [])
+SUCCEEDED = (conditions("Succeeded=True"), [])
 
 
-def test_one_error_that_ends_all_pods_counts_once() -> None:
-    found = counted(HEALTHY, [crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)])
-    assert (found.errors, found.disruptions) == (1, 0)
+ALONE = [crashed("m", 1), pod("w")]
+WAITING = [
+    [crashed("m", 1), lost("w")],
+    *([crashed("m", times), unschedulable("w")] for times in range(1, 9)),
+]
+COUNTS = {
+    "an error that ends all pods": ([ALONE, [crashed("m", 1), crashed("w", 1)]], 5, 1, 0),
+    "restarts between two polls": (
+        [[crashed("m", times), crashed("w", times)] for times in (1, 2, 5)],
+        *(5, 5, 0),
+    ),
+    "two errors that are far apart": ([ALONE, [crashed("m", 1), crashed("w", 1)]], 700, 2, 0),
+    "a lost node, reported late": ([ALONE, [crashed("m", 1), lost("w")]], 240, 0, 1),
+    "a container that failed before its node was declared lost": (
+        [[pod("m"), pod("w", "Failed", container=ended(143))], [lost("w")]],
+        *(5, 0, 1),
+    ),
+    "a node that does not respond": ([[crashed("m", 1), not_ready(True)]], 5, 0, 1),
+    "a container that is not ready": ([[crashed("m", 1), not_ready(False)]], 5, 1, 0),
+    "a pod that was replaced": ([[crashed("m", 1), named("w", "second")]], 5, 0, 1),
+    "a pod that was deleted": ([[pod("m")]], 5, 0, 1),
+    "peers that fail while a lost pod is missing": (WAITING, 700, 0, None),
+    "a new pod that is lost again": (
+        [*WAITING, [crashed("m", 8), named("w", "new")], [crashed("m", 9)]],
+        *(700, 0, None),
+    ),
+}
 
 
-def test_an_error_counts_again_after_each_restart_also_between_two_polls() -> None:
-    looks = [[crashed("m", times), crashed("w", times)] for times in (1, 2, 5)]
-    assert counted(HEALTHY, *looks).errors == 5
-
-
-def test_a_lost_node_that_is_reported_minutes_after_its_peers_failed_is_no_error() -> None:
-    failed = [crashed("m", 1), pod("w")]
-    found = counted(HEALTHY, failed, [crashed("m", 1), lost("w")], step=240)
-    assert (found.errors, found.disruptions) == (0, 1)
-    # the same pod: its container failed before its node was declared lost
-    found = counted(HEALTHY, [pod("m"), pod("w", "Failed", container=ended(143))], [lost("w")])
-    assert found.errors == 0
-
-
-def test_a_node_that_does_not_respond_is_a_disruption_before_its_pods_are_evicted() -> None:
-    silent = not_ready(True)
-    found = counted(HEALTHY, [crashed("m", 1), silent])
-    assert (found.errors, found.disruptions) == (0, 1)
-    assert counted(HEALTHY, [crashed("m", 1), not_ready(False)]).errors == 1
-
-
-def test_a_pod_that_is_replaced_without_a_failure_was_deleted_with_its_node() -> None:
-    found = counted(HEALTHY, [crashed("m", 1), named("w", "second")])
-    assert (found.errors, found.disruptions) == (0, 1)
-    assert counted(HEALTHY, [pod("m")]).disruptions == 1
-
-
-def test_pods_that_wait_for_a_lost_one_and_fail_again_and_again_are_no_errors() -> None:
-    looks = [
-        HEALTHY,
-        [crashed("m", 1), lost("w")],
-        *([crashed("m", times), unschedulable("w")] for times in range(1, 9)),
-    ]
-    found = counted(*looks, step=700)
-    assert found.errors == 0
-    found = counted(*looks, [crashed("m", 8), named("w", "new")], [crashed("m", 9)], step=700)
-    assert found.errors == 0  # w is gone again
+@pytest.mark.parametrize(("looks", "step", "errors", "disruptions"), COUNTS.values(), ids=COUNTS)
+def test_counts(looks: list, step: float, errors: int, disruptions: int | None) -> None:
+    found = counted(HEALTHY, *looks, step=step)
+    assert found.errors == errors and disruptions in (None, found.disruptions)
 
 
 def backing_off(name: str, times: int) -> dict:
@@ -149,25 +140,16 @@ def looping(name: str, start: float, run: float, terminated: float, now: float) 
 def test_each_round_of_a_crash_loop_counts(pods: int) -> None:
     """Although the other pods are in back-off whenever one of them fails."""
     for run, terminated, apart in product((2.0, 20.0), (0.0, 1.0), (0.0, 0.7, 1.6)):
-        crash_loop_of_seven_rounds(pods, run, terminated, apart)
-
-
-def crash_loop_of_seven_rounds(pods: int, run: float, terminated: float, apart: float) -> None:
-    restarts, now = Restarts(), 0.0
-    seventh = 7 * run + sum(BACK_OFFS[:6])
-    while restarts.decided_errors(now) < 7:
-        found = [looping(f"w{n}", n * apart, run, terminated, now) for n in range(pods)]
-        for one in found:
-            restarts.observe(one, "pytorch", now)
-        restarts.complete_poll(found, pods, now)
-        assert restarts.errors < 7 or now >= seventh  # the pods of one round count once
-        now += 5.0
-    assert now < 2 * seventh
-
-
-def test_two_errors_that_are_far_apart_are_two() -> None:
-    looks = [[crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)]]
-    assert counted(HEALTHY, *looks, step=700).errors == 2
+        restarts, now = Restarts(), 0.0
+        seventh = 7 * run + sum(BACK_OFFS[:6])
+        while restarts.decided_errors(now) < 7:
+            found = [looping(f"w{n}", n * apart, run, terminated, now) for n in range(pods)]
+            for one in found:
+                restarts.observe(one, "pytorch", now)
+            restarts.complete_poll(found, pods, now)
+            assert restarts.errors < 7 or now >= seventh  # the pods of one round count once
+            now += 5.0
+        assert now < 2 * seventh
 
 
 def test_many_evictions_are_no_error() -> None:
@@ -206,10 +188,8 @@ def test_a_pod_that_ends_after_its_deletion_is_a_disruption(
     ended_at: str, disruption: bool
 ) -> None:
     failed = pod(phase="Failed", container=ended(1, when=ended_at))
-    failed["metadata"] |= {
-        "deletionTimestamp": "2026-01-01T00:00:33Z",
-        "deletionGracePeriodSeconds": 30,
-    }
+    failed["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:33Z"
+    failed["metadata"]["deletionGracePeriodSeconds"] = 30
     assert is_disruption(failure_reason(failed), failed) == disruption
 
 
@@ -240,10 +220,8 @@ def test_errors_between_two_polls_count_too() -> None:
 
 
 def test_the_next_launcher_goes_on_counting() -> None:
-    there = {
-        "metadata": {**limited()["metadata"], "annotations": {"vitdet/errors": "2"}},
-        **RUNNING,
-    }
+    metadata = {**limited()["metadata"], "annotations": {"vitdet/errors": "2"}}
+    there = {"metadata": metadata, **RUNNING}
     looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in (4, 5)]
     record = Record(*looks, there=there)
     assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
@@ -284,16 +262,14 @@ def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:
     deleted = pod("w")
     deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     for gone in (not_ready(True), deleted):
-        looks = [[crashed("m", times), gone] for times in range(9)]
-        found = counted(HEALTHY, [crashed("m", 0), gone], *looks, step=700)
-        assert found.errors == 0
+        looks = [[crashed("m", times), gone] for times in (0, *range(9))]
+        assert counted(HEALTHY, *looks, step=700).errors == 0
 
 
 def test_a_node_that_comes_and_goes_is_a_disruption_each_time() -> None:
-    silent = not_ready(True)
     looks = [HEALTHY]
     for number in range(1, 6):
-        looks += [[crashed("m", number), silent], [crashed("m", number), pod("w")]]
+        looks += [[crashed("m", number), peer] for peer in (not_ready(True), pod("w"))]
     found = counted(*looks, step=700)
     assert (found.errors, found.disruptions >= 5) == (0, True)
 
@@ -302,8 +278,8 @@ def test_the_pods_of_a_deleted_job_with_the_same_name_are_not_looked_at() -> Non
     old = crashed("w", 1, 137, "OOMKilled")
     old["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
     job = {"metadata": {**filled()["metadata"], "creationTimestamp": "2026-01-01T00:00:09Z"}}
-    done = {"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}
-    assert follow(Record(({**RUNNING, **job}, [old]), ({**done, **job}, [])))[1] == ""
+    done = {**SUCCEEDED[0], **job}
+    assert follow(Record(({**RUNNING, **job}, [old]), (done, [])))[1] == ""
 
 
 @pytest.mark.parametrize(
@@ -331,9 +307,7 @@ def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline()
     lines, error = follow(record)
     assert error == "" and record.annotations["vitdet/started"] == "true"
     (told,) = [line for line in lines if "Unschedulable" in line]
-    assert told.startswith(
-        "launcher: PyTorchJob vitdet-tiny-1 lost a pod, waiting for another: pod w"
-    )
+    assert "PyTorchJob vitdet-tiny-1 lost a pod, waiting for another: pod w" in told
     # before all pods have run together, an hour is enough (in these tests: 0.1 s)
     _, error = follow(Record((RUNNING, [pod("m"), unschedulable("w")])))
     assert "cannot start" in error
