@@ -42,10 +42,8 @@ def test_the_training_operator_ends_a_job_at_the_next_event_after_its_deadline(l
         quiet.append(job_phase(KINDS["pytorchjob"], live.job("late"))[0])
         kubectl(f"annotate pytorchjob -n {live.namespace} {name} something=happened")
 
-    other = meanwhile(stir)
-    with pytest.raises(RuntimeError) as raised:
+    with meanwhile(stir), pytest.raises(RuntimeError) as raised:
         live.launch(script(activeDeadlineSeconds=10), ["echo on; sleep 60"], "late")
-    other.join()
     assert quiet == ["running"]  # past its deadline, and nobody has looked
     assert str(raised.value) == (
         f"PyTorchJob {name} failed: Job {name} has failed because it was active longer than specified deadline\n"

@@ -16,7 +16,7 @@ import pytest
 
 from components.launcher.launch import clean_up_jobs
 from components.launcher.templates import job_name
-from tests.cluster.test_cluster_failures import gone, running, script
+from tests.cluster.test_cluster_failures import gone, running, script, write_status
 from tests.helpers.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, wait_until
 
 pytestmark = on_cluster
@@ -101,19 +101,10 @@ def killed_soon_after_sigterm(training: Training) -> None:
 def node_shut_down(training: Training) -> None:
     """The kubelet sends SIGTERM and then writes the status; nobody has deleted the pod."""
     assert "its run continues" in training.end(signal.SIGTERM)
-    from kubernetes import client
-
-    status = {
-        "phase": "Failed",
-        "reason": "Terminated",
-        "message": "Pod was terminated in response to imminent node shutdown.",
-        "conditions": [
-            {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}
-        ],
-    }
-    client.CoreV1Api().patch_namespaced_pod_status(
-        training.pod, training.made.namespace, {"status": status}
-    )
+    text = "Pod was terminated in response to imminent node shutdown."
+    status = {"phase": "Failed", "reason": "Terminated", "message": text}
+    target = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet"}
+    write_status(training.made, training.pod, {**status, "conditions": [target]})
     training.follow()
 
 
@@ -164,15 +155,8 @@ def test_a_training_run_outlives_its_launchers(
     live: Scene, times: int, ending: Callable[[Training], None]
 ) -> None:
     training = Training(live, ending.__name__.replace("_", "-"))
-    events = (
-        evicted,
-        node_gone,
-        killed,
-        killed_soon_after_sigterm,
-        node_shut_down,
-        failed_and_collected,
-    )
-    for event in events:
+    kills = (node_gone, killed, killed_soon_after_sigterm)
+    for event in (evicted, *kills, node_shut_down, failed_and_collected):
         for _ in range(times):
             event(training)
             assert training.uids() == training.pods, event.__name__

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes import client
 
 from components.launcher.launch import delete_jobs
 from components.launcher.templates import ERRORS, FAILURE, job_name
@@ -45,10 +47,12 @@ def script(**policy: object) -> str:
     return yaml.safe_dump(job)
 
 
-def meanwhile(act: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=act)
-    thread.start()
-    return thread
+@contextmanager
+def meanwhile(act: Callable[[], object]) -> Iterator[None]:
+    """Run `act` in another thread, whose error fails the test."""
+    done = ThreadPoolExecutor(1).submit(act)
+    yield
+    done.result()
 
 
 def running(made: Scene, recipe: str) -> object:
@@ -68,31 +72,36 @@ def gone(made: Scene, recipe: str) -> None:
     )
 
 
-def write_status(made: Scene, recipe: str, status: dict) -> None:
-    """Writes the status of the Worker, as soon as there is one."""
-    pod = wait_until(
-        lambda: [one for one in made.pods(recipe) if "worker" in one["metadata"]["name"]]
-    )[0]
-    from kubernetes import client
+def write_status(made: Scene, name: str, status: dict) -> None:
+    """Writes the status of a pod, in place of a kubelet."""
+    client.CoreV1Api().patch_namespaced_pod_status(name, made.namespace, {"status": status})
 
-    client.CoreV1Api().patch_namespaced_pod_status(
-        pod["metadata"]["name"], made.namespace, {"status": status}
-    )
+
+def both_pods(made: Scene, recipe: str, run: str = PIPELINE_RUN) -> list[dict]:
+    """Master and Worker, as soon as they are there."""
+    return wait_until(lambda: len(found := made.pods(recipe, run)) == 2 and found)
+
+
+def worker(made: Scene, recipe: str) -> str:
+    return both_pods(made, recipe)[1]["metadata"]["name"]
+
+
+def evicted(resource: str) -> dict:
+    """The status of a pod that the kubelet evicts for lack of this resource."""
+    message = f"The node was low on resource: {resource}. "
+    about = {"phase": "Failed", "reason": "Evicted", "message": message}
+    return {**about, "containerStatuses": []}
 
 
 def test_a_job_deleted_from_outside_is_an_error(live: Scene) -> None:
     def delete() -> None:
         running(live, "deleted")
-        kubectl(
-            f"delete pytorchjob -n {live.namespace} {job_name(PIPELINE_RUN, 'deleted')} --wait=false"
-        )
+        name = job_name(PIPELINE_RUN, "deleted")
+        kubectl(f"delete pytorchjob -n {live.namespace} {name} --wait=false")
 
-    other = meanwhile(delete)
-    with pytest.raises(
-        RuntimeError, match="was deleted before it ended: by another client, with its owner"
-    ):
+    text = "was deleted before it ended: by another client, with its owner"
+    with meanwhile(delete), pytest.raises(RuntimeError, match=text):
         live.launch(script(), ["echo on; sleep 60"], "deleted")
-    other.join()
     gone(live, "deleted")
 
 
@@ -126,10 +135,8 @@ def test_a_container_out_of_memory_ends_the_job_at_once_with_its_last_lines(live
     head, *tail = str(raised.value).split("\n  ")
     name = job_name(PIPELINE_RUN, "oom")
     assert head.startswith(f"PyTorchJob {name} ran out of memory: raise the memory limit")
-    assert (
-        f"cause: pod {name}-worker-0 on node {live.node.name}: OOMKilled, exit code 137 (SIGKILL)"
-        in head
-    )
+    where = f"cause: pod {name}-worker-0 on node {live.node.name}"
+    assert f"{where}: OOMKilled, exit code 137 (SIGKILL)" in head
     assert tail[:-1] == [str(number) for number in range(71, 100)] and "100" in tail[-1]
     wait_until(lambda: not live.pods("oom"))  # suspended: the operator took them away
 
@@ -147,20 +154,10 @@ def test_a_container_that_keeps_failing_ends_the_job_after_its_restarts(live: Sc
 def test_an_evicted_pod_is_told_and_replaced(live: Scene) -> None:
     def evict() -> None:
         running(live, "evicted")
-        write_status(
-            live,
-            "evicted",
-            {
-                "phase": "Failed",
-                "reason": "Evicted",
-                "containerStatuses": [],
-                "message": "The node was low on resource: memory. ",
-            },
-        )
+        write_status(live, worker(live, "evicted"), evicted("memory"))
 
-    other = meanwhile(evict)
-    live.launch(script(), ["echo on; sleep 6"], "evicted")
-    other.join()
+    with meanwhile(evict):
+        live.launch(script(), ["echo on; sleep 6"], "evicted")
     lines = [line for line in live.lines if job_name(PIPELINE_RUN, "evicted") in line]
     assert any("Evicted: The node was low on resource: memory." in line for line in lines)
     assert lines[-1].endswith("is successfully completed.)")
@@ -170,15 +167,12 @@ def test_a_job_that_kueue_holds_back_is_waited_for(live: Scene) -> None:
     def admit() -> None:
         wait_until(lambda: any("suspended, a queue (Kueue)" in line for line in live.lines))
         time.sleep(7)  # longer than it would wait for the operator, a node or a start
-        kubectl(
-            f"patch pytorchjob -n {live.namespace} {job_name(PIPELINE_RUN, 'queued')} --type=json -p",
-            '[{"op": "replace", "path": "/spec/runPolicy/suspend", "value": false}]',
-        )
+        words = f"patch pytorchjob -n {live.namespace} {job_name(PIPELINE_RUN, 'queued')}"
+        kubectl(f"{words} --type=merge -p", '{"spec": {"runPolicy": {"suspend": false}}}')
 
-    other = meanwhile(admit)
     timeouts = replace(PATIENT, operator=5, start=5, schedule=5)
-    live.launch(script(suspend=True), ["echo admitted"], "queued", timeouts=timeouts)
-    other.join()
+    with meanwhile(admit):
+        live.launch(script(suspend=True), ["echo admitted"], "queued", timeouts=timeouts)
     assert "admitted" in live.lines
 
 
@@ -186,10 +180,8 @@ PULLING = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "vit
 CONTAINER = {"name": "pytorch", "image": "vitdet:typo", "imageID": "", "restartCount": 0}
 STATE = {"ready": False, "started": False, "state": {"waiting": PULLING}}
 IMAGE = {"phase": "Pending", "containerStatuses": [{**CONTAINER, **STATE}]}
-NO_NODE = {
-    "phase": "Pending",
-    "conditions": [{**UNSCHEDULABLE, "lastTransitionTime": "2026-01-01T00:00:00Z"}],
-}
+NEVER = {**UNSCHEDULABLE, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+NO_NODE = {"phase": "Pending", "conditions": [NEVER]}
 
 
 @pytest.mark.parametrize(
@@ -202,21 +194,18 @@ NO_NODE = {
 def test_a_pod_that_cannot_start_fails_the_step(
     still: Scene, recipe: str, status: dict, text: str
 ) -> None:
-    other = meanwhile(lambda: write_status(still, recipe, status))
-    with pytest.raises(RuntimeError) as raised:
+    write = meanwhile(lambda: write_status(still, worker(still, recipe), status))
+    with write, pytest.raises(RuntimeError) as raised:
         still.launch(script(), ["true"], recipe)
-    other.join()
     assert f"-worker-0: {text}; it is suspended" in str(raised.value)
     assert any(text in line and "waiting" in line for line in still.lines)
     wait_until(lambda: not still.pods(recipe))
 
 
 def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
+    text = "the Kubeflow training operator .v1.9. does not run; it is suspended"
     with scene(tmp_path, node=False, operator=False) as empty:
-        with pytest.raises(
-            RuntimeError,
-            match="the Kubeflow training operator .v1.9. does not run; it is suspended",
-        ):
+        with pytest.raises(RuntimeError, match=text):
             empty.launch(script(), ["true"], "nobody", timeouts=replace(PATIENT, operator=3))
 
 
@@ -224,11 +213,8 @@ def test_only_the_jobs_of_a_run_are_deleted(still: Scene, monkeypatch: pytest.Mo
     monkeypatch.setenv("KUBECONFIG", str(still.kubeconfig))
     given = yaml.safe_load(template())
     for name, run in (("a", "mine"), ("b", "mine"), ("c", "other")):
-        given["metadata"] = {
-            "name": name,
-            "namespace": still.namespace,
-            "labels": {"vitdet/run": run},
-        }
+        labels = {"vitdet/run": run}
+        given["metadata"] = {"name": name, "namespace": still.namespace, "labels": labels}
         kubectl("create -f -", given=given)
     assert sorted(delete_jobs("mine")[0]) == ["a", "b"]
     assert delete_jobs("mine", still.namespace) == ([], [])
@@ -249,13 +235,9 @@ def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def tokens() -> list[dict]:
         found = json.loads(kubectl(f"get secrets -n {live.namespace} -o json"))["items"]
-        key = "kubernetes.io/service-account.name"
-        own = [one for one in found if one["metadata"].get("annotations", {}).get(key)]
-        return [
-            one
-            for one in own
-            if one["metadata"]["annotations"][key] == "vitdet-pipeline" and "data" in one
-        ]
+        own = ("kubernetes.io/service-account.name", "vitdet-pipeline")
+        made = [one for one in found if "data" in one]
+        return [one for one in made if own in one["metadata"].get("annotations", {}).items()]
 
     secret = wait_until(tokens)[0]
     settings = yaml.safe_load(live.kubeconfig.read_text())
@@ -272,12 +254,9 @@ def test_the_role_of_the_manifests_suffices_and_is_needed(live: Scene, account: 
         running(live, "revoked")
         kubectl(f"delete rolebindings --all -n {live.namespace}")
 
-    other = meanwhile(revoke)
-    with pytest.raises(
-        RuntimeError, match="vitdet-pipeline has no Role for verb get of pytorchjobs.kubeflow.org"
-    ):
+    text = "vitdet-pipeline has no Role for verb get of pytorchjobs.kubeflow.org"
+    with meanwhile(revoke), pytest.raises(RuntimeError, match=text):
         live.launch(script(), ["echo on; sleep 60"], "revoked")
-    other.join()
     with pytest.raises(RuntimeError, match="has no Role for verb create of pytorchjobs") as raised:
         live.launch(script(), ["true"], "refused")
     assert "\n" not in str(raised.value)

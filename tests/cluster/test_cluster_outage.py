@@ -43,23 +43,14 @@ class Server:
         }
 
     def up(self) -> None:
-        subprocess.run(
-            [KUBE / "up"],
-            env=self.environment,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # it leaves daemons
+        subprocess.run([KUBE / "up"], env=self.environment, check=True, **quiet)
 
     def stop_api(self) -> None:
         pid = int((self.folder / "kube-apiserver.pid").read_text())
         os.kill(pid, signal.SIGKILL)
-        wait_until(
-            lambda: (
-                not Path(f"/proc/{pid}").exists()
-                or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
-            )
-        )
+        stat = Path(f"/proc/{pid}/stat")
+        wait_until(lambda: not stat.exists() or stat.read_text().split()[2] == "Z")
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +80,9 @@ def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone
         server.up()
         assert alone.node.containers[name].process.poll() is None  # the training went on meanwhile
 
-    other = meanwhile(outage)
-    alone.launch(
-        template(script=True), ["for i in $(seq 50); do echo line $i; sleep 1; done"], "outage"
-    )
-    other.join()
+    with meanwhile(outage):
+        script = "for i in $(seq 50); do echo line $i; sleep 1; done"
+        alone.launch(template(script=True), [script], "outage")
     assert [line for line in alone.lines if line.startswith("line")] == [
         f"line {number}" for number in range(1, 51)
     ]
@@ -112,8 +101,5 @@ def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) 
     with pytest.raises(RuntimeError) as raised:
         alone.launch(template(script=True), ["true"], "undefined")
     text = str(raised.value)
-    assert (
-        "the cluster knows no PyTorchJob (kubeflow.org/v1); install the Kubeflow training operator"
-        in text
-    )
-    assert "\n" not in text
+    assert "the cluster knows no PyTorchJob (kubeflow.org/v1); install the Kubeflow" in text
+    assert "training operator" in text and "\n" not in text

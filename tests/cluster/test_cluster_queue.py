@@ -63,9 +63,8 @@ def test_the_reason_of_the_queue_and_the_progress_are_visible(live: Scene) -> No
         resume = json.dumps({"spec": {"runPolicy": {"suspend": False}}})
         kubectl("patch pytorchjob", *where, name, "--type=merge", "-p", resume)
 
-    other = meanwhile(kueue)
-    live.launch(queued(), [f"echo '{LINE}'; sleep 3"], "queued")
-    other.join()
+    with meanwhile(kueue):
+        live.launch(queued(), [f"echo '{LINE}'; sleep 3"], "queued")
     assert LINE in live.lines and not any("has no effect" in line for line in live.lines)
     progress = json.loads(live.job("queued")["metadata"]["annotations"][PROGRESS])
     assert (progress["step"], progress["steps"], progress["images_per_second"]) == (40, 100, 12.3)

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 import components
 from components.launcher import launch as launcher
 from components.train import train_job
-from tests.cluster.test_cluster_failures import meanwhile
+from tests.cluster.test_cluster_failures import both_pods, meanwhile
 from tests.conftest import minimal
 from tests.helpers.cluster import PATIENT, Scene, kubectl, on_cluster, scene, template, wait_until
 from vitdet import stages
@@ -29,13 +29,8 @@ RUN, OTHER = "0b1c2d3e-1f3e-4b7e-9b1b-0d6c35f7a001", "9a8b7c6d-1f3e-4b7e-9b1b-0d
 ZONE = {"key": "zone", "operator": "In", "values": ["a"]}
 REQUIRED = {"nodeSelectorTerms": [{"matchExpressions": [ZONE]}]}
 AFFINITY = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": REQUIRED}}
-SPOT = {
-    "key": "spot",
-    "operator": "Equal",
-    "value": "yes",
-    "effect": "NoExecute",
-    "tolerationSeconds": 300,
-}
+SPOT = {"key": "spot", "operator": "Equal", "value": "yes", "effect": "NoExecute"}
+SPOT |= {"tolerationSeconds": 300}
 SCRATCH = {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 
@@ -151,13 +146,8 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
 ) -> None:
     made, pods = step.made, []
     monkeypatch.setenv(components.RUN_ID, RUN)
-    other = meanwhile(
-        lambda: pods.extend(
-            wait_until(lambda: len(found := made.pods(step.name, RUN)) == 2 and found)
-        )
-    )
-    trained = step("model.pt")
-    other.join()
+    with meanwhile(lambda: pods.extend(both_pods(made, step.name, RUN))):
+        trained = step("model.pt")
     for pod in pods:
         check_carried(pod, step.workspace)
         # a process, which was started once

@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
-from kubernetes import client
 
 from components.launcher.client import Timeouts
 from components.launcher.templates import job_name
-from tests.cluster.test_cluster_failures import NO_NODE, meanwhile
+from tests.cluster.test_cluster_failures import NO_NODE, evicted, meanwhile, write_status
 from tests.conftest import ROOT
 from tests.helpers.cluster import (
     PATIENT,
@@ -64,33 +64,25 @@ def launch(
     made.launch(yaml.safe_dump(job), [words], recipe, kind="trainjob", task=task, timeouts=timeouts)
 
 
-def pod(made: Scene, recipe: str) -> dict:
-    """That of the second node, as soon as it is there."""
-    return wait_until(
-        lambda: [
-            one
-            for one in made.pods(recipe, kind="trainjob")
-            if one["metadata"]["labels"][INDEX] == "1"
-            and one["status"]["phase"] != "Failed"
-            and "deletionTimestamp" not in one["metadata"]
-        ]
-    )[0]
+def second(made: Scene, recipe: str) -> str:
+    """The name of the second node's pod, as soon as it is there."""
+
+    def there(pod: dict) -> bool:
+        about, failed = pod["metadata"], pod["status"]["phase"] == "Failed"
+        return about["labels"][INDEX] == "1" and not failed and "deletionTimestamp" not in about
+
+    pods = wait_until(lambda: [*filter(there, made.pods(recipe, kind="trainjob"))])
+    return pods[0]["metadata"]["name"]
 
 
 def running(made: Scene, recipe: str) -> str:
-    """The name of that pod, as soon as its script has said something."""
+    """The name of that pod, as soon as its script has written a line."""
 
     def name() -> str:
-        found = pod(made, recipe)["metadata"]["name"]
-        return (
-            found if found in made.node.containers and made.node.containers[found].lines[0] else ""
-        )
+        container = made.node.containers.get(found := second(made, recipe))
+        return found if container and container.lines[0] else ""
 
     return wait_until(name)
-
-
-def write_status(made: Scene, name: str, status: dict) -> None:
-    client.CoreV1Api().patch_namespaced_pod_status(name, made.namespace, {"status": status})
 
 
 def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(live: Scene) -> None:
@@ -124,26 +116,11 @@ def test_a_training_out_of_memory_is_not_restarted(live: Scene) -> None:
 
 
 def test_an_evicted_pod_is_told_and_all_are_made_anew(live: Scene) -> None:
-    def evict() -> None:
-        write_status(
-            live,
-            running(live, "evicted"),
-            {
-                "phase": "Failed",
-                "reason": "Evicted",
-                "containerStatuses": [],
-                "message": "The node was low on resource: ephemeral-storage. ",
-            },
-        )
-
-    other = meanwhile(evict)
-    launch(live, "evicted", "echo on; sleep 3")
-    other.join()
+    status, text = evicted("disk"), "Evicted: The node was low on resource: disk."
+    with meanwhile(lambda: write_status(live, running(live, "evicted"), status)):
+        launch(live, "evicted", "echo on; sleep 3")
     lines = [line for line in live.lines if job_name(PIPELINE_RUN, "evicted") in line]
-    assert any(
-        "-node-0-1-" in line and "Evicted: The node was low on resource: ephemeral-storage." in line
-        for line in lines
-    )
+    assert any("-node-0-1-" in line and text in line for line in lines)
     assert lines[-1].endswith(": succeeded (jobset completed successfully)")
 
 
@@ -151,10 +128,8 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
     name = job_name(PIPELINE_RUN, "queued")
 
     def suspend(value: bool) -> None:
-        kubectl(
-            f"patch trainjob -n {live.namespace} {name} --type=merge -p",
-            json.dumps({"spec": {"suspend": value}}),
-        )
+        words = f"patch trainjob -n {live.namespace} {name} --type=merge -p"
+        kubectl(words, json.dumps({"spec": {"suspend": value}}))
 
     def told(times: int) -> bool:
         return sum(f"{name}: suspended, a queue (Kueue)" in line for line in live.lines) == times
@@ -164,11 +139,8 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
         time.sleep(7)  # longer than it would wait for a node or a start
         suspend(False)
         # The launcher has seen it run, else it would not tell a second time that it is suspended.
-        wait_until(
-            lambda: (
-                "spoken" in live.lines and any(f"{name}: running" in line for line in live.lines)
-            )
-        )
+        wait_until(lambda: any(f"{name}: running" in line for line in live.lines))
+        wait_until(lambda: "spoken" in live.lines)
         suspend(True)
         wait_until(lambda: told(2) and not live.pods("queued", kind="trainjob"))
         suspend(False)
@@ -180,11 +152,10 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
         "volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}}],
         "volume_mounts": [{"name": "vitdet-data", "mountPath": "/more"}],
     }
-    other = meanwhile(queue)
     script = "echo $WORD; if mkdir /more/life-of-$PET_NODE_RANK 2>/dev/null; then sleep 60; fi; ls /data/ > /more/seen"
     timeouts = replace(PATIENT, start=5, schedule=5)
-    launch(live, "queued", script, task, timeouts, suspend=True)
-    other.join()
+    with meanwhile(queue):
+        launch(live, "queued", script, task, timeouts, suspend=True)
     assert live.lines.count("spoken") == 2  # before it was taken back, and after
     assert "seen" in (live.volume / "seen").read_text()
     spec = live.pods("queued", kind="trainjob")[0]["spec"]
@@ -192,17 +163,12 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
     assert sum("persistentVolumeClaim" in one for one in spec["volumes"]) == 1
 
 
-def test_an_unschedulable_pod_fails_the_step_and_frees_the_queue(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    with scene(tmp_path_factory.mktemp("still"), node=False) as still:
+def test_an_unschedulable_pod_fails_the_step_and_frees_the_queue(tmp_path: Path) -> None:
+    with scene(tmp_path, node=False) as still:
         with_runtime(still)
-        other = meanwhile(
-            lambda: write_status(still, pod(still, "no-node")["metadata"]["name"], NO_NODE)
-        )
-        with pytest.raises(RuntimeError) as raised:
+        write = meanwhile(lambda: write_status(still, second(still, "no-node"), NO_NODE))
+        with write, pytest.raises(RuntimeError) as raised:
             launch(still, "no-node", "true")
-        other.join()
         text = "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
         assert "cannot start, for 3 s now" in str(raised.value) and text in str(raised.value)
         assert any("waiting" in line and text in line for line in still.lines)

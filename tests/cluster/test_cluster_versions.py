@@ -23,7 +23,7 @@ import yaml
 from kubernetes import client
 
 from components.launcher.templates import KINDS, job_name
-from tests.cluster.test_cluster_failures import NO_NODE, meanwhile
+from tests.cluster.test_cluster_failures import NO_NODE, meanwhile, write_status
 from tests.conftest import ROOT
 from tests.helpers.cluster import (
     PIPELINE_RUN,
@@ -106,23 +106,23 @@ def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
 
     with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
         still.launch(template(script=True), ["true"], "refused")
-    other = meanwhile(free)
-    with pytest.raises(RuntimeError, match="cannot start"):  # there is no node: it was created
-        job = yaml.safe_load(template(script=True))
-        job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
-        other_limits = replace(QUICK, schedule=1)  # the file's own patience counts
-        write = meanwhile(lambda: unschedulable(still, "quota"))
-        still.launch(yaml.safe_dump(job), ["true"], "quota", timeouts=other_limits)
-    other.join()
-    write.join()
+    limits = replace(QUICK, schedule=1)  # the file's own patience counts
+    with meanwhile(free), meanwhile(lambda: unschedulable(still, "quota")):
+        with pytest.raises(RuntimeError, match="cannot start"):  # there is no node: it was created
+            still.launch(patient_job(), ["true"], "quota", timeouts=limits)
     assert still.job("quota") is not None
 
 
 def unschedulable(made: Scene, recipe: str) -> None:
     pods = wait_until(lambda: made.pods(recipe))
-    client.CoreV1Api().patch_namespaced_pod_status(
-        pods[0]["metadata"]["name"], made.namespace, {"status": NO_NODE}
-    )
+    write_status(made, pods[0]["metadata"]["name"], NO_NODE)
+
+
+def patient_job() -> str:
+    """A job whose file waits 30 s for nodes."""
+    job = yaml.safe_load(template(script=True))
+    job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
+    return yaml.safe_dump(job)
 
 
 class Policy:
@@ -162,6 +162,8 @@ class Policy:
         self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         kubectl(f"label namespace {self.namespace} vitdet-test={self.namespace}")
+        rule = {"apiGroups": ["kubeflow.org"], "apiVersions": ["v1"], "operations": ["CREATE"]}
+        rule |= {"resources": ["pytorchjobs"]}
         configuration = {
             "apiVersion": "admissionregistration.k8s.io/v1",
             "kind": "ValidatingWebhookConfiguration",
@@ -177,14 +179,7 @@ class Policy:
                         "url": f"https://127.0.0.1:{self.server.server_port}/",
                         "caBundle": b64encode(cert.read_bytes()).decode(),
                     },
-                    "rules": [
-                        {
-                            "apiGroups": ["kubeflow.org"],
-                            "apiVersions": ["v1"],
-                            "operations": ["CREATE"],
-                            "resources": ["pytorchjobs"],
-                        }
-                    ],
+                    "rules": [rule],
                 }
             ],
         }
@@ -217,14 +212,9 @@ def test_a_policy_is_waited_for_and_an_invalid_field_is_not(still: Scene, tmp_pa
             wait_until(lambda: any("no trainings at night" in one for one in still.lines))
             policy.refuses = False
 
-        other = meanwhile(allow)
-        write = meanwhile(lambda: unschedulable(still, "night"))
-        job = yaml.safe_load(template(script=True))
-        job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
-        with pytest.raises(RuntimeError, match="cannot start"):
-            still.launch(yaml.safe_dump(job), ["true"], "night")
-        other.join()
-        write.join()
+        with meanwhile(allow), meanwhile(lambda: unschedulable(still, "night")):
+            with pytest.raises(RuntimeError, match="cannot start"):
+                still.launch(patient_job(), ["true"], "night")
         assert still.job("night") is not None
         policy.refuses, policy.message = True, "spec.nprocPerNode: Invalid value: x: must be y"
         with pytest.raises(RuntimeError) as raised:

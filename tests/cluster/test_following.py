@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kubernetes import client
@@ -85,21 +86,13 @@ class Record:
     def workloads(self, uid: str) -> list[dict] | None:
         return self.queued
 
-    def log(
-        self,
-        pod: str,
-        since: int | None = None,
-        tail: int | None = None,
-        previous: bool = False,
-        container: str = "",
-    ) -> list[str]:
+    def log(self, pod: str, container: str = "", tail: int | None = None, **more: Any) -> list[str]:
         pod = f"{pod} {container}" if container not in ("", "pytorch") else pod
-        return self.logs.get(f"{pod} previous" if previous else pod, [])[-(tail or 10**9) :]
+        key = f"{pod} previous" if more.get("previous") else pod
+        return self.logs.get(key, [])[-(tail or 10**9) :]
 
 
-def follow(
-    record: Record, job: dict | None = None, complete: bool = False
-) -> tuple[list[str], str]:
+def follow(record: Record, job: dict | None = None, done: bool = False) -> tuple[list[str], str]:
     """What is told, and the error's text."""
     lines: list[str] = []
     if job is None:
@@ -108,7 +101,7 @@ def follow(
     with pytest.MonkeyPatch.context() as patch:
         use_clock(patch)
         try:
-            Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
+            Follower(record, PYTORCH, job, lines.append, SHORT, lambda: done).run()
         except RuntimeError as error:
             return lines, str(error)
     return lines, ""
@@ -118,22 +111,15 @@ DONE, RUNNING = conditions("Succeeded=True", "Running=False"), conditions("Runni
 
 
 def test_a_job_is_made_and_followed_to_its_end() -> None:
-    record = Record(
-        (conditions("Created=True"), []), (RUNNING, [pod()]), (RUNNING, [pod()]), (DONE, [pod()])
-    )
+    record = Record((CREATED, []), *[(RUNNING, [pod()])] * 2, (DONE, [pod()]))
     record.logs["w-0"] = ["2026-01-01T00:00:00.1Z step 1", "2026-01-01T00:00:00.12Z step 2"]
-    name = "launcher: PyTorchJob vitdet-tiny-1"
-    assert follow(record) == (
-        [
-            "launcher: created PyTorchJob vitdet-tiny-1 in namespace ours",
-            f"{name}: created",
-            f"{name}: running",
-            "step 1",
-            "step 2",
-            f"{name}: succeeded",
-        ],
-        "",
-    )
+    name = "PyTorchJob vitdet-tiny-1"
+    lines, error = follow(record)
+    assert error == "" and lines == [
+        f"launcher: created {name} in namespace ours",
+        *(f"launcher: {name}: {phase}" for phase in ("created", "running")),
+        *("step 1", "step 2", f"launcher: {name}: succeeded"),
+    ]
     assert record.asked == ["create"]
 
 
@@ -187,12 +173,10 @@ def test_a_cause_that_lived_between_two_looks_only_is_remembered_with_its_log() 
 
 def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> None:
     record = Record((conditions("Failed=True"), [pod(phase="Failed", container=ended(1))]))
-    record.logs["w-0"] = [
-        "2026-01-01T00:00:00Z   error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"
-    ]
-    assert (
-        "exit code 1 (the system killed a process, most likely out of memory)" in follow(record)[1]
-    )
+    line = "error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"
+    record.logs["w-0"] = [f"2026-01-01T00:00:00Z   {line}"]
+    text = "exit code 1 (the system killed a process, most likely out of memory)"
+    assert text in follow(record)[1]
 
 
 def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> None:
@@ -201,14 +185,12 @@ def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> Non
     assert "was deleted before it ended" in error
     assert "cause: pod w-0 on node n1: Error, exit code 1" in error
     # after its time to live
-    lines, error = follow(Record((RUNNING, []), (None, [])), complete=True)
+    lines, error = follow(Record((RUNNING, []), (None, [])), done=True)
     assert error == "" and lines[-1].endswith("is gone, and its training is complete")
 
 
 def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> None:
-    lines, error = follow(
-        Record((conditions("Failed=True"), [pod(container=ended(1))])), complete=True
-    )
+    lines, error = follow(Record((conditions("Failed=True"), [pod(container=ended(1))])), done=True)
     assert error == "" and lines[-1].endswith("failed after its training was complete")
 
 
@@ -231,20 +213,15 @@ def unschedulable(name: str = "w-0") -> dict:
 
 
 BAD_IMAGE = waiting(reason="ImagePullBackOff", message="no tag")
+CREATED = conditions("Created=True")
 
 
 @pytest.mark.parametrize(
     ("poll", "text"),
     [
-        (
-            ({}, []),
-            "PyTorchJob vitdet-tiny-1 has had no status for 0 s: the Kubeflow training operator (v1.9)",
-        ),
-        (
-            (conditions("Created=True"), [unschedulable()]),
-            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia",
-        ),
-        ((conditions("Created=True"), [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
+        (({}, []), "has had no status for 0 s: the Kubeflow training operator (v1.9)"),
+        ((CREATED, [unschedulable()]), "Unschedulable: 0/3 nodes are available: 3 Insufficient"),
+        ((CREATED, [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
     ],
 )
 def test_what_never_starts_is_given_up_and_suspended(poll: tuple, text: str) -> None:
@@ -258,16 +235,15 @@ def test_what_never_starts_is_given_up_and_suspended(poll: tuple, text: str) -> 
 def test_a_job_file_may_wait_longer_for_nodes() -> None:
     job = filled()
     job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "1000"}
-    waiting = (conditions("Created=True"), [unschedulable()])
+    waiting = (CREATED, [unschedulable()])
     assert follow(Record(*[waiting] * 30, (DONE, [])), job)[1] == ""
 
 
 def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
     job = filled()
     job["spec"]["elasticPolicy"] = {}
-    assert (
-        follow(Record(*[(RUNNING, [pod("w-1"), unschedulable()])] * 30, (DONE, [])), job)[1] == ""
-    )
+    partial = (RUNNING, [pod("w-1"), unschedulable()])
+    assert follow(Record(*[partial] * 30, (DONE, [])), job)[1] == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -282,19 +258,13 @@ def test_a_stopped_step_deletes_its_job_if_its_run_ends(
 
     record, lines = Stopped((RUNNING, [])), []
     before = signal.getsignal(signal.SIGTERM)
+    given = (record, PYTORCH, filled(owner=OWNER), lines.append, SHORT)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
-        Follower(
-            record, PYTORCH, filled(owner=OWNER), lines.append, SHORT, end_reason=lambda: reason
-        ).run()
-    assert record.asked == ["create", "delete"] if reason else ["create"]
+        Follower(*given, end_reason=lambda: reason).run()
+    assert record.asked == (["create", "delete"] if reason else ["create"])
     assert signal.getsignal(signal.SIGTERM) is before
-    name = "PyTorchJob vitdet-tiny-1"
-    assert lines[-1] == (
-        f"launcher: this step is being stopped, its run has been terminated: deleting {name}"
-        if reason
-        else f"launcher: this step is being stopped, but its run continues: {name} is left running, and "
-        "the next attempt of the step follows it"
-    )
+    text = "its run has been terminated: deleting " if reason else "but its run continues: "
+    assert f"this step is being stopped, {text}PyTorchJob vitdet-tiny-1" in lines[-1]
 
 
 def test_invalid_arguments_are_rejected_first(
@@ -302,13 +272,11 @@ def test_invalid_arguments_are_rejected_first(
 ) -> None:
     given = {**arguments(TEMPLATES["pytorchjob"], []), "workspace": "/data/runs"}
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(
-        RuntimeError, match="no cluster: not in a pod with a service account, and no kubeconfig"
-    ):
+    text = "no cluster: not in a pod with a service account, and no kubeconfig"
+    with pytest.raises(RuntimeError, match=text):
         launcher.launch(**given)
-    monkeypatch.setattr(
-        launcher, "connect", lambda retries=None: (client.ApiClient(client.Configuration()), "ours")
-    )
+    api = client.ApiClient(client.Configuration())
+    monkeypatch.setattr(launcher, "connect", lambda retries=None: (api, "ours"))
     with pytest.raises(ValueError, match="one of pytorchjob, trainjob, got 'job'"):
         launcher.launch(**{**given, "kind": "job"})
 
@@ -317,7 +285,6 @@ def test_invalid_arguments_are_rejected_first(
 
     with pytest.raises(ValueError, match="^2 processes cannot share"):
         launcher.launch(**given, check_processes=refuse)
-    with pytest.raises(
-        ValueError, match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm"
-    ):
+    text = "do not mount the workspace /database; they mount /data, /tmp, /dev/shm"
+    with pytest.raises(ValueError, match=text):
         launcher.launch(**{**given, "workspace": "/database"})
