@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from tests.cluster.test_cluster_manifests import moved
+from tests.cluster.test_job_schema import changed
 from tests.cluster.test_manifests import MANIFESTS, installed, overlay
 from tests.helpers.cluster import kubectl, on_cluster
 from tests.helpers.guide import BLOCKS, lines
@@ -110,34 +110,19 @@ def one(kind: str, namespace: str) -> dict:
 
 
 def test_what_cannot_change_is_refused(namespace: str) -> None:
+    claim = ("spec", "volumeClaimTemplates", 0, "spec", "storageClassName")
+    image = ("spec", "template", "spec", "containers", 0, "image")
     changes = {
-        "PriorityClass": (
-            lambda spec: spec.update(value=-2),
-            "Forbidden: may not be changed in an update",
-        ),
-        "StatefulSet": (
-            lambda spec: spec["spec"]["volumeClaimTemplates"][0]["spec"].update(
-                storageClassName="other"
-            ),
-            "updates to statefulset spec for fields other than",
-        ),
-        "Job": (
-            lambda spec: spec["spec"]["template"]["spec"]["containers"][0].update(
-                image="other:1.0"
-            ),
-            "field is immutable",
-        ),
-        "PersistentVolumeClaim": (
-            lambda spec: spec["spec"].update(storageClassName="other"),
-            "is immutable after creation",
-        ),
+        "PriorityClass": (("value",), -2, "Forbidden: may not be changed in an update"),
+        "StatefulSet": (claim, "other", "updates to statefulset spec for fields other than"),
+        "Job": (image, "other:1.0", "field is immutable"),
+        "PersistentVolumeClaim": (claim[-2:], "other", "is immutable after creation"),
     }
-    for kind, (change, said) in changes.items():
+    for kind, (path, value, said) in changes.items():
         before = one(kind, namespace)
         kubectl("apply -f -", given=before)
         try:
-            after = copy.deepcopy(before)
-            change(after)
+            after = changed(before, path, value)
             assert said in kubectl("apply -f -", given=after, fails=True), kind
         finally:
             kubectl("delete -f - --wait=false", given=before)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from components.launcher.templates import job_name
-from tests.helpers.cluster import PIPELINE_RUN, on_cluster, scene, template
+from tests.helpers.cluster import PIPELINE_RUN, job_containers, on_cluster, scene, template
 
 pytestmark = on_cluster
 SCRIPT = """
@@ -25,8 +25,7 @@ time.sleep(60)
 def test_the_rank_that_fails_first_is_named_and_all_ranks_are_kept(tmp_path: Path) -> None:
     job = yaml.safe_load(template())
     job["spec"]["runPolicy"]["backoffLimit"] = 0
-    for replica in job["spec"]["pytorchReplicaSpecs"].values():
-        container = replica["template"]["spec"]["containers"][0]
+    for container in job_containers(job):
         container["command"] = [*container["command"][:-2], "/data/script.py"]
     kept: dict[str, str] = {}
     with scene(tmp_path) as made:

@@ -35,32 +35,21 @@ def secret_env(step: str) -> list[dict]:
     text = (ROOT / "tests" / "golden_pipeline" / "pipeline.yaml").read_text()
     _, platform = yaml.safe_load_all(text)
     executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][step]
-    return [
-        {
-            "name": key["envVar"],
-            "valueFrom": {
-                "secretKeyRef": {
-                    "name": secret["secretName"],
-                    "key": key["secretKey"],
-                    "optional": secret["optional"],
-                }
-            },
-        }
-        for secret in executor["secretAsEnv"]
-        for key in secret["keyToEnv"]
-    ]
+    found = []
+    for secret in executor["secretAsEnv"]:
+        one = {"name": secret["secretName"], "optional": secret["optional"]}
+        for key in secret["keyToEnv"]:
+            source = {"secretKeyRef": {**one, "key": key["secretKey"]}}
+            found.append({"name": key["envVar"], "valueFrom": source})
+    return found
 
 
 def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False) -> object:
     """The variables of a pod that Argo patches with a step's, by the API server's own strategic merge."""
     container = {"name": "main", "image": "vitdet"}
     template = {"spec": {"containers": [{**container, "env": EVERYWHERE}]}}
-    made = {
-        "apiVersion": "v1",
-        "kind": "PodTemplate",
-        "metadata": {"name": name, "namespace": namespace},
-        "template": template,
-    }
+    metadata = {"name": name, "namespace": namespace}
+    made = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": metadata, "template": template}
     kubectl("create -f -", given=made)
     patch = json.dumps({"template": {"spec": {"containers": [{**container, "env": env}]}}})
     words = ["patch", "podtemplate", name, "-n", namespace, "--type", "strategic", "-p", patch]
@@ -82,20 +71,11 @@ def test_a_step_s_pod_has_each_variable_once(namespace: str) -> None:
 
 @pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
 def test_a_training_job_has_each_variable_once(namespace: str, kind: str) -> None:
-    request = JobRequest(
-        name="vitdet-tiny",
-        namespace=namespace,
-        labels={},
-        image="",
-        args=["train", "tiny"],
-        nodes=2,
-        pool="",
-        task={"env": [*INJECTED, *secret_env("exec-train-job")]},
-    )
+    task = {"env": [*INJECTED, *secret_env("exec-train-job")]}
+    request = JobRequest("vitdet-tiny", namespace, {}, "", ["train", "tiny"], 2, "", task=task)
     job = fill_template(template(kind), KINDS[kind], request)
     made = json.loads(kubectl("create --dry-run=server -o json -f -", given=job))
-    containers = job_containers(made)
-    for container in containers:
+    for container in job_containers(made):
         names = [one["name"] for one in container["env"]]
         assert names.count("MLFLOW_TRACKING_URI") == 1 and len(names) == len(set(names))
         assert {"name": "MLFLOW_RUN_ID", "value": "1" * 32} in container["env"]

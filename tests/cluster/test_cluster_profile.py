@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 
-from tests.cluster.test_cluster_manifests import exercise_launcher
+from tests.cluster.test_cluster_manifests import exercise_launcher, may
 from tests.cluster.test_manifests import JOBS, MANIFESTS
 from tests.cluster.test_profile import OWNER, for_profile
 from tests.helpers.cluster import kubectl, on_cluster, wait_until
@@ -19,6 +20,7 @@ from tests.helpers.kubeflow_roles import RELEASES, profile_roles
 from tests.helpers.manifests import kustomize, needs_kubectl
 
 pytestmark = [*on_cluster, needs_kubectl]
+RUNTIMES = "trainingruntimes.trainer.kubeflow.org"
 OURS = MANIFESTS / "cluster" / "profile-roles.yaml"
 
 
@@ -38,12 +40,12 @@ def binding(name: str, role: str, subject: dict) -> dict:
     }
 
 
-@pytest.fixture(params=RELEASES)
-def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
-    """A namespace as Kubeflow's profile controller makes it, on a cluster with our ClusterRole."""
+@contextmanager
+def profile_of(release: str, ours: dict | None) -> Iterator[Profile]:
+    """A namespace as Kubeflow's profile controller makes it, on a cluster with this ClusterRole."""
     suffix = uuid.uuid4().hex[:8]
     made = Profile(f"vitdet-profile-{suffix}", f"owner-{suffix}", f"friend-{suffix}")
-    roles = profile_roles(suffix, request.param, yaml.safe_load(OURS.read_text()))
+    roles = profile_roles(suffix, release, ours)
     kubectl(f"create namespace {made.namespace}")
     kubectl("apply -f -", given=yaml.safe_dump_all(roles))
     kubectl(f"create serviceaccount default-editor -n {made.namespace}")
@@ -55,33 +57,20 @@ def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
         binding("default-editor", f"kubeflow-edit-{suffix}", editor),
     ]
     kubectl(f"apply -n {made.namespace} -f -", given=yaml.safe_dump_all(bindings))
-    wait_until(lambda: may(made.namespace, made.owner, "create", "trainingruntimes"), 60)
-    yield made
-    kubectl(f"delete namespace {made.namespace} --wait=false")
-    for role in roles:
-        kubectl(f"delete clusterrole {role['metadata']['name']} --wait=false")
+    try:
+        granted = RUNTIMES if ours else "roles.rbac.authorization.k8s.io"
+        wait_until(lambda: may(made.owner, made.namespace, "create", granted), 60)
+        yield made
+    finally:
+        kubectl(f"delete namespace {made.namespace} --wait=false")
+        for role in roles:
+            kubectl(f"delete clusterrole {role['metadata']['name']} --wait=false")
 
 
-def may(namespace: str, user: str, verb: str, resource: str) -> bool:
-    review = {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SubjectAccessReview",
-        "spec": {
-            "user": user,
-            "resourceAttributes": {
-                "namespace": namespace,
-                "verb": verb,
-                "resource": resource,
-                "group": {
-                    "trainingruntimes": "trainer.kubeflow.org",
-                    "roles": "rbac.authorization.k8s.io",
-                    "networkpolicies": "networking.k8s.io",
-                }.get(resource, ""),
-            },
-        },
-    }
-    said = json.loads(kubectl("create -f - -o json", given=review))
-    return said["status"]["allowed"]
+@pytest.fixture(params=RELEASES)
+def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
+    with profile_of(request.param, yaml.safe_load(OURS.read_text())) as made:
+        yield made
 
 
 def test_the_owner_applies_everything(profile: Profile, copy: Path) -> None:
@@ -114,32 +103,13 @@ def test_runs_from_kubeflow_s_page_may_launch_jobs(profile: Profile) -> None:
 @pytest.mark.parametrize("release", RELEASES)
 def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: str) -> None:
     """Why cluster/profile-roles.yaml is there: nobody grants rights that they do not have."""
-    suffix = uuid.uuid4().hex[:8]
-    space, owner = f"vitdet-profile-{suffix}", f"owner-{suffix}"
-    roles = profile_roles(suffix, release, None)
-    user = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": owner}
-    kubectl(f"create namespace {space}")
-    try:
-        kubectl("apply -f -", given=yaml.safe_dump_all(roles))
-        given = binding("owner", f"kubeflow-admin-{suffix}", user)
-        kubectl(f"apply -n {space} -f -", given=given)
-        wait_until(lambda: may(space, owner, "create", "roles"), 60)
-        (role,) = (
-            one
-            for one in yaml.safe_load_all((MANIFESTS / "shared" / "accounts.yaml").read_text())
-            if one["kind"] == "Role"
-        )
-        role["metadata"]["namespace"] = space
-        said = kubectl(f"apply --as={owner} -f -", given=role, fails=True)
+    accounts = yaml.safe_load_all((MANIFESTS / "shared" / "accounts.yaml").read_text())
+    (role,) = (one for one in accounts if one["kind"] == "Role")
+    resources = {"trainjobs", "workflowtaskresults", "workloads"}
+    with profile_of(release, None) as made:
+        role["metadata"]["namespace"] = made.namespace
+        said = kubectl(f"apply --as={made.owner} -f -", given=role, fails=True)
         assert "attempting to grant RBAC permissions not currently held" in said
-        lacking = {"workloads"} | (
-            {"trainjobs", "workflowtaskresults"} if release == "early" else set()
-        )
-        assert {
-            one for one in ("trainjobs", "workflowtaskresults", "workloads") if one in said
-        } == lacking
-        assert not may(space, owner, "create", "trainingruntimes")
-    finally:
-        kubectl(f"delete namespace {space} --wait=false")
-        for one in roles:
-            kubectl(f"delete clusterrole {one['metadata']['name']} --wait=false")
+        lacking = resources if release == "early" else {"workloads"}
+        assert {one for one in resources if one in said} == lacking
+        assert not may(made.owner, made.namespace, "create", RUNTIMES)

@@ -16,15 +16,13 @@ MISSING = "no PriorityClass with name not-there was found"
 def test_a_rejected_pod_is_the_cause(live: Scene, kinds: tuple[str, ...]) -> None:
     job, recipe = yaml.safe_load(template(script=True)), f"refused-{len(kinds)}"
     for kind in kinds:
-        job["spec"]["pytorchReplicaSpecs"][kind]["template"]["spec"]["priorityClassName"] = (
-            "not-there"
-        )
+        replica = job["spec"]["pytorchReplicaSpecs"][kind]
+        replica["template"]["spec"]["priorityClassName"] = "not-there"
     with pytest.raises(RuntimeError) as raised:
         live.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, timeouts=QUICK)
     name = job_name(PIPELINE_RUN, recipe)
-    assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in str(
-        raised.value
-    )
-    assert MISSING in str(raised.value) and "does not run" not in str(raised.value)
+    error = str(raised.value)
+    assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in error
+    assert MISSING in error and "does not run" not in error
     assert any("waiting: " in line and name in line and MISSING in line for line in live.lines)
     assert ("on" in live.lines) == (kinds == ("Worker",))

@@ -32,12 +32,9 @@ def test_terminate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with scene(tmp_path, node=False, operator=False) as made, serving(Kubeflow()) as kubeflow:
-        for kind, run, name in (
-            ("pytorchjob", PIPELINE_RUN, "a"),
-            ("trainjob", PIPELINE_RUN, "b"),
-            ("pytorchjob", OTHER, "c"),
-        ):
-            make(made.namespace, kind, run, name)
+        make(made.namespace, "pytorchjob", PIPELINE_RUN, "a")
+        make(made.namespace, "trainjob", PIPELINE_RUN, "b")
+        make(made.namespace, "pytorchjob", OTHER, "c")
         experiment = {"experiment_id": "e", "display_name": "e", "namespace": made.namespace}
         kubeflow.kept["experiments"] = [experiment]
         kubeflow.kept["runs"] = [{"run_id": PIPELINE_RUN, "experiment_id": "e", "state": "RUNNING"}]

@@ -11,27 +11,16 @@ from components.launcher.status import (
     startup_warning,
 )
 from tests.cluster.test_following import DONE, RUNNING, Record, follow
-from tests.cluster.test_kube_requests import cluster, refused
+from tests.cluster.test_kube_requests import answers, cluster, refused
 from tests.cluster.test_launcher import conditions, pod, waiting
 
 NAME = "vitdet-tiny-1"
 
 
-def event(
-    reason: str,
-    message: str = "",
-    kind: str = "Warning",
-    when: str = "2026-01-01T00:00:05Z",
-    of: str = NAME,
-) -> dict:
-    return {
-        "type": kind,
-        "reason": reason,
-        "message": message,
-        "lastTimestamp": when,
-        "involvedObject": {"name": of},
-        "metadata": {},
-    }
+def event(reason: str, message: str = "", of: str = NAME, **changes: str) -> dict:
+    about = {"type": "Warning", "reason": reason, "message": message, "metadata": {}}
+    rest = {"lastTimestamp": "2026-01-01T00:00:05Z", "involvedObject": {"name": of}}
+    return {**about, **rest, **changes}
 
 
 QUOTA = event("FailedCreatePod", 'Error creating: pods "x" is forbidden:\n exceeded quota: gpus')
@@ -42,9 +31,8 @@ def test_a_pod_that_is_refused_is_told_and_given_up(look: tuple) -> None:
     record = Record(look)
     record.warnings = [QUOTA, event("Other", "no cause")]
     lines, error = follow(record)
-    said = (
-        f'job {NAME}: FailedCreatePod: Error creating: pods "x" is forbidden: exceeded quota: gpus'
-    )
+    text = 'Error creating: pods "x" is forbidden: exceeded quota: gpus'
+    said = f"job {NAME}: FailedCreatePod: {text}"
     assert lines.count(f"launcher: waiting: {said}") == 1
     assert f"{NAME} cannot start, for 0 s now\ncause: {said}" in error
     assert error.endswith("; it is suspended")
@@ -70,7 +58,7 @@ def test_a_trainjob_s_refusals_are_of_its_own_jobs_since_it_was_made() -> None:
         return found
 
     found = [
-        event("FailedCreate", "old", when="2026-01-01T00:00:00Z", of=f"{NAME}-node-0"),
+        event("FailedCreate", "old", f"{NAME}-node-0", lastTimestamp="2026-01-01T00:00:00Z"),
         event("FailedCreate", "other", of=f"{NAME}1-node-0"),
     ]
     assert missing_pods(job, [], ask) is None and asked == ["type=Warning,involvedObject.kind=Job"]
@@ -84,12 +72,12 @@ def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
     record = Record((conditions("Created=True"), [creating, pod("b")]))
     record.warnings = [
         event("FailedMount", "driver nfs.csi.k8s.io not found"),
-        event("Scheduled", kind="Normal", when=""),
+        event("Scheduled", type="Normal", lastTimestamp=""),
     ]
     lines, error = follow(record)
     assert "cause: pod w-0: FailedMount: driver nfs.csi.k8s.io not found" in error
     assert sum("waiting: pod w-0: FailedMount" in line for line in lines) == 1
-    pulling = event("Pulling", kind="Normal", when="2026-01-01T00:00:06Z")
+    pulling = event("Pulling", type="Normal", lastTimestamp="2026-01-01T00:00:06Z")
     # a big image comes, however slowly
     assert startup_warning(creating, lambda _: [*record.warnings, pulling]) is None
 
@@ -102,21 +90,14 @@ def crashing(state: dict, code: int = 7, count: int = 4) -> dict:
 
 def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given_up() -> None:
     # between two crashes
-    record = Record(
-        (
-            conditions("Created=True"),
-            [crashing({"waiting": {"reason": "CrashLoopBackOff"}}), pod("b")],
-        ),
-        (conditions("Created=True"), [crashing({"running": {}}), pod("b")]),
-    )
+    states = ({"waiting": {"reason": "CrashLoopBackOff"}}, {"running": {}})
+    record = Record(*((conditions("Created=True"), [crashing(x), pod("b")]) for x in states))
     record.logs["w-0 wait previous"] = ["2026-01-01T00:00:00Z no such host"]
     lines, error = follow(record)
-    crash = "pod w-0 on node n1: init container wait: Error, exit code 7; restarted (restarts so far: 4)"
-    assert f"launcher: {crash}" in lines
-    assert (
-        "init container wait: CrashLoopBackOff, exit code 7\nlast lines of its log:\n  no such host"
-        in error
-    )
+    crash = "init container wait: Error, exit code 7; restarted (restarts so far: 4)"
+    assert f"launcher: pod w-0 on node n1: {crash}" in lines
+    cause = "init container wait: CrashLoopBackOff, exit code 7"
+    assert f"{cause}\nlast lines of its log:\n  no such host" in error
     over = crashing({"terminated": {"exitCode": 0}})
     assert blocking_reason(over) is None and failure_reason(over).container == "wait"
 
@@ -124,7 +105,5 @@ def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given
 def test_who_may_not_list_events_is_told_less() -> None:
     lines: list[str] = []
     made = cluster(lines)
-    made.core.list_namespaced_event = lambda *_, **__: (_ for _ in ()).throw(
-        refused(403, "events is forbidden")
-    )
+    made.core.list_namespaced_event = answers(refused(403, "events is forbidden"))
     assert made.events("type=Warning") == [] and lines == []

@@ -108,11 +108,8 @@ def test_a_rejected_field_is_named_by_its_path(kind: str, number: int) -> None:
                 # a missing field is named after the path of its parent
                 by_path = text_of(path[:-1]) in message and str(path[-1]) in message
                 shorter = isinstance(path[-1], int) and text_of(path[:-1]) in message
-                assert by_path or shorter or any(one in message for one in MEANING), (
-                    path,
-                    value,
-                    message,
-                )
+                known = by_path or shorter or any(one in message for one in MEANING)
+                assert known, (path, value, message)
             except Exception as error:
                 raise AssertionError(f"{path}: {value!r}") from error
     assert refused > 20
@@ -121,22 +118,15 @@ def test_a_rejected_field_is_named_by_its_path(kind: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (
-            "{pytorchReplicaSpecs: {Worker: }}",
-            "spec.pytorchReplicaSpecs.Worker: expected object, got null",
-        ),
-        (
-            "{pytorchReplicaSpecs: {Worker: {template: {spec: {}}}}}",
-            "spec.pytorchReplicaSpecs.Worker.template.spec: missing containers",
-        ),
-        ("{}", "spec: missing pytorchReplicaSpecs"),
-        ("{1: a}", "spec: expected only strings as keys, got 1"),
+        ("{Worker: }", "Worker: expected object, got null"),
+        ("{Worker: {template: {spec: {}}}}", "Worker.template.spec: missing containers"),
     ],
 )
 def test_an_invalid_spec_is_rejected_with_its_path(spec: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        validate(yaml.safe_load(f"kind: PyTorchJob\nspec: {spec}\n"))
-    assert str(error.value) == f"the job's file: its PyTorchJob: {message}"
+        validate(yaml.safe_load(f"kind: PyTorchJob\nspec: {{pytorchReplicaSpecs: {spec}}}\n"))
+    where = "the job's file: its PyTorchJob: spec.pytorchReplicaSpecs"
+    assert str(error.value) == f"{where}.{message}"
 
 
 POD = "spec.pytorchReplicaSpecs.Master.template.spec"
@@ -174,11 +164,7 @@ def test_a_number_of_gpus_may_be_text_or_null(gpus: str, found: dict) -> None:
     ("pod", "message"),
     [
         ("nodeSelector: {1: a}", "nodeSelector: expected only strings as keys, got 1"),
-        (
-            "nodeSelector: {b: , zone: [a]}",
-            "nodeSelector.zone: expected bool | int | float | str | null, got array",
-        ),
-        ("nodeSelector: {zone: {}}", "nodeSelector.zone: expected "),
+        ("nodeSelector: {b: , zone: [a]}", "nodeSelector.zone: expected bool | int | float | str"),
     ],
 )
 def test_an_entry_of_a_mapping_is_named_by_its_key(pod: str, message: str) -> None:
@@ -219,11 +205,7 @@ def test_a_patch_may_change_nothing() -> None:
 
 
 def test_null_is_an_absent_field_and_other_documents_are_left_alone() -> None:
-    pod = {"containers": [{"name": "a", "env": None}], "tolerations": None}
-    job = {
-        "kind": "PyTorchJob",
-        "spec": {"pytorchReplicaSpecs": {"Master": {"template": {"spec": pod}}}},
-    }
+    job = pytorchjob(", env: ", ", tolerations: ")
     found = validate(job)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     assert found == {"containers": [{"name": "a"}]}
     assert validate({"kind": "ConfigMap", "data": None}) == {"kind": "ConfigMap", "data": None}

@@ -32,29 +32,21 @@ def answers(*given: object) -> Callable:
 
 
 def refused(status: int, message: str | None = None) -> ApiException:
-    error = ApiException(status=status, reason="reason")
-    error.body = (
-        json.dumps({"kind": "Status", "message": message}) if message else "404 page not found"
-    )
+    error, body = ApiException(status=status, reason="reason"), {"kind": "Status"}
+    error.body = json.dumps({**body, "message": message}) if message else "404 page not found"
     return error
 
 
 def cluster(lines: list[str], timeouts: Timeouts = SHORT) -> JobClient:
-    return JobClient(
-        client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, timeouts
-    )
+    api = client.ApiClient(client.Configuration())
+    return JobClient(api, PYTORCH, "j", "ours", lines.append, timeouts)
 
 
 def test_an_api_server_that_is_away_is_asked_again() -> None:
     lines: list[str] = []
     ask = cluster(lines).request
-    gone = [
-        ProtocolError("reset"),
-        refused(503, "starting"),
-        refused(429, "later"),
-        b'{"half',
-        b'{"a": 1}',
-    ]
+    busy = (refused(503, "starting"), refused(429, "later"))
+    gone = [ProtocolError("reset"), *busy, b'{"half', b'{"a": 1}']
     assert ask("get x", answers(*gone)) == {"a": 1}
     assert lines == [
         "launcher: the API server does not respond (ProtocolError); asking again for 0 s",
@@ -69,31 +61,28 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
         ask("get x", answers(ProtocolError("reset")))
 
 
+ANONYMOUS = 'pods is forbidden: User "system:anonymous"'
+NO_ROLE = (
+    'pytorchjobs.kubeflow.org is forbidden: User "system:serviceaccount:ours:u" cannot create '
+    'resource "pytorchjobs"'
+)
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (
-            refused(
-                403,
-                'pytorchjobs.kubeflow.org is forbidden: User "system:serviceaccount:ours:u" cannot create resource '
-                '"pytorchjobs" in API group "kubeflow.org" in the namespace "ours"',
-            ),
+            refused(403, f'{NO_ROLE} in API group "kubeflow.org" in the namespace "ours"'),
             "^cannot create in namespace ours: account system:serviceaccount:ours:u has no Role for verb create "
             "of pytorchjobs.kubeflow.org; apply manifests/shared",
         ),
-        (
-            refused(403, 'namespace "ours" is being terminated'),
-            'namespace "ours" is being terminated .HTTP 403.$',
-        ),
+        (refused(403, 'namespace "ours" is being terminated'), "is being terminated .HTTP 403.$"),
         (
             refused(403, 'admission webhook "v.io" denied the request: spec.x: Required value: y'),
             "spec.x: Required value: y .HTTP 403.$",
         ),
         (
-            refused(
-                403,
-                'pods is forbidden: User "system:anonymous" cannot list resource "pods" in API group ""',
-            ),
+            refused(403, f'{ANONYMOUS} cannot list resource "pods" in API group ""'),
             "the request had no credentials",
         ),
         (refused(401, "Unauthorized"), "does not accept the account's token .HTTP 401.$"),
@@ -128,9 +117,8 @@ def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None
     """That is reported once, with how long it is waited for."""
     lines: list[str] = []
     ask, text = cluster(lines, Timeouts()).request, " ".join(message.split())
-    assert (
-        ask("create", answers(refused(403, message), refused(403, message), b"{}"), refused=9) == {}
-    )
+    refusal = refused(403, message)
+    assert ask("create", answers(refusal, refusal, b"{}"), refused=9) == {}
     what = f"cannot create in namespace ours: {text} (HTTP 403)"
     assert lines == [
         f"launcher: {what}; asking again for 9 s",

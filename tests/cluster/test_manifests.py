@@ -73,16 +73,13 @@ def pools(
             found[f"cloud.google.com/compute-class={document['metadata']['name']}"] = {GPU_TAINT}
         elif document["kind"] == "NodePool":
             template = document["spec"]["template"]
-            labels = ",".join(
-                f"{key}={value}" for key, value in template["metadata"]["labels"].items()
-            )
-            found[labels] = {taint["key"] for taint in template["spec"]["taints"]}
+            labels = template["metadata"]["labels"].items()
+            taints = {taint["key"] for taint in template["spec"]["taints"]}
+            found[",".join(f"{key}={value}" for key, value in labels)] = taints
     return found
 
 
-def build(
-    root: Path, name: str, resources: list[str], components: list[str], extra: str = ""
-) -> list[dict]:
+def build(root: Path, name: str, resources: list[str], components: list[str]) -> list[dict]:
     """A kustomization of an overlay's values, these resources and components, in a copy of manifests/."""
     folder = root / "overlays" / name / "made"
     folder.mkdir(exist_ok=True)
@@ -90,7 +87,7 @@ def build(
         "resources": ["../values", *(f"../../../{each}" for each in resources)],
         "components": [f"../../../{each}" for each in components],
     }
-    (folder / "kustomization.yaml").write_text(HEADER + yaml.safe_dump(listed) + extra)
+    (folder / "kustomization.yaml").write_text(HEADER + yaml.safe_dump(listed))
     return kustomize(folder)
 
 
@@ -132,9 +129,7 @@ def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
     assert jobs != overlay("onprem", JOBS[job]) or (job == "trainjob" and options == ["+elastic"])
     assert problems(installed("onprem"), jobs, pools("onprem")) == []
     if after and job == "pytorchjob":
-        replicas, policy = (
-            jobs[0]["spec"][key] for key in ("pytorchReplicaSpecs", "elasticPolicy")
-        )
+        replicas, policy = jobs[0]["spec"]["pytorchReplicaSpecs"], jobs[0]["spec"]["elasticPolicy"]
         assert {role: replica["replicas"] for role, replica in replicas.items()} == {"Worker": 2}
         assert (policy["minReplicas"], policy["maxReplicas"]) == (1, 2)
 
@@ -283,10 +278,8 @@ def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
 def test_another_pool_s_trainjob_has_a_runtime_of_its_own(name: str, copy: Path) -> None:
     file = copy / "overlays" / name / "values" / "values.yaml"
     file.write_text(file.read_text().replace("pool: gpu-train", "pool: small"))
-    (runtime, job), (first, _) = (
-        kustomize(copy / "overlays" / name / "trainjob"),
-        overlay(name, "trainjob"),
-    )
+    runtime, job = kustomize(copy / "overlays" / name / "trainjob")
+    first, _ = overlay(name, "trainjob")
     assert runtime["metadata"]["name"] == job["spec"]["runtimeRef"]["name"] == "vitdet-small"
     assert first["metadata"]["name"] == "vitdet-gpu-train"
     ((_, pod),) = pods([runtime])

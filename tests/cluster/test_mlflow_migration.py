@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cluster.test_manifests import MANIFESTS
+from tests.helpers.mlflow_server import free_port
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,24 +31,17 @@ pytestmark = [
 ADMIN, USER = "password-of-the-admin", "password-of-vitdet"
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @contextmanager
 def database(folder: Path) -> Iterator[int]:
     """A PostgreSQL server with the database and user of manifests/mlflow; its port."""
     folder.mkdir()
-    as_user = {}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        shutil.chown(folder, "nobody")
-        as_user = {"user": "nobody"}
+    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
+    if user:
+        shutil.chown(folder, user)
     port, data = free_port(), folder / "data"
 
     def run(*words: str) -> None:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, **as_user)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, user=user)
         assert done.returncode == 0, done.stderr + done.stdout
 
     run(str(BINARIES / "initdb"), "-D", str(data), "-U", "mlflow", "-A", "trust")
@@ -80,13 +73,8 @@ def server(folder: Path, port: int) -> Iterator[str]:
     }
     words = ["server", "--app-name=basic-auth", "--host=127.0.0.1", f"--port={own}", "--workers=1"]
     log = (folder / "mlflow.log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *words],
-        env=environment,
-        cwd=folder,
-        stdout=log,
-        stderr=log,
-    )
+    command = [sys.executable, "-m", "mlflow", *words]
+    process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{own}"
     try:
         for _ in range(600):
@@ -108,9 +96,8 @@ def account(address: str, name: str, password: str) -> Iterator[MlflowClient]:
     from mlflow import MlflowClient
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_USERNAME", name)
-        patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        patch.setenv("MLFLOW_TRACKING_URI", address)
+        for key, value in (("USERNAME", name), ("PASSWORD", password), ("URI", address)):
+            patch.setenv(f"MLFLOW_TRACKING_{key}", value)
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         yield MlflowClient(address)
 

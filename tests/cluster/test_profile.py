@@ -57,17 +57,12 @@ def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
         folder = for_profile(copy, "eks", space, f"{space}-mlflow")
         documents = [one for part in (*OWNER, "mlflow") for one in kustomize(folder / part)]
         queue = build(copy, "eks", [], ["components/kueue-queues", "components/values"])
-        assert {one["metadata"]["name"] for one in queue if one["kind"] == "ClusterQueue"} == {
-            space
-        }
+        names = [one["metadata"]["name"] for one in queue if one["kind"] == "ClusterQueue"]
+        assert names == [space]
         documents += [one for one in queue if one["kind"] == "LocalQueue"]
         assert documents[-1]["spec"]["clusterQueue"] == space
-        made.append(
-            {
-                (one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"])
-                for one in documents
-            }
-        )
+        about = [(one["kind"], one["metadata"]) for one in documents]
+        made.append({(kind, one.get("namespace"), one["name"]) for kind, one in about})
     assert not made[0] & made[1] and len(made[0]) == len(made[1]) > 15
 
 

@@ -35,9 +35,8 @@ def test_what_webhooks_and_defaults_add_is_no_loss() -> None:
 
 def test_the_loss_of_a_safety_net_is_a_warning() -> None:
     job = trainjob(pool="")
-    warnings, error = check_dropped(
-        KINDS["trainjob"], job, without(job, "activeDeadlineSeconds", "runtimePatches")
-    )
+    received = without(job, "activeDeadlineSeconds", "runtimePatches")
+    warnings, error = check_dropped(KINDS["trainjob"], job, received)
     assert error == "" and warnings == [
         "the cluster's TrainJob has no spec.activeDeadlineSeconds: the job has no deadline, so a forgotten job does "
         "not end by itself; upgrade Kubeflow Trainer to 2.2 or later",

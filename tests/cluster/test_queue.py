@@ -29,6 +29,7 @@ UNCOVERED = (
     "NoMatchingFlavor",
     "couldn't assign flavors to pod set master: resource rdma/rdma_shared_device_a unavailable in\nClusterQueue",
 )
+CHECK = {"name": "prov", "state": "Pending", "message": "no nodes yet"}
 ADMITTED = (("QuotaReserved", "True", "QuotaReserved", ""), ("Admitted", "True", "Admitted", ""))
 
 
@@ -38,9 +39,8 @@ ADMITTED = (("QuotaReserved", "True", "QuotaReserved", ""), ("Admitted", "True",
         (workload(), "queue vitdet; not evaluated yet"),
         (
             workload(UNCOVERED),
-            "queue vitdet; no quota yet: NoMatchingFlavor: couldn't assign flavors to pod set master: resource "
-            "rdma/rdma_shared_device_a unavailable in ClusterQueue (add the resource to coveredResources of the "
-            "ClusterQueue)",
+            f"queue vitdet; no quota yet: NoMatchingFlavor: {' '.join(UNCOVERED[3].split())} (add the "
+            "resource to coveredResources of the ClusterQueue)",
         ),
         (
             workload(("QuotaReserved", "False", "Inadmissible", "LocalQueue vitdet doesn't exist")),
@@ -57,13 +57,7 @@ ADMITTED = (("QuotaReserved", "True", "QuotaReserved", ""), ("Admitted", "True",
             "insufficient unused quota",
         ),
         (
-            workload(
-                ADMITTED[0],
-                admissionChecks=[
-                    {"name": "prov", "state": "Pending", "message": "no nodes yet"},
-                    {"name": "other", "state": "Ready", "message": ""},
-                ],
-            ),
+            workload(ADMITTED[0], admissionChecks=[CHECK, {"name": "other", "state": "Ready"}]),
             "queue vitdet; quota is reserved; admission check prov is Pending: no nodes yet",
         ),
         (workload(spec={"active": False}), "its Workload is deactivated (spec.active: false)"),

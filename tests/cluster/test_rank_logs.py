@@ -28,18 +28,12 @@ def stamped(second: float, *texts: str) -> list[Line]:
 
 def test_lines_are_split_by_rank_and_those_of_rank_0_are_shown() -> None:
     ranks = RankLogs()
-    assert ranks.add("m", stamped(1, "[rank0]:step 1", "[rank1]:quiet", "torchrun"), True) == [
-        "step 1",
-        "torchrun",
-    ]
+    lines = stamped(1, "[rank0]:step 1", "[rank1]:quiet", "torchrun")
+    assert ranks.add("m", lines, True) == ["step 1", "torchrun"]
     assert ranks.add("w", stamped(2, "[rank2]:other", "torchrun of w"), False) == []
-    assert ranks.tails() == {
-        "rank 0": ["step 1"],
-        "rank 1": ["quiet"],
-        "rank 2": ["other"],
-        "pod m": ["torchrun"],
-        "pod w": ["torchrun of w"],
-    }
+    tails = {"rank 0": "step 1", "rank 1": "quiet", "rank 2": "other"}
+    tails |= {"pod m": "torchrun", "pod w": "torchrun of w"}
+    assert ranks.tails() == {name: [line] for name, line in tails.items()}
 
 
 def test_the_last_lines_are_kept_as_a_file_for_each_rank() -> None:
@@ -55,13 +49,9 @@ def test_the_last_lines_are_kept_as_a_file_for_each_rank() -> None:
 
 def test_the_first_rank_to_fail_is_the_one_whose_error_is_the_oldest() -> None:
     ranks = RankLogs()
-    lost = [
-        "Traceback (most recent call last):",
-        '  File "x.py"',
-        "RuntimeError: Connection closed",
-    ]
+    head = ["Traceback (most recent call last):", '  File "x.py"']
+    lost, bad = [*head, "RuntimeError: no peer"], [*head, "ValueError: bad image 7.jpg"]
     ranks.add("m", stamped(9.2, *(f"[rank0]:{line}" for line in lost)), True)
-    bad = ["Traceback (most recent call last):", '  File "y.py"', "ValueError: bad image 7.jpg"]
     ranks.add("w", stamped(9.1, *(f"[rank3]:{line}" for line in bad)), False)
     ranks.add("w", stamped(9.3, "[rank2]:vitdet: the process group is gone"), False)
     found = ranks.first_failure()
@@ -80,9 +70,8 @@ def test_a_rank_that_does_not_answer_is_named_by_another() -> None:
     ranks = RankLogs()
     ranks.add("w", stamped(1, "[rank1]:step 1"), False)
     ranks.add("m", stamped(9, "[rank0]:vitdet: no progress: rank 1 (w, pid 7: step 5)"), True)
-    assert str(ranks.first_failure()).startswith(
-        "first to fail: rank 1 (pod w): vitdet: no progress"
-    )
+    text = "first to fail: rank 1 (pod w): vitdet: no progress"
+    assert str(ranks.first_failure()).startswith(text)
 
 
 def test_ranks_that_torchrun_ended_are_not_the_first() -> None:
@@ -108,26 +97,17 @@ def test_pods_that_were_replaced_do_not_fill_the_memory() -> None:
 def test_a_failed_job_shows_every_rank_also_of_pods_that_are_gone() -> None:
     worker = pod("w", container=ended(1, key="lastState"))
     worker["metadata"]["labels"] = {"training.kubeflow.org/replica-type": "worker"}
-    record = Record(
-        (RUNNING, [pod("m"), worker]),
-        (RUNNING, [pod("m")]),
-        (
-            conditions("Failed=True"),
-            [pod("m", "Failed", container=ended(1, when="2026-01-01T00:00:20Z"))],
-        ),
-    )
+    failed = pod("m", "Failed", container=ended(1, when="2026-01-01T00:00:20Z"))
+    looks = ((RUNNING, [pod("m"), worker]), (RUNNING, [pod("m")]))
+    record = Record(*looks, (conditions("Failed=True"), [failed]))
     time = "2026-01-01T00:00:09"
     record.logs["w"] = [f"{time}.1Z [rank1]:vitdet: bad image 7.jpg", f"{time}.2Z [rank1]:bye"]
     record.logs["m"] = [f"{time}.3Z [rank0]:vitdet: lost rank 1", f"{time}.4Z Root Cause"]
     lines, error = follow(record)
     assert "\nfirst to fail: rank 1 (pod w): vitdet: bad image 7.jpg\ncause: pod " in error
-    shown = lines[lines.index("launcher: last lines of rank 0:") :]
-    assert shown == [
-        "launcher: last lines of rank 0:",
-        "  vitdet: lost rank 1",
-        "launcher: last lines of rank 1:",
-        "  vitdet: bad image 7.jpg",
-        "  bye",
-        "launcher: last lines of pod m:",
-        "  Root Cause",
+    head = "launcher: last lines of"
+    assert lines[lines.index(f"{head} rank 0:") :] == [
+        *(f"{head} rank 0:", "  vitdet: lost rank 1"),
+        *(f"{head} rank 1:", "  vitdet: bad image 7.jpg", "  bye"),
+        *(f"{head} pod m:", "  Root Cause"),
     ]

@@ -245,10 +245,8 @@ def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None
 
 def test_credentials_are_required_only_if_the_server_says_so(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.token = SECRET
-    assert (
-        "requires authentication (401): give a token (--token-file FILE or KFP_TOKEN)"
-        in cli("status", "x")[2]
-    )
+    text = "requires authentication (401): give a token (--token-file FILE or KFP_TOKEN)"
+    assert text in cli("status", "x")[2]
 
 
 @pytest.mark.parametrize("trouble", [failing(503), failing(429), failing(500), cut, stalling])
@@ -267,10 +265,8 @@ def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, cli: Run) -> No
     kubeflow.plan["GET /runs/x"] = [failing(503, "no database")] * 9
     code, _, said = cli("status", "x", "--retries", 2)
     assert code == 1 and len(kubeflow.requests) == 3
-    assert (
-        said.splitlines()[-1]
-        == f"pipeline: {kubeflow.url} returned 503 Service Unavailable: no database"
-    )
+    last = f"pipeline: {kubeflow.url} returned 503 Service Unavailable: no database"
+    assert said.splitlines()[-1] == last
 
 
 def test_a_stalled_connection_ends_with_its_time(kubeflow: Kubeflow, cli: Run) -> None:

@@ -104,11 +104,8 @@ class Ran:
         (package / "__init__.py").touch()
         (package / "__main__.py").touch()
         (package / "stages.py").write_text(f"{STEPS}\nplan_trainings = fetch_words = print\n")
-        outer = {
-            **os.environ,
-            "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}",
-            "CALLS": str(self.log),
-        }
+        path = f"{package.parent}{os.pathsep}{ROOT}"
+        outer = {**os.environ, "PYTHONPATH": path, "CALLS": str(self.log)}
         run = subprocess.Popen(
             [sys.executable, "-m", "pipeline", "run", *recipes, "--set", "a.b=1"],
             cwd=folder,
@@ -127,6 +124,10 @@ class Ran:
         self.done.returncode = run.returncode
         self.calls = [json.loads(line) for line in self.log.read_text().splitlines()]
 
+    def succeeded(self) -> "Ran":
+        assert self.done.returncode == 0, self.done.stdout + self.done.stderr
+        return self
+
     def of(self, step: str) -> list[list]:
         return [rest for name, *rest in self.calls if name == step]
 
@@ -135,8 +136,7 @@ class Ran:
 
 
 def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None:
-    ran = Ran(tmp_path, "good", "better", "best")
-    assert ran.done.returncode == 0, ran.done.stdout + ran.done.stderr
+    ran = Ran(tmp_path, "good", "better", "best").succeeded()
     assert ran.of("configs") == [[["good", "better", "best"], ["a.b=1"], [], 1]]
     (run_id,) = ran.of("announce")[0]
     assert sorted(ran.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
@@ -153,8 +153,7 @@ def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None
 
 
 def test_the_champion_is_evaluated_only_where_its_ap_is_unknown(tmp_path: Path) -> None:
-    ran = Ran(tmp_path, "unknown", "known", "better-unknown")
-    assert ran.done.returncode == 0, ran.done.stdout + ran.done.stderr
+    ran = Ran(tmp_path, "unknown", "known", "better-unknown").succeeded()
     (run_id,) = ran.of("announce")[0]
     names = ["better-unknown", "unknown"]
     assert sorted(ran.of("champion")) == [[name, name, name, run_id] for name in names]
@@ -182,8 +181,7 @@ def test_one_that_failed_takes_nothing_from_the_others(tmp_path: Path) -> None:
 
 def test_settings_seeds_and_data_reach_the_first_steps(tmp_path: Path) -> None:
     words = ["--sweep", "a.c=1,2", "--seeds", "3", "--fetch", "coco", "--parallel", "2"]
-    ran = Ran(tmp_path, "good", *words)
-    assert ran.done.returncode == 0, ran.done.stdout + ran.done.stderr
+    ran = Ran(tmp_path, "good", *words).succeeded()
     assert ran.of("configs") == [[["good"], ["a.b=1"], ["a.c=1,2"], 3]]
     assert ran.of("data") == [["coco"]]
 

@@ -42,19 +42,14 @@ def test_a_creation_without_answer_is_not_repeated(
     kubeflow.plan["POST /runs"] = [trouble]
     code, _, said = run("submit", "tiny", "--timeout", 1 if trouble is stalling else 60)
     assert code == 1 and kubeflow.words().count("POST /runs") == 1
-    assert said.splitlines()[-1].endswith(
-        "; nothing was created so far: check before you submit again"
-    )
+    assert said.endswith("; nothing was created so far: check before you submit again\n")
 
 
 def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.plan["POST /runs"] = [failing(500, "no space left")] * 9
     code, out, said = run("submit", "tiny", "--retries", 2)
     assert (code, out) == (1, "") and kubeflow.words().count("POST /runs") == 3
-    assert (
-        said.splitlines()[-1]
-        == f"pipeline: {kubeflow.url} returned 500 Internal Server Error: no space left"
-    )
+    assert said.endswith(f"{kubeflow.url} returned 500 Internal Server Error: no space left\n")
 
 
 def test_an_experiment_created_concurrently_is_used(kubeflow: Kubeflow, run: Run) -> None:
@@ -89,13 +84,8 @@ def test_an_address_without_the_api(kubeflow: Kubeflow, run: Run, words: list[st
 
 
 def test_waiting_reports_each_change_once_and_the_result(kubeflow: Kubeflow, run: Run) -> None:
-    shells = [
-        task("root", "RUNNING"),
-        task("root-driver", "SUCCEEDED"),
-        task("for-loop-2", "RUNNING"),
-        task("iteration-iterations(0:0)", "RUNNING"),
-        task("executor", "RUNNING"),
-    ]
+    groups = ("root", "for-loop-2", "iteration-iterations(0:0)", "executor")
+    shells = [task("root-driver", "SUCCEEDED"), *(task(name, "RUNNING") for name in groups)]
     first = [*shells, task("configs", "RUNNING")]
     second = [*shells, task("configs", "SUCCEEDED"), task("train-job", "RUNNING")]
     last = [task("configs", "SUCCEEDED"), task("train-job", "SUCCEEDED")]
@@ -135,9 +125,8 @@ FAILED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "state", ["FAILED", "SUCCEEDED"]
-)  # the second: what older servers make of an ExitHandler
+# SUCCEEDED: what older servers make of an ExitHandler
+@pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED"])
 def test_a_failed_step_is_reported(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": state, "run_details": {"task_details": FAILED}}]
     code, _, said = run("submit", "tiny", "--wait")
@@ -194,11 +183,8 @@ def test_waiting_outlasts_a_renewed_token(kubeflow: Kubeflow, run: Run, tmp_path
     kubeflow.states = [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
     code, out, said = run("submit", "tiny", "--wait", "--token-file", file)
     assert (code, said) == (0, "") and out.count("(401): they have expired") == 3
-    tokens = [
-        request.headers["authorization"]
-        for request in kubeflow.requests
-        if request.words == f"GET /runs/{RUN}"
-    ]
+    reads = [one for one in kubeflow.requests if one.words == f"GET /runs/{RUN}"]
+    tokens = [request.headers["authorization"] for request in reads]
     assert tokens == [*["Bearer first"] * 5, "Bearer second"]  # the last one at once
 
 

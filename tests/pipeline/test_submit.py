@@ -213,10 +213,8 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
     code, _, said = submit("tiny")
     assert code == 1 and "pass your profile's namespace with --namespace" in said
     assert submit("tiny", "--namespace", "team-a")[0] == 0
-    assert kubeflow.bodies("POST /experiments")[-1] == {
-        "display_name": "vitdet",
-        "namespace": "team-a",
-    }
+    experiment = {"display_name": "vitdet", "namespace": "team-a"}
+    assert kubeflow.bodies("POST /experiments")[-1] == experiment
     (tmp_path / "namespace").write_text("team-b\n")
     monkeypatch.setattr(client, "POD_NAMESPACE", tmp_path / "namespace")
     kubeflow.kept["experiments"] = []
@@ -272,12 +270,8 @@ def test_a_mistake_is_one_line(kubeflow: Kubeflow, submit: Run, words: list, sai
 @pytest.mark.parametrize(
     "words",
     [
-        "--nodes 0",
-        "--nodes two",
-        "--job-kind mpijob",
-        "--timeout 0",
+        *("--nodes 0", "--nodes two", "--node 2", "--job-kind mpijob", "--timeout 0"),
         "--cron @daily --max-concurrency 11",
-        "--node 2",
     ],
 )
 def test_an_invalid_option_is_a_usage_error(kubeflow: Kubeflow, submit: Run, words: str) -> None:
