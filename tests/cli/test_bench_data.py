@@ -27,7 +27,5 @@ def test_the_benchmark_prints_and_writes_what_an_image_takes(
         figures["cpu_ms"]["vitdet"]["mean"] / figures["cpu_ms"]["pillow"]["mean"], rel=0.02
     )
     refused(vitdet("bench", "data", tiny, "--rounds", "0"), "rounds must be at least 1")
-    refused(
-        vitdet("bench", "data", tiny),
-        "instances_train2017.json: no such file or folder; the splits are train, val",
-    )
+    message = "instances_train2017.json: no such file or folder; the splits are train, val"
+    refused(vitdet("bench", "data", tiny), message)

@@ -11,27 +11,20 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from tests.cli.test_cli import Run, refused
-from tests.conftest import MINIMAL
+from tests.conftest import MINIMAL, options
 from tests.helpers.parts import block
 from vitdet.cli.bench.measurement import forward_flops, report
 from vitdet.cli.bench.synthetic import boxes_on_objects, make_images
 
-SETTINGS = [
-    word
-    for key, value in MINIMAL.items()
-    if not key.startswith("data.root")
-    for word in ("--set", f"{key}={value}")
-]
+SETTINGS = options([f"{key}={value}" for key, value in MINIMAL.items()])
 
 
 @pytest.mark.parametrize("kind", ["train", "infer"])
 def test_a_benchmark_measures_a_row_for_each_batch_size(
     kind: str, vitdet: Run, tmp_path: Path
 ) -> None:
-    options = ("--batch", "1,2", "--steps", "2", "--precision", "fp32")
-    code, output, error = vitdet(
-        "bench", kind, "tiny", *SETTINGS, *options, "--output", tmp_path / "bench.json"
-    )
+    words = "--batch 1,2 --steps 2 --precision fp32 --output bench.json".split()
+    code, output, error = vitdet("bench", kind, "tiny", *SETTINGS, *words)
     assert code == 0, error
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert [row["batch"] for row in figures["rows"]] == [1, 2]
@@ -52,20 +45,17 @@ def test_a_benchmark_measures_a_row_for_each_batch_size(
 def test_on_a_gpu_kernels_and_host_waits_are_counted(
     kind: str, vitdet: Run, tmp_path: Path
 ) -> None:
-    path = tmp_path / "bench.json"
-    options = ("--batch", "2", "--steps", "4", "--precision", "bf16", "--output", path)
-    code, _, error = vitdet("bench", kind, "tiny", *SETTINGS, *options)
+    words = "--batch 2 --steps 4 --precision bf16 --output bench.json".split()
+    code, _, error = vitdet("bench", kind, "tiny", *SETTINGS, *words)
     assert code == 0, error
-    (row,) = json.loads(path.read_text())["rows"]
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert row["kernels"] >= row["launches"] > 0 and row["waits"] >= 0
     assert 0 < row["busy_ms"] and 0 < row["mfu"] < 1
 
 
 def test_bad_arguments_are_one_line(vitdet: Run) -> None:
-    refused(
-        vitdet("bench", "train", "tiny", "--batch", "0"),
-        "whole numbers above 0, as in 1,8; got '0'",
-    )
+    message = "whole numbers above 0, as in 1,8; got '0'"
+    refused(vitdet("bench", "train", "tiny", "--batch", "0"), message)
     refused(vitdet("bench", "train", "tiny", "--batch", "1,x"), "got '1,x'")
     refused(vitdet("bench", "infer", "tiny", "--steps", "0"), "--steps must be at least 1, got 0")
     refused(vitdet("bench", "train", "tiny", "--precision", "fp31"), "train.precision")

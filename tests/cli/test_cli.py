@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
@@ -49,9 +50,13 @@ def refused(result: tuple[int, str, str], message: str) -> None:
     assert errors.startswith("vitdet: ") and message in errors, errors
 
 
-def test_version(vitdet: Run) -> None:
-    import torch
+def python(folder: Path, *words: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run Python with these arguments and the environment of our processes, in the folder or cwd."""
+    command, env = [sys.executable, *map(str, words)], environment(folder)
+    return subprocess.run(command, cwd=cwd or folder, env=env, capture_output=True, text=True)
 
+
+def test_version(vitdet: Run) -> None:
     code, output, errors = vitdet("--version")
     assert (code, errors) == (0, "") and output.count("\n") == 1
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -80,8 +85,6 @@ def test_data(vitdet: Run, tmp_path: Path) -> None:
 def test_weights(vitdet: Run, tmp_path: Path) -> None:
     code, output, _ = vitdet("weights", "list")
     assert code == 0 and "mae_vit_tiny" in output
-    import torch
-
     save_file({"x": torch.zeros(1)}, tmp_path / "own.safetensors")
     code, output, _ = vitdet("weights", "fetch", "own.safetensors", "--output", "there")
     assert (code, output) == (0, "there/own.safetensors\n")
@@ -153,14 +156,11 @@ def test_predict(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path
 def test_predict_needs_the_checkpoint_alone(
     vitdet: Run, trained: Path, picture: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     content = torch.load(trained / "model.pt", weights_only=True)
     content["config"]["data"]["root"] = "no longer there"
     torch.save(content, tmp_path / "carried.pt")
-    code, output, _ = vitdet(
-        "predict", "carried.pt", picture, "--output", "drawn", "--threshold", 0
-    )
+    words = ("predict", "carried.pt", picture, "--output", "drawn", "--threshold", 0)
+    code, output, _ = vitdet(*words)
     assert code == 0 and output.startswith("drawn/picture.jpg: ")
     refused(vitdet("evaluate", "carried.pt", "--output", "m.json"), "no longer there")
     assert not (tmp_path / "m.json").exists()
@@ -338,17 +338,12 @@ def test_a_full_disk_costs_nothing_but_time(vitdet: Run, tiny: Path, tmp_path: P
 
 
 def test_in_a_process_of_its_own(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "vitdet", *words]
-        more = {"cwd": tmp_path, "env": environment(tmp_path)}
-        return subprocess.run(command, capture_output=True, text=True, **more)
-
-    done = run("config", "tiny")
+    done = python(tmp_path, "-m", "vitdet", "config", "tiny")
     assert done.returncode == 0 and done.stderr == "" and "optim" in yaml.safe_load(done.stdout)
     wrong = "vitdet: optim.lr: expected a number, got 'x'\n"
     assert vitdet("config", "tiny", "--set", "optim.lr=x") == (1, "", wrong)
     assert vitdet()[0] == vitdet("trian")[0] == 2
     settings = options(minimal(tiny, data__val_split="test"))
-    done = run("train", "tiny", *settings, "--output", "run")
+    done = python(tmp_path, "-m", "vitdet", "train", "tiny", *settings, "--output", "run")
     refused((done.returncode, done.stdout, done.stderr), "instances_test.json: no such file or fo")
     assert not list(tmp_path.iterdir())

@@ -39,12 +39,8 @@ def write(folder: Path, text: str) -> Path:
 def test_a_config_takes_sections_of_another_and_then_overrides() -> None:
     ours, theirs = Config(), load_config("tiny")
     found = override(ours, ["data.workers=7", "optim.lr=1e-5"], theirs, ("data", "evaluate"))
-    assert found == replace(
-        ours,
-        data=replace(theirs.data, workers=7),
-        evaluate=theirs.evaluate,
-        optim=replace(ours.optim, lr=1e-5),
-    )
+    data, optim = replace(theirs.data, workers=7), replace(ours.optim, lr=1e-5)
+    assert found == replace(ours, data=data, evaluate=theirs.evaluate, optim=optim)
     assert override(ours, []) == ours and theirs.data != ours.data
     with pytest.raises(ValueError, match="data.worker: no such setting; did you mean 'workers'"):
         override(ours, ["data.worker=1"], theirs)
@@ -59,30 +55,24 @@ def test_a_recipe_loads_as_it_is_written(name: str) -> None:
 
 
 def test_a_resolved_config_is_read_back_equal(tmp_path: Path) -> None:
-    config = load_config(
-        "tiny", ["optim.milestones=[0.25, 0.5]", "tracking.uri=http://x:5000", "data.root=a b"]
-    )
+    changes = ["optim.milestones=[0.25, 0.5]", "tracking.uri=http://x:5000", "data.root=a b"]
+    config = load_config("tiny", changes)
     save_config(config, tmp_path / "new" / "config.yaml")
     assert load_config(tmp_path / "new" / "config.yaml") == config
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
-    assert from_dict(to_dict(config)) == config and yaml.safe_load(dump_config(config)) == to_dict(
-        config
-    )
+    assert from_dict(to_dict(config)) == config
+    assert yaml.safe_load(dump_config(config)) == to_dict(config)
     assert isinstance(load_config(tmp_path / "new" / "config.yaml").optim.milestones, tuple)
 
 
 def test_the_flat_keys_are_those_of_overrides() -> None:
-    config = load_config(
-        "tiny", ["train.init='1e5'", "data.root=2017", "train.seed=9007199254740993"]
-    )
+    changes = ["train.init='1e5'", "data.root=2017", "train.seed=9007199254740993"]
+    config = load_config("tiny", changes)
     flat = flatten(config)
     assert flat["optim.lr"] == config.optim.lr and flat["model.backbone.name"] == "vit_tiny"
     assert json.loads(flat["data.scale_range"]) == list(config.data.scale_range)
-    rebuilt = load_config(
-        Path(__file__).parents[2] / "vitdet" / "recipes" / "tiny.yaml",
-        [f"{key}={value}" for key, value in flat.items()],
-    )
-    assert rebuilt == config
+    settings = [f"{key}={value}" for key, value in flat.items()]
+    assert load_config(RECIPES / "tiny.yaml", settings) == config
 
 
 @pytest.mark.parametrize(
@@ -111,9 +101,7 @@ def test_a_value_gets_the_type_of_its_setting(override: str, key: str, value: ob
 def test_later_overrides_win_and_open_sections_that_the_file_lacks(tmp_path: Path) -> None:
     path = write(tmp_path, "optim:\n  lr: 1e-3\ndata:\n")
     config = load_config(path, ["optim.lr=2", "data.flip=0", "optim.lr=3"])
-    assert config == replace(
-        Config(), optim=replace(OptimConfig(), lr=3.0), data=replace(Config().data, flip=0.0)
-    )
+    assert config == replace(Config(), optim=OptimConfig(lr=3.0), data=DataConfig(flip=0.0))
     assert load_config(write(tmp_path, "")) == Config()
 
 
@@ -142,11 +130,9 @@ def test_an_override_of_a_section_by_null_is_refused(
 ) -> None:
     """It would reset the section to the defaults of the package, not to those of the recipe."""
     for text in (dump_config(load_config("tiny")), "", "model:\n  rpn:\n"):
-        with pytest.raises(ValueError) as caught:
+        message = rf"^{section}: expected a section \(\w+, .*\), got null$"
+        with pytest.raises(ValueError, match=message):
             load_config(write(tmp_path, text), [override])
-        assert re.fullmatch(
-            rf"{section}: expected a section \(\w+, .*\), got null", str(caught.value)
-        )
 
 
 @pytest.mark.parametrize(
@@ -160,18 +146,15 @@ def test_an_override_of_a_section_by_null_is_refused(
         ("model={rpn: 3}", "model.rpn: expected a section (anchor_scale, "),
         ("optim.lr.x=1", "optim.lr.x: optim.lr is a setting, not a section"),
         ("optim.lr", "override 'optim.lr': expected section.key=value"),
-        ("=1", "override '=1': expected section.key=value"),
         # types
         ("optim.lr=[", "optim.lr: '[' is not readable as a value"),
         ("optim.lr=fast", "optim.lr: expected a number, got 'fast'"),
-        ("optim.lr=", "optim.lr: expected a number, got None"),
         ("optim.lr=true", "optim.lr: expected a number, got True"),
         ("optim.lr=nan", "optim.lr: expected a number, got 'nan'"),
         ("optim.lr=1" + 400 * "0", "optim.lr: expected a number, got 1000"),
         ("optim.steps=1.5", "optim.steps: expected a whole number, got 1.5"),
         ("model.rpn.norm=1", "model.rpn.norm: expected true or false, got 1"),
         ("data.scale_range=[1, 2, 3]", "data.scale_range: expected a list of 2 values, each a nu"),
-        ("data.scale_range=[1, x]", "data.scale_range: expected a number, got 'x'"),
         ("model.backbone.name=vit_x", "model.backbone.name: expected one of vit_tiny, vit_b, "),
         # ranges
         (f"train.seed={2**63}", f"train.seed must be between 0 and {2**63 - 1}, got {2**63}"),
@@ -237,13 +220,9 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
     [
         (lambda: replace(Config().optim, lr=0.0), "optim.lr must be above 0, got 0.0"),
         (lambda: OptimConfig(clip=math.nan), "optim.clip: expected a number, got nan"),
-        (lambda: OptimConfig(steps="3"), "optim.steps: expected a whole number, got '3'"),
         (lambda: OptimConfig(schedule="line"), "optim.schedule: expected one of step, cosine, got"),
         (lambda: RoIHeadsConfig(ious=()), "model.roi_heads.ious must be between 0 and 1, got []"),
-        (
-            lambda: replace(Config(), data=DataConfig(image_size=100)),
-            "data.image_size must be a positive multiple of 64",
-        ),
+        (lambda: Config(data=DataConfig(image_size=100)), "data.image_size must be a positive mul"),
     ],
 )
 def test_a_wrong_value_is_refused_wherever_a_section_is_made(
@@ -258,12 +237,12 @@ def test_no_milestones_mean_a_constant_rate() -> None:
 
 
 def test_yaml_may_leave_out_sections_and_write_numbers_as_text(tmp_path: Path) -> None:
-    path = write(
-        tmp_path,
-        "optim:\nmodel:\n  rpn:\ndata: {root: 2017, train_split: , scale_range: ['1e-1', 2]}\n"
-        "train: {seed: '7', save_every: 1e3}\n",
+    data, train = (
+        "{root: 2017, train_split: , scale_range: ['1e-1', 2]}",
+        "{seed: '7', save_every: 1e3}",
     )
-    config = load_config(path)
+    text = f"optim:\nmodel:\n  rpn:\ndata: {data}\ntrain: {train}\n"
+    config = load_config(write(tmp_path, text))
     assert config.optim == OptimConfig() and config.model == Config().model
     assert (config.data.root, config.data.train_split) == ("2017", "")
     assert config.data.scale_range == (0.1, 2.0)
@@ -271,15 +250,12 @@ def test_yaml_may_leave_out_sections_and_write_numbers_as_text(tmp_path: Path) -
 
 
 def test_a_difference_names_the_settings() -> None:
-    ours, theirs = (
-        load_config("tiny", ["optim.lr=1", "data.flip=0"]),
-        load_config("tiny", ["optim.lr=2"]),
-    )
+    ours = load_config("tiny", ["optim.lr=1", "data.flip=0"])
+    theirs = load_config("tiny", ["optim.lr=2"])
     assert difference(ours, theirs) == ["data.flip: 0.0, not 0.5", "optim.lr: 1.0, not 2.0"]
     assert difference(ours, ours) == []
-    assert (
-        digest(ours) == digest(load_config("tiny", ["data.flip=0", "optim.lr=1"])) != digest(theirs)
-    )
+    same = load_config("tiny", ["data.flip=0", "optim.lr=1"])
+    assert digest(ours) == digest(same) != digest(theirs)
 
 
 def test_the_batch_size_of_a_rate_matters_only_where_the_rate_is_scaled() -> None:
@@ -300,9 +276,5 @@ def test_settings_of_the_memory_are_no_part_of_the_identity() -> None:
 def test_the_recipes_are_listed(vitdet: Callable[..., tuple[int, str, str]]) -> None:
     code, out, said = vitdet("config")
     assert (code, said) == (0, "") and out.splitlines() == recipes()
-    code, out, said = vitdet("config", "--set", "optim.lr=1")
-    assert (code, out, said) == (
-        1,
-        "",
-        "vitdet: --set and --output need a recipe; run `vitdet config` to list them\n",
-    )
+    message = "vitdet: --set and --output need a recipe; run `vitdet config` to list them\n"
+    assert vitdet("config", "--set", "optim.lr=1") == (1, "", message)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import parser as pipeline_parser
 from tests.cli.test_cli import Run
-from tests.conftest import minimal, options
+from tests.conftest import ROOT, minimal, options
 from tests.data.test_odd_images import data_set
-from tests.helpers.messages import messages
+from tests.helpers.layers import PRODUCT
 from vitdet.cli import parser
 from vitdet.config import flatten, load_config
+from vitdet.data.coco import ImageError, read_coco, read_image
 
 COMMAND = re.compile(
     r"`(?:vitdet|python -m pipeline) ([^`]+)`|\(vitdet ((?:weights|train) [^`()]+)\)"
@@ -29,6 +33,34 @@ SECTIONS = "|".join(sorted({key.partition(".")[0] for key in KEYS}))
 SETTING = re.compile(
     rf"(?<![\w./*-])((?:{SECTIONS})(?:\.(?!(?:pt|yaml|txt|pkl)\b)[\w*]+)+)(?:=(%?[\w.+-]*\w))?"
 )
+
+
+@cache
+def messages() -> tuple[tuple[str, str], ...]:
+    """(place, text) of every text in our packages."""
+    paths = [path for package in PRODUCT for path in sorted((ROOT / package).rglob("*.py"))]
+    return tuple(
+        (f"{path.relative_to(ROOT)}:{line}", text)
+        for path in paths
+        for line, text in texts_of(path)
+    )
+
+
+def texts_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Texts in the code, without docstrings, with X for each inserted value."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    first = [node.body[0] for node in nodes if isinstance(node, documented) and node.body]
+    left_out = {id(one.value) for one in first if isinstance(one, ast.Expr)}
+    inserted = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    left_out |= {id(part) for node in inserted for part in node.values}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "X" for part in node.values]
+            yield node.lineno, "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in left_out:
+                yield node.lineno, node.value
 
 
 def commands() -> list[str]:
@@ -133,8 +165,6 @@ def test_splits_of_other_names_are_set(vitdet: Run, own_tiny: Path) -> None:
 def test_the_command_that_lists_all_problems_finds_the_file(
     vitdet: Run, tiny: Path, tmp_path: Path, place: str, images: str
 ) -> None:
-    from vitdet.data.coco import read_coco
-
     root = tmp_path / "own"
     tree = json.loads((tiny / "annotations" / "instances_train.json").read_text())
     for one in tree["annotations"][:3]:
@@ -151,8 +181,6 @@ def test_the_command_that_lists_all_problems_finds_the_file(
 
 
 def test_a_damaged_image_is_listed(vitdet: Run, tmp_path: Path) -> None:
-    from vitdet.data.coco import ImageError, read_image
-
     data_set(tmp_path, (64, 64))
     (tmp_path / "odd" / "odd.jpg").write_bytes(b"no image")
     with pytest.raises(ImageError) as caught:

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
 
+from tests.cli.test_cli import python
 from tests.conftest import ROOT, environment, minimal, options
 from tests.helpers.lockless import KINDS, patches
 from vitdet import files, stages
@@ -38,13 +40,8 @@ def nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_lock_of_a_killed_process_ends_though_its_forked_workers_live(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDING, path],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    words, env = [sys.executable, "-c", HOLDING, path], environment(tmp_path)
+    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())
     try:
         with pytest.raises(BlockingIOError, match="locked by another process"), locked(path):
@@ -87,15 +84,10 @@ def test_without_locks_the_missing_protection_is_logged_once(
         monkeypatch.setattr(fcntl, name, function)
     states = Checkpoints(tmp_path / "states", 1)
     with states.locked(), locked(tmp_path / "a"), locked(tmp_path / "b", waiting="waiting"):
-        if kind == "nfs4":  # locks what is open for writing
-            with (
-                pytest.raises(ValueError, match="another training run is writing"),
-                states.locked(),
-            ):
-                pass
-        else:
-            with states.locked():
-                pass
+        is_refused = pytest.raises(ValueError, match="another training run is writing")
+        # the last one locks what is open for writing
+        with is_refused if kind == "nfs4" else nullcontext(), states.locked():
+            pass
     messages = [text for text in caplog.messages if "does not support locks" in text]
     assert len(messages) == (kind != "nfs4"), caplog.messages
     if messages:
@@ -124,13 +116,7 @@ def test_without_locks_a_training_starts_tracks_and_resumes(
     def command(steps: int) -> None:
         settings = options(minimal(tiny, optim__steps=steps, train__eval_every=100))
         words = ["train", "tiny", *settings, "--output", tmp_path / "run"]
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.lockless", kind, *map(str, words)],
-            cwd=ROOT,
-            env=environment(store),
-            capture_output=True,
-            text=True,
-        )
+        done = python(store, "-m", "tests.helpers.lockless", kind, *words, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("does not support locks") == 1, done.stderr
 

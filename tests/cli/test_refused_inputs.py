@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from tests.conftest import SLOW, environment, minimal, options
+from tests.cli.test_cli import Run, largest_file, python, refused
+from tests.conftest import ROOT, SLOW, minimal, options
 from vitdet.checkpoint import MODEL, OPTIONAL, TRAINING, Checkpoints, load_model_file
-from vitdet.cli import main
 from vitdet.config import load_config
 from vitdet.data.layout import explicit_settings
-from vitdet.files import atomic_dir, parse_yaml, write_json
+from vitdet.files import atomic_dir, atomic_write, parse_yaml, write_jpeg, write_json
 from vitdet.training.resume import state_to_resume
 
 DEEP = "{a: " * 5000 + "1" + "}" * 5000
@@ -34,24 +33,12 @@ ODD = {
 }
 
 
-def run(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The one line of a command that fails."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert ended.value.code == 1 and len(said) == 1 and said[0].startswith("vitdet: "), said
-    return said[0]
-
-
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD)
-def test_yaml_that_is_no_config_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, text: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("odd.yaml").write_text(text)
+def test_yaml_that_is_no_config_names_the_file(vitdet: Run, tmp_path: Path, text: str) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
     for verb in (["config"], ["train", "--output", "run"]):
-        assert "odd.yaml: invalid YAML: " in run(capsys, *verb, "odd.yaml")
-    assert os.listdir() == ["odd.yaml"]
+        refused(vitdet(*verb, "odd.yaml"), "odd.yaml: invalid YAML: ")
+    assert os.listdir(tmp_path) == ["odd.yaml"]
 
 
 @pytest.mark.parametrize("text", [DEEP, "2020-99-99", "!foo 1", "{a"])
@@ -90,31 +77,21 @@ def test_any_text_is_data_or_one_line(text: str) -> None:
         "bench data tiny --output",
     ],
 )
-def test_an_empty_path_is_not_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "empty path on the command line: ''" in run(capsys, *command.split(), "")
-    assert not os.listdir()
+def test_an_empty_path_is_not_the_current_folder(vitdet: Run, tmp_path: Path, command: str) -> None:
+    refused(vitdet(*command.split(), ""), "empty path on the command line: ''")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("key", MODEL)
-def test_a_detector_without_a_part(
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    key: str,
-) -> None:
+def test_a_detector_without_a_part(vitdet: Run, trained: Path, tmp_path: Path, key: str) -> None:
     content, path = load_model_file(trained / "model.pt"), tmp_path / "model.pt"
-    monkeypatch.chdir(tmp_path)
     lacking = {name: value for name, value in content.items() if name != key}
     changes = [(content | {key: 3.5}, "is a float")]
     for changed, message in changes + [(lacking, "is missing")] * (key not in OPTIONAL):
         torch.save(changed, path)
         for verb in ("evaluate", "register"):
-            assert f"model.pt: {key!r} {message}" in run(capsys, verb, path)
-    assert os.listdir() == ["model.pt"]
+            refused(vitdet(verb, path), f"model.pt: {key!r} {message}")
+    assert os.listdir(tmp_path) == ["model.pt"]
 
 
 @pytest.mark.parametrize("key", TRAINING)
@@ -166,18 +143,12 @@ def test_a_full_disk_names_the_file(
     words = {
         "DATA": [tiny],
         "MODEL": [trained / "model.pt"],
-        "WEIGHTS": [Path(__file__).parents[2] / "vitdet/weights/mae_vit_tiny.safetensors"],
+        "WEIGHTS": [ROOT / "vitdet/weights/mae_vit_tiny.safetensors"],
         "IMAGE": [next((tiny / "train").glob("*.jpg"), None)],
         "OPTIONS": options(minimal(tiny)),
     }
-    arguments = [str(one) for word in command.split() for one in words.get(word, [word])]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *arguments],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
+    arguments = [one for word in command.split() for one in words.get(word, [word])]
+    done = python(tmp_path, "-c", LIMITED, limit, *arguments)
     said = [line for line in done.stderr.splitlines() if line.startswith("vitdet: ")]
     assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
     full = "disk I/O error" if names == "mlflow.db" else "File too large"  # SQLite
@@ -203,21 +174,11 @@ def test_other_errors_keep_their_name(tmp_path: Path) -> None:
 
 def test_a_picture_is_not_cut_off_in_silence(tmp_path: Path) -> None:
     """As Pillow leaves it when a disk is full."""
-    script = (
-        "import resource\nfrom pathlib import Path\nimport numpy as np\nfrom PIL import Image\n"
-        "from vitdet.files import atomic_write, write_jpeg\n"
-        "noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "try:\n    with atomic_write(Path('a.jpg')) as file:\n"
-        "        write_jpeg(file, Image.fromarray(noise), 92)\n"
-        "except OSError as error:\n    print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "[Errno 27] File too large: 'a.jpg'\n", done.stderr
+    noise = Image.effect_noise((90, 60), 40).convert("RGB")
+    with (
+        pytest.raises(OSError, match="File too large: .*a.jpg"),
+        largest_file(100),
+        atomic_write(tmp_path / "a.jpg") as file,
+    ):
+        write_jpeg(file, noise, 92)
     assert not os.listdir(tmp_path)

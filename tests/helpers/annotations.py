@@ -23,31 +23,18 @@ COMPRESSED = {"size": [HEIGHT, WIDTH], "counts": "0`1`n2"}  # the same
 
 def document(first_id: int = 1, lvis: bool = False) -> dict:
     """Three images with polygons of one and two parts, RLEs of both kinds, a crowd, a box of zero size; two classes."""
-    one = {
-        "image_id": first_id,
-        "iscrowd": 0,
-        "category_id": 1,
-        "bbox": [10.0, 10.0, 20.0, 20.0],
-        "area": 400.0,
-    }
-    wide = {
-        "image_id": first_id + 1,
-        "iscrowd": 0,
-        "category_id": 3,
-        "bbox": [0, 0, 1, HEIGHT],
-        "area": HEIGHT,
-    }
+    square, bar = [10.0, 10.0, 20.0, 20.0], [0, 0, 1, HEIGHT]
+
+    def entry(image: int, category: int, box: list, area: float, shape: object, crowd=0) -> dict:
+        about = {"image_id": first_id + image, "iscrowd": crowd, "category_id": category}
+        return about | {"bbox": box, "area": area, "segmentation": shape}
+
     objects = [
-        one | {"segmentation": [SQUARE]},
-        wide | {"segmentation": COLUMN, "iscrowd": int(not lvis)},
-        wide
-        | {
-            "segmentation": [[5.0, 5.0, 5.0, 8.0, 5.0, 6.0]],
-            "bbox": [5.0, 5.0, 0.0, 3.0],
-            "area": 0.0,
-        },
-        one | {"segmentation": [SQUARE, SQUARE], "category_id": 3},
-        wide | {"segmentation": COMPRESSED},
+        entry(0, 1, square, 400.0, [SQUARE]),
+        entry(1, 3, bar, HEIGHT, COLUMN, crowd=int(not lvis)),
+        entry(1, 3, [5.0, 5.0, 0.0, 3.0], 0.0, [[5.0, 5.0, 5.0, 8.0, 5.0, 6.0]]),
+        entry(0, 3, square, 400.0, [SQUARE, SQUARE]),
+        entry(1, 3, bar, HEIGHT, COMPRESSED),
     ]
     images = [
         {"id": first_id + k, "file_name": f"{first_id + k}.png", "height": HEIGHT, "width": WIDTH}
@@ -56,179 +43,70 @@ def document(first_id: int = 1, lvis: bool = False) -> dict:
     categories = [{"id": 1, "name": "disc"}, {"id": 3, "name": "bar"}]
     if lvis:
         for image in images:
-            image.update(
-                coco_url=f"http://host/val/{image['file_name']}",
-                neg_category_ids=[1],
-                not_exhaustive_category_ids=[3],
-            )
+            image["coco_url"] = f"http://host/val/{image['file_name']}"
+            image |= {"neg_category_ids": [1], "not_exhaustive_category_ids": [3]}
         for category in categories:
             category.update(frequency="r", image_count=2)
-    return copy.deepcopy(
-        {
-            "images": images,
-            "categories": categories,
-            "annotations": [one | {"id": first_id + k} for k, one in enumerate(objects)],
-        }
-    )
+    annotations = [one | {"id": first_id + k} for k, one in enumerate(objects)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    return copy.deepcopy(content)
 
 
 def draw_images(folder: Path, first_id: int = 1) -> None:
     """The image files of a document."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(3):
-        pixels = np.random.default_rng(first_id + k).integers(
-            0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8
-        )
+        rng = np.random.default_rng(first_id + k)
+        pixels = rng.integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{first_id + k}.png")
 
 
 def results(lvis: bool = False) -> list[dict]:
     """A result for each object of the document, with box and mask."""
-    return [
-        {key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
-        | {"score": 0.5}
-        for one in document(lvis=lvis)["annotations"]
-    ]
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    objects = document(lvis=lvis)["annotations"]
+    return [{key: one[key] for key in keys} | {"score": 0.5} for one in objects]
 
 
-NUMBERS = st.one_of(
-    st.integers(-3, 70),
-    st.floats(-70, 140),
-    st.sampled_from(
-        [
-            True,
-            1.0,
-            1.5,
-            2**16,
-            2**31,
-            2**32,
-            2**63,
-            -(2**63) - 1,
-            1e10,
-            1e39,
-            1e308,
-            -1e308,
-            5e-324,
-            10**400,
-            float("nan"),
-            float("inf"),
-            -float("inf"),
-        ]
-    ),
-)
-TEXT = st.sampled_from(
-    [
-        "",
-        "1",
-        "disc",
-        "1.png",
-        "../1.png",
-        "/etc/passwd",
-        "a\0b",
-        "\ud800",
-        "\udcff",
-        "é" * 300,
-        "x\ny",
-        "val/1.png",
-        "NaN",
-        "http://a/b/../1.png",
-        "http://host/val/2.png",
-        "0`1`n2",
-        "0`1`n3",
-        "PP",
-        "o" * 9,
-        "\x7f",
-        "0",
-        "r",
-        "ä",
-    ]
-)
+LARGE = [2**16, 2**31, 2**32, 2**63, -(2**63) - 1, 1e10, 1e39, 1e308, -1e308, 5e-324, 10**400]
+OTHERS = [True, 1.0, 1.5, float("nan"), float("inf"), -float("inf")]
+NUMBERS = st.one_of(st.integers(-3, 70), st.floats(-70, 140), st.sampled_from(LARGE + OTHERS))
+WORDS = ["", "0", "1", "disc", "r", "ä", "NaN"]
+ODD_WORDS = ["a\0b", "\ud800", "\udcff", "é" * 300, "x\ny", "\x7f"]
+PATHS = ["1.png", "../1.png", "/etc/passwd", "val/1.png"]
+ADDRESSES = ["http://a/b/../1.png", "http://host/val/2.png"]
+CODES = ["0`1`n2", "0`1`n3", "PP", "o" * 9]  # compressed RLEs, valid and not
+TEXT = st.sampled_from(WORDS + ODD_WORDS + PATHS + ADDRESSES + CODES)
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXT)
+SIDES = [[WIDTH, HEIGHT], [48.0, 64], [True, 1], [2**16, 2**16], [0, 0], [3072], None]
+RUNS = [[3072], [0, 0, 3072, 0], [0, 3072], [2**32], [3072.0], [[3072]], None]
 RLES = st.builds(
     lambda size, counts: {"size": size, "counts": counts},
-    st.sampled_from(
-        [[HEIGHT, WIDTH]] * 4
-        + [[WIDTH, HEIGHT], [48.0, 64], [True, 1], [2**16, 2**16], [0, 0], [3072], None]
-    ),
+    st.sampled_from([[HEIGHT, WIDTH]] * 4 + SIDES),
     st.one_of(
         TEXT,
         st.text("0123456789`n1PoOlk?", max_size=8),
         st.lists(st.integers(-1, 3072), max_size=4),
-        st.sampled_from(
-            [
-                [3072],
-                [0, 0, 3072, 0],
-                [0, 3072],
-                [2**32],
-                [3072.0],
-                [[3072]],
-                [10**400, -(10**400), 3072],
-                None,
-            ]
-        ),
+        st.sampled_from([*RUNS, [10**400, -(10**400), 3072]]),
     ),
 )
+POLYGONS = [[[1, 2, 3, 4]], [SQUARE[:-1]], [SQUARE, []], [[0] * 6], [[1e9] * 6], [[-64.0] * 6]]
+ODD_SHAPES = [[], [[]], {}, SQUARE, [1, 2, 3, 4], [[[1, 2]] * 3], {"counts": []}]
 SHAPES = st.one_of(
     RLES,
     st.lists(st.lists(NUMBERS, min_size=5, max_size=9), max_size=2),
-    st.sampled_from(
-        [
-            [],
-            {},
-            [[]],
-            [[1, 2, 3, 4]],
-            [SQUARE[:-1]],
-            [SQUARE, []],
-            [[0] * 6],
-            [[1e9] * 6],
-            [[-64.0] * 6],
-            COLUMN,
-            COMPRESSED,
-            SQUARE,
-            [1, 2, 3, 4],
-            [[[1, 2]] * 3],
-            {"counts": []},
-        ]
-    ),
+    st.sampled_from(POLYGONS + ODD_SHAPES + [COLUMN, COMPRESSED]),
 )
-JSON = st.one_of(
+NESTED = st.recursive(
     SCALARS,
-    SHAPES,
-    st.recursive(
-        SCALARS,
-        lambda inner: st.one_of(
-            st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=3)
-        ),
-        max_leaves=6,
-    ),
+    lambda one: st.one_of(st.lists(one, max_size=4), st.dictionaries(TEXT, one, max_size=3)),
+    max_leaves=6,
 )
-CUTS = st.tuples(
-    st.integers(0, 10**6),
-    st.integers(0, 8),
-    st.one_of(
-        st.binary(max_size=4),
-        st.sampled_from(
-            [
-                b'"',
-                b"[",
-                b"}",
-                b",",
-                b"null",
-                b"\xff",
-                b"\xef\xbb\xbf",
-                b"NaN",
-                b"1e999",
-                b'"id":',
-                b"[" * 2000,
-                b'{"a":' * 500,
-                b"\\ud800",
-                b"\x1f\x8b",
-                b"-0",
-                b"1",
-            ]
-        ),
-    ),
-)
+JSON = st.one_of(SCALARS, SHAPES, NESTED)
+TOKENS = [b'"', b"[", b"}", b",", b"null", b"NaN", b"1e999", b"-0", b"1", b'"id":', b"\\ud800"]
+BYTES = [b"\xff", b"\xef\xbb\xbf", b"\x1f\x8b", b"[" * 2000, b'{"a":' * 500]
+PIECES = st.one_of(st.binary(max_size=4), st.sampled_from(TOKENS + BYTES))
+CUTS = st.tuples(st.integers(0, 10**6), st.integers(0, 8), PIECES)
 
 
 @st.composite
@@ -273,9 +151,8 @@ def files(draw: st.DrawFn, sound: dict | list) -> bytes:
         text = f"{text[:-1]}, {json.dumps(draw(mutated(sound, 1)))[1:]}"
     if change == "bytes":
         return draw(spliced(json.dumps(sound).encode()))
-    return text.encode(
-        draw(st.sampled_from(["utf-8-sig", "utf-16", "utf-32"])) if change == "code" else "utf-8"
-    )
+    codes = ["utf-8-sig", "utf-16", "utf-32"] if change == "code" else ["utf-8"]
+    return text.encode(draw(st.sampled_from(codes)))
 
 
 def spliced(sound: bytes) -> st.SearchStrategy[bytes]:

@@ -63,25 +63,16 @@ def miniature(archive: Archive) -> tuple[Archive, bytes]:
     """An archive of 12 pictures or a few lines of JSON in place of a published one."""
     rng = random.Random(archive.name)
     if archive.prefix == "annotations/":
-        names = [
-            f"annotations/{kind}_{split}2017.json"
-            for kind in ("captions", "instances")
-            for split in SPLITS
-        ]
+        kinds = [f"{kind}_{split}2017" for kind in ("captions", "instances") for split in SPLITS]
+        names = [f"annotations/{kind}.json" for kind in kinds]
     else:
-        names = list(archive.members) or [
-            f"{archive.prefix}{number:012}.jpg" for number in range(PICTURES)
-        ]
+        pictures = [f"{archive.prefix}{number:012}.jpg" for number in range(PICTURES)]
+        names = list(archive.members) or pictures
     files = {name: rng.randbytes(rng.randint(500, 3000)) for name in names}
     content = zipped({**({} if archive.members else {archive.prefix: b""}), **files})
     sizes = [len(files[name]) for name in names if archive.choose(name)]
-    return replace(
-        archive,
-        size=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        count=len(sizes),
-        unpacked=sum(sizes),
-    ), content
+    about = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return replace(archive, **about, count=len(sizes), unpacked=sum(sizes)), content
 
 
 def miniatures(dataset: str, split: str = "") -> tuple[list[Archive], dict[str, bytes]]:

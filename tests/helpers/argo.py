@@ -27,12 +27,8 @@ spec:
       limit: '2'
       retryPolicy: OnError
 """
-RETRY = (
-    "retry-max-count",
-    "retry-backoff-duration",
-    "retry-backoff-factor",
-    "retry-backoff-max-duration",
-)
+BACKOFF = ("retry-backoff-duration", "retry-backoff-factor", "retry-backoff-max-duration")
+RETRY = ("retry-max-count", *BACKOFF)
 
 
 @dataclass
@@ -80,10 +76,9 @@ class Compiler:
         self.templates = {
             "system-dag-driver": Template(),
             "system-container-driver": Template(),
-            "entrypoint": Template(
-                [Task("root-driver", "system-dag-driver"), Task("root", "root")]
-            ),
         }
+        root = [Task("root-driver", "system-dag-driver"), Task("root", "root")]
+        self.templates["entrypoint"] = Template(root)
         self.add_dag("root", pipeline["root"]["dag"])
 
     def add_dag(self, name: str, dag: dict) -> None:
@@ -139,13 +134,8 @@ class Compiler:
 
 def substitute(value: object, arguments: dict[str, str]) -> object:
     """Replace {{inputs.parameters.NAME}}."""
-    return json.loads(
-        re.sub(
-            r"\{\{inputs\.parameters\.([\w-]+)\}\}",
-            lambda found: arguments[found[1]],
-            json.dumps(value),
-        )
-    )
+    name = r"\{\{inputs\.parameters\.([\w-]+)\}\}"
+    return json.loads(re.sub(name, lambda found: arguments[found[1]], json.dumps(value)))
 
 
 def merge(defaults: object, own: object) -> object:
@@ -245,12 +235,8 @@ class Run:
             wait = float(backoff["duration"]) * (factor ** (children - 1) if factor > 0 else 1)
             if elapsed > longest or elapsed + wait > longest:
                 return None
-        failed, error = {
-            "Always": (True, True),
-            "OnError": (False, True),
-            "OnFailure": (True, False),
-        }[retry_policy(strategy)]
-        if not (failed if phase == "Failed" else error):
+        policy = "OnFailure" if phase == "Failed" else "OnError"
+        if retry_policy(strategy) not in ("Always", policy):
             return None
         limit = strategy.get("limit")
         return None if limit is not None and children > int(limit) else wait

@@ -88,23 +88,21 @@ def results(function, case: Case, given: list[Tensor], gradient: Tensor) -> list
     leaves = [one.detach().requires_grad_() for one in given]
     out = function(*leaves, sizes(case))
     found = torch.autograd.grad(out, leaves, gradient, allow_unused=True)
-    return [out.detach()] + [
-        torch.zeros_like(leaf) if one is None else one
-        for one, leaf in zip(found, leaves, strict=True)
-    ]
+    pairs = zip(found, leaves, strict=True)
+    return [out.detach(), *(torch.zeros_like(leaf) if one is None else one for one, leaf in pairs)]
+
+
+def distances(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    """Of each tensor, the norm of the difference over that of the wanted one."""
+    pairs = zip(found, wanted, strict=True)
+    return [((one - true).norm() / true.norm().clamp(min=1e-6)).item() for one, true in pairs]
 
 
 def relative_errors(case: Case, dtype: torch.dtype, device: str, *functions) -> list[list[float]]:
-    """Of each function's results, as the norm of the difference over that of the true ones."""
+    """Of each function's results, the distances from the true ones."""
     given, gradient = inputs(case, dtype, device)
     exact = results(reference, case, [one.double() for one in given], gradient.double())
-    return [
-        [
-            ((one.double() - true).norm() / true.norm().clamp(min=1e-6)).item()
-            for one, true in zip(results(function, case, given, gradient), exact, strict=True)
-        ]
-        for function in functions
-    ]
+    return [distances(results(one, case, given, gradient), exact) for one in functions]
 
 
 def check_operator(case: Case) -> None:
@@ -135,10 +133,7 @@ def compiled_block() -> float:
     ):
         fused = torch.compile(block, backend="aot_eager", fullgraph=True)(x)
         found = [fused, *torch.autograd.grad(fused.square().sum(), leaves)]
-    return max(
-        ((a - b).norm() / b.norm().clamp(min=1e-6)).item()
-        for a, b in zip(found, wanted, strict=True)
-    )
+    return max(distances(found, wanted))
 
 
 if __name__ == "__main__":

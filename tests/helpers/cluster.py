@@ -34,9 +34,8 @@ on_cluster = [
     ),
 ]
 # For jobs that are to run: a loaded machine may be slow, so nothing is given up.
-PATIENT = Timeouts(
-    poll=1, api=120, forbidden=15, operator=120, start=120, schedule=120, deletion=120
-)
+LONG = dict.fromkeys(("api", "operator", "start", "schedule", "deletion"), 120)
+PATIENT = Timeouts(poll=1, forbidden=15, **LONG)
 # For jobs that are to be given up.
 QUICK = replace(PATIENT, start=3, schedule=3)
 
@@ -47,17 +46,11 @@ def definition(
     """Return a CustomResourceDefinition; schema: default: any object."""
     schema = schema or {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     served = {"name": version, "served": True, "storage": True}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
-        "spec": {
-            "group": group,
-            "scope": "Namespaced",
-            "names": {"plural": plural, "singular": kind.lower(), "kind": kind},
-            "versions": [{**served, "schema": {"openAPIV3Schema": schema}}],
-        },
-    }
+    names = {"plural": plural, "singular": kind.lower(), "kind": kind}
+    versions = [{**served, "schema": {"openAPIV3Schema": schema}}]
+    spec = {"group": group, "scope": "Namespaced", "names": names, "versions": versions}
+    about = {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}
+    return {**about, "metadata": {"name": f"{plural}.{group}"}, "spec": spec}
 
 
 WORKFLOWS = definition("argoproj.io", "v1alpha1", "workflows", "Workflow")
@@ -190,18 +183,16 @@ class Scene:
     ) -> dict | None:
         """The job of a recipe, None when it is gone."""
         shape = KINDS[kind]
-        found = kubectl(
-            f"get {shape.plural}.{shape.group} -n {self.namespace} -o json -l {RUN}={run},{RECIPE}={recipe}"
-        )
+        labels = f"{RUN}={run},{RECIPE}={recipe}"
+        found = kubectl(f"get {shape.plural}.{shape.group} -n {self.namespace} -o json -l {labels}")
         return next(iter(json.loads(found)["items"]), None)
 
     def pods(
         self, recipe: str = "tiny", run: str = PIPELINE_RUN, kind: str = "pytorchjob"
     ) -> list[dict]:
         """The pods of its job, of a PyTorchJob the Master first."""
-        found = kubectl(
-            f"get pods -n {self.namespace} -o json -l", KINDS[kind].selector(job_name(run, recipe))
-        )
+        selector = KINDS[kind].selector(job_name(run, recipe))
+        found = kubectl(f"get pods -n {self.namespace} -o json -l", selector)
         return json.loads(found)["items"]
 
     def workflow(self, name: str) -> dict:
@@ -220,16 +211,13 @@ class Scene:
         workflow = self.workflow(run)
         owner = {key: workflow[key] for key in ("apiVersion", "kind")}
         owner |= {"name": run, "uid": workflow["metadata"]["uid"]}
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {
-                "name": name,
-                "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
-                "annotations": {NODE: f"{run}.root.train-job({attempt})"},
-            },
-            "spec": {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]},
+        metadata = {
+            "name": name,
+            "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
+            "annotations": {NODE: f"{run}.root.train-job({attempt})"},
         }
+        spec = {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
         made = json.loads(kubectl(f"create -n {self.namespace} -o json -f -", given=pod))
         return {"KFP_POD_NAME": name, "KFP_POD_UID": made["metadata"]["uid"]}
 
@@ -259,22 +247,17 @@ def scene(
         patch.setitem(ADMIN, "KUBECONFIG", os.environ["KUBECONFIG"])
         config.load_kube_config(str(folder / "kubeconfig"))
         kubectl(f"create namespace {name}")
-        stack.callback(kubectl, f"delete namespace {name} --wait=false")
-        stack.callback(
-            kubectl, f"delete pods --all -n {name} --force --grace-period=0 --wait=false"
-        )
-        stack.callback(kubectl, f"delete pytorchjobs,trainjobs --all -n {name} --wait=false")
-        secret = {
-            "metadata": {"name": "vitdet-mlflow"},
-            "stringData": {"MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"},
-        }
+        for what in (  # from the last to the first
+            f"namespace {name}",
+            f"pods --all -n {name} --force --grace-period=0",
+            f"pytorchjobs,trainjobs --all -n {name}",
+        ):
+            stack.callback(kubectl, f"delete {what} --wait=false")
+        variables = {"MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"}
+        secret = {"metadata": {"name": "vitdet-mlflow"}, "stringData": variables}
         client.CoreV1Api().create_namespaced_secret(name, secret)
-        priority = {
-            "apiVersion": "scheduling.k8s.io/v1",
-            "kind": "PriorityClass",
-            "metadata": {"name": "vitdet-train"},
-            "value": 1000,
-        }
+        about = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass"}
+        priority = {**about, "metadata": {"name": "vitdet-train"}, "value": 1000}
         kubectl("apply -f -", given=priority)
         if node:
             claims = {"vitdet-data": made.volume}

@@ -30,6 +30,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from tests.helpers.fake_container import Container, now
+from tests.helpers.mlflow_server import free_port
 
 ROOT = Path(__file__).parents[2]
 GRACE = 5  # seconds between SIGTERM and SIGKILL, where a pod's own are 30 or more
@@ -38,14 +39,6 @@ GRACE = 5  # seconds between SIGTERM and SIGKILL, where a pod's own are 30 or mo
 def since(when: str) -> float:
     """Seconds that have gone since a time of the API."""
     return time.time() - datetime.fromisoformat(when).timestamp()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class FakeNode:
@@ -73,9 +66,8 @@ class FakeNode:
         words = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=node"
         files = ("-keyout", folder / "key.pem", "-out", folder / "cert.pem")
         subprocess.run([*words.split(), *files], check=True, capture_output=True)
-        self.server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Kubelet", (Kubelet,), {"node": self})
-        )
+        kubelet = type("Kubelet", (Kubelet,), {"node": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), kubelet)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
         self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
@@ -105,9 +97,8 @@ class FakeNode:
     def work(self) -> None:
         while not self.stopped.wait(0.2):
             try:
-                found = json.loads(
-                    self.core.list_namespaced_pod(self.namespace, _preload_content=False).data
-                )["items"]
+                answer = self.core.list_namespaced_pod(self.namespace, _preload_content=False)
+                found = json.loads(answer.data)["items"]
                 for pod in found:
                     self.tend(pod)
             except (ApiException, HTTPError, ValueError):
@@ -146,11 +137,10 @@ class FakeNode:
             status = {"conditions": [{**unscheduled, "message": "a claim twice"}]}
             self.core.patch_namespaced_pod_status(name, self.namespace, {"status": status})
         elif not pod["spec"].get("nodeName"):
+            target = {"kind": "Node", "name": self.name}
+            binding = {"metadata": {"name": name}, "target": target}
             self.core.create_namespaced_pod_binding(
-                name,
-                self.namespace,
-                {"metadata": {"name": name}, "target": {"kind": "Node", "name": self.name}},
-                _preload_content=False,
+                name, self.namespace, binding, _preload_content=False
             )
         elif not mine:
             spec = pod["spec"]["containers"][0]
@@ -164,34 +154,21 @@ class FakeNode:
         """The process has ended: started again in place, or the pod's end."""
         container.wait()
         reason = self.reasons.get(code) or ("Error" if code else "Completed")
-        over = {
-            "terminated": {
-                "exitCode": code,
-                "reason": reason,
-                "startedAt": container.started,
-                "finishedAt": now(),
-                "containerID": f"containerd://{container.process.pid}",
-            }
-        }
+        over = {"exitCode": code, "reason": reason, "startedAt": container.started}
+        over |= {"finishedAt": now(), "containerID": f"containerd://{container.process.pid}"}
         if code and pod["spec"]["restartPolicy"] == "OnFailure":
             container.start()
             container.restarts += 1
-            self.write(pod, "Running", {"running": {"startedAt": now()}}, over)
+            self.write(pod, "Running", {"running": {"startedAt": now()}}, {"terminated": over})
         else:
-            self.write(pod, "Failed" if code else "Succeeded", over)
+            self.write(pod, "Failed" if code else "Succeeded", {"terminated": over})
 
     def write(self, pod: dict, phase: str, state: dict, last: dict | None = None) -> None:
         container, name = pod["spec"]["containers"][0], pod["metadata"]["name"]
-        one = {
-            "name": container["name"],
-            "image": container["image"],
-            "imageID": "",
-            "ready": "running" in state,
-            "started": "running" in state,
-            "restartCount": self.containers[name].restarts,
-            "state": state,
-            "lastState": last or {},
-        }
+        runs, restarts = "running" in state, self.containers[name].restarts
+        one = {"name": container["name"], "image": container["image"], "imageID": ""}
+        one |= {"ready": runs, "started": runs, "restartCount": restarts}
+        one |= {"state": state, "lastState": last or {}}
         status = {"phase": phase, "hostIP": "127.0.0.1", "podIP": "127.0.0.1", "startTime": now()}
         change = {"status": {**status, "containerStatuses": [one]}}
         self.core.patch_namespaced_pod_status(name, self.namespace, change, _preload_content=False)
@@ -207,10 +184,8 @@ class FakeNode:
             environment |= self.secret(one["secretRef"]["name"])
         for one in spec.get("env") or []:
             source = one.get("valueFrom") or {}
-            path, key = (
-                (source.get("fieldRef") or {}).get("fieldPath", ""),
-                source.get("secretKeyRef"),
-            )
+            key = source.get("secretKeyRef")
+            path = (source.get("fieldRef") or {}).get("fieldPath", "")
             if path.startswith("metadata.annotations['"):
                 environment[one["name"]] = pod["metadata"]["annotations"][path.split("'")[1]]
             elif key:
@@ -225,24 +200,16 @@ class FakeNode:
             for one in spec.get("volumeMounts") or []
             if one["name"] in claims(pod)
         }
-        command = [
-            re.sub(
-                r"\$\((\w+)\)",
-                lambda found: environment.get(found[1], found[0]),
-                local(word, folders),
-            )
-            for word in [*(spec.get("command") or []), *(spec.get("args") or [])]
-        ]
+        words = [*(spec.get("command") or []), *(spec.get("args") or [])]
+        value_of = lambda found: environment.get(found[1], found[0])  # noqa: E731
+        command = [re.sub(r"\$\((\w+)\)", value_of, local(word, folders)) for word in words]
         folder = Path(local(spec.get("workingDir") or "/tmp", folders))
         return command, {key: local(value, folders) for key, value in environment.items()}, folder
 
     def secret(self, name: str) -> dict[str, str]:
-        found = json.loads(
-            self.core.read_namespaced_secret(name, self.namespace, _preload_content=False).data
-        )
-        return {
-            key: base64.b64decode(value).decode() for key, value in found.get("data", {}).items()
-        }
+        answer = self.core.read_namespaced_secret(name, self.namespace, _preload_content=False)
+        data = json.loads(answer.data).get("data", {})
+        return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
     def resolve(self, pod: dict, environment: dict[str, str]) -> None:
         """In place of DNS: the services' names become this machine, a port of its own for each job.
@@ -252,26 +219,17 @@ class FakeNode:
         """
         owners = pod["metadata"].get("ownerReferences") or [{"uid": ""}]
         port = str(self.ports.setdefault(owners[0]["uid"], free_port()))
-        looked_for = (
-            environment.get("PET_RDZV_ENDPOINT") or environment.get("PET_MASTER_ADDR") or ""
-        )
-        for name in environment:
-            if name in ("MASTER_ADDR", "PET_MASTER_ADDR"):
-                environment[name] = "127.0.0.1"
-            elif name in ("MASTER_PORT", "PET_MASTER_PORT"):
-                environment[name] = port
-            elif name == "PET_RDZV_ENDPOINT":
-                environment[name] = f"127.0.0.1:{port}"
+        looked_for = environment.get("PET_RDZV_ENDPOINT") or environment.get("PET_MASTER_ADDR")
+        rank = environment.get("PET_NODE_RANK")
+        here = {"PET_RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+        here |= dict.fromkeys(("MASTER_ADDR", "PET_MASTER_ADDR"), "127.0.0.1")
+        here |= dict.fromkeys(("MASTER_PORT", "PET_MASTER_PORT"), port)
+        environment |= {name: here[name] for name in here.keys() & environment.keys()}
         if looked_for:
-            host = (
-                looked_for.split(":")[0] == pod["metadata"]["name"]
-                or environment.get("PET_NODE_RANK") == "0"
-            )
+            host = looked_for.split(":")[0] == pod["metadata"]["name"] or rank == "0"
             # A lost node is given up after 3 of these intervals, 6 s here and 15 s by default.
             environment["PET_RDZV_CONF"] = f"is_host={int(host)},keep_alive_interval=2"
-            environment["PET_LOCAL_ADDR"] = (
-                f"127.0.0.{1 + int(environment.get('PET_NODE_RANK') or 0)}"
-            )
+            environment["PET_LOCAL_ADDR"] = f"127.0.0.{1 + int(rank or 0)}"
 
 
 def claims(pod: dict) -> dict[str, str]:
@@ -303,23 +261,16 @@ class Kubelet(BaseHTTPRequestHandler):
         if container is None or len(container.lines) < -instance:
             self.send_error(404 if container is None else 400)
             return
-        lines = container.lines[instance]
-        shown = [
-            one
-            for one in list(lines)
-            if one[0] >= time.time() - float(asked.get("sinceSeconds", "inf"))
-        ]
+        first = time.time() - float(asked.get("sinceSeconds", "inf"))
+        shown = [one for one in list(container.lines[instance]) if one[0] >= first]
         shown = shown[-int(asked["tailLines"]) :] if "tailLines" in asked else shown
         self.send_response(200)
         self.end_headers()
         for when, text in shown:
             fraction = f"{when % 1:.9f}"[2:].rstrip("0")  # Go's RFC3339Nano leaves zeros out
             whole = datetime.fromtimestamp(int(when), UTC).strftime("%Y-%m-%dT%H:%M:%S")
-            stamp = (
-                f"{whole}{'.' if fraction else ''}{fraction}Z "
-                if asked.get("timestamps") == "true"
-                else ""
-            )
+            stamp = f"{whole}{'.' if fraction else ''}{fraction}Z "
+            stamp *= asked.get("timestamps") == "true"
             self.wfile.write(f"{stamp}{text}\n".encode())
 
     def log_message(self, *given: object) -> None:

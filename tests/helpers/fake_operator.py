@@ -94,46 +94,33 @@ class FakeOperator:
 
     def work(self) -> None:
         while not self.stopped.wait(0.2):
-            for (group, version, plural), tend in (
-                (PYTORCH, self.tend_pytorch),
-                (TRAIN, self.tend_train),
-            ):
+            for kind, tend in ((PYTORCH, self.tend_pytorch), (TRAIN, self.tend_train)):
+                place = (*kind[:2], self.namespace, kind[2])
                 with suppress(ApiException, HTTPError, ValueError):  # a controller tries again
-                    found = self.objects.list_namespaced_custom_object(
-                        group, version, self.namespace, plural
-                    )
-                    for job in found["items"]:
+                    for job in self.objects.list_namespaced_custom_object(*place)["items"]:
                         before = json.dumps(job.get("status"))
                         if "deletionTimestamp" not in job["metadata"]:
                             tend(job)
                         if json.dumps(job.get("status")) != before:
-                            self.objects.replace_namespaced_custom_object_status(
-                                group, version, self.namespace, plural, job["metadata"]["name"], job
-                            )
+                            name = job["metadata"]["name"]
+                            self.objects.replace_namespaced_custom_object_status(*place, name, job)
 
     def pods(self, label: str, job: dict) -> dict[str, dict]:
         """The job's pods by name."""
+        chosen = f"{label}={job['metadata']['name']}"
         found = self.core.list_namespaced_pod(
-            self.namespace,
-            label_selector=f"{label}={job['metadata']['name']}",
-            _preload_content=False,
+            self.namespace, label_selector=chosen, _preload_content=False
         )
         return {pod["metadata"]["name"]: pod for pod in json.loads(found.data)["items"]}
 
     def create(
-        self,
-        job: dict,
-        name: str,
-        template: dict,
-        labels: dict,
-        annotations: dict,
-        environment: dict,
+        self, job: dict, name: str, template: dict, labels: dict, annotations: dict, variables: dict
     ) -> None:
         """A pod of the template, owned by the job."""
         template = copy.deepcopy(template)
         added = [
             {"name": key, **(value if isinstance(value, dict) else {"value": value})}
-            for key, value in environment.items()
+            for key, value in variables.items()
         ]
         for container in template["spec"]["containers"]:
             container["env"] = [*(container.get("env") or []), *added]
@@ -146,10 +133,9 @@ class FakeOperator:
             "annotations": {**(metadata.get("annotations") or {}), **annotations},
             "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
         }
+        pod = {"metadata": about, "spec": template["spec"]}
         try:
-            self.core.create_namespaced_pod(
-                self.namespace, {"metadata": about, "spec": template["spec"]}
-            )
+            self.core.create_namespaced_pod(self.namespace, pod)
         except ApiException as error:
             if error.status == 409:  # that of before is still being deleted
                 return
@@ -165,20 +151,15 @@ class FakeOperator:
             "name": job["metadata"]["name"] + ("" if mine else "-node-0"),
             "uid": job["metadata"]["uid"] if mine else "of-that-job",
         }
-        self.core.create_namespaced_event(
-            self.namespace,
-            {
-                "metadata": {"name": f"{one['name']}.{uuid.uuid4().hex[:12]}"},
-                "type": "Warning",
-                "involvedObject": one,
-                "reason": "FailedCreatePod" if mine else "FailedCreate",
-                "message": f"Error creating: {message}",
-                "firstTimestamp": now(),
-                "lastTimestamp": now(),
-                "count": 1,
-            },
-            _preload_content=False,
-        )
+        event = {
+            "metadata": {"name": f"{one['name']}.{uuid.uuid4().hex[:12]}"},
+            "type": "Warning",
+            "involvedObject": one,
+            "reason": "FailedCreatePod" if mine else "FailedCreate",
+            "message": f"Error creating: {message}",
+            **{"firstTimestamp": now(), "lastTimestamp": now(), "count": 1},
+        }
+        self.core.create_namespaced_event(self.namespace, event, _preload_content=False)
 
     def condition(self, job: dict, kind: str, reason: str, message: str, true: bool = True) -> None:
         """Running and Restarting exclude each other; an end makes Running false; nothing follows on Failed."""
@@ -186,24 +167,19 @@ class FakeOperator:
         there = {one["type"]: one for one in status.setdefault("conditions", [])}
         if there.get("Failed", {}).get("status") == "True":
             return
-        wanted = {"type": kind, "status": str(true), "reason": reason, "message": message}
-        if all(
-            there.get(kind, {}).get(key) == value
-            for key, value in wanted.items()
-            if key != "message"
-        ):
+        wanted = {"type": kind, "status": str(true), "reason": reason}
+        if wanted.items() <= there.get(kind, {}).items():
             return
         there.pop({"Running": "Restarting", "Restarting": "Running"}.get(kind), None)
         there.pop(kind, None)
         if kind in ("Succeeded", "Failed") and "Running" in there:
             there["Running"]["status"] = "False"
-        if kind in ("Succeeded", "Failed") and job["kind"] == "PyTorchJob":
-            status.setdefault("completionTime", now())
-        times = {
-            "lastTransitionTime": now(),
-            **({"lastUpdateTime": now()} if job["kind"] == "PyTorchJob" else {}),
-        }
-        status["conditions"] = [*there.values(), {**wanted, **times}]
+        wanted |= {"message": message, "lastTransitionTime": now()}
+        if job["kind"] == "PyTorchJob":
+            wanted["lastUpdateTime"] = now()
+            if kind in ("Succeeded", "Failed"):
+                status.setdefault("completionTime", now())
+        status["conditions"] = [*there.values(), wanted]
 
     @staticmethod
     def true(job: dict, *kinds: str) -> bool:
@@ -232,30 +208,22 @@ class FakeOperator:
             self.condition(job, "Created", "PyTorchJobCreated", f"PyTorchJob {name} is created.")
         pods = self.pods("training.kubeflow.org/job-name", job)
         if self.true(job, "Succeeded", "Failed"):
-            clean, keep = (
-                policy.get("cleanPodPolicy", "None"),
-                policy.get("ttlSecondsAfterFinished"),
-            )
-            if clean != "None":
+            clean, keep = policy.get("cleanPodPolicy"), policy.get("ttlSecondsAfterFinished")
+            if clean not in (None, "None"):
                 self.delete_pods(pods, ("Succeeded", "Failed") if clean == "Running" else ())
             if keep is not None and since(job["status"]["completionTime"]) > keep:  # CleanupJob
-                self.objects.delete_namespaced_custom_object(
-                    *PYTORCH[:2], self.namespace, PYTORCH[2], name
-                )
+                place = (*PYTORCH[:2], self.namespace, PYTORCH[2])
+                self.objects.delete_namespaced_custom_object(*place, name)
             return
         if policy.get("suspend"):
             self.delete_pods(pods)
-            self.condition(
-                job, "Running", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended.", False
-            )
-            self.condition(
-                job, "Suspended", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended."
-            )
+            why = ("PyTorchJobSuspended", f"PyTorchJob {name} is suspended.")
+            self.condition(job, "Running", *why, False)
+            self.condition(job, "Suspended", *why)
             return
         if self.true(job, "Suspended"):
-            self.condition(
-                job, "Suspended", "PyTorchJobResumed", f"PyTorchJob {name} is resumed.", False
-            )
+            why = ("PyTorchJobResumed", f"PyTorchJob {name} is resumed.")
+            self.condition(job, "Suspended", *why, False)
             job["status"]["startTime"] = now()
         running = [pod for pod in pods.values() if pod["status"]["phase"] == "Running"]
         again = sum(
@@ -275,9 +243,8 @@ class FakeOperator:
             if past:
                 # whatever cleanPodPolicy says, before release 1.9 says Failed
                 self.delete_pods(pods)
-                self.condition(
-                    job, "Failed", "PyTorchJobFailed", f"Job {name} has failed because {limit}"
-                )
+                message = f"Job {name} has failed because {limit}"
+                self.condition(job, "Failed", "PyTorchJobFailed", message)
                 return
         job["status"].setdefault("startTime", now())
         for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
@@ -310,46 +277,32 @@ class FakeOperator:
                 for one in pods[pod]["status"].get("containerStatuses", [])
                 if "terminated" in one["state"]
             ]
-            if phase == "Failed" and (
-                policy == "OnFailure" or policy == "ExitCode" and max(codes, default=0) >= 128
-            ):
+            again = policy == "OnFailure" or policy == "ExitCode" and max(codes, default=0) >= 128
+            if phase == "Failed" and again:
                 self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
-                self.condition(
-                    job,
-                    "Restarting",
-                    "PyTorchJobRestarting",
-                    f"job {name} is restarting because {kind} replica(s) failed.",
-                )
+                message = f"job {name} is restarting because {kind} replica(s) failed."
+                self.condition(job, "Restarting", "PyTorchJobRestarting", message)
                 counts["failed"] -= 1
         job["status"].setdefault("replicaStatuses", {})[kind] = counts
         leading = kind == "Master" or "Master" not in job["spec"]["pytorchReplicaSpecs"]
         wanted = 1 if "elasticPolicy" in job["spec"] and kind == "Worker" else replica["replicas"]
-        if counts["failed"]:
-            self.condition(
-                job,
-                "Failed",
-                "PyTorchJobFailed",
-                f"PyTorchJob {name} is failed because {counts['failed']} {kind} replica(s) failed.",
-            )
+        if failed := counts["failed"]:
+            message = f"PyTorchJob {name} is failed because {failed} {kind} replica(s) failed."
+            self.condition(job, "Failed", "PyTorchJobFailed", message)
         elif leading and counts["succeeded"] >= wanted:
-            self.condition(
-                job,
-                "Succeeded",
-                "PyTorchJobSucceeded",
-                f"PyTorchJob {name} is successfully completed.",
-            )
+            message = f"PyTorchJob {name} is successfully completed."
+            self.condition(job, "Succeeded", "PyTorchJobSucceeded", message)
         elif leading and counts["active"]:
             self.condition(job, "Running", "PyTorchJobRunning", f"PyTorchJob {name} is running.")
 
     def runtime(self, named: dict) -> dict:
         """The spec of a TrainJob's runtime, the namespace's or the cluster's."""
+        version, name = TRAIN[:2], named["name"]
         if named.get("kind") == "TrainingRuntime":
-            return self.objects.get_namespaced_custom_object(
-                *TRAIN[:2], self.namespace, "trainingruntimes", named["name"]
-            )["spec"]
-        return self.objects.get_cluster_custom_object(
-            *TRAIN[:2], "clustertrainingruntimes", named["name"]
-        )["spec"]
+            place = (*version, self.namespace, "trainingruntimes")
+            return self.objects.get_namespaced_custom_object(*place, name)["spec"]
+        place = (*version, "clustertrainingruntimes")
+        return self.objects.get_cluster_custom_object(*place, name)["spec"]
 
     def tend_train(self, job: dict) -> None:
         """The runtime's template with the job's own over it as one indexed Job `node` of a JobSet."""
@@ -372,9 +325,8 @@ class FakeOperator:
         start = resumed[0] if resumed else job["metadata"]["creationTimestamp"]
         if 0 < job["spec"].get("activeDeadlineSeconds", 0) < since(start):
             self.delete_pods(pods)  # it deletes the JobSet
-            self.condition(
-                job, "Failed", "DeadlineExceeded", "TrainJob exceeded its active deadline"
-            )
+            message = "TrainJob exceeded its active deadline"
+            self.condition(job, "Failed", "DeadlineExceeded", message)
             return
         runtime = self.runtime(job["spec"]["runtimeRef"])
         trainer, nodes = job["spec"]["trainer"], job["spec"]["trainer"]["numNodes"]
@@ -417,11 +369,6 @@ class FakeOperator:
             pod, place = f"{name}-node-0-{index}-{uuid.uuid4().hex[:5]}", {key: str(index)}
             self.create(job, pod, template, labels | place, place, environment)
         ready = phases.count("Running")
-        counts = {
-            "ready": ready == nodes,
-            "succeeded": "Succeeded" in phases,
-            "failed": 0,
-            "suspended": 0,
-            "active": bool(phases),
-        }
+        counts = {"ready": ready == nodes, "succeeded": "Succeeded" in phases}
+        counts |= {"failed": 0, "suspended": 0, "active": bool(phases)}
         status["jobsStatus"] = [{"name": "node", **{key: int(one) for key, one in counts.items()}}]

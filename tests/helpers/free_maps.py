@@ -41,15 +41,9 @@ KNOWN = {
     },
     "requests": RESOURCES,
     "limits": RESOURCES,
-    "parameters": {
-        "directoryPerms",
-        "encrypted",
-        "fileSystemId",
-        "gid",
-        "provisioningMode",
-        "type",
-        "uid",
-    },
+    "parameters": set(
+        "directoryPerms encrypted fileSystemId gid provisioningMode type uid".split()
+    ),
     "tags": {"karpenter.sh/discovery"},
 }
 SELECTORS = {"Service": "selector"}  # kind -> a map of labels under another name
@@ -57,11 +51,9 @@ SELECTORS = {"Service": "selector"}  # kind -> a map of labels under another nam
 
 def unknown(document: dict) -> list[str]:
     """The keys of such maps that are not known."""
-    name = f"{document['kind']} {document['metadata']['name']}"
-    return [
-        f"{name}: {where}: nobody knows {key}"
-        for where, key in _keys(document, "", document["kind"])
-    ]
+    kind = document["kind"]
+    name = f"{kind} {document['metadata']['name']}"
+    return [f"{name}: {where}: nobody knows {key}" for where, key in _keys(document, "", kind)]
 
 
 def _keys(node: object, where: str, kind: str) -> Iterator[tuple[str, str]]:

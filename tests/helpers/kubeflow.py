@@ -24,9 +24,9 @@ from pipeline.connection import Transport
 
 Run = Callable[..., tuple[int, str, str]]  # words of `python -m pipeline` -> code, stdout, stderr
 API = "/apis/v2beta1"
-PAGE = (
-    "<!DOCTYPE html>\n<html><title>Dex</title><form action='/dex/auth/local'>Log in</form></html>"
-)
+FORM = "<form action='/dex/auth/local'>Log in</form>"
+PAGE = f"<!DOCTYPE html>\n<html><title>Dex</title>{FORM}</html>"
+KEYS = {"experiments": "experiment_id", "runs": "run_id", "recurringruns": "recurring_run_id"}
 
 
 @dataclass
@@ -109,20 +109,15 @@ class Handler(BaseHTTPRequestHandler):
         if server.token and self.headers["Authorization"] != f"Bearer {server.token}":
             return self.fail(401, "Unauthenticated")
         if server.cookie and self.headers["Cookie"] != server.cookie:
-            return self.send(
-                302, PAGE, Location="https://dex.example.com/auth?client_id=kf&state=hidden"
-            )
+            login = "https://dex.example.com/auth?client_id=kf&state=hidden"
+            return self.send(302, PAGE, Location=login)
         method, (_, *path) = self.command, made.words.split(" ")[1].split("/")
         if path == ["healthz"]:
             return self.send(200, {**server.health, "multi_user": server.users})
         kept = server.kept.get(path[0])
         if kept is None:
             return self.send(404, "404 page not found")
-        key = {
-            "experiments": "experiment_id",
-            "runs": "run_id",
-            "recurringruns": "recurring_run_id",
-        }[path[0]]
+        key = KEYS[path[0]]
         if len(path) == 1:
             return self.create(kept, key) if method == "POST" else self.list(kept, path[0])
         name, _, verb = path[1].partition(":")
@@ -140,21 +135,18 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(200, found)
 
     def create(self, kept: list[dict], key: str) -> None:
-        body, users = self.request_made.body, self.server.users
+        body = self.request_made.body
+        experiments = {item["experiment_id"] for item in self.server.kept["experiments"]}
         if key == "experiment_id":
-            if bool(body.get("namespace")) != users:
+            if bool(body.get("namespace")) != self.server.users:
                 return self.fail(400, "Invalid input error: namespace")
-            if any(item["display_name"] == body["display_name"] for item in kept):
-                return self.fail(
-                    409, f"Already exist error: experiment {body['display_name']} already exists"
-                )
+            name = body["display_name"]
+            if any(item["display_name"] == name for item in kept):
+                return self.fail(409, f"Already exist error: experiment {name} already exists")
         elif (name := self.server.unknown) and f'"{name}"' in json.dumps(body):
             # a Kubernetes part that cannot be parsed is an internal error, with a stack trace
             return self.fail(500, f'Internal error: proto: (line 1:2): unknown field "{name}"\nat')
-        elif not any(
-            item["experiment_id"] == body["experiment_id"]
-            for item in self.server.kept["experiments"]
-        ):
+        elif body["experiment_id"] not in experiments:
             return self.fail(400, "Invalid input error: experiment")
         kept.append({**body, key: f"0000-{key[:3]}-{len(kept)}", "state": "PENDING"})
         return self.send(200, kept[-1])
@@ -176,21 +168,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.silent:
             return
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        kind = (
-            "application/json"
-            if isinstance(body, dict)
-            else "text/html"
-            if body[:1] == "<"
-            else "text/plain"
-        )
+        if isinstance(body, dict):
+            kind = "application/json"
+        else:
+            kind = "text/html" if body[:1] == "<" else "text/plain"
+        about = {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close"}
         self.send_response(code)
-        headers = {
-            "Content-Type": kind,
-            "Content-Length": str(len(data)),
-            "Connection": "close",
-            **headers,
-        }
-        for name, value in headers.items():
+        for name, value in {**about, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -199,9 +183,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(server: Kubeflow) -> Iterator[Kubeflow]:
     """The server at work."""
-    threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-    ).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
     finally:
@@ -248,9 +230,8 @@ def stalling(handler: Handler) -> None:
 
 def cut(handler: Handler) -> None:
     """Half an answer."""
-    handler.wfile.write(
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-    )
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    handler.wfile.write(head + b"{")
 
 
 def page(handler: Handler) -> None:

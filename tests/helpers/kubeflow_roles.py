@@ -30,16 +30,9 @@ EDIT: list[Rule] = [
     ("pipelines.kubeflow.org", ["runs"], ["get", "list", "create", "delete", "terminate"]),
 ]
 # of an early and of a later release of Kubeflow Trainer, the first of which has the wrong group
-TRAINER = {
-    "early": [
-        ("kubeflow.org", ["trainjobs"], ALL),
-        ("trainer.kubeflow.org", ["trainingruntimes"], READ),
-    ],
-    "later": [
-        ("trainer.kubeflow.org", ["trainjobs"], [*READ, "create", "delete", "patch"]),
-        ("trainer.kubeflow.org", ["trainingruntimes"], READ),
-    ],
-}
+RUNTIMES = ("trainer.kubeflow.org", ["trainingruntimes"], READ)
+JOBS = ("trainer.kubeflow.org", ["trainjobs"], [*READ, "create", "delete", "patch"])
+TRAINER = {"early": [("kubeflow.org", ["trainjobs"], ALL), RUNTIMES], "later": [JOBS, RUNTIMES]}
 # of newer releases of Kubeflow Pipelines
 PIPELINES = [
     ("argoproj.io", ["workflowtaskresults"], ["*"]),
@@ -68,12 +61,7 @@ def profile_roles(suffix: str, release: str, ours: dict | None) -> list[dict]:
             {"apiGroups": [group], "resources": resources, "verbs": verbs}
             for group, resources, verbs in rules
         ]
-        found.append(
-            {
-                "apiVersion": "rbac.authorization.k8s.io/v1",
-                "kind": "ClusterRole",
-                "metadata": {"name": f"kubeflow-{name}-{suffix}"},
-                "rules": listed + joined,
-            }
-        )
+        role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole"}
+        role |= {"metadata": {"name": f"kubeflow-{name}-{suffix}"}, "rules": listed + joined}
+        found.append(role)
     return found

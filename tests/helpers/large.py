@@ -42,18 +42,10 @@ def write(
     for number in range(images):
         height, width = SIZES[number % len(SIZES)]
         name = f"{first + number:012d}.jpg"
-        heads.append(
-            {
-                "license": 4,
-                "file_name": name,
-                "height": height,
-                "width": width,
-                "id": first + number,
-                "coco_url": f"http://images.cocodataset.org/{split}2017/{name}",
-                "date_captured": "2013-11-14 11:18:45",
-            }
-            | (_searched(rng) if lvis else {})
-        )
+        url = f"http://images.cocodataset.org/{split}2017/{name}"
+        head = {"license": 4, "file_name": name, "height": height, "width": width}
+        head |= {"id": first + number, "coco_url": url, "date_captured": "2013-11-14 11:18:45"}
+        heads.append(head | (_searched(rng) if lvis else {}))
         if not (place / name).is_symlink():
             (place / name).symlink_to(f"../{height}x{width}.jpg")
     classes = 1203 if lvis else 80
@@ -64,17 +56,12 @@ def write(
     ]
     path = folder / "annotations" / f"{'lvis_v1' if lvis else 'instances'}_{split}.json"
     with open(path, "wb") as file:
-        file.write(
-            b'{"images": '
-            + msgspec.json.encode(heads)
-            + b', "categories": '
-            + msgspec.json.encode(categories)
-        )
+        file.write(b'{"images": ' + msgspec.json.encode(heads))
+        file.write(b', "categories": ' + msgspec.json.encode(categories))
         file.write(b', "annotations": [')
         for number in rng.permutation(objects).tolist():
-            annotation = _object(rng, heads[owners[number]], lvis) | {
-                "id": 900_100_000_000 + number
-            }
+            annotation = _object(rng, heads[owners[number]], lvis)
+            annotation["id"] = 900_100_000_000 + number
             # LVIS: many are rare
             annotation["category_id"] = int(classes * rng.random() ** (3 if lvis else 1)) + 1
             file.write(msgspec.json.encode(annotation) + b", ")
@@ -102,12 +89,10 @@ def _object(rng: np.random.Generator, head: dict, lvis: bool) -> dict:
     outline = {"size": [height, width], "counts": [height * 7, *[9, height - 9] * (width - 20)]}
     outline["counts"].append(height * width - sum(outline["counts"]))
     box = np.concatenate([low, high - low]).round(2).tolist()
-    return {
-        "segmentation": outline if many else [points.ravel().tolist()],
-        "area": round(0.6 * box[2] * box[3], 4),
-        "image_id": head["id"],
-        "bbox": box,
-    } | ({} if lvis else {"iscrowd": int(many)})
+    segmentation = outline if many else [points.ravel().tolist()]
+    found = {"segmentation": segmentation, "area": round(0.6 * box[2] * box[3], 4)}
+    found |= {"image_id": head["id"], "bbox": box}
+    return found | ({} if lvis else {"iscrowd": int(many)})
 
 
 if __name__ == "__main__":

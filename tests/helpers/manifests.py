@@ -24,11 +24,7 @@ CLUSTER_SCOPED = {"PriorityClass"}
 
 # Set by the operators; Trainer refuses them (torch.go of v2.3: TorchRunReservedEnvNames)
 RESERVED = {
-    "PET_NNODES",
-    "PET_NPROC_PER_NODE",
-    "PET_NODE_RANK",
-    "PET_MASTER_ADDR",
-    "PET_MASTER_PORT",
+    f"PET_{name}" for name in "NNODES NPROC_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT".split()
 }
 
 
@@ -46,13 +42,9 @@ def problems(cluster: list[dict], jobs: list[dict], pools: dict[str, set[str]]) 
     pools: the labels "key=value" of each pool's nodes -> the taints on them.
     """
     documents = [*cluster, *jobs]
-    found = [
-        problem for document in documents for problem in [*misspelled(document), *unknown(document)]
-    ]
-    if found:
+    if found := [one for document in documents for one in misspelled(document) + unknown(document)]:
         return found  # the rest may assume the shape
-    for document in jobs:
-        found += refused(document)
+    found = [problem for document in jobs for problem in refused(document)]
     claims = {
         claim["metadata"]["name"]
         for document in documents
@@ -98,12 +90,8 @@ def refused(job: dict) -> list[str]:
     Training operator 1.9, pkg/webhooks/pytorch; Trainer 2.3, the torch plugin.
     """
     name, spec = job["metadata"]["name"], job["spec"]
-    said = broken(
-        (
-            not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name),
-            "its name is no DNS-1035 label",
-        )
-    )
+    is_label = re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name)
+    said = broken((not is_label, "its name is no DNS-1035 label"))
     if job["kind"] == "PyTorchJob":
         replicas, local = spec["pytorchReplicaSpecs"], spec.get("nprocPerNode", "auto")
         elastic, master = spec.get("elasticPolicy"), replicas.get("Master", {"replicas": 1})
@@ -129,20 +117,18 @@ def refused(job: dict) -> list[str]:
             return [f"{job['kind']} {name}: no replicated job `node`"]
         node = inner["node"]["template"]
         named = [one["name"] for one in node["spec"]["template"]["spec"]["containers"]]
-        step = node.get("metadata", {}).get("labels", {})
-        env = {
-            entry["name"]
+        labels = node.get("metadata", {}).get("labels", {})
+        step = labels.get("trainer.kubeflow.org/trainjob-ancestor-step")
+        env = [
+            entry
             for _, pod in pods([job])
             for one in containers(pod)
             for entry in one.get("env", [])
-        }
+        ]
         said += broken(
             ("node" not in named, "no container `node`"),
-            (
-                step.get("trainer.kubeflow.org/trainjob-ancestor-step") != "trainer",
-                "its trainer step has no label",
-            ),
-            *((key in RESERVED, f"{key} is reserved") for key in env),
+            (step != "trainer", "its trainer step has no label"),
+            *((entry["name"] in RESERVED, f"{entry['name']} is reserved") for entry in env),
         )
     return [f"{job['kind']} {name}: {what}" for what in said]
 
@@ -170,13 +156,7 @@ def insecure(where: str, pod: dict, claims: set[str]) -> list[str]:
             (not set(one) & VOLUMES, f"volume {one['name']} is of a refused kind")
             for one in volumes
         ),
-        *(
-            (
-                "sizeLimit" not in one.get("emptyDir", {"sizeLimit": 0}),
-                f"{one['name']} has no limit",
-            )
-            for one in volumes
-        ),
+        *((unlimited(one), f"{one['name']} has no limit") for one in volumes),
         (spec.get("automountServiceAccountToken") is not False, "has a token of the API server"),
         (sidecar, "gets an Istio sidecar"),
     )
@@ -199,6 +179,10 @@ def insecure(where: str, pod: dict, claims: set[str]) -> list[str]:
             *((one not in there, f"{name}: mounts {one}, which is no volume") for one in mounted),
         )
     return [f"{where}: {what}" for what in said]
+
+
+def unlimited(volume: dict) -> bool:
+    return "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]
 
 
 def pinned(image: str) -> bool:
@@ -239,9 +223,8 @@ def homeless(where: str, spec: dict, pools: dict[str, set[str]]) -> list[str]:
     wanted = {f"{key}={value}" for key, value in spec["nodeSelector"].items()}
     fitting = [taints for labels, taints in pools.items() if wanted <= set(labels.split(","))]
     if not fitting:
-        return [
-            f"{where}: no pool has {', '.join(sorted(wanted))}; there are {'; '.join(pools) or 'none'}"
-        ]
+        there = "; ".join(pools) or "none"
+        return [f"{where}: no pool has {', '.join(sorted(wanted))}; there are {there}"]
     tolerated = {toleration["key"] for toleration in spec.get("tolerations", [])}
     said = [f"tolerates {key}, which no node is tainted with" for key in tolerated - fitting[0]]
     said += [f"does not tolerate {key}" for key in fitting[0] - tolerated]
@@ -270,48 +253,34 @@ def unmatched(documents: list[dict]) -> list[str]:
             said += [f"no StorageClass {wanted}"] * (
                 wanted[:7] == "vitdet-" and ("StorageClass", wanted) not in names
             )
-        where, spec, chosen = (
-            f"{document['kind']} {document['metadata']['name']}",
-            document.get("spec", {}),
-            [],
-        )
+        where, spec = f"{document['kind']} {document['metadata']['name']}", document.get("spec", {})
+        chosen = []
         if document["kind"] == "Service":
             chosen = [spec["selector"]]
         elif document["kind"] in ("Deployment", "StatefulSet"):
-            own = spec["template"]["metadata"]["labels"]
-            said += [
-                f"{where}: its own pods have no {wanted}"
-                for wanted in [spec["selector"]["matchLabels"]]
-                if not wanted.items() <= own.items()
-            ]
+            own, wanted = spec["template"]["metadata"]["labels"], spec["selector"]["matchLabels"]
+            said += broken(
+                (not wanted.items() <= own.items(), f"{where}: its own pods have no {wanted}")
+            )
         elif document["kind"] == "NetworkPolicy":
             sides = [side for rule in spec.get("ingress", []) for side in rule.get("from", [])]
             sides += [side for rule in spec.get("egress", []) for side in rule.get("to", [])]
-            chosen = [
-                entry.get("matchLabels", {})
-                for entry in [
-                    spec["podSelector"],
-                    *(side["podSelector"] for side in sides if "podSelector" in side),
-                ]
-            ]
+            peers = [side["podSelector"] for side in sides if "podSelector" in side]
+            chosen = [one.get("matchLabels", {}) for one in (spec["podSelector"], *peers)]
             said += [
                 f"{where}: no pod of {space} has {wanted}"
                 for space, wanted in map(_remote, sides)
                 if space and not any(wanted.items() <= own.items() for own in labels_in(space))
             ]
         elif document["kind"] == "Ingress":
-            said += [
-                f"{where}: no Service {path['backend']['service']['name']}"
-                for rule in spec["rules"]
-                for path in rule["http"]["paths"]
-                if ("Service", path["backend"]["service"]["name"]) not in names
-            ]
+            paths = [path for rule in spec["rules"] for path in rule["http"]["paths"]]
+            services = [path["backend"]["service"]["name"] for path in paths]
+            missing = [name for name in services if ("Service", name) not in names]
+            said += [f"{where}: no Service {name}" for name in missing]
         elif document["kind"] == "RoleBinding":
-            wanted = [("Role", document["roleRef"]["name"])]
-            wanted += [("ServiceAccount", subject["name"]) for subject in document["subjects"]]
-            said += [
-                f"{where}: no {kind} {name}" for kind, name in wanted if (kind, name) not in names
-            ]
+            wanted = {("Role", document["roleRef"]["name"])}
+            wanted |= {("ServiceAccount", subject["name"]) for subject in document["subjects"]}
+            said += [f"{where}: no {kind} {name}" for kind, name in sorted(wanted - names)]
         elif document["kind"] == "TrainJob":
             runtime = (spec["runtimeRef"].get("kind", RUNTIMES[0]), spec["runtimeRef"]["name"])
             said += [f"{where}: no {' '.join(runtime)}"] * (runtime not in names)

@@ -21,16 +21,10 @@ OPACITY = RNG.choice(np.array([0, 1, 127, 128, 254, 255], np.uint8), (HIGH, WIDE
 MANY = RNG.integers(0, 65536, (HIGH, WIDE, 4)).astype(">u2")
 FEW = (MANY >> 8).astype(np.uint8)
 # EXIF: where the first row and the first column are seen
-UPRIGHT = {
-    1: "top left",
-    2: "top right",
-    3: "bottom right",
-    4: "bottom left",
-    5: "left top",
-    6: "right top",
-    7: "right bottom",
-    8: "left bottom",
-}
+SEEN = (
+    "top left, top right, bottom right, bottom left, left top, right top, right bottom, left bottom"
+)
+UPRIGHT = dict(enumerate(SEEN.split(", "), start=1))
 
 
 def png(
@@ -38,19 +32,14 @@ def png(
 ) -> bytes:
     """A PNG file; kind: 0 gray, 2 RGB, 3 palette, 4 gray and opacity, 6 RGB and opacity."""
     head = struct.pack(">IIBBBBB", size[1], size[0], bits, kind, 0, 0, 0)
-    chunks = [
-        (b"IHDR", head),
-        *extra,
-        (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
-        (b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content))
-        + name
-        + content
-        + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in chunks
-    )
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", head), *extra, (b"IDAT", pixels), (b"IEND", b"")):
+        length, check = (
+            struct.pack(">I", one) for one in (len(content), zlib.crc32(name + content))
+        )
+        file += length + name + content + check
+    return file
 
 
 def rgb(gray: np.ndarray) -> np.ndarray:
@@ -89,20 +78,18 @@ def turned(orientation: int, name: str) -> Make:
     def make(path: Path) -> tuple[np.ndarray, int]:
         exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(COLORS).save(
-            path, name, exif=exif, quality=100, subsampling=0, lossless=True
-        )
+        exact = {"quality": 100, "subsampling": 0, "lossless": True}
+        Image.fromarray(COLORS).save(path, name, exif=exif, **exact)
         first_row, first_column = UPRIGHT[orientation].split()
         lies = first_row in ("left", "right")
         seen = np.zeros((WIDE, HIGH, 3) if lies else (HIGH, WIDE, 3), np.uint8)
-        for row in range(HIGH):
-            for column in range(WIDE):
-                down, across = (column, row) if lies else (row, column)
-                down = seen.shape[0] - 1 - down if "bottom" in (first_row, first_column) else down
-                across = (
-                    seen.shape[1] - 1 - across if "right" in (first_row, first_column) else across
-                )
-                seen[down, across] = COLORS[row, column]
+        for row, column in np.ndindex(HIGH, WIDE):
+            down, across = (column, row) if lies else (row, column)
+            if "bottom" in (first_row, first_column):
+                down = seen.shape[0] - 1 - down
+            if "right" in (first_row, first_column):
+                across = seen.shape[1] - 1 - across
+            seen[down, across] = COLORS[row, column]
         return seen, 2 if name == "JPEG" else 0
 
     return make
@@ -114,9 +101,8 @@ def printed(mark: int, adobe: bool = True) -> Make:
     def make(path: Path) -> tuple[np.ndarray, int]:
         # 255: no ink
         stored = np.concatenate([COLORS, np.full((HIGH, WIDE, 1), 200, np.uint8)], axis=2)
-        Image.frombytes("CMYK", (WIDE, HIGH), (255 - stored).tobytes()).save(
-            path, "JPEG", quality=100, subsampling=0
-        )
+        inverted = Image.frombytes("CMYK", (WIDE, HIGH), (255 - stored).tobytes())
+        inverted.save(path, "JPEG", quality=100, subsampling=0)
         content = path.read_bytes()
         place = content.index(b"Adobe")
         assert content[place - 4 : place] == b"\xff\xee\x00\x0e"
@@ -125,9 +111,8 @@ def printed(mark: int, adobe: bool = True) -> Make:
         inks = COLORS.astype(float)
         if mark == 2:
             y, b, r = inks[..., 0], inks[..., 1] - 128, inks[..., 2] - 128
-            inks = 255 - np.stack(
-                [y + 1.402 * r, y - 0.344136 * b - 0.714136 * r, y + 1.772 * b], axis=2
-            ).clip(0, 255)
+            colors = [y + 1.402 * r, y - 0.344136 * b - 0.714136 * r, y + 1.772 * b]
+            inks = 255 - np.stack(colors, axis=2).clip(0, 255)
         return np.round(inks * 200 / 255).astype(np.uint8), 3
 
     return make
@@ -135,9 +120,14 @@ def printed(mark: int, adobe: bool = True) -> Make:
 
 def animated(name: str) -> Make:
     later = [Image.new("RGB", (WIDE, HIGH), (value, 9, 9)) for value in (1, 2)]
-    return saved(
-        name, Image.fromarray(COLORS), COLORS, save_all=True, append_images=later, lossless=True
-    )
+    options = {"save_all": True, "append_images": later, "lossless": True}
+    return saved(name, Image.fromarray(COLORS), COLORS, **options)
+
+
+def unpacked(packed: np.ndarray, *shifts: int) -> np.ndarray:
+    """The pixels of bytes that hold one for each shift, from the left."""
+    mask = (1 << 8 // len(shifts)) - 1
+    return np.stack([packed >> shift & mask for shift in shifts], axis=2).reshape(HIGH, WIDE)
 
 
 PALETTE = RNG.integers(0, 256, (256, 3), np.uint8)
@@ -145,6 +135,9 @@ TABLE = (b"PLTE", PALETTE.tobytes())
 PICTURE = Image.fromarray(COLORS)
 CLEAR = np.where((COLORS == COLORS[0, 0]).all(axis=2, keepdims=True), 255, COLORS).astype(np.uint8)
 HALF = (b"tRNS", OPACITY.ravel()[:256].tobytes())
+BEST = {"quality": 100, "subsampling": 0}
+QUARTERS, HALVES = GRAY[:, : WIDE // 4], GRAY[:, : WIDE // 2]
+OPAQUE, NATIVE = np.dstack([COLORS, OPACITY]), MANY[..., 0].astype("<u2")
 EXIF = Image.Exif()
 EXIF[0x0112], EXIF[0x010F] = 6, "maker"
 BROKEN = {
@@ -156,55 +149,27 @@ BROKEN = {
 }
 ODD: dict[str, Make] = {
     "gray": drawn(0, GRAY, rgb(GRAY)),
-    "gray JPEG": saved(
-        "JPEG", Image.fromarray(COLORS[..., 0]), rgb(COLORS[..., 0]), 1, quality=100
-    ),
+    "gray JPEG": saved("JPEG", PICTURE.getchannel(0), rgb(COLORS[..., 0]), 1, quality=100),
     "gray of 2 bits": drawn(
-        0,
-        GRAY[:, : WIDE // 4],
-        rgb(
-            np.stack([GRAY[:, : WIDE // 4] >> shift & 3 for shift in (6, 4, 2, 0)], axis=2).reshape(
-                HIGH, WIDE
-            )
-            * np.uint8(85)
-        ),
-        bits=2,
+        0, QUARTERS, rgb(unpacked(QUARTERS, 6, 4, 2, 0) * np.uint8(85)), bits=2
     ),
     "1 bit": drawn(0, np.packbits(GRAY > 99, axis=1), rgb((GRAY > 99) * np.uint8(255)), bits=1),
     "gray and opacity": drawn(4, np.dstack([GRAY, OPACITY]), over_white(rgb(GRAY), OPACITY)),
-    "opacity": drawn(6, np.dstack([COLORS, OPACITY]), over_white(COLORS, OPACITY)),
+    "opacity": drawn(6, OPAQUE, over_white(COLORS, OPACITY)),
     "fully opaque": drawn(6, np.dstack([COLORS, np.full_like(GRAY, 255)]), COLORS),
     "fourth channel that is no opacity": drawn(6, np.dstack([COLORS, np.zeros_like(GRAY)]), COLORS),
     "opacity WebP": saved(
-        "WEBP",
-        Image.fromarray(np.dstack([COLORS, OPACITY])),
-        over_white(COLORS, OPACITY),
-        lossless=True,
-        exact=True,
+        "WEBP", Image.fromarray(OPAQUE), over_white(COLORS, OPACITY), lossless=True, exact=True
     ),
     "a clear color": drawn(2, COLORS, CLEAR, (b"tRNS", COLORS[0, 0].astype(">u2").tobytes())),
     "palette": drawn(3, GRAY, PALETTE[GRAY], TABLE),
     "palette and a clear color": drawn(
-        3,
-        GRAY,
-        np.where((GRAY == 2)[..., None], 255, PALETTE[GRAY]),
-        TABLE,
-        (b"tRNS", b"\xff\xff\0"),
+        3, GRAY, np.where(rgb(GRAY) == 2, 255, PALETTE[GRAY]), TABLE, (b"tRNS", b"\xff\xff\0")
     ),
     "palette and opacity": drawn(
         3, GRAY, over_white(PALETTE[GRAY], OPACITY.ravel()[:256][GRAY]), TABLE, HALF
     ),
-    "palette of 4 bits": drawn(
-        3,
-        GRAY[:, : WIDE // 2],
-        PALETTE[
-            np.stack([GRAY[:, : WIDE // 2] >> 4, GRAY[:, : WIDE // 2] & 15], axis=2).reshape(
-                HIGH, WIDE
-            )
-        ],
-        TABLE,
-        bits=4,
-    ),
+    "palette of 4 bits": drawn(3, HALVES, PALETTE[unpacked(HALVES, 4, 0)], TABLE, bits=4),
     "CMYK": printed(0),
     "CMYK without Adobe's name": printed(0, adobe=False),
     "YCCK": printed(2),
@@ -213,17 +178,15 @@ ODD: dict[str, Make] = {
     "16 bits, dark": drawn(0, (MANY[..., 0] & 255).astype(">u2"), rgb(np.zeros_like(GRAY))),
     "16 bits RGB": drawn(2, MANY[..., :3], FEW[..., :3]),
     "16 bits and opacity": drawn(6, MANY, over_white(FEW[..., :3], FEW[..., 3])),
-    "16 bits TIFF": saved("TIFF", Image.fromarray(MANY[..., 0].astype("<u2")), rgb(FEW[..., 0])),
+    "16 bits TIFF": saved("TIFF", Image.fromarray(NATIVE), rgb(FEW[..., 0])),
     "16 bits TIFF, high byte first": saved("TIFF", Image.fromarray(MANY[..., 0]), rgb(FEW[..., 0])),
-    "16 bits PGM": saved("PPM", Image.fromarray(MANY[..., 0].astype("<u2")), rgb(FEW[..., 0])),
-    "16 bits PGM, dark": saved(
-        "PPM", Image.fromarray((MANY[..., 0] & 255).astype("<u2")), rgb(0 * FEW[..., 0])
-    ),
+    "16 bits PGM": saved("PPM", Image.fromarray(NATIVE), rgb(FEW[..., 0])),
+    "16 bits PGM, dark": saved("PPM", Image.fromarray(NATIVE & 255), rgb(0 * FEW[..., 0])),
     "32 bits that hold 16": saved(
-        "TIFF", Image.fromarray(MANY[..., 0].astype(np.int32)), rgb(FEW[..., 0])
+        "TIFF", Image.fromarray(NATIVE.astype(np.int32)), rgb(FEW[..., 0])
     ),
     "32 bits that hold 8": saved("TIFF", Image.fromarray(GRAY.astype(np.int32)), rgb(GRAY)),
-    "progressive": saved("JPEG", PICTURE, COLORS, 2, progressive=True, quality=100, subsampling=0),
+    "progressive": saved("JPEG", PICTURE, COLORS, 2, progressive=True, **BEST),
     "PNG": drawn(2, COLORS, COLORS),
     "WebP": saved("WEBP", PICTURE, COLORS, lossless=True),
     "BMP": saved("BMP", PICTURE, COLORS),
@@ -237,13 +200,7 @@ ODD: dict[str, Make] = {
     "turned WebP": turned(8, "WEBP"),
     **{
         f"EXIF that is broken: {what}": saved(
-            "JPEG",
-            PICTURE,
-            COLORS if what != "beside" else np.rot90(COLORS, -1),
-            2,
-            exif=blob,
-            quality=100,
-            subsampling=0,
+            "JPEG", PICTURE, np.rot90(COLORS, -(what == "beside")), 2, exif=blob, **BEST
         )
         for what, blob in BROKEN.items()
     },

@@ -28,12 +28,7 @@ from vitdet.kernels.attention_kernels import backward, forward
 from vitdet.kernels.attention_positions import Layout
 
 CAPABILITY = 90
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.bool: "*i1"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 SIZES = ((12, 64), (16, 80))  # heads and channels of a head, of ViT-B and ViT-H
 
@@ -103,16 +98,16 @@ def _registers(ptx: str) -> tuple[int, int]:
     return int(used), int(spilled)
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
     """Of a forward and backward pass over 64 x 64 tokens of 8 images."""
-    layout = Layout.of(64, 64, heads, depth, window)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    qkv, gradient = (empty(8, 64 * 64, parts * heads * depth) for parts in (3, 1))
-    bias = empty(3 * heads * depth)
-    tables = tuple(empty(2 * side - 1, depth, dtype=torch.float32) for side in layout.sides)
+    layout, half = Layout.of(64, 64, heads, depth, window), torch.bfloat16
+    qkv, gradient = (empty(8, 64 * 64, parts * heads * depth, dtype=half) for parts in (3, 1))
+    bias = empty(3 * heads * depth, dtype=half)
+    tables = tuple(empty(2 * side - 1, depth) for side in layout.sides)
     with launches() as found:
         saved = forward(layout, qkv, bias, tables, 1.0)
         backward(gradient, *saved, layout, qkv, bias, tables, 1.0)
@@ -121,10 +116,6 @@ def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
 
 def detection_launches(dtype: torch.dtype) -> list[Launch]:
     """Of NMS, RoIAlign (forward, backward) and mask targets, for 8 images of 1024 x 1024."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     sides, strides = (256, 128, 64, 32), (4, 8, 16, 32)
     maps = [empty(8, side, side, 256, dtype=dtype) for side in sides]
     with launches() as found:

@@ -31,10 +31,8 @@ DETECTORS = {
 }
 # -> how many tensors are resized
 BACKBONES = {
-    **{
-        ("mae/base", recipe): 0
-        for recipe in ("mask_rcnn_vitdet_b_coco", "cascade_mask_rcnn_vitdet_b_lvis")
-    },
+    ("mae/base", "mask_rcnn_vitdet_b_coco"): 0,
+    ("mae/base", "cascade_mask_rcnn_vitdet_b_lvis"): 0,
     ("mae/base", "mask_rcnn_vit_b_coco"): 1,
     ("mae/large", "mask_rcnn_vitdet_l_coco"): 0,
     ("mae/huge", "mask_rcnn_vitdet_h_coco"): 2,

@@ -27,46 +27,32 @@ def random_set(seed, images=30, categories=6, lvis=False):
         for _ in range(rng.integers(0, 9)):
             box = random_box(rng)
             crowd = int(not lvis and rng.random() < 0.2)
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": image_id,
-                    "category_id": int(rng.choice(present)),
-                    "bbox": box,
-                    "area": random_area(rng, box),
-                    "iscrowd": crowd,
-                    "segmentation": code(box) if crowd else polygon(box),
-                }
-            )
+            item = {"id": len(objects) + 1, "image_id": image_id}
+            item |= {"category_id": int(rng.choice(present)), "bbox": box}
+            item |= {"area": random_area(rng, box), "iscrowd": crowd}
+            item["segmentation"] = code(box) if crowd else polygon(box)
+            objects.append(item)
             for _ in range(rng.integers(0, 5)):
                 near = [max(0.0, value + rng.normal(0, 2)) for value in box]
-                results.append(one(rng, image_id, objects[-1]["category_id"], near))
+                results.append(one(rng, image_id, item["category_id"], near))
         for _ in range(rng.integers(0, 12)):
             results.append(one(rng, image_id, int(rng.choice(list(kinds))), random_box(rng)))
     if lvis:
         for image_id, head in heads.items():
             here = {item["category_id"] for item in objects if item["image_id"] == image_id}
             absent = [key for key in kinds if key not in here and rng.random() < 0.5]
-            head.update(
-                neg_category_ids=absent,
-                not_exhaustive_category_ids=[key for key in sorted(here) if rng.random() < 0.3],
-            )
+            partly = [key for key in sorted(here) if rng.random() < 0.3]
+            head.update(neg_category_ids=absent, not_exhaustive_category_ids=partly)
         for key, letter in zip(kinds, "rccfff" * categories, strict=False):
             kinds[key]["frequency"] = letter
-    return Truth(Path("random.json"), heads, kinds, [Annotation(**one) for one in objects]), [
-        results[i] for i in rng.permutation(len(results))
-    ]
+    truth = Truth(Path("random.json"), heads, kinds, [Annotation(**one) for one in objects])
+    return truth, [results[i] for i in rng.permutation(len(results))]
 
 
 def one(rng, image_id, category, box):
     score = float(rng.choice([0.1, 0.3, 0.5, 0.9])) if rng.random() < 0.5 else float(rng.random())
-    return {
-        "image_id": image_id,
-        "category_id": category,
-        "bbox": box,
-        "score": score,
-        "segmentation": code(box),
-    }
+    found = {"image_id": image_id, "category_id": category, "bbox": box}
+    return {**found, "score": score, "segmentation": code(box)}
 
 
 def random_box(rng):

@@ -49,9 +49,8 @@ def judged(data: DataConfig, content: bytes) -> Report:
         training = TrainData(split, data, seed=0)
         for position in range(2 * len(training.records)):
             (target,) = training[position].targets
-            assert np.isfinite(target.boxes.numpy()).all() and len(target.labels) == len(
-                target.boxes
-            )
+            assert np.isfinite(target.boxes.numpy()).all()
+            assert len(target.labels) == len(target.boxes)
         batch = ValData(split.records, 64, antialias=True).__getitems__(range(len(split.records)))
         assert batch.image_ids
         figures = evaluate_results(perfect(root, truth), path, data.dataset)
@@ -85,30 +84,22 @@ def opened(split: object) -> None:
 
 def perfect(root: Path, truth: Truth) -> Path:
     """A file of results that finds every object."""
-    (root / "results.json").write_text(
-        json.dumps(
-            [
-                {
-                    "image_id": one.image_id,
-                    "category_id": one.category_id,
-                    "bbox": one.bbox,
-                    "score": 0.5,
-                }
-                | outline(one, truth)
-                for one in truth.objects
-                if one.image_id in truth.images and one.category_id in truth.categories
-            ]
-        )
-    )
+    results = [
+        result(one, truth)
+        for one in truth.objects
+        if one.image_id in truth.images and one.category_id in truth.categories
+    ]
+    (root / "results.json").write_text(json.dumps(results))
     return root / "results.json"
 
 
-def outline(one: Annotation, truth: Truth) -> dict:
-    """The segmentation of a result that finds the object."""
+def result(one: Annotation, truth: Truth) -> dict:
+    """One that finds the object."""
     shape = read_outline(one.segmentation, truth.sides(one.image_id)).shape
     x, y, width, height = one.bbox
     box = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    return {"segmentation": box if shape is None else shape}
+    found = {"image_id": one.image_id, "category_id": one.category_id, "bbox": one.bbox}
+    return {**found, "score": 0.5, "segmentation": box if shape is None else shape}
 
 
 def page(root: Path) -> None:

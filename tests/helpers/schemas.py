@@ -16,26 +16,8 @@ import jsonschema
 from referencing import Registry, Resource
 
 KUBERNETES = "1.32.0"
-CORE = (
-    "v1",
-    "apps/v1",
-    "batch/v1",
-    "rbac.authorization.k8s.io/v1",
-    "networking.k8s.io/v1",
-    "scheduling.k8s.io/v1",
-    "storage.k8s.io/v1",
-)
-STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
-METADATA = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {
-        "name": {"type": "string"},
-        "namespace": {"type": "string"},
-        "labels": STRINGS,
-        "annotations": STRINGS,
-    },
-}
+GROUPS = ("rbac.authorization", "networking", "scheduling", "storage")
+CORE = ("v1", "apps/v1", "batch/v1", *(f"{group}.k8s.io/v1" for group in GROUPS))
 
 
 def closed(**properties: object) -> dict:
@@ -43,11 +25,13 @@ def closed(**properties: object) -> dict:
 
 
 TEXT, YES_NO, NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "integer"}
+TEXTS = {"type": "array", "items": TEXT}
+STRINGS = {"type": "object", "additionalProperties": TEXT}
+METADATA = closed(name=TEXT, namespace=TEXT, labels=STRINGS, annotations=STRINGS)
+OBJECT = {"apiVersion": TEXT, "kind": TEXT, "metadata": METADATA}
 # From Google's reference: there is no definition to take (tests/crds/README.md).
 COMPUTE_CLASS = closed(
-    apiVersion=TEXT,
-    kind=TEXT,
-    metadata=METADATA,
+    **OBJECT,
     spec=closed(
         nodePoolAutoCreation=closed(enabled=YES_NO),
         autoscalingPolicy=closed(consolidationDelayMinutes=NUMBER),
@@ -66,21 +50,10 @@ COMPUTE_CLASS = closed(
     ),
 )
 # What these manifests use of Istio's (istio.io/latest/docs/reference/config/networking/virtual-service).
-TEXTS = {"type": "array", "items": TEXT}
 DESTINATION = closed(host=TEXT, port=closed(number=NUMBER))
-VIRTUAL_SERVICE = closed(
-    apiVersion=TEXT,
-    kind=TEXT,
-    metadata=METADATA,
-    spec=closed(
-        gateways=TEXTS,
-        hosts=TEXTS,
-        http={
-            "type": "array",
-            "items": closed(route={"type": "array", "items": closed(destination=DESTINATION)}),
-        },
-    ),
-)
+ROUTE = {"type": "array", "items": closed(destination=DESTINATION)}
+HTTP = {"type": "array", "items": closed(route=ROUTE)}
+VIRTUAL_SERVICE = closed(**OBJECT, spec=closed(gateways=TEXTS, hosts=TEXTS, http=HTTP))
 
 
 def misspelled(document: dict) -> list[str]:
@@ -89,23 +62,23 @@ def misspelled(document: dict) -> list[str]:
     name = f"{kind} {document.get('metadata', {}).get('name')}"
     if version in CORE:
         try:
-            errors = core(version, kind).iter_errors(document)
+            return violations(name, core(version, kind), document)
         except FileNotFoundError:
             return [f"{name}: {version} has no such kind"]
-        return [
-            f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
-            for error in errors
-        ]
     found = definitions().get(f"{version} {kind}")
     if found is None:
         return [f"{name}: no schema of {version} {kind}"]
-    problems = [
-        f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
-        for error in found["validator"].iter_errors(document)
-    ]
+    problems = violations(name, found["validator"], document)
     if found["namespaced"] != ("namespace" in document["metadata"]):
         problems.append(f"{name}: {'needs' if found['namespaced'] else 'has no'} namespace")
     return problems
+
+
+def violations(name: str, schema: jsonschema.Draft202012Validator, document: dict) -> list[str]:
+    return [
+        f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
+        for error in schema.iter_errors(document)
+    ]
 
 
 @cache
@@ -127,18 +100,13 @@ def _packaged(name: str) -> Resource:
 def definitions() -> dict[str, dict]:
     packed = (Path(__file__).parents[1] / "crds" / "crds.json.gz").read_bytes()
     entries = json.loads(gzip.decompress(packed))
+    ours = {"namespaced": True, "schema": VIRTUAL_SERVICE}
+    entries["networking.istio.io/v1 VirtualService"] = ours
     entries["cloud.google.com/v1 ComputeClass"] = {"namespaced": False, "schema": COMPUTE_CLASS}
-    entries["networking.istio.io/v1 VirtualService"] = {
-        "namespaced": True,
-        "schema": VIRTUAL_SERVICE,
-    }
-    return {
-        key: {
-            **entry,
-            "validator": jsonschema.Draft202012Validator(strict(entry["schema"], top=True)),
-        }
-        for key, entry in entries.items()
-    }
+    for entry in entries.values():
+        schema = strict(entry["schema"], top=True)
+        entry["validator"] = jsonschema.Draft202012Validator(schema)
+    return entries
 
 
 def strict(node: object, top: bool = False) -> object:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from vitdet.tracking import packaged_model
 from vitdet.tracking.champion import Evaluated
 from vitdet.tracking.evaluations import MATCHES, add_matches, matches_folder
 
+Log = pytest.LogCaptureFixture
 OTHER = Protocol.of(load_config("tiny"), "fedcba9876543210")
 STRICT = Protocol.of(load_config("tiny", ["evaluate.score_threshold=0.5"]), DATA.fingerprint)
 
@@ -29,14 +30,7 @@ def gated(model: RegisteredModel, monkeypatch: pytest.MonkeyPatch) -> Registered
     return model
 
 
-def raising(error: BaseException) -> Callable[..., dict[str, float]]:
-    def fail(*_: object) -> dict[str, float]:
-        raise error
-
-    return fail
-
-
-UNEXPECTED = raising(AssertionError("the champion must not be evaluated"))
+UNEXPECTED = Mock(side_effect=AssertionError("the champion must not be evaluated"))
 
 
 def test_the_first_model_passes(model: RegisteredModel) -> None:
@@ -65,16 +59,11 @@ def test_only_a_higher_ap_passes(gated: RegisteredModel, ap: float | None, passe
 def test_the_champion_is_evaluated_again_on_other_data_or_settings(
     gated: RegisteredModel, protocol: Protocol, measured: float, ap: float, passed: bool
 ) -> None:
-    asked = []
-
-    def evaluate(checkpoint: Path, plots: Path) -> dict[str, float]:
-        asked.append(checkpoint)
-        return {"box_ap": measured}
-
+    evaluate = Mock(return_value={"box_ap": measured})
     assert not gated.is_known(protocol)
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
-    assert asked == [Path("champion.pt")]  # the registry has its AP now
+    evaluate.assert_called_once_with(Path("champion.pt"), ANY)  # the registry has its AP now
     assert gated.is_known(protocol)
     assert not gated.judge(40.0, DATA).passed  # and still that of its registration
 
@@ -108,21 +97,17 @@ def test_a_champion_of_version_0_1_is_evaluated_again(
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
-    gated: RegisteredModel,
-    caplog: pytest.LogCaptureFixture,
-    error: Exception,
-    reason: str,
-    is_expected: bool,
+    gated: RegisteredModel, caplog: Log, error: Exception, reason: str, is_expected: bool
 ) -> None:
     """Of an unexpected error, the traceback is logged."""
     with caplog.at_level(logging.WARNING, "vitdet"):
-        verdict = gated.judge(99.0, OTHER, evaluate=raising(error))
+        verdict = gated.judge(99.0, OTHER, evaluate=Mock(side_effect=error))
     assert not verdict.passed and len(verdict.reason.splitlines()) == 1
     assert f"cannot be evaluated: {reason}" in verdict.reason
     logged = [one for one in caplog.messages if "cannot be evaluated" in one]
     assert ["Traceback (most recent" in one for one in logged] == [True] * (not is_expected)
     assert "s3cret" not in caplog.text
-    found = gated.evaluate(OTHER, raising(error))
+    found = gated.evaluate(OTHER, Mock(side_effect=error))
     assert found is not None and not found.metrics
     assert gated.judge(99.0, OTHER, evaluated=found) == verdict
     assert not gated.is_known(OTHER)
@@ -136,7 +121,7 @@ def test_an_error_of_the_object_storage_refuses(
     gated: RegisteredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = ClientError("An error occurred (403) when calling GetObject: Forbidden")
-    monkeypatch.setattr(packaged_model, "download_checkpoint", raising(error))
+    monkeypatch.setattr(packaged_model, "download_checkpoint", Mock(side_effect=error))
     found = gated.evaluate(OTHER, UNEXPECTED)
     assert found is not None and "ClientError: An error occurred (403)" in found.failure
     monkeypatch.undo()  # artifacts that do not exist
@@ -150,7 +135,7 @@ def test_an_interrupted_evaluation_is_no_verdict(
     gated: RegisteredModel, stop: type[BaseException]
 ) -> None:
     with pytest.raises(stop):
-        gated.judge(99.0, OTHER, evaluate=raising(stop()))
+        gated.judge(99.0, OTHER, evaluate=Mock(side_effect=stop))
 
 
 def test_the_evaluation_of_another_champion_does_not_count(gated: RegisteredModel) -> None:
@@ -220,11 +205,8 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
 
 def test_of_many_at_once_the_best_is_champion(gated: RegisteredModel) -> None:
     candidates = [(gated.add(ap), ap) for ap in (41.0, 44.0, 42.0, 43.0)]
-    threads = [threading.Thread(target=gated.promote, args=one) for one in candidates]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(candidates)) as pool:
+        list(pool.map(lambda one: gated.promote(*one), candidates))
     assert gated.champion == candidates[1][0]
 
 
@@ -248,11 +230,7 @@ def test_the_settings_of_a_protocol_are_those_that_change_ap(override: str, same
 
 
 def test_matches_are_added_to_a_version_that_has_their_metrics_only(
-    gated: RegisteredModel,
-    store: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    gated: RegisteredModel, store: str, tmp_path: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     client, folder = gated.client, matches_folder(DATA)

@@ -17,15 +17,9 @@ RUN = "0123456789abcdef"
 
 
 def verdict(name: str, ap: float) -> dict:
-    return {
-        "name": name,
-        "run_id": "",
-        "metrics": {"box_ap": ap},
-        "val_fingerprint": "f1",
-        "evaluate_settings": "s",
-        "passed": False,
-        "reason": "no better",
-    }
+    protocol = {"val_fingerprint": "f1", "evaluate_settings": "s"}
+    run = {"name": name, "run_id": "", "metrics": {"box_ap": ap}, **protocol}
+    return {**run, "passed": False, "reason": "no better"}
 
 
 @pytest.fixture
@@ -66,9 +60,8 @@ def test_after_a_failure_the_table_has_what_finished_and_why_the_rest_did_not(
     write_verdict(space, names[3], RUN, verdict(names[3], 31.0))
     monkeypatch.setenv("MLFLOW_UI_URL", "https://mlflow.example.com/")
     assert "31.00" in stages.compare_finished(space, RUN, str(page))
-    assert f"https://mlflow.example.com/#/experiments/1/runs/{parent.info.run_id}" in (
-        page.read_text()
-    )
+    link = f"https://mlflow.example.com/#/experiments/1/runs/{parent.info.run_id}"
+    assert link in page.read_text()
     assert client.get_run(parent.info.run_id).data.tags["best"] == names[3]
 
 

@@ -14,12 +14,8 @@ from vitdet.tracking.model_card import DESCRIPTION, description_of, initial_weig
 
 def card(found: Evaluation, recipe: str = "tiny", names: tuple[str, ...] = ("disc", "ring")) -> str:
     config = load_config(recipe)
-    stored = {
-        "config": to_dict(config),
-        "class_names": names,
-        "step": 300,
-        "fingerprints": {"train": "aaaa", "val": "bbbb"},
-    }
+    stored = {"config": to_dict(config), "class_names": names, "step": 300}
+    stored["fingerprints"] = {"train": "aaaa", "val": "bbbb"}
     protocol = Protocol.of(config, "bbbb")
     return render("shapes", stored, config, found, protocol, "1234", "f" * 40)
 

@@ -15,14 +15,9 @@ from tests.tracking.test_tracking import start
 from vitdet.tracking import comparison
 from vitdet.tracking.address import VARIABLES, tracking_uri
 
-ROW = {
-    "name": "tiny",
-    "val_fingerprint": "0123456789abcdef",
-    "evaluate_settings": "fedcba9876543210",
-    "passed": True,
-    "reason": "better",
-    "metrics": {"box_ap": 35.0},
-}
+PROTOCOL = {"val_fingerprint": "0123456789abcdef", "evaluate_settings": "fedcba9876543210"}
+VERDICT = {"passed": True, "reason": "better", "metrics": {"box_ap": 35.0}}
+ROW = {"name": "tiny", **PROTOCOL, **VERDICT}
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,13 +19,9 @@ from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.registry import register_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        postgres_binaries() is None or find_spec("psycopg2") is None,
-        reason="needs PostgreSQL and psycopg2",
-    ),
-]
+absent = postgres_binaries() is None or find_spec("psycopg2") is None
+needs_postgres = pytest.mark.skipif(absent, reason="needs PostgreSQL and psycopg2")
+pytestmark = [pytest.mark.slow, needs_postgres]
 PASSWORD = "s3cret"
 
 
@@ -42,14 +38,6 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     server.wait()
     yield server.uri
     server.kill()
-
-
-def at_once(*calls: Callable[[], object]) -> None:
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 @pytest.mark.usefixtures("untried")
@@ -83,52 +71,41 @@ def test_a_training_is_registered_promoted_and_rolled_back(
     assert str(client.get_registered_model("vitdet").aliases["champion"]) == "1"
 
 
-@pytest.mark.parametrize("direct", [False, True], ids=["server", "database"])
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("place", ["server", "database"])
 def test_registrations_and_promotions_at_once_leave_the_best_as_champion(
-    server: str,
-    database: str,
+    request: pytest.FixtureRequest,
     trained: Path,
-    untried: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    direct: bool,
     caplog: pytest.LogCaptureFixture,
+    place: str,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database if direct else server)
+    uri = request.getfixturevalue(place)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)  # without a server, MLflow writes artifacts to the current folder
-    config = load_config("tiny", [f"tracking.model_name=at-once-{direct}"])
+    config = load_config("tiny", [f"tracking.model_name=at-once-{place}"])
     protocol, numbers = Protocol.of(config, "0123456789abcdef"), {}
 
     def enter(ap: float) -> None:
         folder = tmp_path / str(ap)  # machines without a common folder
-        found = register_checkpoint(
-            trained / "model.pt" if ap == 40 else trained / "best.pt",
-            folder=folder,
-            alias="candidate",
-            config=config,
-            metrics={"box_ap": ap},
-            protocol=protocol,
-        )
-        verdict = champion.promote(
-            found.version,
-            Evaluation({"box_ap": ap}),
-            protocol,
-            GateConfig(),
-            uri="",
-            folder=folder,
-            model_name=found.name,
-        )
+        checkpoint = trained / ("model.pt" if ap == 40 else "best.pt")
+        given = {"config": config, "metrics": {"box_ap": ap}, "protocol": protocol}
+        found = register_checkpoint(checkpoint, folder=folder, alias="candidate", **given)
+        where = {"uri": "", "folder": folder, "model_name": found.name}
+        evaluation = Evaluation({"box_ap": ap})
+        verdict = champion.promote(found.version, evaluation, protocol, GateConfig(), **where)
         numbers[ap] = (found.version, verdict.passed)
 
     second = trained / "best.pt"
     second.write_bytes((trained / "model.pt").read_bytes() + b"\0")  # another digest
     try:
-        at_once(lambda: enter(40.0), lambda: enter(41.0))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(enter, (40.0, 41.0)))
     finally:
         second.unlink()
     assert {number for number, _ in numbers.values()} == {"1", "2"}
     assert numbers[41.0][1]
-    uri = database if direct else server
     client = MlflowClient(uri, uri)
     aliases = client.get_registered_model(config.tracking.model_name).aliases
     assert str(aliases["champion"]) == numbers[41.0][0]

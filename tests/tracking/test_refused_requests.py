@@ -9,6 +9,7 @@ import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -26,6 +27,15 @@ from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.address import HidingFilter
 from vitdet.tracking.client import Client, RefusedError, repeating
 from vitdet.tracking.journal import find, journals
+
+Log, Patch = pytest.LogCaptureFixture, pytest.MonkeyPatch
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "found.png"
+    path.write_bytes(b"picture")
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +82,11 @@ def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
 
 
 def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
-    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, store: str, picture: Path, monkeypatch: Patch, caplog: Log
 ) -> None:
     """It is kept, and the next command that uses the run uploads it."""
-    picture = tmp_path / "found.png"
-    picture.write_bytes(b"picture")
-    upload = MlflowClient.log_artifact
-
-    def refuse(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
-        raise MlflowException("the artifact store is full")
-
-    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    upload, full = MlflowClient.log_artifact, MlflowException("the artifact store is full")
+    monkeypatch.setattr(MlflowClient, "log_artifact", Mock(side_effect=full))
     tracker = start(tmp_path, store)
     tracker.artifact(picture, "predictions")
     tracker.log({"loss": 1.0}, 1)
@@ -105,12 +109,11 @@ def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
 
 
 def test_an_artifact_store_that_hangs_holds_nothing_back(
-    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, store: str, picture: Path, monkeypatch: Patch, caplog: Log
 ) -> None:
-    picture, hanging, answered = tmp_path / "found.png", threading.Event(), threading.Event()
-    picture.write_bytes(b"picture")
+    hanging, answered = threading.Event(), threading.Event()
 
-    def hang(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+    def hang(*_: object) -> None:
         hanging.set()
         answered.wait()
 
@@ -136,7 +139,7 @@ def test_an_artifact_store_that_hangs_holds_nothing_back(
 
 
 def test_files_that_are_added_during_an_upload_are_uploaded(
-    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: str, picture: Path, monkeypatch: Patch
 ) -> None:
     uploading, added, taken = threading.Event(), threading.Event(), []
 
@@ -146,11 +149,10 @@ def test_files_that_are_added_during_an_upload_are_uploaded(
         taken.append(folder)
 
     monkeypatch.setattr(MlflowClient, "log_artifact", upload)
-    (tmp_path / "a.png").write_bytes(b"a")
     tracker = start(tmp_path, store)
-    tracker.artifact(tmp_path / "a.png", "first")
+    tracker.artifact(picture, "first")
     assert uploading.wait(60)
-    tracker.artifact(tmp_path / "a.png", "second")
+    tracker.artifact(picture, "second")
     threading.Timer(0.5, added.set).start()
     tracker.close()
     assert taken == ["first", "second"] and not find(tmp_path, tracker.run_id).entries()
@@ -252,13 +254,9 @@ FOREIGN = [
 
 @pytest.mark.parametrize("error", FOREIGN, ids=lambda error: type(error).__name__)
 def test_errors_of_libraries_are_one_line_without_password(error: Exception) -> None:
-    class Failing:
-        def get_run(self) -> None:
-            raise error
-
-    uri = "http://u:s3cret@h:1"
+    failing, uri = Mock(get_run=Mock(side_effect=error)), "http://u:s3cret@h:1"
     with pytest.raises(ConnectionError) as caught:
-        Client(Failing(), uri).get_run()
+        Client(failing, uri).get_run()  # a traceback has this line
     said = str(caught.value)
     assert said.startswith("http://***@h:1: ") and "\n" not in said and "s3cret" not in said
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))

@@ -38,18 +38,9 @@ def make_checkpoint(path: Path, seed: int, run_id: str | None = None) -> Path:
     torch.manual_seed(seed)
     config = load_config("tiny")
     detector = build_detector(config.model, config.evaluate)
-    save(
-        path,
-        {
-            "format": FORMAT,
-            "config": to_dict(config),
-            "class_names": NAMES,
-            "model": detector.state_dict(),
-            "run_id": run_id,
-            "step": 1,
-            "dataset_digest": "0123456789ab",
-        },
-    )
+    stored = {"format": FORMAT, "config": to_dict(config), "class_names": NAMES, "step": 1}
+    stored |= {"model": detector.state_dict(), "run_id": run_id, "dataset_digest": "0123456789ab"}
+    save(path, stored)
     return path
 
 
@@ -82,13 +73,10 @@ def enter(folder: Path, checkpoint: Path, alias: str = "candidate") -> tuple[str
     return found.name, found.version
 
 
-PASSWORD_URI = "http://alice:s3cret@127.0.0.1:9/?token=t0ken"
-
-
 def with_password(path: Path) -> Path:
     """A detector whose config contains a password, as version 0.1 stored it."""
     stored = load_model_file(make_checkpoint(path, 1))
-    stored["config"]["tracking"]["uri"] = PASSWORD_URI
+    stored["config"]["tracking"]["uri"] = "http://alice:s3cret@127.0.0.1:9/?token=t0ken"
     save(path, stored)
     return path
 
@@ -98,9 +86,8 @@ def without_trial(untried: None) -> None:
     """The packed models are not run in a new process."""
 
 
-def download(folder: Path, into: Path) -> Path:
-    uri = tracking.tracking_uri("", folder)
-    return packaged_model.download(uri, "models:/detector@candidate", into)
+def download(folder: Path, into: Path, artifact: str = "models:/detector@candidate") -> Path:
+    return packaged_model.download(tracking.tracking_uri("", folder), artifact, into)
 
 
 def test_a_version_says_where_it_comes_from(work: Path) -> None:
@@ -118,8 +105,7 @@ def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_pat
     used = load_config("tiny", [*changes, "optim.lr=5", "tracking.model_name=configured"])
     given = {"config": used, "metrics": METRICS, "protocol": PROTOCOL}
     register_checkpoint(tmp_path / "model.pt", folder=work, alias="candidate", **given)
-    artifact = "models:/configured@candidate/config.yaml"
-    path = packaged_model.download(tracking.tracking_uri("", work), artifact, tmp_path)
+    path = download(work, tmp_path, "models:/configured@candidate/config.yaml")
     expected = load_config("tiny", [*changes, "tracking.uri=http://127.0.0.1:9/"])
     assert load_config(path) == expected
 
@@ -138,9 +124,7 @@ def test_a_checkpoint_with_a_password_is_used_without_it(
     assert code == 0 and out == "vitdet, version 1 (candidate)\n", err
     (warning,) = [one for one in caplog.messages if "tracking.uri" in one]
     assert "http://***@127.0.0.1:9/?token=***" in warning and "MLFLOW_TRACKING_USERNAME" in warning
-    model = packaged_model.download(
-        tracking.tracking_uri("", work), "models:/vitdet@candidate", tmp_path / "model"
-    )
+    model = download(work, tmp_path / "model", "models:/vitdet@candidate")
     config = load_model_file(model / "artifacts" / "detector.safetensors")["config"]
     assert config["tracking"]["uri"] == "http://127.0.0.1:9/"
     files = [path for path in model.rglob("*") if path.is_file()]
@@ -204,10 +188,8 @@ def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:
 def test_all_files_of_the_package_are_installed() -> None:
     root = Path(vitdet.__file__).parent
     project = tomllib.loads((root.parent / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["vitdet"]
-    installed = {path for pattern in patterns for path in root.glob(pattern)} | {
-        *root.rglob("*.py")
-    }
+    patterns = [*project["tool"]["setuptools"]["package-data"]["vitdet"], "**/*.py"]
+    installed = {path for pattern in patterns for path in root.glob(pattern)}
     files = {path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert files == installed
 
@@ -238,9 +220,8 @@ def test_a_model_that_does_not_load_is_refused(
     """As is one whose package is imported from elsewhere than its wheel."""
     wheel, model = build_wheel(tmp_path), tmp_path / "packed" / "model"
     model.parent.mkdir()
-    packaged_model.pack(
-        model, Model(), load_model_file(make_checkpoint(tmp_path / "model.pt", 0)), wheel
-    )
+    stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 0))
+    packaged_model.pack(model, Model(), stored, wheel)
     empty = tmp_path / "empty.whl"
     with zipfile.ZipFile(empty, "w"):
         pass
@@ -265,7 +246,6 @@ def test_safetensors_hold_the_whole_detector(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a complete detector"):
         load_model_file(path)
+    weights = Path(vitdet.__file__).parent / "weights" / "mae_vit_tiny.safetensors"
     with pytest.raises(ValueError, match="contains weights without their config"):
-        load_model_file(
-            Path(packaged_model.__file__).parents[1] / "weights" / "mae_vit_tiny.safetensors"
-        )
+        load_model_file(weights)

@@ -34,35 +34,24 @@ print(json.dumps({"file": vitdet.predictor.__file__, "rows": found.to_dict("reco
 
 def fresh_environment(model: Path, folder: Path) -> Path:
     """The Python of an environment in which the wheel of a model is installed, in addition to the packages of this one."""
-    (wheel,) = [
-        line
-        for line in (model / "requirements.txt").read_text().splitlines()
-        if line.endswith(".whl")
-    ]
+    lines = (model / "requirements.txt").read_text().splitlines()
+    (wheel,) = [line for line in lines if line.endswith(".whl")]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
-    install = ["install", "-q", "--no-index", "--no-deps", wheel]
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    install = [*pip, "install", "-q", "--no-index", "--no-deps", wheel]
     # requirements.txt names the wheel relative to itself, which is how MLflow installs it too
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), *install],
-        cwd=model,
-        check=True,
-        env=plain_environment(),
-    )
+    subprocess.run(install, cwd=model, check=True, env=plain_environment())
     # gigabytes of torch are not installed again; .pth files in there are not followed, so no editable install is seen
     (site,) = (folder / "lib").glob("python*/site-packages")
-    (site / "others.pth").write_text(
-        "\n".join(path for path in sys.path if path.endswith("-packages"))
-    )
+    others = [path for path in sys.path if path.endswith("-packages")]
+    (site / "others.pth").write_text("\n".join(others))
     return python
 
 
 def plain_environment() -> dict[str, str]:
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("PYTHON", "VIRTUAL_ENV"))
-    }
+    ours = ("PYTHON", "VIRTUAL_ENV")
+    return {key: value for key, value in os.environ.items() if not key.startswith(ours)}
 
 
 def test_a_registered_training_finds_the_same_in_a_fresh_environment(
@@ -94,19 +83,11 @@ def test_a_registered_training_finds_the_same_in_a_fresh_environment(
 
     python = fresh_environment(model, tmp_path / "venv")
     np.save(tmp_path / "image.npy", IMAGE)
-    done = subprocess.run(
-        [str(python), "-c", ASK, "models:/vitdet@champion", str(tmp_path / "image.npy")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={
-            **plain_environment(),
-            "MLFLOW_TRACKING_URI": server,
-            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        },
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    variables = plain_environment() | {"MLFLOW_TRACKING_URI": server}
+    variables["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    question = [str(python), "-c", ASK, "models:/vitdet@champion", str(tmp_path / "image.npy")]
+    printed = subprocess.check_output(question, cwd=tmp_path, text=True, env=variables)
+    answer = json.loads(printed.splitlines()[-1])
     assert Path(answer["file"]).is_relative_to(tmp_path / "venv")
     stored = download_checkpoint(server, "vitdet", "1", tmp_path / "checkpoint")
     for path in (checkpoint, stored):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -148,21 +149,12 @@ def test_a_champion_of_another_patch_size_is_evaluated_in_its_own_image_size(
     model: Path, own_tiny: Path
 ) -> None:
     config = load_config("tiny", minimal(own_tiny))
-    coarse = minimal(
-        own_tiny,
-        model__backbone__patch_size=32,
-        model__backbone__rel_pos_size=256,
-        data__image_size=256,
-        optim__steps=1,
-    )
+    backbone = {"model__backbone__patch_size": 32, "model__backbone__rel_pos_size": 256}
+    coarse = minimal(own_tiny, **backbone, data__image_size=256, optim__steps=1)
     candidate = load_config("tiny", [*coarse, "evaluate.max_detections=3"])
-    stored = load_model_file(model)
-    found = evaluate_alike(
-        model,
-        config=candidate,
-        class_names=stored["class_names"],
-        val_fingerprint=fingerprint(config.data, config.data.val_split),
-    )
+    names = load_model_file(model)["class_names"]
+    of_data = fingerprint(config.data, config.data.val_split)
+    found = evaluate_alike(model, config=candidate, class_names=names, val_fingerprint=of_data)
     words = ["evaluate.max_detections=3"]
     expected, _ = stages.evaluate(model, words, folder=model.parents[1])
     assert found["box_ap"] == expected["box_ap"]
@@ -176,9 +168,7 @@ def test_too_little_memory_for_the_champion_refuses_the_candidate(
     words = ["--set", "evaluate.max_detections=3", "--output", metrics]
     assert vitdet("evaluate", other, *words)[0] == 0
 
-    def evaluate(*_: object, **__: object) -> dict[str, float]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    evaluate = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr("vitdet.evaluation.evaluator.evaluate", evaluate)
     output = tmp_path / "version.json"
     code, _, err = vitdet("register", other, *CHAMPION, "--metrics", metrics, "--output", output)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,6 +23,7 @@ from vitdet.tracking.comparison import start_parent_run
 
 MISSING = (404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such thing"}, {})
 START = {"experiment": "e", "name": "n", "params": {}, "tags": {}, "dataset": {}}
+Log, Patch = pytest.LogCaptureFixture, pytest.MonkeyPatch
 RETRY = logging.getLogger("urllib3.util.retry")
 
 
@@ -66,11 +68,7 @@ def waits(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("answer", [CUT, *((code, {}, {}) for code in (503, 500, 502, 429, 408))])
 def test_transient_errors_are_retried_and_each_wait_is_logged(
-    tmp_path: Path,
-    answers: Server,
-    slept: list[float],
-    caplog: pytest.LogCaptureFixture,
-    answer: object,
+    tmp_path: Path, answers: Server, slept: list[float], caplog: Log, answer: object
 ) -> None:
     answers.plan["runs/search"] = [answer] * 3
     assert parent(answers.uri, tmp_path) == RUN_ID
@@ -115,11 +113,7 @@ def test_a_run_whose_answer_was_lost_is_found_and_not_created_again(
 
 @pytest.mark.parametrize("retries", ["", "0", "2"])
 def test_a_server_that_stays_away_ends_in_one_line(
-    tmp_path: Path,
-    answers: Server,
-    slept: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-    retries: str,
+    tmp_path: Path, answers: Server, slept: list[float], monkeypatch: Patch, retries: str
 ) -> None:
     """After as many retries as the user has set."""
     if retries:
@@ -206,38 +200,21 @@ else:
 def test_settings_of_the_user_are_distinguished_from_those_of_a_parent_process(
     settings: dict[str, str],
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PARENT],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **settings},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    printed = subprocess.check_output([sys.executable, "-c", PARENT], env=variables, text=True)
+    found = [json.loads(line) for line in printed.splitlines()]
     assert found == [settings, {**settings, client.RETRIES: "3"}]
-
-
-def created(*answers: object) -> Callable[[], str]:
-    left = list(answers)
-
-    def make() -> str:
-        answer = left.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return str(answer)
-
-    return make
 
 
 def test_a_thing_is_created_again_only_if_it_does_not_exist() -> None:
     lost = ConnectionError("lost")
-    assert client.create(lambda: None, created(lost, "new")) == "new"
-    assert client.create(iter([None, "old"]).__next__, created(lost)) == "old"
-    assert client.create(iter([None, "old"]).__next__, created(FileExistsError("is"))) == "old"
+    assert client.create(lambda: None, Mock(side_effect=[lost, "new"])) == "new"
+    for error in (lost, FileExistsError("is")):
+        assert client.create(Mock(side_effect=[None, "old"]), Mock(side_effect=[error])) == "old"
     with pytest.raises(ConnectionError, match="lost"):
-        client.create(lambda: None, created(lost, lost, lost))
+        client.create(lambda: None, Mock(side_effect=[lost, lost, lost]))
     with pytest.raises(ValueError, match="refused"):
-        client.create(lambda: None, created(ValueError("refused")))
+        client.create(lambda: None, Mock(side_effect=ValueError("refused")))
 
 
 def test_the_tracker_of_a_training_run_does_not_repeat_requests_itself(
@@ -251,7 +228,7 @@ def test_the_tracker_of_a_training_run_does_not_repeat_requests_itself(
 
 
 def test_values_of_an_evaluation_are_sent_when_the_server_is_back(
-    tmp_path: Path, answers: Server, slept: list[float], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, answers: Server, slept: list[float], caplog: Log
 ) -> None:
     answers.plan["experiments/get-by-name"] = [(503, {}, {}), CUT]
     journal = tracking.find(tmp_path, None)

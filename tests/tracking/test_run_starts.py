@@ -14,6 +14,8 @@ from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.journal import journals
 
+Log, Patch = pytest.LogCaptureFixture, pytest.MonkeyPatch
+
 
 def runs(uri: str, experiment: str) -> list:
     client = tracking.open_client(uri)
@@ -22,11 +24,7 @@ def runs(uri: str, experiment: str) -> list:
 
 @pytest.mark.parametrize("status", ["KILLED", "FINISHED"])
 def test_a_server_that_does_not_answer_holds_up_neither_the_start_nor_the_end(
-    tmp_path: Path,
-    answers: Server,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    status: str,
+    tmp_path: Path, answers: Server, monkeypatch: Patch, caplog: Log, status: str
 ) -> None:
     """It does not respond while the tracker is open, and nothing waits for that."""
     monkeypatch.setattr(tracking, "START_SECONDS", 0.2)
@@ -111,18 +109,17 @@ def test_a_run_that_was_killed_after_its_last_value_is_sent_and_ended(
 
 @pytest.mark.parametrize("value", [40.0, float("nan"), float("inf")])
 def test_a_value_that_waited_is_not_sent_twice(
-    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, value: float
+    tmp_path: Path, store: str, monkeypatch: Patch, value: float
 ) -> None:
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 1.0)
+    values = {"box_ap": value, "mask_ap": 1.0}
     tracker = start(tmp_path, "http://127.0.0.1:9")
-    tracker.log({"box_ap": value, "mask_ap": 1.0}, 10)
+    tracker.log(values, 10)
     tracker.close()
     tracker._thread.join()  # the end of its process
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 60.0)
     for _ in range(2):
-        run_id = tracking.log_metrics(
-            tracker.run_id, store, tmp_path, {"box_ap": value, "mask_ap": 1.0}, 10
-        )
+        run_id = tracking.log_metrics(tracker.run_id, store, tmp_path, values, 10)
         assert len(points(store, run_id, "box_ap")) == len(points(store, run_id, "mask_ap")) == 1
 
 
@@ -140,7 +137,7 @@ def test_values_of_evaluations_alternate_without_being_lost(tmp_path: Path, stor
     "uri", ["http://alice:s3cret@127.0.0.1:9", "http://alice:s3c@ret@127.0.0.1:9/base"]
 )
 def test_a_password_in_the_address_is_never_shown(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, uri: str
+    tmp_path: Path, caplog: Log, monkeypatch: Patch, uri: str
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 1.0)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.conftest import ROOT
 from tests.helpers.mlflow_server import Server
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.journal import find
 from vitdet.tracking.naming import git_revision
 
-ROOT = Path(__file__).parents[2]
 WHAT = {
     "experiment": "test",
     "name": "run",
@@ -46,6 +46,11 @@ def start(
 def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     history = tracking.open_client(uri).get_metric_history(run_id, key)
     return sorted((point.step, point.value) for point in history)
+
+
+def log(tracker: tracking.Tracker, steps: range) -> None:
+    for step in steps:
+        tracker.log({"loss": step / 2}, step)
 
 
 def once(steps: range) -> list[tuple[int, float]]:
@@ -88,8 +93,7 @@ def test_the_default_is_a_file_in_the_folder(
 @pytest.mark.parametrize("journal_lost", [False, True])
 def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lost: bool) -> None:
     first = start(tmp_path / "a", store)
-    for step in range(158):  # killed here: no close
-        first.log({"loss": step / 2}, step)
+    log(first, range(158))  # killed here: no close
     while first._journal.waiting():
         time.sleep(0.01)
     folder = tmp_path / ("b" if journal_lost else "a")
@@ -127,9 +131,8 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
         "for step in range(10**6):\n"
         "    t.log({'loss': step / 2}, step); print(step, flush=True); time.sleep(0.002)"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    words = [sys.executable, "-c", code]
+    child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     run_id = child.stdout.readline().strip()
     while int(child.stdout.readline()) < 150:
         pass
@@ -137,8 +140,7 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     last = int(([150] + [int(line) for line in child.stdout.read().split()])[-1])
     child.wait()
     tracker = start(tmp_path, store, run_id=run_id, resume_step=100)
-    for step in range(100, last + 50):
-        tracker.log({"loss": step / 2}, step)
+    log(tracker, range(100, last + 50))
     tracker.close()
     assert points(store, run_id, "loss") == once(range(last + 50))
 
@@ -261,7 +263,7 @@ def test_a_killed_server_costs_no_point_and_no_time(
 
     monkeypatch.setattr(requests.Session, "send", recorded)
 
-    def log(steps: range) -> None:
+    def timed(steps: range) -> None:
         before = sent.count(threading.current_thread())
         for step in steps:
             begun = time.perf_counter()
@@ -270,21 +272,20 @@ def test_a_killed_server_costs_no_point_and_no_time(
             time.sleep(0.002)
         assert sent.count(threading.current_thread()) == before  # the training never waits for it
 
-    log(range(300))
+    timed(range(300))
     server.kill()  # in the middle of shipments
-    log(range(300, 600))
+    timed(range(300, 600))
     tracker.artifact(picture, "predictions")
     late = start(tmp_path / "late", server.uri)  # a run that starts without a server
     pending = late.run_id
     assert pending.startswith("pending-")
-    for step in range(50):
-        late.log({"loss": step / 2}, step)
+    log(late, range(50))
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 2.5)
     late.close()  # and ends before there is one
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 30.0)
 
     server.start()
-    log(range(600, 900))
+    timed(range(600, 900))
     server.wait()
     tracker.close()
     assert points(server.uri, tracker.run_id, "loss") == once(range(900))
@@ -296,8 +297,7 @@ def test_a_killed_server_costs_no_point_and_no_time(
     print(f"a call of log: {1e6 * statistics.median(took):.0f} us in the median")
 
     resumed = start(tmp_path / "late", server.uri, run_id=pending, resume_step=40)
-    for step in range(40, 60):
-        resumed.log({"loss": step / 2}, step)
+    log(resumed, range(40, 60))
     resumed.close()
     assert points(server.uri, resumed.run_id, "loss") == once(range(60))
     assert find(tmp_path / "late", pending).run_id == resumed.run_id
