@@ -40,6 +40,11 @@ class Run:
     def path(self, name: str) -> str:
         return str(self.folder / self.run_id / name)
 
+    @property
+    def common(self) -> tuple[str, str, str, str, str]:
+        """What the steps after the evaluation have in common."""
+        return self.path("figures"), self.path("configs"), self.name, str(self.space), self.run_id
+
     def prepare(self, root: Path, *overrides: str, recipe: str = "tiny") -> Run:
         overrides = (f"data.root={root}", "optim.steps=1", *SMALL, *overrides)
         (self.name,) = stages.resolve_configs(
@@ -51,28 +56,14 @@ class Run:
         return self
 
     def train(self) -> Run:
-        stages.train_recipe(
-            self.path("settings"),
-            self.name,
-            self.data,
-            str(self.space),
-            self.run_id,
-            self.path("model.pt"),
-        )
+        run = self.path("settings"), self.name, self.data, str(self.space), self.run_id
+        stages.train_recipe(*run, self.path("model.pt"))
         return self
 
     def evaluate(self) -> bool:
-        found = stages.evaluate_recipe(
-            self.path("model.pt"),
-            self.path("configs"),
-            self.name,
-            self.data,
-            str(self.space),
-            self.run_id,
-            self.path("figures"),
-            self.path("report"),
-        )
-        return found.known
+        run = self.path("configs"), self.name, self.data, str(self.space), self.run_id
+        outputs = self.path("figures"), self.path("report")
+        return stages.evaluate_recipe(self.path("model.pt"), *run, *outputs).known
 
     def better(self, ap: float) -> None:
         """Changes the AP that was measured."""
@@ -82,34 +73,13 @@ class Run:
         Path(self.path("figures")).write_text(json.dumps(row))
 
     def evaluate_champion(self) -> str:
-        return stages.evaluate_champion(
-            self.path("model.pt"),
-            self.path("figures"),
-            self.path("configs"),
-            self.name,
-            str(self.space),
-            self.run_id,
-        )
+        return stages.evaluate_champion(self.path("model.pt"), *self.common)
 
     def gate(self) -> tuple[bool, str]:
-        return stages.gate(
-            self.path("figures"),
-            self.path("configs"),
-            self.name,
-            str(self.space),
-            self.run_id,
-            self.path("verdict"),
-        )
+        return stages.gate(*self.common, self.path("verdict"))
 
     def register(self) -> str:
-        return stages.register_recipe(
-            self.path("model.pt"),
-            self.path("figures"),
-            self.path("configs"),
-            self.name,
-            str(self.space),
-            self.run_id,
-        )
+        return stages.register_recipe(self.path("model.pt"), *self.common)
 
 
 SMALL = [f"{key}={value}" for key, value in MINIMAL.items() if key != "optim.steps"]
@@ -147,9 +117,8 @@ def version(run: Run) -> str:
 @pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_vitdet_b_coco"])
 def test_own_data_needs_one_override(own_tiny: Path, tmp_path: Path, recipe: str) -> None:
     other_classes(own_tiny, ["bolt", "nut"])
-    run = Run(tmp_path / "space", tmp_path, "1" * 16).prepare(
-        own_tiny, "train.init=", recipe=recipe
-    )
+    run = Run(tmp_path / "space", tmp_path, "1" * 16)
+    run.prepare(own_tiny, "train.init=", recipe=recipe)
     config = load_config(Path(run.path("configs")) / f"{run.name}.yaml")
     assert config.model.roi_heads.num_classes == 2
     assert (config.data.train_split, config.data.val_split) == ("train", "val")
@@ -160,14 +129,11 @@ def test_own_data_needs_one_override(own_tiny: Path, tmp_path: Path, recipe: str
     assert resolve_config(argv[1])[0] == config
 
 
-def test_two_recipes_with_other_splits_are_compared_on_own_data(
-    own_tiny: Path, tmp_path: Path
-) -> None:
+def test_two_recipes_are_compared_on_own_data(own_tiny: Path, tmp_path: Path) -> None:
     overrides = [f"data.root={own_tiny}", "train.init=", "evaluate.max_detections=60"]
     folders = [str(tmp_path / name) for name in ("settings", "space", "configs", "manifest")]
-    names = stages.resolve_configs(
-        ["tiny", "mask_rcnn_vitdet_b_coco"], overrides, folders[1], folders[0]
-    )
+    recipes = ["tiny", "mask_rcnn_vitdet_b_coco"]
+    names = stages.resolve_configs(recipes, overrides, folders[1], folders[0])
     stages.prepare_data(*folders)
     splits = {load_config(tmp_path / "configs" / f"{name}.yaml").data.val_split for name in names}
     assert len(names) == 2 and splits == {"val"}
@@ -179,9 +145,7 @@ def test_a_setting_of_the_user_is_not_replaced(own_tiny: Path, tmp_path: Path) -
         run.prepare(own_tiny, "model.roi_heads.num_classes=5")
 
 
-def test_submitted_again_after_an_added_image_the_run_trains_again(
-    own_tiny: Path, tmp_path: Path
-) -> None:
+def test_after_an_added_image_a_new_run_trains_again(own_tiny: Path, tmp_path: Path) -> None:
     first = Run(tmp_path / "space", tmp_path, "1" * 16).prepare(own_tiny)
     same = Run(tmp_path / "space", tmp_path, "2" * 16).prepare(own_tiny)
     assert (first.name, first.data) == (same.name, same.data)
@@ -196,9 +160,7 @@ def test_submitted_again_after_an_added_image_the_run_trains_again(
     assert "-".join(stored["fingerprints"].values()) == changed.data
 
 
-def test_submitted_again_after_an_added_class_the_run_trains_again(
-    own_tiny: Path, tmp_path: Path
-) -> None:
+def test_after_an_added_class_a_new_run_trains_again(own_tiny: Path, tmp_path: Path) -> None:
     first = Run(tmp_path / "space", tmp_path, "1" * 16).prepare(own_tiny)
     for path in (own_tiny / "annotations").iterdir():
         content = json.loads(path.read_text())
@@ -264,7 +226,7 @@ def test_a_champion_whose_artifacts_are_gone_is_not_replaced(again: Run) -> None
 
 
 def test_the_command_line_registers_a_champion_through_the_gate(
-    own_tiny: Path, vitdet: Callable[..., tuple[int, str, str]], tmp_path: Path
+    own_tiny: Path, vitdet: Callable, tmp_path: Path
 ) -> None:
     metrics, first = tmp_path / "metrics.json", tmp_path / "runs" / "first"
     config = resolve_config("tiny", [f"data.root={own_tiny}", "optim.steps=1", *SMALL])[0]

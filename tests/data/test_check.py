@@ -46,20 +46,11 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 def test_a_sound_folder_has_warnings_for_what_training_leaves_out(sound: Path) -> None:
     report = check(sound)
     assert report.ok and report.splits == {"train": (3, 5, 2), "val": (3, 5, 2)}
-    assert kinds(report) == (
-        {},
-        {
-            "crowd region (ignored in training)": 2,
-            "image without objects": 2,
-            "box of zero size (ignored in training)": 2,
-        },
-    )
+    left_out = ("crowd region (ignored in training)", "box of zero size (ignored in training)")
+    assert kinds(report) == ({}, dict.fromkeys(("image without objects", *left_out), 2))
     lines = report.lines()
-    assert lines[1:4] == [
-        "  train: 3 images, 5 annotations, 2 categories",
-        "  val: 3 images, 5 annotations, 2 categories",
-        "errors: none",
-    ]
+    counts = "3 images, 5 annotations, 2 categories"
+    assert lines[1:4] == [f"  train: {counts}", f"  val: {counts}", "errors: none"]
     assert "      instances_train.json: annotation 2 (image 2)" in lines
 
 
@@ -86,12 +77,11 @@ def outline(index: int, value: object) -> Callable[[dict], None]:
     return set_value("annotations", index, "segmentation", value)
 
 
-SIDE = "image height that is not a whole number from 1 to 65535"
 FAULTS = [  # all kinds: test_odd_annotations
     (set_value("annotations", 1, "id", 1), "duplicate annotation id", "annotation 1: entry 1"),
     (set_value("images", 1, "id", 1), "duplicate image id", "image 1: entry 1"),
     (set_value("categories", 1, "id", 1), "duplicate category id", "category 1: entry 1"),
-    (set_value("images", 1, "height", 0), SIDE, "image 2: 0"),
+    (set_value("images", 1, "height", 0), "image height that is not a whole", "image 2: 0"),
     (set_value("images", 1, "width", 63), "image size that differs", "64 x 48, annotated 63 x 48"),
     (set_value("images", 1, "file_name", "none.png"), "missing image file", "train/'none.png'"),
     (set_value("annotations", 0, "bbox", [1, 2, 3]), "bbox that is not four", "[1, 2, 3]"),
@@ -109,9 +99,7 @@ FAULTS = [  # all kinds: test_odd_annotations
 
 
 @pytest.mark.parametrize(("damage", "kind", "example"), FAULTS)
-def test_an_error_is_named_with_its_place(
-    folder: Path, damage: Callable, kind: str, example: str
-) -> None:
+def test_an_error_has_its_place(folder: Path, damage: Callable, kind: str, example: str) -> None:
     content = document()
     damage(content)
     write(folder, "train", content)
@@ -138,17 +126,10 @@ def test_all_problems_are_listed_at_once_with_counts_and_three_examples(folder: 
     assert any("line 2 column 18" in line for line in text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[1, 2]",
-        "null",
-        "[" * 100_000,
-        '{"images": 1e999}',
-        "\ud800".encode("utf-8", "surrogatepass").decode("latin1"),
-    ],
-)
+NO_UNICODE = "\ud800".encode("utf-8", "surrogatepass").decode("latin1")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "null", '{"images": 1e999}', NO_UNICODE])
 def test_a_file_that_is_something_else_is_an_error(folder: Path, text: str) -> None:
     write(folder, "train", text)
     report = check(folder, ["train"])
@@ -161,10 +142,7 @@ def test_damaged_image_files_are_told_apart(folder: Path) -> None:
     (folder / "train" / "2.png").write_text("<html>not found</html>")
     (folder / "train" / "3.png").unlink()
     report = check(folder)
-    assert kinds(report)[0] == {
-        "truncated or invalid image file": 2,
-        "missing image file": 1,
-    }
+    assert kinds(report)[0] == {"truncated or invalid image file": 2, "missing image file": 1}
     assert kinds(check(folder, images=False))[0] == {"missing image file": 1}
 
 
@@ -184,16 +162,10 @@ def test_the_same_ids_in_two_splits_are_an_error_unless_the_pictures_differ(fold
     write(folder, "val", document())
     for number in (1, 2, 3):
         (folder / "val" / f"1{number}.png").rename(folder / "val" / f"{number}.png")
-    assert kinds(check(folder, images=False))[0] == {
-        "image id in two splits": 3,
-        "file name in two splits": 3,
-    }
+    shared = {"image id in two splits": 3, "file name in two splits": 3}
+    assert kinds(check(folder, images=False))[0] == shared
     errors, warnings = kinds(check(folder))
-    assert (
-        not errors
-        and warnings["image id in two splits"] == 3
-        and warnings["file name in two splits"] == 3
-    )
+    assert not errors and shared.items() <= warnings.items()
 
 
 def test_categories_that_differ_between_splits_are_an_error(folder: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from vitdet.data.coco import ImageError, read_coco, read_image
-from vitdet.data.images import upright
 
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "coco-sample"
 TRIANGLE = [2.0, 3.0, 12.0, 3.0, 2.0, 8.0]
@@ -69,9 +68,7 @@ def _damage(where: str, **values: object) -> dict:
         ([1, 2], "expected an object with images, annotations, categories; got a list"),
     ],
 )
-def test_a_problem_is_one_line_that_says_what_to_do(
-    tmp_path: Path, content: object, expected: str
-) -> None:
+def test_a_problem_is_one_line(tmp_path: Path, content: object, expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
         read_coco(_write(tmp_path, content), tmp_path / "train")
     message = str(caught.value)
@@ -79,27 +76,9 @@ def test_a_problem_is_one_line_that_says_what_to_do(
     assert "vitdet data check" in message
 
 
-def test_broken_json_and_missing_file(tmp_path: Path) -> None:
-    path = _write(tmp_path, {})
-    path.write_text('{"images": [')
-    with pytest.raises(ValueError, match="invalid JSON"):
-        read_coco(path, tmp_path)
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such annotation file"):
         read_coco(tmp_path / "none.json", tmp_path)
-
-
-def test_images_of_any_mode_come_upright_and_rgb(tmp_path: Path) -> None:
-    for mode in ("L", "LA", "P", "RGBA", "1"):
-        Image.new(mode, (6, 4)).save(tmp_path / f"{mode}.png")
-        image = read_image(tmp_path / f"{mode}.png", (4, 6))
-        assert image.mode == "RGB" and image.size == (6, 4)
-    Image.new("CMYK", (6, 4)).save(tmp_path / "cmyk.jpg")
-    assert read_image(tmp_path / "cmyk.jpg").mode == "RGB"
-    turned = Image.new("RGB", (6, 4))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # the camera was turned by a quarter
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg", (6, 4)).size == (4, 6)
 
 
 def test_sixteen_bits_are_scaled_and_turned(tmp_path: Path) -> None:
@@ -109,32 +88,14 @@ def test_sixteen_bits_are_scaled_and_turned(tmp_path: Path) -> None:
     for name in ("x.png", "x.tiff"):
         Image.fromarray(pixels).save(tmp_path / name, exif=exif)
         image = np.asarray(read_image(tmp_path / name, (2, 3)))
-        assert (
-            image[::-1, ::-1, 0].tolist() == [[0, 0, 1], [128, 156, 255]]
-            and (image == image[..., :1]).all()
-        )
-    wide = Image.fromarray(pixels.astype(np.int32))
-    assert wide.mode == "I" and np.asarray(upright(wide))[1, :, 0].tolist() == [128, 156, 255]
-    assert np.asarray(upright(Image.fromarray(np.array([[7, 255]], np.int32))))[
-        0, :, 0
-    ].tolist() == [7, 255]
+        assert image[::-1, ::-1, 0].tolist() == [[0, 0, 1], [128, 156, 255]]
+        assert (image == image[..., :1]).all()
 
 
-def test_unusable_images_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "x.jpg"
-    with pytest.raises(
-        ImageError, match="x.jpg: no such image file; `vitdet data check ROOT --images"
-    ):
-        read_image(path)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
-    with pytest.raises(ImageError, match="x.jpg: 64 x 64 pixels, annotated 70 x 64"):
-        read_image(path, (64, 70))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ImageError, match="x.jpg: the image cannot be read: .*truncated"):
-        read_image(path)
-    path.write_text("no image")
-    with pytest.raises(ImageError, match="x.jpg: not an image that can be read"):
-        read_image(path)
+def test_an_image_that_has_disappeared_is_named(tmp_path: Path) -> None:
+    says = "x.jpg: no such image file; `vitdet data check ROOT --images"
+    with pytest.raises(ImageError, match=says):
+        read_image(tmp_path / "x.jpg")
 
 
 def test_real_coco_annotations() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.annotations import document, draw_images
-from vitdet.cli import main
 from vitdet.config import DataConfig, load_config
 from vitdet.data.check import check
 from vitdet.data.coco_layouts import find_splits
@@ -51,29 +50,14 @@ def roboflow(root: Path) -> None:
         draw_images(root / split, first)
 
 
-def cvat(root: Path) -> None:
-    write(root / "annotations" / "instances_default.json", content())
-    draw_images(root / "images" / "default")
+def one_split(file: str, folder: str, prefix: str = "") -> Callable[[Path], None]:
+    """An annotation file, and its images in a folder."""
 
+    def layout(root: Path) -> None:
+        write(root / file, content(folder=prefix))
+        draw_images(root / folder)
 
-def cvat_flat(root: Path) -> None:
-    write(root / "annotations" / "instances_default.json", content())
-    draw_images(root / "images")
-
-
-def label_studio(root: Path) -> None:
-    write(root / "result.json", content(folder="images/"))
-    draw_images(root / "images")
-
-
-def label_studio_on_windows(root: Path) -> None:
-    write(root / "result.json", content(folder="images\\"))
-    draw_images(root / "images")
-
-
-def fiftyone(root: Path) -> None:
-    write(root / "labels.json", content())
-    draw_images(root / "data")
+    return layout
 
 
 def bare(root: Path) -> None:
@@ -82,19 +66,25 @@ def bare(root: Path) -> None:
     draw_images(root)
 
 
-ONE_SPLIT = [cvat, cvat_flat, label_studio, label_studio_on_windows, fiftyone, bare]
+ONE_SPLIT = {
+    "cvat": one_split("annotations/instances_default.json", "images/default"),
+    "cvat flat": one_split("annotations/instances_default.json", "images"),
+    "label studio": one_split("result.json", "images", "images/"),
+    "label studio on windows": one_split("result.json", "images", "images\\"),
+    "fiftyone": one_split("labels.json", "data"),
+    "bare": bare,
+}
 
 
-@pytest.mark.parametrize("layout", [coco, roboflow, *ONE_SPLIT])
+@pytest.mark.parametrize("layout", [coco, roboflow, *ONE_SPLIT.values()])
 def test_every_layout_has_the_same_records(tmp_path: Path, layout: Callable[[Path], None]) -> None:
     coco(tmp_path / "plain")
     layout(tmp_path / "own")
     expected = read_split(DataConfig(root=str(tmp_path / "plain")), "train")
     root = tmp_path / "own"
     splits = find_splits(root)
-    assert list(splits) == {coco: ["train", "val"], roboflow: ["train", "valid"]}.get(
-        layout, ["default"]
-    )
+    named = {coco: ["train", "val"], roboflow: ["train", "valid"]}
+    assert list(splits) == named.get(layout, ["default"])
     data = DataConfig(root=str(root))
     found = read_split(data, next(iter(splits)))
     assert found.class_names == expected.class_names == ("disc", "bar")
@@ -123,18 +113,14 @@ def test_roboflows_export_is_resolved_and_its_root_category_dropped(tmp_path: Pa
     assert read_split(config.data, "train").class_names == ("things", "disc", "bar")
 
 
-@pytest.mark.parametrize("layout", ONE_SPLIT)
+@pytest.mark.parametrize("layout", ONE_SPLIT.values(), ids=ONE_SPLIT)
 def test_one_split_is_not_trained_and_validated_on(
-    tmp_path: Path, layout: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    vitdet: Callable, layout: Callable[[Path], None]
 ) -> None:
-    layout(tmp_path / "own")
-    argv = ["train", "tiny", "--set", f"data.root={tmp_path / 'own'}", "--output"]
-    with pytest.raises(SystemExit) as ended:
-        main([*argv, str(tmp_path / "out")])
-    assert ended.value.code == 1
-    error = capsys.readouterr().err
-    assert "only split is default" in error and "--val-share 0.1" in error
-    assert not (tmp_path / "out").exists()
+    layout(Path("own"))
+    code, _, error = vitdet("train", "tiny", "--set", "data.root=own", "--output", "out")
+    assert code == 1 and "only split is default" in error and "--val-share 0.1" in error
+    assert not Path("out").exists()
 
 
 def test_what_is_there_is_named_where_nothing_is_recognized(tmp_path: Path) -> None:

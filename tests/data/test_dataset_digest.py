@@ -54,16 +54,14 @@ def test_every_way_to_train_logs_the_same_digest(
     own, held = (place(source, "own"), place(source, "work/data/held", os.symlink))
     assert vitdet("train", "tiny", *options(settings(own)), "--output", "runs/a")[0] == 143
 
-    assert (
-        vitdet("config", "tiny", *options(settings(held)), "--output", "work/config.yaml")[0] == 0
-    )
+    words = ["config", "tiny", *options(settings(held)), "--output", "work/config.yaml"]
+    assert vitdet(*words)[0] == 0
     command = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["cmd"][0].split()
     Path("work/weights").mkdir()
     assert vitdet(*command[1:])[0] == 143
 
-    space, configs, manifest, resolved = (
-        str(tmp_path / name) for name in ("space", "settings", "manifest", "configs")
-    )
+    names = ("space", "settings", "manifest", "configs")
+    space, configs, manifest, resolved = (str(tmp_path / name) for name in names)
     place(source, "space/sets/there")
     (name,) = stages.resolve_configs(["tiny"], settings("sets/there"), space, configs)
     key = stages.prepare_data(configs, space, resolved, manifest).fingerprint

@@ -29,9 +29,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_entries_are_those_of_json(large: Path) -> None:
     path = large / "annotations" / "instances_train.json"
     found, expected = read_entries(path), json.loads(path.read_bytes())
-    assert (
-        set(found) == {"images", "annotations", "categories"} and len(found["annotations"]) == 300
-    )
+    assert set(found) == {"images", "annotations", "categories"}
+    assert len(found["annotations"]) == 300
     for table, entries in found.items():
         assert isinstance(entries, Entries)
         for _ in range(2):
@@ -53,35 +52,20 @@ def test_what_is_no_sound_file_is_as_json_reads_it(tmp_path: Path, text: str) ->
     path.write_text(text)
     found, expected = read_entries(path), json.loads(text)
     if isinstance(found, dict):
-        found = {
-            table: list(value) if isinstance(value, Entries) else value
-            for table, value in found.items()
-        }
         expected = {table: expected[table] for table in found}
+        read = {table: list(one) for table, one in found.items() if isinstance(one, Entries)}
+        found |= read
     assert repr(found) == repr(expected)  # nan is not equal to nan
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"images": [}', '{"images": ["\\x"]}', "[" * 100_000])
-def test_broken_json_is_one_line(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="x.json: invalid JSON") as caught:
-        read_coco(path, tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_records_are_equal_however_the_file_was_read(large: Path) -> None:
     path = large / "annotations" / "instances_train.json"
     tree = json.loads(path.read_bytes())
     streamed, whole = read_coco(path, large / "train"), read_coco(path, large / "train", tree=tree)
-    of_image = {
-        image["id"]: [
-            one
-            for one in tree["annotations"]
-            if one["image_id"] == image["id"] and not one["iscrowd"]
-        ]
-        for image in tree["images"]
-    }
+    of_image: dict[int, list[dict]] = {image["id"]: [] for image in tree["images"]}
+    for one in tree["annotations"]:
+        if not one["iscrowd"]:
+            of_image[one["image_id"]].append(one)
     assert streamed.dropped == whole.dropped and streamed.image_counts == whole.image_counts
     for one, other in zip(streamed.records, whole.records, strict=True):
         expected = of_image[one.image_id]
@@ -100,11 +84,8 @@ def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path
     assert records[-1].image_id == 60 and len(records[60:]) == 0
     with pytest.raises(IndexError):
         records[60]
-    assert (
-        part.counts().tolist()
-        == [len(record) for record in part]
-        == [len(labels) for labels in part.labels()]
-    )
+    assert part.counts().tolist() == [len(record) for record in part]
+    assert part.counts().tolist() == [len(labels) for labels in part.labels()]
     assert part.sizes().tolist() == [[record.height, record.width] for record in part]
     assert list(part.paths()) == [record.path for record in part]
     reached, waiting = 0, [records]

@@ -74,8 +74,8 @@ def append(path: Path) -> None:
         (lambda root: (root / "annotations" / "captions_val.json").write_text("{}"), set()),
     ],
 )
-def test_a_fingerprint_covers_annotations_and_the_images_that_they_name(
-    data: DataConfig, change: Callable[[Path], object], changed: set[str]
+def test_a_fingerprint_covers_annotations_and_named_images(
+    data: DataConfig, change: Callable, changed: set[str]
 ) -> None:
     before = fingerprints(data)
     change(Path(data.root))
@@ -139,38 +139,27 @@ def test_data_that_was_verified_is_verified_again(data: DataConfig) -> None:
         verify(data, expected)
 
 
-@pytest.fixture
-def old_run(own_tiny: Path, tmp_path: Path) -> Path:
-    """A run that version 0.1 interrupted: its states hold the digest of the whole data set."""
-    settings = minimal(own_tiny, optim__steps=2, train__save_every=1)
-    train(load_config("tiny", settings), tmp_path / "whole")
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    state = torch.load(tmp_path / "whole" / "checkpoints" / "step_00000001.pt", weights_only=True)
-    assert state.pop("fingerprints") == fingerprints(load_config("tiny", settings).data)
-    state["dataset_digest"] = legacy_dataset_digest(load_config("tiny", settings).data)
-    torch.save(state, tmp_path / "run" / "checkpoints" / "step_00000001.pt")
-    return tmp_path / "run"
-
-
-def test_a_run_of_version_0_1_goes_on_with_the_same_data(old_run: Path, own_tiny: Path) -> None:
+def test_a_run_of_version_0_1_goes_on_with_the_same_data_only(own_tiny: Path) -> None:
+    """Its states hold the digest of the whole data set."""
     config = load_config("tiny", minimal(own_tiny, optim__steps=2, train__save_every=1))
-    train(config, old_run)
-    stored = load_model_file(old_run / "model.pt")
+    whole, old = own_tiny.parent / "whole", own_tiny.parent / "run"
+    train(config, whole)
+    (old / "checkpoints").mkdir(parents=True)
+    state = torch.load(whole / "checkpoints" / "step_00000001.pt", weights_only=True)
+    assert state.pop("fingerprints") == fingerprints(config.data)
+    state["dataset_digest"] = legacy_dataset_digest(config.data)
+    torch.save(state, old / "checkpoints" / "step_00000001.pt")
+    shutil.copytree(old, own_tiny.parent / "other")
+    train(config, old)
+    expected, stored = (load_model_file(folder / "model.pt") for folder in (whole, old))
     assert stored["fingerprints"] == fingerprints(config.data)
-    whole = load_model_file(old_run.parent / "whole" / "model.pt")
-    assert all(torch.equal(whole["model"][key], value) for key, value in stored["model"].items())
-
-
-def test_a_run_of_version_0_1_is_refused_with_other_data(old_run: Path, own_tiny: Path) -> None:
-    config = load_config("tiny", minimal(own_tiny, optim__steps=2, train__save_every=1))
+    assert all(torch.equal(expected["model"][key], one) for key, one in stored["model"].items())
     add_image(own_tiny)
     with pytest.raises(ValueError, match="the data set has changed since this run started"):
-        train(config, old_run)
+        train(config, own_tiny.parent / "other")
 
 
-def test_states_that_version_0_1_stored_under_checkpoints_are_found(
-    own_tiny: Path, tmp_path: Path
-) -> None:
+def test_the_folder_of_states_of_version_0_1_is_found(own_tiny: Path, tmp_path: Path) -> None:
     config = load_config("tiny", minimal(own_tiny))
     prints = fingerprints(config.data)
     text = f"{legacy_digest(config)} {legacy_dataset_digest(config.data)} "

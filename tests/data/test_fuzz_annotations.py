@@ -20,13 +20,10 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("fuzz")
     draw_images(folder / "val")
     (folder / "annotations").mkdir()
-    return DataConfig(
-        root=str(folder), dataset=request.param, train_split="val", val_split="val", image_size=64
-    )
+    splits = {"train_split": "val", "val_split": "val"}
+    return DataConfig(root=str(folder), dataset=request.param, image_size=64, **splits)
 
 
 @given(content=files(document()), other=files(document(lvis=True)))
-def test_what_check_accepts_runs_and_what_it_refuses_is_refused_in_one_line(
-    data: DataConfig, content: bytes, other: bytes
-) -> None:
+def test_all_readers_agree_with_the_check(data: DataConfig, content: bytes, other: bytes) -> None:
     judged(data, other if data.dataset == "lvis" else content)

@@ -49,9 +49,8 @@ def data(tiny: Path, tmp_path: Path) -> DataConfig:
 
 
 def ids_of(data: DataConfig) -> list[int]:
-    return sorted(
-        {record.image_id for record in TrainData(read_split(data, "train"), data, 0).records}
-    )
+    records = TrainData(read_split(data, "train"), data, 0).records
+    return sorted({record.image_id for record in records})
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -103,10 +102,13 @@ def test_max_images_counts_them_in_training_only(data: DataConfig) -> None:
 
 
 def test_without_any_object_there_is_nothing_to_learn(data: DataConfig) -> None:
+    data = replace(data, keep_empty=True)
+    with pytest.raises(ValueError, match="no image of train has a usable object"):
+        train_loader(replace(data, max_images=2), 1, 0, 0, 1)  # the two without objects
     path = Path(data.root) / "annotations" / "instances_train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     with pytest.raises(ValueError, match="no image of train has a usable object"):
-        train_loader(replace(data, keep_empty=True), 1, 0, 0, 1)
+        train_loader(data, 1, 0, 0, 1)
 
 
 def cross_entropy(logit: float, truth: bool) -> float:
@@ -166,12 +168,8 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
 
 
 def test_a_training_with_background_images_is_finite(data: DataConfig, tmp_path: Path) -> None:
-    settings = [
-        *minimal(Path(data.root)),
-        "data.keep_empty=true",
-        "data.workers=0",
-        "optim.steps=2",
-    ]
+    changes = ["data.keep_empty=true", "data.workers=0", "optim.steps=2"]
+    settings = [*minimal(Path(data.root)), *changes]
     model = train(load_config("tiny", settings), tmp_path / "run")
     stored = torch.load(model, weights_only=True)["model"]
     assert all(np.isfinite(value.numpy()).all() for value in stored.values())

@@ -21,9 +21,8 @@ from vitdet.data.layout import explicit_settings, missing, resolve, resolve_conf
 from vitdet.types import Detections
 
 Run = Callable[..., tuple[int, str, str]]
-SMALL = options(
-    [f"{key}={value}" for key, value in MINIMAL.items()] + ["optim.steps=1", "data.max_images=2"]
-)
+FEW = MINIMAL | {"optim.steps": 1, "data.max_images": 2}
+SMALL = options([f"{key}={value}" for key, value in FEW.items()])
 NAMES = ("bolt", "nut", "split pin")
 
 
@@ -32,37 +31,31 @@ def yolo(tmp_path: Path) -> Path:
     """Squares of three classes, as a camera's labeling tool leaves them."""
     folder, rng = tmp_path / "yolo", np.random.default_rng(0)
     for split in ("train", "valid"):
-        for kind in ("images", "labels"):
-            (folder / split / kind).mkdir(parents=True)
+        images, labels = folder / split / "images", folder / split / "labels"
+        images.mkdir(parents=True)
+        labels.mkdir()
         for number in range(3):
-            Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)).save(
-                folder / split / "images" / f"{split}{number}.jpg"
-            )
-            (folder / split / "labels" / f"{split}{number}.txt").write_text(
-                f"{number} 0.5 0.5 0.4 0.5\n"
-            )
-    (folder / "data.yaml").write_text(
-        f"train: train/images\nval: valid/images\nnames: {list(NAMES)}\n"
-    )
+            pixels = rng.integers(0, 256, (96, 128, 3), np.uint8)
+            Image.fromarray(pixels).save(images / f"{split}{number}.jpg")
+            (labels / f"{split}{number}.txt").write_text(f"{number} 0.5 0.5 0.4 0.5\n")
+    head = f"train: train/images\nval: valid/images\nnames: {list(NAMES)}\n"
+    (folder / "data.yaml").write_text(head)
     return folder
 
 
 def renamed(data: Path, **splits: str) -> Path:
     """Splits under other names."""
     for old, new in splits.items():
-        shutil.move(data / old, data / new)
-        shutil.move(
-            data / "annotations" / f"instances_{old}.json",
-            data / "annotations" / f"instances_{new}.json",
-        )
+        for name in ("{}", "annotations/instances_{}.json"):
+            shutil.move(data / name.format(old), data / name.format(new))
     return data
 
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """What was told on the way."""
+    """The messages that were logged."""
     caplog.set_level("INFO")
-    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+    return lambda: "\n".join(caplog.messages)
 
 
 def test_from_labels_to_pictures_with_one_setting(
@@ -70,26 +63,19 @@ def test_from_labels_to_pictures_with_one_setting(
 ) -> None:
     root, output = tmp_path / "parts", tmp_path / "runs" / "parts"
     assert vitdet("data", "convert", yolo, root)[0] == 0
-    code, out, err = vitdet(
-        "train", "tiny", *SMALL, "--set", f"data.root={root}", "--output", output
-    )
+    words = ["train", "tiny", *SMALL, "--set", f"data.root={root}", "--output", output]
+    code, out, err = vitdet(*words)
     has = f"{root} has model.roi_heads.num_classes=3, model.mask.enabled=false"
     assert code == 0 and has in said().splitlines(), err
     assert "num_classes: 3" in (output / "config.yaml").read_text()
     assert load_model_file(output / "model.pt")["class_names"] == list(NAMES)
     assert Predictor.load(output / "model.pt").class_names == NAMES
 
-    photo = root / "val" / "valid0.jpg"
-    code, out, _ = vitdet(
-        "predict", output / "model.pt", photo, "--threshold", 0, "--output", tmp_path / "drawn"
-    )
+    words = ["predict", output / "model.pt", root / "val" / "valid0.jpg", "--threshold", 0]
+    code, out, _ = vitdet(*words, "--output", tmp_path / "drawn")
     found = json.loads((tmp_path / "drawn" / "detections.json").read_text())["valid0.jpg"]
-    assert (
-        code == 0
-        and found
-        and {one["name"] for one in found} <= set(NAMES)
-        and found[0]["name"] in out
-    )
+    assert code == 0 and found[0]["name"] in out
+    assert {one["name"] for one in found} <= set(NAMES)
     code, out, _ = vitdet("evaluate", output / "model.pt", "--plots", tmp_path / "plots")
     table = json.loads((tmp_path / "plots" / "classes.json").read_text())
     assert code == 0 and {row["class"] for row in table} <= set(NAMES) and table
@@ -112,17 +98,13 @@ def test_a_checkpoint_is_evaluated_on_the_splits_of_another_folder(
 @pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"])
 def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> None:
     kind = [] if recipe != "mask_rcnn_vitdet_b_lvis" else ["data.dataset=coco"]
-    overrides = [
-        *kind,
-        f"data.root={renamed(own_tiny, train='train2017', val='valid')}",
-        "optim.lr=1e-3",
-    ]
+    renamed(own_tiny, train="train2017", val="valid")
+    overrides = [*kind, f"data.root={own_tiny}", "optim.lr=1e-3"]
     config, found = resolve_config(recipe, overrides)
     data, count = config.data, config.model.roi_heads.num_classes
     assert (data.train_split, data.val_split, count) == ("train2017", "valid", 6)
-    assert found["data.val_split"] == "valid" and ("model.roi_heads.num_classes" in found) == (
-        recipe != "tiny"
-    )
+    assert found["data.val_split"] == "valid"
+    assert ("model.roi_heads.num_classes" in found) == (recipe != "tiny")
     told = [f"{key}={value}" for key, value in found.items()]
     # nothing else, and a user could have set it
     assert load_config(recipe, [*overrides, *told]) == config
@@ -152,19 +134,13 @@ def test_coco_stays_coco(tmp_path: Path) -> None:
     assert resolve_config("mask_rcnn_vitdet_b_coco", [override]) == (config, {})
 
 
-def test_settings_of_a_file_are_taken_at_their_word(
-    vitdet: Run, own_tiny: Path, tmp_path: Path
-) -> None:
-    save_config(
-        load_config("tiny", minimal(own_tiny, model__roi_heads__num_classes=5)),
-        tmp_path / "mine.yaml",
-    )
-    code, _, err = vitdet(
-        "train", tmp_path / "mine.yaml", "--set", f"data.root={own_tiny}", "--output", "out"
-    )
-    assert code == 1 and err.endswith(
-        "has 6 classes, but model.roi_heads.num_classes is 5; set it to 6\n"
-    )
+def test_settings_of_a_file_are_not_replaced(vitdet: Run, own_tiny: Path) -> None:
+    config = load_config("tiny", minimal(own_tiny, model__roi_heads__num_classes=5))
+    save_config(config, Path("mine.yaml"))
+    words = ["train", "mine.yaml", "--set", f"data.root={own_tiny}", "--output", "out"]
+    code, _, err = vitdet(*words)
+    assert code == 1
+    assert err.endswith("has 6 classes, but model.roi_heads.num_classes is 5; set it to 6\n")
 
 
 def test_what_a_file_does_not_name_is_taken_from_the_folder(own_tiny: Path, tmp_path: Path) -> None:
@@ -189,9 +165,7 @@ def test_explicit_settings_are_those_of_a_user(tmp_path: Path) -> None:
     assert explicit_settings(shipped, overrides) == {"data.root", "optim.lr", "train.init"}
 
 
-def test_a_printed_config_follows_the_data_that_it_is_used_with(
-    vitdet: Run, own_tiny: Path, tmp_path: Path
-) -> None:
+def test_a_printed_config_follows_later_data(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
     """The first stage of dvc.yaml: settings first, data then, and a class more later."""
     words = ["config", ROOT / "vitdet" / "recipes" / "tiny.yaml", "--set", f"data.root={own_tiny}"]
     moved = own_tiny.rename(tmp_path / "later")
@@ -214,39 +188,36 @@ def test_a_printed_config_follows_the_data_that_it_is_used_with(
     assert "num_classes: 6" in printed and "#" not in printed
 
 
+def named_lvis(root: Path) -> None:
+    for path in (root / "annotations").iterdir():
+        path.rename(path.with_name(path.name.replace("instances", "lvis_v1")))
+
+
+def broken(root: Path) -> None:
+    (root / "annotations" / "instances_train.json").write_text('{"categories": [1, 2')
+
+
+UNKNOWN = "no such file or folder; the splits are day, night; set data.train_split and data.val_s"
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
-        (
-            lambda root: renamed(root, train="day", val="night"),
-            "no such file or folder; the splits are day, night; set data.train_split and data.val_s",
-        ),
+        (lambda root: renamed(root, train="day", val="night"), UNKNOWN),
         (lambda root: renamed(root, val="holdout"), "the splits are holdout, train;"),
         (lambda root: shutil.rmtree(root / "val"), "/val: no such file or folder; expected the im"),
         (lambda root: shutil.rmtree(root / "annotations"), "expected instances_SPLIT.js"),
-        (
-            lambda root: [
-                path.rename(path.with_name(path.name.replace("instances", "lvis_v1")))
-                for path in (root / "annotations").iterdir()
-            ],
-            "of another kind; set data.dataset=lvis",
-        ),
-        (
-            lambda root: (root / "annotations" / "instances_train.json").write_text(
-                '{"categories": [1, 2'
-            ),
-            "invalid JSON",
-        ),
+        (named_lvis, "of another kind; set data.dataset=lvis"),
+        (broken, "invalid JSON"),
     ],
-    ids=["names nobody knows", "no validation", "no images", "nothing", "lvis", "broken"],
+    ids=["unknown names", "no validation", "no images", "nothing", "lvis", "broken"],
 )
-def test_what_cannot_be_known_is_one_line(
+def test_incomplete_data_is_one_line(
     vitdet: Run, own_tiny: Path, change: Callable, says: str
 ) -> None:
     change(own_tiny)
-    code, _, err = vitdet(
-        "train", "tiny", *SMALL, "--set", f"data.root={own_tiny}", "--output", "out"
-    )
+    words = ["train", "tiny", *SMALL, "--set", f"data.root={own_tiny}", "--output", "out"]
+    code, _, err = vitdet(*words)
     assert code == 1 and err.count("\n") == 1 and says in err, err
     assert not Path("out").exists()
 
@@ -255,57 +226,40 @@ def test_a_finished_detector_goes_on_with_the_folders_classes(
     vitdet: Run, trained: Path, own_tiny: Path, tmp_path: Path, said: Callable[[], str]
 ) -> None:
     other_classes(own_tiny, ["one", "two"])
-    words = [
-        *SMALL,
-        "--set",
-        f"train.init={trained / 'model.pt'}",
-        "--set",
-        f"data.root={own_tiny}",
-    ]
-    code, _, err = vitdet("train", "tiny", *words, "--output", tmp_path / "run")
-    assert (
-        code == 0 and "logits.weight: newly initialized (6 classes in the file, 2 here)" in said()
-    ), err
+    words = options([f"train.init={trained / 'model.pt'}", f"data.root={own_tiny}"])
+    code, _, err = vitdet("train", "tiny", *SMALL, *words, "--output", tmp_path / "run")
+    assert code == 0, err
+    assert "logits.weight: newly initialized (6 classes in the file, 2 here)" in said()
     assert Predictor.load(tmp_path / "run" / "model.pt").class_names == ("one", "two")
 
 
 def test_a_drawn_name_is_that_of_the_checkpoint(
     trained: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captions_drawn = []
-    monkeypatch.setattr(
-        "vitdet.visualize.paint",
-        lambda image, boxes, labels, captions, *_: captions_drawn.extend(captions),
-    )
+    drawn: list[str] = []
+    monkeypatch.setattr("vitdet.visualize.paint", lambda *given: drawn.extend(given[3]))
     found: Detections = Predictor.load(trained / "model.pt")(picture, threshold=0.0)
     names = load_model_file(trained / "model.pt")["class_names"]
     found.draw(picture)
-    expected = [
-        f"{names[label]} {score:.2f}"
-        for label, score in zip(found.labels, found.scores, strict=True)
-    ]
-    assert expected and captions_drawn == expected
+    pairs = zip(found.labels, found.scores, strict=True)
+    assert drawn and drawn == [f"{names[label]} {score:.2f}" for label, score in pairs]
 
 
 @pytest.mark.parametrize(
-    "names, says",
+    "rename, says",
     [
-        (["one", "two"], "class 0 is 'one', not "),
-        (None, "class 5 is 'pentagon', not "),
-        ("turned", "class 0 is "),
+        (lambda _: ["one", "two"], "class 0 is 'one', not "),
+        (lambda names: [*names[:-1], "pentagon"], "class 5 is 'pentagon', not "),
+        (lambda names: names[::-1], "class 0 is "),
     ],
     ids=["fewer", "as many, one of another name", "in another order"],
 )
 def test_other_names_are_not_evaluated(
-    vitdet: Run, trained: Path, own_tiny: Path, names: object, says: str
+    vitdet: Run, trained: Path, own_tiny: Path, rename: Callable, says: str
 ) -> None:
-    trained_on = load_model_file(trained / "model.pt")["class_names"]
-    other_classes(
-        own_tiny, trained_on[::-1] if names == "turned" else names or [*trained_on[:-1], "pentagon"]
-    )
-    code, _, err = vitdet(
-        "evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}", "--output", "m.json"
-    )
+    other_classes(own_tiny, rename(load_model_file(trained / "model.pt")["class_names"]))
+    words = ["evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}"]
+    code, _, err = vitdet(*words, "--output", "m.json")
     assert code == 1 and says in err and "its classes are not those that" in err, err
     assert not Path("m.json").exists()
 
@@ -319,16 +273,13 @@ def test_other_names_are_not_evaluated(
     ],
     ids=["mark", "utf-16", "nan"],
 )
-def test_what_the_check_accepts_has_its_classes_counted(
-    own_tiny: Path, rewrite: Callable[[str], bytes]
-) -> None:
+def test_classes_of_unusual_json_are_counted(own_tiny: Path, rewrite: Callable) -> None:
     for path in (own_tiny / "annotations").iterdir():
         content = json.loads(path.read_text())
         content["categories"].append({"id": 99, "name": "seventh"})
         path.write_bytes(rewrite(json.dumps(content)))
     assert check(own_tiny, images=False).ok
-    override = f"data.root={own_tiny}"
-    config, found = resolve_config("tiny", [override])
+    config, found = resolve_config("tiny", [f"data.root={own_tiny}"])
     assert config.model.roi_heads.num_classes == 7 and found == {"model.roi_heads.num_classes": 7}
 
 

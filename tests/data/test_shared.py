@@ -64,9 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
-def test_workers_that_start_afresh_look_at_the_memory_of_the_first(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_new_workers_use_the_memory_of_the_first(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(WORKERS)
     done = subprocess.run(
         [sys.executable, tmp_path / "script.py", folder],
@@ -88,11 +86,8 @@ def test_workers_that_start_afresh_look_at_the_memory_of_the_first(
 
 def test_a_plain_copy_is_a_copy() -> None:
     block = pickle.loads(pickle.dumps(Shared(np.arange(6).reshape(2, 3))))
-    assert (
-        block.array.tolist() == [[0, 1, 2], [3, 4, 5]]
-        and len(block) == 2
-        and block[1].tolist() == [3, 4, 5]
-    )
+    assert block.array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert len(block) == 2 and block[1].tolist() == [3, 4, 5]
     values = [[1.5, 2.0], {"size": [3, 4], "counts": "abc"}, "name", []]
     packed = PackedList(values)
     again = pickle.loads(pickle.dumps(packed))

@@ -25,7 +25,7 @@ def write(path: Path, content: str = "0 0.5 0.5 0.2 0.4\n") -> None:
 
 
 def image(path: Path, value: int = 0) -> None:
-    data.image(path, 96, 64, value)
+    data.image(path, (96, 64), value)
 
 
 def names(root: Path, split: str) -> list[str]:
@@ -56,20 +56,16 @@ def voc(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "jp2", "ppm", "tga", "avif", "webp", "JPE", "jfif"])
-def test_images_of_every_kind_are_taken(
-    vitdet: Run, yolo: Path, tmp_path: Path, suffix: str
-) -> None:
+def test_images_of_every_kind_are_taken(vitdet: Run, yolo: Path, suffix: str) -> None:
     if suffix == "avif" and not features.check("avif"):
         pytest.skip("Pillow without AVIF")
     image(yolo / f"images/train/more.{suffix}")
     write(yolo / "labels/train/more.txt")
     assert vitdet("data", "convert", yolo, "out")[0] == 0
-    assert f"more.{suffix}" in names(tmp_path / "out", "train")
+    assert f"more.{suffix}" in names(Path("out"), "train")
 
 
-def test_an_image_is_recognized_without_a_usual_ending(
-    vitdet: Run, yolo: Path, tmp_path: Path
-) -> None:
+def test_an_image_is_recognized_by_its_content(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     (yolo / "images/train/train0.png").rename(yolo / "images/train/train0.raw_1")
     assert vitdet("data", "convert", yolo, "out")[0] == 0
     assert "train0.raw_1" in names(tmp_path / "out", "train")
@@ -122,12 +118,10 @@ def test_an_id_with_a_space_is_an_id(vitdet: Run, voc: Path, tmp_path: Path) -> 
         assert names(tmp_path / f"out{number}", "val") == ["p3.jpg", "my pic.jpg"]
 
 
-def test_a_list_that_cannot_be_used_is_named_with_its_line(
-    vitdet: Run, voc: Path, tmp_path: Path
-) -> None:
+def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
     write(voc / "ImageSets/Main/val.txt", "p3\nno pic\nnone\n/p1\n")
     code, output, errors = vitdet("data", "convert", voc, "out")
-    assert (code, output) == (1, "") and not (tmp_path / "out").exists()
+    assert (code, output) == (1, "") and not Path("out").exists()
     assert "val.txt:2: 'no pic': expected an ID, but there is no file" in errors
     assert f"val.txt:3: {voc}/Annotations/none.xml: no such annotation file" in errors
     assert "val.txt:4: /p1: expected the name of an image" in errors
@@ -202,18 +196,12 @@ def test_all_problems_of_voc_at_once(vitdet: Run, voc: Path, tmp_path: Path) -> 
     code, output, errors = vitdet("data", "convert", voc, "out")
     assert (code, output) == (1, "") and not (tmp_path / "out").exists()
     assert errors.startswith(f"vitdet: {voc}: 4 problems, nothing was written\n")
-    for text in (
-        "p1.xml: bndbox: expected xmin <= xmax",
-        "p1.xml: bndbox: expected numbers",
-        "p2.xml: invalid XML",
-        "p3.xml: no image",
-    ):
+    boxes = ("p1.xml: bndbox: expected xmin <= xmax", "p1.xml: bndbox: expected numbers")
+    for text in (*boxes, "p2.xml: invalid XML", "p3.xml: no image"):
         assert text in errors
 
 
-def test_the_area_of_an_outline_is_that_of_its_mask(
-    vitdet: Run, yolo: Path, tmp_path: Path
-) -> None:
+def test_the_area_of_an_outline_is_its_masks(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     crossing, star = "0 0.1 0.1 0.9 0.9 0.9 0.1 0.1 0.9", "0 0 0 1 0 1 1 0 1 0 0 1 0 1 1 0 1"
     write(yolo / "labels/train/train0.txt", f"{crossing}\n{star}\n")
     assert vitdet("data", "convert", yolo, "out")[0] == 0
@@ -225,15 +213,11 @@ def test_the_area_of_an_outline_is_that_of_its_mask(
     assert box["area"] == pytest.approx(box["bbox"][2] * box["bbox"][3], abs=0.01)
 
 
-def one_split(yolo: Path, value: str = "val:\n") -> None:
-    write(yolo / "data.yaml", f"train: [images/train, images/val]\n{value}names: [cat, dog, bus]\n")
-
-
 @pytest.mark.parametrize("value", ["", "val:\n", "val: []\n", "val: ~\n"])
-def test_one_split_is_written_and_said_or_divided(
+def test_one_split_is_reported_or_divided(
     vitdet: Run, yolo: Path, tmp_path: Path, value: str
 ) -> None:
-    one_split(yolo, value)
+    write(yolo / "data.yaml", f"train: [images/train, images/val]\n{value}names: [cat, dog, bus]\n")
     code, output, _ = vitdet("data", "convert", yolo, "one")
     assert code == 0 and "no validation split, which training needs; --val-share" in output
     assert os.listdir("one/annotations") == ["instances_train.json"]
@@ -298,15 +282,12 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
         (("--rename", "bad.yaml"), "bad.yaml: not YAML or JSON"),
     ],
 )
-def test_bad_options_are_one_line(
-    vitdet: Run, yolo: Path, tmp_path: Path, words: tuple[str, ...], says: str
-) -> None:
-    write(tmp_path / "wrong.yaml", "cow: cat")
-    write(tmp_path / "list.yaml", "- a")
-    write(tmp_path / "bad.yaml", "a: [")
+def test_bad_options_are_one_line(vitdet: Run, yolo: Path, words: tuple, says: str) -> None:
+    for name, content in (("wrong", "cow: cat"), ("list", "- a"), ("bad", "a: [")):
+        write(Path(f"{name}.yaml"), content)
     code, output, errors = vitdet("data", "convert", yolo, "out", *words)
     assert (code, output, errors.count("\n")) == (1, "", 1) and says in errors
-    assert not (tmp_path / "out").exists()
+    assert not Path("out").exists()
 
 
 def test_all_entries_of_data_yaml_are_reported(vitdet: Run, yolo: Path) -> None:

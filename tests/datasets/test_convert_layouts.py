@@ -13,6 +13,7 @@ from PIL import Image
 from vitdet.data.check import check
 
 Run = Callable[..., tuple[int, str, str]]
+Layout = Callable[[Path], None]
 BOX = [10.0, 10.0, 30.0, 30.0]
 POINTS = [(65.5, 20.0), (81.0, 35.5), (65.5, 51.0), (50.0, 35.5)]
 DIAMOND = [value for point in POINTS for value in point]
@@ -27,9 +28,8 @@ def write(path: Path, content: object) -> None:
 def images(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        Image.new("RGB", (WIDTH, HEIGHT), (20 * ord(name[-1]) % 255, 90, 90)).save(
-            folder / f"{name}.jpg"
-        )
+        color = 20 * ord(name[-1]) % 255, 90, 90
+        Image.new("RGB", (WIDTH, HEIGHT), color).save(folder / f"{name}.jpg")
 
 
 def coco(*names: str, prefix: str = "", root: bool = False) -> dict:
@@ -144,7 +144,7 @@ def cvat_images(root: Path) -> None:
     write(root / "annotations.xml", cvat_xml("p1", "p2"))
 
 
-def coco_layout(folder: str, file: str, **options: object) -> Callable[[Path], None]:
+def coco_layout(folder: str, file: str, **options: object) -> Layout:
     """Images in a folder, and an annotation file."""
 
     def layout(root: Path) -> None:
@@ -203,27 +203,25 @@ def expected(*names: str) -> list:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_each_layout_becomes_the_same_records(
-    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
-) -> None:
-    layout(tmp_path / "source")
+def test_each_layout_becomes_the_same_records(vitdet: Run, layout: Layout) -> None:
+    layout(Path("source"))
     code, output, errors = vitdet("data", "convert", "source", "out")
     assert (code, errors) == (0, "")
-    assert records(tmp_path / "out", "train") == expected("p1", "p2")
+    assert records(Path("out"), "train") == expected("p1", "p2")
     notes = [line for line in output.splitlines()[1:] if "root category" not in line]
     assert notes == [
         "  no validation split, which training needs; --val-share 0.1 splits off a tenth of the images",
         "  2 x objects have a box only and no mask (--boxes-as-masks converts boxes to masks)",
     ]
-    assert check(tmp_path / "out").ok
+    assert check(Path("out")).ok
     words = ("--val-share", "0.5", "--boxes-as-masks")
     assert vitdet("data", "convert", "source", "divided", *words)[0] == 0
-    assert check(tmp_path / "divided").ok
+    assert check(Path("divided")).ok
     code, _, errors = vitdet("data", "convert", "source", "none", "--splits", "dev")
     assert code == 1 and "no split dev; there are train" in errors
 
 
-def split_layout(file: str, content: Callable[[str], object]) -> Callable[[Path], None]:
+def split_layout(file: str, content: Callable[[str], object]) -> Layout:
     """A folder for each split, with an image and its annotations."""
 
     def layout(root: Path) -> None:
@@ -249,9 +247,7 @@ def split_cvat(root: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [split_roboflow, split_voc, split_labelme, split_cvat])
-def test_the_splits_of_a_layout(
-    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
-) -> None:
+def test_the_splits_of_a_layout(vitdet: Run, tmp_path: Path, layout: Layout) -> None:
     layout(tmp_path / "source")
     assert vitdet("data", "convert", "source", "out")[0] == 0
     for split, name in (("train", "p1"), ("val", "p2"), ("test", "p3")):
@@ -265,21 +261,18 @@ def test_the_splits_of_a_layout(
     ("layout", "file"),
     [(coco_beside, "my_export.json"), (cvat_coco, "annotations/instances_default.json")],
 )
-def test_an_annotation_file_is_a_source(
-    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None], file: str
-) -> None:
+def test_a_file_is_a_source(vitdet: Run, tmp_path: Path, layout: Layout, file: str) -> None:
     layout(tmp_path / "source")
     assert vitdet("data", "convert", tmp_path / "source" / file, "out")[0] == 0
     assert records(tmp_path / "out", "train") == expected("p1", "p2")
 
 
-@pytest.mark.parametrize(
-    "layout", [yolo_lists, voc_folders, coco_beside, labelme_files, cvat_images]
-)
-def test_the_largest_image_can_be_set(
-    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
-) -> None:
-    layout(tmp_path / "source")
+FORMATS = [yolo_lists, voc_folders, coco_beside, labelme_files, cvat_images]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_largest_image_can_be_set(vitdet: Run, layout: Layout) -> None:
+    layout(Path("source"))
     words = ("data", "convert", "source", "out", "--set")
     code, output, errors = vitdet(*words, f"data.max_pixels={WIDTH * HEIGHT - 1}")
     assert (code, output) == (1, "") and "or raise data.max_pixels" in errors
@@ -288,10 +281,8 @@ def test_the_largest_image_can_be_set(
 
 
 @pytest.mark.parametrize("setting", ["data.bit_depth=12", "optim.lr=1"])
-def test_a_setting_that_changes_no_conversion_is_refused(
-    vitdet: Run, tmp_path: Path, setting: str
-) -> None:
-    coco_beside(tmp_path / "source")
+def test_a_setting_without_effect_is_refused(vitdet: Run, setting: str) -> None:
+    coco_beside(Path("source"))
     _, _, errors = vitdet("data", "convert", "source", "out", "--set", setting)
     key = setting.partition("=")[0]
     assert errors == f"vitdet: {key} has no effect here; --set takes data.max_pixels\n"

@@ -46,7 +46,7 @@ def test_kept_archives_serve_again(get: Fetch, web: Web, root: Path) -> None:
         get()
 
 
-def test_what_is_lost_is_brought_again_and_what_is_changed_is_named(
+def test_lost_files_are_fetched_again_and_changed_ones_named(
     get: Fetch, web: Web, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     get()
@@ -78,19 +78,17 @@ def test_images_of_before_are_compared_and_completed(get: Fetch, web: Web, root:
         get()
     (train / "holiday.jpg").rename(train / "000000000099.jpg")
     (train / "000000000098.jpg").write_bytes(b"mine")
-    with pytest.raises(
-        ValueError, match="train2017: has more than the 12 files of train2017.zip; m"
-    ):
+    says = "train2017: has more than the 12 files of train2017.zip; m"
+    with pytest.raises(ValueError, match=says):
         get()
     assert web.asked == [] and (train / "000000000099.jpg").read_bytes() == b"mine"
     (train / "000000000098.jpg").unlink()
-    with pytest.raises(
-        ValueError, match="train2017.*/000000000099.jpg: not of .*, and 0 more files"
-    ):
+    says = "train2017.*/000000000099.jpg: not of .*, and 0 more files"
+    with pytest.raises(ValueError, match=says):
         get()
 
 
-def test_a_link_is_refused_before_anything_is_asked_for(
+def test_a_link_is_refused_before_a_request(
     get: Fetch, web: Web, root: Path, tmp_path: Path
 ) -> None:
     root.mkdir()
@@ -119,9 +117,7 @@ def test_an_archive_that_lacks_files_is_not_noted(get: Fetch, root: Path) -> Non
     assert not (root / "manifest.json").exists() and not (root / "train2017").exists()
 
 
-def test_without_a_known_checksum_the_manifest_has_that_of_what_came(
-    get: Fetch, root: Path
-) -> None:
+def test_an_unknown_checksum_is_that_of_the_download(get: Fetch, root: Path) -> None:
     wanted = miniatures("coco", "val")[0]
     get(wanted=[replace(archive, sha256="") for archive in wanted])
     noted = download_record.read(root).archives
@@ -129,9 +125,7 @@ def test_without_a_known_checksum_the_manifest_has_that_of_what_came(
     assert not any(one.known for one in noted)
 
 
-def test_nothing_to_do_needs_no_right_to_write(
-    get: Fetch, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_to_do_needs_no_right_to_write(get: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
     get()
     monkeypatch.setattr(Path, "mkdir", None)
     monkeypatch.setattr(os, "open", None)

@@ -126,7 +126,7 @@ OTHER = "sha256 .*, expected .*: not the published train2017.zip; the download w
     [(wrong, ValueError, OTHER), (status(404), FileNotFoundError, "404 Not Found")],
     ids=["wrong bytes", "404"],
 )
-def test_what_will_not_pass_is_one_line_and_the_rest_is_kept(
+def test_a_bad_archive_is_one_line_and_the_others_are_kept(
     get: Fetch, web: Web, root: Path, bad: Callable, error: type[Exception], says: str
 ) -> None:
     web.plans = {TRAIN: [bad]}

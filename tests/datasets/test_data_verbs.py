@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -79,10 +80,7 @@ def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     [
         (("--mirror", "http://x", "--from", "y"), "--from and --mirror are mutually exclusive"),
         (("--mirror", "x"), "--mirror x: expected an address such as https://"),
-        (
-            ("--from", "y"),
-            "y: lacks annotations_trainval2017.zip (http://images.cocodataset.org/an",
-        ),
+        (("--from", "y"), "y: lacks annotations_trainval2017.zip (http://images.cocodataset.org/"),
     ],
     ids=["both", "mirror", "from"],
 )
@@ -132,10 +130,7 @@ def test_a_full_disk_at_the_manifest(
     vitdet: Run, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("data", "coco", "d", "--split", "val", "--mirror", web.url)
-
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with monkeypatch.context() as patched:
         patched.setattr(os, "sync", full)
         code, output, errors = vitdet(*words)

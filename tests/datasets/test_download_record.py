@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -38,10 +39,8 @@ def folder_entry(root: Path, path: str) -> Images:
     files = {one.name: one.read_bytes() for one in sorted((root / path).iterdir())}
     lines = [f"{name} {len(content)}" for name, content in files.items()]
     sums = [f"{line} {zlib.crc32(files[line.split()[0]]):08x}" for line in lines]
-    names, content = (
-        sha256("".join(f"{line}\n" for line in every).encode()).hexdigest()
-        for every in (lines, sums)
-    )
+    texts = ("".join(f"{line}\n" for line in every) for every in (lines, sums))
+    names, content = (sha256(text.encode()).hexdigest() for text in texts)
     return Images(path, len(files), sum(map(len, files.values())), names, content)
 
 
@@ -96,9 +95,7 @@ def move(path: str, other: str) -> Callable[[Path], object]:
         (put("manifest.json", "{"), ValueError, "manifest.json: not a manifest"),
     ],
 )
-def test_what_is_not_as_it_came_is_one_line(
-    root: Path, change: Callable[[Path], object], error: type[Exception], says: str
-) -> None:
+def test_a_change_is_one_line(root: Path, change: Callable, error: type, says: str) -> None:
     change(root)
     with pytest.raises(error, match=says) as caught:
         verify(root)
@@ -123,14 +120,11 @@ def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
         compare(root, both.only((), ("other.json",)))
 
 
-def test_a_write_that_fails_leaves_the_manifest_of_before(
+def test_a_failed_write_leaves_the_old_manifest(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full() -> None:
-        raise OSError("no space left on device")
-
     before = (root / "manifest.json").read_bytes()
-    monkeypatch.setattr(os, "sync", full)
+    monkeypatch.setattr(os, "sync", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(OSError, match="no space"):
         write(root, DownloadRecord())
     assert (root / "manifest.json").read_bytes() == before and len(list(root.iterdir())) == 3
@@ -155,29 +149,24 @@ def longer(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
+def first(folder: Path) -> Path:
+    return min(folder.iterdir())
+
+
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "path", "says"),
     [
-        (lambda root: shutil.rmtree(root / "train"), "train: no such file or folder; expected the"),
-        (lambda root: shutil.rmtree(root / "val"), "val: no such file or folder; expected the"),
-        (
-            lambda root: min((root / "val").iterdir()).unlink(),
-            "val: 3 files of .*, but 4 of .* when downloaded.*`vitdet data coco",
-        ),
-        (
-            lambda root: longer(max((root / "train").iterdir())),
-            "train: 12 files .* differ. `vitdet data coco",
-        ),
-        (
-            lambda root: longer(root / "annotations" / "instances_val.json"),
-            "instances_val.json: .* bytes, but .* when downloaded",
-        ),
+        (shutil.rmtree, "train", "train: no such file or folder; expected the"),
+        (shutil.rmtree, "val", "val: no such file or folder; expected the"),
+        (lambda val: first(val).unlink(), "val", "val: 3 files of .*, but 4 of .* when downloaded"),
+        (lambda train: longer(first(train)), "train", "12 files .* differ. `vitdet data coco"),
+        (longer, "annotations/instances_val.json", "val.json: .* bytes, but .* when downloaded"),
     ],
 )
-def test_no_training_begins_on_pictures_that_are_not_as_they_came(
-    fetched: Path, vitdet: Callable, change: Callable[[Path], None], says: str
+def test_no_training_run_starts_on_changed_images(
+    fetched: Path, vitdet: Callable, change: Callable, path: str, says: str
 ) -> None:
-    change(fetched)
+    change(fetched / path)
     words = ["train", "tiny", *options(minimal(fetched)), "--output", "run"]
     code, _, said = vitdet(*words)
     assert code == 1 and re.search(says, said) and len(said.splitlines()) == 1, said
@@ -213,9 +202,7 @@ def test_a_split_is_compared_alone_and_a_foreign_manifest_is_none(fetched: Path)
     assert len(read_split(settings(fetched), "train").records) == 12
 
 
-def test_the_check_names_pictures_that_are_not_as_they_came(
-    fetched: Path, vitdet: Callable
-) -> None:
+def test_the_check_names_changed_images(fetched: Path, vitdet: Callable) -> None:
     assert vitdet("data", "check", fetched, "--images")[0] == 0
     with open(min((fetched / "val").iterdir()), "r+b") as picture:
         picture.seek(-1, os.SEEK_END)
@@ -232,7 +219,6 @@ def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(own_tiny: Path
     write(own_tiny, DownloadRecord((), (entry,)))
     assert describe(settings(own_tiny)) == described
     write(own_tiny, DownloadRecord((), (File(entry.path, entry.size, "0" * 64),)))
-    with pytest.raises(
-        ValueError, match="instances_val.json: sha256 .*, but 0000.* when downloaded"
-    ):
+    says = "instances_val.json: sha256 .*, but 0000.* when downloaded"
+    with pytest.raises(ValueError, match=says):
         describe(settings(own_tiny))

@@ -60,9 +60,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_leads_elsewhere_refuses_the_archive(
-    unpacked: Unpack, tmp_path: Path, name: str
-) -> None:
+def test_a_bad_name_refuses_the_archive(unpacked: Unpack, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="some.zip: contains .*: rejected") as caught:
         unpacked(zipped({"good": b"1", name: b"2"}))
     assert str(caught.value).isprintable()
@@ -81,34 +79,22 @@ def device(kind: int, content: bytes = b"") -> bytes:
 
 SAME = "which are the same file on some disks"
 EVIL = {
-    "link": (
-        zipped({"good": b"1", "l": b"/etc/passwd"}, kinds={"l": stat.S_IFLNK}),
-        "l is a link",
-    ),
+    "link": (zipped({"good": b"1", "l": b"/etc/passwd"}, kinds={"l": stat.S_IFLNK}), "l is a link"),
     "device": (device(stat.S_IFBLK), "p is no plain file"),
     "pipe": (device(stat.S_IFIFO), "p is no plain file"),
     "folder": (device(stat.S_IFDIR, b"x"), "p is no plain file"),
     "encrypted": (encrypted(zipped({"good": b"1", "s": b"2"}), "s"), "s is encrypted"),
-    "bzip2": (
-        zipped({"x": b"1" * 100}, zipfile.ZIP_BZIP2),
-        "x is compressed with method 12, not deflated or stored",
-    ),
+    "bzip2": (zipped({"x": b"1" * 100}, zipfile.ZIP_BZIP2), "x is compressed with method 12, not"),
     "lzma": (zipped({"x": b"1" * 100}, zipfile.ZIP_LZMA), "x is compressed with method 14"),
-    "case": (
-        zipped({"IMG.jpg": b"1", "img.jpg": b"2"}),
-        f"contains both IMG.jpg and img.jpg, {SAME}",
-    ),
+    "case": (zipped({"IMG.jpg": b"1", "img.jpg": b"2"}), f"both IMG.jpg and img.jpg, {SAME}"),
     "accent": (zipped({"\u00e9.jpg": b"1", "e\u0301.jpg": b"2"}), SAME),
-    "bomb": (
-        zipped({"bomb": bytes(10_001)}),
-        "unpacks to 10,001 bytes, expected at most 10,000",
-    ),
+    "bomb": (zipped({"bomb": bytes(10_001)}), "unpacks to 10,001 bytes, expected at most 10,000"),
     "many": (zipped({f"{n}": b"" for n in range(11)}), "11 files, expected at most 10:"),
 }
 
 
 @pytest.mark.parametrize(("content", "says"), EVIL.values(), ids=EVIL)
-def test_an_evil_archive_is_refused_before_a_byte_is_written(
+def test_a_malicious_archive_is_refused_before_a_byte_is_written(
     unpacked: Unpack, tmp_path: Path, content: bytes, says: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -126,9 +112,7 @@ def test_the_same_name_twice_is_two_names(unpacked: Unpack) -> None:
         unpacked(twice)
 
 
-def test_a_bomb_that_lies_about_its_size_gets_no_more_than_it_declares(
-    unpacked: Unpack, tmp_path: Path
-) -> None:
+def test_no_more_than_the_declared_size_is_written(unpacked: Unpack, tmp_path: Path) -> None:
     bomb = declared(zipped({"good": b"1", "bomb": bytes(5_000_000)}), "bomb", 100)
     with pytest.raises(ValueError, match="some.zip: "), largest_file(5_000 + len(bomb)):
         unpacked(bomb)
@@ -185,9 +169,7 @@ def test_any_damage_is_a_line_or_does_no_harm(unpacked: Unpack, tmp_path: Path) 
     assert refused > 100
 
 
-def test_what_is_whole_is_not_written_again_and_what_is_not_is(
-    unpacked: Unpack, tmp_path: Path
-) -> None:
+def test_only_incomplete_files_are_written_again(unpacked: Unpack, tmp_path: Path) -> None:
     here = tmp_path / "in" / "here"
     unpacked(zipped(GOOD))
     before = (here / "a.jpg").stat()
@@ -208,9 +190,7 @@ def test_another_file_in_the_place_is_never_written_over(unpacked: Unpack, tmp_p
     assert files(here) == {"a.jpg": b"mine" * 750}
 
 
-def test_a_file_that_others_hold_too_is_replaced_not_changed(
-    unpacked: Unpack, tmp_path: Path
-) -> None:
+def test_a_file_with_other_links_is_replaced_not_changed(unpacked: Unpack, tmp_path: Path) -> None:
     here = tmp_path / "in" / "here"
     here.mkdir(parents=True)
     (tmp_path / "cached").write_bytes(b"precious")
@@ -219,17 +199,12 @@ def test_a_file_that_others_hold_too_is_replaced_not_changed(
     assert (tmp_path / "cached").read_bytes() == b"precious" and files(here) == GOOD
 
 
-@pytest.mark.parametrize(
-    "link", ["in/here", "in/here/b", "in/here/a.jpg", "in/here/.some.unpacking"]
-)
-def test_nothing_is_written_through_a_link_that_lies_in_wait(
-    unpacked: Unpack, tmp_path: Path, link: str
-) -> None:
-    elsewhere = tmp_path / "elsewhere"
+@pytest.mark.parametrize("link", ["", "b", "a.jpg", ".some.unpacking"])
+def test_nothing_is_written_through_a_link(unpacked: Unpack, tmp_path: Path, link: str) -> None:
+    elsewhere, here = tmp_path / "elsewhere", tmp_path / "in" / "here" / link
     elsewhere.mkdir()
-    target = elsewhere / "file" if link.endswith(("jpg", "unpacking")) else elsewhere
-    (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / link).symlink_to(target)
+    here.parent.mkdir(parents=True)
+    here.symlink_to(elsewhere / "file" if link.endswith(("jpg", "unpacking")) else elsewhere)
     with pytest.raises((OSError, ValueError)):
         unpacked(zipped(GOOD))
     assert not list(elsewhere.iterdir())

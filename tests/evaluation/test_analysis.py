@@ -46,12 +46,8 @@ def test_the_parts_of_a_random_analysis_agree(kind, rules):
 
 def test_thresholds_and_images_count_what_is_right():
     truth = scene(CAT, DOG)
-    results = [
-        detection(1, CAT[1], 0.8),
-        detection(1, [10, 60, 20, 20], 0.6),
-        detection(2, DOG[1], 0.4),
-        detection(2, [60, 10, 20, 20], 0.2),
-    ]
+    results = [detection(1, CAT[1], 0.8), detection(1, [10, 60, 20, 20], 0.6)]
+    results += [detection(2, DOG[1], 0.4), detection(2, [60, 10, 20, 20], 0.2)]
     one = analysed(truth, results)
     cat, dog = one.classes
     assert cat.best_threshold == Threshold(0.8, 1, 1, 1)

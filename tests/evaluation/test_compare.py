@@ -14,7 +14,6 @@ import pytest
 
 from tests.conftest import minimal, options
 from tests.helpers.random_results import random_set
-from vitdet.cli import main
 from vitdet.cli.compare.inputs import Compared, check_comparable
 from vitdet.cli.compare.text import comparison_text
 from vitdet.config import flatten, load_config, save_config
@@ -25,22 +24,6 @@ from vitdet.tracking.table import markdown_table
 
 Run = Callable[..., tuple[int, str, str]]
 TRUTH = ["--annotations", "annotations.json"]
-
-
-@pytest.fixture
-def vitdet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
-    """The command line in an empty folder: exit code, output, errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, words)))
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -93,10 +76,10 @@ def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> Non
     ],
 )
 def test_mistakes_are_one_line(
-    vitdet: Run, files: list[Path], words: list[str], message: str, tmp_path: Path
+    vitdet: Run, files: list[Path], words: list[str], message: str
 ) -> None:
     refused(vitdet("compare", *words, "--output", "text.md"), message)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}
+    assert set(Path().iterdir()) == {Path(path.name) for path in files}
 
 
 def compared(name: str, settings: dict[str, str], **metrics: float) -> Compared:
@@ -139,9 +122,8 @@ def test_differences_over_few_images_are_not_tested() -> None:
     truth, results = random_set(0, 6, 2)
     matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
     none = replace(matches, matched=np.zeros_like(matches.matched))
-    both = [
-        Compared(name, {"bbox": one}, None, {}, {}) for name, one in (("a", matches), ("b", none))
-    ]
+    pairs = (("a", matches), ("b", none))
+    both = [Compared(name, {"bbox": one}, None, {}, {}) for name, one in pairs]
     text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
     assert "not tested for significance, as only 4 images have objects (10 are needed)" in text
     assert "0 classes have objects in 10 or more images" in text and "Significant: 0." in text
@@ -159,9 +141,7 @@ def test_differences_over_few_images_are_not_tested() -> None:
         (["train.seed=1", "evaluate.max_images=3"], False),  # determines which step is the best
     ],
 )
-def test_only_training_runs_with_other_seeds_are_averaged(
-    other: list[str], are_seeds: bool
-) -> None:
+def test_only_runs_with_other_seeds_are_averaged(other: list[str], are_seeds: bool) -> None:
     best = ["train.keep_best=box_ap"]
     two = [compared("a", settings(*best)), compared("b", settings(*best, *other))]
     resampled = bootstrap([one.matches["bbox"] for one in two], resamples=20)
@@ -219,23 +199,22 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/work/mlflow.db"
     runs = MlflowClient(store).search_runs(["1"])
     seed = next(run for run in runs if run.data.params["train.seed"] == "1")
-    first = next(
-        run for run in runs if run is not seed and run.data.params["evaluate.nms_iou"] == "0.5"
-    )
+    default = [run for run in runs if run.data.params["evaluate.nms_iou"] == "0.5"]
+    first = next(run for run in default if run is not seed)
     assert " train.seed=1 " in seed.info.run_name
     words = [first.info.run_id, seed.info.run_name, "--tracking-uri", store, *few]
     code, from_runs, errors = vitdet("compare", *words)
     assert code == 0, errors
-    assert [line.split("|")[3:] for line in from_runs.splitlines() if "| box " in line] == [
-        line.split("|")[3:] for line in text.splitlines() if "| box " in line
-    ]
+    boxes, expected = (
+        [line.split("|")[3:] for line in table.splitlines() if "| box " in line]
+        for table in (from_runs, text)
+    )
+    assert boxes == expected
     (tmp_path / "work" / "moved").mkdir()
     shutil.copy(tmp_path / "work" / "b" / "model.pt", tmp_path / "work" / "moved")
     assert vitdet("compare", "work/moved/model.pt", "work/b/model.pt", *few)[0] == 0
-    refused(
-        vitdet("compare", "none", first.info.run_id, "--tracking-uri", store),
-        "none: neither a file",
-    )
+    unknown = vitdet("compare", "none", first.info.run_id, "--tracking-uri", store)
+    refused(unknown, "none: neither a file")
     # the matches of another checkpoint are not taken for its own
     shutil.copy(tmp_path / "work" / "c" / "model.pt", tmp_path / "work" / "b" / "model.pt")
     refused(vitdet("compare", "work/b/model.pt", "work/a/model.pt"), "different evaluate settings")

@@ -16,15 +16,10 @@ from vitdet.evaluation.results import Truth, read_truth
 # SPECIAL, count_errors() in the order of TYPES. The scores are made distinct as in `distinct`, as tidecv's order of
 # equal scores differs before and after a fix.
 TIDECV = {
-    "bbox": (
-        (22.24976, 0.23015, 0.0, 0.01897, 0.0, 8.52595, 6.82159, 17.68773),
-        (83, 1, 0, 1, 0, 97),
-    ),
-    "segm": (
-        (16.19295, 11.60070, 1.01801, 0.0, 0.27320, 7.78443, 8.66035, 23.75437),
-        (76, 82, 7, 0, 4, 109),
-    ),
+    "bbox": (22.24976, 0.23015, 0.0, 0.01897, 0.0, 8.52595, 6.82159, 17.68773),
+    "segm": (16.19295, 11.60070, 1.01801, 0.0, 0.27320, 7.78443, 8.66035, 23.75437),
 }
+COUNTS = {"bbox": (83, 1, 0, 1, 0, 97), "segm": (76, 82, 7, 0, 4, 109)}
 # of random_set(0, images=30, categories=5), which has crowds
 TIDECV_RANDOM = {
     "bbox": (0.44311, 7.86229, 1.13263, 2.64665, 12.56040, 9.79062, 35.91610, 14.78200),
@@ -44,12 +39,12 @@ def test_cocos_example_has_the_errors_of_tidecv(examples, kind):
     results = json.loads(path.read_text())
     truth = read_truth(examples / "instances_val2014_100.json")
     distinct = [one | {"score": one["score"] - 1e-7 * place} for place, one in enumerate(results)]
-    gains, counts = TIDECV[kind]
     found = errors(truth, distinct, kind)
-    assert [found.total[name] for name in (*TYPES, *SPECIAL)] == pytest.approx(gains, abs=1e-5)
-    assert tuple(found.counts[name].sum() for name in TYPES) == counts
+    gains = [found.total[name] for name in (*TYPES, *SPECIAL)]
+    assert gains == pytest.approx(TIDECV[kind], abs=1e-5)
+    assert tuple(found.counts[name].sum() for name in TYPES) == COUNTS[kind]
     as_stored = errors(truth, results, kind)
-    assert list(as_stored.total.values()) == pytest.approx(gains, abs=0.01)
+    assert list(as_stored.total.values()) == pytest.approx(TIDECV[kind], abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
@@ -101,14 +96,10 @@ def test_each_wrong_detection_has_one_error(kind, category, box):
 
 
 def test_a_second_detection_of_an_object_is_a_duplicate():
-    found = errors(
-        scene(CAT, (1, [60, 60, 20, 20])),
-        [
-            detection(1, [10, 10, 20, 20], 0.9),
-            detection(1, [10, 10, 20, 21], 0.8),
-            detection(1, [60, 60, 20, 20], 0.7),
-        ],
-    )
+    other = [60, 60, 20, 20]
+    boxes = {0.9: CAT[1], 0.8: [10, 10, 20, 21], 0.7: other}
+    results = [detection(1, box, score) for score, box in boxes.items()]
+    found = errors(scene(CAT, (1, other)), results)
     assert found.counts["duplicate"].tolist() == [1, 0]
     # precision at recalls above 0.5: 2/3 before, 1 after
     assert found.total["duplicate"] == pytest.approx(100 / 3 * 50 / 101)
@@ -116,9 +107,8 @@ def test_a_second_detection_of_an_object_is_a_duplicate():
 
 
 def test_of_two_fixable_detections_of_an_object_the_better_is_fixed():
-    found = errors(
-        scene(CAT), [detection(1, [10, 22, 20, 20], 0.9), detection(2, [10, 10, 20, 20], 0.8)]
-    )
+    both = [detection(1, [10, 22, 20, 20], 0.9), detection(2, [10, 10, 20, 20], 0.8)]
+    found = errors(scene(CAT), both)
     # the classification error is removed only: its object goes to the localization error
     assert found.gains["localization"][0] == pytest.approx(100)
     assert found.gains["classification"][0] == 0

@@ -61,18 +61,15 @@ def test_auto_is_the_fastest_that_the_processor_has(monkeypatch: pytest.MonkeyPa
         assert fastest(CPU) == wanted
         with autocast("auto", CPU):
             assert torch.is_autocast_enabled("cpu") is answer
+    capability = (0, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or capability >= (8, 0)  # torch emulates bf16 on older GPUs
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     wanted = {(9, 0): torch.bfloat16, (7, 5): torch.float16, (6, 1): torch.float32}
-    for capability, precision in wanted.items():
-
-        def is_supported(
-            including_emulation: bool = True, new: bool = capability >= (8, 0)
-        ) -> bool:
-            return including_emulation or new  # torch emulates bf16 on older GPUs
-
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda device, value=capability: value
-        )
+    for capability, precision in wanted.items():  # noqa: B007 - the functions above read it
         assert fastest(GPU) == precision
 
 
@@ -94,12 +91,8 @@ def test_the_setting_is_checked(tiny: Path) -> None:
 def test_detections_in_two_precisions_are_matched_within_their_class() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 60, 60], [70, 0, 80, 9]])
     exact = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.2]), torch.tensor([0, 1, 1, 0]), None)
-    other = Detections(
-        boxes[[1, 0, 2]] + torch.tensor([0.0, 0, 0, 1]),
-        torch.tensor([0.81, 0.85, 0.7]),
-        torch.tensor([1, 0, 0]),
-        None,
-    )
+    moved, scores = boxes[[1, 0, 2]] + torch.tensor([0.0, 0, 0, 1]), torch.tensor([0.81, 0.85, 0.7])
+    other = Detections(moved, scores, torch.tensor([1, 0, 0]), None)
     figures = compare([exact, exact[:0]], [other, other[:0]], 0.3)
     assert (figures["images"], figures["matched"]) == (2, 2)
     assert figures["in fp32 only"] == figures["in the other only"] == 1

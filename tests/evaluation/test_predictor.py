@@ -206,10 +206,10 @@ def test_drawing_paints_the_object_in_its_classes_color_and_nothing_else():
     assert (gray == 90).all()
 
 
-@pytest.mark.parametrize(
-    "box",
-    [[0, 0, 30, 30], [380, 0, 400, 20], [0, 380, 20, 400], [380, 380, 400, 400], [0, 0, 400, 400]],
-)
+CORNERS = [[0, 0, 30, 30], [380, 0, 400, 20], [0, 380, 20, 400], [380, 380, 400, 400]]
+
+
+@pytest.mark.parametrize("box", [*CORNERS, [0, 0, 400, 400]])
 def test_the_name_is_whole_wherever_the_object_is(box):
     black = np.zeros((400, 400, 3), np.uint8)
     named = Detections.draw(found([box], [1], ("", "a fairly long class name", "")), black)
