@@ -12,22 +12,10 @@ from vitdet.stages.outcomes import recorded, write_verdict
 from vitdet.stages.workspace import champion_file, registry, runs_folder
 
 if TYPE_CHECKING:
-    from vitdet.data.protocol import Protocol
-    from vitdet.tracking.measured import Measured
     from vitdet.tracking.registry import Registered
 
 
-def register(
-    checkpoint: Path,
-    *,
-    folder: Path,
-    alias: str,
-    config: Config | None = None,
-    metrics: dict[str, float] | None = None,
-    protocol: Protocol | None = None,
-    measured: Measured | None = None,
-    plots: Path | None = None,
-) -> Registered:
+def register(checkpoint: Path, **arguments: Any) -> Registered:
     """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
 
     Raises ValueError without MLflow.
@@ -37,16 +25,7 @@ def register(
     require_mlflow()
     from vitdet.tracking.registry import register_checkpoint
 
-    return register_checkpoint(
-        checkpoint,
-        folder=folder,
-        alias=alias,
-        config=config,
-        metrics=metrics,
-        protocol=protocol,
-        measured=measured,
-        plots=plots,
-    )
+    return register_checkpoint(checkpoint, **arguments)
 
 
 def gate(
