@@ -12,10 +12,22 @@ from vitdet.stages.outcomes import recorded, write_verdict
 from vitdet.stages.workspace import champion_file, registry, runs_folder
 
 if TYPE_CHECKING:
+    from vitdet.data.protocol import Protocol
+    from vitdet.tracking.measured import Measured
     from vitdet.tracking.registry import Registered
 
 
-def register(checkpoint: Path, **arguments: Any) -> Registered:
+def register(
+    checkpoint: Path,
+    *,
+    folder: Path,
+    alias: str,
+    config: Config | None = None,
+    metrics: dict[str, float] | None = None,
+    protocol: Protocol | None = None,
+    measured: Measured | None = None,
+    plots: Path | None = None,
+) -> Registered:
     """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
 
     Raises ValueError without MLflow.
@@ -25,7 +37,16 @@ def register(checkpoint: Path, **arguments: Any) -> Registered:
     require_mlflow()
     from vitdet.tracking.registry import register_checkpoint
 
-    return register_checkpoint(checkpoint, **arguments)
+    return register_checkpoint(
+        checkpoint,
+        folder=folder,
+        alias=alias,
+        config=config,
+        metrics=metrics,
+        protocol=protocol,
+        measured=measured,
+        plots=plots,
+    )
 
 
 def gate(
