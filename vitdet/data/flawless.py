@@ -54,7 +54,9 @@ def find_flawless(
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block
-    chosen = rows, ids, image_ids, category_ids = [], array("q"), array("q"), []
+    rows: list[int] = []
+    category_ids: list[int] = []
+    ids, image_ids = array("q"), array("q")
     coordinates, numbers, lengths = array("d"), array("d"), array("q")
     for row, one in enumerate(block):
         if type(one) is not Annotation:
@@ -90,8 +92,8 @@ def find_flawless(
         np.frombuffer(coordinates).reshape(-1, 2).T,
         np.frombuffer(lengths, np.int64) // 2,
     )
-    passed = found.tolist()
-    return Flawless(*(list(compress(column, passed)) for column in chosen))
+    columns, passed = (rows, ids, image_ids, category_ids), found.tolist()
+    return Flawless(*(list(compress(column, passed)) for column in columns))
 
 
 def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np.ndarray:
