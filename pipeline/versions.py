@@ -78,11 +78,11 @@ FIELDS = (
     Field("deploymentSpec.executors.*.importer.downloadToWorkspace", (2, 15, 0)),
     *(
         Field(
-            f"{_EXECUTOR}{kind}AsEnv.*.optional",
+            f"{_EXECUTOR}{field}.*.optional",
             (2, 15, 0),
-            f"a pod does not start until its {kind[0].upper()}{kind[1:]} exists and has all keys",
+            f"a pod does not start until its {kind} exists and has all keys",
         )
-        for kind in ("secret", "configMap")
+        for field, kind in (("secretAsEnv", "Secret"), ("configMapAsEnv", "ConfigMap"))
     ),
     Field(
         f"{_EXECUTOR}securityContext",

@@ -134,10 +134,26 @@ def save_safetensors(path: Path, content: dict) -> None:
 
     content: as returned by `load_model_file`, which also reads the file.
     """
-    weights = {name: tensor.contiguous() for name, tensor in content["model"].items()}
     header = {key: value for key, value in content.items() if key != "model"}
     with atomic_write(path) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt", HEADER: json.dumps(header)})
+        metadata = {"format": "pt", HEADER: json.dumps(header)}
+        write_tensors(temporary, content["model"], metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a .safetensors file: the same bytes for the same tensors and metadata.
+
+    safetensors writes the metadata in random order; they are sorted, which keeps their length.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata=metadata)
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(size))  # safetensors pads the header with spaces
 
 
 def _load_safetensors(path: Path, expected: str) -> dict:

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -317,6 +317,19 @@ def parse_yaml(text: str) -> object:
         raise ValueError("invalid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: e.g. an invalid date, !!int abc
         raise ValueError(f"invalid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: Path, expected: str = "YAML") -> Any:
+    """Return the content of a file; scalars stay text: a class may be named "no".
+
+    Raises FileNotFoundError, and ValueError if it is not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not {expected}: {' '.join(str(error).split())}") from error
 
 
 def first_line(error: object) -> str:

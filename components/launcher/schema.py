@@ -17,10 +17,10 @@ class _GpuCount:
     """Quantity of a resource that is counted in whole numbers, as 8 or "8"."""
 
 
-def _fields(required: dict[str, Any] | None = None, /, **optional: Any) -> Any:
+def _fields(name: str, required: dict[str, Any] | None = None, /, **optional: Any) -> Any:
     """Return a type with these fields of the Kubernetes API; it ignores all others."""
     fields: list[Any] = list((required or {}).items())
-    return defstruct("Fields", fields + [(key, one | None, None) for key, one in optional.items()])
+    return defstruct(name, fields + [(key, one | None, None) for key, one in optional.items()])
 
 
 def _list(kind: Any) -> Any:
@@ -30,46 +30,72 @@ def _list(kind: Any) -> Any:
 # YAML reads unquoted numbers; the API server validates the type
 Scalar = str | int | float | bool
 _MAP = dict[str, Scalar | None]
-_METADATA = _fields(name=str, labels=_MAP, annotations=_MAP)
+_METADATA = _fields("Metadata", name=str, labels=_MAP, annotations=_MAP)
 # a TrainJob refers to its runtime by name
-_NAMED = _fields({"name": str}, labels=_MAP, annotations=_MAP)
-_ENV = _list(_fields({"name": str}))
+_NAMED = _fields("RuntimeMetadata", {"name": str}, labels=_MAP, annotations=_MAP)
+_ENV = _list(_fields("EnvVar", {"name": str}))
 _LIMITS = defstruct("Limits", [("gpus", _GpuCount | None, None)], rename={"gpus": GPU})
-_RESOURCES = _fields(limits=_LIMITS, requests=_MAP)
+_RESOURCES = _fields("Resources", limits=_LIMITS, requests=_MAP)
 _CONTAINER = _fields(
+    "Container",
     {"name": str},
     image=str,
     args=list[str],
     env=_ENV,
-    volumeMounts=_list(_fields({"name": str, "mountPath": str})),
+    volumeMounts=_list(_fields("VolumeMount", {"name": str, "mountPath": str})),
     resources=_RESOURCES,
 )
 _POD_FIELDS = {
-    "volumes": _list(_fields({"name": str}, persistentVolumeClaim=_fields(claimName=str))),
+    "volumes": _list(
+        _fields(
+            "Volume", {"name": str}, persistentVolumeClaim=_fields("VolumeClaim", claimName=str)
+        )
+    ),
     "nodeSelector": _MAP,
     "tolerations": list[dict],
     "affinity": dict,
 }
-_POD = _fields({"containers": Annotated[_list(_CONTAINER), Meta(min_length=1)]}, **_POD_FIELDS)
+_POD = _fields(
+    "PodSpec", {"containers": Annotated[_list(_CONTAINER), Meta(min_length=1)]}, **_POD_FIELDS
+)
 # one entry of a PyTorchJob's pytorchReplicaSpecs
-_REPLICA = _fields({"template": _fields({"spec": _POD}, metadata=_METADATA)}, replicas=int)
+_REPLICA = _fields(
+    "ReplicaSpec",
+    {"template": _fields("PodTemplate", {"spec": _POD}, metadata=_METADATA)},
+    replicas=int,
+)
 _PYTORCHJOB = _fields(
+    "PyTorchJobSpec",
     {"pytorchReplicaSpecs": Annotated[dict[str, Any], Meta(min_length=1)]},
-    runPolicy=_fields(activeDeadlineSeconds=int, ttlSecondsAfterFinished=int, backoffLimit=int),
-    elasticPolicy=_fields(minReplicas=int, maxReplicas=int),
+    runPolicy=_fields(
+        "RunPolicy", activeDeadlineSeconds=int, ttlSecondsAfterFinished=int, backoffLimit=int
+    ),
+    elasticPolicy=_fields("ElasticPolicy", minReplicas=int, maxReplicas=int),
     nprocPerNode=Scalar,
 )
 # a TrainJob's pods: in a runtime and in a patch of one
-_PODS = _fields(spec=_fields(containers=_list(_CONTAINER), **_POD_FIELDS), metadata=_METADATA)
-_JOB = _fields(spec=_fields(template=_PODS))
-_JOBSET = _fields(replicatedJobs=_list(_fields({"name": str}, template=_JOB)))
-_RUNTIME = _fields(template=_fields(spec=_JOBSET))
+_PODS = _fields(
+    "JobPodTemplate",
+    spec=_fields("JobPodSpec", containers=_list(_CONTAINER), **_POD_FIELDS),
+    metadata=_METADATA,
+)
+_JOB = _fields("JobTemplate", spec=_fields("JobSpec", template=_PODS))
+_JOBSET = _fields(
+    "JobSetSpec", replicatedJobs=_list(_fields("ReplicatedJob", {"name": str}, template=_JOB))
+)
+_RUNTIME = _fields("RuntimeSpec", template=_fields("JobSetTemplate", spec=_JOBSET))
 _TRAINJOB = _fields(
-    {"runtimeRef": _fields({"name": str}, kind=str)},
+    "TrainJobSpec",
+    {"runtimeRef": _fields("RuntimeRef", {"name": str}, kind=str)},
     trainer=_fields(
-        image=str, numNodes=int, numProcPerNode=Scalar, env=_ENV, resourcesPerNode=_RESOURCES
+        "Trainer",
+        image=str,
+        numNodes=int,
+        numProcPerNode=Scalar,
+        env=_ENV,
+        resourcesPerNode=_RESOURCES,
     ),
-    runtimePatches=_list(_fields({"manager": str}, trainingRuntimeSpec=_RUNTIME)),
+    runtimePatches=_list(_fields("RuntimePatch", {"manager": str}, trainingRuntimeSpec=_RUNTIME)),
     activeDeadlineSeconds=int,
 )
 # kind -> types of metadata and spec

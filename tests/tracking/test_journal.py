@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vitdet.files import writer
 from vitdet.tracking.journal import PENDING, Journal, find, journals
 
 
@@ -96,3 +97,18 @@ def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path, recorded: str) -> 
         journal.path.with_suffix(".json").write_text(json.dumps(cursor))
     (entry,) = journal.entries()
     assert (entry / "pictures" / "a.png").read_bytes() == b"a" and not copy.exists()
+
+
+def test_a_copy_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    journal = filled(tmp_path, 1)
+    machine, pid, started = writer().split("-")
+    ended, alive = (
+        journal.files / f".1.{machine}-{pid}-{start}.abc.tmp"
+        for start in (int(started) - 1, started)
+    )
+    for folder in (ended, alive):
+        (folder / "pictures").mkdir(parents=True)
+    (tmp_path / "a.png").write_bytes(b"a")
+    journal.append_file(tmp_path / "a.png", "pictures")
+    (entry,) = journal.entries()
+    assert set(journal.files.iterdir()) == {alive, entry}

@@ -139,7 +139,7 @@ def test_a_full_disk_while_weights_are_written_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr("vitdet.weights.convert.save_file", full)
+    monkeypatch.setattr("vitdet.checkpoint.save_file", full)
     with pytest.raises(OSError, match=r"out.safetensors: could not be written \(") as error:
         convert_file(source, tmp_path / "out.safetensors", "vitdet")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

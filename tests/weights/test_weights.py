@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import minimal
-from vitdet.checkpoint import Checkpoints
+from vitdet.checkpoint import Checkpoints, write_tensors
 from vitdet.config import load_config
 from vitdet.models import Detector, build_detector
 from vitdet.training import train
@@ -134,3 +137,28 @@ def test_a_training_begins_with_them(
     first = torch.load(Checkpoints(tmp_path / "run" / "checkpoints", 2).all()[0], weights_only=True)
     assert first["step"] == 0
     assert all(torch.equal(first["model"][name], tensor) for name, tensor in backbone.items())
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "w.safetensors", {"b": torch.rand(2, 3), "a": torch.rand(3).half()}
+    metadata = {"format": "pt", "names": '["\u00e9\\n", "\U0001f600\x7f\x01"]', "key": "value"}
+    found = set()
+    for _ in range(16):  # safetensors orders the metadata at random
+        write_tensors(path, tensors, metadata)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), one) for name, one in tensors.items())
+
+
+@pytest.mark.slow
+def test_two_pretrainings_of_one_seed_write_the_same_file(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from vitdet.demo.mae import pretrain;"
+        "pretrain('tiny', pathlib.Path(sys.argv[1]), count=80, steps=3, batch_size=8)"
+    )
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert paths[0].read_bytes() == paths[1].read_bytes()

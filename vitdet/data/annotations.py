@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vitdet.data.annotation_file import UNKNOWN, Annotation, annotations_of, convert_annotation
-from vitdet.data.flawless import LARGEST, area_fits, find_flawless
+from vitdet.data.flawless import LARGEST, area_fits, find_flawless, image_table
 from vitdet.data.header import MAX_SIDE, HeaderValidator, Table
 from vitdet.data.segmentation import (
     Outline,
@@ -93,10 +93,11 @@ class AnnotationValidator(HeaderValidator):
         flawless: also yield annotations without any warning, which are the majority.
         """
         seen: set[int] = set()
+        images = image_table(self.sizes)
         for start in range(0, len(table), BLOCK):
             rows: Sequence[int] = range(start, min(start + BLOCK, len(table)))
             block = annotations_of(table, rows)
-            found = find_flawless(block, self.sizes, self.categories, self.lvis, seen)
+            found = find_flawless(block, images, self.categories, self.lvis, seen)
             seen.update(found.ids)
             self.objects.update(found.image_ids)
             self.instances.update(found.category_ids)

@@ -33,30 +33,37 @@ class Flawless(NamedTuple):
 NONE = Flawless([], [], [], [])
 
 
+def image_table(sizes: Mapping[int, tuple[int, int] | None]) -> np.ndarray:
+    """Return (3, N) int64 from sizes by id: ids, ascending up to an unused one, heights, widths."""
+    known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
+    return np.array(list(zip(*known, (2**63 - 1, 0, 0), strict=True)))
+
+
 def find_flawless(
     block: Iterable[object],
-    sizes: Mapping[int, tuple[int, int] | None],
+    images: np.ndarray,
     categories: Collection[int],
     lvis: bool,
     seen: Set[int],
 ) -> Flawless:
     """Find annotations with polygons inside their image, matching area and box, known category.
 
-    sizes: (height, width) of each image by id. lvis: iscrowd may be missing. seen: ids of earlier
-    annotations. Finds none if an entry of the block is not an `Annotation`, an id is repeated, or a
-    whole number exceeds 64 bits.
+    images: of `image_table`. lvis: iscrowd may be missing. seen: ids of earlier annotations. Finds
+    none if an entry of the block is not an `Annotation`, an id is repeated, or a number is too
+    large.
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block
-    chosen = Flawless([], [], [], [])
-    rows, ids, image_ids, category_ids = chosen
+    rows: list[int] = []
+    category_ids: list[int] = []
+    ids, image_ids = array("q"), array("q")
     coordinates, numbers, lengths = array("d"), array("d"), array("q")
     for row, one in enumerate(block):
         if type(one) is not Annotation:
             return NONE
         every.append(one.id)
-        parts, size = one.segmentation, sizes.get(one.image_id)
-        if type(parts) is not list or one.area is None or size is None:
+        parts = one.segmentation
+        if type(parts) is not list or one.area is None:
             continue
         if one.iscrowd not in no_crowd or one.category_id not in categories:
             continue
@@ -67,26 +74,26 @@ def find_flawless(
                     del coordinates[before:]
                     break
                 coordinates.fromlist(part)
-        except OverflowError:  # an integer too large for a float
+            if len(coordinates) > before:
+                lengths.append(len(coordinates) - before)
+                numbers.fromlist([*one.bbox, one.area])
+                rows.append(row)
+                ids.append(one.id)
+                image_ids.append(one.image_id)
+                category_ids.append(one.category_id)
+        except OverflowError:  # a coordinate too large for a float, an id for 64 bits
             return NONE
-        if len(coordinates) > before:
-            lengths.append(len(coordinates) - before)
-            numbers.fromlist([*one.bbox, one.area, *size])
-            rows.append(row)
-            ids.append(one.id)
-            image_ids.append(one.image_id)
-            category_ids.append(one.category_id)
     if not rows or len(set(every)) < len(every) or not seen.isdisjoint(every):
         return NONE
-    if min(every) < -(2**63) or max(every) >= 2**63:
-        return NONE
+    place = np.searchsorted(images[0], image_ids)
+    sizes = np.where(images[0, place] == image_ids, images[1:, place], 0)
     found = _fit(
-        np.frombuffer(numbers).reshape(-1, 7).T,
+        np.concatenate([np.frombuffer(numbers).reshape(-1, 5).T, sizes]),
         np.frombuffer(coordinates).reshape(-1, 2).T,
         np.frombuffer(lengths, np.int64) // 2,
     )
-    passed = found.tolist()
-    return Flawless(*(list(compress(column, passed)) for column in chosen))
+    columns, passed = (rows, ids, image_ids, category_ids), found.tolist()
+    return Flawless(*(list(compress(column, passed)) for column in columns))
 
 
 def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle
@@ -194,10 +194,10 @@ def run_lengths(counts: object) -> list[int] | None:
     Compressed: 5 bits per character, values relative to the run two before.
     """
     if isinstance(counts, list):
-        runs: Any = counts
-        if float in set(map(type, runs)):
-            runs = [whole_number(run) if type(run) is float else run for run in counts]
-        return runs if {int}.issuperset(map(type, runs)) and min(runs, default=0) >= 0 else None
+        types = set(map(type, counts))
+        if float in types:
+            return run_lengths([whole_number(run) if type(run) is float else run for run in counts])
+        return counts if types <= {int} and min(counts, default=0) >= 0 else None
     if not isinstance(counts, str) or not counts.isascii():
         return None
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitdet.data.header import is_text
 from vitdet.data.segmentation import show
-from vitdet.datasets.importers.yolo import read_yaml
+from vitdet.files import read_yaml
 
 
 def read_names(path: Path) -> dict[str, str]:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from vitdet.checkpoint import FORMAT, read_detector_file, save
+from vitdet.checkpoint import FORMAT, read_detector_file, save, write_tensors
 from vitdet.config import Config, flatten, load_config, to_dict
 from vitdet.files import atomic_write
 from vitdet.models import Detector, build_detector
@@ -154,9 +153,8 @@ def _write_tensors(
 
 def save_tensors(path: Path, tensors: Weights, metadata: dict[str, str]) -> None:
     """Write a .safetensors file atomically. Raises OSError with a one-line message."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _written(path) as temporary:
-        save_file(whole, temporary, metadata=metadata)
+        write_tensors(temporary, tensors, metadata)
 
 
 def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:

@@ -17,9 +17,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from vitdet.data.header import is_text
 from vitdet.data.segmentation import show
@@ -34,6 +31,7 @@ from vitdet.datasets.importers.dataset import (
     object_from_box,
     object_from_outline,
 )
+from vitdet.files import read_yaml
 
 HEAD = "entry of data.yaml that cannot be used"
 TOLERANCE = 0.01  # tolerance of coordinates outside the image, as a fraction
@@ -92,19 +90,6 @@ def read_yolo(found: ImportedDataset) -> None:
                 f"{_label_file(chosen[0])} for {chosen[0]}",
             )
     found.define(names, labeled, _picture)
-
-
-def read_yaml(path: Path, expected: str = "YAML") -> Any:
-    """Return the content of a file; scalars stay text: a class may be named "no".
-
-    Raises FileNotFoundError, and ValueError if it is not YAML.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not {expected}: {' '.join(str(error).split())}") from error
 
 
 class _Head:
