@@ -71,7 +71,7 @@ class Server:
             return health
         raise ServerError(
             f"{self.host} is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment "
-            "the address ends in /pipeline",
+            "the URL ends in /pipeline",
             404,
         )
 

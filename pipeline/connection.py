@@ -84,8 +84,7 @@ def server_address(host: str) -> str:
     parts = urlsplit(host)
     if parts.username or parts.password:
         raise ValueError(
-            "the address of the server contains a user name or password; remove it and give "
-            f"{LOGIN}"
+            f"the server URL contains a user name or password; remove it and pass {LOGIN}"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
@@ -270,7 +269,7 @@ class Transport(RESTClientObject):
             moved = target.hostname == here.hostname and target.scheme != here.scheme
             return ServerError(
                 f"{self.host} redirects to {target.geturl() or 'another page'}: "
-                f"{'pass this address as --host' if moved else self.login_hint()}",
+                f"{'pass this URL as --host' if moved else self.login_hint()}",
                 status,
             )
         if status == 401 and not self.login:
@@ -278,13 +277,13 @@ class Transport(RESTClientObject):
         if status == 401:
             return ServerError(
                 f"{self.host} does not accept the credentials from {self.login_sources()} (401): "
-                f"they have expired or are for another server{text}",
+                f"they have expired or are for a different server{text}",
                 status,
             )
         if status == 403:
             own = f"the credentials from {self.login_sources()}" if self.login else ""
-            who = own or "requests without token and cookie"
-            return ServerError(f"{self.host} forbids this to {who} (403){text}", status)
+            who = own or "requests without a token or cookie"
+            return ServerError(f"{self.host} does not allow this for {who} (403){text}", status)
         unknown = refused_field((error.body or b"").decode(errors="replace").replace('\\"', '"'))
         return ServerError(
             f"{self.host} returned {status} {error.reason}{text}",
@@ -308,7 +307,7 @@ class Transport(RESTClientObject):
 
     def login_hint(self) -> str:
         """Return what to do if the server returns a web page."""
-        path = "; in a full Kubeflow deployment the address ends in /pipeline"
+        path = "; in a full Kubeflow deployment the URL ends in /pipeline"
         if urlsplit(self.host).path:
             path = ""
         if not self.login:

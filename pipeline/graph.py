@@ -125,7 +125,7 @@ def build(
 
     @dsl.pipeline(
         name="vitdet",
-        description="Trains recipes, compares them, registers what beats the champion.",
+        description="Trains and compares recipes, and registers the models that beat the champion.",
     )
     def vitdet(
         recipes: list[str] = ["tiny"],  # noqa: B006

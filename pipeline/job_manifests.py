@@ -83,7 +83,8 @@ def job_image(jobs: str) -> str:
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
     if len(found) != 1 or "" in found:
         raise ValueError(
-            f"the training jobs must use one image, they use {', '.join(sorted(found)) or 'none'}"
+            "the training jobs must use the same image, but they use "
+            f"{', '.join(sorted(found)) or 'none'}"
             "; set it in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()

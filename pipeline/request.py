@@ -167,7 +167,8 @@ def check_recipes(
         for text in texts:
             if has_credentials(text.partition("=")[2] or text):
                 raise ValueError(
-                    f"{option} {text.partition('=')[0]}: the user and password would be visible in "
+                    f"{option} {text.partition('=')[0]}: the user name and password would be "
+                    "visible in "
                     "the run's parameters; store them in the cluster's Secret"
                 )
     package = importlib.util.find_spec("vitdet")

@@ -51,8 +51,8 @@ _EXECUTOR = "platforms.kubernetes.deploymentSpec.executors.*."
 _RUN = "platforms.kubernetes.pipelineConfig."
 _KEPT = "the server decides how long the finished Workflow is kept"
 _JOB = (
-    "the training job takes environment, volumes, node selector and tolerations from its manifest "
-    "alone"
+    "the training job takes environment, volumes, node selector and tolerations only from its "
+    "manifest"
 )
 
 # The fields that were added since OLDEST: api/v2alpha1/pipeline_spec.proto and
@@ -63,7 +63,7 @@ FIELDS = (
         # (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),
-        "steps are not retried, e.g. when their node is lost; Retry of the run continues its "
+        "steps are not retried, e.g. when their node is lost; retrying the run resumes its "
         "training runs",
     ),
     Field(f"{_EXECUTOR}nodeAffinity.*.nodeAffinityJson", (2, 14, 0)),
@@ -103,7 +103,7 @@ FIELDS = (
         Field(f"{_RUN}resourceTtlOn{event}", (2, 17, 0), _KEPT)
         for event in ("Completion", "Success", "Failure")
     ),
-    Field(f"{_RUN}activeDeadlineSeconds", (2, 17, 0), "a run is not ended after a fixed time"),
+    Field(f"{_RUN}activeDeadlineSeconds", (2, 17, 0), "runs have no time limit"),
 )
 
 
@@ -127,11 +127,11 @@ def read_version(given: str) -> Version:
         raise ValueError(f"version {given!r} of Kubeflow Pipelines: expected one of {supported}")
     version = (int(match[1]), int(match[2]), int(match[3] or 0))
     if version[:2] not in {known[:2] for known in SERVERS}:
-        age = "no release of the server"
+        age = "not a released version"
         if version < OLDEST:
             age = "too old"
         elif version > NEWEST:
-            age = "newer than this client knows"
+            age = "newer than this client supports"
         raise ValueError(f"Kubeflow Pipelines {given} is {age}; supported: {supported}")
     return version
 
@@ -154,7 +154,7 @@ def server_version(health: dict) -> tuple[Version, str]:
     version = (2, 15, 0) if store else OLDEST
     return version, (
         f"the server does not report its version; treated as Pipelines {text(version)} "
-        f"({SERVERS[version]}), pass --kfp VERSION if it is another"
+        f"({SERVERS[version]}), pass --kfp VERSION if this is wrong"
     )
 
 

@@ -93,7 +93,7 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
         )
     if not _is_zip(path):
         raise DamagedError(
-            f"{path}: not a complete vitdet checkpoint (truncated, or another kind of file)"
+            f"{path}: not a complete vitdet checkpoint (truncated, or a different kind of file)"
         )
     try:
         if verify and (record := damaged_record(path)):
@@ -170,7 +170,7 @@ def _remove_credentials(path: Path, content: dict) -> None:
 @cache
 def _warn_of_credentials(path: Path, uri: str) -> None:
     log.warning(
-        f"{path}: the user and password in its tracking.uri {uri} are not used; set "
+        f"{path}: the user name and password in its tracking.uri {uri} are not used; set "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
         "MLFLOW_TRACKING_URI"
     )
@@ -210,7 +210,10 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
         if not (isinstance(name, str) and isinstance(one, Tensor)) or one.is_complex()
     ]
     if invalid:
-        found = f"{len(invalid)} of its weights are not named real tensors, such as {invalid[0]!r}"
+        found = (
+            f"{len(invalid)} of its weights are not real-valued tensors with a name, such as "
+            f"{invalid[0]!r}"
+        )
         raise ValueError(f"{path}: {found}; {MODIFIED}")
     try:
         detector.load_state_dict(weights)

@@ -97,7 +97,8 @@ def _join() -> tuple[dist.Store, int, int]:
         launch_id, missing = _synchronize_launch(store, number, count)
     except dist.DistError as error:
         raise ConnectionError(
-            f"rank {number} of {count} lost the store at {address} while the ranks joined; "
+            f"rank {number} of {count} lost the connection to the store at {address} while the "
+            "ranks joined; "
             "see the log of rank 0's node"
         ) from error
     if missing:

@@ -188,7 +188,7 @@ class JobClient:
                 )
                 answer = json.loads(raw.data)
                 if reported:
-                    self.out("launcher: the API server responds again")
+                    self.out("launcher: the API server is responding again")
                 self.allowed.add(verb)
                 return answer
             except ApiException as error:
@@ -211,7 +211,7 @@ class JobClient:
                 waited = f", for {limit:.0f} s" if limit and not once else ""
                 raise RuntimeError(problem + waited)
             if not reported:
-                self.out(f"launcher: {problem}; asking again for {limit:.0f} s")
+                self.out(f"launcher: {problem}; retrying for up to {limit:.0f} s")
             reported = True
             time.sleep(min(self.timeouts.poll, 2))
 

@@ -71,5 +71,7 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
         return f"{what}: {reason}: the API server does not accept the account's token (HTTP 401)"
     if error.status == 404 and not message:
         version = f"{kind.group}/{kind.version}"
-        return f"{what}: the cluster knows no {kind.name} ({version}); install {kind.operator}"
+        return (
+            f"{what}: the cluster has no resource {kind.name} ({version}); install {kind.operator}"
+        )
     return f"{what}: {reason} (HTTP {error.status})"

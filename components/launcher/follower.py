@@ -158,7 +158,7 @@ class Follower:
             self.report(text, text)
         if error:
             self.delete_failed()
-            raise RuntimeError(f"{self.name} is deleted: {error}")
+            raise RuntimeError(f"{self.name} was deleted: {error}")
 
     def adopt(self, existing: dict, failure: str) -> None:
         """Become the owner of an earlier attempt's job. Raises RuntimeError with its failure."""
@@ -188,7 +188,7 @@ class Follower:
         ended = phase in ("succeeded", "failed")
         meaning = phase
         if phase == "suspended":
-            meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
+            meaning = "suspended until a queue (Kueue) or a user resumes it; waiting"
         details = f" ({message})" if message else ""
         self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
         self.pods = pods
@@ -203,7 +203,7 @@ class Follower:
         if phase == "failed":
             # after the deadline the operator deletes the pods, so they fail too
             deadline = deadline_exceeded(job, message)
-            cause = f"\ncause: {deadline}; its checkpoints stay" if deadline else ""
+            cause = f"\ncause: {deadline}; its checkpoints are kept" if deadline else ""
             why = cause or self.failures.explain(pods, None)
             self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", None)
         if phase == "suspended":
@@ -214,7 +214,7 @@ class Follower:
         limit = self.timeouts.operator
         missing = None if phase == "suspended" else missing_pods(job, pods, self.client.events)
         if self.persists("operator", not phase and not pods and not missing, limit):
-            text = f"has had no status for {limit:.0f} s: {self.kind.operator} does not run"
+            text = f"has had no status for {limit:.0f} s: {self.kind.operator} is not running"
             self.give_up(f"{self.name} {text}")
         self.check_start(phase, missing)
         until = time.monotonic() + self.timeouts.poll
@@ -251,13 +251,15 @@ class Follower:
         reasons = [reason for one in workloads if (reason := waiting_reason(one))]
         self.admitted = bool(workloads) and not reasons
         if workloads:
-            self.report("queue", f"{self.name} waits in Kueue: {reasons[0]}" if reasons else "")
+            self.report(
+                "queue", f"{self.name} is waiting in Kueue: {reasons[0]}" if reasons else ""
+            )
         text, limit = no_workload(self.kind, queue), self.timeouts.operator
         if self.persists("no Workload", not workloads, min(NO_WORKLOAD, limit)):
             self.report("queue", f"{self.name}: {text}")
             self.admitted = not is_suspended(job)  # it trains without the queue
         if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
-            self.give_up(f"{self.name} stays suspended, for {limit:.0f} s now: {text}")
+            self.give_up(f"{self.name} has been suspended for {limit:.0f} s: {text}")
 
     def publish_progress(self, final: bool) -> None:
         """Annotate the job with the step, the speed and the expected end of its training."""
@@ -351,7 +353,9 @@ class Follower:
         found = [blocking_reason(pod) or startup_warning(pod, events) for pod in self.pods]
         # an elastic job can run with fewer nodes than requested
         elastic = "elasticPolicy" in self.job["spec"] and phase == "running"
-        waiting = f"{self.name} lost a pod, waiting for another" if self.started else "waiting"
+        waiting = (
+            f"{self.name} lost a pod; waiting for a replacement" if self.started else "waiting"
+        )
         for topic in ("schedule", "start"):
             causes = [
                 cause
@@ -364,7 +368,7 @@ class Follower:
             if self.started and topic == "schedule":
                 continue
             if self.persists(topic, bool(causes) and not elastic, limit):
-                self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", causes[0])
+                self.give_up(f"{self.name} has not been able to start for {limit:.0f} s", causes[0])
 
     def give_up(self, text: str, cause: Cause | None = None) -> NoReturn:
         """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""

@@ -134,8 +134,8 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
         release_job(api, kind, namespace, name, without_run(job))
         phase = job_phase(kind, job)[0] or "created"
         return (
-            f"{name}: {phase}, is left running. Retry of the run follows it; else it ends by "
-            f"itself, at its deadline ({deadline(job)}), or by `python -m pipeline terminate "
+            f"{name}: {phase}, is left running. Retrying the run follows it again; otherwise it "
+            f"ends at its deadline ({deadline(job)}), or with `python -m pipeline terminate "
             f"{run_id}`"
         )
 
@@ -171,7 +171,7 @@ def delete_jobs(
             jobs = list_jobs(api, kind, namespace, f"{RUN}={label(run_id)}")
         except PermissionError as error:
             forbidden[word] = error
-            left.append(f"{kind.plural} were not listed: {error}")
+            left.append(f"{kind.plural} could not be listed: {error}")
             continue
         for job in jobs:
             name = job["metadata"]["name"]

@@ -88,5 +88,5 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
             lost.append(f"{path}, which sets {', '.join(settings)} of the pods ({remedy})")
         else:
             warnings.append(f"{missing}{path}: the pods lack the labels of the run; {remedy}")
-    error = f"{missing}{'; no '.join(lost)}; the job would train in another way" if lost else ""
+    error = f"{missing}{'; no '.join(lost)}; the job would train differently" if lost else ""
     return warnings, error

@@ -92,7 +92,7 @@ def retention(kind: Kind, job: dict) -> str:
     if job["metadata"].get("ownerReferences"):
         until.append("its run is deleted")
     kept = " or ".join(until) or "it is deleted manually"
-    return f"{phase}; stays, with the logs of pods that are left, until {kept}"
+    return f"{phase}; kept, with the logs of the remaining pods, until {kept}"
 
 
 def annotations_of(resource: dict) -> dict[str, str]:

@@ -182,7 +182,8 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
     elastic = spec.get("elasticPolicy")
     if "Master" not in replicas and not elastic:
         raise ValueError(
-            "a PyTorchJob without a Master needs an elasticPolicy: its pods cannot find each other"
+            "a PyTorchJob without a Master needs an elasticPolicy: otherwise its pods cannot find "
+            "each other"
         )
     if "Master" in replicas:
         # explicit because the operator's webhook validates before it sets defaults

@@ -99,7 +99,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         source,
         "--job",
         "FILE",
-        "compile it with the training jobs in this YAML file, as for `compile --job`; - is "
+        "compile it with the training jobs in this YAML file, as for `compile --job`; - for "
         "standard input",
     )
     run.add_argument(
@@ -194,7 +194,7 @@ def refused(error: ServerError, server: Server) -> ServerError:
         advice = f"use --kfp {text(version)}"
     server_is = "the server" if doubt else f"this is Pipelines {text(version)}; it"
     return ServerError(
-        f"{server.host}: {server_is} does not know {error.field} of the pipeline: {advice}",
+        f"{server.host}: {server_is} does not support {error.field} in the pipeline: {advice}",
         error.status,
     )
 
@@ -220,7 +220,7 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     text, wanted = read_job_file(args.job), args.job_kind
     if text and wanted and wanted not in job_kinds(text):  # it would fail only in the training step
         found = " and ".join(sorted(job_kinds(text)))
-        raise ValueError(f"--job {args.job}: contains no {wanted} but {found}; see --job-kind")
+        raise ValueError(f"--job {args.job}: contains no {wanted}, only {found}; see --job-kind")
     with TemporaryDirectory() as folder:
         yield compile_pipeline(Path(folder) / "pipeline.yaml", text)
 

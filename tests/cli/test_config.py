@@ -162,7 +162,7 @@ def test_an_override_of_a_section_by_null_is_refused(
         ("optim.lr", "override 'optim.lr': expected section.key=value"),
         ("=1", "override '=1': expected section.key=value"),
         # types
-        ("optim.lr=[", "optim.lr: '[' is not readable as a value"),
+        ("optim.lr=[", "optim.lr: '[' cannot be parsed as a value"),
         ("optim.lr=fast", "optim.lr: expected a number, got 'fast'"),
         ("optim.lr=", "optim.lr: expected a number, got None"),
         ("optim.lr=true", "optim.lr: expected a number, got True"),

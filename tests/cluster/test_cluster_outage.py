@@ -113,7 +113,7 @@ def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) 
         alone.launch(template(script=True), ["true"], "undefined")
     text = str(raised.value)
     assert (
-        "the cluster knows no PyTorchJob (kubeflow.org/v1); install the Kubeflow training operator"
+        "the cluster has no resource PyTorchJob (kubeflow.org/v1); install the Kubeflow training operator"
         in text
     )
     assert "\n" not in text

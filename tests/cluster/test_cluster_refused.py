@@ -24,9 +24,10 @@ def test_a_refused_pod_is_the_cause_whether_others_run_or_not(
     with pytest.raises(RuntimeError) as raised:
         live.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, timeouts=QUICK)
     name = job_name(PIPELINE_RUN, recipe)
-    assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in str(
-        raised.value
+    assert (
+        f"{name} has not been able to start for 3 s\ncause: job {name}: FailedCreatePod: "
+        in str(raised.value)
     )
-    assert MISSING in str(raised.value) and "does not run" not in str(raised.value)
+    assert MISSING in str(raised.value) and "is not running" not in str(raised.value)
     assert any("waiting: " in line and name in line and MISSING in line for line in live.lines)
     assert ("on" in live.lines) == (kinds == ("Worker",))

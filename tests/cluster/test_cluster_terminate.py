@@ -60,7 +60,7 @@ def test_terminate_deletes_the_jobs_of_its_run_only(
         assert "state RUNNING, now ending\n" in out
         assert out.endswith(
             f"{place}deleted a\ndeleted b\n"
-            "looking again when the run has ended, for about 300 s\ndeleted late, made since\n"
+            "checking again after the run has ended, for up to about 300 s\ndeleted late, made since\n"
         )
         assert jobs(made.namespace) == [OF_THE_OTHER]
         code, out, _ = pipeline("terminate", PIPELINE_RUN)

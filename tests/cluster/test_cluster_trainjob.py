@@ -204,6 +204,8 @@ def test_a_pod_that_no_node_takes_fails_the_step_and_frees_the_queue(
             launch(still, "no-node", "true")
         other.join()
         text = "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
-        assert "cannot start, for 3 s now" in str(raised.value) and text in str(raised.value)
+        assert "has not been able to start for 3 s" in str(raised.value) and text in str(
+            raised.value
+        )
         assert any("waiting" in line and text in line for line in still.lines)
         wait_until(lambda: not still.pods("no-node", kind="trainjob"))

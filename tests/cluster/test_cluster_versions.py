@@ -101,7 +101,7 @@ def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
     )
 
     def free() -> None:
-        wait_until(lambda: any("asking again for 30 s" in one for one in still.lines))
+        wait_until(lambda: any("retrying for up to 30 s" in one for one in still.lines))
         kubectl(f"delete resourcequota trainings -n {still.namespace}")
 
     with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):

@@ -224,7 +224,7 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
         _, error = follow(Record((job, [pod(container=ended(143))])))
         assert error == (
             f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
-            "job's file; its checkpoints stay"
+            "job's file; its checkpoints are kept"
         )
 
 

@@ -336,7 +336,7 @@ def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline()
     assert error == "" and record.annotations["vitdet/started"] == "true"
     (told,) = [line for line in lines if "Unschedulable" in line]
     assert told.startswith(
-        "launcher: PyTorchJob vitdet-tiny-1 lost a pod, waiting for another: pod w"
+        "launcher: PyTorchJob vitdet-tiny-1 lost a pod; waiting for a replacement: pod w"
     )
     # before all pods have run together, an hour is enough (in these tests: 0.1 s)
     _, error = follow(Record((RUNNING, [pod("m"), unschedulable("w")])))

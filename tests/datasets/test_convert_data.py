@@ -90,9 +90,9 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
     assert output.splitlines() == [
         "out: 2 classes; train 4 images, 4 objects; val 1 images, 0 objects",
-        "  3 x objects have a box only and no mask (--boxes-as-masks converts boxes to masks)",
+        "  3 x objects with a box but no mask (--boxes-as-masks converts boxes to masks)",
         "  1 x duplicate rows removed",
-        "  1 x images without a label file: without objects",
+        "  1 x images without a label file (no objects)",
     ]
     out = tmp_path / "out"
     train = tree(out, "train")

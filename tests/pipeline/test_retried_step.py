@@ -213,7 +213,7 @@ def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(
     deleted, left = delete(objects, monkeypatch)
     assert deleted == ["runs", "suspended", "new"]
     assert objects.deleted == [f"pytorchjobs/{name}" for name in deleted]
-    until = "stays, with the logs of pods that are left, until"
+    until = "kept, with the logs of the remaining pods, until"
     assert left == [
         f"failed: failed; {until} 2026-01-01 01:00 UTC or its run is deleted",
         f"done: succeeded; {until} its run is deleted",

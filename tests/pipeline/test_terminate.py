@@ -131,8 +131,8 @@ def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
     assert f"state {state}, now ending" in out and out.splitlines()[4:] == [
         PLACE.format("kubeflow"),
         "deleted vitdet-1",
-        "looking again when the run has ended, for about 300 s",
-        "deleted vitdet-3, made since",
+        "checking again after the run has ended, for up to about 300 s",
+        "deleted vitdet-3, created in the meantime",
         KEPT,
     ]
     assert cluster.asked == [(RUN, "kubeflow", "pytorchjob")] * 2
@@ -167,7 +167,7 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
     cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
     code, out, said = pipeline("terminate", RUN, "--retries", 0)
-    assert (code, out.splitlines()[-2:]) == (1, ["deleted vitdet-2, made since", KEPT])
+    assert (code, out.splitlines()[-2:]) == (1, ["deleted vitdet-2, created in the meantime", KEPT])
     assert len(cluster.asked) == 2
     cause = "it is unknown whether the run has ended ("
     if status == 503:

@@ -125,7 +125,7 @@ def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
     content["annotations"].pop()
     path.write_text(json.dumps(content))
     with refused(
-        r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another"
+        r"run: contains a finished run on different data \(train split \w+, now \w+\); choose another"
     ):
         again()
     assert len(heard) == 1

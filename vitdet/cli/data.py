@@ -58,7 +58,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
     _add_convert(
-        kinds.add_parser("convert", help="convert a data set of another format to COCO's layout")
+        kinds.add_parser("convert", help="convert a data set from another format to COCO's layout")
     )
 
 
@@ -68,7 +68,7 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "--split",
         default="",
         choices=("train", "val"),
-        help="download only what this split needs; LVIS val also needs images of COCO's train "
+        help="download only what this split needs; LVIS val also needs COCO's training images "
         "(default: both)",
     )
     kind.add_argument(
@@ -129,7 +129,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     add_file(
         kind,
         "--rename",
-        "YAML or JSON map from old to new class names; two classes may get the same name",
+        "YAML or JSON map from old to new class names; two classes may be given the same name",
     )
     kind.add_argument(
         "--classes",

@@ -26,7 +26,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     add_folder(
         verb,
         "--checkpoints",
-        "folder for the training states, by config and data (default: --output)",
+        "folder for training states, one subfolder per config and data (default: --output)",
     )
     add_folder(
         verb,

@@ -126,7 +126,7 @@ def _lines(entry: Entry) -> Iterator[str]:
     ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
     yield f"  {entry.name:32} {entry.what}{ap}{'  [here]' if is_here(entry) else ''}"
     remarks = {
-        "page": " (a page, for a browser)",
+        "page": " (a web page; open it in a browser)",
         "dead": " (dead link)",
         "none": NOT_PUBLISHED,
         "packaged": "ships with vitdet",

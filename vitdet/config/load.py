@@ -45,7 +45,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
     check_names(tracking)
     if has_credentials(tracking.uri):
         raise ValueError(
-            "tracking.uri must not contain a user or password, as it is stored in configs and "
+            "tracking.uri must not contain a user name or password, as it is stored in configs and "
             "checkpoints; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole "
             "address as MLFLOW_TRACKING_URI"
         )
@@ -148,7 +148,7 @@ def _parse(key: str, text: str) -> object:
     try:
         return parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{key}: {text!r} is not readable as a value") from error
+        raise ValueError(f"{key}: {text!r} cannot be parsed as a value") from error
 
 
 def _unknown(kind: Any, tree: object) -> Iterator[str]:

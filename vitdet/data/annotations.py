@@ -248,13 +248,13 @@ class AnnotationValidator(HeaderValidator):
             text = f"{outline.left_out} of {len(annotation.segmentation or ())}"
             self._warn("outline with parts of fewer than 3 points (ignored)", annotation, text)
         if outline.shape is None:
-            self._warn("object without an outline (trains box and class only)", annotation)
+            self._warn("object without an outline (used for box and class only)", annotation)
             return NO_OUTLINE, True
         found = fit(annotation.bbox, outline.box, size)
         if found == "fits":
             return "", False
         if found == "empty" or outline.box is None:
-            kind = "outline without pixels in its image (trains box and class only)"
+            kind = "outline without pixels in its image (used for box and class only)"
             self._warn(kind, annotation, show(outline.box))
             return NO_PIXELS, True
         x0, y0, x1, y1 = (round(value, 2) for value in outline.box)
@@ -269,7 +269,7 @@ class AnnotationValidator(HeaderValidator):
             annotation.bbox, outline.box
         ):
             self.suspects[CORNERS] += 1
-        kind = "box that does not fit its outline (trains box and class only)"
+        kind = "box that does not fit its outline (used for box and class only)"
         self._suspect(kind, annotation, text)
         return OTHER_PLACE, True
 

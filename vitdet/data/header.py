@@ -130,7 +130,7 @@ class HeaderValidator:
             self.error(f"duplicate {what} id", f"{what} {number}", f"entry {index}")
 
     def _converted(self, where: str, what: str) -> None:
-        self.warning("number of another type (read as a whole number)", where, what)
+        self.warning("number stored as a different type (read as an integer)", where, what)
 
     def _has(self, item: dict, key: str, where: str) -> bool:
         if key not in item:

@@ -60,7 +60,7 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
             "them"
         )
     elif splits(other):
-        there = f"the annotations are of another kind; set data.dataset={other.dataset}"
+        there = f"the annotations are of a different kind; set data.dataset={other.dataset}"
     else:
         there = (
             f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, "

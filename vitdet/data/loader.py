@@ -77,7 +77,7 @@ def train_loader(
         path, found = split_files(data, data.train_split)[0], dataset.split
         _warn(path, "objects ignored in training", found.dropped)
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:  # else these are boxes only
-            _warn(path, "objects that train box and class only", found.unmasked)
+            _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:
             done = "trained as background" if data.keep_empty else "ignored"
             log.info("%s: %d images without objects are %s", path, dataset.without_objects, done)

@@ -85,7 +85,7 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
         lower = batch_size - batch_size % parts
         fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
         many = f"the {processes} processes"
-        other = "or start another number of processes"
+        other = "or start a different number of processes"
         if accumulate > 1:
             them = "1 process" if processes == 1 else f"{processes} processes"
             many = f"{parts} ({them} x train.accumulate={accumulate})"

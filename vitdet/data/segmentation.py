@@ -174,7 +174,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
     height, width = sides
     if size is not None and (height, width) != size:
         text = f"{shape}, the image {list(size)} (height, width)"
-        return _problem("RLE of another size than its image", text)
+        return _problem("RLE whose size differs from its image", text)
     runs = run_lengths(counts)
     if runs is None:
         return _problem("RLE whose counts are not run lengths", show(counts))

@@ -116,12 +116,12 @@ def _divided(found: ImportedDataset, share: float, seed: int) -> dict[str, list[
     """
     if len(found.splits) != 1:
         raise ValueError(
-            f"{found.source}: --val-share divides the images of one split, but there are "
-            f"{', '.join(found.splits)}; --splits takes one of them"
+            f"{found.source}: --val-share splits the images of a single split, but there are "
+            f"{', '.join(found.splits)}; select one with --splits"
         )
     images = [image for split in found.splits.values() for image in split]
     if len(images) < 2 and not found.problems.counts:
-        raise ValueError(f"{found.source}: {len(images)} images cannot be divided by --val-share")
+        raise ValueError(f"{found.source}: {len(images)} images are too few for --val-share")
     count = min(max(round(share * len(images)), 1), len(images) - 1)
     chosen = set(random.Random(seed).sample(range(len(images)), max(count, 0)))
     found.remarks.append(f"val: {count:,} of {len(images):,} images, drawn with seed {seed}")

@@ -33,7 +33,7 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes that are retried
 DENIED = "the server denies access to this file"
 REASONS = {
     401: "it requires a password",
-    404: "no such file there",
+    404: "no such file on the server",
     410: "the file is gone",
 }
 CHANGED = "the file on the server has changed"
@@ -128,7 +128,7 @@ def mirrored(url: str, mirror: str) -> str:
     base, original = urlsplit(mirror), urlsplit(url)
     if base.scheme not in ("http", "https") or not base.netloc:
         raise ValueError(
-            f"--mirror {mirror}: expected an address such as https://mirror.example.org/weights"
+            f"--mirror {mirror}: expected a URL such as https://mirror.example.org/weights"
         )
     path = base.path.rstrip("/") + original.path
     return urlunsplit(original._replace(scheme=base.scheme, netloc=base.netloc, path=path))
@@ -229,7 +229,7 @@ class _Attempt:
         if response.headers.get_content_type() == "text/html":
             raise ValueError(
                 f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
-                "open it in a browser and give the file with --from"
+                "open the URL in a browser and pass the file with --from"
             )
         if self.size is not None and total is not None and total != self.size:
             has = f"the server has {total:,} bytes, expected {self.size:,}"
@@ -282,7 +282,7 @@ class _Attempt:
     def broken(self, error: object) -> _Broken:
         """Return the exception for an error of the connection."""
         if isinstance(error, TimeoutError):
-            return _Broken(f"no byte came for {self.stall:g} s")
+            return _Broken(f"no data received for {self.stall:g} s")
         return _Broken(f"the connection failed ({error})")
 
 

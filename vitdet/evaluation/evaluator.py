@@ -302,7 +302,7 @@ def evaluate_results(
         raise ValueError(f"{results}: {error}") from error
     metrics = METRICS_OF[dataset].summary(finished)
     if not metrics:
-        raise ValueError(f"{annotations}: contains no object to find; AP is undefined")
+        raise ValueError(f"{annotations}: contains no objects; AP is undefined")
     facts = partial(results_facts, Path(results), truth.path, len(found))
     images = images_of(truth.path, dataset)
     write_reports(plots, report, finished, metrics, truth, found, facts, images)
@@ -351,7 +351,7 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
         every, split = split, with_objects(split, settings.max_images)
         if distributed.rank() == 0:
             log.info(
-                "evaluate.max_images=%d: AP of %d of the %d images of %s",
+                "evaluate.max_images=%d: AP is computed on %d of the %d images of %s",
                 settings.max_images,
                 len(split.records),
                 len(every.records),

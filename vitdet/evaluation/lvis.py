@@ -25,7 +25,7 @@ from vitdet.evaluation.matching import Comparison, choose, match
 from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # detections per image
-UNCOUNTED = "all have an area of 0, which LVIS leaves out"
+UNCOUNTED = "all have an area of 0, which LVIS ignores"
 # in at most 10, at most 100, more images of the training split
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 

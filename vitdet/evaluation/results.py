@@ -155,7 +155,7 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
         if unknown:
             raise ValueError(
                 f"{truth.path}: contains no {name} {show(unknown[0])}, which has results "
-                f"({len(unknown)} such {names}); expected results of the same data set"
+                f"({len(unknown)} such {names}); expected results for the same data set"
             )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:

@@ -66,7 +66,7 @@ def compare_finished(workspace: str, run_id: str, table: str) -> str:
     if every:
         shutil.copyfile(folder / COMPARISON, table)
     else:
-        Path(table).write_text("<p>No training was started.</p>\n")
+        Path(table).write_text("<p>No training run was started.</p>\n")
     return ""
 
 

@@ -112,7 +112,7 @@ def check_comparable(
     if differing:
         raise ValueError(
             f"{other_name} and {name} cannot be compared: in {other_name}, {'; '.join(differing)}; "
-            "run them one by one, or use the same settings for both"
+            "run them separately, or use the same settings for both"
         )
 
 

@@ -124,7 +124,7 @@ def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict
         config = load_config(Path(settings) / f"{name}.yaml")
         log_files(config, output, [folder / file for file in files], "logs")
     except (OSError, ValueError) as error:
-        log.warning("the logs of the job are not kept: %s", error)
+        log.warning("the logs of the job could not be saved: %s", error)
 
 
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:

@@ -298,7 +298,7 @@ class _Contest:
             return Verdict(
                 False,
                 f"{shown}: {name}, has no {what} on this validation data with these settings "
-                f"({failure or 'it was not evaluated on them; run this again'})",
+                f"({failure or 'it was not evaluated on them; run the command again'})",
             )
         return compare(gate, candidate, before, name)
 

@@ -141,7 +141,7 @@ def translated(uri: str) -> Iterator[None]:
         if _is_denied(error, uri):
             line = (
                 f"{shown} denies access ({line}); set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account that may do this"
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account with permission"
             )
             raise RefusedError(line) from None  # its context names the address with the password
         kind = KINDS.get(getattr(error, "error_code", ""), ConnectionError)
@@ -204,7 +204,7 @@ def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
         except (ConnectionError, FileExistsError) as error:
             if last:
                 raise
-            log.warning("%s; checking whether it was carried out", first_line(error))
+            log.warning("%s; checking whether the request was carried out", first_line(error))
     raise AssertionError
 
 

@@ -114,9 +114,9 @@ def add_matches(
     if not model:
         reason = "it has no logged model"
     elif not known or known != tags_of(metrics):
-        reason = f"its metrics are of another evaluation: {known}, not {tags_of(metrics)}"
+        reason = f"its metrics are from a different evaluation: {known}, not {tags_of(metrics)}"
     elif _has_matches(client, version, protocol):
-        reason = "it has matches of this evaluation"
+        reason = "it already has matches of this evaluation"
     else:
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     if reason:
@@ -175,7 +175,7 @@ def recorded_evaluation(record: Mapping) -> Evaluation:
     """Return the evaluation in the file that a pipeline's step `evaluate` wrote."""
     found = evaluation_of(record["metrics"], plots_of(record))
     removed = (
-        "its files were removed since the pipeline's step `evaluate` was cached; submit the "
+        "its files have been removed since the pipeline's step `evaluate` was cached; submit the "
         "pipeline again with --no-cache"
     )
     return found if found.matches else replace(found, remedy=removed)

@@ -114,7 +114,7 @@ def compare(
         worst = max(losses, key=losses.__getitem__)
         return Verdict(
             False,
-            f"{reason}, but class {worst!r} lost {losses[worst]:.4g}, gate.max_class_loss is "
+            f"{reason}, but class {worst!r} lost {losses[worst]:.4g}, but gate.max_class_loss is "
             f"{gate.max_class_loss:g}{_others(losses)}",
         )
     if not gate.confidence:
@@ -127,8 +127,8 @@ def compare(
     if found is None or found.is_significant is None:
         return Verdict(
             False,
-            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, the validation "
-            f"data has {found.images if found else 0}",
+            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, and the "
+            f"validation data has {found.images if found else 0}",
         )
     certain = found.low > gate.min_gain
     return Verdict(

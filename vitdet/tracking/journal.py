@@ -58,14 +58,14 @@ class Journal:
                     file.truncate(size)
                     raise OSError("the disk is full")
         except OSError as error:
-            log.warning("tracking: cannot write %s, a record is lost: %s", self.path, error)
+            log.warning("tracking: cannot write %s; a record was lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
         """Add a copy of a file for this folder of the run's artifacts."""
         try:
             self._copy(path, folder)
         except OSError as error:
-            log.warning("tracking: %s is not logged: %s", path, error)
+            log.warning("tracking: %s was not logged: %s", path, error)
 
     def adopt(self, record: dict) -> None:
         """Move the file of a record of an earlier version, whose copies were elsewhere."""

@@ -146,9 +146,9 @@ def protocol_of_file(
         return config, Protocol.of(config, _fingerprint_now(config, own, stored))
     used, problem = measured.config(own), ""
     if measured.checkpoint_sha256 != sha256(checkpoint):
-        problem = "are of another checkpoint"
+        problem = "belong to a different checkpoint"
     elif config is not None and not _agree(config, used):
-        problem = "were measured with other data or evaluate settings than those of --config"
+        problem = "were measured with different data or evaluate settings than those in --config"
     if problem and gated:
         raise ValueError(
             f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and pass the file "

@@ -94,7 +94,9 @@ class MLflowTracker(Tracker):
         if self._thread.is_alive():
             path = self._journal.path
             log.warning(
-                "tracking: the last values are kept in %s; the same command sends them", path
+                "tracking: the last values are kept in %s; running the same command again sends "
+                "them",
+                path,
             )
 
     def abandon(self) -> None:
@@ -246,7 +248,7 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
             advice = "check its path, its permissions and the free disk space"
         else:
             problem = "no response from MLflow"
-            advice = "start the server, or set MLFLOW_TRACKING_URI to one that runs"
+            advice = "start the server, or set MLFLOW_TRACKING_URI to a running server"
         reason = first_line(error).removeprefix(f"{hide_credentials(uri)}: ")
         raise ConnectionError(f"{hide_credentials(uri)}: {problem} ({reason}); {advice}") from error
     return client.repeating()

@@ -98,8 +98,8 @@ def initial_weights(init: str) -> list[InitialWeights]:
     name = Path(init).stem if Path(init).suffix else init
     if name not in CATALOGUE:
         warning = (
-            f"the license of the initial weights ({file}) is not known here; ask their source "
-            "before you use this model."
+            f"the license of the initial weights ({file}) is unknown; check their source before "
+            "you use this model."
         )
         return [InitialWeights(file, "a file", "unknown", warning)]
     entry, warning = CATALOGUE[name], ""

@@ -176,6 +176,6 @@ def try_model(model: Path, wheel: Path) -> None:
     if done.returncode:
         reason = next(iter(reversed(done.stderr.strip().splitlines())), f"exit {done.returncode}")
         raise ValueError(
-            f"the packaged model does not respond in a new process ({reason[:300]}); it is not "
+            f"the packaged model cannot be run in a new process ({reason[:300]}); it is not "
             "registered"
         )

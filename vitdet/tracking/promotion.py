@@ -57,7 +57,8 @@ def promote_version(
     protocol = Protocol(tags.get("val_fingerprint", ""), tags.get("evaluate_settings", ""))
     if not protocol.fingerprint:
         raise ValueError(
-            f"{shown}: the data of its metrics is unknown; register it again with the --metrics of "
+            f"{shown}: the data that its metrics were measured on is unknown; register it again "
+            "with the --metrics of "
             "`vitdet evaluate`, or skip the gate with --force REASON"
         )
     used = config or _config_of(client, found)
@@ -66,7 +67,8 @@ def promote_version(
     def evaluate(checkpoint: Path, plots: Path) -> Mapping[str, float | None]:
         if settings_of(used) != protocol.settings:
             raise ValueError(
-                f"the candidate was evaluated with other settings ({protocol.settings}); pass the "
+                f"the candidate was evaluated with different settings ({protocol.settings}); pass "
+                "the "
                 "config of its evaluation with --config"
             )
         with tempfile.TemporaryDirectory(prefix="vitdet-candidate-") as work:

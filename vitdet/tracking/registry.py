@@ -109,7 +109,7 @@ def register_checkpoint(
         )
     if is_gated and not protocol.fingerprint:
         raise ValueError(
-            f"{checkpoint}: the data of its metrics is unknown; run `vitdet "
+            f"{checkpoint}: the data that its metrics were measured on is unknown; run `vitdet "
             "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or pass the "
             "config of the evaluation with --config"
         )

@@ -77,7 +77,7 @@ class Shipper:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._answers:
             self._answers = True
-            log.warning("tracking: %s responds again and has all metrics", self._shown)
+            log.warning("tracking: %s is responding again; all metrics were sent", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
@@ -203,7 +203,7 @@ class Shipper:
             context = InputTag("mlflow.data.context", "training")
             client.log_inputs(run_id, [DatasetInput(dataset, [context])])
         if before := self.journal.cursor()[0]:
-            again = "all records of the journal are sent to a new one"
+            again = "all records of the journal are sent to a new run"
             log.warning("tracking: %s has no run %s; %s", self._shown, before, again)
         self.journal.move(run_id, 0)
         return run_id

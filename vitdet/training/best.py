@@ -104,7 +104,9 @@ class Best:
             if found != self.step and found < start:
                 raise ValueError(f"{self._stored}: written at step {found}")
         except (FileNotFoundError, ValueError) as error:
-            text = "the best detector, of step %d, is lost (%s): the next evaluation counts as best"
+            text = (
+                "the best detector (step %d) was lost (%s): the next evaluation counts as the best"
+            )
             log.warning(text, self.step, error)
             return True
         self._publish()

@@ -107,8 +107,8 @@ def rate_note(settings: OptimConfig, batch_size: int) -> str:
     if settings.scale_lr:
         return f"{steps}: optim.scale_lr scales it to {fitting:g}"
     return (
-        f"{steps}: it is not scaled; optim.scale_lr=true scales it to {fitting:g}, "
-        f"optim.lr_batch_size={batch_size} declares it as meant for this size"
+        f"{steps}: optim.lr is not scaled; optim.scale_lr=true scales it to {fitting:g}, "
+        f"optim.lr_batch_size={batch_size} declares that it is meant for this size"
     )
 
 
@@ -182,6 +182,6 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the average; raises ValueError if the names differ from the model's."""
         if set(state) != set(self.weights):
-            raise ValueError("the stored weight average belongs to another model")
+            raise ValueError("the stored weight average belongs to a different model")
         for name, average in self.weights.items():
             average.copy_(state[name])

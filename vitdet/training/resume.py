@@ -94,7 +94,7 @@ def state_to_resume(
     newest = distributed.all_gather_objects(states.newest())
     if len(set(newest)) > 1:  # a local folder on each machine, or one with delayed updates
         raise ValueError(
-            f"{states.folder}: the processes found states of different steps "
+            f"{states.folder}: the processes found states from different steps "
             f"({', '.join(map(str, newest))}); --output must be one folder that all processes "
             "share; if it is, start again"
         )
@@ -130,8 +130,8 @@ def _check_resumable(
             steps = load_model_file(output / "model.pt")["step"]
             lacking = "" if _has_best(config, output) else " without its best.pt"
             raise ValueError(
-                f"{output}: contains a finished run of {steps} steps{lacking}, and no training "
-                f"state to resume from is in {folder}; choose another --output or remove it"
+                f"{output}: contains a finished run of {steps} steps{lacking}, but there is no "
+                f"training state to resume from in {folder}; choose another --output or remove it"
             )
         return
     step, remedy = state["step"], "choose another --output"
@@ -140,7 +140,7 @@ def _check_resumable(
     steps, before = config.optim.steps, stored.optim.steps
     if not _same_but_for_length(config, stored):
         differing = "; ".join(difference(config, stored, affecting_weights=True))
-        error = f"contains a run with another config ({differing})"
+        error = f"contains a run with a different config ({differing})"
         remedy += ", or resume with the same settings"
     elif steps < step:
         error = f"contains a run of {step} steps, more than optim.steps = {steps}"
@@ -183,11 +183,14 @@ def is_complete(
     if reason or difference(config, patient, affecting_weights=True):
         differing = "; ".join(difference(config, stored))
         raise ValueError(
-            f"{output}: contains a finished run with another config ({differing}); {reason}{remedy}"
+            f"{output}: contains a finished run with a different config ({differing}); "
+            f"{reason}{remedy}"
         )
     prints = fingerprint.fingerprints(config.data)
     if change := fingerprint.change(done, config.data, prints):
-        raise ValueError(f"{output}: contains a finished run on other data ({change}); {remedy}")
+        raise ValueError(
+            f"{output}: contains a finished run on different data ({change}); {remedy}"
+        )
     if not _has_best(config, output):
         return False
     log.warning("%s: already complete, nothing to do", output)

@@ -123,7 +123,7 @@ def train(
         )
         check_classes(config, split.class_names, val_classes)
         # a synchronization too: no rank writes before all have checked
-        stop.check(f"stopped at step {start} of {steps}, before anything was built")
+        stop.check(f"stopped at step {start} of {steps}, before the detector was built")
 
         detector = fresh_detector(config, split, None if state else source, device)
 

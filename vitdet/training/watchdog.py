@@ -74,7 +74,7 @@ class Beat:
 
     def __str__(self) -> str:
         doing = self.doing or Stage(self.stage).name.lower()
-        heard = f", last heard of {self.silent:.0f} s ago" if self.silent > LIMIT else ""
+        heard = f", last heard from {self.silent:.0f} s ago" if self.silent > LIMIT else ""
         place = f"{self.host}, pid {self.pid}: step {self.step}"
         return f"{place}, {doing} for {self.age + self.silent:.0f} s{heard}"
 
@@ -179,7 +179,8 @@ class Watchdog:
         self._orphaned = self._orphaned or now
         if now - self._orphaned > LIMIT:
             self._give_up(
-                None, "torchrun has ended, and this training did not reach a point to stop at"
+                None,
+                "torchrun has ended, and this training did not reach a point at which it can stop",
             )
 
     def _publish(self, store: distributed.Store) -> None:

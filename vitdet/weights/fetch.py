@@ -131,7 +131,7 @@ def verify(path: Path, entry: Entry) -> bool:
             text = f"{kind} {found}, expected {expected}"
             if kind == "sha256" or not entry.md5_of_name:
                 raise ValueError(f"{text}: {other}")
-            text += " according to the published file name; it may be another file"
+            text += " according to the published file name; it may be a different file"
             log.warning("%s: %s", entry.name, text)
     if not entry.sha256 and not entry.md5:
         log.warning(

@@ -188,7 +188,7 @@ def _other_classes(
     if theirs and ours and theirs != ours:
         first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
         return layers, f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
-    return ({_ODDS} if (_ODDS in own) != (_ODDS in weights) else set()), "another loss"
+    return ({_ODDS} if (_ODDS in own) != (_ODDS in weights) else set()), "a different loss"
 
 
 def class_layers(weights: Weights) -> set[str]:
@@ -244,7 +244,7 @@ def _fit(
             if names
         ]
         if surplus and source.layout == "vitdet":
-            problems.append("is it of another format (train.init_format, --format)?")
+            problems.append("is it in a different format (train.init_format, --format)?")
         kind = "detector" if source.whole else "backbone"
         raise ValueError(f"{path}: does not fit this {kind}: {'; '.join(problems)}")
     return fitting, [

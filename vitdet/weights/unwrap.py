@@ -41,7 +41,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     plain = {name: short for name, short in plain.items() if short != COUNTER}
     taken = sorted({found[0] for name in plain for found in PREFIX.finditer(name)})
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{path}: the same names with and without {' and '.join(taken)}")
+        raise ValueError(f"{path}: contains the same names with and without {' and '.join(taken)}")
     if taken:
         notes.append(f"names: removed the prefix {' and '.join(taken)}")
     weights = {short: inside[name] for name, short in plain.items()}

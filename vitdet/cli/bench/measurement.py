@@ -248,5 +248,5 @@ def report(table: dict) -> str:
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     lines = ["  ".join([row[i].rjust(widths[i]) for i in used] + row[len(SHOWN) :]) for row in rows]
     return "\n".join(
-        [f"{head}{table['tflop_per_image']:.3g} TFLOP an image", *map(str.rstrip, lines)]
+        [f"{head}{table['tflop_per_image']:.3g} TFLOP per image", *map(str.rstrip, lines)]
     )

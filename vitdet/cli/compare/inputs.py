@@ -90,7 +90,7 @@ class Reader:
                     run, downloaded = _fetch(stored["run_id"], uri, folder, Path(work), tries=1)
                     metrics, candidates = run.metrics, [*candidates, downloaded]
                 except (OSError, LookupError, ValueError) as error:  # its own files may suffice
-                    problem = f" and its run is not read ({error})"
+                    problem = f" and its run could not be read ({error})"
             for candidate in candidates:
                 measured = _read_measured(candidate / MATCHES)
                 if measured and measured.checkpoint_sha256 == digest:

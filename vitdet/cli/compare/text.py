@@ -39,7 +39,7 @@ def comparison_text(
         f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: "
         f"95% bootstrap confidence intervals, {resamples} resamples of the images, paired. A "
         "difference is significant at the 5% level if its interval excludes 0; p: two-sided. "
-        f"Tested are differences over {MIN_IMAGES} or more images with objects. Training noise is "
+        f"Differences over {MIN_IMAGES} or more images with objects are tested. Training noise is "
         "not included: compare several seeds.\n",
         "## AP\n",
         markdown_table(heads, [*_ap_rows(names, resampled)], padded=True),

@@ -124,9 +124,9 @@ def read_coco_folder(found: ImportedDataset) -> None:
     if not source.is_file():
         paths = {path for _, path in there.values()}
         beside = {one for path in paths for one in _json_files(path.parent)}
-        found.notes["other JSON files not read"] += len(beside - paths)
+        found.notes["other JSON files ignored"] += len(beside - paths)
     roots = set.intersection(*(file.root() for file in files.values()))
-    found.notes["root category dropped, no object has it"] += len(roots)
+    found.notes["root category dropped (no object uses it)"] += len(roots)
     categories = [
         one for file in files.values() for one in sorted(file.validator.categories.items())
     ]
@@ -168,7 +168,7 @@ def _read(name: str, path: Path, found: ImportedDataset) -> _File:
             found.notes[f"objects {one.dropped} skipped"] += 1
             continue
         if one.unmasked and one.unmasked != NO_OUTLINE and not crowd:
-            found.notes[f"objects {one.unmasked}: the outline skipped"] += 1
+            found.notes[f"objects {one.unmasked}: outline skipped"] += 1
         found.notes[BOX_ONLY] += not one.segmentation
         file.rows[annotation.image_id].append(len(file.objects))
         file.objects.append((annotation.category_id, annotation.bbox, one.segmentation, crowd))

@@ -27,7 +27,7 @@ from vitdet.data.segmentation import pixel_count, reaches_far, show
 
 BROKEN = "annotation file that cannot be read"
 EMPTY = "objects without size skipped"
-BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks converts boxes to masks)"
+BOX_ONLY = "objects with a box but no mask (--boxes-as-masks converts boxes to masks)"
 THIN = "outlines of fewer than 3 points skipped"
 CROWDS = "difficult objects: ignored in training and evaluation"
 EXAMPLES = 20  # locations listed per kind of problem
@@ -219,7 +219,7 @@ class ImportedDataset:
         for suffix, paths in sorted(by_suffix.items()):
             labeled = sum(map(is_labeled, paths))
             also = f", {labeled:,} of them with a label file" if labeled else ""
-            name = f"{suffix} files" if suffix else "files without an ending"
+            name = f"{suffix} files" if suffix else "files without an extension"
             self.notes[f"{name} skipped, not a supported image format{also}"] += len(paths)
 
     def count_unnamed(self, folders: Iterable[Path], used: Iterable[Path]) -> None:

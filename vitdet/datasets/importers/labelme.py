@@ -83,7 +83,7 @@ def read_labelme(found: ImportedDataset) -> None:
             with found.problems.collect(BROKEN):
                 content = _decode(path)
                 if content is None:
-                    found.notes["JSON files without shapes not read"] += 1
+                    found.notes["JSON files without shapes ignored"] += 1
                     continue
                 image = _image(source, path, content.imagePath)
                 items[split].append((path, image, content, _shapes(path, content, found)))

@@ -78,7 +78,7 @@ def read_voc(found: ImportedDataset) -> None:
     for split, paths in found.select(splits).items():
         if split == "test" and not any(map(os.path.isfile, paths)):
             # as in VOC2012, whose test annotations are not published
-            note = "images of the split test skipped, none has an annotation file"
+            note = "test images skipped: none has an annotation file"
             found.notes[note] += len(paths)
             continue
         items[split] = []
@@ -198,19 +198,19 @@ class _Folders:
                 continue
             problem = ""
             if Path(one).is_absolute() or ".." in Path(one).parts:
-                problem = f"{line}: expected the name of an image without its ending"
+                problem = f"{line}: expected the name of an image without its extension"
             elif known is None and quoted is None and len(line.split()) > 1:
                 problem = f"{show(line)}: expected an ID, but there is no file {self.xml(line)}"
             if problem:
                 problems += 1
-                found.problems.add("line that is no ID", f"{path}:{number}: {problem}")
+                found.problems.add("line that is not an ID", f"{path}:{number}: {problem}")
             else:
                 ids[self.xml(known or one)] = f"{path}:{number}: "
         if rows and ids:
             text = f"{path}: {len(ids)} IDs and {rows} rows 'ID -1|0|1' of a list of one class"
             found.problems.add("list file of two kinds", text)
         elif rows:
-            found.notes["lists of one class (ID and a second column), not read"] += 1
+            found.notes["lists of one class (ID and a second column) ignored"] += 1
         elif not ids and not problems:
             found.remarks.append(f"split {split_of(path.stem)} skipped: {path} has no IDs")
         return ids
@@ -219,7 +219,7 @@ class _Folders:
         """Count the annotation and image files that are in no split."""
         notes, there = self.found.notes, {*files_below(self.annotations, suffix=".xml")}
         left = there.difference(*splits.values())
-        notes["annotation files that no list contains skipped"] += len(left)
+        notes["annotation files skipped (not in any list)"] += len(left)
         stems = {self.stem(path) for path in there}
         unnamed = [path for path in self.files if self.image_stem(path) not in stems]
         notes["images without an annotation file skipped"] += len({*unnamed} - used)
@@ -232,11 +232,11 @@ class _Folders:
             return None
         if image_size(file, self.found.reading) != size:
             sides = f"{size[1]} x {size[0]} (width x height)"
-            raise ValueError(f"{file}: not the size of its image, {sides}")
+            raise ValueError(f"{file}: its size differs from that of the image: {sides}")
         try:
             with Image.open(file) as image:
                 if image.mode not in ("P", "L"):
-                    expected = "expected an image of numbers (palette), got one of mode"
+                    expected = "expected a palette or grayscale image of object numbers, got mode"
                     raise ValueError(f"{expected} {image.mode}")
                 numbers = np.asarray(image)
         except (OSError, SyntaxError, ValueError) as error:

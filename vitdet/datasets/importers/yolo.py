@@ -84,7 +84,7 @@ def read_yolo(found: ImportedDataset) -> None:
         if any(os.path.isfile(_label_file(image)) for image in chosen):
             labeled[name] = chosen
         elif name == "test":
-            found.notes["images of the split test skipped, none has a label file"] += len(chosen)
+            found.notes["test images skipped: none has a label file"] += len(chosen)
         elif chosen:
             found.problems.add(
                 "split without label files",
@@ -208,12 +208,12 @@ class _Head:
             before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
             folders.add(Path(f"{before}{os.sep}images") if cut else place)
         images, others = self.found.images_below(*folders)
-        notes["images that no split contains skipped"] += len({*images} - used)
+        notes["images skipped (not in any split)"] += len({*images} - used)
         self.found.count_left_out(others, lambda path: os.path.isfile(_label_file(path)))
         beside = [one.with_name("labels") if one.name == "images" else one for one in folders]
         labels = {*files_below(*beside, suffix=".txt")}
         labels -= {_label_file(image) for image in (*images, *others, *used)}
-        notes["label files without an image skipped"] += sum(map(_has_rows, labels))
+        notes["label files skipped (no image)"] += sum(map(_has_rows, labels))
 
 
 def _label_file(image: Path) -> Path:
@@ -233,7 +233,7 @@ def _picture(image: Path, label_of: Mapping[str, int], found: ImportedDataset) -
     label_file = _label_file(image)
     if os.path.isfile(label_file):
         return ImportedImage(image, *size, tuple(_things(label_file, size, found)))
-    found.notes["images without a label file: without objects"] += 1
+    found.notes["images without a label file (no objects)"] += 1
     return ImportedImage(image, *size, ())
 
 

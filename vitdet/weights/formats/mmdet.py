@@ -47,7 +47,7 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
             if other not in weights:
                 raise ValueError(f"{name} without {other}")
         if whole in weights:
-            raise ValueError(f"both {name} and {whole}")
+            raise ValueError(f"contains both {name} and {whole}")
         if part == "q_bias":
             joined[whole] = torch.cat([tensor, torch.zeros_like(tensor), weights[value]])
     return joined

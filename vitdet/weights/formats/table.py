@@ -81,7 +81,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
         if renamed is None:
             unknown.append(name)
         elif renamed in ours:
-            raise ValueError(f"two tensors for {renamed}; one is {name}")
+            raise ValueError(f"two tensors map to {renamed}; one of them is {name}")
         else:
             change = _change(renamed, layout)
             ours[renamed] = change.to_ours(tensor) if change else tensor
