@@ -24,8 +24,8 @@ KUEUE = "kueue.x-k8s.io/"
 def training_jobs(text: str) -> str:
     """Return the training jobs in a YAML stream, as text: kfp converts integers in dicts to floats.
 
-    Raises ValueError when there is none, or two of a kind, or when it is not valid YAML, and as
-    `validate`.
+    Raises ValueError if there is no training job, if there are two of the same kind, or if the YAML
+    is not valid, and the errors of `validate`.
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}
@@ -56,7 +56,7 @@ def job_kinds(text: str) -> set[str]:
 
 
 class Shape(NamedTuple):
-    """The number of nodes of a training job, and its kind as job_kind has it."""
+    """The number of nodes of a training job, and its kind, a value of job_kind."""
 
     nodes: int = 1
     kind: str = "pytorchjob"
@@ -93,7 +93,7 @@ def job_image(jobs: str) -> str:
 def queue_labels(jobs: str) -> dict[str, str]:
     """Return Kueue's labels of the jobs, which queue the pods of `evaluate` too.
 
-    Raises ValueError if the jobs differ in them.
+    Raises ValueError if these labels differ between the jobs.
     """
     labels = [job["metadata"].get("labels") or {} for job in documents_of(jobs)]
     found = [{key: one[key] for key in one if key.startswith(KUEUE)} for one in labels]
@@ -104,7 +104,7 @@ def queue_labels(jobs: str) -> dict[str, str]:
 
 
 class Accelerators(NamedTuple):
-    """GPUs of a pod, and the tolerations and node selector for their nodes."""
+    """GPUs of a pod, and the tolerations and node selector for the GPU nodes."""
 
     gpus: int = 0
     tolerations: list[dict] = []

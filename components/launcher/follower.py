@@ -48,8 +48,8 @@ class Follower:
 
     finished: returns whether the training is complete; called if the job is gone or has failed.
     end_reason: returns why the job must end if this process is stopped; "": it is left running.
-    first_attempt: this is not a retry, so an existing failed job is left over from before the user
-    restarted the run.
+    first_attempt: whether this is the first attempt of the step, so that an existing failed job is
+    left over from before the user retried the run.
     keep_logs: called with files of the last lines of each rank, by name, when the job has ended.
     """
 
@@ -98,9 +98,10 @@ class Follower:
         self.keep_logs(self.ranks.files())
 
     def stopped(self) -> None:
-        """Delete the job if its run ends, else leave it to the next attempt of the step.
+        """Delete the job if its run is ending, otherwise leave it to the next attempt of the step.
 
-        The pod of a step is evicted, drained or lost like any other; the training run continues.
+        The pod of a step can be evicted, drained or lost like any other pod; the training run
+        continues.
         """
         stopping = "launcher: this step is being stopped"
         if reason := self.end_reason():
@@ -183,7 +184,7 @@ class Follower:
             return self.handle_missing()
         self.current, (phase, message) = job, job_phase(self.kind, job)
         pods, version = self.client.pods()
-        # those of a deleted job with this name may live on for a moment
+        # pods of a deleted job with this name may still exist for a moment
         pods = [one for one in pods if creation_time(one) >= creation_time(job)]
         ended = phase in ("succeeded", "failed")
         meaning = phase
@@ -201,7 +202,7 @@ class Follower:
             self.report("complete", f"{self.name} failed after its training was complete")
             return True
         if phase == "failed":
-            # after the deadline the operator deletes the pods, so they fail too
+            # after the deadline the operator deletes the pods, which makes them fail as well
             deadline = deadline_exceeded(job, message)
             cause = f"\ncause: {deadline}; its checkpoints are kept" if deadline else ""
             why = cause or self.failures.explain(pods, None)
@@ -241,7 +242,7 @@ class Follower:
                 self.stream_log(pod, final)
 
     def check_queue(self, job: dict, phase: str) -> None:
-        """Report why Kueue holds the job; give up if Kueue does not know it."""
+        """Report why Kueue does not admit the job; give up if Kueue has no Workload for it."""
         queue = queue_name(job)
         if not queue or (self.admitted and phase != "suspended"):
             return
@@ -257,7 +258,7 @@ class Follower:
         text, limit = no_workload(self.kind, queue), self.timeouts.operator
         if self.persists("no Workload", not workloads, min(NO_WORKLOAD, limit)):
             self.report("queue", f"{self.name}: {text}")
-            self.admitted = not is_suspended(job)  # it trains without the queue
+            self.admitted = not is_suspended(job)  # the job trains without the queue
         if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
             self.give_up(f"{self.name} has been suspended for {limit:.0f} s: {text}")
 
@@ -311,9 +312,10 @@ class Follower:
                 self.stream_log(pod, final=True)
 
     def count_failures(self) -> None:
-        """End the job for lack of memory, or after more errors than its file allows to restart.
+        """End the job if it runs out of memory, or after more errors than its manifest allows
+        restarts.
 
-        Disruptions are not limited. A TrainJob has the rules of its runtime for this.
+        The number of disruptions is not limited. For a TrainJob, its runtime defines these rules.
         """
         now = time.monotonic()
         for pod in self.pods:
@@ -363,7 +365,7 @@ class Follower:
                 if cause and (cause.reason in BROKEN) == (topic == "start")
             ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
-            # an image that could be pulled before is missing for reasons other than its name
+            # the image name is correct if the image could be pulled before
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue

@@ -1,6 +1,8 @@
-"""Schema of the job fields that this package reads; YAML that is not valid is rejected by path.
+"""Schema of the job fields that this package reads; errors in the YAML are reported with their
+path.
 
-The API server validates all other fields. A value of null is an absent field, as in Kubernetes.
+The API server validates all other fields. A field with the value null is treated as absent, as in
+Kubernetes.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ TYPES: dict[str, tuple[Any, Any]] = {
 def validate(document: dict) -> dict:
     """Return a copy of a job or runtime without nulls; other documents are returned unchanged.
 
-    Raises ValueError with the path of a field that is missing or of another type.
+    Raises ValueError with the path of a field that is missing or has the wrong type.
     """
     kind = str(document.get("kind"))
     if kind not in TYPES:
@@ -138,7 +140,7 @@ def _mapping_at(value: Any, path: str) -> dict:
 
 
 def _gpu_count(kind: type, value: object) -> object:
-    """Convert to _GpuCount, the only type that msgspec does not know."""
+    """Convert to _GpuCount, the only type that msgspec does not support itself."""
     if not re.fullmatch("[0-9]+", str(value)):
         raise ValueError(f"expected a whole number, got {value!r}")
     return kind()

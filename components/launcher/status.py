@@ -77,7 +77,7 @@ def deadline(job: dict) -> str:
 
 
 def retention(kind: Kind, job: dict) -> str:
-    """Describe the phase of a finished job and how long it and its pods are kept; else ""."""
+    """Describe the phase of a finished job and how long it and its pods are kept; otherwise ""."""
     phase, spec, status = job_phase(kind, job)[0], job["spec"], job.get("status") or {}
     if phase not in ("failed", "succeeded"):
         return ""
@@ -101,7 +101,7 @@ def annotations_of(resource: dict) -> dict[str, str]:
 
 
 def creation_time(resource: dict) -> str:
-    """Return when the API server created this; "" if unknown."""
+    """Return the time at which the API server created this object; "" if unknown."""
     return resource["metadata"].get("creationTimestamp") or ""
 
 
@@ -197,7 +197,7 @@ def root_cause(causes: Iterable[Cause]) -> Cause | None:
     """Return the most likely root cause, or None for no causes.
 
     When one process of a distributed training run dies, all others fail soon after. Prefers causes
-    that a restart did not fix, then specific causes, then the earliest.
+    that a restart did not fix, then specific causes, then the earliest cause.
     """
     return min(
         causes, key=lambda one: (one.previous, not one.specific, one.time or "9"), default=None
@@ -240,7 +240,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return why this job lacks pods, or None if it has all of them or no event gives a reason."""
+    """Return why pods of this job are missing, or None if none are or no event gives a reason."""
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]

@@ -172,7 +172,9 @@ def run_submit(args: argparse.Namespace) -> int:
 
 
 def fit_pipeline(pipeline: dict, server: Server, asked: Version | None) -> None:
-    """Remove from a pipeline what the server does not support, with a message for each field."""
+    """Remove fields that the server does not support from a pipeline, with a message for each
+    field.
+    """
     version, doubt = (asked, "") if asked else server.version()
     documents = [pipeline.get("pipeline_spec", pipeline), pipeline.get("platform_spec", {})]
     if lines := fit(documents, version):
@@ -200,7 +202,7 @@ def refused(error: ServerError, server: Server) -> ServerError:
 
 
 def check_pool(name: str | None) -> None:
-    """Raise ValueError for a name that is not a valid label value: no pod could select it."""
+    """Raise ValueError for a name that is not a valid label value, as no pod could select it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
             f"--pool {name!r}: expected a label value: at most 63 letters and digits, with - _ . "
@@ -218,7 +220,7 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.job_manifests import job_kinds
 
     text, wanted = read_job_file(args.job), args.job_kind
-    if text and wanted and wanted not in job_kinds(text):  # it would fail only in the training step
+    if text and wanted and wanted not in job_kinds(text):  # only the training step would fail
         found = " and ".join(sorted(job_kinds(text)))
         raise ValueError(f"--job {args.job}: contains no {wanted}, only {found}; see --job-kind")
     with TemporaryDirectory() as folder:

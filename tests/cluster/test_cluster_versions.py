@@ -74,7 +74,7 @@ def test_lost_pod_settings_end_the_job_and_a_lost_deadline_is_a_warning(
     with pytest.raises(RuntimeError) as raised:
         still.launch(old_job(), ["true"], "lost", kind="trainjob", task=task)
     text = str(raised.value)
-    assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} is deleted: ")
+    assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} was deleted: ")
     assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
     assert "\n" not in text and any("no spec.activeDeadlineSeconds" in one for one in still.lines)
     wait_until(lambda: still.job("lost", "trainjob") is None)

@@ -85,7 +85,7 @@ def test_a_field_without_which_the_result_differs_is_refused() -> None:
     ("given", "said"),
     [
         ("1.8.5", "1.8.5 is too old; supported: 2.5.0 (Kubeflow 1.10)"),
-        ("2.9.0", "2.9.0 is no release of the server; supported: "),
+        ("2.9.0", "2.9.0 is not a released version; supported: "),
         ("3.0", "3.0 is newer than this client supports; supported: "),
         (
             "newest",

@@ -221,5 +221,5 @@ def test_only_a_full_disk_is_told_to_be_emptied(
 def test_weights_that_are_no_real_tensors_by_name_are_refused(name: object, value: object) -> None:
     layer = torch.nn.Linear(2, 2)
     weights = dict(layer.state_dict()) | {name: value}
-    with pytest.raises(ValueError, match="^x.pt: 1 of its weights are not named real tensors"):
+    with pytest.raises(ValueError, match="^x.pt: 1 of its weights are not real-valued tensors with a name"):
         load_weights(layer, weights, "x.pt")

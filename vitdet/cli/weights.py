@@ -119,7 +119,7 @@ def _record(entry: Entry) -> dict:
 
 
 def _lines(entry: Entry) -> Iterator[str]:
-    """Yield the lines of an entry: contents, source, what is known of the file."""
+    """Yield the lines of an entry: contents, source, and known properties of the file."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 

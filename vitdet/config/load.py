@@ -34,8 +34,8 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def load_stored(path: str | Path) -> Config:
-    """Return the config that a training run or a registration saved; those of earlier versions may
-    contain addresses and names that `load_config` rejects.
+    """Return the config that a training run or a registration saved; configs of earlier versions
+    may contain addresses and names that `load_config` rejects.
     """
     return from_dict(_read(path))
 

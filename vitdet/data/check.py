@@ -1,8 +1,8 @@
 """`vitdet data check`: all problems of a data set with COCO's or LVIS's annotations.
 
 Errors stop training or evaluation, or make their metrics meaningless; without errors both run.
-Warnings are dropped or accepted. `AnnotationValidator` validates the annotation files, for all
-readers; this module also checks the image files and overlaps between splits.
+Entries with warnings are dropped or accepted. `AnnotationValidator` validates the annotation files
+for all readers; this module also checks the image files and overlaps between splits.
 """
 
 from __future__ import annotations
@@ -262,7 +262,9 @@ class _Split:
 
 
 def _compare(report: Report, first: _Split, second: _Split) -> None:
-    """Report images in both splits, by content if read, else by id and name; other categories."""
+    """Report images in both splits, by content if read, else by id and name, and categories that
+    differ.
+    """
     one, two = first.validator, second.validator
     pair = f"{first.file} and {second.file}"
     if one.categories != two.categories and {first.name, second.name} <= report.splits.keys():
@@ -283,7 +285,7 @@ def _compare(report: Report, first: _Split, second: _Split) -> None:
     ]
     for kind, value, key, other in same_id + same_name:
         digests = first.digests.get(key), second.digests.get(other)
-        if None in digests:  # not read: possibly the same image
+        if None in digests:  # the image files were not read: possibly the same image
             report.error(kind, f"{pair}: {value}")
         elif digests[0] != digests[1]:  # training accepts different images under one id or name
             report.warning(kind, f"{pair}: {value}")

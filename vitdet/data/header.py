@@ -32,7 +32,9 @@ def ignore_warning(kind: str, where: str, what: str) -> None:
 
 
 def root_category(categories: Iterable[object]) -> int | None:
-    """Return 0 if it is the category that Roboflow adds as supercategory of all others, or None."""
+    """Return 0 if category 0 is the one that Roboflow adds as supercategory of all others, else
+    None.
+    """
     items = [item for item in categories if isinstance(item, dict)]
     names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
     others = [item for item in items if whole_number(item.get("id")) != 0]
@@ -54,7 +56,7 @@ class HeaderValidator:
         names: file name of each image by id.
         categories: name of each category by id.
         stated: `image_count` of each category by id, as in the file.
-        root: of `root_category`; None once an annotation uses it.
+        root: result of `root_category`; None once an annotation uses this category.
     """
 
     lvis: bool

@@ -1,11 +1,11 @@
 """Download of one file over unreliable connections.
 
-PATH contains the bytes received so far, and PATH.json what they belong to: the address, the
-validator of the server (a strong ETag, else Last-Modified) and the length. The next attempt
-requests the rest by Range, on the condition (If-Range) that the file has not changed; if the server
-sends the whole file, because it ignores Range or the file has changed, the download starts over.
-Attempts continue while they make progress; `tries` consecutive attempts without progress end the
-download. RFC 9110, sections 8.8, 13.1.5 and 14.
+PATH contains the bytes received so far; PATH.json identifies the file that they belong to: its URL,
+the validator sent by the server (a strong ETag, else Last-Modified) and the length. The next
+attempt requests the rest with Range, on the condition (If-Range) that the file has not changed; if
+the server sends the whole file, because it ignores Range or the file has changed, the download
+starts over. Attempts continue while they make progress; `tries` consecutive attempts without
+progress end the download. RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def download(
         path: the file to write.
         watcher: progress display.
         patience: retry policy.
-        size: expected bytes, if known.
+        size: expected number of bytes, if known.
         copies: number of files of this size that must fit on the disk in the end.
 
     Raises:
@@ -121,9 +121,9 @@ def download(
 
 
 def mirrored(url: str, mirror: str) -> str:
-    """Return the address on a mirror: MIRROR/PATH, with path and query of the original address.
+    """Return the URL on a mirror: MIRROR/PATH, with the path and query of the original URL.
 
-    Raises ValueError for a mirror that is not an http address.
+    Raises ValueError for a mirror that is not an HTTP URL.
     """
     base, original = urlsplit(mirror), urlsplit(url)
     if base.scheme not in ("http", "https") or not base.netloc:
@@ -161,7 +161,7 @@ class _Attempt:
         if not have or beginning is None or beginning.url != self.url:
             have, beginning = 0, None
         if beginning and have == beginning.total:
-            return  # it was interrupted after the last byte
+            return  # the previous attempt was interrupted after the last byte
         request = Request(self.url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
         if beginning:
             request.add_header("Range", f"bytes={have}-")
@@ -219,7 +219,7 @@ class _Attempt:
         return have, total
 
     def check(self, response: http.client.HTTPResponse, total: int | None) -> None:
-        """Raise ValueError if it is known not to be the file."""
+        """Raise ValueError if the response is known not to be the expected file."""
         before, after = (urlsplit(url).scheme for url in (self.url, response.url))
         if before == "https" and after != "https":
             raise ValueError(

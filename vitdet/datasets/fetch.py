@@ -49,7 +49,7 @@ def fetch(
     """Download and extract the archives below `root`; return False if everything exists.
 
     Args:
-        archives: those to fetch.
+        archives: the archives to fetch.
         root: the folder of the data sets.
         show: creates the progress display of a step.
         mirror: where to download from instead of the published addresses.
@@ -60,7 +60,7 @@ def fetch(
     Raises:
         FileNotFoundError: an archive is not in `local`.
         ValueError: an archive is not the published one, or other files are in its place.
-        OSError: not enough space, or not writable; and the cases of `download`.
+        OSError: not enough space, or the folder is not writable; also the errors of `download`.
     """
     if not (root / ".archives").exists() and not _lacking(archives, root):
         return False
@@ -142,7 +142,7 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
 
 
 def _used(path: Path) -> int:
-    """Return the bytes of a file or its beginning, or of a folder's files with their blocks."""
+    """Return the bytes of a (partial) file, or the disk space of the files in a folder."""
     if path.is_dir():
         with os.scandir(path) as listed:
             return sum(one.stat(follow_symlinks=False).st_size + BLOCK for one in listed)
@@ -265,7 +265,9 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to where they are kept, or remove them; not those of other data sets."""
+    """Move these archives to where they are kept, or remove them; archives of other data sets
+    remain.
+    """
     waiting = root / ".archives"
     if not waiting.exists():
         return

@@ -18,7 +18,7 @@ SHOWN = 6  # entries of a folder that a message names
 
 
 class Format(NamedTuple):
-    """A format: what is expected, whether a folder or file matches, and the reader."""
+    """A format: a description for messages, whether a folder or file matches, and the reader."""
 
     expected: str
     matches: Callable[[Path], object]

@@ -2,11 +2,12 @@
 
 A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, segmentation}, in
 pixels of the original image. The segmentation is a compressed RLE; detectors without a mask head
-give none.
+have none.
 
 On a GPU, the detections of a batch are converted while the detector computes the next batch: in a
-thread, on a CUDA stream that waits only for the first batch. Boxes are copied to the CPU first;
-masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
+thread, on a CUDA stream that waits only for the batch being converted. Boxes are copied to the CPU
+first; masks are pasted and encoded on the GPU (`vitdet.kernels.paste`,
+`vitdet.evaluation.run_lengths`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
 Result = TypeVar("Result")
-BYTES = 2**25  # of pasted masks at a time
+BYTES = 2**25  # bytes of pasted masks at a time
 
 
 def detections_to_results(
@@ -105,7 +106,8 @@ def results_of(
     def convert(
         found: list[Detections], batch: Batch, computed: torch.cuda.Event
     ) -> dict[int, list[dict]]:
-        # its end waits for the stream, so the memory of `found` can be reused afterwards
+        # the end of this block waits for the stream, so the memory of `found` can be reused
+        # afterwards
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
             return _results(found, batch, category_ids)
@@ -122,7 +124,8 @@ def results_of(
 
 
 def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """Yield the results of jobs in order; each job runs in a thread while `jobs` makes the next.
+    """Yield the results of jobs in order; each job runs in a thread while `jobs` creates the next
+    job.
 
     An error of a job is raised when its result would be yielded.
     """
@@ -139,8 +142,8 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect, with a smaller batch padded to `slots` images: each size of a batch is compiled and
-    recorded separately.
+    """Detect objects; a smaller batch is padded to `slots` images, as each batch size is compiled
+    and recorded separately.
     """
     # sizes are not in pinned memory: a blocking copy would wait for the previous batch
     images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))

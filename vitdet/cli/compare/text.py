@@ -13,7 +13,7 @@ from vitdet.evaluation.coco import NAMES
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.table import markdown_table, mean_deviation
 
-CHANGES = 10  # classes shown of each result
+CHANGES = 10  # number of classes shown for each result
 AP_HEADS = [metric.replace("ap", "AP") for metric in METRICS]
 # column -> metric of the training run
 RESOURCES = {
@@ -27,7 +27,7 @@ RESOURCES = {
 def comparison_text(
     compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> str:
-    """Return the comparison of all inputs with the first; resampled: each input's, by kind."""
+    """Return the comparison of all inputs with the first; resampled: bootstrap results by kind."""
     names, matches = _names(compared), next(iter(compared[0].matches.values()))
     resamples = len(next(iter(resampled.values()))[0].resampled)
     protocol = next((one.protocol for one in compared if one.protocol), None)
@@ -155,7 +155,7 @@ def _training(settings: Mapping[str, str]) -> tuple:
     """Return the settings that affect the result of training, except the seed; () if unknown."""
     try:
         config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
-    except ValueError:  # of another version
+    except ValueError:  # the settings are from another version
         return ()
     affecting = training_settings(config) if settings else {}
     return tuple((key, value) for key, value in affecting.items() if key != "train.seed")

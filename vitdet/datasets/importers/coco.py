@@ -6,8 +6,8 @@ others, not a class. CVAT: annotations/instances_default.json and images/, or im
 (https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
 images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
 (https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
-and SPLIT/. Or any JSON file of this format, with the images next to it or in a folder of these
-names.
+and SPLIT/. Or any JSON file in this format, with the images next to it or in a folder with one of
+these names.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
 
 
 def is_coco(source: Path) -> bool:
-    """Return whether a folder contains such annotation files, or is one."""
+    """Return whether a path is such an annotation file or a folder that contains some."""
     files = annotation_files(source)
     return bool(files) and (not source.is_file() or _is_coco_file(source))
 
@@ -99,7 +99,9 @@ class _File:
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
     def root(self) -> set[int]:
-        """Return category 0 if no object has it and it is the parent of others, or Roboflow's."""
+        """Return category 0 if no object uses it and it is a parent category, or is Roboflow's
+        root.
+        """
         name = self.validator.categories.get(0)
         if name is None or 0 in self.used or len(self.validator.categories) < 2:
             return set()

@@ -56,7 +56,7 @@ LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
 # an ID, possibly quoted, and its value in a list of one class: absent, difficult, there
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
 
-Item = tuple[Path, Element, Path]  # of an image: XML file, its root, image
+Item = tuple[Path, Element, Path]  # XML file, its root element, and the image
 
 
 def is_voc(source: Path) -> bool:
@@ -128,7 +128,7 @@ class _Folders:
         return path.relative_to(self.images).with_suffix("")
 
     def image(self, path: Path, tree: Element) -> Path:
-        """Return the image of an XML file: of the same name, else `filename` in `images`."""
+        """Return the image of an XML file: by the same name, else `filename` in `images`."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
         stem = self.stem(path)
         if same := self.by_stem.get(stem):
@@ -151,7 +151,7 @@ class _Folders:
     def splits(self) -> dict[str, dict[Path, str]]:
         """Return the XML files of each split, with the location in its list.
 
-        Without trainval if train and val exist.
+        trainval is left out if train and val exist.
         """
         splits: dict[str, dict[Path, str]] = defaultdict(dict)
         if self.lists is None:
@@ -179,7 +179,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files that a list names, with line numbers; none for that of one class.
+        """Return the XML files that a list names, with line numbers; none for a list of one class.
 
         Lines that are neither an ID nor a row of a list of one class are problems.
         """

@@ -53,7 +53,8 @@ def description(source: Path) -> Path | None:
 
 
 def read_yolo(found: ImportedDataset) -> None:
-    """Read a folder with data.yaml, or such a file. Label files are read on iteration over a split.
+    """Read a data.yaml file, or the one in a folder. Label files are read on iteration over a
+    split.
 
     Raises FileNotFoundError and ValueError if data.yaml cannot be read or has neither train nor
     val.
@@ -76,7 +77,7 @@ def read_yolo(found: ImportedDataset) -> None:
     if not images.keys() & {"train", "val"} and not found.problems.counts:
         keys = ", ".join(map(str, head.values))
         raise ValueError(f"{path}: expected the keys train and val, got {keys}")
-    if not names:  # else each row would be wrong, too
+    if not names:  # otherwise each row would be an error, too
         return
     head.count_others({image for listed in images.values() for image in listed})
     labeled: dict[str, list[Path]] = {}
@@ -95,7 +96,7 @@ def read_yolo(found: ImportedDataset) -> None:
 
 
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
-    """Return the content of a file; scalars stay text: a class may be named "no".
+    """Return the content of a file; scalars remain text, as a class may be named "no".
 
     Raises FileNotFoundError, and ValueError if it is not YAML.
     """
@@ -108,7 +109,7 @@ def read_yaml(path: Path, expected: str = "YAML") -> Any:
 
 
 class _Head:
-    """The content of data.yaml, and the places that its splits refer to."""
+    """The content of data.yaml, and the folders and files that its splits refer to."""
 
     def __init__(self, path: Path, found: ImportedDataset) -> None:
         self.path, self.found = path, found
@@ -152,7 +153,7 @@ class _Head:
         return [] if entries in (["null"], ["~"]) else entries
 
     def split(self, key: str, entries: list[str]) -> list[Path]:
-        """Return the unique images of a split. Raises ValueError if that of training has none."""
+        """Return the unique images of a split. Raises ValueError if the training split has none."""
         name, named, found = SPLITS[key], ", ".join(entries), self.found
         if name == "test" and not any(map(self.place, entries)):
             found.remarks.append(f"split test skipped: {named} does not exist")
@@ -186,7 +187,7 @@ class _Head:
         for number, line in _lines(place):
             with self.found.problems.collect("line without an image file"):
                 image = self.listed(place, number, line)
-                self.places.add(image.parent)  # where `count_others` counts those of other formats
+                self.places.add(image.parent)  # where `count_others` counts other files
                 if self.found.is_image(image):
                     yield image
 

@@ -12,7 +12,7 @@ SIZE = {"width": WIDTH, "height": HEIGHT, "margin": MARGIN, "foot": FOOT}  # for
 
 
 class Bar(NamedTuple):
-    """A bar in pixels of the chart; series: its number; tip: its counts as text."""
+    """A bar in pixels of the chart; series: index of its series; tip: its counts as text."""
 
     x: float
     y: float
@@ -38,7 +38,8 @@ def histogram(
     unit: str,
     edges: Sequence[int] = (),
 ) -> Histogram:
-    """Return bars of shares over bins; each series (name, counts per bin) has one bar per bin.
+    """Return the bars of a histogram of shares; each series (name, counts per bin) has one bar per
+    bin.
 
     edges: numbers to write below the borders of the bins, instead of the labels below the bins.
     """

@@ -1,6 +1,6 @@
 """The report of a data set: one HTML page with counts, classes, sizes, some images and problems.
 
-Only what training can use is counted; what it leaves out (crowds, boxes without size) is listed as
+Only objects that training can use are counted; others (crowds, boxes of zero size) are listed as
 well. Sizes are COCO's: small below 32 x 32 pixels of the box, large from 96 x 96.
 """
 
@@ -47,7 +47,7 @@ class _Split:
 def write_page(
     folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
 ) -> tuple[int, int, Report]:
-    """Write the page of a folder in COCO's or LVIS's layout; what cannot be read is listed.
+    """Write the page of a folder in COCO's or LVIS's layout; files that cannot be read are listed.
 
     images: read every image file, as `check` does. Returns the number of images, of objects, and
     what `check` found. Raises FileNotFoundError if there is nothing to show, OSError if `output`
@@ -152,7 +152,7 @@ def _charts(splits: list[_Split]) -> list[charts.Histogram]:
 def _classes(splits: list[_Split]) -> list[tuple[str, list[list[int]]]]:
     """Return the name of each class and (objects, images) of each split, most frequent first.
 
-    By name, as the splits may name different ones.
+    Classes are identified by name, as the splits may have different classes.
     """
     names = list(dict.fromkeys(name for split in splits for name in split.found.class_names))
     place = {name: row for row, name in enumerate(names)}
