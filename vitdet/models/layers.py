@@ -81,7 +81,7 @@ class DropPath(nn.Module):
     """Sets a residual path of an image to zero with probability `rate` in training, and scales the
     others by 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382).
 
-    The rate is a tensor: with a number, as in timm, torch.compile would compile each block
+    The rate is a tensor: with a Python number, as in timm, torch.compile would compile each block
     separately.
     """
 
@@ -107,7 +107,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Update copies of the BatchNorms' statistics, which the first pass has updated already."""
+    """Update copies of the BatchNorm statistics, since the first pass has already updated them."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()

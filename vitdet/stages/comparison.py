@@ -52,10 +52,11 @@ def compare(
 
 
 def compare_finished(workspace: str, run_id: str, table: str) -> str:
-    """Return the table after a failure: the training runs that finished, and why others did not.
+    """Return the table after a failure: the training runs that finished, and why the others did
+    not.
 
-    Writes the HTML page to the file `table`. Returns "" if `compare` has made the table already, or
-    if no training run was planned.
+    Writes the HTML page to the file `table`. Returns "" if `compare` has already created the table,
+    or if no training run was planned.
     """
     folder = run_folder(workspace, run_id)
     every = read_configs(folder)
@@ -73,7 +74,7 @@ def compare_finished(workspace: str, run_id: str, table: str) -> str:
 def end_parent_run(
     recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str
 ) -> None:
-    """End the parent run, if there is one. state: that of the pipeline run, as KFP names it."""
+    """End the parent run, if there is one. state: state of the pipeline run in KFP."""
     from vitdet.tracking import comparison
 
     try:

@@ -57,11 +57,12 @@ def plan_trainings(
     """Return {name: (config, the settings that the user set)} of each training run.
 
     Each recipe is trained with each combination of values in `sweep`, strings such as
-    `optim.lr=1e-4,2e-4`, and each of these with `seeds` seeds, from that of the config upward.
+    `optim.lr=1e-4,2e-4`, and each of these with `seeds` consecutive seeds, starting with that of
+    the config.
 
     Raises ValueError or FileNotFoundError for a wrong recipe, setting or sweep, for the same
-    training run twice, for more than MAX_TRAININGS, and for recipes with different data,
-    evaluation settings or MLflow destinations, which one table cannot compare.
+    training run twice, for more than MAX_TRAININGS training runs, and for recipes with different
+    data, evaluation settings or MLflow destinations, which cannot be compared in one table.
     """
     from vitdet.data.layout import SPLITS, explicit_settings
 
@@ -147,5 +148,5 @@ def _check_count(recipes: int, values: Sequence[int], seeds: int) -> None:
 
 
 def _seeds(config: Config, seeds: int) -> list[list[str]]:
-    """Return the overrides that set each seed; one seed is that of the config."""
+    """Return the overrides that set each seed; a single seed is that of the config."""
     return [[f"{SEED}={config.train.seed + i}"] for i in range(seeds)] if seeds > 1 else [[]]

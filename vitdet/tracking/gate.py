@@ -18,9 +18,10 @@ from vitdet.evaluation.matches import Matches
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: by name, AP in percent. matches: by kind ("bbox", "segm"), empty if not stored.
+    """An evaluation. metrics: by name, AP in percent. matches: by kind ("bbox", "segm").
 
-    remedy: what to do without matches, if the gate needs them.
+    matches are empty if they were not stored; remedy: what to do in this case if the gate needs
+    them.
     """
 
     metrics: Mapping[str, float | None]

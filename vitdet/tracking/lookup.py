@@ -1,4 +1,4 @@
-"""Runs that MLflow has: looked up by id or name, with what a comparison reads of them."""
+"""Lookup of MLflow runs by id or name, with the values that a comparison needs."""
 
 from __future__ import annotations
 

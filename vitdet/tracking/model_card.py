@@ -24,7 +24,7 @@ WORST = 5
 
 
 class InitialWeights(NamedTuple):
-    """Weights that a training run began from. warning: what their license may forbid."""
+    """Initial weights of a training run. warning: possible restrictions by their license."""
 
     name: str
     what: str
@@ -88,9 +88,9 @@ def description_of(card: str) -> str:
 
 
 def initial_weights(init: str) -> list[InitialWeights]:
-    """Return the weights of train.init, and those that they were themselves trained from.
+    """Return the weights of train.init, and the weights that these were trained from, if any.
 
-    A file with the name of a published one is treated as that one.
+    A file with the name of a published file is treated as that file.
     """
     if not init:
         return []

@@ -1,4 +1,4 @@
-"""Promotion of a version to champion (`vitdet promote`), and the way back (`vitdet rollback`)."""
+"""Promotion of a version to champion (`vitdet promote`), and its reversal (`vitdet rollback`)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def promote_version(
 ) -> tuple[str, str]:
     """Make a registered version the champion if it passes the gate; return (version, reason).
 
-    version: by default the one with the alias `candidate`. uri, folder: of the MLflow store.
-    config: the gate, and the data and settings of the evaluation; default: those of the version's
-    registration. force: a reason to skip the gate, which is stored. Raises LookupError for what
-    does not exist, and ValueError if the gate rejects the version or cannot be applied.
+    version: default: the version with the alias `candidate`. uri, folder: location of the MLflow
+    store. config: the gate, and the data and settings of the evaluation; default: those of the
+    version's registration. force: a reason to skip the gate, which is stored. Raises LookupError if
+    the model or version does not exist, and ValueError if the gate rejects the version or cannot be
+    applied.
     """
     client = open_store(uri, folder)
     number = version or _alias(client, model_name, CANDIDATE, "name one with --version N")

@@ -86,7 +86,7 @@ def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]])
 
 
 def mean_deviation(values: Sequence[float]) -> str:
-    """Format mean and sample standard deviation, which one value does not have."""
+    """Format mean and sample standard deviation; a single value has no deviation."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"
