@@ -33,8 +33,8 @@ def states_folder(
     `checkpoints`.
 
     The name of the subfolder is a digest of everything that determines the weights. If it does not
-    exist, a folder of the same training run with other operational settings, another optim.steps
-    that is valid, or named by version 0.1 is used.
+    exist, a folder of the same training run with different operational settings, with a different
+    valid optim.steps, or named by version 0.1 is used.
 
     Args:
         config: the config.
@@ -72,7 +72,7 @@ def states_folder(
             check_content(other, state, TRAINING)
             stored = from_dict(state["config"])
         except ValueError:
-            continue  # damaged, or of another version
+            continue  # damaged, or from another version
         if (
             other in names(stored)
             and _same_but_for_length(config, stored)
@@ -88,11 +88,12 @@ def state_to_resume(
 ) -> dict | None:
     """Return the newest state that is intact on all ranks, or None; must be called on all ranks.
 
-    Raises ValueError if it does not match this config and data, or if the ranks find different
-    files.
+    Raises ValueError if the state does not match this config and data, or if the ranks find
+    different files.
     """
     newest = distributed.all_gather_objects(states.newest())
-    if len(set(newest)) > 1:  # a local folder on each machine, or one with delayed updates
+    # a local folder on each machine, or a shared folder with delayed updates
+    if len(set(newest)) > 1:
         raise ValueError(
             f"{states.folder}: the processes found states from different steps "
             f"({', '.join(map(str, newest))}); --output must be one folder that all processes "
@@ -212,8 +213,8 @@ def _same_but_for_length(config: Config, stored: Config) -> bool:
 
 
 def _with_patience(stored: Config, config: Config) -> Config:
-    """Return the stored config with the train.patience of `config` if that is larger or 0, which
-    affects no completed step.
+    """Return the stored config with the train.patience of `config` if that value is larger or 0,
+    which does not affect the completed steps.
     """
     ours, theirs = config.train.patience, stored.train.patience
     if theirs and (ours == 0 or ours > theirs):
@@ -222,7 +223,9 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Return which of the `done` steps would have had another learning rate; '' if none."""
+    """Return the first of the `done` steps with a different learning rate, as text; '' if there is
+    none.
+    """
     ours, theirs = (scaled(one.optim, one.train.batch_size) for one in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)

@@ -187,7 +187,9 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
 
 
 def _other_settings(config: Config, layout: str) -> list[str]:
-    """Return a line on each setting by which the config differs from the layout's system."""
+    """Return one line for each setting whose value differs from the one that the format
+    requires.
+    """
     ours, theirs = flatten(config), FIXED.get(layout, {})
     return [
         f"{key} is {ours[key]}, {layout} uses {value}"
@@ -197,7 +199,7 @@ def _other_settings(config: Config, layout: str) -> list[str]:
 
 
 def _layout_of(config: Config) -> Format:
-    """Return mmdet's format; ViTDet's ViTAE-B has q_bias and v_bias in the global blocks."""
+    """Return the format; for mmdet, ViTAE-B has separate q_bias and v_bias in the global blocks."""
     backbone = shapes_of(config).backbone
     if config.model.backbone.name != "vitae_b" or not isinstance(backbone, ViT):
         return mmdet_format()
@@ -211,7 +213,7 @@ def _expect_suffix(path: Path, suffixes: tuple[str, ...], why: str) -> None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """`atomic_write` whose errors name the file."""
+    """Like `atomic_write`, but errors contain the name of the file."""
     try:
         with atomic_write(path) as temporary:
             yield temporary

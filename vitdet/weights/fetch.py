@@ -1,8 +1,8 @@
 """Downloading, verifying and converting published weights.
 
 FOLDER/NAME.safetensors (a detector: .pt) is written atomically. FOLDER/.NAME.part.SUFFIX is an
-incomplete or not yet converted download; it is locked, so that concurrent processes download the
-file once.
+incomplete or unconverted download; it is locked, so that concurrent processes download the file
+only once.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def fetch(
     # keep the suffix, which determines the reader
     part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"
     with _locked(part):
-        if not target.is_file():  # else another process was faster
+        if not target.is_file():  # otherwise a concurrent process has fetched the file
             if address:
                 # copies: the download and the converted file
                 download(address, part, watcher, patience, entry.size, copies=2)
@@ -114,9 +114,9 @@ def fetch(
 
 
 def verify(path: Path, entry: Entry) -> bool:
-    """Compare the size and the published checksums; return whether one proves the content.
+    """Compare the size and the published checksums; return whether a checksum verifies the content.
 
-    Raises ValueError if one does not match.
+    Raises ValueError if the size or a checksum does not match.
     """
     size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:
@@ -160,7 +160,9 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:
-    """Convert in a temporary folder; the next process removes that of a killed one."""
+    """Convert in a temporary folder; if a process is killed, the next process removes its
+    folder.
+    """
     workshop = target.with_name(f".{target.stem}.tmp")
     shutil.rmtree(workshop, ignore_errors=True)
     try:

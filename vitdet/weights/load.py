@@ -1,8 +1,9 @@
-"""Loading weights into a detector: exactly, except for declared parameters that stay initialized.
+"""Loading weights into a detector: all of them, except for declared parameters that keep their
+initial values.
 
 A pre-trained backbone fills the backbone. A complete detector fills everything; if its classes
 differ, everything except the layers with one row per class. Position embeddings and patch kernels
-of another size are resized.
+of a different size are resized.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of loading weights: the parameters that stay initialized, and notes for the user."""
+    """Result of loading weights: the parameters that keep their initial values, and notes for the
+    user.
+    """
 
     fresh: list[str]
     notes: list[str]

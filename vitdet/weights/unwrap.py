@@ -23,8 +23,8 @@ state_dict model_state_dict model_state model module weights params
 """.split()
 # At the start of a name, or within it if a part of the model was wrapped
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
-COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
-DEPTH = 4  # of nested dictionaries
+COUNTER = "n_averaged"  # step counter of torch.optim.swa_utils.AveragedModel
+DEPTH = 4  # maximum depth of nested dictionaries
 
 
 def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tensor], list[str]]:

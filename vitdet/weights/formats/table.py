@@ -1,8 +1,8 @@
 """A third-party format of weights as a table of names for both directions.
 
 A row is (their name, our name); `{}` matches any part between dots and `{*}` any rest, in order.
-Changes beyond the name (another shape, two tensors for one) are pairs of functions. A name that
-matches no row is an error, in both directions.
+Changes beyond the name (a different shape, two tensors instead of one) are pairs of functions. A
+name that matches no row is an error, in both directions.
 """
 
 from __future__ import annotations
