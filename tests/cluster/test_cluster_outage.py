@@ -98,7 +98,7 @@ def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone
         f"line {number}" for number in range(1, 51)
     ]
     assert any("the API server does not respond" in line for line in alone.lines)
-    assert any("the API server responds again" in line for line in alone.lines)
+    assert any("the API server is responding again" in line for line in alone.lines)
 
 
 def served() -> bool:

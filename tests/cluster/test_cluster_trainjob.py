@@ -157,7 +157,9 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
         )
 
     def told(times: int) -> bool:
-        return sum(f"{name}: suspended, a queue (Kueue)" in line for line in live.lines) == times
+        return (
+            sum(f"{name}: suspended until a queue (Kueue)" in line for line in live.lines) == times
+        )
 
     def queue() -> None:
         wait_until(lambda: told(1))

@@ -107,7 +107,9 @@ def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
     with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
         still.launch(template(script=True), ["true"], "refused")
     other = meanwhile(free)
-    with pytest.raises(RuntimeError, match="cannot start"):  # there is no node: it was created
+    with pytest.raises(
+        RuntimeError, match="has not been able to start"
+    ):  # there is no node: it was created
         job = yaml.safe_load(template(script=True))
         job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
         other_limits = replace(QUICK, schedule=1)  # the file's own patience counts
@@ -221,7 +223,7 @@ def test_a_policy_is_waited_for_and_an_invalid_field_is_not(still: Scene, tmp_pa
         write = meanwhile(lambda: unschedulable(still, "night"))
         job = yaml.safe_load(template(script=True))
         job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
-        with pytest.raises(RuntimeError, match="cannot start"):
+        with pytest.raises(RuntimeError, match="has not been able to start"):
             still.launch(yaml.safe_dump(job), ["true"], "night")
         other.join()
         write.join()

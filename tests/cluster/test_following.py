@@ -158,7 +158,7 @@ def test_a_job_of_another_run_is_left_alone() -> None:
 def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
     held = (conditions("Created=True", "Suspended=True"), [])
     lines, error = follow(Record(*[held] * 30, (RUNNING, []), (DONE, [])))
-    assert not error and sum("suspended, a queue (Kueue)" in line for line in lines) == 1
+    assert not error and sum("suspended until a queue (Kueue)" in line for line in lines) == 1
 
 
 def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:

@@ -340,4 +340,4 @@ def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline()
     )
     # before all pods have run together, an hour is enough (in these tests: 0.1 s)
     _, error = follow(Record((RUNNING, [pod("m"), unschedulable("w")])))
-    assert "cannot start" in error
+    assert "has not been able to start" in error

@@ -229,7 +229,7 @@ def test_a_printed_config_follows_the_data_that_it_is_used_with(
                 path.rename(path.with_name(path.name.replace("instances", "lvis_v1")))
                 for path in (root / "annotations").iterdir()
             ],
-            "of another kind; set data.dataset=lvis",
+            "of a different kind; set data.dataset=lvis",
         ),
         (
             lambda root: (root / "annotations" / "instances_train.json").write_text(

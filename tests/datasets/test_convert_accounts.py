@@ -254,7 +254,7 @@ def test_one_split_is_written_and_said_or_divided(
 
 def test_only_one_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 0.5)
-    assert code == 1 and "divides the images of one split, but there are train, val" in errors
+    assert code == 1 and "splits the images of a single split, but there are train, val" in errors
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 1.5)
     assert code == 1 and "--val-share: expected a number from 0 to 1, got 1.5" in errors
     words = ("--val-share", 0.5, "--splits", "train")

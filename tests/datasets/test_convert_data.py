@@ -189,7 +189,7 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     assert (code, errors) == (0, "") and output.splitlines()[0] == (
         "out: 2 classes; train 1 images, 2 objects; val 1 images, 1 objects"
     )
-    assert "1 x difficult objects" in output and "2 x objects have a box only" in output
+    assert "1 x difficult objects" in output and "2 x objects with a box but no mask" in output
     train, val = tree(tmp_path / "out", "train"), tree(tmp_path / "out", "val")
     classes = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     assert train["categories"] == val["categories"] == classes

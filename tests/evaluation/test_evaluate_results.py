@@ -156,7 +156,7 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
         (lambda tree: tree["annotations"][0].pop("bbox"), "annotation 1 .*: annotation without"),
         (lambda tree: tree["annotations"][0].update(segmentation=SHORT), "RLE whose counts do not"),
         (lambda tree: tree.update(images=3), "'images' is not a list: got 3"),
-        (lambda tree: tree["annotations"].clear(), "contains no object to find"),
+        (lambda tree: tree["annotations"].clear(), "contains no objects"),
         (lambda tree: tree.pop("categories"), "no 'categories' in the file"),
     ],
 )

@@ -278,7 +278,7 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
     deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
     assert left.startswith(
-        "trainjobs were not listed: cannot list trainjobs in namespace ours: trainjobs is forbidden"
+        "trainjobs could not be listed: cannot list trainjobs in namespace ours: trainjobs is forbidden"
     )
     # the run's may be left
     with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):

@@ -155,7 +155,7 @@ def test_an_interrupted_evaluation_is_no_verdict(
 
 def test_the_evaluation_of_another_champion_does_not_count(gated: RegisteredModel) -> None:
     verdict = gated.judge(99.0, OTHER, evaluated=Evaluated("7", {"box_ap": 12.0}))
-    assert not verdict.passed and "run this again" in verdict.reason
+    assert not verdict.passed and "run the command again" in verdict.reason
 
 
 def test_of_two_that_passed_the_better_is_champion_whoever_comes_last(

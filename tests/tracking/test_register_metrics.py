@@ -105,7 +105,7 @@ def test_the_gate_trusts_no_metrics_of_unknown_origin(
     assert not client_of(model).search_registered_models()
     save_config(load_config("tiny", minimal(own_tiny, evaluate__max_detections=3)), config)
     code, _, err = vitdet(*words, "--config", config)
-    assert code == 1 and "with other data or evaluate settings than those of --config" in err
+    assert code == 1 and "with different data or evaluate settings than those in --config" in err
     code, _, err = vitdet("register", another(model), *CHAMPION, "--metrics", metrics)
     assert code == 1 and "the --metrics belong to a different checkpoint" in err
     metrics.write_text(metrics.read_text().replace('"box_ap": ', '"box_ap": 1'))

@@ -139,11 +139,11 @@ def test_a_training_that_patience_ended_goes_on_with_more_of_it(
         return sorted(go(tiny, tmp_path / "run", **changes).points)
 
     assert run([3.0, 2.0, 2.0], 2) == [1, 2, 3]
-    with refused("another config .*train.patience: 1, not 2"):
+    with refused("different config .*train.patience: 1, not 2"):
         run([], 1)
     assert run([4.0], 0) == [4]
     assert load_model_file(tmp_path / "run" / "best.pt")["step"] == 4
-    with refused("another config .*train.patience: 3, not 0"):
+    with refused("different config .*train.patience: 3, not 0"):
         run([], 3)
 
 

@@ -181,7 +181,7 @@ def test_the_average_is_restored_exactly_or_refused() -> None:
     other.load_state_dict(average.state_dict())
     assert all(torch.equal(other.weights[name], average.weights[name]) for name in average.weights)
     for state in ({}, {"weight": torch.zeros(2, 2)}):
-        with pytest.raises(ValueError, match="belongs to another model"):
+        with pytest.raises(ValueError, match="belongs to a different model"):
             other.load_state_dict(state)
 
 

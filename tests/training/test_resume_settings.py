@@ -149,7 +149,7 @@ def test_a_scaled_rate_is_that_of_the_whole_training(
         stop_at(2, tiny, tmp_path / "run", **half)
     note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr scales it to 0.0005"
     assert caplog.messages.count(note) == 1
-    with refused("another config .optim.lr_batch_size: 8, not 4"):
+    with refused("different config .optim.lr_batch_size: 8, not 4"):
         go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})
     rest = go(tiny, tmp_path / "run", **half)
     whole = go(tiny, tmp_path / "whole", optim__lr=0.0005, optim__steps=3)

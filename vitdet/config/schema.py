@@ -201,7 +201,7 @@ class OptimConfig(Section, prefix="optim."):
 class TrainConfig(Section, prefix="train."):
     """The training loop."""
 
-    init: str = "mae_vit_b"  # name in the weights catalogue, file or checkpoint; '': random weights
+    init: str = "mae_vit_b"  # name in the weights catalog, file or checkpoint; '': random weights
     init_format: Literal[
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",

@@ -103,7 +103,7 @@ def load_matches(path: str | Path) -> dict[str, Matches]:
             kinds = list(dict.fromkeys(name.partition(".")[0] for name in file.files))
             return {kind: _checked(kind, file) for kind in kinds}
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such matches file") from error
+        raise FileNotFoundError(f"{path}: no such file; expected matches") from error
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: not a matches file ({error}); run `vitdet evaluate CHECKPOINT --plots "

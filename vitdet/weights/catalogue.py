@@ -1,4 +1,4 @@
-"""The catalogue of published weights, read from catalogue.yaml."""
+"""The catalog of published weights, read from catalogue.yaml."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Entry:
 
 
 def load_catalogue(path: Path) -> dict[str, Entry]:
-    """Read the entries of a catalogue file, by name."""
+    """Read the entries of a catalog file, by name."""
     # ten times as fast, if PyYAML was built with libyaml
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     entries = {}

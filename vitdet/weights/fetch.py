@@ -42,7 +42,7 @@ def fetch_published(
     mirror: str = "",
     local: Path | None = None,
 ) -> Path:
-    """Fetch a file in the catalogue to a folder, by default the cache; a cached file is copied.
+    """Fetch a file in the catalog to a folder, by default the cache; a cached file is copied.
 
     show: creates the progress display of a download. Raises the errors of `fetch`.
     """
