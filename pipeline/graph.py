@@ -281,8 +281,8 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
                 for key, value in needs.selector.items():
                     kubernetes.add_node_selector(task, key, value)
             keys = ("key", "operator", "value", "effect", "tolerationSeconds")
-            for one in needs.tolerations:
-                kubernetes.add_toleration(task, *(one.get(key) for key in keys))
+            for toleration in needs.tolerations:
+                kubernetes.add_toleration(task, *(toleration.get(key) for key in keys))
         return task
 
     return configure

@@ -96,8 +96,8 @@ def queue_labels(jobs: str) -> dict[str, str]:
     Raises ValueError if these labels differ between the jobs.
     """
     labels = [job["metadata"].get("labels") or {} for job in documents_of(jobs)]
-    found = [{key: one[key] for key in one if key.startswith(KUEUE)} for one in labels]
-    if any(one != found[0] for one in found):
+    found = [{key: label[key] for key in label if key.startswith(KUEUE)} for label in labels]
+    if any(other != found[0] for other in found):
         got = " and ".join(map(str, found))
         raise ValueError(f"the training jobs must have the same labels {KUEUE}*, got {got}")
     return found[0]
@@ -156,14 +156,14 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
         )
     pod: dict = {}
     for spec in ([runtime["spec"]] if runtime else []) + [
-        one.get("trainingRuntimeSpec", {}) for one in job["spec"].get("runtimePatches") or []
+        patch.get("trainingRuntimeSpec", {}) for patch in job["spec"].get("runtimePatches") or []
     ]:
         found = node_pod_spec(spec)
         pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **(found.get("nodeSelector") or {})}
         pod["tolerations"] = found.get("tolerations") or pod.get("tolerations")
         pod["containers"] = pod.get("containers") or found.get("containers")
     containers: list[dict] = pod.get("containers") or []
-    own: dict = next((one for one in containers if one["name"] == "node"), {})
+    own: dict = next((container for container in containers if container["name"] == "node"), {})
     return pod_accelerators(pod, resources or own.get("resources"))
 
 

@@ -249,7 +249,7 @@ class Follower:
         workloads = self.client.workloads(job["metadata"].get("uid", ""))
         if workloads is None:
             return
-        reasons = [reason for one in workloads if (reason := waiting_reason(one))]
+        reasons = [reason for workload in workloads if (reason := waiting_reason(workload))]
         self.admitted = bool(workloads) and not reasons
         if workloads:
             self.report(
@@ -347,7 +347,7 @@ class Follower:
 
         A training run that has started waits for a lost node until the deadline of the job.
         """
-        running = sum((one.get("status") or {}).get("phase") == "Running" for one in self.pods)
+        running = sum((pod.get("status") or {}).get("phase") == "Running" for pod in self.pods)
         if not self.started and running >= expected_pods(self.job):
             self.started = True
             self.client.annotate({STARTED: "true"})

@@ -78,8 +78,8 @@ class PodLog:
 
 def can_be_read_later(pod: dict, container: str) -> bool:
     """Whether this container is running and its pod is not being deleted."""
-    statuses = [one for one in container_statuses(pod) if one.get("name") == container]
-    running = any("running" in (one.get("state") or {}) for one in statuses)
+    statuses = [status for status in container_statuses(pod) if status.get("name") == container]
+    running = any("running" in (status.get("state") or {}) for status in statuses)
     return running and "deletionTimestamp" not in pod["metadata"]
 
 
@@ -120,7 +120,7 @@ class RankLogs:
                 text = text[prefix.end() :]
             source = f"rank {prefix[1]}" if prefix else f"pod {pod}"
             if source not in self.lines and not prefix:
-                pods = [one for one in self.lines if one.startswith("pod ")]
+                pods = [line for line in self.lines if line.startswith("pod ")]
                 if len(pods) >= MAX_PODS:
                     del self.lines[pods[0]], self.pods[pods[0]]
             self.lines.setdefault(source, deque(maxlen=TAIL)).append(Line(when, text))
@@ -132,7 +132,7 @@ class RankLogs:
     def tails(self) -> dict[str, list[str]]:
         """Return the last lines by rank, then by pod."""
         ordered = sorted(self.lines, key=source_order)
-        return {one: [line.text for line in self.lines[one]] for one in ordered}
+        return {source: [line.text for line in self.lines[source]] for source in ordered}
 
     def files(self) -> dict[str, str]:
         """Return the last lines as files, one for each rank and pod, e.g. rank-00003.log."""

@@ -38,7 +38,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
             inside = f"{path}.{key}"
             lost += dropped_fields(value, received[key], inside) if key in received else [inside]
         return lost
-    if isinstance(sent, list) and any(isinstance(one, dict) for one in sent):
+    if isinstance(sent, list) and any(isinstance(entry, dict) for entry in sent):
         found = received if isinstance(received, list) else []
         return [
             one

@@ -43,7 +43,7 @@ def is_suspended(job: dict) -> bool:
 def waiting_reason(workload: dict) -> str:
     """Return why this Workload is not admitted, on one line; "" if it is admitted."""
     spec, status = workload.get("spec") or {}, workload.get("status") or {}
-    conditions = {one["type"]: one for one in status.get("conditions") or []}
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or []}
     if is_true(conditions.get("Admitted")) and not is_true(conditions.get("Evicted")):
         return ""
     if spec.get("active") is False:

@@ -119,7 +119,7 @@ class Restarts:
         The operator deletes failed pods, which `observe` has seen, and those of a suspended job.
         needed: how many pods must run for the job to train.
         """
-        current = {one["metadata"]["name"]: uid_of(one) for one in pods}
+        current = {pod["metadata"]["name"]: uid_of(pod) for pod in pods}
         for name, uid in self.pods.items():
             seen = self.failures.get(uid) or uid in self.disrupted
             if current.get(name) != uid and not seen:
@@ -144,7 +144,7 @@ class Restarts:
         """Add a failure to the first incident after the pod's last incident, or start a new
         incident.
         """
-        recent = [one for one in self.incidents if now - one.start <= WINDOW]
+        recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
         last = max((n for n, one in enumerate(recent) if name in one.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)
         if incident is None and disrupted and recent:
@@ -168,7 +168,7 @@ class Restarts:
         if name not in last.causes and now - last.start <= SIMULTANEOUS:
             last.failures[uid] = self.failures[uid]
         waiting = self.backing_off - {uid}
-        if not any(self.failures[one] == last.failures.get(one) for one in waiting):
+        if not any(self.failures[uid] == last.failures.get(uid) for uid in waiting):
             return False
         last.causes.setdefault(name, cause)
         return True
@@ -226,9 +226,9 @@ def failure_count(pod: dict, cause: Cause, container: str) -> int:
 def is_backing_off(pod: dict, container: str) -> bool:
     """Whether this container has failed and waits until the kubelet restarts it."""
     return any(
-        ((one.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff"
-        for one in container_statuses(pod)
-        if one.get("name") == container
+        ((status.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff"
+        for status in container_statuses(pod)
+        if status.get("name") == container
     )
 
 

@@ -52,7 +52,7 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
     for condition, phase in kind.phases:
         if condition in true:
             return phase, true[condition].get("message") or true[condition].get("reason") or ""
-    if any(one.get("ready") for one in status.get("jobsStatus") or []):
+    if any(job_status.get("ready") for job_status in status.get("jobsStatus") or []):
         return "running", ""
     created = status.get("jobsStatus") or status.get("replicaStatuses")
     return ("created" if created else ""), ""
@@ -83,7 +83,7 @@ def retention(kind: Kind, job: dict) -> str:
         return ""
     seconds = (spec.get("runPolicy") or spec).get("ttlSecondsAfterFinished")
     ended = status.get("completionTime") or max(
-        one.get("lastTransitionTime") or "" for one in status["conditions"]
+        condition.get("lastTransitionTime") or "" for condition in status["conditions"]
     )
     until = []
     if seconds is not None and ended:
@@ -157,7 +157,7 @@ def failure_reason(pod: dict) -> Cause | None:
     """Return why this pod or the previous instance of its container failed; else None."""
     status = pod.get("status") or {}
     name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName") or ""
-    inits = [one.get("name") for one in status.get("initContainerStatuses") or []]
+    inits = [init.get("name") for init in status.get("initContainerStatuses") or []]
     terminated = (
         ((one.get(key) or {}).get("terminated") or {}, one.get("name") or "", key == "lastState")
         for key in ("state", "lastState")
@@ -235,7 +235,7 @@ def expected_pods(job: dict) -> int:
     """Return the number of pods in the job's spec."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if replicas:
-        return sum(one.get("replicas", 1) for one in replicas.values())
+        return sum(replica.get("replicas", 1) for replica in replicas.values())
     return (job["spec"].get("trainer") or {}).get("numNodes", 1)
 
 
@@ -249,11 +249,11 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
     if "pytorchReplicaSpecs" not in job["spec"]:
         own = "involvedObject.kind=Job"
     found = [
-        one
-        for one in events(f"type=Warning,{own}")
-        if one["reason"].startswith("FailedCreate")
-        and f"{one['involvedObject']['name']}-".startswith(f"{name}-")
-        and event_time(one) >= creation_time(job)
+        event
+        for event in events(f"type=Warning,{own}")
+        if event["reason"].startswith("FailedCreate")
+        and f"{event['involvedObject']['name']}-".startswith(f"{name}-")
+        and event_time(event) >= creation_time(job)
     ]
     return event_cause(max(found, key=event_time), name, "job") if found else None
 

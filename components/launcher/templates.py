@@ -134,7 +134,7 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
     if not replicas:
         return []
     container = main_container(next(iter(replicas.values()))["template"]["spec"], kind.container)
-    return [one["mountPath"] for one in container.get("volumeMounts") or []]
+    return [mount["mountPath"] for mount in container.get("volumeMounts") or []]
 
 
 def process_counts(kind: Kind, job: dict) -> range:
@@ -287,18 +287,18 @@ def reuse_claim_volumes(pod: dict, task: dict) -> dict:
     names = {one["name"]: existing[claim(one)] for one in volumes if claim(one) in existing}
     return {
         **task,
-        "volumes": [one for one in volumes if one["name"] not in names],
+        "volumes": [volume for volume in volumes if volume["name"] not in names],
         "volume_mounts": [
-            {**one, "name": names.get(one["name"], one["name"])}
-            for one in task.get("volume_mounts") or []
+            {**mount, "name": names.get(mount["name"], mount["name"])}
+            for mount in task.get("volume_mounts") or []
         ],
     }
 
 
 def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> list[dict]:
     """Concatenate two lists; an added entry replaces one with the same key."""
-    names = {one[key] for one in added}
-    return [*(one for one in existing or [] if one[key] not in names), *added]
+    names = {entry[key] for entry in added}
+    return [*(entry for entry in existing or [] if entry[key] not in names), *added]
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:

@@ -162,7 +162,7 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
     )
     if errors:
         return None, errors, converted
-    own, image_id, category_id = (UNKNOWN if one is None else one for one in ids.values())
+    own, image_id, category_id = (UNKNOWN if number is None else number for number in ids.values())
     outline = item.get("segmentation")
     found = Annotation(own, image_id, category_id, box, outline, area, iscrowd)
     return found, errors, converted

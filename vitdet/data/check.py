@@ -117,7 +117,7 @@ def check(
         for name, files in find_splits(report.folder, dataset).items()
     ]
     if splits is not None:
-        there = {name: [one for one in found if one[0] == name] for name in splits}
+        there = {name: [entry for entry in found if entry[0] == name] for name in splits}
         found = [
             one
             for name, known in there.items()
@@ -129,7 +129,7 @@ def check(
         report.error(
             "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json{what}"
         )
-    checked = [_Split(report, *one, reading) for one in found]
+    checked = [_Split(report, *entry, reading) for entry in found]
     for split in checked:
         split.check()
     for split in checked:
@@ -181,7 +181,7 @@ class _Split:
             tables = self.validator.read_header(content)
             if isinstance(content, dict):
                 found = self.validator.annotations(tables["annotations"], flawless=False)
-                dropped = Counter(one.dropped for one in found)
+                dropped = Counter(validated.dropped for validated in found)
                 counts = len(tables["images"]), len(tables["annotations"])
                 self.report.splits[self.name] = *counts, len(self.validator.categories)
                 # other errors already explain missing objects

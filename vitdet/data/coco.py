@@ -157,17 +157,17 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
     image_ids = sorted(validator.sizes)
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
     objects, dropped, unmasked = Objects(), Counter[str](), Counter[str]()
-    for one in validator.annotations(annotations):
-        if one.dropped:
-            dropped[one.dropped] += 1
+    for validated in validator.annotations(annotations):
+        if validated.dropped:
+            dropped[validated.dropped] += 1
             continue
-        unmasked[one.unmasked] += 1
+        unmasked[validated.unmasked] += 1
         objects.append(
-            row_of[one.annotation.image_id],
-            one.annotation.category_id,
-            one.annotation.bbox,
-            one.segmentation,
-            one.own_box,
+            row_of[validated.annotation.image_id],
+            validated.annotation.category_id,
+            validated.annotation.bbox,
+            validated.segmentation,
+            validated.own_box,
         )
     sizes = sorted(validator.sizes.items())  # no size is None: that would have raised an error
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]

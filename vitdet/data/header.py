@@ -38,7 +38,7 @@ def root_category(categories: Iterable[object]) -> int | None:
     items = [item for item in categories if isinstance(item, dict)]
     names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
     others = [item for item in items if whole_number(item.get("id")) != 0]
-    is_root = others and names and all(one.get("supercategory") == names[0] for one in others)
+    is_root = others and names and all(other.get("supercategory") == names[0] for other in others)
     return 0 if is_root else None
 
 

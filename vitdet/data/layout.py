@@ -210,8 +210,8 @@ def _has_boxes_only(tables: Mapping[str, Any]) -> bool:
         for item in annotations_of(tables.get("annotations", ()))
     )
     empty = True
-    for one in segmentations:
-        outline, empty = read_outline(one, None), False
+    for segmentation in segmentations:
+        outline, empty = read_outline(segmentation, None), False
         if outline.shape or outline.problem:
             return False
     return not empty

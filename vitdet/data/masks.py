@@ -31,7 +31,7 @@ def edges_of(
     Raises:
         ValueError: an RLE of a different size.
     """
-    outlines = [outline(one, height, width) for one in segmentations]
+    outlines = [outline(segmentation, height, width) for segmentation in segmentations]
     counts = np.array([len(lines) for lines in outlines], np.int64)
     return np.concatenate([np.zeros((0, 4)), *outlines], dtype=np.float32), counts
 
@@ -80,7 +80,7 @@ def encode(bitmaps: Tensor) -> list[dict]:
     """Encode bitmaps (N, H, W) bool as COCO's compressed RLE dicts (counts as str, for JSON)."""
     pixels = bitmaps.cpu().numpy().view(np.uint8)
     # one by one, so that the copy fits in the cache
-    encoded = [rle.encode(np.asfortranarray(one)) for one in pixels]
+    encoded = [rle.encode(np.asfortranarray(bitmap)) for bitmap in pixels]
     return [
         {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
         for one in encoded

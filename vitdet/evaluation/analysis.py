@@ -148,7 +148,7 @@ def analyse(
     rank = np.array([item["id"] for item in comparison.detections], int)
     errors = errors_of(matches, overlaps, rank)
     table = _thresholds(matches)
-    best = max((one for one in table if one.f1), key=lambda one: (one.f1, one.score), default=None)
+    best = max((row for row in table if row.f1), key=lambda row: (row.f1, row.score), default=None)
     score = best.score if best else 0.5
     worst_images, best_images = _images(matches, score, truth)
     return Analysis(

@@ -179,7 +179,7 @@ def bootstrap(
     """
     for other in results[1:]:
         _check_same(results[0], other)
-    measured = [WeightedAP(one) for one in results]
+    measured = [WeightedAP(result) for result in results]
     images = len(results[0].image_ids)
     tables: list[list[np.ndarray]] = [[] for _ in results]
     rng = np.random.default_rng(seed)

@@ -74,7 +74,7 @@ def batch_to_results(
                 for label, box, p in columns
             ]
         )
-    if any(map(len, found)) and all(one.masks is not None for one in found):
+    if any(map(len, found)) and all(detections.masks is not None for detections in found):
         codes = _segmentations(found, originals)
         for result, code in zip(chain.from_iterable(results), codes, strict=True):
             result["segmentation"] = code
@@ -146,7 +146,7 @@ def _found(
     and recorded separately.
     """
     # sizes are not in pinned memory: a blocking copy would wait for the previous batch
-    images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
+    images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
         images, sizes = F.pad(images, (0,) * 7 + (spare,)), F.pad(sizes, (0, 0, 0, spare))
     return detect(images, sizes)[: len(batch)]
@@ -173,8 +173,8 @@ def _segmentations(
 ) -> Iterator[dict]:
     """Yield the RLE of each mask of several images; boxes are on the CPU, masks on one device."""
     masks = torch.cat([one.masks.float() for one in found if one.masks is not None])
-    boxes = torch.cat([one.boxes.float() for one in found])
-    counts = torch.tensor([len(one) for one in found])
+    boxes = torch.cat([detections.boxes.float() for detections in found])
+    counts = torch.tensor([len(detections) for detections in found])
     sizes = torch.tensor(originals).repeat_interleave(counts, dim=0)
     regions = regions_of(boxes, sizes)
     for part in _parts(bytes_of(regions).tolist()):

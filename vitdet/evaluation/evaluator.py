@@ -363,7 +363,7 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
     rules = METRICS_OF[data.dataset]
     if rules is lvis:
         lvis.check(truth)
-    objects = (one for one in truth.objects if one.image_id in image_ids)
+    objects = (target for target in truth.objects if target.image_id in image_ids)
     if not any(one.category_id in truth.categories and rules.counts(one) for one in objects):
         raise ValueError(
             f"{path}: AP is undefined: none of the objects in the {len(image_ids)} images to "

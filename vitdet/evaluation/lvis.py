@@ -70,7 +70,7 @@ def check(truth: Truth) -> None:
         ("category", truth.categories, ("frequency",)),
     ):
         for key in keys:
-            lacking = next((one["id"] for one in items.values() if key not in one), None)
+            lacking = next((item["id"] for item in items.values() if key not in item), None)
             if lacking is not None:
                 raise ValueError(
                     f"{truth.path}: {key} of {what} {lacking} is missing, which LVIS "

@@ -42,18 +42,18 @@ def write_page(
     Without `images`, the page has no pictures; images that cannot be read are left out.
     """
     first = analyses[0]
-    chosen = {one.image_id for one in (*first.worst, *first.best)}
+    chosen = {result.image_id for result in (*first.worst, *first.best)}
     pairs = draw_pairs(truth, results, chosen, first.confusion.score, images) if images else {}
     values = {
         "analyses": analyses,
         "facts": facts,
-        "worst": [one for one in first.worst if one.image_id in pairs],
-        "best": [one for one in first.best if one.image_id in pairs],
+        "worst": [result for result in first.worst if result.image_id in pairs],
+        "best": [result for result in first.best if result.image_id in pairs],
         "pictures": {
             image_id: [data_uri(picture, QUALITY) for picture in pair]
             for image_id, pair in pairs.items()
         },
-        "headline": {one.kind: _headline(one.metrics) for one in analyses},
+        "headline": {analysis.kind: _headline(analysis.metrics) for analysis in analyses},
     }
     page = render("evaluation/page.html", values)
     with atomic_write(path) as temporary:

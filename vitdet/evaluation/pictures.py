@@ -152,11 +152,11 @@ def draw_pairs(
     names = {number: str(category["name"]) for number, category in truth.categories.items()}
     labels = {category_id: label for label, category_id in enumerate(names)}
     objects, found = defaultdict(list), defaultdict(list)
-    for one in truth.objects:
-        category = one.category_id
-        if one.image_id in image_ids and category in names and not one.iscrowd:
-            item = _Item(category, one.bbox, one.segmentation, names[category])
-            objects[one.image_id].append(item)
+    for target in truth.objects:
+        category = target.category_id
+        if target.image_id in image_ids and category in names and not target.iscrowd:
+            item = _Item(category, target.bbox, target.segmentation, names[category])
+            objects[target.image_id].append(item)
     for result in results:
         if result["image_id"] in image_ids and result["score"] >= threshold:
             category = result["category_id"]

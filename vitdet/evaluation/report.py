@@ -51,10 +51,10 @@ def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
     """
     rows: dict[float, dict[str, float]] = {}
     for analysis in analyses:
-        for one in analysis.thresholds:
-            row = rows.setdefault(one.score, {"threshold": one.score})
+        for threshold in analysis.thresholds:
+            row = rows.setdefault(threshold.score, {"threshold": threshold.score})
             for name in ("precision", "recall", "f1"):
-                row[f"{analysis.kind}_{name}"] = getattr(one, name)
+                row[f"{analysis.kind}_{name}"] = getattr(threshold, name)
     return list(rows.values())
 
 

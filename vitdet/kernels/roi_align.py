@@ -89,13 +89,14 @@ def _(gradient: Tensor, *given: Any) -> list[Tensor]:
     heights, widths, images = given[3:6]
     sizes = zip(heights, widths, strict=True)
     maps = [gradient.new_empty(images, *size, gradient.shape[1]) for size in sizes]
-    return [one.permute(0, 3, 1, 2) for one in maps]
+    return [grad.permute(0, 3, 1, 2) for grad in maps]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, boxes, image, level, strides, _, ratio = inputs
     ctx.save_for_backward(boxes, image, level)
-    heights, widths = [one.shape[2] for one in features], [one.shape[3] for one in features]
+    heights = [feature.shape[2] for feature in features]
+    widths = [feature.shape[3] for feature in features]
     ctx.sizes = (heights, widths, features[0].shape[0], strides, ratio)
 
 

@@ -124,7 +124,7 @@ def _varied_settings(every: dict[str, Config]) -> dict[str, dict[str, str]]:
     varied = {}
     for names in recipes.values():
         settings = [training_settings(every[name]) for name in names]
-        keys = [key for key in settings[0] if len({one[key] for one in settings}) > 1]
+        keys = [key for key in settings[0] if len({setting[key] for setting in settings}) > 1]
         for name in names:
             values = flatten(every[name])
             varied[name] = {key: str(values[key]) for key in keys}

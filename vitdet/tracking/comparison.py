@@ -104,7 +104,7 @@ def compare(
     found = client.search_model_versions(f"name = '{model_name}'")
     found = sorted(found, key=lambda one: int(one.version))
     # the newest version of a run
-    versions = {one.run_id: str(one.version) for one in found if one.run_id}
+    versions = {version.run_id: str(version.version) for version in found if version.run_id}
     ordered = sorted(rows, key=_box_ap, reverse=True)
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))
     parent = start_parent_run(group, names, uri=uri, folder=folder, experiment=experiment)
@@ -120,8 +120,8 @@ def compare(
         tables.insert(0, over_seeds)
     data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training run finished"
     address = run_page(client.uri, place, parent)
-    text = "\n".join([f"{data}\n", *(replace(one, links={}).markdown() for one in tables)])
-    linked = "\n".join([f"{data}\n", *(one.markdown() for one in tables)])
+    text = "\n".join([f"{data}\n", *(replace(table, links={}).markdown() for table in tables)])
+    linked = "\n".join([f"{data}\n", *(table.markdown() for table in tables)])
     paragraphs = [data]
     if address:
         linked += f"\n[MLflow]({address})"

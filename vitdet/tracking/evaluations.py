@@ -127,7 +127,7 @@ def add_matches(
 def _has_matches(client: Client, version: ModelVersion, protocol: Protocol) -> bool:
     model, folder = model_id_of(version), matches_folder(protocol)
     stored = client.list_logged_model_artifacts(model, folder) if model else []
-    return any(one.path == f"{folder}/{MATCHES}" for one in stored)
+    return any(artifact.path == f"{folder}/{MATCHES}" for artifact in stored)
 
 
 def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Evaluation:

@@ -95,10 +95,10 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
             version = version if own[-1].action == ROLLED_BACK else own[-1].before
         else:
             replaced = min((one.time for one in recorded if one.before == version), default=None)
-            earlier = [one.version for one in left if replaced is None or one.time < replaced]
+            earlier = [event.version for event in left if replaced is None or event.time < replaced]
             version = earlier[-1] if earlier else ""
         found.append(version)
-    return list(dict.fromkeys(one for one in found if one not in ("", current)))
+    return list(dict.fromkeys(number for number in found if number not in ("", current)))
 
 
 def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:

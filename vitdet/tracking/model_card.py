@@ -47,7 +47,7 @@ def render(
     the training run, if known.
     """
     config, matches = from_dict(stored["config"]), evaluation.matches
-    classes = [str(one) for one in stored["class_names"]]
+    classes = [str(class_name) for class_name in stored["class_names"]]
     environment = Environment(
         loader=PackageLoader("vitdet.tracking", "."),
         undefined=StrictUndefined,
@@ -63,7 +63,7 @@ def render(
         shown=SHOWN_CLASSES,
         initial=initial_weights(config.train.init),
         metrics=_rows(evaluation),
-        images=next((len(one.image_ids) for one in matches.values()), 0),
+        images=next((len(found.image_ids) for found in matches.values()), 0),
         worst=_worst(matches["bbox"]) if "bbox" in matches else [],
         data_name=Path(used.data.root).name,
         train_name=Path(config.data.root).name,

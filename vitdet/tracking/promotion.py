@@ -98,7 +98,7 @@ def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[
     with champion.promoting(folder):
         current = _alias(client, model_name, champion.ALIAS, "there is nothing to roll back")
         versions = client.search_model_versions(f"name = '{model_name}'")
-        numbers = {str(one.version) for one in versions}
+        numbers = {str(version.version) for version in versions}
         earlier = history.predecessors(history.events(client, model_name), current)
         existing = [number for number in earlier if number in numbers]
         if not existing:
@@ -124,7 +124,7 @@ def _config_of(client: Client, found: ModelVersion) -> Config:
     """The config that is stored with a version. Raises ValueError for versions without one."""
     model = model_id_of(found)
     stored = client.list_logged_model_artifacts(model) if model else []
-    if not any(one.path == CONFIG for one in stored):
+    if not any(artifact.path == CONFIG for artifact in stored):
         raise ValueError(
             f"{found.name}, version {found.version}, was registered without its config; pass it "
             "with --config FILE"

@@ -136,7 +136,7 @@ class Shipper:
         for entry in self.journal.entries():
             path, key = None, entry.name[-8:]
             try:
-                path = next((one for one in entry.rglob("*") if one.is_file()), None)
+                path = next((file for file in entry.rglob("*") if file.is_file()), None)
                 if path is not None:
                     folder = path.parent.relative_to(entry).as_posix()
                     client.log_artifact(run_id, str(path), None if folder == "." else folder)
@@ -235,7 +235,7 @@ class Shipper:
             names = {name for one in records for name in one.get("points", ())} - self._refused
             if len(names) > 1:  # an invalid name must not affect the other metrics
                 for name in sorted(names):
-                    named = [one for one in records if name in one["points"]]
+                    named = [record for record in records if name in record["points"]]
                     single = [{**one, "points": {name: one["points"][name]}} for one in named]
                     self._send(client, run_id, single)
             else:

@@ -112,9 +112,9 @@ def can_be_graphed(detector: nn.Module) -> bool:
     BatchNorm also changes statistics, and activation checkpointing the random state.
     """
     return not any(
-        isinstance(one, nn.modules.batchnorm._BatchNorm)
-        or (isinstance(one, Blocks) and one.checkpointing)
-        for one in detector.modules()
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        or (isinstance(module, Blocks) and module.checkpointing)
+        for module in detector.modules()
     )
 
 

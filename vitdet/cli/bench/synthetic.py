@@ -51,7 +51,7 @@ def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> No
     """Make the RPN replace its last proposals with boxes on the objects of `batch`."""
     propose, most = detector.rpn.propose, detector.rpn.top_train[1]
     side, count = batch.images.shape[-1], max(1, int(SHARE * most))
-    laid = torch.stack([boxes_on_objects(one.boxes, count, side) for one in batch.targets])
+    laid = torch.stack([boxes_on_objects(target.boxes, count, side) for target in batch.targets])
     laid = laid.to(device)
 
     def proposals(found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:

@@ -57,7 +57,7 @@ def comparison_text(
 
 def _names(compared: Sequence[Compared]) -> list[str]:
     """Return the names, numbered if several are equal."""
-    names = [one.name for one in compared]
+    names = [result.name for result in compared]
     return [
         f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
         for place, name in enumerate(names)
@@ -162,7 +162,7 @@ def _training(settings: Mapping[str, str]) -> tuple:
 
 
 def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
-    values = [[one.metrics.get(key) for key in RESOURCES.values()] for one in compared]
+    values = [[result.metrics.get(key) for key in RESOURCES.values()] for result in compared]
     rows = [
         [name, *("-" if value is None else f"{value:.3g}" for value in row)]
         for name, row in zip(names, values, strict=True)

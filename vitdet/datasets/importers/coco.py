@@ -43,7 +43,7 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
     """Return the annotation files of a folder, or the file itself, by the name of their split."""
     if source.is_file():
         return [(_split(source.stem), source)] if source.suffix == ".json" else []
-    folders = [source, *sorted(one for one in source.iterdir() if one.is_dir())]
+    folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
     named = [
         (folder.name if folder.name.lower() in SPLIT_NAMES else "train", folder / name)
         for folder in folders
@@ -52,7 +52,7 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
     ]
     instances = sorted((source / "annotations").glob("instances_*.json"))
     if named or instances:
-        return named or [(one.stem.removeprefix("instances_"), one) for one in instances]
+        return named or [(path.stem.removeprefix("instances_"), path) for path in instances]
     others = [one for folder in ("annotations", "") for one in _json_files(source / folder)[:MOST]]
     return [(_split(path.stem), path) for path in others if _is_coco_file(path)]
 

@@ -65,7 +65,7 @@ def is_voc(source: Path) -> bool:
         return True
     if not source.is_dir():
         return False
-    folders = (source, *sorted(one for one in source.iterdir() if one.is_dir()))
+    folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
     firsts = (next(folder.glob("*.xml"), None) for folder in folders)
     return any(path is not None and has_root(path, "annotation") for path in firsts)
 
@@ -111,9 +111,9 @@ class _Folders:
         if not self.annotations.is_dir():
             self.annotations = source
         usual = [source / name for name in ("JPEGImages", "images", "Images")]
-        self.images = next((one for one in usual if one.is_dir()), self.annotations)
+        self.images = next((folder for folder in usual if folder.is_dir()), self.annotations)
         lists = (source / name for name in LISTS)
-        self.lists = next((one for one in lists if any(one.glob("*.txt"))), None)
+        self.lists = next((folder for folder in lists if any(folder.glob("*.txt"))), None)
         self.files, self.others = found.images_below(self.images)
         self.by_stem: dict[Path, list[Path]] = defaultdict(list)
         for path in self.files:

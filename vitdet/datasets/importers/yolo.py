@@ -158,7 +158,7 @@ class _Head:
         if name == "test" and not any(map(self.place, entries)):
             found.remarks.append(f"split test skipped: {named} does not exist")
             return []
-        listed = dict.fromkeys(one for entry in entries for one in self.images(key, entry))
+        listed = dict.fromkeys(image for entry in entries for image in self.images(key, entry))
         if not listed and not found.problems.counts:
             if name == "train":
                 raise ValueError(f"{self.path}: {key}: no image in {named}")
@@ -169,7 +169,7 @@ class _Head:
         """Return the folder or file that an entry refers to; None if it does not exist."""
         names = (entry, entry.removeprefix("../"))
         places = (root / name for root in self.roots for name in names)
-        return next((Path(os.path.abspath(one)) for one in places if os.path.exists(one)), None)
+        return next((Path(os.path.abspath(path)) for path in places if os.path.exists(path)), None)
 
     def images(self, key: str, entry: str) -> Iterator[Path]:
         """Return the image files of an entry, by absolute path without resolving links."""

@@ -44,7 +44,7 @@ def histogram(
     edges: numbers to write below the borders of the bins, instead of the labels below the bins.
     """
     shares = [counts / max(counts.sum(), 1) for _, counts in series]
-    top = max((float(one.max(initial=0)) for one in shares), default=0) or 1
+    top = max((float(share.max(initial=0)) for share in shares), default=0) or 1
     step = (WIDTH - 2 * MARGIN) / max(len(labels), 1)
     width = step * 0.84 / max(len(series), 1)
     bars = []

@@ -115,7 +115,7 @@ def rename(name: str, layout: Format) -> str | None:
 
 def known(name: str, patterns: Iterable[str]) -> bool:
     """Return whether one of the patterns matches the name."""
-    return any(_pattern(one).fullmatch(name) for one in patterns)
+    return any(_pattern(pattern).fullmatch(name) for pattern in patterns)
 
 
 def _fill(name: str, source: str, target: str) -> str | None:
