@@ -305,7 +305,7 @@ class Follower:
             self.progress.read(line)
 
     def stream_held_lines(self) -> None:
-        """Read the lines that are held back, as the job ends."""
+        """Read the lines that are held back when the job ends."""
         for pod in self.pods:
             log = self.pod_logs.get(pod["metadata"]["uid"])
             if log is not None and log.held_since is not None:

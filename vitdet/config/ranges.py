@@ -21,8 +21,8 @@ def between(low: int, high: int) -> Meta:
 
 # Upper bounds are far above the values that any model or machine uses, to catch typos
 Seed = Annotated[int, between(0, 2**63 - 1)]
-Count = Annotated[int, between(1, 2**31 - 1)]  # of steps or files
-Amount = Annotated[int, between(1, 1_000_000)]  # of images, boxes or classes
+Count = Annotated[int, between(1, 2**31 - 1)]  # number of steps or files
+Amount = Annotated[int, between(1, 1_000_000)]  # number of images, boxes or classes
 Size = Annotated[int, between(1, 65_536)]  # side or width
 Depth = Annotated[int, between(0, 1024)]  # number of layers
 Workers = Annotated[int, between(0, 1024)]  # number of processes

@@ -25,7 +25,7 @@ def operational(reason: str, *unless: str) -> dict[str, Any]:
 class Section:
     """A group of settings. Each new instance checks types, choices and ranges."""
 
-    prefix = ""  # of the keys of its settings, e.g. `optim.`
+    prefix = ""  # prefix of the keys of its settings, e.g. `optim.`
     hints = dict[str, Any]()  # field -> type and range
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:

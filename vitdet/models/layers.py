@@ -53,7 +53,7 @@ class Deconv2x2(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        # channels stay innermost in memory, as they come from the tokens
+        # channels remain innermost in memory, as in the tokens
         pixels = rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2)
         return pixels.permute(0, 3, 1, 2)
 

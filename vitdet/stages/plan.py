@@ -17,7 +17,8 @@ from vitdet.stages.workspace import resolve_paths
 SEED = "train.seed"
 # Each training run is about 12 nodes of a Workflow, whose status Argo keeps in one object of 1 MiB.
 MAX_TRAININGS = 64
-EXPLICIT = "explicit.json"  # next to the configs: the settings of each that the user set
+# file next to the configs: the settings of each config that the user set
+EXPLICIT = "explicit.json"
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
 PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 

@@ -38,7 +38,7 @@ class Verdict:
 
 
 class RejectedError(ValueError):
-    """The gate rejected a version, which stays registered.
+    """The gate rejected a version, which remains registered.
 
     registered: its name, version and alias.
     """

@@ -17,7 +17,7 @@ from vitdet import distributed
 
 
 class Meter:
-    """Means of the metrics between two readings; they stay on the device until they are read."""
+    """Means of the metrics between two readings; they remain on the device until they are read."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size

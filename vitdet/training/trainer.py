@@ -62,7 +62,7 @@ def train(
     """Train a detector and return the path of output/model.pt; resumes an interrupted run.
 
     A resumed run may change operational settings (see `vitdet.config.sections.operational`),
-    optim.steps if the learning rate of the completed steps stays the same, and train.patience to a
+    optim.steps if the learning rate of the completed steps does not change, and train.patience to a
     larger value or 0; a finished run with its last state can be extended in this way. If `output`
     contains the finished run of this config and data, nothing is done. Calls
     `vitdet.data.loader.configure_process`, which changes settings of the process.

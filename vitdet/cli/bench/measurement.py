@@ -132,7 +132,7 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
     """Count kernels and copies, launches and host waits per step on a GPU.
 
-    The dictionary is filled at the end; it stays empty on a CPU.
+    The dictionary is filled at the end; it remains empty on a CPU.
     """
     found: dict[str, float] = {}
     if device.type != "cuda":

@@ -232,7 +232,9 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the split that a name represents; for unknown names `otherwise`, or the name."""
+    """Return the split that a name represents; for unknown names, `otherwise` if given, else the
+    name.
+    """
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
