@@ -75,7 +75,8 @@ def add_version(command: argparse.ArgumentParser, default: str) -> None:
         type=version,
         metavar="VERSION",
         help=(
-            "version of Kubeflow Pipelines; unsupported fields are left out of the pipeline, with a message ({default})"
+            "version of Kubeflow Pipelines; unsupported fields are left out of the pipeline, with "
+            f"a message ({default})"
         ),
     )
 

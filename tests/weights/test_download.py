@@ -152,7 +152,7 @@ FORBIDDEN = "the server responded with 403 Forbidden (the server denies access t
         (
             status(404),
             FileNotFoundError,
-            "the server responded with 404 Not Found (no such file there)",
+            "the server responded with 404 Not Found (no such file on the server)",
         ),
         (status(403), ConnectionError, FORBIDDEN),
         (PAGE, ValueError, "received a web page instead of the file"),
