@@ -207,7 +207,7 @@ class TrainConfig(Section, prefix="train."):
     init_format: Literal[
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",
-    ] = "vitdet"  # fmt: skip  # of the file `init`
+    ] = "vitdet"  # fmt: skip  # format of the file `init`
     batch_size: Amount = 64  # images per step over all processes
     # micro-batches per step and process (gradient accumulation)
     accumulate: Amount = field(default=1, metadata=operational("as the number of processes"))

@@ -32,7 +32,7 @@ from vitdet.evaluation.run_lengths import areas
 SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
 LARGEST = 1e5**2  # pixels; pycocotools' upper limit of "all"
 
-# objects or results of each category id, as faster-coco-eval takes them
+# objects or results of each category id, in the format of faster-coco-eval
 ByClass = defaultdict[int, list[dict]]
 
 log = logging.getLogger(__name__)

@@ -151,7 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the points of a bin of this size along an axis; none if it ends before it starts."""
+    """Return the points of a bin of this size along an axis; none if its size is negative."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:

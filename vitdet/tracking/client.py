@@ -171,7 +171,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
         os.environ.update(settings)
         retry.addFilter(log_wait)
         retry.setLevel(logging.DEBUG)
-        pool.setLevel(logging.ERROR)  # it logs some of the same waits
+        pool.setLevel(logging.ERROR)  # urllib3 itself logs some of these waits
         try:
             with translated(uri):
                 yield
@@ -184,7 +184,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
 
 
 def _log_wait(shown: str, record: logging.LogRecord) -> bool:
-    """Log, instead of a debug message of urllib3, that a request is repeated."""
+    """Log that a request is repeated, in place of urllib3's debug message."""
     retry: Any = record.args[-1] if isinstance(record.args, tuple) and record.args else None
     if history := getattr(retry, "history", ()):
         last = history[-1]
