@@ -94,4 +94,4 @@ def delete_run_jobs(
     if doubt:
         raise StillEnding(doubt)
     if not deleted:
-        yield "found none to delete"
+        yield "found no training jobs to delete"

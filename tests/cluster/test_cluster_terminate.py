@@ -64,7 +64,7 @@ def test_terminate_deletes_the_jobs_of_its_run_only(
         )
         assert jobs(made.namespace) == [OF_THE_OTHER]
         code, out, _ = pipeline("terminate", PIPELINE_RUN)
-        assert code == 0 and out.endswith(f"{place}found none to delete\n")
+        assert code == 0 and out.endswith(f"{place}found no training jobs to delete\n")
         experiment["namespace"] = "of-another-cluster"
         code, _, said = pipeline("terminate", PIPELINE_RUN)
         assert (

@@ -148,7 +148,7 @@ def test_where_there_are_no_jobs_it_says_where_it_looked(
     assert pipeline("terminate", RUN)[1].splitlines()[4:] == [
         PLACE.format("kubeflow"),
         *left,
-        "found none to delete",
+        "found no training jobs to delete",
     ]
 
 
