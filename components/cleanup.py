@@ -16,8 +16,8 @@ def clean_up(
 ) -> None:
     """End the jobs of this run (job_kind "": it has none) and its MLflow parent run.
 
-    After a failure it makes the table that `compare` did not: what finished, and why the rest did
-    not.
+    After a failure, creates the comparison table in place of `compare`: which training runs
+    finished, and why the others did not.
     """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs

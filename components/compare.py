@@ -24,7 +24,7 @@ def compare(
 ) -> None:
     """Create a table of all training runs, evaluated on the same data with the same settings.
 
-    links: the same table with links to MLflow, which Kubeflow's page opens from Markdown only.
+    links: the same table with links to MLflow; the Kubeflow UI opens links only in Markdown.
     """
     from components import run_id
     from vitdet import stages

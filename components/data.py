@@ -1,4 +1,4 @@
-"""Step `data`: fetches the data set to the workspace if asked to, and verifies it."""
+"""Step `data`: verifies the data set, after fetching it to the workspace if requested."""
 
 from kfp.dsl import Artifact, Dataset, Input, Output
 
@@ -13,12 +13,12 @@ def data(
     resolved: Output[Artifact],
     manifest: Output[Dataset],
 ) -> list[dict[str, str]]:
-    """Fetch the data if `fetch` names any, verify it and add its splits and classes to the configs.
+    """Fetch the data if `fetch` is set, verify it and add its splits and classes to the configs.
 
     The demo's data set is generated.
 
     Returns {"training": name, "data": fingerprint} for each training run. The fingerprint is part
-    of its cache key.
+    of the cache key of the training run.
     """
     from vitdet import stages
 

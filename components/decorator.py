@@ -1,7 +1,8 @@
 """The decorator of all components: no packages are installed when a pod starts.
 
 If VITDET_IMAGE is not set, the pipeline sets the image of the training job. The decorator is not in
-`components/__init__.py` because the steps import that in pods, where kfp has no decorators.
+`components/__init__.py` because the steps import that package in pods, where kfp provides no
+decorators.
 """
 
 from functools import partial

@@ -36,7 +36,7 @@ Created = TypeVar("Created")
 class Server:
     """The runs of a server; all methods raise ServerError.
 
-    ui: the address for links, "": the address of the API. report: called with progress messages.
+    ui: the URL for links; "": the URL of the API. report: called with progress messages.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class Server:
 
     @cached_property
     def health(self) -> dict:
-        """What the server reports of itself. Requested first, as it verifies that this is the API.
+        """Return the server's health response. Requested first, as it verifies that this is the
+        API.
 
         The generated class has no field for the version, so the response is read as JSON.
         """
@@ -66,12 +67,12 @@ class Server:
                 raise
         else:
             health = json.loads(self.client.last_response.data or "{}")
-            if health.get("apiServerReady") is False:  # of the web interface in front of it
+            if health.get("apiServerReady") is False:  # from the web interface
                 raise ServerError(f"{self.host}: the API server does not respond", 503)
             return health
         raise ServerError(
             f"{self.host} is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment "
-            "the address ends in /pipeline",
+            "the URL ends in /pipeline",
             404,
         )
 
@@ -80,7 +81,9 @@ class Server:
         return server_version(self.health)
 
     def namespace(self, asked: str) -> str:
-        """Return the namespace for requests: "" for a single-user server, which rejects any."""
+        """Return the namespace for requests: "" for a single-user server, which rejects any
+        namespace.
+        """
         multi_user = bool(self.health.get("multi_user"))
         if multi_user and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
@@ -278,7 +281,8 @@ def failed_steps(run: api.V2beta1Run) -> list[tuple[str, str]]:
     """Return (step, message) of the failed steps, by time; servers up to 2.17 return no messages.
 
     On older servers a run whose steps failed inside an ExitHandler ends as SUCCEEDED, because the
-    exit handler succeeded (kubeflow/pipelines #9577), so do not rely on the run's state alone.
+    exit handler succeeded (kubeflow/pipelines #9577), so the state of the run alone is not
+    reliable.
     """
     tasks = run.run_details.task_details if run.run_details else None
     failed = [

@@ -38,8 +38,9 @@ TRANSIENT = (429, 500, 502, 503, 504)  # status codes of a server that may recov
 class ServerError(OSError):
     """A failed request, with a message for the user.
 
-    status: the HTTP status, 0 without a response. transient: a retry may succeed. sent: the request
-    may have taken effect. field: what the server does not know of the pipeline that it was sent.
+    status: the HTTP status, 0 without a response. transient: whether a retry may succeed. sent:
+    whether the request may have taken effect. field: the field of the pipeline that the server does
+    not support.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class ServerError(OSError):
 class Secret:
     """A token or cookie: its source, for messages, and how to read it.
 
-    It is read for every request: token files of pods and login helpers are renewed in place.
-    renewed: another value may be read later.
+    The secret is read for every request: token files of pods and login helpers are renewed in
+    place. renewed: whether a later read may return a different value.
     """
 
     source: str
@@ -69,9 +70,9 @@ class Secret:
 
 
 def server_address(host: str) -> str:
-    """Return the API's address: `host`, KF_PIPELINES_ENDPOINT, or in a pod the cluster's service.
+    """Return the API's URL: `host`, KF_PIPELINES_ENDPOINT, or in a pod the cluster's service.
 
-    Raises ValueError when none is known or it is not http(s)://NAME[/PATH].
+    Raises ValueError if no URL is known, or if it is not http(s)://NAME[/PATH].
     """
     host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
     if not host and "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -84,20 +85,19 @@ def server_address(host: str) -> str:
     parts = urlsplit(host)
     if parts.username or parts.password:
         raise ValueError(
-            "the address of the server contains a user name or password; remove it and give "
-            f"{LOGIN}"
+            f"the server URL contains a user name or password; remove it and pass {LOGIN}"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
             f"{host}: expected http:// or https://, as in https://kubeflow.example.com/pipeline"
         )
-    # Kubeflow's dashboard embeds the page under an address with this prefix
+    # Kubeflow's dashboard embeds the page under a URL with this prefix
     path = parts.path.removeprefix("/_")
     return f"{parts.scheme}://{parts.netloc}{path}".rstrip("/")
 
 
 def in_cluster_address(host: str) -> bool:
-    """Whether an address is a service in the cluster."""
+    """Whether a URL is that of a service in the cluster."""
     name = urlsplit(host).hostname or ""
     return name == "ml-pipeline" or name.endswith(".svc") or ".svc." in name
 
@@ -105,7 +105,8 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Return token and cookie: from the files, KFP_TOKEN and KFP_COOKIE, or the pod's token.
+    """Return the token and the cookie: from the files, KFP_TOKEN and KFP_COOKIE, or the pod's
+    token.
 
     The pod's token is sent only to the cluster's services, unless KF_PIPELINES_SA_TOKEN_PATH is
     set. Raises ValueError for invalid values.
@@ -126,7 +127,7 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
     """Return the token or cookie that the user specified, if any; "-" is standard input."""
     source = f"--{kind}-file" if file else variable
     value = read_secret(file, source) if file else os.environ.get(variable)
-    if file and file != "-" and Path(file).is_file():  # not a pipe, which can be read only once
+    if file and file != "-" and Path(file).is_file():  # a pipe can be read only once
         return renewed_secret(kind, file, source)
     if file or value:
         return Secret(source, lambda: validate_secret(kind, value or "", source))
@@ -136,8 +137,8 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
 def renewed_secret(kind: str, file: str, source: str) -> Secret:
     """Return a secret that is read from its file each time.
 
-    Later, the last valid value is used where the file cannot be read or is empty, as while it is
-    being rewritten: the server decides whether that value is still accepted.
+    If the file cannot be read or is empty later, e.g. while it is being rewritten, the last valid
+    value is used: the server decides whether it is still accepted.
     """
     last = ""
 
@@ -154,7 +155,9 @@ def renewed_secret(kind: str, file: str, source: str) -> Secret:
 
 
 def read_secret(file: str, source: str) -> str:
-    """Read a secret from a file. Raises ValueError without the name, which may be the secret."""
+    """Read a secret from a file. The ValueError does not contain the name, which may be the
+    secret.
+    """
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -177,8 +180,8 @@ class Transport(RESTClientObject):
     """The transport of the generated client with timeouts, safe retries, and ServerError.
 
     timeout: seconds to connect, and between two parts of the response. retries: number of further
-    attempts; a request that changes something is retried only if it cannot have arrived. report:
-    called with the reason for a retry.
+    attempts; a request that changes something is retried only if it cannot have reached the server.
+    report: called with the reason for a retry.
     """
 
     backoff = 1.0  # seconds before the first retry, doubled for each further one
@@ -248,7 +251,7 @@ class Transport(RESTClientObject):
         raise failure  # outside `except`: the traceback must not contain the request's headers
 
     def login_headers(self) -> dict[str, str]:
-        """Return the headers with the token and the cookie, as they are now."""
+        """Return the headers with the current token and cookie."""
         token = {"authorization": f"Bearer {self.token.read()}"} if self.token else {}
         return {**token, **({"Cookie": self.cookie.read()} if self.cookie else {})}
 
@@ -270,7 +273,7 @@ class Transport(RESTClientObject):
             moved = target.hostname == here.hostname and target.scheme != here.scheme
             return ServerError(
                 f"{self.host} redirects to {target.geturl() or 'another page'}: "
-                f"{'pass this address as --host' if moved else self.login_hint()}",
+                f"{'pass this URL as --host' if moved else self.login_hint()}",
                 status,
             )
         if status == 401 and not self.login:
@@ -278,13 +281,13 @@ class Transport(RESTClientObject):
         if status == 401:
             return ServerError(
                 f"{self.host} does not accept the credentials from {self.login_sources()} (401): "
-                f"they have expired or are for another server{text}",
+                f"they have expired or are for a different server{text}",
                 status,
             )
         if status == 403:
             own = f"the credentials from {self.login_sources()}" if self.login else ""
-            who = own or "requests without token and cookie"
-            return ServerError(f"{self.host} forbids this to {who} (403){text}", status)
+            who = own or "requests without a token or cookie"
+            return ServerError(f"{self.host} does not allow this for {who} (403){text}", status)
         unknown = refused_field((error.body or b"").decode(errors="replace").replace('\\"', '"'))
         return ServerError(
             f"{self.host} returned {status} {error.reason}{text}",
@@ -308,7 +311,7 @@ class Transport(RESTClientObject):
 
     def login_hint(self) -> str:
         """Return what to do if the server returns a web page."""
-        path = "; in a full Kubeflow deployment the address ends in /pipeline"
+        path = "; in a full Kubeflow deployment the URL ends in /pipeline"
         if urlsplit(self.host).path:
             path = ""
         if not self.login:
@@ -325,7 +328,8 @@ class Transport(RESTClientObject):
         try:
             text = str(json.loads(body)["message"])
         except (ValueError, KeyError, TypeError):
-            # the text of a proxy, e.g. Istio's "RBAC: access denied", but not a web page
+            # the text of a proxy's response, e.g. Istio's "RBAC: access denied", unless it is a web
+            # page
             text = "" if "<" in body else body
         text = " ".join(text.split())
         for secret in self.login:

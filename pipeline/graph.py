@@ -17,16 +17,16 @@ The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `par
 Argo template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
 v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the others
 (dag.go: assessDAGPhase waits for every node; template.failFast is not set), but `compare` depends
-on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler makes the table of what
-finished, from the workspace, as an exit handler has no outputs of other steps.
+on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler creates the table of what
+finished, from the workspace, as an exit handler cannot use outputs of other steps.
 `ignore_upstream_failure` is no alternative: the backend compiles it to an exit hook, which
-iteratorTask does not pass on. After Retry of a run, the backend repeats `compare` but no exit
+iteratorTask does not pass on. When a run is retried, the backend repeats `compare`, but not an exit
 handler that has succeeded.
 
 Workarounds for kfp 2.17:
 
-* The local runner skips an If on an output that is not called `Output`, and compares values other
-  than strings incorrectly, so `gate` returns one string.
+* The local runner skips an If on an output that is not named `Output`, and compares values other
+than strings incorrectly, so `gate` returns one string.
 * In a ParallelFor, the local runner replaces every output parameter of a step outside the loop by
   the value of the loop's item, so the fingerprint is part of the item.
 * The local runner does not support container components and CreatePVC, so every step is a Python
@@ -75,13 +75,13 @@ SECRET = {
     "MLFLOW_TRACKING_URI": "VITDET_MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME": "VITDET_MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD": "VITDET_MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_UI_URL": "MLFLOW_UI_URL",  # optional: MLflow's address in a browser, for links
+    "MLFLOW_UI_URL": "MLFLOW_UI_URL",  # optional: MLflow's URL in a browser, for links
 }
 # Longer than any training run. Argo counts from the start of the first attempt; after this time
 # there are no more retries and the running attempt is terminated (argo-workflows, operator.go:
 # processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py)
-# does not repeat a training run that a retry cannot fix. Whether Argo retries exit codes and
-# deleted pods is a setting of the cluster, which a compiled pipeline cannot carry:
+# does not repeat a training run that a retry cannot fix. Whether Argo retries after exit codes and
+# deleted pods is a setting of the cluster that a compiled pipeline cannot contain:
 # manifests/pipelines.
 MAX_RETRY_TIME = "1296000s"
 # Autoscalers do not evict the launcher to free or replace its node.
@@ -104,9 +104,9 @@ def build(
 ) -> BaseComponent:
     """Build the pipeline.
 
-    train: the component that trains. job: YAML of the training jobs that it may start. image: the
-    image of these jobs. parallel: number of concurrent training runs, with their evaluations; 0: no
-    limit. shape: the defaults of the parameters nodes and job_kind.
+    train: the component that trains. job: YAML of the training jobs that this component may start.
+    image: the image of these jobs. parallel: number of concurrent training runs, with their
+    evaluations; 0: no limit. shape: the defaults of the parameters nodes and job_kind.
     """
 
     @dsl.pipeline(name="champion")
@@ -125,7 +125,7 @@ def build(
 
     @dsl.pipeline(
         name="vitdet",
-        description="Trains recipes, compares them, registers what beats the champion.",
+        description="Trains and compares recipes, and registers the models that beat the champion.",
     )
     def vitdet(
         recipes: list[str] = ["tiny"],  # noqa: B006
@@ -141,15 +141,15 @@ def build(
         """Train, evaluate and compare recipes.
 
         Args:
-            recipes: Names of recipes (`tiny` is a demo that draws its data), or absolute paths of
-                YAML files on the shared volume. All are trained on the same data and compared.
-            overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
+            recipes: Names of recipes (`tiny` is a demo that generates its data), or absolute paths
+                of YAML files on the shared volume. All are trained on the same data and compared.
+                overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
             sweep: Settings to vary, as SECTION.KEY=VALUE,VALUE; every combination is trained.
             seeds: Training runs of each recipe and combination, with consecutive seeds; the table
                 has mean and standard deviation.
-            fetch: Brings the data to the recipe's folder on the volume first, as `coco`, `lvis` or
-                `convert SOURCE`, with options of `vitdet data`. Empty: the data is there.
-            workspace: Folder on the shared volume for data, weights and training runs.
+            fetch: How to fetch the data to the recipe's folder on the volume first: `coco`, `lvis`
+                or `convert SOURCE`, with options of `vitdet data`. Empty: the data already exists.
+                workspace: Folder on the shared volume for data, weights and training runs.
             nodes: Nodes of each training run.
             pool: Node pool for training (label vitdet/pool). Empty: the one in the job's manifest.
             job_kind: Kind of the training job, `pytorchjob` or `trainjob`.
@@ -166,7 +166,7 @@ def build(
             resolved = dataset.outputs["resolved"]
             initial = configure(weights(settings=settings, workspace=workspace), "data")
             parent = configure(announce(settings=settings, workspace=workspace), "small")
-            # never cached: they depend on state outside KFP
+            # never cached: these steps depend on state outside KFP
             for task in (dataset, initial, parent, end):
                 task.set_caching_options(False)
             with dsl.ParallelFor(
@@ -216,8 +216,8 @@ def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
 
     parallel: as for `build`. job: YAML of the training jobs, as printed by `kubectl kustomize`;
     default: the jobs in manifests/. The steps run in the image of the jobs unless the environment
-    variable VITDET_IMAGE is set. Raises ValueError if it contains no job, or a TrainJob without its
-    runtime.
+    variable VITDET_IMAGE is set. Raises ValueError if `job` contains no training job, or a TrainJob
+    without its runtime.
     """
     text = job or "\n---\n".join(path.read_text() for path in JOBS)
     jobs = training_jobs(text)
@@ -252,7 +252,8 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
             task.set_retry(
                 retries,
                 backoff_duration="30s",
-                # a failed training run fails again at once: its last retry must not take hours
+                # a failed training run fails again immediately, so the back-off before its last
+                # retry must not take hours
                 backoff_factor=1 if size == "launcher" else 2,
                 backoff_max_duration=MAX_RETRY_TIME,
             )
@@ -280,8 +281,8 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
                 for key, value in needs.selector.items():
                     kubernetes.add_node_selector(task, key, value)
             keys = ("key", "operator", "value", "effect", "tolerationSeconds")
-            for one in needs.tolerations:
-                kubernetes.add_toleration(task, *(one.get(key) for key in keys))
+            for toleration in needs.tolerations:
+                kubernetes.add_toleration(task, *(toleration.get(key) for key in keys))
         return task
 
     return configure

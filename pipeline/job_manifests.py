@@ -24,8 +24,8 @@ KUEUE = "kueue.x-k8s.io/"
 def training_jobs(text: str) -> str:
     """Return the training jobs in a YAML stream, as text: kfp converts integers in dicts to floats.
 
-    Raises ValueError when there is none, or two of a kind, or when it is not valid YAML, and as
-    `validate`.
+    Raises ValueError if there is no training job, if there are two of the same kind, or if the YAML
+    is not valid, and the errors of `validate`.
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}
@@ -56,7 +56,7 @@ def job_kinds(text: str) -> set[str]:
 
 
 class Shape(NamedTuple):
-    """The number of nodes of a training job, and its kind as job_kind has it."""
+    """The number of nodes of a training job, and its kind, a value of job_kind."""
 
     nodes: int = 1
     kind: str = "pytorchjob"
@@ -83,7 +83,8 @@ def job_image(jobs: str) -> str:
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
     if len(found) != 1 or "" in found:
         raise ValueError(
-            f"the training jobs must use one image, they use {', '.join(sorted(found)) or 'none'}"
+            "the training jobs must use the same image, but they use "
+            f"{', '.join(sorted(found)) or 'none'}"
             "; set it in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()
@@ -92,18 +93,18 @@ def job_image(jobs: str) -> str:
 def queue_labels(jobs: str) -> dict[str, str]:
     """Return Kueue's labels of the jobs, which queue the pods of `evaluate` too.
 
-    Raises ValueError if the jobs differ in them.
+    Raises ValueError if these labels differ between the jobs.
     """
     labels = [job["metadata"].get("labels") or {} for job in documents_of(jobs)]
-    found = [{key: one[key] for key in one if key.startswith(KUEUE)} for one in labels]
-    if any(one != found[0] for one in found):
+    found = [{key: label[key] for key in label if key.startswith(KUEUE)} for label in labels]
+    if any(other != found[0] for other in found):
         got = " and ".join(map(str, found))
         raise ValueError(f"the training jobs must have the same labels {KUEUE}*, got {got}")
     return found[0]
 
 
 class Accelerators(NamedTuple):
-    """GPUs of a pod, and the tolerations and node selector for their nodes."""
+    """GPUs of a pod, and the tolerations and node selector for the GPU nodes."""
 
     gpus: int = 0
     tolerations: list[dict] = []
@@ -155,14 +156,14 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
         )
     pod: dict = {}
     for spec in ([runtime["spec"]] if runtime else []) + [
-        one.get("trainingRuntimeSpec", {}) for one in job["spec"].get("runtimePatches") or []
+        patch.get("trainingRuntimeSpec", {}) for patch in job["spec"].get("runtimePatches") or []
     ]:
         found = node_pod_spec(spec)
         pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **(found.get("nodeSelector") or {})}
         pod["tolerations"] = found.get("tolerations") or pod.get("tolerations")
         pod["containers"] = pod.get("containers") or found.get("containers")
     containers: list[dict] = pod.get("containers") or []
-    own: dict = next((one for one in containers if one["name"] == "node"), {})
+    own: dict = next((container for container in containers if container["name"] == "node"), {})
     return pod_accelerators(pod, resources or own.get("resources"))
 
 

@@ -68,7 +68,7 @@ class Screen:
         self.screen.flush()
 
     def flush(self) -> None:
-        """Flush both, like a file."""
+        """Flush the screen and the log; required of a file-like object."""
         self.screen.flush()
         self.log.flush()
 
@@ -85,7 +85,7 @@ def run_locally(
 ) -> str:
     """Run the pipeline and return the run's id; its artifacts and log are in WORKSPACE/pipeline.
 
-    parallel: number of concurrent training runs; kfp's local runner has two at most. Raises
+    parallel: number of concurrent training runs; kfp's local runner allows at most two. Raises
     RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
     """
     root, run_id = workspace / "pipeline", uuid4().hex
@@ -118,6 +118,6 @@ def run_locally(
             clean_up.python_func(**inputs, status=ended, table=table)
             raise
         finally:
-            # kfp replaces it and does not restore it if steps run in parallel
+            # kfp replaces the handler and does not restore it if steps run in parallel
             builtins.print = original_print
     return run_id

@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.versions import Version, fit
 
-MOUNT = "/data"  # of the shared volume in the steps
+MOUNT = "/data"  # mount path of the shared volume in the steps
 DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
 DEFAULT_IMAGE_WARNING = (
     f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your "
@@ -52,8 +52,8 @@ def load_package(
 
     parallel: number of concurrent training runs; None: as compiled.
 
-    Without caching, no step at any depth reuses results. With caching, step `configs` does not if a
-    recipe is a file, whose content may have changed.
+    Without caching, no step at any depth reuses results. With caching, only step `configs` does not
+    reuse them if a recipe is a file, whose content may have changed.
 
     Raises ValueError if the file is not a pipeline or does not have these parameters.
     """
@@ -91,7 +91,7 @@ def read_package(package: Path) -> list[dict]:
 
 
 def fit_package(package: Path, version: Version) -> list[str]:
-    """Remove from a package what a server of this version does not support; see `versions.fit`."""
+    """Remove the fields that a server of this version does not support; see `versions.fit`."""
     documents = read_package(package)
     lines = fit(documents, version)
     if lines:
@@ -155,9 +155,9 @@ def check_recipes(
 ) -> bool:
     """Raise ValueError for settings the first step would reject; return whether all were checked.
 
-    They are checked by vitdet in a new process, as pipeline/ does not require vitdet's
-    dependencies, which the container image has. Without them, the first step rejects the run,
-    before data is prepared or GPUs are requested.
+    The settings are checked by vitdet in a new process, as pipeline/ does not require vitdet's
+    dependencies, which the container image contains. Without these dependencies, the first step
+    rejects invalid settings, before data is prepared or GPUs are requested.
     """
     from vitdet.config.credentials import has_credentials
 
@@ -167,7 +167,8 @@ def check_recipes(
         for text in texts:
             if has_credentials(text.partition("=")[2] or text):
                 raise ValueError(
-                    f"{option} {text.partition('=')[0]}: the user and password would be visible in "
+                    f"{option} {text.partition('=')[0]}: the user name and password would be "
+                    "visible in "
                     "the run's parameters; store them in the cluster's Secret"
                 )
     package = importlib.util.find_spec("vitdet")

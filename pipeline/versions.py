@@ -1,10 +1,10 @@
-"""Versions of Kubeflow Pipelines: what each server knows of a compiled pipeline.
+"""Versions of Kubeflow Pipelines: the fields of a compiled pipeline that each server supports.
 
 All servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for its
 Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
 v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Pipelines 2.5 ignores unknown
-fields of the Kubernetes part, but then also the annotations and labels of the step. `fit` leaves
-out what a server does not know.
+fields of the Kubernetes part, but then also ignores the annotations and labels of the step. `fit`
+removes the fields that a server does not support.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ OLDEST, NEWEST = min(SERVERS), max(SERVERS)
 class Field:
     """A field that a release added.
 
-    path: keys from the top of a document, "*" is any. since: the release. loss: what the user loses
-    without the field; "": the result would be another, so it cannot be left out. value: the field
-    is meant only where it contains this.
+    path: keys from the top of a document; "*" matches any key. since: the release. loss: what the
+    user loses without the field; "": the field cannot be left out, as the result would differ.
+    value: applies only if the field contains this value.
     """
 
     path: str
@@ -51,19 +51,19 @@ _EXECUTOR = "platforms.kubernetes.deploymentSpec.executors.*."
 _RUN = "platforms.kubernetes.pipelineConfig."
 _KEPT = "the server decides how long the finished Workflow is kept"
 _JOB = (
-    "the training job takes environment, volumes, node selector and tolerations from its manifest "
-    "alone"
+    "the training job takes environment, volumes, node selector and tolerations only from its "
+    "manifest"
 )
 
 # The fields that were added since OLDEST: api/v2alpha1/pipeline_spec.proto and
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(
-        # known before, but 2.5 looks retries up among the steps of the outermost group
+        # supported before, but 2.5 looks up retries among the steps of the outermost group
         # (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),
-        "steps are not retried, e.g. when their node is lost; Retry of the run continues its "
+        "steps are not retried, e.g. when their node is lost; retrying the run resumes its "
         "training runs",
     ),
     Field(f"{_EXECUTOR}nodeAffinity.*.nodeAffinityJson", (2, 14, 0)),
@@ -103,20 +103,20 @@ FIELDS = (
         Field(f"{_RUN}resourceTtlOn{event}", (2, 17, 0), _KEPT)
         for event in ("Completion", "Success", "Failure")
     ),
-    Field(f"{_RUN}activeDeadlineSeconds", (2, 17, 0), "a run is not ended after a fixed time"),
+    Field(f"{_RUN}activeDeadlineSeconds", (2, 17, 0), "runs have no time limit"),
 )
 
 
 def text(version: Version) -> str:
-    """Return a version as it is written."""
+    """Return a version as text."""
     return ".".join(map(str, version))
 
 
 def read_version(given: str) -> Version:
     """Return the version in a string such as 2.15, 2.15.0 or v2.15.0-rc.1.
 
-    A patch release knows the fields of its minor release. Raises ValueError for other text and for
-    a release that is not supported.
+    A patch release has the fields of its minor release. Raises ValueError for any other string and
+    for an unsupported release.
     """
     match = re.fullmatch(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:[-+.][\w.+-]+)?", given.strip())
     supported = ", ".join(
@@ -127,11 +127,11 @@ def read_version(given: str) -> Version:
         raise ValueError(f"version {given!r} of Kubeflow Pipelines: expected one of {supported}")
     version = (int(match[1]), int(match[2]), int(match[3] or 0))
     if version[:2] not in {known[:2] for known in SERVERS}:
-        age = "no release of the server"
+        age = "not a released version"
         if version < OLDEST:
             age = "too old"
         elif version > NEWEST:
-            age = "newer than this client knows"
+            age = "newer than this client supports"
         raise ValueError(f"Kubeflow Pipelines {given} is {age}; supported: {supported}")
     return version
 
@@ -139,10 +139,10 @@ def read_version(given: str) -> Version:
 def server_version(health: dict) -> tuple[Version, str]:
     """Return the version that a server reports at /healthz, and "" or a remark for the user.
 
-    The API server calls it tag_name, the web interface in front of it apiServerTagName. Images
-    before 2.16 were built without it and report "unknown" (.github/workflows/build-and-push.yml at
-    the tags); pipeline_store is reported since 2.14. Raises ValueError for a server that is too
-    old.
+    The API server reports it as tag_name, the web interface in front of it as apiServerTagName.
+    Images before 2.16 were built without it and report "unknown"
+    (.github/workflows/build-and-push.yml at the tags); pipeline_store is reported since 2.14.
+    Raises ValueError for a server that is too old.
     """
     given = str(health.get("tag_name") or health.get("apiServerTagName") or "unknown")
     if match := re.match(r"v?(\d+)\.(\d+)", given):
@@ -154,15 +154,16 @@ def server_version(health: dict) -> tuple[Version, str]:
     version = (2, 15, 0) if store else OLDEST
     return version, (
         f"the server does not report its version; treated as Pipelines {text(version)} "
-        f"({SERVERS[version]}), pass --kfp VERSION if it is another"
+        f"({SERVERS[version]}), pass --kfp VERSION if this is wrong"
     )
 
 
 def fit(documents: list[dict], version: Version) -> list[str]:
-    """Leave out, in place, what a server of this version does not know of a compiled pipeline.
+    """Remove, in place, the fields of a compiled pipeline that this server version does not
+    support.
 
-    Returns a line for each kind of field left out, with what the user loses. Raises ValueError for
-    a field without which the pipeline would do something else.
+    Returns one line for each kind of removed field, with what the user loses. Raises ValueError for
+    a field without which the pipeline would behave differently.
     """
     lines = []
     for field in FIELDS:
@@ -210,7 +211,8 @@ def places(document: dict, field: Field) -> list[tuple[dict, str]]:
 
 
 def refused_field(message: str) -> str:
-    """Return the field or value that a server's error says it does not know; "" for another error.
+    """Return the field or value that an error of the server reports as unknown; "" for other
+    errors.
 
     The errors are those of Go's protojson: `unknown field "X"`,
     `invalid value for enum field F: "X"`.

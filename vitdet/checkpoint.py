@@ -70,7 +70,7 @@ def save(path: Path, content: dict) -> None:
         with atomic_write(path, sync=True) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # torch replaces the system's error with one about its archive
+        # torch replaces the system error with an error about its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         if not isinstance(cause, OSError) and not _is_torn(cause):
             raise  # not an I/O error
@@ -85,7 +85,7 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
     Raises:
         FileNotFoundError: no such file.
         DamagedError: truncated or damaged.
-        ValueError: another kind of file.
+        ValueError: a different kind of file.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -93,7 +93,7 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
         )
     if not _is_zip(path):
         raise DamagedError(
-            f"{path}: not a complete vitdet checkpoint (truncated, or another kind of file)"
+            f"{path}: not a complete vitdet checkpoint (truncated, or a different kind of file)"
         )
     try:
         if verify and (record := damaged_record(path)):
@@ -186,14 +186,14 @@ def _remove_credentials(path: Path, content: dict) -> None:
 @cache
 def _warn_of_credentials(path: Path, uri: str) -> None:
     log.warning(
-        f"{path}: the user and password in its tracking.uri {uri} are not used; set "
+        f"{path}: the user name and password in its tracking.uri {uri} are not used; set "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
         "MLFLOW_TRACKING_URI"
     )
 
 
 def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError if a key of a checkpoint is missing or its value has another type."""
+    """Raise ValueError if a key of a checkpoint is missing or its value has the wrong type."""
     for key, kind in kinds.items():
         if not isinstance(content.get(key, MISSING), kind):
             found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
@@ -219,14 +219,19 @@ def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...
 
 
 def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load the weights of a file into its detector; raises ValueError if any does not fit."""
+    """Load the weights of a file into its detector; raises ValueError if any weight does not
+    match.
+    """
     invalid = [
         name
         for name, one in weights.items()
         if not (isinstance(name, str) and isinstance(one, Tensor)) or one.is_complex()
     ]
     if invalid:
-        found = f"{len(invalid)} of its weights are not named real tensors, such as {invalid[0]!r}"
+        found = (
+            f"{len(invalid)} of its weights are not real-valued tensors with a name, such as "
+            f"{invalid[0]!r}"
+        )
         raise ValueError(f"{path}: {found}; {MODIFIED}")
     try:
         detector.load_state_dict(weights)
@@ -247,7 +252,9 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder while a process writes states; raises ValueError if another one does."""
+        """Lock the folder while this process writes states; raises ValueError if another process
+        does.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             try:
@@ -263,7 +270,7 @@ class Checkpoints:
     def save(self, step: int, content: dict) -> Path:
         """Write the state after `step` steps and remove all but the last `keep`."""
         path = self.folder / f"step_{step:08d}.pt"
-        _evaluation_of(path).unlink(missing_ok=True)  # of a state that was removed
+        _evaluation_of(path).unlink(missing_ok=True)  # the evaluation of a removed state
         save(path, {"format": STATE, "step": step, **content})
         # .step_*.tmp: left by a killed process of version 0.1
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:
@@ -274,7 +281,8 @@ class Checkpoints:
     def save_evaluation(self, step: int, content: dict) -> None:
         """Write the entries that an evaluation adds to the state after `step` steps.
 
-        A small JSON file next to the state, so that it is not rewritten; `latest` merges both.
+        They are stored in a small JSON file next to the state, so that the state is not rewritten;
+        `latest` merges both.
         """
         path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
         try:
@@ -291,7 +299,7 @@ class Checkpoints:
         return max(map(_step_of, self.all()), default=0)
 
     def latest(self, verify: bool = True, up_to: int | None = None) -> dict | None:
-        """Return the newest state that is not damaged, None if there are no states.
+        """Return the newest state that is not damaged; None if there are no states.
 
         up_to: ignore states after more steps. Damaged states are skipped (`set_aside` renames
         them), damaged evaluations ignored. Raises DamagedError if all states are damaged."""
@@ -315,9 +323,9 @@ class Checkpoints:
         raise DamagedError(f"{self.damaged[states[-1]]}; remove {which} to start over")
 
     def set_aside(self, start: int) -> None:
-        """Rename the damaged files and log what is lost, when training resumes from step `start`.
+        """Rename the damaged files and log what is lost when training resumes from step `start`.
 
-        Call it while `locked`.
+        Must be called within the context of `locked`.
         """
         for path, reason in sorted(self.damaged.items()):
             kept, step = path.with_name(f"{path.name}.damaged"), _step_of(path)
@@ -371,6 +379,6 @@ def _write_error(path: Path, cause: Exception) -> OSError:
     full = _is_torn(cause) or (isinstance(cause, OSError) and cause.errno in FULL)
     advice = "; free some space and run the same command again" if full else ""
     reason = first_line(cause)
-    if isinstance(cause, OSError) and cause.strerror:  # without the file name
+    if isinstance(cause, OSError) and cause.strerror:  # the error message without the file name
         reason = f"[Errno {cause.errno}] {cause.strerror}"
     return OSError(f"{path}: could not be written ({reason}){advice}")

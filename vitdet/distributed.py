@@ -32,9 +32,9 @@ JOIN_TIMEOUT = timedelta(minutes=5)
 EXCHANGE = 2**26  # bytes of gradients averaged per collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
 
-_joined = False  # by `process_group`, not by a caller of the package
+_joined = False  # whether `process_group`, not a caller of the package, initialized it
 _collective = ""  # name of the collective that the main thread is in
-_changed = 0.0  # time.monotonic() when it entered or left one
+_changed = 0.0  # time.monotonic() when the main thread last entered or left a collective
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def process_group() -> Iterator[torch.device]:
     global _joined
     _joined = True
     yield device
-    # Not after an error: NCCL would wait for ranks that wait for this one, hiding the error.
+    # Skipped after an error: NCCL would wait for ranks that wait for this one, hiding the error.
     dist.destroy_process_group()
     _joined = False
 
@@ -97,7 +97,8 @@ def _join() -> tuple[dist.Store, int, int]:
         launch_id, missing = _synchronize_launch(store, number, count)
     except dist.DistError as error:
         raise ConnectionError(
-            f"rank {number} of {count} lost the store at {address} while the ranks joined; "
+            f"rank {number} of {count} lost the connection to the store at {address} while the "
+            "ranks joined; "
             "see the log of rank 0's node"
         ) from error
     if missing:
@@ -165,10 +166,10 @@ def has_joined() -> bool:
 
 
 def connect(prefix: str, limit: timedelta) -> dist.Store:
-    """Return a connection to the store of all processes, with keys of its own, for another thread.
+    """Return a separate connection to the store of all processes, with its own keys, for a thread.
 
-    Each of its operations takes at most `limit`. A connection serves one operation at a time: with
-    that of the process group a thread could wait for a collective.
+    Each operation takes at most `limit`. A connection serves one operation at a time: on the
+    connection of the process group, a thread might wait for a collective.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -194,9 +195,11 @@ def flight_record() -> str:
 
 
 def collective() -> tuple[str, float]:
-    """Return the collective that the main thread is in ('' for none), and when that last changed.
+    """Return the collective that the main thread is executing ('' for none), and the time of the
+    last change.
 
-    Only those in which a rank waits for what another one computes; the time is `time.monotonic`'s.
+    Only collectives in which a rank waits for the computation of another rank are reported. The
+    time is that of `time.monotonic`.
     """
     return _collective, _changed
 

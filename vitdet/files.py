@@ -1,7 +1,7 @@
 """Atomic writes, exclusive locks and checksums of files.
 
 Files and folders are written under a temporary name in the same folder and renamed when complete,
-so that an error or a kill leaves the previous version and readers never see a partial one.
+so that after an error or a kill the previous version remains, and readers never see a partial file.
 Temporary names identify the writing process; the next writer in a folder removes those of processes
 that ended.
 
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 # .NAME.MACHINE-PID-START.tmp, also with random letters before .tmp; version 0.1: .NAME.PID.tmp
 TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp")
-DEAD_SECONDS = 3600  # without a write, after which a process on another machine counts as ended
+# seconds since the last write, after which a process on another machine counts as ended
+DEAD_SECONDS = 3600
 CRC_BLOCK = 1 << 20  # bytes per read
 CRC_THREADS = 4  # zlib releases the GIL
 # disk full, file size limit, disk quota
@@ -78,7 +79,7 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Add the file name to errors of a full disk, which come without one."""
+    """Add the file name to errors of a full disk, which do not contain it."""
     try:
         yield
     except OSError as error:
@@ -100,7 +101,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """`atomic_write` for a folder.
+    """Like `atomic_write`, but for a folder.
 
     Raises OSError on exit if `path` exists and is not an empty folder.
     """
@@ -153,7 +154,7 @@ def is_abandoned(path: Path) -> bool:
     try:
         newest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))
     except OSError:
-        return False  # it is being renamed or removed
+        return False  # the file is being renamed or removed
     return time.time() - newest > DEAD_SECONDS
 
 
@@ -232,7 +233,7 @@ def damaged_record(path: Path) -> str | None:
 
 
 def _is_whole(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo) -> bool:
-    """Return whether the content of a record has its CRC-32.
+    """Return whether the content of a record matches its CRC-32.
 
     Reads instead of mapping the file, so that an I/O error raises OSError instead of SIGBUS.
     """
@@ -273,7 +274,7 @@ def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iter
     another process holds the lock. remove: remove the file afterwards. On file systems without
     locks the code runs unlocked, after one warning per process.
     """
-    # without the soft fallback: the lock file of a killed process would stay
+    # without the soft fallback, which would leave behind the lock file of a killed process
     lock = FileLock(path, fallback_to_soft=False, poll_interval=POLL_SECONDS)
     try:
         try:
@@ -290,7 +291,8 @@ def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iter
     try:
         yield
     finally:
-        if remove:  # before the release: a process that waits for this file then locks a new one
+        # before the release, so that a process that waits for this file locks a new file
+        if remove:
             path.unlink(missing_ok=True)
         if lock.is_locked:
             lock.release()

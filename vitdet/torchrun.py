@@ -17,7 +17,7 @@ def is_worker() -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes that torchrun started on all nodes, 1 without it."""
+    """Return the number of processes that torchrun started on all nodes; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -38,10 +38,10 @@ def end_with_torchrun() -> None:
 def has_ended() -> bool:
     """Return whether the store that torchrun serves refuses connections.
 
-    To be called well after `end_with_torchrun`: while a killed torchrun is being torn down, its
+    Call this some time after `end_with_torchrun`: while a killed torchrun is being torn down, its
     socket may still accept connections.
     """
-    # without the agent's store, the one of rank 0 may not have started yet
+    # without the agent's store, the store of rank 0 may not have started yet
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
     try:

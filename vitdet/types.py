@@ -44,7 +44,7 @@ class Polygons(Record):
     edges spans[i, 0] to spans[i, 1] (exclusive); indexing objects shares the edges instead of
     copying them.
 
-    A point is inside where the winding number of the edges around it is not zero. All parts of an
+    A point is inside if the winding number of the edges around it is not zero. All parts of an
     object have the same orientation, so that their union is inside.
     """
 
@@ -52,7 +52,9 @@ class Polygons(Record):
     spans: Tensor
 
     def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
-        """Without spans, edges are (G, E, 4), padded with zero edges, which no ray crosses."""
+        """Without spans, edges are (G, E, 4), padded with zero edges, which do not affect the
+        outline.
+        """
         if spans is None:
             each = edges.shape[1]
             first = torch.arange(len(edges), device=edges.device) * each

@@ -14,7 +14,7 @@ from vitdet.data.images import ImageInput, read_image
 from vitdet.data.masks import paste
 from vitdet.types import Detections
 
-LEGIBLE = 768  # pixels of the longest side below which images are enlarged, for legible captions
+LEGIBLE = 768  # images whose longest side has fewer pixels are enlarged, for legible captions
 # color of the shadow of lines, for contrast on a similar background; opacities
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
 GOLDEN = 0.618034  # step on the circle of hues: consecutive labels get distant colors

@@ -47,8 +47,9 @@ class Timeouts:
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     """Return an API client and the namespace, from the service account or else the kubeconfig.
 
-    retries: of requests without a response; default: urllib3's, each of which waits for the full
-    timeout. Raises RuntimeError if neither exists or it is not valid.
+    retries: number of retries of requests without a response; default: urllib3's, each of which
+    waits for the full timeout. Raises RuntimeError if neither configuration exists, or if it is not
+    valid.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     settings.retries = retries
@@ -84,7 +85,7 @@ def describe_namespace(namespace: str) -> str:
     """Describe the namespace and cluster of the requests, for messages.
 
     Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
-    Not an error if the account may not read namespaces.
+    It is not an error if the account may not read namespaces.
     """
     api, _ = connect()
     context = "" if in_cluster() else active_context()["name"]
@@ -188,7 +189,7 @@ class JobClient:
                 )
                 answer = json.loads(raw.data)
                 if reported:
-                    self.out("launcher: the API server responds again")
+                    self.out("launcher: the API server is responding again")
                 self.allowed.add(verb)
                 return answer
             except ApiException as error:
@@ -211,7 +212,7 @@ class JobClient:
                 waited = f", for {limit:.0f} s" if limit and not once else ""
                 raise RuntimeError(problem + waited)
             if not reported:
-                self.out(f"launcher: {problem}; asking again for {limit:.0f} s")
+                self.out(f"launcher: {problem}; retrying for up to {limit:.0f} s")
             reported = True
             time.sleep(min(self.timeouts.poll, 2))
 
@@ -284,7 +285,7 @@ class JobClient:
     def watch(self, version: str, seconds: float) -> Iterator[dict]:
         """Yield the job's pods as they change, for `seconds`; ends early if the connection drops.
 
-        It also ends if the version is too old: the next list has a new one.
+        Also ends if the resource version is too old: the next list returns a new one.
         """
         try:
             for event in self.watcher.stream(

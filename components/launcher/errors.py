@@ -2,9 +2,9 @@
 
 Three causes share status 403. RBAC names the account, the verb and the resource of the missing rule
 (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); it is not fixed by waiting. A
-ResourceQuota names the resource that is used up (apiserver, plugin/resourcequota/controller.go) and
-an admission webhook is named by the API server (pkg/admission/plugin/webhook/errors/
-statuserror.go, with any status from 400); both may allow the same request later.
+ResourceQuota names the exhausted resource (apiserver, plugin/resourcequota/controller.go) and an
+admission webhook is named by the API server (pkg/admission/plugin/webhook/errors/statuserror.go,
+with any status from 400); both may allow the same request later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def describe_outage(error: Exception) -> str:
 
 
 def may_be_admitted_later(error: ApiException) -> bool:
-    """Whether a quota or an admission webhook rejected the request, which may change by itself."""
+    """Whether a quota or an admission webhook rejected the request, so that a retry may succeed."""
     message = server_message(error)
     if not 400 <= (error.status or 0) < 500 or INVALID_FIELD.search(message):
         return False
@@ -71,5 +71,7 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
         return f"{what}: {reason}: the API server does not accept the account's token (HTTP 401)"
     if error.status == 404 and not message:
         version = f"{kind.group}/{kind.version}"
-        return f"{what}: the cluster knows no {kind.name} ({version}); install {kind.operator}"
+        return (
+            f"{what}: the cluster has no resource {kind.name} ({version}); install {kind.operator}"
+        )
     return f"{what}: {reason} (HTTP {error.status})"

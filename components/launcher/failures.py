@@ -29,7 +29,7 @@ class Failures:
         self.found[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def out_of_memory(self) -> tuple[Cause, str] | None:
-        """Return a failure for lack of memory, and what to do: a restart would not help."""
+        """Return an out-of-memory failure and the remedy, since a restart would not help."""
         for cause, lines in self.found.values():
             if cause.reason == OUT_OF_MEMORY and not cause.init:
                 return cause, (

@@ -48,8 +48,8 @@ class Follower:
 
     finished: returns whether the training is complete; called if the job is gone or has failed.
     end_reason: returns why the job must end if this process is stopped; "": it is left running.
-    first_attempt: this is not a retry, so an existing failed job is left over from before the user
-    restarted the run.
+    first_attempt: whether this is the first attempt of the step, so that an existing failed job is
+    left over from before the user retried the run.
     keep_logs: called with files of the last lines of each rank, by name, when the job has ended.
     """
 
@@ -98,9 +98,10 @@ class Follower:
         self.keep_logs(self.ranks.files())
 
     def stopped(self) -> None:
-        """Delete the job if its run ends, else leave it to the next attempt of the step.
+        """Delete the job if its run is ending, otherwise leave it to the next attempt of the step.
 
-        The pod of a step is evicted, drained or lost like any other; the training run continues.
+        The pod of a step can be evicted, drained or lost like any other pod; the training run
+        continues.
         """
         stopping = "launcher: this step is being stopped"
         if reason := self.end_reason():
@@ -158,7 +159,7 @@ class Follower:
             self.report(text, text)
         if error:
             self.delete_failed()
-            raise RuntimeError(f"{self.name} is deleted: {error}")
+            raise RuntimeError(f"{self.name} was deleted: {error}")
 
     def adopt(self, existing: dict, failure: str) -> None:
         """Become the owner of an earlier attempt's job. Raises RuntimeError with its failure."""
@@ -183,12 +184,12 @@ class Follower:
             return self.handle_missing()
         self.current, (phase, message) = job, job_phase(self.kind, job)
         pods, version = self.client.pods()
-        # those of a deleted job with this name may live on for a moment
+        # pods of a deleted job with this name may still exist for a moment
         pods = [one for one in pods if creation_time(one) >= creation_time(job)]
         ended = phase in ("succeeded", "failed")
         meaning = phase
         if phase == "suspended":
-            meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
+            meaning = "suspended until a queue (Kueue) or a user resumes it; waiting"
         details = f" ({message})" if message else ""
         self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
         self.pods = pods
@@ -201,9 +202,9 @@ class Follower:
             self.report("complete", f"{self.name} failed after its training was complete")
             return True
         if phase == "failed":
-            # after the deadline the operator deletes the pods, so they fail too
+            # after the deadline the operator deletes the pods, which makes them fail as well
             deadline = deadline_exceeded(job, message)
-            cause = f"\ncause: {deadline}; its checkpoints stay" if deadline else ""
+            cause = f"\ncause: {deadline}; its checkpoints are kept" if deadline else ""
             why = cause or self.failures.explain(pods, None)
             self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", None)
         if phase == "suspended":
@@ -214,7 +215,7 @@ class Follower:
         limit = self.timeouts.operator
         missing = None if phase == "suspended" else missing_pods(job, pods, self.client.events)
         if self.persists("operator", not phase and not pods and not missing, limit):
-            text = f"has had no status for {limit:.0f} s: {self.kind.operator} does not run"
+            text = f"has had no status for {limit:.0f} s: {self.kind.operator} is not running"
             self.give_up(f"{self.name} {text}")
         self.check_start(phase, missing)
         until = time.monotonic() + self.timeouts.poll
@@ -241,23 +242,25 @@ class Follower:
                 self.stream_log(pod, final)
 
     def check_queue(self, job: dict, phase: str) -> None:
-        """Report why Kueue holds the job; give up if Kueue does not know it."""
+        """Report why Kueue does not admit the job; give up if Kueue has no Workload for it."""
         queue = queue_name(job)
         if not queue or (self.admitted and phase != "suspended"):
             return
         workloads = self.client.workloads(job["metadata"].get("uid", ""))
         if workloads is None:
             return
-        reasons = [reason for one in workloads if (reason := waiting_reason(one))]
+        reasons = [reason for workload in workloads if (reason := waiting_reason(workload))]
         self.admitted = bool(workloads) and not reasons
         if workloads:
-            self.report("queue", f"{self.name} waits in Kueue: {reasons[0]}" if reasons else "")
+            self.report(
+                "queue", f"{self.name} is waiting in Kueue: {reasons[0]}" if reasons else ""
+            )
         text, limit = no_workload(self.kind, queue), self.timeouts.operator
         if self.persists("no Workload", not workloads, min(NO_WORKLOAD, limit)):
             self.report("queue", f"{self.name}: {text}")
-            self.admitted = not is_suspended(job)  # it trains without the queue
+            self.admitted = not is_suspended(job)  # the job trains without the queue
         if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
-            self.give_up(f"{self.name} stays suspended, for {limit:.0f} s now: {text}")
+            self.give_up(f"{self.name} has been suspended for {limit:.0f} s: {text}")
 
     def publish_progress(self, final: bool) -> None:
         """Annotate the job with the step, the speed and the expected end of its training."""
@@ -302,16 +305,17 @@ class Follower:
             self.progress.read(line)
 
     def stream_held_lines(self) -> None:
-        """Read the lines that are held back, as the job ends."""
+        """Read the lines that are held back when the job ends."""
         for pod in self.pods:
             log = self.pod_logs.get(pod["metadata"]["uid"])
             if log is not None and log.held_since is not None:
                 self.stream_log(pod, final=True)
 
     def count_failures(self) -> None:
-        """End the job for lack of memory, or after more errors than its file allows to restart.
+        """End the job if it runs out of memory, or after more errors than its manifest allows
+        restarts.
 
-        Disruptions are not limited. A TrainJob has the rules of its runtime for this.
+        The number of disruptions is not limited. For a TrainJob, its runtime defines these rules.
         """
         now = time.monotonic()
         for pod in self.pods:
@@ -343,7 +347,7 @@ class Follower:
 
         A training run that has started waits for a lost node until the deadline of the job.
         """
-        running = sum((one.get("status") or {}).get("phase") == "Running" for one in self.pods)
+        running = sum((pod.get("status") or {}).get("phase") == "Running" for pod in self.pods)
         if not self.started and running >= expected_pods(self.job):
             self.started = True
             self.client.annotate({STARTED: "true"})
@@ -351,7 +355,9 @@ class Follower:
         found = [blocking_reason(pod) or startup_warning(pod, events) for pod in self.pods]
         # an elastic job can run with fewer nodes than requested
         elastic = "elasticPolicy" in self.job["spec"] and phase == "running"
-        waiting = f"{self.name} lost a pod, waiting for another" if self.started else "waiting"
+        waiting = (
+            f"{self.name} lost a pod; waiting for a replacement" if self.started else "waiting"
+        )
         for topic in ("schedule", "start"):
             causes = [
                 cause
@@ -359,12 +365,12 @@ class Follower:
                 if cause and (cause.reason in BROKEN) == (topic == "start")
             ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
-            # an image that could be pulled before is missing for reasons other than its name
+            # the image name is correct if the image could be pulled before
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue
             if self.persists(topic, bool(causes) and not elastic, limit):
-                self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", causes[0])
+                self.give_up(f"{self.name} has not been able to start for {limit:.0f} s", causes[0])
 
     def give_up(self, text: str, cause: Cause | None = None) -> NoReturn:
         """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""

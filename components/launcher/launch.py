@@ -3,10 +3,10 @@
 A job belongs to its pipeline run, not to the pod of the step, which may be evicted or lost: the API
 server deletes it together with the run's Workflow (ownerReference), the step deletes it if it is
 stopped because the run is ended, `delete_jobs` deletes the jobs of a run, and the operator ends it
-after its deadline (a TrainJob on time). The training operator 1.9 checks the deadline only when the
-job or one of its pods changes, and every 10 hours (its work queue for delayed checks is a
-FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run that much longer. It deletes a
-finished PyTorchJob after its time to live; a TrainJob has none.
+after its deadline (for a TrainJob, without delay). The training operator 1.9 checks the deadline
+only when the job or one of its pods changes, and every 10 hours (its work queue for delayed checks
+is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run that much longer. It deletes
+a finished PyTorchJob after its time to live; a TrainJob has none.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from components.launcher.templates import (
 )
 from components.launcher.workflow import without_run
 
-# Given a job: "" if it is to be deleted, else a line that says why it is not
+# Given a job, returns "" if it is to be deleted, otherwise one line with the reason why not
 Keep = Callable[[Kind, dict], str]
 
 
@@ -117,11 +117,11 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
     """End the training jobs of a run in its exit handler; returns and raises the same as
     `delete_jobs`.
 
-    A job that has started and still trains after a failed run, e.g. because its step was evicted
-    too often, is left running and released from the Workflow, whose deletion would delete it: Retry
-    of the run follows it. All other unfinished jobs are deleted. Raises RuntimeError if it is
-    unknown whether the run was ended by a user, so that no job is deleted by mistake: the step is
-    retried.
+    A job that has started and is still training after a failed run, e.g. because its step was
+    evicted too often, is left running, so that a retry of the run can follow it. It is released
+    from the Workflow, whose deletion would delete it. All other unfinished jobs are deleted. Raises
+    RuntimeError if it is unknown whether a user ended the run, so that no job is deleted by
+    mistake; the step is then retried.
     """
     api, namespace = connect()
     step = Step(JobClient(api, KINDS["pytorchjob"], "", namespace, print, Timeouts()))
@@ -134,8 +134,8 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
         release_job(api, kind, namespace, name, without_run(job))
         phase = job_phase(kind, job)[0] or "created"
         return (
-            f"{name}: {phase}, is left running. Retry of the run follows it; else it ends by "
-            f"itself, at its deadline ({deadline(job)}), or by `python -m pipeline terminate "
+            f"{name}: {phase}, is left running. Retrying the run follows it again; otherwise it "
+            f"ends at its deadline ({deadline(job)}), or with `python -m pipeline terminate "
             f"{run_id}`"
         )
 
@@ -155,7 +155,8 @@ def delete_jobs(
     Returns:
         The names of the deleted jobs, and one line for each job that is not deleted: a finished
         job, with how long it and its pods' logs are kept, or a job that is already being deleted;
-        and for each kind that may not be listed, e.g. if the account may use only one operator.
+        and one line for each kind that may not be listed, e.g. if the account may use only one
+        operator.
 
     Raises:
         PermissionError: Listing `own`, or every kind, or a deletion is forbidden.
@@ -171,7 +172,7 @@ def delete_jobs(
             jobs = list_jobs(api, kind, namespace, f"{RUN}={label(run_id)}")
         except PermissionError as error:
             forbidden[word] = error
-            left.append(f"{kind.plural} were not listed: {error}")
+            left.append(f"{kind.plural} could not be listed: {error}")
             continue
         for job in jobs:
             name = job["metadata"]["name"]

@@ -1,4 +1,5 @@
-"""The logs of a job's pods: read once each, split by rank, and the first rank that failed.
+"""The logs of a job's pods: each is read once and split by rank, to find the first rank that
+failed.
 
 torchrun prefixes the lines of its processes with `[rank3]:` (PET_TEE and
 TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest); its own lines have no prefix. Without
@@ -17,7 +18,7 @@ from components.launcher.client import JobClient
 from components.launcher.status import container_statuses, restart_count
 
 TAIL = 200  # lines of each rank that are kept
-MAX_PODS = 256  # whose lines are kept; a preempted TrainJob gets pods with new names
+MAX_PODS = 256  # pods whose lines are kept; a preempted TrainJob gets pods with new names
 MAX_FIRST_LINES = 1000  # log lines of an existing job
 # How long the lines of a restarted container are held back while its previous log cannot be read:
 # they are later than the missing ones
@@ -77,8 +78,8 @@ class PodLog:
 
 def can_be_read_later(pod: dict, container: str) -> bool:
     """Whether this container is running and its pod is not being deleted."""
-    statuses = [one for one in container_statuses(pod) if one.get("name") == container]
-    running = any("running" in (one.get("state") or {}) for one in statuses)
+    statuses = [status for status in container_statuses(pod) if status.get("name") == container]
+    running = any("running" in (status.get("state") or {}) for status in statuses)
     return running and "deletionTimestamp" not in pod["metadata"]
 
 
@@ -119,7 +120,7 @@ class RankLogs:
                 text = text[prefix.end() :]
             source = f"rank {prefix[1]}" if prefix else f"pod {pod}"
             if source not in self.lines and not prefix:
-                pods = [one for one in self.lines if one.startswith("pod ")]
+                pods = [line for line in self.lines if line.startswith("pod ")]
                 if len(pods) >= MAX_PODS:
                     del self.lines[pods[0]], self.pods[pods[0]]
             self.lines.setdefault(source, deque(maxlen=TAIL)).append(Line(when, text))
@@ -131,7 +132,7 @@ class RankLogs:
     def tails(self) -> dict[str, list[str]]:
         """Return the last lines by rank, then by pod."""
         ordered = sorted(self.lines, key=source_order)
-        return {one: [line.text for line in self.lines[one]] for one in ordered}
+        return {source: [line.text for line in self.lines[source]] for source in ordered}
 
     def files(self) -> dict[str, str]:
         """Return the last lines as files, one for each rank and pod, e.g. rank-00003.log."""
@@ -145,9 +146,9 @@ class RankLogs:
     def first_failure(self, since: str = "") -> Failure | None:
         """Return the first failure after the time `since`; None if no log has one.
 
-        The other ranks fail because of it soon after, often within the second of torchrun's
-        summary. A rank that was killed by a signal precedes the ranks that lost the connection to
-        it; SIGTERM is torchrun's own signal to the remaining ranks.
+        The other ranks fail soon afterwards because of it, often within the same second in
+        torchrun's summary. A rank that was killed by a signal precedes the ranks that lost the
+        connection to it; SIGTERM is torchrun's own signal to the remaining ranks.
         """
         found = [*self.errors(since), *self.summaries(since)]
         return min(found, key=lambda one: (not one.signal, one.time), default=None)
@@ -172,7 +173,9 @@ class RankLogs:
         return failures
 
     def summaries(self, since: str) -> list[Failure]:
-        """Return the ranks that a signal other than SIGTERM ended, from torchrun's summaries."""
+        """Return the ranks that were killed by a signal other than SIGTERM, from torchrun's
+        summaries.
+        """
         failures = []
         for source, lines in self.lines.items():
             values: dict[str, str] = {}
@@ -201,7 +204,7 @@ def source_order(source: str) -> tuple[bool, int, str]:
 
 
 def error_text(lines: list[str]) -> str:
-    """Return the message of an error: of a traceback its last line, else the first line."""
+    """Return the message of an error: the last line of a traceback, otherwise the first line."""
     if lines[0].startswith("Traceback"):
         for line in lines[1:]:
             if line and not line.startswith(" "):

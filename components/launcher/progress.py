@@ -21,8 +21,8 @@ LINE = re.compile(
 def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
     """Return the progress in a line of rank 0's log, or None.
 
-    {step, steps, images_per_second, eta, time}; the times are UTC in RFC 3339. `time` is when the
-    line was read and `eta` when the training run is expected to end.
+    {step, steps, images_per_second, eta, time}; the times are UTC in RFC 3339. `time` is the time
+    at which the line was read, `eta` the expected end of the training run.
     """
     found = LINE.match(line)
     if found is None:
@@ -40,7 +40,7 @@ def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
 
 
 def describe(annotation: str) -> str:
-    """Return the annotation as text for users; one that this version cannot read, unchanged."""
+    """Return the annotation as text for users, unchanged if this version cannot read it."""
     try:
         found = json.loads(annotation)
         return (
@@ -56,7 +56,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.latest = self.published = ""
-        self.next = 0.0  # as `now` of `due`
+        self.next = 0.0  # same clock as `now` in `due`
 
     def read(self, line: str) -> None:
         """Remember the progress if this line has one."""
@@ -67,7 +67,7 @@ class Progress:
     def due(self, now: float, final: bool = False) -> str:
         """Return the annotation to publish at the time `now` in seconds; "" if there is none.
 
-        final: the job has ended, so do not wait for the interval.
+        final: whether the job has ended, so that the interval is ignored.
         """
         if self.latest == self.published or (now < self.next and not final):
             return ""

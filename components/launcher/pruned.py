@@ -1,9 +1,9 @@
 """Fields of a job that the API server dropped.
 
-An API server drops fields that the installed CustomResourceDefinition does not know, without an
-error: Kubeflow Trainer 2.0 and 2.1 know neither `runtimePatches` nor `activeDeadlineSeconds`
-(manifests/base/crds of their tags; both are in 2.2). So the job that `create` returns is compared
-with the one that was sent.
+An API server silently drops fields that are not in the installed CustomResourceDefinition: Kubeflow
+Trainer 2.0 and 2.1 have neither `runtimePatches` nor `activeDeadlineSeconds` (manifests/base/crds
+of their tags; both were added in 2.2). Therefore the job that `create` returns is compared with the
+job that was sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SAFETY = {
 }
 # Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
 SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
-KEYS = ("manager", "name", "mountPath", "key")  # an entry of a list is identified by the first one
+KEYS = ("manager", "name", "mountPath", "key")  # the first key identifies an entry of a list
 
 
 def dropped_fields(sent: object, received: object, path: str) -> list[str]:
@@ -38,7 +38,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
             inside = f"{path}.{key}"
             lost += dropped_fields(value, received[key], inside) if key in received else [inside]
         return lost
-    if isinstance(sent, list) and any(isinstance(one, dict) for one in sent):
+    if isinstance(sent, list) and any(isinstance(entry, dict) for entry in sent):
         found = received if isinstance(received, list) else []
         return [
             one
@@ -49,7 +49,9 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, place: int, entries: list) -> object:
-    """Return the entry of a list with the same identity, or else at the same place, or None."""
+    """Return the entry of a list with the same identity, otherwise the one at the same index, or
+    None.
+    """
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         same = (one for one in entries if isinstance(one, dict) and one.get(key) == entry[key])
         return next(same, None)
@@ -70,7 +72,7 @@ def pod_settings(spec: dict) -> list[str]:
 def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], str]:
     """Return (warnings, error) about the fields of a new job that the API server dropped.
 
-    error: the job would not train as requested; "" if only warnings remain.
+    error: why the job would not train as requested; "" if there are only warnings.
     """
     warnings, lost = [], []
     settings = pod_settings(sent["spec"])
@@ -88,5 +90,5 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
             lost.append(f"{path}, which sets {', '.join(settings)} of the pods ({remedy})")
         else:
             warnings.append(f"{missing}{path}: the pods lack the labels of the run; {remedy}")
-    error = f"{missing}{'; no '.join(lost)}; the job would train in another way" if lost else ""
+    error = f"{missing}{'; no '.join(lost)}; the job would train differently" if lost else ""
     return warnings, error

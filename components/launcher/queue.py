@@ -1,4 +1,4 @@
-"""Why Kueue holds a job back, from the conditions of its Workload.
+"""Why Kueue does not admit a job, from the conditions of its Workload.
 
 Kueue creates a Workload (kueue.x-k8s.io/v1beta2, as of Kueue 0.15) for a job with a queue's label
 and labels it with the job's uid (pkg/controller/constants). Its condition QuotaReserved has the
@@ -6,7 +6,7 @@ reason why it waits, e.g. `WaitingForQuota` with the missing quota, `Misconfigur
 that does not exist; before Kueue 0.19 it is `Pending` or `Inadmissible` with the same message
 (apis/kueue/v1beta2/workload_types.go).
 
-A job without a Workload waits for nothing: since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
+A job without a Workload waits forever: since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
 2026-06-29) the default configuration does not contain the integration of PyTorchJobs.
 """
 
@@ -43,7 +43,7 @@ def is_suspended(job: dict) -> bool:
 def waiting_reason(workload: dict) -> str:
     """Return why this Workload is not admitted, on one line; "" if it is admitted."""
     spec, status = workload.get("spec") or {}, workload.get("status") or {}
-    conditions = {one["type"]: one for one in status.get("conditions") or []}
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or []}
     if is_true(conditions.get("Admitted")) and not is_true(conditions.get("Evicted")):
         return ""
     if spec.get("active") is False:
@@ -72,7 +72,9 @@ def is_true(condition: dict | None) -> bool:
 
 
 def describe(condition: dict) -> str:
-    """Return a condition's reason and message, and what to change if the queues are at fault."""
+    """Return a condition's reason and message, and the remedy if the queue configuration is
+    wrong.
+    """
     message = one_line(condition.get("message"))
     remedy = next((text for part, text in REMEDIES.items() if part in message), "")
     return f"{condition.get('reason')}: {message}" + (f" ({remedy})" if remedy else "")

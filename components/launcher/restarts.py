@@ -22,7 +22,7 @@ SIMULTANEOUS = 5.0
 # Longer than it takes until the other ranks fail (the limit of a collective operation that waits)
 # and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
-EVICTION = 360.0  # until the pods of a lost node are evicted: 40 s, 5 minutes, and a margin
+EVICTION = 360.0  # seconds until the pods of a lost node are evicted: 40 s, 5 minutes, and a margin
 OUT_OF_MEMORY = "OOMKilled"
 # Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
 OWN_LIMITS = re.compile(
@@ -53,7 +53,7 @@ class Incident:
 
 
 class Restarts:
-    """The incidents of one job. errors: the number of errors before, under another launcher."""
+    """The incidents of one job. errors: the number of errors counted by earlier launchers."""
 
     def __init__(self, errors: int = 0) -> None:
         self.previous = errors
@@ -84,7 +84,8 @@ class Restarts:
     def observe(self, pod: dict, container: str, now: float) -> None:
         """Count the failures of a pod since the last call, at the time `now` in seconds.
 
-        The first poll of a job counts none: they were before this launcher.
+        Failures in the first poll of a job are not counted: they occurred before this launcher
+        started.
         """
         name, uid = pod["metadata"]["name"], uid_of(pod)
         cause, before = failure_reason(pod), self.failures.get(uid, 0)
@@ -103,7 +104,8 @@ class Restarts:
             self.add(name, Cause(name, "NodeNotReady"), now, True)
         if cause is None:
             return
-        # while a pod waits for a node or for its restart, the others fail because they wait for it
+        # while a pod is waiting for a node or for its restart, the others fail because they time
+        # out waiting for it
         for _ in range(count - before):
             if not self.join_last(name, uid, cause, now):
                 self.add(name, cause, now, self.incomplete)
@@ -112,12 +114,12 @@ class Restarts:
             self.add(name, cause, now, True)
 
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
-        """Compare all pods with those of the last poll: a pod that is gone was deleted.
+        """Compare all pods with those of the last poll: a pod that no longer exists was deleted.
 
         The operator deletes failed pods, which `observe` has seen, and those of a suspended job.
         needed: how many pods must run for the job to train.
         """
-        current = {one["metadata"]["name"]: uid_of(one) for one in pods}
+        current = {pod["metadata"]["name"]: uid_of(pod) for pod in pods}
         for name, uid in self.pods.items():
             seen = self.failures.get(uid) or uid in self.disrupted
             if current.get(name) != uid and not seen:
@@ -127,7 +129,7 @@ class Restarts:
         self.pods, self.initialized = current, True
 
     def is_decided(self, now: float) -> bool:
-        """Whether the last incident is an error: no node can turn out to be lost anymore.
+        """Whether the last incident is an error, because no node can still be reported as lost.
 
         The pod on a lost node does not fail by itself, and is evicted after minutes.
         """
@@ -135,12 +137,14 @@ class Restarts:
         return last is None or set(last.causes) >= set(self.pods) or now - last.start > EVICTION
 
     def forget_pods(self) -> None:
-        """Do not count pods that are gone at the next poll: the job was suspended."""
+        """Do not count pods that are missing at the next poll, since the job was suspended."""
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
-        """Add a failure to the first incident after the pod's last one, else start one."""
-        recent = [one for one in self.incidents if now - one.start <= WINDOW]
+        """Add a failure to the first incident after the pod's last incident, or start a new
+        incident.
+        """
+        recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
         last = max((n for n, one in enumerate(recent) if name in one.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)
         if incident is None and disrupted and recent:
@@ -152,10 +156,11 @@ class Restarts:
         incident.disrupted |= disrupted
 
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
-        """Add a failure to the last incident if that is its cause; return whether it is.
+        """Add a failure to the last incident if that incident caused it; return whether it did.
 
-        It is while another pod still waits for its first restart since the incident started. In a
-        crash loop all pods wait most of the time, but have failed again since then.
+        This is the case while another pod is waiting for its first restart since the incident
+        started. In a crash loop all pods are waiting most of the time, but have failed again since
+        then.
         """
         last = self.incidents[-1] if self.incidents else None
         if last is None or now - last.start > WINDOW:
@@ -163,21 +168,22 @@ class Restarts:
         if name not in last.causes and now - last.start <= SIMULTANEOUS:
             last.failures[uid] = self.failures[uid]
         waiting = self.backing_off - {uid}
-        if not any(self.failures[one] == last.failures.get(one) for one in waiting):
+        if not any(self.failures[uid] == last.failures.get(uid) for uid in waiting):
             return False
         last.causes.setdefault(name, cause)
         return True
 
 
 def uid_of(pod: dict) -> str:
-    """Return what identifies a pod."""
+    """Return the uid of a pod."""
     return pod["metadata"].get("uid") or pod["metadata"]["name"]
 
 
 def is_disruption(cause: Cause, pod: dict) -> bool:
     """Whether the node or an eviction ended this pod, not its own process.
 
-    A pod that exceeds the limit of a volume is evicted too; it would exceed it again.
+    A pod that exceeds the size limit of a volume is evicted as well, but would exceed the limit
+    again.
     """
     if cause.reason == OUT_OF_MEMORY:
         return False
@@ -208,7 +214,7 @@ def can_run(pod: dict) -> bool:
 
 
 def failure_count(pod: dict, cause: Cause, container: str) -> int:
-    """Return how often the container of this failure has failed; its default is `container`.
+    """Return how many times the container of this failure has failed; default: `container`.
 
     The kubelet counts a restart when the new instance is created, after the back-off.
     """
@@ -220,9 +226,9 @@ def failure_count(pod: dict, cause: Cause, container: str) -> int:
 def is_backing_off(pod: dict, container: str) -> bool:
     """Whether this container has failed and waits until the kubelet restarts it."""
     return any(
-        ((one.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff"
-        for one in container_statuses(pod)
-        if one.get("name") == container
+        ((status.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff"
+        for status in container_statuses(pod)
+        if status.get("name") == container
     )
 
 
@@ -230,7 +236,7 @@ def node_is_unresponsive(pod: dict) -> bool:
     """Whether the node of this running pod does not respond.
 
     The node controller then sets the condition Ready of its pods to False; the statuses of the
-    containers stay (pkg/controller/util/node/controller_utils.go, MarkPodsNotReady).
+    containers do not change (pkg/controller/util/node/controller_utils.go, MarkPodsNotReady).
     """
     status = pod.get("status") or {}
     ready = {one["type"]: one.get("status") for one in status.get("conditions") or []}

@@ -1,6 +1,8 @@
-"""Schema of the job fields that this package reads; YAML that is not valid is rejected by path.
+"""Schema of the job fields that this package reads; errors in the YAML are reported with their
+path.
 
-The API server validates all other fields. A value of null is an absent field, as in Kubernetes.
+The API server validates all other fields. A field with the value null is treated as absent, as in
+Kubernetes.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ TYPES: dict[str, tuple[Any, Any]] = {
 def validate(document: dict) -> dict:
     """Return a copy of a job or runtime without nulls; other documents are returned unchanged.
 
-    Raises ValueError with the path of a field that is missing or of another type.
+    Raises ValueError with the path of a field that is missing or has the wrong type.
     """
     kind = str(document.get("kind"))
     if kind not in TYPES:
@@ -131,7 +133,7 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     if isinstance(value, list):
-        return [without_nulls(one) for one in value]
+        return [without_nulls(entry) for entry in value]
     return value
 
 
@@ -164,7 +166,7 @@ def _mapping_at(value: Any, path: str) -> dict:
 
 
 def _gpu_count(kind: type, value: object) -> object:
-    """Convert to _GpuCount, the only type that msgspec does not know."""
+    """Convert to _GpuCount, the only type that msgspec does not support itself."""
     if not re.fullmatch("[0-9]+", str(value)):
         raise ValueError(f"expected a whole number, got {value!r}")
     return kind()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_stop(stopped: Callable[[], None]) -> Iterator[None]:
-    """Raise SystemExit on SIGTERM; call `stopped` before it or KeyboardInterrupt leaves."""
+    """Raise SystemExit on SIGTERM; call `stopped` before it or KeyboardInterrupt propagates."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)

@@ -52,7 +52,7 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
     for condition, phase in kind.phases:
         if condition in true:
             return phase, true[condition].get("message") or true[condition].get("reason") or ""
-    if any(one.get("ready") for one in status.get("jobsStatus") or []):
+    if any(job_status.get("ready") for job_status in status.get("jobsStatus") or []):
         return "running", ""
     created = status.get("jobsStatus") or status.get("replicaStatuses")
     return ("created" if created else ""), ""
@@ -77,13 +77,13 @@ def deadline(job: dict) -> str:
 
 
 def retention(kind: Kind, job: dict) -> str:
-    """Describe the phase of a finished job and how long it and its pods are kept; else ""."""
+    """Describe the phase of a finished job and how long it and its pods are kept; otherwise ""."""
     phase, spec, status = job_phase(kind, job)[0], job["spec"], job.get("status") or {}
     if phase not in ("failed", "succeeded"):
         return ""
     seconds = (spec.get("runPolicy") or spec).get("ttlSecondsAfterFinished")
     ended = status.get("completionTime") or max(
-        one.get("lastTransitionTime") or "" for one in status["conditions"]
+        condition.get("lastTransitionTime") or "" for condition in status["conditions"]
     )
     until = []
     if seconds is not None and ended:
@@ -92,7 +92,7 @@ def retention(kind: Kind, job: dict) -> str:
     if job["metadata"].get("ownerReferences"):
         until.append("its run is deleted")
     kept = " or ".join(until) or "it is deleted manually"
-    return f"{phase}; stays, with the logs of pods that are left, until {kept}"
+    return f"{phase}; kept, with the logs of the remaining pods, until {kept}"
 
 
 def annotations_of(resource: dict) -> dict[str, str]:
@@ -101,7 +101,7 @@ def annotations_of(resource: dict) -> dict[str, str]:
 
 
 def creation_time(resource: dict) -> str:
-    """Return when the API server created this; "" if unknown."""
+    """Return the time at which the API server created this object; "" if unknown."""
     return resource["metadata"].get("creationTimestamp") or ""
 
 
@@ -157,7 +157,7 @@ def failure_reason(pod: dict) -> Cause | None:
     """Return why this pod or the previous instance of its container failed; else None."""
     status = pod.get("status") or {}
     name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName") or ""
-    inits = [one.get("name") for one in status.get("initContainerStatuses") or []]
+    inits = [init.get("name") for init in status.get("initContainerStatuses") or []]
     terminated = (
         ((one.get(key) or {}).get("terminated") or {}, one.get("name") or "", key == "lastState")
         for key in ("state", "lastState")
@@ -197,7 +197,7 @@ def root_cause(causes: Iterable[Cause]) -> Cause | None:
     """Return the most likely root cause, or None for no causes.
 
     When one process of a distributed training run dies, all others fail soon after. Prefers causes
-    that a restart did not fix, then specific causes, then the earliest.
+    that a restart did not fix, then specific causes, then the earliest cause.
     """
     return min(
         causes, key=lambda one: (one.previous, not one.specific, one.time or "9"), default=None
@@ -235,12 +235,12 @@ def expected_pods(job: dict) -> int:
     """Return the number of pods in the job's spec."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if replicas:
-        return sum(one.get("replicas", 1) for one in replicas.values())
+        return sum(replica.get("replicas", 1) for replica in replicas.values())
     return (job["spec"].get("trainer") or {}).get("numNodes", 1)
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return why this job lacks pods, or None if it has all of them or no event gives a reason."""
+    """Return why pods of this job are missing, or None if none are or no event gives a reason."""
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]
@@ -249,11 +249,11 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
     if "pytorchReplicaSpecs" not in job["spec"]:
         own = "involvedObject.kind=Job"
     found = [
-        one
-        for one in events(f"type=Warning,{own}")
-        if one["reason"].startswith("FailedCreate")
-        and f"{one['involvedObject']['name']}-".startswith(f"{name}-")
-        and event_time(one) >= creation_time(job)
+        event
+        for event in events(f"type=Warning,{own}")
+        if event["reason"].startswith("FailedCreate")
+        and f"{event['involvedObject']['name']}-".startswith(f"{name}-")
+        and event_time(event) >= creation_time(job)
     ]
     return event_cause(max(found, key=event_time), name, "job") if found else None
 

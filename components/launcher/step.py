@@ -16,7 +16,7 @@ class Step:
     """The step that this process runs.
 
     owner: an ownerReference to the Workflow of its run; None outside a pipeline.
-    first_attempt: this is not a retry of the step; also true after Retry of the run.
+    first_attempt: whether this is not a retry of the step; also true after the run was retried.
     """
 
     def __init__(self, client: JobClient) -> None:
@@ -32,8 +32,8 @@ class Step:
         Takes at most 5 s. A step that is stopped although its run cannot be read is assumed to be
         stopped by the run, unless its pod is being deleted. Kubernetes sends SIGKILL 30 s after
         SIGTERM; but when Argo itself ends a step, KFP's launcher process exits at once and SIGKILL
-        may follow within a second. What is then left is ended by the exit handler after Kubeflow's
-        Terminate, by `python -m pipeline terminate`, or with the Workflow.
+        may follow within a second. Remaining jobs are then deleted by the exit handler after
+        Kubeflow's Terminate, by `python -m pipeline terminate`, or together with the Workflow.
         """
         if self.owner is None:
             return "it does not belong to a pipeline run"
@@ -44,7 +44,9 @@ class Step:
         return end_of_run(found, self.owner["uid"])
 
     def run_ended(self) -> bool:
-        """Whether the run is over or being ended. Raises RuntimeError if that cannot be read."""
+        """Whether the run has ended or is being ended. Raises RuntimeError if its state cannot be
+        read.
+        """
         owner = self.owner
         return owner is None or bool(end_of_run(self.client.workflow(owner["name"]), owner["uid"]))
 

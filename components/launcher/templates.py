@@ -19,13 +19,13 @@ import yaml
 from components.launcher.schema import GPU, validate
 
 POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provider
-# the same on GKE, where the node label of a pool cannot contain a slash
+# the label on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 # annotation of a template: for how many seconds its pods may wait for a node
 SCHEDULE = "vitdet/schedule-seconds"
-# annotations set by the launcher: why the job failed or was aborted; how many errors (not
-# disruptions) are restarted, and how many there were; whether all pods have run together
+# annotations set by the launcher: why the job failed or was aborted; how many restarts after errors
+# (not disruptions) are allowed, and how many errors there were; whether all pods have run together
 FAILURE, RESTARTS = "vitdet/failure", "vitdet/restarts"
 ERRORS, STARTED = "vitdet/errors", "vitdet/started"
 # defaults in seconds: maximum run time, and how long a finished job is kept
@@ -54,7 +54,7 @@ class JobRequest:
 
     @property
     def program(self) -> dict[str, Any]:
-        """The container's arguments, and its image unless it is the template's."""
+        """The container's arguments, and its image if it replaces the template's."""
         return {"args": self.args, **({"image": self.image} if self.image else {})}
 
 
@@ -64,7 +64,7 @@ class Kind:
 
     phases: (condition type, phase), highest priority first.
     rank0: returns the labels of the pods of a job that may have rank 0.
-    halt: a patch of the spec that makes the operator delete the pods and keep the job.
+    halt: a patch of the spec that makes the operator delete the pods but keep the job.
     expire: the same for a job that Kueue manages, which would resume it: its deadline has passed.
     """
 
@@ -127,12 +127,14 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
 
 
 def mount_paths(kind: Kind, job: dict) -> list[str]:
-    """Return the training container's mount paths; [] for a TrainJob: its runtime defines them."""
+    """Return the training container's mount paths; [] for a TrainJob, whose runtime defines
+    them.
+    """
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if not replicas:
         return []
     container = main_container(next(iter(replicas.values()))["template"]["spec"], kind.container)
-    return [one["mountPath"] for one in container.get("volumeMounts") or []]
+    return [mount["mountPath"] for mount in container.get("volumeMounts") or []]
 
 
 def process_counts(kind: Kind, job: dict) -> range:
@@ -175,14 +177,15 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
     policy.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)
     policy.setdefault("ttlSecondsAfterFinished", DEFAULT_TTL)
     if "backoffLimit" in policy:
-        # The operator would add up the restarts of all pods, those after an eviction too: the
-        # launcher counts instead (components/launcher/restarts.py).
+        # The operator would add up the restarts of all pods, including those after an eviction; the
+        # launcher counts restarts instead (components/launcher/restarts.py).
         annotations = job["metadata"].setdefault("annotations", {})
         annotations[RESTARTS] = str(policy.pop("backoffLimit"))
     elastic = spec.get("elasticPolicy")
     if "Master" not in replicas and not elastic:
         raise ValueError(
-            "a PyTorchJob without a Master needs an elasticPolicy: its pods cannot find each other"
+            "a PyTorchJob without a Master needs an elasticPolicy: otherwise its pods cannot find "
+            "each other"
         )
     if "Master" in replicas:
         # explicit because the operator's webhook validates before it sets defaults
@@ -196,7 +199,7 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
         replicas["Worker"]["replicas"] = workers
     elif "Worker" in replicas:
         del replicas["Worker"]
-        spec.pop("elasticPolicy", None)  # it is refused without a Worker
+        spec.pop("elasticPolicy", None)  # the API server rejects it without a Worker
     if elastic:
         elastic["maxReplicas"] = request.nodes
         elastic["minReplicas"] = min(elastic.get("minReplicas", 1), request.nodes)
@@ -222,7 +225,8 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
     if added := task.get("resources"):
         trainer["resourcesPerNode"] = merge_resources(trainer.get("resourcesPerNode"), added)
     pod: dict = {}
-    # the controller merges like `kubectl patch`: lists by name or key, but tolerations are replaced
+    # the controller merges like `kubectl patch`: lists are merged by name or key, but tolerations
+    # are replaced
     add_to_pod(pod, request)
     if task.get("volume_mounts"):
         pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]
@@ -268,7 +272,7 @@ def add_to_pod(pod: dict, request: JobRequest) -> None:
 
 
 def reuse_claim_volumes(pod: dict, task: dict) -> dict:
-    """Replace the task's volumes by volumes of the pod that use the same claim.
+    """Replace the task's volumes with volumes of the pod that use the same claim.
 
     A pod with two volumes for one claim stays in ContainerCreating forever (kubernetes/kubernetes,
     issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,
@@ -283,18 +287,18 @@ def reuse_claim_volumes(pod: dict, task: dict) -> dict:
     names = {one["name"]: existing[claim(one)] for one in volumes if claim(one) in existing}
     return {
         **task,
-        "volumes": [one for one in volumes if one["name"] not in names],
+        "volumes": [volume for volume in volumes if volume["name"] not in names],
         "volume_mounts": [
-            {**one, "name": names.get(one["name"], one["name"])}
-            for one in task.get("volume_mounts") or []
+            {**mount, "name": names.get(mount["name"], mount["name"])}
+            for mount in task.get("volume_mounts") or []
         ],
     }
 
 
 def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> list[dict]:
     """Concatenate two lists; an added entry replaces one with the same key."""
-    names = {one[key] for one in added}
-    return [*(one for one in existing or [] if one[key] not in names), *added]
+    names = {entry[key] for entry in added}
+    return [*(entry for entry in existing or [] if entry[key] not in names), *added]
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:

@@ -29,7 +29,7 @@ def workflow_owner(pod: dict) -> dict | None:
 
 
 def retry_index(pod: dict) -> int | None:
-    """Return 0 for the first attempt of a step, which also follows Retry of a run; None if unknown.
+    """Return 0 for the first attempt of a step, also after the run was retried; None if unknown.
 
     Argo names the attempts of a node NODE(0), NODE(1), ... (workflow/controller/operator.go,
     executeTemplate of v3.7). Kubeflow Pipelines sets no variable before KFP_RETRY_INDEX, which is

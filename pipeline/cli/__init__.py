@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
-            # e.g. `python -m pipeline status RUN | head -1`; discards output that is still buffered
+            # e.g. `python -m pipeline status RUN | head -1`; discard output that is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = SIGPIPE
         else:

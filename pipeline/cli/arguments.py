@@ -74,8 +74,10 @@ def add_version(command: argparse.ArgumentParser, default: str) -> None:
         "--kfp",
         type=version,
         metavar="VERSION",
-        help="version of Kubeflow Pipelines; what it does not support is left out of the pipeline, "
-        f"with a message ({default})",
+        help=(
+            "version of Kubeflow Pipelines; unsupported fields are left out of the pipeline, with "
+            f"a message ({default})"
+        ),
     )
 
 
@@ -94,10 +96,10 @@ def add_server(command: argparse.ArgumentParser) -> None:
         group,
         "--host",
         "URL",
-        "address of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline (default: "
+        "URL of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline (default: "
         "KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
     )
-    add_text(group, "--ui-host", "URL", "address for links, if different")
+    add_text(group, "--ui-host", "URL", "URL for links, if different")
     add_text(group, "--namespace", "NAME", "namespace of your profile, on a multi-user server")
     add_text(
         group,

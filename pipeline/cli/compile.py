@@ -22,8 +22,8 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
         command,
         "--job",
         "FILE",
-        "YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
-        "prints it; - is the standard input (default: the jobs in manifests/)",
+        "YAML with the training jobs to start, as printed by `kubectl kustomize "
+        "manifests/overlays/NAME`; - for standard input (default: the jobs in manifests/)",
     )
     add_parallel(command, "default: 1")
     add_version(command, f"default: {text(NEWEST)}, the newest supported")

@@ -10,8 +10,8 @@ from pipeline.client import ENDED, Server, failed_steps, steps
 def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "") -> None:
     """Print a run, its steps, and its training jobs with their progress.
 
-    namespace: of the jobs, "": the one in which the server starts the run's pods. remark: follows
-    the state.
+    namespace: the namespace of the jobs; "": the one in which the server starts the run's pods.
+    remark: text printed after the state.
     """
     failed = dict(failed_steps(run))
     ended = run.finished_at and run.state in ENDED

@@ -15,7 +15,10 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         "run", allow_abbrev=False, help="run the pipeline on this machine, without a cluster"
     )
     command.add_argument(
-        "recipes", nargs="+", metavar="RECIPE", help="a recipe's name or file; several are compared"
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="name or file of a recipe; several recipes are compared",
     )
     add_experiment(command)
     add_parallel(command, "default: 1, at most 2")

@@ -99,7 +99,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         source,
         "--job",
         "FILE",
-        "compile it with the training jobs in this YAML file, as for `compile --job`; - is "
+        "compile it with the training jobs in this YAML file, as for `compile --job`; - for "
         "standard input",
     )
     run.add_argument(
@@ -172,7 +172,9 @@ def run_submit(args: argparse.Namespace) -> int:
 
 
 def fit_pipeline(pipeline: dict, server: Server, asked: Version | None) -> None:
-    """Remove from a pipeline what the server does not support, with a message for each field."""
+    """Remove fields that the server does not support from a pipeline, with a message for each
+    field.
+    """
     version, doubt = (asked, "") if asked else server.version()
     documents = [pipeline.get("pipeline_spec", pipeline), pipeline.get("platform_spec", {})]
     if lines := fit(documents, version):
@@ -194,13 +196,13 @@ def refused(error: ServerError, server: Server) -> ServerError:
         advice = f"use --kfp {text(version)}"
     server_is = "the server" if doubt else f"this is Pipelines {text(version)}; it"
     return ServerError(
-        f"{server.host}: {server_is} does not know {error.field} of the pipeline: {advice}",
+        f"{server.host}: {server_is} does not support {error.field} in the pipeline: {advice}",
         error.status,
     )
 
 
 def check_pool(name: str | None) -> None:
-    """Raise ValueError for a name that is not a valid label value: no pod could select it."""
+    """Raise ValueError for a name that is not a valid label value, as no pod could select it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
             f"--pool {name!r}: expected a label value: at most 63 letters and digits, with - _ . "
@@ -218,9 +220,9 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.job_manifests import job_kinds
 
     text, wanted = read_job_file(args.job), args.job_kind
-    if text and wanted and wanted not in job_kinds(text):  # it would fail only in the training step
+    if text and wanted and wanted not in job_kinds(text):  # only the training step would fail
         found = " and ".join(sorted(job_kinds(text)))
-        raise ValueError(f"--job {args.job}: contains no {wanted} but {found}; see --job-kind")
+        raise ValueError(f"--job {args.job}: contains no {wanted}, only {found}; see --job-kind")
     with TemporaryDirectory() as folder:
         yield compile_pipeline(Path(folder) / "pipeline.yaml", text)
 

@@ -81,17 +81,17 @@ def delete_run_jobs(
     yield from (f"deleted {name}" for name in deleted)
     doubt = ""
     if found.state not in ENDED:
-        yield f"looking again when the run has ended, for about {END_TIMEOUT:.0f} s"
+        yield f"checking again after the run has ended, for up to about {END_TIMEOUT:.0f} s"
         try:
             ended = server.wait_until_ended(found.run_id, every, END_TIMEOUT)
             doubt = "" if ended else "the run is still ending"
         except ServerError as error:  # the cluster may still respond
             doubt = f"it is unknown whether the run has ended ({error})"
         late, left = delete_jobs(found.run_id, namespace, own)
-        yield from (f"deleted {name}, made since" for name in late)
+        yield from (f"deleted {name}, created in the meantime" for name in late)
         deleted += late
     yield from left
     if doubt:
         raise StillEnding(doubt)
     if not deleted:
-        yield "found none to delete"
+        yield "found no training jobs to delete"

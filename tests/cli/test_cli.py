@@ -108,7 +108,7 @@ def test_train_shows_its_progress_and_goes_on(vitdet: Run, tiny: Path, tmp_path:
     assert names(tmp_path / "run") == {"model.pt", "config.yaml", "checkpoints", "pictures"}
     assert not leftovers(tmp_path)
     assert vitdet(*words)[:2] == (0, "run/model.pt\n")
-    message = "finished run with another config (optim.lr: 5.0, not 0.001)"
+    message = "finished run with a different config (optim.lr: 5.0, not 0.001)"
     refused(vitdet(*words, "--set", "optim.lr=5"), message)
 
 

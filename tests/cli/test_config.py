@@ -147,7 +147,7 @@ def test_an_override_of_a_section_by_null_is_refused(
         ("optim.lr.x=1", "optim.lr.x: optim.lr is a setting, not a section"),
         ("optim.lr", "override 'optim.lr': expected section.key=value"),
         # types
-        ("optim.lr=[", "optim.lr: '[' is not readable as a value"),
+        ("optim.lr=[", "optim.lr: '[' cannot be parsed as a value"),
         ("optim.lr=fast", "optim.lr: expected a number, got 'fast'"),
         ("optim.lr=true", "optim.lr: expected a number, got True"),
         ("optim.lr=nan", "optim.lr: expected a number, got 'nan'"),

@@ -165,7 +165,7 @@ def test_an_evicted_pod_is_told_and_replaced(live: Scene) -> None:
 
 def test_a_job_that_kueue_holds_back_is_waited_for(live: Scene) -> None:
     def admit() -> None:
-        wait_until(lambda: any("suspended, a queue (Kueue)" in line for line in live.lines))
+        wait_until(lambda: any("suspended until a queue (Kueue)" in line for line in live.lines))
         time.sleep(7)  # longer than it would wait for the operator, a node or a start
         words = f"patch pytorchjob -n {live.namespace} {job_name(PIPELINE_RUN, 'queued')}"
         kubectl(f"{words} --type=merge -p", '{"spec": {"runPolicy": {"suspend": false}}}')

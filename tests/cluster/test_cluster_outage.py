@@ -87,7 +87,7 @@ def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone
         f"line {number}" for number in range(1, 51)
     ]
     assert any("the API server does not respond" in line for line in alone.lines)
-    assert any("the API server responds again" in line for line in alone.lines)
+    assert any("the API server is responding again" in line for line in alone.lines)
 
 
 def served() -> bool:
@@ -101,5 +101,5 @@ def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) 
     with pytest.raises(RuntimeError) as raised:
         alone.launch(template(script=True), ["true"], "undefined")
     text = str(raised.value)
-    assert "the cluster knows no PyTorchJob (kubeflow.org/v1); install the Kubeflow" in text
+    assert "the cluster has no resource PyTorchJob (kubeflow.org/v1); install the Kubeflow" in text
     assert "training operator" in text and "\n" not in text

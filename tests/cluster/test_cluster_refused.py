@@ -22,7 +22,9 @@ def test_a_rejected_pod_is_the_cause(live: Scene, kinds: tuple[str, ...]) -> Non
         live.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, timeouts=QUICK)
     name = job_name(PIPELINE_RUN, recipe)
     error = str(raised.value)
-    assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in error
-    assert MISSING in error and "does not run" not in error
+    assert (
+        f"{name} has not been able to start for 3 s\ncause: job {name}: FailedCreatePod: " in error
+    )
+    assert MISSING in error and "is not running" not in error
     assert any("waiting: " in line and name in line and MISSING in line for line in live.lines)
     assert ("on" in live.lines) == (kinds == ("Worker",))

@@ -56,11 +56,11 @@ def test_terminate(
         assert "state RUNNING, now ending\n" in out
         assert out.endswith(
             f"{place}deleted a\ndeleted b\n"
-            "looking again when the run has ended, for about 300 s\ndeleted late, made since\n"
+            "checking again after the run has ended, for up to about 300 s\ndeleted late, made since\n"
         )
         assert jobs(made.namespace) == [OF_THE_OTHER]
         code, out, _ = pipeline("terminate", PIPELINE_RUN)
-        assert code == 0 and out.endswith(f"{place}found none to delete\n")
+        assert code == 0 and out.endswith(f"{place}found no training jobs to delete\n")
         experiment["namespace"] = "of-another-cluster"
         code, _, said = pipeline("terminate", PIPELINE_RUN)
         assert code == 1

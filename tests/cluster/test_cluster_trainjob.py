@@ -132,7 +132,9 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
         kubectl(words, json.dumps({"spec": {"suspend": value}}))
 
     def told(times: int) -> bool:
-        return sum(f"{name}: suspended, a queue (Kueue)" in line for line in live.lines) == times
+        return (
+            sum(f"{name}: suspended until a queue (Kueue)" in line for line in live.lines) == times
+        )
 
     def queue() -> None:
         wait_until(lambda: told(1))
@@ -170,6 +172,8 @@ def test_an_unschedulable_pod_fails_the_step_and_frees_the_queue(tmp_path: Path)
         with write, pytest.raises(RuntimeError) as raised:
             launch(still, "no-node", "true")
         text = "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
-        assert "cannot start, for 3 s now" in str(raised.value) and text in str(raised.value)
+        assert "has not been able to start for 3 s" in str(raised.value) and text in str(
+            raised.value
+        )
         assert any("waiting" in line and text in line for line in still.lines)
         wait_until(lambda: not still.pods("no-node", kind="trainjob"))

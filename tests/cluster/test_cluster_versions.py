@@ -74,7 +74,7 @@ def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
     with pytest.raises(RuntimeError) as raised:
         still.launch(old_job(), ["true"], "lost", kind="trainjob", task=task)
     text = str(raised.value)
-    assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} is deleted: ")
+    assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} was deleted: ")
     assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
     assert "\n" not in text and any("no spec.activeDeadlineSeconds" in one for one in still.lines)
     wait_until(lambda: still.job("lost", "trainjob") is None)
@@ -101,14 +101,16 @@ def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
     )
 
     def free() -> None:
-        wait_until(lambda: any("asking again for 30 s" in one for one in still.lines))
+        wait_until(lambda: any("retrying for up to 30 s" in one for one in still.lines))
         kubectl(f"delete resourcequota trainings -n {still.namespace}")
 
     with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
         still.launch(template(script=True), ["true"], "refused")
     limits = replace(QUICK, schedule=1)  # the file's own patience counts
     with meanwhile(free), meanwhile(lambda: unschedulable(still, "quota")):
-        with pytest.raises(RuntimeError, match="cannot start"):  # there is no node: it was created
+        with pytest.raises(
+            RuntimeError, match="has not been able to start"
+        ):  # there is no node: it was created
             still.launch(patient_job(), ["true"], "quota", timeouts=limits)
     assert still.job("quota") is not None
 
@@ -213,7 +215,7 @@ def test_a_policy_is_waited_for_and_an_invalid_field_is_not(still: Scene, tmp_pa
             policy.refuses = False
 
         with meanwhile(allow), meanwhile(lambda: unschedulable(still, "night")):
-            with pytest.raises(RuntimeError, match="cannot start"):
+            with pytest.raises(RuntimeError, match="has not been able to start"):
                 still.launch(patient_job(), ["true"], "night")
         assert still.job("night") is not None
         policy.refuses, policy.message = True, "spec.nprocPerNode: Invalid value: x: must be y"

@@ -34,9 +34,9 @@ def test_a_pod_that_is_refused_is_told_and_given_up(look: tuple) -> None:
     text = 'Error creating: pods "x" is forbidden: exceeded quota: gpus'
     said = f"job {NAME}: FailedCreatePod: {text}"
     assert lines.count(f"launcher: waiting: {said}") == 1
-    assert f"{NAME} cannot start, for 0 s now\ncause: {said}" in error
+    assert f"{NAME} has not been able to start for 0 s\ncause: {said}" in error
     assert error.endswith("; it is suspended")
-    assert "does not run" not in error and record.asked == ["create", "halt"]
+    assert "is not running" not in error and record.asked == ["create", "halt"]
 
 
 def test_a_job_that_is_suspended_or_whole_has_no_refusal() -> None:

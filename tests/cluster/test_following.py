@@ -144,7 +144,7 @@ def test_a_job_of_another_run_is_left_alone() -> None:
 def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
     held = (conditions("Created=True", "Suspended=True"), [])
     lines, error = follow(Record(*[held] * 30, (RUNNING, []), (DONE, [])))
-    assert not error and sum("suspended, a queue (Kueue)" in line for line in lines) == 1
+    assert not error and sum("suspended until a queue (Kueue)" in line for line in lines) == 1
 
 
 def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
@@ -204,7 +204,7 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
         _, error = follow(Record((job, [pod(container=ended(143))])))
         assert error == (
             f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
-            "job's file; its checkpoints stay"
+            "job's file; its checkpoints are kept"
         )
 
 

@@ -47,4 +47,4 @@ def test_a_full_disk_hides_no_result(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("a file in place of the folder")
     stages.keep_logs(settings, name, str(tmp_path), RUN, FILES)
-    assert "the logs of the job are not kept: " in caplog.text
+    assert "the logs of the job could not be saved: " in caplog.text

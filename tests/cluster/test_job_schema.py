@@ -22,7 +22,7 @@ MEANING = (
     "no PyTorchJob or TrainJob among the",
     "the job's template must contain one ",
     "the job's template has no container named 'pytorch'",
-    "the training jobs must use one image",
+    "the training jobs must use the same image",
     "2 nodes are requested, but the job's template has no Worker",
     "a PyTorchJob without a Master needs an elasticPolicy",
     "is not among the documents",

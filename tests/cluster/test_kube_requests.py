@@ -49,8 +49,8 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
     gone = [ProtocolError("reset"), *busy, b'{"half', b'{"a": 1}']
     assert ask("get x", answers(*gone)) == {"a": 1}
     assert lines == [
-        "launcher: the API server does not respond (ProtocolError); asking again for 0 s",
-        "launcher: the API server responds again",
+        "launcher: the API server does not respond (ProtocolError); retrying for up to 0 s",
+        "launcher: the API server is responding again",
     ]
     # an API server that starts knows neither what it allowed before nor the custom resources
     starting = [refused(403, "no roles yet"), refused(404), b"{}"]
@@ -88,7 +88,7 @@ NO_ROLE = (
         (refused(401, "Unauthorized"), "does not accept the account's token .HTTP 401.$"),
         (
             refused(404),
-            "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
+            "the cluster has no resource PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
         ),
         (
             refused(404, 'namespaces "ours" not found'),
@@ -121,8 +121,8 @@ def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None
     assert ask("create", answers(refusal, refusal, b"{}"), refused=9) == {}
     what = f"cannot create in namespace ours: {text} (HTTP 403)"
     assert lines == [
-        f"launcher: {what}; asking again for 9 s",
-        "launcher: the API server responds again",
+        f"launcher: {what}; retrying for up to 9 s",
+        "launcher: the API server is responding again",
     ]
     start = clock.now
     with pytest.raises(RuntimeError) as raised:

@@ -50,7 +50,7 @@ def test_lost_settings_of_pods_are_an_error_that_names_them() -> None:
     _, error = check_dropped(KINDS["trainjob"], job, without(job, "runtimePatches"))
     assert error == (
         "the cluster's TrainJob has no spec.runtimePatches, which sets nodeSelector, tolerations, volumes of the pods "
-        "(upgrade Kubeflow Trainer to 2.2 or later); the job would train in another way"
+        "(upgrade Kubeflow Trainer to 2.2 or later); the job would train differently"
     )
 
 
@@ -61,7 +61,7 @@ def test_a_job_that_would_train_in_another_way_is_deleted(field: str) -> None:
     _, error = follow(record)
     assert record.asked == ["create", "delete"]
     assert error == (
-        f"PyTorchJob vitdet-tiny-1 is deleted: the cluster's PyTorchJob has no spec.{field} (see the Kubeflow training "
-        "operator (v1.9)); the job would train in another way"
+        f"PyTorchJob vitdet-tiny-1 was deleted: the cluster's PyTorchJob has no spec.{field} (see the Kubeflow training "
+        "operator (v1.9)); the job would train differently"
     )
     assert field in filled()["spec"]

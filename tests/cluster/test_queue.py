@@ -97,7 +97,7 @@ def test_each_reason_is_logged_once_and_nothing_after_the_admission() -> None:
     waiting = [workload()], [workload(UNCOVERED)], [workload(UNCOVERED)], [workload(*ADMITTED)]
     record = Queued(True, *[held] * 4, *[(RUNNING, [pod()])] * 3, (DONE, []), workloads=[*waiting])
     lines, error = follow(record, job)
-    told = [line for line in lines if "waits in Kueue: queue vitdet; " in line]
+    told = [line for line in lines if "is waiting in Kueue: queue vitdet; " in line]
     assert not error and len(told) == 2 and "not evaluated yet" in told[0]
     assert "coveredResources" in told[1] and record.reads == 4
 
@@ -105,7 +105,7 @@ def test_each_reason_is_logged_once_and_nothing_after_the_admission() -> None:
 def test_a_job_that_kueue_does_not_know_is_given_up_with_the_reason() -> None:
     record = Queued(True, (SUSPENDED, []), workloads=[[]])
     lines, error = follow(record, queued(True))
-    assert "stays suspended, for 0 s now: Kueue has no Workload for it" in error
+    assert "has been suspended for 0 s: Kueue has no Workload for it" in error
     assert "kubeflow.org/pytorchjob must be in integrations.frameworks of Kueue's" in error
     assert "not by default since Kueue 0.19" in error and error.endswith("deadline is set to now")
     assert record.asked == ["create", "halt"]

@@ -307,7 +307,7 @@ def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline()
     lines, error = follow(record)
     assert error == "" and record.annotations["vitdet/started"] == "true"
     (told,) = [line for line in lines if "Unschedulable" in line]
-    assert "PyTorchJob vitdet-tiny-1 lost a pod, waiting for another: pod w" in told
+    assert "PyTorchJob vitdet-tiny-1 lost a pod; waiting for a replacement: pod w" in told
     # before all pods have run together, an hour is enough (in these tests: 0.1 s)
     _, error = follow(Record((RUNNING, [pod("m"), unschedulable("w")])))
-    assert "cannot start" in error
+    assert "has not been able to start" in error

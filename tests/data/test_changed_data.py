@@ -246,7 +246,7 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     add_image(own_tiny, "val")
     metrics.write_text('{"box_ap": 3.0}')
     code, out, err = vitdet("register", other, *words, "--metrics", metrics)
-    assert code == 1 and "the data of its metrics is unknown; run" in err
+    assert code == 1 and "the data that its metrics were measured on is unknown; run" in err
     words += ["--config", tmp_path / "config.yaml"]
     save_config(config, tmp_path / "config.yaml")
     code, out, err = vitdet("register", other, *words, "--metrics", metrics)

@@ -32,12 +32,12 @@ from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import read_truth
 
 SIZE = [HEIGHT, WIDTH]
-ELSEWHERE = "box that does not fit its outline (trains box and class only)"
+ELSEWHERE = "box that does not fit its outline (used for box and class only)"
 DIFFERS = "box that differs from the one around its outline (training uses the box)"
-NO_PIXELS = "outline without pixels in its image (trains box and class only)"
-NO_OUTLINE = "object without an outline (trains box and class only)"
+NO_PIXELS = "outline without pixels in its image (used for box and class only)"
+NO_OUTLINE = "object without an outline (used for box and class only)"
 PARTS = "outline with parts of fewer than 3 points (ignored)"
-NUMBER = "number of another type (read as a whole number)"
+NUMBER = "number stored as a different type (read as an integer)"
 NO_IMAGE = "annotation of an unknown image (dropped)"
 NO_CATEGORY = "annotation of an unknown category (dropped)"
 # What may follow from the change of one value
@@ -120,7 +120,7 @@ ERRORS = [
     *each("annotations", "iscrowd", (2, 0.5, "no", [0]), "iscrowd that is neither 0 nor 1"),
     *run_lengths(BROKEN_RUNS, "RLE whose counts are not run lengths"),
     *run_lengths(SHORT_RUNS, "RLE whose counts do not fill its size"),
-    *outlines([COMPRESSED | {"size": SIZE[::-1]}], "RLE of another size than its image"),
+    *outlines([COMPRESSED | {"size": SIZE[::-1]}], "RLE whose size differs from its image"),
     *outlines([COMPRESSED | {"size": [48.5, 64]}], "RLE without size [height, width]"),
     *outlines(("x", 5, True), "segmentation that is neither polygons nor RLE"),
     *outlines([[5]], "polygon that is not a list x, y, x, y, ..."),

@@ -89,8 +89,8 @@ def test_yolo_counts_what_is_left_out(vitdet: Run, yolo: Path) -> None:
     assert {
         f"  2 x .heic files skipped, {reason}, 1 of them with a label file",
         f"  1 x .mov files skipped, {reason}",
-        "  1 x images that no split contains skipped",
-        "  2 x label files without an image skipped",
+        "  1 x images skipped (not in any split)",
+        "  2 x label files skipped (no image)",
     } <= {*output.splitlines()}
 
 
@@ -102,7 +102,7 @@ def test_a_test_split_is_not_left_out_silently(vitdet: Run, yolo: Path) -> None:
     image(yolo / "images/test/t.png")
     write(yolo / "data.yaml", head + "test: images/test\n")
     _, output, _ = vitdet("data", "convert", yolo, "two")
-    assert "  1 x images of the split test skipped, none has a label file" in output.splitlines()
+    assert "  1 x test images skipped: none has a label file" in output.splitlines()
     (yolo / "images/none").mkdir()
     write(yolo / "data.yaml", head.replace("images/val", "images/none"))
     code, output, _ = vitdet("data", "convert", yolo, "three")
@@ -158,10 +158,10 @@ def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:
     assert {
         f"  split extra skipped: {voc}/ImageSets/Main/extra.txt has no IDs",
         "  1 x IDs of trainval.txt skipped, in neither train.txt nor val.txt",
-        "  1 x lists of one class (ID and a second column), not read",
-        "  2 x images of the split test skipped, none has an annotation file",
+        "  1 x lists of one class (ID and a second column) ignored",
+        "  2 x test images skipped: none has an annotation file",
         "  1 x images without an annotation file skipped",
-        "  2 x annotation files that no list contains skipped",
+        "  2 x annotation files skipped (not in any list)",
         "  1 x .heic files skipped, not a supported image format, 1 of them with a label file",
     } <= {*output.splitlines()}
 
@@ -238,7 +238,7 @@ def test_one_split_is_reported_or_divided(
 
 def test_only_one_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 0.5)
-    assert code == 1 and "divides the images of one split, but there are train, val" in errors
+    assert code == 1 and "splits the images of a single split, but there are train, val" in errors
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 1.5)
     assert code == 1 and "--val-share: expected a number from 0 to 1, got 1.5" in errors
     words = ("--val-share", 0.5, "--splits", "train")

@@ -89,9 +89,9 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
     assert output.splitlines() == [
         "out: 2 classes; train 4 images, 4 objects; val 1 images, 0 objects",
-        "  3 x objects have a box only and no mask (--boxes-as-masks converts boxes to masks)",
+        "  3 x objects with a box but no mask (--boxes-as-masks converts boxes to masks)",
         "  1 x duplicate rows removed",
-        "  1 x images without a label file: without objects",
+        "  1 x images without a label file (no objects)",
     ]
     out = tmp_path / "out"
     train = tree(out, "train")
@@ -182,7 +182,7 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     assert (code, errors) == (0, "") and output.splitlines()[0] == (
         "out: 2 classes; train 1 images, 2 objects; val 1 images, 1 objects"
     )
-    assert "1 x difficult objects" in output and "2 x objects have a box only" in output
+    assert "1 x difficult objects" in output and "2 x objects with a box but no mask" in output
     train, val = tree(tmp_path / "out", "train"), tree(tmp_path / "out", "val")
     classes = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     assert train["categories"] == val["categories"] == classes

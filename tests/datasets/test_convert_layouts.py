@@ -211,7 +211,7 @@ def test_each_layout_becomes_the_same_records(vitdet: Run, layout: Layout) -> No
     notes = [line for line in output.splitlines()[1:] if "root category" not in line]
     assert notes == [
         "  no validation split, which training needs; --val-share 0.1 splits off a tenth of the images",
-        "  2 x objects have a box only and no mask (--boxes-as-masks converts boxes to masks)",
+        "  2 x objects with a box but no mask (--boxes-as-masks converts boxes to masks)",
     ]
     assert check(Path("out")).ok
     words = ("--val-share", "0.5", "--boxes-as-masks")
@@ -346,7 +346,7 @@ def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
     assert {
         "  2 x shapes of the type 'circle' skipped",
-        "  1 x JSON files without shapes not read",
+        "  1 x JSON files without shapes ignored",
         "  1 x images without a JSON file skipped",
     } <= {*output.splitlines()}
     found = records(tmp_path / "out", "train")

@@ -79,7 +79,7 @@ def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     ("words", "says"),
     [
         (("--mirror", "http://x", "--from", "y"), "--from and --mirror are mutually exclusive"),
-        (("--mirror", "x"), "--mirror x: expected an address such as https://"),
+        (("--mirror", "x"), "--mirror x: expected a URL such as https://"),
         (("--from", "y"), "y: lacks annotations_trainval2017.zip (http://images.cocodataset.org/"),
     ],
     ids=["both", "mirror", "from"],

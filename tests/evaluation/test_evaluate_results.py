@@ -108,7 +108,7 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
         ({"bbox": [1, 2, 3, float("inf")]}, "result 2: bbox must be 4 finite"),
         ({"segmentation": BROKEN}, "category \\d+: RLE whose counts"),
         ({"segmentation": SHORT}, "category \\d+: RLE whose counts do not fill its size"),
-        ({"segmentation": OTHER_SIZE}, "category \\d+: RLE of another size than its image"),
+        ({"segmentation": OTHER_SIZE}, "category \\d+: RLE whose size differs from its image"),
         ({"segmentation": NO_RUNS}, "category \\d+: RLE whose counts are not run lengths"),
         ({"segmentation": 3}, "category \\d+: segmentation that is neither"),
         *(({key: ...}, f"result 2: {key} is missing") for key in ("image_id", "score", "bbox")),
@@ -156,7 +156,7 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
         (lambda tree: tree["annotations"][0].pop("bbox"), "annotation 1 .*: annotation without"),
         (lambda tree: tree["annotations"][0].update(segmentation=SHORT), "RLE whose counts do not"),
         (lambda tree: tree.update(images=3), "'images' is not a list: got 3"),
-        (lambda tree: tree["annotations"].clear(), "contains no object to find"),
+        (lambda tree: tree["annotations"].clear(), "contains no objects"),
         (lambda tree: tree.pop("categories"), "no 'categories' in the file"),
     ],
 )

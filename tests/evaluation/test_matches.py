@@ -154,7 +154,7 @@ def test_a_file_that_is_no_matches_is_refused_in_one_line(tmp_path, change):
     with np.load(path) as file:
         columns = {name: one for name, one in (dict(file) | change).items() if one is not None}
     np.savez(path, **columns)
-    with pytest.raises(ValueError, match=r"matches\.npz: not a file of matches") as caught:
+    with pytest.raises(ValueError, match=r"matches\.npz: not a matches file") as caught:
         load_matches(path)
     assert "\n" not in str(caught.value)
 
@@ -163,7 +163,7 @@ def test_a_file_that_is_no_matches_is_refused_in_one_line(tmp_path, change):
 def test_what_is_no_npz_is_refused(tmp_path, content):
     path = tmp_path / "matches.npz"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a file of matches"):
+    with pytest.raises(ValueError, match="not a matches file"):
         load_matches(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_matches(tmp_path / "other.npz")

@@ -115,7 +115,7 @@ def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, cli: Ru
         lambda handler: handler.send(308, "", Location="https://127.0.0.1/apis?a=b")
     ]
     assert cli("status", "x")[2].endswith(
-        "redirects to https://127.0.0.1/apis: pass this address as --host\n"
+        "redirects to https://127.0.0.1/apis: pass this URL as --host\n"
     )
 
 

@@ -195,7 +195,7 @@ def test_running_jobs_are_deleted_and_ended_ones_stay(monkeypatch: pytest.Monkey
     deleted, left = delete(objects, monkeypatch)
     assert deleted == ["runs", "suspended", "new"]
     assert objects.deleted == [f"pytorchjobs/{name}" for name in deleted]
-    until = "stays, with the logs of pods that are left, until"
+    until = "kept, with the logs of the remaining pods, until"
     assert left == [
         f"failed: failed; {until} 2026-01-01 01:00 UTC or its run is deleted",
         f"done: succeeded; {until} its run is deleted",
@@ -241,7 +241,7 @@ def test_a_forbidden_kind_keeps_no_job_of_the_other(monkeypatch: pytest.MonkeyPa
     objects = Objects([named("runs", RUNNING)], error)
     deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
-    text = "trainjobs were not listed: cannot list trainjobs in namespace ours: trainjobs is"
+    text = "trainjobs could not be listed: cannot list trainjobs in namespace ours: trainjobs is"
     assert left.startswith(f"{text} forbidden")
     # the run's may be left
     with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):

@@ -145,7 +145,7 @@ def test_the_kind_of_job_is_that_of_the_job_and_no_other_is_accepted(
 ) -> None:
     job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
     monkeypatch.setattr("sys.stdin", io.StringIO(job))
-    said = "--job -: contains no trainjob but pytorchjob; see --job-kind"
+    said = "--job -: contains no trainjob, only pytorchjob; see --job-kind"
     words = ["submit", "tiny", "--job", "-", "--job-kind", "trainjob"]
     assert cli(*words) == (1, "", f"pipeline: {said}\n")
     assert not kubeflow.bodies("POST /runs")
@@ -246,11 +246,11 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["mine.yaml"], "mine.yaml: a file on this machine; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
-            "--set tracking.uri: the user and password would be visible in",
+            "--set tracking.uri: the user name and password would be visible in",
         ),
         (
             ["tiny", "--set", "data.root=https://store/data?sig=hunter2"],
-            "--set data.root: the user and password would be visible in",
+            "--set data.root: the user name and password would be visible in",
         ),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
         (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),

@@ -126,8 +126,8 @@ def test_jobs_of_a_run_are_deleted_twice(
     assert f"state {state}, now ending" in out and out.splitlines()[4:] == [
         PLACE.format("kubeflow"),
         "deleted vitdet-1",
-        "looking again when the run has ended, for about 300 s",
-        "deleted vitdet-3, made since",
+        "checking again after the run has ended, for up to about 300 s",
+        "deleted vitdet-3, created in the meantime",
         KEPT,
     ]
     assert cluster.asked == [(RUN, "kubeflow", "pytorchjob")] * 2
@@ -141,7 +141,11 @@ def test_without_jobs_the_namespace_is_named(
     run("submit", "tiny")
     kubeflow.states, cluster.found = [{"state": "FAILED"}], [([], left)]
     out = run("terminate", RUN)[1]
-    assert out.splitlines()[4:] == [PLACE.format("kubeflow"), *left, "found none to delete"]
+    assert out.splitlines()[4:] == [
+        PLACE.format("kubeflow"),
+        *left,
+        "found no training jobs to delete",
+    ]
 
 
 @pytest.mark.parametrize("status", [503, 401, 404])  # an outage, an expired login, a deleted run
@@ -153,7 +157,7 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
     cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
     code, out, said = run("terminate", RUN, "--retries", 0)
-    assert (code, out.splitlines()[-2:]) == (1, ["deleted vitdet-2, made since", KEPT])
+    assert (code, out.splitlines()[-2:]) == (1, ["deleted vitdet-2, created in the meantime", KEPT])
     assert len(cluster.asked) == 2
     unknown = "it is unknown whether the run has ended ("
     last = said.splitlines()[-1]

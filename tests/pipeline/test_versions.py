@@ -78,8 +78,8 @@ def test_a_field_without_which_the_result_differs_is_refused() -> None:
     ("given", "said"),
     [
         ("1.8.5", "1.8.5 is too old; supported: 2.5.0 (Kubeflow 1.10)"),
-        ("2.9.0", "2.9.0 is no release of the server; supported: "),
-        ("3.0", "3.0 is newer than this client knows; supported: "),
+        ("2.9.0", "2.9.0 is not a released version; supported: "),
+        ("3.0", "3.0 is newer than this client supports; supported: "),
         ("newest", "version 'newest' of Kubeflow Pipelines: expected one of 2.5.0 (Kubeflow "),
     ],
 )
@@ -132,11 +132,11 @@ def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, cli
     [
         (
             {"tag_name": "2.15.0"},
-            "this is Pipelines 2.15.0; it does not know securityContext of the pipeline: use --kfp 2.15.0",
+            "this is Pipelines 2.15.0; it does not support securityContext in the pipeline: use --kfp 2.15.0",
         ),
         (
             {"tag_name": "unknown"},
-            "the server does not know securityContext of the pipeline: pass its version with --kfp; it is older "
+            "the server does not support securityContext in the pipeline: pass its version with --kfp; it is older "
             "than 2.16.0",
         ),
     ],

@@ -140,7 +140,7 @@ def test_an_interrupted_evaluation_is_no_verdict(
 
 def test_the_evaluation_of_another_champion_does_not_count(gated: RegisteredModel) -> None:
     verdict = gated.judge(99.0, OTHER, evaluated=Evaluated("7", {"box_ap": 12.0}))
-    assert not verdict.passed and "run this again" in verdict.reason
+    assert not verdict.passed and "run the command again" in verdict.reason
 
 
 def test_of_two_that_passed_the_better_is_champion_whoever_comes_last(
@@ -240,10 +240,10 @@ def test_matches_are_added_to_a_version_that_has_their_metrics_only(
     tags = {"box_ap": "40", **DATA.tags()}
     found = client.create_model_version(gated.name, f"models:/{logged}", tags=tags)
     add_matches(client, found, DATA, {"box_ap": 41.0}, tmp_path)
-    assert "the matches in " in caplog.text and "are of another evaluation" in caplog.text
+    assert "the matches in " in caplog.text and "are from a different evaluation" in caplog.text
     assert not client.list_logged_model_artifacts(logged, folder)
     add_matches(client, found, DATA, {"box_ap": 40.0}, tmp_path)
     (stored,) = client.list_logged_model_artifacts(logged, folder)
     assert stored.path == f"{folder}/{MATCHES}"
     add_matches(client, found, DATA, {"box_ap": 40.0}, tmp_path)
-    assert "it has matches of this evaluation" in caplog.text
+    assert "it already has matches of this evaluation" in caplog.text

@@ -72,7 +72,7 @@ def test_invalid_requests_are_rejected_in_one_line(
     code, line = promote("--version", 7)
     assert code == 1 and f"{model.name}: no version 7" in line
     code, line = promote()
-    assert code == 1 and "the data of its metrics is unknown" in line
+    assert code == 1 and "the data that its metrics were measured on is unknown" in line
     model.set(model.add(41.0), "candidate")
     code, line = run("promote")
     assert code == 1 and "was registered without its config" in line

@@ -106,13 +106,16 @@ def test_the_gate_trusts_no_metrics_of_unknown_origin(
     assert not client_of(model).search_registered_models()
     save_config(load_config("tiny", minimal(own_tiny, evaluate__max_detections=3)), config)
     code, _, err = vitdet(*words, "--config", config)
-    assert code == 1 and "with other data or evaluate settings than those of --config" in err
+    assert code == 1 and "with different data or evaluate settings than those in --config" in err
     code, _, err = vitdet("register", another(model), *CHAMPION, "--metrics", metrics)
-    assert code == 1 and "the --metrics are of another checkpoint" in err
+    assert code == 1 and "the --metrics belong to a different checkpoint" in err
     metrics.write_text(metrics.read_text().replace('"box_ap": ', '"box_ap": 1'))
     code, _, err = vitdet(*words)  # edited since
     assert code == 1 and err.count("\n") == 1
-    assert "the data of its metrics is unknown; run `vitdet evaluate CHECKPOINT" in err
+    assert (
+        "the data that its metrics were measured on is unknown; run `vitdet evaluate CHECKPOINT"
+        in err
+    )
     save_config(load_config("tiny", minimal(own_tiny)), config)
     code, out, err = vitdet(*words, "--config", config)
     assert code == 0 and "the first champion" in out, err

@@ -126,7 +126,7 @@ def test_a_training_always_ends_with_its_best_detector(
     assert load_model_file(best)["step"] == 2 and load_model_file(folder / "model.pt")["step"] == 3
     best.unlink()
     shutil.rmtree(stored.parent)
-    with refused(r"finished run of 3 steps without its best.pt, and no training state"):
+    with refused(r"finished run of 3 steps without its best.pt, but there is no training state"):
         run([])
 
 
@@ -139,11 +139,11 @@ def test_a_training_that_patience_ended_goes_on_with_more_of_it(
         return sorted(go(tiny, tmp_path / "run", **changes).points)
 
     assert run([3.0, 2.0, 2.0], 2) == [1, 2, 3]
-    with refused("another config .*train.patience: 1, not 2"):
+    with refused("different config .*train.patience: 1, not 2"):
         run([], 1)
     assert run([4.0], 0) == [4]
     assert load_model_file(tmp_path / "run" / "best.pt")["step"] == 4
-    with refused("another config .*train.patience: 3, not 0"):
+    with refused("different config .*train.patience: 3, not 0"):
         run([], 3)
 
 
@@ -168,7 +168,7 @@ def test_a_best_detector_that_is_lost_is_replaced_by_the_next(
     best = best_of(tmp_path, keep_best="box_ap", patience=3)
     state = {"value": 5.0, "step": 4, "stale": 1}
     best.restore(state, 6)
-    assert "the best detector, of step 4, is lost" in caplog.text
+    assert "the best detector (step 4) was lost" in caplog.text
     assert best.stale == 0 and best.update({"box_ap": 1.0}, 8)
     (tmp_path / "states").mkdir()
     (tmp_path / "states" / "best.pt").write_bytes(b"damaged")
@@ -194,7 +194,7 @@ def test_a_metric_that_the_data_does_not_have_is_refused_before_anything_is_writ
     measured = measured_metrics(load_config("tiny", minimal(tiny)))
     sizes = {f"box_ap_{size}" for size in ("large", "medium", "small")}
     missing = min(sizes - set(measured))
-    with refused(f"do not measure {missing}: val has no object for it; "):
+    with refused(f"do not measure {missing}: val has no objects for it; "):
         go(tiny, tmp_path / "run", train__keep_best=missing)
     assert not (tmp_path / "run").exists()
 

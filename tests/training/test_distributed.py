@@ -70,7 +70,7 @@ def apart(rank: int, root: Path, folder: Path) -> None:
 def test_processes_that_share_no_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
     cut_at(4, tiny, tmp_path, **TOGETHER)
     with pytest.raises(
-        Exception, match=r"found states of different steps \(3, 0\); --output must be one folder"
+        Exception, match=r"found states from different steps \(3, 0\); --output must be one folder"
     ):
         spawn_pair(apart, tiny, tmp_path)
     assert min(go(tiny, tmp_path, **TOGETHER).points) == 4  # nothing was lost
@@ -381,5 +381,5 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_else
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert done.stderr == (
         f"vitdet: train.batch_size must be a multiple of the 8 processes, got {batch}; "
-        f"set it to {fitting}, or start another number of processes\n"
+        f"set it to {fitting}, or start a different number of processes\n"
     )

@@ -142,8 +142,8 @@ def test_one_line_says_what_another_batch_size_means_for_the_rate() -> None:
     scaling = f"{size}: optim.scale_lr scales it to 2.5e-05"
     assert rate_note(OptimConfig(scale_lr=True), 16) == scaling
     assert rate_note(OptimConfig(), 16) == (
-        f"{size}: it is not scaled; optim.scale_lr=true scales it to 2.5e-05, "
-        "optim.lr_batch_size=16 declares it as meant for this size"
+        f"{size}: optim.lr is not scaled; optim.scale_lr=true scales it to 2.5e-05, "
+        "optim.lr_batch_size=16 declares that it is meant for this size"
     )
 
 
@@ -181,7 +181,7 @@ def test_the_average_is_restored_exactly_or_refused() -> None:
     other.load_state_dict(average.state_dict())
     assert all(torch.equal(other.weights[name], average.weights[name]) for name in average.weights)
     for state in ({}, {"weight": torch.zeros(2, 2)}):
-        with pytest.raises(ValueError, match="belongs to another model"):
+        with pytest.raises(ValueError, match="belongs to a different model"):
             other.load_state_dict(state)
 
 

@@ -118,14 +118,14 @@ def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
     assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
     ((_, run_id, step, tracker),) = heard  # what was not shipped is, and the run is no longer open
     assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
-    with refused(r"finished run with another config \(optim.lr: 0.1, not 0.001\)"):
+    with refused(r"finished run with a different config \(optim.lr: 0.1, not 0.001\)"):
         again(optim__lr=0.1)
     path = own_tiny / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
     with refused(
-        r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another"
+        r"run: contains a finished run on different data \(train split \w+, now \w+\); choose another"
     ):
         again()
     assert len(heard) == 1

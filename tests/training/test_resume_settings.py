@@ -119,7 +119,7 @@ def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_
     go(tiny, tmp_path / "step", **dropped)
     with pytest.raises(
         ValueError,
-        match=r"step: contains a finished run with another config \(optim.steps: 12, not 8\); the learning "
+        match=r"step: contains a finished run with a different config \(optim.steps: 12, not 8\); the learning "
         r"rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove it",
     ):
         go(tiny, tmp_path / "step", optim__steps=12, **dropped)
@@ -136,7 +136,7 @@ def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path)
     go(tiny, tmp_path, optim__milestones="[]", optim__steps=1)
     before = (tmp_path / "model.pt").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
-    with refused("contains a finished run of 1 steps, and no training state to"):
+    with refused("contains a finished run of 1 steps, but there is no training state to"):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=2)
     assert (tmp_path / "model.pt").read_bytes() == before
 
@@ -149,7 +149,7 @@ def test_a_scaled_rate_is_that_of_the_whole_training(
         stop_at(2, tiny, tmp_path / "run", **half)
     note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr scales it to 0.0005"
     assert caplog.messages.count(note) == 1
-    with refused("another config .optim.lr_batch_size: 8, not 4"):
+    with refused("different config .optim.lr_batch_size: 8, not 4"):
         go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})
     rest = go(tiny, tmp_path / "run", **half)
     whole = go(tiny, tmp_path / "whole", optim__lr=0.0005, optim__steps=3)

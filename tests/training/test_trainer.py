@@ -113,11 +113,11 @@ def test_states_outside_of_the_output_survive_its_removal(
 def test_an_output_with_another_config_is_refused(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
-    with refused(r"finished run with another config \(optim.lr: 0.1, not 0.001; train.keep"):
+    with refused(r"finished run with a different config \(optim.lr: 0.1, not 0.001; train.keep"):
         go(tiny, trained, optim__lr=0.1, train__keep=1)
     cut_at(1, tiny, tmp_path)  # also when it has only begun
     before = (tmp_path / "config.yaml").read_text()
-    with refused(r"contains a run with another config \(optim.lr: 0.1, not 0.001\)"):
+    with refused(r"contains a run with a different config \(optim.lr: 0.1, not 0.001\)"):
         go(tiny, tmp_path, optim__lr=0.1)
     assert (tmp_path / "config.yaml").read_text() == before
 

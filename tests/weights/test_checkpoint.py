@@ -136,8 +136,8 @@ def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
         (tmp_path / "list.pt", "got 'list'"),
         (tmp_path / "foreign.pt", "got None"),
         (tmp_path / "photos.zip", "not a complete vitdet"),
-        (tmp_path / "text.pt", "or another kind of file"),
-        (trained / "config.yaml", "or another kind of file"),
+        (tmp_path / "text.pt", "or a different kind of file"),
+        (trained / "config.yaml", "or a different kind of file"),
     ):
         with pytest.raises(ValueError) as caught:
             load_model_file(path)
@@ -221,5 +221,7 @@ def test_only_a_full_disk_is_told_to_be_emptied(
 def test_weights_that_are_no_real_tensors_by_name_are_refused(name: object, value: object) -> None:
     layer = torch.nn.Linear(2, 2)
     weights = dict(layer.state_dict()) | {name: value}
-    with pytest.raises(ValueError, match="^x.pt: 1 of its weights are not named real tensors"):
+    with pytest.raises(
+        ValueError, match="^x.pt: 1 of its weights are not real-valued tensors with a name"
+    ):
         load_weights(layer, weights, "x.pt")

@@ -152,7 +152,7 @@ FORBIDDEN = "the server responded with 403 Forbidden (the server denies access t
         (
             status(404),
             FileNotFoundError,
-            "the server responded with 404 Not Found (no such file there)",
+            "the server responded with 404 Not Found (no such file on the server)",
         ),
         (status(403), ConnectionError, FORBIDDEN),
         (PAGE, ValueError, "received a web page instead of the file"),
@@ -213,7 +213,7 @@ def test_a_mirror_keeps_the_path() -> None:
         assert mirrored(url, mirror) == "http://inside:8080/weights/detectron2/ViTDet/model.pkl?v=1"
     assert mirrored(url, "https://inside") == "https://inside/detectron2/ViTDet/model.pkl?v=1"
     for mirror in ("inside", "ftp://inside", "/mnt/weights"):
-        with pytest.raises(ValueError, match=f"--mirror {mirror}: expected an address"):
+        with pytest.raises(ValueError, match=f"--mirror {mirror}: expected a URL"):
             mirrored(url, mirror)
 
 

@@ -163,7 +163,7 @@ def test_bytes_that_are_no_such_weights_are_one_line(
         (("mae_vit_hh",), "no weights named 'mae_vit_hh'; did you mean 'mae_vit_h'?"),
         (
             ("mae_vit_h", "--mirror", "nowhere"),
-            "--mirror nowhere: expected an address such as https",
+            "--mirror nowhere: expected a URL such as https",
         ),
         (("mae_vit_h", "--from", "none.pth"), "none.pth: no such file (--from)"),
         (("vitae_s",), "cannot be downloaded: https://drive.google.com/"),

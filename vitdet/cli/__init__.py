@@ -1,7 +1,8 @@
 """The command line. Each verb has a module, which adds its arguments and runs it.
 
-A verb imports torch, MLflow and the like when it runs, so that `vitdet --help` and `vitdet config`
-are fast. It returns the exit code; `main` prints a user error in one line.
+A verb imports torch, MLflow and other slow packages when it runs, so that `vitdet --help` and
+`vitdet config` are fast. Its function returns the exit code; `main` prints a user error in one
+line.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
-            # as in `vitdet weights list | head -1`; what is still buffered must not fail at exit
+            # as in `vitdet weights list | head -1`; flushing the remaining output must not fail at
+            # exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = SIGPIPE
         elif message := _message(error, verb):
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # what matters about an unusual image is logged in one line
+    # relevant properties of an unusual image are logged in one line
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.root.handlers:
@@ -94,7 +96,7 @@ def _message(error: Exception, verb: str) -> str:
     kinds = {kind.__name__ for kind in type(error).__mro__}  # without importing torch or mlflow
     lines = hide_credentials(error).strip().splitlines() or [type(error).__name__]
     if "OutOfMemoryError" in kinds:
-        # requested and available memory; torch then explains its allocator
+        # the first sentences: requested and available memory; the rest explains torch's allocator
         memory = "".join(lines[0].partition(" is free.")[:2])
         return f"{memory} {MEMORY_ADVICE.get(verb, 'Use a GPU with more memory')}"
     if "MlflowException" in kinds:
@@ -105,7 +107,7 @@ def _message(error: Exception, verb: str) -> str:
 
 
 def _output_is_closed() -> bool:
-    """Return whether the reader of the pipe that is standard output has closed it."""
+    """Return whether standard output is a pipe that its reader has closed."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -39,7 +39,8 @@ def run_config(args: argparse.Namespace) -> int:
     log_resolved(config, found)
     text = dump_config(config)
     if settings := following(explicit_settings(args.recipe, args.overrides)):
-        # `vitdet train` reads them again, as the data may have appeared or changed by then
+        # `vitdet train` reads these settings again, as the data may have been created or changed by
+        # then
         text = f"{FROM_DATA}{', '.join(settings)}\n{text}"
     if args.training:
         write_json(args.training, training_settings(config))

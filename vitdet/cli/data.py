@@ -58,7 +58,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
     _add_convert(
-        kinds.add_parser("convert", help="convert a data set of another format to COCO's layout")
+        kinds.add_parser("convert", help="convert a data set from another format to COCO's layout")
     )
 
 
@@ -68,7 +68,7 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "--split",
         default="",
         choices=("train", "val"),
-        help="download only what this split needs; LVIS val also needs images of COCO's train "
+        help="download only what this split needs; LVIS val also needs COCO's training images "
         "(default: both)",
     )
     kind.add_argument(
@@ -129,7 +129,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     add_file(
         kind,
         "--rename",
-        "YAML or JSON map from old to new class names; two classes may get the same name",
+        "YAML or JSON map from old to new class names; two classes may be given the same name",
     )
     kind.add_argument(
         "--classes",
@@ -196,8 +196,8 @@ def run_data_fetch(args: argparse.Namespace) -> int:
     made = fetch(wanted, args.folder, Bar, args.mirror, args.local, args.keep_archives)
     paths = {path for archive in wanted for path in archive.paths}
     here = download_record.read(args.folder).only((), paths)
-    parts = [f"{one.path} {one.count:,} images" for one in here.folders]
-    parts += [one.path for one in here.files]
+    parts = [f"{folder.path} {folder.count:,} images" for folder in here.folders]
+    parts += [file.path for file in here.files]
     print(f"{args.folder}: {', '.join(parts)}{'' if made else ', already there'}")
     return 0
 
@@ -246,8 +246,8 @@ def run_data_report(args: argparse.Namespace) -> int:
     reading = reading_with(args.overrides, DEFAULT)
     output = args.output or Path(f"{args.folder.resolve().name}.html")
     images, objects, report = write_page(args.folder, output, args.images, reading)
-    errors = sum(one.count for one in report.errors)
-    warnings = sum(one.count for one in report.warnings)
+    errors = sum(error.count for error in report.errors)
+    warnings = sum(warning.count for warning in report.warnings)
     print(
         f"{output}: {images:,} images, {objects:,} annotations, {errors:,} errors, "
         f"{warnings:,} warnings"

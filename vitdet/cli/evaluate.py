@@ -1,4 +1,4 @@
-"""`vitdet evaluate`: a checkpoint, or a file of results."""
+"""`vitdet evaluate`: a checkpoint, or a results file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vitdet.tracking.runs import default_folder
 
     for path in filter(None, (args.output, args.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # fails before the evaluation
+        path.parent.mkdir(parents=True, exist_ok=True)  # raise an error before the evaluation
     config = None
     if args.config:
         config, found = resolve_config(args.config)

@@ -36,7 +36,9 @@ def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -
 def reading_with(
     overrides: Sequence[str], reading: Reading, names: Sequence[str] = READING
 ) -> Reading:
-    """Return `reading` with these settings of `data`. Raises ValueError for any other setting."""
+    """Return `reading` with these overrides of `data` settings. Raises ValueError for other
+    settings.
+    """
     from vitdet.config import Config, DataConfig, override
     from vitdet.data.images import Reading
     from vitdet.data.layout import overridden_settings

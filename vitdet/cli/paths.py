@@ -25,7 +25,7 @@ def add_folder(verb: argparse.ArgumentParser, name: str, help: str) -> None:
 def given_path(text: str) -> Path:
     """Return a path on the command line. Raises FileNotFoundError for an empty string.
 
-    pathlib reads it as the current folder, but it is the value of a shell variable that is not set.
+    pathlib treats "" as the current folder, but "" usually comes from an unset shell variable.
     """
     if not text.strip():
         raise FileNotFoundError(

@@ -30,7 +30,7 @@ class Bar:
             return
         self._shown = (now, tenth)
         text = self._text(done, total, now)
-        if terminal:  # at most a row: a line that wraps could not be redrawn
+        if terminal:  # at most the width of the terminal: a line that wraps could not be redrawn
             room = shutil.get_terminal_size().columns - 1
             width = min(room - len(text) - 4, 30)
             filled = width * done // total if total else 0

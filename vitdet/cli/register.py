@@ -26,13 +26,13 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb,
         "--metrics",
-        "JSON file that `vitdet evaluate` wrote (--output), for the tags of the version",
+        "JSON file written by `vitdet evaluate --output`, for the tags of the version",
     )
     add_folder(
         verb,
         "--plots",
-        "folder that `vitdet evaluate` wrote (--plots), of the same evaluation: report and "
-        "matches to store with the version",
+        "folder written by `vitdet evaluate --plots` in the same evaluation, whose report and "
+        "matches are stored with the version",
     )
     add_file(verb, "--output", "JSON file for the name and version")
     verb.set_defaults(run=run_register)

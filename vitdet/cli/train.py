@@ -26,7 +26,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     add_folder(
         verb,
         "--checkpoints",
-        "folder for the training states, by config and data (default: --output)",
+        "folder for training states, one subfolder per config and data (default: --output)",
     )
     add_folder(
         verb,
@@ -52,7 +52,7 @@ def run_train(args: argparse.Namespace) -> int:
     torchrun.end_with_torchrun()
     from vitdet.data.samplers import check_batch_size
 
-    # before torch is imported, the data is read and the other processes are joined
+    # checked before torch is imported, the data is read and the process group is joined
     train = load_config(args.recipe, args.overrides).train
     check_batch_size(train.batch_size, torchrun.world_size(), train.accumulate)
 

@@ -119,14 +119,14 @@ def _record(entry: Entry) -> dict:
 
 
 def _lines(entry: Entry) -> Iterator[str]:
-    """Yield the lines of an entry: contents, source, what is known of the file."""
+    """Yield the lines of an entry: contents, source, and known properties of the file."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
     ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
     yield f"  {entry.name:32} {entry.what}{ap}{'  [here]' if is_here(entry) else ''}"
     remarks = {
-        "page": " (a page, for a browser)",
+        "page": " (a web page; open it in a browser)",
         "dead": " (dead link)",
         "none": NOT_PUBLISHED,
         "packaged": "ships with vitdet",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_TEXT = r"(?:[^\s'\"]|['\"](?=\w))"  # a quote within a password; not one that ends the address
+_TEXT = r"(?:[^\s'\"]|['\"](?=\w))"  # a quote within a password, but not a quote that ends the URL
 # USER:PASSWORD@ after ://. A password may contain / and @, so match up to the last @, unless the
 # colon precedes the port of http://HOST:PORT/PATH, or there is no colon (then the path may contain
 # @, as in s3://BUCKET/a@b, and the address of a file has no host).
@@ -25,7 +25,7 @@ _CREDENTIALS = re.compile(f"{_USER}|{_USER_ONLY}|{_QUERY}", re.IGNORECASE)
 def has_credentials(address: str) -> bool:
     """Return whether an address contains a user, a password, a token or a key.
 
-    Not recognized: a password as in http://USER:12/ab@HOST, which begins like a port.
+    A password as in http://USER:12/ab@HOST, which begins like a port, is not recognized.
     """
     return bool(_CREDENTIALS.search(address))
 

@@ -34,8 +34,8 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def load_stored(path: str | Path) -> Config:
-    """Return the config that a training run or a registration saved; those of earlier versions may
-    contain addresses and names that `load_config` rejects.
+    """Return the config that a training run or a registration saved; configs of earlier versions
+    may contain addresses and names that `load_config` rejects.
     """
     return from_dict(_read(path))
 
@@ -45,7 +45,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
     check_names(tracking)
     if has_credentials(tracking.uri):
         raise ValueError(
-            "tracking.uri must not contain a user or password, as it is stored in configs and "
+            "tracking.uri must not contain a user name or password, as it is stored in configs and "
             "checkpoints; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole "
             "address as MLFLOW_TRACKING_URI"
         )
@@ -148,7 +148,7 @@ def _parse(key: str, text: str) -> object:
     try:
         return parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{key}: {text!r} is not readable as a value") from error
+        raise ValueError(f"{key}: {text!r} cannot be parsed as a value") from error
 
 
 def _unknown(kind: Any, tree: object) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""Types of settings with a range. A range's description completes the message "KEY must ..."."""
+"""Types of settings with a range. The description of a range completes the message "KEY must
+...".
+"""
 
 import math
 import re
@@ -17,10 +19,10 @@ def between(low: int, high: int) -> Meta:
     return Meta(ge=low, le=high, description=f"be between {low} and {high}")
 
 
-# Upper bounds are far above what any model or machine uses: they catch typos
+# Upper bounds are far above the values that any model or machine uses, to catch typos
 Seed = Annotated[int, between(0, 2**63 - 1)]
-Count = Annotated[int, between(1, 2**31 - 1)]  # of steps or files
-Amount = Annotated[int, between(1, 1_000_000)]  # of images, boxes or classes
+Count = Annotated[int, between(1, 2**31 - 1)]  # number of steps or files
+Amount = Annotated[int, between(1, 1_000_000)]  # number of images, boxes or classes
 Size = Annotated[int, between(1, 65_536)]  # side or width
 Depth = Annotated[int, between(0, 1024)]  # number of layers
 Workers = Annotated[int, between(0, 1024)]  # number of processes

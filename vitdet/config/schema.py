@@ -120,7 +120,7 @@ class ModelConfig(Section, prefix="model."):
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-    norm_eps: Positive = 1e-6  # of the LayerNorms in pyramid and heads; 1e-5 in mmdet
+    norm_eps: Positive = 1e-6  # epsilon of the LayerNorms in pyramid and heads; 1e-5 in mmdet
     # GT of a low-quality match: the box's own best GT (Detectron2, RPN only), or the GT that the
     # box is best for, in RPN and RoI heads (mmdet)
     low_quality: Literal["own", "best"] = "own"
@@ -143,7 +143,7 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("the data's identity is compared"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # per split: the images of lowest id that contain an object; 0: all
+    # per split: the images with the lowest ids that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
@@ -159,7 +159,8 @@ class DataConfig(Section, prefix="data."):
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("an error instead of a larger image")
     )
-    # of gray values in files of more than 8 bits: cameras store 12 bits in 16; 0: as in the file
+    # bits of gray values in files of more than 8 bits: cameras store 12 bits in 16; 0: as in the
+    # file
     bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
     workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
@@ -182,9 +183,10 @@ class OptimConfig(Section, prefix="optim."):
     layer_decay: Positive = 0.7
     steps: Count = 184_375  # 100 epochs of COCO with batch size 64
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = (0.8888889, 0.962963)  # of `steps`: drops to a tenth; []: none
+    # drops to a tenth at these fractions of `steps`; []: none
+    milestones: tuple[float, ...] = (0.8888889, 0.962963)
     warmup_steps: NonNegative = 250.0
-    warmup_factor: Fraction = 0.001  # of lr at step 0
+    warmup_factor: Fraction = 0.001  # learning rate at step 0, as a fraction of lr
     clip: NonNegative = 0.0  # largest gradient norm; 0: no clipping
     ema: Fraction = 0.0  # decay of the averaged weights that are evaluated and saved; 0: none
 
@@ -201,11 +203,11 @@ class OptimConfig(Section, prefix="optim."):
 class TrainConfig(Section, prefix="train."):
     """The training loop."""
 
-    init: str = "mae_vit_b"  # name in the weights catalogue, file or checkpoint; '': random weights
+    init: str = "mae_vit_b"  # name in the weights catalog, file or checkpoint; '': random weights
     init_format: Literal[
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",
-    ] = "vitdet"  # fmt: skip  # of the file `init`
+    ] = "vitdet"  # fmt: skip  # format of the file `init`
     batch_size: Amount = 64  # images per step over all processes
     # micro-batches per step and process (gradient accumulation)
     accumulate: Amount = field(default=1, metadata=operational("as the number of processes"))
@@ -241,11 +243,11 @@ class EvalConfig(Section, prefix="evaluate."):
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
-    # of the detector; auto: bf16 or fp16 if the device supports it natively
+    # precision of the detector; auto: bf16 or fp16 if the device supports it natively
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # torch.compile on a GPU: takes a minute, worthwhile from a few thousand images on
     compile: bool = False
-    # of the validation split: the images of lowest id that contain an object; 0: all
+    # number of validation images: those with the lowest ids that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
@@ -268,8 +270,8 @@ class GateConfig(Section, prefix="gate."):
         "box_ap"
     )
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
-    min_class_ap: Percent = 0.0  # of each class, in the same metric; 0: any
-    max_class_loss: Percent = 100.0  # of any class against the champion; 100: any
+    min_class_ap: Percent = 0.0  # minimum of each class, in the same metric; 0: no limit
+    max_class_loss: Percent = 100.0  # maximum of any class against the champion; 100: no limit
     # the paired bootstrap interval of the gain at this level must be above min_gain; 0: no interval
     confidence: Confidence = 0.0
 

@@ -16,8 +16,8 @@ def operational(reason: str, *unless: str) -> dict[str, Any]:
     """Return field metadata of a setting that does not affect the trained weights.
 
     A training run can resume with another value, and the names of run and checkpoint folders do not
-    depend on it. reason: why it has no effect; unless: settings such as `optim.scale_lr` that give
-    it an effect if any of them is on.
+    depend on it. reason: why the setting has no effect on the weights; unless: settings such as
+    `optim.scale_lr`; if any of these is enabled, the setting does have an effect.
     """
     return {"operational": reason, "unless": unless}
 
@@ -25,7 +25,7 @@ def operational(reason: str, *unless: str) -> dict[str, Any]:
 class Section:
     """A group of settings. Each new instance checks types, choices and ranges."""
 
-    prefix = ""  # of the keys of its settings, e.g. `optim.`
+    prefix = ""  # prefix of the keys of its settings, e.g. `optim.`
     hints = dict[str, Any]()  # field -> type and range
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:
@@ -61,7 +61,7 @@ def list_settings(
 def merge(tree: dict, kind: Any, changes: Mapping) -> None:
     """Set values in the tree of a section of this kind, merging nested sections.
 
-    Raises ValueError if a section would be replaced by another value.
+    Raises ValueError if a value other than a mapping would replace a section.
     """
     for name, value in changes.items():
         section, current = kind.hints.get(name), tree.get(name)
@@ -77,8 +77,8 @@ def merge(tree: dict, kind: Any, changes: Mapping) -> None:
 
 
 def convert_section(kind: Any, value: Any) -> Any:
-    """Convert a value from YAML to the type of its setting; what does not fit is returned as is,
-    and the section rejects it.
+    """Convert a value from YAML to the type of its setting; a value that cannot be converted is
+    returned unchanged, and the section rejects it.
     """
     if hints := getattr(kind, "hints", None):  # a section
         return kind(

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-MAX_LISTED = 16  # longer lists are reduced to the nearest names
+MAX_LISTED = 16  # in longer lists, only the nearest names are shown
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ class Entries:
 
 
 def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
-    """Yield the entries of a table, each as `Annotation` if its values have its types.
+    """Yield the entries of a table, each as `Annotation` if its values have the declared types.
 
     rows: indices of the entries in a table that is a list or `Entries`; default: all.
     """
@@ -89,10 +89,11 @@ def _unchanged(item: object) -> object:
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:
-    """Read a JSON file; of a file in COCO's layout, return the three tables as `Entries`.
+    """Read a JSON file; for a file in COCO's layout, the three tables are returned as `Entries`.
 
-    mapped: memory-map the file, which must not change while the entries are used. Of duplicate
-    keys, the last one counts, as in Python's json. Raises OSError, and ValueError for invalid JSON.
+    mapped: memory-map the file, which must not change while the entries are used. If keys are
+    duplicated, the last one takes effect, as in Python's json. Raises OSError, and ValueError for
+    invalid JSON.
     """
     with open(path, "rb") as file:
         if mapped and os.fstat(file.fileno()).st_size:
@@ -121,7 +122,7 @@ def parse(content: bytes) -> object:
 def _decode(encoded: Any) -> object:
     try:
         return msgspec.json.decode(encoded)
-    except (ValueError, RecursionError):  # e.g. a number too large for a float, a lone surrogate
+    except (ValueError, RecursionError):  # e.g. a number too large for a float, or a lone surrogate
         try:
             return parse(bytes(encoded))
         except ValueError as error:
@@ -129,7 +130,7 @@ def _decode(encoded: Any) -> object:
 
 
 def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, str]], str]:
-    """Convert an entry whose values have other types.
+    """Convert an entry whose values do not have the declared types.
 
     Returns:
         The annotation, None after an error; the errors (kind, text); a string with the converted
@@ -161,7 +162,7 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
     )
     if errors:
         return None, errors, converted
-    own, image_id, category_id = (UNKNOWN if one is None else one for one in ids.values())
+    own, image_id, category_id = (UNKNOWN if number is None else number for number in ids.values())
     outline = item.get("segmentation")
     found = Annotation(own, image_id, category_id, box, outline, area, iscrowd)
     return found, errors, converted

@@ -2,8 +2,8 @@
 report.
 
 All of them reject errors, since results would be wrong. Objects with a warning are skipped and
-counted, or accepted, as in pycocotools, Detectron2 and mmdet. Values may be of any type; those that
-pass cannot crash pycocotools.
+counted, or accepted, as in pycocotools, Detectron2 and mmdet. Values may be of any type; values
+that pass the validation cannot crash pycocotools.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from vitdet.data.segmentation import (
 
 OUTSIDE = 1.0  # tolerance in pixels for boxes that exceed their image: rounding by annotators
 BLOCK = 1024  # annotations per block of the vectorized check
-MOST = 0.5  # share of the objects from which a warning becomes an error of the whole export
+MOST = 0.5  # share of objects with the same warning from which the whole export is an error
 # Reasons for dropping an object from training
 CROWD, EMPTY, OUTSIDER = "crowd", "of zero size", "outside their images"
 NO_IMAGE, NO_CATEGORY = "of unknown images", "of unknown categories"
-# Reasons for training an object's box and class only
+# Reasons for using only the box and class of an object in training
 NO_OUTLINE, NO_PIXELS, OTHER_PLACE = (
     "without an outline",
     "with an outline that has no pixels in its image",
@@ -244,18 +244,18 @@ class AnnotationValidator(HeaderValidator):
     def _compare(
         self, annotation: Annotation, outline: Outline, size: tuple[int, int]
     ) -> tuple[str, bool]:
-        """Return why the mask is not trained ("" if it is), and `Validated.own_box`."""
+        """Return why the mask is not used for training ("" if it is), and `Validated.own_box`."""
         if outline.left_out:
             text = f"{outline.left_out} of {len(annotation.segmentation or ())}"
             self._warn("outline with parts of fewer than 3 points (ignored)", annotation, text)
         if outline.shape is None:
-            self._warn("object without an outline (trains box and class only)", annotation)
+            self._warn("object without an outline (used for box and class only)", annotation)
             return NO_OUTLINE, True
         found = fit(annotation.bbox, outline.box, size)
         if found == "fits":
             return "", False
         if found == "empty" or outline.box is None:
-            kind = "outline without pixels in its image (trains box and class only)"
+            kind = "outline without pixels in its image (used for box and class only)"
             self._warn(kind, annotation, show(outline.box))
             return NO_PIXELS, True
         x0, y0, x1, y1 = (round(value, 2) for value in outline.box)
@@ -270,7 +270,7 @@ class AnnotationValidator(HeaderValidator):
             annotation.bbox, outline.box
         ):
             self.suspects[CORNERS] += 1
-        kind = "box that does not fit its outline (trains box and class only)"
+        kind = "box that does not fit its outline (used for box and class only)"
         self._suspect(kind, annotation, text)
         return OTHER_PLACE, True
 

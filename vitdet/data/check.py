@@ -1,8 +1,8 @@
 """`vitdet data check`: all problems of a data set with COCO's or LVIS's annotations.
 
 Errors stop training or evaluation, or make their metrics meaningless; without errors both run.
-Warnings are dropped or accepted. `AnnotationValidator` validates the annotation files, for all
-readers; this module also checks the image files and overlaps between splits.
+Entries with warnings are dropped or accepted. `AnnotationValidator` validates the annotation files
+for all readers; this module also checks the image files and overlaps between splits.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def check(
         for name, files in find_splits(report.folder, dataset).items()
     ]
     if splits is not None:
-        there = {name: [one for one in found if one[0] == name] for name in splits}
+        there = {name: [entry for entry in found if entry[0] == name] for name in splits}
         found = [
             one
             for name, known in there.items()
@@ -129,7 +129,7 @@ def check(
         report.error(
             "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json{what}"
         )
-    checked = [_Split(report, *one, reading) for one in found]
+    checked = [_Split(report, *entry, reading) for entry in found]
     for split in checked:
         split.check()
     for split in checked:
@@ -181,7 +181,7 @@ class _Split:
             tables = self.validator.read_header(content)
             if isinstance(content, dict):
                 found = self.validator.annotations(tables["annotations"], flawless=False)
-                dropped = Counter(one.dropped for one in found)
+                dropped = Counter(validated.dropped for validated in found)
                 counts = len(tables["images"]), len(tables["annotations"])
                 self.report.splits[self.name] = *counts, len(self.validator.categories)
                 # other errors already explain missing objects
@@ -262,7 +262,9 @@ class _Split:
 
 
 def _compare(report: Report, first: _Split, second: _Split) -> None:
-    """Report images in both splits, by content if read, else by id and name; other categories."""
+    """Report images in both splits, by content if read, else by id and name, and categories that
+    differ.
+    """
     one, two = first.validator, second.validator
     pair = f"{first.file} and {second.file}"
     if one.categories != two.categories and {first.name, second.name} <= report.splits.keys():
@@ -283,7 +285,7 @@ def _compare(report: Report, first: _Split, second: _Split) -> None:
     ]
     for kind, value, key, other in same_id + same_name:
         digests = first.digests.get(key), second.digests.get(other)
-        if None in digests:  # not read: possibly the same image
+        if None in digests:  # the image files were not read: possibly the same image
             report.error(kind, f"{pair}: {value}")
         elif digests[0] != digests[1]:  # training accepts different images under one id or name
             report.warning(kind, f"{pair}: {value}")

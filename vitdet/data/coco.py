@@ -26,7 +26,7 @@ from vitdet.data.records import Objects, Records
 class ImageError(ValueError):
     """An unusable image file.
 
-    The message is the last line given: DataLoader re-raises a worker's error with its traceback.
+    Only the last line is the message: DataLoader re-raises a worker's error with its traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -38,10 +38,10 @@ class ImageError(ValueError):
 class CocoSplit:
     """A split of a data set, with its records in order of image id.
 
-    Label k is class_names[k] and category_ids[k] of the file. image_counts[k]: number of images
-    with class k, from the file's categories (LVIS) or counted. dropped, unmasked: number of objects
-    by reason for dropping them or for training box and class only. outlines: objects with an
-    outline.
+    Label k has the name class_names[k] and the id category_ids[k] in the file. image_counts[k]:
+    number of images with class k, from the file's categories (LVIS) or counted. dropped, unmasked:
+    number of objects by reason for dropping them or for training box and class only. outlines:
+    objects with an outline.
     """
 
     class_names: tuple[str, ...]
@@ -75,7 +75,9 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Raise ValueError like `read_coco` for the first error in a file whose images are not used."""
+    """Raise ValueError, like `read_coco`, for the first error in a file whose images are not
+    used.
+    """
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]
@@ -95,7 +97,9 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the number of images of each category: the file's if complete, else counted."""
+    """Return the number of images of each category, from the file if complete, otherwise
+    counted.
+    """
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)
@@ -108,7 +112,7 @@ def read_image(
 ) -> Image.Image:
     """Read a file as an upright RGB image of (height, width) `size`.
 
-    Raises ImageError if it is missing, not an image, truncated or of another size.
+    Raises ImageError if the file is missing, not an image, truncated or has a different size.
     """
     try:
         image = open_image(path, reading)
@@ -153,17 +157,17 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
     image_ids = sorted(validator.sizes)
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
     objects, dropped, unmasked = Objects(), Counter[str](), Counter[str]()
-    for one in validator.annotations(annotations):
-        if one.dropped:
-            dropped[one.dropped] += 1
+    for validated in validator.annotations(annotations):
+        if validated.dropped:
+            dropped[validated.dropped] += 1
             continue
-        unmasked[one.unmasked] += 1
+        unmasked[validated.unmasked] += 1
         objects.append(
-            row_of[one.annotation.image_id],
-            one.annotation.category_id,
-            one.annotation.bbox,
-            one.segmentation,
-            one.own_box,
+            row_of[validated.annotation.image_id],
+            validated.annotation.category_id,
+            validated.annotation.bbox,
+            validated.segmentation,
+            validated.own_box,
         )
     sizes = sorted(validator.sizes.items())  # no size is None: that would have raised an error
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]

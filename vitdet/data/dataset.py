@@ -33,16 +33,17 @@ log = logging.getLogger(__name__)
 
 CACHE = 1 << 28  # bytes: a training split whose decoded images fit is cached in memory
 REDRAWS = 100  # attempts at a crop with an object (data.redraw_empty)
-# everything but the pixels: target, size, image id, size of the file
+# a sample without its pixels: target, size, image id, size of the file
 Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 
 
 def read_split(
     data: DataConfig, split: str, tree: dict | None = None, check_files: bool = True
 ) -> CocoSplit:
-    """Read a split, limited to data.max_images images of lowest id.
+    """Read a split, limited to the data.max_images images with the lowest ids.
 
-    The limit counts images with objects, except of the training split with data.keep_empty.
+    The limit counts only images with objects; with data.keep_empty, all images of the training
+    split.
 
     Args:
         data: the data set.

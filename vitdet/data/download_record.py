@@ -68,7 +68,7 @@ class DownloadRecord:
         """Return both records merged; entries of `other` replace entries with the same name."""
         return DownloadRecord(
             *(
-                tuple(sorted({_key(one): one for one in (*ours, *theirs)}.values(), key=_key))
+                tuple(sorted({_key(entry): entry for entry in (*ours, *theirs)}.values(), key=_key))
                 for ours, theirs in zip(_parts(self), _parts(other), strict=True)
             )
         )
@@ -76,9 +76,9 @@ class DownloadRecord:
     def only(self, archives: Collection[str], paths: Collection[str]) -> DownloadRecord:
         """Return the entries for these archives and paths."""
         return DownloadRecord(
-            tuple(one for one in self.archives if one.name in archives),
-            tuple(one for one in self.files if one.path in paths),
-            tuple(one for one in self.folders if one.path in paths),
+            tuple(archive for archive in self.archives if archive.name in archives),
+            tuple(file for file in self.files if file.path in paths),
+            tuple(folder for folder in self.folders if folder.path in paths),
         )
 
 
@@ -92,9 +92,9 @@ def read(root: Path) -> DownloadRecord:
     try:
         stored = json.loads((root / NAME).read_text())
         return DownloadRecord(
-            tuple(Archive(**one) for one in stored["archives"]),
-            tuple(File(**one) for one in stored["files"]),
-            tuple(Images(**one) for one in stored["folders"]),
+            tuple(Archive(**archive) for archive in stored["archives"]),
+            tuple(File(**file) for file in stored["files"]),
+            tuple(Images(**folder) for folder in stored["folders"]),
         )
     except FileNotFoundError:
         return DownloadRecord()
@@ -153,7 +153,7 @@ def compare(
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: missing")
         with os.scandir(folder) as listed:
-            found = {one.name: one.stat().st_size for one in listed}
+            found = {entry.name: entry.stat().st_size for entry in listed}
         downloaded = _downloaded(found, images, used)
         if downloaded is None:
             raise ValueError(
@@ -204,7 +204,7 @@ def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
     """
     if exists(root):
         folders = read_if_ours(root).folders
-        paths = {one.path for one in folders if images in (root, root / one.path)}
+        paths = {folder.path for folder in folders if images in (root, root / folder.path)}
         start = "" if images == root else f"{images.relative_to(root)}/"
         _check(root, paths, [f"{start}{name}" for name in names] if paths else ())
 

@@ -126,7 +126,8 @@ def verify(data: DataConfig, expected: str) -> dict[str, str]:
         found = fingerprints(data)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}. It is gone since the data was verified; restore it or start a new run"
+            f"{error}. It has been removed since the data was verified; restore it or start a new "
+            "run"
         ) from error
     for key, before in zip(("train", "val"), expected.split("-"), strict=True):
         if found[key] != before:

@@ -1,7 +1,7 @@
-"""Vectorized check of a block of annotations: which have neither errors nor warnings.
+"""Vectorized check of a block of annotations: finds those with neither errors nor warnings.
 
-In a typical file nearly all have none; `AnnotationValidator` checks the others one by one. A
-flawless annotation passes all checks of `AnnotationValidator` without an error or warning.
+In a typical file nearly all annotations have none; `AnnotationValidator` checks the others one by
+one. A flawless annotation passes all checks of `AnnotationValidator` without an error or warning.
 """
 
 from __future__ import annotations

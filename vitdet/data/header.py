@@ -32,11 +32,13 @@ def ignore_warning(kind: str, where: str, what: str) -> None:
 
 
 def root_category(categories: Iterable[object]) -> int | None:
-    """Return 0 if it is the category that Roboflow adds as supercategory of all others, or None."""
+    """Return 0 if category 0 is the one that Roboflow adds as supercategory of all others, else
+    None.
+    """
     items = [item for item in categories if isinstance(item, dict)]
     names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
     others = [item for item in items if whole_number(item.get("id")) != 0]
-    is_root = others and names and all(one.get("supercategory") == names[0] for one in others)
+    is_root = others and names and all(other.get("supercategory") == names[0] for other in others)
     return 0 if is_root else None
 
 
@@ -54,7 +56,7 @@ class HeaderValidator:
         names: file name of each image by id.
         categories: name of each category by id.
         stated: `image_count` of each category by id, as in the file.
-        root: of `root_category`; None once an annotation uses it.
+        root: result of `root_category`; None once an annotation uses this category.
     """
 
     lvis: bool
@@ -130,7 +132,7 @@ class HeaderValidator:
             self.error(f"duplicate {what} id", f"{what} {number}", f"entry {index}")
 
     def _converted(self, where: str, what: str) -> None:
-        self.warning("number of another type (read as a whole number)", where, what)
+        self.warning("number stored as a different type (read as an integer)", where, what)
 
     def _has(self, item: dict, key: str, where: str) -> bool:
         if key not in item:

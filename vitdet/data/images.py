@@ -60,8 +60,8 @@ DEFAULT = Reading()
 class Examined(NamedTuple):
     """Properties of an image file.
 
-    size: height and width of the upright image. highest: largest value if it is stored in more than
-    8 bits without a declared bit depth, else None. colors: whether it is a color image.
+    size: height and width of the upright image. highest: largest pixel value if pixels have more
+    than 8 bits without a declared bit depth, else None. colors: whether it is a color image.
     """
 
     size: tuple[int, int]
@@ -73,7 +73,7 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     """Read a file as an upright RGB image.
 
     Raises FileNotFoundError, and ValueError if the file is not an image, damaged, or has more
-    pixels than `reading.max_pixels`; then it is not decoded.
+    pixels than `reading.max_pixels`, in which case it is not decoded.
     """
     with _named(path):
         check_file(path)
@@ -94,7 +94,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image, reading)
-    import torch  # not needed to read and check a data set; takes seconds to import
+    import torch  # takes seconds, and is not needed to read and check a data set
 
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
@@ -209,7 +209,7 @@ def _highest(image: Image.Image) -> int:
 
 
 def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
-    """Return the bit depth of gray values. stated: from the file, 0: unknown."""
+    """Return the bit depth of gray values. stated: bit depth declared in the file; 0: unknown."""
     usual = 16 if image.mode != "I" or image.format in SIXTEEN or high > 255 else 8
     depth = stated or reading.bit_depth or usual
     if high >= 1 << depth:

@@ -30,7 +30,7 @@ FROM_DATA = "# from data.root: "
 def split_files(data: DataConfig, split: str) -> SplitFiles:
     """Return the annotation file of a split and the folder that its image names are relative to.
 
-    For a split that does not exist, where COCO or LVIS have it.
+    For a split that does not exist, the location in the layout of COCO or LVIS.
     """
     root = Path(data.root)
     found = find_splits(root, data.dataset)
@@ -60,7 +60,7 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
             "them"
         )
     elif splits(other):
-        there = f"the annotations are of another kind; set data.dataset={other.dataset}"
+        there = f"the annotations are of a different kind; set data.dataset={other.dataset}"
     else:
         there = (
             f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, "
@@ -78,8 +78,8 @@ def resolve_config(
 ) -> tuple[Config, dict[str, str | int]]:
     """Load a config with the splits and classes of data.root; also return the settings read there.
 
-    Raises the errors of `load_config`. Missing or unreadable data is ignored here; its reader
-    reports it.
+    Raises the errors of `load_config`. Missing or unreadable data is ignored here and reported when
+    the data is read.
     """
     return resolve(load_config(recipe, overrides), explicit_settings(recipe, overrides))
 
@@ -210,8 +210,8 @@ def _has_boxes_only(tables: Mapping[str, Any]) -> bool:
         for item in annotations_of(tables.get("annotations", ()))
     )
     empty = True
-    for one in segmentations:
-        outline, empty = read_outline(one, None), False
+    for segmentation in segmentations:
+        outline, empty = read_outline(segmentation, None), False
         if outline.shape or outline.problem:
             return False
     return not empty

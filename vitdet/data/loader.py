@@ -76,8 +76,9 @@ def train_loader(
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
         _warn(path, "objects ignored in training", found.dropped)
-        if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:  # else these are boxes only
-            _warn(path, "objects that train box and class only", found.unmasked)
+        # without any outline, only boxes and classes are trained anyway
+        if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:
+            _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:
             done = "trained as background" if data.keep_empty else "ignored"
             log.info("%s: %d images without objects are %s", path, dataset.without_objects, done)
@@ -126,9 +127,10 @@ def release_memory() -> None:
     """Return to the kernel the memory that `_keep_memory` made glibc keep, e.g. after an
     evaluation.
 
-    Its freed blocks lie between those of training, which cannot use them.
+    The freed blocks of an evaluation lie between the blocks that training uses, which cannot reuse
+    them.
     """
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -146,7 +148,7 @@ def _start_worker(worker: int) -> None:
     """Set up a worker process.
 
     The worker leaves the process group of the training process, so that a signal to the group does
-    not end it before the next batch; the training process ends its workers itself. The garbage
+    not end it before the next batch; the training process ends its own workers. The garbage
     collector ignores the parent's objects, so that it does not copy their pages.
     """
     os.setpgrp()

@@ -1,4 +1,4 @@
-"""Mask representations: annotation -> directed edges; predicted grid -> bitmap -> RLE.
+"""Conversion of masks: annotation -> directed edges; predicted grid -> bitmap -> RLE.
 
 Edges are transformed like points and stay exact at any scale. `paste` follows Detectron2's
 `paste_masks_in_image`: bilinear at pixel centers, zero outside the grid.
@@ -29,9 +29,9 @@ def edges_of(
         orientation; the number of edges of each object (G,) int64.
 
     Raises:
-        ValueError: an RLE of another size.
+        ValueError: an RLE of a different size.
     """
-    outlines = [outline(one, height, width) for one in segmentations]
+    outlines = [outline(segmentation, height, width) for segmentation in segmentations]
     counts = np.array([len(lines) for lines in outlines], np.int64)
     return np.concatenate([np.zeros((0, 4)), *outlines], dtype=np.float32), counts
 
@@ -63,7 +63,7 @@ def rectangles(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Decode COCO polygons (as in pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
 
-    Raises ValueError for an RLE of another size.
+    Raises ValueError for an RLE of a different size.
     """
     if isinstance(segmentation, list):
         return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width))).astype(bool)
@@ -79,8 +79,8 @@ def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 def encode(bitmaps: Tensor) -> list[dict]:
     """Encode bitmaps (N, H, W) bool as COCO's compressed RLE dicts (counts as str, for JSON)."""
     pixels = bitmaps.cpu().numpy().view(np.uint8)
-    # one by one, so that the copy stays in the cache
-    encoded = [rle.encode(np.asfortranarray(one)) for one in pixels]
+    # one by one, so that the copy fits in the cache
+    encoded = [rle.encode(np.asfortranarray(bitmap)) for bitmap in pixels]
     return [
         {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
         for one in encoded
@@ -134,7 +134,7 @@ def _steps(pixels: np.ndarray) -> np.ndarray:
     """
     height, _ = pixels.shape
     change = np.diff(np.pad(pixels, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    # a zero after each column ends its last run
+    # the zero after each column ends the last run of the column
     columns = np.pad(change.T, ((0, 0), (0, 1))).ravel()
     starts = np.flatnonzero(np.diff(columns, prepend=0))
     ends = np.append(starts[1:], len(columns))

@@ -23,8 +23,8 @@ SETTINGS = (
 def settings_of(config: Config) -> str:
     """Return the settings of this config that affect AP, as one string.
 
-    Settings that version 0.1 did not have are omitted at their defaults, so that its AP stays
-    comparable.
+    Settings that version 0.1 did not have are omitted at their defaults, so that AP measured by
+    version 0.1 remains comparable.
     """
     values, defaults = flatten(config), flatten(Config())
     keys = [key for key in SETTINGS if key not in LATER or values[key] != defaults[key]]

@@ -85,7 +85,7 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
         lower = batch_size - batch_size % parts
         fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
         many = f"the {processes} processes"
-        other = "or start another number of processes"
+        other = "or start a different number of processes"
         if accumulate > 1:
             them = "1 process" if processes == 1 else f"{processes} processes"
             many = f"{parts} ({them} x train.accumulate={accumulate})"
@@ -99,8 +99,8 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
 class StepSampler:
     """The positions of one rank for steps start_step..steps-1, one list per micro-batch.
 
-    batch_size is global. Micro-batch k of rank r is what rank r * accumulate + k of accumulate *
-    world_size ranks would take. Raises ValueError like `check_batch_size`.
+    batch_size is global. Micro-batch k of rank r contains the positions that rank r * accumulate +
+    k of accumulate * world_size ranks would take. Raises ValueError like `check_batch_size`.
     """
 
     def __init__(

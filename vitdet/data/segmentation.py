@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 
 # Tolerance of each side of a fitting box: pixels, plus a share of the box's side
 ROUNDING, SHARE = 1.5, 0.05
-LEAST_IOU = 0.5  # below it, the outline belongs to another object or uses other coordinates
+LEAST_IOU = 0.5  # below, the outline belongs to another object or uses different coordinates
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Fit = Literal["fits", "differs", "elsewhere", "empty"]
@@ -41,7 +41,7 @@ class Outline(NamedTuple):
 def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool = True) -> Outline:
     """Validate a segmentation. size: (height, width) of the image, None if unknown.
 
-    boxed: compute the box around an RLE, which takes most of the time.
+    boxed: whether to compute the box around an RLE, which takes most of the time.
     """
     if segmentation is None:
         return Outline(None)
@@ -62,7 +62,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
             x, y = part[0::2], part[1::2]
             low_x, high_x = min(low_x, min(x)), max(high_x, max(x))
             low_y, high_y = min(low_y, min(y)), max(high_y, max(y))
-        except (TypeError, OverflowError):  # text, lists, nothing, or too large for a float
+        except (TypeError, OverflowError):  # text, lists, None, or numbers too large for a float
             finite = False
         if not finite:
             return _problem("polygon with coordinates that are not finite numbers", show(part))
@@ -155,8 +155,9 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a whole number, converted from 96.0 or "96" too; None for any other value, such as
-    true."""
+    """Return an integer, also converted from 96.0 or "96"; None for any other value, such as
+    true.
+    """
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():
@@ -174,7 +175,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
     height, width = sides
     if size is not None and (height, width) != size:
         text = f"{shape}, the image {list(size)} (height, width)"
-        return _problem("RLE of another size than its image", text)
+        return _problem("RLE whose size differs from its image", text)
     runs = run_lengths(counts)
     if runs is None:
         return _problem("RLE whose counts are not run lengths", show(counts))
@@ -182,7 +183,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
         text = f"{sum(runs)} of {height * width} pixels"
         return _problem("RLE whose counts do not fill its size", text)
     whole = {"size": sides, "counts": runs if isinstance(counts, list) else counts}
-    if size is None or not boxed:  # without size, the sides may be too long to decode
+    if size is None or not boxed:  # if the size is invalid, the sides may be too long to decode
         return Outline(whole)
     x, y, wide, high = rle.toBbox(compressed(whole, height, width)).tolist()
     return Outline(whole, box=(x, y, x + wide, y + high) if wide and high else None)

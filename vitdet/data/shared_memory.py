@@ -1,7 +1,7 @@
 """Arrays that are shared with worker processes instead of copied.
 
 Forked processes share unmodified memory. With spawn or forkserver (the default from Python 3.14 on)
-data are pickled: 1 GB of LVIS for each worker. Here workers map an anonymous file in memory
+data is pickled: 1 GB of LVIS for each worker. Here workers map an anonymous file in memory
 (memfd_create, Linux only; on other systems the array is copied).
 """
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """A read-only array. Access `array` anew each time: it moves when it is first sent."""
+    """A read-only array. Do not keep references to `array`: it moves when it is first sent."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array

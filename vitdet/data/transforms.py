@@ -1,4 +1,4 @@
-"""Augmentation by one affine per image, of the outlines' points and, as resize and crop, of pixels.
+"""Augmentation by one affine map per image, applied to outlines, and to pixels as resize and crop.
 
 Large-scale jitter (Ghiasi et al. 2021) with the order, rounding and the single random number for
 both crop offsets of Detectron2 (ResizeScale, FixedSizeCrop). mmdet draws two offsets and resizes
@@ -93,7 +93,7 @@ def jitter(
             color_jitter).
         diagonal: one random number for both crop offsets (Detectron2), else two (mmdet).
     """
-    draws = rng.random(8)  # always 8, so that no setting changes the random numbers of another
+    draws = rng.random(8)  # always 8, so that no setting changes the random numbers of others
     transposed = bool(draws[0] < transpose)
     shape = np.array(source[::-1] if transposed else source)
     scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
@@ -194,7 +194,7 @@ def resize_and_pad(
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
     """Write an RGB image to the top-left corner of a black canvas (3, S, S) uint8."""
-    # takes a third of the time of transposing an array
+    # a third of the time needed to transpose an array
     for plane, band in zip(canvas, image.split(), strict=True):
         plane[: image.height, : image.width] = band
 
@@ -245,7 +245,7 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
 
 
 def _of_each(reduce: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: float) -> np.ndarray:
-    """Reduce values (E, D) of edges over each object to (G, D); `empty`: without edges."""
+    """Reduce values (E, D) of edges over each object to (G, D); `empty`: value without edges."""
     found = np.full((len(counts), values.shape[1]), empty, values.dtype)
     some = counts > 0
     if some.any():

@@ -66,8 +66,8 @@ def convert(
         target: a new or empty folder.
         kind: a key of FORMATS; default: detected.
         copy: always copy images.
-        boxes_as_masks: use the box as mask of objects without one.
-        splits, classes: only these; the classes in this order.
+        boxes_as_masks: use the box of an object without a mask as its mask.
+        splits, classes: convert only these; classes are numbered in the given order.
         rename: new names of classes, applied before `classes`.
         val_share: share (0 to 1) of the images of the only split that becomes `val`, drawn with
             `seed`.
@@ -87,7 +87,7 @@ def convert(
     FORMATS[kind or detect(source)].read(found)
     names: tuple[str, ...] = ()
     labels: list[int | None] = []
-    if found.class_names:  # else nothing is readable
+    if found.class_names:  # otherwise nothing could be read
         names, labels = select_classes(source, found.class_names, classes, rename or {})
     with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
@@ -116,12 +116,12 @@ def _divided(found: ImportedDataset, share: float, seed: int) -> dict[str, list[
     """
     if len(found.splits) != 1:
         raise ValueError(
-            f"{found.source}: --val-share divides the images of one split, but there are "
-            f"{', '.join(found.splits)}; --splits takes one of them"
+            f"{found.source}: --val-share splits the images of a single split, but there are "
+            f"{', '.join(found.splits)}; select one with --splits"
         )
     images = [image for split in found.splits.values() for image in split]
     if len(images) < 2 and not found.problems.counts:
-        raise ValueError(f"{found.source}: {len(images)} images cannot be divided by --val-share")
+        raise ValueError(f"{found.source}: {len(images)} images are too few for --val-share")
     count = min(max(round(share * len(images)), 1), len(images) - 1)
     chosen = set(random.Random(seed).sample(range(len(images)), max(count, 0)))
     found.remarks.append(f"val: {count:,} of {len(images):,} images, drawn with seed {seed}")
@@ -137,7 +137,7 @@ class _Writer:
 
     folder: Path
     class_names: Sequence[str]
-    labels: Sequence[int | None]  # label of the source -> label here, None: skipped
+    labels: Sequence[int | None]  # label in the source -> label in the target; None: skipped
     copy: bool
     boxes_as_masks: bool
 
@@ -182,7 +182,7 @@ class _Writer:
         return [[x, y, right, y, right, low, x, low]] if self.boxes_as_masks else []
 
     def _image(self, split: str, image: ImportedImage) -> dict[str, str | int]:
-        path = os.path.realpath(image.path)  # a link to a link would be one
+        path = os.path.realpath(image.path)  # a hard link to a symbolic link would be symbolic
         name = self.name_of[path] = self.name_of.get(path) or self._name(image.path.name)
         _bring(path, self.folder / split / name, self.copy)
         self.images += 1
@@ -201,11 +201,11 @@ class _Writer:
 
 def _bring(source: str, target: Path, copy: bool) -> None:
     if target.exists():
-        return  # the same file, listed twice under two links
+        return  # the same file, listed twice through two links
     if not copy:
         try:
             os.link(source, target)
             return
         except OSError:
-            pass  # another disk, or a file system without hard links
+            pass  # a different disk, or a file system without hard links
     shutil.copyfile(source, target)

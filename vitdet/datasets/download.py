@@ -1,11 +1,11 @@
 """Download of one file over unreliable connections.
 
-PATH contains the bytes received so far, and PATH.json what they belong to: the address, the
-validator of the server (a strong ETag, else Last-Modified) and the length. The next attempt
-requests the rest by Range, on the condition (If-Range) that the file has not changed; if the server
-sends the whole file, because it ignores Range or the file has changed, the download starts over.
-Attempts continue while they make progress; `tries` consecutive attempts without progress end the
-download. RFC 9110, sections 8.8, 13.1.5 and 14.
+PATH contains the bytes received so far; PATH.json identifies the file that they belong to: its URL,
+the validator sent by the server (a strong ETag, else Last-Modified) and the length. The next
+attempt requests the rest with Range, on the condition (If-Range) that the file has not changed; if
+the server sends the whole file, because it ignores Range or the file has changed, the download
+starts over. Attempts continue while they make progress; `tries` consecutive attempts without
+progress end the download. RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes that are retried
 DENIED = "the server denies access to this file"
 REASONS = {
     401: "it requires a password",
-    404: "no such file there",
+    404: "no such file on the server",
     410: "the file is gone",
 }
 CHANGED = "the file on the server has changed"
@@ -91,7 +91,7 @@ def download(
         path: the file to write.
         watcher: progress display.
         patience: retry policy.
-        size: expected bytes, if known.
+        size: expected number of bytes, if known.
         copies: number of files of this size that must fit on the disk in the end.
 
     Raises:
@@ -121,14 +121,14 @@ def download(
 
 
 def mirrored(url: str, mirror: str) -> str:
-    """Return the address on a mirror: MIRROR/PATH, with path and query of the original address.
+    """Return the URL on a mirror: MIRROR/PATH, with the path and query of the original URL.
 
-    Raises ValueError for a mirror that is not an http address.
+    Raises ValueError for a mirror that is not an HTTP URL.
     """
     base, original = urlsplit(mirror), urlsplit(url)
     if base.scheme not in ("http", "https") or not base.netloc:
         raise ValueError(
-            f"--mirror {mirror}: expected an address such as https://mirror.example.org/weights"
+            f"--mirror {mirror}: expected a URL such as https://mirror.example.org/weights"
         )
     path = base.path.rstrip("/") + original.path
     return urlunsplit(original._replace(scheme=base.scheme, netloc=base.netloc, path=path))
@@ -161,7 +161,7 @@ class _Attempt:
         if not have or beginning is None or beginning.url != self.url:
             have, beginning = 0, None
         if beginning and have == beginning.total:
-            return  # it was interrupted after the last byte
+            return  # the previous attempt was interrupted after the last byte
         request = Request(self.url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
         if beginning:
             request.add_header("Range", f"bytes={have}-")
@@ -219,7 +219,7 @@ class _Attempt:
         return have, total
 
     def check(self, response: http.client.HTTPResponse, total: int | None) -> None:
-        """Raise ValueError if it is known not to be the file."""
+        """Raise ValueError if the response is known not to be the expected file."""
         before, after = (urlsplit(url).scheme for url in (self.url, response.url))
         if before == "https" and after != "https":
             raise ValueError(
@@ -229,7 +229,7 @@ class _Attempt:
         if response.headers.get_content_type() == "text/html":
             raise ValueError(
                 f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
-                "open it in a browser and give the file with --from"
+                "open the URL in a browser and pass the file with --from"
             )
         if self.size is not None and total is not None and total != self.size:
             has = f"the server has {total:,} bytes, expected {self.size:,}"
@@ -282,7 +282,7 @@ class _Attempt:
     def broken(self, error: object) -> _Broken:
         """Return the exception for an error of the connection."""
         if isinstance(error, TimeoutError):
-            return _Broken(f"no byte came for {self.stall:g} s")
+            return _Broken(f"no data received for {self.stall:g} s")
         return _Broken(f"the connection failed ({error})")
 
 

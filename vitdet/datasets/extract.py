@@ -1,6 +1,6 @@
 """Safe extraction of zip archives into one folder.
 
-All names are checked before a byte is written: a name outside the folder, a link, a device,
+All names are checked before anything is written: a name outside the folder, a link, a device,
 names that are equal on case-insensitive disks, encryption, a compression with unbounded memory, or
 more files or bytes than allowed reject the whole archive. A file gets no more bytes than its entry
 declares, and its checksum (CRC-32, APPNOTE.TXT 4.4.7) must match. Files are written atomically, and
@@ -117,7 +117,7 @@ def _checked(
     if size > limits.size:
         raise _Refused(f"unpacks to {size:,} bytes, expected at most {limits.size:,}: rejected")
     first: dict[str, str] = {}
-    for _, name in chosen:  # as compared by a case-insensitive disk
+    for _, name in chosen:  # as compared by a case-insensitive file system
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
             both = f"contains both {other} and {name}"

@@ -49,7 +49,7 @@ def fetch(
     """Download and extract the archives below `root`; return False if everything exists.
 
     Args:
-        archives: those to fetch.
+        archives: the archives to fetch.
         root: the folder of the data sets.
         show: creates the progress display of a step.
         mirror: where to download from instead of the published addresses.
@@ -60,7 +60,7 @@ def fetch(
     Raises:
         FileNotFoundError: an archive is not in `local`.
         ValueError: an archive is not the published one, or other files are in its place.
-        OSError: not enough space, or not writable; and the cases of `download`.
+        OSError: not enough space, or the folder is not writable; also the errors of `download`.
     """
     if not (root / ".archives").exists() and not _lacking(archives, root):
         return False
@@ -128,9 +128,9 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
 def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> None:
     """Raise OSError if the archives and their content do not fit on the disk."""
     lacking = [one for one in todo if not local and not (root / "archives" / one.name).exists()]
-    folders = [one.folder for one in todo if not one.members]
-    download = sum(one.size - _used(root / ".archives" / one.name) for one in lacking)
-    content = sum(one.unpacked + one.count * BLOCK for one in todo)
+    folders = [archive.folder for archive in todo if not archive.members]
+    download = sum(archive.size - _used(root / ".archives" / archive.name) for archive in lacking)
+    content = sum(archive.unpacked + archive.count * BLOCK for archive in todo)
     content -= sum(_used(root / name) + _used(root / f".{name}.part") for name in folders)
     free = shutil.disk_usage(root).free
     if download + content > free:
@@ -142,12 +142,12 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
 
 
 def _used(path: Path) -> int:
-    """Return the bytes of a file or its beginning, or of a folder's files with their blocks."""
+    """Return the bytes of a (partial) file, or the disk space of the files in a folder."""
     if path.is_dir():
         with os.scandir(path) as listed:
-            return sum(one.stat(follow_symlinks=False).st_size + BLOCK for one in listed)
+            return sum(entry.stat(follow_symlinks=False).st_size + BLOCK for entry in listed)
     files = (path, path.with_name(f"{path.name}.part"))
-    return max((one.stat().st_size for one in files if one.is_file()), default=0)
+    return max((file.stat().st_size for file in files if file.is_file()), default=0)
 
 
 def _given(todo: Sequence[Archive], local: Path) -> list[Path]:
@@ -155,9 +155,9 @@ def _given(todo: Sequence[Archive], local: Path) -> list[Path]:
     missing = [f"{one.name} ({one.url})" for one in todo if not (local / one.name).is_file()]
     if missing:
         raise FileNotFoundError(f"{local}: lacks {', '.join(missing)}")
-    log.info("verifying %s", ", ".join(one.name for one in todo))
+    log.info("verifying %s", ", ".join(archive.name for archive in todo))
     run_parallel([partial(_verify, local / one.name, one) for one in todo], threading.Event())
-    return [local / one.name for one in todo]
+    return [local / archive.name for archive in todo]
 
 
 def _downloaded(
@@ -188,7 +188,7 @@ def _downloaded(
             part.replace(path)
         watcher.at(archive.size, archive.size)
 
-    run_parallel([partial(bring, *one) for one in zip(todo, addresses, strict=True)], stop)
+    run_parallel([partial(bring, *pair) for pair in zip(todo, addresses, strict=True)], stop)
     bar.end()
     return [files[archive.name] for archive in todo]
 
@@ -255,7 +255,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
     if archive.members:
         paths = [f"{archive.folder}/{entry.name}" for entry in entries]
         sizes = [entry.size for entry in entries]
-        files = (File(*one, sha256(root / one[0])) for one in zip(paths, sizes, strict=True))
+        files = (File(*pair, sha256(root / pair[0])) for pair in zip(paths, sizes, strict=True))
         return DownloadRecord((source,), tuple(files))
     names = digest(f"{entry.name} {entry.size}" for entry in entries)
     content = digest(f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries)
@@ -265,7 +265,9 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to where they are kept, or remove them; not those of other data sets."""
+    """Move these archives to where they are kept, or remove them; archives of other data sets
+    remain.
+    """
     waiting = root / ".archives"
     if not waiting.exists():
         return

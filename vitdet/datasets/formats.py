@@ -18,7 +18,7 @@ SHOWN = 6  # entries of a folder that a message names
 
 
 class Format(NamedTuple):
-    """A format: what is expected, whether a folder or file matches, and the reader."""
+    """A format: a description for messages, whether a folder or file matches, and the reader."""
 
     expected: str
     matches: Callable[[Path], object]
@@ -55,10 +55,10 @@ def _contents(source: Path) -> str:
     if source.is_file():
         return _looks(source)
     entries = sorted(
-        (one for one in source.iterdir() if one.name[0] != "."),
+        (path for path in source.iterdir() if path.name[0] != "."),
         key=lambda one: (one.suffix.lower() in image_suffixes(), one.name),
     )
-    shown = [_looks(one) for one in entries[:SHOWN]]
+    shown = [_looks(entry) for entry in entries[:SHOWN]]
     more = [f"{len(entries) - SHOWN:,} more"] if len(entries) > SHOWN else []
     return ", ".join(shown + more) or "nothing"
 

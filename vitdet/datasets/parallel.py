@@ -50,7 +50,7 @@ class _One:
 def run_parallel(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     """Run all tasks in parallel.
 
-    If one fails, the others stop at their next byte, and its error is raised.
+    If a task fails, the others stop at the next read, and the error of the failed task is raised.
     """
 
     def run(work: Callable[[], None], future: Future[None]) -> None:
@@ -69,6 +69,6 @@ def run_parallel(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
     finally:
         stop.set()
         wait(futures, SHORT)
-    wait(others, LINGER)  # one may be blocked in a connection; it writes nothing afterwards
+    wait(others, LINGER)  # a thread may be blocked in a connection; it writes nothing afterwards
     for future in done:
         future.result()

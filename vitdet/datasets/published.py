@@ -23,8 +23,8 @@ class Archive:
     """A zip archive and its used content: the files `members`, or its whole folder if empty.
 
     size: bytes of the archive. sha256: '' if unknown. unpacked: approximate bytes of the used
-    files. prefix: their folder in the archive. folder: their folder below the root. count: their
-    number.
+    files. prefix: folder of these files in the archive. folder: their folder below the root. count:
+    number of these files.
     """
 
     url: str
@@ -61,7 +61,7 @@ class Archive:
 
 
 def _images(name: str, size: int, count: int, sha256: str) -> Archive:
-    # JPEG files do not get smaller in an archive: they unpack to its size, or a little more
+    # JPEG files do not compress: they unpack to about the size of the archive
     return Archive(f"{COCO}/zips/{name}.zip", size, sha256, size, f"{name}/", name, count)
 
 

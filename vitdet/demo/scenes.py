@@ -36,8 +36,8 @@ FINE = 2  # fine pixels per pixel along each axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
 TOLERANCE = 0.45  # pixels between a traced outline and its polygon
 SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
-VISIBLE = 0.45  # of an object's area and
-VISIBLE_AREA = 44.0  # square pixels: what later objects leave of an earlier one
+VISIBLE = 0.45  # minimum share of an object's area, and
+VISIBLE_AREA = 44.0  # square pixels: minimum area, that later objects must leave visible
 Window = tuple[slice, slice]
 
 
@@ -75,7 +75,7 @@ def draw_scene(seed: int, index: int) -> Scene:
         count = 1 + int((11 if crowd else 12) * dice.uniform(0, 1) ** 1.6)
         low, high = map(math.log, SIDES)
         sides = [math.exp(dice.uniform(low, high)) for _ in range(count)]
-        # mostly small on large
+        # small objects are mostly drawn over large ones
         for side in sorted(sides, key=lambda side: -side * dice.uniform(0.6, 1.6)):
             canvas.paint_object(side)
         if dice.chance(0.25):
@@ -86,7 +86,7 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 @dataclass
 class _Owner:
-    """What owns fine pixels: an object or the ground. window: the part that contains it."""
+    """An owner of fine pixels: an object or the background. window: the region that contains it."""
 
     category: int
     crowd: bool
@@ -229,7 +229,9 @@ class _Canvas:
         return len(self.owners) - 1
 
     def _stencil(self, vertices: np.ndarray) -> tuple[Window, np.ndarray, list[int]]:
-        """Return the window of a polygon, its pixels, and those that it covers of each owner."""
+        """Return the window of a polygon, its pixels, and the number of pixels that it covers per
+        owner.
+        """
         (x0, y0), (x1, y1) = np.floor(vertices.min(axis=0)), np.ceil(vertices.max(axis=0))
         rows = slice(max(int(y0), 0), max(min(int(y1), self.height), 0))
         columns = slice(max(int(x0), 0), max(min(int(x1), self.width), 0))

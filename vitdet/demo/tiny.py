@@ -55,7 +55,7 @@ def make_tiny(
     except OSError:
         if not _is_there(folder, train, val, seed):
             raise
-        return False  # finished by a concurrent process meanwhile, e.g. another pod of the job
+        return False  # completed by a concurrent process, e.g. another pod of the job
     return True
 
 

@@ -40,11 +40,12 @@ class Threshold:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """A class. Values are None, dictionaries and curve empty, without objects (of that size).
+    """The result of a class. Without objects (of a size), values are None, dictionaries and curve
+    empty.
 
     objects, images: objects, and images with at least one.
     ap: mean over IoU 0.5, 0.55, ..., 0.95. ar: recall at any score, mean over the same IoUs.
-    best_threshold: the score of a detection with the best F1; None without detections, too.
+    best_threshold: the score threshold with the best F1; also None without detections.
     curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as in AP, rounded to 3
     digits.
     errors, error_counts: as in `Analysis`; missed objects by their class, other errors by the class
@@ -114,13 +115,13 @@ class Analysis:
     curves: precision at recall 0, 0.01, ..., 1, mean over the classes with objects, for IoU "0.5",
     "0.75" and the "mean" over all IoUs.
     thresholds: scores 0.01, 0.02, ..., 0.99, of all classes together; empty without objects.
-    best_threshold: that with the best F1, the highest in a tie; None without true positives. The
-    confusion matrix and the images are at this threshold, or at 0.5 without one.
+    best_threshold: the threshold with the best F1, the highest in a tie; None without true
+    positives. The confusion matrix and the images are at this threshold, or at 0.5 without one.
     errors: dAP of each error type (`vitdet.evaluation.errors`), "false_positive" and
     "false_negative" included. error_counts: errors of the six types.
-    worst, best: up to 6 images of lowest F1, of equal F1 those with more errors first; up to 4 of
-    highest F1, of equal F1 those with more objects first. Images without objects and without
-    detections at the threshold are in neither.
+    worst, best: up to 6 images with the lowest F1 (in a tie, those with more errors first) and up
+    to 4 images with the highest F1 (in a tie, those with more objects first). Images without
+    objects and without detections at the threshold are in neither.
     """
 
     kind: str
@@ -139,15 +140,15 @@ class Analysis:
 def analyse(
     kind: str, comparison: Comparison, metrics: Mapping[str, float], truth: Truth
 ) -> Analysis:
-    """Return the analysis of a comparison by "bbox" or "segm"; metrics: of all kinds, from
-    `summary`.
+    """Return the analysis of a comparison by "bbox" or "segm"; metrics: result of `summary`, all
+    kinds.
     """
     matches, prefix = comparison.matches, f"{NAMES[kind]}_"
     overlaps = overlaps_of(comparison)
     rank = np.array([item["id"] for item in comparison.detections], int)
     errors = errors_of(matches, overlaps, rank)
     table = _thresholds(matches)
-    best = max((one for one in table if one.f1), key=lambda one: (one.f1, one.score), default=None)
+    best = max((row for row in table if row.f1), key=lambda row: (row.f1, row.score), default=None)
     score = best.score if best else 0.5
     worst_images, best_images = _images(matches, score, truth)
     return Analysis(
@@ -181,7 +182,7 @@ def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
 
 
 def _thresholds(matches: Matches) -> list[Threshold]:
-    """Return all classes together at each of SCORES; [] without objects."""
+    """Return the results over all classes at each of SCORES; [] without objects."""
     objects = len(matches.object_image)
     counted = ~matches.ignored[:, 0]
     score, true = matches.score[counted], matches.matched[counted, 0]
@@ -203,7 +204,8 @@ def _best_threshold(matches: Matches, category: int) -> Threshold | None:
     rows = rows[np.argsort(-matches.score[rows], kind="stable")]
     score = matches.score[rows]
     hits, counts = matches.matched[rows, 0].cumsum(), np.arange(1, len(rows) + 1)
-    ends = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # equal scores count together
+    # detections with equal scores are added together
+    ends = np.flatnonzero(np.append(score[1:] != score[:-1], True))
     best = ends[np.argmax(2 * hits[ends] / (counts[ends] + objects))]
     return _threshold(float(score[best]), int(hits[best]), int(counts[best]), objects)
 

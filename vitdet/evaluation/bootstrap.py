@@ -1,12 +1,13 @@
 """Confidence intervals of AP by the bootstrap (Efron 1979).
 
-A resample draws as many images as were evaluated, with replacement; AP on many resamples shows how
-much AP depends on the choice of images. As detections are matched within images, a resample needs
-no new matching: it only changes how often the detections and objects of each image count.
-`WeightedAP` computes AP for such counts, `bootstrap` for random resamples.
+A resample consists of as many images as were evaluated, drawn with replacement; the spread of AP
+over many resamples shows how much AP depends on the choice of images. As detections are matched
+within images, a resample needs no new matching: it only changes how often the detections and
+objects of each image count. `WeightedAP` computes AP for such counts, `bootstrap` for random
+resamples.
 
-Several results are measured on the same resamples (paired). Images that are difficult for all of
-them lower each AP but not the differences, which therefore have narrower intervals.
+Several results are measured on the same resamples (paired). Images that are difficult for all
+detectors lower each AP but not the differences, which therefore have narrower intervals.
 
 Notation: I images, N detections, K classes, T IoU thresholds, P true positives of all thresholds,
 R resamples, M = 3 metrics.
@@ -24,8 +25,8 @@ from vitdet.evaluation.matches import IOUS, RECALLS, Matches
 METRICS = ("ap", "ap50", "ap75")
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-# Images with objects: intervals from resamples of fewer are far too narrow (Hesterberg 2015,
-# arXiv:1411.5279); those of a single image have no width.
+# Images with objects: with fewer, the intervals are far too narrow (Hesterberg 2015,
+# arXiv:1411.5279); with a single image, they have zero width.
 MIN_IMAGES = 10
 
 
@@ -36,10 +37,11 @@ class WeightedAP:
     detections of equal score are sorted by image.
 
     The detections are sorted by class and descending score once. For given weights, the precision
-    at a detection is the cumulative weight of the true positives of its class up to it, divided by
-    that of all detections of the class up to it. COCO's interpolation takes the highest precision
-    at each recall or above, which is always at a true positive, so precision is computed at those
-    only: in arrays (P,) whose segments are the true positives of one IoU threshold and class.
+    at a detection is the cumulative weight of the true positives of its class up to this detection,
+    divided by that of all detections of the class. COCO's interpolation takes the highest precision
+    at each recall or above, which always occurs at a true positive, so precision is computed only
+    at true positives: in arrays (P,) whose segments are the true positives of one IoU threshold and
+    class.
     """
 
     def __init__(self, matches: Matches) -> None:
@@ -49,7 +51,7 @@ class WeightedAP:
         self._object_image = matches.object_image
         self._object_category = matches.object_category
         self._image = matches.image[order]
-        # of each true positive: detection, image, first detection of the class, segment
+        # for each true positive: detection, image, first detection of the class, segment
         level, self._place = np.nonzero(matches.matched[order].T)
         self._true_image = self._image[self._place]
         self._first = np.searchsorted(category, np.arange(self._classes))[category[self._place]]
@@ -106,9 +108,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A difference of two results with its paired interval, and the two-sided bootstrap p-value.
+    """The difference between two results with its paired interval and two-sided bootstrap p-value.
 
-    images: those with an object.
+    images: number of images with an object.
     """
 
     p: float
@@ -177,7 +179,7 @@ def bootstrap(
     """
     for other in results[1:]:
         _check_same(results[0], other)
-    measured = [WeightedAP(one) for one in results]
+    measured = [WeightedAP(result) for result in results]
     images = len(results[0].image_ids)
     tables: list[list[np.ndarray]] = [[] for _ in results]
     rng = np.random.default_rng(seed)
@@ -231,7 +233,8 @@ def _cumulative(values: np.ndarray) -> np.ndarray:
 def _needed(objects: np.ndarray) -> np.ndarray:
     """Return the true positives needed for each recall, (K, 101) int32, at least 1.
 
-    The smallest number whose quotient, as computed by pycocotools in float64, reaches the recall.
+    This is the smallest number for which the recall, as computed by pycocotools in float64, is
+    reached.
     """
     count = np.maximum(objects, 1.0)[:, None]
     needed = np.ceil(RECALLS * count)
@@ -247,8 +250,9 @@ def _column(metric: str, class_index: int | None) -> tuple[int, int]:
 def _limits(samples: np.ndarray, confidence: float) -> tuple[float, float]:
     """Return the percentile interval of samples, of which some may be NaN."""
     known = samples[~np.isnan(samples)]
-    if not len(known):  # a class whose few images no resample contains
+    if not len(known):  # a class whose few images are in no resample
         return -np.inf, np.inf
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = np.quantile(known, tails, method="weibull")  # too narrow otherwise with few samples
+    # the default method gives too narrow intervals with few samples
+    low, high = np.quantile(known, tails, method="weibull")
     return float(low), float(high)

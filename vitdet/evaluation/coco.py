@@ -28,9 +28,9 @@ def compare(
     """Return the comparison of each kind.
 
     Args:
-        image_ids: images to evaluate, by default all of the file.
-        most: detections of a class in an image that count; with more than COCO's 100, the metrics
-            are not comparable with published ones.
+        image_ids: images to evaluate; default: all images in the file.
+        most: maximum number of detections per class and image; above COCO's 100, the metrics are
+            not comparable with published values.
 
     Raises:
         ValueError: unknown images or categories, missing keys, values that are not numbers, or
@@ -54,7 +54,7 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
 
 
 def named(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """Return the metrics of all kinds by name, without those that have no object."""
+    """Return the metrics of all kinds by name, except metrics without objects."""
     return {
         f"{NAMES[kind]}_{name}": value
         for kind, values in metrics.items()

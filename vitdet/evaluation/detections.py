@@ -2,11 +2,12 @@
 
 A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, segmentation}, in
 pixels of the original image. The segmentation is a compressed RLE; detectors without a mask head
-give none.
+have none.
 
 On a GPU, the detections of a batch are converted while the detector computes the next batch: in a
-thread, on a CUDA stream that waits only for the first batch. Boxes are copied to the CPU first;
-masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
+thread, on a CUDA stream that waits only for the batch being converted. Boxes are copied to the CPU
+first; masks are pasted and encoded on the GPU (`vitdet.kernels.paste`,
+`vitdet.evaluation.run_lengths`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
 Result = TypeVar("Result")
-BYTES = 2**25  # of pasted masks at a time
+BYTES = 2**25  # bytes of pasted masks at a time
 
 
 def detections_to_results(
@@ -73,7 +74,7 @@ def batch_to_results(
                 for label, box, p in columns
             ]
         )
-    if any(map(len, found)) and all(one.masks is not None for one in found):
+    if any(map(len, found)) and all(detections.masks is not None for detections in found):
         codes = _segmentations(found, originals)
         for result, code in zip(chain.from_iterable(results), codes, strict=True):
             result["segmentation"] = code
@@ -105,7 +106,8 @@ def results_of(
     def convert(
         found: list[Detections], batch: Batch, computed: torch.cuda.Event
     ) -> dict[int, list[dict]]:
-        # its end waits for the stream, so the memory of `found` can be reused afterwards
+        # the end of this block waits for the stream, so the memory of `found` can be reused
+        # afterwards
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
             return _results(found, batch, category_ids)
@@ -122,7 +124,8 @@ def results_of(
 
 
 def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """Yield the results of jobs in order; each job runs in a thread while `jobs` makes the next.
+    """Yield the results of jobs in order; each job runs in a thread while `jobs` creates the next
+    job.
 
     An error of a job is raised when its result would be yielded.
     """
@@ -139,11 +142,11 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect, with a smaller batch padded to `slots` images: each size of a batch is compiled and
-    recorded separately.
+    """Detect objects; a smaller batch is padded to `slots` images, as each batch size is compiled
+    and recorded separately.
     """
     # sizes are not in pinned memory: a blocking copy would wait for the previous batch
-    images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
+    images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
         images, sizes = F.pad(images, (0,) * 7 + (spare,)), F.pad(sizes, (0, 0, 0, spare))
     return detect(images, sizes)[: len(batch)]
@@ -170,8 +173,8 @@ def _segmentations(
 ) -> Iterator[dict]:
     """Yield the RLE of each mask of several images; boxes are on the CPU, masks on one device."""
     masks = torch.cat([one.masks.float() for one in found if one.masks is not None])
-    boxes = torch.cat([one.boxes.float() for one in found])
-    counts = torch.tensor([len(one) for one in found])
+    boxes = torch.cat([detections.boxes.float() for detections in found])
+    counts = torch.tensor([len(detections) for detections in found])
     sizes = torch.tensor(originals).repeat_interleave(counts, dim=0)
     regions = regions_of(boxes, sizes)
     for part in _parts(bytes_of(regions).tolist()):

@@ -7,9 +7,9 @@ t_f = 0.5 and t_b = 0.1:
 - classification: IoU >= t_f with an object of another class
 - duplicate: IoU >= t_f with an object of its class that a detection of higher score matches
 - background: IoU <= t_b with all objects
-- both: the rest, of another class and with an IoU below t_f
+- both: all others, i.e. wrong class and IoU below t_f
 
-missed: objects that no detection matches and that no localization or classification error is about.
+missed: objects without a matching detection and without a localization or classification error.
 
 dAP is the increase of AP50 when all errors of one type are fixed. A detection with a localization
 or classification error becomes a true positive of its object, unless the object is matched or
@@ -34,8 +34,8 @@ from vitdet.evaluation.matching import Comparison
 FOREGROUND, BACKGROUND = 0.5, 0.1  # t_f, t_b
 TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
 SPECIAL = ("false_positive", "false_negative")
-# As in tidecv: some differ from COCO's, of np.linspace, in the last bit, so that a recall of
-# exactly 0.07 or the like reaches one and not the other.
+# As in tidecv: some differ in the last bit from COCO's thresholds (np.linspace), so that a recall
+# of exactly 0.07, for example, reaches one threshold but not the other.
 RECALLS = np.arange(101) / 100
 
 
@@ -68,7 +68,7 @@ class Errors:
 
 
 def overlaps_of(comparison: Comparison) -> Overlaps:
-    """Return the overlaps of boxes or masks, whichever were compared."""
+    """Return the overlaps of the boxes or masks that were compared."""
     matches = comparison.matches
     images = np.arange(len(matches.image_ids) + 1)
     sides = []
@@ -168,8 +168,8 @@ def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray
 
 
 def _best(overlaps: Overlaps, chosen: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest IoU (N,) of each detection among chosen pairs, 0 without one, and its
-    object, -1.
+    """Return the largest IoU (N,) of each detection among the chosen pairs and the object of that
+    pair; 0 and -1 without a pair.
     """
     detection, target = overlaps.detection[chosen], overlaps.target[chosen]
     iou = overlaps.iou[chosen]
@@ -183,7 +183,8 @@ def _best(overlaps: Overlaps, chosen: np.ndarray, count: int) -> tuple[np.ndarra
 def _ap50(
     category: np.ndarray, score: np.ndarray, true: np.ndarray, objects: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Return AP50 of each class (K,) in percent, NaN without objects, and `Errors.total`'s mean.
+    """Return AP50 of each class (K,) in percent, NaN without objects, and the mean as in
+    `Errors.total`.
 
     category, score, true: of the detections that count. objects (K,): their number.
     """

@@ -50,8 +50,8 @@ from vitdet.types import Batch
 log = logging.getLogger(__name__)
 
 METRICS_OF = {"coco": coco, "lvis": lvis}  # data.dataset -> the definition of its AP
-OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}  # the same for files of results
-SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
+OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}  # the same for results files
+SECTIONS = ("data", "evaluate")  # sections of a config that an evaluation may change
 # settings of `data` that determine the images of an evaluation, and how they are read
 PLACE = (
     *("dataset", "root", "train_split", "val_split", "max_images", "workers"),
@@ -116,8 +116,8 @@ def detect(
 ) -> tuple[list[dict], list[int]]:
     """Return the COCO results of the validation split by image id, and the evaluated image ids.
 
-    split: the validation split, if already read. With several processes, rank 0 returns those of
-    all, the others none. Raises Cancelled like `evaluate_detector`.
+    split: the validation split, if already read. With several processes, rank 0 returns the results
+    of all ranks, the other ranks return none. Raises Cancelled like `evaluate_detector`.
     """
     split = split or read_split(data, data.val_split)
 
@@ -140,7 +140,7 @@ def detect(
         cancelled = True
     finally:
         detector.train(was_training)
-    # a collective: a rank that stops must not leave the others waiting in the next one
+    # a collective: a rank that stops must not leave the others waiting in the next collective
     if distributed.async_max(int(cancelled))():
         raise Cancelled
     found: dict[int, list[dict]] = {}
@@ -157,14 +157,15 @@ def evaluation_config(
     overrides; also the settings that were read from data.root.
 
     As in training, an override of data.root takes the splits from that folder unless they are
-    overridden too. Raises ValueError for an override of another section.
+    overridden too. Raises ValueError for overrides of other sections.
     """
     for one in overrides:
         if one.split(".")[0].strip() not in SECTIONS:
             raise ValueError(
                 f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint"
             )
-    # classes and mask head are the checkpoint's: other classes are refused when the data is read
+    # classes and mask head are those of the checkpoint: different classes are rejected when the
+    # data is read
     explicit = overridden_settings(overrides) | {CLASSES, MASKS}
     return resolve(override(stored, overrides, config, SECTIONS), explicit)
 
@@ -183,22 +184,22 @@ def evaluate(
     """Return the metrics of a checkpoint on its validation split in percent, as {"box_ap": 51.6,
     "mask_ap": 45.9, ...}.
 
-    Under torchrun each process evaluates a part of the images; all return the same. Changes the
-    process as described in `vitdet.data.loader.configure_process`.
+    Under torchrun each process evaluates a part of the images; all return the same metrics. Changes
+    settings of the process as described in `vitdet.data.loader.configure_process`.
 
     Args:
         overrides: changes to the data and evaluate settings.
         config: replaces these settings of the checkpoint, before overrides.
         pictures: folder for `write_pictures`.
         plots: folder for `write_report` and for report.html (`vitdet.evaluation.page`).
-        report: another file for this page.
+        report: an additional file for this page.
         device: by default a GPU if there is one.
         detailed: also return `vitdet.evaluation.report.details`, and seconds_per_image from
             reading to detections (wall time).
 
     Raises:
-        ValueError: the data set has other classes than the checkpoint, or an override changes
-            another section; nothing has been written.
+        ValueError: the classes of the data set differ from those of the checkpoint, or an override
+            changes a different section; nothing has been written.
     """
     configure_process()
     detector, stored, class_names = restore_detector(checkpoint)
@@ -239,7 +240,7 @@ def evaluate(
                 metrics |= details(finished)
                 metrics["seconds_per_image"] = seconds / max(len(image_ids), 1)
             if pictures is not None:
-                # single images, for which the detector would be compiled again
+                # not compiled: for single images the detector would be compiled again
                 stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
                 with stance:
                     precision = settings.precision
@@ -257,8 +258,9 @@ def evaluate_alike(
 ) -> dict[str, float]:
     """Return the metrics of a checkpoint on the data and with the settings of another evaluation.
 
-    config, class_names, val_fingerprint: of that evaluation, its detector and its validation split;
-    how images are resized stays the checkpoint's own. plots: as in `evaluate`. Raises ValueError
+    config, class_names, val_fingerprint: the config, the detector's class names and the validation
+    split of that evaluation. Images are resized as configured in the checkpoint. plots: as in
+    `evaluate`. Raises ValueError
     if classes or data differ.
     """
     stored = load_model_file(checkpoint)
@@ -302,7 +304,7 @@ def evaluate_results(
         raise ValueError(f"{results}: {error}") from error
     metrics = METRICS_OF[dataset].summary(finished)
     if not metrics:
-        raise ValueError(f"{annotations}: contains no object to find; AP is undefined")
+        raise ValueError(f"{annotations}: contains no objects; AP is undefined")
     facts = partial(results_facts, Path(results), truth.path, len(found))
     images = images_of(truth.path, dataset)
     write_reports(plots, report, finished, metrics, truth, found, facts, images)
@@ -319,7 +321,7 @@ def _compare(
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
     """Return the comparison of each kind and the metrics, by the rules of the data set.
 
-    COCO's largest limit of detections increases with that of the detector.
+    The largest limit of detections in COCO's metrics increases with that of the detector.
     """
     if data.dataset == "lvis":
         finished = lvis.compare(truth, results, kinds, image_ids)
@@ -338,7 +340,7 @@ def _compare(
 
 
 def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """Return the validation split for the comparison and for the detector, from one reading.
+    """Read the validation split once; return it for the comparison and for the detector.
 
     Raises ValueError if no object counts: AP is undefined.
     """
@@ -351,7 +353,7 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
         every, split = split, with_objects(split, settings.max_images)
         if distributed.rank() == 0:
             log.info(
-                "evaluate.max_images=%d: AP of %d of the %d images of %s",
+                "evaluate.max_images=%d: AP is computed on %d of the %d images of %s",
                 settings.max_images,
                 len(split.records),
                 len(every.records),
@@ -361,7 +363,7 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
     rules = METRICS_OF[data.dataset]
     if rules is lvis:
         lvis.check(truth)
-    objects = (one for one in truth.objects if one.image_id in image_ids)
+    objects = (target for target in truth.objects if target.image_id in image_ids)
     if not any(one.category_id in truth.categories and rules.counts(one) for one in objects):
         raise ValueError(
             f"{path}: AP is undefined: none of the objects in the {len(image_ids)} images to "

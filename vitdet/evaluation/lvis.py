@@ -3,8 +3,8 @@
 An image of LVIS is annotated only for some categories. Detections of a category that is neither
 annotated in the image nor listed as absent (neg_category_ids) are left out; where not every object
 of a category is annotated (not_exhaustive_category_ids), detections that match no object are
-ignored. The 300 detections of highest score in each image count, over all categories together.
-There are no crowds, and objects and detections without an area are left out.
+ignored. The 300 detections with the highest scores in each image count, over all categories
+together. There are no crowds, and objects and detections without an area are left out.
 
 The size of a detection with a mask is that of the mask in `compare`, as in the published metrics
 of Detectron2, which removes the boxes; in `compare_file` it is that of the box, as in the package
@@ -25,8 +25,8 @@ from vitdet.evaluation.matching import Comparison, choose, match
 from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # detections per image
-UNCOUNTED = "all have an area of 0, which LVIS leaves out"
-# in at most 10, at most 100, more images of the training split
+UNCOUNTED = "all have an area of 0, which LVIS ignores"
+# classes in at most 10, at most 100, or more images of the training split
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 
 
@@ -58,7 +58,7 @@ def compare(
 def compare_file(
     truth: Truth, results: Sequence[dict], kinds: Sequence[str]
 ) -> dict[str, Comparison]:
-    """Compare a file of results, with sizes as in the package lvis."""
+    """Compare a results file, with sizes as in the package lvis."""
     return compare(truth, results, kinds, boxed=bool(results) and "bbox" in kinds_of(results))
 
 
@@ -70,7 +70,7 @@ def check(truth: Truth) -> None:
         ("category", truth.categories, ("frequency",)),
     ):
         for key in keys:
-            lacking = next((one["id"] for one in items.values() if key not in one), None)
+            lacking = next((item["id"] for item in items.values() if key not in item), None)
             if lacking is not None:
                 raise ValueError(
                     f"{truth.path}: {key} of {what} {lacking} is missing, which LVIS "
@@ -99,7 +99,7 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
 
 
 def best(results: Sequence[dict]) -> list[dict]:
-    """Return the LIMIT results of highest score of each image; of equal scores, the first ones."""
+    """Return the LIMIT results with the highest scores in each image; in a tie, the first ones."""
     images = defaultdict(list)
     for item in results:
         images[item["image_id"]].append(item)

@@ -1,4 +1,5 @@
-"""The matches of detections and objects in arrays, from which AP follows for any image weights.
+"""The matches of detections and objects as arrays, from which AP can be computed for any image
+weights.
 
 Notation: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """
@@ -18,7 +19,7 @@ from vitdet.files import atomic_write
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MATCHES = "matches.npz"
-# array -> its shape in letters, its type (numpy's dtype.kind), and the letter that it indexes
+# array -> its shape in letters, its type (numpy's dtype.kind), and the axis that its values index
 COLUMNS = {
     "image_ids": ("I", "i", ""),
     "category_ids": ("K", "i", ""),
@@ -38,7 +39,7 @@ COLUMNS = {
 class Matches:
     """The detections of one kind ("bbox" or "segm") that the largest limit of detections admits.
 
-    Detections are sorted by class, image and descending score; of equal score as in the results.
+    Detections are sorted by class, image and descending score; in a tie, as in the results.
 
     image_ids (I,) int64: all evaluated images, ascending. category_ids (K,) int64, class_names: all
     classes of the annotation file.
@@ -102,10 +103,10 @@ def load_matches(path: str | Path) -> dict[str, Matches]:
             kinds = list(dict.fromkeys(name.partition(".")[0] for name in file.files))
             return {kind: _checked(kind, file) for kind in kinds}
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file of matches") from error
+        raise FileNotFoundError(f"{path}: no such file; expected matches") from error
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path}: not a file of matches ({error}); run `vitdet evaluate CHECKPOINT --plots "
+            f"{path}: not a matches file ({error}); run `vitdet evaluate CHECKPOINT --plots "
             "FOLDER` again"
         ) from error
 

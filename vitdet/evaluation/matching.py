@@ -1,8 +1,8 @@
 """Matching detections with objects, and the resulting precision and recall.
 
-The rules are pycocotools'. faster-coco-eval (C++) applies them, to one class at a time and the
-images in which it occurs: it keeps a record for every image, class and size range, which for all
-of LVIS at once would take about 15 GB.
+The rules are those of pycocotools. faster-coco-eval (C++) applies them to one class at a time and
+the images in which it occurs: it keeps a record for every image, class and size range, which would
+take about 15 GB for all of LVIS at once.
 
 When masks are compared, an object without an outline does not count; a detection that matches no
 mask is ignored if the IoU of its box with the box of such an object reaches the threshold. Any
@@ -32,7 +32,7 @@ from vitdet.evaluation.run_lengths import areas
 SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
 LARGEST = 1e5**2  # pixels; pycocotools' upper limit of "all"
 
-# objects or results of each category id, as faster-coco-eval takes them
+# objects or results of each category id, in the format of faster-coco-eval
 ByClass = defaultdict[int, list[dict]]
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Comparison:
     ) -> float | None:
         """Return AP in percent with the largest limit of detections; None without objects.
 
-        iou: one threshold, default all. chosen: indices of classes, default all.
+        iou: one threshold; default: all. chosen: indices of classes; default: all.
         """
         table = self.precision[..., SIZES.index(size), -1]
         table = table if iou is None else table[[int(np.abs(IOUS - iou).argmin())]]
@@ -116,11 +116,11 @@ def match(
     Args:
         truth, image_ids, results: as returned by `choose`.
         kind: "bbox" or "segm".
-        limits: detections of a class in an image that count, ascending.
+        limits: maximum numbers of detections per class and image, ascending.
         crowds: respect iscrowd.
         empty: include objects and results without an area.
-        unsure: pairs (image id, category id) of which not every object is annotated: detections
-            that match no object are ignored.
+        unsure: pairs (image id, category id) that are not exhaustively annotated: detections that
+            match no object are ignored.
         boxed: the size of a mask is that of the box next to it.
 
     Raises:
@@ -133,7 +133,7 @@ def match(
     shape = (len(IOUS), len(RECALLS), len(categories), len(SIZES), len(limits))
     precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
     partners, ignored = [np.zeros((len(IOUS), 0), int)], [np.zeros((len(IOUS), 0), bool)]
-    ranked_of: list[list[dict]] = []  # of each class
+    ranked_of: list[list[dict]] = []  # ranked results of each class
     wanted_of: list[list[dict]] = []
     for column, category in enumerate(truth.categories):
         present, ranked = objects[category], _ranked(found[category], limits[-1])
@@ -174,12 +174,12 @@ def match(
 def _objects(
     truth: Truth, places: Mapping[int, int], kind: str, crowds: bool, empty: bool
 ) -> tuple[ByClass, dict[tuple[int, int], list[Sequence[float]]]]:
-    """Return the objects to find; with masks, also the boxes of those without an outline by image
-    (its place) and category.
+    """Return the objects to find; for masks, also the boxes of objects without an outline, by
+    (index of the image, category).
     """
     objects: ByClass = defaultdict(list)
     bare: dict[tuple[int, int], list[Sequence[float]]] = defaultdict(list)
-    # new ids: pycocotools and similar packages take an object with id 0 as not found
+    # new ids: pycocotools and similar packages treat a match with object id 0 as no match
     for number, item in enumerate(truth.objects, start=1):
         if item.image_id not in places:
             continue

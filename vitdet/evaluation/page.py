@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that loads nothing, from `page.html`."""
+"""The report of an evaluation: one self-contained HTML page, from the template `page.html`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUALITY = 75  # of JPEG: the page of COCO's val2017 is smaller than 2 MB
 
 @dataclass(frozen=True)
 class Facts:
-    """What was evaluated on what: the title of the page, and facts as name and value."""
+    """What was evaluated on which data: the title of the page, and facts as (name, value)."""
 
     title: str
     data: Mapping[str, str]
@@ -39,21 +39,21 @@ def write_page(
 ) -> None:
     """Write the page of an evaluation of these results; the first analysis is shown first.
 
-    Without `images`, or where one cannot be read, the page has no pictures of it.
+    Without `images`, the page has no pictures; images that cannot be read are left out.
     """
     first = analyses[0]
-    chosen = {one.image_id for one in (*first.worst, *first.best)}
+    chosen = {result.image_id for result in (*first.worst, *first.best)}
     pairs = draw_pairs(truth, results, chosen, first.confusion.score, images) if images else {}
     values = {
         "analyses": analyses,
         "facts": facts,
-        "worst": [one for one in first.worst if one.image_id in pairs],
-        "best": [one for one in first.best if one.image_id in pairs],
+        "worst": [result for result in first.worst if result.image_id in pairs],
+        "best": [result for result in first.best if result.image_id in pairs],
         "pictures": {
             image_id: [data_uri(picture, QUALITY) for picture in pair]
             for image_id, pair in pairs.items()
         },
-        "headline": {one.kind: _headline(one.metrics) for one in analyses},
+        "headline": {analysis.kind: _headline(analysis.metrics) for analysis in analyses},
     }
     page = render("evaluation/page.html", values)
     with atomic_write(path) as temporary:
@@ -61,7 +61,9 @@ def write_page(
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics at the top of the page by title: AP, and AR with the most detections."""
+    """Return the metrics at the top of the page by title: AP, and AR with the largest limit of
+    detections.
+    """
     titles = {key: key.replace("ap", "AP", 1).replace("_", " ") for key in metrics}
     tiles = {titles[key]: value for key, value in metrics.items() if key.startswith("ap")}
     limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]

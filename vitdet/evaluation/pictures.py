@@ -41,8 +41,8 @@ def write_pictures(
 ) -> list[Path]:
     """Write `count` pictures of the validation split, FOLDER/<image id>.jpg; return their paths.
 
-    The images are evenly spaced in the split, so they are the same each time. threshold: minimum
-    score of a drawn detection. split: the validation split, if already read. precision: as
+    The images are evenly spaced in the split, so the same images are drawn each time. threshold:
+    minimum score of a drawn detection. split: the validation split, if already read. precision: as
     evaluate.precision. The detector's mode is restored.
     """
     split = split or read_split(data, data.val_split)
@@ -146,17 +146,17 @@ def draw_pairs(
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
     """Return (image with its objects, image with its detections) by image id.
 
-    results: checked against the truth; those with a score of at least `threshold` are drawn.
+    results: validated results; those with a score of at least `threshold` are drawn.
     Images that cannot be read are left out.
     """
     names = {number: str(category["name"]) for number, category in truth.categories.items()}
     labels = {category_id: label for label, category_id in enumerate(names)}
     objects, found = defaultdict(list), defaultdict(list)
-    for one in truth.objects:
-        category = one.category_id
-        if one.image_id in image_ids and category in names and not one.iscrowd:
-            item = _Item(category, one.bbox, one.segmentation, names[category])
-            objects[one.image_id].append(item)
+    for target in truth.objects:
+        category = target.category_id
+        if target.image_id in image_ids and category in names and not target.iscrowd:
+            item = _Item(category, target.bbox, target.segmentation, names[category])
+            objects[target.image_id].append(item)
     for result in results:
         if result["image_id"] in image_ids and result["score"] >= threshold:
             category = result["category_id"]

@@ -51,16 +51,16 @@ def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
     """
     rows: dict[float, dict[str, float]] = {}
     for analysis in analyses:
-        for one in analysis.thresholds:
-            row = rows.setdefault(one.score, {"threshold": one.score})
+        for threshold in analysis.thresholds:
+            row = rows.setdefault(threshold.score, {"threshold": threshold.score})
             for name in ("precision", "recall", "f1"):
-                row[f"{analysis.kind}_{name}"] = getattr(one, name)
+                row[f"{analysis.kind}_{name}"] = getattr(threshold, name)
     return list(rows.values())
 
 
 def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
     """Return AP in percent of each class that has objects, as class_ap/NAME (boxes) and
-    class_mask_ap/NAME, and the numbers of images, objects and detections (of boxes if compared).
+    class_mask_ap/NAME, and the numbers of images, objects and detections (boxes, if compared).
     """
     names = {"bbox": "class_ap", "segm": "class_mask_ap"}
     values = {
@@ -89,7 +89,8 @@ def write_reports(
 ) -> None:
     """Write the folder `plots` (`write_report` and report.html) and the page `report`, if given.
 
-    facts: of the page, from the matches of boxes if they were compared. images: see `write_page`.
+    facts: returns the facts of the page, given the matches (boxes, if compared). images: see
+    `write_page`.
     """
     pages = {Path(report)} if report else set()
     pages |= {Path(plots) / REPORT} if plots else set()

@@ -29,13 +29,13 @@ BBOX = "4 finite numbers x, y, width, height"
 class Truth:
     """An annotation file: images and categories by id, in ascending order, and the objects.
 
-    objects may include some of unknown images or categories, which do not count.
+    `objects` may include objects of unknown images or categories, which do not count.
     """
 
     path: Path
     images: dict[int, dict]
     categories: dict[int, dict]
-    # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
+    # decoded from the file in each pass: as Python objects, the annotations of LVIS would take 3 GB
     objects: Iterable[Annotation]
 
     def sides(self, image_id: int) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class _Objects(Iterable[Annotation]):
 
 
 def read_results(path: Path | str) -> list[dict]:
-    """Return the content of a file of results.
+    """Return the content of a results file.
 
     Raises FileNotFoundError, and ValueError for anything but a list of at least one result.
     """
@@ -111,9 +111,7 @@ def read_results(path: Path | str) -> list[dict]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Suspend garbage collection, whose passes over half a million dicts take a quarter of the
-    time.
-    """
+    """Suspend garbage collection, which takes a quarter of the time for half a million dicts."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -155,7 +153,7 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
         if unknown:
             raise ValueError(
                 f"{truth.path}: contains no {name} {show(unknown[0])}, which has results "
-                f"({len(unknown)} such {names}); expected results of the same data set"
+                f"({len(unknown)} such {names}); expected results for the same data set"
             )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:
@@ -171,7 +169,7 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
     """Return whether values are finite numbers in an array of this shape."""
     try:
         array = np.array(values)
-    except ValueError:  # of different lengths
+    except ValueError:  # the values have different lengths
         return False
     return array.shape == shape and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
@@ -183,7 +181,7 @@ def check_code(item: dict, size: tuple[int, int]) -> list | dict:
     such an image.
     """
     outline = read_outline(item["segmentation"], size)
-    # not its number: only the results that count are compared
+    # not the number of the result: only the results that count are compared
     name = f"result for image {item['image_id']}, category {item['category_id']}"
     if outline.problem:
         raise ValueError(f"{name}: {outline.problem[0]}: {outline.problem[1]}")

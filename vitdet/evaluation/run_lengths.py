@@ -3,7 +3,7 @@
 The pixels of an image, column by column, are counted in runs that alternate between background and
 mask, background first. COCO's compressed text (maskApi.c) has 5 bits per character from '0' on,
 lowest first; bit 5 marks that the number continues, bit 4 of its last character is the sign. From
-the fourth number on it is the difference from the run two before.
+the fourth number on, each number is the difference from the run two before.
 
 Notation: N masks, R runs inside masks, C counts, U numbers of all codes.
 """
@@ -21,7 +21,7 @@ AT_ONCE = 512  # codes, so that intermediate arrays fit into the processor's cac
 
 
 def encode_columns(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> list[dict]:
-    """Return the compressed RLE of N masks, as `vitdet.data.masks.encode` does from whole images.
+    """Return the compressed RLE of N masks, as `vitdet.data.masks.encode` does for whole images.
 
     pixels (total,) uint8, regions (N, 4) and ends (N,) int64: as in `vitdet.kernels.paste`. sizes
     (N, 2) int64: (height, width) of the images. All on one device, where all runs are counted at
@@ -53,7 +53,7 @@ def _counts(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
 
 
 def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mask and the pixel of the image, both (2 R,), of each begin and end of a run."""
+    """Return the mask and the pixel in the image, both (2 R,), of each start and end of a run."""
     changes = (pixels != torch.cat([pixels.new_zeros(1), pixels[:-1]])).nonzero().view(-1, 2)
     start, end = changes.t().contiguous()
     owner = torch.searchsorted(ends, start, right=True)
@@ -72,11 +72,11 @@ def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
 
 
 def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the areas int64 of compressed codes, and whether each is valid: its runs sum to
+    """Return the areas (int64) of compressed codes, and whether each is valid, i.e. its runs sum to
     `pixels`.
 
-    pycocotools and faster-coco-eval hang when they compare a code whose runs do not. If one of
-    AT_ONCE codes is not a text of run lengths, none of them counts as valid.
+    pycocotools and faster-coco-eval hang on codes that are not valid. Codes are processed in groups
+    of AT_ONCE; if one of a group contains invalid characters, the whole group counts as invalid.
     """
     sizes, valid = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for start in range(0, len(texts), AT_ONCE):

@@ -27,7 +27,7 @@ def enabled(*tensors: Tensor) -> bool:
 
     Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
     """
-    fit = all(one.is_cuda and one.dtype != torch.float64 for one in tensors)
+    fit = all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
     return fit and _runs_on(tensors[0].device.index)
 
 

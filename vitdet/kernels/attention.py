@@ -1,10 +1,10 @@
 """Multi-head attention with decomposed relative positions, on a grid of tokens or in windows of it.
 
 PyTorch's fused kernels accept positions only as an N x N bias or as queries and keys widened to d +
-H + W. Those of `attention_kernels` read the position tables: with 64 x 64 tokens, 12 heads of 64
-and 8 images the forward pass takes 1.22 ms and the backward pass 4.3 ms, in windows of 14 0.24 and
-0.93 ms (H200, bf16; `python -m tests.bench.attention`). Relative positions: Li et al., MViTv2
-(arXiv:2112.01526).
+H + W. The kernels in `attention_kernels` read the position tables directly: with 64 x 64 tokens, 12
+heads of 64 and 8 images the forward pass takes 1.22 ms and the backward pass 4.3 ms, in windows of
+14 0.24 and 0.93 ms (H200, bf16; `python -m tests.bench.attention`). Relative positions: Li et al.,
+MViTv2 (arXiv:2112.01526).
 
 Notation: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along
 an axis.
@@ -24,7 +24,9 @@ LARGEST_WINDOW = 32
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether the kernels support rows of `width` tokens, windows (0: none), head depth."""
+    """Return whether the kernels support this width of the grid, window size (0: none) and head
+    depth.
+    """
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 
@@ -37,10 +39,10 @@ def attention(
 
     Args:
         qkv: (B, N, 3 h d), queries, keys and values, of sizes that `fits` accepts.
-        bias: (3 h d), of the projection. Windows may exceed the grid: tokens beyond it are zeros
-            before the projection, i.e. the bias after it.
+        bias: (3 h d), bias of the projection. Windows may exceed the grid: tokens beyond the grid
+            are zeros before the projection, i.e. equal to the bias after the projection.
         rel_h, rel_w: (2 K - 1, d) each, K the window, or height or width. Row r is for queries
-            r - K + 1 tokens after the key. May have another dtype than qkv.
+            r - K + 1 tokens after the key. The dtype may differ from that of qkv.
         sizes: height and width of the grid, heads, side of the windows in tokens (0: attention
             among all tokens), and 1 to apply the tables to the scaled query, else 0.
 

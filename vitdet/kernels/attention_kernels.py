@@ -5,7 +5,7 @@ its rows, each padded to a power of 2. The position along the height is then one
 and row of keys, and the positions along the width are the same tile for every row, kept in
 registers; their gradients are row sums and sums of rows of the logits' gradient. So positions need
 no matrix product, and queries and keys are not widened. Windows are read and written in the grid;
-tokens beyond it are the projection's bias.
+tokens beyond the grid have the projection's bias as their value.
 
 The backward pass computes the logits twice, per queries and per keys (7 products instead of 5), so
 that it needs no atomics and is deterministic.
@@ -51,9 +51,9 @@ class Blocks(NamedTuple):
     registers: int | None = None
 
 
-# By whether the area is the grid (64 x 64 tokens) or a window (14 x 14): among the best on an H200
-# with d = 64 (`tests/bench/attention.py`); a limit of registers gains 5 to 9% there but would
-# spill with wider heads.
+# Keyed by whether the area is the grid (64 x 64 tokens) or a window (14 x 14). Among the fastest on
+# an H200 with d = 64 (`tests/bench/attention.py`); limiting registers gains another 5 to 9% but
+# would spill with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}

@@ -2,11 +2,11 @@
 kernels.
 
 All queries of a line, a row (axis 0) or a column (axis 1) of an area, use the same rows of a table
-(2 K - 1, d), so that a line is one matrix product with a slice of the table. Plain torch copies the
-queries and expands the table to (K, K, d).
+(2 K - 1, d), so that each line needs one matrix product with a slice of the table. Plain torch
+would copy the queries and expand the table to (K, K, d).
 
-Notation: B images, h heads, d channels of a head, K tokens along an axis of an area. Kernels know
-L, their `Layout`, when they are compiled.
+Notation: B images, h heads, d channels of a head, K tokens along an axis of an area, L the
+`Layout`, which is a compile-time constant of the kernels.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
-# Programs that share the images and heads of a line, by whether the area is the grid.
+# Number of programs that share the images and heads of a line, keyed by whether the area is the
+# grid.
 PARTS = {True: 16, False: 96}
 
 

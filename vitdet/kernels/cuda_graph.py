@@ -1,7 +1,7 @@
 """CUDA graphs of a function of tensors: its kernels are recorded once and launched by one call.
 
-At small batch sizes, launching the thousands of kernels of a training step takes the host longer
-than the GPU needs to run them; as a graph a step has about 90 launches.
+At small batch sizes, the host needs more time to launch the thousands of kernels of a training step
+than the GPU needs to run them; with a graph, a step has about 90 launches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Output = TypeVar("Output")
 
 LIMIT = 6  # maximum number of graphs, one per set of shapes; each keeps its activations
 WARM_UPS = 2  # calls before the recording, in which kernels are compiled and chosen
-_recording = Lock()  # torch records one graph of a process at a time
+_recording = Lock()  # torch allows one recording at a time per process
 
 
 class NotRecorded(Exception):
@@ -39,7 +39,7 @@ class _Graph(NamedTuple, Generic[Output]):
 
 
 class CudaGraph(Generic[Output]):
-    """A function of tensors on a GPU, recorded for each set of shapes that it is called with.
+    """A function of tensors on a GPU, recorded for each set of input shapes.
 
     The function must not synchronize with the GPU, and tensors that it reads besides its arguments
     (weights, say) must not move in memory. Its results are overwritten by the next call with the
@@ -88,7 +88,7 @@ class CudaGraph(Generic[Output]):
         if len(self.graphs) == LIMIT:
             raise NoRoom(f"{LIMIT} graphs are already recorded, for other shapes")
         device = tensors[0].device if tensors[0].is_cuda else torch.device("cuda")
-        # kernels run, and memory is synchronized, on the current device
+        # kernels run on the current device, and its memory is synchronized
         with _recording, torch.cuda.device(device):
             self._record(function, device, tensors)
 
@@ -96,7 +96,7 @@ class CudaGraph(Generic[Output]):
         self, function: Callable[..., Output], device: torch.device, tensors: tuple[Tensor, ...]
     ) -> None:
         random = torch.cuda.get_rng_state(device)
-        # made in inference mode, they could only be written in that mode
+        # tensors created in inference mode can only be written in inference mode
         with torch.inference_mode(False):
             inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()

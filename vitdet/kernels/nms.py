@@ -22,7 +22,7 @@ TOGETHER = 46_000  # boxes compared per group (256 MB of bits); larger groups ar
 def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
     """Return which boxes (G, N, 4) are kept: (G, N) bool.
 
-    A box is suppressed by a kept one before it if their IoU is above `iou` and, with labels, their
+    A box is suppressed by an earlier kept box if their IoU is above `iou` and, with labels, their
     labels are equal. Boxes with x1 <= x0 or y1 <= y0, or with NaN, are never kept.
 
     Args:
@@ -41,7 +41,7 @@ def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 @torch.library.custom_op("vitdet::nms", mutates_args=())
 def suppress(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """`nms` by the Triton kernels."""
+    """Implementation of `nms` with the Triton kernels."""
     from vitdet.kernels.nms_kernels import launch
 
     with torch.cuda.device_of(boxes):
@@ -67,14 +67,14 @@ def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> 
 
 
 def reference(boxes: Tensor, labels: Tensor | None, iou: float) -> Tensor:
-    """`nms` without a limit, by torchvision, by group and label."""
+    """Implementation of `nms` with torchvision, one group and label at a time, without a limit."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     scores = -torch.arange(boxes.shape[1], dtype=boxes.dtype, device=boxes.device)
     usable = (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
     for group, group_boxes in enumerate(boxes):
         chosen = usable[group].nonzero().flatten()
         parts = [chosen]
-        # by label instead of offsetting the boxes, as is usual, which would round them
+        # by label, instead of offsetting the boxes, which would round their coordinates
         if labels is not None:
             found, order = labels[group, chosen].sort(stable=True)
             counts = found.unique_consecutive(return_counts=True)[1]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BITS = tl.constexpr(64)  # of a word
+BITS = tl.constexpr(64)  # bits of a word
 MEMORY = 2**28  # bytes of bits that exist at a time; 40 groups of 2,000 boxes take 20 MB
 TILE = 2**11  # words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes
 
@@ -48,7 +48,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
 
 
 def below(number: float) -> float:
-    """Return the largest float32 up to `number`: a float32 exceeds both or neither."""
+    """Return the largest float32 up to `number`, so that any float32 exceeds both or neither."""
     single = torch.tensor(number, dtype=torch.float32)
     if single.item() > number:
         single = single.nextafter(torch.tensor(-math.inf))
@@ -67,10 +67,10 @@ def corners(boxes, index, inside):
 
 @triton.jit(do_not_specialize=["count", "words"])
 def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
-    """bits (G, 64 W, W): bit k of a box's word w: it would suppress box 64 w + k, which follows it.
+    """bits (G, 64 W, W): bit k of word w of a box: it would suppress the later box 64 w + k.
 
-    A box's own bit: it is empty, as are boxes from N on. Words of earlier boxes only are not
-    written.
+    A box's own bit is set if the box is empty, or its index is at least N. Words that contain only
+    earlier boxes are not written.
     """
     block, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if block * BITS + BITS <= part * ROWS:
@@ -80,7 +80,8 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
     j = block * BITS + tl.arange(0, BITS)
     ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
     bx0, by0, bx1, by1 = corners(boxes, j, j < count)
-    # Later boxes are along axis 0, which is summed below: a thread holds many of them of a row.
+    # Later boxes are along axis 0, which is summed below, so that a thread holds many of them per
+    # row.
     width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
     height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
@@ -93,7 +94,7 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
         hit &= a[None, :] == b[:, None]
     # distinct bits: their sum is their OR
     word = tl.sum(hit.to(tl.int64) << tl.arange(0, BITS).to(tl.int64)[:, None], axis=0)
-    # Where the row's own bit is in this word, only those above it come later.
+    # In the word that contains the row's own bit, only the bits above it are later boxes.
     own = i - block * BITS
     later = tl.where(own < 0, -1, tl.full((ROWS,), -2, tl.int64) << tl.maximum(own, 0))
     empty = (own >= 0) & ~((ax1 > ax0) & (ay1 > ay0))
@@ -109,13 +110,15 @@ def either(a, b):
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
 def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """keep (G, N): boxes that no kept one suppresses, to the block in which `limit` is reached."""
+    """keep (G, N): boxes that no kept box suppresses, up to the block in which `limit` is
+    reached.
+    """
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS
     keep += group * count
     place = tl.arange(0, BITS)
     word = tl.arange(0, WORDS)
-    # the boxes that kept ones suppress
+    # the boxes that kept boxes suppress
     gone = tl.zeros((WORDS,), tl.int64)
     kept_count = 0
     block = 0
@@ -123,7 +126,7 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
         lines = bits + block * BITS * words
         here = tl.sum(tl.where(word == block, gone, 0), axis=0)
         for k in tl.static_range(BITS):
-            # The chain through 64 boxes is these few instructions; loads do not wait for it.
+            # Only these few instructions depend on the previous box; loads do not wait for them.
             line = tl.load(lines + k * words + block)
             own = tl.full((), 1, tl.int64) << k
             here |= line & tl.where(((here | line) & own) == 0, -1, own)

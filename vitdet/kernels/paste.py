@@ -1,8 +1,9 @@
 """Pasting predicted masks into images, stored by column as in COCO's run lengths.
 
-Only the region of a mask's box is stored: of N masks in sequence, the columns of each region from
-left to right, each from top to bottom and followed by a zero. Where these bytes change, a run of
-the mask begins or ends (`vitdet.evaluation.run_lengths` computes COCO's strings from that).
+Only the region of a mask's box is stored: for N masks in sequence, the columns of each region from
+left to right, each column from top to bottom and followed by a zero. A run of the mask begins or
+ends where the value of these bytes changes (`vitdet.evaluation.run_lengths` computes COCO's strings
+from that).
 
 `grid_sample` takes one launch per mask, writes a grid of 8 bytes per pixel first, and rounds
 differently on a GPU. The kernel takes one launch for all masks of a batch and writes one byte per
@@ -18,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-THRESHOLD = 0.5  # minimum probability of a pixel of the mask; the kernel has it, too
-OUTSIDE = 3.0  # of a mask, which goes from -1 to 1
+THRESHOLD = 0.5  # minimum probability of a pixel of the mask; also defined in the kernel
+OUTSIDE = 3.0  # coordinate outside a mask, which extends from -1 to 1
 PIXELS = 2**18  # sampled at a time on the CPU: 3 MB
 
 
@@ -57,7 +58,7 @@ def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: in
 
 @paste.register_kernel("cpu")
 def reference(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
-    """`paste` by `grid_sample`; also used on the CPU."""
+    """Implementation of `paste` with `grid_sample`, also used on the CPU."""
     pixels = torch.empty(total, dtype=torch.uint8, device=masks.device)
     columns = _centers(regions[:, 0], regions[:, 2], boxes[:, 0], boxes[:, 2])
     rows = _centers(regions[:, 1], regions[:, 3], boxes[:, 1], boxes[:, 3])

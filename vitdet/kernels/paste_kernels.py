@@ -14,7 +14,7 @@ PROGRAMS = 16  # for each mask
 
 
 def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
-    """`vitdet.kernels.paste.paste`."""
+    """Launch the kernel; arguments and result as in `vitdet.kernels.paste.paste`."""
     pixels = torch.empty(total, dtype=torch.uint8, device=masks.device)
     if total:
         tensors = [one.contiguous() for one in (masks, boxes, regions, ends)]

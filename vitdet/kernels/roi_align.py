@@ -6,8 +6,8 @@ its layout and precision. Here maps are read channels last in their own precisio
 weights and sums are float32, and the gradient is deterministic.
 
 Relative errors of features and gradients against float64 (L2 norms): below 1e-6 with small
-float32 maps; with larger ones, that of float32 coordinates; with 16-bit maps, that of rounding the
-result (float16: 2e-4).
+float32 maps; the error of float32 coordinates with larger maps; the error of rounding the result
+with 16-bit maps (float16: 2e-4).
 
 Notation: B images, R RoIs, C channels, h x w cells of a map.
 """
@@ -38,12 +38,12 @@ def roi_align(
         features: 1 to 5 maps (B, C, h, w) of bfloat16, float16 or float32 (channels last is
             fastest), all of one dtype.
         boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates give zeros and no gradient.
-        image: (R,) int64 in 0..B-1.
+        image: (R,) int64, index of the image, in 0..B-1.
         level: (R,) int64, the map to read; -1: zeros and no gradient.
-        strides: of the maps.
-        bins: per side.
-        ratio: points per bin and axis; 0: adaptive to the RoI's size, none if it ends before it
-            starts.
+        strides: strides of the maps.
+        bins: number of bins per side.
+        ratio: points per bin and axis; 0: adaptive to the RoI's size, no points if its size is
+            negative.
     """
     from vitdet.kernels.roi_align_kernels import forward
 
@@ -89,13 +89,14 @@ def _(gradient: Tensor, *given: Any) -> list[Tensor]:
     heights, widths, images = given[3:6]
     sizes = zip(heights, widths, strict=True)
     maps = [gradient.new_empty(images, *size, gradient.shape[1]) for size in sizes]
-    return [one.permute(0, 3, 1, 2) for one in maps]
+    return [grad.permute(0, 3, 1, 2) for grad in maps]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, boxes, image, level, strides, _, ratio = inputs
     ctx.save_for_backward(boxes, image, level)
-    heights, widths = [one.shape[2] for one in features], [one.shape[3] for one in features]
+    heights = [feature.shape[2] for feature in features]
+    widths = [feature.shape[3] for feature in features]
     ctx.sizes = (heights, widths, features[0].shape[0], strides, ratio)
 
 

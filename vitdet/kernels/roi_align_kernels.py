@@ -25,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 LEVELS = 5
-SIDE = tl.constexpr(8)  # of a tile of cells
-TILE = 64  # bins of a product
+SIDE = tl.constexpr(8)  # side of a tile of cells
+TILE = 64  # bins per matrix product
 ROIS = 256  # RoIs that a program of the gradient processes at a time
-WIDE = 256  # channels of a program for 16-bit maps
-# arguments that vary from batch to batch: another value does not require compiling again
+WIDE = 256  # channels per program for 16-bit maps
+# arguments that vary between batches: a new value does not trigger compilation
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
-LARGEST = tl.constexpr(2.0**30)  # coordinate, in pixels; a RoI beyond, or with NaN, is empty
+# largest coordinate in pixels; a RoI with a larger coordinate, or with NaN, is empty
+LARGEST = tl.constexpr(2.0**30)
 
 
 def forward(
@@ -150,7 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the points of a bin of this size along an axis; none if it ends before it starts."""
+    """Return the points of a bin of this size along an axis; none if its size is negative."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:
@@ -171,8 +172,7 @@ def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
     first = tl.zeros_like(bin + cell)
     steps = points
     if RATIO == 0:
-        # Two points are at least half a cell apart, so at most 6 of a bin's many points can be near
-        # a cell.
+        # Points are at least half a cell apart, so at most 6 points of a bin can be near a cell.
         before = tl.math.div_rn(at - 1 - origin, size / count) - 0.5
         first = tl.minimum(tl.maximum(tl.floor(before), 0.0), LARGEST).to(tl.int32)
         steps = tl.minimum(points, 6)

@@ -66,7 +66,9 @@ def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
 def build_pyramid(
     settings: ModelConfig, backbone: Plain | Hierarchical
 ) -> SimpleFeaturePyramid | FPN:
-    """Build the pyramid for the backbone. Raises ValueError if it is of the other kind."""
+    """Build the pyramid for the backbone. Raises ValueError if the backbone needs a different
+    kind.
+    """
     pyramid = settings.pyramid
     kind = "fpn" if isinstance(backbone, Hierarchical) else "simple"
     if kind != pyramid.kind:

@@ -1,8 +1,8 @@
 """Assignment of ground truths to boxes by IoU, and sampling of a fixed number of boxes.
 
-`matched` (B, N) contains for every box the index of its ground truth, or BACKGROUND or IGNORE.
-Sizes depend only on settings, so that the host does not synchronize with the GPU: missing boxes
-leave empty slots.
+`matched` (B, N) contains for every box the index of its ground truth, or BACKGROUND or IGNORE. All
+sizes depend only on settings, so that the host does not synchronize with the GPU; slots without a
+box are empty.
 Notation: B images, G ground truths, N boxes, S slots.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 BACKGROUND, IGNORE = -1, -2
 
 Match = Callable[[Iterable[Tensor], float, float], Tensor]
-# candidates (B, N) bool, and their wanted number (B,) -> keys (B, N) >= 0, of which the largest win
+# candidates (B, N) bool, number to select (B,) -> keys (B, N) >= 0; the largest are selected
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -27,14 +27,15 @@ class _Overlaps(NamedTuple):
     """Reductions of the IoUs, (..., N) each."""
 
     best: Tensor  # the largest IoU of each box
-    truth: Tensor  # the first ground truth that has it
-    favorite: Tensor  # the last one whose largest IoU the box has (ties included), or below 0
+    truth: Tensor  # the first ground truth with this IoU
+    # the last ground truth for which the box has the largest IoU (ties included); negative: none
+    favorite: Tensor
 
 
 @torch.no_grad()
 def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """Match boxes: iou (..., G, N) -> matched (..., N); from `high` the best ground truth, below
-    `low` BACKGROUND, else IGNORE.
+    """Match boxes: iou (..., G, N) -> matched (..., N): the best ground truth if its IoU is at
+    least `high`, BACKGROUND below `low`, else IGNORE.
 
     iou: at least one block of rows, as from `boxes.iou_blocks`; one block at a time is in memory.
     """
@@ -43,9 +44,9 @@ def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 
 @torch.no_grad()
 def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """`match`, but every box with the largest IoU of any ground truth is matched to the ground
-    truth of its own largest IoU, as in Detectron2's RPN (where a ground truth that overlaps no box
-    would turn all boxes of IoU 0 into foreground).
+    """Like `match`, but a box that has the largest IoU with some ground truth is always foreground,
+    matched to its own best ground truth, as in Detectron2's RPN (where a ground truth that overlaps
+    no box would turn all boxes with IoU 0 into foreground).
     """
     found = _overlaps(iou, 0.0)
     return torch.where(found.favorite >= 0, found.truth, _by_threshold(found, low, high))
@@ -53,8 +54,8 @@ def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 
 @torch.no_grad()
 def match_keeping_best(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """`match`, but every box with the largest IoU, at least `low`, of a ground truth is matched to
-    this ground truth, the last one if there are several, as in mmdet.
+    """Like `match`, but a box that has the largest IoU with some ground truth, at least `low`, is
+    matched to that ground truth (the last one if there are several), as in mmdet.
     """
     found = _overlaps(iou, low)
     return torch.where(found.favorite >= 0, found.favorite, _by_threshold(found, low, high))
@@ -87,7 +88,9 @@ def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
 
 
 def _favorites(iou: Tensor, start: int, least: float) -> Tensor:
-    """Return (..., N): the last ground truth whose largest IoU, at least `least`, a box has."""
+    """Return (..., N): the last ground truth for which a box has the largest IoU, at least
+    `least`.
+    """
     if least == math.inf or iou.shape[-1] == 0:
         return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
     top = iou.amax(dim=-1, keepdim=True)

@@ -4,11 +4,11 @@ Relative positions: Li et al., MViTv2 (arXiv:2112.01526); windows and padding: D
 
 The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh),
 onehot(kw)], so the logits are one product of widened queries and keys, without an N x N bias.
-ViTAE-Transformer/ViTDet uses q s in the bias too: the same functions, with tables that are 1 / s
-times as large, which learn more slowly.
+ViTAE-Transformer/ViTDet also uses q s in the bias: the same function with tables 1 / s times as
+large, which learn more slowly.
 
-On a GPU zeros widen queries and keys to a multiple of 8, which fused kernels require in half
-precision (PyTorch's sdp_utils.cpp). In half precision on a GPU with `vitdet.kernels`, neither
+On a GPU, queries and keys are padded with zeros to a multiple of 8, which fused kernels require in
+half precision (PyTorch's sdp_utils.cpp). In half precision on a GPU with `vitdet.kernels`, neither
 widening nor copies of windows are needed.
 Notation: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
 """
@@ -65,8 +65,8 @@ def table_for(table: Tensor, size: int) -> Tensor:
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
     """Return the table's rows for each query and key of `size` tokens: (size, size, d)."""
-    # Query i sees the rows from i on, the last of them for key 0. Windows of the table's rows have
-    # a backward pass that sorts no indices.
+    # Query i uses the rows from i on, the last of them for key 0. Sliding windows of the table's
+    # rows have a backward pass without sorting indices.
     return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
@@ -94,9 +94,10 @@ def widen(
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention: queries (B, h, N, e), keys (B, h, N, e), values (B, h, N, d) -> (B, h, N, d).
 
-    On a GPU by a fused kernel, which does not store the N x N logits: the memory-efficient one if e
-    is not d, if both are multiples of 8. On a CPU by plain products: the fused fallback for widened
-    queries is slower (its backward took 1.8 times as long at N = 256).
+    On a GPU, this uses a fused kernel, which does not store the N x N logits: the memory-efficient
+    kernel if e differs from d and both are multiples of 8. On a CPU, this uses plain products, as
+    the fused fallback for widened queries is slower (its backward took 1.8 times as long at N =
+    256).
     """
     if query.device.type == "cpu":
         return (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=query.dtype) @ value
@@ -113,8 +114,8 @@ def in_half(x: Tensor) -> bool:
 class Attention(nn.Module):
     """Attention among all tokens of a grid of `size` tokens per side, or (rows, columns).
 
-    For another grid the tables are interpolated. `scaled_rel_pos`: apply relative positions to the
-    scaled query.
+    For other grid sizes the tables are interpolated. `scaled_rel_pos`: apply relative positions to
+    the scaled query.
     """
 
     def __init__(

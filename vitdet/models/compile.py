@@ -22,9 +22,9 @@ def compile_parts(detector: Detector) -> None:
     and batches, at their first call. Random numbers are those of the uncompiled parts.
     """
     torch._inductor.config.fallback_random = True
-    # levels and heads are called with other shapes in training and evaluation
+    # the shapes of levels and heads differ between training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    # einops caches tensor types, and code would be compiled again when there is another one
+    # einops caches tensor types, and a new type would trigger a recompilation
     for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1)), np.zeros(1)):
         rearrange(tensor, "a -> a")
     for part in parts(detector):

@@ -20,9 +20,10 @@ from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall
 from vitdet.types import Detections, Target, Targets
 
-Plain = ViT | ViTAESmall  # backbones of one map
-Hierarchical = Swin | ViTAEv2  # backbones of four maps
-PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255; ImageNet's, as every published model uses
+Plain = ViT | ViTAESmall  # backbones with one output map
+Hierarchical = Swin | ViTAEv2  # backbones with four output maps
+# RGB, 0..255; those of ImageNet, as in every published model
+PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
@@ -57,7 +58,7 @@ class Detector(nn.Module):
             images: (B, 3, S, S), RGB 0..255.
             targets: ground truth in pixels of the canvas; None: detect.
             sizes: (B, 2) int, (height, width) of the image in the top left of each canvas; None:
-                all of the canvas.
+                the whole canvas.
         """
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)

@@ -26,17 +26,18 @@ Output = tuple[list[Tensor], Scored, Found, Tensor | None]
 class GraphedDetector:
     """A detector whose inference is recorded as a CUDA graph for each batch shape on a GPU.
 
-    Weights may change. If they move in memory (to another device, for example), or if the mode or a
-    limit of the number of detections (`Detector.limits`) changes, all graphs are recorded again. It
-    may be called from several threads; the graphs run one at a time. Copies and pickles contain no
-    graphs. context: the context of the computation, e.g. autocast.
+    The values of weights may change. If weights move in memory (to a different device, for
+    example), or if the mode or a limit on the number of detections (`Detector.limits`) changes, all
+    graphs are recorded again. The detector may be called from several threads; the graphs run one
+    at a time. Copies and pickles contain no graphs. context: the context of the computation, e.g.
+    autocast.
     """
 
     def __init__(self, detector: nn.Module, context: Callable[[], AbstractContextManager]) -> None:
         self.detector, self.context = detector, context
         self.lock = Lock()
         self.graph: CudaGraph[Output] = CudaGraph()
-        self.state: tuple[float, ...] = ()  # of the detector that is recorded
+        self.state: tuple[float, ...] = ()  # state of the recorded detector
         self.refused: set[tuple[int, ...]] = set()  # shapes of images that could not be recorded
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,7 +62,9 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Detect with a graph, with as many candidates as needed; None if it cannot be recorded."""
+        """Detect with a graph, with as many candidates as needed; None if no graph can be
+        recorded.
+        """
         detector = self.detector
         assert isinstance(detector, Detector)
         places = (one.data_ptr() for one in chain(detector.parameters(), detector.buffers()))

@@ -53,7 +53,7 @@ class Deconv2x2(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        # channels stay innermost in memory, as they come from the tokens
+        # channels remain innermost in memory, as in the tokens
         pixels = rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2)
         return pixels.permute(0, 3, 1, 2)
 
@@ -81,7 +81,7 @@ class DropPath(nn.Module):
     """Sets a residual path of an image to zero with probability `rate` in training, and scales the
     others by 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382).
 
-    The rate is a tensor: with a number, as in timm, torch.compile would compile each block
+    The rate is a tensor: with a Python number, as in timm, torch.compile would compile each block
     separately.
     """
 
@@ -107,7 +107,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Update copies of the BatchNorms' statistics, which the first pass has updated already."""
+    """Update copies of the BatchNorm statistics, since the first pass has already updated them."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()

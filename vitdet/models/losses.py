@@ -26,7 +26,8 @@ def federated_classes(
     and, up to `num` in total, others sampled by weight (K,) without replacement. Zhou et al.
     (arXiv:2103.07461).
 
-    draw=False selects the largest weights instead, for comparisons with other implementations.
+    draw=False selects the classes with the largest weights instead, for comparisons with other
+    implementations.
     """
     here = torch.ones_like(labels, dtype=torch.bool) if counts is None else counts
     odds = F.pad(weights.float(), (0, 1))

@@ -41,7 +41,7 @@ class MaskHead(nn.Module):
         for block in self.convs:
             pooled = F.relu(block(pooled))
         pixels = F.relu(self.deconv(pooled)).permute(0, 2, 3, 1)
-        # only the row of its class, not all K
+        # only the row of the RoI's class, not all K rows
         weight = self.logits.weight.flatten(1).index_select(0, labels)
         logits = torch.bmm(pixels.flatten(1, 2), weight[:, :, None].to(pixels.dtype))
         bias = self.logits.get_parameter("bias").index_select(0, labels)
@@ -84,7 +84,7 @@ def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None
     # each (P, 1)
     (x0, y0), (x1, y1) = start[:, None].unbind(-1), end[:, None].unbind(-1)
     down, up = (y0 <= rows) & (y1 > rows), (y1 <= rows) & (y0 > rows)
-    # (P, size): 0 where the edge misses the row
+    # (P, size): 0 where the edge does not cross the row
     direction = down.to(edges.dtype) - up.to(edges.dtype)
     crossing = x0 + (rows - y0) * (x1 - x0) / torch.where(y1 == y0, torch.ones_like(y0), y1 - y0)
     column = (crossing - 0.5).ceil().clamp(0, size).long()

@@ -1,7 +1,7 @@
 """Simple feature pyramid: every level is computed from the last map of the backbone.
 
 Li et al. (arXiv:2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
-deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
+deconvolutions halve the channels; the deconvolutions of ViTAE-Transformer/ViTDet keep them.
 Notation: B images, C channels of the backbone, D channels of the pyramid.
 """
 
@@ -20,8 +20,8 @@ class SimpleFeaturePyramid(nn.Module):
     scale of p5.
 
     `self.strides` are the strides of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2.
-    With `halve_channels` each deconvolution halves the channels; `eps`: of the LNs after the
-    convolutions.
+    With `halve_channels` each deconvolution halves the channels; `eps`: epsilon of the LNs after
+    the convolutions.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """RoI heads: proposals -> classes and boxes through one or several stages, then masks.
 
-He et al. 1703.06870; Cai & Vasconcelos 1712.00726. Numbers as in Detectron2's ViTDet configs.
-Notation: B images, S slots for boxes of an image, R RoIs (of all images together), N proposals, D
-detections, K classes, G ground truths.
+He et al. (arXiv:1703.06870); Cai & Vasconcelos (arXiv:1712.00726). Hyperparameters as in
+Detectron2's ViTDet configs. Notation: B images, S slots for boxes of an image, R RoIs (of all
+images together), N proposals, D detections, K classes, G ground truths.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from vitdet.types import Detections, Polygons, Targets
 Classification = SoftmaxClassification | FederatedClassification
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # box transform of stage 0; stage s uses s + 1 times these
-CANDIDATES = 2000  # pairs of box and class before NMS; all if too few detections remain
+# pairs of box and class before NMS; all pairs are used if too few detections remain
+CANDIDATES = 2000
 
 
 class Assigned(NamedTuple):
@@ -53,7 +54,7 @@ class Found(NamedTuple):
     scores: Tensor  # (B, D)
     labels: Tensor  # (B, D)
     filled: Tensor  # (B, D) bool
-    exact: Tensor  # (B,) bool: whether more candidates would give the same detections
+    exact: Tensor  # (B,) bool: whether more candidates would result in the same detections
 
 
 class Scored(NamedTuple):
@@ -70,7 +71,7 @@ class RoIHeads(nn.Module):
     Args:
         stages: box heads; in stage s a box is foreground from an IoU of `ious[s]`.
         classification: computes loss and probabilities from logits.
-        strides: of the levels from which RoIs are pooled (p2..p5).
+        strides: strides of the levels from which RoIs are pooled (p2..p5).
         mask: the mask head, or None.
         match: assigns ground truths to boxes.
         min_log_scale: limits how much a box shrinks in one stage.
@@ -136,7 +137,9 @@ class RoIHeads(nn.Module):
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """Return the detections, sorted by score, from more candidates where too few were used."""
+        """Return the detections, sorted by score, using more candidates where there were too
+        few.
+        """
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -229,7 +232,7 @@ class RoIHeads(nn.Module):
         boxes, matched = assigned.boxes[:, : assigned.most], assigned.matched[:, : assigned.most]
         truth = matched.clamp(min=0)
         usable = (matched > BACKGROUND) & targets.has_mask.gather(1, truth)
-        # usable ones first, in order
+        # usable boxes first, in order
         index = usable.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         index = index[:, : self.mask_samples]
         usable, truth, boxes = usable.gather(1, index), truth.gather(1, index), pick(boxes, index)
@@ -277,7 +280,9 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) of (B, S) that a head runs on: on a GPU all, to not synchronize."""
+    """Return the slots (R,) of (B, S) that a head runs on: all slots on a GPU, to avoid a
+    synchronization.
+    """
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()

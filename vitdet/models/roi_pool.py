@@ -35,7 +35,7 @@ def pool(
     bins: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """Return features (R, C, bins, bins) of boxes (R, 4), each of its image (R,), from maps (B, C,
+    """Return features (R, C, bins, bins) of boxes (R, 4), each in its image (R,), from maps (B, C,
     h, w).
 
     `sampling_ratio` points per bin and axis; 0: adaptive to the RoI's size, as in the published
@@ -53,7 +53,8 @@ def pool(
     order = [(levels == level).nonzero().flatten() for level in range(len(features))]
     values = []
     for feature, chosen, stride in zip(features, order, strides, strict=True):
-        exact = at_least_float32(feature)  # in bf16 a coordinate of 1000 px would be 4 px coarse
+        # in bf16, coordinates near 1000 px have a resolution of only 4 px
+        exact = at_least_float32(feature)
         given = rois[chosen].to(exact.dtype)
         found = ops.roi_align(exact, given, bins, 1 / stride, 0, aligned=True)
         values.append(found.to(features[0].dtype))
@@ -71,7 +72,8 @@ def _pool_by_products(
 ) -> Tensor:
     """RoIAlign with a fixed number of points, linear and separable, as two matrix products.
 
-    So is its gradient, instead of the scattered additions that dominate a step on a CPU.
+    Its gradient is two matrix products as well, instead of the scattered additions that dominate a
+    step on a CPU.
     """
     # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]

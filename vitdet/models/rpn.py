@@ -24,7 +24,7 @@ from vitdet.models.layers import ConvNorm, init_predictor
 from vitdet.models.losses import box_l1, objectness
 from vitdet.types import Targets
 
-WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
+WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # weights of the box transform
 
 
 class Anchored(NamedTuple):
@@ -47,8 +47,8 @@ class RPN(nn.Module):
     """Region proposal network over the levels of a pyramid.
 
     Args:
-        strides: of the levels; an anchor's side is `anchor_scale` times the stride of its level.
-        norm, eps: whether an LN follows each convolution, and its epsilon.
+        strides: strides of the levels; an anchor's side is `anchor_scale` times the stride of its
+        level. norm, eps: whether an LN follows each convolution, and its epsilon.
         match: assigns ground truths to anchors.
         min_log_scale: limits how much a box shrinks.
         divide_by_sampled: divide the losses by the number of sampled anchors, not by samples *

@@ -1,4 +1,5 @@
-"""The plain Vision Transformer as a detection backbone: window attention, in a few blocks global.
+"""The plain Vision Transformer as a detection backbone: window attention, and global attention in a
+few blocks.
 
 Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (arXiv:2203.16527);
 hyperparameters as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in
@@ -159,8 +160,8 @@ def build_blocks(
 def init_normal(weight: Tensor) -> None:
     """Initialize from a normal distribution with standard deviation 0.02, in place.
 
-    The published code truncates at -2 and 2, which never occurs, except that a uniform draw of
-    exactly -1 (1 in 2^24) becomes -2.
+    The published code truncates at -2 and 2, which these values never reach, except that a uniform
+    random number of exactly -1 (1 in 2^24) becomes -2.
     """
     trunc_normal_(weight, std=0.02, a=-0.12, b=0.12)
 
@@ -217,7 +218,7 @@ class ViT(nn.Module):
 
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise decay: 0 before the blocks, i + 1 in block i,
-        else depth + 1, also for residual convolutions (Detectron2: get_vit_lr_decay_rate).
+        otherwise depth + 1, including residual convolutions (Detectron2: get_vit_lr_decay_rate).
         """
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0
@@ -233,8 +234,9 @@ def layer_of_block(name: str, first: int, rest: int) -> int:
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize (1, h, w, C) to (1, *grid, C), bicubic without antialiasing (Detectron2: get_abs_pos).
 
-    Two small matrix products, since the interpolation is linear: F.interpolate took 6 ms per step
-    of ViT-B on an H100. In float64, which neither autocast nor TF32 rounds.
+    Computed as two small matrix products, since the interpolation is linear: F.interpolate took 6
+    ms per step of ViT-B on an H100. The products are in float64, which neither autocast nor TF32
+    affects.
     """
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed

@@ -42,9 +42,9 @@ class SmallSize(NamedTuple):
 
 SIZES = {"vitae_b": Size(768, 12, 12, (2, 5, 8, 11), 4.0)}
 SMALL_SIZES = {"vitae_s": SmallSize(384, 14, 6, (2, 5, 8, 13), 3.0, (64, 64, 192), (96, 192), 96)}
-CELL_NORM_EPS = 1e-5  # of the LayerNorms in the reduction cells
-DROPOUT = 0.1  # in the reduction cells; no setting in the published implementation either
-EPSILON = 1e-8  # of the linear attention's denominator
+CELL_NORM_EPS = 1e-5  # epsilon of the LayerNorms in the reduction cells
+DROPOUT = 0.1  # in the reduction cells; hard-coded in the published implementation as well
+EPSILON = 1e-8  # epsilon in the denominator of the linear attention
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -127,8 +127,8 @@ class Performer(nn.Module):
 class ReductionCell(nn.Module):
     """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
-    With `dim`, a Performer maps their channels to E = dim, parallel to convolutions of the cell's
-    input with `strides`.
+    With `dim`, a Performer maps the concatenated channels to E = dim, parallel to convolutions of
+    the cell's input with `strides`.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class ReductionCell(nn.Module):
 class ViTAESmall(nn.Module):
     """ViTAE-S: images (B, 3, H, W) -> one map (B, C, H / 16, W / 16).
 
-    `widths`: channels of each dilated convolution in the three cells, 2 * the last = C;
+    `widths`: channels of each dilated convolution in the three cells (C is twice the last);
     `cell_dims`: output channels of the first two; `groups`: groups of the convolutions in the
     blocks; the others as in `ViT`.
     """
@@ -211,8 +211,8 @@ class ViTAESmall(nn.Module):
         """Return a parameter's layer for layer-wise decay: s in reduction cell s, 3 + j in block j,
         else 18.
 
-        As in the published run; its published config counts 12 layers, with which the last blocks
-        learn faster than the heads.
+        As in the published run; the published config specifies 12 layers, with which the last
+        blocks would learn faster than the heads.
         """
         if cell := re.match(r"reductions\.(\d+)\.", name):
             return int(cell.group(1))

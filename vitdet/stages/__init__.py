@@ -1,13 +1,13 @@
 """The steps of an experiment as functions, called by the command line and pipeline components.
 
-`train`, `evaluate` and `register` do what the commands of these names do. The other functions are
-the steps of a pipeline run, in this order (`pipeline/graph.py`):
+`train`, `evaluate` and `register` do the same as the commands of these names. The other functions
+are the steps of a pipeline run, in this order (`pipeline/graph.py`):
 
     resolve_configs     one config for each training run: recipe, overrides, sweep, seeds
     start_parent_run    the MLflow run that groups the training runs
     prepare_data        the data set, fetched and verified; configs with its splits and classes
     fetch_weights       the initial weights
-    train_recipe        for each training run, in this process; where a Kubernetes job trains:
+    train_recipe        for each training run, in this process; for training in a Kubernetes job:
                         train_argv, check_processes, is_trained, keep_logs, copy_checkpoint
     evaluate_recipe     its metrics and report
     evaluate_champion   the champion's metrics, if unknown for this data and these settings
@@ -28,7 +28,7 @@ They exchange results as return values, as files and in a workspace, a folder th
     figures, verdict    JSON files that `evaluate_recipe` and `gate` write
 
 A repeated step keeps the results that exist; training resumes from its last checkpoint. The steps
-import torch, MLflow and the like when they are called.
+import torch, MLflow and other slow packages when they are called.
 """
 
 from vitdet.stages.comparison import (

@@ -52,10 +52,11 @@ def compare(
 
 
 def compare_finished(workspace: str, run_id: str, table: str) -> str:
-    """Return the table after a failure: the training runs that finished, and why others did not.
+    """Return the table after a failure: the training runs that finished, and why the others did
+    not.
 
-    Writes the HTML page to the file `table`. Returns "" if `compare` has made the table already, or
-    if no training run was planned.
+    Writes the HTML page to the file `table`. Returns "" if `compare` has already created the table,
+    or if no training run was planned.
     """
     folder = run_folder(workspace, run_id)
     every = read_configs(folder)
@@ -66,14 +67,14 @@ def compare_finished(workspace: str, run_id: str, table: str) -> str:
     if every:
         shutil.copyfile(folder / COMPARISON, table)
     else:
-        Path(table).write_text("<p>No training was started.</p>\n")
+        Path(table).write_text("<p>No training run was started.</p>\n")
     return ""
 
 
 def end_parent_run(
     recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str
 ) -> None:
-    """End the parent run, if there is one. state: that of the pipeline run, as KFP names it."""
+    """End the parent run, if there is one. state: state of the pipeline run in KFP."""
     from vitdet.tracking import comparison
 
     try:
@@ -123,7 +124,7 @@ def _varied_settings(every: dict[str, Config]) -> dict[str, dict[str, str]]:
     varied = {}
     for names in recipes.values():
         settings = [training_settings(every[name]) for name in names]
-        keys = [key for key in settings[0] if len({one[key] for one in settings}) > 1]
+        keys = [key for key in settings[0] if len({setting[key] for setting in settings}) > 1]
         for name in names:
             values = flatten(every[name])
             varied[name] = {key: str(values[key]) for key in keys}

@@ -32,7 +32,7 @@ def evaluate(
     Args:
         checkpoint: file of a detector.
         overrides: settings of `data` and `evaluate` as strings SECTION.KEY=VALUE.
-        folder: of MLflow's default store.
+        folder: folder of MLflow's default store.
         config: its data and evaluate settings are used; default: those of the checkpoint.
         output, pictures, plots, report: files and folders to write, as for `vitdet evaluate`.
 
@@ -46,7 +46,7 @@ def evaluate(
     from vitdet.tracking.measured import write_evaluation
     from vitdet.tracking.runs import has_mlflow, log_evaluation
 
-    if has_mlflow():  # fails now if the address is invalid
+    if has_mlflow():  # raise the error for an invalid address now
         tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(
         checkpoint,
@@ -97,8 +97,8 @@ def evaluate_recipe(
     """Evaluate the detector of a training run; raises the errors of `verified_config` and
     `evaluate`.
 
-    Writes the metrics, with what identifies data and settings, to the JSON file `figures`, and the
-    HTML file `report`.
+    Writes the metrics, with the fingerprint of the data and the settings, to the JSON file
+    `figures`, and the report to the HTML file `report`.
     """
     from vitdet.data.protocol import Protocol
     from vitdet.evaluation.report import REPORT
@@ -123,7 +123,7 @@ def evaluate_champion(
 ) -> str:
     """Evaluate the champion as the detector in `checkpoint` was evaluated, for `gate`.
 
-    Returns one line with the result. A champion that cannot be evaluated is a result too.
+    Returns one line with the result, also if the champion cannot be evaluated.
     """
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations

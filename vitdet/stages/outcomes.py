@@ -1,6 +1,7 @@
 """The outcome of each training run of a pipeline run, on the shared folder: its verdict or error.
 
-The comparison reads it also after a failure, when the pipeline does not pass on outputs of steps.
+The comparison reads the outcomes also after a failure, when the pipeline does not pass on outputs
+of steps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ VERDICT, FAILURE = "verdict.json", "failure.json"
 
 @contextmanager
 def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None]:
-    """Within the context of a step: record its error, or remove that of an earlier attempt."""
+    """Context of a step: record its error, or remove the error of an earlier attempt."""
     file = training_folder(workspace, name, run_id) / FAILURE
     try:
         yield
@@ -33,7 +34,7 @@ def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None
 
 
 def write_verdict(workspace: str, name: str, run_id: str, verdict: dict[str, Any]) -> None:
-    """Store the row of a training run in the comparison: its metrics and the gate's verdict."""
+    """Store a training run's row of the comparison: its metrics and the gate's verdict."""
     write_json(training_folder(workspace, name, run_id) / VERDICT, verdict)
 
 

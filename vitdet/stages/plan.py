@@ -17,7 +17,8 @@ from vitdet.stages.workspace import resolve_paths
 SEED = "train.seed"
 # Each training run is about 12 nodes of a Workflow, whose status Argo keeps in one object of 1 MiB.
 MAX_TRAININGS = 64
-EXPLICIT = "explicit.json"  # next to the configs: the settings of each that the user set
+# file next to the configs: the settings of each config that the user set
+EXPLICIT = "explicit.json"
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
 PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 
@@ -57,11 +58,12 @@ def plan_trainings(
     """Return {name: (config, the settings that the user set)} of each training run.
 
     Each recipe is trained with each combination of values in `sweep`, strings such as
-    `optim.lr=1e-4,2e-4`, and each of these with `seeds` seeds, from that of the config upward.
+    `optim.lr=1e-4,2e-4`, and each of these with `seeds` consecutive seeds, starting with that of
+    the config.
 
     Raises ValueError or FileNotFoundError for a wrong recipe, setting or sweep, for the same
-    training run twice, for more than MAX_TRAININGS, and for recipes with different data,
-    evaluation settings or MLflow destinations, which one table cannot compare.
+    training run twice, for more than MAX_TRAININGS training runs, and for recipes with different
+    data, evaluation settings or MLflow destinations, which cannot be compared in one table.
     """
     from vitdet.data.layout import SPLITS, explicit_settings
 
@@ -112,7 +114,7 @@ def check_comparable(
     if differing:
         raise ValueError(
             f"{other_name} and {name} cannot be compared: in {other_name}, {'; '.join(differing)}; "
-            "run them one by one, or use the same settings for both"
+            "run them separately, or use the same settings for both"
         )
 
 
@@ -147,5 +149,5 @@ def _check_count(recipes: int, values: Sequence[int], seeds: int) -> None:
 
 
 def _seeds(config: Config, seeds: int) -> list[list[str]]:
-    """Return the overrides that set each seed; one seed is that of the config."""
+    """Return the overrides that set each seed; a single seed is that of the config."""
     return [[f"{SEED}={config.train.seed + i}"] for i in range(seeds)] if seeds > 1 else [[]]

@@ -19,7 +19,8 @@ from vitdet.stages.workspace import weights_folder
 class Data(NamedTuple):
     """The verified data of a pipeline run.
 
-    names: of the configs. notes: a line for each config that took splits or classes from the data.
+    names: names of the configs. notes: a line for each config whose splits or classes were read
+    from the data.
     """
 
     fingerprint: str
@@ -113,7 +114,7 @@ def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
 def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
     """Run `vitdet data` with `fetch_words` and forward its output to stdout.
 
-    A repeated download resumes, and nothing is converted into a folder that is not empty. Raises
+    A repeated download resumes; a conversion is skipped if the folder is not empty. Raises
     ValueError with the last line of a command that fails.
     """
     words = fetch_words(fetch, root, workspace)

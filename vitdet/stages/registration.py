@@ -52,9 +52,9 @@ def register(
 def gate(
     figures: str, configs: str, name: str, workspace: str, run_id: str, verdict: str
 ) -> tuple[bool, str]:
-    """Return (whether the detector may replace the champion, why); nothing is promoted.
+    """Return whether the detector may replace the champion, and why; nothing is promoted.
 
-    Writes both, with the content of `figures`, to the JSON file `verdict`.
+    Writes the result, with the content of `figures`, to the JSON file `verdict`.
     """
     from vitdet.tracking import champion
 
@@ -96,7 +96,9 @@ def register_recipe(
 def _candidate(
     row: dict[str, Any], config: Config, name: str, workspace: str, run_id: str
 ) -> dict[str, Any]:
-    """Return the arguments of `champion.judge` and `promote` for what `evaluate_recipe` wrote."""
+    """Return the arguments of `champion.judge` and `promote` from the files that `evaluate_recipe`
+    wrote.
+    """
     from vitdet.tracking import evaluations
     from vitdet.tracking.champion import Evaluated
 

@@ -1,4 +1,4 @@
-"""Training: as `vitdet train` does, and as a step of a pipeline run, in its process or in a job."""
+"""Training: for `vitdet train`, and as a step of a pipeline run, in its process or in a job."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def train(
     from vitdet.weights import resolve
 
     if has_mlflow():
-        tracking_uri(config.tracking.uri, default_folder(output))  # fails now if it is invalid
+        # raise the error for an invalid address now
+        tracking_uri(config.tracking.uri, default_folder(output))
 
     def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
         return start_tracker(config, recipe, output, group, data_digest, run_id, step)
@@ -103,7 +104,7 @@ def check_processes(settings: str, name: str, processes: int) -> None:
 
 
 def is_trained(workspace: str, name: str, run_id: str) -> bool:
-    """Return whether the training run is complete, by an earlier attempt or by a job."""
+    """Return whether an earlier attempt or a job has completed the training run."""
     folder = training_folder(workspace, name, run_id)
     return (folder / "model.pt").is_file() and result(folder).is_file()
 
@@ -124,7 +125,7 @@ def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict
         config = load_config(Path(settings) / f"{name}.yaml")
         log_files(config, output, [folder / file for file in files], "logs")
     except (OSError, ValueError) as error:
-        log.warning("the logs of the job are not kept: %s", error)
+        log.warning("the logs of the job could not be saved: %s", error)
 
 
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:

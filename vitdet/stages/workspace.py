@@ -30,14 +30,15 @@ def runs_folder(workspace: str) -> Path:
 
 
 def run_folder(workspace: str, run_id: str) -> Path:
-    """Return the folder of a pipeline run, for what belongs to all of its training runs."""
+    """Return the folder of a pipeline run, for files shared by all of its training runs."""
     return runs_folder(workspace) / f"pipeline-{run_id[:8]}"
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
     """Return the folder of a training run of a pipeline run, the same for a repeated step.
 
-    If version 0.1 started this training run, it is the folder named by its digest of the config.
+    If version 0.1 started this training run, this is the folder named by version 0.1's digest of
+    the config.
     """
     run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
     folder = runs_folder(workspace) / f"{name}-{run}"

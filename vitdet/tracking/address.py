@@ -17,7 +17,8 @@ STEP = "VITDET_"  # their prefix in a step: pipeline/graph.py
 
 
 def tracking_uri(uri: str, folder: Path) -> str:
-    """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db.
+    """The URI of the server: the environment's MLFLOW_TRACKING_URI, else `uri`, else
+    FOLDER/mlflow.db.
 
     Raises ValueError for an invalid address.
     """
@@ -31,9 +32,9 @@ def tracking_uri(uri: str, folder: Path) -> str:
 
 
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:
-    """Return the address of a run in MLflow's UI, "" if the store has none.
+    """Return the URL of a run in MLflow's UI; "" if the store has no UI.
 
-    The environment's MLFLOW_UI_URL is the server's address in a browser, where that differs from
+    The environment variable MLFLOW_UI_URL is the server's URL in a browser, if it differs from
     `uri`.
     """
     base = os.environ.get("MLFLOW_UI_URL", "") or uri
@@ -46,9 +47,8 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 def _use_step_secret() -> None:
     """Set MLflow's variables from the Secret of a pipeline's step, unless they are set.
 
-    A step has its Secret in VITDET_MLFLOW_*, as the MLflow plugin of Kubeflow Pipelines 2.17 sets
-    MLFLOW_*: the API server rejects a pod with one variable from both, and a PyTorchJob with one
-    twice.
+    A step has its Secret in VITDET_MLFLOW_* because the MLflow plugin of Kubeflow Pipelines 2.17
+    sets MLFLOW_*: the API server rejects a pod or PyTorchJob that defines a variable twice.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return

@@ -7,10 +7,11 @@ with its version.
 Processes that share a folder promote one at a time. On machines without a common folder several
 can promote at the same time, as MLflow cannot set an alias on a condition. Each records its
 promotion in a tag, then sets the alias, then reads all records: if another version that replaced
-the same champion is better, or was forced or restored by a user, it sets the alias to that one and
-reads again. The process that sets the alias last therefore sets it to the best version. Until then
-the alias may name another one for a moment, and it keeps that one if the process dies between
-these requests or loses its server; promote the better version again in this case.
+the same champion is better, or was forced or restored by a user, the process sets the alias to that
+version and reads again. The process that sets the alias last therefore sets it to the best version.
+Until then the alias may briefly refer to another version, and it remains there if the process dies
+between these requests or loses the connection to the server; in this case, promote the better
+version again.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Evaluated:
 
 
 def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protocol) -> Evaluate:
-    """Return a function that evaluates a champion as a candidate was; class_names: its classes."""
+    """Return a function that evaluates a champion like a candidate; class_names: the candidate's
+    classes.
+    """
     from vitdet.evaluation.evaluator import evaluate_alike
 
     data = protocol.fingerprint
@@ -89,7 +92,7 @@ def evaluate_champion(
     """Evaluate the champion's checkpoint and store the result under this protocol in the registry.
 
     Returns the metrics or the reason for a failure; None if there is no champion. Any Exception
-    during the download or in `evaluate` is a failure; unexpected ones are logged with their
+    during the download or in `evaluate` is a failure; unexpected exceptions are logged with their
     traceback.
     """
     contest = _Contest(connect(uri, folder), model_name, protocol, gate)
@@ -117,8 +120,8 @@ def judge(
     """Compare a candidate with the champion under the same protocol.
 
     The first model passes; a tie does not, and neither does a version that was rolled back. The
-    champion itself passes: it is recognized by `version`, that of the candidate if it is
-    registered. evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates
+    champion itself passes: it is recognized by `version`, the candidate's version if registered.
+    evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates
     the champion if its evaluation is unknown; without it, the candidate is rejected in this case.
     """
     contest = _Contest(connect(uri, folder), model_name, protocol, gate)
@@ -161,7 +164,8 @@ def promote(
         event = history.record(client, model_name, version, PROMOTED, before, verdict.reason)
         ap = float(tags_of(candidate.metrics)[gate.metric])
         best = contest.best(event, ap)
-        previous = None if best[1] == version else best  # a better one's process sets the alias
+        # the process of a better version sets the alias
+        previous = None if best[1] == version else best
         while best != previous:
             client.set_registered_model_alias(model_name, ALIAS, best[1])
             previous, best = best, contest.best(event, ap)
@@ -184,7 +188,7 @@ def update_tags(
 
     Metrics under another protocol are kept in the tags of that protocol. A champion whose AP under
     this protocol is known keeps its tags. Does nothing if the protocol's data is unknown. Returns
-    whether the metrics are now those of the version.
+    whether the tags now contain these metrics.
     """
     if not protocol.fingerprint or metrics.get("box_ap") is None:
         return False
@@ -201,7 +205,7 @@ def update_tags(
         if before != protocol:
             known = tags_of(known_metrics(version, before))
             new |= {before.tag(key): value for key, value in known.items()}
-            for key in (known.keys() & tags.keys()) - new.keys():  # not measured this time
+            for key in (known.keys() & tags.keys()) - new.keys():  # not measured in this evaluation
                 client.delete_model_version_tag(name, number, key)
         for key, value in new.items():
             if tags.get(key) != value:
@@ -251,7 +255,7 @@ class _Contest:
                     raise ValueError(f"its {label(self.gate)} is {ap}")
                 save_evaluation(self.client, champion, self.protocol, metrics, plots)
         except Exception as error:  # also errors of storage clients, or out of memory
-            check_server(self.client)  # without a response it is not a failure of the champion
+            check_server(self.client)  # a missing response is not a failure of the champion
             line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
             expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
             if not expected or isinstance(error, KeyError | IndexError):
@@ -298,13 +302,13 @@ class _Contest:
             return Verdict(
                 False,
                 f"{shown}: {name}, has no {what} on this validation data with these settings "
-                f"({failure or 'it was not evaluated on them; run this again'})",
+                f"({failure or 'it was not evaluated on them; run the command again'})",
             )
         return compare(gate, candidate, before, name)
 
     def best(self, event: Event, ap: float) -> tuple[float, str]:
-        """Return (AP, version) of the best of this promotion and its rivals; in a tie the older
-        one.
+        """Return (AP, version) of the best among this promotion and its rivals; in a tie, of the
+        older one.
 
         A version that a user forced or restored in place of the same champion is better than any
         other; its AP is infinite.

@@ -1,4 +1,4 @@
-"""MLflow's client, with retries, and with errors that are Python's and of one line each.
+"""MLflow's client with retries, and with built-in Python exceptions whose messages are one line.
 
 MLflow's HTTP client (urllib3) repeats requests after a lost connection, 408, 429 and 5xx, with a
 back-off or after the time in Retry-After. It reads the number of retries from the environment at
@@ -45,10 +45,9 @@ LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
-# SQLAlchemy's errors for an address that is not that of a database; its OperationalError may be
-# temporary
+# SQLAlchemy's errors for a URI that is not a database; its OperationalError may be temporary
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
-# Environment and loggers are the process's: blocks of two threads must not restore each other's.
+# Environment and loggers are shared by all threads, so only one thread at a time may change them.
 LOCK = threading.RLock()
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -63,7 +62,9 @@ class InvalidRequestError(RefusedError):
 
 
 class UnknownRunError(LookupError):
-    """The server does not have the run, and nothing describes it, so that it cannot be created."""
+    """The server does not have the run, and no journal describes it, so that it cannot be
+    created.
+    """
 
 
 KINDS: dict[str, type[Exception]] = {
@@ -126,7 +127,7 @@ def _cached_client(uri: str) -> Client:
         raise RefusedError(
             f"{hide_credentials(uri)}: {first_line(error)}; set tracking.uri or "
             "MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:///FILE"
-        ) from None  # its context may name the address with the password
+        ) from None  # the exception's context may contain the address with the password
 
 
 @contextmanager
@@ -141,9 +142,10 @@ def translated(uri: str) -> Iterator[None]:
         if _is_denied(error, uri):
             line = (
                 f"{shown} denies access ({line}); set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account that may do this"
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account with permission"
             )
-            raise RefusedError(line) from None  # its context names the address with the password
+            # the exception's context contains the address with the password
+            raise RefusedError(line) from None
         kind = KINDS.get(getattr(error, "error_code", ""), ConnectionError)
         raise kind(f"{shown}: {line}") from None
 
@@ -153,8 +155,8 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
     """Make each of MLflow's requests in this block up to `tries` times; raises the errors of
     `Client`.
 
-    Functions of MLflow that have no client use the server `uri`. Threads run such blocks one after
-    another.
+    MLflow functions without a client argument use the server `uri`. Only one thread at a time runs
+    such a block.
     """
     tries = TRIES if tries is None else tries
     settings = {"MLFLOW_TRACKING_URI": uri, RETRIES: str(tries - 1), FACTOR: BACK_OFF}
@@ -169,7 +171,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
         os.environ.update(settings)
         retry.addFilter(log_wait)
         retry.setLevel(logging.DEBUG)
-        pool.setLevel(logging.ERROR)  # it logs some of the same waits
+        pool.setLevel(logging.ERROR)  # urllib3 itself logs some of these waits
         try:
             with translated(uri):
                 yield
@@ -182,7 +184,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
 
 
 def _log_wait(shown: str, record: logging.LogRecord) -> bool:
-    """Log, instead of a debug message of urllib3, that a request is repeated."""
+    """Log that a request is repeated, in place of urllib3's debug message."""
     retry: Any = record.args[-1] if isinstance(record.args, tuple) and record.args else None
     if history := getattr(retry, "history", ()):
         last = history[-1]
@@ -192,9 +194,9 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
 
 
 def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """Return what `find` finds or else `make` makes.
+    """Return the result of `find`, or else of `make`.
 
-    After a lost response, it looks again before it makes another.
+    After a lost response, checks whether the object exists before it creates another one.
     """
     for last in (False, False, True):
         if (found := find()) is not None:
@@ -204,12 +206,12 @@ def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
         except (ConnectionError, FileExistsError) as error:
             if last:
                 raise
-            log.warning("%s; checking whether it was carried out", first_line(error))
+            log.warning("%s; checking whether the request was carried out", first_line(error))
     raise AssertionError
 
 
 def _is_denied(error: Exception, uri: str) -> bool:
-    """Whether an error is of a 401 or 403."""
+    """Whether an error was caused by status 401 or 403."""
     from mlflow.exceptions import MlflowException, RestException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request

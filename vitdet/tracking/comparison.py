@@ -28,8 +28,8 @@ def start_parent_run(
 ) -> str:
     """Return the MLflow id of a group's parent run; create the run if it does not exist.
 
-    With the MLflow plugin of Kubeflow Pipelines it is the plugin's run. Raises ConnectionError if
-    MLflow does not respond.
+    With the MLflow plugin of Kubeflow Pipelines, the parent run is the plugin's run. Raises
+    ConnectionError if MLflow does not respond.
     """
     client = connect(uri, folder)
     tags = {"group": group, "pipeline_run": group, "recipes": " ".join(names)}
@@ -60,7 +60,7 @@ def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment
 
 
 def page_of_run(run_id: str | None, *, uri: str, folder: Path) -> str:
-    """Return the address of a run in MLflow's UI, "" if it has none."""
+    """Return the URL of a run in MLflow's UI; "" if there is none."""
     address = tracking_uri(uri, folder)
     if not run_id or not run_page(address, "", run_id):
         return ""
@@ -86,7 +86,7 @@ def compare(
 
     rows: name, val_fingerprint, evaluate_settings, run_id, passed, reason and metrics of each
     training run with a verdict. failures: {name: why its steps did not all succeed}. settings:
-    {name: {setting: value}} of those that vary among the training runs of one recipe.
+    {name: {setting: value}}, the settings that vary among the training runs of one recipe.
 
     Raises ValueError if the detectors were evaluated on different data or with different settings,
     ConnectionError if MLflow does not respond.
@@ -103,7 +103,8 @@ def compare(
     client = connect(uri, folder)
     found = client.search_model_versions(f"name = '{model_name}'")
     found = sorted(found, key=lambda one: int(one.version))
-    versions = {one.run_id: str(one.version) for one in found if one.run_id}  # the newest of a run
+    # the newest version of a run
+    versions = {version.run_id: str(version.version) for version in found if version.run_id}
     ordered = sorted(rows, key=_box_ap, reverse=True)
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))
     parent = start_parent_run(group, names, uri=uri, folder=folder, experiment=experiment)
@@ -119,8 +120,8 @@ def compare(
         tables.insert(0, over_seeds)
     data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training run finished"
     address = run_page(client.uri, place, parent)
-    text = "\n".join([f"{data}\n", *(replace(one, links={}).markdown() for one in tables)])
-    linked = "\n".join([f"{data}\n", *(one.markdown() for one in tables)])
+    text = "\n".join([f"{data}\n", *(replace(table, links={}).markdown() for table in tables)])
+    linked = "\n".join([f"{data}\n", *(table.markdown() for table in tables)])
     paragraphs = [data]
     if address:
         linked += f"\n[MLflow]({address})"

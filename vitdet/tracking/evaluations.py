@@ -1,4 +1,4 @@
-"""Where the registry keeps the evaluations of a model version.
+"""How the registry stores the evaluations of a model version.
 
 A version may have been evaluated several times, on different validation data or with different
 settings (`vitdet.data.protocol.Protocol`). Each evaluation is stored by the digest of its
@@ -33,7 +33,7 @@ METRICS = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"
 
 
 def tags_of(metrics: Mapping[str, float | None]) -> dict[str, str]:
-    """Return those of the metrics that are stored in tags, with four significant digits."""
+    """Return the metrics that are stored in tags, with four significant digits."""
     return {key: f"{value:.4g}" for key in METRICS if (value := metrics.get(key)) is not None}
 
 
@@ -45,7 +45,7 @@ def matches_folder(protocol: Protocol) -> str:
 def model_id_of(version: ModelVersion) -> str | None:
     """Return the id of the logged model that a version was created from; None if there is none.
 
-    Databases do not store `model_id`, but the source, models:/ID.
+    Database stores do not keep `model_id`, but the source, models:/ID.
     """
     scheme, _, model = (version.source or "").rpartition("/")
     return model if scheme == "models:" else None
@@ -106,17 +106,17 @@ def add_matches(
 ) -> None:
     """Store the matches of an evaluation whose metrics a version has already.
 
-    metrics: of the evaluation in `plots`. If they differ from the stored ones, or matches are
-    stored already, a warning is logged and nothing is stored.
+    metrics: metrics of the evaluation in `plots`. If they differ from the stored metrics, or if
+    matches are already stored, a warning is logged and nothing is stored.
     """
     model, reason = model_id_of(version), ""
     known = tags_of(known_metrics(version, protocol))
     if not model:
         reason = "it has no logged model"
     elif not known or known != tags_of(metrics):
-        reason = f"its metrics are of another evaluation: {known}, not {tags_of(metrics)}"
+        reason = f"its metrics are from a different evaluation: {known}, not {tags_of(metrics)}"
     elif _has_matches(client, version, protocol):
-        reason = "it has matches of this evaluation"
+        reason = "it already has matches of this evaluation"
     else:
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     if reason:
@@ -127,11 +127,11 @@ def add_matches(
 def _has_matches(client: Client, version: ModelVersion, protocol: Protocol) -> bool:
     model, folder = model_id_of(version), matches_folder(protocol)
     stored = client.list_logged_model_artifacts(model, folder) if model else []
-    return any(one.path == f"{folder}/{MATCHES}" for one in stored)
+    return any(artifact.path == f"{folder}/{MATCHES}" for artifact in stored)
 
 
 def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Evaluation:
-    """Return an evaluation that was just made, from its metrics and the folder of its matches.
+    """Return a new evaluation, given its metrics and the folder of its matches.
 
     plots: the folder of `vitdet evaluate --plots`; None: without matches. Raises FileNotFoundError
     if it has no matches, and ValueError if their AP is not that of the metrics.
@@ -165,7 +165,8 @@ def protocol_of(record: Mapping) -> Protocol:
 def plots_of(record: Mapping) -> Path | None:
     """Return the folder of matches in the file that a pipeline's step `evaluate` wrote.
 
-    None if there are none, e.g. removed since, as the step was cached.
+    None if the folder does not exist, e.g. if the step was cached and its files have been removed
+    since.
     """
     path = Path(record.get("plots", "")) / MATCHES
     return path.parent if "plots" in record and path.is_file() else None
@@ -175,7 +176,7 @@ def recorded_evaluation(record: Mapping) -> Evaluation:
     """Return the evaluation in the file that a pipeline's step `evaluate` wrote."""
     found = evaluation_of(record["metrics"], plots_of(record))
     removed = (
-        "its files were removed since the pipeline's step `evaluate` was cached; submit the "
+        "its files have been removed since the pipeline's step `evaluate` was cached; submit the "
         "pipeline again with --no-cache"
     )
     return found if found.matches else replace(found, remedy=removed)

@@ -1,10 +1,11 @@
 """Where a run is created: its experiment, and the run of a pipeline that becomes its parent.
 
 The MLflow plugin of Kubeflow Pipelines (since 2.17, with its setting `injectUserEnvVars`) gives
-each step MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_ID and MLFLOW_RUN_ID; the latter is a run of the
-step, below a run of the pipeline run (kubeflow/pipelines 2.17.0,
-backend/src/v2/common/plugins/mlflow/handler.go). That one becomes the parent of the training runs,
-in its experiment, so that MLflow has one tree. The plugin ends it.
+each step MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_ID and MLFLOW_RUN_ID, the MLflow run of the step,
+nested in the MLflow run of the pipeline run (kubeflow/pipelines 2.17.0,
+backend/src/v2/common/plugins/mlflow/handler.go). The MLflow run of the pipeline run becomes the
+parent of the training runs, in its experiment, so that MLflow shows one tree. The plugin ends this
+run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 # tag of the plugin: backend/src/apiserver/plugins/mlflow/run_start.go
 OWNER = "kfp.pipeline_run_id"
-DEPTH = 8  # runs from a step's to the pipeline's: one, and one for each loop around the step
+DEPTH = 8  # longest path from a step's run to the pipeline's run, one more per loop around it
 
 
 def experiment_id(
@@ -30,8 +31,9 @@ def experiment_id(
 ) -> str:
     """Return the id of the experiment; create it if it does not exist.
 
-    folder: of the artifacts of a SQLite file, in mlartifacts/. setting: with the name. Raises
-    RefusedError if it was deleted, or if the service is not MLflow.
+    folder: parent of mlartifacts/, the artifacts of an SQLite store. setting: the setting with the
+    name, for messages. Raises RefusedError if the experiment was deleted, or if the service is not
+    MLflow.
     """
     is_file = client.uri.startswith("sqlite:")
     place = (Path(folder).resolve() / "mlartifacts").as_uri() if is_file else None
@@ -52,7 +54,9 @@ def experiment_id(
 
 
 def check_server(client: Client) -> None:
-    """Raise RefusedError if the service is not MLflow, e.g. responds to every request with `{}`."""
+    """Raise RefusedError if the service is not MLflow, e.g. if it responds to every request with
+    `{}`.
+    """
     _experiment(client, "connection check")  # usually there is none
 
 
@@ -70,7 +74,7 @@ def _experiment(client: Client, name: str) -> Experiment | None:
 def plugin_run(client: Client, group: str) -> Run | None:
     """Return the plugin's run of the pipeline run `group`; None without the plugin.
 
-    An MLFLOW_RUN_ID of anything else, such as that of a shell or another pipeline run, is not used.
+    An MLFLOW_RUN_ID from any other source, such as a shell or another pipeline run, is ignored.
     Raises ConnectionError if the server does not respond.
     """
     run_id = os.environ.get("MLFLOW_RUN_ID", "") if group else ""

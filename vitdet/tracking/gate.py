@@ -18,9 +18,10 @@ from vitdet.evaluation.matches import Matches
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: by name, AP in percent. matches: by kind ("bbox", "segm"), empty if not stored.
+    """An evaluation. metrics: by name, AP in percent. matches: by kind ("bbox", "segm").
 
-    remedy: what to do without matches, if the gate needs them.
+    matches are empty if they were not stored; remedy: what to do in this case if the gate needs
+    them.
     """
 
     metrics: Mapping[str, float | None]
@@ -37,7 +38,7 @@ class Verdict:
 
 
 class RejectedError(ValueError):
-    """The gate rejected a version, which stays registered.
+    """The gate rejected a version, which remains registered.
 
     registered: its name, version and alias.
     """
@@ -114,7 +115,7 @@ def compare(
         worst = max(losses, key=losses.__getitem__)
         return Verdict(
             False,
-            f"{reason}, but class {worst!r} lost {losses[worst]:.4g}, gate.max_class_loss is "
+            f"{reason}, but class {worst!r} lost {losses[worst]:.4g}, but gate.max_class_loss is "
             f"{gate.max_class_loss:g}{_others(losses)}",
         )
     if not gate.confidence:
@@ -127,8 +128,8 @@ def compare(
     if found is None or found.is_significant is None:
         return Verdict(
             False,
-            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, the validation "
-            f"data has {found.images if found else 0}",
+            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, and the "
+            f"validation data has {found.images if found else 0}",
         )
     certain = found.low > gate.min_gain
     return Verdict(

@@ -1,8 +1,8 @@
-"""Which versions of a model were its champion: a tag for each time that one became champion.
+"""The history of a model's champions: one tag for each time that a version became champion.
 
-MLflow has no transactions. A tag of its own for each event is never overwritten by another
-process, and is written before the alias, so that processes that promote at the same time see each
-other (see `vitdet.tracking.champion.promote`).
+MLflow has no transactions. Each event has its own tag, which no other process overwrites and which
+is written before the alias is set, so that processes that promote at the same time see each other's
+events (see `vitdet.tracking.champion.promote`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from datetime import UTC, datetime, timedelta
 from vitdet.tracking.client import Client
 
 ALIAS = "champion"
-PREFIX = "champion_at_"  # of the tags; then the time in UTC
+PREFIX = "champion_at_"  # prefix of the tags, followed by the time in UTC
 PROMOTED, FORCED, ROLLED_BACK = "promoted", "forced", "rolled back"
-RECENT = timedelta(minutes=10)  # longer than a promotion takes, with the clocks of two machines
+# seconds; longer than a promotion plus the difference between the clocks of two machines
+RECENT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def champion_of(client: Client, model_name: str) -> str | None:
 
 
 def events(client: Client, model_name: str) -> list[Event]:
-    """Return what the tags of all versions record, the oldest event first."""
+    """Return the events recorded in the tags of all versions, the oldest event first."""
     found = [
         Event(key.removeprefix(PREFIX), str(version.version), **json.loads(value))
         for version in client.search_model_versions(f"name = '{model_name}'")
@@ -81,10 +82,10 @@ def withdraw(client: Client, model_name: str, event: Event) -> None:
 def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
     """Return the versions that were champion before the current one, the last one first.
 
-    Each event names the version that it replaced; a rollback undoes the promotions since its
-    version was champion. Times come from the clocks of several machines: they order the events of
-    one version, and are followed where a version has no event, as it was deleted or made champion
-    in MLflow's UI.
+    Each event contains the version that it replaced; a rollback undoes the promotions since its
+    version was champion. Times come from the clocks of several machines, so they are used only to
+    order the events of one version, and where a version has no event because it was deleted or made
+    champion in MLflow's UI.
     """
     left, found, version = sorted(recorded, key=lambda event: event.time), [], current
     while version:
@@ -94,10 +95,10 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
             version = version if own[-1].action == ROLLED_BACK else own[-1].before
         else:
             replaced = min((one.time for one in recorded if one.before == version), default=None)
-            earlier = [one.version for one in left if replaced is None or one.time < replaced]
+            earlier = [event.version for event in left if replaced is None or event.time < replaced]
             version = earlier[-1] if earlier else ""
         found.append(version)
-    return list(dict.fromkeys(one for one in found if one not in ("", current)))
+    return list(dict.fromkeys(number for number in found if number not in ("", current)))
 
 
 def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
@@ -108,9 +109,10 @@ def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return the events of other versions at about the same time, which may not know of each other.
+    """Return the events of other versions at about the same time, whose processes may not have seen
+    each other.
 
-    Without those that a user has undone since: by a rollback, or by forcing another version.
+    Events that a user has since undone, by a rollback or by forcing another version, are excluded.
     """
     found, now = [], datetime.fromisoformat(own.time)
     for event in recorded:

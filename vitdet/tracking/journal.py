@@ -1,9 +1,10 @@
 """The journal of a run on disk: its records for the tracking server, and which of them were sent.
 
-FOLDER/journal/KEY.jsonl grows by one line per event: the run's start, points, its end. KEY.json is
-the cursor: the run's id on the server and the offset of the first line that still has to be sent.
-KEY.files/ contains copies of the files that still have to be uploaded. A line is one unbuffered
-write, so a killed process loses none. MLflow's own asynchronous logging keeps its queue in memory.
+FOLDER/journal/KEY.jsonl has one line per event: start of the run, points, end of the run. KEY.json
+is the cursor: the run's id on the server and the offset of the first line that still has to be
+sent. KEY.files/ contains copies of the files that still have to be uploaded. A line is one
+unbuffered write, so a killed process loses none. MLflow's own asynchronous logging keeps its queue
+in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ PENDING = "pending-"  # prefix of the run id until a server has assigned one
 class Journal:
     """The lines of one run, with their time in ms since 1970.
 
-    They are {"start": {...}}, {"points": {name: value}, "step"}, {"resume", "changed"}, {"tags"}
-    and {"end"}. Earlier versions also wrote {"file", "folder"}.
+    The records are {"start": {...}}, {"points": {name: value}, "step"}, {"resume", "changed"},
+    {"tags"} and {"end"}. Earlier versions also wrote {"file", "folder"}.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -58,17 +59,17 @@ class Journal:
                     file.truncate(size)
                     raise OSError("the disk is full")
         except OSError as error:
-            log.warning("tracking: cannot write %s, a record is lost: %s", self.path, error)
+            log.warning("tracking: cannot write %s; a record was lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
         """Add a copy of a file for this folder of the run's artifacts."""
         try:
             self._copy(path, folder)
         except OSError as error:
-            log.warning("tracking: %s is not logged: %s", path, error)
+            log.warning("tracking: %s was not logged: %s", path, error)
 
     def adopt(self, record: dict) -> None:
-        """Move the file of a record of an earlier version, whose copies were elsewhere."""
+        """Move the file of a record from an earlier version, which stored copies elsewhere."""
         copy = self.path.parent / record["file"]
         if copy.exists():
             self._copy(copy, record["folder"])
@@ -82,7 +83,7 @@ class Journal:
         return sorted(self.files.glob("[!.]*"))
 
     def start(self) -> dict | None:
-        """Return what the run is: experiment, name, params, tags, dataset, time."""
+        """Return the start record of the run: experiment, name, params, tags, dataset, time."""
         for record, _ in self.records():
             if "start" in record:
                 return {**record["start"], "time": record["time"]}
@@ -106,7 +107,7 @@ class Journal:
         return last, changed
 
     def records(self, offset: int = 0) -> Iterator[tuple[dict, int]]:
-        """Yield (record, offset of the next) of each complete line from this offset on."""
+        """Yield (record, offset of the next line) for each complete line from this offset on."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -194,9 +195,9 @@ def journals(folder: Path) -> list[Journal]:
 
 
 def unfinished(folder: Path, output: str, params: dict) -> str | None:
-    """Return the pending id of an earlier run of this output without metrics, if any.
+    """Return the pending id of an earlier run with this output and no metrics, if any.
 
-    Other runs of this output that were killed are ended.
+    Other killed runs with this output are ended.
     """
     found = None
     for journal in journals(folder):

@@ -1,4 +1,4 @@
-"""Runs that MLflow has: looked up by id or name, with what a comparison reads of them."""
+"""Lookup of MLflow runs by id or name, with the values that a comparison needs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def find_run(client: Client, name: str) -> StoredRun:
         found = [client.get_run(name)]
     else:
         quote = '"' if "'" in name else "'"
-        experiments = [one.experiment_id for one in client.search_experiments()]
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         query = f"attributes.run_name = {quote}{name}{quote}"
         found = client.search_runs(experiments, query)
     if not found:
@@ -67,7 +67,7 @@ def download_file(
 ) -> Path | None:
     """Download an artifact of a run to the folder `target`; None if the run does not have it."""
     parent = path.rpartition("/")[0]
-    if all(one.path != path for one in client.list_artifacts(run_id, parent or None)):
+    if all(artifact.path != path for artifact in client.list_artifacts(run_id, parent or None)):
         return None
     try:
         return Path(client.download_artifacts(run_id, path, str(target)))

@@ -85,7 +85,7 @@ def _write_measured(path: Path, measured: Measured) -> None:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the metrics in a file of `write_metrics`. Raises ValueError for another file."""
+    """Return the metrics in a file of `write_metrics`. Raises ValueError for any other file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -111,7 +111,7 @@ def read_measured(path: Path) -> Measured | None:
 
 
 def beside(path: Path) -> Path:
-    """Return the path of the file with the provenance of this one."""
+    """Return the path of the provenance file of a metrics or matches file."""
     return path.with_name(f"{path.stem}.measured.json")
 
 
@@ -135,8 +135,9 @@ def protocol_of_file(
 ) -> tuple[Config, Protocol]:
     """Return the config and the protocol of the metrics in a file, with fingerprint "" if unknown.
 
-    config, measured: of the metrics, if known. gated: whether the gate will be applied. Raises
-    ValueError if it would have to trust metrics of another checkpoint or config.
+    config, measured: config and provenance of the metrics, if known. gated: whether the gate will
+    be applied. Raises ValueError if the gate would have to use metrics of a different checkpoint or
+    config.
     """
     own = from_dict(stored["config"])
     unknown = config or own, Protocol.of(config or own, "")
@@ -146,9 +147,9 @@ def protocol_of_file(
         return config, Protocol.of(config, _fingerprint_now(config, own, stored))
     used, problem = measured.config(own), ""
     if measured.checkpoint_sha256 != sha256(checkpoint):
-        problem = "are of another checkpoint"
+        problem = "belong to a different checkpoint"
     elif config is not None and not _agree(config, used):
-        problem = "were measured with other data or evaluate settings than those of --config"
+        problem = "were measured with different data or evaluate settings than those in --config"
     if problem and gated:
         raise ValueError(
             f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and pass the file "
@@ -158,13 +159,15 @@ def protocol_of_file(
 
 
 def _agree(ours: Config, theirs: Config) -> bool:
-    """Whether two configs evaluate the same images, wherever these are."""
+    """Whether two configs evaluate the same images, regardless of their location."""
     same = all(getattr(ours.data, key) == getattr(theirs.data, key) for key in DATA)
     return same and settings_of(ours) == settings_of(theirs)
 
 
 def _fingerprint_now(config: Config, own: Config, stored: Mapping) -> str:
-    """The current fingerprint of the validation split; without the data, the stored one."""
+    """The current fingerprint of the validation split; the stored one if the data is
+    unavailable.
+    """
     try:
         return fingerprint(config.data, config.data.val_split)
     except FileNotFoundError:

@@ -33,16 +33,16 @@ from vitdet.tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 SHIP_SECONDS = 3.0  # between shipments
-# The longest time that a training run waits for a server: before the first step, and at the end.
+# Maximum time in seconds that a training run waits for a server: before the first step, at the end.
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
 # to create the tables of a new SQLite file, and to write the last values to one
 CREATE_SECONDS = 60.0
-CLOSE_SECONDS = 20.0  # of `log_metrics` and `connect_run`, whose purpose is to send
+CLOSE_SECONDS = 20.0  # timeout of `log_metrics` and `connect_run`, whose purpose is to send
 
 
 class MLflowTracker(Tracker):
-    """Writes to the journal at once and sends in a thread. Errors of a server are only logged.
+    """Writes to the journal immediately and sends in a thread. Server errors are only logged.
 
     resume: a line for the journal before the next one, unless that is the end. Attribute
     `refusal`: why the server will never accept the run, if that is known.
@@ -56,7 +56,7 @@ class MLflowTracker(Tracker):
         self._closing, self._tried = threading.Event(), threading.Event()
         self._limit = CLOSE_SECONDS
         self.refusal = ""
-        # importing MLflow takes seconds, none of which are the server's
+        # importing MLflow takes seconds, which do not count as waiting for the server
         self._system = SystemMetrics(points.get("gpu_hours", (0, 0.0))[1])
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
@@ -94,7 +94,9 @@ class MLflowTracker(Tracker):
         if self._thread.is_alive():
             path = self._journal.path
             log.warning(
-                "tracking: the last values are kept in %s; the same command sends them", path
+                "tracking: the last values are kept in %s; running the same command again sends "
+                "them",
+                path,
             )
 
     def abandon(self) -> None:
@@ -135,7 +137,7 @@ class MLflowTracker(Tracker):
                 continue
             pause = SHIP_SECONDS
             self._shipper.upload()
-            if others:  # one at a time, this run's lines between them
+            if others:  # one at a time, alternating with lines of this run
                 other = others.pop(0)
                 if other.deliver():
                     other.upload()
@@ -151,13 +153,13 @@ def start_run(
     """Start a tracker of a new run, or of the run `run_id`, which continues at `resume_step`.
 
     uri: "" means a SQLite file in `folder`; the environment's MLFLOW_TRACKING_URI takes precedence.
-    run_id: MLflow's or a pending one; a run that the server does not know becomes a new one with
-    all records of the journal.
+    run_id: an MLflow ID or a pending ID; if the server does not have the run, a new run with all
+    records of the journal is created.
 
-    what: of a new run, its experiment, name, params, tags and dataset (name, digest and source).
-    group: it becomes a child of the run in its experiment whose tag `group` has this value, if any.
-    output: the folder in `folder` that is written to; a run that was killed before its first
-    checkpoint is identified by this folder and continues.
+    what: experiment, name, params, tags and dataset (name, digest and source) of a new run. group:
+    the new run becomes a child of the run in its experiment whose tag `group` has this value, if
+    any. output: the output folder in `folder`; a run that was killed before its first checkpoint is
+    identified by this folder and continues.
 
     Raises ValueError at step 0 for a deleted experiment or an unsupported store; later, that is a
     warning.
@@ -208,8 +210,8 @@ def log_metrics(
 ) -> str | None:
     """Add values, files ({path: artifact folder}) and tags to a run that ended; return its id.
 
-    Values that the run has are not added again. Returns None, with a warning, if the server does
-    not know the run.
+    Values that the run already has are not added again. Returns None, with a warning, if the server
+    does not have the run.
     """
     server, journal = tracking_uri(uri, folder), find(folder, run_id)
     points = {key: float(value) for key, value in values.items()}
@@ -229,7 +231,7 @@ def log_metrics(
 def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
     """Return a client of the server in use, with retries.
 
-    tries: attempts of the first request; by default as many as for all others. Raises
+    tries: attempts for the first request; default: the same number as for all others. Raises
     ConnectionError if the server does not respond, and ValueError if the store can never be used.
     """
     uri = tracking_uri(uri, folder)
@@ -246,7 +248,7 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
             advice = "check its path, its permissions and the free disk space"
         else:
             problem = "no response from MLflow"
-            advice = "start the server, or set MLFLOW_TRACKING_URI to one that runs"
+            advice = "start the server, or set MLFLOW_TRACKING_URI to a running server"
         reason = first_line(error).removeprefix(f"{hide_credentials(uri)}: ")
         raise ConnectionError(f"{hide_credentials(uri)}: {problem} ({reason}); {advice}") from error
     return client.repeating()

@@ -24,7 +24,7 @@ WORST = 5
 
 
 class InitialWeights(NamedTuple):
-    """Weights that a training run began from. warning: what their license may forbid."""
+    """Initial weights of a training run. warning: possible restrictions by their license."""
 
     name: str
     what: str
@@ -47,7 +47,7 @@ def render(
     the training run, if known.
     """
     config, matches = from_dict(stored["config"]), evaluation.matches
-    classes = [str(one) for one in stored["class_names"]]
+    classes = [str(class_name) for class_name in stored["class_names"]]
     environment = Environment(
         loader=PackageLoader("vitdet.tracking", "."),
         undefined=StrictUndefined,
@@ -63,7 +63,7 @@ def render(
         shown=SHOWN_CLASSES,
         initial=initial_weights(config.train.init),
         metrics=_rows(evaluation),
-        images=next((len(one.image_ids) for one in matches.values()), 0),
+        images=next((len(found.image_ids) for found in matches.values()), 0),
         worst=_worst(matches["bbox"]) if "bbox" in matches else [],
         data_name=Path(used.data.root).name,
         train_name=Path(config.data.root).name,
@@ -88,9 +88,9 @@ def description_of(card: str) -> str:
 
 
 def initial_weights(init: str) -> list[InitialWeights]:
-    """Return the weights of train.init, and those that they were themselves trained from.
+    """Return the weights of train.init, and the weights that these were trained from, if any.
 
-    A file with the name of a published one is treated as that one.
+    A file with the name of a published file is treated as that file.
     """
     if not init:
         return []
@@ -98,8 +98,8 @@ def initial_weights(init: str) -> list[InitialWeights]:
     name = Path(init).stem if Path(init).suffix else init
     if name not in CATALOGUE:
         warning = (
-            f"the license of the initial weights ({file}) is not known here; ask their source "
-            "before you use this model."
+            f"the license of the initial weights ({file}) is unknown; check their source before "
+            "you use this model."
         )
         return [InitialWeights(file, "a file", "unknown", warning)]
     entry, warning = CATALOGUE[name], ""

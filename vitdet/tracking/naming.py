@@ -26,9 +26,9 @@ RESOLVED = "config"  # file name of a resolved config, which is not the name of 
 def recipe_of(config: Config, name: str) -> tuple[str, str]:
     """Return (name of the recipe, built-in recipe to describe the config with).
 
-    name: the recipe or the stem of the config file that was given. The built-in recipe is the one
-    of this name or, for another file, the one with the fewest settings that differ; a resolved
-    config is named after it.
+    name: the given recipe, or the stem of the config file. The built-in recipe is the one with this
+    name or, for other files, the one with the fewest settings that differ; a resolved config is
+    named after this recipe.
     """
     builtin = recipes()
     if name in builtin:
@@ -40,7 +40,8 @@ def recipe_of(config: Config, name: str) -> tuple[str, str]:
 def run_name(config: Config, recipe: str, builtin: str) -> str:
     """Return the recipe and the settings that affect the weights and differ from it.
 
-    As `tiny optim.lr=0.0002 train.seed=1`, at most LONGEST characters: `+2 more` counts the rest.
+    For example `tiny optim.lr=0.0002 train.seed=1`, at most LONGEST characters; `+2 more` stands
+    for the rest.
     """
     affecting = {key for key, (_, operational) in list_settings(config).items() if not operational}
     changes = [text for key, text in _changes(config, builtin) if key in affecting]
@@ -55,7 +56,7 @@ def run_name(config: Config, recipe: str, builtin: str) -> str:
 def description(config: Config, builtin: str, output: Path) -> str:
     """Return, in Markdown, the command line of this training run.
 
-    Without tracking.uri, which may contain a password.
+    tracking.uri is omitted, as it may contain a password.
     """
     changes = [text for key, text in _changes(config, builtin) if key != "tracking.uri"]
     options = [f"--set {shlex.quote(change)}" for change in changes]
@@ -98,8 +99,8 @@ def _git(*words: str) -> str:
 def code_tags() -> dict[str, str]:
     """Return MLflow's tags `git_revision` and `image`, each where it is known.
 
-    The image is the environment variable VITDET_IMAGE, as a pod's manifest names it; a container
-    cannot find out its own. With a digest it is exact.
+    The image is read from the environment variable VITDET_IMAGE, which the pod's manifest sets, as
+    a container cannot determine its own image. Only an image name with a digest is exact.
     """
     tags = {"git_revision": git_revision(), "image": os.environ.get("VITDET_IMAGE")}
     return {key: value for key, value in tags.items() if value}

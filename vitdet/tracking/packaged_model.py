@@ -40,7 +40,7 @@ COLUMNS = {
     **dict.fromkeys(("x0", "y0", "x1", "y1"), "double"),
     **{"height": "long", "width": "long", "mask": "string"},
 }
-TIMEOUT_SECONDS = 900.0  # of `try_model`: imports from a network file system take minutes
+TIMEOUT_SECONDS = 900.0  # timeout of `try_model`: imports from a network file system take minutes
 PROGRAM = """
 import sys
 wheel, path = sys.argv[1:]
@@ -133,7 +133,7 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
     weights, code = path.parent / "detector.safetensors", path.parent / "detector.py"
     save_safetensors(weights, content)
     code.write_text(CODE)
-    # it warns that torch was imported before it
+    # the import warns that torch was imported first
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     save_model(
         str(path),
@@ -152,8 +152,8 @@ def try_model(model: Path, wheel: Path) -> None:
     """Load a packaged model in a new process and run it on its input example.
 
     The process imports this package only from the wheel, as a server of the model does; the other
-    packages are those that are installed here. Pickles are refused. Raises ValueError if the model
-    does not respond.
+    packages are the installed ones. Pickles are rejected. Raises ValueError if the model does not
+    respond.
     """
     with tempfile.TemporaryDirectory(prefix="vitdet-trial-") as work:
         site = Path(work).resolve() / "site"
@@ -176,6 +176,6 @@ def try_model(model: Path, wheel: Path) -> None:
     if done.returncode:
         reason = next(iter(reversed(done.stderr.strip().splitlines())), f"exit {done.returncode}")
         raise ValueError(
-            f"the packaged model does not respond in a new process ({reason[:300]}); it is not "
+            f"the packaged model cannot be run in a new process ({reason[:300]}); it is not "
             "registered"
         )

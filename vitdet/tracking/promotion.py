@@ -1,4 +1,4 @@
-"""Promotion of a version to champion (`vitdet promote`), and the way back (`vitdet rollback`)."""
+"""Promotion of a version to champion (`vitdet promote`), and its reversal (`vitdet rollback`)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def promote_version(
 ) -> tuple[str, str]:
     """Make a registered version the champion if it passes the gate; return (version, reason).
 
-    version: by default the one with the alias `candidate`. uri, folder: of the MLflow store.
-    config: the gate, and the data and settings of the evaluation; default: those of the version's
-    registration. force: a reason to skip the gate, which is stored. Raises LookupError for what
-    does not exist, and ValueError if the gate rejects the version or cannot be applied.
+    version: default: the version with the alias `candidate`. uri, folder: location of the MLflow
+    store. config: the gate, and the data and settings of the evaluation; default: those of the
+    version's registration. force: a reason to skip the gate, which is stored. Raises LookupError if
+    the model or version does not exist, and ValueError if the gate rejects the version or cannot be
+    applied.
     """
     client = open_store(uri, folder)
     number = version or _alias(client, model_name, CANDIDATE, "name one with --version N")
@@ -57,7 +58,8 @@ def promote_version(
     protocol = Protocol(tags.get("val_fingerprint", ""), tags.get("evaluate_settings", ""))
     if not protocol.fingerprint:
         raise ValueError(
-            f"{shown}: the data of its metrics is unknown; register it again with the --metrics of "
+            f"{shown}: the data that its metrics were measured on is unknown; register it again "
+            "with the --metrics of "
             "`vitdet evaluate`, or skip the gate with --force REASON"
         )
     used = config or _config_of(client, found)
@@ -66,7 +68,8 @@ def promote_version(
     def evaluate(checkpoint: Path, plots: Path) -> Mapping[str, float | None]:
         if settings_of(used) != protocol.settings:
             raise ValueError(
-                f"the candidate was evaluated with other settings ({protocol.settings}); pass the "
+                f"the candidate was evaluated with different settings ({protocol.settings}); pass "
+                "the "
                 "config of its evaluation with --config"
             )
         with tempfile.TemporaryDirectory(prefix="vitdet-candidate-") as work:
@@ -95,7 +98,7 @@ def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[
     with champion.promoting(folder):
         current = _alias(client, model_name, champion.ALIAS, "there is nothing to roll back")
         versions = client.search_model_versions(f"name = '{model_name}'")
-        numbers = {str(one.version) for one in versions}
+        numbers = {str(version.version) for version in versions}
         earlier = history.predecessors(history.events(client, model_name), current)
         existing = [number for number in earlier if number in numbers]
         if not existing:
@@ -121,7 +124,7 @@ def _config_of(client: Client, found: ModelVersion) -> Config:
     """The config that is stored with a version. Raises ValueError for versions without one."""
     model = model_id_of(found)
     stored = client.list_logged_model_artifacts(model) if model else []
-    if not any(one.path == CONFIG for one in stored):
+    if not any(artifact.path == CONFIG for artifact in stored):
         raise ValueError(
             f"{found.name}, version {found.version}, was registered without its config; pass it "
             "with --config FILE"

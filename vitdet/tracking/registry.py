@@ -65,9 +65,9 @@ def register_checkpoint(
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
-    The version becomes `candidate` in any case. The data is read only for the gate. The packaged
-    model is tested before any upload. If the server does not know the training run, e.g. for a
-    checkpoint from another machine, the version has no run, but its id in the tag `training_run`.
+    The version always becomes `candidate`. The data is read only for the gate. The packaged model
+    is tested before any upload. If the server does not have the training run, e.g. for a checkpoint
+    from another machine, the version has no run, but the tag `training_run` contains the run id.
 
     Args:
         checkpoint: The detector.
@@ -84,8 +84,8 @@ def register_checkpoint(
     Raises:
         RejectedError: The gate rejects the candidate, which is registered.
         ConnectionError: The server does not respond.
-        ValueError: The packaged model does not respond, the metrics are of another checkpoint, or
-            the gate lacks the data that they were measured on.
+        ValueError: The packaged model cannot be run, the metrics belong to a different checkpoint,
+            or the gate lacks the data that the metrics were measured on.
     """
     check("the alias", Alias, alias)
     stored = load_model_file(checkpoint)
@@ -109,7 +109,7 @@ def register_checkpoint(
         )
     if is_gated and not protocol.fingerprint:
         raise ValueError(
-            f"{checkpoint}: the data of its metrics is unknown; run `vitdet "
+            f"{checkpoint}: the data that its metrics were measured on is unknown; run `vitdet "
             "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or pass the "
             "config of the evaluation with --config"
         )
@@ -147,8 +147,8 @@ def register_checkpoint(
 class _Entry:
     """What is registered.
 
-    run_id: of the training run, if the server knows it. stored: the content of the checkpoint.
-    evaluation: under `protocol`, with the config `used` and its files in `plots`.
+    run_id: ID of the training run, if the server has it. stored: the content of the checkpoint.
+    evaluation: the evaluation under `protocol`, with the config `used` and its files in `plots`.
     """
 
     client: Client
@@ -288,7 +288,7 @@ class _Entry:
             client.log_inputs(run_id, [dataset])
         now, metrics = int(time.time() * 1000), []
         for key, value in values.items():
-            # the run's own point, if it has one: a metric of a model is one of its run as well
+            # the run's own value, if there is one: a metric of a model is also a metric of its run
             same = [
                 point.timestamp
                 for point in client.get_metric_history(run_id, key)

@@ -1,7 +1,7 @@
 """The MLflow run of a training run: its start, and what is added to it afterwards.
 
-All functions do without MLflow if the extra `tracking` is not installed. mlflow is imported inside
-the functions: commands that track nothing do not wait for it.
+All functions also work without MLflow, i.e. if the extra `tracking` is not installed. mlflow is
+imported inside the functions: commands that track nothing do not wait for it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def start_tracker(
     """Start the MLflow run of a training run; return a tracker that also prints the progress.
 
     recipe: its name, or the stem of the config file. output: the folder of the training run. group:
-    the pipeline run that it belongs to, if any. run_id: of the MLflow run that continues at `step`.
+    the pipeline run that it belongs to, if any. run_id: ID of the MLflow run that continues at
+    `step`.
     """
     tracker = Tracker()
     if has_mlflow():
@@ -115,11 +116,11 @@ def log_evaluation(
     """Log an evaluation to the MLflow run that trained the checkpoint; return the id of the run.
 
     Returns None if nothing is logged: without MLflow, or if the run or its store does not exist,
-    e.g. as the checkpoint was copied from another machine.
+    e.g. because the checkpoint was copied from another machine.
 
-    config: selects the server; default: the config in the checkpoint. folder: of the default store.
-    pictures: the folder of images with detections. plots: the folder of matches and report. report:
-    default: that in `plots`.
+    config: selects the server; default: the config in the checkpoint. folder: folder of the default
+    store. pictures: the folder of images with detections. plots: the folder of matches and report.
+    report: the report page; default: the one in `plots`.
     """
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
@@ -138,7 +139,7 @@ def log_evaluation(
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
         kind, _, path = tracking_uri(uri, folder).partition(":///")
-    except ValueError as error:  # the metrics matter more
+    except ValueError as error:  # the metrics are more important
         log.warning("%s: the metrics are not logged", error)
         return None
     if kind == "sqlite" and not Path(path).exists():
@@ -168,8 +169,8 @@ def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
 def metric_name(name: str) -> str:
     """Return a metric's name, KIND/CLASS or KIND, as MLflow accepts it.
 
-    That is 250 characters at most, of letters, digits and "_-. :/", without empty or dotted parts
-    of a path.
+    MLflow accepts at most 250 characters: letters, digits and "_-. :/", without empty or dotted
+    parts of a path.
     """
     name = re.sub(r"[^\w\-. :/]", "_", name)
     head, slash, tail = name.partition("/")

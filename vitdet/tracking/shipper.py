@@ -1,7 +1,7 @@
 """Sending a journal to the tracking server: each line exactly once, despite failures.
 
-Where it is unknown whether a request was carried out (it failed, or an earlier process made it),
-the server is queried for what it has before anything is sent again.
+If it is unknown whether a request was carried out (it failed, or an earlier process sent it), the
+server is queried for the existing data before anything is sent again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Shipper:
                 log.warning("tracking: %s; nothing is logged", error)
                 self.is_unknown = True
                 return False
-            except Exception as error:  # of a server, its client or a database
+            except Exception as error:  # an error of a server, its client or a database
                 self._run_id, self._held = None, {}  # the request may have been carried out
                 is_refused = isinstance(error, RefusedError)
                 if self._answers:
@@ -77,7 +77,7 @@ class Shipper:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._answers:
             self._answers = True
-            log.warning("tracking: %s responds again and has all metrics", self._shown)
+            log.warning("tracking: %s is responding again; all metrics were sent", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
@@ -97,7 +97,7 @@ class Shipper:
                 break
 
     def refusal(self) -> str:
-        """Find or create the run; return why the server will never accept it, "" if it may."""
+        """Find or create the run; return why the server will never accept it, "" if it might."""
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
@@ -117,7 +117,9 @@ class Shipper:
         return self._run_id
 
     def _start_upload(self) -> threading.Thread | None:
-        """Upload in a thread if there are files; return it, or that of an upload in progress."""
+        """Upload in a thread if there are files; return this thread, or that of an upload in
+        progress.
+        """
         if self._uploading is not None and self._uploading.is_alive():
             return self._uploading
         if time.monotonic() < self._next_upload or not self.journal.entries():
@@ -129,17 +131,18 @@ class Shipper:
         return self._uploading
 
     def _upload(self) -> None:
-        """Upload one file after another until one fails, which then is the last."""
+        """Upload one file after another until one fails; the failed file is moved to the end."""
         run_id, client = self.journal.run_id, open_client(self.uri)
         for entry in self.journal.entries():
             path, key = None, entry.name[-8:]
             try:
-                path = next((one for one in entry.rglob("*") if one.is_file()), None)
+                path = next((file for file in entry.rglob("*") if file.is_file()), None)
                 if path is not None:
                     folder = path.parent.relative_to(entry).as_posix()
                     client.log_artifact(run_id, str(path), None if folder == "." else folder)
                 shutil.rmtree(entry)
-            except Exception as error:  # of the server, the artifact store's client, or the disk
+            # an error of the server, the artifact store's client, or the disk
+            except Exception as error:
                 if not entry.exists():  # another process has uploaded it
                     continue
                 if key not in self._failed:
@@ -150,7 +153,7 @@ class Shipper:
                     )
                 self._failed.add(key)
                 self._next_upload = time.monotonic() + UPLOAD_SECONDS
-                with suppress(OSError):  # a file that the store refuses must not block the others
+                with suppress(OSError):  # a file that the store rejects must not block the others
                     entry.rename(entry.with_name(f"{time.time_ns()}-{key}"))
                 return
 
@@ -192,7 +195,7 @@ class Shipper:
         made = client.search_runs([place], f"tags.journal = '{key}'")
         run = made[0] if made else client.create_run(place, start["time"], tags, start["name"])
         run_id = run.info.run_id
-        # made: an earlier request arrived, although its response was lost
+        # the run exists: an earlier request succeeded, although its response was lost
         self._held = {} if made else None
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits
@@ -203,7 +206,7 @@ class Shipper:
             context = InputTag("mlflow.data.context", "training")
             client.log_inputs(run_id, [DatasetInput(dataset, [context])])
         if before := self.journal.cursor()[0]:
-            again = "all records of the journal are sent to a new one"
+            again = "all records of the journal are sent to a new run"
             log.warning("tracking: %s has no run %s; %s", self._shown, before, again)
         self.journal.move(run_id, 0)
         return run_id
@@ -228,11 +231,11 @@ class Shipper:
                 client.set_terminated(run_id, record["end"], record.get("ended", record["time"]))
             elif "file" in record:
                 self.journal.adopt(record)
-        except InvalidRequestError as error:  # sending the same again cannot help
+        except InvalidRequestError as error:  # sending the same record again cannot succeed
             names = {name for one in records for name in one.get("points", ())} - self._refused
             if len(names) > 1:  # an invalid name must not affect the other metrics
                 for name in sorted(names):
-                    named = [one for one in records if name in one["points"]]
+                    named = [record for record in records if name in record["points"]]
                     single = [{**one, "points": {name: one["points"][name]}} for one in named]
                     self._send(client, run_id, single)
             else:
@@ -256,8 +259,10 @@ class Shipper:
     def _has(
         self, client: Client, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
-        """Whether the server has a value at this step; with renew, whether it is this value."""
-        if renew:  # also what this process has sent
+        """Whether the server has a value at this step; with renew, whether the value is the
+        same.
+        """
+        if renew:  # includes the values that this process has sent
             there = history(client, run_id, key)
             return step in there and same_number(there[step], value)
         if self._held is None:

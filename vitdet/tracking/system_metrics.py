@@ -13,8 +13,8 @@ from vitdet import distributed
 class SystemMetrics:
     """Load of CPUs, memory and GPUs of this machine; GPU hours of all processes.
 
-    gpu_hours: those of earlier processes of the same run. GPUs need the package nvidia-ml-py. One
-    reading takes a few milliseconds.
+    gpu_hours: GPU hours of earlier processes of the same run. GPU metrics require the package
+    nvidia-ml-py. One reading takes a few milliseconds.
     """
 
     def __init__(self, gpu_hours: float = 0.0) -> None:

@@ -78,7 +78,7 @@ def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]])
             groups[row["name"].rpartition("-")[0], _text(rest)].append(row["metrics"])
     cells = []
     for (recipe, text), metrics in groups.items():
-        values = [[one.get(key) for one in metrics] for key in COLUMNS]
+        values = [[metric.get(key) for metric in metrics] for key in COLUMNS]
         texts = [mean_deviation([one for one in column if one is not None]) for column in values]
         cells.append([recipe, text or "-", str(len(metrics)), *texts])
     title = "Over seeds: mean ± standard deviation"
@@ -86,7 +86,7 @@ def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]])
 
 
 def mean_deviation(values: Sequence[float]) -> str:
-    """Format mean and sample standard deviation, which one value does not have."""
+    """Format mean and sample standard deviation; a single value has no deviation."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"

@@ -1,6 +1,6 @@
 """Trackers of the metrics of a training run, and the display of its progress.
 
-On a terminal one line changes; in a log there are plain lines.
+On a terminal, one line is updated in place; in a log, each line is printed.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class Progress(Tracker):
         self.tracker.close(status)
 
     def line(self, text: str, keep: bool) -> None:
-        """Display a line: on a terminal in place of the one before, unless that is kept."""
+        """Display a line; on a terminal it replaces the previous line, unless that line is kept."""
         if not self.stream.isatty():
             self.write(f"{text}\n")
             return
-        if not keep:  # a line that the terminal breaks could not be taken back
+        if not keep:  # a line that the terminal wraps could not be overwritten
             text = text[: shutil.get_terminal_size().columns - 1]
         self.write(f"\r\x1b[2K{text}" + ("\n" if keep else ""))
         self.changing = not keep

@@ -18,7 +18,8 @@ from pathlib import Path
 from vitdet.files import atomic_write
 
 PACKAGE = Path(__file__).parents[1]
-STAMP = (1980, 1, 1, 0, 0, 0)  # zip's first day: the same files give the same wheel
+# the earliest date of the zip format: the same files give the same wheel
+STAMP = (1980, 1, 1, 0, 0, 0)
 
 
 def build_wheel(folder: Path) -> Path:
@@ -57,7 +58,7 @@ def requirements(extra: tuple[str, ...] = ()) -> list[str]:
     """Return the dependencies and `extra` in their installed versions, as in `torch==2.15.0`."""
     _, description = _metadata()
     names = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)[^;\n]*$", description)
-    # a local part (+cpu, +cu132) names a build that no public index has
+    # a local version (+cpu, +cu132) is a build that is not in a public index
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in [*names, *extra]]
 
 

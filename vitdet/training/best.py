@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Best:
-    """The highest value of a metric over the evaluations of a run; the first of equal ones.
+    """The highest value of a metric over the evaluations of a run; in a tie, the first one.
 
     All ranks have the same metrics and come to the same decisions; only rank 0 writes files.
 
@@ -30,7 +30,9 @@ class Best:
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
-        """output: the folder of best.pt; states: that of the states, which keeps a copy."""
+        """output: the folder of best.pt; states: the folder of the training states, which contains
+        a copy.
+        """
         self.keeps, self.patience = bool(settings.keep_best), settings.patience
         self.metric = settings.keep_best or "box_ap"
         self.path, self._stored = output / NAME, states / NAME
@@ -68,7 +70,7 @@ class Best:
         self._publish()
 
     def report(self, done: int, steps: int) -> None:
-        """Log it if train.patience ended a run of `steps` steps after `done`."""
+        """Log that train.patience ended a run of `steps` steps after `done` steps, if it did."""
         if self.is_final() and done < steps:
             log.info(
                 f"train.patience={self.patience}: {self.metric} has not exceeded "
@@ -86,7 +88,7 @@ class Best:
         If best.pt is missing or damaged, `value` becomes None, with a warning: the next evaluation
         counts as the best.
         """
-        if not self._is_needed():  # train.patience=0 since this state was saved
+        if not self._is_needed():  # train.patience was set to 0 after this state was saved
             return
         self.value, self.step, self.stale = state["value"], state["step"], state["stale"]
         stored = self.keeps and self.value is not None
@@ -100,11 +102,14 @@ class Best:
         """Return whether best.pt is unavailable; otherwise copy it to the output folder."""
         try:
             found = load_model_file(self._stored)["step"]
-            # a later one was written after the state was saved: its evaluation is due again
+            # a later best.pt was written after the state was saved: that evaluation will be
+            # repeated
             if found != self.step and found < start:
                 raise ValueError(f"{self._stored}: written at step {found}")
         except (FileNotFoundError, ValueError) as error:
-            text = "the best detector, of step %d, is lost (%s): the next evaluation counts as best"
+            text = (
+                "the best detector (step %d) was lost (%s): the next evaluation counts as the best"
+            )
             log.warning(text, self.step, error)
             return True
         self._publish()
@@ -114,5 +119,5 @@ class Best:
         with atomic_write(self.path, sync=True) as temporary:
             try:
                 os.link(self._stored, temporary)
-            except OSError:  # another disk, or a file system without hard links
+            except OSError:  # a different disk, or a file system without hard links
                 shutil.copyfile(self._stored, temporary)

@@ -1,9 +1,9 @@
 """The forward and backward pass of a training step as CUDA graphs (`vitdet.kernels.cuda_graph`).
 
-A graph has fixed sizes, so targets are padded: to a power of two of objects per image and of edges
-per batch. There are few pairs of these sizes; each has its own graph. All graphs add to the same
-gradient tensors, so that micro-batches accumulate; after the last one the gradients are averaged
-over all processes.
+A graph has fixed sizes, so targets are padded: the number of objects per image and the number of
+edges per batch to a power of two. Only a few combinations of these sizes occur; each has its own
+graph. All graphs add to the same gradient tensors, so that micro-batches accumulate; after the last
+one the gradients are averaged over all processes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 class GraphedGradients:
     """CUDA graphs of `run`, which adds to the gradients and returns the losses of a batch.
 
-    If it cannot be recorded, for these shapes or at all, it runs without a graph, which is logged
-    for each size of targets. A size that did not fit in memory is tried again after `release`, but
-    not after it ran out of memory twice. Steps of such a size may use the memory of all graphs.
+    If `run` cannot be recorded, for these shapes or at all, it runs without a graph, which is
+    logged for each size of targets. A size that did not fit in memory is tried again after
+    `release`, unless it has run out of memory twice. Steps of such a size may use the memory of all
+    graphs.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
@@ -46,7 +47,7 @@ class GraphedGradients:
         self.graph: CudaGraph[Losses] = CudaGraph()
         # sizes of targets that could not be recorded, and whether to retry them after `release`
         self.refused: dict[tuple[int, int], bool] = {}
-        self.large: set[tuple[int, int]] = set()  # of these, those that ran out of memory
+        self.large: set[tuple[int, int]] = set()  # the subset of these sizes that ran out of memory
         self.clearings = 0  # since `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
@@ -106,14 +107,14 @@ class GraphedGradients:
 
 
 def can_be_graphed(detector: nn.Module) -> bool:
-    """Return whether a pass changes nothing but the gradients.
+    """Return whether a forward and backward pass changes only the gradients.
 
-    BatchNorm changes statistics, activation checkpointing restores the random state.
+    BatchNorm also changes statistics, and activation checkpointing the random state.
     """
     return not any(
-        isinstance(one, nn.modules.batchnorm._BatchNorm)
-        or (isinstance(one, Blocks) and one.checkpointing)
-        for one in detector.modules()
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        or (isinstance(module, Blocks) and module.checkpointing)
+        for module in detector.modules()
     )
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def fresh_detector(
     config: Config, split: CocoSplit, source: str | Path | None, device: torch.device
 ) -> Detector:
-    """Build the detector with random weights of train.seed, or the weights of the file `source`.
+    """Build the detector with random weights from train.seed, or the weights in the file `source`.
 
     The class weights of the federated loss are computed from the training images.
     """
@@ -34,5 +34,6 @@ def fresh_detector(
             log.info("%s: %s", source, note)
     classification = detector.roi_heads.classification
     if isinstance(classification, FederatedClassification):
-        classification.class_weights.copy_(odds)  # those in a file are of other training images
+        # the class weights in a file are from different training images
+        classification.class_weights.copy_(odds)
     return detector

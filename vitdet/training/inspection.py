@@ -48,7 +48,7 @@ def check_metric(config: Config) -> None:
         cause = "train.keep_best" if settings.keep_best else "train.patience"
         raise ValueError(
             f"{cause}: evaluations on {config.data.root} do not measure {metric}: "
-            f"{config.data.val_split} has no object for it; {nearest(metric, measured)}"
+            f"{config.data.val_split} has no objects for it; {nearest(metric, measured)}"
         )
 
 
@@ -63,5 +63,5 @@ def check_classes(config: Config, trained: Sequence[str], validated: Sequence[st
     if tuple(validated) != tuple(trained):
         raise ValueError(
             f"{data.root}: {data.train_split} and {data.val_split} have different classes "
-            f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})"
+            f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in a different order'})"
         )

@@ -5,9 +5,9 @@ measured with images of 1024 pixels: without the Triton kernels on an H100 (ViT-
 of 1 to 8 images: within 15%), with them on an H200 (ViT-B and L, batches of 1, 4 and 8, as CUDA
 graphs: within 5%):
 
-16 bytes per weight, for itself, its gradient and AdamW's two moments; 4 more with an average of the
-weights. 50 bytes, with the kernels 35, per output value of a block, in bf16 or fp16; twice as many
-in fp32. 1,300 or 1,230 bytes per pixel of the images for everything else.
+16 bytes per weight, for its value, its gradient and AdamW's two moments; 4 more with weight
+averaging. 50 bytes (with the kernels 35) per output value of a block in bf16 or fp16; twice as many
+in fp32. 1,300 bytes (with the kernels 1,230) per pixel of the images for everything else.
 
 Blocks recompute their activations if the estimate exceeds nine tenths of the GPU's memory.
 """
@@ -25,9 +25,9 @@ from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; with the kernels or without
+BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision, with and without the kernels
 BYTES_PER_PIXEL = {False: 1300, True: 1230}
-SHARE = 0.9  # of the GPU's memory; the rest is for CUDA and fragmentation
+SHARE = 0.9  # share of the GPU's memory; the rest is for CUDA and fragmentation
 log = logging.getLogger(__name__)
 
 

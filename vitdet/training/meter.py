@@ -17,7 +17,7 @@ from vitdet import distributed
 
 
 class Meter:
-    """Means of the metrics between two readings; they stay on the device until they are read."""
+    """Means of the metrics between two readings; they remain on the device until they are read."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -46,7 +46,7 @@ class Meter:
     def add(
         self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: Tensor | None = None
     ) -> None:
-        """Add the metrics of one step; those of a skipped one (bool tensor) are ignored."""
+        """Add the metrics of one step; they are ignored if the step was skipped (bool tensor)."""
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
         metrics = {**losses, "loss": total, "grad_norm": grad_norm}
         if skipped is not None:
@@ -62,7 +62,7 @@ class Meter:
 
         Synchronizes all processes once. Raises ValueError if a metric is not finite.
         """
-        if not self.timed:  # no step in this process: the restored state, if any
+        if not self.timed:  # without steps in this process, return the restored state, if any
             return {"sums": dict(self.sums), "count": self.count}
         values = torch.stack([torch.as_tensor(value) for value in self.sums.values()])
         sums = dict(zip(self.sums, distributed.mean(values).tolist(), strict=True))
@@ -81,8 +81,8 @@ class Meter:
     def read(self, device: torch.device) -> dict[str, float]:
         """Return the means since the last reading, images/s, wait for data (s) and memory (GB).
 
-        skipped_steps is the number of skipped steps; if all were skipped, there are no means.
-        Then restarts. Synchronizes, and raises the errors of `state`.
+        skipped_steps is the number of skipped steps; if all steps were skipped, there are no means.
+        Restarts the meter afterwards. Synchronizes, and raises the errors of `state`.
         """
         sums = self.state()["sums"]
         skipped = sums.pop("skipped_steps", None)

@@ -23,9 +23,9 @@ def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
     """Return groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in
     exactly one.
 
-    Block i of n has the learning rate lr * layer_decay ** (n - i), layers before the blocks lr *
-    layer_decay ** (n + 1), all others lr; the backbone's `layer_of` assigns parameters to layers.
-    `settings.undecayed` selects the parameters without weight decay.
+    Block i of n has the learning rate lr * layer_decay ** (n - i), layers before the blocks have lr
+    * layer_decay ** (n + 1), all others have lr; the backbone's `layer_of` assigns parameters to
+    layers. `settings.undecayed` selects the parameters without weight decay.
     """
     last, layer_of = detector.backbone.num_layers + 1, detector.backbone.layer_of
     exempt = _undecayed(detector, settings.undecayed)
@@ -97,7 +97,7 @@ def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
 
 
 def rate_note(settings: OptimConfig, batch_size: int) -> str:
-    """Return a note if the learning rate is meant for another batch size, else ''."""
+    """Return a note if the learning rate is meant for a different batch size, else ''."""
     meant = settings.lr_batch_size
     if batch_size == meant:
         return ""
@@ -107,8 +107,8 @@ def rate_note(settings: OptimConfig, batch_size: int) -> str:
     if settings.scale_lr:
         return f"{steps}: optim.scale_lr scales it to {fitting:g}"
     return (
-        f"{steps}: it is not scaled; optim.scale_lr=true scales it to {fitting:g}, "
-        f"optim.lr_batch_size={batch_size} declares it as meant for this size"
+        f"{steps}: optim.lr is not scaled; optim.scale_lr=true scales it to {fitting:g}, "
+        f"optim.lr_batch_size={batch_size} declares that it is meant for this size"
     )
 
 
@@ -140,7 +140,8 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 class WeightAverage:
     """Exponential moving average of the weights and BatchNorm statistics (Polyak).
 
-    decay: 0 for no averaging; grows to its value, so that the first steps have little influence.
+    decay: 0 disables averaging. The decay increases to this value, so that the first steps have
+    little influence.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -182,6 +183,6 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the average; raises ValueError if the names differ from the model's."""
         if set(state) != set(self.weights):
-            raise ValueError("the stored weight average belongs to another model")
+            raise ValueError("the stored weight average belongs to a different model")
         for name, average in self.weights.items():
             average.copy_(state[name])

@@ -41,7 +41,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @contextmanager
 def tf32(precision: str, device: torch.device) -> Iterator[None]:
-    """Context in which a GPU multiplies fp32 matrices in TF32 if the precision is fp32.
+    """Context in which fp32 matrix products on a GPU use TF32 if the precision is fp32.
 
     TF32 has 10 bits of fraction and is 8 times as fast. It is enabled only here: evaluation and
     comparisons with published results use full fp32. Convolutions always use TF32, torch's default.

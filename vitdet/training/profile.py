@@ -1,9 +1,10 @@
 """Profile of a training step: a trace of a few steps, and their time by part of the detector.
 
 While the steps are profiled, methods of the parts are wrapped in named scopes. An operator belongs
-to the innermost enclosing scope, a gradient to the part of its operator. On a GPU a part's time is
-that of its kernels, "data" the time that the GPU waits for the loader, "idle" all other waiting; on
-a CPU a part's time is that of its operators, and "idle" the time between them.
+to the innermost enclosing scope, a gradient to the part of its operator. On a GPU, the time of a
+part is the time of its kernels, "data" is the time that the GPU waits for the loader, and "idle" is
+all other waiting; on a CPU, the time of a part is the time of its operators, and "idle" is the time
+between operators.
 """
 
 from __future__ import annotations
@@ -127,14 +128,16 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, which sum to `wall`; waited: seconds for the loader."""
+    """Return seconds per step by part, which sum to `wall`; waited: seconds spent waiting for the
+    loader.
+    """
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = belongings(host), {event.name for event in host}
     found = dict.fromkeys(PARTS, 0.0)
     for event in host:
         for kernel in event.kernels:
-            if kernel.name not in names:  # otherwise the GPU's span of a scope
+            if kernel.name not in names:  # otherwise the event is the GPU's span of a scope
                 found[part_of(event)] += kernel.duration / 1e6 / TRACED
     spans = [
         (event.time_range.start, event.time_range.end)

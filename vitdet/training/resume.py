@@ -33,8 +33,8 @@ def states_folder(
     `checkpoints`.
 
     The name of the subfolder is a digest of everything that determines the weights. If it does not
-    exist, a folder of the same training run with other operational settings, another optim.steps
-    that is valid, or named by version 0.1 is used.
+    exist, a folder of the same training run with different operational settings, with a different
+    valid optim.steps, or named by version 0.1 is used.
 
     Args:
         config: the config.
@@ -72,7 +72,7 @@ def states_folder(
             check_content(other, state, TRAINING)
             stored = from_dict(state["config"])
         except ValueError:
-            continue  # damaged, or of another version
+            continue  # damaged, or from another version
         if (
             other in names(stored)
             and _same_but_for_length(config, stored)
@@ -88,13 +88,14 @@ def state_to_resume(
 ) -> dict | None:
     """Return the newest state that is intact on all ranks, or None; must be called on all ranks.
 
-    Raises ValueError if it does not match this config and data, or if the ranks find different
-    files.
+    Raises ValueError if the state does not match this config and data, or if the ranks find
+    different files.
     """
     newest = distributed.all_gather_objects(states.newest())
-    if len(set(newest)) > 1:  # a local folder on each machine, or one with delayed updates
+    # a local folder on each machine, or a shared folder with delayed updates
+    if len(set(newest)) > 1:
         raise ValueError(
-            f"{states.folder}: the processes found states of different steps "
+            f"{states.folder}: the processes found states from different steps "
             f"({', '.join(map(str, newest))}); --output must be one folder that all processes "
             "share; if it is, start again"
         )
@@ -130,8 +131,8 @@ def _check_resumable(
             steps = load_model_file(output / "model.pt")["step"]
             lacking = "" if _has_best(config, output) else " without its best.pt"
             raise ValueError(
-                f"{output}: contains a finished run of {steps} steps{lacking}, and no training "
-                f"state to resume from is in {folder}; choose another --output or remove it"
+                f"{output}: contains a finished run of {steps} steps{lacking}, but there is no "
+                f"training state to resume from in {folder}; choose another --output or remove it"
             )
         return
     step, remedy = state["step"], "choose another --output"
@@ -140,7 +141,7 @@ def _check_resumable(
     steps, before = config.optim.steps, stored.optim.steps
     if not _same_but_for_length(config, stored):
         differing = "; ".join(difference(config, stored, affecting_weights=True))
-        error = f"contains a run with another config ({differing})"
+        error = f"contains a run with a different config ({differing})"
         remedy += ", or resume with the same settings"
     elif steps < step:
         error = f"contains a run of {step} steps, more than optim.steps = {steps}"
@@ -183,11 +184,14 @@ def is_complete(
     if reason or difference(config, patient, affecting_weights=True):
         differing = "; ".join(difference(config, stored))
         raise ValueError(
-            f"{output}: contains a finished run with another config ({differing}); {reason}{remedy}"
+            f"{output}: contains a finished run with a different config ({differing}); "
+            f"{reason}{remedy}"
         )
     prints = fingerprint.fingerprints(config.data)
     if change := fingerprint.change(done, config.data, prints):
-        raise ValueError(f"{output}: contains a finished run on other data ({change}); {remedy}")
+        raise ValueError(
+            f"{output}: contains a finished run on different data ({change}); {remedy}"
+        )
     if not _has_best(config, output):
         return False
     log.warning("%s: already complete, nothing to do", output)
@@ -209,8 +213,8 @@ def _same_but_for_length(config: Config, stored: Config) -> bool:
 
 
 def _with_patience(stored: Config, config: Config) -> Config:
-    """Return the stored config with the train.patience of `config` if that is larger or 0, which
-    affects no completed step.
+    """Return the stored config with the train.patience of `config` if that value is larger or 0,
+    which does not affect the completed steps.
     """
     ours, theirs = config.train.patience, stored.train.patience
     if theirs and (ours == 0 or ours > theirs):
@@ -219,7 +223,9 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Return which of the `done` steps would have had another learning rate; '' if none."""
+    """Return the first of the `done` steps with a different learning rate, as text; '' if there is
+    none.
+    """
     ours, theirs = (scaled(one.optim, one.train.batch_size) for one in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)

@@ -19,8 +19,8 @@ class Saver:
 
     `save` copies the tensors to host memory, so that the next step may change them, and returns.
     The copies are reused: they take as much memory as a state (16 bytes per trained weight with
-    AdamW and an average of the weights), pinned if the tensors are on a GPU. There the copies are
-    enqueued behind the step, and only the thread waits for them.
+    AdamW and weight averaging), pinned if the tensors are on a GPU. On a GPU, the copies are
+    enqueued after the step, and only the thread waits for them.
 
     An error of the thread is raised by the next call of `check`, `save` or `wait`. On exit from the
     context a pending write is completed.

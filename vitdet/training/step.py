@@ -43,14 +43,15 @@ from vitdet.types import Batch, Target, Targets
 log = logging.getLogger(__name__)
 
 LONG_RUN = 1000  # steps from which train.compile=auto compiles, which takes about 90 s
-LEAST_SCALE = 2.0**-14  # of the losses; starts at 2 ** 16 and is halved in each skipped step
+# smallest loss scale; the scale starts at 2 ** 16 and is halved in each skipped step
+LEAST_SCALE = 2.0**-14
 
 
 class Figures(NamedTuple):
     """The result of a step.
 
-    losses and grad_norm (of all gradients): on the device; lr: learning rate; skipped: bool tensor
-    on the device, whether the step was skipped; None if the precision never skips steps.
+    losses and grad_norm (of all gradients) are on the device; lr: learning rate; skipped: bool
+    tensor on the device, whether the step was skipped, or None if the precision never skips steps.
     """
 
     losses: dict[str, Tensor]
@@ -62,8 +63,8 @@ class Figures(NamedTuple):
 class TrainingStep:
     """The detector with its optimizer and weight average, and the step that updates them.
 
-    `forward_backward` computes the gradients of one micro-batch, `update` applies those of a step.
-    Neither synchronizes with the device.
+    `forward_backward` computes the gradients of one micro-batch, `update` applies the gradients of
+    a step. Neither synchronizes with the device.
     """
 
     def __init__(self, detector: Detector, config: Config, device: torch.device) -> None:
@@ -78,7 +79,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         fp16 = self.scaler.is_enabled()  # a forward pass that overflows corrupts the statistics
         self.statistics = list(running_statistics(detector).values()) if fp16 else []
-        self.model: nn.Module = detector  # what is called; `distribute` wraps it
+        self.model: nn.Module = detector  # the callable module; `distribute` wraps it
         self.graphed: GraphedGradients | None = None
         setting = config.train.compile
         if device.type == "cuda" and setting != "never":
@@ -134,7 +135,7 @@ class TrainingStep:
         if self.device.type != "cuda":
             batch = batch.to(self.device)
             return self.gradients(batch.images, batch.targets, batch.sizes, at)
-        # from pinned memory, so that the host does not synchronize with the GPU
+        # copied from pinned memory, so that the host does not synchronize with the GPU
         images = batch.images.to(self.device, non_blocking=True)
         sizes = batch.sizes.pin_memory().to(self.device, non_blocking=True)
         targets = padded(batch.targets, self.device)
@@ -151,7 +152,7 @@ class TrainingStep:
         sizes: Tensor,
         at: Callable[[Stage], None] = lambda _: None,
     ) -> dict[str, Tensor]:
-        """`forward_backward` for tensors on the device."""
+        """Like `forward_backward`, for tensors on the device."""
         with autocast(self.precision, self.device):
             losses = self.model(images, targets, sizes)
         at(Stage.EXCHANGING)
@@ -200,7 +201,8 @@ class TrainingStep:
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
             slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
-        # missing in states before version 3 and of machines where `auto` is another precision
+        # missing in states before version 3, and from machines where `auto` selects a different
+        # precision
         if scaler := state.get("scaler"):
             self.scaler.load_state_dict(scaler)
 

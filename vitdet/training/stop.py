@@ -1,4 +1,4 @@
-"""Graceful stop: on a signal, training saves its state at the next safe point, raises `Stopped`.
+"""Graceful stop: on a signal, training saves its state at the next safe point and raises `Stopped`.
 
 SIGTERM comes from Kubernetes, schedulers and torchrun, SIGINT from Ctrl-C, SIGHUP from a closed
 terminal; torchrun forwards all three. The handler only records the signal. All ranks agree on the
@@ -32,7 +32,9 @@ class Stopped(Exception):
 
 
 class Stop:
-    """The signal that this process received (0: none), and its exchange between the ranks."""
+    """The signal that this process received (0: none), and the exchange of signals between
+    ranks.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -40,7 +42,7 @@ class Stop:
     def ask(self) -> Callable[[], int]:
         """Start a reduction of the signals of all ranks; return a function that awaits the result.
 
-        With one rank, that function returns the signal received until it is called.
+        With a single rank, the function returns the signal received by the time of its call.
         """
         if distributed.world_size() == 1:
             return lambda: self.received
@@ -57,7 +59,7 @@ class Stop:
             signal.default_int_handler(signum, frame)
         self.received = signum
         if signum == signal.SIGINT and distributed.rank() == 0:
-            # not `log`: the handler may have interrupted it
+            # not with `log`, which the handler may have interrupted
             os.write(2, b"saving the state, then stopping; Ctrl-C again stops immediately\n")
 
 
@@ -87,5 +89,5 @@ def warn_of_short_grace() -> None:
         log.warning(
             "this version of torchrun kills its processes 30 s after SIGTERM, regardless of "
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT and the pod's terminationGracePeriodSeconds: a state "
-            "that takes longer to save is lost; newer versions of torch have the setting"
+            "that takes longer to save is lost; newer versions of torch support the setting"
         )

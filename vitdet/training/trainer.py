@@ -1,9 +1,9 @@
 """Training a detector.
 
 The result of a step depends on (config, data, step) only: the batch on its position in the stream,
-random numbers on a seed of train.seed, step and micro-batch. A resumed run needs no random state
-and computes the same numbers: bit for bit on a CPU, on a GPU up to kernels with a nondeterministic
-order of additions.
+random numbers on a seed derived from train.seed, step and micro-batch. A resumed run needs no
+random state and computes the same numbers: bit for bit on a CPU, on a GPU up to kernels with a
+nondeterministic order of additions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train(
     """Train a detector and return the path of output/model.pt; resumes an interrupted run.
 
     A resumed run may change operational settings (see `vitdet.config.sections.operational`),
-    optim.steps if the learning rate of the completed steps stays the same, and train.patience to a
+    optim.steps if the learning rate of the completed steps does not change, and train.patience to a
     larger value or 0; a finished run with its last state can be extended in this way. If `output`
     contains the finished run of this config and data, nothing is done. Calls
     `vitdet.data.loader.configure_process`, which changes settings of the process.
@@ -123,7 +123,7 @@ def train(
         )
         check_classes(config, split.class_names, val_classes)
         # a synchronization too: no rank writes before all have checked
-        stop.check(f"stopped at step {start} of {steps}, before anything was built")
+        stop.check(f"stopped at step {start} of {steps}, before the detector was built")
 
         detector = fresh_detector(config, split, None if state else source, device)
 
@@ -140,7 +140,7 @@ def train(
             if profile and is_rank0:
                 loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
-            state = None  # frees its memory
+            state = None  # frees the memory of the state
             done = loop.run(start)
             watchdog.at(done, Stage.FINISHING, LONG)
             if is_rank0:
@@ -170,7 +170,7 @@ class Loop:
         watchdog: Watchdog,
         output: Path,
     ) -> None:
-        """data: class_names and fingerprints, as in the file of a trained detector."""
+        """data: class_names and fingerprints, as in a trained detector's file."""
         self.config, self.detector = config, detector
         self.training_step = TrainingStep(detector, config, device)
         self.average = self.training_step.average
@@ -178,7 +178,7 @@ class Loop:
         self.stop, self.watchdog = stop, watchdog
         self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
-        self.metrics: dict[str, float] = {}  # of the last evaluation
+        self.metrics: dict[str, float] = {}  # metrics of the last evaluation
         self.evaluated = 0  # its step
         self.best = Best(config.train, output, saver.states.folder)
 
@@ -195,7 +195,7 @@ class Loop:
         # states written before commit 29b381b do not have it: they were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
-            self.metrics, self.evaluated = {}, 0  # computed with other settings
+            self.metrics, self.evaluated = {}, 0  # computed with different settings
         if "best" in state:  # not in states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:
@@ -212,7 +212,8 @@ class Loop:
         self.batches = iter(self.loader)
         self.stop.check(self.stopped(start))
         if start and self.is_due(start) and self.evaluated < start:
-            self.evaluate(start)  # was interrupted, had other settings, or best.pt is lost
+            # the evaluation was interrupted or had different settings, or best.pt is lost
+            self.evaluate(start)
         self.detector.train()
         for step in range(start, steps):
             if self.best.is_final():
@@ -236,7 +237,7 @@ class Loop:
         return steps
 
     def stopped(self, step: int) -> str:
-        """Return the message of a run that stops after `step` steps."""
+        """Return the message for a run that stops after `step` steps."""
         return (
             f"stopped at step {step} of {self.config.optim.steps}; run the same command to resume"
         )
@@ -332,7 +333,7 @@ class Loop:
             self.saver.save(step, content | self.evaluation())
 
     def evaluation(self) -> dict:
-        """Return the entries of a state that an evaluation changes."""
+        """Return the entries of a training state that an evaluation changes."""
         return {
             "config": to_dict(self.config),
             "metrics": self.metrics,

@@ -1,11 +1,11 @@
 """Watchdog: if a rank stalls, all ranks report it and exit, so that torchrun restarts them.
 
 The main thread of each rank records its progress as a step and a `Stage`; another thread publishes
-it every INTERVAL seconds in torchrun's store and reads that of the other ranks. The others wait for
-the rank that is furthest behind. If it exceeds the time limit of its stage, every rank writes its
-Python stacks and exits. A rank that stops publishing (a lost node, a stopped process, a call that
-holds the GIL) is reported with its last progress; faulthandler, which does not need the GIL, writes
-its stacks.
+it every INTERVAL seconds in torchrun's store and reads the progress of the other ranks. All ranks
+wait for the rank that is furthest behind. If that rank exceeds the time limit of its stage, every
+rank writes its Python stacks and exits. A rank that stops publishing (a lost node, a stopped
+process, a call that holds the GIL) is reported with its last progress; faulthandler, which does not
+need the GIL, writes the stacks of that rank.
 
 A limit is at least three times the duration of the previous step or batch, and LONG for stages that
 may take long, such as the first step or the evaluation of LVIS.
@@ -38,7 +38,7 @@ ANSWER = 15.0  # seconds for the other ranks to write their stacks
 
 
 class Stage(IntEnum):
-    """What a rank does, in the order within a step."""
+    """What a rank is doing, in the order of the stages of a step."""
 
     PREPARING = 0  # reading the data, building the model
     LOADING = 1
@@ -48,12 +48,12 @@ class Stage(IntEnum):
     EVALUATING = 5
     COMPARING = 6  # detections and ground truth, by rank 0
     FINISHING = 7
-    WAITING = 8  # for other ranks, in a collective
+    WAITING = 8  # waiting for other ranks, in a collective
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The published progress of a rank: stage, seconds in it, and their limit."""
+    """The published progress of a rank: stage, seconds in this stage, and their limit."""
 
     step: int
     stage: int
@@ -61,11 +61,11 @@ class Beat:
     limit: float
     host: str = ""
     pid: int = 0
-    number: int = 0  # of the publication
+    number: int = 0  # number of the publication
     received: int = 0  # signal
     doing: str = ""
     done: bool = False
-    silent: float = 0.0  # seconds since it was published, by the clock of the reader
+    silent: float = 0.0  # seconds since the publication, by the clock of the reader
 
     @property
     def place(self) -> tuple[int, int]:
@@ -74,7 +74,7 @@ class Beat:
 
     def __str__(self) -> str:
         doing = self.doing or Stage(self.stage).name.lower()
-        heard = f", last heard of {self.silent:.0f} s ago" if self.silent > LIMIT else ""
+        heard = f", last heard from {self.silent:.0f} s ago" if self.silent > LIMIT else ""
         place = f"{self.host}, pid {self.pid}: step {self.step}"
         return f"{place}, {doing} for {self.age + self.silent:.0f} s{heard}"
 
@@ -91,7 +91,9 @@ def stalled(beats: Mapping[int, Beat]) -> list[int]:
 
 
 class Watchdog:
-    """See the module. `at` is called by the main thread, all else runs in the watchdog's thread."""
+    """See the module docstring. `at` is called by the main thread; everything else runs in the
+    watchdog's thread.
+    """
 
     def __init__(self, stop: Stop) -> None:
         self._stop, self._parent = stop, os.getppid()
@@ -118,7 +120,7 @@ class Watchdog:
     def at(self, step: int, stage: Stage, limit: float = 0.0) -> None:
         """Record progress of the main thread; limit: seconds, if it may take longer than LIMIT."""
         now = time.monotonic()
-        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # these are parts of a step
+        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # these stages are parts of a step
             before, began = self._round
             self._paces[before] = now - began
             self._round = stage, now
@@ -152,7 +154,7 @@ class Watchdog:
                 self._heard = dict.fromkeys(self._heard, now)
             self._watch_parent(now)
             try:
-                if self._shared and not self._orphaned:  # the store ends with torchrun
+                if self._shared and not self._orphaned:  # the store ends together with torchrun
                     faulthandler.dump_traceback_later(LIMIT, file=2)
                     timeout = timedelta(seconds=3 * INTERVAL)
                     store = store or distributed.connect(self._prefix, timeout)
@@ -179,7 +181,8 @@ class Watchdog:
         self._orphaned = self._orphaned or now
         if now - self._orphaned > LIMIT:
             self._give_up(
-                None, "torchrun has ended, and this training did not reach a point to stop at"
+                None,
+                "torchrun has ended, and this training did not reach a point at which it can stop",
             )
 
     def _publish(self, store: distributed.Store) -> None:
@@ -242,5 +245,5 @@ def watching(stop: Stop) -> Iterator[Watchdog]:
     except Stopped:
         watchdog.finish()
         raise
-    # Not after another error: the watchdogs of the other ranks must notice that this one stopped
+    # Not after another error: the watchdogs of the other ranks must notice that this rank stopped
     watchdog.finish()

@@ -30,7 +30,7 @@ def __getattr__(name: str) -> object:
 def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
     """Return the file that `train.init` refers to, None for ''.
 
-    folder: where to look for a file in the catalogue; default: the package and the cache. Raises
+    folder: where to look for a file in the catalog; default: the package and the cache. Raises
     ValueError for an unknown name, FileNotFoundError with the command that fetches the file.
     """
     if not name_or_path:

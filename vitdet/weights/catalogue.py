@@ -1,4 +1,4 @@
-"""The catalogue of published weights, read from catalogue.yaml."""
+"""The catalog of published weights, read from catalogue.yaml."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGED = Path(__file__).parent  # folder of the weights in the package
 
 @dataclass(frozen=True)
 class Entry:
-    """A published file. Checksums may be prefixes; '' and None: not published."""
+    """A published file. Checksums may be prefixes; '' and None mean not published."""
 
     name: str
     what: str
@@ -40,12 +40,12 @@ class Entry:
 
     @property
     def downloadable(self) -> bool:
-        """Whether it can be downloaded without a browser."""
+        """Whether the file can be downloaded without a browser."""
         return self.state == "file"
 
     @property
     def instead(self) -> str:
-        """The remedy if it cannot be downloaded."""
+        """The remedy if the file cannot be downloaded."""
         command = f"vitdet weights fetch {self.name} --from FILE"
         if self.state == "page":
             return f"download it in a browser, then {command}"
@@ -59,8 +59,9 @@ class Entry:
 
 
 def load_catalogue(path: Path) -> dict[str, Entry]:
-    """Read the entries of a catalogue file, by name."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML has it
+    """Read the entries of a catalog file, by name."""
+    # ten times as fast, if PyYAML was built with libyaml
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     entries = {}
     for fields in yaml.load(path.read_bytes(), loader):
         ap = tuple(fields["ap"]) if "ap" in fields else None
@@ -108,7 +109,7 @@ def fetched(name: str, folder: Path | None = None) -> Path:
 
 
 def unavailable_reason(entry: Entry) -> str:
-    """Return the reason why it cannot be downloaded."""
+    """Return the reason why an entry cannot be downloaded."""
     reasons = {
         "page": f"{entry.url} is a page, not a file",
         "dead": f"its link is dead ({entry.url})",

@@ -137,7 +137,8 @@ def _check_whole(found: Source, weights: Weights, config: Config, source: Path) 
     if LOGITS not in weights:
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
         raise ValueError(
-            f"{source}: has {theirs} classes, the recipe's model {ours}; to train it on other "
+            f"{source}: has {theirs} classes, but the recipe's model has {ours}; to train it on "
+            "other "
             "classes, use it as train.init"
         )
 
@@ -184,7 +185,9 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
 
 
 def _other_settings(config: Config, layout: str) -> list[str]:
-    """Return a line on each setting by which the config differs from the layout's system."""
+    """Return one line for each setting whose value differs from the one that the format
+    requires.
+    """
     ours, theirs = flatten(config), FIXED.get(layout, {})
     return [
         f"{key} is {ours[key]}, {layout} uses {value}"
@@ -194,7 +197,7 @@ def _other_settings(config: Config, layout: str) -> list[str]:
 
 
 def _layout_of(config: Config) -> Format:
-    """Return mmdet's format; ViTDet's ViTAE-B has q_bias and v_bias in the global blocks."""
+    """Return the format; for mmdet, ViTAE-B has separate q_bias and v_bias in the global blocks."""
     backbone = shapes_of(config).backbone
     if config.model.backbone.name != "vitae_b" or not isinstance(backbone, ViT):
         return mmdet_format()
@@ -208,7 +211,7 @@ def _expect_suffix(path: Path, suffixes: tuple[str, ...], why: str) -> None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """`atomic_write` whose errors name the file."""
+    """Like `atomic_write`, but errors contain the name of the file."""
     try:
         with atomic_write(path) as temporary:
             yield temporary

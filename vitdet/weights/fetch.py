@@ -1,8 +1,8 @@
 """Downloading, verifying and converting published weights.
 
 FOLDER/NAME.safetensors (a detector: .pt) is written atomically. FOLDER/.NAME.part.SUFFIX is an
-incomplete or not yet converted download; it is locked, so that concurrent processes download the
-file once.
+incomplete or unconverted download; it is locked, so that concurrent processes download the file
+only once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fetch_published(
     mirror: str = "",
     local: Path | None = None,
 ) -> Path:
-    """Fetch a file in the catalogue to a folder, by default the cache; a cached file is copied.
+    """Fetch a file in the catalog to a folder, by default the cache; a cached file is copied.
 
     show: creates the progress display of a download. Raises the errors of `fetch`.
     """
@@ -103,7 +103,7 @@ def fetch(
     # keep the suffix, which determines the reader
     part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"
     with _locked(part):
-        if not target.is_file():  # else another process was faster
+        if not target.is_file():  # otherwise a concurrent process has fetched the file
             if address:
                 # copies: the download and the converted file
                 download(address, part, watcher, patience, entry.size, copies=2)
@@ -114,9 +114,9 @@ def fetch(
 
 
 def verify(path: Path, entry: Entry) -> bool:
-    """Compare the size and the published checksums; return whether one proves the content.
+    """Compare the size and the published checksums; return whether a checksum verifies the content.
 
-    Raises ValueError if one does not match.
+    Raises ValueError if the size or a checksum does not match.
     """
     size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:
@@ -131,7 +131,7 @@ def verify(path: Path, entry: Entry) -> bool:
             text = f"{kind} {found}, expected {expected}"
             if kind == "sha256" or not entry.md5_of_name:
                 raise ValueError(f"{text}: {other}")
-            text += " according to the published file name; it may be another file"
+            text += " according to the published file name; it may be a different file"
             log.warning("%s: %s", entry.name, text)
     if not entry.sha256 and not entry.md5:
         log.warning(
@@ -160,7 +160,9 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:
-    """Convert in a temporary folder; the next process removes that of a killed one."""
+    """Convert in a temporary folder; if a process is killed, the next process removes its
+    folder.
+    """
     workshop = target.with_name(f".{target.stem}.tmp")
     shutil.rmtree(workshop, ignore_errors=True)
     try:

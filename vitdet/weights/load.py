@@ -1,8 +1,9 @@
-"""Loading weights into a detector: exactly, except for declared parameters that stay initialized.
+"""Loading weights into a detector: all of them, except for declared parameters that keep their
+initial values.
 
 A pre-trained backbone fills the backbone. A complete detector fills everything; if its classes
 differ, everything except the layers with one row per class. Position embeddings and patch kernels
-of another size are resized.
+of a different size are resized.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of loading weights: the parameters that stay initialized, and notes for the user."""
+    """Result of loading weights: the parameters that keep their initial values, and notes for the
+    user.
+    """
 
     fresh: list[str]
     notes: list[str]
@@ -188,7 +191,7 @@ def _other_classes(
     if theirs and ours and theirs != ours:
         first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
         return layers, f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
-    return ({_ODDS} if (_ODDS in own) != (_ODDS in weights) else set()), "another loss"
+    return ({_ODDS} if (_ODDS in own) != (_ODDS in weights) else set()), "a different loss"
 
 
 def class_layers(weights: Weights) -> set[str]:
@@ -244,7 +247,7 @@ def _fit(
             if names
         ]
         if surplus and source.layout == "vitdet":
-            problems.append("is it of another format (train.init_format, --format)?")
+            problems.append("is it in a different format (train.init_format, --format)?")
         kind = "detector" if source.whole else "backbone"
         raise ValueError(f"{path}: does not fit this {kind}: {'; '.join(problems)}")
     return fitting, [

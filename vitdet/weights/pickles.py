@@ -63,8 +63,8 @@ class _ForbiddenError(Exception):
 def read_file(path: Path) -> dict:
     """Read a file of weights: {name: tensor} of .safetensors and .npz, plain data of .pth and .pkl.
 
-    Raises FileNotFoundError, and ValueError for a file that is truncated, of another kind, or could
-    run code.
+    Raises FileNotFoundError, and ValueError for a file that is truncated, of a different kind, or
+    could run code.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
@@ -123,12 +123,12 @@ def _read_torch(path: Path) -> object:
         raise ValueError(f"the checksum of {record} does not match: the file is damaged")
     try:
         with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old formats
+            warnings.simplefilter("ignore")  # warnings about old formats
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise _ForbiddenError(named[1]) from error
-        # cut off torch's advice to allow running the code
+        # remove torch's advice to allow running the code
         cause = str(error).rpartition("WeightsUnpickler error: ")[2]
         raise ValueError(" ".join(cause.split())) from error
 
@@ -242,7 +242,9 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _Unpickler(pickle._Unpickler):
-    """The pure-Python class: the C version allocates a memo of the size that the file claims."""
+    """Subclass of the pure-Python unpickler: the C version allocates a memo of the size that the
+    file declares.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")

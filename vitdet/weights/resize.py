@@ -42,9 +42,9 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
 def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
     """Resize a patch embedding (C, 3, P, P) to (C, 3, patch, patch), bicubic.
 
-    MAE's ViT-H has patches of 14 pixels, ViTDet's 16. The interpolation of the ViTDet paper's
-    authors according to R. Hu in facebookresearch/long_seq_mae, issue 2; their converted file,
-    mae_pretrain_vit_huge_p14to16.pth, was published without a script.
+    MAE's ViT-H has patches of 14 pixels, ViTDet's of 16. This is the interpolation that the authors
+    of ViTDet used, according to R. Hu in facebookresearch/long_seq_mae, issue 2; their converted
+    file, mae_pretrain_vit_huge_p14to16.pth, was published without a script.
     """
     return _bicubic(kernel.float(), (patch, patch))
 
@@ -54,8 +54,8 @@ def rescale_relative_positions(
 ) -> dict[str, Tensor]:
     """Rescale relative positions between models that apply them to the scaled or unscaled query.
 
-    q d^-0.5 . R = q . (d^-0.5 R): the function does not change. scaled: of the weights; wanted: of
-    the model.
+    q d^-0.5 . R = q . (d^-0.5 R): the function does not change. scaled: whether the weights were
+    trained with the scaled query; wanted: whether the model uses the scaled query.
     """
     if scaled == wanted:
         return weights

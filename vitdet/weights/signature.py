@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 HEAD = 512
-LIMIT = 100 << 20  # of a safetensors header, as the library has it
-PAGE = "an HTML page; the download may need a login, or another address"
+LIMIT = 100 << 20  # maximum length of a safetensors header, as in the library
+PAGE = "an HTML page; the download may require a login or a different URL"
 # First bytes, without white space and in lower case -> what such a file is, and what to do
 TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its "

@@ -23,8 +23,8 @@ state_dict model_state_dict model_state model module weights params
 """.split()
 # At the start of a name, or within it if a part of the model was wrapped
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
-COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
-DEPTH = 4  # of nested dictionaries
+COUNTER = "n_averaged"  # step counter of torch.optim.swa_utils.AveragedModel
+DEPTH = 4  # maximum depth of nested dictionaries
 
 
 def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -41,7 +41,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     plain = {name: short for name, short in plain.items() if short != COUNTER}
     taken = sorted({found[0] for name in plain for found in PREFIX.finditer(name)})
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{path}: the same names with and without {' and '.join(taken)}")
+        raise ValueError(f"{path}: contains the same names with and without {' and '.join(taken)}")
     if taken:
         notes.append(f"names: removed the prefix {' and '.join(taken)}")
     weights = {short: inside[name] for name, short in plain.items()}

@@ -18,7 +18,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     )
     _add_number(kind, "--images", 5000, "number of images")
     _add_number(kind, "--detections", 100, "detections per image")
-    _add_number(kind, "--rounds", 1, "repetitions, of which the fastest counts")
+    _add_number(kind, "--rounds", 1, "number of repetitions; the fastest is reported")
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
@@ -67,7 +67,7 @@ def run_bench_recipe(given: argparse.Namespace) -> int:
     measure = measure_training if given.section == "train" else measure_inference
     numbers = [int(one) if one.isdecimal() else 0 for one in given.batch.split(",")]
     if min(numbers) < 1:
-        raise ValueError(f"--batch takes whole numbers above 0, as in 1,8; got {given.batch!r}")
+        raise ValueError(f"--batch: expected positive integers, as in 1,8; got {given.batch!r}")
     if given.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {given.steps}")
     config = load_config(given.recipe, given.overrides)
@@ -110,6 +110,6 @@ def run_bench_data(given: argparse.Namespace) -> int:
     print(f"{measured['images']} images, {measured['objects']} objects: CPU milliseconds per image")
     for name, times in measured["cpu_ms"].items():
         ratio = measured["ratio"].get(name)
-        share = f"  vitdet takes {ratio:.2f} of it" if ratio else ""
+        share = f"  vitdet takes {ratio:.2f} of this time" if ratio else ""
         print(f"{name:20} {times['mean']:7.2f}  min {times['least']:7.2f}{share}")
     return _written(measured, given.output)

@@ -1,10 +1,10 @@
 """CPU time of reading a training image: vitdet, Detectron2's mapper if installed, plain Pillow.
 
-All process the same photos in turn, in one process: read, large-scale jitter (0.1 to 2.0 of 1024),
-crop, flip, boxes and masks. Detectron2's DatasetMapper has the augmentations of its ViTDet configs
-(RandomFlip, ResizeScale, FixedSizeCrop without padding), with polygons as in these configs and with
-bitmasks. Plain Pillow reads, resizes to 1024 and copies into an array, as a reference for the speed
-of the machine. Times are user and system CPU time.
+All three process the same photos alternately, in one process: read, large-scale jitter (0.1 to 2.0
+of 1024), crop, flip, boxes and masks. Detectron2's DatasetMapper has the augmentations of its
+ViTDet configs (RandomFlip, ResizeScale, FixedSizeCrop without padding), with polygons as in these
+configs and with bitmasks. Plain Pillow reads, resizes to 1024 and copies into an array, as a
+reference for the speed of the machine. Times are user and system CPU time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def measure(
     ways |= {f"detectron2 {form}": way for form, way in _detectron2(records).items()}
     ways["pillow"] = lambda _: _plain(records)
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(-1, rounds):  # the first turn fills caches and imports
+    for turn in range(-1, rounds):  # the first round imports modules and fills caches
         for name, way in ways.items():
             start = time.process_time()
             way(turn)
@@ -81,8 +81,8 @@ def _plain(records: list[Record]) -> None:
 
 
 def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
-    """Return a pass over the records for each form of masks; none without detectron2 or shapely,
-    which it crops with.
+    """Return a function that processes the records for each mask format; none if detectron2, or
+    shapely, which it uses for cropping, is not installed.
     """
     try:
         import shapely.geometry  # noqa: F401

@@ -86,7 +86,7 @@ def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[
             truth, found = COCO(annotations), json.loads(results.read_bytes())
         for kind, key in KINDS.items():
             with _step(seconds, "compare"):
-                # only one form, or masks would get their boxes' areas
+                # only one kind, otherwise the masks would get the areas of their boxes
                 others = set(KINDS.values()) - {key}
                 index = truth.loadRes(
                     [{name: one[name] for name in one if name not in others} for one in found]

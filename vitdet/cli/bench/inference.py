@@ -2,8 +2,8 @@
 
 Random weights find nothing above `evaluate.score_threshold`. Therefore the class logits are scaled
 up until an image has `evaluate.max_detections` detections; the mask head and the conversion then
-have as much work as with LVIS. A row's time is from one call to the next, on a GPU in the order of
-its work, copies of the images included.
+have as much work as with LVIS. The time of a row is measured from one call to the next, on a GPU
+with events in its stream, and includes copying the images.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.training.precision import autocast
 from vitdet.types import Batch, Detections
 
-WARM = 3  # calls before the measured ones
-SCALES = (1, 4, 16, 32, 64)  # of the class logits; the smallest sufficient one is used
+WARM = 3  # warm-up calls before the measured ones
+SCALES = (1, 4, 16, 32, 64)  # factors of the class logits; the smallest sufficient one is used
 
 
 def measure_inference(
@@ -65,8 +65,8 @@ def let_detect(detector: Detector, batch: Batch) -> int:
 def measure_calls(
     detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
 ) -> dict:
-    """Return the row of one batch size and precision, with results_per_second of an evaluation
-    without reading images and comparison.
+    """Return the row of one batch size and precision. results_per_second: images per second of an
+    evaluation, without reading images and without the comparison.
     """
     peak = peak_memory(device)
     find = GraphedDetector(detector, lambda: autocast(precision, device))

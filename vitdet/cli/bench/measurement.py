@@ -21,10 +21,10 @@ from vitdet.models.vit import Block
 from vitdet.training.meter import memory
 from vitdet.training.precision import chosen, tf32
 
-# side of the matrices whose product gives the rate; a processor takes 0.1 s for the smaller ones
+# side of the matrices whose product is timed, on a GPU and on a CPU (where it takes 0.1 s)
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# CUDA calls that wait, except the synchronization of the device, which is the measurement's own
+# CUDA calls that wait, except device synchronization, which only the measurement itself calls
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 COUNTED = 2  # steps whose kernels are counted, after the measured ones
 GIB = 2**30
@@ -49,7 +49,9 @@ SHOWN = {
 
 
 class Clock:
-    """Times between marks in the order of the device's work; no mark waits for the device."""
+    """Times between marks; on a GPU these are events in its stream, which do not wait for the
+    device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -77,7 +79,7 @@ class Clock:
 def timed(
     call: Callable[[], object], device: torch.device, count: int, warm: int = 0
 ) -> list[float]:
-    """Return milliseconds of `count` successive calls, after `warm` others."""
+    """Return the milliseconds of each of `count` successive calls, after `warm` warm-up calls."""
     for _ in range(warm):
         call()
     clock = Clock(device)
@@ -130,7 +132,7 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
     """Count kernels and copies, launches and host waits per step on a GPU.
 
-    The dictionary is filled at the end; it stays empty on a CPU.
+    The dictionary is filled at the end; it remains empty on a CPU.
     """
     found: dict[str, float] = {}
     if device.type != "cuda":
@@ -197,7 +199,7 @@ def measured(
 ) -> dict:
     """Return `summary` of a row for each batch size and precision.
 
-    section: "train" or "evaluate", whose precision is set. flops: per image. measure(config,
+    section: "train" or "evaluate", whose precision is set. flops: FLOPs per image. measure(config,
     precision on this device, size) returns a row with images_per_second; out of memory, the row has
     an error instead.
     """
@@ -235,7 +237,7 @@ def summary(
 
 
 def report(table: dict) -> str:
-    """Return `summary` as text: a line on the device, and a table."""
+    """Return `summary` as text: one line about the device, and a table."""
     rates = ", ".join(
         f"{name} {rate:.4g} TFLOP/s" for name, rate in table["product_tflops"].items()
     )
@@ -248,5 +250,5 @@ def report(table: dict) -> str:
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     lines = ["  ".join([row[i].rjust(widths[i]) for i in used] + row[len(SHOWN) :]) for row in rows]
     return "\n".join(
-        [f"{head}{table['tflop_per_image']:.3g} TFLOP an image", *map(str.rstrip, lines)]
+        [f"{head}{table['tflop_per_image']:.3g} TFLOP per image", *map(str.rstrip, lines)]
     )

@@ -2,8 +2,9 @@
 
 An image is smooth noise with about eight polygons of one color each, of 8 to 40 points and with
 sides log-uniform between a 25th and half of the image's: about the numbers and sizes of COCO after
-scale jitter. Proposals of random weights miss the objects, so that hardly any RoI would reach the
-mask head; `lay_on_objects` gives a detector proposals like those of a trained one.
+scale jitter. The proposals of a detector with random weights miss the objects, so that hardly any
+RoI would reach the mask head; `lay_on_objects` gives a detector proposals like those of a trained
+one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from vitdet.models.rpn import Anchored, Proposals
 from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number per image
-SIDES = (0.04, 0.5)  # of an object, as a share of the image's
-ORIGINAL = 0.54  # side of an image's file, as a share: 553 pixels for 1024, as many as 640 x 480
-CELL = 32  # pixels of the background's noise
-SHARE = 0.2  # of an image's proposals that are on objects: more than are sampled as foreground
+SIDES = (0.04, 0.5)  # side of an object, as a share of the image's side
+ORIGINAL = 0.54  # side of an image file, as a share: 553 of 1024 pixels, as many as 640 x 480
+CELL = 32  # pixels per cell of the background's noise
+SHARE = 0.2  # share of proposals on objects: more than are sampled as foreground
 SHIFT = 0.09  # deviation of a proposal from its object, as a share of its side: IoUs of 0.6 to 0.9
 
 
@@ -50,7 +51,7 @@ def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> No
     """Make the RPN replace its last proposals with boxes on the objects of `batch`."""
     propose, most = detector.rpn.propose, detector.rpn.top_train[1]
     side, count = batch.images.shape[-1], max(1, int(SHARE * most))
-    laid = torch.stack([boxes_on_objects(one.boxes, count, side) for one in batch.targets])
+    laid = torch.stack([boxes_on_objects(target.boxes, count, side) for target in batch.targets])
     laid = laid.to(device)
 
     def proposals(found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:

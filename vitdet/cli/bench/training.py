@@ -1,9 +1,9 @@
 """Speed of training steps: the loop of `vitdet train` on synthetic images.
 
-The loop takes batches from a stream instead of the loader; the stream records when. A step is the
-time between two requests, on a GPU in the order of its work: it includes the copy of the batch, the
-optimizer and the average of the weights, but no evaluation, saving or logging. The same batch is
-used for all steps.
+The loop takes batches from a stream instead of the loader, which records the time of each request.
+The time of a step is the time between two requests (on a GPU, between events in its stream): it
+includes copying the batch, the optimizer and weight averaging, but no evaluation, saving or
+logging. All steps use the same batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vitdet.training.trainer import Loop
 from vitdet.training.watchdog import Watchdog
 from vitdet.types import Batch
 
-# steps before the measured ones, in which memory is allocated and kernels are chosen and compiled
+# warm-up steps, in which memory is allocated and kernels are chosen and compiled
 WARM = {"cuda": 12, "cpu": 2}
 # Logging, saving and evaluating are not measured: their intervals exceed the number of steps.
 RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
@@ -86,8 +86,8 @@ def measure_training(
 
 
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
-    """Return the row of one batch size and precision: that of `measurement.call_row`, and
-    reserved_gib, warm_up_s.
+    """Return the row of one batch size and precision: the keys of `measurement.call_row`, and
+    reserved_gib and warm_up_s.
     """
     detector = new_detector(config, device).train()
     parts = config.train.accumulate
@@ -105,7 +105,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     row: dict[str, Any] = {}
     try:
         loop.meter.state()
-    except ValueError as error:  # losses that are not finite; the times are valid
+    except ValueError as error:  # ignore losses that are not finite; the times are valid
         row["error"] = str(error)
     return {
         **row,
@@ -119,8 +119,8 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
 
 
 def training_flops(config: Config, device: torch.device) -> float:
-    """Return FLOPs per image of a training step; the backward pass has twice those of the forward
-    pass.
+    """Return FLOPs per image of a training step; the backward pass has twice the FLOPs of the
+    forward pass.
     """
     detector, batch = new_detector(config, device).train(), images_for(config, 1)
     lay_on_objects(detector, batch, device)

@@ -13,8 +13,10 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RUN|CHECKPOINT|RESULTS.json",
-        help="MLflow run (id or unique name), checkpoint, output folder of a training run, or file "
-        "of COCO results; the first is the baseline",
+        help=(
+            "MLflow run (id or unique name), checkpoint, output folder of a training run, or COCO "
+            "results file; the first is the baseline"
+        ),
     )
     add_file(verb, "--annotations", "ground truth of results files")
     verb.add_argument(

@@ -1,4 +1,4 @@
-"""The inputs of a comparison, read from an MLflow run, a checkpoint or a file of COCO results."""
+"""The inputs of a comparison, read from an MLflow run, a checkpoint or a COCO results file."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Compared:
     """An input of a comparison.
 
-    matches: by kind (bbox, segm). protocol: None for a file of results, whose settings are unknown.
-    settings: those of the training run, as text. metrics: the last values of its MLflow run.
+    matches: by kind (bbox, segm). protocol: None for a results file, whose settings are unknown.
+    settings: settings of the training run, as text. metrics: the last values of its MLflow run.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Compared:
 
 
 class Reader:
-    """Reads the inputs. uri: of the MLflow server; annotations, dataset: of files of results."""
+    """Reads the inputs. uri: URI of the MLflow server; annotations, dataset: for results files."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
 
     def read(self, name: str) -> Compared:
-        """Read an MLflow run, a checkpoint, the folder of a training run or a file of results.
+        """Read an MLflow run, a checkpoint, the folder of a training run or a results file.
 
-        Raises ValueError, OSError or LookupError for what cannot be read or has no matches.
+        Raises ValueError, OSError or LookupError if the input cannot be read or has no matches.
         """
         path = Path(name)
         if path.suffix == ".json":
@@ -89,8 +89,8 @@ class Reader:
                 try:
                     run, downloaded = _fetch(stored["run_id"], uri, folder, Path(work), tries=1)
                     metrics, candidates = run.metrics, [*candidates, downloaded]
-                except (OSError, LookupError, ValueError) as error:  # its own files may suffice
-                    problem = f" and its run is not read ({error})"
+                except (OSError, LookupError, ValueError) as error:  # the local files may suffice
+                    problem = f" and its run could not be read ({error})"
             for candidate in candidates:
                 measured = _read_measured(candidate / MATCHES)
                 if measured and measured.checkpoint_sha256 == digest:
@@ -135,7 +135,7 @@ def check_comparable(compared: Sequence[Compared]) -> None:
 def _fetch(
     name: str, uri: str, folder: Path, target: Path, tries: int | None = None
 ) -> tuple[StoredRun, Path]:
-    """Return the run, and the folder with its matches, if it has any: `target` or one in it."""
+    """Return the run and the folder with its matches, if it has any: `target` or a subfolder."""
     from vitdet.tracking.lookup import download_file, find_run, open_store
 
     client = open_store(uri, folder, tries)
@@ -143,7 +143,7 @@ def _fetch(
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
         path = download_file(client, uri, folder, run.run_id, f"{MATCHES_FOLDER}/{file}", target)
-        downloaded = path.parent if path else downloaded  # which one depends on the kind of store
+        downloaded = path.parent if path else downloaded  # the folder depends on the store
     return run, downloaded
 
 

@@ -13,7 +13,7 @@ from vitdet.evaluation.coco import NAMES
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.table import markdown_table, mean_deviation
 
-CHANGES = 10  # classes shown of each result
+CHANGES = 10  # number of classes shown for each result
 AP_HEADS = [metric.replace("ap", "AP") for metric in METRICS]
 # column -> metric of the training run
 RESOURCES = {
@@ -27,7 +27,7 @@ RESOURCES = {
 def comparison_text(
     compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> str:
-    """Return the comparison of all inputs with the first; resampled: each input's, by kind."""
+    """Return the comparison of all inputs with the first; resampled: bootstrap results by kind."""
     names, matches = _names(compared), next(iter(compared[0].matches.values()))
     resamples = len(next(iter(resampled.values()))[0].resampled)
     protocol = next((one.protocol for one in compared if one.protocol), None)
@@ -39,7 +39,7 @@ def comparison_text(
         f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: "
         f"95% bootstrap confidence intervals, {resamples} resamples of the images, paired. A "
         "difference is significant at the 5% level if its interval excludes 0; p: two-sided. "
-        f"Tested are differences over {MIN_IMAGES} or more images with objects. Training noise is "
+        f"Differences over {MIN_IMAGES} or more images with objects are tested. Training noise is "
         "not included: compare several seeds.\n",
         "## AP\n",
         markdown_table(heads, [*_ap_rows(names, resampled)], padded=True),
@@ -57,7 +57,7 @@ def comparison_text(
 
 def _names(compared: Sequence[Compared]) -> list[str]:
     """Return the names, numbered if several are equal."""
-    names = [one.name for one in compared]
+    names = [result.name for result in compared]
     return [
         f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
         for place, name in enumerate(names)
@@ -155,14 +155,14 @@ def _training(settings: Mapping[str, str]) -> tuple:
     """Return the settings that affect the result of training, except the seed; () if unknown."""
     try:
         config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
-    except ValueError:  # of another version
+    except ValueError:  # the settings are from another version
         return ()
     affecting = training_settings(config) if settings else {}
     return tuple((key, value) for key, value in affecting.items() if key != "train.seed")
 
 
 def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
-    values = [[one.metrics.get(key) for key in RESOURCES.values()] for one in compared]
+    values = [[result.metrics.get(key) for key in RESOURCES.values()] for result in compared]
     rows = [
         [name, *("-" if value is None else f"{value:.3g}" for value in row)]
         for name, row in zip(names, values, strict=True)

@@ -6,8 +6,8 @@ others, not a class. CVAT: annotations/instances_default.json and images/, or im
 (https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
 images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
 (https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
-and SPLIT/. Or any JSON file of this format, with the images next to it or in a folder of these
-names.
+and SPLIT/. Or any JSON file in this format, with the images next to it or in a folder with one of
+these names.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
     """Return the annotation files of a folder, or the file itself, by the name of their split."""
     if source.is_file():
         return [(_split(source.stem), source)] if source.suffix == ".json" else []
-    folders = [source, *sorted(one for one in source.iterdir() if one.is_dir())]
+    folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
     named = [
         (folder.name if folder.name.lower() in SPLIT_NAMES else "train", folder / name)
         for folder in folders
@@ -52,13 +52,13 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
     ]
     instances = sorted((source / "annotations").glob("instances_*.json"))
     if named or instances:
-        return named or [(one.stem.removeprefix("instances_"), one) for one in instances]
+        return named or [(path.stem.removeprefix("instances_"), path) for path in instances]
     others = [one for folder in ("annotations", "") for one in _json_files(source / folder)[:MOST]]
     return [(_split(path.stem), path) for path in others if _is_coco_file(path)]
 
 
 def is_coco(source: Path) -> bool:
-    """Return whether a folder contains such annotation files, or is one."""
+    """Return whether a path is such an annotation file or a folder that contains some."""
     files = annotation_files(source)
     return bool(files) and (not source.is_file() or _is_coco_file(source))
 
@@ -99,7 +99,9 @@ class _File:
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
     def root(self) -> set[int]:
-        """Return category 0 if no object has it and it is the parent of others, or Roboflow's."""
+        """Return category 0 if no object uses it and it is a parent category, or is Roboflow's
+        root.
+        """
         name = self.validator.categories.get(0)
         if name is None or 0 in self.used or len(self.validator.categories) < 2:
             return set()
@@ -124,9 +126,9 @@ def read_coco_folder(found: ImportedDataset) -> None:
     if not source.is_file():
         paths = {path for _, path in there.values()}
         beside = {one for path in paths for one in _json_files(path.parent)}
-        found.notes["other JSON files not read"] += len(beside - paths)
+        found.notes["other JSON files ignored"] += len(beside - paths)
     roots = set.intersection(*(file.root() for file in files.values()))
-    found.notes["root category dropped, no object has it"] += len(roots)
+    found.notes["root category dropped (no object uses it)"] += len(roots)
     categories = [
         one for file in files.values() for one in sorted(file.validator.categories.items())
     ]
@@ -168,7 +170,7 @@ def _read(name: str, path: Path, found: ImportedDataset) -> _File:
             found.notes[f"objects {one.dropped} skipped"] += 1
             continue
         if one.unmasked and one.unmasked != NO_OUTLINE and not crowd:
-            found.notes[f"objects {one.unmasked}: the outline skipped"] += 1
+            found.notes[f"objects {one.unmasked}: outline skipped"] += 1
         found.notes[BOX_ONLY] += not one.segmentation
         file.rows[annotation.image_id].append(len(file.objects))
         file.objects.append((annotation.category_id, annotation.bbox, one.segmentation, crowd))

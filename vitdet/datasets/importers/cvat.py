@@ -92,7 +92,7 @@ def _picture(
     where = f"{path}: image {show(element.get('name'))}"
     size = found.check_size(where, image, (element.get("height"), element.get("width")))
     things: list[ImportedObject] = []
-    for shape in (one for one in element if one.tag in SHAPES):
+    for shape in (child for child in element if child.tag in SHAPES):
         with found.problems.collect("shape that cannot be used"):
             label = label_of.get(shape.get("label") or "")
             if label is None:

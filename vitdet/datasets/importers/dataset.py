@@ -27,7 +27,7 @@ from vitdet.data.segmentation import pixel_count, reaches_far, show
 
 BROKEN = "annotation file that cannot be read"
 EMPTY = "objects without size skipped"
-BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks converts boxes to masks)"
+BOX_ONLY = "objects with a box but no mask (--boxes-as-masks converts boxes to masks)"
 THIN = "outlines of fewer than 3 points skipped"
 CROWDS = "difficult objects: ignored in training and evaluation"
 EXAMPLES = 20  # locations listed per kind of problem
@@ -74,7 +74,7 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Add the error that ends the block, if any: under its own kind if it is `Unusable`."""
+        """Add the error that ends the block, if any; `Unusable` has a kind of its own."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -97,8 +97,8 @@ class Problems:
 class ImportedObject:
     """An object: class, box, COCO's polygons or RLE ([]: box only), area in pixels.
 
-    area: of the mask as rasterized by pycocotools, or of the box. crowd: ignored in evaluation and
-    training.
+    area: area of the mask as rasterized by pycocotools, or of the box. crowd: whether the object is
+    ignored in evaluation and training.
     """
 
     label: int
@@ -123,8 +123,8 @@ class ImportedDataset:
     """A data set in another format; label k is class_names[k].
 
     only: the requested splits; empty: all. reading: how image files are read. notes: messages for
-    the user with counts; remarks: without. A split reads its images on iteration, once, which adds
-    to `notes` and `problems`.
+    the user with counts; remarks: without. A split reads its images during iteration, once, and
+    adds to `notes` and `problems`.
     """
 
     source: Path
@@ -176,7 +176,9 @@ class ImportedDataset:
         return (thing,)
 
     def is_image(self, path: Path) -> bool:
-        """Return whether a file is an image, by its suffix; if that is unknown, by its content."""
+        """Return whether a file is an image, by its suffix or, if the suffix is unknown, by its
+        content.
+        """
         suffix = path.suffix.lower()
         if suffix in image_suffixes() or suffix in DOCUMENTS:
             return suffix in image_suffixes()
@@ -197,7 +199,7 @@ class ImportedDataset:
         return images, others
 
     def check_size(self, where: object, image: Path, stated: Sequence[object] = ()) -> Size:
-        """Return the size of an image. Raises Unusable if the annotations state another one.
+        """Return the size of an image. Raises Unusable if the annotations state a different size.
 
         stated: height and width; zero or None: not stated.
         """
@@ -219,7 +221,7 @@ class ImportedDataset:
         for suffix, paths in sorted(by_suffix.items()):
             labeled = sum(map(is_labeled, paths))
             also = f", {labeled:,} of them with a label file" if labeled else ""
-            name = f"{suffix} files" if suffix else "files without an ending"
+            name = f"{suffix} files" if suffix else "files without an extension"
             self.notes[f"{name} skipped, not a supported image format{also}"] += len(paths)
 
     def count_unnamed(self, folders: Iterable[Path], used: Iterable[Path]) -> None:
@@ -230,7 +232,9 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the split that a name represents; for unknown names `otherwise`, or the name."""
+    """Return the split that a name represents; for unknown names, `otherwise` if given, else the
+    name.
+    """
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
@@ -249,7 +253,9 @@ def files_below(*folders: Path, suffix: str = "") -> list[Path]:
 
 
 def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
-    """Return the first folder that contains this image file, and the file; else raise Unusable."""
+    """Return the first folder that contains this image file, and the file. Raises Unusable if none
+    does.
+    """
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
         raise Unusable("image name outside its folder", f"{where}: {show(name)}")

@@ -3,8 +3,8 @@
 https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in
 pixels of the upright image and a shape_type. A polygon is an outline; polygons of one label and
 group_id are one object, as in its examples/instance_segmentation/labelme2coco.py. A rectangle is a
-box by two opposite corners. Other shapes (circle, line, linestrip, point, points, mask) are counted
-and ignored. Folders train/, valid/ and test/ are splits.
+box given by two opposite corners. Other shapes (circle, line, linestrip, point, points, mask) are
+counted and ignored. Folders train/, valid/ and test/ are splits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Shape(msgspec.Struct):
 
     label: str
     points: list[tuple[float, float]]
-    shape_type: str | None = None  # of old files: polygon
+    shape_type: str | None = None  # missing in old files, where every shape is a polygon
     group_id: int | None = None
 
 
@@ -56,7 +56,7 @@ class LabelFile(msgspec.Struct):
     imageWidth: int | None = None  # noqa: N815
 
 
-Item = tuple[Path, Path, LabelFile, list[Shape]]  # of an image: JSON file, image, content, shapes
+Item = tuple[Path, Path, LabelFile, list[Shape]]  # JSON file, image, content and shapes of an image
 
 
 def is_labelme(source: Path) -> bool:
@@ -83,7 +83,7 @@ def read_labelme(found: ImportedDataset) -> None:
             with found.problems.collect(BROKEN):
                 content = _decode(path)
                 if content is None:
-                    found.notes["JSON files without shapes not read"] += 1
+                    found.notes["JSON files without shapes ignored"] += 1
                     continue
                 image = _image(source, path, content.imagePath)
                 items[split].append((path, image, content, _shapes(path, content, found)))
@@ -95,7 +95,7 @@ def read_labelme(found: ImportedDataset) -> None:
 
 
 def _decode(path: Path) -> LabelFile | None:
-    """Return the content of a file; None if it is other JSON."""
+    """Return the content of a file; None if it is a different kind of JSON file."""
     content = path.read_bytes()
     try:
         return msgspec.json.decode(content, type=LabelFile)
@@ -110,7 +110,9 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image of a file: at imagePath if below the source, else of its name next to it."""
+    """Return the image of a file: at imagePath if inside the source, else by its name, next to the
+    file.
+    """
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):

@@ -56,7 +56,7 @@ LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
 # an ID, possibly quoted, and its value in a list of one class: absent, difficult, there
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
 
-Item = tuple[Path, Element, Path]  # of an image: XML file, its root, image
+Item = tuple[Path, Element, Path]  # XML file, its root element, and the image
 
 
 def is_voc(source: Path) -> bool:
@@ -65,7 +65,7 @@ def is_voc(source: Path) -> bool:
         return True
     if not source.is_dir():
         return False
-    folders = (source, *sorted(one for one in source.iterdir() if one.is_dir()))
+    folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
     firsts = (next(folder.glob("*.xml"), None) for folder in folders)
     return any(path is not None and has_root(path, "annotation") for path in firsts)
 
@@ -78,7 +78,7 @@ def read_voc(found: ImportedDataset) -> None:
     for split, paths in found.select(splits).items():
         if split == "test" and not any(map(os.path.isfile, paths)):
             # as in VOC2012, whose test annotations are not published
-            note = "images of the split test skipped, none has an annotation file"
+            note = "test images skipped: none has an annotation file"
             found.notes[note] += len(paths)
             continue
         items[split] = []
@@ -111,9 +111,9 @@ class _Folders:
         if not self.annotations.is_dir():
             self.annotations = source
         usual = [source / name for name in ("JPEGImages", "images", "Images")]
-        self.images = next((one for one in usual if one.is_dir()), self.annotations)
+        self.images = next((folder for folder in usual if folder.is_dir()), self.annotations)
         lists = (source / name for name in LISTS)
-        self.lists = next((one for one in lists if any(one.glob("*.txt"))), None)
+        self.lists = next((folder for folder in lists if any(folder.glob("*.txt"))), None)
         self.files, self.others = found.images_below(self.images)
         self.by_stem: dict[Path, list[Path]] = defaultdict(list)
         for path in self.files:
@@ -128,7 +128,7 @@ class _Folders:
         return path.relative_to(self.images).with_suffix("")
 
     def image(self, path: Path, tree: Element) -> Path:
-        """Return the image of an XML file: of the same name, else `filename` in `images`."""
+        """Return the image of an XML file: by the same name, else `filename` in `images`."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
         stem = self.stem(path)
         if same := self.by_stem.get(stem):
@@ -151,7 +151,7 @@ class _Folders:
     def splits(self) -> dict[str, dict[Path, str]]:
         """Return the XML files of each split, with the location in its list.
 
-        Without trainval if train and val exist.
+        trainval is left out if train and val exist.
         """
         splits: dict[str, dict[Path, str]] = defaultdict(dict)
         if self.lists is None:
@@ -179,7 +179,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files that a list names, with line numbers; none for that of one class.
+        """Return the XML files that a list names, with line numbers; none for a list of one class.
 
         Lines that are neither an ID nor a row of a list of one class are problems.
         """
@@ -198,19 +198,19 @@ class _Folders:
                 continue
             problem = ""
             if Path(one).is_absolute() or ".." in Path(one).parts:
-                problem = f"{line}: expected the name of an image without its ending"
+                problem = f"{line}: expected the name of an image without its extension"
             elif known is None and quoted is None and len(line.split()) > 1:
                 problem = f"{show(line)}: expected an ID, but there is no file {self.xml(line)}"
             if problem:
                 problems += 1
-                found.problems.add("line that is no ID", f"{path}:{number}: {problem}")
+                found.problems.add("line that is not an ID", f"{path}:{number}: {problem}")
             else:
                 ids[self.xml(known or one)] = f"{path}:{number}: "
         if rows and ids:
             text = f"{path}: {len(ids)} IDs and {rows} rows 'ID -1|0|1' of a list of one class"
             found.problems.add("list file of two kinds", text)
         elif rows:
-            found.notes["lists of one class (ID and a second column), not read"] += 1
+            found.notes["lists of one class (ID and a second column) ignored"] += 1
         elif not ids and not problems:
             found.remarks.append(f"split {split_of(path.stem)} skipped: {path} has no IDs")
         return ids
@@ -219,7 +219,7 @@ class _Folders:
         """Count the annotation and image files that are in no split."""
         notes, there = self.found.notes, {*files_below(self.annotations, suffix=".xml")}
         left = there.difference(*splits.values())
-        notes["annotation files that no list contains skipped"] += len(left)
+        notes["annotation files skipped (not in any list)"] += len(left)
         stems = {self.stem(path) for path in there}
         unnamed = [path for path in self.files if self.image_stem(path) not in stems]
         notes["images without an annotation file skipped"] += len({*unnamed} - used)
@@ -232,11 +232,11 @@ class _Folders:
             return None
         if image_size(file, self.found.reading) != size:
             sides = f"{size[1]} x {size[0]} (width x height)"
-            raise ValueError(f"{file}: not the size of its image, {sides}")
+            raise ValueError(f"{file}: its size differs from that of the image: {sides}")
         try:
             with Image.open(file) as image:
                 if image.mode not in ("P", "L"):
-                    expected = "expected an image of numbers (palette), got one of mode"
+                    expected = "expected a palette or grayscale image of object numbers, got mode"
                     raise ValueError(f"{expected} {image.mode}")
                 numbers = np.asarray(image)
         except (OSError, SyntaxError, ValueError) as error:

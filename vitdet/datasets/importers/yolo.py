@@ -51,7 +51,8 @@ def description(source: Path) -> Path | None:
 
 
 def read_yolo(found: ImportedDataset) -> None:
-    """Read a folder with data.yaml, or such a file. Label files are read on iteration over a split.
+    """Read a data.yaml file, or the one in a folder. Label files are read on iteration over a
+    split.
 
     Raises FileNotFoundError and ValueError if data.yaml cannot be read or has neither train nor
     val.
@@ -74,7 +75,7 @@ def read_yolo(found: ImportedDataset) -> None:
     if not images.keys() & {"train", "val"} and not found.problems.counts:
         keys = ", ".join(map(str, head.values))
         raise ValueError(f"{path}: expected the keys train and val, got {keys}")
-    if not names:  # else each row would be wrong, too
+    if not names:  # otherwise each row would be an error, too
         return
     head.count_others({image for listed in images.values() for image in listed})
     labeled: dict[str, list[Path]] = {}
@@ -82,7 +83,7 @@ def read_yolo(found: ImportedDataset) -> None:
         if any(os.path.isfile(_label_file(image)) for image in chosen):
             labeled[name] = chosen
         elif name == "test":
-            found.notes["images of the split test skipped, none has a label file"] += len(chosen)
+            found.notes["test images skipped: none has a label file"] += len(chosen)
         elif chosen:
             found.problems.add(
                 "split without label files",
@@ -93,7 +94,7 @@ def read_yolo(found: ImportedDataset) -> None:
 
 
 class _Head:
-    """The content of data.yaml, and the places that its splits refer to."""
+    """The content of data.yaml, and the folders and files that its splits refer to."""
 
     def __init__(self, path: Path, found: ImportedDataset) -> None:
         self.path, self.found = path, found
@@ -137,12 +138,12 @@ class _Head:
         return [] if entries in (["null"], ["~"]) else entries
 
     def split(self, key: str, entries: list[str]) -> list[Path]:
-        """Return the unique images of a split. Raises ValueError if that of training has none."""
+        """Return the unique images of a split. Raises ValueError if the training split has none."""
         name, named, found = SPLITS[key], ", ".join(entries), self.found
         if name == "test" and not any(map(self.place, entries)):
             found.remarks.append(f"split test skipped: {named} does not exist")
             return []
-        listed = dict.fromkeys(one for entry in entries for one in self.images(key, entry))
+        listed = dict.fromkeys(image for entry in entries for image in self.images(key, entry))
         if not listed and not found.problems.counts:
             if name == "train":
                 raise ValueError(f"{self.path}: {key}: no image in {named}")
@@ -153,7 +154,7 @@ class _Head:
         """Return the folder or file that an entry refers to; None if it does not exist."""
         names = (entry, entry.removeprefix("../"))
         places = (root / name for root in self.roots for name in names)
-        return next((Path(os.path.abspath(one)) for one in places if os.path.exists(one)), None)
+        return next((Path(os.path.abspath(path)) for path in places if os.path.exists(path)), None)
 
     def images(self, key: str, entry: str) -> Iterator[Path]:
         """Return the image files of an entry, by absolute path without resolving links."""
@@ -171,7 +172,7 @@ class _Head:
         for number, line in _lines(place):
             with self.found.problems.collect("line without an image file"):
                 image = self.listed(place, number, line)
-                self.places.add(image.parent)  # where `count_others` counts those of other formats
+                self.places.add(image.parent)  # where `count_others` counts other files
                 if self.found.is_image(image):
                     yield image
 
@@ -193,12 +194,12 @@ class _Head:
             before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
             folders.add(Path(f"{before}{os.sep}images") if cut else place)
         images, others = self.found.images_below(*folders)
-        notes["images that no split contains skipped"] += len({*images} - used)
+        notes["images skipped (not in any split)"] += len({*images} - used)
         self.found.count_left_out(others, lambda path: os.path.isfile(_label_file(path)))
         beside = [one.with_name("labels") if one.name == "images" else one for one in folders]
         labels = {*files_below(*beside, suffix=".txt")}
         labels -= {_label_file(image) for image in (*images, *others, *used)}
-        notes["label files without an image skipped"] += sum(map(_has_rows, labels))
+        notes["label files skipped (no image)"] += sum(map(_has_rows, labels))
 
 
 def _label_file(image: Path) -> Path:
@@ -218,7 +219,7 @@ def _picture(image: Path, label_of: Mapping[str, int], found: ImportedDataset) -
     label_file = _label_file(image)
     if os.path.isfile(label_file):
         return ImportedImage(image, *size, tuple(_things(label_file, size, found)))
-    found.notes["images without a label file: without objects"] += 1
+    found.notes["images without a label file (no objects)"] += 1
     return ImportedImage(image, *size, ())
 
 

@@ -12,7 +12,7 @@ SIZE = {"width": WIDTH, "height": HEIGHT, "margin": MARGIN, "foot": FOOT}  # for
 
 
 class Bar(NamedTuple):
-    """A bar in pixels of the chart; series: its number; tip: its counts as text."""
+    """A bar in pixels of the chart; series: index of its series; tip: its counts as text."""
 
     x: float
     y: float
@@ -38,12 +38,13 @@ def histogram(
     unit: str,
     edges: Sequence[int] = (),
 ) -> Histogram:
-    """Return bars of shares over bins; each series (name, counts per bin) has one bar per bin.
+    """Return the bars of a histogram of shares; each series (name, counts per bin) has one bar per
+    bin.
 
     edges: numbers to write below the borders of the bins, instead of the labels below the bins.
     """
     shares = [counts / max(counts.sum(), 1) for _, counts in series]
-    top = max((float(one.max(initial=0)) for one in shares), default=0) or 1
+    top = max((float(share.max(initial=0)) for share in shares), default=0) or 1
     step = (WIDTH - 2 * MARGIN) / max(len(labels), 1)
     width = step * 0.84 / max(len(series), 1)
     bars = []

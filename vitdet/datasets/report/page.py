@@ -1,6 +1,6 @@
 """The report of a data set: one HTML page with counts, classes, sizes, some images and problems.
 
-Only what training can use is counted; what it leaves out (crowds, boxes without size) is listed as
+Only objects that training can use are counted; others (crowds, boxes of zero size) are listed as
 well. Sizes are COCO's: small below 32 x 32 pixels of the box, large from 96 x 96.
 """
 
@@ -47,7 +47,7 @@ class _Split:
 def write_page(
     folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
 ) -> tuple[int, int, Report]:
-    """Write the page of a folder in COCO's or LVIS's layout; what cannot be read is listed.
+    """Write the page of a folder in COCO's or LVIS's layout; files that cannot be read are listed.
 
     images: read every image file, as `check` does. Returns the number of images, of objects, and
     what `check` found. Raises FileNotFoundError if there is nothing to show, OSError if `output`
@@ -78,8 +78,8 @@ def write_page(
         "most_objects": max((one[0] for _, counts in classes for one in counts), default=0) or 1,
         "first": FIRST,
         "portraits": _portraits(splits, reading),
-        "findings": [("bad", one) for one in report.errors]
-        + [("warn", one) for one in report.warnings],
+        "findings": [("bad", error) for error in report.errors]
+        + [("warn", warning) for warning in report.warnings],
     }
     page = render("datasets/report/page.html", values)
     with atomic_write(output) as temporary:
@@ -105,12 +105,12 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     """Return (name, value, CSS class) of the numbers at the top."""
     images, objects = _sums(report)
     errors, warnings = (
-        sum(one.count for one in found) for found in (report.errors, report.warnings)
+        sum(finding.count for finding in found) for found in (report.errors, report.warnings)
     )
     return [
         ("images", f"{images:,}", ""),
         ("annotations", f"{objects:,}", ""),
-        ("classes", f"{max(one[2] for one in report.splits.values()):,}", ""),
+        ("classes", f"{max(counts[2] for counts in report.splits.values()):,}", ""),
         ("objects per image", f"{objects / max(images, 1):.1f}", ""),
         ("errors", f"{errors:,}", "bad" if errors else ""),
         ("warnings", f"{warnings:,}", "warn" if warnings else ""),
@@ -132,13 +132,13 @@ def _charts(splits: list[_Split]) -> list[charts.Histogram]:
     def chart(
         title: str, unit: str, edges: tuple[int, ...], values: list[np.ndarray]
     ) -> charts.Histogram:
-        counts = [charts.doubling(one, edges) for one in values]
+        counts = [charts.doubling(value, edges) for value in values]
         series = [(split.name, one) for split, one in zip(splits, counts, strict=True)]
         labels = charts.ranges(edges)
         return charts.histogram(title, labels, series, unit, () if edges is OBJECTS else edges)
 
     records = [split.found.records for split in splits]
-    kinds = [np.array([len(np.unique(one)) for one in every.labels()]) for every in records]
+    kinds = [np.array([len(np.unique(labels)) for labels in every.labels()]) for every in records]
     sizes = [every.sizes().max(axis=1, initial=0) for every in records]
     areas = [split.areas**0.5 for split in splits]
     return [
@@ -152,7 +152,7 @@ def _charts(splits: list[_Split]) -> list[charts.Histogram]:
 def _classes(splits: list[_Split]) -> list[tuple[str, list[list[int]]]]:
     """Return the name of each class and (objects, images) of each split, most frequent first.
 
-    By name, as the splits may name different ones.
+    Classes are identified by name, as the splits may have different classes.
     """
     names = list(dict.fromkeys(name for split in splits for name in split.found.class_names))
     place = {name: row for row, name in enumerate(names)}

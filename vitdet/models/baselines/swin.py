@@ -23,7 +23,7 @@ from vitdet.models.attention import join_windows, split_windows
 from vitdet.models.layers import Blocks, DropPath
 from vitdet.models.vit import init_linears
 
-BLOCKED = -100.0  # added to the logits of two tokens that only the roll made neighbors
+BLOCKED = -100.0  # added to the logits of two tokens that are neighbors only because of the roll
 
 
 class Size(NamedTuple):
@@ -140,5 +140,5 @@ class Swin(nn.Module):
         return maps
 
     def layer_of(self, name: str) -> int:
-        """Return a parameter's layer for layer-wise decay: the last one, for no decay."""
+        """Return a parameter's layer for layer-wise decay: always the last layer, i.e. no decay."""
         return self.num_layers + 1

@@ -71,8 +71,8 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions in windows of side `window`, or of all tokens (0); E may differ
-    from C.
+    """Attention without positions in windows of side `window`, or among all tokens (0); E may
+    differ from C.
 
     With `keep_values` the values are added to the result: (B, H, W, C) -> (B, H, W, E).
     """
@@ -222,16 +222,16 @@ class ViTAEv2(nn.Module):
         return maps
 
     def layer_of(self, name: str) -> int:
-        """Return a parameter's layer for layer-wise decay: the last one, for no decay."""
+        """Return a parameter's layer for layer-wise decay: always the last layer, i.e. no decay."""
         return self.num_layers + 1
 
 
 def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
     """Return the drop path rate of each normal cell of each stage, as in the published run.
 
-    The rates increase linearly over all cells, but stage s uses them from the cell with the index
-    of stage s - 1's depth on, not from the sum of the depths before it: the last stage of depths
-    (2, 2, 8, 2) has those of cells 8 and 9.
+    The rates increase linearly over all cells, but stage s uses the rates starting at the index
+    depths[s - 1] instead of the sum of all previous depths: with depths (2, 2, 8, 2), the last
+    stage has the rates of cells 8 and 9.
     """
     rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
     starts = [0, *depths[:-1]]

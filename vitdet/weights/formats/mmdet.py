@@ -1,7 +1,7 @@
 """Names of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18 (.pth): ViT-B, ViTAE-B and ViTAE-S.
 
-Its relative positions are applied to the scaled query, Detectron2's to the unscaled one: they are
-used unchanged only in a model with `scaled_rel_pos`, else rescaled
+Its relative positions are applied to the scaled query, those of Detectron2 to the unscaled query:
+they are used unchanged only in a model with `scaled_rel_pos`, and otherwise rescaled
 (`vitdet.weights.resize.rescale_relative_positions`).
 """
 
@@ -47,7 +47,7 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
             if other not in weights:
                 raise ValueError(f"{name} without {other}")
         if whole in weights:
-            raise ValueError(f"both {name} and {whole}")
+            raise ValueError(f"contains both {name} and {whole}")
         if part == "q_bias":
             joined[whole] = torch.cat([tensor, torch.zeros_like(tensor), weights[value]])
     return joined
@@ -136,8 +136,9 @@ def mmdet_format(
 
     Args:
         grid: (h, w) tokens of a model for non-square images.
-        wide: its global blocks. The original sizes both position tables of these by the height, so
-            that the tail of rel_pos_w is unused if w < h; it is cut off.
+        wide: global blocks of this model. The original implementation sizes both position tables of
+            these blocks by the height, so that the tail of rel_pos_w is unused if w < h; it is
+            removed.
         split: blocks in which q_bias and v_bias are separate (ViTAE-B's global ones), for the
             conversion back.
     """

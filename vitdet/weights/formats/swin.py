@@ -1,6 +1,6 @@
 """Names of Swin-T, as a backbone and in a Mask R-CNN with FPN.
 
-Of mmdet 2.18; of Microsoft's Swin-Transformer-Object-Detection; and of its ImageNet classifier
+Covers mmdet 2.18, Microsoft's Swin-Transformer-Object-Detection, and its ImageNet classifier
 (Swin-Transformer). The FPN and the heads have mmdet's names in both detectors.
 """
 
@@ -72,6 +72,6 @@ SWIN_CLS = Format(
     heads=HEADS,
     wrappers=WRAPPERS,
     parts=PARTS,
-    # a classifier has one norm, after its last map, with another purpose
+    # a classifier has a single norm, after its last map, for a different purpose
     fresh=("backbone.norms.{}.{}",),
 )

@@ -1,8 +1,8 @@
 """A third-party format of weights as a table of names for both directions.
 
 A row is (their name, our name); `{}` matches any part between dots and `{*}` any rest, in order.
-Changes beyond the name (another shape, two tensors for one) are pairs of functions. A name that
-matches no row is an error, in both directions.
+Changes beyond the name (a different shape, two tensors instead of one) are pairs of functions. A
+name that matches no row is an error, in both directions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
         if renamed is None:
             unknown.append(name)
         elif renamed in ours:
-            raise ValueError(f"two tensors for {renamed}; one is {name}")
+            raise ValueError(f"two tensors map to {renamed}; one of them is {name}")
         else:
             change = _change(renamed, layout)
             ours[renamed] = change.to_ours(tensor) if change else tensor
@@ -115,7 +115,7 @@ def rename(name: str, layout: Format) -> str | None:
 
 def known(name: str, patterns: Iterable[str]) -> bool:
     """Return whether one of the patterns matches the name."""
-    return any(_pattern(one).fullmatch(name) for one in patterns)
+    return any(_pattern(pattern).fullmatch(name) for pattern in patterns)
 
 
 def _fill(name: str, source: str, target: str) -> str | None:

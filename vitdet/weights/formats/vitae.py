@@ -8,7 +8,7 @@ from vitdet.weights.formats.table import Format, rows
 
 VITAE = MAE._replace(before=join_bias, wrappers=WRAPPERS)
 # ImageNet classifiers. ViTAE-B: `layers.0.RC` is the patch embedding, `layers.2.NC` are the blocks.
-# ViTAE-S: three reduction cells. Both were trained with a norm after pooling instead of one after
+# ViTAE-S: three reduction cells. Both were trained with a norm after the pooling instead of after
 # the last block.
 VITAE_CLS = Format(
     rows=rows("""
