@@ -26,7 +26,7 @@ handler that has succeeded.
 Workarounds for kfp 2.17:
 
 * The local runner skips an If on an output that is not named `Output`, and compares values other
-than strings incorrectly, so `gate` returns one string.
+  than strings incorrectly, so `gate` returns one string.
 * In a ParallelFor, the local runner replaces every output parameter of a step outside the loop by
   the value of the loop's item, so the fingerprint is part of the item.
 * The local runner does not support container components and CreatePVC, so every step is a Python
@@ -143,13 +143,13 @@ def build(
         Args:
             recipes: Names of recipes (`tiny` is a demo that generates its data), or absolute paths
                 of YAML files on the shared volume. All are trained on the same data and compared.
-                overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
+            overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
             sweep: Settings to vary, as SECTION.KEY=VALUE,VALUE; every combination is trained.
             seeds: Training runs of each recipe and combination, with consecutive seeds; the table
                 has mean and standard deviation.
             fetch: How to fetch the data to the recipe's folder on the volume first: `coco`, `lvis`
                 or `convert SOURCE`, with options of `vitdet data`. Empty: the data already exists.
-                workspace: Folder on the shared volume for data, weights and training runs.
+            workspace: Folder on the shared volume for data, weights and training runs.
             nodes: Nodes of each training run.
             pool: Node pool for training (label vitdet/pool). Empty: the one in the job's manifest.
             job_kind: Kind of the training job, `pytorchjob` or `trainjob`.

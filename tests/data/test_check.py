@@ -87,7 +87,7 @@ FAULTS = [  # all kinds: test_odd_annotations
     (set_value("annotations", 0, "bbox", [1, 2, 3]), "bbox that is not four", "[1, 2, 3]"),
     (outline(0, [5]), "polygon that is not a list x, y, x, y, ...", "5"),
     (outline(0, [[[1, 2]] * 6]), "polygon with coordinates that are not", "annotation 1"),
-    (outline(1, {"size": [64, 48], "counts": [3072]}), "RLE of another size", "[64, 48]"),
+    (outline(1, {"size": [64, 48], "counts": [3072]}), "RLE whose size differs", "[64, 48]"),
     (outline(1, {"size": [48, 64], "counts": [5, 6]}), "RLE whose counts do not", "11 of 3072"),
     (outline(1, {"counts": [1]}), "RLE without size [height, width]", "None"),
     (delete("annotations", 0, "image_id"), "annotation without 'image_id'", "annotation 1"),

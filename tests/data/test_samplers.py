@@ -79,7 +79,7 @@ def test_an_indivisible_batch_is_refused(
     with pytest.raises(ValueError) as caught:
         check_batch_size(batch, processes, accumulate)
     what = f"train.batch_size must be a multiple of {parts}, got {batch}; set it to {sizes}, or "
-    change = "change train.accumulate or the" if accumulate > 1 else "start another"
+    change = "change train.accumulate or the" if accumulate > 1 else "start a different"
     assert str(caught.value) == f"{what}{change} number of processes"
     check_batch_size(24, processes, accumulate)
 

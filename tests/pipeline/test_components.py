@@ -184,7 +184,7 @@ def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs)
 
 def test_no_gpu_is_requested_without_the_data(prepared: Prepared, jobs: Jobs) -> None:
     shutil.rmtree(prepared.root)
-    with pytest.raises(FileNotFoundError, match="gone since the data was verified"):
+    with pytest.raises(FileNotFoundError, match="removed since the data was verified"):
         prepared.train_job(dsl.TaskConfig())
     assert jobs.asked == []
 
@@ -232,7 +232,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_end_of_a_run_ends_jobs(
     kind: str, state: str, ended: list, jobs: Jobs, tmp_path: Path, closed: list[str]
 ) -> None:
-    assert "No training was started" in end_run(tmp_path, kind, state).read_text()
+    assert "No training run was started" in end_run(tmp_path, kind, state).read_text()
     assert jobs.ended == ended and closed == [state]
 
 

@@ -79,7 +79,7 @@ def test_a_rejection_is_final(kubeflow: Kubeflow, run: Run, code: int, said: str
 def test_an_address_without_the_api(kubeflow: Kubeflow, run: Run, words: list[str]) -> None:
     kubeflow.plan["GET /healthz"] = [lambda handler: handler.send(404, "404 page not found")]
     code, _, said = run(*words)
-    text = "is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends"
+    text = "is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the URL ends"
     assert code == 1 and text in said
 
 

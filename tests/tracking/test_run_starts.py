@@ -38,7 +38,7 @@ def test_a_server_that_does_not_answer_holds_up_neither_the_start_nor_the_end(
     assert tracker._thread.is_alive() and not answers.answering.is_set()
     (journal,) = journals(tmp_path)
     assert journal.waiting() and journal.state()[0]["end"] == status
-    assert "the same command sends them" in caplog.text
+    assert "the same command again sends them" in caplog.text
 
 
 @pytest.mark.parametrize("status", [None, "FAILED"])

@@ -129,7 +129,7 @@ def test_another_loss_over_the_same_classes(tmp_path: Path) -> None:
     assert load_pretrained(detector, softmax).fresh == [odds]
     detector = small_detector(seed=2)
     loaded = load_pretrained(detector, federated)
-    assert not loaded.fresh and loaded.notes == [f"{odds}: not loaded (another loss)"]
+    assert not loaded.fresh and loaded.notes == [f"{odds}: not loaded (a different loss)"]
     assert not load_pretrained(small_detector(seed=2, loss="federated"), federated).notes
 
 

@@ -132,7 +132,7 @@ def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
         (to_ours, DETECTRON2, {**weights, "head.extra": one}, "1 tensors unknown .* as head.extra"),
         (to_theirs, DETECTRON2, {"backbone.blocks.0.pcm.0.weight": one}, "without a name in this"),
         (to_ours, VITAE, both, "both blocks.0.attn.q_bias and blocks.0.attn.qkv.bias"),
-        (to_ours, DETECTRON2, twice, "two tensors for roi_heads.stages.0.logits.bias"),
+        (to_ours, DETECTRON2, twice, "two tensors map to roi_heads.stages.0.logits.bias"),
     ):
         with pytest.raises(ValueError, match=says):
             convert(given, layout)

@@ -181,7 +181,7 @@ def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Pa
         assert says in refused(*given, reverse=True), says
     save_config(load_config(recipe, ["model.roi_heads.num_classes=80"]), tmp_path / "coco.yaml")
     text = refused(model, pt, "vitdet", tmp_path / "coco.yaml")
-    assert "the recipe's model 80; to train it on other classes, use it as train.init" in text
+    assert "the recipe's model has 80; to train it on other classes, use it as train.init" in text
     assert not list(tmp_path.glob("*x.p*"))
 
 

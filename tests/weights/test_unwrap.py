@@ -86,7 +86,9 @@ def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
 
 
 def test_names_that_are_one_without_prefixes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^w.pth: the same names with and without module\.$"):
+    with pytest.raises(
+        ValueError, match=r"^w.pth: contains the same names with and without module\.$"
+    ):
         unwrap(plain() | prefixed("module."), FORMATS["vitdet"], Path("w.pth"))
 
 

@@ -26,12 +26,12 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb,
         "--metrics",
-        "JSON file written by `vitdet evaluate --output`, for the tags of the version",
+        "JSON file written by --output of `vitdet evaluate`, for the tags of the version",
     )
     add_folder(
         verb,
         "--plots",
-        "folder written by `vitdet evaluate --plots` in the same evaluation, whose report and "
+        "folder written by --plots of `vitdet evaluate` in the same evaluation, whose report and "
         "matches are stored with the version",
     )
     add_file(verb, "--output", "JSON file for the name and version")
