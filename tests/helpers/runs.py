@@ -64,9 +64,9 @@ def stop_at(step: int, tiny: Path, output: Path, key: str = "loss", **changes: o
     return recorder
 
 
-def refused(text: str) -> pytest.RaisesExc[ValueError]:
-    """Expect a ValueError whose message matches."""
-    return pytest.raises(ValueError, match=text)
+def refused(text: str, kind: type[Exception] = ValueError) -> pytest.RaisesExc:
+    """Expect an error with a message of one line that matches."""
+    return pytest.raises(kind, match=text, check=lambda error: "\n" not in str(error))
 
 
 def figures(points: dict) -> dict[int, dict[str, float]]:

@@ -23,13 +23,9 @@ def test_anchors_are_on_the_corners_of_their_cells_row_by_row():
     assert centers.tolist() == [[0, 0], [4, 0], [8, 0], [0, 4], [4, 4], [8, 4]]
     assert (first[:, 2:] - first[:, :2]).unique().tolist() == [8]
     assert second.tolist() == [[-8, -8, 8, 8], [0, -8, 16, 8]]
-
-
-def test_anchors_of_a_cell_are_adjacent():
-    (anchors,) = grid_anchors([(1, 2)], [16], 8.0, (0.5, 1.0, 2.0))
-    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-    assert centers.tolist() == [[0, 0]] * 3 + [[16, 0]] * 3
-    assert torch.equal(anchors[3:] - anchors[:3], torch.tensor([[16.0, 0, 16, 0]] * 3))
+    (several,) = grid_anchors([(1, 2)], [16], 8.0, (0.5, 1.0, 2.0))  # of a cell: adjacent
+    assert torch.equal(several[3:] - several[:3], torch.tensor([[16.0, 0, 16, 0]] * 3))
+    assert torch.equal(several[:3, :2], -several[:3, 2:])
 
 
 def test_anchors_are_made_on_the_device_without_a_copy():

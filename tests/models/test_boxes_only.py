@@ -188,9 +188,7 @@ def slow_mask_ap(truth: dict, results: list[dict]) -> float:
             if best is not None and ious[best] >= threshold:
                 free.remove(best)
                 hits.append(1)
-            elif not (
-                rle.iou(np.array([result["bbox"]], float), boxed, ignored) >= threshold
-            ).any():
+            elif rle.iou(np.array([result["bbox"]], float), boxed, ignored).max() < threshold:
                 hits.append(0)
         found = np.cumsum(hits)
         recall = found / len(codes)
@@ -210,25 +208,21 @@ def test_mask_ap_of_mixed_data_follows_its_rules(tmp_path: Path, seed: int) -> N
     rng = np.random.default_rng(seed)
     sides = [(*rng.integers(0, 140, 2), *rng.integers(20, 60, 2)) for _ in range(7)]
     boxes = [list(map(int, box)) for box in sides]
-    of_image = {"image_id": 1, "category_id": 1, "iscrowd": 0}
+    of_image = {"image_id": 1, "category_id": 1}
     annotations = [
-        {**of_image, "id": i + 1, "bbox": box, "area": box[2] * box[3]}
+        {**of_image, "id": i + 1, "iscrowd": 0, "bbox": box, "area": box[2] * box[3]}
         | {"segmentation": rectangle(box) if i % 2 else []}
         for i, box in enumerate(boxes)
     ]
-    truth = {
-        "images": [{"id": 1, "file_name": "1.png", "height": 200, "width": 200}],
-        "categories": [{"id": 1, "name": "a"}],
-        "annotations": annotations,
-    }
+    pictures = [{"id": 1, "file_name": "1.png", "height": 200, "width": 200}]
+    truth = {"images": pictures, "categories": [{"id": 1, "name": "a"}], "annotations": annotations}
     results = []
     for box in (box for box in boxes for _ in range(3)):
         moved = (np.array(box) + rng.integers(-6, 7, 4)).clip(1).tolist()
         code = rle.frPyObjects(rectangle(moved), 200, 200)[0]
-        results.append(
-            {"image_id": 1, "category_id": 1, "bbox": moved, "score": float(rng.random())}
-            | {"segmentation": {"size": code["size"], "counts": code["counts"].decode()}}
-        )
+        code["counts"] = code["counts"].decode()
+        found = {"bbox": moved, "score": float(rng.random()), "segmentation": code}
+        results.append(of_image | found)
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     metrics = summary(compare(read_truth(tmp_path / "truth.json"), results))
     assert metrics["mask_ap"] == pytest.approx(slow_mask_ap(truth, results), abs=1e-6)
@@ -274,7 +268,7 @@ def test_an_explicit_mask_head_without_outlines_is_warned_about(
     from vitdet.training import train
 
     without_outlines(tiny)
-    config = load_config("tiny", [*minimal(tiny, optim__steps=1)])
+    config = load_config("tiny", minimal(tiny, optim__steps=1))
     train(config, tiny.parent / "out")
     assert "the mask head is not trained" in caplog.text
 

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from threading import Event, Thread
 
@@ -59,16 +59,11 @@ def flat(output: tuple) -> list[Tensor]:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
-    """The graphs that are made from now on."""
+def detector(monkeypatch: pytest.MonkeyPatch) -> Detector:
+    """A detector whose graphs are simulated."""
     monkeypatch.setattr(graphed_detector, "CudaGraph", Recorded)
     monkeypatch.setattr(graphed_detector, "enabled", lambda *_: True)
     monkeypatch.setattr(Recorded, "made", [])
-    return Recorded.made
-
-
-@pytest.fixture
-def detector(made: list[Recorded]) -> Detector:
     return small_detector().eval()
 
 
@@ -84,9 +79,9 @@ def predictor_of(detector: Detector, precision: str = "auto") -> Predictor:
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
 
-def recorded(made: list[Recorded]) -> int:
+def recorded() -> int:
     """The number of recorded graphs."""
-    return sum(len(one.outputs) for one in made)
+    return sum(len(one.outputs) for one in Recorded.made)
 
 
 def same(found: Detections, wanted: Detections) -> bool:
@@ -94,10 +89,10 @@ def same(found: Detections, wanted: Detections) -> bool:
 
 
 def test_results_of_a_thread_are_not_overwritten_by_another(
-    detector: Detector, detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
+    detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, theirs = images(1), images(1, seed=2)
-    wanted = [detector(one, None, SIZES)[0] for one in (mine, theirs)]
+    wanted = [detect.detector(one, None, SIZES)[0] for one in (mine, theirs)]
     assert not same(*wanted)
     detect(mine, SIZES)
     found, replayed = dict[str, Detections](), Event()
@@ -138,25 +133,21 @@ def replace_buffer(detector: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [reassign, move, replace_buffer, lambda one: one.train()])
 def test_weights_elsewhere_are_recorded_anew(
-    made: list[Recorded],
-    detector: Detector,
-    detect: GraphedDetector,
-    change: Callable[[nn.Module], object],
+    detect: GraphedDetector, change: Callable[[nn.Module], object]
 ) -> None:
     detect(images(1), SIZES)
-    before = made[-1]
-    change(detector)
+    before = Recorded.made[-1]
+    change(detect.detector)
     detect(images(1), SIZES)
-    assert made[-1] is not before and recorded(made) == 2
+    assert Recorded.made[-1] is not before and recorded() == 2
 
 
-def test_weights_that_change_in_place_are_not(
-    made: list[Recorded], detector: Detector, detect: GraphedDetector
-) -> None:
+def test_weights_that_change_in_place_are_not(detect: GraphedDetector) -> None:
     detect(images(1), SIZES)
+    detector = detect.detector
     detector.load_state_dict({name: one * 2 for name, one in detector.state_dict().items()})
     detect(images(1), SIZES)
-    assert recorded(made) == 1
+    assert recorded() == 1
 
 
 def test_a_detector_that_has_left_the_gpu_uses_no_graph(
@@ -170,24 +161,25 @@ def test_a_detector_that_has_left_the_gpu_uses_no_graph(
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_of_a_predictor_is_independent(
-    made: list[Recorded], detector: Detector, again: Callable[[Predictor], Predictor]
+    detector: Detector, again: Callable[[Predictor], Predictor]
 ) -> None:
     predictor = predictor_of(detector)
     wanted = predictor(PICTURE, 0.0)
     copied = again(predictor)
-    assert same(copied(PICTURE, 0.0), wanted) and recorded(made) == 2
+    assert same(copied(PICTURE, 0.0), wanted) and recorded() == 2
     assert copied.detector is copied.detect.detector is not predictor.detector
     assert copied.detect.context.args[1] is copied.detector
 
 
-def test_memory_of_graphs_returns_with_the_last_reference(made: list[Recorded]) -> None:
+@pytest.mark.usefixtures("detector")
+def test_memory_of_graphs_returns_with_the_last_reference() -> None:
     """A cycle would keep gigabytes until the garbage collector runs."""
     predictor = predictor_of(small_detector().eval())
     predictor(PICTURE)
     left = [weakref.ref(one) for one in (predictor, predictor.detect, predictor.detector)]
     gc.disable()
     try:
-        made.pop().functions.clear()  # a `CudaGraph` keeps none
+        Recorded.made.pop().functions.clear()  # a `CudaGraph` keeps none
         del predictor
         assert [one() for one in left] == [None] * 3
     finally:
@@ -208,18 +200,14 @@ def test_another_detector_may_be_set(detector: Detector) -> None:
     + [("roi_heads", "score_threshold", 0.6), ("roi_heads", "max_detections", 2)],
 )
 def test_a_limit_that_changes_is_seen(
-    made: list[Recorded],
-    detector: Detector,
-    detect: GraphedDetector,
-    part: str,
-    name: str,
-    value: object,
+    detect: GraphedDetector, part: str, name: str, value: object
 ) -> None:
+    detector = detect.detector
     before = detect(images(1), SIZES)[0]
     setattr(detector.get_submodule(part), name, value)
     wanted = detector(images(1), None, SIZES)[0]
     found = detect(images(1), SIZES)[0]
-    assert not same(wanted, before) and same(found, wanted) and recorded(made) == 2
+    assert not same(wanted, before) and same(found, wanted) and recorded() == 2
 
 
 def test_another_precision_may_be_set(detector: Detector) -> None:
@@ -235,8 +223,9 @@ def test_another_precision_may_be_set(detector: Detector) -> None:
 
 
 def test_more_candidates_need_no_other_backbone_pass(
-    detector: Detector, detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
+    detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    detector = detect.detector
     wanted = detector(images(1), None, SIZES)[0]
     monkeypatch.setattr("vitdet.models.roi_heads.CANDIDATES", 3)
     detect(images(1), SIZES)
@@ -248,10 +237,7 @@ def test_more_candidates_need_no_other_backbone_pass(
 
 
 def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
-    detector: Detector,
-    detect: GraphedDetector,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     record, tries = Recorded.record, []
@@ -265,13 +251,12 @@ def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
     monkeypatch.setattr(Recorded, "record", refuse)
     for count in (2, 1, 2, 1):
         found = detect(images(count), SIZES.repeat(count, 1))
-        wanted = detector(images(count), None, SIZES.repeat(count, 1))
+        wanted = detect.detector(images(count), None, SIZES.repeat(count, 1))
         assert all(same(one, other) for one, other in zip(found, wanted, strict=True))
     (line,) = caplog.messages
-    assert tries == [2, 1] and line.startswith(
-        "detection in batches of 2 images (128 x 128 pixels)"
-    )
-    assert line.endswith(" runs without a CUDA graph: out of memory")
+    sizes = "batches of 2 images (128 x 128 pixels)"
+    assert tries == [2, 1]
+    assert line == f"detection in {sizes} runs without a CUDA graph: out of memory"
 
 
 @needs_gpu

@@ -45,11 +45,17 @@ BOXES = [
 @pytest.mark.parametrize("ratio", [0, 1, 2, 3])
 @pytest.mark.parametrize("bins", [7, 14])
 def test_equals_torchvision_in_values_and_gradients(ratio, bins):
+    """Without a sampling ratio to the bit in values, and each level is written once to its place."""
     ours, theirs = maps(3), maps(3)
-    found = pool_images(ours, BOXES, STRIDES, bins, ratio)
+    with Operations() as operations:
+        found = pool_images(ours, BOXES, STRIDES, bins, ratio)
     wanted = slow_pool(theirs, BOXES, bins, ratio)
     assert found.shape == (10, 3, bins, bins)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    if ratio:
+        assert torch.allclose(found, wanted, atol=1e-5)
+    else:
+        assert torch.equal(found, wanted)
+        assert not [name for name in operations.names if "index_put" in name]
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     (found * weight).sum().backward()
     (wanted * weight).sum().backward()
@@ -58,38 +64,14 @@ def test_equals_torchvision_in_values_and_gradients(ratio, bins):
         assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_adaptive_points_put_each_level_in_its_place_without_another_copy():
-    ours, theirs = maps(3), maps(3)
-    with Operations() as operations:
-        found = pool_images(ours, BOXES, STRIDES, 7, 0)
-    assert not [name for name in operations.names if "index_put" in name]
-    levels = assign_levels(torch.cat(BOXES), 4, 4)
-    image = torch.tensor([0.0] * 5 + [2.0] * 5)
-    rois = torch.cat([image[:, None], torch.cat(BOXES)], dim=1)
-    wanted = torch.zeros_like(found)
-    for level, stride in enumerate(STRIDES):
-        chosen = (levels == level).nonzero().flatten()
-        pooled = roi_align(theirs[level], rois[chosen], 7, 1 / stride, 0, aligned=True)
-        wanted = wanted.index_put((chosen,), pooled)
-    assert torch.equal(found, wanted)
-    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    (found * weight).sum().backward()
-    (wanted * weight).sum().backward()
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("ratio", [0, 2])
-def test_no_boxes_at_all(ratio):
-    assert pool_images(maps(), [torch.zeros(0, 4)] * 2, STRIDES, 7, ratio).shape == (0, 3, 7, 7)
-
-
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_an_empty_slot_keeps_its_row_and_gives_no_infinity(ratio):
-    """A GPU without kernels has them, too."""
+    """A GPU without kernels has them, too; and there may be no box at all."""
     boxes = torch.tensor([[0.0, 0, 0, 0], [8, 8, 40, 40], [0, 0, 0, 0]])
     found = pool(maps(), boxes, torch.tensor([-1, 1, -1]), STRIDES, 7, ratio)
     alone = pool(maps(), boxes[1:2], torch.tensor([1]), STRIDES, 7, ratio)
     assert len(found) == 3 and found.isfinite().all()
+    assert pool(maps(), boxes[:0], torch.zeros(0).long(), STRIDES, 7, ratio).shape == (0, 3, 7, 7)
     torch.testing.assert_close(found[1:2], alone)
 
 
@@ -106,13 +88,3 @@ def test_levels_change_at_powers_of_two():
     wide = torch.tensor([[0.0, 0, 224 * 4, 224 / 4]])
     assert assign_levels(wide, 4, 4).tolist() == [2]  # the area decides
     assert assign_levels(torch.zeros(1, 4), 4, 4).tolist() == [0]
-
-
-@pytest.mark.parametrize("ratio", [0, 2])
-def test_a_flipped_map_gives_flipped_features(ratio):
-    features = maps()
-    two, one = [[10.0, 10, 40, 30], [2, 50, 127, 128]], [[60.0, 3, 128, 128]]
-    boxes = [torch.tensor(two), torch.tensor(one)]
-    mirrored = [torch.stack([128 - b[:, 2], b[:, 1], 128 - b[:, 0], b[:, 3]], dim=1) for b in boxes]
-    found = pool_images([f.flip(3) for f in features], mirrored, STRIDES, 7, ratio)
-    assert torch.allclose(found, pool_images(features, boxes, STRIDES, 7, ratio).flip(3), atol=1e-5)

@@ -92,11 +92,9 @@ def test_another_size_of_image(
 def test_anything_else_must_match(trained: Path, own_tiny: Path, tmp_path: Path) -> None:
     other_classes(own_tiny, ["one", "two"])
     changes = {"model__roi_heads__num_classes": 2, "model__roi_heads__fc_dim": 16}
-    with pytest.raises(ValueError) as caught:
+    shape = "wrong shape: roi_heads.stages.0.fcs.0.weight "
+    with refused(f"model.pt: does not fit this detector: .*{shape}"):
         start(own_tiny, tmp_path / "run", trained / "model.pt", **changes)
-    text = str(caught.value)
-    assert "\n" not in text and "model.pt: does not fit this detector: " in text
-    assert "wrong shape: roi_heads.stages.0.fcs.0.weight " in text
 
 
 def stored(path: Path, **settings: object) -> Path:

@@ -137,48 +137,36 @@ def test_the_estimate_is_what_was_measured(
     assert bf16 == pytest.approx(measured, rel=0.05 if fused else 0.15) and fp32 > fp16
 
 
-BACKBONES = {
-    "vit_tiny": BackboneConfig(name="vit_tiny", window_size=3, pos_embed_grid=4, rel_pos_size=64),
-    "vitae_s": BackboneConfig(name="vitae_s", window_size=3, rel_pos_size=64),
-    "swin_t": BackboneConfig(name="swin_t", window_size=7),
-    "vitaev2_s": BackboneConfig(name="vitaev2_s", window_size=7),
-}
+VIT = {"window_size": 3, "rel_pos_size": 64}
+BACKBONES = [
+    BackboneConfig(name="vit_tiny", pos_embed_grid=4, drop_path=0.5, **VIT),
+    BackboneConfig(name="vitae_s", drop_path=0.5, **VIT),
+    BackboneConfig(name="swin_t", window_size=7, drop_path=0.5),
+    pytest.param(
+        BackboneConfig(name="vitaev2_s", window_size=7, drop_path=0.5), marks=pytest.mark.slow
+    ),
+]
 
 
-SLOW = pytest.param("vitaev2_s", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", ["vit_tiny", "vitae_s", "swin_t", SLOW])
-def test_blocks_that_compute_again_give_the_same_bits(name: str) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda one: one.name)
+def test_blocks_that_compute_again_give_the_same_bits(backbone: BackboneConfig) -> None:
     """With the same dropped paths, and statistics of BatchNorm that are updated once."""
     torch.manual_seed(0)
-    model = Config().model
-    settings = replace(model, backbone=replace(BACKBONES[name], drop_path=0.5))
-    plain = build_backbone(settings).train()
+    plain = build_backbone(replace(Config().model, backbone=backbone)).train()
     again = copy.deepcopy(plain)
-    stages = [module for module in again.modules() if isinstance(module, Blocks)]
-    for stage in stages:
-        stage.checkpointing = True
-    calls: dict[str, int] = {}
-
-    def count(key: str) -> Callable[..., None]:
-        return lambda *_: calls.update({key: calls.get(key, 0) + 1})
-
-    for key, backbone in (("plain", plain), ("again", again)):
-        for module in backbone.modules():
-            if isinstance(module, Blocks):
-                module[-1].register_forward_pre_hook(count(key))
     images, results = torch.randn(2, 3, 64, 64), []
-    for backbone in (plain, again):
+    for model in (plain, again):
+        stages, calls = [one for one in model.modules() if isinstance(one, Blocks)], []
+        for stage in stages:
+            stage.checkpointing = model is again
+            stage[-1].register_forward_pre_hook(lambda one, _, calls=calls: calls.append(one))
         torch.manual_seed(1)
-        found = backbone(images)
+        found = model(images)
         maps = [found] if isinstance(found, Tensor) else found
         torch.stack([one.square().mean() for one in maps]).sum().backward()
-        results.append((maps, torch.rand(3)))
-    (maps, draws), (maps_again, draws_again) = results
-    assert all(map(torch.equal, maps, maps_again))
-    assert torch.equal(draws, draws_again)  # those that follow
-    assert calls == {"plain": len(stages), "again": 2 * len(stages)}
+        assert len(calls) == len(stages) * (2 if model is again else 1)
+        results.append([*maps, torch.rand(3)])  # and the draws that follow
+    assert all(map(torch.equal, *results))
     for parameter_name, parameter in plain.named_parameters():
         assert torch.equal(parameter.grad, again.get_parameter(parameter_name).grad), parameter_name
     assert_equal(plain.state_dict(), again.state_dict())

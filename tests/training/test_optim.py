@@ -1,10 +1,8 @@
-"""Parameter groups and schedule against the published recipe, and the EMA of the weights."""
+"""Parameter groups, schedule and EMA of the weights; published values: tests/weights/test_recipes.py."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,62 +20,6 @@ from vitdet.training.optim import (
     scaled,
     set_lr,
 )
-from vitdet.weights.formats.detectron2 import DETECTRON2
-from vitdet.weights.formats.table import rename
-
-KEYS = Path(__file__).parents[3] / "shared" / "reference" / "detectron2" / "keys"
-RECIPE = "COCO_mask_rcnn_vitdet_b_100ep"
-# Of mask_rcnn_vitdet_b_100ep: the factor of the learning rate and the weight decay.
-PUBLISHED = {
-    "backbone.pos_embed": (0.7**13, 0.0),
-    "backbone.patch_embed.proj.weight": (0.7**13, 0.1),
-    "backbone.patch_embed.proj.bias": (0.7**13, 0.1),
-    "backbone.blocks.0.attn.qkv.weight": (0.7**12, 0.1),
-    "backbone.blocks.0.attn.rel_pos_h": (0.7**12, 0.1),
-    "backbone.blocks.5.norm1.weight": (0.7**7, 0.0),
-    "backbone.blocks.11.norm2.bias": (0.7, 0.0),
-    "backbone.blocks.11.mlp.fc1.bias": (0.7, 0.1),
-    # a channel norm of detectron2, which is no nn.LayerNorm
-    "pyramid.levels.0.4.norm.weight": (1.0, 0.1),
-    "rpn.objectness.weight": (1.0, 0.1),
-    "roi_heads.stages.0.fcs.0.weight": (1.0, 0.1),
-    "roi_heads.mask.logits.bias": (1.0, 0.1),
-}
-
-
-@pytest.fixture(scope="module")
-def groups() -> dict[str, tuple[float, float]]:
-    """(factor, weight decay) of every parameter of the default model."""
-    with torch.device("meta"):
-        detector = build_detector(Config().model)
-    found = parameter_groups(detector, Config().optim)
-    rows = [(n, (one["lr_scale"], one["weight_decay"])) for one in found for n in one["names"]]
-    assert len(rows) == len(dict(rows)) == len(list(detector.parameters()))
-    return dict(rows)
-
-
-@pytest.fixture(scope="module")
-def summary() -> dict:
-    path = KEYS / "SUMMARY.json"
-    if not path.exists():
-        pytest.skip("needs ../shared")
-    return json.loads(path.read_text())[RECIPE]
-
-
-def test_some_parameters_by_hand(groups: dict[str, tuple[float, float]]) -> None:
-    for name, (factor, decay) in PUBLISHED.items():
-        assert groups[name] == (pytest.approx(factor), decay), name
-
-
-def test_every_parameter_as_published(groups: dict[str, tuple[float, float]]) -> None:
-    path = KEYS / f"{RECIPE}.optim.json"
-    if not path.exists():
-        pytest.skip("needs ../shared")
-    stored = json.loads(path.read_text())
-    theirs = {rename(name, DETECTRON2): tuple(value) for name, value in stored.items()}
-    assert set(theirs) == set(groups)
-    for name, (factor, decay) in theirs.items():
-        assert groups[name] == (pytest.approx(factor, rel=1e-9), decay), name
 
 
 def test_undecayed_nothing_decays_everything_and_a_frozen_parameter_is_in_no_group() -> None:
@@ -87,17 +29,6 @@ def test_undecayed_nothing_decays_everything_and_a_frozen_parameter_is_in_no_gro
     found = parameter_groups(detector, OptimConfig(undecayed="nothing"))
     assert {group["weight_decay"] for group in found} == {0.1}
     assert not any("backbone.pos_embed" in group["names"] for group in found)
-
-
-def test_the_schedule_of_the_published_recipe(summary: dict) -> None:
-    settings = Config().optim
-    wanted = tuple(summary[name] for name in ("max_iter", "lr", "weight_decay"))
-    assert (settings.steps, settings.lr, settings.weight_decay) == wanted
-    for step, factor in summary["lr_multiplier_at"].items():
-        assert lr_factor(int(step), settings) == pytest.approx(factor, rel=1e-9)
-    tenth, hundredth = summary["first_iter_at_0p1_and_0p01"]
-    found = [lr_factor(step, settings) for step in (tenth - 1, tenth, hundredth - 1, hundredth)]
-    assert found == pytest.approx([1, 0.1, 0.1, 0.01])
 
 
 def test_the_steps_of_the_schedule_by_hand() -> None:

@@ -71,24 +71,12 @@ def test_operational_settings_may_change_and_are_logged(
         assert key.replace("__", ".") in lines[0]
     assert min(recorder.points) == 8
     same_weights(stopped, trained)
+    assert load_config(stopped / "config.yaml") == load_config("tiny", minimal(moved, **changes))
+    assert load_model_file(stopped / "model.pt")["config"]["evaluate"]["max_detections"] == 3
 
 
-def test_a_resume_without_changes_logs_none(
-    tiny: Path, stopped: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "vitdet"):
-        go(tiny, stopped)
-    assert not [message for message in caplog.messages if "changed settings" in message]
-
-
-@pytest.mark.parametrize(
-    ("stop", "changes"),
-    [
-        (4, {}),  # milestones at 85 and 95%: the first drop was after step 7, and is after step 10
-        (8, CONSTANT),  # also a run that has ended
-    ],
-    ids=["before the first drop", "constant rate"],
-)
+# milestones at 85 and 95%: the first drop was after step 7, and is after step 10; a run that has ended
+@pytest.mark.parametrize(("stop", "changes"), [(4, {}), (8, CONSTANT)], ids=["early", "ended"])
 def test_more_steps_give_the_bits_of_a_training_with_as_many_from_the_start(
     tiny: Path, constant: Path, tmp_path: Path, stop: int, changes: dict
 ) -> None:
@@ -106,22 +94,20 @@ def test_more_steps_give_the_bits_of_a_training_with_as_many_from_the_start(
 def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_path: Path) -> None:
     cosine = {"optim__schedule": "cosine", "train__save_every": 1}
     stop_at(3, tiny, tmp_path / "cosine", **cosine)
-    with pytest.raises(
-        ValueError,
-        match=r"cosine/checkpoints: optim.steps cannot change from 8 to 12 after step 3: the learning "
-        r"rate of step 1 would have been 0.000491\S*, not 0.000481\S*; choose another --output",
-    ):
+    before = "optim.steps cannot change from 8 to 12 after step 3: the learning rate"
+    rates = r"of step 1 would have been 0.000491\S*, not 0.000481\S*; choose another --output"
+    with refused(f"cosine/checkpoints: {before} {rates}"):
         go(tiny, tmp_path / "cosine", optim__steps=12, **cosine)
     dropped = {"optim__milestones": [0.5]}
     stop_at(7, tiny, tmp_path / "step", **dropped)
     with refused("step 4 would have been 0.001, not 0.0001; choose"):
         go(tiny, tmp_path / "step", optim__steps=12, **dropped)
     go(tiny, tmp_path / "step", **dropped)
-    with pytest.raises(
-        ValueError,
-        match=r"step: contains a finished run with a different config \(optim.steps: 12, not 8\); the learning "
-        r"rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove it",
-    ):
+    before = (
+        r"contains a finished run with a different config \(optim.steps: 12, not 8\); the learning"
+    )
+    rates = "rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove it"
+    with refused(f"step: {before} {rates}"):
         go(tiny, tmp_path / "step", optim__steps=12, **dropped)
 
 
@@ -259,8 +245,9 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_rank(
 
 
 def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_are_not(
-    tiny: Path, stopped: Path, tmp_path: Path
+    tiny: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "vitdet")
     path = sorted((stopped / "checkpoints").iterdir())[-1]
     content = read_state(stopped)
     assert content["format"] == "vitdet training state, version 4"
@@ -276,18 +263,12 @@ def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_a
         (output / "checkpoints").mkdir(parents=True)
         torch.save({**content, "format": version}, output / "checkpoints" / path.name)
         assert min(go(tiny, output).points) == 8
+    assert not [one for one in caplog.messages if "changed settings" in one]
 
 
-def test_the_config_that_is_stored_is_the_new_one(tiny: Path, stopped: Path) -> None:
-    go(tiny, stopped, evaluate__max_detections=3)
-    config = load_config("tiny", minimal(tiny, evaluate__max_detections=3))
-    assert load_config(stopped / "config.yaml") == config
-    assert load_model_file(stopped / "model.pt")["config"]["evaluate"]["max_detections"] == 3
-
-
-@pytest.mark.parametrize(("stop", "steps"), [(4, 4), (8, 8)], ids=["fewer steps", "at the end"])
+@pytest.mark.parametrize("stop", [4, 8], ids=["fewer steps", "at the end"])
 def test_metrics_of_other_evaluate_settings_are_measured_again(
-    tiny: Path, constant: Path, tmp_path: Path, stop: int, steps: int
+    tiny: Path, constant: Path, tmp_path: Path, stop: int
 ) -> None:
     states = tmp_path / "run" / "checkpoints"
     states.mkdir(parents=True)
@@ -301,9 +282,9 @@ def test_metrics_of_other_evaluate_settings_are_measured_again(
 
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)
-    go(tiny, again, **CONSTANT, optim__steps=steps, evaluate__batch_size=1)  # changes no AP
+    go(tiny, again, **CONSTANT, optim__steps=stop, evaluate__batch_size=1)  # changes no AP
     assert load_model_file(again / "model.pt")["metrics"]["box_ap"] == 33.0
-    go(tiny, tmp_path / "run", **CONSTANT, optim__steps=steps, evaluate__max_detections=1)
+    go(tiny, tmp_path / "run", **CONSTANT, optim__steps=stop, evaluate__max_detections=1)
     done = load_model_file(tmp_path / "run" / "model.pt")
     assert done["config"]["evaluate"]["max_detections"] == 1
     assert done["metrics"] == evaluate(tmp_path / "run" / "model.pt")

@@ -138,14 +138,12 @@ def test_a_torch_without_the_shutdown_time_out_is_warned_about(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(distributed, "has_shutdown_timeout", lambda: False)
-    warn_of_short_grace()
-    assert not caplog.text  # without torchrun nobody kills it
+    warn_of_short_grace()  # without torchrun nobody kills it
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
-    monkeypatch.setenv("RANK", "1")
-    warn_of_short_grace()
-    assert not caplog.text
-    monkeypatch.setenv("RANK", "0")
-    warn_of_short_grace()
+    for rank in (1, 0):
+        assert not caplog.text
+        monkeypatch.setenv("RANK", str(rank))
+        warn_of_short_grace()
     assert "30 s after SIGTERM, regardless of TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in caplog.text
 
 

@@ -67,25 +67,12 @@ def test_where_a_fetched_file_is_looked_for(
     assert cache_folder() == tmp_path / ".cache" / "vitdet"
     assert fetched("mae_vit_tiny").is_file()
     run = "run: vitdet weights fetch"
-    for given, error, says in (
-        (
-            ("mae_vit_b",),
-            FileNotFoundError,
-            f"mae_vit_b.safetensors: not fetched yet; {run} mae_vit_b$",
-        ),
-        (("mae_vit_tiny", Path("there")), FileNotFoundError, f"{run} mae_vit_tiny --output there$"),
-        (
-            ("mae_vitae_b",),
-            FileNotFoundError,
-            "not published it: convert .*--set train.init=vitae_b",
-        ),
-        (
-            ("mae_vit_tny",),
-            ValueError,
-            "no weights named 'mae_vit_tny'; did you mean 'mae_vit_tiny'",
-        ),
+    for given, says in (
+        (("mae_vit_b",), f"mae_vit_b.safetensors: not fetched yet; {run} mae_vit_b$"),
+        (("mae_vit_tiny", Path("there")), f"{run} mae_vit_tiny --output there$"),
+        (("mae_vitae_b",), "not published it: convert .*--set train.init=vitae_b"),
     ):
-        with pytest.raises(error, match=says):
+        with pytest.raises(FileNotFoundError, match=says):
             fetched(*given)
     for name in ("mae_vit_b.safetensors", "mask_rcnn_vitdet_b_coco.pt"):
         cache_folder().mkdir(parents=True, exist_ok=True)

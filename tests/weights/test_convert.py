@@ -92,21 +92,9 @@ def test_a_published_pretraining_fills_the_backbone(name: str, recipe: str) -> N
 @pytest.mark.parametrize(
     ("layout", "theirs", "ours"),
     [
-        (
-            "detectron2",
-            "backbone.net.blocks.3.attn.qkv.weight",
-            "backbone.blocks.3.attn.qkv.weight",
-        ),
-        (
-            "detectron2",
-            "roi_heads.box_head.2.conv4.norm.bias",
-            "roi_heads.stages.2.convs.3.norm.bias",
-        ),
-        (
-            "detectron2",
-            "roi_heads.box_head.conv1.weight",
-            "roi_heads.stages.0.convs.0.conv.weight",
-        ),
+        ("detectron2", "backbone.net.blocks.3.norm1.bias", "backbone.blocks.3.norm1.bias"),
+        ("detectron2", "roi_heads.box_head.2.fc1.bias", "roi_heads.stages.2.fcs.0.bias"),
+        ("detectron2", "roi_heads.mask_head.predictor.bias", "roi_heads.mask.logits.bias"),
         ("mmdet", "neck.fpn_convs.0.ln.weight", "pyramid.levels.0.5.norm.weight"),
         ("mmdet", "backbone.layers.2.NC.13.PCM.4.bias", "backbone.blocks.13.pcm.4.bias"),
         ("vitae_cls", "layers.0.RC.PRM.proj.bias", "backbone.patch_embed.proj.bias"),
@@ -171,19 +159,14 @@ def test_class_token_is_dropped() -> None:
 
 
 def test_biases_of_queries_and_values_leave_the_keys_without() -> None:
-    ours = to_ours(
-        {"blocks.2.attn.q_bias": torch.tensor([1.0]), "blocks.2.attn.v_bias": torch.tensor([3.0])},
-        VITAE,
-    )
-    assert ours["backbone.blocks.2.attn.qkv.bias"].tolist() == [1, 0, 3]
-    trained = {"backbone.blocks.2.attn.qkv.bias": torch.tensor([1.0, 9.0, 3.0])}
+    query, stem = {"blocks.2.attn.q_bias": torch.tensor([1.0])}, "backbone.blocks.2.attn."
+    ours = to_ours({**query, "blocks.2.attn.v_bias": torch.tensor([3.0])}, VITAE)
+    assert ours[f"{stem}qkv.bias"].tolist() == [1, 0, 3]
+    trained = {f"{stem}qkv.bias": torch.tensor([1.0, 9.0, 3.0])}
     back = to_theirs(trained, mmdet_format(split=[2]))
-    assert {key: tensor.tolist() for key, tensor in back.items()} == {
-        "backbone.blocks.2.attn.q_bias": [1],
-        "backbone.blocks.2.attn.v_bias": [3],
-    }
+    assert back == {f"{stem}q_bias": torch.tensor([1.0]), f"{stem}v_bias": torch.tensor([3.0])}
     with pytest.raises(ValueError, match="q_bias without blocks.2.attn.v_bias"):
-        to_ours({"blocks.2.attn.q_bias": torch.zeros(1)}, VITAE)
+        to_ours(query, VITAE)
 
 
 def test_tables_of_images_that_are_not_square() -> None:
@@ -198,35 +181,28 @@ def test_tables_of_images_that_are_not_square() -> None:
     # the tail has no use
     assert ours["backbone.blocks.1.attn.rel_pos_w"][:, 0].tolist() == [0, 1, 2]
     assert shapes(to_theirs(ours, layout)) == shapes(weights)
-    with pytest.raises(
-        ValueError, match=r"expected \(1, n \* n, C\) without a class token, got \(1, 6, 1\)"
-    ):
+    says = r"expected \(1, n \* n, C\) without a class token, got \(1, 6, 1\)"
+    with pytest.raises(ValueError, match=says):
         to_ours(weights, MMDET)
 
 
 def test_relative_positions_change_their_scale_and_the_function_stays() -> None:
     table, query = torch.randn(5, 64), torch.randn(64)
-    weights = {"backbone.blocks.0.attn.rel_pos_h": table, "backbone.blocks.0.attn.qkv.bias": query}
+    name, bias = "backbone.blocks.0.attn.rel_pos_h", "backbone.blocks.0.attn.qkv.bias"
+    weights = {name: table, bias: query}
     unscaled = rescale_relative_positions(weights, scaled=True, wanted=False)
-    torch.testing.assert_close(
-        unscaled["backbone.blocks.0.attn.rel_pos_h"] @ query, table @ (query * 64**-0.5)
-    )
-    assert unscaled["backbone.blocks.0.attn.qkv.bias"] is query
-    again = rescale_relative_positions(unscaled, scaled=False, wanted=True)[
-        "backbone.blocks.0.attn.rel_pos_h"
-    ]
-    torch.testing.assert_close(again, table)
+    torch.testing.assert_close(unscaled[name] @ query, table @ (query * 64**-0.5))
+    assert unscaled[bias] is query
+    again = rescale_relative_positions(unscaled, scaled=False, wanted=True)
+    torch.testing.assert_close(again[name], table)
     assert rescale_relative_positions(weights, True, True) is weights
 
 
 def test_positions_and_patches_of_another_size() -> None:
-    plane = torch.stack(
-        torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"), dim=-1
-    )[None]
-    small = resize_grid(plane, (8, 8))
-    torch.testing.assert_close(
-        small[0, 2:6, 2:6, 0], (torch.arange(2, 6) * 2 + 0.5)[:, None].expand(4, 4)
-    )
+    rows = torch.arange(16.0)
+    plane = torch.cartesian_prod(rows, rows).view(1, 16, 16, 2)
+    wanted = torch.tensor([4.5, 6.5, 8.5, 10.5])[:, None].expand(4, 4)
+    torch.testing.assert_close(resize_grid(plane, (8, 8))[0, 2:6, 2:6, 0], wanted)
     table = resize_table(torch.arange(27.0)[:, None].expand(27, 3), 53)
     # the middle stays the middle
     assert tuple(table.shape) == (53, 3) and abs(table[26, 0] - 13) < 1e-5

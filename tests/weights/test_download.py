@@ -137,10 +137,6 @@ def test_a_weak_tag_is_none_but_a_date_will_do(web: Web, load: Load, tmp_path: P
     assert ranges(web)[2:] == [None, "bytes=30000-"]
 
 
-def test_a_length_that_is_not_known(web: Web, load: Load) -> None:
-    assert load(file(length=False)).read_bytes() == CONTENT
-
-
 PAGE = status(200, b"<html>log in</html>", Content_Type="text/html")
 LONGER = "the server has 100,001 bytes, expected 100,000: not the published file"
 FORBIDDEN = "the server responded with 403 Forbidden (the server denies access to this file)"
@@ -152,7 +148,7 @@ FORBIDDEN = "the server responded with 403 Forbidden (the server denies access t
         (
             status(404),
             FileNotFoundError,
-            "the server responded with 404 Not Found (no such file on the server)",
+            "responded with 404 Not Found (no such file on the server)",
         ),
         (status(403), ConnectionError, FORBIDDEN),
         (PAGE, ValueError, "received a web page instead of the file"),

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.helpers.runs import refused
 from tests.helpers.web import Web, serve, status
 from tests.weights.test_download import QUICK, Seen
 from vitdet.datasets.download import download
@@ -78,10 +79,9 @@ def test_a_certificate_that_nobody_vouches_for_is_one_line_at_once(
     secure: tuple[Web, str, Path], tmp_path: Path
 ) -> None:
     web, url, _ = secure
-    with pytest.raises(ConnectionError, match="certificate verify failed") as caught:
+    with refused(f"^{url}/a: .*certificate verify failed", ConnectionError) as caught:
         download(f"{url}/a", tmp_path / "part", Seen(), QUICK)
-    text = str(caught.value)
-    assert text.startswith(f"{url}/a: ") and "\n" not in text and "times in a row" not in text
+    assert "times in a row" not in str(caught.value)
     assert not web.asked and not (tmp_path / "part").exists()
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests.cli.test_cli import largest_file
 from tests.conftest import environment
+from tests.helpers.runs import refused
 from tests.helpers.web import Web, file, serve, status
 from tests.weights.test_download import QUICK, Seen
 from vitdet.weights.catalogue import Entry
@@ -82,10 +83,7 @@ def test_it_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Pat
     ("known", "says"),
     [
         ({"size": 99_999}, "the server has 100,000 bytes, expected 99,999"),
-        (
-            {"sha256": "0" * 64},
-            f"sha256 {SHA256}, expected {'0' * 64}: not the published some; the",
-        ),
+        ({"sha256": "0" * 64}, f"sha256 {SHA256}, expected {'0' * 64}: not the published some"),
         ({"sha256": "0000", "md5": MD5}, f"sha256 {SHA256[:4]}, expected 0000"),
         ({"sha256": "", "md5": "00000g"}, f"md5 {MD5[:6]}, expected 00000g: not the published "),
     ],
@@ -93,9 +91,8 @@ def test_it_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Pat
 def test_another_file_than_the_published_one_does_not_stay(
     get: Fetch, web: Web, tmp_path: Path, known: dict, says: str
 ) -> None:
-    with pytest.raises(ValueError) as caught:
+    with refused(says):
         get(**known)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not names(tmp_path / "here")
     assert get().is_file()
 
@@ -177,10 +174,7 @@ def test_a_mirror(get: Fetch, web: Web) -> None:
     [
         ("dead", r"its link is dead \(https://x/y\); convert your copy .*, or start from other"),
         ("none", "its authors have not published it; convert your copy"),
-        (
-            "page",
-            "https://x/y is a page, not a file; download it in a browser, then vitdet weights",
-        ),
+        ("page", "https://x/y is a page, not a file; download it in a browser, then vitdet"),
     ],
 )
 def test_what_cannot_be_downloaded_says_what_to_do(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers.runs import refused
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.load import read_source
 from vitdet.weights.pickles import read_file
@@ -36,7 +38,7 @@ def removed(text: str) -> str:
     return f"names: removed the prefix {text}"
 
 
-COUNTER = torch.tensor(5)
+COUNTER, OTHERS = torch.tensor(5), "3 other tensors ignored"
 INNER = {name.replace(".", "._orig_mod.", 1): one for name, one in plain().items()}
 
 
@@ -47,35 +49,21 @@ INNER = {name.replace(".", "._orig_mod.", 1): one for name, one in plain().items
         ({"model": plain(), "epoch": 3}, []),
         ({"state_dict": plain()}, [read("'state_dict'")]),
         ({"ema": {"module": plain()}}, [read("'module' in 'ema'")]),
-        (
-            {"student": plain(), "teacher": prefixed("module.backbone.")},
-            [read("'teacher'"), removed("module."), removed("backbone.")],
-        ),
+        ({"student": plain(), "teacher": plain()}, [read("'teacher'")]),
+        (prefixed("module.backbone."), [removed("module."), removed("backbone.")]),
         ({"model": plain(), "model_ema": prefixed("x.")}, [read("'model'; ignored: 'model_ema'")]),
         ({**prefixed("module."), "n_averaged": COUNTER}, [removed("module.")]),
-        (
-            {**prefixed("module.module."), "module.n_averaged": COUNTER},
-            [removed("module.module.")],
-        ),
+        (prefixed("module.module.") | {"module.n_averaged": COUNTER}, [removed("module.module.")]),
         ({"model": plain(), "params": {"lr": 1}, "ema": {"decay": {"value": 0.9}}}, []),
         (
             {"teacher": {"model": {"state_dict": plain()}}, "model": {"lr": 1}},
             [read("'state_dict' in 'model' in 'teacher'")],
         ),
         (prefixed("_orig_mod.module."), [removed("_orig_mod.module.")]),
-        (
-            {"state_dict": prefixed("model._orig_mod.")},
-            [read("'state_dict'"), removed("model._orig_mod.")],
-        ),
+        (prefixed("model._orig_mod."), [removed("model._orig_mod.")]),
         (INNER, [removed("_orig_mod.")]),
-        (
-            prefixed("encoder.") | prefixed("decoder."),
-            [removed("encoder.; 3 other tensors ignored")],
-        ),
-        (
-            prefixed("student.") | prefixed("teacher."),
-            [removed("teacher.; 3 other tensors ignored")],
-        ),
+        (prefixed("encoder.") | prefixed("decoder."), [removed(f"encoder.; {OTHERS}")]),
+        (prefixed("student.") | prefixed("teacher."), [removed(f"teacher.; {OTHERS}")]),
     ],
 )
 def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
@@ -85,17 +73,15 @@ def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
     assert all(torch.equal(found[name], one) for name, one in plain().items())
 
 
-def test_names_that_are_one_without_prefixes_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"^w.pth: contains the same names with and without module\.$"
-    ):
-        unwrap(plain() | prefixed("module."), FORMATS["vitdet"], Path("w.pth"))
-
-
-def test_a_dictionary_without_tensors_is_not_the_weights() -> None:
-    content = {"norm.weight": torch.ones(2), "params": {"lr": 1}}
-    says = r"^w.pth: 1 entries are not complete tensors, such as params \(dict\)$"
-    with pytest.raises(ValueError, match=says):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (plain() | prefixed("module."), r"contains the same names with and without module\."),
+        (plain() | {"params": {"lr": 1}}, r"1 entries are not .* tensors, such as params \(dict\)"),
+    ],
+)
+def test_ambiguous_and_incomplete_weights_are_refused(content: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^w.pth: {says}$"):
         unwrap(content, FORMATS["mae"], Path("w.pth"))
 
 
@@ -148,10 +134,9 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
     path, weights = tmp_path / "w.safetensors", plain() | {"pos_embed": torch.zeros(1, 2, 2)}
     weights[NAMES[1]][0, 1, 1] = value
     save_file(weights, path)
-    with pytest.raises(ValueError) as error:
-        read_source(path, "mae")
     says = f"1 tensors contain NaN or infinite values, e.g. backbone.{NAMES[1]}"
-    assert str(error.value) == f"{path}: {says}; use an earlier checkpoint"
+    with refused(f"^{path}: {says}; use an earlier checkpoint$"):
+        read_source(path, "mae")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +153,12 @@ def test_values_of_tensors_that_are_ignored_do_not_matter(
     path = tmp_path / "w.safetensors"
     save_file({kept: torch.ones(2), dropped: torch.full((2,), float("-inf"))}, path)
     assert list(read_source(path, layout).weights) == [f"backbone.{kept}"]
+
+
+def zipped(name: str, content: bytes) -> bytes:
+    with zipfile.ZipFile(archive := io.BytesIO(), "w") as file:
+        file.writestr(name, content)
+    return archive.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -189,16 +180,14 @@ def test_a_file_of_another_kind_is_reported_by_its_type(
     for suffix in (".pth", ".pt", ".bin", ".pkl", ".safetensors", ".npz"):
         path = tmp_path / f"w{suffix}"
         path.write_bytes(content)
-        with pytest.raises(ValueError) as error:
+        with refused(f"^{path}: .*{what}"):
             read_file(path)
-        assert str(error.value).startswith(f"{path}: ") and what in str(error.value)
 
 
 def test_an_archive_of_other_files_is_reported(tmp_path: Path) -> None:
     archive = tmp_path / "w.pth"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("run/w.safetensors", b"")
-    with pytest.raises(ValueError, match=r"a zip archive with run/w\.safetensors"):
+    archive.write_bytes(zipped("run/w.safetensors", b""))
+    with refused(r"a zip archive with run/w\.safetensors"):
         read_file(archive)
 
 
@@ -215,12 +204,9 @@ def test_a_damaged_directory_of_a_zip_is_one_line(
     tmp_path: Path, offset: int, value: bytes, suffix: str
 ) -> None:
     path = tmp_path / f"w{suffix}"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("é/data.pkl", b"\x80\x02}.")
-    content = bytearray(path.read_bytes())
+    content = bytearray(zipped("é/data.pkl", b"\x80\x02}."))
     start = content.index(b"PK\1\2") + offset
     content[start : start + len(value)] = value
     path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
+    with refused(f"^{path}: not a complete "):
         read_file(path)
-    assert str(error.value).startswith(f"{path}: not a complete ") and "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import minimal
+from tests.helpers.runs import refused
 from vitdet.checkpoint import Checkpoints, write_tensors
 from vitdet.config import load_config
 from vitdet.models import Detector, build_detector
@@ -70,17 +72,12 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(
     for number, (weights, says) in enumerate(cases):
         path = tmp_path / f"{number}.safetensors"
         save_file(weights, path)
-        with pytest.raises(ValueError) as caught:
+        with refused(f"^{path}: does not fit this backbone: .*{re.escape(says)}"):
             load_pretrained(detector, path)
-        text = str(caught.value)
-        assert text.startswith(f"{path}: does not fit this backbone: ") and "\n" not in text
-        assert says in text
     assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
 
 
-def deep(whole: bytes) -> bytes:
-    """A header of nested lists, deeper than Python's recursion limit."""
-    return (100_000).to_bytes(8, "little") + b"[" * 100_000
+DEEP = (100_000).to_bytes(8, "little") + b"[" * 100_000
 
 
 @pytest.mark.parametrize(
@@ -91,12 +88,10 @@ def deep(whole: bytes) -> bytes:
         (lambda whole: whole[:100], "truncated: 100 of "),
         (lambda whole: whole[:-1], "truncated: "),
         (lambda whole: b"{}", "truncated: 2 of 32,131 bytes"),
-        (
-            lambda whole: b"not weights at all",
-            "not a safetensors file: its first 8 bytes are not a",
-        ),
+        (lambda whole: b"not weights at all", "not a safetensors file: its first 8 bytes are"),
         (lambda whole: whole[:8] + whole[9:], "not a complete safetensors file ("),
-        (deep, "not a complete safetensors file ("),
+        # nested lists, deeper than Python's recursion limit
+        (lambda whole: DEEP, "not a complete safetensors file ("),
     ],
 )
 def test_a_damaged_file_is_one_line(
@@ -109,18 +104,15 @@ def test_a_damaged_file_is_one_line(
     path = tmp_path / "w.safetensors"
     save_file(backbone, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError) as caught:
+    with refused(f"^{path}: {re.escape(message)}"):
         load_pretrained(detector, path)
-    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
 
 
 def test_names_and_files(tmp_path: Path) -> None:
     assert resolve("") is None
     with pytest.raises(ValueError, match="init: no weights named 'mae_vit_tny'; did you mean 'mae"):
         resolve("mae_vit_tny")
-    with pytest.raises(
-        FileNotFoundError, match=r"none.safetensors: no such weights file \(train.i"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"none.safetensors: no such .* file \(train.i"):
         resolve("none.safetensors")
     name = next(iter(CATALOGUE))
     path = tmp_path / f"{name}.safetensors"
