@@ -105,8 +105,8 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Return the token and the cookie: from the files, KFP_TOKEN and KFP_COOKIE, or the pod's
-    token.
+    """Return the token and the cookie: from their files, from the variables KFP_TOKEN and
+    KFP_COOKIE, or the pod's token.
 
     The pod's token is sent only to the cluster's services, unless KF_PIPELINES_SA_TOKEN_PATH is
     set. Raises ValueError for invalid values.

@@ -43,8 +43,8 @@ def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> 
     """Return why this run is over or is being ended; "" if it continues.
 
     Kubeflow's Terminate sets spec.activeDeadlineSeconds to 0 (backend/src/common/util/
-    execution_spec.go of 2.17), `argo terminate` and `argo stop` set spec.shutdown. A Workflow with
-    another uid was created under the same name after this one was deleted.
+    execution_spec.go of 2.17), `argo terminate` and `argo stop` set spec.shutdown. If the uid
+    differs, this Workflow was deleted and a new one was created under the same name.
     """
     if workflow is None or workflow["metadata"]["uid"] != uid:
         return "its run has been deleted"

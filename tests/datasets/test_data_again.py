@@ -104,7 +104,7 @@ def test_the_disk_is_asked_first(
     usage, wanted = shutil.disk_usage(root.parent), miniatures("coco")[0]
     wanted[1] = replace(wanted[1], size=19_000_000_000, unpacked=20_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000_000))
-    says = r"data: 39.0 GB are needed \(19.0 for archives, 20.0 for their content"
+    says = r"data: 39.0 GB is needed \(19.0 for archives, 20.0 for their content"
     with pytest.raises(OSError, match=says):
         get(wanted=wanted)
     assert web.asked == []

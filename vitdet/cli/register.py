@@ -14,8 +14,8 @@ def add_register(verb: argparse.ArgumentParser) -> None:
         "--alias",
         metavar="NAME",
         default="candidate",
-        help="alias of the version besides candidate; `champion` only if it passes the gate, "
-        "which re-evaluates the champion if necessary (default: %(default)s)",
+        help="alias to set in addition to candidate; `champion` is set only if the version "
+        "passes the gate, which re-evaluates the champion if necessary (default: %(default)s)",
     )
     add_file(
         verb,

@@ -152,7 +152,7 @@ class DataConfig(Section, prefix="data."):
     transpose: Fraction = 0.0  # probability of exchanging the axes
     color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
     antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
-    keep_empty: bool = False  # train images without objects too, as background
+    keep_empty: bool = False  # also train on images without objects, as background
     redraw_empty: bool = False  # replace a crop without objects with one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # larger image files are rejected before decoding; the upper bound is Pillow's own

@@ -153,7 +153,7 @@ class _Outcome(NamedTuple):
 
 
 class _Split:
-    """The check of one split. digests: of each image file by image id, if it was read."""
+    """The check of one split. digests: checksum of each image file that was read, by image id."""
 
     def __init__(
         self, report: Report, name: str, files: SplitFiles, lvis: bool, reading: Reading

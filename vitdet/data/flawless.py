@@ -48,9 +48,9 @@ def find_flawless(
 ) -> Flawless:
     """Find annotations with polygons inside their image, matching area and box, known category.
 
-    images: of `image_table`. lvis: iscrowd may be missing. seen: ids of earlier annotations. Finds
-    none if an entry of the block is not an `Annotation`, an id is repeated, or a number is too
-    large.
+    images: as returned by `image_table`. lvis: iscrowd may be missing. seen: ids of earlier
+    annotations. Finds none if an entry of the block is not an `Annotation`, an id is repeated, or a
+    number is too large.
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block

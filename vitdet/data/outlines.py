@@ -28,7 +28,7 @@ def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
 def trace(bitmaps: Sequence[np.ndarray], tolerance: float) -> list[list[np.ndarray]]:
     """Return the outer outlines (V, 2) xy of the 4-connected parts of each bitmap (H, W) bool.
 
-    Outlines are clockwise on the screen; holes are filled. tolerance: of Douglas-Peucker, in
+    Outlines are clockwise on the screen; holes are filled. tolerance: that of Douglas-Peucker, in
     pixels.
     """
     loops = [[loop for loop in _crack_loops(bitmap) if signed_area(loop) > 0] for bitmap in bitmaps]

@@ -135,9 +135,9 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
     free = shutil.disk_usage(root).free
     if download + content > free:
         raise OSError(
-            f"{root}: {(download + content) / 1e9:.1f} GB are needed ({download / 1e9:.1f} for "
-            f"archives, {content / 1e9:.1f} for their content), {free / 1e9:.1f} GB are free; free "
-            "some space or choose a folder on another disk"
+            f"{root}: {(download + content) / 1e9:.1f} GB is needed ({download / 1e9:.1f} for "
+            f"archives, {content / 1e9:.1f} for their content), but only {free / 1e9:.1f} GB "
+            "is free; free some space or choose a folder on another disk"
         )
 
 

@@ -40,8 +40,8 @@ class Threshold:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """The result of a class. Without objects (of a size), values are None, dictionaries and curve
-    empty.
+    """The result of a class. Values are None if the class has no objects, or none of that size;
+    without any objects, the dictionaries and the curve are empty.
 
     objects, images: objects, and images with at least one.
     ap: mean over IoU 0.5, 0.55, ..., 0.95. ar: recall at any score, mean over the same IoUs.
@@ -109,7 +109,7 @@ class Analysis:
     """The evaluation of boxes or of masks.
 
     kind: "box" or "mask".
-    metrics: of COCO or LVIS, by the names of metrics.json without the kind ("ap", "ap_small",
+    metrics: those of COCO or LVIS, by the names of metrics.json without the kind ("ap", "ap_small",
     "ar_100", ...); absent without an object.
     classes: all classes of the annotation file, in its order.
     curves: precision at recall 0, 0.01, ..., 1, mean over the classes with objects, for IoU "0.5",

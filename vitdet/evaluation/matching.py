@@ -268,7 +268,7 @@ def _masks(results: Sequence[dict], truth: Truth) -> tuple[list[dict], list[floa
 
 
 def _ranked(found: list[dict], limit: int) -> list[dict]:
-    """Sort detections of a class by image and descending score, at most `limit` of an image."""
+    """Sort detections of a class by image and descending score; keep `limit` per image."""
     images = np.array([item["image_id"] for item in found])
     order = np.lexsort((-np.array([item["score"] for item in found], float), images))
     images = images[order]

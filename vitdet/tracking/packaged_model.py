@@ -127,7 +127,7 @@ def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -
 def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
     """Save a detector as a folder of MLflow; its input example is an image of noise.
 
-    content: of the checkpoint, as `load_model_file` returns it.
+    content: the checkpoint as returned by `load_model_file`.
     """
     example = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     weights, code = path.parent / "detector.safetensors", path.parent / "detector.py"

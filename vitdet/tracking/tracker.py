@@ -33,7 +33,7 @@ class Tracker:
 class Progress(Tracker):
     """Displays the metrics and passes them to another tracker.
 
-    steps: of the whole training run. start: the first one.
+    steps: number of steps of the whole training run. start: the first step.
     """
 
     def __init__(

@@ -162,7 +162,7 @@ class TrainingStep:
     def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
         """Clip the gradients, update weights and average; return the norm before clipping.
 
-        statistics: of BatchNorm before the step, restored if the step is skipped.
+        statistics: those of BatchNorm before the step, restored if the step is skipped.
         """
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.detector, self.optim.clip)

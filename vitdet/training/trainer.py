@@ -2,8 +2,8 @@
 
 The result of a step depends on (config, data, step) only: the batch on its position in the stream,
 random numbers on a seed derived from train.seed, step and micro-batch. A resumed run needs no
-random state and computes the same numbers: bit for bit on a CPU, on a GPU up to kernels with a
-nondeterministic order of additions.
+random state and computes the same numbers: bit for bit on a CPU, and also on a GPU except in
+kernels that add in a nondeterministic order.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class Loop:
         return step == self.config.optim.steps or step % self.config.train.eval_every == 0
 
     def train_step(self, step: int, limit: float = 0.0) -> float:
-        """Run one step; return its learning rate. limit: of the watchdog, in seconds."""
+        """Run one step; return its learning rate. limit: the watchdog's, in seconds."""
 
         def at(stage: Stage) -> None:
             self.watchdog.at(step + 1, stage, limit)
