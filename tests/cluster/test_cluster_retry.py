@@ -111,7 +111,7 @@ def test_the_end_of_a_run_deletes_only_running_jobs(
     deleted, left = delete_jobs(run)
     name = job_name(run, "ended")
     assert deleted == ["going-on"] and len(left) == 1
-    assert left[0].startswith(f"{name}: succeeded; stays, with the logs")
+    assert left[0].startswith(f"{name}: succeeded; kept, with the logs")
     assert " UTC" in left[0]
     assert "last words" in kubectl(f"logs -n {live.namespace} {name}-master-0")
     wait_until(lambda: "going-on" not in kubectl(f"get pytorchjobs -n {live.namespace} -o name"))
