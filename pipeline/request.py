@@ -168,8 +168,7 @@ def check_recipes(
             if has_credentials(text.partition("=")[2] or text):
                 raise ValueError(
                     f"{option} {text.partition('=')[0]}: the user name and password would be "
-                    "visible in "
-                    "the run's parameters; store them in the cluster's Secret"
+                    "visible in the run's parameters; store them in the cluster's Secret"
                 )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:

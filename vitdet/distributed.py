@@ -98,8 +98,7 @@ def _join() -> tuple[dist.Store, int, int]:
     except dist.DistError as error:
         raise ConnectionError(
             f"rank {number} of {count} lost the connection to the store at {address} while the "
-            "ranks joined; "
-            "see the log of rank 0's node"
+            "ranks joined; see the log of rank 0's node"
         ) from error
     if missing:
         missed = ", ".join(map(str, missing))

@@ -240,7 +240,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return why pods of this job are missing, or None if none are or no event gives a reason."""
+    """Return the reason why pods are missing; None if all exist or no event gives a reason."""
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]

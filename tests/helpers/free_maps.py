@@ -53,7 +53,7 @@ def unknown(document: dict) -> list[str]:
     """The keys of such maps that are not known."""
     kind = document["kind"]
     name = f"{kind} {document['metadata']['name']}"
-    return [f"{name}: {where}: nobody knows {key}" for where, key in _keys(document, "", kind)]
+    return [f"{name}: {where}: unknown key {key}" for where, key in _keys(document, "", kind)]
 
 
 def _keys(node: object, where: str, kind: str) -> Iterator[tuple[str, str]]:

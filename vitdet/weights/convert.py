@@ -138,8 +138,7 @@ def _check_whole(found: Source, weights: Weights, config: Config, source: Path) 
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
         raise ValueError(
             f"{source}: has {theirs} classes, but the recipe's model has {ours}; to train it on "
-            "other "
-            "classes, use it as train.init"
+            "other classes, use it as train.init"
         )
 
 
