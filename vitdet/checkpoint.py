@@ -219,9 +219,7 @@ def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...
 
 
 def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load the weights of a file into its detector; raises ValueError if any weight does not
-    match.
-    """
+    """Load the weights of a file into its detector; raises ValueError on a mismatch."""
     invalid = [
         name
         for name, one in weights.items()
@@ -252,9 +250,7 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder while this process writes states; raises ValueError if another process
-        does.
-        """
+        """Lock the folder for writing states; raises ValueError if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             try:

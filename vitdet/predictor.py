@@ -144,9 +144,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def fastest(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where it is supported natively, float16 on older GPUs with tensor cores, else
-    float32.
-    """
+    """Return bfloat16 if native, float16 on older GPUs with tensor cores, else float32."""
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     if device.type != "cuda":

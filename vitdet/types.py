@@ -52,9 +52,7 @@ class Polygons(Record):
     spans: Tensor
 
     def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
-        """Without spans, edges are (G, E, 4), padded with zero edges, which do not affect the
-        outline.
-        """
+        """Without spans, edges are (G, E, 4), padded with zero edges, which have no effect."""
         if spans is None:
             each = edges.shape[1]
             first = torch.arange(len(edges), device=edges.device) * each

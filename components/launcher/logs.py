@@ -173,9 +173,7 @@ class RankLogs:
         return failures
 
     def summaries(self, since: str) -> list[Failure]:
-        """Return the ranks that were killed by a signal other than SIGTERM, from torchrun's
-        summaries.
-        """
+        """Return the ranks killed by a signal other than SIGTERM, from torchrun's summaries."""
         failures = []
         for source, lines in self.lines.items():
             values: dict[str, str] = {}

@@ -49,9 +49,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, place: int, entries: list) -> object:
-    """Return the entry of a list with the same identity, otherwise the one at the same index, or
-    None.
-    """
+    """Return the list entry with the same identity, otherwise at the same index, or None."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         same = (one for one in entries if isinstance(one, dict) and one.get(key) == entry[key])
         return next(same, None)

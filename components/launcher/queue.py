@@ -72,9 +72,7 @@ def is_true(condition: dict | None) -> bool:
 
 
 def describe(condition: dict) -> str:
-    """Return a condition's reason and message, and the remedy if the queue configuration is
-    wrong.
-    """
+    """Return a condition's reason and message, and how to fix the queue if it is invalid."""
     message = one_line(condition.get("message"))
     remedy = next((text for part, text in REMEDIES.items() if part in message), "")
     return f"{condition.get('reason')}: {message}" + (f" ({remedy})" if remedy else "")

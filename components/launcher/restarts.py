@@ -141,9 +141,7 @@ class Restarts:
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
-        """Add a failure to the first incident after the pod's last incident, or start a new
-        incident.
-        """
+        """Add a failure to the first incident after the pod's last one, or start an incident."""
         recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
         last = max((n for n, one in enumerate(recent) if name in one.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)

@@ -44,9 +44,7 @@ class Step:
         return end_of_run(found, self.owner["uid"])
 
     def run_ended(self) -> bool:
-        """Whether the run has ended or is being ended. Raises RuntimeError if its state cannot be
-        read.
-        """
+        """Whether the run has ended or is ending. Raises RuntimeError if this is unknown."""
         owner = self.owner
         return owner is None or bool(end_of_run(self.client.workflow(owner["name"]), owner["uid"]))
 

@@ -127,9 +127,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
 
 
 def mount_paths(kind: Kind, job: dict) -> list[str]:
-    """Return the training container's mount paths; [] for a TrainJob, whose runtime defines
-    them.
-    """
+    """Return the training container's mount paths; [] for a TrainJob (set by its runtime)."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if not replicas:
         return []

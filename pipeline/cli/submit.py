@@ -172,9 +172,7 @@ def run_submit(args: argparse.Namespace) -> int:
 
 
 def fit_pipeline(pipeline: dict, server: Server, asked: Version | None) -> None:
-    """Remove fields that the server does not support from a pipeline, with a message for each
-    field.
-    """
+    """Remove fields that the server does not support, with a message for each field."""
     version, doubt = (asked, "") if asked else server.version()
     documents = [pipeline.get("pipeline_spec", pipeline), pipeline.get("platform_spec", {})]
     if lines := fit(documents, version):

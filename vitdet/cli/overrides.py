@@ -36,9 +36,7 @@ def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -
 def reading_with(
     overrides: Sequence[str], reading: Reading, names: Sequence[str] = READING
 ) -> Reading:
-    """Return `reading` with these overrides of `data` settings. Raises ValueError for other
-    settings.
-    """
+    """Return `reading` with these `data` settings; raises ValueError for other settings."""
     from vitdet.config import Config, DataConfig, override
     from vitdet.data.images import Reading
     from vitdet.data.layout import overridden_settings

@@ -75,9 +75,7 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Raise ValueError, like `read_coco`, for the first error in a file whose images are not
-    used.
-    """
+    """Raise ValueError, like `read_coco`, for the first error; images are not needed."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]
@@ -97,9 +95,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the number of images of each category, from the file if complete, otherwise
-    counted.
-    """
+    """Return the images per category, from the file if complete, otherwise counted."""
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)

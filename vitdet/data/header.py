@@ -32,9 +32,7 @@ def ignore_warning(kind: str, where: str, what: str) -> None:
 
 
 def root_category(categories: Iterable[object]) -> int | None:
-    """Return 0 if category 0 is the one that Roboflow adds as supercategory of all others, else
-    None.
-    """
+    """Return 0 if category 0 is Roboflow's supercategory of all others, else None."""
     items = [item for item in categories if isinstance(item, dict)]
     names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
     others = [item for item in items if whole_number(item.get("id")) != 0]

@@ -155,9 +155,7 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return an integer, also converted from 96.0 or "96"; None for any other value, such as
-    true.
-    """
+    """Return an integer, also converted from 96.0 or "96"; None for other values."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():

@@ -265,9 +265,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to where they are kept, or remove them; archives of other data sets
-    remain.
-    """
+    """Move these archives to their final folder, or remove them; others remain."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

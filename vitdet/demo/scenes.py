@@ -229,9 +229,7 @@ class _Canvas:
         return len(self.owners) - 1
 
     def _stencil(self, vertices: np.ndarray) -> tuple[Window, np.ndarray, list[int]]:
-        """Return the window of a polygon, its pixels, and the number of pixels that it covers per
-        owner.
-        """
+        """Return the window of a polygon, its pixels, and how many it covers of each owner."""
         (x0, y0), (x1, y1) = np.floor(vertices.min(axis=0)), np.ceil(vertices.max(axis=0))
         rows = slice(max(int(y0), 0), max(min(int(y1), self.height), 0))
         columns = slice(max(int(x0), 0), max(min(int(x1), self.width), 0))

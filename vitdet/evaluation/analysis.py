@@ -140,9 +140,7 @@ class Analysis:
 def analyse(
     kind: str, comparison: Comparison, metrics: Mapping[str, float], truth: Truth
 ) -> Analysis:
-    """Return the analysis of a comparison by "bbox" or "segm"; metrics: result of `summary`, all
-    kinds.
-    """
+    """Return the analysis of one kind, "bbox" or "segm"; metrics: result of `summary`."""
     matches, prefix = comparison.matches, f"{NAMES[kind]}_"
     overlaps = overlaps_of(comparison)
     rank = np.array([item["id"] for item in comparison.detections], int)

@@ -142,9 +142,7 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; a smaller batch is padded to `slots` images, as each batch size is compiled
-    and recorded separately.
-    """
+    """Detect objects; pads a smaller batch to `slots` images, as each size is compiled."""
     # sizes are not in pinned memory: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:

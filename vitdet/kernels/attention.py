@@ -24,9 +24,7 @@ LARGEST_WINDOW = 32
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether the kernels support this width of the grid, window size (0: none) and head
-    depth.
-    """
+    """Return whether kernels exist for a grid width, window size (0: none) and head depth."""
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 

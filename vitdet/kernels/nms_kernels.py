@@ -110,9 +110,7 @@ def either(a, b):
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
 def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """keep (G, N): boxes that no kept box suppresses, up to the block in which `limit` is
-    reached.
-    """
+    """keep (G, N): unsuppressed boxes, up to the block in which `limit` is reached."""
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS
     keep += group * count

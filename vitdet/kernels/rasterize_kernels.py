@@ -33,9 +33,7 @@ def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
 def rasterize_kernel(
     edges, spans, boxes, inside, SIZE: tl.constexpr, COLUMNS: tl.constexpr, EDGES: tl.constexpr
 ):
-    """One program per row of a RoI's cells: sums the directions of edges that cross it left of a
-    cell.
-    """
+    """One program per row of cells: sums the directions of edges crossed left of a cell."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)

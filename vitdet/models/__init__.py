@@ -66,9 +66,7 @@ def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
 def build_pyramid(
     settings: ModelConfig, backbone: Plain | Hierarchical
 ) -> SimpleFeaturePyramid | FPN:
-    """Build the pyramid for the backbone. Raises ValueError if the backbone needs a different
-    kind.
-    """
+    """Build the pyramid; raises ValueError if the backbone needs a different kind."""
     pyramid = settings.pyramid
     kind = "fpn" if isinstance(backbone, Hierarchical) else "simple"
     if kind != pyramid.kind:

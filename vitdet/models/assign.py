@@ -88,9 +88,7 @@ def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
 
 
 def _favorites(iou: Tensor, start: int, least: float) -> Tensor:
-    """Return (..., N): the last ground truth for which a box has the largest IoU, at least
-    `least`.
-    """
+    """Return (..., N): the last ground truth with its largest IoU in this box, >= `least`."""
     if least == math.inf or iou.shape[-1] == 0:
         return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
     top = iou.amax(dim=-1, keepdim=True)

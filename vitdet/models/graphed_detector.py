@@ -62,9 +62,7 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Detect with a graph, with as many candidates as needed; None if no graph can be
-        recorded.
-        """
+        """Detect with a graph and as many candidates as needed; None if recording failed."""
         detector = self.detector
         assert isinstance(detector, Detector)
         places = (one.data_ptr() for one in chain(detector.parameters(), detector.buffers()))

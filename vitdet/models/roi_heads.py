@@ -137,9 +137,7 @@ class RoIHeads(nn.Module):
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """Return the detections, sorted by score, using more candidates where there were too
-        few.
-        """
+        """Return the detections, sorted by score; adds candidates where there were too few."""
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -280,9 +278,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) of (B, S) that a head runs on: all slots on a GPU, to avoid a
-    synchronization.
-    """
+    """Return the slots (R,) of (B, S) that a head runs on; on a GPU all, to avoid a wait."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()

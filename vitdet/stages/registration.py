@@ -96,9 +96,7 @@ def register_recipe(
 def _candidate(
     row: dict[str, Any], config: Config, name: str, workspace: str, run_id: str
 ) -> dict[str, Any]:
-    """Return the arguments of `champion.judge` and `promote` from the files that `evaluate_recipe`
-    wrote.
-    """
+    """Return arguments of `champion.judge` and `promote`, from files of `evaluate_recipe`."""
     from vitdet.tracking import evaluations
     from vitdet.tracking.champion import Evaluated
 

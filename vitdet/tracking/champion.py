@@ -59,9 +59,7 @@ class Evaluated:
 
 
 def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protocol) -> Evaluate:
-    """Return a function that evaluates a champion like a candidate; class_names: the candidate's
-    classes.
-    """
+    """Return a function that evaluates a champion like a candidate with these classes."""
     from vitdet.evaluation.evaluator import evaluate_alike
 
     data = protocol.fingerprint

@@ -62,9 +62,7 @@ class InvalidRequestError(RefusedError):
 
 
 class UnknownRunError(LookupError):
-    """The server does not have the run, and no journal describes it, so that it cannot be
-    created.
-    """
+    """The server does not have the run, and no journal describes it."""
 
 
 KINDS: dict[str, type[Exception]] = {

@@ -165,9 +165,7 @@ def _agree(ours: Config, theirs: Config) -> bool:
 
 
 def _fingerprint_now(config: Config, own: Config, stored: Mapping) -> str:
-    """The current fingerprint of the validation split; the stored one if the data is
-    unavailable.
-    """
+    """The validation split's current fingerprint; the stored one if data is missing."""
     try:
         return fingerprint(config.data, config.data.val_split)
     except FileNotFoundError:

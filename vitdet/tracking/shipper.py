@@ -117,9 +117,7 @@ class Shipper:
         return self._run_id
 
     def _start_upload(self) -> threading.Thread | None:
-        """Upload in a thread if there are files; return this thread, or that of an upload in
-        progress.
-        """
+        """Upload files, if any, in a thread; return it, or the thread of a current upload."""
         if self._uploading is not None and self._uploading.is_alive():
             return self._uploading
         if time.monotonic() < self._next_upload or not self.journal.entries():
@@ -259,9 +257,7 @@ class Shipper:
     def _has(
         self, client: Client, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
-        """Whether the server has a value at this step; with renew, whether the value is the
-        same.
-        """
+        """Whether the server has a value at this step; with renew, the same value."""
         if renew:  # includes the values that this process has sent
             there = history(client, run_id, key)
             return step in there and same_number(there[step], value)

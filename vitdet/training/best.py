@@ -30,9 +30,7 @@ class Best:
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
-        """output: the folder of best.pt; states: the folder of the training states, which contains
-        a copy.
-        """
+        """output: folder of best.pt; states: folder of the training states, with a copy."""
         self.keeps, self.patience = bool(settings.keep_best), settings.patience
         self.metric = settings.keep_best or "box_ap"
         self.path, self._stored = output / NAME, states / NAME

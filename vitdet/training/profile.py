@@ -128,9 +128,7 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, which sum to `wall`; waited: seconds spent waiting for the
-    loader.
-    """
+    """Return seconds per step by part, of sum `wall`; waited: seconds waiting for the loader."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = belongings(host), {event.name for event in host}

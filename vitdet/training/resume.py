@@ -223,9 +223,7 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Return the first of the `done` steps with a different learning rate, as text; '' if there is
-    none.
-    """
+    """Return as text the first of the `done` steps with a different learning rate, or ''."""
     ours, theirs = (scaled(one.optim, one.train.batch_size) for one in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)

@@ -32,9 +32,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """The signal that this process received (0: none), and the exchange of signals between
-    ranks.
-    """
+    """The signal that this process received (0: none), exchanged between ranks."""
 
     def __init__(self) -> None:
         self.received = 0

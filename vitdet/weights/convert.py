@@ -184,9 +184,7 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
 
 
 def _other_settings(config: Config, layout: str) -> list[str]:
-    """Return one line for each setting whose value differs from the one that the format
-    requires.
-    """
+    """Return one line per setting that differs from what the format requires."""
     ours, theirs = flatten(config), FIXED.get(layout, {})
     return [
         f"{key} is {ours[key]}, {layout} uses {value}"

@@ -160,9 +160,7 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:
-    """Convert in a temporary folder; if a process is killed, the next process removes its
-    folder.
-    """
+    """Convert in a temporary folder, which the next process removes after a kill."""
     workshop = target.with_name(f".{target.stem}.tmp")
     shutil.rmtree(workshop, ignore_errors=True)
     try:

@@ -50,9 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of loading weights: the parameters that keep their initial values, and notes for the
-    user.
-    """
+    """The parameters that keep their initial values, and notes for the user."""
 
     fresh: list[str]
     notes: list[str]

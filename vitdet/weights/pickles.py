@@ -242,9 +242,7 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Subclass of the pure-Python unpickler: the C version allocates a memo of the size that the
-    file declares.
-    """
+    """Pure-Python unpickler: the C version allocates a memo of the size the file declares."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")

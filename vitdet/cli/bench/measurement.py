@@ -49,9 +49,7 @@ SHOWN = {
 
 
 class Clock:
-    """Times between marks; on a GPU these are events in its stream, which do not wait for the
-    device.
-    """
+    """Times between marks; on a GPU, events in its stream, which do not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"

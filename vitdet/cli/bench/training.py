@@ -119,9 +119,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
 
 
 def training_flops(config: Config, device: torch.device) -> float:
-    """Return FLOPs per image of a training step; the backward pass has twice the FLOPs of the
-    forward pass.
-    """
+    """Return FLOPs per image of a training step; the backward pass has twice the forward's."""
     detector, batch = new_detector(config, device).train(), images_for(config, 1)
     lay_on_objects(detector, batch, device)
     one = batch.to(device)

@@ -99,9 +99,7 @@ class _File:
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
     def root(self) -> set[int]:
-        """Return category 0 if no object uses it and it is a parent category, or is Roboflow's
-        root.
-        """
+        """Return category 0 if unused and a parent category, or Roboflow's root."""
         name = self.validator.categories.get(0)
         if name is None or 0 in self.used or len(self.validator.categories) < 2:
             return set()

@@ -176,9 +176,7 @@ class ImportedDataset:
         return (thing,)
 
     def is_image(self, path: Path) -> bool:
-        """Return whether a file is an image, by its suffix or, if the suffix is unknown, by its
-        content.
-        """
+        """Return whether a file is an image, by suffix, or by content if that is unknown."""
         suffix = path.suffix.lower()
         if suffix in image_suffixes() or suffix in DOCUMENTS:
             return suffix in image_suffixes()
@@ -232,9 +230,7 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the split that a name represents; for unknown names, `otherwise` if given, else the
-    name.
-    """
+    """Return the split of a name; for unknown names, `otherwise` if given, else the name."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 

@@ -110,9 +110,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image of a file: at imagePath if inside the source, else by its name, next to the
-    file.
-    """
+    """Return the image of a file: at imagePath if inside the source, else next to the file."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
