@@ -170,9 +170,9 @@ def trainings_draw_one_picture() -> Iterator[None]:
     process)."""
     from vitdet.training import trainer
 
-    one = functools.partial(trainer.write_pictures, count=1)
+    write_one = functools.partial(trainer.write_pictures, count=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_pictures", one)
+        patch.setattr(trainer, "write_pictures", write_one)
         yield
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     load_sources(given.sources)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = load_config(given.recipe, given.overrides)
-    sizes = [int(one) for one in given.batch.split(",")]
+    sizes = [int(batch) for batch in given.batch.split(",")]
     found = {}
     for kind, ours, theirs in (
         ("train", measure_training, training_row),
@@ -205,8 +205,8 @@ def inference_row(
         row = call_row(detect, size, steps, device, WARM, peak)
 
         def results() -> None:
-            for one in model(data):
-                instances_to_coco_json(one["instances"].to("cpu"), 1)
+            for result in model(data):
+                instances_to_coco_json(result["instances"].to("cpu"), 1)
 
         seconds = statistics.median(timed(results, device, max(steps // 4, 1))) / 1e3
         row["results_per_second"] = size / seconds
@@ -222,16 +222,16 @@ def their_batch(batch: Batch) -> list[dict]:
     originals = batch.originals.tolist()
     for image, target, original in zip(batch.images, batch.targets, originals, strict=True):
         side, (height, width) = image.shape[-1], original
-        one = Instances((side, side))
-        one.gt_boxes, one.gt_classes = Boxes(target.boxes.clone()), target.labels.clone()
+        made = Instances((side, side))
+        made.gt_boxes, made.gt_classes = Boxes(target.boxes.clone()), target.labels.clone()
         outlines = target.masks
-        one.gt_masks = PolygonMasks(
+        made.gt_masks = PolygonMasks(
             [
                 [outlines.edges[start:end, :2].double().numpy().ravel()]
                 for start, end in outlines.spans.tolist()
             ]
         )
-        found.append({"image": image, "instances": one, "height": height, "width": width})
+        found.append({"image": image, "instances": made, "height": height, "width": width})
     return found
 
 
@@ -247,9 +247,9 @@ def lay_on_objects(model: Any, batch: Batch, device: torch.device) -> None:
 
     def proposals(*given: Any) -> list:
         found = predict(*given)
-        for one, boxes in zip(found, laid, strict=True):
-            kept = one.proposal_boxes.tensor[:-number]
-            one.proposal_boxes = Boxes(torch.cat([kept, boxes.to(kept.dtype)]))
+        for instances, boxes in zip(found, laid, strict=True):
+            kept = instances.proposal_boxes.tensor[:-number]
+            instances.proposal_boxes = Boxes(torch.cat([kept, boxes.to(kept.dtype)]))
         return found
 
     generator.predict_proposals = proposals
@@ -259,7 +259,7 @@ def let_detect(model: Any, data: list[dict]) -> None:
     """Scales the class logits as `vitdet.cli.bench.inference.let_detect` does."""
     predictors = model.roi_heads.box_predictor
     layers = (
-        [one.cls_score for one in predictors]
+        [predictor.cls_score for predictor in predictors]
         if hasattr(predictors, "__len__")
         else [predictors.cls_score]
     )

@@ -70,13 +70,13 @@ def roi_case(images: int, rois: int, bins: int, backward: bool) -> tuple[Callabl
 
     def run(function: Callable, read: Callable) -> Callable:
         def step() -> None:
-            found = function([read(one) for one in maps], boxes, image, level, STRIDES, bins, 0)
+            found = function([read(part) for part in maps], boxes, image, level, STRIDES, bins, 0)
             if backward:
                 torch.autograd.grad(found, maps, gradient.to(found.dtype))
 
         return step
 
-    return run(roi_align, lambda one: one), run(reference, Tensor.float)
+    return run(roi_align, lambda tensor: tensor), run(reference, Tensor.float)
 
 
 def rasterize_case(rois: int, edges: int) -> tuple[Callable, Callable]:

@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         detector, *_ = restore_detector(train(config, output))
     detector.to(device).eval()
-    exact, other = (detect(detector, config, one, device) for one in ("fp32", given.precision))
+    exact, other = (detect(detector, config, kind, device) for kind in ("fp32", given.precision))
     figures = compare(exact, other, given.threshold)
     print(json.dumps(figures, indent=2))
     if given.output:
@@ -66,7 +66,7 @@ def detect(
         for batch in val_loader(data, config.evaluate.batch_size):
             with autocast(precision, device):
                 here = detector(batch.images.to(device), None, batch.sizes.to(device))
-            found += [one.to("cpu") for one in here]
+            found += [detections.to("cpu") for detections in here]
     return found
 
 

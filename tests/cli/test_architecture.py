@@ -87,7 +87,7 @@ def test_imports_follow_the_layers() -> None:
         if layers.LEVELS[entry.split(".")[0]] > layers.LEVELS[room]
     ]
     report(upward, "the table allows imports of a higher layer")
-    inside = [one for one in internal(imports()) if "vitdet" not in (one.module, one.target)]
+    inside = [item for item in internal(imports()) if "vitdet" not in (item.module, item.target)]
     wrong = [found for found in inside if not layers.is_allowed(found)]
     report(wrong, "the table of tests/helpers/layers.py does not allow these imports")
     assert sum(map(layers.is_excepted, imports())) == len(layers.EXCEPTIONS)

@@ -140,7 +140,7 @@ def test_a_failure_leaves_the_old_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError), atomic_dir(tmp_path / "folder") as temporary:
         (temporary / "inside").touch()
         raise ValueError
-    assert [one.name for one in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+    assert [child.name for child in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
 def test_the_content_reaches_the_disk_before_the_name(

@@ -209,14 +209,17 @@ def change(root: Path, edit: Callable[[dict], object]) -> None:
 
 def plain(content: dict) -> dict:
     """An annotation that is not a crowd."""
-    return next(one for one in content["annotations"] if not one["iscrowd"])
+    return next(annotation for annotation in content["annotations"] if not annotation["iscrowd"])
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: [one.update(image_id=99) for one in c["annotations"]], "an unknown image"),
-        (lambda c: [one.update(category_id=99) for one in c["annotations"]], "an unknown category"),
+        (lambda c: [item.update(image_id=99) for item in c["annotations"]], "an unknown image"),
+        (
+            lambda c: [item.update(category_id=99) for item in c["annotations"]],
+            "an unknown category",
+        ),
         (lambda c: plain(c).update(bbox=[5000, 5000, 10, 10]), "box far outside its image"),
         (lambda c: plain(c).update(segmentation=[5]), "polygon that is not a list"),
         (lambda c: c["annotations"].append(c["annotations"][0]), "duplicate "),

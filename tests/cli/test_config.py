@@ -262,7 +262,7 @@ def test_the_batch_size_of_a_rate_matters_only_where_the_rate_is_scaled() -> Non
     ours, theirs = load_config("tiny"), load_config("tiny", ["optim.lr_batch_size=4"])
     assert difference(ours, theirs, affecting_weights=True) == [] and digest(ours) == digest(theirs)
     assert difference(ours, theirs) == ["optim.lr_batch_size: 8, not 4"]
-    ours, theirs = (override(one, ["optim.scale_lr=true"]) for one in (ours, theirs))
+    ours, theirs = (override(config, ["optim.scale_lr=true"]) for config in (ours, theirs))
     assert difference(ours, theirs, affecting_weights=True) == ["optim.lr_batch_size: 8, not 4"]
     assert digest(ours) != digest(theirs)
 

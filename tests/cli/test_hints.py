@@ -51,7 +51,7 @@ def texts_of(path: Path) -> Iterator[tuple[int, str]]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     first = [node.body[0] for node in nodes if isinstance(node, documented) and node.body]
-    left_out = {id(one.value) for one in first if isinstance(one, ast.Expr)}
+    left_out = {id(statement.value) for statement in first if isinstance(statement, ast.Expr)}
     inserted = [node for node in nodes if isinstance(node, ast.JoinedStr)]
     left_out |= {id(part) for node in inserted for part in node.values}
     for node in nodes:
@@ -70,13 +70,13 @@ def commands() -> list[str]:
         for match in COMMAND.finditer(text):
             command = match[1] or match[2]
             choices = re.search(r"(\w+)\|(\w+)", command)
-            for one in choices.groups() if choices else ("",):
-                found.add(command.replace(choices[0], one) if choices else command)
+            for choice in choices.groups() if choices else ("",):
+                found.add(command.replace(choices[0], choice) if choices else command)
     return sorted(found)
 
 
 def choices_of(kind: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    (action,) = (one for one in kind._actions if isinstance(one, argparse._SubParsersAction))
+    (action,) = (verbs for verbs in kind._actions if isinstance(verbs, argparse._SubParsersAction))
     return dict(action.choices)
 
 
@@ -95,7 +95,7 @@ def test_a_suggested_command_is_accepted(command: str) -> None:
     if words[0] == "...":  # the user's command with another option
         assert words[1] in options_of(pipeline_parser())
         return
-    program = next(one() for one in (parser, pipeline_parser) if words[0] in choices_of(one()))
+    program = next(make() for make in (parser, pipeline_parser) if words[0] in choices_of(make()))
     known, kinds = words, program
     while known and kinds._subparsers is not None:
         kinds, known = choices_of(kinds)[known[0]], known[1:]
@@ -111,7 +111,7 @@ def test_options_in_messages_exist() -> None:
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
         if not place.startswith("vitdet/tracking/naming.py")  # options of git
     ]
-    assert len(found) > 100 and [one for one in found if one[1] not in known] == []
+    assert len(found) > 100 and [pair for pair in found if pair[1] not in known] == []
 
 
 def test_settings_in_messages_exist_and_take_the_value() -> None:
@@ -119,7 +119,7 @@ def test_settings_in_messages_exist_and_take_the_value() -> None:
     assert len(dict(found)) > 50 and sum(bool(value) for _, value in found) > 8
     for key, value in found:
         pattern = re.sub(r"\bX\b", "*", key)
-        assert any(fnmatch(one, pattern) or one.startswith(f"{key}.") for one in KEYS), key
+        assert any(fnmatch(name, pattern) or name.startswith(f"{key}.") for name in KEYS), key
         if value and not re.fullmatch(r"X|N|%\w", value):  # filled in by the code or by the user
             load_config("mask_rcnn_vitdet_b_coco", [f"{key}={value}"])
 
@@ -167,8 +167,8 @@ def test_the_command_that_lists_all_problems_finds_the_file(
 ) -> None:
     root = tmp_path / "own"
     tree = json.loads((tiny / "annotations" / "instances_train.json").read_text())
-    for one in tree["annotations"][:3]:
-        one["bbox"] = [1, 2, "x", 3]
+    for annotation in tree["annotations"][:3]:
+        annotation["bbox"] = [1, 2, "x", 3]
     path = root / place
     path.parent.mkdir(parents=True)
     shutil.copytree(tiny / "train", root / images, dirs_exist_ok=True)

@@ -178,4 +178,4 @@ def test_the_demo_without_git_says_so_before_it_installs_anything(
     assert done.returncode and "make demo needs a Git repository with a commit" in done.stderr
     assert "fatal: " in done.stderr  # Git's own message
     expected = {*names, "python", *([".git"] if repository else [])}
-    assert {one.name for one in tmp_path.iterdir()} == expected
+    assert {path.name for path in tmp_path.iterdir()} == expected

@@ -147,7 +147,7 @@ def test_a_full_disk_names_the_file(
         "IMAGE": [next((tiny / "train").glob("*.jpg"), None)],
         "OPTIONS": options(minimal(tiny)),
     }
-    arguments = [one for word in command.split() for one in words.get(word, [word])]
+    arguments = [argument for word in command.split() for argument in words.get(word, [word])]
     done = python(tmp_path, "-c", LIMITED, limit, *arguments)
     said = [line for line in done.stderr.splitlines() if line.startswith("vitdet: ")]
     assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr

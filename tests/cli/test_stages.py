@@ -107,7 +107,7 @@ def test_two_recipes_are_trained_compared_and_registered(
 
     # the two training runs can be compared as runs
     logged = [child.data.metrics for child in children]
-    assert all(any(key.startswith("class_ap/") for key in one) for one in logged)
+    assert all(any(key.startswith("class_ap/") for key in values) for values in logged)
     runs, seen = [child.info.run_id for child in children], tmp_path / "runs.md"
     words = ["compare", *runs, "--tracking-uri", tracking_uri("", tmp_path / "space" / "runs")]
     assert vitdet(*words, "--resamples", 100, "--output", seen)[0] == 0
@@ -172,7 +172,7 @@ def test_the_digest_in_a_config_s_name_is_no_part_of_the_recipe_s(
 
 def runs_in(folder: Path) -> list[Run]:
     client = MlflowClient(tracking_uri("", folder), tracking_uri("", folder))
-    return client.search_runs([one.experiment_id for one in client.search_experiments()])
+    return client.search_runs([each.experiment_id for each in client.search_experiments()])
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Training:
 
     def owners(self) -> list[str]:
         job = self.made.job(self.recipe)
-        return [one["uid"] for one in job["metadata"].get("ownerReferences") or []]
+        return [owner["uid"] for owner in job["metadata"].get("ownerReferences") or []]
 
 
 def evicted(training: Training) -> None:

@@ -66,8 +66,8 @@ def gone(made: Scene, recipe: str) -> None:
     wait_until(lambda: made.job(recipe) is None and not made.pods(recipe))
     name = job_name(PIPELINE_RUN, recipe)
     assert all(
-        one.process.poll() is not None
-        for key, one in made.node.containers.items()
+        container.process.poll() is not None
+        for key, container in made.node.containers.items()
         if key.startswith(name)
     )
 
@@ -236,8 +236,8 @@ def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def tokens() -> list[dict]:
         found = json.loads(kubectl(f"get secrets -n {live.namespace} -o json"))["items"]
         own = ("kubernetes.io/service-account.name", "vitdet-pipeline")
-        made = [one for one in found if "data" in one]
-        return [one for one in made if own in one["metadata"].get("annotations", {}).items()]
+        made = [item for item in found if "data" in item]
+        return [item for item in made if own in item["metadata"].get("annotations", {}).items()]
 
     secret = wait_until(tokens)[0]
     settings = yaml.safe_load(live.kubeconfig.read_text())

@@ -98,7 +98,7 @@ def test_the_migration_copies_the_server_s_secret(spaces: dict[str, str]) -> Non
     assert len(data) == 2 and secret(spaces["M"], "mlflow-server")["data"] == data
 
 
-def one(kind: str, namespace: str) -> dict:
+def constant_object(kind: str, namespace: str) -> dict:
     """The object of this kind that stays in a cluster, under names of this test."""
     (found,) = (
         document
@@ -119,7 +119,7 @@ def test_what_cannot_change_is_refused(namespace: str) -> None:
         "PersistentVolumeClaim": (claim[-2:], "other", "is immutable after creation"),
     }
     for kind, (path, value, said) in changes.items():
-        before = one(kind, namespace)
+        before = constant_object(kind, namespace)
         kubectl("apply -f -", given=before)
         try:
             after = changed(before, path, value)
@@ -132,7 +132,7 @@ def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
     runtime, _ = moved(overlay("kind", "trainjob"), namespace)
     kubectl("apply -f -", given=runtime)
     found = json.loads(kubectl(f"get trainingruntimes -n {namespace} -o json"))["items"]
-    assert [one["metadata"]["name"] for one in found] == ["vitdet-gpu-train"]
+    assert [item["metadata"]["name"] for item in found] == ["vitdet-gpu-train"]
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
     # training, its variable VITDET_IMAGE, and the demo's data
     assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.2.0") == 3

@@ -54,8 +54,8 @@ def test_a_server_accepts_the_options(namespace: str, copy: Path) -> None:
     jobs = ["one-zone", "no-priority-class", "rdma", "kueue", "volcano"]
     outside = ["mlflow-ingress", "mlflow-virtualservice"]
     documents = [
-        *build(copy, "onprem", [*JOBS], [f"components/{one}" for one in (*jobs, "values")]),
-        *build(copy, "onprem", ["mlflow"], [f"components/{one}" for one in (*outside, "values")]),
+        *build(copy, "onprem", [*JOBS], [f"components/{job}" for job in (*jobs, "values")]),
+        *build(copy, "onprem", ["mlflow"], [f"components/{part}" for part in (*outside, "values")]),
     ]
     assert "Ingress" in str(documents) and "podAffinity" in str(documents)
     check_accepted(moved(documents, namespace))

@@ -37,9 +37,9 @@ def secret_env(step: str) -> list[dict]:
     executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][step]
     found = []
     for secret in executor["secretAsEnv"]:
-        one = {"name": secret["secretName"], "optional": secret["optional"]}
+        reference = {"name": secret["secretName"], "optional": secret["optional"]}
         for key in secret["keyToEnv"]:
-            source = {"secretKeyRef": {**one, "key": key["secretKey"]}}
+            source = {"secretKeyRef": {**reference, "key": key["secretKey"]}}
             found.append({"name": key["envVar"], "valueFrom": source})
     return found
 
@@ -60,11 +60,11 @@ def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False)
 def test_a_step_s_pod_has_each_variable_once(namespace: str) -> None:
     env = secret_env("exec-evaluate")
     found = patched_env(namespace, "step", [*INJECTED, *env])
-    names = [one["name"] for one in found]
-    assert len(names) == len(set(names)) and {one["name"] for one in env} < set(names)
+    names = [entry["name"] for entry in found]
+    assert len(names) == len(set(names)) and {variable["name"] for variable in env} < set(names)
     assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.plugin"} in found
     # why the step's Secret is not in MLflow's own variables
-    same = [{**one, "name": one["name"].removeprefix("VITDET_")} for one in env]
+    same = [{**variable, "name": variable["name"].removeprefix("VITDET_")} for variable in env]
     refused = patched_env(namespace, "refused", [*INJECTED, *same], fails=True)
     assert "may not be specified when `value` is not empty" in refused
 
@@ -76,6 +76,6 @@ def test_a_training_job_has_each_variable_once(namespace: str, kind: str) -> Non
     job = fill_template(template(kind), KINDS[kind], request)
     made = json.loads(kubectl("create --dry-run=server -o json -f -", given=job))
     for container in job_containers(made):
-        names = [one["name"] for one in container["env"]]
+        names = [variable["name"] for variable in container["env"]]
         assert names.count("MLFLOW_TRACKING_URI") == 1 and len(names) == len(set(names))
         assert {"name": "MLFLOW_RUN_ID", "value": "1" * 32} in container["env"]

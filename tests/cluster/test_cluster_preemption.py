@@ -33,8 +33,8 @@ REASONS = (
 def ended(code: int, reason: str = "Error", container: str = "node") -> dict:
     """The status of a pod whose container ended like this."""
     state = {"terminated": {"exitCode": code, "reason": reason}}
-    one = {"name": container, "image": "", "imageID": "", "ready": False, "restartCount": 0}
-    return {"phase": "Failed", "containerStatuses": [{**one, "state": state}]}
+    status = {"name": container, "image": "", "imageID": "", "ready": False, "restartCount": 0}
+    return {"phase": "Failed", "containerStatuses": [{**status, "state": state}]}
 
 
 def disrupted(reason: str, status: dict) -> dict:
@@ -47,9 +47,9 @@ def disrupted(reason: str, status: dict) -> dict:
 def runtime() -> dict:
     """The runtime of the manifests, which restarts after errors twice."""
     (found,) = (
-        one
-        for one in kustomize(ROOT / "manifests/overlays/kind/trainjob")
-        if one["kind"] == "TrainingRuntime"
+        document
+        for document in kustomize(ROOT / "manifests/overlays/kind/trainjob")
+        if document["kind"] == "TrainingRuntime"
     )
     found["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] = RESTARTS
     return found
@@ -105,7 +105,7 @@ def test_the_rules_pass_the_webhooks(runtime: dict) -> None:
         assert len(rule.keys() & {"onExitCodes", "onPodConditions"}) == 1
         if codes := rule.get("onExitCodes"):
             containers = job["template"]["spec"]["containers"]
-            assert codes["containerName"] in {one["name"] for one in containers}
+            assert codes["containerName"] in {each["name"] for each in containers}
             assert codes["values"] == sorted({*codes["values"]}) and 0 not in codes["values"]
 
 
@@ -129,13 +129,13 @@ class Job:
         """Both, of the next life."""
         label = f"jobset.sigs.k8s.io/jobset-name={self.name}"
         found = client.CoreV1Api().list_namespaced_pod(self.namespace, label_selector=label).items
-        fresh = [one for one in found if one.metadata.uid not in self.seen]
+        fresh = [pod for pod in found if pod.metadata.uid not in self.seen]
         return fresh if len(fresh) == 2 else []
 
     def end(self, *statuses: dict) -> None:
         """The pods of the next life end like this."""
         pods = wait_until(self.pods, 60)
-        self.seen |= {one.metadata.uid for one in pods}
+        self.seen |= {pod.metadata.uid for pod in pods}
         for pod, status in zip(pods, statuses, strict=False):
             client.CoreV1Api().patch_namespaced_pod_status(
                 pod.metadata.name, self.namespace, {"status": status}
@@ -147,7 +147,7 @@ class Job:
             "trainer.kubeflow.org", "v1alpha1", self.namespace, "trainjobs", self.name
         )
         conditions = job.get("status", {}).get("conditions", [])
-        return next((one for one in conditions if one["type"] == "Failed"), None)
+        return next((condition for condition in conditions if condition["type"] == "Failed"), None)
 
 
 def cluster(test: object) -> object:

@@ -75,14 +75,14 @@ def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
 
 def test_the_owner_applies_everything(profile: Profile, copy: Path) -> None:
     folder = for_profile(copy, "eks", profile.namespace, profile.namespace)
-    documents = [one for part in (*OWNER, "mlflow") for one in kustomize(folder / part)]
+    documents = [document for part in (*OWNER, "mlflow") for document in kustomize(folder / part)]
     said = kubectl(f"apply --as={profile.owner} -f -", given=yaml.safe_dump_all(documents))
     assert said.count(" created") == len(documents) > 15
 
 
 def test_contributors_apply_everything_but_the_role(profile: Profile, copy: Path) -> None:
     folder = for_profile(copy, "onprem", profile.namespace, profile.namespace)
-    documents = [one for part in OWNER for one in kustomize(folder / part)]
+    documents = [document for part in OWNER for document in kustomize(folder / part)]
     for document in documents:
         role = document["kind"] in ("Role", "RoleBinding")
         said = kubectl(f"apply --as={profile.contributor} -f -", given=document, fails=role)
@@ -104,12 +104,12 @@ def test_runs_from_kubeflow_s_page_may_launch_jobs(profile: Profile) -> None:
 def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: str) -> None:
     """Why cluster/profile-roles.yaml is there: nobody grants rights that they do not have."""
     accounts = yaml.safe_load_all((MANIFESTS / "shared" / "accounts.yaml").read_text())
-    (role,) = (one for one in accounts if one["kind"] == "Role")
+    (role,) = (account for account in accounts if account["kind"] == "Role")
     resources = {"trainjobs", "workflowtaskresults", "workloads"}
     with profile_of(release, None) as made:
         role["metadata"]["namespace"] = made.namespace
         said = kubectl(f"apply --as={made.owner} -f -", given=role, fails=True)
         assert "attempting to grant RBAC permissions not currently held" in said
         lacking = resources if release == "early" else {"workloads"}
-        assert {one for one in resources if one in said} == lacking
+        assert {resource for resource in resources if resource in said} == lacking
         assert not may(made.owner, made.namespace, "create", RUNTIMES)

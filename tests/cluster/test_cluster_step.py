@@ -128,12 +128,12 @@ def check_carried(pod: dict, workspace: str) -> None:
     container = spec["containers"][0]
     assert spec["affinity"] == AFFINITY and SPOT in spec["tolerations"]
     assert spec["nodeSelector"] == {"disk": "fast", "vitdet/pool": "h200"}
-    environment = {one["name"]: one for one in container["env"]}
-    assert [environment[one["name"]] for one in task["env"][:-1]] == task["env"][:-1]
+    environment = {variable["name"]: variable for variable in container["env"]}
+    assert [environment[variable["name"]] for variable in task["env"][:-1]] == task["env"][:-1]
     assert "KFP_RUN_ID" not in environment and environment["HOME"]["value"] == "/tmp"
     assert SCRATCH in spec["volumes"]
-    claimed = [one["name"] for one in spec["volumes"] if "persistentVolumeClaim" in one]
-    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    claimed = [volume["name"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert len(claimed) == 1  # of two volumes of one claim the second is never mounted
     found = (mounts["/data"], mounts[workspace], mounts["/scratch"])
     assert found == (claimed[0], claimed[0], "scratch")
@@ -159,7 +159,7 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
     (parent,) = store.search_runs(["1"], f"tags.group = '{RUN}'")
     (run,) = store.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert [one.step for one in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
+    assert [point.step for point in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
 
     processes = set(made.node.containers)
     kubectl(f"delete pytorchjob -n {made.namespace} {job['metadata']['name']} --wait=false")

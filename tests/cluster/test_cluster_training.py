@@ -53,14 +53,14 @@ def runs(made: Scene, name: str) -> list:
     """The MLflow runs of an output folder's training, which its learning rate tells from the others."""
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
     stored = load_model_file(made.volume / name / "model.pt")
-    found = store.search_runs([one.experiment_id for one in store.search_experiments()])
+    found = store.search_runs([each.experiment_id for each in store.search_experiments()])
     rate = str(stored["config"]["optim"]["lr"])
     return [run for run in found if run.data.params["optim.lr"] == rate]
 
 
 def points(made: Scene, run: object, key: str = "loss") -> list[int]:
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
-    return [one.step for one in store.get_metric_history(run.info.run_id, key)]
+    return [point.step for point in store.get_metric_history(run.info.run_id, key)]
 
 
 def test_kubectl_apply_alone_trains_on_two_nodes(training: Scene) -> None:
@@ -93,7 +93,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Sce
         training.launch(template(), words("killed", optim__lr=2e-3))
     text = "\n".join(training.lines)
     pods = training.node.containers.items()
-    assert all(one.restarts for key, one in pods if key.startswith(name)), text
+    assert all(container.restarts for key, container in pods if key.startswith(name)), text
     where = f"pod {name}-worker-0 on node {training.node.name}"
     restarted = "Error, exit code 137 (SIGKILL); restarted (restarts so far: 1)"
     assert f"{where}: {restarted}" in text
@@ -133,7 +133,7 @@ def elastic(folder: Path) -> str:
     overlay = shutil.copytree(ROOT / "manifests", folder / "manifests") / "overlays" / "kind"
     file = overlay / "kustomization.yaml"
     file.write_text(file.read_text().rstrip() + "\n  - ../../components/elastic\n")
-    (job,) = (one for one in kustomize(overlay) if one["kind"] == "PyTorchJob")
+    (job,) = (document for document in kustomize(overlay) if document["kind"] == "PyTorchJob")
     del job["metadata"]["annotations"]
     return yaml.safe_dump(job)
 
@@ -147,9 +147,9 @@ def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_pa
         wait_until(
             lambda: any(
                 f"step 5/{STEPS}" in line
-                for pod, one in list(training.node.containers.items())
+                for pod, container in list(training.node.containers.items())
                 if pod.startswith(name)
-                for _, line in one.lines[0]
+                for _, line in container.lines[0]
             ),
             120,
         )
@@ -158,8 +158,8 @@ def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_pa
     with meanwhile(kill):
         training.launch(elastic(tmp_path), words("elastic", optim__lr=4e-3), recipe="elastic")
     text = "\n".join(training.lines)
-    pods = {key: one for key, one in training.node.containers.items() if key.startswith(name)}
-    restarts = {key[-8:]: one.restarts for key, one in pods.items()}
+    pods = {key: pod for key, pod in training.node.containers.items() if key.startswith(name)}
+    restarts = {key[-8:]: pod.restarts for key, pod in pods.items()}
     assert restarts == {"worker-0": 0, "worker-1": 1}, text
     assert pods[f"{name}-worker-0"].environment["PET_NNODES"] == "1:2"
     assert text.count("step 1/") == 1  # of whichever pod is rank 0

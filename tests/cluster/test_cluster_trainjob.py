@@ -101,7 +101,7 @@ def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(live: Scene
     assert len(pods) == 2  # the runtime's one restart made all anew
     wait_until(
         lambda: (
-            {one["status"]["phase"] for one in live.pods("failing", kind="trainjob")} == {"Failed"}
+            {pod["status"]["phase"] for pod in live.pods("failing", kind="trainjob")} == {"Failed"}
         )
     )
 
@@ -162,7 +162,7 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
     assert "seen" in (live.volume / "seen").read_text()
     spec = live.pods("queued", kind="trainjob")[0]["spec"]
     assert spec["nodeSelector"]["disk"] == "fast" and task["tolerations"][0] in spec["tolerations"]
-    assert sum("persistentVolumeClaim" in one for one in spec["volumes"]) == 1
+    assert sum("persistentVolumeClaim" in volume for volume in spec["volumes"]) == 1
 
 
 def test_an_unschedulable_pod_fails_the_step_and_frees_the_queue(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     text = gzip.decompress((ROOT / "tests/crds/crds.json.gz").read_bytes())
     # empty defaults of properties are an error of servers before 1.21
     schemas = json.loads(
-        text, object_hook=lambda one: {k: v for k, v in one.items() if (k, v) != ("default", "")}
+        text, object_hook=lambda node: {k: v for k, v in node.items() if (k, v) != ("default", "")}
     )
     schema = schemas["trainer.kubeflow.org/v1alpha1 TrainJob"]["schema"]
     spec = schema["properties"]["spec"]["properties"]
@@ -76,7 +76,7 @@ def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
     text = str(raised.value)
     assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} was deleted: ")
     assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
-    assert "\n" not in text and any("no spec.activeDeadlineSeconds" in one for one in still.lines)
+    assert "\n" not in text and any("no spec.activeDeadlineSeconds" in line for line in still.lines)
     wait_until(lambda: still.job("lost", "trainjob") is None)
     # without settings of pods only the deadline and labels are lost; this group has no operator, so the job is given up
     with pytest.raises(RuntimeError, match="has had no status"):
@@ -101,7 +101,7 @@ def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
     )
 
     def free() -> None:
-        wait_until(lambda: any("retrying for up to 30 s" in one for one in still.lines))
+        wait_until(lambda: any("retrying for up to 30 s" in line for line in still.lines))
         kubectl(f"delete resourcequota trainings -n {still.namespace}")
 
     with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
@@ -211,7 +211,7 @@ def test_a_policy_is_waited_for_and_an_invalid_field_is_not(still: Scene, tmp_pa
     with Policy(tmp_path, still.namespace, "no trainings\nat night") as policy:
 
         def allow() -> None:
-            wait_until(lambda: any("no trainings at night" in one for one in still.lines))
+            wait_until(lambda: any("no trainings at night" in line for line in still.lines))
             policy.refuses = False
 
         with meanwhile(allow), meanwhile(lambda: unschedulable(still, "night")):

@@ -249,7 +249,7 @@ def test_kubeflows_executor_runs_a_step(pod: Pod, storage: Path) -> None:
 def test_the_tracking_server_starts_as_in_its_manifest(pod: Pod, storage: Path) -> None:
     manifest = ROOT / "manifests" / "mlflow" / "server.yaml"
     (deployment,) = (
-        one for one in yaml.safe_load_all(manifest.read_text()) if one["kind"] == "Deployment"
+        item for item in yaml.safe_load_all(manifest.read_text()) if item["kind"] == "Deployment"
     )
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     accounts = (ROOT / "manifests" / "mlflow" / "basic_auth.ini").read_text()

@@ -33,7 +33,7 @@ def test_the_logs_of_a_job_are_files_and_artifacts_of_its_run(tmp_path: Path, ti
         assert (output / "logs" / file).read_text() == text
     client = MlflowClient(tracking_uri("", output.parent))
     first, last = sorted(client.search_runs(["1"]), key=lambda run: run.info.start_time)
-    found = [one.path for one in client.list_artifacts(last.info.run_id, "logs")]
+    found = [artifact.path for artifact in client.list_artifacts(last.info.run_id, "logs")]
     assert found == [f"logs/{file}" for file in FILES]
     assert last.info.status == "FAILED" and not client.list_artifacts(first.info.run_id, "logs")
 

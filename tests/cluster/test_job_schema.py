@@ -32,12 +32,12 @@ MEANING = (
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
     """The path of everything inside a document."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, one in items:
+    for key, item in items:
         if "Worker" in path:
             continue  # as the Master
         yield (*path, key)
-        if isinstance(one, dict | list):
-            yield from places(one, (*path, key))
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, key))
 
 
 def changed(document: dict, path: tuple, value: object) -> dict:
@@ -64,7 +64,7 @@ def read_all(text: str, kind: str) -> None:
 
 def text_of(path: tuple) -> str:
     """As `spec.containers[0].name`."""
-    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path)[1:]
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
 
 
 def trainjob() -> tuple[dict, dict]:
@@ -108,7 +108,7 @@ def test_a_rejected_field_is_named_by_its_path(kind: str, number: int) -> None:
                 # a missing field is named after the path of its parent
                 by_path = text_of(path[:-1]) in message and str(path[-1]) in message
                 shorter = isinstance(path[-1], int) and text_of(path[:-1]) in message
-                known = by_path or shorter or any(one in message for one in MEANING)
+                known = by_path or shorter or any(word in message for word in MEANING)
                 assert known, (path, value, message)
             except Exception as error:
                 raise AssertionError(f"{path}: {value!r}") from error

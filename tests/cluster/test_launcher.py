@@ -68,7 +68,7 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
     assert job["metadata"]["ownerReferences"] == [OWNER]
     assert job["metadata"]["labels"] == {**template["metadata"]["labels"], **LABELS}
     replicas = job["spec"]["pytorchReplicaSpecs"].items()
-    assert {kind: one["replicas"] for kind, one in replicas} == {"Master": 1, "Worker": 2}
+    assert {kind: spec["replicas"] for kind, spec in replicas} == {"Master": 1, "Worker": 2}
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
         assert container["image"] == "registry/vitdet:1"
@@ -132,11 +132,11 @@ def test_the_tasks_settings_reach_the_pods() -> None:
         assert pod["affinity"] == TASK["affinity"]
         assert pod["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
         assert pod["tolerations"] == [TASK["tolerations"][1], TASK["tolerations"][0]]  # none twice
-        assert [one for one in pod["volumes"] if one["name"] == "fast"] == TASK["volumes"]
+        assert [volume for volume in pod["volumes"] if volume["name"] == "fast"] == TASK["volumes"]
         assert len(pod["volumes"]) == 1 + len(replica(template, kind)[0]["volumes"])
-        environment = {one["name"]: one.get("value") for one in container["env"]}
+        environment = {variable["name"]: variable.get("value") for variable in container["env"]}
         assert environment["HOME"] == "/data/home" and "KFP_POD_NAME" not in environment
-        mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         assert mounts == {"/data": "data", "/dev/shm": "shm", "/fast": "fast", "/tmp": "fast"}
         limits = {"cpu": "16", "memory": "1Ti", "nvidia.com/gpu": "8"}
         assert container["resources"] == {"limits": limits, "requests": {"cpu": "16"}}
@@ -151,15 +151,15 @@ def test_a_claim_that_both_mount_is_one_volume() -> None:
     }
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
     # whatever its name in the job's file
-    for one in template["spec"]["pytorchReplicaSpecs"].values():
-        text = re.sub(r"\bname: (vitdet-)?data\b", "name: mine", yaml.safe_dump(one))
-        one.update(yaml.safe_load(text))
+    for spec in template["spec"]["pytorchReplicaSpecs"].values():
+        text = re.sub(r"\bname: (vitdet-)?data\b", "name: mine", yaml.safe_dump(spec))
+        spec.update(yaml.safe_load(text))
     job = fill_template(yaml.safe_dump(template), PYTORCH, request(task=task))
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
         claims = fake_node.claims({"spec": pod})
         assert claims == {"mine": "vitdet-data", "other": "other"}
-        mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         claimed = {"/data": "mine", "/work": "mine", "/other": "other"}
         assert {path: name for path, name in mounts.items() if name in claims} == claimed
     runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"]
@@ -203,7 +203,7 @@ def test_an_invalid_template_is_one_line(kind: str, text: str, change: dict, mes
 
 def conditions(*given: str, **more: str) -> dict:
     """A job whose conditions are as in "Running=True", with more fields in each."""
-    pairs = (one.split("=") for one in given)
+    pairs = (argument.split("=") for argument in given)
     return {"status": {"conditions": [{"type": a, "status": b, **more} for a, b in pairs]}}
 
 

@@ -40,7 +40,7 @@ def test_a_pool_may_use_a_reservation(name: str, kind: str, wanted: object, copy
     file.write_text(yaml.safe_dump(values))
     pool = [f"node-pools/{name}", f"node-pools/{name}/reservation", "components/values"]
     documents = build(copy, name, ["cluster"], pool)
-    made = {one["kind"]: one.get("spec") for one in documents}
+    made = {document["kind"]: document.get("spec") for document in documents}
     assert wanted == (
         made[kind]["priorities"][0]["reservations"]
         if name == "gke"
@@ -49,9 +49,9 @@ def test_a_pool_may_use_a_reservation(name: str, kind: str, wanted: object, copy
     if name == "eks":
         requirements = made["NodePool"]["template"]["spec"]["requirements"]
         assert {"karpenter.sh/capacity-type": ["reserved"]}.items() <= {
-            one["key"]: one["values"] for one in requirements
+            requirement["key"]: requirement["values"] for requirement in requirements
         }.items()
-    others = [one for part in parts(name)[1:] for one in overlay(name, part)]
+    others = [document for part in parts(name)[1:] for document in overlay(name, part)]
     assert problems([*documents, *others], overlay(name), pools(name)) == []
 
 
@@ -74,9 +74,10 @@ def test_mlflow_is_reached_from_outside_by_one_host_name(option: str, copy: Path
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_download_job_runs_commands_that_exist(name: str) -> None:
-    (job,) = (one for one in overlay(name, "data") if one["kind"] == "Job")
+    (job,) = (document for document in overlay(name, "data") if document["kind"] == "Job")
     commands = [
-        one["command"] + one["args"] for one in job["spec"]["template"]["spec"]["containers"]
+        container["command"] + container["args"]
+        for container in job["spec"]["template"]["spec"]["containers"]
     ]
     assert [words[:3] for words in commands] == [
         ["vitdet", "data", "coco"],

@@ -104,7 +104,7 @@ def test_a_typo_in_any_key_is_noticed() -> None:
                 try:
                     if misspelled(changed) or unknown(changed):
                         continue
-                    there = [changed if one is document else one for one in (*cluster, *jobs)]
+                    there = [changed if other is document else other for other in (*cluster, *jobs)]
                     if not problems(there[: len(cluster)], there[len(cluster) :], nodes):
                         missed.add(f"{document['kind']}: {key}")
                 except KeyError:

@@ -140,7 +140,7 @@ def test_the_queue_covers_the_pods_requests_and_priority(job: str, copy: Path) -
     options = ["components/rdma", "components/kueue", "components/values"]
     jobs = build(copy, "onprem", [job], ["node-pools/onprem", *options])
     cluster = build(copy, "onprem", ["cluster"], ["components/kueue-queues", "components/values"])
-    queue, one = (
+    queue, local = (
         [d for d in cluster if d["kind"] == kind] for kind in ("ClusterQueue", "LocalQueue")
     )
     (group,) = queue[0]["spec"]["resourceGroups"]
@@ -154,7 +154,7 @@ def test_the_queue_covers_the_pods_requests_and_priority(job: str, copy: Path) -
     quotas = [resource["name"] for resource in group["flavors"][0]["resources"]]
     assert quotas == group["coveredResources"]
     (labels,) = (d["metadata"]["labels"] for d in jobs if d["kind"].lower() == job)
-    assert labels["kueue.x-k8s.io/queue-name"] == one[0]["metadata"]["name"]
+    assert labels["kueue.x-k8s.io/queue-name"] == local[0]["metadata"]["name"]
     values = {d["kind"]: d["value"] for d in cluster if d["kind"].endswith("PriorityClass")}
     assert labels["kueue.x-k8s.io/priority-class"] == "vitdet-train" and len(values) == 2
     assert values["PriorityClass"] == values["WorkloadPriorityClass"]
@@ -247,9 +247,9 @@ def test_both_kinds_run_the_same(name: str) -> None:
     assert ours["command"][0] == theirs["command"][0] == "torchrun"
     assert ours["command"][-2:] == theirs["command"][-2:] == ["-m", "vitdet"]
     gpus = ours["resources"]["limits"].get("nvidia.com/gpu", 1)
-    for one in (ours, theirs):
+    for spec in (ours, theirs):
         for key in ("name", "args", "ports", "command"):
-            one.pop(key, None)
+            spec.pop(key, None)
     assert {**master, "spec": {**master["spec"], "containers": [ours]}} == node
     assert trainjob["spec"]["trainer"]["numProcPerNode"] == gpus
     assert job["spec"]["nprocPerNode"] == ("gpu" if name != "kind" else "1")
@@ -322,20 +322,20 @@ def test_jobs_cannot_mount_mlflow_s_secrets(name: str) -> None:
 @pytest.mark.parametrize("name", CLOUDS)
 def test_every_pod_of_a_namespace_of_its_own_is_under_a_policy(name: str) -> None:
     """Default deny for all pods; public addresses for the download job and downloading steps."""
-    policies = [one for one in installed(name) if one["kind"] == "NetworkPolicy"]
-    jobs = [one for one in policies if one["metadata"]["namespace"] == "vitdet"]
-    (deny,) = (one["spec"] for one in jobs if one["metadata"]["name"] == "default-deny")
+    policies = [document for document in installed(name) if document["kind"] == "NetworkPolicy"]
+    jobs = [policy for policy in policies if policy["metadata"]["namespace"] == "vitdet"]
+    (deny,) = (policy["spec"] for policy in jobs if policy["metadata"]["name"] == "default-deny")
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     out = {
-        one["metadata"]["name"]
-        for one in jobs
-        for rule in one["spec"].get("egress", [])
+        policy["metadata"]["name"]
+        for policy in jobs
+        for rule in policy["spec"].get("egress", [])
         for side in rule.get("to", [])
         if side.get("ipBlock", {}).get("cidr") == "0.0.0.0/0"
     }
     assert out == {"vitdet-data", "vitdet-downloads"}
     open_rules = [
-        rule for one in jobs for rule in one["spec"].get("egress", []) if not rule.get("to")
+        rule for policy in jobs for rule in policy["spec"].get("egress", []) if not rule.get("to")
     ]
     assert {port["port"] for rule in open_rules for port in rule["ports"]} == {53}
 
@@ -345,16 +345,16 @@ def test_policies_select_the_steps_that_the_pipeline_labels(name: str) -> None:
     _, platforms = yaml.safe_load_all((ROOT / "tests/golden_pipeline/pipeline.yaml").read_text())
     executors = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     key = "app.kubernetes.io/component"
-    found = {one["podMetadata"]["labels"][key] for one in executors.values()}
+    found = {executor["podMetadata"]["labels"][key] for executor in executors.values()}
     policies = {
-        one["metadata"]["name"]: one["spec"]["podSelector"]
-        for one in overlay(name, "namespace")
-        if one["kind"] == "NetworkPolicy"
+        document["metadata"]["name"]: document["spec"]["podSelector"]
+        for document in overlay(name, "namespace")
+        if document["kind"] == "NetworkPolicy"
     }
     (rule,) = policies["vitdet-steps"]["matchExpressions"]
     assert rule == {"key": key, "operator": "In", "values": sorted(found)}
     downloads = policies["vitdet-downloads"]["matchLabels"][key]
-    downloading = {n for n, one in executors.items() if downloads in str(one["podMetadata"])}
+    downloading = {n for n, step in executors.items() if downloads in str(step["podMetadata"])}
     assert downloading == {"exec-data", "exec-weights"}
 
 
@@ -373,11 +373,11 @@ def test_the_operator_s_init_container_meets_restricted() -> None:
 
 def test_images_are_ours_or_pinned_by_digest() -> None:
     images = {
-        one["image"]
+        container["image"]
         for name in OVERLAYS
         for part in (".", "trainjob", *parts(name))
         for _, pod in pods(overlay(name, part))
-        for one in containers(pod)
+        for container in containers(pod)
     }
     ours = {
         image

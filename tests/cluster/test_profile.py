@@ -29,7 +29,7 @@ def test_one_value_puts_all_into_the_profile(name: str, copy: Path) -> None:
     folder = for_profile(copy, name, "team-a")
     mine = [document for part in OWNER for document in kustomize(folder / part)]
     assert {document["metadata"].get("namespace") for document in mine} == {"team-a"}
-    jobs = [one for one in mine if one["kind"] in ("PyTorchJob", "TrainJob", "TrainingRuntime")]
+    jobs = [item for item in mine if item["kind"] in ("PyTorchJob", "TrainJob", "TrainingRuntime")]
     assert len(jobs) == 3
     everything = installed(name, copy)
     assert problems(everything, jobs, pools(name)) == []
@@ -37,8 +37,8 @@ def test_one_value_puts_all_into_the_profile(name: str, copy: Path) -> None:
     assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vitdet-gpu-train"}
     assert runtime["metadata"]["namespace"] == "team-a"
     # the administrator leaves the profile's Namespace alone, and MLflow's is created by hand
-    wide = [one for part in ("cluster", "mlflow") for one in kustomize(folder / part)]
-    assert not [one for one in wide if one["kind"] == "Namespace"]
+    wide = [item for part in ("cluster", "mlflow") for item in kustomize(folder / part)]
+    assert not [item for item in wide if item["kind"] == "Namespace"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -46,8 +46,8 @@ def test_mlflow_in_the_profile_itself(name: str, copy: Path) -> None:
     folder = for_profile(copy, name, "team-a", mlflow="team-a")
     everything = installed(name, copy)
     assert problems(everything, kustomize(folder), pools(name)) == []
-    assert {one["metadata"].get("namespace", "team-a") for one in everything} == {"team-a"}
-    (server,) = (one for one in everything if one["kind"] == "Deployment")
+    assert {item["metadata"].get("namespace", "team-a") for item in everything} == {"team-a"}
+    (server,) = (item for item in everything if item["kind"] == "Deployment")
     assert "mlflow.team-a.svc:5000,localhost:5000" in str(server)
 
 
@@ -55,14 +55,14 @@ def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
     made = []
     for space in ("team-a", "team-b"):
         folder = for_profile(copy, "eks", space, f"{space}-mlflow")
-        documents = [one for part in (*OWNER, "mlflow") for one in kustomize(folder / part)]
+        documents = [item for part in (*OWNER, "mlflow") for item in kustomize(folder / part)]
         queue = build(copy, "eks", [], ["components/kueue-queues", "components/values"])
-        names = [one["metadata"]["name"] for one in queue if one["kind"] == "ClusterQueue"]
+        names = [item["metadata"]["name"] for item in queue if item["kind"] == "ClusterQueue"]
         assert names == [space]
-        documents += [one for one in queue if one["kind"] == "LocalQueue"]
+        documents += [item for item in queue if item["kind"] == "LocalQueue"]
         assert documents[-1]["spec"]["clusterQueue"] == space
-        about = [(one["kind"], one["metadata"]) for one in documents]
-        made.append({(kind, one.get("namespace"), one["name"]) for kind, one in about})
+        about = [(item["kind"], item["metadata"]) for item in documents]
+        made.append({(kind, meta.get("namespace"), meta["name"]) for kind, meta in about})
     assert not made[0] & made[1] and len(made[0]) == len(made[1]) > 15
 
 
@@ -70,7 +70,9 @@ def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
 def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, copy: Path) -> None:
     folder = copy / "overlays" / name
     for part in (*OWNER, "mlflow"):
-        assert not [one for one in kustomize(folder / part) if "namespace" not in one["metadata"]]
+        assert not [
+            item for item in kustomize(folder / part) if "namespace" not in item["metadata"]
+        ]
     for document in kustomize(folder / "cluster"):
         assert "namespace" not in document["metadata"] and document["kind"] != "Namespace"
 

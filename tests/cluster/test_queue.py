@@ -18,7 +18,7 @@ SUSPENDED = conditions("Created=True", "Suspended=True")
 def workload(*given: tuple[str, str, str, str], **more: object) -> dict:
     """given: (type, status, reason, message) of its conditions."""
     keys = ("type", "status", "reason", "message")
-    found = [dict(zip(keys, one, strict=True)) for one in given]
+    found = [dict(zip(keys, row, strict=True)) for row in given]
     spec = {"queueName": "vitdet", **more.pop("spec", {})}
     return {"spec": spec, "status": {"conditions": found, **more}}
 

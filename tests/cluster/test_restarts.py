@@ -43,8 +43,8 @@ def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
     """The count after the pods were seen like this, `step` seconds apart."""
     restarts = Restarts()
     for number, pods in enumerate(looks):
-        for one in pods:
-            restarts.observe(one, "pytorch", number * step)
+        for observed in pods:
+            restarts.observe(observed, "pytorch", number * step)
         restarts.complete_poll(pods, 2, number * step)
     return restarts
 
@@ -144,8 +144,8 @@ def test_each_round_of_a_crash_loop_counts(pods: int) -> None:
         seventh = 7 * run + sum(BACK_OFFS[:6])
         while restarts.decided_errors(now) < 7:
             found = [looping(f"w{n}", n * apart, run, terminated, now) for n in range(pods)]
-            for one in found:
-                restarts.observe(one, "pytorch", now)
+            for observed in found:
+                restarts.observe(observed, "pytorch", now)
             restarts.complete_poll(found, pods, now)
             assert restarts.errors < 7 or now >= seventh  # the pods of one round count once
             now += 5.0

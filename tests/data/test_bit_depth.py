@@ -46,7 +46,9 @@ def as_plain_pgm(path: Path, pixels: np.ndarray, limit: int = 65535) -> None:
     path.write_text(f"P2 {WIDE} {HIGH} {limit}\n" + " ".join(map(str, pixels.ravel().tolist())))
 
 
-FILES = {one.__name__: one for one in (as_png, as_tiff, as_tiff_of_32_bits, as_pgm, as_plain_pgm)}
+FILES = {
+    save.__name__: save for save in (as_png, as_tiff, as_tiff_of_32_bits, as_pgm, as_plain_pgm)
+}
 Write = Callable[..., None]
 
 

@@ -44,7 +44,7 @@ def roboflow(root: Path) -> None:
         found = content(first)
         found["categories"] = [
             {"id": 0, "name": "things", "supercategory": "none"},
-            *({**one, "supercategory": "things"} for one in found["categories"]),
+            *({**category, "supercategory": "things"} for category in found["categories"]),
         ]
         write(root / split / "_annotations.coco.json", found)
         draw_images(root / split, first)
@@ -88,10 +88,10 @@ def test_every_layout_has_the_same_records(tmp_path: Path, layout: Callable[[Pat
     data = DataConfig(root=str(root))
     found = read_split(data, next(iter(splits)))
     assert found.class_names == expected.class_names == ("disc", "bar")
-    for one, other in zip(found.records, expected.records, strict=True):
-        assert one.image_id == other.image_id and one.segmentations == other.segmentations
-        assert one.labels.tolist() == other.labels.tolist()
-        assert one.boxes.tolist() == other.boxes.tolist() and one.path.is_file()
+    for record, other in zip(found.records, expected.records, strict=True):
+        assert record.image_id == other.image_id and record.segmentations == other.segmentations
+        assert record.labels.tolist() == other.labels.tolist()
+        assert record.boxes.tolist() == other.boxes.tolist() and record.path.is_file()
     report = check(root)
     assert report.ok and list(report.splits) == list(splits), report.lines()
     images, objects, _ = write_page(root, tmp_path / "page.html")

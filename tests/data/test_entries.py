@@ -53,7 +53,7 @@ def test_what_is_no_sound_file_is_as_json_reads_it(tmp_path: Path, text: str) ->
     found, expected = read_entries(path), json.loads(text)
     if isinstance(found, dict):
         expected = {table: expected[table] for table in found}
-        read = {table: list(one) for table, one in found.items() if isinstance(one, Entries)}
+        read = {table: list(part) for table, part in found.items() if isinstance(part, Entries)}
         found |= read
     assert repr(found) == repr(expected)  # nan is not equal to nan
 
@@ -63,18 +63,18 @@ def test_records_are_equal_however_the_file_was_read(large: Path) -> None:
     tree = json.loads(path.read_bytes())
     streamed, whole = read_coco(path, large / "train"), read_coco(path, large / "train", tree=tree)
     of_image: dict[int, list[dict]] = {image["id"]: [] for image in tree["images"]}
-    for one in tree["annotations"]:
-        if not one["iscrowd"]:
-            of_image[one["image_id"]].append(one)
+    for annotation in tree["annotations"]:
+        if not annotation["iscrowd"]:
+            of_image[annotation["image_id"]].append(annotation)
     assert streamed.dropped == whole.dropped and streamed.image_counts == whole.image_counts
-    for one, other in zip(streamed.records, whole.records, strict=True):
-        expected = of_image[one.image_id]
-        assert one.path == other.path and one.segmentations == other.segmentations
-        assert one.segmentations == [annotation["segmentation"] for annotation in expected]
+    for record, other in zip(streamed.records, whole.records, strict=True):
+        expected = of_image[record.image_id]
+        assert record.path == other.path and record.segmentations == other.segmentations
+        assert record.segmentations == [annotation["segmentation"] for annotation in expected]
         boxes = np.array([annotation["bbox"] for annotation in expected], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        assert np.array_equal(one.boxes, boxes) and np.array_equal(one.boxes, other.boxes)
-        assert one.labels.tolist() == [annotation["category_id"] - 1 for annotation in expected]
+        assert np.array_equal(record.boxes, boxes) and np.array_equal(record.boxes, other.boxes)
+        assert record.labels.tolist() == [annotation["category_id"] - 1 for annotation in expected]
 
 
 def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path) -> None:
@@ -90,9 +90,9 @@ def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path
     assert list(part.paths()) == [record.path for record in part]
     reached, waiting = 0, [records]
     while waiting:
-        one = waiting.pop()
+        value = waiting.pop()
         reached += 1
-        waiting += [other for other in gc.get_referents(one) if not isinstance(other, type | str)]
+        waiting += [other for other in gc.get_referents(value) if not isinstance(other, type | str)]
     assert reached < 400  # of 300 objects with 30 numbers each
     records[0].boxes[:] = -1
     assert (records[0].boxes >= 0).all()

@@ -41,9 +41,9 @@ def add_image(root: Path, split: str = "train") -> None:
     first = content["images"][0]
     content["images"].append({**first, "id": 10_000, "file_name": "added.jpg"})
     content["annotations"] += [
-        {**one, "id": 10_000 + one["id"], "image_id": 10_000}
-        for one in content["annotations"]
-        if one["image_id"] == first["id"]
+        {**annotation, "id": 10_000 + annotation["id"], "image_id": 10_000}
+        for annotation in content["annotations"]
+        if annotation["image_id"] == first["id"]
     ]
     path.write_text(json.dumps(content))
     shutil.copyfile(root / split / first["file_name"], root / split / "added.jpg")
@@ -153,7 +153,7 @@ def test_a_run_of_version_0_1_goes_on_with_the_same_data_only(own_tiny: Path) ->
     train(config, old)
     expected, stored = (load_model_file(folder / "model.pt") for folder in (whole, old))
     assert stored["fingerprints"] == fingerprints(config.data)
-    assert all(torch.equal(expected["model"][key], one) for key, one in stored["model"].items())
+    assert all(torch.equal(expected["model"][key], value) for key, value in stored["model"].items())
     add_image(own_tiny)
     with pytest.raises(ValueError, match="the data set has changed since this run started"):
         train(config, own_tiny.parent / "other")

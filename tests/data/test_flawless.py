@@ -90,8 +90,8 @@ def outcome(content: dict, lvis: bool, flawless: bool) -> tuple:
     )
     table = validator.read_header(content)["annotations"]
     found = [
-        (one.annotation.id, one.annotation.bbox, one.segmentation, *one[2:])
-        for one in validator.annotations(table, flawless)
+        (valid.annotation.id, valid.annotation.bbox, valid.segmentation, *valid[2:])
+        for valid in validator.annotations(table, flawless)
     ]
     numbers = validator.instances, validator.objects, validator.outlines, validator.count
     return sorted(said) if lvis else said, (validator.categories, *numbers), found
@@ -124,7 +124,7 @@ def agree(tree: dict, folder: Path, lvis: bool) -> None:
     assert (said, state) == outcome(streamed, lvis, False)[:2]
     warned = {text for _, _, text, _ in said}
     silent = outcome(streamed, lvis, False)[2]
-    assert all(one in found for one in silent) and len(silent) <= len(found)
+    assert all(row in found for row in silent) and len(silent) <= len(found)
     assert warned or not silent
 
 
@@ -134,9 +134,9 @@ def test_what_is_flawless_is_not_looked_at_again(
     looked: list[int] = []
     real: Callable = AnnotationValidator._annotation
 
-    def annotation(self: AnnotationValidator, one: Annotation) -> object:
-        looked.append(one.id)
-        return real(self, one)
+    def annotation(self: AnnotationValidator, given: Annotation) -> object:
+        looked.append(given.id)
+        return real(self, given)
 
     monkeypatch.setattr(AnnotationValidator, "_annotation", annotation)
     things = [THING | {"id": n} for n in range(9)]

@@ -40,9 +40,9 @@ def data(tiny: Path, tmp_path: Path) -> DataConfig:
     path = root / "annotations" / "instances_train.json"
     tree = json.loads(path.read_text())
     first, second = sorted(image["id"] for image in tree["images"])[:2]
-    tree["annotations"] = [one for one in tree["annotations"] if one["image_id"] != second]
-    for one in tree["annotations"]:
-        one["iscrowd"] = int(one["image_id"] == first)
+    tree["annotations"] = [item for item in tree["annotations"] if item["image_id"] != second]
+    for item in tree["annotations"]:
+        item["iscrowd"] = int(item["image_id"] == first)
     path.write_text(json.dumps(tree))
     data = load_config("tiny", [*minimal(tiny), f"data.root={root}"]).data
     return replace(data, workers=0, image_size=64, scale_range=(1.0, 1.0))
@@ -71,8 +71,8 @@ def test_images_without_objects_are_left_out_or_background(
         for image_id, found in zip(batch.image_ids, batch.targets, strict=True):
             assert (len(found) == 0) == (image_id in every[:2])
             assert found.boxes.shape[1:] == (4,) and len(found.masks) == len(found)
-    plain, own = (list(train_loader(one, 2, 0, 3, 6)) for one in (data, data))
-    assert [one.image_ids for one in plain] == [one.image_ids for one in own]
+    plain, own = (list(train_loader(split, 2, 0, 3, 6)) for split in (data, data))
+    assert [batch.image_ids for batch in plain] == [batch.image_ids for batch in own]
 
 
 def test_a_redrawn_crop_is_one_of_an_image_with_objects(data: DataConfig) -> None:
@@ -86,7 +86,7 @@ def test_a_redrawn_crop_is_one_of_an_image_with_objects(data: DataConfig) -> Non
 
 def test_images_without_objects_are_repeated_once(data: DataConfig) -> None:
     data = replace(data, keep_empty=True, repeat_threshold=1.0)
-    seen = [one for batch in train_loader(data, 8, 0, 0, 40) for one in batch.image_ids]
+    seen = [image_id for batch in train_loader(data, 8, 0, 0, 40) for image_id in batch.image_ids]
     first = read_split(data, "train").records[0].image_id
     assert 0 < seen.count(first) <= math.ceil(len(seen) / len(ids_of(data))) + 1
 
@@ -97,7 +97,7 @@ def test_max_images_counts_them_in_training_only(data: DataConfig) -> None:
     assert ids_of(few) == every[2:5]
     kept = replace(few, keep_empty=True)
     assert ids_of(kept) == every[:3]
-    prints = [fingerprints(one) for one in (few, kept)]
+    prints = [fingerprints(split) for split in (few, kept)]
     assert prints[0]["val"] == prints[1]["val"] and prints[0]["train"] != prints[1]["train"]
 
 
@@ -159,7 +159,7 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
                 expected["loss_rpn_loc"] += miss / (2 * rpn.samples)
     mask = heads.mask_loss(features, assigned, batch).item()
     assert losses == pytest.approx({**expected, "loss_mask": mask}, rel=1e-4, abs=1e-6)
-    for alone in (i for i, one in enumerate(targets) if one is FULL):  # the mean of its masks
+    for alone in (i for i, kind in enumerate(targets) if kind is FULL):  # the mean of its masks
         only = slice(alone, alone + 1)
         of_full = [level[only] for level in features]
         own = Assigned(assigned.boxes[only], assigned.matched[only], assigned.most)

@@ -48,9 +48,9 @@ def data(tmp_path: Path) -> DataConfig:
 
 def _same(a: Batch, b: Batch) -> bool:
     pairs = [(a.images, b.images), (a.sizes, b.sizes)]
-    for one, other in zip(a.targets, b.targets, strict=True):
-        pairs += [(one.boxes, other.boxes), (one.labels, other.labels)]
-        pairs += [(one.masks.edges, other.masks.edges), (one.masks.spans, other.masks.spans)]
+    for target, other in zip(a.targets, b.targets, strict=True):
+        pairs += [(target.boxes, other.boxes), (target.labels, other.labels)]
+        pairs += [(target.masks.edges, other.masks.edges), (target.masks.spans, other.masks.spans)]
     return a.image_ids == b.image_ids and all(torch.equal(*pair) for pair in pairs)
 
 
@@ -167,11 +167,13 @@ def test_ignored_objects_are_counted_once(
 def test_an_empty_crop_gives_its_place_to_another_image(data: DataConfig) -> None:
     data = replace(data, scale_range=(3.0, 6.0))
     redrawn = replace(data, redraw_empty=True)
-    plain, full = (list(train_loader(one, 4, 1, 0, 10)) for one in (data, redrawn))
+    plain, full = (list(train_loader(split, 4, 1, 0, 10)) for split in (data, redrawn))
     empty = [len(target) == 0 for batch in plain for target in batch.targets]
     assert 5 < sum(empty) < 35 and all(len(target) for batch in full for target in batch.targets)
     images = (torch.cat([batch.images for batch in batches]) for batches in (full, plain))
-    assert [torch.equal(*pair) for pair in zip(*images, strict=True)] == [not one for one in empty]
+    assert [torch.equal(*pair) for pair in zip(*images, strict=True)] == [
+        not skip for skip in empty
+    ]
     apart = list(train_loader(replace(redrawn, workers=2), 4, seed=1, start_step=6, steps=10))
     assert all(map(_same, full[6:], apart))
 

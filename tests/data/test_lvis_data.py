@@ -40,7 +40,9 @@ def as_lvis(tiny: Path, folder: Path) -> Path:
             image |= {"neg_category_ids": [first], "not_exhaustive_category_ids": []}
             (folder / place_of).mkdir(parents=True, exist_ok=True)
             shutil.copy(tiny / split / name.removeprefix(f"{split}_"), folder / place_of / name)
-        content["annotations"] = [one for one in content["annotations"] if not one.pop("iscrowd")]
+        content["annotations"] = [
+            item for item in content["annotations"] if not item.pop("iscrowd")
+        ]
         for number, category in enumerate(content["categories"]):
             category |= {"frequency": "rcf"[number % 3], "synset": f"{category['name']}.n.01"}
             if split == "train":
@@ -79,8 +81,8 @@ def test_paths_follow_the_urls_and_counts_are_the_stated_ones(lvis: Path, tiny: 
     assert [record.path.parent for record in found.records] == folders
     coco = read_split(DataConfig(root=str(tiny), train_split="train", val_split="val"), "train")
     train_split = read_split(data, "train")
-    for one, other in zip(train_split.records, coco.records, strict=True):
-        assert one.labels.tolist() == other.labels.tolist()
+    for record, other in zip(train_split.records, coco.records, strict=True):
+        assert record.labels.tolist() == other.labels.tolist()
     assert train_split.dropped == {} and train_split.image_counts == COUNTS
     holding = [sum(label in record.labels for record in found.records) for label in range(6)]
     assert found.image_counts == tuple(holding)  # val states none
@@ -88,21 +90,21 @@ def test_paths_follow_the_urls_and_counts_are_the_stated_ones(lvis: Path, tiny: 
 
 def test_labels_are_the_ranks_of_ids_and_file_names_do_as_well(own_lvis: Path) -> None:
     def renumber(content: dict) -> None:
-        for one in content["annotations"]:
-            one["category_id"] *= 100
+        for annotation in content["annotations"]:
+            annotation["category_id"] *= 100
         for category in content["categories"]:
             category["id"] *= 100
         content["categories"].reverse()
         for image in content["images"]:
             image["file_name"] = "/".join(image.pop("coco_url").split("/")[-2:])
-            image.update({key: [100 * one for one in image[key]] for key in LISTS})
+            image.update({key: [100 * number for number in image[key]] for key in LISTS})
 
     before = read_split(settings(own_lvis), "train")
     change(own_lvis, "train", renumber)
     after = read_split(settings(own_lvis), "train")
-    assert after.category_ids == tuple(100 * one for one in before.category_ids)
-    for one, other in zip(after.records, before.records, strict=True):
-        assert one.path == other.path and one.labels.tolist() == other.labels.tolist()
+    assert after.category_ids == tuple(100 * category_id for category_id in before.category_ids)
+    for record, other in zip(after.records, before.records, strict=True):
+        assert record.path == other.path and record.labels.tolist() == other.labels.tolist()
 
 
 def test_real_lvis_annotations() -> None:

@@ -69,8 +69,8 @@ def test_no_objects_and_empty_rle() -> None:
 def test_encode_is_read_back() -> None:
     bitmaps = torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0)) < 0.4
     encoded = encode(bitmaps)
-    assert [type(one["counts"]) for one in encoded] == [str] * 3 and encoded[0]["size"] == [9, 14]
-    assert np.array_equal(np.stack([decode(one, 9, 14) for one in encoded]), bitmaps.numpy())
+    assert [type(code["counts"]) for code in encoded] == [str] * 3 and encoded[0]["size"] == [9, 14]
+    assert np.array_equal(np.stack([decode(code, 9, 14) for code in encoded]), bitmaps.numpy())
     assert encode(bitmaps[:0]) == []
 
 
@@ -81,10 +81,10 @@ def test_real_outlines_cover_the_pixels_of_pycocotools() -> None:
     overlaps = []
     for record in split.records[:6]:
         size = record.height, record.width
-        for one in record.segmentations[:6]:
-            expected = decode(one, *size)
+        for segmentation in record.segmentations[:6]:
+            expected = decode(segmentation, *size)
             if expected.sum() >= 200:
-                ours = _rasterise(edges_of([one], *size)[0], *size)
+                ours = _rasterise(edges_of([segmentation], *size)[0], *size)
                 overlaps.append((ours & expected).sum() / (ours | expected).sum())
     assert len(overlaps) > 10 and np.mean(overlaps) > 0.95 and min(overlaps) > 0.8
 
@@ -115,11 +115,11 @@ def test_paste_equals_a_slow_version() -> None:
     boxes = torch.tensor(BOXES + SMALL)
     found = paste(masks, boxes, (26, 33)).numpy()
     assert found.shape == (6, 26, 33) and found.dtype == bool
-    for mask, box, one in zip(masks.numpy(), boxes.double().numpy(), found, strict=True):
+    for mask, box, pasted in zip(masks.numpy(), boxes.double().numpy(), found, strict=True):
         if box[2] > box[0]:
             value = _slow_paste(mask, box, 26, 33)
             sure = abs(value - 0.5) > 1e-4
-            assert np.array_equal(one[sure], value[sure] >= 0.5)
+            assert np.array_equal(pasted[sure], value[sure] >= 0.5)
     assert not found[5].any()  # a box without area
     assert paste(masks[:0], boxes[:0], (26, 33)).shape == (0, 26, 33)
 

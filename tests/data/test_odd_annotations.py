@@ -59,7 +59,7 @@ def kinds(data: DataConfig, content: bytes | dict) -> tuple[set[str], set[str]]:
     plain = {f"{what} (ignored in training)" for what in ("crowd region", "box of zero size")}
     plain.add("image without objects")
     report = judged(data, content if isinstance(content, bytes) else json.dumps(content).encode())
-    return {one.kind for one in report.errors}, {one.kind for one in report.warnings} - plain
+    return {case.kind for case in report.errors}, {case.kind for case in report.warnings} - plain
 
 
 def changed(table: str, key: str, value: object, index: int = 0) -> dict:
@@ -207,8 +207,8 @@ def every(key: str, change: Callable[[object], object]) -> dict:
     """The document without its box of zero size, with a value of each annotation changed."""
     content = document()
     del content["annotations"][2]
-    for one in content["annotations"]:
-        one[key] = change(one[key])
+    for annotation in content["annotations"]:
+        annotation[key] = change(annotation[key])
     return content
 
 
@@ -243,8 +243,8 @@ def test_outlines_outside_of_their_images_leave_boxes_to_train(
 
 def test_corners_are_recognized_without_outlines(data: DataConfig) -> None:
     content = every("segmentation", lambda _: [])
-    for one in content["annotations"]:
-        one["bbox"] = [40, 20, 60, 40]
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [40, 20, 60, 40]
     assert f"most objects: {CORNERS}" in kinds(data, content)[0]
 
 
@@ -306,7 +306,7 @@ def test_odd_results_are_refused_in_one_line(
     tmp_path: Path, change: dict | None, message: str
 ) -> None:
     path, truth = tmp_path / "results.json", tmp_path / "truth.json"
-    found = [one | {"segmentation": COMPRESSED} for one in results()]
+    found = [result | {"segmentation": COMPRESSED} for result in results()]
     truth.write_text(json.dumps(document()))
     path.write_text(json.dumps(found))
     assert evaluate_results(path, truth)

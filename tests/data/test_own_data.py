@@ -75,7 +75,7 @@ def test_from_labels_to_pictures_with_one_setting(
     code, out, _ = vitdet(*words, "--output", tmp_path / "drawn")
     found = json.loads((tmp_path / "drawn" / "detections.json").read_text())["valid0.jpg"]
     assert code == 0 and found[0]["name"] in out
-    assert {one["name"] for one in found} <= set(NAMES)
+    assert {category["name"] for category in found} <= set(NAMES)
     code, out, _ = vitdet("evaluate", output / "model.pt", "--plots", tmp_path / "plots")
     table = json.loads((tmp_path / "plots" / "classes.json").read_text())
     assert code == 0 and {row["class"] for row in table} <= set(NAMES) and table

@@ -34,7 +34,7 @@ def everyone(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], objec
     monkeypatch.setattr(distributed, "all_gather_objects", gather)
 
     def run(act: Callable[[int], object]) -> list[object]:
-        def one(rank: int) -> object:
+        def on_rank(rank: int) -> object:
             here.rank = rank
             try:
                 return act(rank)
@@ -42,7 +42,7 @@ def everyone(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], objec
                 return error
 
         with ThreadPoolExecutor(WORLD) as pool:
-            return list(pool.map(one, range(WORLD)))
+            return list(pool.map(on_rank, range(WORLD)))
 
     return run
 

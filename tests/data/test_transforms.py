@@ -294,7 +294,7 @@ def test_scales_crops_flips_and_boxes_are_spread_as_published() -> None:
         corners = found if seen else np.zeros(4)
         ours.append([*affine.scaled, *affine.offset, affine.flip, seen, *corners])
         theirs.append(_published(np.random.default_rng((1, seed)), box, source, 1024))
-    for one, other in zip(np.array(ours, float).T, np.array(theirs, float).T, strict=True):
-        values = np.sort(np.concatenate([one, other]))
-        ranks = [np.searchsorted(np.sort(sample), values, side="right") for sample in (one, other)]
+    for mine, other in zip(np.array(ours, float).T, np.array(theirs, float).T, strict=True):
+        values = np.sort(np.concatenate([mine, other]))
+        ranks = [np.searchsorted(np.sort(sample), values, side="right") for sample in (mine, other)]
         assert np.abs(ranks[0] - ranks[1]).max() / count < 1.95 * (2 / count) ** 0.5

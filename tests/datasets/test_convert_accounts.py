@@ -29,7 +29,7 @@ def image(path: Path, value: int = 0) -> None:
 
 
 def names(root: Path, split: str) -> list[str]:
-    return [one["file_name"] for one in tree(root, split)["images"]]
+    return [image["file_name"] for image in tree(root, split)["images"]]
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_all_problems_of_yolo_at_once(vitdet: Run, yolo: Path, tmp_path: Path) -
     assert "  2 x coordinate outside its image" in lines
     for place in ("train0.txt:2", "train0.txt:3", "train1.txt:1", "val0.txt:1", "val1.png"):
         assert sum(f"{place}: " in line for line in lines) == 1, place
-    assert [one.name for one in tmp_path.iterdir()] == ["yolo"]
+    assert [path.name for path in tmp_path.iterdir()] == ["yolo"]
 
 
 def test_the_first_twenty_of_a_kind_are_named(vitdet: Run, yolo: Path) -> None:
@@ -259,7 +259,7 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     write(tmp_path / "map.yaml", "cat: animal\ndog: animal\n")
     assert vitdet("data", "convert", yolo, "one", "--rename", "map.yaml")[0] == 0
     merged = tree(tmp_path / "one", "train")["categories"]
-    assert [one["name"] for one in merged] == ["animal", "bus"]
+    assert [category["name"] for category in merged] == ["animal", "bus"]
     write(tmp_path / "map.json", '{"cat": "pet", "dog": "hound"}')
     words = ("--rename", "map.json", "--classes", "bus,pet")
     code, output, _ = vitdet("data", "convert", yolo, "two", *words)
@@ -267,8 +267,8 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     assert "  10 x objects of other classes dropped (--classes)" in output.splitlines()
     train = tree(tmp_path / "two", "train")
     assert train["categories"] == [{"id": 1, "name": "bus"}, {"id": 2, "name": "pet"}]
-    assert [one["category_id"] for one in train["annotations"]] == [2, 1, 2]
-    assert [one["id"] for one in train["annotations"]] == [1, 2, 3]
+    assert [annotation["category_id"] for annotation in train["annotations"]] == [2, 1, 2]
+    assert [annotation["id"] for annotation in train["annotations"]] == [1, 2, 3]
     assert len(train["images"]) == 4  # those without objects too
 
 

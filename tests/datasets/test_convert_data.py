@@ -96,7 +96,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train = tree(out, "train")
     assert train["categories"] == [{"id": 1, "name": "no"}, {"id": 2, "name": "dog"}]
-    images = [(one["file_name"], one["height"], one["width"]) for one in train["images"]]
+    images = [(image["file_name"], image["height"], image["width"]) for image in train["images"]]
     level = [("a.jpg", 50, 100), ("b.jpg", 50, 100), ("none.png", 50, 100)]
     assert images == [*level, ("turned.jpg", 100, 50)]
     box, cut, outline, turned = train["annotations"]
@@ -107,7 +107,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert outline["bbox"] == [10, 10, 40, 30] and outline["area"] == 600
     assert turned["bbox"] == [0, 45, 50, 10]  # shares of the upright picture
     # another file of that name
-    assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]
+    assert [image["file_name"] for image in tree(out, "val")["images"]] == ["a_2.jpg"]
     _, output, _ = vitdet("data", "convert", yolo, "asked", "--boxes-as-masks")
     assert "  3 x boxes are used as masks" in output.splitlines()
     box, *_ = tree(tmp_path / "asked", "train")["annotations"]

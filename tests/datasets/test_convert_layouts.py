@@ -37,9 +37,9 @@ def coco(*names: str, prefix: str = "", root: bool = False) -> dict:
     ball = {"category_id": 2, "bbox": [50.0, 20.0, 31.0, 31.0], "segmentation": [DIAMOND]}
     box = {"category_id": 1, "bbox": BOX, "segmentation": []}
     annotations = [
-        {"id": 2 * number + place, "image_id": number, "area": 900, "iscrowd": 0, **one}
+        {"id": 2 * number + place, "image_id": number, "area": 900, "iscrowd": 0, **annotation}
         for number in range(1, 1 + len(names))
-        for place, one in enumerate((box, ball))
+        for place, annotation in enumerate((box, ball))
     ]
     categories = [
         {"id": number, "name": name, "supercategory": "things"}
@@ -178,16 +178,16 @@ LAYOUTS = {
 
 def records(root: Path, split: str) -> list:
     tree = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
-    name_of = {one["id"]: one["name"] for one in tree["categories"]}
-    file_of = {one["id"]: one["file_name"] for one in tree["images"]}
+    name_of = {category["id"]: category["name"] for category in tree["categories"]}
+    file_of = {image["id"]: image["file_name"] for image in tree["images"]}
     assert all((root / split / name).is_file() for name in file_of.values())
     assert sorted(name_of.values()) == ["ball", "box"]
     keys = ("bbox", "segmentation", "area")
     found = [
-        (file_of[one["image_id"]], name_of[one["category_id"]], *(one[key] for key in keys))
-        for one in tree["annotations"]
+        (file_of[item["image_id"]], name_of[item["category_id"]], *(item[key] for key in keys))
+        for item in tree["annotations"]
     ]
-    return sorted(found, key=lambda one: one[:3])
+    return sorted(found, key=lambda row: row[:3])
 
 
 def expected(*names: str) -> list:
@@ -331,7 +331,7 @@ def test_coco_objects_that_are_left_out_are_counted(vitdet: Run, tmp_path: Path)
     assert "  1 x objects of unknown categories skipped" in output
     assert "  1 x images without annotation file skipped" in output
     annotations = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())
-    assert [one["iscrowd"] for one in annotations["annotations"]] == [1, 0]
+    assert [annotation["iscrowd"] for annotation in annotations["annotations"]] == [1, 0]
 
 
 def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
@@ -386,9 +386,9 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
         "  1 x objects without size skipped",
         "  1 x outlines of fewer than 3 points skipped",
     } <= {*output.splitlines()}
-    found = [one[1:] for one in records(tmp_path / "out", "train")]
-    (mask,) = [one for one in found if isinstance(one[2], dict)]
-    (turned,) = [one for one in found if one[0] == "box" and one[1] != BOX]
+    found = [row[1:] for row in records(tmp_path / "out", "train")]
+    (mask,) = [row for row in found if isinstance(row[2], dict)]
+    (turned,) = [row for row in found if row[0] == "box" and row[1] != BOX]
     assert mask[1] == [5, 5, 2, 1] and mask[3] == 2
     assert turned[1] == [45, 15, 10, 20]
 

@@ -121,8 +121,8 @@ def test_an_unknown_checksum_is_that_of_the_download(get: Fetch, root: Path) -> 
     wanted = miniatures("coco", "val")[0]
     get(wanted=[replace(archive, sha256="") for archive in wanted])
     noted = download_record.read(root).archives
-    assert [one.sha256 for one in noted] == [archive.sha256 for archive in wanted]
-    assert not any(one.known for one in noted)
+    assert [archive.sha256 for archive in noted] == [archive.sha256 for archive in wanted]
+    assert not any(archive.known for archive in noted)
 
 
 def test_nothing_to_do_needs_no_right_to_write(get: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ Fetch = Callable[..., bool]
 
 
 def tree(root: Path) -> set[str]:
-    return {str(one.relative_to(root)) for one in root.rglob("*") if one.is_file()}
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
 
 def expected(content: bytes, folder: str) -> dict[str, bytes]:
@@ -212,6 +212,6 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     assert not (root / "train2017").exists()
     web.asked.clear()
     two = [start(web, root), start(web, root)]  # the second waits and finds that all is done
-    said = sorted(one.communicate()[0] for one in two)
+    said = sorted(process.communicate()[0] for process in two)
     assert said == ["False\n", "True\n"] and web.asked == []
     check(root, web)

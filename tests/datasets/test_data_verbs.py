@@ -32,7 +32,7 @@ def test_what_is_published() -> None:
     both, train, val = published.archives("coco")
     paths = ["annotations/annotations_trainval2017.zip", "zips/train2017.zip", "zips/val2017.zip"]
     urls = [f"http://images.cocodataset.org/{path}" for path in paths]
-    assert [one.url for one in (both, train, val)] == urls
+    assert [archive.url for archive in (both, train, val)] == urls
     assert (both.size, train.size, val.size) == (252_907_541, 19_336_861_798, 815_585_330)
     files = ("instances_train2017.json", "instances_val2017.json")
     assert both.paths == tuple(f"annotations/{name}" for name in files)
@@ -40,10 +40,10 @@ def test_what_is_published() -> None:
         ("coco", ["annotations_trainval2017.zip", "val2017.zip"]),
         ("lvis", ["train2017.zip", "val2017.zip", "lvis_v1_val.json.zip"]),
     ):
-        assert [one.name for one in published.archives(dataset, "val")] == names
+        assert [archive.name for archive in published.archives(dataset, "val")] == names
     every = published.archives("coco") + published.archives("lvis")
-    assert all(len(bytes.fromhex(one.sha256)) == 32 for one in every)
-    assert len({one.sha256 for one in every}) == 5
+    assert all(len(bytes.fromhex(archive.sha256)) == 32 for archive in every)
+    assert len({archive.sha256 for archive in every}) == 5
     assert path(every[-1]) == "/LVIS/lvis_v1_val.json.zip"
 
 
@@ -120,7 +120,7 @@ def test_a_full_disk_names_the_file_and_the_same_command_goes_on(
     said = [line for line in errors.splitlines() if line.startswith("vitdet: ")]
     assert (code, output, len(said)) == (1, "", 1) and "Traceback" not in errors
     assert re.match(f"vitdet: .*{says}", said[0])
-    left = {one.name for one in (tmp_path / "d").rglob("*") if one.is_file()}
+    left = {child.name for child in (tmp_path / "d").rglob("*") if child.is_file()}
     assert not any(name.endswith((".tmp", ".unpacking", "manifest.json")) for name in left)
     assert vitdet(*words)[0] == 0
     assert not any(name[0] == "." for name in os.listdir("d"))
@@ -137,7 +137,7 @@ def test_a_full_disk_at_the_manifest(
     said = errors.splitlines()[-1]
     assert (code, output) == (1, "")
     assert said == "vitdet: [Errno 28] No space left on device: 'd/manifest.json'"
-    left = sorted(one.name for one in (tmp_path / "d").iterdir() if one.name != ".archives")
+    left = sorted(child.name for child in (tmp_path / "d").iterdir() if child.name != ".archives")
     assert left == ["annotations", "val2017"]
     asked = len(web.asked)
     assert vitdet(*words)[0] == 0 and len(web.asked) == asked

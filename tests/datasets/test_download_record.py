@@ -36,7 +36,7 @@ def file_entry(root: Path, path: str) -> File:
 
 
 def folder_entry(root: Path, path: str) -> Images:
-    files = {one.name: one.read_bytes() for one in sorted((root / path).iterdir())}
+    files = {file.name: file.read_bytes() for file in sorted((root / path).iterdir())}
     lines = [f"{name} {len(content)}" for name, content in files.items()]
     sums = [f"{line} {zlib.crc32(files[line.split()[0]]):08x}" for line in lines]
     texts = ("".join(f"{line}\n" for line in every) for every in (lines, sums))
@@ -113,7 +113,7 @@ def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
     archive = Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False)
     more = DownloadRecord((archive,), (File("other.json", 1, "2" * 64),))
     both = read(root).with_(more)
-    assert [one.name for one in both.archives] == ["a.zip", "x.zip"]
+    assert [archive.name for archive in both.archives] == ["a.zip", "x.zip"]
     assert both.with_(more) == more.with_(both) == both
     compare(root, both.only(("x.zip",), ("some.json", "val2017")))
     with pytest.raises(FileNotFoundError, match="other.json: missing"):

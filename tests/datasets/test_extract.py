@@ -32,14 +32,14 @@ def unpacked(tmp_path: Path) -> Unpack:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = [one for one in folder.rglob("*") if one.is_file()]
-    return {str(one.relative_to(folder)): one.read_bytes() for one in found}
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def test_the_files_of_an_archive(unpacked: Unpack, tmp_path: Path) -> None:
     found = unpacked(zipped({**GOOD, "b/": b""}))
     assert files(tmp_path / "in" / "here") == GOOD
-    sizes = {one.name: one.size for one in found}
+    sizes = {member.name: member.size for member in found}
     assert sizes == {"a.jpg": 3000, "b/c.jpg": 1500, "empty": 0}
     assert found[0].crc == 0xD870138F and found[2].crc == 0  # zlib.crc32(b"one" * 1000)
     assert not (tmp_path / "in" / "here" / "a.jpg").stat().st_mode & 0o133
@@ -164,7 +164,7 @@ def test_any_damage_is_a_line_or_does_no_harm(unpacked: Unpack, tmp_path: Path) 
         except (ValueError, OSError) as error:
             refused += 1
             assert str(error).startswith(str(tmp_path))
-        assert {one.name for one in tmp_path.iterdir()} <= {"some.zip", "in"}
+        assert {path.name for path in tmp_path.iterdir()} <= {"some.zip", "in"}
         assert sum(map(len, files(tmp_path / "in").values())) <= 10_000 * 2
     assert refused > 100
 

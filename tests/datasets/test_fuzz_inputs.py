@@ -119,7 +119,7 @@ def converted(root: Path, kind: str, which: str, content: bytes, sound: str) -> 
         if made:
             found = {finding.kind for finding in check(target).errors}
             assert found <= {"no objects", "same image file in two splits"}, found
-        there = {one.name for one in root.iterdir()} - {"results.json"}
+        there = {child.name for child in root.iterdir()} - {"results.json"}
         new = ["converted"] if made else []
         assert there == {"coco.json", "lvis.json", "yolo", "voc", *new}
     finally:

@@ -30,7 +30,7 @@ def packed(folder: Path) -> tuple[list[Archive], dict[str, bytes]]:
         place = folder / archive.folder
         files = {
             f"{archive.prefix}{name}": (place / name).read_bytes()
-            for name in archive.members or sorted(one.name for one in place.iterdir())
+            for name in archive.members or sorted(child.name for child in place.iterdir())
         }
         contents[path(archive)] = content = zipped(files)
         unpacked, count = sum(map(len, files.values())), len(files)
@@ -45,10 +45,10 @@ def test_what_was_brought_can_be_trained_on(get: Fetch, web: Web, root: Path, lv
     data = settings(root)
     brought, made = (read_split(settings(place), "val") for place in (root, lvis))
     # LVIS divides COCO anew
-    assert {one.path.parent.name for one in brought.records} == {"train2017", "val2017"}
+    assert {record.path.parent.name for record in brought.records} == {"train2017", "val2017"}
     assert all(
-        one.path.read_bytes() == other.path.read_bytes() and one.image_id == other.image_id
-        for one, other in zip(brought.records, made.records, strict=True)
+        record.path.read_bytes() == other.path.read_bytes() and record.image_id == other.image_id
+        for record, other in zip(brought.records, made.records, strict=True)
     )
     assert data_check.check(root).ok and len(fingerprints(data)) == 2
 
@@ -64,7 +64,7 @@ def test_all_archives_come_at_once(get: Fetch, web: Web, root: Path) -> None:
         else:
             file()(to)
 
-    web.plans = {one: [with_the_others] for one in (TRAIN, VAL, BOTH)}
+    web.plans = {address: [with_the_others] for address in (TRAIN, VAL, BOTH)}
     get()
     check(root, web)
     assert asked(web) == [BOTH, TRAIN, VAL]  # nobody gave up waiting and asked again
@@ -81,7 +81,7 @@ def leak(content: dict, folder: Path, url: str | None = None) -> None:
 )
 def test_an_image_of_both_splits_is_an_error(own_lvis: Path, images: bool, kind: str) -> None:
     change(own_lvis, "val", lambda content: leak(content, own_lvis))
-    found = [one.kind for one in data_check.check(own_lvis, images=images).errors]
+    found = [error.kind for error in data_check.check(own_lvis, images=images).errors]
     assert kind in found
 
 
@@ -90,7 +90,7 @@ def test_a_copy_under_another_name_keeps_its_id(own_lvis: Path) -> None:
     name = Path(train["coco_url"]).name
     shutil.copy(own_lvis / "train2017" / name, own_lvis / "val2017" / "copy.png")
     change(own_lvis, "val", lambda content: leak(content, own_lvis, "http://x/val2017/copy.png"))
-    found = [one.kind for one in data_check.check(own_lvis, images=False).errors]
+    found = [error.kind for error in data_check.check(own_lvis, images=False).errors]
     assert found == ["image id in two splits"]
-    found = [one.kind for one in data_check.check(own_lvis).errors]
+    found = [error.kind for error in data_check.check(own_lvis).errors]
     assert "same image file in two splits" in found

@@ -73,14 +73,14 @@ def test_the_page_tells_what_is_there_and_asks_nobody(
     assert Image.open(io.BytesIO(content)).format == "JPEG"
     for split in ("train", "val"):
         tree = json.loads((tiny / "annotations" / f"instances_{split}.json").read_text())
-        kept = [one for one in tree["annotations"] if not one["iscrowd"]]
+        kept = [annotation for annotation in tree["annotations"] if not annotation["iscrowd"]]
         head = f"<tr><th>{split}</th><td>{len(tree['images'])}</td>"
         assert re.search(rf"{head}<td>\d+</td><td>{len(kept)}</td>", page)
         first = tree["categories"][0]
-        mine = [one for one in kept if one["category_id"] == first["id"]]
+        mine = [annotation for annotation in kept if annotation["category_id"] == first["id"]]
         row = re.search(rf"<tr><th>{first['name']}</th>(.*?)</tr>", page)[1]
         numbers = re.findall(r'<b>(\d+)</b></div></td><td class="n">(\d+)<', row)
-        expected = (str(len(mine)), str(len({one["image_id"] for one in mine})))
+        expected = (str(len(mine)), str(len({annotation["image_id"] for annotation in mine})))
         assert numbers[split == "val"] == expected
 
 

@@ -48,9 +48,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
     assert make_tiny(tmp_path / "one", 32, 8, processes=1)
     assert make_tiny(tmp_path / "two", 32, 8, processes=2)
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    assert one == two and len(one) == 42
-    annotations = b"".join(one[f"annotations/instances_{split}.json"] for split in ("train", "val"))
+    a, b = files(tmp_path / "one"), files(tmp_path / "two")
+    assert a == b and len(a) == 42
+    annotations = b"".join(a[f"annotations/instances_{split}.json"] for split in ("train", "val"))
     assert hashlib.sha256(annotations).hexdigest() == FROZEN_ANNOTATIONS
     pixels = b"".join(draw_scene(0, index).image.tobytes() for index in range(8))
     assert hashlib.sha256(pixels).hexdigest() == FROZEN_PIXELS

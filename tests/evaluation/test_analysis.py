@@ -24,49 +24,49 @@ def analysed(truth, results, kind="bbox", rules=coco):
 @pytest.mark.parametrize("rules", [coco, lvis])
 def test_the_parts_of_a_random_analysis_agree(kind, rules):
     truth, results = random_set(2, lvis=rules is lvis)
-    one = analysed(truth, results, kind, rules)
-    known = [row for row in one.classes if row.objects]
+    found = analysed(truth, results, kind, rules)
+    known = [row for row in found.classes if row.objects]
     for name in ("ap", "ap50", "ap75"):
-        assert np.mean([getattr(row, name) for row in known]) == pytest.approx(one.metrics[name])
-    assert 100 * np.mean(one.curves["0.5"]) == pytest.approx(one.metrics["ap50"], abs=0.01)
-    assert 100 * np.mean(one.curves["mean"]) == pytest.approx(one.metrics["ap"], abs=0.01)
+        assert np.mean([getattr(row, name) for row in known]) == pytest.approx(found.metrics[name])
+    assert 100 * np.mean(found.curves["0.5"]) == pytest.approx(found.metrics["ap50"], abs=0.01)
+    assert 100 * np.mean(found.curves["mean"]) == pytest.approx(found.metrics["ap"], abs=0.01)
     assert all(100 * np.mean(row.curve) == pytest.approx(row.ap50, abs=0.06) for row in known)
-    assert sum(row.error_counts["missed"] for row in known) == one.error_counts["missed"]
-    best = one.best_threshold
-    assert best in one.thresholds and best.f1 == max(row.f1 for row in one.thresholds)
-    matrix = np.array(one.confusion.matrix)
-    assert matrix[:-1].sum() == sum(row.objects for row in one.classes)
-    assert one.confusion.names[-1] == "background" and matrix[-1, -1] == 0
+    assert sum(row.error_counts["missed"] for row in known) == found.error_counts["missed"]
+    best = found.best_threshold
+    assert best in found.thresholds and best.f1 == max(row.f1 for row in found.thresholds)
+    matrix = np.array(found.confusion.matrix)
+    assert matrix[:-1].sum() == sum(row.objects for row in found.classes)
+    assert found.confusion.names[-1] == "background" and matrix[-1, -1] == 0
     assert np.trace(matrix) == pytest.approx(best.recall * matrix[:-1].sum())
     assert np.trace(matrix) == pytest.approx(best.precision * matrix[:, :-1].sum())
-    assert [row.f1 for row in one.worst] == sorted(row.f1 for row in one.worst)
-    assert one.best[0].f1 == max(row.f1 for row in one.best) > one.worst[0].f1
-    json.dumps(asdict(one), allow_nan=False)
+    assert [row.f1 for row in found.worst] == sorted(row.f1 for row in found.worst)
+    assert found.best[0].f1 == max(row.f1 for row in found.best) > found.worst[0].f1
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_thresholds_and_images_count_what_is_right():
     truth = scene(CAT, DOG)
     results = [detection(1, CAT[1], 0.8), detection(1, [10, 60, 20, 20], 0.6)]
     results += [detection(2, DOG[1], 0.4), detection(2, [60, 10, 20, 20], 0.2)]
-    one = analysed(truth, results)
-    cat, dog = one.classes
+    found = analysed(truth, results)
+    cat, dog = found.classes
     assert cat.best_threshold == Threshold(0.8, 1, 1, 1)
     assert (dog.best_threshold, dog.images) == (Threshold(0.4, 1, 1, 1), 1)
-    at = {row.score: (row.precision, row.recall) for row in one.thresholds}
+    at = {row.score: (row.precision, row.recall) for row in found.thresholds}
     assert at[0.9] == (1, 0) and at[0.7] == (1, 0.5) and at[0.6] == (0.5, 0.5)
     assert at[0.3] == (2 / 3, 1) and at[0.1] == (0.5, 1)
-    assert one.best_threshold.score == 0.4
-    assert one.worst == one.best
-    image = one.worst[0]
+    assert found.best_threshold.score == 0.4
+    assert found.worst == found.best
+    image = found.worst[0]
     assert (image.objects, image.detections, image.missed, image.false_positives) == (2, 3, 0, 1)
     assert image.f1 == pytest.approx(0.8)
 
 
 def test_a_confusion_pairs_what_is_left_across_classes():
-    one = analysed(scene(CAT, DOG), [detection(1, CAT[1], 0.9), detection(1, DOG[1], 0.9)])
-    assert one.confusion.names == ["cat", "dog", "background"]
-    assert one.confusion.matrix == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
-    assert one.classes[1].main_error == "classification"
+    found = analysed(scene(CAT, DOG), [detection(1, CAT[1], 0.9), detection(1, DOG[1], 0.9)])
+    assert found.confusion.names == ["cat", "dog", "background"]
+    assert found.confusion.matrix == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert found.classes[1].main_error == "classification"
 
 
 def test_of_many_classes_the_most_confused_are_shown():
@@ -83,8 +83,8 @@ def test_of_many_classes_the_most_confused_are_shown():
     ("objects", "results"), [((), []), ((CAT,), []), ((), [detection(1, CAT[1], 0.9)])]
 )
 def test_without_objects_or_detections_there_is_an_analysis(objects, results):
-    one = analysed(scene(*objects), results)
-    assert one.best_threshold is None and one.classes[0].best_threshold is None
-    assert bool(one.thresholds) == bool(objects) and bool(one.curves) == bool(objects)
-    assert one.classes[0].main_error == ("missed" if objects else None)
-    json.dumps(asdict(one), allow_nan=False)
+    found = analysed(scene(*objects), results)
+    assert found.best_threshold is None and found.classes[0].best_threshold is None
+    assert bool(found.thresholds) == bool(objects) and bool(found.curves) == bool(objects)
+    assert found.classes[0].main_error == ("missed" if objects else None)
+    json.dumps(asdict(found), allow_nan=False)

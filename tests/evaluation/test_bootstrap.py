@@ -62,12 +62,12 @@ def plain_ap(matches: Matches, weights: np.ndarray) -> tuple[np.ndarray, float]:
     order = np.lexsort((-matches.score, matches.category))
     ends = np.searchsorted(matches.category[order], np.arange(len(objects) + 1))
     aps = np.full(len(objects), np.nan)
-    for one in np.flatnonzero(objects):
-        rows = order[ends[one] : ends[one + 1]]
+    for index in np.flatnonzero(objects):
+        rows = order[ends[index] : ends[index + 1]]
         weight = weights[matches.image[rows], None]
         true = matches.matched[rows]
         false = ~true & ~matches.ignored[rows]
-        aps[one] = 100 * precisions(true * weight, false * weight, objects[one]).mean()
+        aps[index] = 100 * precisions(true * weight, false * weight, objects[index]).mean()
     return aps, float(np.nanmean(aps)) if objects.any() else float("nan")
 
 

@@ -65,7 +65,7 @@ def test_the_twelve_metrics_are_those_of_pycocotools(examples, kind, prefix):
     finished = compare(read_truth(examples / "instances_val2014_100.json"), results, [kind])
     metrics = summary(finished)
     assert list(metrics) == [f"{prefix}_{name}" for name in NAMES.split()]
-    assert [one / 100 for one in metrics.values()] == pytest.approx([*expected.values()], abs=1e-6)
+    assert [ap / 100 for ap in metrics.values()] == pytest.approx([*expected.values()], abs=1e-6)
     rows = class_rows(finished)
     assert np.mean([row[f"{prefix}_ap"] for row in rows]) == pytest.approx(metrics[f"{prefix}_ap"])
     curve = [row[f"{prefix}_iou50"] for row in curve_rows(finished)]
@@ -80,14 +80,14 @@ def assert_pycocotools_tables(truth, results, kind, image_ids):
     index = Index()
     index.dataset = {
         "images": list(truth.images.values()),
-        "annotations": [msgspec.to_builtins(one) for one in truth.objects],
+        "annotations": [msgspec.to_builtins(annotation) for annotation in truth.objects],
         "categories": list(truth.categories.values()),
     }
     index.dataset = copy.deepcopy(index.dataset)
     index.createIndex()
     # one form only: with both, masks would have their boxes' areas
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
-    plain = [{name: one[name] for name in one if name != other} for one in results]
+    plain = [{name: result[name] for name in result if name != other} for result in results]
     work = COCOeval(index, index.loadRes(copy.deepcopy(plain)), kind)
     work.params.imgIds = image_ids
     work.evaluate()
@@ -101,14 +101,14 @@ def assert_pycocotools_tables(truth, results, kind, image_ids):
 @pytest.mark.parametrize("seed", range(6))
 def test_random_sets_have_pycocotools_tables(kind, seed):
     truth, results = random_set(seed, images=25 + 5 * seed, categories=1 + 2 * seed)
-    assert any(one.iscrowd for one in truth.objects)
+    assert any(annotation.iscrowd for annotation in truth.objects)
     assert_pycocotools_tables(truth, results, kind, sorted(truth.images)[:: 1 + seed % 2])
 
 
 def test_a_hundred_results_of_a_class_in_an_image_count():
     truth, results = random_set(0, images=2, categories=1)
     image_id = results[0]["image_id"]
-    results = [one for one in results if one["image_id"] == image_id] * 12
+    results = [result for result in results if result["image_id"] == image_id] * 12
     assert len(results) > 100
     assert_pycocotools_tables(truth, results, "bbox", sorted(truth.images))
 

@@ -30,13 +30,13 @@ TRUTH = ["--annotations", "annotations.json"]
 def files(tmp_path: Path) -> list[Path]:
     """annotations.json, and two files of box results: the second lacks most of class 1's true ones."""
     truth, results = random_set(1, 60, 3)
-    results = [{key: one[key] for key in one if key != "segmentation"} for one in results]
+    results = [{key: result[key] for key in result if key != "segmentation"} for result in results]
     tree = {
-        "images": [{**one, "file_name": f"{one['id']}.jpg"} for one in truth.images.values()],
+        "images": [{**image, "file_name": f"{image['id']}.jpg"} for image in truth.images.values()],
         "categories": list(truth.categories.values()),
-        "annotations": [msgspec.to_builtins(one) for one in truth.objects],
+        "annotations": [msgspec.to_builtins(annotation) for annotation in truth.objects],
     }
-    worse = [one for one in results if one["category_id"] != 5 or one["image_id"] % 4]
+    worse = [result for result in results if result["category_id"] != 5 or result["image_id"] % 4]
     paths = []
     for name, content in (("annotations", tree), ("first", results), ("worse", worse)):
         paths.append(tmp_path / f"{name}.json")
@@ -101,14 +101,14 @@ def test_settings_training_and_seeds_are_shown() -> None:
         compared("c", settings("optim.lr=1")),
     ]
     check_comparable(three)
-    resampled = bootstrap([one.matches["bbox"] for one in three], resamples=20)
+    resampled = bootstrap([evaluation.matches["bbox"] for evaluation in three], resamples=20)
     text = comparison_text(three, {"bbox": resampled})
     rows = {
         cells[0]: cells[1:]
         for line in text.partition("## Over seeds")[2].splitlines()
         if (cells := [cell.strip() for cell in line.strip("| ").split(" | ")])
     }
-    values = [one.interval().value for one in resampled[:2]]
+    values = [each.interval().value for each in resampled[:2]]
     expected = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert rows["a, b"][:3] == ["2", "box", expected]
     assert rows["a"] == ["3.25", "-", "-", "-"] and rows["b"] == ["-", "-", "2", "0.5"]
@@ -123,7 +123,7 @@ def test_differences_over_few_images_are_not_tested() -> None:
     matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
     none = replace(matches, matched=np.zeros_like(matches.matched))
     pairs = (("a", matches), ("b", none))
-    both = [Compared(name, {"bbox": one}, None, {}, {}) for name, one in pairs]
+    both = [Compared(name, {"bbox": comparison}, None, {}, {}) for name, comparison in pairs]
     text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
     assert "not tested for significance, as only 4 images have objects (10 are needed)" in text
     assert "0 classes have objects in 10 or more images" in text and "Significant: 0." in text
@@ -144,7 +144,7 @@ def test_differences_over_few_images_are_not_tested() -> None:
 def test_only_runs_with_other_seeds_are_averaged(other: list[str], are_seeds: bool) -> None:
     best = ["train.keep_best=box_ap"]
     two = [compared("a", settings(*best)), compared("b", settings(*best, *other))]
-    resampled = bootstrap([one.matches["bbox"] for one in two], resamples=20)
+    resampled = bootstrap([evaluation.matches["bbox"] for evaluation in two], resamples=20)
     assert ("## Over seeds" in comparison_text(two, {"bbox": resampled})) is are_seeds
 
 

@@ -29,7 +29,7 @@ TIDECV_RANDOM = {
 
 def errors(truth, results, kind="bbox"):
     comparison = coco.compare(truth, results, [kind])[kind]
-    rank = np.array([one["id"] for one in comparison.detections], int)
+    rank = np.array([detection["id"] for detection in comparison.detections], int)
     return errors_of(comparison.matches, overlaps_of(comparison), rank)
 
 
@@ -38,7 +38,9 @@ def test_cocos_example_has_the_errors_of_tidecv(examples, kind):
     path = examples / f"instances_val2014_fake{kind}100_results.json"
     results = json.loads(path.read_text())
     truth = read_truth(examples / "instances_val2014_100.json")
-    distinct = [one | {"score": one["score"] - 1e-7 * place} for place, one in enumerate(results)]
+    distinct = [
+        item | {"score": item["score"] - 1e-7 * place} for place, item in enumerate(results)
+    ]
     found = errors(truth, distinct, kind)
     gains = [found.total[name] for name in (*TYPES, *SPECIAL)]
     assert gains == pytest.approx(TIDECV[kind], abs=1e-5)
@@ -50,7 +52,7 @@ def test_cocos_example_has_the_errors_of_tidecv(examples, kind):
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_random_results_with_crowds_have_the_errors_of_tidecv(kind):
     truth, results = random_set(0, images=30, categories=5)
-    results = [one | {"score": 1 / (2 + place)} for place, one in enumerate(results)]
+    results = [result | {"score": 1 / (2 + place)} for place, result in enumerate(results)]
     found = errors(truth, results, kind)
     gains = [found.total[name] for name in (*TYPES, *SPECIAL)]
     assert gains == pytest.approx(TIDECV_RANDOM[kind], abs=1e-5)

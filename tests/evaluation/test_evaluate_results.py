@@ -22,7 +22,7 @@ def files(tmp_path):
     annotations = tmp_path / "truth.json"
     tree = {
         "images": list(truth.images.values()),
-        "annotations": [msgspec.to_builtins(one) for one in truth.objects],
+        "annotations": [msgspec.to_builtins(annotation) for annotation in truth.objects],
         "categories": list(truth.categories.values()),
     }
     annotations.write_text(json.dumps(tree))
@@ -64,7 +64,7 @@ def test_only_what_the_results_hold_is_scored(files, capsys, lost, kept):
     results, annotations = files
     both = evaluate_results(results, annotations)
     items = json.loads(results.read_text())
-    items = [{key: one[key] for key in one if key != lost} for one in items]
+    items = [{key: item[key] for key in item if key != lost} for item in items]
     results.write_text(json.dumps(items))
     alone = evaluate_results(results, annotations)
     assert alone == {key: value for key, value in both.items() if key.startswith(kept)}
@@ -118,7 +118,7 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
 def test_a_result_that_cannot_be_compared_is_named_in_one_line(files, change, message):
     results, annotations = files
     items = json.loads(results.read_text())
-    items[1] = {key: one for key, one in (items[1] | change).items() if one is not ...}
+    items[1] = {key: value for key, value in (items[1] | change).items() if value is not ...}
     results.write_text(json.dumps(items))
     with pytest.raises(ValueError, match=message) as caught:
         evaluate_results(results, annotations)

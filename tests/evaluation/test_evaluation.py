@@ -59,8 +59,8 @@ def spots(tmp_path):
         if number < len(sizes):
             pixels[y : y + h, x : x + w] = 255
             outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            one = {"id": number, "image_id": number, "category_id": 9, "bbox": [x, y, w, h]}
-            annotations.append({**one, "segmentation": outline})
+            annotation = {"id": number, "image_id": number, "category_id": 9, "bbox": [x, y, w, h]}
+            annotations.append({**annotation, "segmentation": outline})
         name = f"{number}.png"
         Image.fromarray(pixels).save(tmp_path / "val" / name)
         images.append({"id": number, "file_name": name, "height": height, "width": width})
@@ -113,8 +113,8 @@ def test_a_detector_that_sees_everything_has_full_marks(spots):
     figures, results = evaluate_detector(BrightSpot(), spots, EvalConfig(batch_size=2))
     assert figures["box_ap50"] == figures["mask_ap50"] == pytest.approx(100)
     assert figures["box_ap"] > 80
-    assert [one["image_id"] for one in results] == [1, 2, 3, 4]
-    assert {one["category_id"] for one in results} == {9}
+    assert [result["image_id"] for result in results] == [1, 2, 3, 4]
+    assert {result["category_id"] for result in results} == {9}
 
 
 @pytest.mark.parametrize(("most", "name"), [(5, "100"), (100, "100"), (300, "300")])
@@ -139,7 +139,7 @@ def test_two_processes_see_what_one_sees(spots, monkeypatch):
     shares = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "async_max", lambda value: lambda: value)
-    monkeypatch.setattr(distributed, "gather_objects", lambda one: shares.append(one) or [one])
+    monkeypatch.setattr(distributed, "gather_objects", lambda part: shares.append(part) or [part])
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         detect(BrightSpot(), spots, EvalConfig(batch_size=2))
@@ -153,16 +153,16 @@ def test_the_setting_of_the_evaluation_shortens_validation_alone(spots, caplog):
     figures, results = evaluate_detector(BrightSpot(), spots, EvalConfig(max_images=2))
     by_data = evaluate_detector(BrightSpot(), replace(spots, max_images=2), EvalConfig())
     assert (figures, results) == by_data
-    assert [one["image_id"] for one in results] == [1, 2]
+    assert [result["image_id"] for result in results] == [1, 2]
     assert figures["box_ap50"] == pytest.approx(100)
     assert "evaluate.max_images=2: AP is computed on 2 of the 5 images of val" in caplog.messages
     assert len(TrainData(read_split(spots, "val"), spots, 0).records) == 4
     more = evaluate_detector(BrightSpot(), spots, EvalConfig(max_images=9))[1]
-    assert [one["image_id"] for one in more] == [1, 2, 3, 4]
+    assert [result["image_id"] for result in more] == [1, 2, 3, 4]
 
 
 def test_a_shortened_validation_is_another_protocol():
-    plain, few = (load_config("tiny", one) for one in ([], ["evaluate.max_images=2"]))
+    plain, few = (load_config("tiny", overrides) for overrides in ([], ["evaluate.max_images=2"]))
     # as version 0.1 has stored it in the registry
     stored = ("score_threshold=0.05", "nms_iou=0.5", "max_detections=60")
     assert settings_of(plain) == " evaluate.".join(("data.dataset=coco", *stored))
@@ -185,7 +185,7 @@ def test_lvis_is_measured_by_its_own_rules(spots):
     bright = np.full((50, 60), 200, np.uint8)
     Image.fromarray(bright).save(root / "val" / "5.png")
     figures, results = evaluate_detector(BrightSpot(), replace(spots, dataset="lvis"), EvalConfig())
-    assert 5 in {one["image_id"] for one in results}
+    assert 5 in {result["image_id"] for result in results}
     assert figures["box_ap50"] == figures["mask_ap50"] == pytest.approx(100)
     assert figures["box_ap_common"] == figures["box_ap"] and "box_ar_300" in figures
     assert "box_ap_rare" not in figures
@@ -243,7 +243,7 @@ def test_settings_of_the_evaluation_can_change(trained, tmp_path):
     changes = ["evaluate.max_detections=1", "evaluate.nms_iou=0.25"]
     other = override(load_config(trained / "config.yaml"), changes)
     evaluate(trained / "model.pt", ["evaluate.nms_iou=0.5"], config=other, plots=tmp_path)
-    images = [one["image_id"] for one in json.loads((tmp_path / "results.json").read_text())]
+    images = [result["image_id"] for result in json.loads((tmp_path / "results.json").read_text())]
     assert len(images) == len(set(images)) == 4
 
 
@@ -263,8 +263,8 @@ def test_pictures_are_the_same_images_every_time_with_truth_beside_detections(sp
     first = write_pictures(BrightSpot(), spots, tmp_path / "a", 3)
     second = write_pictures(BrightSpot(), spots, tmp_path / "b", 3)
     assert [path.name for path in first] == [f"{number:012d}.jpg" for number in (1, 3, 5)]
-    for one, two in zip(first, second, strict=True):
-        assert one.read_bytes() == two.read_bytes()
+    for path, again in zip(first, second, strict=True):
+        assert path.read_bytes() == again.read_bytes()
     sheet = np.asarray(Image.open(first[1])).astype(int)
     half = sheet.shape[1] // 2
     color = sheet.max(2) - sheet.min(2) > 60  # only what is drawn has a color

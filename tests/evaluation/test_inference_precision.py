@@ -108,7 +108,7 @@ def test_a_trained_detector_finds_the_same_in_bf16(tiny: Path, tmp_path: Path) -
     config = load_config("tiny", [f"data.root={tiny}", "optim.ema=0.9", *steps])
     detector, *_ = restore_detector(train(config, tmp_path))
     detector.cuda().eval()
-    exact, other = (detect(detector, config, one, GPU) for one in ("fp32", "bf16"))
+    exact, other = (detect(detector, config, precision, GPU) for precision in ("fp32", "bf16"))
     figures = compare(exact, other, 0.3)
     assert figures["matched"] >= 20 and figures["mean IoU"] >= 0.98, figures
     assert figures["mean difference of scores"] <= 0.02, figures

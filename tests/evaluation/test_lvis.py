@@ -88,8 +88,8 @@ def test_the_best_300_of_an_image_count_and_of_equal_ones_the_first():
     ]
     results[699]["score"] = 0.9
     kept = best(results)
-    assert sorted(one["number"] for one in kept if one["image_id"] == 1) == list(range(0, 600, 2))
-    assert sorted(one["number"] for one in kept if one["image_id"] == 2) == [*range(1, 599, 2), 699]
+    numbers = {i: sorted(item["number"] for item in kept if item["image_id"] == i) for i in (1, 2)}
+    assert numbers == {1: list(range(0, 600, 2)), 2: [*range(1, 599, 2), 699]}
     flood = found(*[ELSEWHERE] * 300, category=2, score=0.8)
     assert ap(truth_of([(1, BOX)]), found(BOX, score=0.7) + flood) == 0
     assert ap(truth_of([(1, BOX)]), found(BOX, score=0.7) + flood[1:]) == pytest.approx(100)
@@ -112,7 +112,7 @@ def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_it
     finished = compare_file(truth, both, ["bbox", "segm"])
     assert summary(finished)["mask_ap_small"] == pytest.approx(100)
     assert summary(compare(truth, both))["mask_ap_small"] == pytest.approx(50)
-    alone = [{key: one[key] for key in one if key != "bbox"} for one in both]
+    alone = [{key: result[key] for key in result if key != "bbox"} for result in both]
     assert summary(compare_file(truth, alone, ["segm"]))["mask_ap_small"] == pytest.approx(50)
 
 
@@ -142,22 +142,22 @@ def test_cocos_annotations_are_refused_in_one_line(tmp_path):
 
 def slow_ap(truth, results, threshold):
     """The mean AP of boxes at one IoU threshold, detection by detection as the paper defines it."""
-    known = {(one.image_id, one.category_id) for one in truth.objects}
+    known = {(annotation.image_id, annotation.category_id) for annotation in truth.objects}
     means = []
     for category in truth.categories:
-        objects = [one for one in truth.objects if one.category_id == category]
+        objects = [annotation for annotation in truth.objects if annotation.category_id == category]
         taken, hits = set(), []
-        mine = [one for one in results if one["category_id"] == category]
-        for one in sorted(mine, key=lambda one: (-one["score"], one["image_id"])):
-            image, key = truth.images[one["image_id"]], (one["image_id"], category)
-            if one["bbox"][2] * one["bbox"][3] == 0 or (
+        mine = [result for result in results if result["category_id"] == category]
+        for result in sorted(mine, key=lambda result: (-result["score"], result["image_id"])):
+            image, key = truth.images[result["image_id"]], (result["image_id"], category)
+            if result["bbox"][2] * result["bbox"][3] == 0 or (
                 key not in known and category not in image["neg_category_ids"]
             ):
                 continue
             rivals = [
-                (iou(one["bbox"], other.bbox), -number)
+                (iou(result["bbox"], other.bbox), -number)
                 for number, other in enumerate(objects)
-                if other.image_id == one["image_id"] and number not in taken
+                if other.image_id == result["image_id"] and number not in taken
             ]
             top, number = max(rivals, default=(0, 0), key=lambda pair: (pair[0], -pair[1]))
             if top >= threshold:
@@ -169,7 +169,7 @@ def slow_ap(truth, results, threshold):
             right = np.cumsum(hits) if hits else np.zeros(0)
             recall, precision = right / len(objects), right / np.arange(1, len(hits) + 1)
             levels = np.linspace(0, 1, 101)
-            means.append(np.mean([max(precision[recall >= one], default=0) for one in levels]))
+            means.append(np.mean([max(precision[recall >= level], default=0) for level in levels]))
     return 100 * np.mean(means)
 
 

@@ -48,14 +48,14 @@ def test_ap_of_lvis_example_is_that_of_the_comparison(examples):
 def test_objects_without_an_outline_are_ignored_at_their_own_threshold():
     truth, results = random_set(5)
     bare = [
-        one if number % 3 else msgspec.structs.replace(one, segmentation=None)
-        for number, one in enumerate(truth.objects)
+        annotation if number % 3 else msgspec.structs.replace(annotation, segmentation=None)
+        for number, annotation in enumerate(truth.objects)
     ]
     truth = Truth(truth.path, truth.images, truth.categories, bare)
     comparison = coco.compare(truth, results)["segm"]
     assert_same_ap(comparison)
     ignored = comparison.matches.ignored.sum(0)
-    assert len(comparison.objects) < len([one for one in bare if not one.iscrowd])
+    assert len(comparison.objects) < len([item for item in bare if not item.iscrowd])
     assert (np.diff(ignored) <= 0).all() and ignored[0] > ignored[-1]
 
 
@@ -72,10 +72,10 @@ def test_without_objects_or_results_matches_are_empty():
 
 def test_the_best_of_more_than_the_limit_take_part():
     truth, results = random_set(0, images=2, categories=1)
-    results = [one for one in results if one["image_id"] == results[0]["image_id"]] * 12
+    results = [result for result in results if result["image_id"] == results[0]["image_id"]] * 12
     comparison = coco.compare(truth, results, ["bbox"])["bbox"]
     assert len(comparison.matches.score) == 100
-    assert (comparison.matches.score >= np.sort([one["score"] for one in results])[-100]).all()
+    assert (comparison.matches.score >= np.sort([item["score"] for item in results])[-100]).all()
     assert_same_ap(comparison)
 
 
@@ -94,7 +94,7 @@ def test_found_names_the_object_of_each_true_positive():
 def test_weights_count_images_as_often_as_copies_of_them_would():
     truth, results = random_set(4, images=12)
     # distinct scores: of equal ones, those of another image may come between
-    results = [one | {"score": 1 / (2 + place)} for place, one in enumerate(results)]
+    results = [result | {"score": 1 / (2 + place)} for place, result in enumerate(results)]
     matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
     drawn = np.random.default_rng(0).integers(0, 12, 12)
     images, objects, copies = {}, [], []
@@ -102,10 +102,10 @@ def test_weights_count_images_as_often_as_copies_of_them_would():
         old = int(matches.image_ids[place])
         new = 1000 * int(place) + number
         images[new] = truth.images[old] | {"id": new}
-        for one in truth.objects:
-            if one.image_id == old:
-                objects.append(msgspec.structs.replace(one, image_id=new))
-        copies += [one | {"image_id": new} for one in results if one["image_id"] == old]
+        for annotation in truth.objects:
+            if annotation.image_id == old:
+                objects.append(msgspec.structs.replace(annotation, image_id=new))
+        copies += [result | {"image_id": new} for result in results if result["image_id"] == old]
     resampled = Truth(truth.path, dict(sorted(images.items())), truth.categories, objects)
     expected = coco.compare(resampled, copies, ["bbox"])["bbox"]
     counts = Counter(drawn.tolist())
@@ -117,14 +117,14 @@ def test_weights_count_images_as_often_as_copies_of_them_would():
 
 def test_a_file_holds_the_matches_of_both_kinds(tmp_path):
     truth, results = random_set(1)
-    matches = {kind: one.matches for kind, one in coco.compare(truth, results).items()}
+    matches = {kind: found.matches for kind, found in coco.compare(truth, results).items()}
     path = tmp_path / "new" / "matches.npz"
     save_matches(path, matches)
     loaded = load_matches(path)
     assert list(loaded) == ["bbox", "segm"]
-    for kind, one in loaded.items():
+    for kind, stored in loaded.items():
         for name, value in vars(matches[kind]).items():
-            got = getattr(one, name)
+            got = getattr(stored, name)
             if isinstance(value, np.ndarray):
                 np.testing.assert_array_equal(got, value)
                 assert got.dtype == value.dtype
@@ -152,7 +152,9 @@ def test_a_file_that_is_no_matches_is_refused_in_one_line(tmp_path, change):
     path = tmp_path / "matches.npz"
     save_matches(path, {"bbox": coco.compare(truth, results, ["bbox"])["bbox"].matches})
     with np.load(path) as file:
-        columns = {name: one for name, one in (dict(file) | change).items() if one is not None}
+        columns = {
+            name: value for name, value in (dict(file) | change).items() if value is not None
+        }
     np.savez(path, **columns)
     with pytest.raises(ValueError, match=r"matches\.npz: not a matches file") as caught:
         load_matches(path)

@@ -24,8 +24,8 @@ def edit(root: Path, change: Callable[[dict], object], name: str = "instances_va
 
 
 def crowds(tree: dict) -> None:
-    for one in tree["annotations"]:
-        one["iscrowd"] = 1
+    for annotation in tree["annotations"]:
+        annotation["iscrowd"] = 1
 
 
 def no_images(tree: dict) -> None:
@@ -41,10 +41,10 @@ def as_lvis(root: Path, empty: int) -> None:
         image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
     for category in tree["categories"]:
         category["frequency"] = "f"
-    images = sorted({one["image_id"] for one in tree["annotations"] if not one.get("iscrowd")})
-    for one in tree["annotations"]:
-        if one["image_id"] in images[:empty]:
-            one["area"] = 0
+    images = sorted({item["image_id"] for item in tree["annotations"] if not item.get("iscrowd")})
+    for annotation in tree["annotations"]:
+        if annotation["image_id"] in images[:empty]:
+            annotation["area"] = 0
     for split in ("train", "val"):
         (root / "annotations" / f"lvis_v1_{split}.json").write_text(json.dumps(tree))
 
@@ -98,7 +98,7 @@ def test_objects_without_area_are_refused_by_evaluation_and_training(
 def test_a_class_without_objects_has_no_ap(trained: Path, own_tiny: Path, tmp_path: Path) -> None:
     tree = json.loads((own_tiny / "annotations" / "instances_val.json").read_text())
     gone = tree["categories"][0]
-    kept = [one for one in tree["annotations"] if one["category_id"] != gone["id"]]
+    kept = [item for item in tree["annotations"] if item["category_id"] != gone["id"]]
     edit(own_tiny, lambda tree: tree.update(annotations=kept))
     settings, plots = [f"data.root={own_tiny}"], tmp_path / "plots"
     metrics, _ = stages.evaluate(trained / "model.pt", settings, folder=tmp_path, plots=plots)

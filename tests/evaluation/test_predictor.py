@@ -61,8 +61,8 @@ def test_the_same_picture_in_every_form_gives_the_same_detections(predictor, tmp
     forms = [path, str(path), Image.open(path), tensor, np.asfortranarray(pixels)]
     for image in forms:
         assert torch.equal(predictor(image).boxes, expected.boxes)
-    for one in predictor(forms):
-        assert torch.equal(one.boxes, expected.boxes)
+    for detections in predictor(forms):
+        assert torch.equal(detections.boxes, expected.boxes)
     assert predictor([]) == []
 
 
@@ -223,8 +223,8 @@ def test_names_of_neighbors_do_not_cover_each_other():
     both = found([[300, 300, 340, 340], [302, 302, 338, 338]], [0, 1])
     for index in (0, 1):
         alone, beside = (
-            (np.asarray(draw(black, one, scale=1)) == class_color(index)).all(2).sum()
-            for one in (both[index : index + 1], both)
+            (np.asarray(draw(black, shown, scale=1)) == class_color(index)).all(2).sum()
+            for shown in (both[index : index + 1], both)
         )
         assert beside > 0.8 * alone
 

@@ -39,9 +39,9 @@ def class_result(name: str, ap: float | None, error: str | None = "missed") -> C
 
 
 def analysis(kind: str, classes: list[ClassResult], image_ids: list[int] = []) -> Analysis:  # noqa: B006
-    names = [*[one.name for one in classes][:30], "background"]
-    images = [ImageResult(one, f"{one}.jpg", 0.25, 3, 2, 2, 1) for one in image_ids]
-    aps = [one.ap for one in classes if one.ap is not None]
+    names = [*[row.name for row in classes][:30], "background"]
+    images = [ImageResult(image_id, f"{image_id}.jpg", 0.25, 3, 2, 2, 1) for image_id in image_ids]
+    aps = [row.ap for row in classes if row.ap is not None]
     mean = sum(aps) / len(aps)
     special = {"background": 9.5, "false_positive": 3.0, "false_negative": 4.0}
     return Analysis(
@@ -76,9 +76,7 @@ def truth(tmp_path: Path) -> Truth:
     triangle = [[10, 10, 50, 10, 10, 50]]
     shared = {"category_id": 5, "area": 800, "segmentation": triangle, "bbox": [10, 10, 40, 40]}
     tree = {
-        "images": [
-            {"id": one, "file_name": f"{one}.jpg", "width": 100, "height": 60} for one in (1, 2)
-        ],
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 60} for i in (1, 2)],
         "categories": [{"id": 5, "name": "star"}],
         "annotations": [
             {"id": 1, "image_id": 1, "iscrowd": 0, **shared},
@@ -167,9 +165,9 @@ def test_objects_and_detections_are_drawn_where_they_are(truth: Truth) -> None:
 
 def test_the_page_of_a_data_set_as_large_as_coco_is_small(truth: Truth, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    for one in (1, 2):  # as much detail as photographs have
-        Image.fromarray(noise).resize((640, 480)).save(tmp_path / "val" / f"{one}.jpg")
-        truth.images[one].update(width=640, height=480)
+    for number in (1, 2):  # as much detail as photographs have
+        Image.fromarray(noise).resize((640, 480)).save(tmp_path / "val" / f"{number}.jpg")
+        truth.images[number].update(width=640, height=480)
     classes = [class_result(f"class {i}", 30.0 + i / 2) for i in range(80)]
     analyses = [analysis(kind, classes, [1, 2, 1, 2, 1]) for kind in ("box", "mask")]
     images = Images(tmp_path / "val", lvis=False)
@@ -222,7 +220,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
     try:
         assert process.stderr is not None
         found = (re.search(r"ws://(127\.0\.0\.1:\d+)/", line) for line in process.stderr)
-        address = next(one[1] for one in found if one)
+        address = next(groups[1] for groups in found if groups)
         with urllib.request.urlopen(f"http://{address}/json") as answer:
             tabs = json.load(answer)
         url = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
@@ -269,8 +267,8 @@ def test_the_page_in_a_browser(browser: Browser, page: Path) -> None:
     browser("Emulation.setEmulatedMedia", features=[dark])
     assert browser.value("getComputedStyle(document.body).backgroundColor") != light
 
-    sent = [one for one in browser.events if one["method"] == "Network.requestWillBeSent"]
-    urls = [one["params"]["request"]["url"] for one in sent]
+    sent = [event for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+    urls = [request["params"]["request"]["url"] for request in sent]
     assert [url for url in urls if not url.startswith("data:")] == [page.as_uri()]
     wrong = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-    assert not [one for one in browser.events if one["method"] in wrong]
+    assert not [event for event in browser.events if event["method"] in wrong]

@@ -47,7 +47,7 @@ def document(first_id: int = 1, lvis: bool = False) -> dict:
             image |= {"neg_category_ids": [1], "not_exhaustive_category_ids": [3]}
         for category in categories:
             category.update(frequency="r", image_count=2)
-    annotations = [one | {"id": first_id + k} for k, one in enumerate(objects)]
+    annotations = [annotation | {"id": first_id + k} for k, annotation in enumerate(objects)]
     content = {"images": images, "categories": categories, "annotations": annotations}
     return copy.deepcopy(content)
 
@@ -65,7 +65,7 @@ def results(lvis: bool = False) -> list[dict]:
     """A result for each object of the document, with box and mask."""
     keys = ("image_id", "category_id", "bbox", "segmentation")
     objects = document(lvis=lvis)["annotations"]
-    return [{key: one[key] for key in keys} | {"score": 0.5} for one in objects]
+    return [{key: annotation[key] for key in keys} | {"score": 0.5} for annotation in objects]
 
 
 LARGE = [2**16, 2**31, 2**32, 2**63, -(2**63) - 1, 1e10, 1e39, 1e308, -1e308, 5e-324, 10**400]
@@ -99,7 +99,7 @@ SHAPES = st.one_of(
 )
 NESTED = st.recursive(
     SCALARS,
-    lambda one: st.one_of(st.lists(one, max_size=4), st.dictionaries(TEXT, one, max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=3)),
     max_leaves=6,
 )
 JSON = st.one_of(SCALARS, SHAPES, NESTED)

@@ -85,31 +85,31 @@ def reference(qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: li
 
 def results(function, case: Case, given: list[Tensor], gradient: Tensor) -> list[Tensor]:
     """What comes out, and the gradients of what went in: zeros for what plays no part."""
-    leaves = [one.detach().requires_grad_() for one in given]
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
     out = function(*leaves, sizes(case))
     found = torch.autograd.grad(out, leaves, gradient, allow_unused=True)
     pairs = zip(found, leaves, strict=True)
-    return [out.detach(), *(torch.zeros_like(leaf) if one is None else one for one, leaf in pairs)]
+    return [out.detach(), *(torch.zeros_like(leaf) if g is None else g for g, leaf in pairs)]
 
 
 def distances(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
     """Of each tensor, the norm of the difference over that of the wanted one."""
     pairs = zip(found, wanted, strict=True)
-    return [((one - true).norm() / true.norm().clamp(min=1e-6)).item() for one, true in pairs]
+    return [((tensor - true).norm() / true.norm().clamp(min=1e-6)).item() for tensor, true in pairs]
 
 
 def relative_errors(case: Case, dtype: torch.dtype, device: str, *functions) -> list[list[float]]:
     """Of each function's results, the distances from the true ones."""
     given, gradient = inputs(case, dtype, device)
-    exact = results(reference, case, [one.double() for one in given], gradient.double())
-    return [distances(results(one, case, given, gradient), exact) for one in functions]
+    exact = results(reference, case, [tensor.double() for tensor in given], gradient.double())
+    return [distances(results(function, case, given, gradient), exact) for function in functions]
 
 
 def check_operator(case: Case) -> None:
     """Schema, autograd, and that fake tensors have the shapes, dtypes and strides of real ones."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     given, gradient = inputs(case, torch.float32, "cpu")
-    leaves = [one.clone().requires_grad_() for one in given]
+    leaves = [tensor.clone().requires_grad_() for tensor in given]
     torch.library.opcheck(attention, (*leaves, sizes(case)), test_utils=tests)
     saved = attention(*given, sizes(case))
     again = (gradient, *given, *saved, sizes(case))
@@ -138,9 +138,9 @@ def compiled_block() -> float:
 
 if __name__ == "__main__":
     if sys.argv[1] == "operator":
-        for one in (Case(1, 2, 2, 1, 16), Case(1, 1, 2, 1, 16, window=2)):
-            check_operator(one)
+        for case in (Case(1, 2, 2, 1, 16), Case(1, 1, 2, 1, 16, window=2)):
+            check_operator(case)
         print(compiled_block())
     else:
         some = CASES[int(sys.argv[1]) :: 2]
-        print(json.dumps([relative_errors(one, torch.float32, "cpu", fused)[0] for one in some]))
+        print(json.dumps([relative_errors(case, torch.float32, "cpu", fused)[0] for case in some]))

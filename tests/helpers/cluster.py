@@ -102,7 +102,7 @@ def job_containers(job: dict) -> list[dict]:
     if "trainer" in spec:
         return [spec["trainer"]]
     replicas = spec["pytorchReplicaSpecs"].values()
-    return [one["template"]["spec"]["containers"][0] for one in replicas]
+    return [replica["template"]["spec"]["containers"][0] for replica in replicas]
 
 
 def arguments(

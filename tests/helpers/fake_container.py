@@ -64,13 +64,13 @@ class Container:
         with gone:
             while new := {self.root, *self.root.children(recursive=True)} - found:
                 found |= new
-                for one in new if number == signal.SIGKILL else ():
+                for process in new if number == signal.SIGKILL else ():
                     with gone:
-                        one.suspend()  # so that no child is born unseen
+                        process.suspend()  # so that no child is born unseen
         self.family |= found
-        for one in self.family if number == signal.SIGKILL else {self.root}:
+        for process in self.family if number == signal.SIGKILL else {self.root}:
             with gone:
-                one.send_signal(number)
+                process.send_signal(number)
 
     def wait(self) -> None:
         """What the process leaves behind ends with it, as in a container; then its last lines are there."""

@@ -16,11 +16,11 @@ def matches(rule: dict, pod: dict) -> str | None:
     """Return what of the pod matches the rule, as the message of the Job's condition names it."""
     where, status = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}", pod["status"]
     if codes := rule.get("onExitCodes"):
-        for one in status.get("containerStatuses") or []:
-            code = one["state"].get("terminated", {}).get("exitCode", 0)
+        for entry in status.get("containerStatuses") or []:
+            code = entry["state"].get("terminated", {}).get("exitCode", 0)
             listed = (code in codes["values"]) == (codes["operator"] == "In")
-            if codes.get("containerName", one["name"]) == one["name"] and code and listed:
-                return f"Container {one['name']} for pod {where} failed with exit code {code}"
+            if codes.get("containerName", entry["name"]) == entry["name"] and code and listed:
+                return f"Container {entry['name']} for pod {where} failed with exit code {code}"
         return None
     for condition in status.get("conditions") or []:
         for pattern in rule["onPodConditions"]:

@@ -166,11 +166,11 @@ class FakeNode:
     def write(self, pod: dict, phase: str, state: dict, last: dict | None = None) -> None:
         container, name = pod["spec"]["containers"][0], pod["metadata"]["name"]
         runs, restarts = "running" in state, self.containers[name].restarts
-        one = {"name": container["name"], "image": container["image"], "imageID": ""}
-        one |= {"ready": runs, "started": runs, "restartCount": restarts}
-        one |= {"state": state, "lastState": last or {}}
+        state_of = {"name": container["name"], "image": container["image"], "imageID": ""}
+        state_of |= {"ready": runs, "started": runs, "restartCount": restarts}
+        state_of |= {"state": state, "lastState": last or {}}
         status = {"phase": phase, "hostIP": "127.0.0.1", "podIP": "127.0.0.1", "startTime": now()}
-        change = {"status": {**status, "containerStatuses": [one]}}
+        change = {"status": {**status, "containerStatuses": [state_of]}}
         self.core.patch_namespaced_pod_status(name, self.namespace, change, _preload_content=False)
 
     def process_of(self, pod: dict, spec: dict) -> tuple[list[str], dict[str, str], Path]:
@@ -180,25 +180,25 @@ class FakeNode:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        for one in spec.get("envFrom") or []:
-            environment |= self.secret(one["secretRef"]["name"])
-        for one in spec.get("env") or []:
-            source = one.get("valueFrom") or {}
+        for reference in spec.get("envFrom") or []:
+            environment |= self.secret(reference["secretRef"]["name"])
+        for variable in spec.get("env") or []:
+            source = variable.get("valueFrom") or {}
             key = source.get("secretKeyRef")
             path = (source.get("fieldRef") or {}).get("fieldPath", "")
             if path.startswith("metadata.annotations['"):
-                environment[one["name"]] = pod["metadata"]["annotations"][path.split("'")[1]]
+                environment[variable["name"]] = pod["metadata"]["annotations"][path.split("'")[1]]
             elif key:
                 found = self.secret(key["name"])
                 if key["key"] in found or not key.get("optional"):
-                    environment[one["name"]] = found[key["key"]]
+                    environment[variable["name"]] = found[key["key"]]
             else:
-                environment[one["name"]] = one.get("value", "")
+                environment[variable["name"]] = variable.get("value", "")
         self.resolve(pod, environment)
         folders = {
-            one["mountPath"]: self.claims[claims(pod)[one["name"]]]
-            for one in spec.get("volumeMounts") or []
-            if one["name"] in claims(pod)
+            mount["mountPath"]: self.claims[claims(pod)[mount["name"]]]
+            for mount in spec.get("volumeMounts") or []
+            if mount["name"] in claims(pod)
         }
         words = [*(spec.get("command") or []), *(spec.get("args") or [])]
         value_of = lambda found: environment.get(found[1], found[0])  # noqa: E731
@@ -235,9 +235,9 @@ class FakeNode:
 def claims(pod: dict) -> dict[str, str]:
     """The claims of a pod's volumes."""
     return {
-        one["name"]: one["persistentVolumeClaim"]["claimName"]
-        for one in pod["spec"].get("volumes") or []
-        if "persistentVolumeClaim" in one
+        volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+        for volume in pod["spec"].get("volumes") or []
+        if "persistentVolumeClaim" in volume
     }
 
 
@@ -262,7 +262,7 @@ class Kubelet(BaseHTTPRequestHandler):
             self.send_error(404 if container is None else 400)
             return
         first = time.time() - float(asked.get("sinceSeconds", "inf"))
-        shown = [one for one in list(container.lines[instance]) if one[0] >= first]
+        shown = [line for line in list(container.lines[instance]) if line[0] >= first]
         shown = shown[-int(asked["tailLines"]) :] if "tailLines" in asked else shown
         self.send_response(200)
         self.end_headers()

@@ -34,7 +34,7 @@ TRAIN = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")
 def pytorch_environment(job: dict, kind: str, index: int) -> dict[str, str]:
     """What envvar.go adds to each container of the pod."""
     spec, name = job["spec"], job["metadata"]["name"]
-    replicas = {key: one["replicas"] for key, one in spec["pytorchReplicaSpecs"].items()}
+    replicas = {key: replica["replicas"] for key, replica in spec["pytorchReplicaSpecs"].items()}
     total, processes = sum(replicas.values()), spec.get("nprocPerNode", "auto")
     added = {"PYTHONUNBUFFERED": "1"}
     if "Master" in replicas:
@@ -70,7 +70,7 @@ def merged(base: object, patch: object) -> object:
     if isinstance(base, list) and isinstance(patch, list) and base:
         key = next((key for key in ("mountPath", "name") if key in base[0]), None)
         if key:
-            there, added = {one[key]: one for one in base}, {one[key]: one for one in patch}
+            there, added = {item[key]: item for item in base}, {item[key]: item for item in patch}
             return list(merged(there, added).values())
     return patch
 
@@ -145,16 +145,16 @@ class FakeOperator:
     def warn(self, job: dict, message: str) -> None:
         """What a refused pod leaves: pod_control.go, of a TrainJob the Job controller."""
         mine = job["kind"] == "PyTorchJob"
-        one = {
+        reference = {
             "namespace": self.namespace,
             "kind": job["kind"] if mine else "Job",
             "name": job["metadata"]["name"] + ("" if mine else "-node-0"),
             "uid": job["metadata"]["uid"] if mine else "of-that-job",
         }
         event = {
-            "metadata": {"name": f"{one['name']}.{uuid.uuid4().hex[:12]}"},
+            "metadata": {"name": f"{reference['name']}.{uuid.uuid4().hex[:12]}"},
             "type": "Warning",
-            "involvedObject": one,
+            "involvedObject": reference,
             "reason": "FailedCreatePod" if mine else "FailedCreate",
             "message": f"Error creating: {message}",
             **{"firstTimestamp": now(), "lastTimestamp": now(), "count": 1},
@@ -164,7 +164,7 @@ class FakeOperator:
     def condition(self, job: dict, kind: str, reason: str, message: str, true: bool = True) -> None:
         """Running and Restarting exclude each other; an end makes Running false; nothing follows on Failed."""
         status = job.setdefault("status", {})
-        there = {one["type"]: one for one in status.setdefault("conditions", [])}
+        there = {entry["type"]: entry for entry in status.setdefault("conditions", [])}
         if there.get("Failed", {}).get("status") == "True":
             return
         wanted = {"type": kind, "status": str(true), "reason": reason}
@@ -184,19 +184,19 @@ class FakeOperator:
     @staticmethod
     def true(job: dict, *kinds: str) -> bool:
         return any(
-            one["type"] in kinds and one["status"] == "True"
-            for one in job["status"].get("conditions", [])
+            entry["type"] in kinds and entry["status"] == "True"
+            for entry in job["status"].get("conditions", [])
         )
 
     def delete_pods(self, pods: dict[str, dict], but: tuple[str, ...] = ()) -> None:
         """All whose phase is none of `but`."""
-        for pod, one in pods.items():
-            if one["status"]["phase"] not in but:
+        for pod, found in pods.items():
+            if found["status"]["phase"] not in but:
                 self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
 
     def stirred(self, job: dict, pods: dict[str, dict]) -> bool:
         """Whether anything has happened to job or pods since this was asked last."""
-        versions = sorted(one["metadata"]["resourceVersion"] for one in (job, *pods.values()))
+        versions = sorted(item["metadata"]["resourceVersion"] for item in (job, *pods.values()))
         uid = job["metadata"]["uid"]
         before, self.versions[uid] = self.versions.get(uid), versions
         return before != versions
@@ -227,9 +227,9 @@ class FakeOperator:
             job["status"]["startTime"] = now()
         running = [pod for pod in pods.values() if pod["status"]["phase"] == "Running"]
         again = sum(
-            one["restartCount"]
+            container["restartCount"]
             for pod in running
-            for one in pod["status"].get("containerStatuses", [])
+            for container in pod["status"].get("containerStatuses", [])
         )
         limits = {
             "it has reached the specified backoff limit": "backoffLimit" in policy
@@ -273,9 +273,9 @@ class FakeOperator:
             names = {"Succeeded": "succeeded", "Failed": "failed"}
             counts[names.get(phase, "active")] += phase != "Pending"
             codes = [
-                one["state"]["terminated"]["exitCode"]
-                for one in pods[pod]["status"].get("containerStatuses", [])
-                if "terminated" in one["state"]
+                container["state"]["terminated"]["exitCode"]
+                for container in pods[pod]["status"].get("containerStatuses", [])
+                if "terminated" in container["state"]
             ]
             again = policy == "OnFailure" or policy == "ExitCode" and max(codes, default=0) >= 128
             if phase == "Failed" and again:
@@ -318,9 +318,9 @@ class FakeOperator:
         if self.true(job, "Suspended"):
             self.condition(job, "Suspended", "Resumed", "TrainJob is resumed", False)
         resumed = [
-            one["lastTransitionTime"]
-            for one in status.get("conditions", [])
-            if one["type"] == "Suspended"
+            entry["lastTransitionTime"]
+            for entry in status.get("conditions", [])
+            if entry["type"] == "Suspended"
         ]
         start = resumed[0] if resumed else job["metadata"]["creationTimestamp"]
         if 0 < job["spec"].get("activeDeadlineSeconds", 0) < since(start):
@@ -345,8 +345,8 @@ class FakeOperator:
             self.condition(job, "Complete", "AllJobsCompleted", "jobset completed successfully")
         template = spec["replicatedJobs"][0]["template"]["spec"]["template"]
         for patch in job["spec"].get("runtimePatches") or []:
-            one = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
-            template = merged(template, one["template"]["spec"]["template"])
+            replicated = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
+            template = merged(template, replicated["template"]["spec"]["template"])
         own = {key: trainer[key] for key in ("image", "command", "args", "env") if key in trainer}
         if "resourcesPerNode" in trainer:
             own["resources"] = trainer["resourcesPerNode"]
@@ -371,4 +371,4 @@ class FakeOperator:
         ready = phases.count("Running")
         counts = {"ready": ready == nodes, "succeeded": "Succeeded" in phases}
         counts |= {"failed": 0, "suspended": 0, "active": bool(phases)}
-        status["jobsStatus"] = [{"name": "node", **{key: int(one) for key, one in counts.items()}}]
+        status["jobsStatus"] = [{"name": "node", **{key: int(n) for key, n in counts.items()}}]

@@ -52,20 +52,20 @@ def run(function: Callable, args: tuple, kwargs: dict) -> object:
     indexes = function in INDEXING and isinstance(args[0], FarTensor)
     if far and near and function not in MOVES and not indexes:
         raise RuntimeError(
-            f"{function}: operands {[tuple(one.shape) for one in near]} on the CPU, "
-            f"{[tuple(one.shape) for one in far]} far away"
+            f"{function}: operands {[tuple(tensor.shape) for tensor in near]} on the CPU, "
+            f"{[tuple(tensor.shape) for tensor in far]} far away"
         )
     stays_far, inner = bool(far), kwargs
     if kwargs.get("device") is not None:
         stays_far, inner = is_far(kwargs["device"]), {**kwargs, "device": torch.device("cpu")}
     if function is aten._local_scalar_dense.default:
         stays_far = False
-    near_of = lambda one: one.near if isinstance(one, FarTensor) else one  # noqa: E731
+    near_of = lambda value: value.near if isinstance(value, FarTensor) else value  # noqa: E731
     positional, named = tree_map(near_of, (args, inner))
     found = function(*positional, **named)
     if function._schema.name.endswith("_") and found is not None:
         return args[0]  # in place
-    to_far = lambda one: FarTensor(one) if isinstance(one, Tensor) else one  # noqa: E731
+    to_far = lambda value: FarTensor(value) if isinstance(value, Tensor) else value  # noqa: E731
     return tree_map(to_far, found) if stays_far else found
 
 

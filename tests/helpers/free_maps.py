@@ -64,5 +64,5 @@ def _keys(node: object, where: str, kind: str) -> Iterator[tuple[str, str]]:
         for key, value in node.items():
             known = LABELS if SELECTORS.get(kind) == key else KNOWN.get(key)
             if known is not None and isinstance(value, dict):
-                yield from ((f"{where}.{key}", one) for one in value if one not in known)
+                yield from ((f"{where}.{key}", name) for name in value if name not in known)
             yield from _keys(value, f"{where}.{key}", kind)

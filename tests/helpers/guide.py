@@ -11,10 +11,12 @@ TEXT = (ROOT / "docs" / "kubeflow.md").read_text()
 BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?ms)^ *```\n(.*?)^ *```$", TEXT)]
 PROSE = re.sub(r"(?ms)^ *```\n.*?^ *```$", "", TEXT)
 CODE = re.findall(r"`([^`\n]+)`", PROSE)
-COMMANDS = [one for one in CODE if re.match(r"\(?(kubectl|python -m) ", one)]
+COMMANDS = [command for command in CODE if re.match(r"\(?(kubectl|python -m) ", command)]
 
 
 def lines(*words: str) -> list[str]:
     """Command lines, continuations joined, that contain all these words."""
-    joined = [line for one in [*BLOCKS, *COMMANDS] for line in one.replace("\\\n", " ").split("\n")]
+    joined = [
+        line for code in [*BLOCKS, *COMMANDS] for line in code.replace("\\\n", " ").split("\n")
+    ]
     return [line.strip() for line in joined if all(word in line for word in words)]

@@ -42,7 +42,9 @@ def problems(cluster: list[dict], jobs: list[dict], pools: dict[str, set[str]]) 
     pools: the labels "key=value" of each pool's nodes -> the taints on them.
     """
     documents = [*cluster, *jobs]
-    if found := [one for document in documents for one in misspelled(document) + unknown(document)]:
+    if found := [
+        text for document in documents for text in misspelled(document) + unknown(document)
+    ]:
         return found  # the rest may assume the shape
     found = [problem for document in jobs for problem in refused(document)]
     claims = {
@@ -116,14 +118,14 @@ def refused(job: dict) -> list[str]:
         if "node" not in inner:
             return [f"{job['kind']} {name}: no replicated job `node`"]
         node = inner["node"]["template"]
-        named = [one["name"] for one in node["spec"]["template"]["spec"]["containers"]]
+        named = [container["name"] for container in node["spec"]["template"]["spec"]["containers"]]
         labels = node.get("metadata", {}).get("labels", {})
         step = labels.get("trainer.kubeflow.org/trainjob-ancestor-step")
         env = [
             entry
             for _, pod in pods([job])
-            for one in containers(pod)
-            for entry in one.get("env", [])
+            for container in containers(pod)
+            for entry in container.get("env", [])
         ]
         said += broken(
             ("node" not in named, "no container `node`"),
@@ -153,17 +155,17 @@ def insecure(where: str, pod: dict, claims: set[str]) -> list[str]:
         (seccomp != "RuntimeDefault", "no seccomp profile"),
         *((spec.get(key), f"{key} is the host's") for key in HOST),
         *(
-            (not set(one) & VOLUMES, f"volume {one['name']} is of a refused kind")
-            for one in volumes
+            (not set(volume) & VOLUMES, f"volume {volume['name']} is of a refused kind")
+            for volume in volumes
         ),
-        *((unlimited(one), f"{one['name']} has no limit") for one in volumes),
+        *((unlimited(volume), f"{volume['name']} has no limit") for volume in volumes),
         (spec.get("automountServiceAccountToken") is not False, "has a token of the API server"),
         (sidecar, "gets an Istio sidecar"),
     )
-    for one in containers(pod):
-        own, name, image = one.get("securityContext", {}), one["name"], one["image"]
-        resources = one.get("resources", {})
-        mounted = [mount["name"] for mount in one.get("volumeMounts", [])]
+    for part in containers(pod):
+        own, name, image = part.get("securityContext", {}), part["name"], part["image"]
+        resources = part.get("resources", {})
+        mounted = [mount["name"] for mount in part.get("volumeMounts", [])]
         said += broken(
             (own.get("privileged"), f"{name}: privileged"),
             (own.get("allowPrivilegeEscalation") is not False, f"{name}: may gain privileges"),
@@ -176,7 +178,7 @@ def insecure(where: str, pod: dict, claims: set[str]) -> list[str]:
             ),
             (not pinned(image), f"{name}: image {image} is not pinned"),
             ("tmp" not in mounted, f"{name}: nothing writable at /tmp"),
-            *((one not in there, f"{name}: mounts {one}, which is no volume") for one in mounted),
+            *((key not in there, f"{name}: mounts {key}, which is no volume") for key in mounted),
         )
     return [f"{where}: {what}" for what in said]
 
@@ -207,9 +209,9 @@ def dangling(where: str, pod: dict, documents: list[dict], namespace: str) -> li
             wanted.append(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
         if "configMap" in volume:
             wanted.append(("ConfigMap", volume["configMap"]["name"]))
-    for one in containers(pod):
-        keys = [entry.get("valueFrom", {}).get("secretKeyRef") for entry in one.get("env", [])]
-        keys += [source["secretRef"] for source in one.get("envFrom", [])]
+    for part in containers(pod):
+        keys = [entry.get("valueFrom", {}).get("secretKeyRef") for entry in part.get("env", [])]
+        keys += [source["secretRef"] for source in part.get("envFrom", [])]
         wanted += [("Secret", key["name"]) for key in keys if key]
     return [
         f"{where}: no {kind} {name} in {namespace}"
@@ -244,7 +246,7 @@ def unmatched(documents: list[dict]) -> list[str]:
     names, said = {(d["kind"], d["metadata"]["name"]) for d in documents}, []
 
     def labels_in(namespace: str) -> list[dict]:
-        found = [one for one in documents if one["metadata"].get("namespace") == namespace]
+        found = [item for item in documents if item["metadata"].get("namespace") == namespace]
         return [pod["metadata"]["labels"] for _, pod in pods(found)]
 
     for document in documents:
@@ -266,7 +268,7 @@ def unmatched(documents: list[dict]) -> list[str]:
             sides = [side for rule in spec.get("ingress", []) for side in rule.get("from", [])]
             sides += [side for rule in spec.get("egress", []) for side in rule.get("to", [])]
             peers = [side["podSelector"] for side in sides if "podSelector" in side]
-            chosen = [one.get("matchLabels", {}) for one in (spec["podSelector"], *peers)]
+            chosen = [selector.get("matchLabels", {}) for selector in (spec["podSelector"], *peers)]
             said += [
                 f"{where}: no pod of {space} has {wanted}"
                 for space, wanted in map(_remote, sides)

@@ -68,7 +68,7 @@ def postgres_binaries() -> Path | None:
     folders = [*Path("/usr/lib/postgresql").glob("*/bin")]
     if found := shutil.which("initdb"):
         folders.append(Path(found).resolve().parent)
-    return next((one for one in sorted(folders) if (one / "initdb").exists()), None)
+    return next((folder for folder in sorted(folders) if (folder / "initdb").exists()), None)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def png(
     file = b"\x89PNG\r\n\x1a\n"
     for name, content in ((b"IHDR", head), *extra, (b"IDAT", pixels), (b"IEND", b"")):
         length, check = (
-            struct.pack(">I", one) for one in (len(content), zlib.crc32(name + content))
+            struct.pack(">I", number) for number in (len(content), zlib.crc32(name + content))
         )
         file += length + name + content + check
     return file
@@ -195,7 +195,7 @@ ODD: dict[str, Make] = {
     "animated PNG": animated("PNG"),
     "animated WebP": animated("WEBP"),
     "TIFF of several pages": animated("TIFF"),
-    **{f"turned {one} {name}": turned(one, name) for one in UPRIGHT for name in ("JPEG", "TIFF")},
+    **{f"turned {way} {name}": turned(way, name) for way in UPRIGHT for name in ("JPEG", "TIFF")},
     "turned PNG": turned(6, "PNG"),
     "turned WebP": turned(8, "WEBP"),
     **{

@@ -64,7 +64,7 @@ def launches() -> Iterator[list[Launch]]:
 
 def assemble(launch: Launch) -> Assembled:
     """Compile a launch as on an H100: with the same constants and divisors of its numbers."""
-    values = dict(zip((one.name for one in launch.kernel.params), launch.args, strict=False))
+    values = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=False))
     options = {key: value for key, value in launch.options.items() if key in OPTIONS}
     values |= launch.options
     signature, constants, divisible = {}, {}, {}

@@ -34,9 +34,9 @@ def random_set(seed, images=30, categories=6, lvis=False):
             objects.append(item)
             for _ in range(rng.integers(0, 5)):
                 near = [max(0.0, value + rng.normal(0, 2)) for value in box]
-                results.append(one(rng, image_id, item["category_id"], near))
+                results.append(result(rng, image_id, item["category_id"], near))
         for _ in range(rng.integers(0, 12)):
-            results.append(one(rng, image_id, int(rng.choice(list(kinds))), random_box(rng)))
+            results.append(result(rng, image_id, int(rng.choice(list(kinds))), random_box(rng)))
     if lvis:
         for image_id, head in heads.items():
             here = {item["category_id"] for item in objects if item["image_id"] == image_id}
@@ -45,11 +45,11 @@ def random_set(seed, images=30, categories=6, lvis=False):
             head.update(neg_category_ids=absent, not_exhaustive_category_ids=partly)
         for key, letter in zip(kinds, "rccfff" * categories, strict=False):
             kinds[key]["frequency"] = letter
-    truth = Truth(Path("random.json"), heads, kinds, [Annotation(**one) for one in objects])
+    truth = Truth(Path("random.json"), heads, kinds, [Annotation(**item) for item in objects])
     return truth, [results[i] for i in rng.permutation(len(results))]
 
 
-def one(rng, image_id, category, box):
+def result(rng, image_id, category, box):
     score = float(rng.choice([0.1, 0.3, 0.5, 0.9])) if rng.random() < 0.5 else float(rng.random())
     found = {"image_id": image_id, "category_id": category, "bbox": box}
     return {**found, "score": score, "segmentation": code(box)}

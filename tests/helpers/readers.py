@@ -85,20 +85,20 @@ def opened(split: object) -> None:
 def perfect(root: Path, truth: Truth) -> Path:
     """A file of results that finds every object."""
     results = [
-        result(one, truth)
-        for one in truth.objects
-        if one.image_id in truth.images and one.category_id in truth.categories
+        result(annotation, truth)
+        for annotation in truth.objects
+        if annotation.image_id in truth.images and annotation.category_id in truth.categories
     ]
     (root / "results.json").write_text(json.dumps(results))
     return root / "results.json"
 
 
-def result(one: Annotation, truth: Truth) -> dict:
+def result(item: Annotation, truth: Truth) -> dict:
     """One that finds the object."""
-    shape = read_outline(one.segmentation, truth.sides(one.image_id)).shape
-    x, y, width, height = one.bbox
+    shape = read_outline(item.segmentation, truth.sides(item.image_id)).shape
+    x, y, width, height = item.bbox
     box = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    found = {"image_id": one.image_id, "category_id": one.category_id, "bbox": one.bbox}
+    found = {"image_id": item.image_id, "category_id": item.category_id, "bbox": item.bbox}
     return {**found, "score": 0.5, "segmentation": box if shape is None else shape}
 
 

@@ -90,7 +90,7 @@ def read_state(output: Path, step: int | None = None) -> dict:
 def assert_equal(ours: dict, theirs: dict) -> None:
     """The same tensors by name, to the bit."""
     assert ours.keys() == theirs.keys()
-    assert not [name for name, one in ours.items() if not torch.equal(one, theirs[name])]
+    assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
 
 
 def same_weights(path: Path, other: Path, name: str = "model.pt") -> None:

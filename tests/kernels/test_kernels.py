@@ -41,11 +41,11 @@ def test_a_gpu_from_ampere_on_runs_them(gpu):
 
 def test_float64_takes_the_plain_path(gpu):
     gpu(9, 0)
-    one, other = (
+    first, other = (
         SimpleNamespace(is_cuda=True, dtype=kind, device=torch.device("cuda:0"))
         for kind in (torch.float32, torch.float64)
     )
-    assert kernels.enabled(one) and not kernels.enabled(one, other)
+    assert kernels.enabled(first) and not kernels.enabled(first, other)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ LAUNCHES = {
             zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), [2, 2, 1, 0, 0]
         ),
         ("attention_kernels", "backward"),
-        lambda: tuple(torch.zeros_like(one) for one in QKV),
+        lambda: tuple(torch.zeros_like(tensor) for tensor in QKV),
     ),
     "NMS": (
         lambda: nms.suppress(BOXES[None], None, 0.5, 1),
@@ -216,7 +216,7 @@ def test_inputs_of_a_graph_can_be_written_outside_of_the_inference_mode(second_g
     """Tensors that are made in the inference mode cannot; it is a state of each thread."""
     graphs, inference = CudaGraph(), []
     with torch.inference_mode():
-        graphs.record(lambda one: inference.append(one.inference), OnSecondGpu(1))
+        graphs.record(lambda tensor: inference.append(tensor.inference), OnSecondGpu(1))
     assert set(inference) == {False}
 
 

@@ -95,9 +95,9 @@ def test_a_gpu_with_little_shared_memory_gets_fewer_stages():
 def test_kernels_compiled_for_hopper_keep_all_in_registers(heads, depth, window):
     from tests.helpers.offline import assemble, attention_launches
 
-    found = [assemble(one) for one in attention_launches(heads, depth, window)]
+    found = [assemble(launch) for launch in attention_launches(heads, depth, window)]
     assert len(found) == 9
-    assert not [one for one in found if one.spilled > 64 or one.shared > 227 * 1024]
+    assert not [kernel for kernel in found if kernel.spilled > 64 or kernel.shared > 227 * 1024]
 
 
 CUDA_CASES = (
@@ -118,14 +118,14 @@ CUDA_CASES = (
 )
 def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
     def plain(qkv, bias, rel_h, rel_w, sizes):
-        return reference(qkv, *(one.to(qkv.dtype) for one in (bias, rel_h, rel_w)), sizes)
+        return reference(qkv, *(table.to(qkv.dtype) for table in (bias, rel_h, rel_w)), sizes)
 
     ours, theirs = relative_errors(case, dtype, "cuda", fused, plain)
     print(case, dtype, dict(zip(OUTPUTS, zip(ours, theirs, strict=True), strict=True)))
     # Results themselves are rounded to half precision.
-    allowed = [max(one, torch.finfo(dtype).eps) for one in theirs]
+    allowed = [max(error, torch.finfo(dtype).eps) for error in theirs]
     pairs = zip(OUTPUTS, ours, allowed, strict=True)
-    assert not [(name, one, limit) for name, one, limit in pairs if not one <= limit]
+    assert not [(name, error, limit) for name, error, limit in pairs if not error <= limit]
 
 
 @cuda
@@ -182,7 +182,7 @@ def test_a_block_on_a_gpu_is_compiled_captured_and_checkpointed():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gradients(block)
-    for one in captured:
-        one.zero_()
+    for tensor in captured:
+        tensor.zero_()
     graph.replay()
     assert differ(captured) < 1e-3

@@ -18,7 +18,7 @@ def test_the_kernel_writes_the_bytes_of_the_cpu(kind: str) -> None:
 
     masks, boxes, sizes = placed(kind)
     wanted, regions, ends, _ = columns(masks, boxes, sizes)
-    given = (one.to(DEVICE) for one in (masks, boxes, regions, ends))
+    given = (tensor.to(DEVICE) for tensor in (masks, boxes, regions, ends))
     assert torch.equal(launch(*given, len(wanted)).cpu(), wanted)
 
 
@@ -26,9 +26,9 @@ def test_the_kernel_writes_the_bytes_of_the_cpu(kind: str) -> None:
 def test_nothing_to_paste() -> None:
     from vitdet.kernels.paste_kernels import launch
 
-    masks, boxes, sizes = (one[:0] for one in placed("noise"))
+    masks, boxes, sizes = (tensor[:0] for tensor in placed("noise"))
     ends = torch.zeros(0, dtype=torch.int64)
-    given = (one.to(DEVICE) for one in (masks, boxes, sizes.repeat(1, 2), ends))
+    given = (tensor.to(DEVICE) for tensor in (masks, boxes, sizes.repeat(1, 2), ends))
     assert len(launch(*given, 0)) == 0
 
 
@@ -46,5 +46,5 @@ def test_the_strings_from_the_gpu_are_those_of_the_cpu() -> None:
     batch = [some(100, seed) for seed in range(4)]
     originals = [(480, 640), (427, 640), *ORIGINALS[:1], (1500, 2000)]
     wanted = batch_to_results(batch, SIZES, originals, range(4), (9,))
-    moved = [one.to("cuda") for one in batch]
+    moved = [tensor.to("cuda") for tensor in batch]
     assert batch_to_results(moved, SIZES, originals, range(4), (9,)) == wanted

@@ -16,9 +16,9 @@ def reference(maps, boxes, image, level, strides, bins, ratio):
     """`roi_align` for finite boxes, by torchvision in the precision of the maps."""
     rois = torch.cat([image[:, None], boxes], dim=1).to(maps[0].dtype)
     found = maps[0].new_zeros(len(boxes), maps[0].shape[1], bins, bins)
-    for number, (one, stride) in enumerate(zip(maps, strides, strict=True)):
+    for number, (features, stride) in enumerate(zip(maps, strides, strict=True)):
         chosen = (level == number).nonzero().flatten()
-        pooled = ops.roi_align(one, rois[chosen], bins, 1 / stride, ratio, aligned=True)
+        pooled = ops.roi_align(features, rois[chosen], bins, 1 / stride, ratio, aligned=True)
         found = found.index_put((chosen,), pooled)
     return found
 
@@ -46,8 +46,10 @@ class Scene:
 
     def run(self, function, device, kind, bins, ratio, layout=torch.channels_last):
         """The features, and the maps' gradients for a given one of the features."""
-        maps = [one.to(device, kind).to(memory_format=layout).requires_grad_() for one in self.maps]
-        rest = [one.to(device) for one in (self.boxes, self.image, self.level)]
+        maps = [
+            level.to(device, kind).to(memory_format=layout).requires_grad_() for level in self.maps
+        ]
+        rest = [tensor.to(device) for tensor in (self.boxes, self.image, self.level)]
         found = function(maps, *rest, self.strides, bins, ratio)
         draw = torch.Generator().manual_seed(1)
         weight = torch.randn(found.shape, generator=draw).to(self.maps[0].dtype)
@@ -125,8 +127,8 @@ def test_no_rois():
 @needs_triton
 def test_operator_is_registered_completely():
     scene = Scene([(4, 5)], 5, 2)
-    maps = [one.to(DEVICE).requires_grad_() for one in scene.maps]
-    rest = [one.to(DEVICE) for one in (scene.boxes, scene.image, scene.level)]
+    maps = [features.to(DEVICE).requires_grad_() for features in scene.maps]
+    rest = [tensor.to(DEVICE) for tensor in (scene.boxes, scene.image, scene.level)]
     torch.library.opcheck(roi_align, (maps, *rest, [4], 2, 2), test_utils=REGISTRATION)
 
 
@@ -156,8 +158,8 @@ def test_the_gradient_is_the_same_in_every_run():
 @pytest.mark.cuda
 def test_nothing_waits_for_the_gpu():
     scene = Scene(FULL, 64, 256, kind=torch.bfloat16)
-    maps = [one.cuda().requires_grad_() for one in scene.maps]
-    rest = [one.cuda() for one in (scene.boxes, scene.image, scene.level)]
+    maps = [features.cuda().requires_grad_() for features in scene.maps]
+    rest = [tensor.cuda() for tensor in (scene.boxes, scene.image, scene.level)]
 
     def step():
         found = roi_align(maps, *rest, scene.strides, 7, 0)

@@ -30,6 +30,6 @@ def test_values_by_the_interpreter(speed):
 def test_compiled_for_an_h100_they_spill_no_registers():
     from tests.helpers.offline import assemble, detection_launches
 
-    found = [assemble(one) for one in detection_launches(torch.bfloat16)]
+    found = [assemble(launch) for launch in detection_launches(torch.bfloat16)]
     assert len(found) == 9
-    assert not [one for one in found if one.spilled or one.shared > 227 * 1024]
+    assert not [kernel for kernel in found if kernel.spilled or kernel.shared > 227 * 1024]

@@ -31,5 +31,5 @@ def test_anchors_are_on_the_corners_of_their_cells_row_by_row():
 def test_anchors_are_made_on_the_device_without_a_copy():
     with Operations() as operations:
         levels = grid_anchors([(2, 3), (1, 2)], [4, 8], 2.0, (0.5, 1.0), "meta")
-    assert [tuple(one.shape) for one in levels] == [(12, 4), (4, 4)]
+    assert [tuple(level.shape) for level in levels] == [(12, 4), (4, 4)]
     assert not [name for name in operations.names if "_to_copy" in name or "copy_" in name]

@@ -112,7 +112,7 @@ def test_a_fused_kernel_gets_widths_that_it_takes_in_half_precision(name, side, 
     size = SIZES[name]
     handed = []
     monkeypatch.setattr(
-        module, "attend", lambda *given: handed.extend(one.shape[-1] for one in given) or given[2]
+        module, "attend", lambda *given: handed.extend(part.shape[-1] for part in given) or given[2]
     )
     with torch.device("meta"):
         parts.attention(size.dim, size.heads, side).bfloat16()(

@@ -111,7 +111,7 @@ def test_a_halving_is_the_same_function_in_both_orders() -> None:
         nn.init.normal_(parameter)
     wanted = reduction(norm(F.unfold(x, 2, stride=2).transpose(1, 2)))
     stem = "backbone.stages.0.downsample."
-    theirs = {f"{stem}norm.{name}": one for name, one in norm.named_parameters()}
+    theirs = {f"{stem}norm.{name}": parameter for name, parameter in norm.named_parameters()}
     theirs[f"{stem}reduction.weight"] = reduction.weight
     ours = {name.rpartition("downsample.")[2]: t for name, t in to_ours(theirs, SWIN_MMDET).items()}
     pixels = torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], dim=1)

@@ -107,9 +107,9 @@ def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
 def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         free = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in free:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in free]
+        for listener in free:
+            listener.bind(("127.0.0.1", 0))
+        ports = [listener.getsockname()[1] for listener in free]
     multiprocessing.spawn(one_of_two, (ports, tiny, tmp_path), nprocs=2)
     same_bits(tmp_path / "cut", tmp_path / "whole")
     (said, norms), (silent, others) = (

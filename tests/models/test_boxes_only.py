@@ -111,11 +111,11 @@ def test_a_detector_without_masks_has_the_other_losses_and_boxes(ious: tuple[flo
     ours = boxes.train()(images(2).float(), targets)
     torch.manual_seed(3)
     theirs = whole.train()(images(2).float(), targets)
-    assert ours == {key: one for key, one in theirs.items() if key != "loss_mask"}
+    assert ours == {key: loss for key, loss in theirs.items() if key != "loss_mask"}
     found = boxes.eval()(images(2).float())
-    for one, other in zip(found, whole.eval()(images(2).float()), strict=True):
-        assert one.masks is None and torch.equal(one.boxes, other.boxes) and len(one) > 0
-        assert torch.equal(one.scores, other.scores) and one[:1].to("cpu").masks is None
+    for boxed, other in zip(found, whole.eval()(images(2).float()), strict=True):
+        assert boxed.masks is None and torch.equal(boxed.boxes, other.boxes) and len(boxed) > 0
+        assert torch.equal(boxed.scores, other.scores) and boxed[:1].to("cpu").masks is None
 
 
 def without_outlines(folder: Path, share: int = 1, splits: tuple[str, ...] = ("train", "val")):
@@ -123,9 +123,9 @@ def without_outlines(folder: Path, share: int = 1, splits: tuple[str, ...] = ("t
     for split in splits:
         path = folder / "annotations" / f"instances_{split}.json"
         content = json.loads(path.read_text())
-        for number, one in enumerate(content["annotations"]):
+        for number, annotation in enumerate(content["annotations"]):
             if number % share == 0:
-                one["segmentation"] = []
+                annotation["segmentation"] = []
         path.write_text(json.dumps(content))
     return folder
 
@@ -159,14 +159,14 @@ def test_boxes_of_objects_without_an_outline_move_as_their_rectangles(tiny: Path
     }
     seen = 0
     for position in range(12):
-        (one,), (other,) = mixed[position].targets, whole[position].targets
-        assert one.has_mask is None or len(one.has_mask) == len(one.boxes)
-        if len(one) == len(other) and one.has_mask is not None:
-            kept = one.has_mask
-            assert torch.equal(one.boxes[kept], other.boxes[kept])
+        (objects,), (other,) = mixed[position].targets, whole[position].targets
+        assert objects.has_mask is None or len(objects.has_mask) == len(objects.boxes)
+        if len(objects) == len(other) and objects.has_mask is not None:
+            kept = objects.has_mask
+            assert torch.equal(objects.boxes[kept], other.boxes[kept])
             # the rectangle around an outline is seen where the outline is
-            inside = (one.boxes[~kept][:, :2] <= other.boxes[~kept][:, :2] + 1e-3).all(1)
-            inside &= (one.boxes[~kept][:, 2:] >= other.boxes[~kept][:, 2:] - 1e-3).all(1)
+            inside = (objects.boxes[~kept][:, :2] <= other.boxes[~kept][:, :2] + 1e-3).all(1)
+            inside &= (objects.boxes[~kept][:, 2:] >= other.boxes[~kept][:, 2:] - 1e-3).all(1)
             assert inside.all()
             seen += int((~kept).sum())
     assert seen > 5
@@ -175,14 +175,14 @@ def test_boxes_of_objects_without_an_outline_move_as_their_rectangles(tiny: Path
 def slow_mask_ap(truth: dict, results: list[dict]) -> float:
     """Mask AP of one class in one image, one threshold and one detection after another."""
     size = [truth["images"][0][side] for side in ("height", "width")]
-    masked = [one for one in truth["annotations"] if one["segmentation"]]
-    boxed = np.array([one["bbox"] for one in truth["annotations"] if one not in masked], float)
+    masked = [item for item in truth["annotations"] if item["segmentation"]]
+    boxed = np.array([item["bbox"] for item in truth["annotations"] if item not in masked], float)
     ignored = [0] * len(boxed)
-    codes = [rle.merge(rle.frPyObjects(one["segmentation"], *size)) for one in masked]
+    codes = [rle.merge(rle.frPyObjects(item["segmentation"], *size)) for item in masked]
     precisions = []
     for threshold in np.linspace(0.5, 0.95, 10):
         free, hits = set(range(len(codes))), []
-        for result in sorted(results, key=lambda one: -one["score"]):
+        for result in sorted(results, key=lambda item: -item["score"]):
             ious = rle.iou([result["segmentation"]], codes, [0] * len(codes))[0]
             best = max(free, key=lambda i: ious[i], default=None)
             if best is not None and ious[best] >= threshold:
@@ -194,7 +194,7 @@ def slow_mask_ap(truth: dict, results: list[dict]) -> float:
         recall = found / len(codes)
         precision = found / np.arange(1, len(hits) + 1)
         levels = np.linspace(0, 1, 101)
-        precisions.append(np.mean([max(precision[recall >= one], default=0.0) for one in levels]))
+        precisions.append(np.mean([max(precision[recall >= at], default=0.0) for at in levels]))
     return 100 * float(np.mean(precisions))
 
 
@@ -227,11 +227,11 @@ def test_mask_ap_of_mixed_data_follows_its_rules(tmp_path: Path, seed: int) -> N
     metrics = summary(compare(read_truth(tmp_path / "truth.json"), results))
     assert metrics["mask_ap"] == pytest.approx(slow_mask_ap(truth, results), abs=1e-6)
     # with the boxes of the masks
-    every = [{key: one[key] for key in one if key != "bbox"} for one in results]
+    every = [{key: result[key] for key in result if key != "bbox"} for result in results]
     alone = summary(compare(read_truth(tmp_path / "truth.json"), every, kinds=["segm"]))
     assert set(alone) == {key for key in metrics if key.startswith("mask_")}
-    for one in annotations:
-        one["segmentation"] = None
+    for annotation in annotations:
+        annotation["segmentation"] = None
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     boxes_only = summary(compare(read_truth(tmp_path / "truth.json"), results))
     assert not any(key.startswith("mask_") for key in boxes_only)
@@ -256,7 +256,7 @@ def test_a_data_set_of_boxes_trains_evaluates_and_predicts(
     assert "box_ap" in metrics and not any(key.startswith("mask") for key in metrics)
     assert list((tiny.parent / "pictures").glob("*.jpg"))
     results = json.loads((tiny.parent / "plots" / "results.json").read_text())
-    assert results and not any("segmentation" in one for one in results)
+    assert results and not any("segmentation" in result for result in results)
     image = next((tiny / "val").iterdir())
     found = Public.load(path)(image, threshold=0.0)
     assert found.masks is None and found.draw(image).size[0] > 0 and Public is Predictor
@@ -279,7 +279,7 @@ def test_a_box_only_detector_has_the_published_names_without_the_mask_head(name:
     config = load_config(DETECTORS[name], ["model.mask.enabled=false"])
     layout = FORMATS[system]
     head = ("roi_heads.mask_head.", "roi_head.mask_head.")
-    file = {key: one for key, one in file_of(name).items() if not key.startswith(head)}
+    file = {key: tensor for key, tensor in file_of(name).items() if not key.startswith(head)}
     assert len(file) < len(file_of(name))
     ours = to_ours(file, layout)
     whole = to_ours(file_of(name), layout)

@@ -40,7 +40,7 @@ def test_every_part_compiles_as_a_whole_and_once(monkeypatch: pytest.MonkeyPatch
     compile_part = nn.Module.compile
     options = {"backend": record, "fullgraph": True}
     monkeypatch.setattr(
-        nn.Module, "compile", lambda one, **own: compile_part(one, **own, **options)
+        nn.Module, "compile", lambda part, **own: compile_part(part, **own, **options)
     )
     torch._dynamo.reset()
     compilation.compile_parts(detector)
@@ -83,10 +83,10 @@ def test_the_last_batch_of_an_evaluation_has_the_size_of_the_others() -> None:
     detect, cpu = GraphedDetector(detector, nullcontext), torch.device("cpu")
     whole, filled = (_found(detect, batch, cpu, slots) for slots in (0, 5))
     assert seen == [2, 5] and len(filled) == len(whole) == 2
-    for one, other in zip(whole, filled, strict=True):
-        assert torch.equal(one.labels, other.labels) and len(one)
-        torch.testing.assert_close(one.boxes, other.boxes)
-        torch.testing.assert_close(one.masks, other.masks)
+    for detections, other in zip(whole, filled, strict=True):
+        assert torch.equal(detections.labels, other.labels) and len(detections)
+        torch.testing.assert_close(detections.boxes, other.boxes)
+        torch.testing.assert_close(detections.masks, other.masks)
 
 
 @needs_gpu

@@ -37,8 +37,8 @@ def test_losses_are_finite_and_reach_every_parameter(detector, targets):
     assert losses.keys() == names(detector)
     assert all(loss.isfinite() and loss.dim() == 0 and loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
-    for name, one in detector.named_parameters():
-        assert one.grad is not None and one.grad.isfinite().all(), name
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
 def test_a_batch_without_objects_reaches_every_parameter_too(detector):
@@ -109,7 +109,7 @@ def test_what_lies_outside_the_picture_does_not_matter(detector):
     for image, (height, width) in zip(dirty, sizes.tolist(), strict=True):
         image[:, height:] = 255
         image[:, :, width:] = 7
-    results = (detector(one, None, sizes) for one in (dirty, clean))
+    results = (detector(batch, None, sizes) for batch in (dirty, clean))
     for found, wanted in zip(*results, strict=True):
         same(found, wanted)
 

@@ -40,15 +40,15 @@ def test_operands_on_two_devices_are_refused():
 def test_the_detector_stays_on_its_device(kind, objects):
     detector = send(small_detector(**KINDS[kind]))
     with far_device() as device:
-        targets = [target(*one).to(device) for one in OBJECTS[objects]]
+        targets = [target(*given).to(device) for given in OBJECTS[objects]]
         sizes = torch.tensor([[128, 128], [100, 61]], device=device)
         losses = detector(images(2).to(device), targets, sizes)
         assert all(isinstance(loss, FarTensor) for loss in losses.values())
         sum(losses.values()).backward()
         with torch.no_grad():
             found = detector.eval()(images(2).to(device))
-        for one in found:
-            assert isinstance(one.masks, FarTensor) and isinstance(one.boxes, FarTensor)
+        for image in found:
+            assert isinstance(image.masks, FarTensor) and isinstance(image.boxes, FarTensor)
 
 
 def test_training_and_evaluation_stay_on_the_device_of_the_detector(tiny, tmp_path, monkeypatch):

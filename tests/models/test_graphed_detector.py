@@ -38,17 +38,17 @@ class Recorded:
         self.made.append(self)
 
     def has(self, *tensors: Tensor) -> bool:
-        return tuple(one.shape for one in tensors) in self.outputs
+        return tuple(tensor.shape for tensor in tensors) in self.outputs
 
     def record(self, function: Callable, *tensors: Tensor) -> None:
-        shapes = tuple(one.shape for one in tensors)
+        shapes = tuple(tensor.shape for tensor in tensors)
         self.functions[shapes], self.outputs[shapes] = function, function(*tensors)
 
     def __call__(self, *tensors: Tensor) -> tuple:
-        shapes = tuple(one.shape for one in tensors)
+        shapes = tuple(tensor.shape for tensor in tensors)
         static, new = (flat(of) for of in (self.outputs[shapes], self.functions[shapes](*tensors)))
-        for one, other in zip(static, new, strict=True):
-            one.copy_(other)
+        for buffer, other in zip(static, new, strict=True):
+            buffer.copy_(other)
         self.during()
         return self.outputs[shapes]
 
@@ -81,7 +81,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
 def recorded() -> int:
     """The number of recorded graphs."""
-    return sum(len(one.outputs) for one in Recorded.made)
+    return sum(len(graph.outputs) for graph in Recorded.made)
 
 
 def same(found: Detections, wanted: Detections) -> bool:
@@ -92,7 +92,7 @@ def test_results_of_a_thread_are_not_overwritten_by_another(
     detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, theirs = images(1), images(1, seed=2)
-    wanted = [detect.detector(one, None, SIZES)[0] for one in (mine, theirs)]
+    wanted = [detect.detector(pixels, None, SIZES)[0] for pixels in (mine, theirs)]
     assert not same(*wanted)
     detect(mine, SIZES)
     found, replayed = dict[str, Detections](), Event()
@@ -131,7 +131,7 @@ def replace_buffer(detector: nn.Module) -> None:
     detector.mean = detector.mean.clone()
 
 
-@pytest.mark.parametrize("change", [reassign, move, replace_buffer, lambda one: one.train()])
+@pytest.mark.parametrize("change", [reassign, move, replace_buffer, lambda model: model.train()])
 def test_weights_elsewhere_are_recorded_anew(
     detect: GraphedDetector, change: Callable[[nn.Module], object]
 ) -> None:
@@ -145,7 +145,7 @@ def test_weights_elsewhere_are_recorded_anew(
 def test_weights_that_change_in_place_are_not(detect: GraphedDetector) -> None:
     detect(images(1), SIZES)
     detector = detect.detector
-    detector.load_state_dict({name: one * 2 for name, one in detector.state_dict().items()})
+    detector.load_state_dict({name: tensor * 2 for name, tensor in detector.state_dict().items()})
     detect(images(1), SIZES)
     assert recorded() == 1
 
@@ -159,7 +159,7 @@ def test_a_detector_that_has_left_the_gpu_uses_no_graph(
     detect(images(1), SIZES)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_predictor_is_independent(
     detector: Detector, again: Callable[[Predictor], Predictor]
 ) -> None:
@@ -176,12 +176,12 @@ def test_memory_of_graphs_returns_with_the_last_reference() -> None:
     """A cycle would keep gigabytes until the garbage collector runs."""
     predictor = predictor_of(small_detector().eval())
     predictor(PICTURE)
-    left = [weakref.ref(one) for one in (predictor, predictor.detect, predictor.detector)]
+    left = [weakref.ref(part) for part in (predictor, predictor.detect, predictor.detector)]
     gc.disable()
     try:
         Recorded.made.pop().functions.clear()  # a `CudaGraph` keeps none
         del predictor
-        assert [one() for one in left] == [None] * 3
+        assert [reference() for reference in left] == [None] * 3
     finally:
         gc.enable()
 
@@ -252,7 +252,7 @@ def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
     for count in (2, 1, 2, 1):
         found = detect(images(count), SIZES.repeat(count, 1))
         wanted = detect.detector(images(count), None, SIZES.repeat(count, 1))
-        assert all(same(one, other) for one, other in zip(found, wanted, strict=True))
+        assert all(same(detections, other) for detections, other in zip(found, wanted, strict=True))
     (line,) = caplog.messages
     sizes = "batches of 2 images (128 x 128 pixels)"
     assert tries == [2, 1]

@@ -30,7 +30,7 @@ class Transfers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         found = func(*args, **(kwargs or {}))
         if "copy" in func.__name__:
-            devices = {one.device.type for one in (*args, found) if isinstance(one, Tensor)}
+            devices = {value.device.type for value in (*args, found) if isinstance(value, Tensor)}
             devices |= {device.type for device in [(kwargs or {}).get("device")] if device}
             assert len(devices) == 1, f"{func} copies between devices"
         return found
@@ -39,7 +39,7 @@ class Transfers(TorchDispatchMode):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     """A simulated GPU with kernels."""
-    enabled = lambda *tensors: all(one.device.type != "cpu" for one in tensors)  # noqa: E731
+    enabled = lambda *tensors: all(tensor.device.type != "cpu" for tensor in tensors)  # noqa: E731
     for module in (vitdet.kernels, mask_head, roi_pool, vitdet.kernels.nms):
         monkeypatch.setattr(module, "enabled", enabled)
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -83,7 +83,7 @@ def test_a_training_step(
                 nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
                 optimizer.step()
                 assert all(parameter.grad is not None for parameter in detector.parameters())
-    assert all(one.device.type == device.type for one in losses.values())
+    assert all(value.device.type == device.type for value in losses.values())
 
 
 @pytest.mark.parametrize(("ious", "loss"), KINDS)

@@ -112,7 +112,7 @@ def test_empty_slots_do_not_count():
     ]
     ours = [loss(*rows, *rest, counts=counts) for loss, rows, rest in cases]
     wanted = [loss(*(row[:2] for row in rows), *rest).item() for loss, rows, rest in cases]
-    assert [one.item() for one in ours] == pytest.approx(wanted, rel=1e-6)
+    assert [loss.item() for loss in ours] == pytest.approx(wanted, rel=1e-6)
     sum(ours).backward()
     assert (logits.grad[2] == 0).all() and (logits.grad[:2] != 0).any()
     nothing = torch.zeros(3, dtype=torch.bool)

@@ -44,7 +44,7 @@ def random_outlines(count, seed=0):
 
 def test_padded_outlines_are_the_same_masks() -> None:
     squares = [rectangle(2, 2, 10, 12), rectangle(0, 0, 5, 5)]
-    padded = torch.stack([torch.cat([one, torch.zeros(3, 4)]) for one in squares])
+    padded = torch.stack([torch.cat([square, torch.zeros(3, 4)]) for square in squares])
     ragged = Polygons.of(torch.cat(squares), torch.tensor([4, 4]))
     boxes = torch.tensor([[0.0, 0.0, 12.0, 12.0]] * 2)
     assert torch.equal(mask_targets(Polygons(padded), boxes), mask_targets(ragged, boxes))
@@ -100,7 +100,7 @@ def test_a_hole_turns_the_other_way():
 
 def test_outside_and_empty_outlines():
     def cells(lines, *box):
-        return rasterize(polygons([lines]), torch.tensor([[float(one) for one in box]]), 28)
+        return rasterize(polygons([lines]), torch.tensor([[float(number) for number in box]]), 28)
 
     assert not cells(rectangle(10, 10, 20, 20), 30, 30, 40, 40).any()
     assert not cells(torch.zeros(6, 4), 0, 0, 9, 9).any()

@@ -70,8 +70,8 @@ def test_the_strings_are_those_of_whole_images(kind: str) -> None:
     masks, boxes, sizes = placed(kind)
     found = encode_columns(*columns(masks, boxes, sizes))
     whole = encode(paste(masks, boxes, (HEIGHT, WIDTH)))
-    for name, one, wanted in zip(PLACES, found, whole, strict=True):
-        assert one == wanted, name
+    for name, pasted, wanted in zip(PLACES, found, whole, strict=True):
+        assert pasted == wanted, name
 
 
 def some(count: int, seed: int, masks: bool = True) -> Detections:
@@ -103,15 +103,15 @@ def test_a_batch_of_any_images_gives_what_each_gives_alone(
         moved = detections.to_image(found, size, original)
         assert moved.masks is not None
         wanted = encode(paste(moved.masks, moved.boxes, original))
-        assert [one["segmentation"] for one in ours] == wanted
-        assert all(one["image_id"] == image_id for one in ours)
+        assert [result["segmentation"] for result in ours] == wanted
+        assert all(result["image_id"] == image_id for result in ours)
 
 
 def test_detectors_without_masks_have_boxes_only() -> None:
     batch = [some(count, seed, masks=False) for seed, count in enumerate((3, 0))]
     results = batch_to_results(batch, SIZES[:2], ORIGINALS[:2], (1, 2), (9,))
-    assert [len(one) for one in results] == [3, 0]
-    assert all("segmentation" not in one for image in results for one in image)
+    assert [len(rows) for rows in results] == [3, 0]
+    assert all("segmentation" not in result for image in results for result in image)
 
 
 def test_large_images_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +127,8 @@ class Squares(nn.Module):
         low = images.flatten(1)[:, :6].float().view(-1, 3, 2) / 8
         masks = torch.arange(784, device=images.device).view(1, 28, 28).expand(3, -1, -1) / 1024
         return [
-            Detections(torch.cat([one, one + 30], dim=1), one[:, 0], one[:, 1].long(), masks)
-            for one in low
+            Detections(torch.cat([xy, xy + 30], dim=1), xy[:, 0], xy[:, 1].long(), masks)
+            for xy in low
         ]
 
 
@@ -148,7 +148,7 @@ def batches(count: int) -> list[Batch]:
 def test_the_results_of_batches_are_those_of_their_images(device: str) -> None:
     given, classes = batches(4), range(100, 140)
     found = list(results_of(Squares(), given, classes, device))
-    assert [list(one) for one in found] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [list(span) for span in found] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     for batch, results in zip(given, found, strict=True):
         detected = Squares()(batch.images, None, batch.sizes)
         assert batch.originals is not None

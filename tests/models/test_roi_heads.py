@@ -37,36 +37,36 @@ def slots(boxes):
 
 
 def test_foreground_comes_first_and_ground_truths_are_candidates(heads):
-    one = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
-    found = heads.sample(*slots(proposals(100)), Targets.of([one]))
+    objects = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
+    found = heads.sample(*slots(proposals(100)), Targets.of([objects]))
     (boxes,), (foreground,) = found.boxes, found.matched >= 0
     assert len(boxes) == 24 and found.filled.all()
     assert 2 <= foreground.sum() <= 6 == found.most
     assert (foreground.int().diff() <= 0).all()
-    iou = pairwise_iou(one.boxes, boxes).amax(dim=0)
+    iou = pairwise_iou(objects.boxes, boxes).amax(dim=0)
     assert (iou[foreground] >= 0.5).all() and (iou[~foreground] < 0.5).all()
-    alone = heads.sample(*slots(torch.zeros(0, 4)), Targets.of([one]))
+    alone = heads.sample(*slots(torch.zeros(0, 4)), Targets.of([objects]))
     assert sorted(alone.boxes[0, :, 0].tolist()) == [10, 70]
     assert sorted(alone.matched[0].tolist()) == [0, 1]
 
 
 def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
     """An image with two objects and one with none, with different numbers of proposals."""
-    one = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
+    objects = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     boxes = torch.stack([proposals(6), proposals(6)])
     filled = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
-    found = heads.sample(boxes, filled, Targets.of([one, target([], [])], slots=5))
+    found = heads.sample(boxes, filled, Targets.of([objects, target([], [])], slots=5))
     assert found.filled.sum(dim=1).tolist() == [8, 2]
     assert (found.matched[1][found.filled[1]] == -1).all()
 
 
 def test_ground_truths_are_apart_when_their_best_boxes_are_kept(heads):
     """Otherwise each ground truth would be its own best box."""
-    one = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
+    objects = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
     boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both closer to the first
     # in their order
     heads.choose = lambda candidates, num: (1 / torch.arange(1.0, 5)).expand(candidates.shape)
-    targets = Targets.of([one])
+    targets = Targets.of([objects])
     assert heads.sample(*slots(boxes), targets).matched.tolist() == [[0, 0, 0, 1]]
     heads.match = match_keeping_best
     assert heads.sample(*slots(boxes), targets).matched.tolist() == [[0, 1, 0, 1]]
@@ -81,19 +81,19 @@ def test_a_stage_shrinks_no_further_than_said(heads):
 
 
 def test_labels_name_the_background_last(heads):
-    one = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
+    objects = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     matched = torch.tensor([[1, -1, 0], [-1, -1, IGNORE]])
     assigned = Assigned(torch.stack([proposals(3)] * 2), matched, 3)
-    found = heads.labels(assigned, Targets.of([one, target([], [])]))
+    found = heads.labels(assigned, Targets.of([objects, target([], [])]))
     assert found.tolist() == [[3, CLASSES, 1], [CLASSES] * 3]
 
 
 def test_box_loss_looks_at_the_column_of_the_class(heads):
-    one = target([[10, 10, 50, 60]], [2])
-    targets = Targets.of([one])
+    objects = target([[10, 10, 50, 60]], [2])
+    targets = Targets.of([objects])
     boxes = torch.tensor([[[12.0, 8, 52, 66], [0, 0, 5, 5], [0, 0, 0, 0]]])  # the last: empty
     assigned = Assigned(boxes, torch.tensor([[0, -1, IGNORE]]), 3)
-    wanted = encode(boxes[:, :1], one.boxes[None], WEIGHTS)
+    wanted = encode(boxes[:, :1], objects.boxes[None], WEIGHTS)
     labels = torch.tensor([[2, CLASSES, CLASSES]])
     deltas = torch.full((1, 3, CLASSES, 4), 100.0)
     deltas[0, 0, 2] = wanted[0, 0] + 1
@@ -164,19 +164,19 @@ def test_detection_looks_at_more_candidates_where_they_were_not_enough(monkeypat
     pixels = images(2)
     wanted = detector(pixels)
     monkeypatch.setattr("vitdet.models.roi_heads.CANDIDATES", 3)
-    for one, other in zip(detector(pixels), wanted, strict=True):
-        assert len(one) > 3
-        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.scores, other.scores)
-        assert torch.equal(one.masks, other.masks)
+    for result, other in zip(detector(pixels), wanted, strict=True):
+        assert len(result) > 3
+        assert torch.equal(result.boxes, other.boxes) and torch.equal(result.scores, other.scores)
+        assert torch.equal(result.masks, other.masks)
 
 
 def test_next_stage_learns_from_boxes_cut_to_the_picture():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
-    one = target([[10, 10, 50, 50]], [1])
+    objects = target([[10, 10, 50, 50]], [1])
     inside = [[10.0, 10, 50, 50], [10, 10, 50, 40], [10, 10, 50, 34]]
     refined = torch.tensor([*inside, [-20, -20, -5, -5], [60, 80, 200, 90]])
     filled = torch.tensor([[True] * 5, [False] * 5])
-    targets, sizes = Targets.of([one, target([], [])]), torch.tensor([[128, 128], [9, 9]])
+    targets, sizes = Targets.of([objects, target([], [])]), torch.tensor([[128, 128], [9, 9]])
     found = heads.reassign(2, torch.stack([refined] * 2), filled, targets, sizes)
     # the empty one is gone
     assert found.filled.tolist() == [[True, True, True, False, True], [False] * 5]
@@ -224,7 +224,7 @@ def test_cascade_scales_the_gradient_of_the_features_and_not_of_the_head():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     stage, gradients = heads.stages[0], []
     for scaled in (False, True):
-        features = [torch.ones_like(one).requires_grad_() for one in maps(1)]
+        features = [torch.ones_like(level).requires_grad_() for level in maps(1)]
         stage.zero_grad()
         if scaled:
             logits, _ = heads.run_stage(0, features, *slots(proposals(5)))
@@ -247,8 +247,8 @@ def test_mask_loss_takes_at_most_its_share_of_an_image(heads, monkeypatch):
 
     monkeypatch.setattr(heads.mask, "forward", forward)
     features = maps(2)
-    one = target([[10, 10, 50, 50], [60, 60, 80, 90]], [1, 2])
+    objects = target([[10, 10, 50, 50], [60, 60, 80, 90]], [1, 2])
     matched = torch.tensor([[0] * 12 + [-1] * 8, [1, -1, -1] + [IGNORE] * 17])
     assigned = Assigned(torch.stack([proposals(20)] * 2), matched, 12)
-    heads.mask_loss(features, assigned, Targets.of([one, one]))
+    heads.mask_loss(features, assigned, Targets.of([objects, objects]))
     assert seen[0].tolist() == [1] * 8 + [2]

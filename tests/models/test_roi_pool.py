@@ -28,8 +28,8 @@ def slow_pool(features, boxes, bins, ratio):
     images = [i for i, b in enumerate(boxes) for _ in b]
     rows = []
     for level, i, box in zip(levels, images, torch.cat(boxes), strict=True):
-        one, scale = features[level][i : i + 1], 1 / STRIDES[level]
-        rows.append(roi_align(one, [box[None]], bins, scale, ratio, aligned=True))
+        level_map, scale = features[level][i : i + 1], 1 / STRIDES[level]
+        rows.append(roi_align(level_map, [box[None]], bins, scale, ratio, aligned=True))
     return torch.cat(rows)
 
 
@@ -60,7 +60,7 @@ def test_equals_torchvision_in_values_and_gradients(ratio, bins):
     (found * weight).sum().backward()
     (wanted * weight).sum().backward()
     for pair in zip(ours, theirs, strict=True):
-        a, b = (torch.zeros_like(one) if one.grad is None else one.grad for one in pair)
+        a, b = (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in pair)
         assert torch.allclose(a, b, atol=1e-4)
 
 

@@ -96,8 +96,8 @@ def test_equal_logits_in_the_order_of_the_anchors(values, enter):
 
 def filled(found, delta):
     """Logits of 0 and constant deltas."""
-    logits = [torch.zeros_like(one) for one in found.logits]
-    return Anchored(logits, [torch.full_like(one, delta) for one in found.deltas], found.anchors)
+    logits = [torch.zeros_like(part) for part in found.logits]
+    return Anchored(logits, [torch.full_like(part, delta) for part in found.deltas], found.anchors)
 
 
 def test_losses_are_divided_by_samples_and_images():
@@ -118,8 +118,8 @@ def test_losses_are_divided_by_the_anchors_sampled():
     """1 foreground and 7 background anchors, and none, which counts as 1, and 8."""
     rpn = small_rpn(samples=8, positive_fraction=0.25, divide_by_sampled=True)
     found = rpn(features())
-    one = target([torch.cat(found.anchors)[100].tolist()], [0])
-    losses = rpn.losses(filled(found, 1), Targets.of([one, target([], [])]))
+    objects = target([torch.cat(found.anchors)[100].tolist()], [0])
+    losses = rpn.losses(filled(found, 1), Targets.of([objects, target([], [])]))
     assert losses["loss_rpn_cls"].item() == pytest.approx(16 * math.log(2) / 17)
     assert losses["loss_rpn_loc"].item() == pytest.approx(4 / 17, rel=1e-5)
 
@@ -149,11 +149,11 @@ def test_proposals_shrink_no_further_than_said():
 def test_sampled_anchors_suit_their_ground_truth():
     rpn = small_rpn(samples=32)
     anchors = torch.cat(rpn(features()).anchors)
-    one = target([[5, 5, 30, 31], [40, 10, 60, 60]], [0, 1])
-    (matched,), sampled = rpn.sample(anchors, Targets.of([one]))
+    objects = target([[5, 5, 30, 31], [40, 10, 60, 60]], [0, 1])
+    (matched,), sampled = rpn.sample(anchors, Targets.of([objects]))
     positive = sampled.chosen[sampled.foreground]
     negative = sampled.chosen[sampled.filled & ~sampled.foreground]
-    iou = pairwise_iou(one.boxes, anchors)
+    iou = pairwise_iou(objects.boxes, anchors)
     assert 1 <= len(positive) <= 16 and len(positive) + len(negative) == 32
     assert (iou.amax(dim=0)[negative] < 0.3).all()
     best = iou == iou.amax(dim=1, keepdim=True)
@@ -164,10 +164,10 @@ def test_sampled_anchors_suit_their_ground_truth():
 def test_losses_of_logits_that_know_the_answer_are_small():
     rpn = small_rpn(samples=32)
     found = rpn(features())
-    one = target([[5, 5, 30, 31]], [0])
-    (matched,), _ = rpn.sample(torch.cat(found.anchors), Targets.of([one]))
+    objects = target([[5, 5, 30, 31]], [0])
+    (matched,), _ = rpn.sample(torch.cat(found.anchors), Targets.of([objects]))
     right = torch.where(matched >= 0, 20.0, -20.0)[None]
     right = list(right.split([x.shape[1] for x in found.logits], dim=1))
     perfect = Anchored(right, [x[:1] for x in found.deltas], found.anchors)
-    losses = rpn.losses(perfect, Targets.of([one]))
+    losses = rpn.losses(perfect, Targets.of([objects]))
     assert losses["loss_rpn_cls"].item() < 1e-6

@@ -53,7 +53,7 @@ def test_residual_convolutions_start_as_in_detectron2():
     """c2_msra_fill: deviation sqrt(2 / (outputs * kernel area)), a normal draw."""
     torch.manual_seed(0)
     block = ConvBottleneck(256)
-    found = [one.conv.weight.std().item() for one in (block.conv1, block.conv2, block.conv3)]
+    found = [layer.conv.weight.std().item() for layer in (block.conv1, block.conv2, block.conv3)]
     wanted = [(2 / 128) ** 0.5, (2 / 128 / 9) ** 0.5, (2 / 256) ** 0.5]
     assert found == pytest.approx(wanted, rel=0.03)
     x = torch.randn(1, 4, 4, 256)
@@ -81,7 +81,7 @@ def test_positions_are_resized_bicubically_in_full_precision(stored, grid):
     assert found.is_contiguous() and found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
     gradient = torch.randn_like(wanted)
-    ours, theirs = (torch.autograd.grad(one, positions, gradient)[0] for one in (found, wanted))
+    ours, theirs = (torch.autograd.grad(out, positions, gradient)[0] for out in (found, wanted))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_final_norm_comes_after_the_last_block():
 
 def test_scaled_positions_and_the_width_of_the_mlp_reach_every_block():
     vit = small_vit(scaled_rel_pos=True, mlp_ratio=2.5)
-    assert all(one.attn.scaled_rel_pos and one.mlp.fc1.out_features == 40 for one in vit.blocks)
+    assert all(part.attn.scaled_rel_pos and part.mlp.fc1.out_features == 40 for part in vit.blocks)
 
 
 def test_layers_of_the_layer_wise_decay():

@@ -38,7 +38,7 @@ def test_only_the_coarser_stages_see_the_whole_image():
     other[..., :8, :8] += 1
     pairs = zip(backbone(images), backbone(other), strict=True)
     change = [(a - b).abs().amax(dim=(0, 1)) > 0 for a, b in pairs]
-    assert [one[-1, -1].item() for one in change] == [False, False, True, True]
+    assert [mask[-1, -1].item() for mask in change] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("height", "above"), [(4, 1), (5, 0), (6, 0), (7, 1)])

@@ -54,7 +54,7 @@ def says(kind: str) -> Callable[[dict], bool]:
 
 def lists(entry: str) -> Callable[[dict], bool]:
     """Holds for a config.json of several small cases, {tag: {entry: ...}}."""
-    has = lambda one: isinstance(one, dict) and entry in one  # noqa: E731
+    has = lambda value: isinstance(value, dict) and entry in value  # noqa: E731
     return lambda config: bool(config) and all(map(has, config.values()))
 
 

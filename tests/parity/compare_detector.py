@@ -147,8 +147,8 @@ def compare_detections(stored: Stored, found: Computed, floors: Mapping, report:
         order = order_within_ties(f"detections.{i}", columns, theirs, limits, "scores", report)
         image = image[torch.from_numpy(order)]
         output = to_image(image, tuple(found.case.sizes[i].tolist()), found.case.outputs[i])
-        for prefix, one in (("", image), ("post_", output)):
-            columns = {"boxes": one.boxes, "scores": one.scores, "classes": one.labels}
+        for prefix, part in (("", image), ("post_", output)):
+            columns = {"boxes": part.boxes, "scores": part.scores, "classes": part.labels}
             ours |= {f"{prefix}{name}{i}": column for name, column in columns.items()}
             tolerance |= {f"{prefix}{name}{i}": limits[name] for name in columns}
         ours[f"mask_probs_first20_{i}"] = image.masks[:20]
@@ -185,10 +185,10 @@ def compare_results(stored: list[dict], found: Computed, floors: Mapping, report
         size = tuple(found.case.sizes[i].tolist())
         classes = range(found.case.config["num_classes"])
         mine = detections_to_results(image, size, found.case.outputs[i], i, classes)
-        theirs = [one for one in stored if one.get("image") == i]
+        theirs = [row for row in stored if row.get("image") == i]
         lists = (
-            {name: [one[key] for one in mine] for name, (key, _) in columns.items()},
-            {name: [one[name] for one in theirs] for name in columns},
+            {name: [result[key] for result in mine] for name, (key, _) in columns.items()},
+            {name: [row[name] for row in theirs] for name in columns},
         )
         order = order_within_ties(f"results.{i}", *lists, tolerance, "score", report)
         ours += [mine[k] for k in order[:40]]
@@ -196,18 +196,18 @@ def compare_results(stored: list[dict], found: Computed, floors: Mapping, report
         report.out("results", f"{len(ours)} results, expected {len(stored)}")
         return
     for name, (key, absolute) in columns.items():
-        mine, theirs = np.array([one[key] for one in ours]), [one[name] for one in stored]
+        mine, theirs = np.array([result[key] for result in ours]), [row[name] for row in stored]
         report.close(f"results.{name}", mine, np.array(theirs), absolute)
     mine, theirs = (
-        [rle.decode(one["segmentation"]).astype(bool) for one in results]
+        [rle.decode(result["segmentation"]).astype(bool) for result in results]
         for results in (ours, stored)
     )
     least = min(map(overlap, mine, theirs), default=1.0)
     report.at_least(f"results.segmentation (IoU but for {FLIPPED} pixels)", least, 0.999)
     report.seen.add("results.segmentation")
-    areas, stored_areas = np.array([one.sum() for one in mine]), [one["area"] for one in stored]
+    areas, stored_areas = np.array([mask.sum() for mask in mine]), [row["area"] for row in stored]
     report.close("results.area", areas, np.array(stored_areas), FLIPPED, 1e-3)
-    report.all_seen(sorted({f"results.{name}" for one in stored for name in one}))
+    report.all_seen(sorted({f"results.{name}" for row in stored for name in row}))
 
 
 def overlap(ours: np.ndarray, theirs: np.ndarray) -> float:

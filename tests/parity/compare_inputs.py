@@ -76,7 +76,7 @@ def compare_truth(i: int, truth: Mapping, case: Case, report: Report) -> None:
         report.close(f"{name}.boxes", case.bitmaps[i].boxes, boxes, BOXES)
     if "polygons" in truth:
         height, width = size.tolist()
-        codes = [rle.merge(rle.frPyObjects(one, height, width)) for one in truth["polygons"]]
+        codes = [rle.merge(rle.frPyObjects(part, height, width)) for part in truth["polygons"]]
         pixels = np.array([rle.decode(code) for code in codes]).reshape(-1, height, width)
         report.equal(f"{name}.polygons", case.bitmaps[i].masks.pixels, pixels)
     for entry in sorted(truth.keys() - {"classes", "boxes", "polygons", "height", "width"}):

@@ -56,12 +56,12 @@ def moved(found: Any, device: torch.device) -> Any:
     if hasattr(found, "to"):
         return found.to(device)
     if isinstance(found, dict):
-        return {name: moved(one, device) for name, one in found.items()}
+        return {name: moved(value, device) for name, value in found.items()}
     if isinstance(found, tuple) and hasattr(found, "_fields"):
-        return type(found)(*(moved(one, device) for one in found))
+        return type(found)(*(moved(value, device) for value in found))
     if isinstance(found, list | tuple):
-        return type(found)(moved(one, device) for one in found)
+        return type(found)(moved(value, device) for value in found)
     if is_dataclass(found):
-        names = [one.name for one in fields(found)]
+        names = [field.name for field in fields(found)]
         return replace(found, **{name: moved(getattr(found, name), device) for name in names})
     return found

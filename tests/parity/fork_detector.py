@@ -180,7 +180,7 @@ def run_test(
     first, bins = torch.zeros_like(detections.labels), mask_head.BINS
     pooled = pool(features, detections.boxes, first, heads.strides, bins, heads.sampling_ratio)
     found["det_mask_logits"] = heads.mask(pooled, detections.labels)
-    height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
+    height, width = (side / two for side, two in zip(original, sizes[0].tolist(), strict=True))
     # empty ones stay, as in mmdet
     boxes = detections.boxes * torch.tensor([width, height, width, height], device=image.device)
     found |= {"det_boxes": boxes, "det_scores": detections.scores, "det_labels": detections.labels}

@@ -87,9 +87,9 @@ class Report:
         tolerance: Callable[[str], float],
     ) -> None:
         """Compares all stored arrays with ours of the same names; inputs must have been skipped."""
-        for name, one in ours.items():
+        for name, tensor in ours.items():
             if name in theirs:
-                self.close(f"{title}.{name}", one, theirs[name], tolerance(name))
+                self.close(f"{title}.{name}", tensor, theirs[name], tolerance(name))
             else:
                 self.out(f"{title}.{name}", "computed here but not stored")
         self.all_seen([f"{title}.{name}" for name in theirs])

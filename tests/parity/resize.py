@@ -16,7 +16,7 @@ LONGEST = 128
 def compute(folder: Path) -> dict[str, np.ndarray]:
     """Our resize of each in{i}, by the name out{i}."""
     inputs = load(folder / "io.npz", lambda name: name.startswith("in"))
-    resized = {name: resize_longest(one, LONGEST, antialias=True) for name, one in inputs.items()}
+    resized = {name: resize_longest(x, LONGEST, antialias=True) for name, x in inputs.items()}
     return {f"out{name.removeprefix('in')}": pixels for name, pixels in resized.items()}
 
 

@@ -139,17 +139,17 @@ def test_other_entries_of_losses_are_held(case, change):
 )
 def test_each_field_of_results_is_held(case, field):
     content = read("maskrcnn_coco", "results.json")
-    one = content[0]
-    other = next(c for c in content if c["image"] == 0 and c["area"] < one["area"] / 2)
+    row = content[0]
+    other = next(c for c in content if c["image"] == 0 and c["area"] < row["area"] / 2)
     changes = {
         "image": 1,
-        "category": one["category"] + 1,
-        "score": one["score"] + 0.01,
-        "area": one["area"] + 50,
-        "bbox_xywh": [one["bbox_xywh"][0] + 1, *one["bbox_xywh"][1:]],
+        "category": row["category"] + 1,
+        "score": row["score"] + 0.01,
+        "area": row["area"] + 50,
+        "bbox_xywh": [row["bbox_xywh"][0] + 1, *row["bbox_xywh"][1:]],
         "segmentation": other["segmentation"],
     }
-    content[0] = one | {field: changes.get(field, 1)}
+    content[0] = row | {field: changes.get(field, 1)}
     assert case("maskrcnn_coco", "results.json", content) == 1
 
 
@@ -265,7 +265,7 @@ def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
     link(tmp_path, COCO, "state_dict.npz")
     found = detector.compute(tmp_path)
     write(tmp_path / "losses.json", found.losses | {"params_without_grad": []})
-    boxes = {f"eval_proposals{i}": one.boxes for i, one in enumerate(found.proposals["eval"])}
+    boxes = {f"eval_proposals{i}": part.boxes for i, part in enumerate(found.proposals["eval"])}
     write(tmp_path / "rpn.npz", boxes)
     sampled = {k: v for k, v in found.training.items() if not k.startswith("mask_targets")}
     write(tmp_path / "train.npz", sampled)
@@ -289,7 +289,7 @@ def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
     assert parity.main([str(folder)]) == 0
     truth = read("maskrcnn_coco", "ground_truth.json")
     sizes = ("height", "width", "out_height", "out_width")
-    write(folder / "ground_truth.json", [{name: one[name] for name in sizes} for one in truth])
+    write(folder / "ground_truth.json", [{name: row[name] for name in sizes} for row in truth])
     del config["outputs"]
     write(folder / "config.json", config)
     assert parity.main([str(folder)]) == 0  # the sizes alone

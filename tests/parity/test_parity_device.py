@@ -24,7 +24,9 @@ CASES = "unit maskrcnn_coco maskrcnn_coco_resblock cascade_lvis vitae_mask_rcnn_
 def gpu(monkeypatch):
     """A pretended GPU with kernels. An operation on tensors of two devices raises RuntimeError, as on a real one."""
     for module in (vitdet.kernels, mask_head, roi_pool, vitdet.kernels.nms):
-        monkeypatch.setattr(module, "enabled", lambda *tensors: all(one.is_cuda for one in tensors))
+        monkeypatch.setattr(
+            module, "enabled", lambda *tensors: all(part.is_cuda for part in tensors)
+        )
     # modules that move get new parameters; those that they have cannot change into tensors without values
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     yield FakeTensorMode(allow_non_fake_inputs=True)
@@ -36,7 +38,7 @@ def test_units_are_computed_on_the_device(gpu):
         found = unit.compute(GOLDEN / "unit", CUDA)
         counts = {name for name in found if name.endswith("_count")}
         assert {found[name].device.type for name in found.keys() - counts} == {"cuda"}
-        assert {one.device for one in moved(found, CPU).values()} == {CPU}
+        assert {tensor.device for tensor in moved(found, CPU).values()} == {CPU}
 
 
 def test_a_case_is_computed_on_the_device(gpu):
@@ -50,7 +52,7 @@ def test_a_case_is_computed_on_the_device(gpu):
         found = [*maps.values(), *proposals]
         for targets in (there.bitmaps, there.polygons):
             found += there.detector.train()(there.images, targets, there.sizes).values()
-        assert {one.device.type for one in found} == {"cuda"}
+        assert {tensor.device.type for tensor in found} == {"cuda"}
 
 
 @pytest.mark.parametrize("left", ["images", "sizes", "polygons", "detector"])

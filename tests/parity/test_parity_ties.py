@@ -280,8 +280,8 @@ def fork(tmp_path):
         write(tmp_path / "io.npz", stored)
         if masks:
             codes, config = (read(FORK / name) for name in ("masks_rle.json", "config.json"))
-            for one in (codes, config["mask_areas"]):
-                one[6], one[7] = one[7], one[6]
+            for values in (codes, config["mask_areas"]):
+                values[6], values[7] = values[7], values[6]
             for name, content in (("masks_rle.json", codes), ("config.json", config)):
                 (tmp_path / name).unlink()
                 write(tmp_path / name, content)

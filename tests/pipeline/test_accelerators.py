@@ -73,9 +73,9 @@ def test_evaluate_waits_in_the_same_queue(tmp_path: Path, monkeypatch: pytest.Mo
     _, platforms = yaml.safe_load_all(compiled.read_text())
     executors = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     queued = {
-        name: one["podMetadata"]["labels"]
-        for name, one in executors.items()
-        if labels.keys() & one.get("podMetadata", {}).get("labels", {}).keys()
+        name: executor["podMetadata"]["labels"]
+        for name, executor in executors.items()
+        if labels.keys() & executor.get("podMetadata", {}).get("labels", {}).keys()
     }
     both = {**own, **labels}
     assert queued == {"exec-evaluate": both, "exec-evaluate-champion": both}

@@ -62,8 +62,8 @@ def retries(step: str) -> int:
     """The step's own, of the compiled file."""
     (found,) = (
         dag["tasks"][step]["retryPolicy"]["maxRetryCount"]
-        for one in (compiled()[0]["root"], *compiled()[0]["components"].values())
-        if step in (dag := one.get("dag", {"tasks": {}}))["tasks"]
+        for part in (compiled()[0]["root"], *compiled()[0]["components"].values())
+        if step in (dag := part.get("dag", {"tasks": {}}))["tasks"]
     )
     return found
 

@@ -55,7 +55,7 @@ def test_every_component_is_looked_at() -> None:
         for path in FOLDER.glob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
-        and any("component" in ast.unparse(one) for one in node.decorator_list)
+        and any("component" in ast.unparse(decorator) for decorator in node.decorator_list)
     ]
     assert sorted(decorated) == sorted(step.python_func.__name__ for step in ALL)
 

@@ -61,9 +61,9 @@ def space(
     for split in ("train", "val"):
         shutil.copytree(tiny / split, f"yolo/images/{split}")
         Path("yolo/labels", split).mkdir(parents=True)
-        for one in (tiny / split).iterdir():
-            Path("yolo/labels", split, f"{one.stem}.txt").write_text(
-                f"0 0.5 0.5 0.2 0.{one.stem[-4:]}1\n"
+        for image in (tiny / split).iterdir():
+            Path("yolo/labels", split, f"{image.stem}.txt").write_text(
+                f"0 0.5 0.5 0.2 0.{image.stem[-4:]}1\n"
             )
     Path("yolo/data.yaml").write_text("train: images/train\nval: images/val\nnames: [dog]\n")
     Path("archives").mkdir()
@@ -98,7 +98,7 @@ def making(root: Path) -> list[list[object]]:
         f"predict work/train/model.pt {picture} --threshold 0 --output drawn",
     )
     first = ["config", "tiny", *changes, "--output", "work/config.yaml"]
-    return [first, *(one.split() for one in commands)]
+    return [first, *(command.split() for command in commands)]
 
 
 def reading(root: Path) -> list[list[object]]:
@@ -114,19 +114,19 @@ def reading(root: Path) -> list[list[object]]:
         f"--annotations {root}/annotations/instances_val.json",
         "weights convert work/tensors.safetensors tensors.safetensors --format vitdet",
     )
-    return [["train", "tiny", *few, "--output", "runs/tuned"], *(one.split() for one in commands)]
+    return [["train", "tiny", *few, "--output", "runs/tuned"], *(line.split() for line in commands)]
 
 
 def cache() -> dict[str, tuple[str, int, int]]:
     """Every file of DVC's cache: its checksum, its mode, when it was written."""
     return {
-        str(one): (
-            hashlib.sha256(one.read_bytes()).hexdigest(),
-            one.stat().st_mode,
-            one.stat().st_mtime_ns,
+        str(path): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
         )
-        for one in Path(".dvc/cache/files").rglob("*")
-        if one.is_file()
+        for path in Path(".dvc/cache/files").rglob("*")
+        if path.is_file()
     }
 
 
@@ -146,10 +146,10 @@ def test_no_verb_writes_into_a_cache_that_is_linked_to(space: Path, vitdet: Run,
     )
     before, root = cache(), Path("work/data/tiny")
     files = [
-        one
+        path
         for name in HELD
-        for one in (Path(name).rglob("*") if Path(name).is_dir() else [Path(name)])
-        if one.is_file() and one.stat().st_size
+        for path in (Path(name).rglob("*") if Path(name).is_dir() else [Path(name)])
+        if path.is_file() and path.stat().st_size
     ]
     assert len(files) > 50 and all(map(is_link, files))
     assert {mode & 0o777 for _, mode, _ in before.values()} == {0o444}
@@ -162,13 +162,13 @@ def test_no_verb_writes_into_a_cache_that_is_linked_to(space: Path, vitdet: Run,
         code, _, said = vitdet(*words)
         assert code == 0 and cache() == before, (words, said)
     made = [
-        one
-        for one in files
-        if one.parts[:2] not in (("work", "data"), ("work", "train"), ("data", "coco"))
-        and one.parts[0] != "yolo"
+        path
+        for path in files
+        if path.parts[:2] not in (("work", "data"), ("work", "train"), ("data", "coco"))
+        and path.parts[0] != "yolo"
     ]
-    assert len(made) > 8 and {str(one) for one in made if is_link(one)} == set()
-    assert all(os.access(one, os.W_OK) and one.stat().st_mode & 0o200 for one in made)
+    assert len(made) > 8 and {str(path) for path in made if is_link(path)} == set()
+    assert all(os.access(path, os.W_OK) and path.stat().st_mode & 0o200 for path in made)
     # a finished run: of the same settings and data it is the result, of others it is refused
     words = ["train", "tiny", "--output", "work/train"]
     assert vitdet(*words, *options(minimal(root)))[0] == 0

@@ -74,10 +74,10 @@ def bucket() -> Iterator[str]:
 def results(folder: Path) -> dict[str, str]:
     """The files of results and data, by their checksums."""
     return {
-        str(one.relative_to(folder)): hashlib.sha256(one.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for place in ("work", "data")
-        for one in (folder / place).rglob("*")
-        if one.is_file() and one.name != ".gitignore"
+        for path in (folder / place).rglob("*")
+        if path.is_file() and path.name != ".gitignore"
     }
 
 
@@ -128,9 +128,9 @@ def test_a_folder_carries_coco_s_annotations_and_manifest(project: Project, tmp_
     before = results(project.folder)
     assert len([name for name in before if name.startswith("data/")]) == 24 + 3
     locked = yaml.safe_load((project.folder / "dvc.lock").read_text())["stages"]
-    held = {one["path"]: one.get("nfiles", 1) for one in locked["data"]["outs"]}
+    held = {out["path"]: out.get("nfiles", 1) for out in locked["data"]["outs"]}
     assert held == {"data/coco/annotations": 2, "data/coco/manifest.json": 1}
-    assert held.keys() < {one["path"] for one in locked["train"]["deps"]}
+    assert held.keys() < {dep["path"] for dep in locked["train"]["deps"]}
 
     project("dvc", "repro", "--force", "--single-item", "data")
     # nothing was deleted that would have to be downloaded again

@@ -75,7 +75,7 @@ def imported(path: Path) -> Iterator[Path]:
             candidates = [f"{node.module}.{alias.name}", node.module]
             paths = [ROOT / name.replace(".", "/") for name in candidates]
             files = [
-                file for one in paths for file in (one.with_suffix(".py"), one / "__init__.py")
+                file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")
             ]
             yield next(file for file in files if file.is_file())
 

@@ -60,7 +60,7 @@ def documents(compiled: Path) -> tuple[dict, dict]:
 def tasks_of(specification: dict) -> list[tuple[str, dict]]:
     """The tasks of all groups, with their names."""
     groups = [specification["root"], *specification["components"].values()]
-    return [task for one in groups for task in one.get("dag", {}).get("tasks", {}).items()]
+    return [task for group in groups for task in group.get("dag", {}).get("tasks", {}).items()]
 
 
 def test_it_compiles_to_the_golden_file(compiled: Path) -> None:
@@ -134,7 +134,7 @@ def test_steps_run_in_the_job_s_image(tmp_path: Path, monkeypatch: pytest.Monkey
     subprocess.run(words, cwd=ROOT, env=outer, check=True)
     spec, _ = yaml.safe_load_all((tmp_path / "other.yaml").read_text())
     executors = spec["deploymentSpec"]["executors"]
-    assert {one["container"]["image"] for one in executors.values()} == {"other:2"}
+    assert {executor["container"]["image"] for executor in executors.values()} == {"other:2"}
 
 
 def test_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dict]) -> None:
@@ -142,17 +142,17 @@ def test_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dic
     assert "pip install" not in compiled.read_text()
     executors = specification["deploymentSpec"]["executors"]
     assert executors.keys() == kubernetes.keys()
-    assert {one["container"]["image"] for one in executors.values()} == {
+    assert {executor["container"]["image"] for executor in executors.values()} == {
         "registry.example.com/vitdet:1"
     }
     for name, needs in kubernetes.items():
         assert needs["fieldPathAsEnv"] == [
             {"fieldPath": "metadata.labels['pipeline/runid']", "name": "KFP_RUN_ID"}
         ]
-        assert [(one["constant"], one["mountPath"]) for one in needs["pvcMount"]] == [
+        assert [(mount["constant"], mount["mountPath"]) for mount in needs["pvcMount"]] == [
             ("vitdet-data", "/data")
         ]
-        assert [one["secretName"] for one in needs["secretAsEnv"]] == ["vitdet-mlflow"]
+        assert [secret["secretName"] for secret in needs["secretAsEnv"]] == ["vitdet-mlflow"]
         assert needs["securityContext"] == {
             "runAsUser": "1000",
             "runAsGroup": "1000",
@@ -162,7 +162,7 @@ def test_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dic
             "resources"
         ].keys()
     with_gpu = [
-        name for name, one in executors.items() if "accelerator" in one["container"]["resources"]
+        name for name, step in executors.items() if "accelerator" in step["container"]["resources"]
     ]
     assert with_gpu == ["exec-evaluate", "exec-evaluate-champion"]
     assert with_gpu == [name for name, needs in kubernetes.items() if "tolerations" in needs]
@@ -180,7 +180,7 @@ def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dic
     # artifacts by id: only those of steps that are cached themselves may be inputs.
     inputs = steps["train-job"]["inputs"]
     assert {"name", "data", "initial", "image", "job"} <= inputs["parameters"].keys()
-    artifacts = {one["componentInputArtifact"] for one in inputs["artifacts"].values()}
+    artifacts = {artifact["componentInputArtifact"] for artifact in inputs["artifacts"].values()}
     assert artifacts == {"pipelinechannel--configs-settings"}
     assert "pipeline_job" not in (GOLDEN / "pipeline.yaml").read_text()
     without = {name for name, task in steps.items() if "retryPolicy" not in task}

@@ -90,7 +90,7 @@ def test_waiting_reports_each_change_once_and_the_result(kubeflow: Kubeflow, run
     second = [*shells, task("configs", "SUCCEEDED"), task("train-job", "RUNNING")]
     last = [task("configs", "SUCCEEDED"), task("train-job", "SUCCEEDED")]
     last += [task("train-job(0)", "FAILED"), task("register", "SKIPPED")]
-    looks = [*(("RUNNING", one) for one in (first, first, second)), ("SUCCEEDED", last)]
+    looks = [*(("RUNNING", details) for details in (first, first, second)), ("SUCCEEDED", last)]
     kubeflow.states = [
         {"state": state, "run_details": {"task_details": tasks}} for state, tasks in looks
     ]
@@ -183,7 +183,7 @@ def test_waiting_outlasts_a_renewed_token(kubeflow: Kubeflow, run: Run, tmp_path
     kubeflow.states = [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
     code, out, said = run("submit", "tiny", "--wait", "--token-file", file)
     assert (code, said) == (0, "") and out.count("(401): they have expired") == 3
-    reads = [one for one in kubeflow.requests if one.words == f"GET /runs/{RUN}"]
+    reads = [request for request in kubeflow.requests if request.words == f"GET /runs/{RUN}"]
     tokens = [request.headers["authorization"] for request in reads]
     assert tokens == [*["Bearer first"] * 5, "Bearer second"]  # the last one at once
 

@@ -115,7 +115,7 @@ def test_unset_options_are_left_to_the_pipeline_and_server(kubeflow: Kubeflow, s
     assert first["service_account"] == "vitdet-pipeline"
     assert first["display_name"].startswith("tiny 20")
     text = (ROOT / "manifests" / "shared" / "accounts.yaml").read_text()
-    accounts = [(one["kind"], one["metadata"]["name"]) for one in yaml.safe_load_all(text)]
+    accounts = [(item["kind"], item["metadata"]["name"]) for item in yaml.safe_load_all(text)]
     assert ("ServiceAccount", "vitdet-pipeline") in accounts
     assert submit("tiny", "--service-account", "")[0] == 0
     assert "service_account" not in kubeflow.bodies("POST /runs")[-1]
@@ -197,7 +197,9 @@ def test_a_recipe_s_file_is_read_anew_in_each_run(kubeflow: Kubeflow, cli: Run) 
     cached = []
     for body in kubeflow.bodies("POST /runs"):
         components = body["pipeline_spec"]["pipeline_spec"]["components"].values()
-        steps = [step for one in components for step in one.get("dag", {}).get("tasks", {}).items()]
+        steps = [
+            step for part in components for step in part.get("dag", {}).get("tasks", {}).items()
+        ]
         cached.append(
             {name for name, task in steps if task.get("cachingOptions", {}).get("enableCache")}
         )

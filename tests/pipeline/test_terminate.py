@@ -119,7 +119,7 @@ def test_jobs_of_a_run_are_deleted_twice(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, state: str
 ) -> None:
     run("submit", "tiny")
-    kubeflow.states = [{"state": one} for one in (state, "CANCELING", "CANCELING", "CANCELED")]
+    kubeflow.states = [{"state": name} for name in (state, "CANCELING", "CANCELING", "CANCELED")]
     cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
     code, out, said = run("terminate", RUN)
     assert (code, said) == (0, "")

@@ -118,7 +118,7 @@ def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, cli
     doubt, line = said.splitlines()
     assert code == 0 and "treated as Pipelines 2.15.0 (Kubeflow 1.11), pass --kfp" in doubt
     assert "securityContext (2.16.0 does), left out" in line and "Pod Security `restricted`" in line
-    assert not any("securityContext" in one for one in executors(sent(kubeflow)[1]).values())
+    assert not any("securityContext" in step for step in executors(sent(kubeflow)[1]).values())
     # what the user states is used as it is
     code, _, said = cli(*words, "--kfp", "2.16.1")
     assert (code, said) == (0, "") and "securityContext" in str(sent(kubeflow)[1])

@@ -104,8 +104,8 @@ def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
         verdict = gated.judge(99.0, OTHER, evaluate=Mock(side_effect=error))
     assert not verdict.passed and len(verdict.reason.splitlines()) == 1
     assert f"cannot be evaluated: {reason}" in verdict.reason
-    logged = [one for one in caplog.messages if "cannot be evaluated" in one]
-    assert ["Traceback (most recent" in one for one in logged] == [True] * (not is_expected)
+    logged = [message for message in caplog.messages if "cannot be evaluated" in message]
+    assert ["Traceback (most recent" in message for message in logged] == [True] * (not is_expected)
     assert "s3cret" not in caplog.text
     found = gated.evaluate(OTHER, Mock(side_effect=error))
     assert found is not None and not found.metrics
@@ -206,7 +206,7 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
 def test_of_many_at_once_the_best_is_champion(gated: RegisteredModel) -> None:
     candidates = [(gated.add(ap), ap) for ap in (41.0, 44.0, 42.0, 43.0)]
     with ThreadPoolExecutor(len(candidates)) as pool:
-        list(pool.map(lambda one: gated.promote(*one), candidates))
+        list(pool.map(lambda candidate: gated.promote(*candidate), candidates))
     assert gated.champion == candidates[1][0]
 
 

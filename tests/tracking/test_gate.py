@@ -78,7 +78,7 @@ def decide(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> Ver
 def test_the_gain_must_be_above_the_least(
     ap: float, least: float, passed: bool, reason: str
 ) -> None:
-    ours, theirs = (Evaluation({"box_ap": one}) for one in (ap, 40.0))
+    ours, theirs = (Evaluation({"box_ap": value}) for value in (ap, 40.0))
     found = decide(GateConfig(min_gain=least), ours, theirs)
     assert found.passed is passed and found.reason.startswith(reason)
 
@@ -127,9 +127,9 @@ def test_with_confidence_a_gain_by_chance_does_not_pass() -> None:
 
 def test_confidence_ignores_resamples_without_objects_and_needs_ten_images() -> None:
     def among_empty(images: int, found: int) -> Evaluation:
-        one = evaluation({"disc": hits(found, images)})
-        matches = {"bbox": replace(one.matches["bbox"], image_ids=np.arange(1000))}
-        return Evaluation(one.metrics, matches)
+        full = evaluation({"disc": hits(found, images)})
+        matches = {"bbox": replace(full.matches["bbox"], image_ids=np.arange(1000))}
+        return Evaluation(full.metrics, matches)
 
     gate = GateConfig(confidence=0.95)
     assert decide(gate, among_empty(10, 10), among_empty(10, 1)).passed

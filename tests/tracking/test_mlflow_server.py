@@ -18,7 +18,7 @@ FOLDER = ROOT / "manifests" / "mlflow"
 @pytest.fixture(scope="module")
 def container() -> dict:
     documents = yaml.safe_load_all((FOLDER / "server.yaml").read_text())
-    (deployment,) = (one for one in documents if one["kind"] == "Deployment")
+    (deployment,) = (document for document in documents if document["kind"] == "Deployment")
     return deployment["spec"]["template"]["spec"]["containers"][0]
 
 

@@ -56,8 +56,8 @@ def test_the_license_of_the_initial_weights(
     init: str, licenses: list[str], warned: list[str]
 ) -> None:
     found = initial_weights(init)
-    assert [one.license for one in found] == licenses
-    assert [one.name for one in found if one.warning] == warned
+    assert [origin.license for origin in found] == licenses
+    assert [origin.name for origin in found if origin.warning] == warned
 
 
 def test_weights_of_a_detector_have_the_license_of_its_pre_training_as_well() -> None:

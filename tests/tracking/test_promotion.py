@@ -54,12 +54,12 @@ def test_promote_applies_the_gate_and_rollback_undoes_it(
     assert code == 1 and "no existing version was champion before version 1" in line
     assert model.champion == "1"
     recorded = history.events(model.client, name)
-    assert [(one.action, one.before, one.version) for one in recorded] == [
+    assert [(event.action, event.before, event.version) for event in recorded] == [
         ("promoted", "", "1"), ("promoted", "1", "2"), ("forced", "2", "3"),
         ("rolled back", "3", "2"), ("rolled back", "2", "1"),
     ]  # fmt: skip
-    assert [one.reason for one in recorded[2:4]] == ["field test", "misses rings"]
-    assert all(one.time.endswith("Z") for one in recorded)
+    assert [event.reason for event in recorded[2:4]] == ["field test", "misses rings"]
+    assert all(event.time.endswith("Z") for event in recorded)
 
 
 def test_invalid_requests_are_rejected_in_one_line(
@@ -115,7 +115,7 @@ def test_without_a_common_folder_the_better_of_two_keeps_the_alias(
     assert "version 2 with 42 was promoted at the same time" in verdict.reason
     assert model.champion == "2"
     recorded = history.events(model.client, model.name)
-    assert [one.version for one in recorded] == ["1", "2"]
+    assert [event.version for event in recorded] == ["1", "2"]
     assert run("rollback")[0] == 0 and model.champion == "1"
 
 

@@ -54,7 +54,7 @@ DENIED = [
 @pytest.mark.parametrize(
     ("code", "body", "said"),
     [
-        *((*one, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for one in DENIED),
+        *((*denial, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for denial in DENIED),
         (200, b"{}", "is not an MLflow server"),  # another service
     ],
 )
@@ -180,7 +180,7 @@ def test_a_file_that_is_refused_does_not_keep_the_others_back(
     tracking.log_metrics(tracker.run_id, store, tmp_path, {}, 1)
     assert taken == ["good"]
     (entry,) = find(tmp_path, tracker.run_id).entries()
-    assert [one.name for one in entry.iterdir()] == ["bad"]
+    assert [child.name for child in entry.iterdir()] == ["bad"]
 
 
 def test_runs_of_another_server_are_not_sent_to_this_one(

@@ -147,7 +147,7 @@ def test_what_is_evaluated_of_a_copied_checkpoint_is_not_tracked(
 ) -> None:
     path = copied(tmp_path, "1" * 32)
     assert log_evaluation(path, {"box_ap": 1.0}, None, tmp_path) is None
-    assert [one.name for one in tmp_path.iterdir()] == ["model.pt"]
+    assert [child.name for child in tmp_path.iterdir()] == ["model.pt"]
     start(tmp_path, "").close()  # a store of other runs
     before = sorted(tmp_path.rglob("*"))
     assert log_evaluation(path, {"box_ap": 1.0}, None, tmp_path) is None
@@ -191,4 +191,4 @@ def test_registration_refuses_in_one_line_and_leaves_nothing(
             main(["register", str(path), "--metrics", "figures.json"])
         said = capsys.readouterr().err.splitlines()
         assert ended.value.code == 1 and len(said) == 1 and said[0].startswith("vitdet: "), said
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["figures.json", "model.pt"]
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["figures.json", "model.pt"]

@@ -122,7 +122,7 @@ def test_a_checkpoint_with_a_password_is_used_without_it(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri("", work))
     code, out, err = vitdet("register", checkpoint)
     assert code == 0 and out == "vitdet, version 1 (candidate)\n", err
-    (warning,) = [one for one in caplog.messages if "tracking.uri" in one]
+    (warning,) = [message for message in caplog.messages if "tracking.uri" in message]
     assert "http://***@127.0.0.1:9/?token=***" in warning and "MLFLOW_TRACKING_USERNAME" in warning
     model = download(work, tmp_path / "model", "models:/vitdet@candidate")
     config = load_model_file(model / "artifacts" / "detector.safetensors")["config"]
@@ -239,9 +239,9 @@ def test_safetensors_hold_the_whole_detector(tmp_path: Path) -> None:
     path = tmp_path / "detector.safetensors"
     save_safetensors(path, stored)
     again = load_model_file(path)
-    assert all(torch.equal(again["model"][key], one) for key, one in stored["model"].items())
+    assert all(torch.equal(again["model"][key], tensor) for key, tensor in stored["model"].items())
     assert {**again, "model": None} == {**stored, "model": None}
-    ours, theirs = (Predictor.load(one)(IMAGE, 0.0) for one in (path, tmp_path / "model.pt"))
+    ours, theirs = (Predictor.load(model)(IMAGE, 0.0) for model in (path, tmp_path / "model.pt"))
     assert torch.equal(ours.boxes, theirs.boxes) and ours.names == theirs.names
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a complete detector"):

@@ -74,7 +74,7 @@ def test_a_registered_training_finds_the_same_in_a_fresh_environment(
     assert {"model_card.md", "config.yaml", "artifacts/detector.safetensors"} <= files
     assert (model / "report.html").read_bytes() == (plots / "report.html").read_bytes()
     measured = json.loads(metrics.read_text())
-    logged = {one.key: one for one in client.get_logged_model(model_id_of(version)).metrics}
+    logged = {item.key: item for item in client.get_logged_model(model_id_of(version)).metrics}
     assert logged.keys() == {key for key in measured if "/" not in key}
     assert logged["box_ap"].value == pytest.approx(measured["box_ap"])
     assert logged["box_ap"].dataset_digest == version.tags["val_fingerprint"]

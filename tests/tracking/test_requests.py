@@ -164,7 +164,7 @@ def test_blocks_of_two_threads_leave_the_settings_as_they_were(
             end.wait(60)
             threads[0].join(0.5)
 
-    threads = [threading.Thread(target=one) for one in (first, second)]
+    threads = [threading.Thread(target=work) for work in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:

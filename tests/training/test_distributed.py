@@ -98,7 +98,7 @@ def tracked(folder: Path) -> tuple[MlflowClient, Run]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     return client, run
 
 
@@ -183,7 +183,7 @@ def test_killed_processes_go_on_under_one_run(
     for name in ("loss", "loss_mask", "lr", "grad_norm", "box_ap"):
         history = client.get_metric_history(run.info.run_id, name)
         wanted = {step: values[name] for step, values in expected.items() if name in values}
-        assert [(one.step, one.value) for one in history] == list(wanted.items()), name
+        assert [(point.step, point.value) for point in history] == list(wanted.items()), name
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_launches_with_one_store_have_one_id_each() -> None:
     store, ids = dist.HashStore(), set()
     for _ in range(3):
         joined = synchronize(store, 2, 1, 0, starts={1: 7.0, 0: 30.0})
-        ((launch_id, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
+        ((launch_id, missing),) = {(launch, tuple(missing)) for launch, missing in joined.values()}
         ids.add(launch_id)
         assert missing == ()
         # the ranks of this launch do not join it again
@@ -321,10 +321,10 @@ def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = dist.HashStore()
-    (launch_id,) = {one for one, _ in synchronize(store, 0, 1, 2).values()}
+    (launch_id,) = {launch for launch, _ in synchronize(store, 0, 1, 2).values()}
     assert synchronize(store, 1) == {1: (launch_id, [0])}
     joined = synchronize(store, 1, 2, 0, starts={2: 60.0, 0: 200.0})
-    ((other, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
+    ((other, missing),) = {(launch, tuple(missing)) for launch, missing in joined.values()}
     assert other != launch_id and missing == ()
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=0))

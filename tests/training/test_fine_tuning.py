@@ -26,10 +26,10 @@ def other_classes(data: Path, names: list[str]) -> None:
     """Only the first of the categories, with these names."""
     for path in (data / "annotations").glob("instances_*.json"):
         content = json.loads(path.read_text())
-        kept = sorted(content["categories"], key=lambda one: one["id"])[: len(names)]
-        ids, objects = {one["id"] for one in kept}, content["annotations"]
-        content["annotations"] = [one for one in objects if one["category_id"] in ids]
-        content["categories"] = [one | {"name": n} for one, n in zip(kept, names, strict=True)]
+        kept = sorted(content["categories"], key=lambda category: category["id"])[: len(names)]
+        ids, objects = {category["id"] for category in kept}, content["annotations"]
+        content["annotations"] = [item for item in objects if item["category_id"] in ids]
+        content["categories"] = [item | {"name": n} for item, n in zip(kept, names, strict=True)]
         path.write_text(json.dumps(content))
 
 
@@ -56,7 +56,7 @@ def test_another_set_of_classes(
         changes = {"model__roi_heads__num_classes": len(names)}
         weights = start(own_tiny, tmp_path / "run", source, **changes)
     old = before["model"]
-    assert {name for name, one in weights.items() if not torch.equal(one, old[name])} == LAYERS
+    assert {name for name, new in weights.items() if not torch.equal(new, old[name])} == LAYERS
     said = {record.message for record in caplog.records if "newly initialized" in record.message}
     why = (
         f"{count} classes in the file, 2 here"
@@ -83,7 +83,7 @@ def test_another_size_of_image(
         changes = {"model__backbone__rel_pos_size": 64, "model__backbone__pos_embed_grid": 8}
         weights = start(tiny, tmp_path / "run", trained / "model.pt", **changes)
     assert weights["backbone.pos_embed"].shape[1:3] == (8, 8)
-    said = [one.partition(": ")[2] for one in caplog.messages if "resized" in one]
+    said = [message.partition(": ")[2] for message in caplog.messages if "resized" in message]
     assert said[0] == "backbone.pos_embed: resized from (1, 16, 16, 128) to (1, 8, 8, 128)"
     resized = "backbone.blocks.1.attn.rel_pos_h and 3 more: resized from (31, 32) to (15, 32)"
     assert said[1].startswith(resized)

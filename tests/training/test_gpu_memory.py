@@ -148,7 +148,7 @@ BACKBONES = [
 ]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda one: one.name)
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda case: case.name)
 def test_blocks_that_compute_again_give_the_same_bits(backbone: BackboneConfig) -> None:
     """With the same dropped paths, and statistics of BatchNorm that are updated once."""
     torch.manual_seed(0)
@@ -156,14 +156,14 @@ def test_blocks_that_compute_again_give_the_same_bits(backbone: BackboneConfig) 
     again = copy.deepcopy(plain)
     images, results = torch.randn(2, 3, 64, 64), []
     for model in (plain, again):
-        stages, calls = [one for one in model.modules() if isinstance(one, Blocks)], []
+        stages, calls = [module for module in model.modules() if isinstance(module, Blocks)], []
         for stage in stages:
             stage.checkpointing = model is again
-            stage[-1].register_forward_pre_hook(lambda one, _, calls=calls: calls.append(one))
+            stage[-1].register_forward_pre_hook(lambda block, _, calls=calls: calls.append(block))
         torch.manual_seed(1)
         found = model(images)
         maps = [found] if isinstance(found, Tensor) else found
-        torch.stack([one.square().mean() for one in maps]).sum().backward()
+        torch.stack([features.square().mean() for features in maps]).sum().backward()
         assert len(calls) == len(stages) * (2 if model is again else 1)
         results.append([*maps, torch.rand(3)])  # and the draws that follow
     assert all(map(torch.equal, *results))

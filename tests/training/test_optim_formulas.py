@@ -120,8 +120,8 @@ def test_parameters_without_a_gradient_only_decay() -> None:
         parameters[name].normal_()
     before = parameters[name].detach().clone()
     optimizer = build_optimizer(detector, SETTINGS)
-    for one, p in parameters.items():
-        p.grad = torch.from_numpy(gradient(one, p.shape, 0))
+    for key, p in parameters.items():
+        p.grad = torch.from_numpy(gradient(key, p.shape, 0))
     set_lr(optimizer, 3, SETTINGS)
     optimizer.step()
     scale, decay = scale_and_decay(name)

@@ -38,7 +38,7 @@ def children(pid: int) -> list[int]:
         listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return [one for child in map(int, listed) for one in (child, *children(child))]
+    return [process for child in map(int, listed) for process in (child, *children(child))]
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -79,12 +79,12 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
     content = load_model_file(tmp_path / "killed" / "model.pt")
     same_weights(tmp_path / "killed", tmp_path / "whole")
     client = MlflowClient(environment(tmp_path)["MLFLOW_TRACKING_URI"])
-    (experiment,) = [one for one in client.search_experiments() if one.name == "vitdet"]
+    (experiment,) = [each for each in client.search_experiments() if each.name == "vitdet"]
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
     assert [run.info.status for run in runs.values()] == ["FINISHED"] * 2
     values = {"loss": list(range(1, STEPS + 1)), "box_ap": [3, 6]}
     for name in runs[content["run_id"]].data.metrics:
         history = client.get_metric_history(content["run_id"], name)
-        steps = sorted(one.step for one in history)
+        steps = sorted(point.step for point in history)
         assert steps == values.get(name, sorted(set(steps))), (name, steps)
     assert not list((tmp_path / "killed").rglob("*.tmp"))

@@ -35,7 +35,7 @@ def test_the_state_that_was_read_goes_when_it_is_applied(
 
     def count(values: dict[str, float], step: int) -> None:
         gc.collect()
-        left.append(sum(one() is not None for one in alive))
+        left.append(sum(reference() is not None for reference in alive))
 
     monkeypatch.setattr(trainer, "Checkpoints", Watched)
     go(tiny, tmp_path, Recorder(count))

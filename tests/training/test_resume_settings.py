@@ -263,7 +263,7 @@ def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_a
         (output / "checkpoints").mkdir(parents=True)
         torch.save({**content, "format": version}, output / "checkpoints" / path.name)
         assert min(go(tiny, output).points) == 8
-    assert not [one for one in caplog.messages if "changed settings" in one]
+    assert not [message for message in caplog.messages if "changed settings" in message]
 
 
 @pytest.mark.parametrize("stop", [4, 8], ids=["fewer steps", "at the end"])

@@ -189,16 +189,17 @@ def test_a_step_whose_gradients_overflow_is_skipped(tiny: Path) -> None:
     done = run(STEP)
     meter.add(*done[:2], done.skipped)
     finite = float(done.grad_norm)
-    moved, average = weights(), {name: one.clone() for name, one in step.average.weights.items()}
+    moved = weights()
+    average = {name: value.clone() for name, value in step.average.weights.items()}
     handle = overflow(step)
     skipped = run(STEP + 1)
     meter.add(*skipped[:2], skipped.skipped)
     handle.remove()
     assert skipped.skipped and not skipped.grad_norm.isfinite() and not done.skipped
-    assert all(torch.equal(one, moved[name]) for name, one in weights().items())
+    assert all(torch.equal(value, moved[name]) for name, value in weights().items())
     assert step.scaler.get_scale() == 4.0
     assert {float(slots["step"]) for slots in step.optimizer.state.values()} == {1.0}
-    changed = [name for name, one in step.average.weights.items() if (one != average[name]).any()]
+    changed = [name for name, new in step.average.weights.items() if (new != average[name]).any()]
     assert changed  # it continues toward the weights
     step.check()
     values = meter.read(CPU)
@@ -206,7 +207,7 @@ def test_a_step_whose_gradients_overflow_is_skipped(tiny: Path) -> None:
     # the next step has its own learning rate
     after = run(STEP + 2)
     assert not after.skipped and after.lr == Run(tiny, train__precision="fp32")(STEP + 2).lr
-    assert any((one != moved[name]).any() for name, one in weights().items())
+    assert any((tensor != moved[name]).any() for name, tensor in weights().items())
 
 
 class Spoiled(TrainingStep):
@@ -246,7 +247,7 @@ def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
     state = read_state(tmp_path / "a", 2)
     assert state["scaler"]["scale"] == 4.0
     for weights in (state["model"], state["average"]):
-        assert all(one.isfinite().all() for one in weights.values())
+        assert all(tensor.isfinite().all() for tensor in weights.values())
     assert state["model"]["norm.running_mean"] == 1.0
     with refused("not finite: training has diverged"):
         go(tiny, tmp_path / "b", train__precision="fp32", **changes)
@@ -311,8 +312,8 @@ def test_all_processes_begin_with_the_weights_of_the_first(
     run.step.distribute()
     detector = run.step.detector
     wanted = [*detector.parameters(), *detector.buffers(), *run.step.average.weights.values()]
-    assert [one.data_ptr() for one in given] == [one.data_ptr() for one in wanted]
-    assert not any(one.requires_grad for one in given)
+    assert [tensor.data_ptr() for tensor in given] == [tensor.data_ptr() for tensor in wanted]
+    assert not any(tensor.requires_grad for tensor in given)
 
 
 def test_an_evaluation_has_the_memory_of_recorded_steps(

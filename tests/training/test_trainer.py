@@ -147,7 +147,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_gather_objects", lambda one: [one, one])
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, value])
     with refused("train.batch_size must be a multiple of the 2 processes, got 3"):
         go(tiny, tmp_path / "run", train__batch_size=3)
     assert not (tmp_path / "run").exists()

@@ -65,8 +65,8 @@ class Steps:
     def __call__(self, slots: int) -> bool:
         """Whether a step with so many slots for objects replays a graph."""
         before, gradient = self.graphed.graph.replayed, self.detector.weight.grad.item()
-        one = Targets.of([target([[10, 10, 50, 60]], [1])], slots=slots)
-        self.graphed(images(1), one, SIZES)
+        targets = Targets.of([target([[10, 10, 50, 60]], [1])], slots=slots)
+        self.graphed(images(1), targets, SIZES)
         assert self.detector.weight.grad.item() == gradient + 1  # also where recording was tried
         return self.graphed.graph.replayed > before
 
@@ -116,7 +116,7 @@ def test_more_sizes_than_graphs_are_kept_wait_for_the_next_evaluation(
         assert not steps(32) and not steps(32)
         steps.graphed.release()
     assert len(caplog.messages) == 3
-    assert all("until the next evaluation: 6 graphs" in one for one in caplog.messages)
+    assert all("until the next evaluation: 6 graphs" in message for message in caplog.messages)
     monkeypatch.setattr(Recorded, "error", None)
     assert steps(32)
 
@@ -163,10 +163,10 @@ def test_a_step_that_waits_runs_without_a_graph_on_a_gpu(caplog: pytest.LogCaptu
 @pytest.mark.cuda
 def test_a_graph_that_does_not_fit_on_a_gpu_leaves_it_usable() -> None:
     graphs: CudaGraph[Tensor] = CudaGraph()
-    one = torch.ones(4, device="cuda")
-    graphs.record(lambda x: x + 1, one)
+    ones = torch.ones(4, device="cuda")
+    graphs.record(lambda x: x + 1, ones)
     with pytest.raises(OutOfMemory, match="out of memory"):
         graphs.record(lambda x: torch.empty(2**46, device=x.device) + x.sum(), torch.ones(8).cuda())
     assert not graphs.graphs and graphs.pool is None
-    graphs.record(lambda x: x + 2, one)
-    assert graphs(one).tolist() == [3.0] * 4
+    graphs.record(lambda x: x + 2, ones)
+    assert graphs(ones).tolist() == [3.0] * 4

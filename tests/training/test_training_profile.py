@@ -36,7 +36,9 @@ def test_every_part_of_a_step_has_its_share(
     assert min(parts.values()) >= 0 and all(parts[part] > 0 for part in PARTS if part != IDLE)
     events = json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
     assert set(PARTS) - {IDLE, "other", "NMS"} <= {event.get("name") for event in events}
-    logged = next(one.message for one in caplog.records if "time of a step by part" in one.message)
+    logged = next(
+        entry.message for entry in caplog.records if "time of a step by part" in entry.message
+    )
     rows = [line.split() for line in logged.splitlines()[1:]]
     assert len(rows) == len(PARTS) + 1 and rows[-1][0] == "step"
     assert sum(float(row[-3]) for row in rows[:-1]) == pytest.approx(float(rows[-1][1]), abs=0.1)

@@ -58,13 +58,13 @@ def test_the_rank_that_the_others_wait_for_is_found(beats: list[Beat], expected:
 def test_slow_steps_and_batches_raise_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    one = Watchdog(Stop())
+    watched = Watchdog(Stop())
 
     def at(step: int, stage: Stage, seconds: float, limit: float = 0.0) -> float:
-        one.at(step, stage, limit)
+        watched.at(step, stage, limit)
         clock[0] += seconds
-        assert one.beat().age == seconds
-        return one.beat().limit
+        assert watched.beat().age == seconds
+        return watched.beat().limit
 
     assert at(1, Stage.LOADING, 1, LONG) == at(1, Stage.COMPUTING, 899, LONG) == LONG
     assert at(1, Stage.SAVING, 50, LONG) == LONG
@@ -101,12 +101,12 @@ def test_a_slow_step_raises_the_limit_of_the_next(
 
 
 def test_a_rank_in_a_collective_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Watchdog(Stop())
-    one.at(3, Stage.EVALUATING)
+    watched = Watchdog(Stop())
+    watched.at(3, Stage.EVALUATING)
     with distributed._waiting("barrier"):
-        inside = one.beat()
+        inside = watched.beat()
     assert (inside.stage, inside.limit) == (Stage.WAITING, LONG) and "in a barrier" in str(inside)
-    assert one.beat().stage == Stage.EVALUATING
+    assert watched.beat().stage == Stage.EVALUATING
 
 
 ASLEEP = f"""

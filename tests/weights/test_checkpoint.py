@@ -79,7 +79,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     save(path, {"format": FORMAT, "x": torch.ones(3)})
     with pytest.raises(AttributeError):  # not the disk's fault, so not called so
         save(path, {"format": FORMAT, "x": lambda: None})
-    assert [one.name for one in tmp_path.iterdir()] == ["model.pt"]
+    assert [child.name for child in tmp_path.iterdir()] == ["model.pt"]
     assert torch.equal(load(path, FORMAT)["x"], torch.ones(3))
 
 
@@ -161,7 +161,7 @@ def test_a_detector_comes_back_as_it_was(trained: Path) -> None:
     detector, config, names = restore_detector(trained / "model.pt")
     assert not detector.training and names == tuple(CATEGORIES.values())
     stored = load_model_file(trained / "model.pt")["model"]
-    assert all(torch.equal(one, stored[name]) for name, one in detector.state_dict().items())
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in detector.state_dict().items())
     assert config == load_config(trained / "config.yaml")
 
 
@@ -187,7 +187,7 @@ def test_only_a_full_disk_is_told_to_be_emptied(
     disk = [OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
     other = f"^{tmp_path / 'model.pt'}: could not be written ..Errno 5. Input/output error.$"
     for error, kind, says in (
-        *((one, OSError, full) for one in disk),
+        *((failure, OSError, full) for failure in disk),
         (RuntimeError("[enforce fail at x.cc:664] . unexpected pos 576 vs 470"), OSError, full),
         (RuntimeError(torch_says), OSError, full),
         (OSError(errno.EIO, "Input/output error"), OSError, other),

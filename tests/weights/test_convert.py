@@ -112,13 +112,13 @@ def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
         "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4),
     }
     assert shapes(to_ours(weights, DETECTRON2)) == {"backbone.pos_embed": (1, 2, 2, 2)}
-    one, three = torch.zeros(1), torch.zeros(3)
-    both = {"attn.qkv.bias": three, "attn.q_bias": one, "attn.v_bias": one}
+    q, qkv = torch.zeros(1), torch.zeros(3)
+    both = {"attn.qkv.bias": qkv, "attn.q_bias": q, "attn.v_bias": q}
     both = {f"blocks.0.{name}": tensor for name, tensor in both.items()}
-    twice = {BIAS.format(stage): one for stage in ("", ".0")}
+    twice = {BIAS.format(stage): q for stage in ("", ".0")}
     for convert, layout, given, says in (
-        (to_ours, DETECTRON2, {**weights, "head.extra": one}, "1 tensors unknown .* as head.extra"),
-        (to_theirs, DETECTRON2, {"backbone.blocks.0.pcm.0.weight": one}, "without a name in this"),
+        (to_ours, DETECTRON2, {**weights, "head.extra": q}, "1 tensors unknown .* as head.extra"),
+        (to_theirs, DETECTRON2, {"backbone.blocks.0.pcm.0.weight": q}, "without a name in this"),
         (to_ours, VITAE, both, "both blocks.0.attn.q_bias and blocks.0.attn.qkv.bias"),
         (to_ours, DETECTRON2, twice, "two tensors map to roi_heads.stages.0.logits.bias"),
     ):

@@ -135,8 +135,8 @@ def test_tensors_alone(model: Path, recipe: Path, tmp_path: Path) -> None:
     assert read_source(tmp_path / "named.safetensors", "vitdet").class_names == names
     assert read_source(tmp_path / "ours.safetensors", "vitdet").layout == "detectron2"
     convert_file(tmp_path / "ours.safetensors", tmp_path / "again.pt", "vitdet", recipe)
-    one, two = load_model_file(model)["model"], load_model_file(tmp_path / "again.pt")["model"]
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, two = load_model_file(model)["model"], load_model_file(tmp_path / "again.pt")["model"]
+    assert all(torch.equal(first[name], two[name]) for name in first)
     config = load_config(recipe)
     detector = build_detector(config.model)
     assert not load_pretrained(detector, tmp_path / "ours.safetensors").fresh

@@ -49,7 +49,7 @@ def test_a_training_goes_on_from_the_state_before_a_damaged_one(
         newest.write_bytes(newest.read_bytes()[: 1000 if kind == "cut" else 0])
     caplog.set_level(logging.WARNING)
     assert min(go(tiny, tmp_path).points) == 7
-    (said,) = (one for one in caplog.messages if "damaged" in one)
+    (said,) = (message for message in caplog.messages if "damaged" in message)
     assert said.startswith(f"{newest}: not a complete vitdet checkpoint (") and said.endswith(
         "; renamed to step_00000007.pt.damaged; resuming from step 6, repeating steps 7 to 7"
     )

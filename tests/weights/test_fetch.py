@@ -248,7 +248,7 @@ def test_killed_and_run_again(web: Web, tmp_path: Path) -> None:
     (tmp_path / "here" / ".some.tmp").mkdir()
     (tmp_path / "here" / ".some.tmp" / "half").touch()  # as if killed in the conversion
     both = [subprocess.Popen(words, env=environment(tmp_path)) for _ in range(2)]
-    assert [one.wait() for one in both] == [0, 0]
+    assert [process.wait() for process in both] == [0, 0]
     assert (tmp_path / "here" / "some.safetensors").read_bytes() == CONTENT
     assert web.sent == 100_000 and [asked for _, asked in web.asked] == [None, "bytes=70000-"]
     assert names(tmp_path / "here") == ["some.safetensors"]

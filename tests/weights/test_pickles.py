@@ -118,11 +118,11 @@ def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None
 
 
 def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
-    path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
+    path, op = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
     broken = "not a complete file of weights"
     for content, says in (
-        (one % b"cposix\nsystem\n", "it references posix.system"),
-        (one % (one % b"ctorch\nFloatStorage\n"), broken),
+        (op % b"cposix\nsystem\n", "it references posix.system"),
+        (op % (op % b"ctorch\nFloatStorage\n"), broken),
         (b"X\x02\0\0\0idQ", broken),
     ):
         assert says in one_line(packed(path, b"\x80\x02" + content + b"."))

@@ -27,7 +27,7 @@ def plain() -> dict[str, Tensor]:
 
 
 def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    return {prefix + name: one for name, one in (weights or plain()).items()}
+    return {prefix + name: tensor for name, tensor in (weights or plain()).items()}
 
 
 def read(text: str) -> str:
@@ -39,7 +39,7 @@ def removed(text: str) -> str:
 
 
 COUNTER, OTHERS = torch.tensor(5), "3 other tensors ignored"
-INNER = {name.replace(".", "._orig_mod.", 1): one for name, one in plain().items()}
+INNER = {name.replace(".", "._orig_mod.", 1): tensor for name, tensor in plain().items()}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
     found, notes = unwrap(content, FORMATS["mae"], Path("w.pth"))
     assert notes == told
     assert found.keys() == set(NAMES)
-    assert all(torch.equal(found[name], one) for name, one in plain().items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain().items())
 
 
 @pytest.mark.parametrize(

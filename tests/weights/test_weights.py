@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(
     detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    lacking = {name: one for name, one in backbone.items() if not name.endswith("norm1.weight")}
+    lacking = {name: value for name, value in backbone.items() if not name.endswith("norm1.weight")}
     name, integers = "backbone.pos_embed", torch.ones(1, 16, 16, 128, dtype=torch.int8)
     shape, kind = "(1, 3, 3, 64), expected (1, 16, 16, 128)", "torch.int8, expected torch.float32"
     cases = (
@@ -141,7 +141,7 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     assert len(found) == 1
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == metadata
-        assert all(torch.equal(file.get_tensor(name), one) for name, one in tensors.items())
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.slow
