@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny data set, and a training on it that takes a second."""
+"""Shared fixtures: a tiny data set, and a training run on it that takes a second."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-# Before torch is imported, here and in all processes of the tests: small models are no faster on several threads, on a
-# busy machine far slower, and equal bits need an equal number.
+# Set before torch is imported, for this process and its children: small models are no faster on several threads, much
+# slower on a busy machine, and bitwise equality needs an equal number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Generated inputs: the same ones in each run of the suite; --hypothesis-profile=long tries others for
+# Generated inputs are the same in each run of the suite; --hypothesis-profile=long tries others for
 # an hour. Neither a slow example nor slow generation fails a test.
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
 settings.register_profile("suite", max_examples=100, derandomize=True, **SLOW)
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def minimal(root: Path, **changes: object) -> list[str]:
-    """Overrides of the recipe `tiny`; a change is optim__lr=1e-3 for optim.lr."""
+    """Return overrides of the recipe `tiny`; optim__lr=1e-3 stands for optim.lr=1e-3."""
     settings = {
         **MINIMAL,
         "data.root": root,
@@ -76,12 +76,12 @@ def minimal(root: Path, **changes: object) -> list[str]:
 
 
 def options(overrides: list[str]) -> list[str]:
-    """The same for a command line."""
+    """Return the overrides as command-line options."""
     return [word for override in overrides for word in ("--set", override)]
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a process of ours: this package, as many threads as here, MLflow's file in `folder`."""
+    """Return the environment of a child process: this checkout, equal threads, MLflow in `folder`."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -90,7 +90,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Recorder:
-    """A tracker that keeps the points {step: {name: value}} and then calls `then` with the step's values."""
+    """A tracker that records points {step: {name: value}} and calls `then` with each step's values."""
 
     run_id = "recorded"
 
@@ -110,7 +110,7 @@ class Recorder:
 
 
 def start(words: list[str], folder: Path, processes: int = 0) -> subprocess.Popen:
-    """`python -m vitdet WORDS` in `folder`, in a process group of its own; under torchrun with 1 process and more."""
+    """Start `python -m vitdet WORDS` in `folder`, in a new process group; under torchrun if processes >= 1."""
     launcher = (
         ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
         if processes
@@ -129,7 +129,7 @@ def start(words: list[str], folder: Path, processes: int = 0) -> subprocess.Pope
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """SIGINT works as at a terminal: a suite started by a script in the background ignores it."""
+    """Restore the default SIGINT handler, which a suite started in the background ignores."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -137,7 +137,7 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 training and 4 validation images; not to be changed."""
+    """A read-only data set of 12 training and 4 validation images."""
     from vitdet.demo.tiny import make_tiny
 
     folder = tmp_path_factory.mktemp("data") / "tiny"
@@ -147,13 +147,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_tiny(tiny: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of `tiny` that a test may modify."""
     return Path(shutil.copytree(tiny, tmp_path / "own"))
 
 
 @pytest.fixture(scope="session")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished training of `minimal` in one go; points.json has its points. Not to be changed."""
+    """The read-only folder of a finished, uninterrupted training run of `minimal`, with points.json."""
     from vitdet.config import load_config
     from vitdet.training import train
 
@@ -165,9 +165,8 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trainings_draw_one_picture() -> Iterator[None]:
-    """Not the default of 8 per evaluation, which take a third of the time of a small training run (only in this
-    process)."""
+def training_runs_draw_one_picture() -> Iterator[None]:
+    """Draw 1 picture per evaluation in this process: the default of 8 takes a third of a small run."""
     from vitdet.training import trainer
 
     write_one = functools.partial(trainer.write_pictures, count=1)
@@ -178,10 +177,7 @@ def trainings_draw_one_picture() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def stacks_without_source() -> Iterator[None]:
-    """kfp looks at the names of its callers for each setting of each task.
-
-    The lines of source that inspect.stack finds as well cost 3 s per pipeline with as many modules as tests import.
-    """
+    """Make inspect.stack skip source lines, which kfp does not need and which cost 3 s per pipeline."""
     real = inspect.stack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "stack", lambda context=0: real(context))
@@ -190,7 +186,7 @@ def stacks_without_source() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_in_the_repository() -> Iterator[None]:
-    """MLflow writes into the current folder unless it is told otherwise."""
+    """Check that no test leaves files in the repository, as MLflow does by default."""
     names = ("mlflow.db", "mlruns", "mlartifacts", "journal")
     before = [name for name in names if (ROOT / name).exists()]
     yield
@@ -201,7 +197,7 @@ def nothing_is_left_in_the_repository() -> Iterator[None]:
 def vitdet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
-    """vitdet(*words) runs a command in this process, in a folder of its own: (exit code, stdout, stderr)."""
+    """vitdet(*words) runs a command in this process and a new folder: (exit code, stdout, stderr)."""
     from vitdet.cli import main
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -218,13 +214,13 @@ def vitdet(
 
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed models are registered without their trial in a fresh process, which takes ten seconds."""
+    """Register packaged models without the trial in a fresh process, which takes ten seconds."""
     monkeypatch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
 
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    """A photo of nothing."""
+    """A photo without objects."""
     path = tmp_path / "picture.png"
     Image.effect_noise((90, 60), 40).convert("RGB").save(path)
     return path

@@ -18,13 +18,13 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.helpers import layers
-from tests.helpers.layers import Import, Source, cycle_in, internal, room_of
+from tests.helpers.layers import Import, Source, cycle_in, internal, part_of
 from vitdet.config import Config, flatten
 
-MAX_MODULES = 10  # directly in vitdet/
-MAX_LINES = 400  # of a file; tests: 500
+MAX_MODULES = 10  # files directly in vitdet/
+MAX_LINES = 400  # per file; 500 in tests
 PRINTING = ("vitdet/cli/", "pipeline/cli/", "components/")
-# Packages that only some files may import; tests may import all.
+# Packages that only the listed files may import, besides tests.
 ONLY_IN = {
     "mlflow": ["vitdet/tracking/"],
     "kfp": ["components/", "pipeline/"],
@@ -41,7 +41,7 @@ ONLY_IN = {
     "torch.nn.parallel": ["vitdet/training/parallel.py"],
     "argparse": ["vitdet/cli/", "pipeline/cli/"],
     "triton": ["vitdet/kernels/"],
-    "timm.models": ["vitdet/models/baselines/swin.py"],  # elsewhere timm.layers only
+    "timm.models": ["vitdet/models/baselines/swin.py"],  # other files import only timm.layers
 }
 
 
@@ -78,13 +78,13 @@ def nodes(kind: type[ast.AST], *folders: str) -> Iterator[tuple[str, ast.AST, st
 
 
 def test_imports_follow_the_layers() -> None:
-    rooms = {room_of(source.module) for source in product()} - {"__init__"}
-    report(rooms ^ set(layers.LEVELS), "the table of tests/helpers/layers.py and the rooms differ")
+    parts = {part_of(source.module) for source in product()} - {"__init__"}
+    report(parts ^ set(layers.LEVELS), "the table of tests/helpers/layers.py and the parts differ")
     upward = [
-        f"{room} -> {entry}"
-        for room, allowed in layers.ALLOWED.items()
+        f"{part} -> {entry}"
+        for part, allowed in layers.ALLOWED.items()
         for entry in set(allowed) - {"*"}
-        if layers.LEVELS[entry.split(".")[0]] > layers.LEVELS[room]
+        if layers.LEVELS[entry.split(".")[0]] > layers.LEVELS[part]
     ]
     report(upward, "the table allows imports of a higher layer")
     inside = [item for item in internal(imports()) if "vitdet" not in (item.module, item.target)]
@@ -100,8 +100,8 @@ def test_no_import_cycles() -> None:
         if not found.type_checking and not layers.is_excepted(found)
     ]
     report(cycle_in(edges), "modules that import each other")
-    rooms = ((room_of(source), room_of(target)) for source, target in edges)
-    report(cycle_in(rooms), "rooms that import each other")
+    parts = ((part_of(source), part_of(target)) for source, target in edges)
+    report(cycle_in(parts), "parts that import each other")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_the_package_needs_its_declared_dependencies_only() -> None:
     more = {
         # mlflow brings pandas
         "vitdet/tracking/": modules(project["optional-dependencies"]["tracking"]) | {"pandas"},
-        "vitdet/kernels/": {"triton"},  # torch for CUDA brings it
-        "vitdet/cli/bench/data.py": {"detectron2", "shapely"},  # measured where they are installed
+        "vitdet/kernels/": {"triton"},  # a dependency of torch for CUDA
+        "vitdet/cli/bench/data.py": {"detectron2", "shapely"},  # benchmarked only if installed
     }
     missing = []
     for found in imports():
@@ -164,9 +164,9 @@ def test_models_see_no_config_mode_or_device() -> None:
         for found in imports()
         if found.file.startswith("vitdet/models/")
         and found.file != "vitdet/models/__init__.py"
-        and room_of(found.target) == "config"
+        and part_of(found.target) == "config"
     ]
-    regularization = "vitdet/models/layers.py"  # drop path, which is for training by definition
+    regularization = "vitdet/models/layers.py"  # drop path, which depends on the mode by definition
     for where, node, name in nodes(ast.Attribute, "vitdet/models/"):
         by_mode = ast.unparse(node) == "self.training" and name != regularization
         if node.attr in ("cuda", "autocast") or by_mode:
@@ -206,7 +206,7 @@ def test_files_are_short() -> None:
 def test_settings_are_named_in_the_config_and_the_recipes_only() -> None:
     keys = {key for key in flatten(Config()) if "." in key}
     leaves = {key.split(".")[-1] for key in keys}
-    # `name` or `init` is a word of its own
+    # `name` and `init` are also ordinary words
     names = {rf"\b{name}\b" for name in leaves if "_" in name}
     whole = {rf"(?<![\w.]){re.escape(key)}(?![\w.])" for key in keys}
     pattern = re.compile("|".join(whole | names))
@@ -259,7 +259,7 @@ def test_no_file_names_a_registry_or_a_folder_of_one_machine() -> None:
     for name in tracked():
         content = (ROOT / name).read_bytes()
         if b"\0" in content:
-            continue  # arrays, images, weights
+            continue  # binary file
         patterns = [hosts, options, *([] if name.startswith(exempt) else [folders])]
         for number, line in enumerate(content.decode().splitlines(), 1):
             if any(re.search(pattern, line) for pattern in patterns):

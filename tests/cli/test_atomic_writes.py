@@ -29,7 +29,7 @@ with atomic_write(folder / "model.pt") as file, atomic_dir(folder / "data") as i
 
 @pytest.fixture
 def process(tmp_path: Path) -> subprocess.Popen:
-    """A process that writes a file and a folder in tmp_path."""
+    """Start a process that writes a file and a folder in tmp_path."""
     with subprocess.Popen(
         [sys.executable, "-c", WRITING, tmp_path],
         cwd=tmp_path,
@@ -46,7 +46,7 @@ def temporary(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix == ".tmp")
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_kept(
+def test_temporary_files_of_killed_processes_are_removed_and_of_running_ones_kept(
     tmp_path: Path, process: subprocess.Popen
 ) -> None:
     remove_abandoned(tmp_path)
@@ -57,9 +57,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_k
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
 
 
-def test_a_killed_process_that_nobody_waited_for_has_ended(
-    tmp_path: Path, process: subprocess.Popen
-) -> None:
+def test_a_zombie_process_counts_as_ended(tmp_path: Path, process: subprocess.Popen) -> None:
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie
     remove_abandoned(tmp_path)
@@ -80,21 +78,21 @@ def test_another_process_with_the_same_id_is_not_the_writer(tmp_path: Path) -> N
 def test_a_writer_on_another_machine_has_ended_after_an_hour_without_a_write(
     tmp_path: Path, name: str
 ) -> None:
-    """So has that of a name of version 0.1, which does not tell the machine."""
+    """This includes temporary names of version 0.1, which do not contain the host name."""
     path = tmp_path / name
     path.mkdir()
     (path / "inside").touch()
     hour = path.stat().st_mtime - files.DEAD_SECONDS - 60
     os.utime(path, (hour, hour))
     remove_abandoned(tmp_path)
-    assert path.exists()  # a file in it is new
+    assert path.exists()  # it contains a new file
     os.utime(path / "inside", (hour, hour))
     os.utime(path, (hour, hour))
     remove_abandoned(tmp_path)
     assert not path.exists()
 
 
-def test_names_of_others_are_kept(tmp_path: Path) -> None:
+def test_other_file_names_are_kept(tmp_path: Path) -> None:
     names = {".a.tmp", "a.12.tmp", ".a.part", ".DS_Store", ".a.12.tmp.gz"}
     for name in names:
         (tmp_path / name).touch()
@@ -103,7 +101,7 @@ def test_names_of_others_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def test_states_that_were_not_complete_are_removed_when_a_training_starts(
+def test_incomplete_states_are_removed_when_a_run_starts(
     tmp_path: Path, process: subprocess.Popen
 ) -> None:
     process.kill()
@@ -112,7 +110,7 @@ def test_states_that_were_not_complete_are_removed_when_a_training_starts(
         assert not temporary(tmp_path)
 
 
-def test_a_process_removes_nothing_of_its_own(tmp_path: Path) -> None:
+def test_a_process_keeps_its_own_temporary_files(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "a") as file, atomic_dir(tmp_path / "b"):
         file.touch()
         files._remove_once.cache_clear()
@@ -120,7 +118,7 @@ def test_a_process_removes_nothing_of_its_own(tmp_path: Path) -> None:
         assert file.exists() and len(temporary(tmp_path)) == 2
 
 
-def test_a_file_is_made_with_its_folder_and_takes_the_place_of_a_link(tmp_path: Path) -> None:
+def test_atomic_write_creates_the_folder_and_replaces_a_link(tmp_path: Path) -> None:
     write_json(tmp_path / "a" / "b" / "new.json", {"x": [1]})
     assert (tmp_path / "a" / "b" / "new.json").read_text() == '{\n "x": [\n  1\n ]\n}\n'
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b" / "new.json")
@@ -130,7 +128,7 @@ def test_a_file_is_made_with_its_folder_and_takes_the_place_of_a_link(tmp_path: 
     assert {path.name for path in tmp_path.rglob("*")} == {"a", "b", "new.json", "link"}
 
 
-def test_a_failure_leaves_the_old_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failure_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
@@ -143,7 +141,7 @@ def test_a_failure_leaves_the_old_and_nothing_else(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
-def test_the_content_reaches_the_disk_before_the_name(
+def test_the_content_is_synced_before_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -151,11 +149,11 @@ def test_the_content_reaches_the_disk_before_the_name(
     for sync in (False, True):
         with atomic_write(tmp_path / "file", sync) as temporary:
             temporary.write_text("new")
-        assert seen == [False, True] * sync  # the file, then the folder with its name
+        assert seen == [False, True] * sync  # the file first, then its folder
         (tmp_path / "file").unlink()
 
 
-def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
+def test_a_folder_replaces_only_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "old").touch()

@@ -11,7 +11,7 @@ import pytest
 from tests.cli.test_cli import Run, refused
 
 
-def test_the_benchmark_prints_and_writes_what_an_image_takes(
+def test_the_benchmark_prints_and_writes_the_time_per_image(
     vitdet: Run, tiny: Path, tmp_path: Path
 ) -> None:
     options = ("--split", "val", "--rounds", "2", "--output", tmp_path / "bench.json")

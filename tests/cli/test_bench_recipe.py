@@ -61,9 +61,9 @@ def test_bad_arguments_are_one_line(vitdet: Run) -> None:
     refused(vitdet("bench", "train", "tiny", "--precision", "fp31"), "train.precision")
 
 
-def test_attention_counts_by_its_definition_in_windows_and_on_the_grid() -> None:
+def test_attention_flops_follow_the_definition_in_windows_and_on_the_grid() -> None:
     dim, height, width = 8, 5, 4
-    for window in (0, 3):  # windows that do not divide the grid are filled up, which does not count
+    for window in (0, 3):  # windows of 3 do not divide the grid; their padding is not counted
         part = block(dim=dim, heads=2, window=window, grid=(height, width))
         found = forward_flops(part, lambda part=part: part(torch.randn(2, height, width, dim)))
         tokens, keys = 2 * height * width, window**2 or height * width
@@ -71,13 +71,13 @@ def test_attention_counts_by_its_definition_in_windows_and_on_the_grid() -> None
         assert found == layers + 4 * tokens * keys * dim
 
 
-def test_convolutions_and_products_elsewhere_count_too() -> None:
+def test_flops_of_convolutions_and_matrix_products() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(5 * 16, 7))
     found = forward_flops(model, lambda: model(torch.randn(1, 3, 4, 4)))
     assert found == 2 * (16 * 5 * 3 * 9 + 80 * 7)
 
 
-def test_images_are_the_same_each_time_and_their_objects_lie_inside() -> None:
+def test_images_are_reproducible_and_contain_their_objects() -> None:
     batch, again = (make_images(2, 128, 6) for _ in range(2))
     assert batch.images.equal(again.images) and batch.images.float().std() > 20
     for target in batch.targets:

@@ -29,14 +29,14 @@ FIND = importlib.util.find_spec
 
 @pytest.fixture(autouse=True)
 def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if mlflow were not installed, which saves seconds; `test_distributed` has it."""
+    """Make mlflow unimportable, which saves seconds; `test_distributed` covers tracking."""
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "mlflow" else FIND(name)
     )
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary files."""
+    """Return the temporary files."""
     return [path.name for path in folder.rglob(".*") if path.name != ".lock"]
 
 
@@ -51,7 +51,7 @@ def refused(result: tuple[int, str, str], message: str) -> None:
 
 
 def python(folder: Path, *words: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Run Python with these arguments and the environment of our processes, in the folder or cwd."""
+    """Run Python with these arguments and the tests' environment, in `cwd` or else in the folder."""
     command, env = [sys.executable, *map(str, words)], environment(folder)
     return subprocess.run(command, cwd=cwd or folder, env=env, capture_output=True, text=True)
 
@@ -99,7 +99,7 @@ def test_weights(vitdet: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_train_shows_its_progress_and_goes_on(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_train_shows_progress_and_resumes(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     words = ("train", "tiny", *options(minimal(tiny, optim__steps=2)), "--output", "run")
     code, output, errors = vitdet(*words)
     assert (code, output) == (0, "run/model.pt\n")
@@ -129,7 +129,7 @@ def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
     assert code == 0 and names(tmp_path) == {"deep", "m", "pics", "plots"}
 
 
-def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(
+def test_evaluating_a_moved_checkpoint_creates_no_tracking_store(
     vitdet: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", FIND)
@@ -153,7 +153,7 @@ def test_predict(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path
     assert not leftovers(tmp_path)
 
 
-def test_predict_needs_the_checkpoint_alone(
+def test_predict_needs_only_the_checkpoint(
     vitdet: Run, trained: Path, picture: Path, tmp_path: Path
 ) -> None:
     content = torch.load(trained / "model.pt", weights_only=True)
@@ -179,7 +179,7 @@ def test_predict_needs_the_checkpoint_alone(
         ("data tiny x --train 0", "expected 1 to 500000 images"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
+def test_an_error_is_one_line_and_leaves_no_files(
     vitdet: Run, tmp_path: Path, words: str, message: str
 ) -> None:
     refused(vitdet(*words.split()), message)
@@ -208,7 +208,7 @@ def change(root: Path, edit: Callable[[dict], object]) -> None:
 
 
 def plain(content: dict) -> dict:
-    """An annotation that is not a crowd."""
+    """Return an annotation that is not a crowd."""
     return next(annotation for annotation in content["annotations"] if not annotation["iscrowd"])
 
 
@@ -230,7 +230,7 @@ def plain(content: dict) -> dict:
         ("[]", "top level: not COCO's layout"),
     ],
 )
-def test_a_damaged_data_set_is_one_line_and_leaves_nothing(
+def test_a_damaged_data_set_is_one_line_and_leaves_no_files(
     vitdet: Run, own_tiny: Path, tmp_path: Path, edit: Callable[[dict], object] | str, message: str
 ) -> None:
     if isinstance(edit, str):
@@ -255,7 +255,7 @@ def test_a_truncated_image_is_one_line(
     assert not leftovers(tmp_path) and not (tmp_path / "run" / "model.pt").exists()
 
 
-def test_boxes_of_zero_size_are_counted_and_left_out(
+def test_boxes_of_zero_size_are_counted_and_omitted(
     vitdet: Run, own_tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     change(own_tiny, lambda c: plain(c).update(bbox=[3, 3, 0, 9]))
@@ -284,7 +284,7 @@ def test_checkpoints_that_do_not_fit(
     assert names(tmp_path) == {"own", "picture.png"}
 
 
-def test_predict_looks_before_it_writes(
+def test_predict_checks_its_inputs_before_writing(
     vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path
 ) -> None:
     text, cut = tmp_path / "text.jpg", tmp_path / "cut.jpg"
@@ -318,7 +318,7 @@ def test_an_output_that_cannot_be_a_folder(
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Within it the disk is full as soon as a file has so many bytes."""
+    """Simulate a full disk: no file can grow beyond this size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -327,10 +327,10 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_costs_nothing_but_time(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_training_resumes_after_a_full_disk(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     settings = options(minimal(tiny, optim__steps=4, train__save_every=1))
     words = ("train", "tiny", *settings, "--output", "run")
-    with largest_file(8_000_000):  # the first state is smaller: it has no moments of the optimizer
+    with largest_file(8_000_000):  # the first state is smaller: it has no optimizer moments
         code, output, errors = vitdet(*words)
     assert (code, output) == (1, "")
     message = "step_00000001.pt: could not be written ([Errno 27] File too large); free some"
@@ -340,7 +340,7 @@ def test_a_full_disk_costs_nothing_but_time(vitdet: Run, tiny: Path, tmp_path: P
     assert vitdet(*words)[:2] == (0, "run/model.pt\n")
 
 
-def test_in_a_process_of_its_own(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_commands_in_a_separate_process(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     done = python(tmp_path, "-m", "vitdet", "config", "tiny")
     assert done.returncode == 0 and done.stderr == "" and "optim" in yaml.safe_load(done.stdout)
     wrong = "vitdet: optim.lr: expected a number, got 'x'\n"

@@ -11,7 +11,7 @@ import pytest
 from tests.cli.test_cli import python
 from tests.conftest import ROOT, environment
 
-SIGPIPE = 141  # exit code that a shell reports for a process that the signal ended
+SIGPIPE = 141  # exit code that a shell reports for a process ended by SIGPIPE
 
 
 COMMANDS = ["-m vitdet weights list", "-m vitdet config tiny", "-m vitdet --help"]
@@ -26,7 +26,7 @@ def test_a_closed_pipe_ends_the_command_without_a_message(command: str, tmp_path
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=variables, **pipes)
     process.stdout.close()
     assert process.stderr.read() == ""
-    # argparse ignores errors of its own output: 0 for --help that is not buffered
+    # argparse ignores output errors: the exit code of unbuffered --help is 0
     assert process.wait() in ((0, SIGPIPE) if "--help" in words else (SIGPIPE,))
 
 
@@ -36,7 +36,7 @@ def test_a_shell_shows_the_first_line_only(tmp_path: Path) -> None:
         ["bash", "-c", command], capture_output=True, text=True, env=environment(tmp_path)
     )
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
-    assert done.returncode in (0, SIGPIPE)  # 0 where all fits into the pipe's buffer
+    assert done.returncode in (0, SIGPIPE)  # 0 if the output fits into the pipe's buffer
 
 
 def test_other_broken_pipes_are_reported(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_config_takes_sections_of_another_and_then_overrides() -> None:
+def test_a_config_inherits_sections_and_then_applies_overrides() -> None:
     ours, theirs = Config(), load_config("tiny")
     found = override(ours, ["data.workers=7", "optim.lr=1e-5"], theirs, ("data", "evaluate"))
     data, optim = replace(theirs.data, workers=7), replace(ours.optim, lr=1e-5)
@@ -47,7 +47,7 @@ def test_a_config_takes_sections_of_another_and_then_overrides() -> None:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_a_recipe_loads_as_it_is_written(name: str) -> None:
+def test_a_written_recipe_loads_unchanged(name: str) -> None:
     config = load_config(name)
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     assert config == from_dict(written)
@@ -78,10 +78,10 @@ def test_the_flat_keys_are_those_of_overrides() -> None:
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
-        ("optim.lr=1e-4", "optim.lr", 1e-4),  # text for YAML
+        ("optim.lr=1e-4", "optim.lr", 1e-4),  # a string in YAML
         ("optim.lr=1", "optim.lr", 1.0),
         ("optim.steps=1e3", "optim.steps", 1000),
-        ("train.seed=9007199254740993", "train.seed", 9007199254740993),  # not a float's business
+        ("train.seed=9007199254740993", "train.seed", 9007199254740993),  # not exact as float
         ("model.rpn.norm=true", "model.rpn.norm", True),
         ("data.root=2017", "data.root", "2017"),
         ("data.root=007", "data.root", "007"),
@@ -98,14 +98,14 @@ def test_a_value_gets_the_type_of_its_setting(override: str, key: str, value: ob
     assert found == value and type(found) is type(value)
 
 
-def test_later_overrides_win_and_open_sections_that_the_file_lacks(tmp_path: Path) -> None:
+def test_later_overrides_win_and_add_missing_sections(tmp_path: Path) -> None:
     path = write(tmp_path, "optim:\n  lr: 1e-3\ndata:\n")
     config = load_config(path, ["optim.lr=2", "data.flip=0", "optim.lr=3"])
     assert config == replace(Config(), optim=OptimConfig(lr=3.0), data=DataConfig(flip=0.0))
     assert load_config(write(tmp_path, "")) == Config()
 
 
-def test_an_override_of_a_section_leaves_its_other_settings() -> None:
+def test_an_override_of_a_section_keeps_its_other_settings() -> None:
     config = load_config(
         "tiny", ["optim.steps=7", "optim={lr: 1, clip: 2}", "model={rpn: {norm: true}}"]
     )
@@ -128,7 +128,7 @@ def test_an_override_of_a_section_leaves_its_other_settings() -> None:
 def test_an_override_of_a_section_by_null_is_refused(
     tmp_path: Path, override: str, section: str
 ) -> None:
-    """It would reset the section to the defaults of the package, not to those of the recipe."""
+    """Null would reset the section to the package's defaults, not to the recipe's."""
     for text in (dump_config(load_config("tiny")), "", "model:\n  rpn:\n"):
         message = rf"^{section}: expected a section \(\w+, .*\), got null$"
         with pytest.raises(ValueError, match=message):
@@ -225,9 +225,7 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
         (lambda: Config(data=DataConfig(image_size=100)), "data.image_size must be a positive mul"),
     ],
 )
-def test_a_wrong_value_is_refused_wherever_a_section_is_made(
-    make: Callable[[], object], message: str
-) -> None:
+def test_constructors_refuse_invalid_values(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         make()
 
@@ -249,7 +247,7 @@ def test_yaml_may_leave_out_sections_and_write_numbers_as_text(tmp_path: Path) -
     assert (config.train.seed, config.train.save_every) == (7, 1000)
 
 
-def test_a_difference_names_the_settings() -> None:
+def test_a_config_difference_names_the_settings() -> None:
     ours = load_config("tiny", ["optim.lr=1", "data.flip=0"])
     theirs = load_config("tiny", ["optim.lr=2"])
     assert difference(ours, theirs) == ["data.flip: 0.0, not 0.5", "optim.lr: 1.0, not 2.0"]
@@ -258,7 +256,7 @@ def test_a_difference_names_the_settings() -> None:
     assert digest(ours) == digest(same) != digest(theirs)
 
 
-def test_the_batch_size_of_a_rate_matters_only_where_the_rate_is_scaled() -> None:
+def test_the_reference_batch_size_matters_only_with_scale_lr() -> None:
     ours, theirs = load_config("tiny"), load_config("tiny", ["optim.lr_batch_size=4"])
     assert difference(ours, theirs, affecting_weights=True) == [] and digest(ours) == digest(theirs)
     assert difference(ours, theirs) == ["optim.lr_batch_size: 8, not 4"]
@@ -267,7 +265,7 @@ def test_the_batch_size_of_a_rate_matters_only_where_the_rate_is_scaled() -> Non
     assert digest(ours) != digest(theirs)
 
 
-def test_settings_of_the_memory_are_no_part_of_the_identity() -> None:
+def test_memory_settings_are_not_part_of_the_identity() -> None:
     ours = load_config("tiny")
     for change in ("train.accumulate=2", "train.activation_checkpointing=blocks"):
         assert digest(override(ours, [change])) == digest(ours)

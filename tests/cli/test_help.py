@@ -14,7 +14,7 @@ EMPTY = (None, False, "", 0, [], (), argparse.SUPPRESS)
 
 
 def commands_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """The parsers of all verbs, and of their kinds."""
+    """Yield the parsers of all subcommands, recursively."""
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     for action in below:
         assert len(action._choices_actions) == len(action.choices)  # each has a help text

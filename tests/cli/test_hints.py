@@ -29,7 +29,7 @@ COMMAND = re.compile(
 )
 KEYS = tuple(flatten(load_config("mask_rcnn_vitdet_b_coco")))
 SECTIONS = "|".join(sorted({key.partition(".")[0] for key in KEYS}))
-# SECTION.KEY or SECTION.SECTION.KEY, perhaps =VALUE; the ends of file names are none
+# SECTION.KEY or SECTION.SECTION.KEY, optionally with =VALUE; file names do not match
 SETTING = re.compile(
     rf"(?<![\w./*-])((?:{SECTIONS})(?:\.(?!(?:pt|yaml|txt|pkl)\b)[\w*]+)+)(?:=(%?[\w.+-]*\w))?"
 )
@@ -37,7 +37,7 @@ SETTING = re.compile(
 
 @cache
 def messages() -> tuple[tuple[str, str], ...]:
-    """(place, text) of every text in our packages."""
+    """Return (location, text) for every string literal in the project's packages."""
     paths = [path for package in PRODUCT for path in sorted((ROOT / package).rglob("*.py"))]
     return tuple(
         (f"{path.relative_to(ROOT)}:{line}", text)
@@ -47,7 +47,7 @@ def messages() -> tuple[tuple[str, str], ...]:
 
 
 def texts_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Texts in the code, without docstrings, with X for each inserted value."""
+    """Yield (line, string) for the string literals except docstrings, with X for formatted values."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     first = [node.body[0] for node in nodes if isinstance(node, documented) and node.body]
@@ -64,7 +64,7 @@ def texts_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def commands() -> list[str]:
-    """The commands in messages, without the program; of alternatives a|b one after another."""
+    """Return the commands in messages, without the program name; a|b yields both alternatives."""
     found = set()
     for _, text in messages():
         for match in COMMAND.finditer(text):
@@ -81,7 +81,7 @@ def choices_of(kind: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 
 
 def options_of(kind: argparse.ArgumentParser) -> set[str]:
-    """All options of a command line and of its verbs."""
+    """Yield all options of a command line and of its subcommands."""
     found = set(kind._option_string_actions)
     if kind._subparsers is not None:
         found.update(*map(options_of, choices_of(kind).values()))
@@ -90,9 +90,9 @@ def options_of(kind: argparse.ArgumentParser) -> set[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_suggested_command_is_accepted(command: str) -> None:
-    """The name of a verb alone, as in `vitdet train`, is a reference; any other command is whole."""
+    """A subcommand without arguments, as in `vitdet train`, is a mention; other commands are complete."""
     words = ["1" if word in ("N", "X") else word for word in shlex.split(command)]
-    if words[0] == "...":  # the user's command with another option
+    if words[0] == "...":  # the user's own command with an additional option
         assert words[1] in options_of(pipeline_parser())
         return
     program = next(make() for make in (parser, pipeline_parser) if words[0] in choices_of(make()))
@@ -109,18 +109,18 @@ def test_options_in_messages_exist() -> None:
         (place, option)
         for place, text in messages()
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
-        if not place.startswith("vitdet/tracking/naming.py")  # options of git
+        if not place.startswith("vitdet/tracking/naming.py")  # contains git options
     ]
     assert len(found) > 100 and [pair for pair in found if pair[1] not in known] == []
 
 
-def test_settings_in_messages_exist_and_take_the_value() -> None:
+def test_settings_in_messages_exist_and_accept_the_value() -> None:
     found = {pair for _, text in messages() for pair in SETTING.findall(text)}
     assert len(dict(found)) > 50 and sum(bool(value) for _, value in found) > 8
     for key, value in found:
         pattern = re.sub(r"\bX\b", "*", key)
         assert any(fnmatch(name, pattern) or name.startswith(f"{key}.") for name in KEYS), key
-        if value and not re.fullmatch(r"X|N|%\w", value):  # filled in by the code or by the user
+        if value and not re.fullmatch(r"X|N|%\w", value):  # else a placeholder
             load_config("mask_rcnn_vitdet_b_coco", [f"{key}={value}"])
 
 
@@ -128,7 +128,7 @@ def train(root: Path, *settings: str) -> tuple:
     return ("train", "tiny", *options([*minimal(root), *settings]), "--output", "run")
 
 
-def test_one_split_is_divided_by_the_command(vitdet: Run, own_tiny: Path) -> None:
+def test_the_suggested_command_divides_a_single_split(vitdet: Run, own_tiny: Path) -> None:
     annotations = own_tiny / "annotations"
     shutil.rmtree(own_tiny / "val")
     (annotations / "instances_val.json").unlink()
@@ -141,7 +141,7 @@ def test_one_split_is_divided_by_the_command(vitdet: Run, own_tiny: Path) -> Non
     assert vitdet(*train(Path("made"), "optim.steps=1"))[0] == 0
 
 
-def test_splits_of_other_names_are_set(vitdet: Run, own_tiny: Path) -> None:
+def test_the_suggested_settings_select_splits_of_other_names(vitdet: Run, own_tiny: Path) -> None:
     for split in ("train", "val"):
         (own_tiny / split).rename(own_tiny / f"{split}_a")
         path = own_tiny / "annotations" / f"instances_{split}.json"
@@ -180,7 +180,7 @@ def test_the_command_that_lists_all_problems_finds_the_file(
     assert code == 1 and "3 x bbox that is not four finite numbers" in output
 
 
-def test_a_damaged_image_is_listed(vitdet: Run, tmp_path: Path) -> None:
+def test_the_suggested_command_lists_a_damaged_image(vitdet: Run, tmp_path: Path) -> None:
     data_set(tmp_path, (64, 64))
     (tmp_path / "odd" / "odd.jpg").write_bytes(b"no image")
     with pytest.raises(ImageError) as caught:
@@ -190,7 +190,7 @@ def test_a_damaged_image_is_listed(vitdet: Run, tmp_path: Path) -> None:
     assert code == 1 and "truncated or invalid image file" in output
 
 
-def test_the_format_of_an_ambiguous_folder_is_set(vitdet: Run, own_tiny: Path) -> None:
+def test_the_suggested_option_sets_the_format_of_a_folder(vitdet: Run, own_tiny: Path) -> None:
     (own_tiny / "data.yaml").write_text("names: [a]\ntrain: train\nval: val\n")
     _, _, said = vitdet("data", "convert", own_tiny, "made")
     (flag,), (kinds,) = (

@@ -34,11 +34,11 @@ with locked(Path(sys.argv[1])):
 
 
 @pytest.fixture(autouse=True)
-def nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_earlier_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_warned", set())
 
 
-def test_the_lock_of_a_killed_process_ends_though_its_forked_workers_live(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_lock_while_its_forked_workers_run(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     words, env = [sys.executable, "-c", HOLDING, path], environment(tmp_path)
     process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
@@ -48,7 +48,7 @@ def test_the_lock_of_a_killed_process_ends_though_its_forked_workers_live(tmp_pa
             pass
         process.kill()
         process.wait()
-        os.kill(worker, 0)  # lives
+        os.kill(worker, 0)  # still running
         with locked(path):
             pass
     finally:
@@ -63,7 +63,7 @@ def test_the_content_of_a_locked_file_is_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == b"the bytes so far"
 
 
-def test_a_file_that_is_not_to_stay_is_removed(tmp_path: Path) -> None:
+def test_a_temporary_lock_file_is_removed(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(tmp_path / "lock", remove=True):
             assert (tmp_path / "lock").exists()
@@ -85,7 +85,7 @@ def test_without_locks_the_missing_protection_is_logged_once(
     states = Checkpoints(tmp_path / "states", 1)
     with states.locked(), locked(tmp_path / "a"), locked(tmp_path / "b", waiting="waiting"):
         is_refused = pytest.raises(ValueError, match="another training run is writing")
-        # the last one locks what is open for writing
+        # the last kind can lock files that are open for writing
         with is_refused if kind == "nfs4" else nullcontext(), states.locked():
             pass
     messages = [text for text in caplog.messages if "does not support locks" in text]
@@ -96,16 +96,16 @@ def test_without_locks_the_missing_protection_is_logged_once(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a sqlite store that the training runs share."""
+    """Return the folder of a SQLite store that the training runs share."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_locks_a_training_starts_tracks_and_resumes(
+def test_training_starts_tracks_and_resumes_without_locks(
     tiny: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """All kinds in this process; one also as the command."""
+    """All kinds are tested in this process, and one through the command line."""
     uri = environment(store)["MLFLOW_TRACKING_URI"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
 

@@ -33,7 +33,7 @@ PROGRAMS = {"vitdet": vitdet_parser, "pipeline": pipeline_parser}
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(program, arguments) of each call of `vitdet` and `python -m pipeline` in a shell block."""
+    """Return (program, arguments) of each `vitdet` and `python -m pipeline` command in a shell block."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         if not re.match(r"\s*vitdet |.*-m (vitdet|pipeline) ", line):
@@ -71,7 +71,7 @@ def test_the_readme_lists_every_recipe() -> None:
     assert set(recipes()) <= set(table)
 
 
-def test_links_lead_to_files_and_headings() -> None:
+def test_links_refer_to_existing_files_and_headings() -> None:
     links = [
         (page, *target.partition("#")[::2])
         for page in PAGES
@@ -108,7 +108,7 @@ def test_python_prediction(
 def test_python_training(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the settings of `minimal` instead of the block's own."""
+    """Run the block with the settings of `minimal` instead of the block's settings."""
     monkeypatch.chdir(tmp_path)
     small = load_config("tiny", minimal(tiny, optim__steps=2))
     monkeypatch.setattr("vitdet.config.load_config", lambda *_: small)
@@ -134,7 +134,7 @@ def test_python_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_own_data_commands(
     own_tiny: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The block of the README that trains on a folder and draws a photo, command by command."""
+    """Run each command of the README block that trains on a folder and draws detections on a photo."""
     [block] = [text for page, _, text in BLOCKS if page == "README.md" and "data check" in text]
     monkeypatch.chdir(tmp_path)
     Image.open(picture).save(tmp_path / "photo.jpg")
@@ -157,11 +157,11 @@ def test_names_that_the_makefile_imports_exist() -> None:
 
 @pytest.mark.parametrize("repository", [False, True])
 @pytest.mark.parametrize("jobs", ["-j1", "-j2"])
-def test_the_demo_without_git_says_so_before_it_installs_anything(
+def test_the_demo_without_git_fails_before_it_installs_anything(
     tmp_path: Path, jobs: str, repository: bool
 ) -> None:
-    """Without .git, as in a ZIP of the sources; repository: a repository without a commit."""
-    # without the variables of an outer make, and of Git, as in a hook
+    """Without .git, as in a ZIP of the sources; `repository` selects a repository without a commit."""
+    # without variables of an outer make, and of Git if run in a hook
     outer = ("GIT_", "MAKEFLAGS", "MAKEFILES", "MAKELEVEL", "MFLAGS")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     environment |= {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent), "LC_ALL": "C"}

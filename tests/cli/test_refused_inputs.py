@@ -34,7 +34,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD)
-def test_yaml_that_is_no_config_names_the_file(vitdet: Run, tmp_path: Path, text: str) -> None:
+def test_yaml_that_is_not_a_config_names_the_file(vitdet: Run, tmp_path: Path, text: str) -> None:
     (tmp_path / "odd.yaml").write_text(text)
     for verb in (["config"], ["train", "--output", "run"]):
         refused(vitdet(*verb, "odd.yaml"), "odd.yaml: invalid YAML: ")
@@ -42,7 +42,7 @@ def test_yaml_that_is_no_config_names_the_file(vitdet: Run, tmp_path: Path, text
 
 
 @pytest.mark.parametrize("text", [DEEP, "2020-99-99", "!foo 1", "{a"])
-def test_yaml_of_an_override_names_the_setting(text: str) -> None:
+def test_invalid_yaml_in_an_override_names_the_setting(text: str) -> None:
     with pytest.raises(ValueError, match=r"^train.seed: .* cannot be parsed as a value$"):
         load_config("tiny", [f"train.seed={text}"])
     with pytest.raises(ValueError, match=r"^train: "):
@@ -52,7 +52,7 @@ def test_yaml_of_an_override_names_the_setting(text: str) -> None:
 
 @settings(max_examples=300, **SLOW)
 @given(st.text("{}[]!&*:-?|>%@`'\"# \n\tab01.,~\x00é", max_size=40))
-def test_any_text_is_data_or_one_line(text: str) -> None:
+def test_any_text_is_valid_data_or_a_one_line_error(text: str) -> None:
     try:
         parse_yaml(text)
     except ValueError as error:
@@ -83,7 +83,9 @@ def test_an_empty_path_is_not_the_current_folder(vitdet: Run, tmp_path: Path, co
 
 
 @pytest.mark.parametrize("key", MODEL)
-def test_a_detector_without_a_part(vitdet: Run, trained: Path, tmp_path: Path, key: str) -> None:
+def test_a_checkpoint_with_an_invalid_entry(
+    vitdet: Run, trained: Path, tmp_path: Path, key: str
+) -> None:
     content, path = load_model_file(trained / "model.pt"), tmp_path / "model.pt"
     lacking = {name: value for name, value in content.items() if name != key}
     changes = [(content | {key: 3.5}, "is a float")]
@@ -95,7 +97,7 @@ def test_a_detector_without_a_part(vitdet: Run, trained: Path, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("key", TRAINING)
-def test_a_training_state_without_a_part(tmp_path: Path, key: str) -> None:
+def test_a_training_state_with_an_invalid_entry(tmp_path: Path, key: str) -> None:
     states = Checkpoints(tmp_path, 2)
     parts = dict.fromkeys(("config", "model", "optimizer", "average", "meter", "metrics"), {})
     path = states.save(1, {**parts, "run_id": None})
@@ -139,7 +141,7 @@ main(sys.argv[2:])
 def test_a_full_disk_names_the_file(
     tiny: Path, trained: Path, tmp_path: Path, limit: int, command: str, names: str
 ) -> None:
-    """`File too large` comes from the same place as `No space left on device`."""
+    """The system calls that raise `No space left on device` raise `File too large` here."""
     words = {
         "DATA": [tiny],
         "MODEL": [trained / "model.pt"],
@@ -155,16 +157,16 @@ def test_a_full_disk_names_the_file(
     assert names in said[0] and full in said[0]
     files = [path for path in tmp_path.rglob("*") if "journal" not in path.parts]
     left = [path for path in files if path.suffix == ".tmp" or path.name == names]
-    assert not [path for path in left if path.suffix != ".db"]  # SQLite keeps the empty file
+    assert not [path for path in left if path.suffix != ".db"]  # SQLite leaves an empty file
 
 
-def test_a_full_disk_names_the_folder_that_is_written(tmp_path: Path) -> None:
+def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught, atomic_dir(tmp_path / "a"):
         raise OSError(28, "No space left on device")
     assert str(caught.value).endswith(f"'{tmp_path / 'a'}'") and not os.listdir(tmp_path)
 
 
-def test_other_errors_keep_their_name(tmp_path: Path) -> None:
+def test_other_os_errors_keep_their_file_name(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a", {1, 2})
     with pytest.raises(FileNotFoundError) as caught, atomic_dir(tmp_path / "a") as folder:
@@ -172,8 +174,8 @@ def test_other_errors_keep_their_name(tmp_path: Path) -> None:
     assert caught.value.filename.endswith("none")
 
 
-def test_a_picture_is_not_cut_off_in_silence(tmp_path: Path) -> None:
-    """As Pillow leaves it when a disk is full."""
+def test_a_truncated_picture_is_an_error(tmp_path: Path) -> None:
+    """Pillow writes truncated pictures to a full disk."""
     noise = Image.effect_noise((90, 60), 40).convert("RGB")
     with (
         pytest.raises(OSError, match="File too large: .*a.jpg"),

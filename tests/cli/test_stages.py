@@ -33,7 +33,7 @@ def client_of(workspace: Path) -> MlflowClient:
 
 
 def recipe(path: Path, **changes: object) -> str:
-    """A file that is the recipe `tiny` with other settings: section__key=value."""
+    """Write the recipe `tiny` with other settings, given as section__key=value."""
     tree = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
     for key, value in changes.items():
         section, _, leaf = key.partition("__")
@@ -59,7 +59,7 @@ def test_two_recipes_are_trained_compared_and_registered(
     settings = str(tmp_path / "settings")
     data = stages.prepare_data(settings, space, configs, manifest).fingerprint
     stages.fetch_weights(settings, space)
-    # the second time as a retried step does
+    # the second call simulates a retried step
     parents = {stages.start_parent_run(settings, space, RUN) for _ in range(2)}
     assert len(parents) == 1
     verdicts = []
@@ -73,7 +73,7 @@ def test_two_recipes_are_trained_compared_and_registered(
         ).known
         assert Path(report).read_text().startswith("<!doctype html>")
         passed, _ = stages.gate(figures, configs, name, space, RUN, verdict)
-        assert known and passed  # there is no champion yet
+        assert known and passed  # there is no champion
         verdicts.append(verdict)
     first, second = tmp_path / names[0], tmp_path / names[1]
     stages.register_recipe(
@@ -82,9 +82,9 @@ def test_two_recipes_are_trained_compared_and_registered(
     page, links = tmp_path / "table.html", tmp_path / "links.md"
     table = stages.compare(verdicts, configs, space, RUN, str(page), str(links))
 
-    assert links.read_text() == table  # a database has no pages to link to
+    assert links.read_text() == table  # a local database has no web page to link to
     assert all(f"<td>{name}</td>" in page.read_text() for name in names)
-    # the exit handler of a run that succeeded has the same table
+    # the exit handler of a successful run writes the same table
     assert stages.compare_finished(space, RUN, str(tmp_path / "end.html")) == ""
     assert (tmp_path / "end.html").read_text() == page.read_text()
     assert f"Data {data.split('-')[1]}" in table
@@ -105,7 +105,7 @@ def test_two_recipes_are_trained_compared_and_registered(
         stages.end_parent_run(["tiny"], [], space, RUN, state)
         assert client.get_run(parent.info.run_id).info.status == status
 
-    # the two training runs can be compared as runs
+    # `compare` accepts MLflow run IDs
     logged = [child.data.metrics for child in children]
     assert all(any(key.startswith("class_ap/") for key in values) for values in logged)
     runs, seen = [child.info.run_id for child in children], tmp_path / "runs.md"
@@ -113,7 +113,7 @@ def test_two_recipes_are_trained_compared_and_registered(
     assert vitdet(*words, "--resamples", 100, "--output", seen)[0] == 0
     assert "| optim.weight_decay |" in seen.read_text()
 
-    # A step that is repeated trains nothing again; with a model of no better AP the champion stays.
+    # A repeated step trains nothing, and a model with no better AP leaves the champion in place.
     stages.train_recipe(settings, names[0], data, space, RUN, str(tmp_path / "again.pt"))
     assert (tmp_path / "again.pt").read_bytes() == (first / "model.pt").read_bytes()
     passed, reason = stages.gate(
@@ -136,8 +136,8 @@ def test_operational_settings_do_not_change_the_names(tmp_path: Path) -> None:
         resolve(["tiny", other], [], tmp_path)
 
 
-def test_a_training_that_commit_dad8b8b_began_is_found(tmp_path: Path) -> None:
-    """The digest of version 0.1 is part of its folder's name."""
+def test_a_training_run_started_by_commit_dad8b8b_is_found(tmp_path: Path) -> None:
+    """The folder's name contains the digest of version 0.1."""
     (name,) = resolve(["tiny"], [], tmp_path)
     space, runs = str(tmp_path / "space"), tmp_path / "space" / "runs"
     expected = runs / f"{name}-{RUN[:8]}"
@@ -156,7 +156,7 @@ def test_a_training_that_commit_dad8b8b_began_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digits", [digest, legacy_digest])
-def test_the_digest_in_a_config_s_name_is_no_part_of_the_recipe_s(
+def test_the_recipe_name_excludes_the_digest_in_a_config_s_name(
     digits: Callable[[Config], str], tmp_path: Path
 ) -> None:
     config = load_config("tiny")
@@ -165,7 +165,7 @@ def test_the_digest_in_a_config_s_name_is_no_part_of_the_recipe_s(
     (run,) = runs_in(tmp_path)
     assert run.data.tags["recipe"] == "tiny"
     assert run.info.run_name == "tiny"
-    # without a pipeline, 8 digits are part of the name that the user chose
+    # without a pipeline, 8 digits belong to the name that the user chose
     start_tracker(config, "tiny-20261127", tmp_path / "own", "", "0" * 16, None, 0).close()
     assert "tiny-20261127" in {run.data.tags["recipe"] for run in runs_in(tmp_path)}
 
@@ -186,7 +186,7 @@ def runs_in(folder: Path) -> list[Run]:
         (["tiny", "OTHER"], [], "other.yaml and tiny cannot be compared: .* data.val_split is te"),
     ],
 )
-def test_what_is_wrong_is_refused_in_one_line(
+def test_invalid_stage_inputs_are_refused_in_one_line(
     recipes: list[str], overrides: list[str], message: str, tmp_path: Path
 ) -> None:
     other = recipe(tmp_path / "other.yaml", data__val_split="test")
@@ -196,7 +196,7 @@ def test_what_is_wrong_is_refused_in_one_line(
     assert not (tmp_path / "settings").exists()  # nothing was written
 
 
-def test_relative_paths_lie_in_the_workspace(tmp_path: Path) -> None:
+def test_relative_paths_are_resolved_in_the_workspace(tmp_path: Path) -> None:
     (name,) = resolve(["tiny"], ["data.root=sets/mine", "train.init=files/start.pt"], tmp_path)
     config = load_config(tmp_path / "settings" / f"{name}.yaml")
     assert config.data.root == str(tmp_path / "space" / "sets" / "mine")
@@ -211,9 +211,7 @@ def prepare(folder: Path, fetch: str = "") -> Data:
     return stages.prepare_data(*(str(folder / name) for name in names), fetch)
 
 
-def test_the_demo_data_is_drawn_and_other_data_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_demo_data_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitdet.demo import tiny
 
     made = tiny.make_tiny
@@ -232,7 +230,7 @@ def test_the_demo_data_is_drawn_and_other_data_is_not(
     assert not (tmp_path / "space" / "absent").exists()
 
 
-def test_the_data_is_brought_to_the_volume_if_asked(
+def test_the_data_is_fetched_to_the_volume_on_request(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny, tmp_path / "space" / "export")
@@ -245,13 +243,13 @@ def test_the_data_is_brought_to_the_volume_if_asked(
     assert "already exists; skipping conversion" in capsys.readouterr().out
 
 
-def test_a_model_for_other_classes_is_refused_with_the_data(tiny: Path, tmp_path: Path) -> None:
+def test_a_model_for_other_classes_than_the_data_is_refused(tiny: Path, tmp_path: Path) -> None:
     resolve(["tiny"], [f"data.root={tiny}", "model.roi_heads.num_classes=5"], tmp_path)
     with pytest.raises(ValueError, match="has 6 classes, but model.roi_heads.num_classes is 5"):
         prepare(tmp_path)
 
 
-def test_the_initial_weights_are_fetched_and_their_digest_is_theirs(
+def test_fetched_initial_weights_have_the_digest_of_their_content(
     tiny: Path, tmp_path: Path
 ) -> None:
     resolve(["tiny"], [f"data.root={tiny}"], tmp_path)

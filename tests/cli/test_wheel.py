@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
-# without the sources on the import path
+# without the sources on sys.path
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
 
@@ -58,7 +58,7 @@ def test_it_contains_every_file_of_the_package(wheel: Path) -> None:
 def test_it_installs_with_every_extra_and_detects(
     wheel: Path, trained: Path, picture: Path, tmp_path: Path
 ) -> None:
-    """In a new environment that finds the dependencies by a path file; nothing is downloaded."""
+    """The new environment finds the dependencies through a .pth file; nothing is downloaded."""
     environment = tmp_path / "environment"
     venv.create(environment)
     python, program = environment / "bin/python", environment / "bin/vitdet"

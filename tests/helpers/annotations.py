@@ -1,7 +1,7 @@
-"""Valid small data sets, and hypothesis strategies for all that can be wrong with them.
+"""Valid small data sets, and hypothesis strategies that corrupt them.
 
-A mutation knows the structure: it replaces a value anywhere by any other, takes keys and entries away, doubles and
-swaps them; another one cuts and splices the bytes of the file.
+Structural mutations replace any value, and remove, duplicate and swap keys and entries. Others cut and splice the
+bytes of the file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from PIL import Image
 HEIGHT, WIDTH = 48, 64
 SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
 COLUMN = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT, (WIDTH - 1) * HEIGHT]}
-COMPRESSED = {"size": [HEIGHT, WIDTH], "counts": "0`1`n2"}  # the same
+COMPRESSED = {"size": [HEIGHT, WIDTH], "counts": "0`1`n2"}  # the same mask, compressed
 
 
 def document(first_id: int = 1, lvis: bool = False) -> dict:
-    """Three images with polygons of one and two parts, RLEs of both kinds, a crowd, a box of zero size; two classes."""
+    """Return a document of three images and two classes, with polygons, both kinds of RLEs, a crowd and an empty box."""
     square, bar = [10.0, 10.0, 20.0, 20.0], [0, 0, 1, HEIGHT]
 
     def entry(image: int, category: int, box: list, area: float, shape: object, crowd=0) -> dict:
@@ -53,7 +53,7 @@ def document(first_id: int = 1, lvis: bool = False) -> dict:
 
 
 def draw_images(folder: Path, first_id: int = 1) -> None:
-    """The image files of a document."""
+    """Write the image files of a document."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(3):
         rng = np.random.default_rng(first_id + k)
@@ -62,7 +62,7 @@ def draw_images(folder: Path, first_id: int = 1) -> None:
 
 
 def results(lvis: bool = False) -> list[dict]:
-    """A result for each object of the document, with box and mask."""
+    """Return a result with box and mask for each object of the document."""
     keys = ("image_id", "category_id", "bbox", "segmentation")
     objects = document(lvis=lvis)["annotations"]
     return [{key: annotation[key] for key in keys} | {"score": 0.5} for annotation in objects]
@@ -111,7 +111,7 @@ CUTS = st.tuples(st.integers(0, 10**6), st.integers(0, 8), PIECES)
 
 @st.composite
 def mutated(draw: st.DrawFn, sound: dict | list, most: int = 3) -> dict | list:
-    """The content with up to `most` changes anywhere in it."""
+    """Generate the content with up to `most` changes."""
     content = copy.deepcopy(sound)
     for _ in range(draw(st.sampled_from(range(1, most + 1)))):
         places = list(_places(content))
@@ -132,7 +132,7 @@ def mutated(draw: st.DrawFn, sound: dict | list, most: int = 3) -> dict | list:
 
 
 def _like(key: str | int, value: object) -> st.SearchStrategy:
-    """Values of the same kind."""
+    """Generate values of the type of `value`."""
     if key == "segmentation":
         return SHAPES
     if key == "bbox":
@@ -142,7 +142,7 @@ def _like(key: str | int, value: object) -> st.SearchStrategy:
 
 @st.composite
 def files(draw: st.DrawFn, sound: dict | list) -> bytes:
-    """A file that was JSON of the content: values changed, keys written twice, bytes cut and spliced, recoded."""
+    """Generate damaged JSON of the content: changed values, duplicate keys, spliced bytes, other encodings."""
     kinds = ["values"] * 12 + ["twice", "bytes", "bytes", "code", "anything"]
     change = draw(st.sampled_from(kinds))
     content = draw(JSON if change == "anything" else mutated(sound))
@@ -156,7 +156,7 @@ def files(draw: st.DrawFn, sound: dict | list) -> bytes:
 
 
 def spliced(sound: bytes) -> st.SearchStrategy[bytes]:
-    """The bytes of a file with a few pieces cut out and others put in."""
+    """Generate the file's bytes with a few pieces removed and others inserted."""
 
     def cut(cuts: list[tuple[int, int, bytes]]) -> bytes:
         data = sound
@@ -169,7 +169,7 @@ def spliced(sound: bytes) -> st.SearchStrategy[bytes]:
 
 
 def _places(content: dict | list) -> Iterator[tuple[dict | list, str | int]]:
-    """Every (holder, key) in it."""
+    """Return the (container, key) of every value."""
     waiting = [content]
     while waiting:
         holder = waiting.pop()

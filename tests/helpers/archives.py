@@ -20,7 +20,7 @@ def zipped(
     method: int = zipfile.ZIP_DEFLATED,
     kinds: Mapping[str, int] | None = None,
 ) -> bytes:
-    """An archive of these files; kinds: the file type of some, as in st_mode."""
+    """Return a ZIP archive of the files; `kinds` sets the st_mode file type of some of them."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as opened:
         for name, content in files.items():
@@ -32,7 +32,7 @@ def zipped(
 
 
 def patched(archive: bytes, name: str, local: int, central: int, value: bytes) -> bytes:
-    """The archive with bytes of a file's two headers replaced, at these offsets (APPNOTE.TXT 4.3.7 and 4.3.12)."""
+    """Return the archive with bytes of a file's two headers replaced at these offsets (APPNOTE.TXT 4.3.7, 4.3.12)."""
     content = bytearray(archive)
     for signature, offset, start in ((b"PK\3\4", local, 30), (b"PK\1\2", central, 46)):
         at = content.find(signature)
@@ -44,23 +44,23 @@ def patched(archive: bytes, name: str, local: int, central: int, value: bytes) -
 
 
 def declared(archive: bytes, name: str, size: int) -> bytes:
-    """The archive, which says that this file has so many bytes."""
+    """Return the archive with a false uncompressed size of the file."""
     return patched(archive, name, 22, 24, struct.pack("<I", size))
 
 
 def encrypted(archive: bytes, name: str) -> bytes:
-    """The archive, which says that this file is encrypted."""
+    """Return the archive with the file's encryption flag set."""
     return patched(archive, name, 6, 8, b"\1\0")
 
 
 def renamed(archive: bytes, name: str, other: bytes) -> bytes:
-    """The archive with another name of the same length, also one that no program would write."""
+    """Return the archive with a file renamed to a name of equal length, even one that zipfile rejects."""
     assert len(name) == len(other)
     return patched(archive, name, 30, 46, other)
 
 
 def miniature(archive: Archive) -> tuple[Archive, bytes]:
-    """An archive of 12 pictures or a few lines of JSON in place of a published one."""
+    """Return an archive of 12 pictures or a few lines of JSON in place of a published one."""
     rng = random.Random(archive.name)
     if archive.prefix == "annotations/":
         kinds = [f"{kind}_{split}2017" for kind in ("captions", "instances") for split in SPLITS]
@@ -76,11 +76,11 @@ def miniature(archive: Archive) -> tuple[Archive, bytes]:
 
 
 def miniatures(dataset: str, split: str = "") -> tuple[list[Archive], dict[str, bytes]]:
-    """What `archives` gives, in small, and the content of each by its path on a server."""
+    """Return small versions of the archives, and their contents by path on a server."""
     made = [miniature(archive) for archive in archives(dataset, split)]
     return [archive for archive, _ in made], {path(archive): content for archive, content in made}
 
 
 def path(archive: Archive) -> str:
-    """The path of its address: /zips/val2017.zip"""
+    """Return the path of the archive's URL, e.g. /zips/val2017.zip."""
     return "/" + archive.url.split("/", 3)[3]

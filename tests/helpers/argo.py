@@ -2,8 +2,8 @@
 
 Kubeflow Pipelines (tags 2.14.0, 2.15.0, 2.16.1, 2.17.0: the same rules) compiles a pipeline to an Argo Workflow in
 backend/src/v2/compiler/argocompiler. Argo merges the defaults of its ConfigMap into the templates and retries their nodes
-in workflow/controller/{operator,dag}.go; the versions are those of third_party/argo/VERSION at these tags. Left out: what
-cannot change the number of attempts (caching, conditions, exit hooks, parallelism, shutdown, deadlines of workflows).
+in workflow/controller/{operator,dag}.go; the versions are those of third_party/argo/VERSION at these tags. Features that
+cannot change the number of attempts are omitted (caching, conditions, exit hooks, parallelism, shutdown, deadlines).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RETRY = ("retry-max-count", *BACKOFF)
 
 @dataclass
 class Task:
-    """A task of a DAG: the template that it runs, with these arguments."""
+    """A task of a DAG: its template and arguments."""
 
     name: str
     template: str
@@ -49,7 +49,7 @@ class Template:
 
 
 def seconds(duration: str) -> str:
-    """AnyStringPtr(Duration.Seconds): "30s" of the compiled pipeline is "30"."""
+    """Convert a duration of the compiled pipeline ("30s" -> "30"), as AnyStringPtr(Duration.Seconds) does."""
     return duration.removesuffix("s")
 
 
@@ -68,7 +68,7 @@ def retry_arguments(task: dict) -> dict[str, str]:
 
 
 class Compiler:
-    """`Compiler(pipeline, platform).templates`: the Workflow's templates by name, entered at `entrypoint`."""
+    """Compile a pipeline; `templates` are the Workflow's by name, and it starts at `entrypoint`."""
 
     def __init__(self, pipeline: dict, platform: dict) -> None:
         self.components = pipeline["components"]
@@ -110,7 +110,7 @@ class Compiler:
     def executor_task(self, name: str, task: dict) -> Task:
         """container.go, containerExecutorTask and addContainerExecutorTemplate.
 
-        The template of the pod carries the retryStrategy, and takes its numbers from its inputs.
+        The pod's template has the retryStrategy, whose numbers are template inputs.
         """
         component = self.components[task["componentRef"]["name"]]
         metadata = self.executors.get(component["executorLabel"], {}).get("podMetadata")
@@ -141,7 +141,7 @@ def substitute(value: object, arguments: dict[str, str]) -> object:
 def merge(defaults: object, own: object) -> object:
     """Strategic merge patch of objects without lists: the template's own fields take precedence.
 
-    operator.go, mergedTemplateDefaultsInto: for every template, DAGs too.
+    operator.go, mergedTemplateDefaultsInto, which applies it to every template including DAGs.
     """
     if isinstance(defaults, dict) and isinstance(own, dict):
         both = {key: merge(defaults[key], own[key]) for key in defaults.keys() & own.keys()}
@@ -150,10 +150,10 @@ def merge(defaults: object, own: object) -> object:
 
 
 def failed_reason(pod: dict | None, argo: tuple[int, int, int]) -> str:
-    """Return the phase of the node of a pod that is over: operator.go, podReconciliation and inferFailedReason.
+    """Return the node's phase for a pod that ended: operator.go, podReconciliation and inferFailedReason.
 
-    A pod that was removed before the controller saw its end (None) is "pod deleted". Of the container statuses this
-    knows `main` and `wait`; argoexec's `wait` ends well where not said otherwise.
+    None is a pod that was removed before the controller saw its end ("pod deleted"). Only the containers `main` and
+    `wait` are considered; argoexec's `wait` succeeds by default.
     """
     if pod is None:
         return "Error"
@@ -164,7 +164,7 @@ def failed_reason(pod: dict | None, argo: tuple[int, int, int]) -> str:
         return "Failed"
     if ended["wait"]:
         return "Error"
-    if argo < (4, 0, 0):  # a container that has no exit code is passed over
+    if argo < (4, 0, 0):  # containers without an exit code are skipped
         return "Succeeded"
     return "Succeeded" if ended == {"main": 0, "wait": 0} else "Failed"
 
@@ -178,9 +178,9 @@ def retry_policy(strategy: dict) -> str:
 
 @dataclass
 class Run:
-    """One run of a workflow in which one step ends as `ends` says and all others succeed.
+    """A workflow run in which one step ends according to `ends` and all others succeed.
 
-    ends(n) is the phase of the step's n-th pod, from 0, each of which lives `life` seconds. attempts: of its pods.
+    ends(n) is the phase of the step's n-th pod, from 0; each pod runs for `life` seconds. `attempts` counts the pods.
     """
 
     templates: dict[str, Template]
@@ -196,7 +196,7 @@ class Run:
         return self.execute(Task("", "entrypoint"), {}, within=False)
 
     def execute(self, task: Task, arguments: dict[str, str], within: bool) -> str:
-        """operator.go, executeTemplate: a node of the template, or a retry node around several."""
+        """Run a node of the template, or a retry node around several: operator.go, executeTemplate."""
         template = self.templates[task.template]
         arguments = {key: substitute(value, arguments) for key, value in task.arguments.items()}
         strategy = template.retry
@@ -214,7 +214,7 @@ class Run:
             self.clock += wait
 
     def once(self, template: Template, arguments: dict[str, str], within: bool) -> str:
-        """A pod, or a DAG, which takes the phase of the task that failed: dag.go, assessDAGPhase."""
+        """Run a pod, or a DAG, whose phase is that of its failed task: dag.go, assessDAGPhase."""
         for task in template.tasks:
             phase = self.execute(task, arguments, within)
             if phase != "Succeeded":
@@ -227,7 +227,7 @@ class Run:
 
     @staticmethod
     def wait(strategy: dict, phase: str, children: int, elapsed: float) -> float | None:
-        """operator.go, processNodeRetries: seconds until the next attempt, None if there is none."""
+        """Return the seconds until the next attempt, None for no retry: operator.go, processNodeRetries."""
         wait = 0.0
         if backoff := strategy.get("backoff"):
             longest = float(backoff["maxDuration"])

@@ -1,8 +1,8 @@
 """Attention kernels against `reference` in float64: forward pass and all gradients.
 
-As a program it prints the errors of CASES[START::2] as JSON; with "operator" it checks the
-registration and prints the error of a compiled block. With TRITON_INTERPRET=1 in the environment
-the kernels run on a CPU.
+Run as a script, it prints the errors of CASES[START::2] as JSON; with the argument "operator", it
+checks the operator's registration and prints the error of a compiled block. With TRITON_INTERPRET=1
+in the environment the kernels run on the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     scaled: bool = False
 
 
-CASES = (  # every other one has each way through the kernels
+CASES = (  # CASES[::2] and CASES[1::2] each cover every code path of the kernels
     Case(2, 2, 5, 1, 32),
     Case(1, 3, 17, 1, 80, scaled=True),
     Case(1, 3, 2, 1, 80, window=2, scaled=True),
@@ -42,7 +42,7 @@ OUTPUTS = ("out", "qkv", "bias", "rel_h", "rel_w")
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
-    """qkv, bias and tables as in a model under autocast, and a gradient of the result."""
+    """Return qkv, bias and tables as in a model under autocast, and a gradient of the output."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -50,7 +50,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], T
 
     tokens, channels = case.height * case.width, case.heads * case.depth
     rows, columns = case.window or case.height, case.window or case.width
-    # The products of queries and tables stay of order 1, whichever of them is scaled.
+    # Products of queries and tables are of order 1, whichever of the two is scaled.
     scale = 0.2 if not case.scaled else 0.2 * case.depth**0.5
     given = [
         random(case.batch, tokens, 3 * channels).to(dtype),
@@ -66,12 +66,12 @@ def sizes(case: Case) -> list[int]:
 
 
 def fused(*given) -> Tensor:
-    """The output of the kernels."""
+    """Return the output of the kernels."""
     return attention(*given)[0]
 
 
 def reference(qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: list[int]) -> Tensor:
-    """`fused` by the functions of the plain path, with all logits in memory."""
+    """Return the output of the unfused path, with all logits in memory."""
     height, width, heads, window, scaled = sizes
     qkv = qkv.unflatten(1, (height, width))
     if window:
@@ -84,7 +84,7 @@ def reference(qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: li
 
 
 def results(function, case: Case, given: list[Tensor], gradient: Tensor) -> list[Tensor]:
-    """What comes out, and the gradients of what went in: zeros for what plays no part."""
+    """Return the output and the gradients of the inputs, zeros for unused inputs."""
     leaves = [tensor.detach().requires_grad_() for tensor in given]
     out = function(*leaves, sizes(case))
     found = torch.autograd.grad(out, leaves, gradient, allow_unused=True)
@@ -93,20 +93,20 @@ def results(function, case: Case, given: list[Tensor], gradient: Tensor) -> list
 
 
 def distances(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
-    """Of each tensor, the norm of the difference over that of the wanted one."""
+    """Return the relative error of each tensor: the difference's norm over the expected tensor's."""
     pairs = zip(found, wanted, strict=True)
     return [((tensor - true).norm() / true.norm().clamp(min=1e-6)).item() for tensor, true in pairs]
 
 
 def relative_errors(case: Case, dtype: torch.dtype, device: str, *functions) -> list[list[float]]:
-    """Of each function's results, the distances from the true ones."""
+    """Return the relative errors of each function's results."""
     given, gradient = inputs(case, dtype, device)
     exact = results(reference, case, [tensor.double() for tensor in given], gradient.double())
     return [distances(results(function, case, given, gradient), exact) for function in functions]
 
 
 def check_operator(case: Case) -> None:
-    """Schema, autograd, and that fake tensors have the shapes, dtypes and strides of real ones."""
+    """Check schema and autograd, and fake tensors' shapes, dtypes and strides against real ones."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     given, gradient = inputs(case, torch.float32, "cpu")
     leaves = [tensor.clone().requires_grad_() for tensor in given]
@@ -117,7 +117,7 @@ def check_operator(case: Case) -> None:
 
 
 def compiled_block() -> float:
-    """How far a compiled block with the kernels is from the plain one, in values and gradients."""
+    """Return the relative errors of a compiled block with the kernels, in values and gradients."""
     torch.manual_seed(0)
     block = parts.block(dim=16, heads=1, window=2, grid=2)
     for parameter in block.parameters():
@@ -126,7 +126,7 @@ def compiled_block() -> float:
     leaves = [x, *block.parameters()]
     plain = block(x)
     wanted = [plain, *torch.autograd.grad(plain.square().sum(), leaves)]
-    # a pretended GPU in half precision
+    # a simulated GPU in half precision
     with (
         patch.object(kernels, "enabled", lambda *_: True),
         patch.object(model, "in_half", lambda _: True),

@@ -28,22 +28,22 @@ from tests.conftest import ROOT
 on_cluster = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.timeout(900),  # when a test's other thread failed, the launcher waits
+    pytest.mark.timeout(900),  # if a test's other thread fails, the launcher keeps waiting
     pytest.mark.skipif(
         "KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane"
     ),
 ]
-# For jobs that are to run: a loaded machine may be slow, so nothing is given up.
+# For jobs that should run: a loaded machine may be slow, so no timeout may expire.
 LONG = dict.fromkeys(("api", "operator", "start", "schedule", "deletion"), 120)
 PATIENT = Timeouts(poll=1, forbidden=15, **LONG)
-# For jobs that are to be given up.
+# For jobs whose timeouts should expire.
 QUICK = replace(PATIENT, start=3, schedule=3)
 
 
 def definition(
     group: str, version: str, plural: str, kind: str, schema: dict | None = None
 ) -> dict:
-    """Return a CustomResourceDefinition; schema: default: any object."""
+    """Return a CustomResourceDefinition, whose schema accepts any object by default."""
     schema = schema or {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     served = {"name": version, "served": True, "storage": True}
     names = {"plural": plural, "singular": kind.lower(), "kind": kind}
@@ -54,12 +54,12 @@ def definition(
 
 
 WORKFLOWS = definition("argoproj.io", "v1alpha1", "workflows", "Workflow")
-ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
+ADMIN: dict[str, str] = {}  # the test's own KUBECONFIG while the launcher uses another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 
 
 def kubectl(words: str, *more: str, given: object = None, fails: bool = False) -> str:
-    """Run kubectl with the words of the first text; return stdout, or stderr if it is to fail."""
+    """Run kubectl with the words of `command`; return stdout, or stderr if failure is expected."""
     text = given if isinstance(given, str) or given is None else json.dumps(given)
     done = subprocess.run(
         ["kubectl", *words.split(), *more],
@@ -73,7 +73,7 @@ def kubectl(words: str, *more: str, given: object = None, fails: bool = False) -
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 600) -> object:
-    """What `holds` gives as soon as it is true."""
+    """Poll `holds` until its result is true; return that result."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := holds():
@@ -83,7 +83,7 @@ def wait_until(holds: Callable[[], object], seconds: float = 600) -> object:
 
 
 def template(kind: str = "pytorchjob", script: bool = False) -> str:
-    """The job of overlays/kind, as `kubectl apply -k` sends it; script: its args are a shell script."""
+    """Return the job of overlays/kind as `kubectl apply -k` sends it; `script` makes its args a shell script."""
     folder = ROOT / "manifests/overlays/kind" / ("trainjob" if kind == "trainjob" else "")
     found = subprocess.run(
         ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
@@ -121,7 +121,7 @@ def arguments(
 
 
 class Scene:
-    """A namespace with a node, an operator and a volume, and a launcher that is pointed there."""
+    """A namespace with a node, an operator and a volume, and a launcher configured for it."""
 
     def __init__(self, namespace: str, folder: Path, timeouts: Timeouts) -> None:
         self.namespace = namespace
@@ -143,7 +143,7 @@ class Scene:
         finished: Callable[[], bool] = lambda: False,
         keep_logs: Callable[[dict[str, str]], None] = lambda files: None,
     ) -> None:
-        """Run `components.launcher.launch`; its lines go to self.lines and the test's output."""
+        """Run `components.launcher.launch`; its output goes to self.lines and the test's output."""
         from components.launcher.launch import launch
 
         def out(line: str) -> None:
@@ -163,7 +163,7 @@ class Scene:
     def start(
         self, text: str, args: list[str], recipe: str, environment: dict[str, str]
     ) -> subprocess.Popen:
-        """Run the same in a process of its own, as in a step's pod."""
+        """Run the launcher in a separate process, as in a step's pod."""
         code = (
             "import json, sys; from tests.helpers.cluster import PATIENT; "
             "from components.launcher.launch import launch; "
@@ -181,7 +181,7 @@ class Scene:
     def job(
         self, recipe: str = "tiny", kind: str = "pytorchjob", run: str = PIPELINE_RUN
     ) -> dict | None:
-        """The job of a recipe, None when it is gone."""
+        """Return the job of a recipe, None if it does not exist."""
         shape = KINDS[kind]
         labels = f"{RUN}={run},{RECIPE}={recipe}"
         found = kubectl(f"get {shape.plural}.{shape.group} -n {self.namespace} -o json -l {labels}")
@@ -190,13 +190,13 @@ class Scene:
     def pods(
         self, recipe: str = "tiny", run: str = PIPELINE_RUN, kind: str = "pytorchjob"
     ) -> list[dict]:
-        """The pods of its job, of a PyTorchJob the Master first."""
+        """Return the pods of the recipe's job, for a PyTorchJob the Master first."""
         selector = KINDS[kind].selector(job_name(run, recipe))
         found = kubectl(f"get pods -n {self.namespace} -o json -l", selector)
         return json.loads(found)["items"]
 
     def workflow(self, name: str) -> dict:
-        """A Workflow of this name, made if it is not there."""
+        """Return the Workflow of this name, created if it does not exist."""
         about = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow"}
         workflow = {**about, "metadata": {"name": name}, "spec": {}}
         kubectl("apply -f -", given=WORKFLOWS)
@@ -226,10 +226,10 @@ class Scene:
 def scene(
     folder: Path, node: bool = True, operator: bool = True, reasons: dict[int, str] | None = None
 ) -> Iterator[Scene]:
-    """A Scene.
+    """Return a Scene.
 
-    Without `node` the pods stay as the test writes them, and the launcher soon gives them up;
-    without `operator` the jobs stay.
+    Without `node`, the test sets the pods' status and the launcher's timeouts are short;
+    without `operator`, the jobs create no pods.
     """
     from kubernetes import client, config
 
@@ -247,7 +247,7 @@ def scene(
         patch.setitem(ADMIN, "KUBECONFIG", os.environ["KUBECONFIG"])
         config.load_kube_config(str(folder / "kubeconfig"))
         kubectl(f"create namespace {name}")
-        for what in (  # from the last to the first
+        for what in (  # in reverse order of creation
             f"namespace {name}",
             f"pods --all -n {name} --force --grace-period=0",
             f"pytorchjobs,trainjobs --all -n {name}",
@@ -268,7 +268,7 @@ def scene(
 
 
 def namespace_for(purpose: str) -> Iterator[str]:
-    """A namespace of its own."""
+    """Create a namespace."""
     name = f"vitdet-{purpose}-{uuid.uuid4().hex[:8]}"
     kubectl(f"create namespace {name}")
     yield name

@@ -15,14 +15,14 @@ import psutil
 
 
 def now() -> str:
-    """As the API writes a time."""
+    """Return the current time in the API's format."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Container:
-    """A process in a group of its own, started again in place; its lines with the time of each.
+    """A process in a new group, restarted in place, and its timestamped output lines.
 
-    They stand in the output of a test that fails, too.
+    The lines are printed as well, for the report of a failed test.
     """
 
     def __init__(
@@ -58,22 +58,22 @@ class Container:
             print(f"{time.strftime('%H:%M:%S')} {self.name}: {line}", end="")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """A signal for the process; SIGKILL for all that it has started too, in whatever session, as torchrun does."""
-        # also where the number is another's by now
+        """Send a signal to the process; SIGKILL reaches all descendants in any session, as with torchrun."""
+        # also if the process ID was reused meanwhile
         gone, found = (suppress(psutil.NoSuchProcess), set())
         with gone:
             while new := {self.root, *self.root.children(recursive=True)} - found:
                 found |= new
                 for process in new if number == signal.SIGKILL else ():
                     with gone:
-                        process.suspend()  # so that no child is born unseen
+                        process.suspend()  # so that it cannot fork unseen
         self.family |= found
         for process in self.family if number == signal.SIGKILL else {self.root}:
             with gone:
                 process.send_signal(number)
 
     def wait(self) -> None:
-        """What the process leaves behind ends with it, as in a container; then its last lines are there."""
+        """Wait for the process and end its descendants, as in a container; its last lines are complete then."""
         if self.over:
             return
         self.over = True

@@ -13,7 +13,7 @@ RESTARTS_IGNORED = "RestartJobSetAndIgnoreMaxRestarts"
 
 
 def matches(rule: dict, pod: dict) -> str | None:
-    """Return what of the pod matches the rule, as the message of the Job's condition names it."""
+    """Return the pod's match with the rule, as worded in the message of the Job's condition."""
     where, status = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}", pod["status"]
     if codes := rule.get("onExitCodes"):
         for entry in status.get("containerStatuses") or []:
@@ -30,7 +30,7 @@ def matches(rule: dict, pod: dict) -> str | None:
 
 
 def job_failure(spec: dict, pods: list[dict]) -> tuple[str, str] | None:
-    """Return reason and message of the condition Failed of a Job with these pods, None without."""
+    """Return reason and message of the Failed condition of a Job with these pods, else None."""
     failed = [pod for pod in pods if pod["status"]["phase"] == "Failed"]
     for pod in failed:
         for index, rule in enumerate(spec.get("podFailurePolicy", {}).get("rules", [])):
@@ -43,7 +43,7 @@ def job_failure(spec: dict, pods: list[dict]) -> tuple[str, str] | None:
 
 
 def failure_action(policy: dict, reason: str, message: str) -> str:
-    """Return the action of the first rule that fits: findFirstFailedPolicyRuleAndJob, ruleIsApplicable."""
+    """Return the action of the first matching rule: findFirstFailedPolicyRuleAndJob, ruleIsApplicable."""
     for rule in policy.get("rules", []):
         reasons = rule.get("onJobFailureReasons", [])
         patterns = rule.get("onJobFailureMessagePatterns", [])
@@ -57,9 +57,9 @@ def failure_action(policy: dict, reason: str, message: str) -> str:
 def jobset_failure(
     policy: dict | None, reason: str, message: str, counted: int, job: str
 ) -> tuple[str, str] | None:
-    """Return reason and message of the condition Failed of a JobSet; None where it restarts.
+    """Return reason and message of a JobSet's Failed condition, None if it restarts.
 
-    counted: its restarts that count towards maxRestarts.
+    `counted` is the number of restarts that count towards maxRestarts.
     """
     first = f"(first failed job: {job})"
     if policy is None:

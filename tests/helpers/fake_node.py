@@ -1,10 +1,10 @@
-"""Simulated scheduler, kubelet, DNS and volumes of a node: pods of a namespace are local processes.
+"""A node's simulated scheduler, kubelet, DNS and volumes; a namespace's pods are local processes.
 
 A pod without a node is bound to this one; its first container becomes a process; its status is
 written in the shapes of core/v1 PodStatus as the kubelet writes them; its log is served as the
 kubelet does (GET /containerLogs/NAMESPACE/POD/CONTAINER?follow&timestamps&tailLines&sinceSeconds&
 previous), through which the API server answers `kubectl logs`. Images, probes, init containers and
-limits are not simulated. It needs the test control plane of this machine.
+limits are not simulated. It needs the local test control plane.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from tests.helpers.fake_container import Container, now
 from tests.helpers.mlflow_server import free_port
 
 ROOT = Path(__file__).parents[2]
-GRACE = 5  # seconds between SIGTERM and SIGKILL, where a pod's own are 30 or more
+GRACE = 5  # seconds between SIGTERM and SIGKILL, instead of a pod's 30 or more
 
 
 def since(when: str) -> float:
-    """Seconds that have gone since a time of the API."""
+    """Return the seconds since a timestamp of the API."""
     return time.time() - datetime.fromisoformat(when).timestamp()
 
 
 class FakeNode:
     """`with FakeNode(namespace, {claim: folder}) as node`; node.containers: {pod name: Container}.
 
-    A pod sees the folder of a claim where it mounts it, and nowhere else. One with two volumes of one claim, which a
-    kubelet leaves in ContainerCreating (kubernetes/kubernetes, issue 127004), is Unschedulable, for tests to end.
+    A pod sees a claim's folder only where it mounts the claim. A pod with two volumes of one claim is Unschedulable here,
+    so that tests end; a kubelet leaves it in ContainerCreating (kubernetes/kubernetes, issue 127004).
 
-    reasons: {exit code: reason}, which the container runtime finds out: {137: "OOMKilled"}.
+    `reasons` maps exit codes to the container runtime's reasons, e.g. {137: "OOMKilled"}.
     """
 
     def __init__(
@@ -102,15 +102,15 @@ class FakeNode:
                 for pod in found:
                     self.tend(pod)
             except (ApiException, HTTPError, ValueError):
-                # a kubelet survives its API server, and conflicts
+                # a kubelet survives API server outages and conflicts
                 continue
             there = {pod["metadata"]["uid"] for pod in found}
             for name, uid in self.uids.items():
                 if uid not in there and self.containers[name].process.poll() is None:
-                    self.containers[name].wait()  # deleted by force
+                    self.containers[name].wait()  # force-deleted
 
     def tend(self, pod: dict) -> None:
-        """One step of a pod's life."""
+        """Advance the pod's lifecycle by one step."""
         name, uid, status = pod["metadata"]["name"], pod["metadata"]["uid"], pod["status"]
         mine = self.uids.get(name) == uid
         if "deletionTimestamp" in pod["metadata"]:
@@ -151,7 +151,7 @@ class FakeNode:
             self.end(pod, self.containers[name], code if code >= 0 else 128 - code)
 
     def end(self, pod: dict, container: Container, code: int) -> None:
-        """The process has ended: started again in place, or the pod's end."""
+        """Restart the ended process in place, or end the pod."""
         container.wait()
         reason = self.reasons.get(code) or ("Error" if code else "Completed")
         over = {"exitCode": code, "reason": reason, "startedAt": container.started}
@@ -174,7 +174,7 @@ class FakeNode:
         self.core.patch_namespaced_pod_status(name, self.namespace, change, _preload_content=False)
 
     def process_of(self, pod: dict, spec: dict) -> tuple[list[str], dict[str, str], Path]:
-        """Command, environment and folder: mounted folders and names in DNS become those of this machine."""
+        """Return command, environment and folder, with mount paths and DNS names replaced by local ones."""
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -212,10 +212,10 @@ class FakeNode:
         return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
     def resolve(self, pod: dict, environment: dict[str, str]) -> None:
-        """In place of DNS: the services' names become this machine, a port of its own for each job.
+        """Replace DNS names of services by the loopback address, with a separate port for each job.
 
-        All pods have that one address, so torchrun cannot see by it whether the others look for it or for another pod
-        (is_host), nor order the nodes as it does by their names (local address).
+        As all pods share this address, torchrun cannot tell from it whether a pod is the rendezvous host (is_host), nor
+        order the nodes by name (local address).
         """
         owners = pod["metadata"].get("ownerReferences") or [{"uid": ""}]
         port = str(self.ports.setdefault(owners[0]["uid"], free_port()))
@@ -227,13 +227,13 @@ class FakeNode:
         environment |= {name: here[name] for name in here.keys() & environment.keys()}
         if looked_for:
             host = looked_for.split(":")[0] == pod["metadata"]["name"] or rank == "0"
-            # A lost node is given up after 3 of these intervals, 6 s here and 15 s by default.
+            # torchrun drops a lost node after 3 of these intervals, 6 s here and 15 s by default.
             environment["PET_RDZV_CONF"] = f"is_host={int(host)},keep_alive_interval=2"
             environment["PET_LOCAL_ADDR"] = f"127.0.0.{1 + int(rank or 0)}"
 
 
 def claims(pod: dict) -> dict[str, str]:
-    """The claims of a pod's volumes."""
+    """Return the pod's claims by volume name."""
     return {
         volume["name"]: volume["persistentVolumeClaim"]["claimName"]
         for volume in pod["spec"].get("volumes") or []
@@ -242,14 +242,14 @@ def claims(pod: dict) -> dict[str, str]:
 
 
 def local(text: str, folders: dict[str, Path]) -> str:
-    """Mounted folders become those of this machine."""
+    """Replace mount paths by local folders."""
     for mount, folder in folders.items():
         text = str(folder) if text == mount else text.replace(f"{mount}/", f"{folder}/")
     return text
 
 
 class Kubelet(BaseHTTPRequestHandler):
-    """The kubelet's log endpoint."""
+    """Serve the kubelet's log endpoint."""
 
     node: FakeNode
 
@@ -267,7 +267,7 @@ class Kubelet(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         for when, text in shown:
-            fraction = f"{when % 1:.9f}"[2:].rstrip("0")  # Go's RFC3339Nano leaves zeros out
+            fraction = f"{when % 1:.9f}"[2:].rstrip("0")  # Go's RFC3339Nano omits trailing zeros
             whole = datetime.fromtimestamp(int(when), UTC).strftime("%Y-%m-%dT%H:%M:%S")
             stamp = f"{whole}{'.' if fraction else ''}{fraction}Z "
             stamp *= asked.get("timestamps") == "true"

@@ -1,15 +1,15 @@
-"""A simulated training operator 1.9 and Kubeflow Trainer 2.3 for one namespace.
+"""Simulated training operator 1.9 and Kubeflow Trainer 2.3 for one namespace.
 
-Jobs become pods, pods become status. Pods get the names, labels and the exact environment that the
-real operators set: for PyTorchJob pkg/controller.v1/pytorch/{envvar,master,elastic}.go and
+They create the pods of jobs and set the jobs' status. Pods have the names, labels and exact environment
+of the real operators: for PyTorchJob pkg/controller.v1/pytorch/{envvar,master,elastic}.go and
 pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/plugins/torch/
 torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
 (ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/
 trainjob_controller.go, of its JobSet 0.12 tests/helpers/fake_jobset.py. Deadlines: pkg/core/job.go
-(PastActiveDeadline), which is evaluated only when something has happened, as pytorchjob_controller.go
-gives the controller a FakeWorkQueue; the evaluation of all jobs every 10 hours (controller-runtime's
-SyncPeriod) is not simulated. Trainer: reconcileDeadline, at the second. Left out: services,
-webhooks, gang scheduling, the workers' init container.
+(PastActiveDeadline), which is evaluated only after an event, as pytorchjob_controller.go gives the
+controller a FakeWorkQueue; the evaluation of all jobs every 10 hours (controller-runtime's
+SyncPeriod) is not simulated. Trainer: reconcileDeadline, to the second. Services, webhooks, gang
+scheduling and the workers' init container are omitted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAIN = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")
 
 
 def pytorch_environment(job: dict, kind: str, index: int) -> dict[str, str]:
-    """What envvar.go adds to each container of the pod."""
+    """Return the variables that envvar.go adds to each container of the pod."""
     spec, name = job["spec"], job["metadata"]["name"]
     replicas = {key: replica["replicas"] for key, replica in spec["pytorchReplicaSpecs"].items()}
     total, processes = sum(replicas.values()), spec.get("nprocPerNode", "auto")
@@ -63,7 +63,7 @@ def pytorch_environment(job: dict, kind: str, index: int) -> dict[str, str]:
 
 
 def merged(base: object, patch: object) -> object:
-    """A strategic merge of pod templates: lists of named objects by name, others replaced."""
+    """Return a strategic merge of pod templates: named objects merge by name, other lists are replaced."""
     if isinstance(base, dict) and isinstance(patch, dict):
         both = {key: merged(base[key], patch[key]) for key in base.keys() & patch.keys()}
         return {**base, **patch, **both}
@@ -96,7 +96,7 @@ class FakeOperator:
         while not self.stopped.wait(0.2):
             for kind, tend in ((PYTORCH, self.tend_pytorch), (TRAIN, self.tend_train)):
                 place = (*kind[:2], self.namespace, kind[2])
-                with suppress(ApiException, HTTPError, ValueError):  # a controller tries again
+                with suppress(ApiException, HTTPError, ValueError):  # a controller retries
                     for job in self.objects.list_namespaced_custom_object(*place)["items"]:
                         before = json.dumps(job.get("status"))
                         if "deletionTimestamp" not in job["metadata"]:
@@ -106,7 +106,7 @@ class FakeOperator:
                             self.objects.replace_namespaced_custom_object_status(*place, name, job)
 
     def pods(self, label: str, job: dict) -> dict[str, dict]:
-        """The job's pods by name."""
+        """Return the job's pods by name."""
         chosen = f"{label}={job['metadata']['name']}"
         found = self.core.list_namespaced_pod(
             self.namespace, label_selector=chosen, _preload_content=False
@@ -116,7 +116,7 @@ class FakeOperator:
     def create(
         self, job: dict, name: str, template: dict, labels: dict, annotations: dict, variables: dict
     ) -> None:
-        """A pod of the template, owned by the job."""
+        """Create a pod of the template, owned by the job."""
         template = copy.deepcopy(template)
         added = [
             {"name": key, **(value if isinstance(value, dict) else {"value": value})}
@@ -137,13 +137,13 @@ class FakeOperator:
         try:
             self.core.create_namespaced_pod(self.namespace, pod)
         except ApiException as error:
-            if error.status == 409:  # that of before is still being deleted
+            if error.status == 409:  # the previous pod is still being deleted
                 return
             self.warn(job, json.loads(error.body)["message"])
             raise
 
     def warn(self, job: dict, message: str) -> None:
-        """What a refused pod leaves: pod_control.go, of a TrainJob the Job controller."""
+        """Create the event of a rejected pod, as pod_control.go does (for a TrainJob, the Job controller)."""
         mine = job["kind"] == "PyTorchJob"
         reference = {
             "namespace": self.namespace,
@@ -162,7 +162,7 @@ class FakeOperator:
         self.core.create_namespaced_event(self.namespace, event, _preload_content=False)
 
     def condition(self, job: dict, kind: str, reason: str, message: str, true: bool = True) -> None:
-        """Running and Restarting exclude each other; an end makes Running false; nothing follows on Failed."""
+        """Set a condition: Running and Restarting exclude each other, an end unsets Running, Failed is final."""
         status = job.setdefault("status", {})
         there = {entry["type"]: entry for entry in status.setdefault("conditions", [])}
         if there.get("Failed", {}).get("status") == "True":
@@ -189,20 +189,20 @@ class FakeOperator:
         )
 
     def delete_pods(self, pods: dict[str, dict], but: tuple[str, ...] = ()) -> None:
-        """All whose phase is none of `but`."""
+        """Delete the pods whose phase is not in `but`."""
         for pod, found in pods.items():
             if found["status"]["phase"] not in but:
                 self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
 
     def stirred(self, job: dict, pods: dict[str, dict]) -> bool:
-        """Whether anything has happened to job or pods since this was asked last."""
+        """Return whether the job or its pods have changed since the previous call."""
         versions = sorted(item["metadata"]["resourceVersion"] for item in (job, *pods.values()))
         uid = job["metadata"]["uid"]
         before, self.versions[uid] = self.versions.get(uid), versions
         return before != versions
 
     def tend_pytorch(self, job: dict) -> None:
-        """common/job.go ReconcileJobs, then UpdateJobStatus of the PyTorchJob controller."""
+        """Reconcile a PyTorchJob: common/job.go ReconcileJobs, then the controller's UpdateJobStatus."""
         name, policy = job["metadata"]["name"], job["spec"].get("runPolicy") or {}
         if not job.get("status"):
             self.condition(job, "Created", "PyTorchJobCreated", f"PyTorchJob {name} is created.")
@@ -241,7 +241,7 @@ class FakeOperator:
         }
         for limit, past in limits.items():
             if past:
-                # whatever cleanPodPolicy says, before release 1.9 says Failed
+                # deletes pods regardless of cleanPodPolicy, before the condition Failed is set in release 1.9
                 self.delete_pods(pods)
                 message = f"Job {name} has failed because {limit}"
                 self.condition(job, "Failed", "PyTorchJobFailed", message)
@@ -251,7 +251,7 @@ class FakeOperator:
             self.tend_replicas(job, kind, replica, pods)
 
     def tend_replicas(self, job: dict, kind: str, replica: dict, pods: dict[str, dict]) -> None:
-        """common/pod.go ReconcilePods for one replica type, and its part of the job's status."""
+        """Reconcile one replica type and its part of the job's status: common/pod.go ReconcilePods."""
         name, policy = job["metadata"]["name"], replica.get("restartPolicy", "OnFailure")
         counts = {"active": 0, "succeeded": 0, "failed": 0}
         for index in range(replica["replicas"]):
@@ -296,7 +296,7 @@ class FakeOperator:
             self.condition(job, "Running", "PyTorchJobRunning", f"PyTorchJob {name} is running.")
 
     def runtime(self, named: dict) -> dict:
-        """The spec of a TrainJob's runtime, the namespace's or the cluster's."""
+        """Return the spec of a TrainJob's runtime, from the namespace or the cluster."""
         version, name = TRAIN[:2], named["name"]
         if named.get("kind") == "TrainingRuntime":
             place = (*version, self.namespace, "trainingruntimes")
@@ -305,7 +305,7 @@ class FakeOperator:
         return self.objects.get_cluster_custom_object(*place, name)["spec"]
 
     def tend_train(self, job: dict) -> None:
-        """The runtime's template with the job's own over it as one indexed Job `node` of a JobSet."""
+        """Reconcile a TrainJob: the runtime's and the job's merged template as the indexed Job `node` of a JobSet."""
         name, status = job["metadata"]["name"], job.setdefault("status", {})
         pods = self.pods("jobset.sigs.k8s.io/jobset-name", job)
         if self.true(job, "Complete", "Failed"):
@@ -324,7 +324,7 @@ class FakeOperator:
         ]
         start = resumed[0] if resumed else job["metadata"]["creationTimestamp"]
         if 0 < job["spec"].get("activeDeadlineSeconds", 0) < since(start):
-            self.delete_pods(pods)  # it deletes the JobSet
+            self.delete_pods(pods)  # the controller deletes the JobSet
             message = "TrainJob exceeded its active deadline"
             self.condition(job, "Failed", "DeadlineExceeded", message)
             return
@@ -340,7 +340,7 @@ class FakeOperator:
                 return
             if failure_action(policy, *failure) != RESTARTS_IGNORED:
                 self.restarts[name] = counted + 1
-            self.delete_pods(pods)  # JobSet makes all anew
+            self.delete_pods(pods)  # JobSet recreates all pods
         elif len(phases) == nodes and set(phases) == {"Succeeded"}:
             self.condition(job, "Complete", "AllJobsCompleted", "jobset completed successfully")
         template = spec["replicatedJobs"][0]["template"]["spec"]["template"]

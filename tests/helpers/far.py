@@ -1,7 +1,7 @@
 """A simulated GPU: tensors on another device that compute on the CPU and reject mixed devices.
 
-The device calls itself `meta`, the only other one that every torch knows. What a GPU refuses, it refuses: operands on
-two devices, unless one is a number; indices from the CPU are let through, as CUDA does.
+The device is named `meta`, the only other device type that every torch build knows. It rejects what a GPU rejects:
+operands on two devices, unless one is a number. Indices on the CPU are accepted, as CUDA does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INDEXING.add(aten._index_put_impl_.default)
 
 
 class FarTensor(Tensor):
-    """Wraps the tensor `near`, which does its arithmetic."""
+    """A far tensor, which computes with the CPU tensor `near`."""
 
     @staticmethod
     def __new__(cls, near: Tensor) -> FarTensor:
@@ -45,7 +45,7 @@ def is_far(device: object) -> bool:
 
 
 def run(function: Callable, args: tuple, kwargs: dict) -> object:
-    """An operation on the CPU, whose results are far if its operands are."""
+    """Run an operation on the CPU; the results are far if the operands are."""
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     far = [tensor for tensor in tensors if isinstance(tensor, FarTensor)]
     near = [tensor for tensor in tensors if not isinstance(tensor, FarTensor) and tensor.dim()]
@@ -70,7 +70,7 @@ def run(function: Callable, args: tuple, kwargs: dict) -> object:
 
 
 class Dispatch(TorchDispatchMode):
-    """For what makes tensors out of nothing, as torch.arange(..., device=...)."""
+    """Intercept functions that create tensors, e.g. torch.arange(..., device=...)."""
 
     def __torch_dispatch__(
         self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
@@ -79,7 +79,7 @@ class Dispatch(TorchDispatchMode):
 
 
 class Literals(TorchFunctionMode):
-    """For what goes between Python's numbers and tensors, which no dispatch sees."""
+    """Intercept conversions between Python numbers and tensors, which bypass dispatch."""
 
     def __torch_function__(
         self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
@@ -98,13 +98,13 @@ class Literals(TorchFunctionMode):
 
 @contextmanager
 def far_device() -> Iterator[str]:
-    """Within it `.to(name)` and `device=name` reach the pretended device."""
+    """Let `.to(name)` and `device=name` reach the simulated device."""
     with Dispatch(), Literals():
         yield FAR
 
 
 def send(module: nn.Module) -> nn.Module:
-    """The module with all of its tensors far away."""
+    """Return the module with all of its tensors on the simulated device."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:

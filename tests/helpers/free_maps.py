@@ -1,7 +1,7 @@
 """Maps of Kubernetes objects whose keys no schema lists: labels, annotations, resources and the like.
 
-A key that is misspelled there is accepted and means nothing: a pod without a GPU, a sidecar, an evicted node.
-So every key that manifests/ and the launcher use is named here once.
+The API server accepts a misspelled key, which has no effect: a pod lacks its GPU, or gets a sidecar, or is evicted.
+So every key that manifests/ and the launcher use is listed here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ LABELS = {
     "app.kubernetes.io/component",
     "app.kubernetes.io/name",
     "app.kubernetes.io/part-of",
-    "cloud.google.com/compute-class",  # GKE's, of a ComputeClass
-    "kubernetes.io/metadata.name",  # the API server's, of each namespace
+    "cloud.google.com/compute-class",  # set by GKE for a ComputeClass
+    "kubernetes.io/metadata.name",  # set by the API server on each namespace
     "kueue.x-k8s.io/priority-class",
     "kueue.x-k8s.io/queue-name",
     "pod-security.kubernetes.io/audit",
@@ -46,11 +46,11 @@ KNOWN = {
     ),
     "tags": {"karpenter.sh/discovery"},
 }
-SELECTORS = {"Service": "selector"}  # kind -> a map of labels under another name
+SELECTORS = {"Service": "selector"}  # kind -> the field with a map of labels
 
 
 def unknown(document: dict) -> list[str]:
-    """The keys of such maps that are not known."""
+    """Return the unknown keys of such maps."""
     kind = document["kind"]
     name = f"{kind} {document['metadata']['name']}"
     return [f"{name}: {where}: unknown key {key}" for where, key in _keys(document, "", kind)]

@@ -1,4 +1,4 @@
-"""docs/kubeflow.md as its tests read it: fenced blocks, commands in the text, tables."""
+"""Fenced blocks, commands in the text and tables of docs/kubeflow.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = [command for command in CODE if re.match(r"\(?(kubectl|python -m) ", 
 
 
 def lines(*words: str) -> list[str]:
-    """Command lines, continuations joined, that contain all these words."""
+    """Return the command lines, with continuations joined, that contain all these words."""
     joined = [
         line for code in [*BLOCKS, *COMMANDS] for line in code.replace("\\\n", " ").split("\n")
     ]

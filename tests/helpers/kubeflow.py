@@ -1,4 +1,4 @@
-"""Kubeflow Pipelines on this machine: its v2beta1 API as far as a client needs it, recording, and failing when told.
+"""A local Kubeflow Pipelines API server: the client's part of v2beta1, with recording and planned failures.
 
 Shapes of bodies and errors: kubeflow/pipelines, backend/api/v2beta1 (2.17); names of a run's tasks as Argo makes them.
 """
@@ -31,7 +31,7 @@ KEYS = {"experiments": "experiment_id", "runs": "run_id", "recurringruns": "recu
 
 @dataclass
 class Request:
-    """One that came; `words` is "METHOD path" below the API."""
+    """A recorded request; `words` is "METHOD path" below the API's root."""
 
     words: str
     query: dict[str, str]
@@ -40,10 +40,10 @@ class Request:
 
 
 class Kubeflow(ThreadingHTTPServer):
-    """plan["METHOD path"]: the answers to the next such requests, then all is well. states: what a run is at each look.
+    """plan["METHOD path"] lists the next responses to such requests, later ones succeed. states: a run's states, per request.
 
-    token, cookie: those that are let in; None lets everybody in. health: what it reports of itself. unknown: a field of
-    the pipeline that it does not know.
+    token, cookie: the accepted credentials; None accepts all requests. health: the body of the health endpoint.
+    unknown: a field of the pipeline that the server does not know.
     """
 
     daemon_threads = True
@@ -61,7 +61,7 @@ class Kubeflow(ThreadingHTTPServer):
         self.plan: dict[str, list[Callable[[Handler], None]]] = defaultdict(list)
         self.kept: dict[str, list[dict]] = {"experiments": [], "runs": [], "recurringruns": []}
         self.states: list[dict] = []
-        self.resting = threading.Event()  # set: those that stall wake up
+        self.resting = threading.Event()  # set: stalled requests end
         self.lock = threading.Lock()
 
     @property
@@ -75,7 +75,7 @@ class Kubeflow(ThreadingHTTPServer):
         return [request.body for request in self.requests if request.words == words]
 
     def handle_error(self, *_: object) -> None:
-        """A client that gives up is no error here."""
+        """Ignore clients that disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -144,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             if any(item["display_name"] == name for item in kept):
                 return self.fail(409, f"Already exist error: experiment {name} already exists")
         elif (name := self.server.unknown) and f'"{name}"' in json.dumps(body):
-            # a Kubernetes part that cannot be parsed is an internal error, with a stack trace
+            # an unparsable Kubernetes part causes an internal error with a stack trace
             return self.fail(500, f'Internal error: proto: (line 1:2): unknown field "{name}"\nat')
         elif body["experiment_id"] not in experiments:
             return self.fail(400, "Invalid input error: experiment")
@@ -182,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(server: Kubeflow) -> Iterator[Kubeflow]:
-    """The server at work."""
+    """Run the server."""
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
@@ -195,7 +195,7 @@ def serving(server: Kubeflow) -> Iterator[Kubeflow]:
 def command(
     kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """cli(*words) runs `python -m pipeline` in this process: (exit code, stdout, stderr)."""
+    """cli(*words) runs `python -m pipeline` in this process and returns (exit code, stdout, stderr)."""
     for name in list(os.environ):
         if name.startswith(("KFP_", "KF_PIPELINES", "KUBERNETES_")):
             monkeypatch.delenv(name)
@@ -212,7 +212,7 @@ def command(
 
 
 def failing(code: int, message: str = "internal", done: bool = False) -> Callable[[Handler], None]:
-    """An error; `done`: of a server that did what was asked and could not say so."""
+    """Return an error response; with `done`, the server executes the request first."""
 
     def act(handler: Handler) -> None:
         handler.silent = done
@@ -224,21 +224,21 @@ def failing(code: int, message: str = "internal", done: bool = False) -> Callabl
 
 
 def stalling(handler: Handler) -> None:
-    """No answer."""
+    """Send no response."""
     handler.server.resting.wait(600)
 
 
 def cut(handler: Handler) -> None:
-    """Half an answer."""
+    """Send half a response."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
     handler.wfile.write(head + b"{")
 
 
 def page(handler: Handler) -> None:
-    """A login page, as Istio and Dex show it."""
+    """Return a login page as sent by Istio and Dex."""
     handler.send(200, PAGE)
 
 
 def task(name: str, state: str, **more: object) -> dict:
-    """A run's task."""
+    """Return a run's task."""
     return {"task_id": f"id-{name}", "display_name": name, "state": state, **more}

@@ -1,6 +1,6 @@
-"""The ClusterRoles that Kubeflow binds in a profile, as far as these manifests are concerned.
+"""The ClusterRoles that Kubeflow binds in a profile, limited to the resources of these manifests.
 
-Rules of the published roles, resources that nothing here uses left out: kubeflow/manifests
+Rules of the published roles without resources that are unused here: kubeflow/manifests
 common/kubeflow-roles/base/cluster-roles.yaml, kubeflow/pipelines
 manifests/kustomize/base/installs/multi-user/view-edit-cluster-roles.yaml, kubeflow/training-operator
 manifests/overlays/kubeflow/kubeflow-training-roles.yaml, kubeflow/trainer
@@ -29,7 +29,7 @@ EDIT: list[Rule] = [
     ("argoproj.io", ["workflows"], ["*"]),
     ("pipelines.kubeflow.org", ["runs"], ["get", "list", "create", "delete", "terminate"]),
 ]
-# of an early and of a later release of Kubeflow Trainer, the first of which has the wrong group
+# of an early release of Kubeflow Trainer, with the wrong API group, and of a later one
 RUNTIMES = ("trainer.kubeflow.org", ["trainingruntimes"], READ)
 JOBS = ("trainer.kubeflow.org", ["trainjobs"], [*READ, "create", "delete", "patch"])
 TRAINER = {"early": [("kubeflow.org", ["trainjobs"], ALL), RUNTIMES], "later": [JOBS, RUNTIMES]}
@@ -47,10 +47,10 @@ AGGREGATE = "rbac.authorization.kubeflow.org/aggregate-to-kubeflow-edit"
 
 
 def profile_roles(suffix: str, release: str, ours: dict | None) -> list[dict]:
-    """ClusterRoles kubeflow-edit-SUFFIX and kubeflow-admin-SUFFIX of a release.
+    """Return ClusterRoles kubeflow-edit-SUFFIX and kubeflow-admin-SUFFIX of a release.
 
-    ours: a ClusterRole whose rules join them if it has the label for that. The test control plane runs no controller
-    for aggregated ClusterRoles.
+    The rules of `ours`, a ClusterRole, are added if it has the aggregation label: the test control plane has no
+    controller for aggregated ClusterRoles.
     """
     joined = []
     if ours is not None and ours["metadata"]["labels"].get(AGGREGATE) == "true":

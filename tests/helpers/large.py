@@ -1,4 +1,4 @@
-"""Writes a data set of COCO's or LVIS's size, to measure how reading scales.
+"""Write a data set of COCO's or LVIS's size, to measure how reading scales.
 
     python tests/helpers/large.py DIR [IMAGES OBJECTS]     118,287 and 860,001, a file of 450 MB; no data set for training
     python tests/helpers/large.py DIR lvis                 both splits of LVIS v1 (100,170 images, 1,270,141 objects of 1,203
@@ -28,8 +28,8 @@ def write(
     first: int = 1,
     lvis: bool = False,
 ) -> Path:
-    """FOLDER/annotations/instances_SPLIT.json (lvis: lvis_v1_SPLIT.json) and FOLDER/SPLIT/ (lvis: what their coco_url
-    says); image ids from `first` on.
+    """Write FOLDER/annotations/instances_SPLIT.json (LVIS: lvis_v1_SPLIT.json) and the images in FOLDER/SPLIT (LVIS: the
+    folder of their coco_url); image IDs start at `first`.
     """
     rng = np.random.default_rng(first)
     place = folder / (f"{split}2017" if lvis else split)
@@ -62,7 +62,7 @@ def write(
         for number in rng.permutation(objects).tolist():
             annotation = _object(rng, heads[owners[number]], lvis)
             annotation["id"] = 900_100_000_000 + number
-            # LVIS: many are rare
+            # in LVIS, many classes are rare
             annotation["category_id"] = int(classes * rng.random() ** (3 if lvis else 1)) + 1
             file.write(msgspec.json.encode(annotation) + b", ")
         file.seek(-2, 2)
@@ -71,7 +71,7 @@ def write(
 
 
 def _searched(rng: np.random.Generator) -> dict[str, list[int]]:
-    """What the annotators of an LVIS image looked for in vain, and what they did not mark everywhere."""
+    """Return an LVIS image's negative categories, and its categories that are not annotated exhaustively."""
     ids = rng.permutation(1203)[:8] + 1
     return {"neg_category_ids": ids[:6].tolist(), "not_exhaustive_category_ids": ids[6:].tolist()}
 

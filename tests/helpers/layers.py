@@ -14,9 +14,9 @@ from graphlib import CycleError, TopologicalSorter
 
 PRODUCT = ("vitdet", "components", "pipeline")
 
-# A room is a module or folder directly in vitdet/, or one of the folders components/, pipeline/.
-# The lowest layer comes first. Each room lists what it may import besides itself: a room, one of
-# its modules (`data.images`), or ALL for every room of the layers below.
+# A part is a module or folder directly in vitdet/, or one of the folders components/, pipeline/.
+# The lowest layer comes first. Each part lists what it may import besides itself: a part, one of
+# its modules (`data.images`), or ALL for every part of the layers below.
 BASE = "files config types distributed torchrun"
 AFTER = "evaluation weights tracking.tracker"
 ALL = "*"
@@ -29,7 +29,7 @@ LAYERS: tuple[dict[str, str], ...] = (
         "predictor": f"{BASE} models data.images data.transforms checkpoint visualize",
         "datasets": f"{BASE} data checkpoint visualize pages",
     },
-    # a conversion needs the shapes of the model, a fetched file is a download
+    # conversions need the model's shapes, fetched files are downloads
     {"weights": f"{BASE} models data checkpoint datasets.download"},
     {"evaluation": f"{BASE} kernels models data checkpoint visualize predictor pages"},
     # the gate compares evaluations; the model card states the license of the initial weights
@@ -40,11 +40,11 @@ LAYERS: tuple[dict[str, str], ...] = (
     {"cli": ALL, "components": "stages"},
     {"__main__": "cli", "pipeline": "components config.credentials"},
 )
-# (importing module, imported room) -> the function that the import is inside of
+# (importing module, imported part) -> the function that contains the import
 EXCEPTIONS = {("types", "visualize"): "Detections.draw"}
 
-LEVELS = {room: level for level, layer in enumerate(LAYERS) for room in layer}
-ALLOWED = {room: allowed.split() for layer in LAYERS for room, allowed in layer.items()}
+LEVELS = {part: level for level, layer in enumerate(LAYERS) for part in layer}
+ALLOWED = {part: allowed.split() for layer in LAYERS for part, allowed in layer.items()}
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class Import:
         return f"{self.file}:{self.line}: {self.module} imports {self.target}{inside}"
 
 
-def room_of(module: str) -> str:
-    """Return the room of a module: `data` for vitdet.data.coco, `components` for components.train."""
+def part_of(module: str) -> str:
+    """Return a module's part: `data` for vitdet.data.coco, `components` for components.train."""
     top, _, rest = module.partition(".")
     return (rest.split(".")[0] or "__init__") if top == "vitdet" else top
 
 
 def read_imports(sources: list[Source]) -> list[Import]:
-    """Return the absolute imports of the sources, which are the whole product; also in functions."""
+    """Return all absolute imports, including those in functions; `sources` is the whole product."""
     known = {source.module for source in sources}
     return [found for source in sources for found in _imports(source, known)]
 
@@ -120,14 +120,14 @@ def _targets(node: ast.AST, known: set[str]) -> list[str]:
 
 
 def is_excepted(found: Import) -> bool:
-    """Whether an import is one that EXCEPTIONS names."""
-    key = (found.module.removeprefix("vitdet."), room_of(found.target))
+    """Return whether EXCEPTIONS lists the import."""
+    key = (found.module.removeprefix("vitdet."), part_of(found.target))
     return key in EXCEPTIONS and EXCEPTIONS[key] == found.scope
 
 
 def is_allowed(found: Import) -> bool:
-    """Whether LAYERS or EXCEPTIONS allows an import within the product."""
-    source, target = room_of(found.module), room_of(found.target)
+    """Return whether LAYERS or EXCEPTIONS allows an import within the product."""
+    source, target = part_of(found.module), part_of(found.target)
     if source == target or is_excepted(found):
         return True
     below = LEVELS[target] < LEVELS[source]

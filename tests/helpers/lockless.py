@@ -8,19 +8,19 @@ import os
 import sys
 from collections.abc import Callable
 
-# what flock raises where it is not supported
+# the error of flock if the file system does not support it
 KINDS = {
     "lustre without flock": errno.ENOSYS,
     "nfs without lockd": errno.ENOLCK,
     "fuse": errno.EOPNOTSUPP,
     "fuse that rejects the operation": errno.EINVAL,
-    "nfs4": errno.EBADF,  # for a descriptor that cannot be written, only
+    "nfs4": errno.EBADF,  # only for a read-only descriptor
 }
 flock, lockf = fcntl.flock, fcntl.lockf
 
 
 def limited(kind: str, function: Callable[..., None]) -> Callable[..., None]:
-    """Return flock or lockf as it behaves on this file system."""
+    """Return the behavior of flock or lockf on this file system."""
 
     def call(file: object, operation: int, *args: int) -> None:
         number = file if isinstance(file, int) else file.fileno()

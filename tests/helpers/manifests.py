@@ -15,21 +15,21 @@ from tests.helpers.free_maps import unknown
 from tests.helpers.schemas import misspelled
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
-# Set on GPU nodes by the clouds, or by the administrator (node-pools/onprem).
+# Taints and labels that the clouds or the administrator (node-pools/onprem) set on GPU nodes.
 GPU_TAINT = "nvidia.com/gpu"
 # Secrets that docs/kubeflow.md creates.
 BY_HAND = {"vitdet-mlflow", "mlflow-server", "mlflow-tls"}
 RUNTIMES = ("ClusterTrainingRuntime", "TrainingRuntime")
 CLUSTER_SCOPED = {"PriorityClass"}
 
-# Set by the operators; Trainer refuses them (torch.go of v2.3: TorchRunReservedEnvNames)
+# Variables set by the operators; Trainer rejects them (torch.go of v2.3: TorchRunReservedEnvNames)
 RESERVED = {
     f"PET_{name}" for name in "NNODES NPROC_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT".split()
 }
 
 
 def kustomize(folder: Path) -> list[dict]:
-    """The documents of a kustomization; ValueError with what kubectl says."""
+    """Return the documents of a kustomization; raise ValueError with the message of kubectl."""
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(done.stderr)
@@ -37,15 +37,15 @@ def kustomize(folder: Path) -> list[dict]:
 
 
 def problems(cluster: list[dict], jobs: list[dict], pools: dict[str, set[str]]) -> list[str]:
-    """All that is wrong with what stays in a cluster and the jobs for it.
+    """Return all problems of a cluster's permanent objects and of the jobs for it.
 
-    pools: the labels "key=value" of each pool's nodes -> the taints on them.
+    `pools` maps each pool's node labels "key=value" to the nodes' taints.
     """
     documents = [*cluster, *jobs]
     if found := [
         text for document in documents for text in misspelled(document) + unknown(document)
     ]:
-        return found  # the rest may assume the shape
+        return found  # later checks rely on the schema
     found = [problem for document in jobs for problem in refused(document)]
     claims = {
         claim["metadata"]["name"]
@@ -64,7 +64,7 @@ def problems(cluster: list[dict], jobs: list[dict], pools: dict[str, set[str]]) 
 
 
 def pods(documents: list[dict]) -> Iterator[tuple[str, dict]]:
-    """(where, pod template) of everything that makes pods."""
+    """Yield (location, pod template) for every object that creates pods."""
     for document in documents:
         name, spec = f"{document['kind']} {document['metadata']['name']}", document.get("spec", {})
         if document["kind"] in ("Deployment", "Job", "StatefulSet"):
@@ -82,12 +82,12 @@ def containers(pod: dict) -> list[dict]:
 
 
 def broken(*rules: tuple[object, str]) -> list[str]:
-    """Return the texts of the rules that are broken."""
+    """Return the texts of the violated rules."""
     return [text for wrong, text in rules if wrong]
 
 
 def refused(job: dict) -> list[str]:
-    """Return what the webhooks would refuse.
+    """Return what the webhooks would reject.
 
     Training operator 1.9, pkg/webhooks/pytorch; Trainer 2.3, the torch plugin.
     """
@@ -140,9 +140,9 @@ HOST = ("hostNetwork", "hostPID", "hostIPC", "hostUsers")
 
 
 def insecure(where: str, pod: dict, claims: set[str]) -> list[str]:
-    """Return what breaks Pod Security `restricted` and the rules of this project.
+    """Return the violations of Pod Security `restricted` and of this project's rules.
 
-    Beyond `restricted`: a read-only root, resources, pinned images, no token, no sidecar.
+    This project also requires a read-only root, resources, pinned images, no token and no sidecar.
     """
     spec, context = pod["spec"], pod["spec"].get("securityContext", {})
     volumes = spec.get("volumes", [])
@@ -188,13 +188,13 @@ def unlimited(volume: dict) -> bool:
 
 
 def pinned(image: str) -> bool:
-    """By digest, or by a tag that names a version."""
+    """Return whether a digest or a version tag pins the image."""
     tag = re.search(r"(?:@(sha256:[0-9a-f]{64})|:([\w.-]+))$", image)
     return bool(tag and (tag[1] or re.search(r"\d+[.]\d+", tag[2])))
 
 
 def dangling(where: str, pod: dict, documents: list[dict], namespace: str) -> list[str]:
-    """Objects that a pod refers to and that do not exist in its namespace."""
+    """Return references of pods to objects that do not exist in the pod's namespace."""
     there = {
         (document["kind"], document["metadata"]["name"])
         for document in documents
@@ -221,7 +221,7 @@ def dangling(where: str, pod: dict, documents: list[dict], namespace: str) -> li
 
 
 def homeless(where: str, spec: dict, pools: dict[str, set[str]]) -> list[str]:
-    """A selector without a pool, a toleration without a taint, a taint without a toleration."""
+    """Return selectors without a pool, tolerations without a taint and taints without a toleration."""
     wanted = {f"{key}={value}" for key, value in spec["nodeSelector"].items()}
     fitting = [taints for labels, taints in pools.items() if wanted <= set(labels.split(","))]
     if not fitting:
@@ -233,7 +233,7 @@ def homeless(where: str, spec: dict, pools: dict[str, set[str]]) -> list[str]:
     return [f"{where}: {what}" for what in said]
 
 
-# Labels of the pods of pipeline steps, which are not part of the manifests (pipeline/graph.py).
+# Labels of the pipeline steps' pods, which are not part of the manifests (pipeline/graph.py).
 STEPS = [
     {"app.kubernetes.io/name": "vitdet", "app.kubernetes.io/component": component}
     for component in ("step", "step-download")
@@ -241,7 +241,7 @@ STEPS = [
 
 
 def unmatched(documents: list[dict]) -> list[str]:
-    """Selectors of services and policies that no pod has, bindings, runtimes and our own classes that are not there."""
+    """Return selectors without a pod, and references to missing bindings, runtimes and classes of this project."""
     labels = [*STEPS, *(pod["metadata"]["labels"] for _, pod in pods(documents))]
     names, said = {(d["kind"], d["metadata"]["name"]) for d in documents}, []
 
@@ -295,7 +295,7 @@ def unmatched(documents: list[dict]) -> list[str]:
 
 
 def _remote(side: dict) -> tuple[str, dict]:
-    """Namespace and labels of a policy's peer in another namespace; ("", {}) of other peers."""
+    """Return namespace and labels of a policy's peer in another namespace, ("", {}) for other peers."""
     if not {"namespaceSelector", "podSelector"} <= side.keys():
         return "", {}
     space = side["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]

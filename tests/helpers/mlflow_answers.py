@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that answers as MLflow does, or as something else in its place."""
+"""An HTTP server on loopback that responds like MLflow, or like another service at its address."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 RUN_ID = "1" * 32
 RUN = {"run": {"info": {"run_id": RUN_ID, "status": "RUNNING"}, "data": {}}}
 EXPERIMENT = {"experiment_id": "7", "name": "e", "lifecycle_stage": "active"}
-CUT = "cut"  # an answer: the connection is closed
+CUT = "cut"  # a response: the connection is closed
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """plan: what comes first, by the end of the path: (code, JSON, headers) or CUT.
+    """plan maps the end of a path to its first responses: (code, JSON, headers) or CUT.
 
-    always: (code, body) of every answer, if set. answering: no answer before it is set.
+    always: (code, body) of every response, if set. answering: an event; requests wait until it is set.
     """
 
     daemon_threads = True
@@ -37,7 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))

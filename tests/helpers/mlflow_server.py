@@ -64,7 +64,7 @@ class Server:
 
 
 def postgres_binaries() -> Path | None:
-    """The folder of PostgreSQL's server programs; None if it is not installed."""
+    """Return the folder of PostgreSQL's server programs, None if it is not installed."""
     folders = [*Path("/usr/lib/postgresql").glob("*/bin")]
     if found := shutil.which("initdb"):
         folders.append(Path(found).resolve().parent)
@@ -73,12 +73,12 @@ def postgres_binaries() -> Path | None:
 
 @contextmanager
 def postgres(password: str) -> Iterator[str]:
-    """The address of the database `mlflow` in a new cluster, which is removed afterwards."""
+    """Yield the URL of the database `mlflow` in a temporary PostgreSQL cluster."""
     programs = postgres_binaries()
     assert programs is not None
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="vitdet-postgres-", dir="/tmp") as work:
-        folder = Path(work)  # a short path, as that of a socket must be
+        folder = Path(work)  # a short path: the length of socket paths is limited
         user = "nobody" if os.getuid() == 0 else None  # PostgreSQL refuses to run as root
         (folder / "password").write_text(password)
         for path in (folder, folder / "password") if user else ():

@@ -1,4 +1,4 @@
-"""Image files of every kind, each with its pixels worked out from the format's definition, without Pillow's decoder."""
+"""Image files of every kind, with pixels computed from the format's definition instead of Pillow's decoder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# writes the file, says its pixels (H, W, 3) and how exactly
+# writes the file, returns its pixels (H, W, 3) and their tolerance
 Make = Callable[[Path], tuple[np.ndarray, int]]
 RNG = np.random.default_rng(0)
-# flat blocks, which JPEG keeps
+# flat blocks, which JPEG preserves
 COLORS = np.kron(RNG.integers(0, 256, (2, 3, 3)), np.ones((8, 8, 1), int)).astype(np.uint8)
 HIGH, WIDE = COLORS.shape[:2]
 GRAY = RNG.integers(0, 256, (HIGH, WIDE), np.uint8)
 OPACITY = RNG.choice(np.array([0, 1, 127, 128, 254, 255], np.uint8), (HIGH, WIDE))
 MANY = RNG.integers(0, 65536, (HIGH, WIDE, 4)).astype(">u2")
 FEW = (MANY >> 8).astype(np.uint8)
-# EXIF: where the first row and the first column are seen
+# EXIF orientation: the visual position of the first row and the first column
 SEEN = (
     "top left, top right, bottom right, bottom left, left top, right top, right bottom, left bottom"
 )
@@ -30,7 +30,7 @@ UPRIGHT = dict(enumerate(SEEN.split(", "), start=1))
 def png(
     size: tuple[int, int], bits: int, kind: int, rows: list[bytes], *extra: tuple[bytes, bytes]
 ) -> bytes:
-    """A PNG file; kind: 0 gray, 2 RGB, 3 palette, 4 gray and opacity, 6 RGB and opacity."""
+    """Return a PNG file of color type 0 (gray), 2 (RGB), 3 (palette), 4 (gray and alpha) or 6 (RGB and alpha)."""
     head = struct.pack(">IIBBBBB", size[1], size[0], bits, kind, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     file = b"\x89PNG\r\n\x1a\n"
@@ -54,7 +54,7 @@ def over_white(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
 def saved(
     name: str, image: Image.Image, expected: np.ndarray, near: int = 0, **options: object
 ) -> Make:
-    """A file that Pillow writes; name is that of the format."""
+    """Return a file written by Pillow; `name` is the format's."""
 
     def make(path: Path) -> tuple[np.ndarray, int]:
         image.save(path, name, **options)
@@ -99,7 +99,7 @@ def printed(mark: int, adobe: bool = True) -> Make:
     """A CMYK JPEG of inverted inks, as Adobe writes it; mark 2: its first three are YCbCr. Or one without its name."""
 
     def make(path: Path) -> tuple[np.ndarray, int]:
-        # 255: no ink
+        # 255 is no ink
         stored = np.concatenate([COLORS, np.full((HIGH, WIDE, 1), 200, np.uint8)], axis=2)
         inverted = Image.frombytes("CMYK", (WIDE, HIGH), (255 - stored).tobytes())
         inverted.save(path, "JPEG", quality=100, subsampling=0)
@@ -125,7 +125,7 @@ def animated(name: str) -> Make:
 
 
 def unpacked(packed: np.ndarray, *shifts: int) -> np.ndarray:
-    """The pixels of bytes that hold one for each shift, from the left."""
+    """Return the pixels of packed bytes, one for each shift, from the left."""
     mask = (1 << 8 // len(shifts)) - 1
     return np.stack([packed >> shift & mask for shift in shifts], axis=2).reshape(HIGH, WIDE)
 

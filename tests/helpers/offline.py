@@ -1,4 +1,4 @@
-"""Triton kernels compiled for an H100 without one, from the calls that `launches` records.
+"""Compile Triton kernels for an H100 without a GPU, from the calls that `launches` records.
 
 `python -m tests.helpers.offline` prints registers, spills and shared memory at the sizes of ViT-B
 and ViT-H.
@@ -30,11 +30,11 @@ from vitdet.kernels.attention_positions import Layout
 CAPABILITY = 90
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.bool: "*i1"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-SIZES = ((12, 64), (16, 80))  # heads and channels of a head, of ViT-B and ViT-H
+SIZES = ((12, 64), (16, 80))  # heads and channels per head of ViT-B and ViT-H
 
 
 class Launch(NamedTuple):
-    """A kernel and what it was called with."""
+    """A kernel with the arguments of a call."""
 
     kernel: JITFunction
     args: tuple
@@ -42,7 +42,7 @@ class Launch(NamedTuple):
 
 
 class Assembled(NamedTuple):
-    """`spilled`: bytes stored for want of registers; `shared`: bytes of shared memory."""
+    """`spilled`: bytes of register spills; `shared`: bytes of shared memory."""
 
     name: str
     registers: int
@@ -52,7 +52,7 @@ class Assembled(NamedTuple):
 
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
-    """Within it kernels are not run but recorded."""
+    """Record kernel launches instead of running them."""
     found: list[Launch] = []
 
     def record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **options: object):
@@ -63,7 +63,7 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def assemble(launch: Launch) -> Assembled:
-    """Compile a launch as on an H100: with the same constants and divisors of its numbers."""
+    """Compile a launch as on an H100, with equal constants and divisibility of its integers."""
     values = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=False))
     options = {key: value for key, value in launch.options.items() if key in OPTIONS}
     values |= launch.options
@@ -103,7 +103,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
-    """Of a forward and backward pass over 64 x 64 tokens of 8 images."""
+    """Return the launches of a forward and backward pass over 64 x 64 tokens of 8 images."""
     layout, half = Layout.of(64, 64, heads, depth, window), torch.bfloat16
     qkv, gradient = (empty(8, 64 * 64, parts * heads * depth, dtype=half) for parts in (3, 1))
     bias = empty(3 * heads * depth, dtype=half)
@@ -115,7 +115,7 @@ def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
 
 
 def detection_launches(dtype: torch.dtype) -> list[Launch]:
-    """Of NMS, RoIAlign (forward, backward) and mask targets, for 8 images of 1024 x 1024."""
+    """Return the launches of NMS, RoIAlign (both passes) and mask targets for 8 images of 1024 x 1024."""
     sides, strides = (256, 128, 64, 32), (4, 8, 16, 32)
     maps = [empty(8, side, side, 256, dtype=dtype) for side in sides]
     with launches() as found:

@@ -1,4 +1,4 @@
-"""Parts of the detector at the default settings, for tests that state only what differs. No part drops paths."""
+"""Parts of the detector with default settings, so that tests state only differences. Drop path is off."""
 
 import math
 from dataclasses import asdict

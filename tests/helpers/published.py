@@ -1,4 +1,4 @@
-"""The published files as far as known: names and shapes of tensors, and the systems that they belong to."""
+"""Known contents of the published files: tensor names, shapes, and the codebases that wrote them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DETECTORS = {
     },
     **{f"mmdet/{name}": f"mask_rcnn_{name}_coco" for name in ("vit_b", "vitae_b", "vitae_s")},
 }
-# -> how many tensors are resized
+# -> number of resized tensors
 BACKBONES = {
     ("mae/base", "mask_rcnn_vitdet_b_coco"): 0,
     ("mae/base", "cascade_mask_rcnn_vitdet_b_lvis"): 0,
@@ -44,13 +44,13 @@ BACKBONES = {
 
 @cache
 def model_of(recipe: str) -> Detector:
-    """The recipe's detector without memory for its weights."""
+    """Return the recipe's detector on the meta device."""
     return shapes_of(load_config(recipe))
 
 
 @cache
 def file_of(name: str) -> dict[str, Tensor]:
-    """Random tensors under the published names; large matrices hold one random number everywhere."""
+    """Return random tensors under the published names; large matrices are constant."""
     generator = torch.Generator().manual_seed(len(name))
     return {key: draw(shape, generator) for key, shape in PUBLISHED[name]["keys"].items()}
 

@@ -1,5 +1,6 @@
-"""Random annotations and results with all that makes an evaluation hard: crowds, sizes at the limits, equal scores,
-images and classes without objects or without results, empty masks, several results of one place.
+"""Random annotations and results with the corner cases of an evaluation.
+
+Crowds, sizes at the limits, equal scores, classes without objects, empty masks, several results at one location.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ SIDE = 150
 
 
 def random_set(seed, images=30, categories=6, lvis=False):
-    """A Truth and a list of results with boxes and masks; the annotation ids begin at 1."""
+    """Return a Truth and a list of results with boxes and masks; annotation IDs start at 1."""
     rng = np.random.default_rng(seed)
     heads = {
         int(key): {"id": int(key), "height": SIDE, "width": SIDE}

@@ -1,4 +1,4 @@
-"""Real trainings under torchrun whose code a test patches."""
+"""Real training runs under torchrun whose code a test patches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.conftest import environment, minimal, options
 
-# Progress is printed, MLflow is not imported: it takes seconds.
+# Prints progress, and does not import MLflow, which takes seconds.
 UNTRACKED = "from vitdet.tracking import runs\nruns.has_mlflow = lambda: False\n"
 
 
@@ -39,7 +39,7 @@ def start_ranks(
 
 
 def wait_for_log(folder: Path, text: str, process: subprocess.Popen, seconds: float = 120) -> str:
-    """Wait until the log holds this text; returns the log."""
+    """Wait until the log contains this text; return the log."""
     end = time.monotonic() + seconds
     while True:
         ended = process.poll() is not None
@@ -51,12 +51,12 @@ def wait_for_log(folder: Path, text: str, process: subprocess.Popen, seconds: fl
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Return the processes whose command names the patched script of this folder, or that it forked."""
+    """Return the processes that run the patched script of this folder, and their forks."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if str(folder / "patched.py") in command:
             found.append(int(pid))

@@ -1,4 +1,4 @@
-"""An annotation file through all that reads one: `data check`, the report, training, evaluation. They must agree."""
+"""Check that all readers of annotations agree on a file: `data check`, the report, training, evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitdet.datasets.report.page import write_page
 from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import Truth, read_truth
 
-# errors of image files
+# errors about image files
 FILES = {
     "missing image file",
     "image file that cannot be read",
@@ -34,7 +34,7 @@ EMPTY = "no objects"
 
 
 def judged(data: DataConfig, content: bytes) -> Report:
-    """Goes through all readers with this annotation file; the report of `check`."""
+    """Read the annotation file with all readers; return the report of `check`."""
     lvis, root = data.dataset == "lvis", Path(data.root)
     path = root / "annotations" / ("lvis_v1_val.json" if lvis else "instances_val.json")
     path.write_bytes(content)
@@ -65,7 +65,7 @@ def judged(data: DataConfig, content: bytes) -> Report:
 
 
 def outcome(path: Path, read: Callable[[], object]) -> object:
-    """What it returns, or the error in one line that names a file."""
+    """Return the function's result, or its one-line error, which must name a file."""
     try:
         return read()
     except (ValueError, FileNotFoundError) as error:
@@ -75,7 +75,7 @@ def outcome(path: Path, read: Callable[[], object]) -> object:
 
 
 def opened(split: object) -> None:
-    """Reads all images, as an evaluation does."""
+    """Read all images, as an evaluation does."""
     if isinstance(split, Exception):
         raise split
     for index in range(len(split.records)):
@@ -83,7 +83,7 @@ def opened(split: object) -> None:
 
 
 def perfect(root: Path, truth: Truth) -> Path:
-    """A file of results that finds every object."""
+    """Write a results file that detects every object."""
     results = [
         result(annotation, truth)
         for annotation in truth.objects
@@ -94,7 +94,7 @@ def perfect(root: Path, truth: Truth) -> Path:
 
 
 def result(item: Annotation, truth: Truth) -> dict:
-    """One that finds the object."""
+    """Return a result that detects the object."""
     shape = read_outline(item.segmentation, truth.sides(item.image_id)).shape
     x, y, width, height = item.bbox
     box = [[x, y, x + width, y, x + width, y + height, x, y + height]]
@@ -103,8 +103,8 @@ def result(item: Annotation, truth: Truth) -> dict:
 
 
 def page(root: Path) -> None:
-    """The report of the data set, which says what it cannot read."""
+    """Return the data set's report, which states what it cannot read."""
     try:
         write_page(root, root / "page.html")
-    except FileNotFoundError as error:  # nothing that could be shown
+    except FileNotFoundError as error:  # no image can be shown
         assert "\n" not in str(error)

@@ -1,4 +1,4 @@
-"""A registered model in the default store of a folder, whose versions have an AP and no detector."""
+"""A registered model in a folder's default store, whose versions have an AP but no detector."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATA = Protocol.of(load_config("tiny"), "0123456789abcdef")
 
 
 class RegisteredModel:
-    """The functions of `vitdet.tracking.champion`, by AP, with the default gate."""
+    """The functions of `vitdet.tracking.champion` with the default gate, for versions given by their AP."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name, uri = folder, name, f"sqlite:///{folder / 'mlflow.db'}"
@@ -24,7 +24,7 @@ class RegisteredModel:
         self.place = {"uri": "", "folder": folder, "model_name": name}
 
     def add(self, ap: float, tags: dict[str, str] | None = None) -> str:
-        """A new version, by default with an AP under DATA."""
+        """Add a version, by default with an AP on DATA."""
         tags = {"box_ap": f"{ap:.4g}"} | (DATA.tags() if tags is None else tags)
         source = (self.folder / "model").as_uri()
         return str(self.client.create_model_version(self.name, source, tags=tags).version)

@@ -17,7 +17,7 @@ from vitdet.checkpoint import load_model_file
 from vitdet.config import load_config
 from vitdet.training import Stopped, train
 
-# No random draw of proposals, and a batch that is large enough: one and two processes differ by rounding only.
+# No random draw of proposals and a large enough batch, so that one and two processes differ only by rounding.
 TOGETHER = {
     "train__batch_size": 4,
     "model__rpn__samples": 4000,
@@ -30,7 +30,7 @@ MEASURED = {"images_per_second", "data_wait_seconds", "memory_gb"}
 
 
 def go(tiny: Path, output: Path, recorder: Recorder | None = None, **changes: object) -> Recorder:
-    """Train; with changes["states"], the states are in a subfolder of that folder."""
+    """Train; with changes["states"], states are written to a subfolder of that folder."""
     recorder, states = recorder or Recorder(), changes.pop("states", None)
     config = load_config("tiny", minimal(tiny, **changes))
     train(config, output, checkpoints=states, start_tracking=lambda *_: recorder)
@@ -38,7 +38,7 @@ def go(tiny: Path, output: Path, recorder: Recorder | None = None, **changes: ob
 
 
 def interrupt(what: Callable[[], None], at: int, key: str = "loss") -> Recorder:
-    """A tracker that interrupts the run when it receives this key at this step."""
+    """Return a tracker that interrupts the run when it receives this key at this step."""
     return Recorder(lambda values, step: what() if step == at and key in values else None)
 
 
@@ -65,12 +65,12 @@ def stop_at(step: int, tiny: Path, output: Path, key: str = "loss", **changes: o
 
 
 def refused(text: str, kind: type[Exception] = ValueError) -> pytest.RaisesExc:
-    """Expect an error with a message of one line that matches."""
+    """Expect an error with a matching one-line message."""
     return pytest.raises(kind, match=text, check=lambda error: "\n" not in str(error))
 
 
 def figures(points: dict) -> dict[int, dict[str, float]]:
-    """The values that depend on the training alone."""
+    """Return the values that depend only on the training, not on time."""
     return {
         int(step): {key: value for key, value in values.items() if key not in MEASURED}
         for step, values in points.items()
@@ -82,13 +82,13 @@ def state_names(output: Path) -> list[str]:
 
 
 def read_state(output: Path, step: int | None = None) -> dict:
-    """The state after this step, or the newest one."""
+    """Return the state after this step, or the newest one."""
     name = state_names(output)[-1] if step is None else f"step_{step:08d}.pt"
     return torch.load(output / "checkpoints" / name, weights_only=True)
 
 
 def assert_equal(ours: dict, theirs: dict) -> None:
-    """The same tensors by name, to the bit."""
+    """Assert that the tensors are bitwise equal by name."""
     assert ours.keys() == theirs.keys()
     assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
 
@@ -99,7 +99,7 @@ def same_weights(path: Path, other: Path, name: str = "model.pt") -> None:
 
 
 def same_bits(path: Path, trained: Path) -> None:
-    """Two finished runs have equal weights, AP and states."""
+    """Assert that two finished runs have bitwise equal weights, AP and states."""
     ours, theirs = (load_model_file(folder / "model.pt") for folder in (path, trained))
     assert_equal(ours.pop("model"), theirs.pop("model"))
     for key in ("config", "class_names", "metrics", "step", "fingerprints"):

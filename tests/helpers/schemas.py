@@ -1,6 +1,6 @@
-"""Is a Kubernetes object spelled right? The schemas of its kind, strict: a field that they do not know is an error.
+"""Validate Kubernetes objects by the strict schemas of their kinds: unknown fields are errors.
 
-Not covered, since no schema says it: rules in CEL, webhooks, defaults. The webhook's rules of a PyTorchJob are in
+CEL rules, webhooks and defaults are not part of schemas and not covered. The webhook's rules for a PyTorchJob are in
 tests/helpers/manifests.py.
 """
 
@@ -29,7 +29,7 @@ TEXTS = {"type": "array", "items": TEXT}
 STRINGS = {"type": "object", "additionalProperties": TEXT}
 METADATA = closed(name=TEXT, namespace=TEXT, labels=STRINGS, annotations=STRINGS)
 OBJECT = {"apiVersion": TEXT, "kind": TEXT, "metadata": METADATA}
-# From Google's reference: there is no definition to take (tests/crds/README.md).
+# From Google's reference, as no definition is published (tests/crds/README.md).
 COMPUTE_CLASS = closed(
     **OBJECT,
     spec=closed(
@@ -49,7 +49,7 @@ COMPUTE_CLASS = closed(
         },
     ),
 )
-# What these manifests use of Istio's (istio.io/latest/docs/reference/config/networking/virtual-service).
+# The fields of Istio's VirtualService that the manifests use
 DESTINATION = closed(host=TEXT, port=closed(number=NUMBER))
 ROUTE = {"type": "array", "items": closed(destination=DESTINATION)}
 HTTP = {"type": "array", "items": closed(route=ROUTE)}
@@ -57,7 +57,7 @@ VIRTUAL_SERVICE = closed(**OBJECT, spec=closed(gateways=TEXTS, hosts=TEXTS, http
 
 
 def misspelled(document: dict) -> list[str]:
-    """Every violation of the schema of this object's kind, with its path."""
+    """Return every violation of the object's schema, with its path."""
     version, kind = document.get("apiVersion", ""), document.get("kind", "")
     name = f"{kind} {document.get('metadata', {}).get('name')}"
     if version in CORE:
@@ -83,7 +83,7 @@ def violations(name: str, schema: jsonschema.Draft202012Validator, document: dic
 
 @cache
 def core(version: str, kind: str) -> jsonschema.Draft202012Validator:
-    """As kubernetes_validate.validate(strict=True), which reads two megabytes for each object."""
+    """Like kubernetes_validate.validate(strict=True), but without reading 2 MB for each object."""
     group = version.split("/")[0].split(".")[0] + "-" if "/" in version else ""
     schema = _packaged(f"{kind.lower()}-{group}{version.split('/')[-1]}.json")
     registry = _packaged("_definitions.json") @ (schema @ Registry())
@@ -110,7 +110,7 @@ def definitions() -> dict[str, dict]:
 
 
 def strict(node: object, top: bool = False) -> object:
-    """OpenAPI of a structural schema as JSON Schema that knows no other fields."""
+    """Convert OpenAPI of a structural schema to JSON Schema that rejects other fields."""
     if isinstance(node, list):
         return [strict(item) for item in node]
     if not isinstance(node, dict):

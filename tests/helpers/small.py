@@ -1,4 +1,4 @@
-"""A detector small enough for tests, with weights that make every part of it matter, and targets for it."""
+"""A small detector for tests, with weights that give every part an effect, and its targets."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,7 @@ CLASSES = 4
 
 
 def small_config(ious=(0.5,), loss="softmax", sampling_ratio=2, fork=False):
-    """fork: the settings of ViTAE-Transformer/ViTDet that its recipes have in common."""
+    """Return a small config; `fork` selects the common settings of ViTAE-Transformer/ViTDet's recipes."""
     return ModelConfig(
         backbone=BackboneConfig(
             name="vit_tiny",
@@ -77,27 +77,27 @@ def images(count, seed=1):
 
 
 def rectangle(x0, y0, x1, y1):
-    """The outline of a box as directed edges (4, 4)."""
+    """Return the outline of a box as directed edges (4, 4)."""
     corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
     edges = [start + end for start, end in zip(corners, corners[1:] + corners[:1], strict=True)]
     return torch.tensor(edges, dtype=torch.float32)
 
 
 def target(boxes, labels):
-    """Rectangles that fill their boxes."""
+    """Return a target of rectangles that fill their boxes."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.tensor(labels, dtype=torch.int64)
     return Target(boxes, labels, polygons([rectangle(*box) for box in boxes.tolist()]))
 
 
 def polygons(outlines):
-    """The edges (E, 4) of each object as they stand in a target."""
+    """Return the masks of a target from each object's edges (E, 4)."""
     counts = torch.tensor([len(lines) for lines in outlines], dtype=torch.int64)
     return Polygons.of(torch.cat([torch.zeros(0, 4), *outlines]), counts)
 
 
 class Operations(TorchDispatchMode):
-    """Keeps the names of the operations that torch runs within it, and what they were given by name."""
+    """Record the names and keyword arguments of the operations that torch runs."""
 
     def __init__(self):
         super().__init__()

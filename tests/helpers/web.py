@@ -1,4 +1,4 @@
-"""A local HTTP server with the faults that a test asks for."""
+"""A local HTTP server with planned faults."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Answer = Callable[["Handler"], None]
 
 
 class Web(ThreadingHTTPServer):
-    """Serves `content` at every path, or with `files` each at its own. `plan`: the answers to the next requests,
-    `plans`: to the next of a path; then all is well."""
+    """Serves `content` at every path, or `files` by path. `plan` lists the next responses, `plans` the next
+    of a path; later requests succeed."""
 
     daemon_threads = True
 
@@ -24,7 +24,7 @@ class Web(ThreadingHTTPServer):
         self.plans: dict[str, list[Answer]] = {}
         self.asked: list[tuple[str, str | None]] = []  # path and Range of each request
         self.sent = 0  # bytes of bodies
-        self.resting = threading.Event()  # set: those that stall wake up
+        self.resting = threading.Event()  # set: stalled requests end
         self.lock = threading.Lock()
 
     @property
@@ -32,7 +32,7 @@ class Web(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that was killed is no error here."""
+        """Ignore clients that were killed."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         answer(self)
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def begin(self, code: int, **headers: object) -> None:
         self.send_response(code)
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self, data: bytes) -> None:
         for start in range(0, len(data), 1000):
-            with self.server.lock:  # before the client can have it: a test looks as soon as it has
+            with self.server.lock:  # counted before sending: a test reads it right after the client
                 self.server.sent += len(data[start : start + 1000])
             self.wfile.write(data[start : start + 1000])
         self.wfile.flush()
@@ -76,8 +76,8 @@ def file(
     surplus: int = 0,
     date: str = "",
 ) -> Answer:
-    """The file. `cut`: only so many bytes of the body, and then the end, or silence (`stall`). `ranges`: heeds Range.
-    `shift`: the range begins so much later than asked. `honest`: heeds If-Range. `surplus`: announces more than comes.
+    """Respond with the file. `cut`: end, or `stall`, after this many bytes of the body. `ranges`: support Range.
+    `shift`: start the range later by this. `honest`: support If-Range. `surplus`: announce more bytes than are sent.
     """
 
     def answer(to: Handler) -> None:
@@ -101,7 +101,7 @@ def file(
 
 
 def status(code: int, text: bytes = b"no", **headers: object) -> Answer:
-    """Only a status code."""
+    """Respond with a status code only."""
 
     def answer(to: Handler) -> None:
         to.begin(code, Content_Length=len(text), **headers)
@@ -111,7 +111,7 @@ def status(code: int, text: bytes = b"no", **headers: object) -> Answer:
 
 
 def changed(content: bytes, then: Answer) -> Answer:
-    """Another file lies there from now on."""
+    """Replace the file from this request on."""
 
     def answer(to: Handler) -> None:
         to.server.content, to.server.tag = content, '"two"'
@@ -122,7 +122,7 @@ def changed(content: bytes, then: Answer) -> Answer:
 
 @contextmanager
 def serve() -> Iterator[Web]:
-    """A running server."""
+    """Run the server."""
     with Web() as web:
         thread = threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True)
         thread.start()

@@ -41,7 +41,7 @@ def best_of(tmp_path: Path, **changes: object) -> Best:
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[float]], None]:
-    """measure([1.0, 2.0, ...]): the box AP50 of the evaluations that follow, instead of real ones."""
+    """measure([1.0, 2.0, ...]) sets the box AP50 of the next evaluations, which are not run."""
 
     def use(values: Iterable[float]) -> None:
         series = iter(values)
@@ -55,7 +55,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[float]], None
     return use
 
 
-def test_of_equal_values_the_first_counts_and_patience_counts_evaluations(tmp_path: Path) -> None:
+def test_the_first_of_equal_values_is_best_and_patience_counts_evaluations(tmp_path: Path) -> None:
     best = best_of(tmp_path, keep_best="mask_ap", patience=2)
     found = [best.update({"mask_ap": ap}, step) for step, ap in enumerate([1.0, 3.0, 3.0], 1)]
     assert found == [True, True, False] and not best.is_final()
@@ -64,12 +64,12 @@ def test_of_equal_values_the_first_counts_and_patience_counts_evaluations(tmp_pa
     assert best.is_final() and (best.step, best.stale) == (2, 2)
     without = best_of(tmp_path)
     assert not without.update({}, 1) and without.metrics() == {} and not without.is_final()
-    alone = best_of(tmp_path, patience=1)  # of box AP
+    alone = best_of(tmp_path, patience=1)  # by box AP
     assert alone.update({"box_ap": 1.0}, 1) and not alone.update({"box_ap": 1.0}, 2)
     assert alone.is_final() and not alone.keeps
 
 
-def test_a_training_that_no_longer_gains_ends_also_when_it_was_resumed(
+def test_early_stopping_ends_new_and_resumed_runs(
     tiny: Path,
     tmp_path: Path,
     measure: Callable[[Iterable[float]], None],
@@ -87,11 +87,11 @@ def test_a_training_that_no_longer_gains_ends_also_when_it_was_resumed(
     model, best = (load_model_file(tmp_path / "whole" / f"{name}.pt") for name in ("model", "best"))
     assert (model["step"], model["metrics"]["box_ap50"]) == (4, 2.0)
     assert (best["step"], best["metrics"]["box_ap50"]) == (2, 3.0)
-    assert run("whole").points == {}  # complete
+    assert run("whole").points == {}  # already complete
 
     measure([1.0, 3.0, 3.0, 2.0])
     states = tmp_path / "cut-states"
-    cut_at(3, tiny, tmp_path / "cut", "box_ap50", **ENDING, states=states)  # evaluation is lost
+    cut_at(3, tiny, tmp_path / "cut", "box_ap50", **ENDING, states=states)  # the evaluation is lost
     shutil.rmtree(tmp_path / "cut")  # as DVC does
     measure([3.0, 2.0])
     rest = run("cut")
@@ -103,11 +103,11 @@ def test_a_training_that_no_longer_gains_ends_also_when_it_was_resumed(
 
     (tmp_path / "cut" / "model.pt").unlink()
     measure([])
-    assert run("cut").points == {}  # it had ended
+    assert run("cut").points == {}  # the run had ended
     assert load_model_file(tmp_path / "cut" / "model.pt")["step"] == 4
 
 
-def test_a_training_always_ends_with_its_best_detector(
+def test_a_run_always_ends_with_its_best_detector(
     tiny: Path, tmp_path: Path, measure: Callable[[Iterable[float]], None]
 ) -> None:
     def run(values: Iterable[float]) -> Recorder:
@@ -118,10 +118,10 @@ def test_a_training_always_ends_with_its_best_detector(
     best, stored = folder / "best.pt", folder / "checkpoints" / "best.pt"
     run([3.0, 2.0])
     best.unlink()
-    assert not run([]).points and load_model_file(best)["step"] == 1  # from the states
+    assert not run([]).points and load_model_file(best)["step"] == 1  # restored from the states
     best.unlink()
     stored.unlink()
-    # the evaluation of the last state counts as the best, and patience counts from there
+    # the last state's evaluation becomes the best, and patience counts from there
     assert sorted(run([2.0, 1.0]).points) == [2, 3]
     assert load_model_file(best)["step"] == 2 and load_model_file(folder / "model.pt")["step"] == 3
     best.unlink()
@@ -130,7 +130,7 @@ def test_a_training_always_ends_with_its_best_detector(
         run([])
 
 
-def test_a_training_that_patience_ended_goes_on_with_more_of_it(
+def test_a_run_stopped_early_continues_with_more_patience(
     tiny: Path, tmp_path: Path, measure: Callable[[Iterable[float]], None]
 ) -> None:
     def run(values: Iterable[float], patience: int) -> list[int]:
@@ -148,7 +148,7 @@ def test_a_training_that_patience_ended_goes_on_with_more_of_it(
 
 
 @pytest.mark.slow
-def test_the_best_detector_has_the_metrics_that_it_says(
+def test_the_best_detector_has_its_recorded_metrics(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
     stop_at(5, tiny, tmp_path, train__keep_best="box_ap")
@@ -162,7 +162,7 @@ def test_the_best_detector_has_the_metrics_that_it_says(
     assert best["metrics"]["box_ap"] >= model["metrics"]["box_ap"]
 
 
-def test_a_best_detector_that_is_lost_is_replaced_by_the_next(
+def test_a_lost_best_detector_is_replaced_by_the_next(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     best = best_of(tmp_path, keep_best="box_ap", patience=3)
@@ -176,7 +176,7 @@ def test_a_best_detector_that_is_lost_is_replaced_by_the_next(
     assert best.value is None
 
 
-def test_settings_that_cannot_work_together_are_refused(tiny: Path) -> None:
+def test_incompatible_settings_are_refused(tiny: Path) -> None:
     with refused("'box_app' is not an AP metric that is measured .*; did you mean 'box_ap'"):
         settings(keep_best="box_app")
     with refused(r"'mask_ap' .* model.mask.enabled=false; known: box_ap, "):
@@ -188,9 +188,7 @@ def test_settings_that_cannot_work_together_are_refused(tiny: Path) -> None:
         settings(keep_best="box_ap", eval_every=0)
 
 
-def test_a_metric_that_the_data_does_not_have_is_refused_before_anything_is_written(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_a_metric_that_the_data_lacks_is_refused_before_writing(tiny: Path, tmp_path: Path) -> None:
     measured = measured_metrics(load_config("tiny", minimal(tiny)))
     sizes = {f"box_ap_{size}" for size in ("large", "medium", "small")}
     missing = min(sizes - set(measured))
@@ -210,7 +208,7 @@ def test_with_a_selection_the_evaluations_determine_the_result(selecting: str) -
 
 
 @pytest.mark.parametrize(("metric", "file"), [("", "model.pt"), ("box_ap", "best.pt")])
-def test_a_training_folder_stands_for_its_result(metric: str, file: str, tmp_path: Path) -> None:
+def test_an_output_folder_names_its_checkpoint(metric: str, file: str, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny-12345678-run"
     save_config(settings(keep_best=metric), folder / "config.yaml")
     for name in ("model.pt", "best.pt"):
@@ -221,7 +219,7 @@ def test_a_training_folder_stands_for_its_result(metric: str, file: str, tmp_pat
     assert stages.is_trained(str(tmp_path), "tiny-12345678", "run")
 
 
-def test_the_settings_that_affect_a_training_are_written_for_dvc(
+def test_settings_that_affect_the_weights_are_written_for_dvc(
     tmp_path: Path, vitdet: Callable[..., tuple[int, str, str]]
 ) -> None:
     words = ("config", "tiny", "--output", "config.yaml", "--training", "training.json")

@@ -1,4 +1,4 @@
-"""Real processes, killed and restarted, alone and under torchrun, tracked by MLflow."""
+"""Real processes, killed and restarted, with and without torchrun, tracked by MLflow."""
 
 from __future__ import annotations
 
@@ -55,29 +55,29 @@ def listen(rank: int, root: Path, output: Path) -> None:
 
 
 def uninterrupted_pair(tiny: Path, folder: Path) -> None:
-    """folder/run: a run of two processes; rank0.json and rank1.json: what each of them saw."""
+    """Write folder/run by two processes; rank0.json and rank1.json have the images that each saw."""
     spawn_pair(listen, tiny, folder / "run")
 
 
 def apart(rank: int, root: Path, folder: Path) -> None:
-    """As on machines that share no folder: the second one finds no states of the first."""
+    """Simulate machines without a shared folder: rank 1 does not find the states of rank 0."""
     if rank == 1:
         trainer.Checkpoints.all = lambda _: []
     go(root, folder, **TOGETHER)
 
 
 @pytest.mark.slow
-def test_processes_that_share_no_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
+def test_processes_without_a_shared_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
     cut_at(4, tiny, tmp_path, **TOGETHER)
     with pytest.raises(
         Exception, match=r"found states from different steps \(3, 0\); --output must be one folder"
     ):
         spawn_pair(apart, tiny, tmp_path)
-    assert min(go(tiny, tmp_path, **TOGETHER).points) == 4  # nothing was lost
+    assert min(go(tiny, tmp_path, **TOGETHER).points) == 4  # resumed from the state after step 3
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
-    """Reads its stderr up to this text."""
+    """Read stderr up to this text."""
     seen = ""
     while text not in seen:
         line = process.stderr.readline()
@@ -86,15 +86,15 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 
 def finish(process: subprocess.Popen) -> str:
-    """Waits for a good end; its stderr."""
+    """Wait for exit code 0; return stderr."""
     output, errors = process.communicate()
     assert process.returncode == 0 and output == "run/model.pt\n", errors
     return errors
 
 
 def tracked(folder: Path) -> tuple[MlflowClient, Run]:
-    """MLflow there, and the one run that it has."""
-    # here: the processes of `uninterrupted_pair` import this module too
+    """Return the folder's MLflow client and its only run."""
+    # imported here, as the processes of `uninterrupted_pair` import this module too
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
@@ -103,7 +103,7 @@ def tracked(folder: Path) -> tuple[MlflowClient, Run]:
 
 
 def killed_alone(tiny: Path, folder: Path) -> None:
-    """folder/run: a run that got SIGTERM, was started again, got SIGKILL, and was started again."""
+    """Write folder/run by a process that is restarted after SIGTERM and again after SIGKILL."""
     words = ["train", "tiny", *options(minimal(tiny)), "--output", "run"]
     first = random.randrange(1, STEPS - 3)
     process = start(words, folder)
@@ -121,21 +121,21 @@ def killed_alone(tiny: Path, folder: Path) -> None:
 
 
 def killed_pair(tiny: Path, folder: Path) -> None:
-    """folder/run: a run under torchrun with two processes, all of which got SIGKILL, and started again."""
+    """Write folder/run by two processes under torchrun that are restarted after SIGKILL."""
     words = ["train", "tiny", *options(minimal(tiny, **TOGETHER)), "--output", "run"]
     process = start(words, folder, processes=2)
     at = random.randrange(1, STEPS)
     wait_for(process, f"step {at}/{STEPS}")
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, workers)):  # the workers are no members of its group
+    for pid in (process.pid, *map(int, workers)):  # workers have their own process groups
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    # it went on
+    # the run resumed
     assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))
     trained, (client, run) = (folder / "run" / "model.pt").read_bytes(), tracked(folder)
-    # its process was killed before it could say that it has finished
+    # the process was killed before it could set the status to FINISHED
     client.update_run(run.info.run_id, "RUNNING")
-    # as torchrun does when another node is lost at the very end
+    # as torchrun does if another node is lost at the very end
     assert "run: already complete, nothing to do" in finish(start(words, folder, processes=2))
     assert (folder / "run" / "model.pt").read_bytes() == trained
     assert tracked(folder)[1].info.status == "FINISHED"
@@ -143,7 +143,7 @@ def killed_pair(tiny: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow file with its tables, which take seconds to make."""
+    """Return an MLflow database with tables, which take seconds to create."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -155,7 +155,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(
     tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Path]]]:
-    """What the three functions make, side by side: most of their time is imports."""
+    """Run the three functions concurrently, as imports take most of their time."""
 
     def make(scene: Callable[[Path, Path], None]) -> Path:
         folder = made[scene]
@@ -170,7 +170,7 @@ def folders(
 
 
 @pytest.mark.slow
-def test_killed_processes_go_on_under_one_run(
+def test_killed_processes_resume_the_same_mlflow_run(
     folders: dict[str, Future[Path]], trained: Path
 ) -> None:
     folder = folders["killed_alone"].result()
@@ -187,7 +187,7 @@ def test_killed_processes_go_on_under_one_run(
 
 
 @pytest.mark.slow
-def test_two_processes_under_torchrun_killed_and_started_again(
+def test_two_processes_resume_after_sigkill_under_torchrun(
     folders: dict[str, Future[Path]],
 ) -> None:
     killed, whole = (folders[name].result() for name in ("killed_pair", "uninterrupted_pair"))
@@ -207,7 +207,7 @@ def test_one_and_two_processes_see_the_same_images_in_the_same_order(
     first, other = alone.points[1], points["1"]
     for name in ("loss", "loss_cls", "loss_rpn_cls", "loss_rpn_loc", "loss_mask"):
         assert other[name] == pytest.approx(first[name], rel=0.05), name
-    assert points[str(STEPS)]["box_ap"] >= 0  # of both processes' images
+    assert points[str(STEPS)]["box_ap"] >= 0  # over the images of both processes
 
 
 @pytest.mark.slow
@@ -215,16 +215,16 @@ def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
     words = ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"]
     process = start(words, tmp_path, processes=2)
     output, errors = process.communicate()
-    assert process.returncode == 0 and output.count("mask ") == 1, errors  # one table
+    assert process.returncode == 0 and output.count("mask ") == 1, errors  # one results table
     expected = load_model_file(trained / "model.pt")["metrics"]
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 class Clock:
-    """Stands in for the module `time` of several threads: time passes only while all of them sleep.
+    """Replaces the module `time` for several threads: time passes only while all of them sleep.
 
-    So each of them takes its turn in each interval, however slow the machine is.
+    So every thread runs in each interval, however slow the machine is.
     """
 
     def __init__(self, threads: int) -> None:
@@ -243,7 +243,7 @@ class Clock:
             self.condition.wait_for(lambda: self.now >= until)
 
     def leave(self) -> None:
-        """The calling thread sleeps or ends; let the next ones wake up if it was the last one."""
+        """Mark the calling thread as asleep or ended; wake up the next threads if it was the last."""
         with self.condition:
             self.awake -= 1
             if not self.awake and self.wakes:
@@ -254,7 +254,7 @@ class Clock:
 
 
 class CountingStore(dist.HashStore):
-    """Counts the calls of `check`, and the empty launch IDs in them."""
+    """Counts the calls of `check`, and those with an empty launch ID."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def synchronize(
     count: int = 3,
     starts: Mapping[int, float] = MappingProxyType({}),
 ) -> dict[int, tuple[str, list[int]]]:
-    """What the ranks `numbers` of `count` return, each in a thread; starts: seconds before a rank starts."""
+    """Return the results of ranks `numbers` of `count`, run in threads; `starts` delays ranks by seconds."""
     clock = Clock(len(numbers))
 
     def run(number: int) -> tuple[str, list[int]]:
@@ -288,15 +288,15 @@ def synchronize(
         return dict(zip(numbers, pool.map(run, numbers), strict=True))
 
 
-def test_launches_with_one_store_have_one_id_each() -> None:
-    """Whatever earlier launches left in the store, complete or not."""
+def test_each_launch_on_a_store_has_its_own_id() -> None:
+    """Keys of earlier launches in the store, complete or not, are ignored."""
     store, ids = dist.HashStore(), set()
     for _ in range(3):
         joined = synchronize(store, 2, 1, 0, starts={1: 7.0, 0: 30.0})
         ((launch_id, missing),) = {(launch, tuple(missing)) for launch, missing in joined.values()}
         ids.add(launch_id)
         assert missing == ()
-        # the ranks of this launch do not join it again
+        # the ranks of the new launch do not join the old one
         assert synchronize(store, 1, 2) == {1: (launch_id, [0]), 2: (launch_id, [0])}
         assert synchronize(store, 0)[0][1] == [1, 2]
     assert len(ids) == 3
@@ -305,7 +305,7 @@ def test_launches_with_one_store_have_one_id_each() -> None:
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_ranks_that_did_not_join_are_named(late: int) -> None:
-    """By each rank that did, whether or not an earlier launch left keys in the store."""
+    """Every rank that joined names them, with or without keys of an earlier launch in the store."""
     store = dist.HashStore()
     assert synchronize(store, 1, 2) == {1: ("", [0]), 2: ("", [0])}
     for _ in range(2):
@@ -317,7 +317,7 @@ def test_ranks_that_did_not_join_are_named(late: int) -> None:
         assert synchronize(store, 1)[1][1] == [0, 2]
 
 
-def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
+def test_a_rank_restarted_after_joining_waits_for_the_next_launch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = dist.HashStore()
@@ -333,13 +333,13 @@ def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
     assert str(error.value).endswith("; rank 0 joined an earlier launch and did not start again")
 
 
-def test_the_requests_of_a_launch_do_not_grow_with_its_ranks() -> None:
-    """For each rank and poll; before rank 0 has published the launch, there is nothing else to ask for."""
+def test_requests_per_rank_do_not_grow_with_the_world_size() -> None:
+    """The number of requests per rank and poll is constant, also before rank 0 publishes the launch."""
     polls = distributed.JOIN_TIMEOUT.total_seconds() / distributed.POLL
     stores = {count: CountingStore() for count in (2, 64)}
     for count, store in stores.items():
         assert synchronize(store, 0, count=count)[0][1] == list(range(1, count))
-        assert store.checks - (count - 1) < polls + 3  # those that name the missing ones at the end
+        assert store.checks - (count - 1) < polls + 3  # count - 1 requests list missing ranks
         store.checks = 0
         launch_id, missing = synchronize(store, 1, count=count)[1]
         assert missing == [0, *range(2, count)]
@@ -348,7 +348,7 @@ def test_the_requests_of_a_launch_do_not_grow_with_its_ranks() -> None:
     assert synchronize(store, 1) == {1: ("", [0])} and not store.empty
 
 
-def test_one_process_is_the_first_of_one() -> None:
+def test_a_single_process_is_rank_0_of_1() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     value = torch.tensor([1.0, 2.0])
     assert torch.equal(distributed.mean(value), value)
@@ -368,9 +368,7 @@ finally:
 
 
 @pytest.mark.parametrize(("batch", "fitting"), [(12, "8 or 16"), (2, "8")])
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_else(
-    tmp_path: Path, batch: int, fitting: str
-) -> None:
+def test_an_indivisible_batch_is_refused_first(tmp_path: Path, batch: int, fitting: str) -> None:
     words = ["train", "tiny", "--set", f"train.batch_size={batch}", "--set", "data.root=none"]
     done = subprocess.run(
         [sys.executable, "-c", REFUSED, *words, "--output", str(tmp_path / "run")],

@@ -1,4 +1,4 @@
-"""Fine-tuning from a detector: all weights with equal classes, all but the class layers with others."""
+"""Fine-tuning a detector: all weights load for equal classes, all but the class layers otherwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS = {
 
 
 def other_classes(data: Path, names: list[str]) -> None:
-    """Only the first of the categories, with these names."""
+    """Keep the first categories, renamed to these names."""
     for path in (data / "annotations").glob("instances_*.json"):
         content = json.loads(path.read_text())
         kept = sorted(content["categories"], key=lambda category: category["id"])[: len(names)]
@@ -34,7 +34,7 @@ def other_classes(data: Path, names: list[str]) -> None:
 
 
 def start(data: Path, output: Path, source: Path, **changes: object) -> dict[str, Tensor]:
-    """The weights with which a run from `source` begins."""
+    """Return the initial weights of a run that starts from `source`."""
     go(data, output, train__init=source, optim__steps=1, train__keep=2, **changes)
     return read_state(output, 0)["model"]
 
@@ -76,7 +76,7 @@ def test_the_same_classes(
     assert "newly initialized" not in caplog.text
 
 
-def test_another_size_of_image(
+def test_another_image_size(
     trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -98,13 +98,13 @@ def test_anything_else_must_match(trained: Path, own_tiny: Path, tmp_path: Path)
 
 
 def stored(path: Path, **settings: object) -> Path:
-    """A detector of tests.helpers.small as a checkpoint without a config."""
+    """Write a detector of tests.helpers.small as a checkpoint without a config."""
     detector = small_detector(seed=1, **settings)
     save(path, {"format": FORMAT, "model": detector.state_dict()})
     return path
 
 
-def test_boxes_of_a_cascade_belong_to_no_class(tmp_path: Path) -> None:
+def test_class_agnostic_box_layers_of_a_cascade_are_kept(tmp_path: Path) -> None:
     path = stored(tmp_path / "model.pt", ious=(0.5, 0.6, 0.7))
     content = torch.load(path, weights_only=True)
     for name, tensor in content["model"].items():

@@ -26,7 +26,7 @@ from vitdet.training.graph import can_be_graphed
 from vitdet.training.memory import checkpoint_activations, step_bytes
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
-# what torch raises, in one line
+# torch's message, on one line
 TORCH = SAID + (
     "Including non-PyTorch memory, this process has 77.90 GiB memory in use. Of the allocated memory 70.00 GiB is "
     "allocated by PyTorch, and 5.10 GiB is reserved by PyTorch but unallocated. See documentation ..."
@@ -39,7 +39,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def failed(vitdet: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """failed(*words): the last line of a command whose detector takes too much memory."""
+    """failed(*words) returns the last line of a command whose detector exceeds the GPU memory."""
 
     def fill(*_: object) -> None:
         raise torch.OutOfMemoryError(TORCH)
@@ -86,7 +86,7 @@ def checkpointing(detector: nn.Module) -> set[bool]:
     return {module.checkpointing for module in detector.modules() if isinstance(module, Blocks)}
 
 
-def test_auto_checkpoints_where_the_estimate_exceeds_nine_tenths_of_the_gpu(
+def test_auto_enables_checkpointing_above_90_percent_of_gpu_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = load_config("tiny")
@@ -99,7 +99,9 @@ def test_auto_checkpoints_where_the_estimate_exceeds_nine_tenths_of_the_gpu(
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
         checkpoint_activations(detector, given, 8, "bf16", device)
         (decided,) = checkpointing(detector)
-        assert can_be_graphed(detector) != decided  # random draws are repeated, which no graph can
+        assert (
+            can_be_graphed(detector) != decided
+        )  # checkpointing repeats random draws, which a graph cannot
         return decided
 
     with caplog.at_level(logging.INFO, "vitdet"):
@@ -124,7 +126,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("recipe", "images", "fused", "measured"), MEASURED)
-def test_the_estimate_is_what_was_measured(
+def test_the_memory_estimate_is_close_to_measurements(
     recipe: str, images: int, fused: bool, measured: float
 ) -> None:
     config = load_config(recipe)
@@ -149,8 +151,8 @@ BACKBONES = [
 
 
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda case: case.name)
-def test_blocks_that_compute_again_give_the_same_bits(backbone: BackboneConfig) -> None:
-    """With the same dropped paths, and statistics of BatchNorm that are updated once."""
+def test_checkpointed_blocks_are_bitwise_equal(backbone: BackboneConfig) -> None:
+    """The same paths are dropped, and BatchNorm statistics are updated only once."""
     torch.manual_seed(0)
     plain = build_backbone(replace(Config().model, backbone=backbone)).train()
     again = copy.deepcopy(plain)
@@ -165,7 +167,7 @@ def test_blocks_that_compute_again_give_the_same_bits(backbone: BackboneConfig) 
         maps = [found] if isinstance(found, Tensor) else found
         torch.stack([features.square().mean() for features in maps]).sum().backward()
         assert len(calls) == len(stages) * (2 if model is again else 1)
-        results.append([*maps, torch.rand(3)])  # and the draws that follow
+        results.append([*maps, torch.rand(3)])  # and subsequent random draws
     assert all(map(torch.equal, *results))
     for parameter_name, parameter in plain.named_parameters():
         assert torch.equal(parameter.grad, again.get_parameter(parameter_name).grad), parameter_name
@@ -174,7 +176,7 @@ def test_blocks_that_compute_again_give_the_same_bits(backbone: BackboneConfig) 
 
 @needs_gpu
 @pytest.mark.cuda
-def test_the_words_of_torch_are_those_that_are_cut(
+def test_torch_still_raises_the_message_that_is_shortened(
     vitdet: Command, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "has_mlflow", lambda: False)
@@ -193,12 +195,12 @@ def test_the_words_of_torch_are_those_that_are_cut(
 
 @needs_gpu
 @pytest.mark.cuda
-def test_blocks_that_compute_again_need_half_of_the_memory_of_a_gpu() -> None:
+def test_checkpointed_blocks_need_half_the_gpu_memory() -> None:
     settings = BackboneConfig(drop_path=0.5, rel_pos_size=512)
     torch.manual_seed(0)
     backbone = build_backbone(replace(Config().model, backbone=settings)).cuda().train()
     images, peaks, gradients = torch.randn(2, 3, 512, 512, device="cuda"), [], []
-    for again in (False, False, True):  # the first one chooses kernels
+    for again in (False, False, True):  # the first pass selects kernels
         backbone.blocks.checkpointing = again
         backbone.zero_grad()
         torch.cuda.reset_peak_memory_stats()
@@ -210,5 +212,5 @@ def test_blocks_that_compute_again_need_half_of_the_memory_of_a_gpu() -> None:
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
     print(f"peak of ViT-B, 2 images of 512 pixels: {peaks[1]} bytes, computed again: {peaks[2]}")
     assert peaks[2] < 0.7 * peaks[1]
-    # not to the bit: kernels that add in any order
+    # not bitwise equal: kernels add in any order
     assert (gradients[2] - gradients[1]).norm() < 1e-2 * gradients[1].norm()

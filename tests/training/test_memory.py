@@ -30,13 +30,13 @@ print(full, freed, held())
 
 
 def resident() -> int:
-    """MB of memory that no file backs."""
+    """Return the anonymous resident memory in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("RssAnon"))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_between_blocks_in_use_is_released(tmp_path: Path) -> None:
+def test_fragmented_free_memory_is_released(tmp_path: Path) -> None:
     printed = subprocess.run(
         [sys.executable, "-c", HOLES], env=environment(tmp_path), capture_output=True, text=True
     )

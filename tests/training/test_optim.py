@@ -22,7 +22,7 @@ from vitdet.training.optim import (
 )
 
 
-def test_undecayed_nothing_decays_everything_and_a_frozen_parameter_is_in_no_group() -> None:
+def test_parameter_groups_cover_undecayed_and_frozen_parameters() -> None:
     with torch.device("meta"):
         detector = build_detector(Config().model)
     detector.backbone.pos_embed.requires_grad_(False)
@@ -31,13 +31,13 @@ def test_undecayed_nothing_decays_everything_and_a_frozen_parameter_is_in_no_gro
     assert not any("backbone.pos_embed" in group["names"] for group in found)
 
 
-def test_the_steps_of_the_schedule_by_hand() -> None:
+def test_the_step_schedule_against_literal_values() -> None:
     steps = (0, 125, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374)
     found = [lr_factor(step, Config().optim) for step in steps]
     assert found == pytest.approx([0.001, 0.5005, 0.996004, 1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-9)
 
 
-def test_half_a_cosine_after_the_warm_up() -> None:
+def test_the_cosine_schedule_after_the_warm_up() -> None:
     settings = OptimConfig(schedule="cosine", steps=100, warmup_steps=10, warmup_factor=0.0)
     factors = [lr_factor(step, settings) for step in range(100)]
     warming = 0.5 * 0.5 * (1 + math.cos(math.pi * 0.05))
@@ -58,7 +58,7 @@ def test_every_group_follows_the_schedule() -> None:
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
-def test_the_rate_is_scaled_by_the_batch_only_if_that_is_told() -> None:
+def test_the_learning_rate_is_scaled_by_the_batch_only_on_request() -> None:
     told, untold = OptimConfig(lr=1e-4, scale_lr=True), OptimConfig(lr=1e-4)
     for size, lr in ((64, 1e-4), (16, 2.5e-5), (256, 4e-4)):
         assert scaled(told, size).lr == pytest.approx(lr)
@@ -67,7 +67,7 @@ def test_the_rate_is_scaled_by_the_batch_only_if_that_is_told() -> None:
     assert scaled(own, 4).lr == pytest.approx(1e-3) and scaled(own, 8).lr == 2e-3
 
 
-def test_one_line_says_what_another_batch_size_means_for_the_rate() -> None:
+def test_another_batch_size_is_explained_in_one_line() -> None:
     assert rate_note(OptimConfig(), 64) == rate_note(OptimConfig(scale_lr=True), 64) == ""
     size = "optim.lr=0.0001 is meant for steps of 64 images, and train.batch_size is 16"
     scaling = f"{size}: optim.scale_lr scales it to 2.5e-05"
@@ -79,12 +79,12 @@ def test_one_line_says_what_another_batch_size_means_for_the_rate() -> None:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_the_rate_of_a_recipe_is_meant_for_its_batch_size(name: str) -> None:
+def test_a_recipe_s_learning_rate_is_for_its_batch_size(name: str) -> None:
     config = load_config(name)
     assert rate_note(config.optim, config.train.batch_size) == ""
 
 
-def test_the_average_is_one_and_the_weights_come_back() -> None:
+def test_evaluation_swaps_the_average_in_and_restores_the_weights() -> None:
     model = nn.Linear(2, 1, bias=False)
     average = WeightAverage(model, 0.5)
     seen = [model.weight.detach().clone()]
@@ -99,7 +99,7 @@ def test_the_average_is_one_and_the_weights_come_back() -> None:
         expected = decay * expected + (1 - decay) * weight
     average.swap()
     assert torch.allclose(model.weight, expected)
-    assert model.weight is average.source["weight"]  # the optimizer and DDP hold this very tensor
+    assert model.weight is average.source["weight"]  # the optimizer and DDP refer to this tensor
     average.swap()
     assert torch.equal(model.weight, seen[-1])
 
@@ -126,7 +126,7 @@ def test_without_decay_there_is_no_average() -> None:
 
 
 @pytest.mark.parametrize(("scale", "largest"), [(1.0, 0.0), (1e30, 0.0), (1.0, 0.5), (1.0, 100.0)])
-def test_gradients_shrink_to_the_largest_norm_only_if_there_is_one(scale, largest):
+def test_gradients_are_clipped_only_with_a_maximum_norm(scale, largest):
     model = nn.Linear(3, 2)
     model.weight.grad = torch.arange(6.0).view(2, 3) * scale
     before = model.weight.grad.clone()
@@ -134,6 +134,6 @@ def test_gradients_shrink_to_the_largest_norm_only_if_there_is_one(scale, larges
     if scale == 1.0:
         assert norm.item() == pytest.approx(55**0.5)
     else:
-        assert norm.isinf()  # its square is beyond float32, the gradients are not
+        assert norm.isinf()  # its square exceeds float32, although the gradients are finite
     wanted = before * 0.5 / 55**0.5 if largest == 0.5 else before
     assert torch.allclose(model.weight.grad, wanted, rtol=1e-5)

@@ -1,6 +1,6 @@
 """Optimizer steps of a detector against the formulas of AdamW, clipping and the schedule in float64.
 
-The gradients are given, so nothing here depends on the rounding of a network. Ties follow these rules:
+The gradients are fixed, so nothing depends on a network's rounding. Ties follow these rules:
 a gradient of exactly 0 with zero moments moves a weight by its decay alone; a step that equals the end
 of the warm-up has the full rate, and one that equals a milestone has the lower rate; gradients are
 scaled by min(1, clip / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
@@ -29,16 +29,16 @@ SETTINGS = OptimConfig(
     steps=STEPS,
     warmup_steps=3,
     warmup_factor=0.001,
-    milestones=(0.6, 0.85),  # steps 6 and 8: 8.5 is rounded to the even number
+    milestones=(0.6, 0.85),  # steps 6 and 8: 8.5 is rounded to even
     clip=0.5,
 )
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-# lr_factor by hand, step by step.
+# expected lr_factor of each step
 FACTORS = [0.001, 0.334, 0.667, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
 
 
 def scale_and_decay(name: str) -> tuple[float, float]:
-    """The factor of the learning rate and the weight decay of a parameter, from its name alone."""
+    """Return a parameter's learning rate factor and weight decay, computed from its name."""
     scale = 1.0
     if block := re.match(r"backbone\.blocks\.(\d+)\.", name):
         scale = 0.7 ** (DEPTH - int(block[1]))
@@ -49,12 +49,12 @@ def scale_and_decay(name: str) -> tuple[float, float]:
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> np.ndarray:
-    """Random, representable in float32; small at every third step, so that clipping does not bind."""
+    """Return a random float32 gradient, small enough at every third step to avoid clipping."""
     rng = np.random.default_rng([step, *name.encode()])
     values = rng.standard_normal(tuple(shape)) * (1e-4 if step % 3 == 2 else 1e-2)
     values[rng.random(tuple(shape)) < 0.05] = 0.0
     if name.endswith("attn.rel_pos_h"):
-        values[:] = 0.0  # no gradient at all: decay alone
+        values[:] = 0.0  # zero gradient: only decay
     return values.astype(np.float32).astype(np.float64)
 
 
@@ -99,8 +99,8 @@ def test_adamw_of_a_detector_follows_its_formula(dtype: torch.dtype) -> None:
         reference.step(gradients, step)
         for name, p in parameters.items():
             theirs = reference.weights[name]
-            # float64: rounding alone. float32: a step rounds the weight once or twice (2^-23 of it),
-            # and the step itself, at most about lr, to 1e-5 of that.
+            # float64: only rounding. float32: a step rounds the weight once or twice (relative 2^-23),
+            # and the update itself, at most about lr, has a relative error of 1e-5.
             absolute, relative = 1e-15, 1e-13
             if dtype is torch.float32:
                 absolute, relative = 1e-5 * SETTINGS.lr * (step + 1), 2.0**-23 * 2 * (step + 1)
@@ -132,5 +132,5 @@ def test_parameters_without_a_gradient_only_decay() -> None:
 def test_the_schedule_at_its_edges() -> None:
     found = [lr_factor(step, SETTINGS) for step in range(STEPS)]
     assert found == pytest.approx(FACTORS, rel=1e-12)
-    # the end of the warm-up; the last before a milestone
+    # the end of the warm-up; the last step before a milestone
     assert found[3] == 1.0 and found[5] == 1.0

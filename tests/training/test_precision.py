@@ -20,21 +20,21 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
-def test_a_precision_that_is_told_is_taken(device: torch.device) -> None:
+def test_an_explicit_precision_is_used(device: torch.device) -> None:
     for told in ("bf16", "fp16", "fp32"):
         assert chosen(told, device) == told
 
 
-def test_auto_is_what_the_processor_has_instructions_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_a_precision_with_native_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     for answer, wanted in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=answer: answer)
         assert chosen("auto", CPU) == wanted
 
 
-def test_a_gpu_without_bf16_trains_in_fp16_and_says_so(
+def test_a_gpu_without_bf16_trains_in_fp16_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A V100 emulates bf16: torch calls it supported unless emulation is excluded."""
+    """A V100 emulates bf16, which torch reports as supported unless emulation is excluded."""
     emulated = lambda including_emulation=True: including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
     with caplog.at_level(logging.INFO):
@@ -48,7 +48,7 @@ def test_a_gpu_without_bf16_trains_in_fp16_and_says_so(
     ("device", "precision", "within"),
     [(GPU, "fp32", "high"), (GPU, "bf16", "highest"), (CPU, "fp32", "highest")],
 )
-def test_only_fp32_on_a_gpu_is_tf32_and_only_within(
+def test_tf32_is_enabled_only_for_fp32_on_a_gpu_and_only_inside(
     device: torch.device, precision: str, within: str
 ) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
@@ -58,7 +58,7 @@ def test_only_fp32_on_a_gpu_is_tf32_and_only_within(
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_steps_are_within_and_evaluations_without(
+def test_tf32_is_enabled_in_steps_and_not_in_evaluations(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, within, evaluated, steps = [], [], [], []

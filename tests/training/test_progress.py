@@ -47,9 +47,9 @@ def test_one_line_that_changes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     text, _ = show(Terminal())
     shown = text.split("\r\x1b[2K")
     assert shown[0] == "" and len(shown) == 5
-    # AP stays; close ends the line
+    # AP remains; close ends the line
     assert [part.endswith("\n") for part in shown[1:]] == [False, False, True, True]
-    # one that breaks could not be taken back
+    # a wrapped line could not be overwritten
     assert all(len(part.rstrip("\n")) < 60 for part in shown)
     assert "images/s  loss 3.500" in shown[1]
 

@@ -20,7 +20,7 @@ from tests.helpers.runs import same_weights
 from vitdet.checkpoint import load_model_file
 
 STEPS = 6
-# enough states, evaluations and log lines for a kill to hit each of them
+# enough states, evaluations and log lines for a kill to hit each kind
 SETTINGS = {
     "optim__steps": STEPS,
     "train__eval_every": 3,
@@ -42,7 +42,7 @@ def children(pid: int) -> list[int]:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Kill torchrun and its workers, which are no members of its process group."""
+    """Kill torchrun and its workers, which have their own process groups."""
     for pid in (process.pid, *children(process.pid)):
         try:
             os.kill(pid, signal.SIGKILL)
@@ -52,7 +52,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def finish(folder: Path, data: Path, output: str, processes: int) -> float:
-    """Run the command until it ends by itself; return the seconds that it took."""
+    """Run the command until it ends; return its duration in seconds."""
     began = time.monotonic()
     process = start(words(data, output), folder, processes)
     _, err = process.communicate(timeout=300)
@@ -63,7 +63,7 @@ def finish(folder: Path, data: Path, output: str, processes: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
 @pytest.mark.parametrize("processes", [0, 2])
-def test_a_training_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
+def test_a_run_killed_at_random_times_equals_an_uninterrupted_run(
     tiny: Path, tmp_path: Path, processes: int, seed: int
 ) -> None:
     took = finish(tmp_path, tiny, "whole", processes)

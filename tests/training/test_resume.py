@@ -1,4 +1,4 @@
-"""Memory of a resumed training, and evaluations that it makes up for."""
+"""Memory of a resumed training run, and evaluations that it repeats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitdet.training import train, trainer
 
 
 @pytest.mark.slow
-def test_the_state_that_was_read_goes_when_it_is_applied(
+def test_the_loaded_state_is_freed_once_applied(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_at(2, tiny, tmp_path)
@@ -44,10 +44,10 @@ def test_the_state_that_was_read_goes_when_it_is_applied(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 8])
-def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(
+def test_a_killed_evaluation_is_repeated_without_repeating_steps(
     tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """Whatever stops it: here before a figure is known."""
+    """The interruption precedes the first metric."""
     evaluate = trainer.evaluate_detector
     calls = []
 
@@ -67,7 +67,7 @@ def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(
     same_bits(tmp_path, trained)
 
 
-def test_the_only_state_is_broken(tiny: Path, tmp_path: Path) -> None:
+def test_a_damaged_only_state(tiny: Path, tmp_path: Path) -> None:
     cut_at(1, tiny, tmp_path)
     (state,) = (tmp_path / "checkpoints").glob("*.pt")
     state.write_bytes(b"")
@@ -77,7 +77,7 @@ def test_the_only_state_is_broken(tiny: Path, tmp_path: Path) -> None:
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
 
 
-def test_weights_of_a_file_name_its_states_without_being_read_into_memory(
+def test_initial_weights_are_hashed_without_being_read_into_memory(
     tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Path.read_bytes
@@ -92,7 +92,7 @@ def test_weights_of_a_file_name_its_states_without_being_read_into_memory(
     assert len(list((tmp_path / "states").iterdir())) == 1
 
 
-def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
+def test_a_finished_run_is_reused_only_for_equal_config_and_data(
     own_tiny: Path, tmp_path: Path
 ) -> None:
     output, heard = tmp_path / "run", []
@@ -108,7 +108,7 @@ def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
         return train(config, output, start_tracking=start_tracking)
 
     assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
-    ((_, run_id, step, tracker),) = heard  # what was not shipped is, and the run is no longer open
+    ((_, run_id, step, tracker),) = heard  # the missing artifacts are logged, and the run is closed
     assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
     with refused(r"finished run with a different config \(optim.lr: 0.1, not 0.001\)"):
         again(optim__lr=0.1)

@@ -1,4 +1,4 @@
-"""Settings that a resumed training may change, and the folder of its states."""
+"""Settings that a resumed training run may change, and its states folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONSTANT = {"optim__milestones": "[]", "train__keep": 9}
 
 @pytest.fixture(scope="module")
 def stopped_at_7(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was stopped at step 7; not to be changed."""
+    """The read-only folder of a run that was stopped at step 7."""
     folder = tmp_path_factory.mktemp("stopped")
     stop_at(7, tiny, folder)
     return folder
@@ -34,13 +34,13 @@ def stopped_at_7(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_at_7: Path, tmp_path: Path) -> Path:
-    """A copy of it, tmp_path/run."""
+    """A copy of `stopped_at_7`, tmp_path/run."""
     return Path(shutil.copytree(stopped_at_7, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def constant(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole run of constant rate with all its states; not to be changed."""
+    """The read-only folder of a complete run with constant learning rate and all its states."""
     folder = tmp_path_factory.mktemp("constant")
     go(tiny, folder, **CONSTANT)
     return folder
@@ -75,9 +75,9 @@ def test_operational_settings_may_change_and_are_logged(
     assert load_model_file(stopped / "model.pt")["config"]["evaluate"]["max_detections"] == 3
 
 
-# milestones at 85 and 95%: the first drop was after step 7, and is after step 10; a run that has ended
+# milestones at 85 and 95%: the first drop moves from step 7 to step 10; then a finished run
 @pytest.mark.parametrize(("stop", "changes"), [(4, {}), (8, CONSTANT)], ids=["early", "ended"])
-def test_more_steps_give_the_bits_of_a_training_with_as_many_from_the_start(
+def test_a_run_extended_to_more_steps_equals_one_started_with_them(
     tiny: Path, constant: Path, tmp_path: Path, stop: int, changes: dict
 ) -> None:
     more = {**changes, "optim__steps": 12}
@@ -111,14 +111,14 @@ def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_
         go(tiny, tmp_path / "step", optim__steps=12, **dropped)
 
 
-def test_fewer_steps_than_done_are_refused(tiny: Path, tmp_path: Path) -> None:
+def test_fewer_steps_than_completed_are_refused(tiny: Path, tmp_path: Path) -> None:
     stop_at(5, tiny, tmp_path, optim__milestones="[]")
     with refused("contains a run of 5 steps, more than optim.steps = 4; choose"):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=4)
     assert max(go(tiny, tmp_path, optim__milestones="[]", optim__steps=6).points) == 6
 
 
-def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path) -> None:
+def test_extending_a_finished_run_needs_its_last_state(tiny: Path, tmp_path: Path) -> None:
     go(tiny, tmp_path, optim__milestones="[]", optim__steps=1)
     before = (tmp_path / "model.pt").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
@@ -127,7 +127,7 @@ def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path)
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
-def test_a_scaled_rate_is_that_of_the_whole_training(
+def test_a_scaled_rate_applies_to_the_whole_run(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
@@ -144,7 +144,7 @@ def test_a_scaled_rate_is_that_of_the_whole_training(
 
 
 class Pair(NamedTuple):
-    """The folders of a run that keeps its states elsewhere."""
+    """The folders of a run with a separate states folder."""
 
     output: Path
     states: Path
@@ -173,7 +173,7 @@ def test_a_folder_of_states_is_found_with_more_steps(tiny: Path, pair: Pair) -> 
     assert min(go(tiny, pair.output, **given, optim__steps=12).points) in (8, 9)
     assert len(pair.names()) == 1
     shutil.rmtree(pair.output)
-    # its steps have other learning rates: from the start
+    # its steps have other learning rates, so it starts at step 1
     changes = {"optim__steps": 12, "optim__schedule": "cosine"}
     cut_at(1, tiny, pair.output, states=pair.states, **changes)
     assert len(pair.names()) == 2
@@ -182,7 +182,7 @@ def test_a_folder_of_states_is_found_with_more_steps(tiny: Path, pair: Pair) -> 
 def test_a_folder_named_by_commit_dad8b8b_is_found(
     tiny: Path, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its name hashes all settings, the identity of the data and the initial weights."""
+    """Its name is a digest of all settings, the data's identity and the initial weights."""
     stored = json.loads((STORED / "state_tiny.json").read_text())
     name, _ = stored["file"].split("/")
     assert name == folder_name(stored["content"]["dataset_digest"])
@@ -199,7 +199,7 @@ def test_a_folder_named_by_commit_dad8b8b_is_found(
     assert min(go(root, pair.output, states=pair.states, **operational).points) == 5
     assert pair.names() == [old]
     shutil.rmtree(pair.output)
-    cut_at(1, root, pair.output, states=pair.states, train__seed=1)  # has another folder
+    cut_at(1, root, pair.output, states=pair.states, train__seed=1)  # uses another folder
     assert len(pair.names()) == 2
 
 
@@ -210,7 +210,7 @@ def folder_name(identity: str) -> str:
     return hashlib.sha256(f"{SETTINGS} {identity} ".encode()).hexdigest()[:12]
 
 
-def test_an_evaluation_that_fails_leaves_the_weights_and_their_average_where_they_were(
+def test_a_failed_evaluation_keeps_the_weights_and_their_average(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loops = []
@@ -255,7 +255,7 @@ def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_a
     with refused("got 'vitdet training state, version 5'"):
         go(tiny, stopped)
     assert content.pop("best") == {"value": None, "step": 0, "stale": 0}
-    assert content["scaler"] == {}  # not in fp16
+    assert content["scaler"] == {}  # empty except in fp16
     for version in (STATE_3, STATE_2, STATE_1):
         if version != STATE_3:
             content.pop("scaler", None)
@@ -267,7 +267,7 @@ def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_a
 
 
 @pytest.mark.parametrize("stop", [4, 8], ids=["fewer steps", "at the end"])
-def test_metrics_of_other_evaluate_settings_are_measured_again(
+def test_metrics_of_other_evaluate_settings_are_recomputed(
     tiny: Path, constant: Path, tmp_path: Path, stop: int
 ) -> None:
     states = tmp_path / "run" / "checkpoints"
@@ -275,14 +275,14 @@ def test_metrics_of_other_evaluate_settings_are_measured_again(
     path = states / f"step_{stop:08d}.pt"
     shutil.copy(constant / "checkpoints" / path.name, path)
     evaluation = json.loads((constant / "checkpoints" / f"{path.stem}.json").read_text())
-    state = torch.load(path, weights_only=True) | evaluation  # in one file, as they were once
+    state = torch.load(path, weights_only=True) | evaluation  # in one file, as in earlier versions
     assert state["evaluated"] == stop
     state["metrics"]["box_ap"] = 33.0
     torch.save(state, path)
 
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)
-    go(tiny, again, **CONSTANT, optim__steps=stop, evaluate__batch_size=1)  # changes no AP
+    go(tiny, again, **CONSTANT, optim__steps=stop, evaluate__batch_size=1)  # does not change AP
     assert load_model_file(again / "model.pt")["metrics"]["box_ap"] == 33.0
     go(tiny, tmp_path / "run", **CONSTANT, optim__steps=stop, evaluate__max_detections=1)
     done = load_model_file(tmp_path / "run" / "model.pt")

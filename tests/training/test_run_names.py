@@ -27,14 +27,14 @@ OPERATIONAL = """
 
 @dataclass(frozen=True)
 class LaterOptim(OptimConfig):
-    """As a later version has it."""
+    """The section of a later version."""
 
     nesterov: bool = False
 
 
 @dataclass(frozen=True)
 class LaterConfig(Config):
-    """As a later version has it."""
+    """The config of a later version."""
 
     optim: LaterOptim = field(default_factory=LaterOptim)
 
@@ -45,7 +45,7 @@ def later(config: Config, **changes: object) -> LaterConfig:
     return LaterConfig(**{**values, "optim": optim})
 
 
-def test_an_operational_setting_keeps_the_name() -> None:
+def test_an_operational_setting_does_not_change_the_name() -> None:
     ours = load_config("tiny")
     keys = [key for key, (_, operational) in list_settings(ours).items() if operational]
     assert sorted(keys) == sorted(override.partition("=")[0] for override in OPERATIONAL)
@@ -70,24 +70,24 @@ def test_any_other_setting_changes_it(override: str) -> None:
     assert difference(ours, theirs, affecting_weights=False) == []
 
 
-def test_a_setting_of_a_later_version_keeps_the_name_while_it_has_its_default(
+def test_a_new_setting_at_its_default_does_not_change_the_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = load_config("tiny")
     assert digest(later(config)) == digest(config)
     assert digest(later(config, nesterov=True)) != digest(config)
     monkeypatch.setattr(digest_module, "LATER", (*digest_module.LATER, "optim.nesterov"))
-    assert legacy_digest(later(config)) == legacy_digest_of_version_01("tiny")
+    assert legacy_digest(later(config)) == digest_of_version_01("tiny")
     assert legacy_digest(later(config, nesterov=True)) is None
 
 
-def legacy_digest_of_version_01(recipe: str) -> str:
+def digest_of_version_01(recipe: str) -> str:
     return json.loads(STORED.read_text())["digests"][recipe]
 
 
 @pytest.mark.parametrize("recipe", json.loads(STORED.read_text())["digests"])
 def test_the_digest_of_commit_dad8b8b_is_still_known(recipe: str) -> None:
     config = load_config(recipe)
-    assert legacy_digest(config) == legacy_digest_of_version_01(recipe)
+    assert legacy_digest(config) == digest_of_version_01(recipe)
     other = replace(config, data=replace(config.data, workers=7))
     assert legacy_digest(other) != legacy_digest(config)

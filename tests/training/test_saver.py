@@ -20,7 +20,7 @@ from vitdet.training.saver import Saver
 
 
 class Gated(Checkpoints):
-    """States that are written when `open` is set."""
+    """Checkpoints whose states are written once `open` is set."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, keep=2)
@@ -31,7 +31,7 @@ class Gated(Checkpoints):
         return super().save(step, content)
 
 
-def test_a_state_is_what_it_was_when_its_saving_began(tmp_path: Path) -> None:
+def test_a_state_is_a_snapshot_of_when_saving_began(tmp_path: Path) -> None:
     states = Gated(tmp_path)
     weights, moments = torch.zeros(5), [torch.ones(2), 3]
     with Saver(states) as saver:
@@ -59,7 +59,7 @@ def test_the_end_waits_for_the_state_in_flight(tmp_path: Path) -> None:
     assert [path.name for path in states.all()] == ["step_00000001.pt"]
 
 
-def test_a_full_disk_ends_the_training_at_the_next_step_in_one_line(
+def test_a_full_disk_ends_the_run_at_the_next_step_in_one_line(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = torch.save
@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_training_at_the_next_step_in_one_line(
     with refused("step_00000003.pt: could not be written .*; free some", OSError):
         go(tiny, tmp_path, recorder, train__eval_every=100)
     assert recorder.status == "FAILED"
-    assert max(recorder.points) < 6  # before the next state
+    assert max(recorder.points) < 6  # it ended before the next state
     assert state_names(tmp_path) == ["step_00000000.pt"]
 
 
@@ -100,7 +100,7 @@ def test_each_state_is_written_once(
 def test_a_state_with_its_evaluation_inside_is_not_evaluated_again(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """As they were written before an evaluation had a file of its own."""
+    """Earlier versions wrote the evaluation into the state's file."""
     cut_at(5, tiny, tmp_path)
     path = tmp_path / "checkpoints" / "step_00000004.pt"
     evaluation = path.with_suffix(".json")
@@ -109,13 +109,13 @@ def test_a_state_with_its_evaluation_inside_is_not_evaluated_again(
     assert list(cut_at(5, tiny, tmp_path).points) == [5]
 
 
-def test_an_evaluation_with_other_settings_is_kept_with_these(tiny: Path, tmp_path: Path) -> None:
+def test_an_evaluation_is_stored_with_its_settings(tiny: Path, tmp_path: Path) -> None:
     cut_at(5, tiny, tmp_path)
-    for first in (4, 5):  # repeated once, not by each run
+    for first in (4, 5):  # repeated once, not in every run
         assert min(cut_at(5, tiny, tmp_path, evaluate__max_detections=3).points) == first
 
 
-def test_an_evaluation_of_a_state_that_was_removed_is_not_taken(tmp_path: Path) -> None:
+def test_an_evaluation_of_a_removed_state_is_not_used(tmp_path: Path) -> None:
     states = Checkpoints(tmp_path, keep=2)
     states.save(4, {"evaluated": 0})
     states.save_evaluation(4, {"evaluated": 4})
@@ -125,7 +125,7 @@ def test_an_evaluation_of_a_state_that_was_removed_is_not_taken(tmp_path: Path) 
     assert states.latest()["evaluated"] == 0
 
 
-def test_a_file_and_its_name_reach_the_disk(
+def test_a_state_file_and_its_folder_are_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced, sync = [], os.fsync

@@ -38,8 +38,8 @@ from vitdet.training.step import Figures, TrainingStep
 from vitdet.types import Batch
 
 CPU = torch.device("cpu")
-STEP = 3  # not the first: the learning rate is not that of the start of the warm-up
-# every random draw of a step: dropped paths, sampled anchors and boxes, classes of the federated loss
+STEP = 3  # not the first, so that the learning rate differs from its initial value
+# settings with all random draws of a step: drop path, sampled anchors and boxes, federated loss classes
 DRAWING = {
     "train__batch_size": 4,
     "optim__clip": 0,
@@ -50,7 +50,7 @@ DRAWING = {
 
 
 class Run:
-    """A detector of these settings, its step, and its micro-batches from STEP on."""
+    """A detector, its training step, and its micro-batches from STEP on."""
 
     def __init__(self, root: Path, rank: int = 0, ranks: int = 1, **changes: object) -> None:
         self.config: Config = load_config("tiny", minimal(root, **changes))
@@ -71,7 +71,7 @@ class Run:
 
 
 def one_of_two(rank: int, root: Path, folder: Path) -> None:
-    """A step with one micro-batch and with two, and the exchanges of each."""
+    """Run a step with one micro-batch and with two, and record the collectives of each."""
     torch.set_num_threads(1)
     with distributed.process_group():
         for accumulate in (1, 2):
@@ -97,10 +97,10 @@ def one_of_two(rank: int, root: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_micro_batches_draw_as_the_ranks_that_they_stand_for(
+def test_micro_batches_draw_like_the_corresponding_ranks(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
-    """The ranks one after the other, and the means of their gradients and losses."""
+    """The reference runs the ranks in sequence and averages their gradients and losses."""
     alone = Run(tiny, **DRAWING, train__accumulate=4)
     done, ranks = alone(), 4 // accumulate
     runs, parts = [], []
@@ -117,8 +117,8 @@ def test_micro_batches_draw_as_the_ranks_that_they_stand_for(
 
 
 @pytest.mark.slow
-def test_micro_batches_are_as_many_more_processes(tiny: Path, tmp_path: Path) -> None:
-    """Two real ones with one and with two micro-batches against one with two and with four."""
+def test_micro_batches_equal_more_processes(tiny: Path, tmp_path: Path) -> None:
+    """Compare two processes with one and two micro-batches to one process with two and four."""
     spawn_pair(one_of_two, tiny, tmp_path)
     for accumulate in (1, 2):
         run = Run(tiny, **DRAWING, train__accumulate=2 * accumulate)
@@ -132,7 +132,7 @@ def test_micro_batches_are_as_many_more_processes(tiny: Path, tmp_path: Path) ->
         assert float(done.grad_norm) == pytest.approx(float(first["norm"]), rel=1e-6)
         for name, loss in done.losses.items():
             assert float(loss) == pytest.approx(float(first["losses"][name]), rel=1e-6), name
-        assert first["exchanges"] > 0 and first["buckets"] == 1  # one exchange a step
+        assert first["exchanges"] > 0 and first["buckets"] == 1  # one gradient all-reduce per step
 
 
 def test_the_loader_gives_the_micro_batches_in_order(tiny: Path) -> None:
@@ -152,9 +152,7 @@ def test_the_loader_gives_the_micro_batches_in_order(tiny: Path) -> None:
     assert ids(0, 1, 4) == [part[step] for step in (0, 1) for part in four]
 
 
-def test_a_training_with_micro_batches_goes_on_with_the_same_bits(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_a_run_with_micro_batches_resumes_bitwise_equal(tiny: Path, tmp_path: Path) -> None:
     changes = {
         "train__batch_size": 4,
         "train__accumulate": 2,
@@ -165,16 +163,16 @@ def test_a_training_with_micro_batches_goes_on_with_the_same_bits(
     whole = go(tiny, tmp_path / "whole", **changes)
     cut_at(2, tiny, tmp_path / "cut", **changes)
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
-    # computing again gives the same bits as keeping
+    # activation checkpointing is bitwise neutral
     rest = go(tiny, tmp_path / "cut", **changes | {"train__activation_checkpointing": "none"})
     same_weights(tmp_path / "cut", tmp_path / "whole")
     assert figures(rest.points) == {step: figures(whole.points)[step] for step in (2, 3)}
-    # another number of micro-batches is as another number of processes: allowed
+    # like the number of processes, the number of micro-batches may change
     assert min(go(tiny, tmp_path / "other", **changes | {"train__accumulate": 4}).points) == 2
 
 
 def overflow(step: TrainingStep) -> torch.utils.hooks.RemovableHandle:
-    """From now on a gradient of each step is infinite."""
+    """Make a gradient of each further step infinite."""
     return next(step.detector.parameters()).register_hook(lambda gradient: gradient * torch.inf)
 
 
@@ -200,18 +198,18 @@ def test_a_step_whose_gradients_overflow_is_skipped(tiny: Path) -> None:
     assert step.scaler.get_scale() == 4.0
     assert {float(slots["step"]) for slots in step.optimizer.state.values()} == {1.0}
     changed = [name for name, new in step.average.weights.items() if (new != average[name]).any()]
-    assert changed  # it continues toward the weights
+    assert changed  # the average still moves toward the weights
     step.check()
     values = meter.read(CPU)
     assert values["skipped_steps"] == 1 and values["grad_norm"] == pytest.approx(finite)
-    # the next step has its own learning rate
+    # the next step uses its scheduled learning rate
     after = run(STEP + 2)
     assert not after.skipped and after.lr == Run(tiny, train__precision="fp32")(STEP + 2).lr
     assert any((tensor != moved[name]).any() for name, tensor in weights().items())
 
 
 class Spoiled(TrainingStep):
-    """The first forward passes in fp16 overflow, as many as said; BatchNorm's statistics with them."""
+    """A training step whose first losses in fp16 overflow, together with BatchNorm statistics."""
 
     spoiled, scale = 1, 8.0
 
@@ -259,7 +257,7 @@ def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
     assert list(recorder.points) == [1] and recorder.points[1]["skipped_steps"] == 1
 
 
-def test_a_meter_of_skipped_steps_alone_has_no_means() -> None:
+def test_a_meter_of_only_skipped_steps_has_no_means() -> None:
     meter = Meter(1)
     meter.add({"loss_a": torch.tensor(2.0)}, torch.tensor(torch.nan), torch.tensor(True))
     meter.add({"loss_a": torch.tensor(torch.nan)}, torch.tensor(torch.nan), torch.tensor(True))
@@ -274,8 +272,8 @@ def test_a_meter_of_skipped_steps_alone_has_no_means() -> None:
         meter.read(CPU)
 
 
-def test_clipping_sees_gradients_without_the_scale(tiny: Path) -> None:
-    """One step in fp16 is nearly that in fp32, also with a limit on the norm."""
+def test_gradients_are_unscaled_before_clipping(tiny: Path) -> None:
+    """One step in fp16 nearly equals one in fp32, also with clipping."""
     norms, weights = [], []
     for precision in ("fp32", "fp16"):
         run = Run(tiny, train__precision=precision, optim__clip=0.1)
@@ -287,13 +285,13 @@ def test_clipping_sees_gradients_without_the_scale(tiny: Path) -> None:
     assert norms[1] == pytest.approx(norms[0], rel=0.02) and norms[0] > 0.2
 
 
-def test_the_scale_is_part_of_the_state(tiny: Path) -> None:
+def test_the_loss_scale_is_part_of_the_state(tiny: Path) -> None:
     first, second = (Run(tiny, train__precision="fp16").step for _ in range(2))
     first.scaler.load_state_dict(first.scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
     second.load_state_dict(first.state_dict())
     assert second.scaler.state_dict() == first.scaler.state_dict()
     assert second.scaler.get_scale() == 32.0
-    third = Run(tiny, train__precision="fp32").step  # as `auto` on a GPU with bf16
+    third = Run(tiny, train__precision="fp32").step  # like `auto` on a GPU with bf16
     third.load_state_dict(first.state_dict())
     assert third.state_dict()["scaler"] == {}
     second.load_state_dict(third.state_dict())
@@ -301,10 +299,10 @@ def test_the_scale_is_part_of_the_state(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("graphed", [True, False])
-def test_all_processes_begin_with_the_weights_of_the_first(
+def test_all_ranks_start_with_the_weights_of_rank_0(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, graphed: bool
 ) -> None:
-    """Processors of other makes draw initial weights that differ in their last bits, which nothing would ever mend."""
+    """Initial weights can differ in their last bits between CPU models, and would never be synchronized."""
     run, given = Run(tiny, optim__ema=0.5), []
     monkeypatch.setattr(distributed, "broadcast", lambda tensors: given.extend(tensors))
     if graphed:
@@ -316,10 +314,10 @@ def test_all_processes_begin_with_the_weights_of_the_first(
     assert not any(tensor.requires_grad for tensor in given)
 
 
-def test_an_evaluation_has_the_memory_of_recorded_steps(
+def test_an_evaluation_uses_the_memory_of_recorded_steps(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other memory than that of a graph's pool could be all taken."""
+    """The graphs' memory pools could otherwise occupy all memory."""
     order, evaluate = [], trainer.evaluate_detector
     monkeypatch.setattr(TrainingStep, "release", lambda _: order.append("release"))
 
@@ -334,10 +332,10 @@ def test_an_evaluation_has_the_memory_of_recorded_steps(
 
 def test_released_steps_are_recorded_again_and_refused_ones_are_not(tiny: Path) -> None:
     run = Run(tiny)
-    run.step.release()  # without graphs
+    run.step.release()  # no effect without graphs
     run.step.graphed = graphed = GraphedGradients(run.step.detector, run.step.gradients)
     graphed.graph.graphs["shapes"], graphed.graph.pool = object(), object()
-    graphed.refused |= {(16, 4096): False, (16, 8192): True}  # for good, and until a release
+    graphed.refused |= {(16, 4096): False, (16, 8192): True}  # permanently, until released
     gradients = graphed.gradients()
     run.step.release()
     assert not graphed.graph.graphs and graphed.graph.pool is None
@@ -346,7 +344,7 @@ def test_released_steps_are_recorded_again_and_refused_ones_are_not(tiny: Path) 
 
 
 @pytest.mark.slow
-def test_the_scale_of_fp16_survives_a_stop(tiny: Path, tmp_path: Path) -> None:
+def test_the_fp16_loss_scale_survives_a_stop(tiny: Path, tmp_path: Path) -> None:
     changes = {"train__precision": "fp16", "optim__steps": 4, "train__save_every": 2}
     go(tiny, tmp_path / "whole", **changes)
     cut_at(3, tiny, tmp_path / "cut", "images_per_second", **changes)

@@ -38,7 +38,7 @@ def test_each_signal_saves_and_has_its_exit_code(
 ) -> None:
     recorder = interrupt(lambda: os.kill(os.getpid(), signum), 2)
     monkeypatch.setattr(runs, "start_tracker", lambda *_: recorder)
-    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores SIGHUP
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, hang_up))
     done, _, errors = vitdet("train", "tiny", *options(minimal(tiny)), "--output", "run")
     assert done == code
@@ -55,7 +55,7 @@ def test_a_second_ctrl_c_ends_at_once(ctrl_c: None) -> None:
 
 
 def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under nohup; but what torchrun sends was sent to torchrun."""
+    """Nohup ignores SIGHUP, but signals that torchrun forwards are handled."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_signals() as stop:
@@ -71,7 +71,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("step", [4, STEPS])
-def test_an_evaluation_is_left_between_batches_and_repeated(
+def test_an_evaluation_stops_between_batches_and_is_repeated(
     tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     convert, batches = detections.batch_to_results, []
@@ -108,7 +108,7 @@ def test_a_signal_before_the_first_step(
     with pytest.raises(Stopped, match="stopped at step 0 "):
         go(tiny, tmp_path, recorder)
     assert not recorder.points
-    # without a detector there is nothing to save
+    # before a detector exists, nothing is saved
     assert state_names(tmp_path) == ([] if place == "read_split" else ["step_00000000.pt"])
     monkeypatch.undo()
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
@@ -134,11 +134,11 @@ def test_a_signal_while_a_state_is_saved(
     assert not list((tmp_path / "checkpoints").glob(".step*"))
 
 
-def test_a_torch_without_the_shutdown_time_out_is_warned_about(
+def test_a_torch_version_without_the_shutdown_timeout_is_warned_about(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(distributed, "has_shutdown_timeout", lambda: False)
-    warn_of_short_grace()  # without torchrun nobody kills it
+    warn_of_short_grace()  # no warning: without torchrun, nothing kills the process
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
     for rank in (1, 0):
         assert not caplog.text
@@ -159,7 +159,7 @@ trainer.Loop.train_step = slow
 
 
 @pytest.mark.slow
-def test_two_ranks_of_slow_steps_agree_on_one_to_stop_at(tiny: Path, tmp_path: Path) -> None:
+def test_two_ranks_with_slow_steps_stop_at_the_same_step(tiny: Path, tmp_path: Path) -> None:
     settings = {"optim__steps": 100, "train__eval_every": 100, "train__save_every": 100}
     process = start_ranks(SLOW, tiny, tmp_path, **settings)
     try:
@@ -191,10 +191,10 @@ detections.batch_to_results = signalled
 
 
 @pytest.mark.slow
-def test_ranks_leave_an_evaluation_together_if_one_of_them_has_the_signal(
+def test_all_ranks_stop_an_evaluation_if_one_received_the_signal(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """As when the node of one of them is drained."""
+    """Only the rank on a drained node receives the signal."""
     process = start_ranks(ONE, tiny, tmp_path, evaluate__batch_size=1)
     try:
         assert process.wait(120) != 0

@@ -36,7 +36,7 @@ from vitdet.training.watchdog import Watchdog
 
 
 @pytest.mark.slow
-def test_sigterm_at_any_step_loses_nothing(tiny: Path, trained: Path, tmp_path: Path) -> None:
+def test_sigterm_at_any_step_loses_no_step(tiny: Path, trained: Path, tmp_path: Path) -> None:
     at = sorted(random.sample(range(1, STEPS), 2))
     recorders = []
     for step in at:
@@ -47,14 +47,14 @@ def test_sigterm_at_any_step_loses_nothing(tiny: Path, trained: Path, tmp_path: 
     found: dict[int, dict[str, float]] = {}
     for recorder in recorders:
         for step, values in recorder.points.items():
-            # each once, none lost: an evaluation that was due belongs to the next run
+            # each point once, none lost: a pending evaluation belongs to the next run
             assert not values.keys() & found.get(step, {}).keys() - MEASURED, at
             found.setdefault(step, {}).update(values)
     assert list(found) == list(range(1, STEPS + 1)), at
     assert figures(found) == figures(json.loads((trained / "points.json").read_text()))
 
 
-def test_a_cut_at_any_step_loses_nothing_but_time(
+def test_a_kill_at_any_step_repeats_steps_with_equal_results(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
     at = random.randrange(1, STEPS + 1)
@@ -75,13 +75,13 @@ def test_sigterm_before_the_first_step_and_during_an_evaluation(
         train(load_config("tiny", minimal(tiny)), tmp_path, start_tracking=early)
     assert state_names(tmp_path) == ["step_00000000.pt"]
     stop_at(4, tiny, tmp_path, "box_ap")
-    rest = go(tiny, tmp_path, interrupt(terminate, STEPS, "box_ap"))  # it is done anyway
-    assert min(rest.points) == 5  # an evaluation that was done is not done again
+    rest = go(tiny, tmp_path, interrupt(terminate, STEPS, "box_ap"))  # it completes regardless
+    assert min(rest.points) == 5  # a completed evaluation is not repeated
     same_bits(tmp_path, trained)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_cut_before_the_model_is_written(tiny: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_kill_before_the_model_is_written(tiny: Path, trained: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(trained, tmp_path / "run"))
     (output / "model.pt").unlink()
     assert go(tiny, output).points == {}
@@ -97,14 +97,14 @@ def test_means_of_several_steps_survive_a_stop(tiny: Path, tmp_path: Path) -> No
     assert figures(rest.points)[7] == figures(whole.points)[7]
 
 
-def test_states_outside_of_the_output_survive_its_removal(
+def test_states_outside_the_output_survive_its_removal(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """DVC removes a stage's outs before it runs the stage."""
+    """DVC removes a stage's outputs before it runs the stage."""
     output, states = tmp_path / "out", tmp_path / "states"
     stop_at(5, tiny, output, states=states)
     shutil.rmtree(output)
-    stop_at(1, tiny, output, states=states, optim__lr=1e-4)  # other settings have their own states
+    stop_at(1, tiny, output, states=states, optim__lr=1e-4)  # other settings use other states
     shutil.rmtree(output)
     assert min(go(tiny, output, states=states).points) == 6
     same_weights(output, trained)
@@ -116,7 +116,7 @@ def test_an_output_with_another_config_is_refused(
 ) -> None:
     with refused(r"finished run with a different config \(optim.lr: 0.1, not 0.001; train.keep"):
         go(tiny, trained, optim__lr=0.1, train__keep=1)
-    cut_at(1, tiny, tmp_path)  # also when it has only begun
+    cut_at(1, tiny, tmp_path)  # also if the other run has just started
     before = (tmp_path / "config.yaml").read_text()
     with refused(r"contains a run with a different config \(optim.lr: 0.1, not 0.001\)"):
         go(tiny, tmp_path, optim__lr=0.1)
@@ -133,7 +133,7 @@ def test_a_data_set_that_changed_is_refused(own_tiny: Path, tmp_path: Path) -> N
         go(own_tiny, tmp_path / "run")
 
 
-def test_classes_must_fit(own_tiny: Path, tmp_path: Path) -> None:
+def test_the_number_of_classes_must_match_the_data(own_tiny: Path, tmp_path: Path) -> None:
     with refused("has 6 classes, but model.roi_heads.num_classes is 80; set it to 6"):
         go(own_tiny, tmp_path / "run", model__roi_heads__num_classes=80)
     path = own_tiny / "annotations" / "instances_val.json"
@@ -143,7 +143,7 @@ def test_classes_must_fit(own_tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(
+def test_an_indivisible_batch_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -153,7 +153,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_and_keeps_a_finite_state(tiny: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     changes = {"optim__lr": 1e18, "optim__clip": 0, "train__log_every": 100, "train__save_every": 1}
     with refused("not finite: training has diverged; try a smaller optim.lr"):
@@ -165,7 +165,7 @@ def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_
 
 
 @pytest.mark.slow
-def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -> None:
+def test_only_one_run_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from vitdet.checkpoint import Checkpoints\n"
         "with Checkpoints(Path(sys.argv[1]), 1).locked(): print('locked', flush=True); sys.stdin.read()"
@@ -190,7 +190,7 @@ def test_a_process_whose_torchrun_died_stops(monkeypatch: pytest.MonkeyPatch) ->
         watchdog = Watchdog(stop)
         monkeypatch.setattr(os, "getppid", lambda: 1)
         watchdog._watch_parent(0.0)
-        assert not stop.received  # alone, it may outlive the shell that started it
+        assert not stop.received  # without torchrun, it may outlive the shell that started it
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
         watchdog._watch_parent(0.0)
         assert stop.received == signal.SIGTERM

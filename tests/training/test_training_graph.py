@@ -1,4 +1,4 @@
-"""Training steps that cannot be recorded as a CUDA graph: which, for how long, and what the log says."""
+"""Training steps that cannot be recorded as a CUDA graph: which, for how long, and the log lines."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SIZES = torch.tensor([[128, 128]])
 
 
 class Recorded:
-    """Stands for a `CudaGraph`, with room for as many objects an image as said."""
+    """Simulates a `CudaGraph` with memory for a limited number of objects per image."""
 
-    room = 64
+    capacity = 64
     error: NotRecorded | None = None
 
     def __init__(self) -> None:
@@ -35,10 +35,10 @@ class Recorded:
     def record(self, function: Callable, *tensors: Tensor) -> None:
         if self.error:
             raise self.error
-        if tensors[2].shape[1] > self.room:
+        if tensors[2].shape[1] > self.capacity:
             self.clear()
             raise OutOfMemory("out of memory")
-        function(*tensors)  # as a warm-up does
+        function(*tensors)  # like a warm-up
         self.graphs[tensors[2].shape[1]] = function
 
     def __call__(self, *tensors: Tensor) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class Recorded:
 
 
 class Steps:
-    """Graphed steps of one weight, whose gradient grows by one in each; `eager`: slots of those without a graph."""
+    """Graphed steps of one weight, whose gradient grows by 1 per step; `eager` has the slots of ungraphed steps."""
 
     def __init__(self) -> None:
         self.detector = torch.nn.Linear(1, 1, bias=False)
@@ -63,23 +63,23 @@ class Steps:
         return {}
 
     def __call__(self, slots: int) -> bool:
-        """Whether a step with so many slots for objects replays a graph."""
+        """Return whether a step with this number of object slots replays a graph."""
         before, gradient = self.graphed.graph.replayed, self.detector.weight.grad.item()
         targets = Targets.of([target([[10, 10, 50, 60]], [1])], slots=slots)
         self.graphed(images(1), targets, SIZES)
-        assert self.detector.weight.grad.item() == gradient + 1  # also where recording was tried
+        assert self.detector.weight.grad.item() == gradient + 1  # also if recording failed
         return self.graphed.graph.replayed > before
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Steps:
     monkeypatch.setattr(training_graph, "CudaGraph", Recorded)
-    monkeypatch.setattr(Recorded, "room", 64)
+    monkeypatch.setattr(Recorded, "capacity", 64)
     caplog.set_level(logging.INFO)
     return Steps()
 
 
-def test_a_size_without_room_is_tried_again_after_the_next_evaluation_and_not_a_third_time(
+def test_a_size_without_memory_is_retried_once_after_the_next_evaluation(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert steps(16) and not steps(128) and not steps(128) and steps(16)
@@ -88,16 +88,16 @@ def test_a_size_without_room_is_tried_again_after_the_next_evaluation_and_not_a_
     steps.graphed.release()
     assert not steps(128) and caplog.messages[1:] == [f"{text}: out of memory"]
     assert not steps(256)
-    monkeypatch.setattr(Recorded, "room", 256)
+    monkeypatch.setattr(Recorded, "capacity", 256)
     assert not steps(256)
     steps.graphed.release()
     assert not steps(128) and steps(64) and steps(256) and len(caplog.messages) == 3
 
 
-def test_a_step_that_ran_out_of_memory_has_that_of_the_graphs(
+def test_a_step_out_of_memory_releases_the_graphs(
     steps: Steps, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Recorded again and again they would cost more than they gain: after some times there are none."""
+    """Repeated recording costs more than graphs save, so they are disabled after a few attempts."""
     assert not steps(128)
     for _ in range(CLEARINGS):
         assert steps(16) and not steps(128) and not steps.graphed.graph.graphs
@@ -121,7 +121,7 @@ def test_more_sizes_than_graphs_are_kept_wait_for_the_next_evaluation(
     assert steps(32)
 
 
-def test_what_waits_for_the_gpu_is_not_tried_again(
+def test_steps_that_wait_for_the_gpu_are_not_retried(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Recorded, "error", NotRecorded("operation not permitted"))
@@ -143,7 +143,7 @@ def test_a_step_that_waits_runs_without_a_graph_on_a_gpu(caplog: pytest.LogCaptu
     def run(images: Tensor, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
         losses = detector(images, targets, sizes)
         total = sum(losses.values())
-        assert total.item() > 0  # waits, which a capture does not permit
+        assert total.item() > 0  # waits for the GPU, which stream capture does not permit
         total.backward()
         return losses
 

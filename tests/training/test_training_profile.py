@@ -25,7 +25,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     "device",
     [pytest.param("cpu", marks=on_cpu), pytest.param("cuda", marks=[on_gpu, pytest.mark.cuda])],
 )
-def test_every_part_of_a_step_has_its_share(
+def test_the_profile_reports_every_part_of_a_step(
     device: str, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = minimal(tiny, **{"optim.steps": STEPS, "train.eval_every": STEPS})
@@ -45,9 +45,7 @@ def test_every_part_of_a_step_has_its_share(
     assert sum(float(row[-1].rstrip("%")) for row in rows[:-1]) == pytest.approx(100, abs=1)
 
 
-def test_a_training_that_is_too_short_is_refused_before_it_begins(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_profiling_too_few_steps_is_refused_at_the_start(tiny: Path, tmp_path: Path) -> None:
     config = load_config("tiny", minimal(tiny, **{"optim.steps": STEPS - 1}))
     with pytest.raises(ValueError, match=f"takes {STEPS} steps, but only {STEPS - 1} are left"):
         train(config, tmp_path / "run", profile=True)
@@ -59,7 +57,7 @@ def test_a_gradient_belongs_to_the_part_of_its_operator() -> None:
     with profile() as trace:
         with record_function("MLP"):
             hidden = first(torch.randn(4, 8))
-            with record_function("attention"):  # the innermost scope counts
+            with record_function("attention"):  # the innermost scope wins
                 hidden = second(hidden)
         hidden.exp().sum().backward()
     events = list(trace.events())
@@ -73,10 +71,10 @@ def test_a_gradient_belongs_to_the_part_of_its_operator() -> None:
 
 def test_every_kernel_of_a_step_belongs_to_a_part() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if "vitdet::" in name}
-    assert registered - {"vitdet::paste"} <= set(OPERATORS)  # masks are pasted in evaluations
+    assert registered - {"vitdet::paste"} <= set(OPERATORS)  # masks are pasted only in evaluations
     assert set(OPERATORS.values()) <= set(PARTS)
 
 
-def test_time_covered_twice_counts_once() -> None:
+def test_overlapping_time_is_counted_once() -> None:
     assert union([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
     assert union([]) == 0

@@ -1,4 +1,4 @@
-"""Ranks that hang, that never join, and processes left by torchrun."""
+"""Ranks that hang or never join, and processes that torchrun leaves behind."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def beat(step: int, stage: Stage, age: float, limit: float = LIMIT, **more: obje
 @pytest.mark.parametrize(
     ("beats", "expected"),
     [
-        # the others wait in the backward pass for one that is behind
+        # the other ranks wait in the backward pass for a slow rank
         ([beat(7, Stage.EXCHANGING, LATE), beat(7, Stage.COMPUTING, LATE)], [1]),
         ([beat(7, Stage.EXCHANGING, LATE), beat(6, Stage.SAVING, LATE)], [1]),
         ([beat(7, Stage.EXCHANGING, LATE), beat(7, Stage.LOADING, LIMIT - 1)], []),
         # rank 0 compares the detections of LVIS while the others wait
         ([beat(7, Stage.COMPARING, LATE, LONG), beat(7, Stage.WAITING, LATE, LONG)], []),
         ([beat(7, Stage.COMPARING, LONG + 1, LONG), beat(7, Stage.WAITING, LONG + 1, LONG)], [0]),
-        # one has a larger share of the images
+        # one rank has more images
         ([beat(7, Stage.EVALUATING, 1), beat(7, Stage.WAITING, LATE, LONG)], []),
-        # all at one place: a deadlock, once the last one has been there for too long
+        # all ranks at one place: a deadlock, once the last rank exceeds the limit
         ([beat(7, Stage.EXCHANGING, LATE), beat(7, Stage.EXCHANGING, LATE)], [0, 1]),
         ([beat(7, Stage.EXCHANGING, LATE), beat(7, Stage.EXCHANGING, 1)], []),
-        # stopped, or its node is gone: whatever its last place was
+        # a stopped rank or a lost node, at any place
         ([beat(7, Stage.EXCHANGING, 1), beat(7, Stage.SAVING, 1, LONG, silent=LATE)], [1]),
         ([beat(7, Stage.EXCHANGING, 1), beat(8, Stage.WAITING, 1, LONG, silent=LATE)], [1]),
-        # it has ended well
+        # the rank has ended successfully
         ([beat(8, Stage.FINISHING, 1), beat(7, Stage.WAITING, 1, silent=LATE, done=True)], []),
         ([beat(8, Stage.WAITING, 1, silent=LATE, done=True)], []),
     ],
@@ -126,7 +126,7 @@ step.TrainingStep.run = run_once_asleep
 
 
 @pytest.mark.slow
-def test_a_rank_asleep_is_named_with_all_stacks_and_started_again(
+def test_a_hanging_rank_is_reported_with_all_stacks_and_restarted(
     tiny: Path, tmp_path: Path
 ) -> None:
     process = start_ranks(ASLEEP, tiny, tmp_path, "--max-restarts=1")
@@ -155,12 +155,12 @@ def test_a_rank_that_does_not_join_is_named(tiny: Path, tmp_path: Path) -> None:
     assert process.wait(120) == 1
     log = (tmp_path / "log").read_text()
     assert "vitdet: rank 1 of 2 did not join within 5 seconds; see its log\n" in log
-    assert 'patched.py", line' not in log  # no traceback
+    assert 'patched.py", line' not in log  # no traceback in the log
 
 
 @pytest.mark.slow
 def test_no_rank_outlives_a_torchrun_that_was_killed(tiny: Path, tmp_path: Path) -> None:
-    """Whenever it is: while the ranks import torch, join, build the model, or train."""
+    """The kill may come while the ranks import torch, join, build the model, or train."""
     for seconds in (0, 0.1, 1, 4):
         process = start_ranks("", tiny, tmp_path, optim__steps=10_000, data__workers=1)
         begin = time.monotonic()
@@ -190,7 +190,7 @@ def test_the_collectives_in_flight_are_part_of_the_report(monkeypatch: pytest.Mo
     assert "version" in json.loads(record) or record.startswith("not available")
 
 
-def test_the_limits_name_a_rank_within_five_minutes() -> None:
+def test_a_hanging_rank_is_reported_within_five_minutes() -> None:
     assert watchdog.LIMIT + 2 * watchdog.INTERVAL + watchdog.ANSWER < 300
     join, collective = distributed.JOIN_TIMEOUT, distributed.COLLECTIVE_TIMEOUT
     assert join.total_seconds() <= 300 < collective.total_seconds()
