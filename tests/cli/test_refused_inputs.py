@@ -83,7 +83,7 @@ def test_an_empty_path_is_not_the_current_folder(vitdet: Run, tmp_path: Path, co
 
 
 @pytest.mark.parametrize("key", MODEL)
-def test_a_checkpoint_with_an_invalid_entry(
+def test_a_checkpoint_with_a_bad_entry(
     vitdet: Run, trained: Path, tmp_path: Path, key: str
 ) -> None:
     content, path = load_model_file(trained / "model.pt"), tmp_path / "model.pt"
@@ -97,7 +97,7 @@ def test_a_checkpoint_with_an_invalid_entry(
 
 
 @pytest.mark.parametrize("key", TRAINING)
-def test_a_training_state_with_an_invalid_entry(tmp_path: Path, key: str) -> None:
+def test_a_training_state_with_a_bad_entry(tmp_path: Path, key: str) -> None:
     states = Checkpoints(tmp_path, 2)
     parts = dict.fromkeys(("config", "model", "optimizer", "average", "meter", "metrics"), {})
     path = states.save(1, {**parts, "run_id": None})

@@ -1,4 +1,4 @@
-"""Gray values of 10 to 14 bits in files of 16: read with data.bit_depth, and reported by `data check --images`."""
+"""Gray values of 10 to 14 bits in 16-bit files: reading with data.bit_depth, and reports by `data check --images`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitdet.data.images import Reading, examine, open_image, read_image, upright
 from vitdet.data.loader import train_loader, val_loader
 from vitdet.predictor import Predictor
 
-DEEP = MANY[..., 0] >> 4  # of 12 bits
+DEEP = MANY[..., 0] >> 4  # 12-bit values
 SEEN = (DEEP >> 4).astype(np.uint8)
 TWELVE = Reading(bit_depth=12)
 
@@ -54,7 +54,7 @@ Write = Callable[..., None]
 
 @pytest.mark.parametrize("write", FILES.values(), ids=FILES)
 @pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
-def test_values_of_any_depth_become_eight_bits(write: Write, depth: int, tmp_path: Path) -> None:
+def test_values_are_scaled_to_eight_bits(write: Write, depth: int, tmp_path: Path) -> None:
     data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
     write(path, MANY[..., 0].astype(int) >> (16 - depth))
     data = replace(data, bit_depth=depth)
@@ -83,10 +83,10 @@ def test_a_depth_in_the_file_needs_no_setting(
 
 def test_a_tiff_states_its_bits(tmp_path: Path) -> None:
     pairs = DEEP.astype(int).reshape(-1, 2)
-    packed = np.stack(  # 12 bits each, the upper ones first
+    packed = np.stack(  # 12 bits each, most significant first
         [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1
     ).astype(np.uint8)
-    # width, height, bits, no compression, black is 0, place of the pixels, samples, rows, bytes
+    # width, height, bits, no compression, black is 0, pixel offset, samples, rows, bytes
     tags = {256: WIDE, 257: HIGH, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: HIGH}
     tags[279] = packed.size
     tags[273] = 8 + 2 + 12 * len(tags) + 4
@@ -98,7 +98,7 @@ def test_a_tiff_states_its_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reading", [Reading(), Reading(bit_depth=8), TWELVE])
-def test_eight_bits_stay_as_they_are(reading: Reading, tmp_path: Path) -> None:
+def test_eight_bit_values_are_unchanged(reading: Reading, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.fromarray(GRAY).save(path)
     assert np.array_equal(open_image(path, reading), rgb(GRAY))
@@ -149,10 +149,10 @@ def test_colors_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None
         ((65535, 1023), ""),
     ],
 )
-def test_check_sees_the_range_of_all_images(
+def test_check_considers_the_range_of_all_images(
     vitdet: Run, tmp_path: Path, highest: tuple[int, int], says: str
 ) -> None:
-    """A dark image among others is no reason to warn; with the proposed setting none is given."""
+    """A dark image among others causes no warning, nor does the proposed setting."""
     data_set(tmp_path, (HIGH, WIDE))
     path = tmp_path / "annotations" / "instances_odd.json"
     tree = json.loads(path.read_text())
@@ -176,7 +176,7 @@ def test_check_sees_the_range_of_all_images(
     assert vitdet(*report, "--set", says)[1].endswith(" 0 warnings\n")
 
 
-def test_commands_that_read_images_take_max_pixels(
+def test_commands_that_read_images_accept_max_pixels(
     vitdet: Run, tmp_path: Path, trained: Path
 ) -> None:
     data_set(tmp_path, (HIGH, WIDE))

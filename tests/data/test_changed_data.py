@@ -42,7 +42,7 @@ class Run:
 
     @property
     def common(self) -> tuple[str, str, str, str, str]:
-        """What the steps after the evaluation have in common."""
+        """Return the common arguments of the steps after evaluation."""
         return self.path("figures"), self.path("configs"), self.name, str(self.space), self.run_id
 
     def prepare(self, root: Path, *overrides: str, recipe: str = "tiny") -> Run:
@@ -66,10 +66,10 @@ class Run:
         return stages.evaluate_recipe(self.path("model.pt"), *run, *outputs).known
 
     def better(self, ap: float) -> None:
-        """Changes the AP that was measured."""
+        """Overwrite the measured AP."""
         row = json.loads(Path(self.path("figures")).read_text())
         row["metrics"]["box_ap"] = ap
-        row.pop("plots", None)  # whose matches have another AP
+        row.pop("plots", None)  # as the matches have another AP
         Path(self.path("figures")).write_text(json.dumps(row))
 
     def evaluate_champion(self) -> str:
@@ -87,7 +87,7 @@ SMALL = [f"{key}={value}" for key, value in MINIMAL.items() if key != "optim.ste
 
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with own data and a workspace whose registry has a champion that was trained on it."""
+    """A folder with a custom data set, and a workspace whose registry has a champion trained on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
@@ -101,7 +101,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def again(finished: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Run:
-    """A second run on data that a test may change, with the checkpoint of the first one."""
+    """A second run with the first run's checkpoint, on data that a test may change."""
     shutil.copytree(finished / "own", tmp_path / "own")
     run = Run(finished / "space", tmp_path, f"{abs(hash(request.node.name)):016x}"[:16])
     Path(run.path("")).mkdir(parents=True)
@@ -115,7 +115,7 @@ def version(run: Run) -> str:
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_vitdet_b_coco"])
-def test_own_data_needs_one_override(own_tiny: Path, tmp_path: Path, recipe: str) -> None:
+def test_custom_data_needs_one_override(own_tiny: Path, tmp_path: Path, recipe: str) -> None:
     other_classes(own_tiny, ["bolt", "nut"])
     run = Run(tmp_path / "space", tmp_path, "1" * 16)
     run.prepare(own_tiny, "train.init=", recipe=recipe)
@@ -125,11 +125,11 @@ def test_own_data_needs_one_override(own_tiny: Path, tmp_path: Path, recipe: str
     (note,) = run.notes
     assert note.startswith(f"{run.name}: {own_tiny} has ") and "num_classes=2" in note
     argv = stages.train_argv(run.path("settings"), run.name, run.data, str(run.space), run.run_id)
-    assert load_config(argv[1]) == config  # what a job on the cluster reads
+    assert load_config(argv[1]) == config  # the config that a cluster job reads
     assert resolve_config(argv[1])[0] == config
 
 
-def test_two_recipes_are_compared_on_own_data(own_tiny: Path, tmp_path: Path) -> None:
+def test_two_recipes_are_compared_on_custom_data(own_tiny: Path, tmp_path: Path) -> None:
     overrides = [f"data.root={own_tiny}", "train.init=", "evaluate.max_detections=60"]
     folders = [str(tmp_path / name) for name in ("settings", "space", "configs", "manifest")]
     recipes = ["tiny", "mask_rcnn_vitdet_b_coco"]
@@ -152,7 +152,7 @@ def test_after_an_added_image_a_new_run_trains_again(own_tiny: Path, tmp_path: P
     add_image(own_tiny)
     changed = Run(tmp_path / "space", tmp_path, "3" * 16).prepare(own_tiny)
     assert changed.name == first.name and changed.data != first.data
-    assert changed.data.split("-")[1] == first.data.split("-")[1]  # the same validation split
+    assert changed.data.split("-")[1] == first.data.split("-")[1]  # the validation split is equal
     with pytest.raises(ValueError, match="train is no longer the split that was verified"):
         first.train()
     changed.train()
@@ -172,7 +172,7 @@ def test_after_an_added_class_a_new_run_trains_again(own_tiny: Path, tmp_path: P
     assert len(load_model_file(changed.path("model.pt"))["class_names"]) == 7
 
 
-def test_added_training_images_do_not_open_the_gate(again: Run) -> None:
+def test_added_training_images_do_not_change_the_gate_s_verdict(again: Run) -> None:
     add_image(again.folder / "own")
     assert again.prepare(again.folder / "own").evaluate()
     passed, reason = again.gate()
@@ -189,7 +189,7 @@ def test_on_other_validation_data_the_champion_is_evaluated_again(again: Run) ->
     assert again.gate() == (True, "box AP 3, above the 0 of the champion, version 1")
     again.better(0.0)
     assert not again.gate()[0]
-    assert again.evaluate()  # the registry has the champion's AP: the next run need not measure it
+    assert again.evaluate()  # the registry has the champion's AP, so the next run skips this
 
 
 def test_with_other_settings_the_champion_is_evaluated_again(again: Run) -> None:
@@ -242,7 +242,7 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     code, _, err = vitdet("register", other, *words)
     assert code == 1 and "no better than the 0 of the champion, version 1" in err
 
-    # the checkpoint's own metrics are of the data before, --metrics of these
+    # the checkpoint's own metrics are of the old data, those of --metrics of the new data
     add_image(own_tiny, "val")
     metrics.write_text('{"box_ap": 3.0}')
     code, out, err = vitdet("register", other, *words, "--metrics", metrics)
@@ -253,6 +253,6 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     assert code == 0 and "box AP 3, above the 0 of the champion, version 1" in out, err
     shutil.rmtree(own_tiny)
     code, _, err = vitdet("register", model, *words)
-    # of the data before, the champion has the AP of its own registration as a candidate
+    # on the old data, the champion has the AP of its registration
     assert code == 1 and "no better than the 0 of the champion, version 2" in err, err
     assert err.count("\n") == 1, err

@@ -43,7 +43,7 @@ def folder(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "data"))
 
 
-def test_a_sound_folder_has_warnings_for_what_training_leaves_out(sound: Path) -> None:
+def test_a_valid_folder_has_warnings_for_objects_that_training_omits(sound: Path) -> None:
     report = check(sound)
     assert report.ok and report.splits == {"train": (3, 5, 2), "val": (3, 5, 2)}
     left_out = ("crowd region (ignored in training)", "box of zero size (ignored in training)")
@@ -77,7 +77,7 @@ def outline(index: int, value: object) -> Callable[[dict], None]:
     return set_value("annotations", index, "segmentation", value)
 
 
-FAULTS = [  # all kinds: test_odd_annotations
+FAULTS = [  # test_odd_annotations.py covers all kinds
     (set_value("annotations", 1, "id", 1), "duplicate annotation id", "annotation 1: entry 1"),
     (set_value("images", 1, "id", 1), "duplicate image id", "image 1: entry 1"),
     (set_value("categories", 1, "id", 1), "duplicate category id", "category 1: entry 1"),
@@ -99,7 +99,7 @@ FAULTS = [  # all kinds: test_odd_annotations
 
 
 @pytest.mark.parametrize(("damage", "kind", "example"), FAULTS)
-def test_an_error_has_its_place(folder: Path, damage: Callable, kind: str, example: str) -> None:
+def test_an_error_is_located(folder: Path, damage: Callable, kind: str, example: str) -> None:
     content = document()
     damage(content)
     write(folder, "train", content)
@@ -130,13 +130,13 @@ NO_UNICODE = "\ud800".encode("utf-8", "surrogatepass").decode("latin1")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "null", '{"images": 1e999}', NO_UNICODE])
-def test_a_file_that_is_something_else_is_an_error(folder: Path, text: str) -> None:
+def test_a_file_of_another_kind_is_an_error(folder: Path, text: str) -> None:
     write(folder, "train", text)
     report = check(folder, ["train"])
     assert not report.ok and "instances_train.json" in report.errors[0].examples[0]
 
 
-def test_damaged_image_files_are_told_apart(folder: Path) -> None:
+def test_damaged_image_files_are_distinguished(folder: Path) -> None:
     whole = (folder / "train" / "1.png").read_bytes()
     (folder / "train" / "1.png").write_bytes(whole[: len(whole) // 2])
     (folder / "train" / "2.png").write_text("<html>not found</html>")
@@ -146,7 +146,7 @@ def test_damaged_image_files_are_told_apart(folder: Path) -> None:
     assert kinds(check(folder, images=False))[0] == {"missing image file": 1}
 
 
-def test_an_image_that_lies_on_its_side_has_the_size_of_the_upright_one(folder: Path) -> None:
+def test_an_exif_rotated_image_has_the_size_of_the_upright_one(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (48, 64)).save(folder / "train" / "1.png", "JPEG", exif=exif)
@@ -180,7 +180,7 @@ def test_a_missing_folder_or_split_is_an_error(folder: Path) -> None:
     assert "instances_test.json" in check(folder, ["train", "test"]).lines()[4]
 
 
-def test_compressed_run_lengths_are_understood() -> None:
+def test_compressed_run_lengths_are_accepted() -> None:
     rng = np.random.default_rng(0)
     for size in ((1, 1), (7, 9), (48, 64), (300, 500)):
         for density in (0.0, 0.01, 0.5, 1.0):

@@ -38,7 +38,7 @@ def _write(folder: Path, content: object) -> Path:
     return path
 
 
-def test_records_hold_usable_objects_in_order(tmp_path: Path) -> None:
+def test_records_contain_usable_objects_in_order(tmp_path: Path) -> None:
     split = read_coco(_write(tmp_path, _content()), tmp_path / "train")
     assert split.class_names == ("dog", "cup") and split.category_ids == (3, 7)
     assert [record.image_id for record in split.records] == [10, 20]
@@ -68,7 +68,7 @@ def _damage(where: str, **values: object) -> dict:
         ([1, 2], "expected an object with images, annotations, categories; got a list"),
     ],
 )
-def test_a_problem_is_one_line(tmp_path: Path, content: object, expected: str) -> None:
+def test_an_annotation_error_is_one_line(tmp_path: Path, content: object, expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
         read_coco(_write(tmp_path, content), tmp_path / "train")
     message = str(caught.value)
@@ -81,10 +81,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_coco(tmp_path / "none.json", tmp_path)
 
 
-def test_sixteen_bits_are_scaled_and_turned(tmp_path: Path) -> None:
+def test_sixteen_bit_images_are_scaled_and_rotated(tmp_path: Path) -> None:
     pixels = np.array([[0, 255, 256], [32768, 40000, 65535]], np.uint16)
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    exif[0x0112] = 3  # rotated by 180 degrees
     for name in ("x.png", "x.tiff"):
         Image.fromarray(pixels).save(tmp_path / name, exif=exif)
         image = np.asarray(read_image(tmp_path / name, (2, 3)))
@@ -92,7 +92,7 @@ def test_sixteen_bits_are_scaled_and_turned(tmp_path: Path) -> None:
         assert (image == image[..., :1]).all()
 
 
-def test_an_image_that_has_disappeared_is_named(tmp_path: Path) -> None:
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
     says = "x.jpg: no such image file; `vitdet data check ROOT --images"
     with pytest.raises(ImageError, match=says):
         read_image(tmp_path / "x.jpg")

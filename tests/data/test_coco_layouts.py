@@ -51,7 +51,7 @@ def roboflow(root: Path) -> None:
 
 
 def one_split(file: str, folder: str, prefix: str = "") -> Callable[[Path], None]:
-    """An annotation file, and its images in a folder."""
+    """Return a layout of one annotation file with its images in a folder."""
 
     def layout(root: Path) -> None:
         write(root / file, content(folder=prefix))
@@ -62,7 +62,7 @@ def one_split(file: str, folder: str, prefix: str = "") -> Callable[[Path], None
 
 def bare(root: Path) -> None:
     write(root / "dataset.json", content())
-    write(root / "1.json", {"version": "5.0", "shapes": [], "imagePath": "1.png"})  # LabelMe's own
+    write(root / "1.json", {"version": "5.0", "shapes": [], "imagePath": "1.png"})  # a LabelMe file
     draw_images(root)
 
 
@@ -98,7 +98,7 @@ def test_every_layout_has_the_same_records(tmp_path: Path, layout: Callable[[Pat
     assert images == 3 * len(splits) and objects == 5 * len(splits)
 
 
-def test_roboflows_export_is_resolved_and_its_root_category_dropped(tmp_path: Path) -> None:
+def test_a_roboflow_export_is_resolved_without_its_root_category(tmp_path: Path) -> None:
     roboflow(tmp_path)
     config, found = resolve_config("tiny", [f"data.root={tmp_path}"])
     assert (found["data.val_split"], found["model.roi_heads.num_classes"]) == ("valid", 2)
@@ -114,7 +114,7 @@ def test_roboflows_export_is_resolved_and_its_root_category_dropped(tmp_path: Pa
 
 
 @pytest.mark.parametrize("layout", ONE_SPLIT.values(), ids=ONE_SPLIT)
-def test_one_split_is_not_trained_and_validated_on(
+def test_a_single_split_is_not_used_for_both_training_and_validation(
     vitdet: Callable, layout: Callable[[Path], None]
 ) -> None:
     layout(Path("own"))
@@ -123,7 +123,7 @@ def test_one_split_is_not_trained_and_validated_on(
     assert not Path("out").exists()
 
 
-def test_what_is_there_is_named_where_nothing_is_recognized(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_layout_lists_the_folder(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("names: [a]")
     (tmp_path / "images").mkdir()
     (error,) = check(tmp_path).errors

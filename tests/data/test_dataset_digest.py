@@ -2,7 +2,7 @@
 for any location, and for copies and links.
 """
 
-# ruff: noqa: F401, F811 - fixtures of the other file
+# ruff: noqa: F401, F811 - imported fixtures
 from __future__ import annotations
 
 import os
@@ -25,7 +25,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The digests that MLflow is told, one a training; each training ends there."""
+    """The digests that are passed to MLflow, one per training run, which then ends."""
     told: list[str] = []
 
     def start_run(uri: str, folder: Path, what: dict, *_: object) -> None:
@@ -50,7 +50,7 @@ def test_every_way_to_train_logs_the_same_digest(
     def settings(root: str) -> list[str]:
         return [*minimal(root, optim__steps=1), f"data.dataset={dataset}"]
 
-    # as DVC leaves it
+    # as checked out by DVC
     own, held = (place(source, "own"), place(source, "work/data/held", os.symlink))
     assert vitdet("train", "tiny", *options(settings(own)), "--output", "runs/a")[0] == 143
 

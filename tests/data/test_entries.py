@@ -19,14 +19,14 @@ from vitdet.data.dataset import read_split
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small one of the large sets, two splits; not to be changed."""
+    """A read-only data set of tests.helpers.large with two small splits."""
     folder = tmp_path_factory.mktemp("large")
     write(folder, 60, 300)
     write(folder, 20, 90, "val", first=1000)
     return folder
 
 
-def test_entries_are_those_of_json(large: Path) -> None:
+def test_entries_equal_those_of_json(large: Path) -> None:
     path = large / "annotations" / "instances_train.json"
     found, expected = read_entries(path), json.loads(path.read_bytes())
     assert set(found) == {"images", "annotations", "categories"}
@@ -47,7 +47,7 @@ def test_entries_are_those_of_json(large: Path) -> None:
         '{"images": [1267650600228229401496703205376]}',
     ],
 )
-def test_what_is_no_sound_file_is_as_json_reads_it(tmp_path: Path, text: str) -> None:
+def test_invalid_files_are_read_as_by_json(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
     found, expected = read_entries(path), json.loads(text)
@@ -77,7 +77,7 @@ def test_records_are_equal_however_the_file_was_read(large: Path) -> None:
         assert record.labels.tolist() == [annotation["category_id"] - 1 for annotation in expected]
 
 
-def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path) -> None:
+def test_slices_of_records_share_arrays_and_keep_no_python_objects(large: Path) -> None:
     records = read_split(DataConfig(root=str(large), train_split="train"), "train").records
     part = records[10:50][::-2]
     assert [record.image_id for record in part] == [records[i].image_id for i in range(49, 9, -2)]
@@ -93,13 +93,13 @@ def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path
         value = waiting.pop()
         reached += 1
         waiting += [other for other in gc.get_referents(value) if not isinstance(other, type | str)]
-    assert reached < 400  # of 300 objects with 30 numbers each
+    assert reached < 400  # the split has 300 objects with 30 numbers each
     records[0].boxes[:] = -1
     assert (records[0].boxes >= 0).all()
 
 
-def test_a_picture_of_two_splits_is_found_when_images_are_read(large: Path) -> None:
-    assert check(large, images=False).ok  # ids and names are others
+def test_an_image_in_two_splits_is_found_by_reading_images(large: Path) -> None:
+    assert check(large, images=False).ok  # IDs and names differ
     (error, *_) = check(large).errors
-    # all are links to the same four
+    # all images are links to the same four files
     assert error.kind == "same image file in two splits" and error.count == 20

@@ -35,7 +35,7 @@ def data(own_tiny: Path) -> DataConfig:
 
 
 def add_image(root: Path, split: str = "train") -> None:
-    """One more image with the objects of the first one."""
+    """Add an image with the first image's objects."""
     path = root / "annotations" / f"instances_{split}.json"
     content = json.loads(path.read_text())
     first = content["images"][0]
@@ -81,19 +81,19 @@ def test_a_fingerprint_covers_annotations_and_named_images(
     change(Path(data.root))
     after = fingerprints(data)
     assert {split for split in before if before[split] != after[split]} == changed
-    for split in ("train", "val"):  # the same whether the split was read before or not
+    for split in ("train", "val"):  # equal whether or not the split was read before
         assert after[split] == fingerprint(data, split, read_split(data, split).records)
 
 
-def test_the_root_and_other_settings_are_no_part_of_it(data: DataConfig, tmp_path: Path) -> None:
+def test_the_fingerprint_excludes_other_settings(data: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(data.root, tmp_path / "elsewhere")
     there = replace(data, root=str(tmp_path / "elsewhere"), flip=0.0, workers=3, image_size=64)
     assert fingerprints(there) == fingerprints(data)
 
 
-def test_max_images_counts_only_where_it_limits_the_split(data: DataConfig) -> None:
+def test_max_images_matters_only_if_it_limits_the_split(data: DataConfig) -> None:
     whole = fingerprints(data)
-    few = fingerprints(replace(data, max_images=6))  # of 12 and 4
+    few = fingerprints(replace(data, max_images=6))  # the splits have 12 and 4 images
     assert few["train"] != whole["train"] and few["val"] == whole["val"]
     append(max((Path(data.root) / "train").glob("*.jpg")))
     assert fingerprints(replace(data, max_images=6)) == few
@@ -123,13 +123,13 @@ def test_a_missing_image_is_reported(data: DataConfig, look: Callable) -> None:
         look(data)
 
 
-def test_a_manifest_of_another_program_is_no_record(data: DataConfig) -> None:
+def test_a_manifest_of_another_program_is_ignored(data: DataConfig) -> None:
     expected = describe(data)
     (Path(data.root) / "manifest.json").write_text('{"name": "mine"}')
     assert describe(data) == expected
 
 
-def test_data_that_was_verified_is_verified_again(data: DataConfig) -> None:
+def test_verified_data_is_verified_again(data: DataConfig) -> None:
     expected = combined(describe(data)["fingerprints"])
     assert combined(verify(data, expected)) == expected
     with pytest.raises(FileNotFoundError, match="removed since the data was verified"):
@@ -139,8 +139,8 @@ def test_data_that_was_verified_is_verified_again(data: DataConfig) -> None:
         verify(data, expected)
 
 
-def test_a_run_of_version_0_1_goes_on_with_the_same_data_only(own_tiny: Path) -> None:
-    """Its states hold the digest of the whole data set."""
+def test_a_run_of_version_0_1_resumes_only_with_equal_data(own_tiny: Path) -> None:
+    """The states of version 0.1 contain the digest of the whole data set."""
     config = load_config("tiny", minimal(own_tiny, optim__steps=2, train__save_every=1))
     whole, old = own_tiny.parent / "whole", own_tiny.parent / "run"
     train(config, whole)

@@ -108,7 +108,7 @@ def test_both_checks_agree(fault: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("lost", ["iscrowd", "area", "segmentation", "bbox", "id", "image_id"])
 @pytest.mark.parametrize("lvis", [False, True])
-def test_they_agree_on_what_is_missing(lost: str, lvis: bool, tmp_path: Path) -> None:
+def test_both_checks_agree_on_missing_keys(lost: str, lvis: bool, tmp_path: Path) -> None:
     things = [THING | {"id": n + 1} for n in range(4)]
     del things[1][lost]
     agree(tree_of(things), tmp_path, lvis)
@@ -128,7 +128,7 @@ def agree(tree: dict, folder: Path, lvis: bool) -> None:
     assert warned or not silent
 
 
-def test_what_is_flawless_is_not_looked_at_again(
+def test_only_annotations_with_problems_are_checked_individually(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []

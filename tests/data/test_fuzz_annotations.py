@@ -16,7 +16,7 @@ from vitdet.config import DataConfig
 
 @pytest.fixture(scope="module", params=["coco", "lvis"])
 def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """A folder whose annotation file each input replaces."""
+    """A folder whose annotation file is replaced by each input."""
     folder = tmp_path_factory.mktemp("fuzz")
     draw_images(folder / "val")
     (folder / "annotations").mkdir()

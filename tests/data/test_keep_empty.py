@@ -30,7 +30,7 @@ FULL, EMPTY = target([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), target([],
 
 @pytest.fixture
 def data(tiny: Path, tmp_path: Path) -> DataConfig:
-    """The demo's data in which the first image of the training split has a crowd only and the second nothing."""
+    """The demo data, with only a crowd in the first training image and no object in the second."""
     root = tmp_path / "data"
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
@@ -54,7 +54,7 @@ def ids_of(data: DataConfig) -> list[int]:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_images_without_objects_are_left_out_or_background(
+def test_images_without_objects_are_omitted_or_background(
     data: DataConfig, keep: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -75,8 +75,8 @@ def test_images_without_objects_are_left_out_or_background(
     assert [batch.image_ids for batch in plain] == [batch.image_ids for batch in own]
 
 
-def test_a_redrawn_crop_is_one_of_an_image_with_objects(data: DataConfig) -> None:
-    """An image that has none is not drawn again."""
+def test_only_crops_of_images_with_objects_are_redrawn(data: DataConfig) -> None:
+    """Crops of images without objects are not redrawn."""
     data = replace(data, keep_empty=True, redraw_empty=True)
     count = len(read_split(data, "train").records)
     batch = next(iter(train_loader(data, count, 0, 0, 1)))
@@ -84,14 +84,14 @@ def test_a_redrawn_crop_is_one_of_an_image_with_objects(data: DataConfig) -> Non
     assert len(set(batch.image_ids)) == count
 
 
-def test_images_without_objects_are_repeated_once(data: DataConfig) -> None:
+def test_images_without_objects_have_a_repeat_factor_of_1(data: DataConfig) -> None:
     data = replace(data, keep_empty=True, repeat_threshold=1.0)
     seen = [image_id for batch in train_loader(data, 8, 0, 0, 40) for image_id in batch.image_ids]
     first = read_split(data, "train").records[0].image_id
     assert 0 < seen.count(first) <= math.ceil(len(seen) / len(ids_of(data))) + 1
 
 
-def test_max_images_counts_them_in_training_only(data: DataConfig) -> None:
+def test_max_images_includes_empty_images_only_in_training(data: DataConfig) -> None:
     every = [record.image_id for record in read_split(data, "train").records]
     few = replace(data, max_images=3)
     assert ids_of(few) == every[2:5]
@@ -101,10 +101,10 @@ def test_max_images_counts_them_in_training_only(data: DataConfig) -> None:
     assert prints[0]["val"] == prints[1]["val"] and prints[0]["train"] != prints[1]["train"]
 
 
-def test_without_any_object_there_is_nothing_to_learn(data: DataConfig) -> None:
+def test_a_training_split_without_objects_is_refused(data: DataConfig) -> None:
     data = replace(data, keep_empty=True)
     with pytest.raises(ValueError, match="no image of train has a usable object"):
-        train_loader(replace(data, max_images=2), 1, 0, 0, 1)  # the two without objects
+        train_loader(replace(data, max_images=2), 1, 0, 0, 1)  # the two images without objects
     path = Path(data.root) / "annotations" / "instances_train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     with pytest.raises(ValueError, match="no image of train has a usable object"):
@@ -117,7 +117,7 @@ def cross_entropy(logit: float, truth: bool) -> float:
 
 @pytest.mark.parametrize("targets", [[FULL, EMPTY], [EMPTY, FULL], [EMPTY, EMPTY]])
 def test_the_losses_of_an_image_without_objects(targets: list) -> None:
-    """Anchors and boxes of it are background, and count in every divisor but the masks'."""
+    """Its anchors and boxes are background, and every loss but the mask loss averages over them."""
     detector = small_detector().train()
     pixels, sizes = images(2).float(), torch.tensor([[128, 128]] * 2)
     torch.manual_seed(3)
@@ -159,7 +159,7 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
                 expected["loss_rpn_loc"] += miss / (2 * rpn.samples)
     mask = heads.mask_loss(features, assigned, batch).item()
     assert losses == pytest.approx({**expected, "loss_mask": mask}, rel=1e-4, abs=1e-6)
-    for alone in (i for i, kind in enumerate(targets) if kind is FULL):  # the mean of its masks
+    for alone in (i for i, kind in enumerate(targets) if kind is FULL):  # mean over its masks
         only = slice(alone, alone + 1)
         of_full = [level[only] for level in features]
         own = Assigned(assigned.boxes[only], assigned.matched[only], assigned.most)
@@ -167,7 +167,7 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
         assert mask == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_training_with_background_images_is_finite(data: DataConfig, tmp_path: Path) -> None:
+def test_losses_with_background_images_are_finite(data: DataConfig, tmp_path: Path) -> None:
     changes = ["data.keep_empty=true", "data.workers=0", "optim.steps=2"]
     settings = [*minimal(Path(data.root)), *changes]
     model = train(load_config("tiny", settings), tmp_path / "run")

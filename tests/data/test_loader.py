@@ -1,4 +1,4 @@
-"""Loaders: a step's batch depends on seed and step alone; validation yields every image once."""
+"""Loaders: a step's batch depends only on seed and step; validation yields every image once."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from vitdet.types import Batch
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    """Twelve noise images per split; every third holds no object, object k of an image is a triangle."""
+    """Twelve noise images per split with triangles as objects; every third image has no object."""
     rng = np.random.default_rng(0)
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
@@ -54,7 +54,7 @@ def _same(a: Batch, b: Batch) -> bool:
     return a.image_ids == b.image_ids and all(torch.equal(*pair) for pair in pairs)
 
 
-def test_batches_hold_what_training_needs(data: DataConfig) -> None:
+def test_batches_contain_images_sizes_and_targets(data: DataConfig) -> None:
     loader = train_loader(data, 4, seed=0, start_step=0, steps=6)
     batches = list(loader)
     assert len(batches) == len(loader) == 6 and loader.dataset.without_objects == 4
@@ -84,7 +84,7 @@ def test_resume_workers_and_cache_do_not_change_a_step(data: DataConfig) -> None
     assert len(train_loader(data, 4, seed=1, start_step=7, steps=7)) == 0
 
 
-def test_two_ranks_see_the_images_of_one(data: DataConfig) -> None:
+def test_two_ranks_get_the_images_of_a_single_process(data: DataConfig) -> None:
     alone = list(train_loader(data, 4, 0, 0, 3))
     halves = [list(train_loader(data, 4, 0, 0, 3, rank, 2)) for rank in range(2)]
     for whole, left, right in zip(alone, *halves, strict=True):
@@ -94,7 +94,7 @@ def test_two_ranks_see_the_images_of_one(data: DataConfig) -> None:
         train_loader(data, 4, 0, 0, 3, 0, 3)
 
 
-def test_validation_shows_every_image_once_in_order(data: DataConfig) -> None:
+def test_validation_yields_every_image_once_in_order(data: DataConfig) -> None:
     batches = list(val_loader(data, 5))
     ids = [image_id for batch in batches for image_id in batch.image_ids]
     assert ids == sorted(ids) and len(ids) == 12 and [len(batch) for batch in batches] == [5, 5, 2]
@@ -105,7 +105,7 @@ def test_validation_shows_every_image_once_in_order(data: DataConfig) -> None:
     assert list(val_loader(replace(data, max_images=1), 1, 0, 2)) == []
 
 
-def test_max_images_takes_the_lowest_ids_that_hold_an_object(data: DataConfig) -> None:
+def test_max_images_selects_the_lowest_ids_with_an_object(data: DataConfig) -> None:
     records = read_split(replace(data, max_images=3), "val").records
     assert [record.image_id for record in records] == [89, 90, 92]
 
@@ -113,12 +113,12 @@ def test_max_images_takes_the_lowest_ids_that_hold_an_object(data: DataConfig) -
 def test_a_batch_is_pinned_for_the_gpu(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     batch = next(iter(train_loader(data, 2, 0, 0, 1)))
-    pinned = pin_memory(batch)  # as a DataLoader does where there is a GPU
+    pinned = pin_memory(batch)  # as a DataLoader does if there is a GPU
     assert torch.equal(pinned.images, batch.images + 1) and pinned.targets is batch.targets
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_stops_with_one_line(data: DataConfig, workers: int) -> None:
+def test_a_truncated_image_is_a_one_line_error(data: DataConfig, workers: int) -> None:
     file = Path(data.root) / "train" / "1.jpg"
     file.write_bytes(file.read_bytes()[:600])
     says = r"train/1.jpg: the image cannot be read: .*vitdet data check"
@@ -141,7 +141,7 @@ sys.exit(7)  # in the middle of the stream
 """
 
 
-def test_a_signal_to_the_group_spares_the_workers_and_the_end_ends_them(data: DataConfig) -> None:
+def test_workers_ignore_signals_to_the_group_and_end_with_the_process(data: DataConfig) -> None:
     done = subprocess.run(
         [sys.executable, "-c", GROUP_SIGNAL, data.root],
         start_new_session=True,
@@ -159,12 +159,12 @@ def test_ignored_objects_are_counted_once(
     content["annotations"][0]["bbox"][2] = 0
     path.write_text(json.dumps(content))
     train_loader(data, 4, seed=0, start_step=0, steps=1)
-    # the first process has said it
+    # the first process has logged the message
     train_loader(data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2)
     assert caplog.messages == [f"{path}: objects ignored in training: 1 of zero size"]
 
 
-def test_an_empty_crop_gives_its_place_to_another_image(data: DataConfig) -> None:
+def test_an_empty_crop_is_replaced_by_another_image(data: DataConfig) -> None:
     data = replace(data, scale_range=(3.0, 6.0))
     redrawn = replace(data, redraw_empty=True)
     plain, full = (list(train_loader(split, 4, 1, 0, 10)) for split in (data, redrawn))
@@ -190,8 +190,8 @@ def test_redrawing_stops_if_no_crop_has_an_object(
         list(train_loader(replace(data, redraw_empty=True), 4, 0, 0, 1))
 
 
-def test_rare_classes_are_repeated_by_rank_and_restart(data: DataConfig) -> None:
-    data = replace(data, repeat_threshold=1.0)  # class b is in 4 of 8 images: a factor of 1.41
+def test_rare_classes_are_repeated_on_all_ranks_and_after_a_restart(data: DataConfig) -> None:
+    data = replace(data, repeat_threshold=1.0)  # class b is in 4 of 8 images, so its factor is 1.41
     alone = [image for batch in train_loader(data, 4, 0, 0, 200) for image in batch.image_ids]
     with_b = sum(image in (98, 95, 92, 89) for image in alone) / len(alone)
     assert with_b == pytest.approx(2**0.5 / (1 + 2**0.5), abs=0.03)
@@ -201,7 +201,7 @@ def test_rare_classes_are_repeated_by_rank_and_restart(data: DataConfig) -> None
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-def test_validation_resizes_as_the_setting_says(data: DataConfig, antialias: bool) -> None:
+def test_validation_resizes_according_to_the_setting(data: DataConfig, antialias: bool) -> None:
     batch = next(iter(val_loader(replace(data, antialias=antialias), 1)))
     record = read_split(data, "val").records[0]
     expected, _ = resize_and_pad(np.asarray(Image.open(record.path)), 64, antialias)

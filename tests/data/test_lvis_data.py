@@ -25,11 +25,11 @@ from vitdet.training import train
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "coco-eval" / "lvis_val_100.json"
 UNSURE = "not_exhaustive_category_ids"
-COUNTS = (100, 81, 1, 0, 9, 4)  # images of each category, as the training file states them
+COUNTS = (100, 81, 1, 0, 9, 4)  # image_count of each category in the training file
 
 
 def as_lvis(tiny: Path, folder: Path) -> Path:
-    """The tiny set as LVIS writes it: no file names, no crowds, images of val in train2017 as well."""
+    """Write the tiny data set in LVIS format: no file names or crowds, and val images also in train2017."""
     for split, place in (("train", "train2017"), ("val", "val2017")):
         content = json.loads((tiny / "annotations" / f"instances_{split}.json").read_text())
         first = content["categories"][0]["id"]
@@ -54,7 +54,7 @@ def as_lvis(tiny: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def lvis(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """A read-only data set in LVIS format."""
     return as_lvis(tiny, tmp_path_factory.mktemp("lvis"))
 
 
@@ -74,7 +74,7 @@ def change(folder: Path, split: str, what: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_paths_follow_the_urls_and_counts_are_the_stated_ones(lvis: Path, tiny: Path) -> None:
+def test_paths_follow_the_urls_and_counts_are_read_from_the_file(lvis: Path, tiny: Path) -> None:
     data = settings(lvis)
     found = read_split(data, "val")
     folders = [lvis / "train2017", *[lvis / "val2017"] * 3]
@@ -85,10 +85,10 @@ def test_paths_follow_the_urls_and_counts_are_the_stated_ones(lvis: Path, tiny: 
         assert record.labels.tolist() == other.labels.tolist()
     assert train_split.dropped == {} and train_split.image_counts == COUNTS
     holding = [sum(label in record.labels for record in found.records) for label in range(6)]
-    assert found.image_counts == tuple(holding)  # val states none
+    assert found.image_counts == tuple(holding)  # the val file has no image_count
 
 
-def test_labels_are_the_ranks_of_ids_and_file_names_do_as_well(own_lvis: Path) -> None:
+def test_labels_follow_sorted_ids_and_file_names_replace_urls(own_lvis: Path) -> None:
     def renumber(content: dict) -> None:
         for annotation in content["annotations"]:
             annotation["category_id"] *= 100
@@ -128,14 +128,14 @@ def test_a_fingerprint_covers_the_images_that_the_file_names(own_lvis: Path) -> 
     assert fingerprints(data) != first
 
 
-def test_a_sound_folder_has_no_errors_and_its_images_are_read(lvis: Path, own_lvis: Path) -> None:
+def test_a_valid_folder_has_no_errors_and_its_images_are_read(lvis: Path, own_lvis: Path) -> None:
     report = check(lvis)
     assert report.ok and list(report.splits) == ["lvis_v1_train", "lvis_v1_val"]
     image = read_split(settings(own_lvis), "val").records[0].path
     image.write_bytes(image.read_bytes()[:300])
     (error,) = check(own_lvis).errors
     assert error.kind == "truncated or invalid image file" and "'train2017/va" in error.examples[0]
-    assert not check(own_lvis, ["val", "nothing"], images=False).ok  # the second one is not there
+    assert not check(own_lvis, ["val", "nothing"], images=False).ok  # a missing split
 
 
 def test_coco_and_lvis_may_share_a_folder(lvis: Path, tiny: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_coco_and_lvis_may_share_a_folder(lvis: Path, tiny: Path, tmp_path: Path
         ("annotations", "area", -1, "area that is not a number of pixels"),
     ],
 )
-def test_what_lvis_needs_is_checked(
+def test_requirements_of_lvis_are_checked(
     own_lvis: Path, table: str, key: str, value: object, kind: str
 ) -> None:
     def damage(content: dict) -> None:
@@ -184,7 +184,7 @@ def test_the_federated_loss_draws_by_image_counts(
     recorder, weights = Recorder(), "roi_heads.classification.class_weights"
     config = load_config("tiny", minimal(lvis, **changes))
     path = train(config, tmp_path / "run", start_tracking=lambda *_: recorder)
-    odds = torch.tensor([10.0, 9.0, 1.0, 0.0, 3.0, 2.0])  # square roots of the stated counts
+    odds = torch.tensor([10.0, 9.0, 1.0, 0.0, 3.0, 2.0])  # square roots of image_count
     torch.testing.assert_close(load_model_file(path)["model"][weights], odds)
     detector, config, names = restore_detector(path)
     torch.testing.assert_close(detector.roi_heads.classification.class_weights, odds)
@@ -194,7 +194,7 @@ def test_the_federated_loss_draws_by_image_counts(
     assert {"box_ap", "mask_ap", "box_ap_rare", "box_ar_300"} <= set(figures)
     assert len(Predictor.load(path)(picture, threshold=0.0)) <= 4
 
-    # Another data set's odds take the place of those of the detector that the training starts from.
+    # The new data set's weights replace those of the initial detector.
     changes |= {"optim__steps": 1, "train__eval_every": 1, "train__init": path}
     own = Path(shutil.copytree(lvis, tmp_path / "own"))
     change(own, "train", lambda content: content["categories"][3].update(image_count=49))

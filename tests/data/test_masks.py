@@ -14,7 +14,7 @@ SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "coco-sample"
 
 
 def _rasterise(lines: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixels (H, W) whose center has a winding number other than zero: the definition, row by row."""
+    """Return pixels (H, W) whose centers have a nonzero winding number, row by row."""
     turns = np.zeros((height, width), int)
     x = np.arange(width) + 0.5
     for x0, y0, x1, y1 in lines.astype(np.float64):
@@ -30,8 +30,8 @@ def _closes(lines: np.ndarray) -> bool:
     return sorted(lines[:, :2].tolist()) == sorted(lines[:, 2:].tolist())
 
 
-def test_polygon_parts_turn_alike_and_unite() -> None:
-    # one clockwise, one not, overlapping
+def test_polygon_parts_get_equal_orientation_and_unite() -> None:
+    # overlapping parts of opposite orientation
     square, turned = ([1, 1, 7, 1, 7, 7, 1, 7], [4, 4, 4, 9, 9, 9, 9, 4])
     found, counts = edges_of([[square, turned], None, [square]], 12, 12)
     assert found.shape == (12, 4) and found.dtype == np.float32 and counts.tolist() == [8, 0, 4]
@@ -48,11 +48,11 @@ def test_rle_outline_is_exact() -> None:
         (rle,) = encode(torch.from_numpy(pixels)[None])
         found, _ = edges_of([rle], 17, 23)
         assert np.array_equal(_rasterise(found, 17, 23), pixels) and _closes(found)
-        across = found[:, [1, 0, 3, 2]]  # exchanged axes need the horizontal edges
+        across = found[:, [1, 0, 3, 2]]  # the transposed mask needs the horizontal edges
         assert np.array_equal(_rasterise(across, 23, 17), pixels.T)
 
 
-def test_a_rectangle_of_pixels_has_four_edges_also_uncompressed() -> None:
+def test_a_rectangle_of_pixels_has_four_edges() -> None:
     # columns 1, 2, rows 1, 2
     found, _ = edges_of([{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5)
     assert sorted(found.tolist()) == [[1, 1, 1, 3], [1, 3, 3, 3], [3, 1, 1, 1], [3, 3, 3, 1]]
@@ -66,7 +66,7 @@ def test_no_objects_and_empty_rle() -> None:
         edges_of([{"size": [4, 5], "counts": [20]}], 5, 5)
 
 
-def test_encode_is_read_back() -> None:
+def test_encode_round_trip() -> None:
     bitmaps = torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0)) < 0.4
     encoded = encode(bitmaps)
     assert [type(code["counts"]) for code in encoded] == [str] * 3 and encoded[0]["size"] == [9, 14]
@@ -90,7 +90,7 @@ def test_real_outlines_cover_the_pixels_of_pycocotools() -> None:
 
 
 def _slow_paste(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Probabilities (H, W): bilinear between cell centres, cells outside the grid are zero."""
+    """Return probabilities (H, W), bilinear between cell centers; cells outside the grid are zero."""
     side = len(mask)
     ringed = np.pad(mask.astype(np.float64), 1)
     out = np.zeros((height, width))
@@ -110,7 +110,7 @@ BOXES = [[3.2, 4.7, 20.1, 15.9], [-6.0, -3.5, 9.0, 40.0], [0, 0, 33, 26], [25.4,
 SMALL = [[10.1, 10.2, 10.4, 10.9], [12.5, 7.5, 12.5, 9.5]]
 
 
-def test_paste_equals_a_slow_version() -> None:
+def test_paste_equals_a_reference_implementation() -> None:
     masks = torch.rand(6, 28, 28, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor(BOXES + SMALL)
     found = paste(masks, boxes, (26, 33)).numpy()
@@ -124,7 +124,7 @@ def test_paste_equals_a_slow_version() -> None:
     assert paste(masks[:0], boxes[:0], (26, 33)).shape == (0, 26, 33)
 
 
-def test_the_region_of_a_box_gives_the_same_bits_as_the_whole_image() -> None:
+def test_pasting_only_the_box_region_is_bitwise_equal() -> None:
     generator = torch.Generator().manual_seed(1)
     low = torch.rand(40, 2, generator=generator) * 90 - 10
     boxes = torch.cat([low, low + 1 + torch.rand(40, 2, generator=generator) * 80], dim=1)

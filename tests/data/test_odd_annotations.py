@@ -1,6 +1,6 @@
 """Unusual annotations: the result of `data check` for each, and agreement of all readers with it.
 
-What fuzzing found stands here as well.
+It includes the cases that fuzzing found.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ PARTS = "outline with parts of fewer than 3 points (ignored)"
 NUMBER = "number stored as a different type (read as an integer)"
 NO_IMAGE = "annotation of an unknown image (dropped)"
 NO_CATEGORY = "annotation of an unknown category (dropped)"
-# What may follow from the change of one value
+# Findings that a single changed value may also cause
 CONSEQUENCES = {"category without instances", "area that does not fit its box"}
 WHOLE = "id that is not a whole number"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """A folder whose annotation file each test replaces."""
+    """A folder whose annotation file is replaced by each test."""
     folder = tmp_path_factory.mktemp("odd")
     draw_images(folder / "val")
     (folder / "annotations").mkdir()
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def kinds(data: DataConfig, content: bytes | dict) -> tuple[set[str], set[str]]:
-    """Errors and warnings of the file, in addition to the warnings of a sound one; all readers agree with them."""
+    """Return errors and added warnings of the file, after checking that all readers agree with them."""
     plain = {f"{what} (ignored in training)" for what in ("crowd region", "box of zero size")}
     plain.add("image without objects")
     report = judged(data, content if isinstance(content, bytes) else json.dumps(content).encode())
@@ -75,7 +75,7 @@ def without(table: str, key: str) -> dict:
 
 
 def each(table: str, key: str, values: Iterable[object], kind: str, index: int = 0) -> list[tuple]:
-    """A case for each value of the key."""
+    """Return a case for each value of the key."""
     return [(changed(table, key, value, index), kind) for value in values]
 
 
@@ -153,7 +153,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("content", "kind"), ERRORS, ids=[kind for _, kind in ERRORS])
-def test_an_error_is_one_for_all_readers(data: DataConfig, content: dict, kind: str) -> None:
+def test_readers_reject_what_check_rejects(data: DataConfig, content: dict, kind: str) -> None:
     assert kind in kinds(data, content)[0]
 
 
@@ -168,7 +168,7 @@ TOLERATED = [
     *each("annotations", "bbox", [[64, 10, 20, 20]], OUTSIDE),
     *each("annotations", "bbox", [[-1.5, 0, 2.5, HEIGHT]], "box partly outside its image", 4),
     *outlines([COMPRESSED], ELSEWHERE),
-    *outlines([[[5, 5] * 3], [[70, 10, 90, 10, 90, 30]]], NO_PIXELS),  # a point, another place
+    *outlines([[[5, 5] * 3], [[70, 10, 90, 10, 90, 30]]], NO_PIXELS),  # a point, outside the image
     *run_lengths(([0, 0, 3072], [3072]), NO_PIXELS),
     *outlines(([], None), NO_OUTLINE),
     *outlines([[SQUARE, [1, 2, 3, 4]]], PARTS),
@@ -194,7 +194,7 @@ TOLERATED = [
 
 
 @pytest.mark.parametrize(("content", "kind"), TOLERATED)
-def test_what_is_tolerated_is_tolerated_by_all(data: DataConfig, content: dict, kind: str) -> None:
+def test_readers_accept_what_check_tolerates(data: DataConfig, content: dict, kind: str) -> None:
     errors, warnings = kinds(data, content)
     expected = {kind} - {""}
     assert not errors and expected <= warnings <= expected | CONSEQUENCES
@@ -204,7 +204,7 @@ CORNERS = "bbox that looks like corners"
 
 
 def every(key: str, change: Callable[[object], object]) -> dict:
-    """The document without its box of zero size, with a value of each annotation changed."""
+    """Return the document without its empty box, with a value changed in every annotation."""
     content = document()
     del content["annotations"][2]
     for annotation in content["annotations"]:
@@ -222,13 +222,13 @@ def every(key: str, change: Callable[[object], object]) -> dict:
         ("bbox", lambda box: [10, 10, 30, 30] if box[0] else [0, 0, 1, HEIGHT], CORNERS),
     ],
 )
-def test_a_fault_of_most_objects_is_an_error(
+def test_a_fault_in_most_objects_is_an_error(
     data: DataConfig, key: str, change: Callable, kind: str
 ) -> None:
     assert f"most objects: {kind}" in kinds(data, every(key, change))[0]
 
 
-def test_outlines_outside_of_their_images_leave_boxes_to_train(
+def test_objects_with_outlines_outside_the_image_keep_their_boxes(
     data: DataConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = every("segmentation", lambda _: [[70, 10, 90, 10, 90, 30]])
@@ -241,7 +241,7 @@ def test_outlines_outside_of_their_images_leave_boxes_to_train(
     assert "objects ignored in training: 1 crowd" in caplog.text
 
 
-def test_corners_are_recognized_without_outlines(data: DataConfig) -> None:
+def test_boxes_given_as_corners_are_recognized_without_outlines(data: DataConfig) -> None:
     content = every("segmentation", lambda _: [])
     for annotation in content["annotations"]:
         annotation["bbox"] = [40, 20, 60, 40]
@@ -266,7 +266,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_file_is_refused(data: DataConfig, content: bytes, message: str) -> None:
+def test_an_invalid_file_is_refused(data: DataConfig, content: bytes, message: str) -> None:
     assert kinds(data, content)[0]
     path = Path(data.root, "annotations", "instances_val.json")
     for read in (lambda: read_split(data, "val"), lambda: read_truth(path)):
@@ -282,7 +282,7 @@ def test_other_encodings_of_json_are_read(data: DataConfig, content: bytes) -> N
 
 
 @pytest.mark.parametrize("first", ['"images": 3', '"images": [{"id": 9}]', '"annotations": null'])
-def test_of_a_key_that_comes_twice_the_last_counts(data: DataConfig, first: str) -> None:
+def test_the_last_of_duplicate_keys_wins(data: DataConfig, first: str) -> None:
     assert kinds(data, b"{" + first.encode() + b", " + SOUND[1:]) == (set(), set())
     twice = SOUND.replace(b'"id": 1,', b'"id": "x", "id": 1,')
     assert kinds(data, twice) == (set(), set())

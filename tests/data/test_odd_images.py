@@ -1,6 +1,6 @@
 """Images that are not plain RGB JPEG, through every reader of images: exact pixels, or a one-line error.
 
-What is expected is worked out in `odd_files`, from numbers that never saw Pillow.
+Expected pixels are computed in `odd_files`, without Pillow.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vitdet.visualize import draw
 
 
 class Watcher(nn.Module):
-    """Sees what a detector would see, and finds nothing."""
+    """A detector that records its input and returns no detections."""
 
     def forward(self, images: torch.Tensor, targets: None, sizes: torch.Tensor) -> list[Detections]:
         self.images = images
@@ -45,7 +45,7 @@ class Watcher(nn.Module):
 
 
 def data_set(root: Path, size: tuple[int, int], name: str = "odd.jpg") -> DataConfig:
-    """A split of one image, ROOT/odd/odd.jpg, that holds one object; its canvas is as long as the image."""
+    """Write a split of one image with one object, ROOT/odd/odd.jpg; the canvas has the image's longest side."""
     (root / "odd").mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
     height, width = size
@@ -62,12 +62,12 @@ def data_set(root: Path, size: tuple[int, int], name: str = "odd.jpg") -> DataCo
 
 
 def unscaled(batch: Batch | Watcher, size: tuple[int, int]) -> np.ndarray:
-    """The pixels (H, W, 3) of the only image, without the padding of its canvas."""
+    """Return the pixels (H, W, 3) of the batch's only image, without padding."""
     return batch.images.numpy()[0, :, : size[0], : size[1]].transpose(1, 2, 0)
 
 
 def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The upright picture as each part of the program has it."""
+    """Return the upright image as read by each part of the program."""
     record = read_split(data, "odd").records[0]
     yield "open_image", np.asarray(open_image(record.path))
     yield "what was read before", np.asarray(upright(open_image(record.path)))
@@ -84,11 +84,11 @@ def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("make", ODD.values(), ids=ODD)
-def test_everything_sees_the_same_upright_pixels(make: Make, tmp_path: Path) -> None:
+def test_all_readers_return_the_same_upright_pixels(make: Make, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
-    path = tmp_path / "odd" / "odd.jpg"  # whatever it is: the name says nothing
+    path = tmp_path / "odd" / "odd.jpg"  # the file name does not determine the format
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # as the command line does
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # like the command line
         expected, near = make(path)
         data = data_set(tmp_path, expected.shape[:2])
         for reader, seen in readings(data):
@@ -105,7 +105,7 @@ def test_everything_sees_the_same_upright_pixels(make: Make, tmp_path: Path) -> 
 
 
 CLEAN = ["errors: none", "warnings: none"]
-# both pictures whose 16 bits hold 8 are read as black
+# both 16-bit images with 8-bit values are read as black
 DARK = [
     "errors: none",
     "warnings: 1",
@@ -167,7 +167,7 @@ def test_warnings_of_pillow_are_not_shown(
 ) -> None:
     data_set(tmp_path, (HIGH, WIDE))
     ODD["EXIF that is broken: cut"](tmp_path / "odd" / "odd.jpg")
-    # a warning; of twice as many an error
+    # a warning; twice as many pixels are an error
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -178,7 +178,7 @@ def test_warnings_of_pillow_are_not_shown(
 
 
 def users(data: DataConfig, path: Path) -> list[Callable[[], object]]:
-    """Training, evaluation and prediction of the image, by the settings of `data`."""
+    """Return functions that train, evaluate and predict on the image with the settings of `data`."""
     return [
         lambda: next(iter(train_loader(data, 1, 0, 0, 1))),
         lambda: next(iter(val_loader(data, 1))),
@@ -192,7 +192,7 @@ def test_an_image_with_too_many_pixels_is_not_decoded(
     data, path = data_set(tmp_path, (13000, 13000)), tmp_path / "odd" / "odd.jpg"
     Image.new("RGB", (16, 16)).save(path, "JPEG")
     content = path.read_bytes()
-    place = content.index(b"\xff\xc0") + 5  # of height and width in the frame header
+    place = content.index(b"\xff\xc0") + 5  # offset of height and width in the frame header
     path.write_bytes(content[:place] + (13000).to_bytes(2, "big") * 2 + content[place + 4 :])
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
     expected = (
@@ -246,7 +246,7 @@ def test_a_size_without_the_exif_rotation_is_explained(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (1, 20000), (20000, 1)])
-def test_a_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_single_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Path) -> None:
     data, path = data_set(tmp_path, size), tmp_path / "odd" / "odd.jpg"
     path.write_bytes(png(size, 8, 2, [bytes([3, 99, 200]) * size[1]] * size[0]))
     plain = DataConfig(workers=0)
@@ -262,8 +262,8 @@ def test_a_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Path) -> 
     assert found.draw(path).convert("RGB").getpixel((0, 0)) == (3, 99, 200)
 
 
-def test_damaged_bytes_end_in_an_image_or_in_one_line(tmp_path: Path) -> None:
-    """And `check` says of them what training does."""
+def test_damaged_bytes_are_an_image_or_a_one_line_error(tmp_path: Path) -> None:
+    """`check` and training accept the same files and read equal sizes."""
     rng, path, read = np.random.default_rng(3), tmp_path / "x", 0
     files = []
     for make in ODD.values():

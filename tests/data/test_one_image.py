@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import environment
 
-pytestmark = pytest.mark.slow  # arrays of 65 million pairs, in processes of their own
-MB = 1024  # of ru_maxrss's unit, KB
+pytestmark = pytest.mark.slow  # arrays of 65 million pairs, in separate processes
+MB = 1024  # in the unit of ru_maxrss, KB
 GROWTH = """
 import resource
 def peak():
@@ -64,7 +64,7 @@ print(read - start, peak() - read)
 
 
 def growth(script: str, tmp_path: Path) -> list[int]:
-    """By how many MB the peak memory of a Python process grows, in each part of the script."""
+    """Return the growth of a Python process's peak memory in MB, for each part of the script."""
     printed = subprocess.run(
         [sys.executable, "-c", GROWTH + script],
         env=environment(tmp_path),
@@ -75,12 +75,12 @@ def growth(script: str, tmp_path: Path) -> list[int]:
     return [int(grown) // MB for grown in printed.stdout.split()]
 
 
-def test_anchors_are_matched_with_a_thousand_objects_in_little_memory(tmp_path: Path) -> None:
+def test_matching_anchors_with_a_thousand_objects_needs_little_memory(tmp_path: Path) -> None:
     (matched,) = growth(OBJECTS, tmp_path)
-    assert matched < 600  # 65 million pairs: 1,000 for the corners alone
+    assert matched < 600  # 65 million pairs need 1,000 MB for the corners alone
 
 
-def test_one_ragged_outline_among_many_objects_takes_little_memory(tmp_path: Path) -> None:
+def test_one_long_outline_among_many_objects_needs_little_memory(tmp_path: Path) -> None:
     read, targets = growth(READ_AND_CUT, tmp_path)
-    assert read < 200  # padded to the longest: 1,500
-    assert targets < 300  # all edges at once: 1,000
+    assert read < 200  # padding to the longest outline would need 1,500
+    assert targets < 300  # all edges at once would need 1,000

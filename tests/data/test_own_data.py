@@ -28,7 +28,7 @@ NAMES = ("bolt", "nut", "split pin")
 
 @pytest.fixture
 def yolo(tmp_path: Path) -> Path:
-    """Squares of three classes, as a camera's labeling tool leaves them."""
+    """Write squares of three classes as a YOLO data set."""
     folder, rng = tmp_path / "yolo", np.random.default_rng(0)
     for split in ("train", "valid"):
         images, labels = folder / split / "images", folder / split / "labels"
@@ -44,7 +44,7 @@ def yolo(tmp_path: Path) -> Path:
 
 
 def renamed(data: Path, **splits: str) -> Path:
-    """Splits under other names."""
+    """Rename the splits."""
     for old, new in splits.items():
         for name in ("{}", "annotations/instances_{}.json"):
             shutil.move(data / name.format(old), data / name.format(new))
@@ -53,12 +53,12 @@ def renamed(data: Path, **splits: str) -> Path:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """The messages that were logged."""
+    """Return the logged messages."""
     caplog.set_level("INFO")
     return lambda: "\n".join(caplog.messages)
 
 
-def test_from_labels_to_pictures_with_one_setting(
+def test_yolo_labels_to_pictures_with_one_setting(
     vitdet: Run, yolo: Path, tmp_path: Path, said: Callable[[], str]
 ) -> None:
     root, output = tmp_path / "parts", tmp_path / "runs" / "parts"
@@ -96,7 +96,7 @@ def test_a_checkpoint_is_evaluated_on_the_splits_of_another_folder(
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"])
-def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> None:
+def test_a_folder_determines_splits_and_classes(own_tiny: Path, recipe: str) -> None:
     kind = [] if recipe != "mask_rcnn_vitdet_b_lvis" else ["data.dataset=coco"]
     renamed(own_tiny, train="train2017", val="valid")
     overrides = [*kind, f"data.root={own_tiny}", "optim.lr=1e-3"]
@@ -106,24 +106,24 @@ def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> 
     assert found["data.val_split"] == "valid"
     assert ("model.roi_heads.num_classes" in found) == (recipe != "tiny")
     told = [f"{key}={value}" for key, value in found.items()]
-    # nothing else, and a user could have set it
+    # only settings that a user could have set
     assert load_config(recipe, [*overrides, *told]) == config
 
 
 @pytest.mark.parametrize(
     "named", [["data.train_split=day", "data.val_split=night"], ["model.roi_heads.num_classes=4"]]
 )
-def test_what_a_user_sets_stays(own_tiny: Path, named: list[str]) -> None:
+def test_settings_of_the_user_are_kept(own_tiny: Path, named: list[str]) -> None:
     overrides = [f"data.root={own_tiny}", *named]
     assert resolve_config("tiny", overrides) == (load_config("tiny", overrides), {})
 
 
-def test_without_another_folder_a_recipe_stays(own_tiny: Path) -> None:
+def test_without_another_folder_a_recipe_is_unchanged(own_tiny: Path) -> None:
     recipe = load_config("mask_rcnn_vitdet_b_coco", [f"data.root={own_tiny}"])
     assert resolve(recipe, ["optim.lr"]) == (recipe, {})
 
 
-def test_coco_stays_coco(tmp_path: Path) -> None:
+def test_recipes_for_coco_are_unchanged_on_coco(tmp_path: Path) -> None:
     (tmp_path / "annotations").mkdir()
     for split in ("train2017", "val2017", "train", "val"):
         categories = [{"id": number, "name": str(number)} for number in range(80)]
@@ -143,7 +143,7 @@ def test_settings_of_a_file_are_not_replaced(vitdet: Run, own_tiny: Path) -> Non
     assert err.endswith("has 6 classes, but model.roi_heads.num_classes is 5; set it to 6\n")
 
 
-def test_what_a_file_does_not_name_is_taken_from_the_folder(own_tiny: Path, tmp_path: Path) -> None:
+def test_settings_missing_from_a_file_follow_the_folder(own_tiny: Path, tmp_path: Path) -> None:
     other_classes(own_tiny, ["one", "two"])
     file = tmp_path / "mine.yaml"
     file.write_text(f"data: {{root: {own_tiny}, val_split: train}}\n")
@@ -154,7 +154,7 @@ def test_what_a_file_does_not_name_is_taken_from_the_folder(own_tiny: Path, tmp_
     assert resolve_config(file) == (load_config(file), {})
 
 
-def test_explicit_settings_are_those_of_a_user(tmp_path: Path) -> None:
+def test_explicit_settings_override_the_folder(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("data: {root: here}\nmodel: {rpn: {norm: true}}\n")
     overrides = ["optim.lr = 1", "train.init="]
@@ -166,11 +166,11 @@ def test_explicit_settings_are_those_of_a_user(tmp_path: Path) -> None:
 
 
 def test_a_printed_config_follows_later_data(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
-    """The first stage of dvc.yaml: settings first, data then, and a class more later."""
+    """The first stage of dvc.yaml resolves the settings before the data exists, and a class is added later."""
     words = ["config", ROOT / "vitdet" / "recipes" / "tiny.yaml", "--set", f"data.root={own_tiny}"]
     moved = own_tiny.rename(tmp_path / "later")
     assert vitdet(*words, *SMALL, "--output", tmp_path / "config.yaml")[0] == 0
-    assert load_config(tmp_path / "config.yaml").model.roi_heads.num_classes == 6  # complete
+    assert load_config(tmp_path / "config.yaml").model.roi_heads.num_classes == 6  # unresolved
     moved.rename(own_tiny)
     other_classes(own_tiny, ["one", "two"])
     renamed(own_tiny, train="train2017", val="val2017")
@@ -222,7 +222,7 @@ def test_incomplete_data_is_one_line(
     assert not Path("out").exists()
 
 
-def test_a_finished_detector_goes_on_with_the_folders_classes(
+def test_a_finished_detector_is_fine_tuned_on_the_folder_s_classes(
     vitdet: Run, trained: Path, own_tiny: Path, tmp_path: Path, said: Callable[[], str]
 ) -> None:
     other_classes(own_tiny, ["one", "two"])
@@ -233,7 +233,7 @@ def test_a_finished_detector_goes_on_with_the_folders_classes(
     assert Predictor.load(tmp_path / "run" / "model.pt").class_names == ("one", "two")
 
 
-def test_a_drawn_name_is_that_of_the_checkpoint(
+def test_drawn_names_are_those_of_the_checkpoint(
     trained: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
@@ -254,7 +254,7 @@ def test_a_drawn_name_is_that_of_the_checkpoint(
     ],
     ids=["fewer", "as many, one of another name", "in another order"],
 )
-def test_other_names_are_not_evaluated(
+def test_evaluation_refuses_other_class_names(
     vitdet: Run, trained: Path, own_tiny: Path, rename: Callable, says: str
 ) -> None:
     other_classes(own_tiny, rename(load_model_file(trained / "model.pt")["class_names"]))
@@ -273,7 +273,7 @@ def test_other_names_are_not_evaluated(
     ],
     ids=["mark", "utf-16", "nan"],
 )
-def test_classes_of_unusual_json_are_counted(own_tiny: Path, rewrite: Callable) -> None:
+def test_classes_in_unusual_json_are_counted(own_tiny: Path, rewrite: Callable) -> None:
     for path in (own_tiny / "annotations").iterdir():
         content = json.loads(path.read_text())
         content["categories"].append({"id": 99, "name": "seventh"})
@@ -283,7 +283,7 @@ def test_classes_of_unusual_json_are_counted(own_tiny: Path, rewrite: Callable) 
     assert config.model.roi_heads.num_classes == 7 and found == {"model.roi_heads.num_classes": 7}
 
 
-def test_json_files_of_no_layout_are_named(own_tiny: Path) -> None:
+def test_json_files_without_a_known_layout_are_named(own_tiny: Path) -> None:
     shutil.move(own_tiny / "annotations", own_tiny / "json")
     data = load_config("tiny", [f"data.root={own_tiny}"]).data
     assert str(missing(split_files(data, "train")[0], data)).endswith(

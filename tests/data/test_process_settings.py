@@ -41,7 +41,7 @@ print(json.dumps({"hard": hard, **found}))
 
 
 @pytest.mark.slow
-def test_a_training_configures_its_process_and_loaders_do_not(tiny: Path, tmp_path: Path) -> None:
+def test_training_configures_the_process_and_loaders_do_not(tiny: Path, tmp_path: Path) -> None:
     overrides = json.dumps(minimal(tiny, optim__steps=1))
     done = subprocess.run(
         [sys.executable, "-c", LOADERS, overrides],

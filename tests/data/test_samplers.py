@@ -9,7 +9,7 @@ import pytest
 from vitdet.data.samplers import InfiniteSampler, StepSampler, check_batch_size, repeat_factors
 
 
-def test_an_epoch_holds_every_image_once_in_an_order_of_its_own() -> None:
+def test_every_epoch_has_each_image_once_in_a_new_order() -> None:
     sampler = InfiniteSampler(10, seed=3)
     epochs = [[sampler[10 * epoch + place] for place in range(10)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -31,7 +31,7 @@ def test_repeat_factors_of_1_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("repeats", [None, np.array([1.0, 2.5, 1.25])], ids=["once", "repeated"])
-def test_the_stream_has_no_end(repeats: np.ndarray | None) -> None:
+def test_the_stream_is_infinite(repeats: np.ndarray | None) -> None:
     sampler = InfiniteSampler(3, 0, repeats)
     far = [sampler[position] for position in range(9_000, 9_600)]
     start = [sampler[position] for position in range(300)]
@@ -42,7 +42,7 @@ def test_the_stream_has_no_end(repeats: np.ndarray | None) -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_share_the_batch_of_one_process(world_size: int, accumulate: int) -> None:
+def test_ranks_split_the_batch_of_a_single_process(world_size: int, accumulate: int) -> None:
     alone = list(StepSampler(12, 0, 4))
     ranks = [StepSampler(12, 0, 4, rank, world_size, accumulate) for rank in range(world_size)]
     assert [len(rank) for rank in ranks] == [4 * accumulate] * world_size
@@ -56,7 +56,7 @@ def test_ranks_share_the_batch_of_one_process(world_size: int, accumulate: int) 
     assert list(StepSampler(12, 4, 4)) == [] and len(StepSampler(12, 5, 4)) == 0
 
 
-def test_uneven_shares_and_no_images_are_refused() -> None:
+def test_indivisible_batches_and_empty_splits_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of the 4 processes, got 6"):
         StepSampler(6, 0, 1, 0, 4)
     with pytest.raises(ValueError, match="no image"):
@@ -84,10 +84,10 @@ def test_an_indivisible_batch_is_refused(
     check_batch_size(24, processes, accumulate)
 
 
-def test_repeat_factors_are_those_of_the_rarest_class() -> None:
+def test_repeat_factors_follow_the_rarest_class() -> None:
     images = ([0, 0], [0, 1], [0], [0, 2, 3], [0], [0, 1], [0], [0, 3], [0], [])
     labels = [np.array(image, np.int64) for image in images]
-    # Shares of the ten images: class 0 in 9, class 1 in 2, class 2 in 1, class 3 in 2.
+    # Of ten images, class 0 is in 9, class 1 in 2, class 2 in 1, class 3 in 2.
     expected = [1, (0.4 / 0.2) ** 0.5, 1, 2, 1, (0.4 / 0.2) ** 0.5, 1, 2**0.5, 1, 1]
     assert repeat_factors(labels, 0.4) == pytest.approx(expected)
     assert repeat_factors(labels, 0.1).tolist() == [1.0] * 10  # no class is rarer
@@ -104,12 +104,12 @@ def test_repeat_factors_of_random_images_follow_the_formula() -> None:
     assert max(slow) > 2 and repeat_factors(labels, 0.05) == pytest.approx(slow)
 
 
-def test_an_image_comes_as_often_as_its_factor_says() -> None:
+def test_images_are_repeated_by_their_factors() -> None:
     factors = np.array([1.0, 1.3, 2.0, 2.75, 4.5])
     sampler = InfiniteSampler(5, seed=1, repeats=factors)
     epochs = 2000
     ends, stream = [0], []
-    while len(ends) <= epochs:  # an epoch ends with the last image that its roundings ask for
+    while len(ends) <= epochs:  # an epoch ends with its last image after stochastic rounding
         sampler[ends[-1]]
         start, length = ends[-1], len(sampler._order)
         epoch = [sampler[position] for position in range(start, start + length)]
@@ -120,14 +120,14 @@ def test_an_image_comes_as_often_as_its_factor_says() -> None:
     error = np.bincount(stream) / epochs - factors
     deviation = ((factors % 1) * (1 - factors % 1) / epochs) ** 0.5
     assert (np.abs(error) <= 4 * deviation + 1e-12).all()
-    assert len(set(np.diff(ends).tolist())) > 2  # each epoch has its own length
-    assert stream[:12] != stream[ends[1] : ends[1] + 12]  # and order
+    assert len(set(np.diff(ends).tolist())) > 2  # epochs differ in length
+    assert stream[:12] != stream[ends[1] : ends[1] + 12]  # and in order
 
 
-def test_a_restart_late_in_a_long_run_is_quick_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LVIS: 100,000 images; step 150,000 of batch 64 is in an epoch of about 80.
+def test_a_late_restart_of_a_long_run_is_fast_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the 100,000 images of LVIS, step 150,000 at batch size 64 is in about epoch 80.
 
-    Finding it takes one draw per epoch, not one per step, and one permutation.
+    Finding the position takes one draw per epoch instead of one per step, and one permutation.
     """
     epochs, real = [], InfiniteSampler._counts
 

@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
-def test_new_workers_use_the_memory_of_the_first(folder: Path, tmp_path: Path) -> None:
+def test_new_workers_share_the_first_worker_s_memory(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(WORKERS)
     done = subprocess.run(
         [sys.executable, tmp_path / "script.py", folder],
@@ -77,14 +77,14 @@ def test_new_workers_use_the_memory_of_the_first(folder: Path, tmp_path: Path) -
     rows, own = json.loads(done.stdout)
     assert len({pid for _, pid, _ in rows}) == 2
     assert len(own) == 4 and all("memfd:vitdet" in place for place in own) and len(set(own)) == 4
-    # inode and name; torch comes from the parent
+    # inode and name; torch created the segment in the parent
     assert all(place == [*own, "(0, 4)", True] for _, _, place in rows)
     data = DataConfig(root=str(folder), train_split="train", image_size=64)
     alone = TrainData(read_split(data, "train"), data, 0)
     assert [image for image, _, _ in rows] == list(alone.__getitems__(range(12)).image_ids)
 
 
-def test_a_plain_copy_is_a_copy() -> None:
+def test_pickled_copies_are_equal() -> None:
     block = pickle.loads(pickle.dumps(Shared(np.arange(6).reshape(2, 3))))
     assert block.array.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert len(block) == 2 and block[1].tolist() == [3, 4, 5]
@@ -95,10 +95,10 @@ def test_a_plain_copy_is_a_copy() -> None:
     empty = pickle.loads(pickle.dumps(PackedList()))
     assert len(empty) == 0 and list(empty) == []
     with pytest.raises(TypeError):
-        packed.append("one more")  # it would move what others look at
+        packed.append("one more")  # would move the memory that other processes read
 
 
-def test_packed_values_are_no_objects() -> None:
+def test_packed_values_are_not_python_objects() -> None:
     values = [[float(number)] * 50 for number in range(100)]
     packed = PackedList(values)
     values[3][0] = -1.0

@@ -19,7 +19,7 @@ WORLD = 3
 
 @pytest.fixture
 def everyone(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object]], list[object]]:
-    """everyone(act): what act(rank) gave or raised, in threads that stand for processes."""
+    """everyone(act) returns the result or error of act(rank) for all ranks, simulated by threads."""
     here, meeting, table = threading.local(), threading.Barrier(WORLD, timeout=500), [None] * WORLD
 
     def gather(value: object) -> list[object]:
@@ -47,14 +47,14 @@ def everyone(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], objec
     return run
 
 
-def test_only_the_first_process_looks_and_all_know(everyone: Callable) -> None:
+def test_only_rank_0_reads_and_all_ranks_get_the_result(everyone: Callable) -> None:
     looked = []
     found = everyone(lambda rank: distributed.rank0_result(lambda: looked.append(rank) or "digest"))
     assert found == ["digest"] * WORLD and looked == [0]
 
 
 @pytest.mark.parametrize("broken", [{0}, {1}, {1, 2}])
-def test_an_error_of_one_is_everyone_s(everyone: Callable, broken: set[int]) -> None:
+def test_an_error_of_rank_0_is_raised_on_all_ranks(everyone: Callable, broken: set[int]) -> None:
     def make(rank: int) -> str:
         if rank in broken:
             raise FileNotFoundError(f"no file, says {rank}")
@@ -67,7 +67,7 @@ def test_an_error_of_one_is_everyone_s(everyone: Callable, broken: set[int]) -> 
     assert everyone(lambda rank: distributed.reraise_on_all_ranks(lambda: rank)) == [0, 1, 2]
 
 
-def test_only_the_first_process_s_loader_looks_for_image_files(own_tiny: Path) -> None:
+def test_only_rank_0_looks_for_image_files(own_tiny: Path) -> None:
     next((own_tiny / "train").iterdir()).unlink()
     data = DataConfig(root=str(own_tiny), train_split="train", val_split="val", workers=0)
     train_loader(data, 2, 0, 0, 1, rank=1, world_size=2)
@@ -76,7 +76,7 @@ def test_only_the_first_process_s_loader_looks_for_image_files(own_tiny: Path) -
 
 
 @pytest.mark.slow
-def test_processes_with_a_broken_data_set_end_with_one_line(own_tiny: Path, tmp_path: Path) -> None:
+def test_processes_with_invalid_data_end_with_one_line(own_tiny: Path, tmp_path: Path) -> None:
     gone = next((own_tiny / "train").iterdir())
     gone.unlink()
     words = ["train", "tiny", *options(minimal(own_tiny)), "--output", "run"]
@@ -85,5 +85,5 @@ def test_processes_with_a_broken_data_set_end_with_one_line(own_tiny: Path, tmp_
     said = [line for line in errors.splitlines() if line.startswith("vitdet:")]
     assert process.returncode != 0 and not output and said and set(said) == {said[0]}, errors
     assert f"{gone}: no such file" in said[0]
-    assert "imed out" not in errors  # no process waited for another that had ended
+    assert "imed out" not in errors  # no process waited for one that had ended
     assert not list((tmp_path / "run").rglob("*.pt"))

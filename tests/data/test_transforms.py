@@ -56,7 +56,7 @@ def test_pad_puts_the_image_top_left() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
+def test_a_rectangle_matches_its_box(seed: int) -> None:
     image = np.zeros((90, 140, 3), np.uint8)
     image[30:60, 50:100] = 255
     affine = _draw(seed, scale_range=(0.5, 2.0), transpose=0.5)
@@ -69,7 +69,7 @@ def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
         assert len(rows) == 0
         return
     found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    # half a pixel of rounding and the blur of the resize
+    # tolerance: half a pixel of rounding and the blur of the resize
     assert np.abs(boxes[0] - found).max() <= 0.75
 
 
@@ -88,7 +88,7 @@ def test_crop_before_resize_equals_resize_then_crop(seed: int) -> None:
     assert abs(difference).max() <= 1
 
 
-def test_jitter_follows_the_published_arithmetic() -> None:
+def test_scale_jitter_follows_the_published_arithmetic() -> None:
     for seed in range(50):
         draws = np.random.default_rng(seed).random(7)
         affine = _draw(seed, source=(480, 640), canvas=1024)
@@ -102,7 +102,7 @@ def test_jitter_follows_the_published_arithmetic() -> None:
         assert not affine.transpose and affine.colors == (1, 1, 1)
 
 
-def test_settings_do_not_shift_each_others_draws() -> None:
+def test_settings_do_not_affect_each_other_s_random_draws() -> None:
     plain, changed = _draw(5), _draw(5, color_jitter=0.3)
     assert replace(changed, colors=plain.colors) == plain
     assert all(0.7 <= factor <= 1.3 for factor in changed.colors) and len(set(changed.colors)) == 3
@@ -132,7 +132,7 @@ def test_flip_and_transpose_move_boxes_and_pixels() -> None:
 
 
 def _clip_polygon(points: list[tuple], width: float, height: float) -> list[tuple]:
-    """Sutherland-Hodgman, one side of the window after the other."""
+    """Clip a polygon by Sutherland-Hodgman, one side of the window at a time."""
     for axis, bound, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
         kept = []
         for a, b in zip(points, points[1:] + points[:1], strict=True):
@@ -146,10 +146,10 @@ def _clip_polygon(points: list[tuple], width: float, height: float) -> list[tupl
     return points
 
 
-def test_boxes_are_those_of_the_clipped_polygons() -> None:
+def test_boxes_enclose_the_clipped_polygons() -> None:
     rng = np.random.default_rng(0)
     polygons = []
-    for _ in range(300):  # star-shaped: no side crosses another
+    for _ in range(300):  # star-shaped, so that no sides intersect
         center = rng.uniform(-10, 50, 2)
         turns = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
         directions = np.stack([np.cos(turns), np.sin(turns)], axis=1)
@@ -178,7 +178,7 @@ def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> N
     assert visible_boxes(*edges_of([], 30, 40), (30, 40))[0].shape == (0, 4)
 
 
-def test_objects_of_any_number_of_edges_have_the_boxes_that_each_has_alone() -> None:
+def test_boxes_of_many_outlines_equal_those_of_single_outlines() -> None:
     shapes = [None, _rectangle(-3, -3, 9, 9), [[1, 1, 5, 1, 3, 70]], None, [[2, 2, 60, 8, 9, 20]]]
     together = visible_boxes(*edges_of([*shapes, None], 30, 40), (30, 40))
     alone = [visible_boxes(*edges_of([shape], 30, 40), (30, 40)) for shape in [*shapes, None]]
@@ -187,14 +187,14 @@ def test_objects_of_any_number_of_edges_have_the_boxes_that_each_has_alone() -> 
         assert np.array_equal(found, np.concatenate(parts))
 
 
-def test_an_edge_that_is_a_point_of_zeros_stays_zero() -> None:
+def test_padding_edges_stay_zero() -> None:
     outline, _ = edges_of([[[0, 0, 0, 0, 5, 1, 3, 7]]], 30, 50)
     moved = Affine((30, 50), (60, 100), (10, 20), (30, 40), flip=True).edges(outline)
     assert moved.shape == (4, 4) and moved.any(axis=1).tolist() == [False, True, True, True]
 
 
-def test_colors_equal_the_steps_one_after_the_other() -> None:
-    # nothing saturates
+def test_fused_color_jitter_equals_separate_steps() -> None:
+    # no value saturates
     image = Image.fromarray(np.random.default_rng(0).integers(80, 150, (20, 30, 3), np.uint8))
     luma = np.array([0.299, 0.587, 0.114])
     expected = 1.1 * np.asarray(image).astype(float)
@@ -212,7 +212,7 @@ def test_pad_keeps_every_byte() -> None:
 
 
 def _slow_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Four neighbors of each pixel's center, in float64."""
+    """Interpolate the four neighbors of each pixel's center in float64."""
     out = np.zeros((*size, 3))
     for row in range(size[0]):
         for column in range(size[1]):
@@ -228,25 +228,25 @@ def _slow_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(20, 31), (9, 13), (45, 40), (1, 1), (90, 3)])
-def test_plain_bilinear_is_within_a_grey_level_of_its_definition(size: tuple[int, int]) -> None:
+def test_plain_bilinear_is_within_one_gray_level_of_its_definition(size: tuple[int, int]) -> None:
     image = _noise(23, 17)
     assert np.abs(resize_bilinear(image, size) - _slow_bilinear(image, size)).max() < 1
     assert np.array_equal(resize_bilinear(image, image.shape[:2]), image)
 
 
-def test_a_part_of_a_plain_resize_is_cut_out_of_the_whole() -> None:
+def test_a_crop_of_a_plain_resize_equals_that_of_the_whole() -> None:
     image = _noise(50, 70)
     for scaled in ((120, 168), (25, 35), (20, 90)):
         whole = resize_bilinear(image, scaled)
         assert np.array_equal(resize_bilinear(image, scaled, (7, 11), (9, 20)), whole[7:16, 11:31])
 
 
-def test_antialiasing_can_be_left_out_in_training_and_evaluation() -> None:
+def test_antialiasing_can_be_disabled_in_training_and_evaluation() -> None:
     image = _noise(90, 140)
     affine = Affine((90, 140), (45, 70), (3, 5), (40, 60), flip=True)
     plain = _seen(affine, image, antialias=False)
     assert np.array_equal(plain, resize_bilinear(image[:, ::-1], (45, 70))[3:43, 5:65])
-    # of noise, PIL's keeps far less
+    # antialiasing smooths the noise
     assert np.abs(plain.astype(int) - _seen(affine, image)).mean() > 10
     resized = resize_bilinear(image, (41, 64)), resize_longest(image, 64, antialias=True)
     for antialias, expected in enumerate(resized):
@@ -255,7 +255,7 @@ def test_antialiasing_can_be_left_out_in_training_and_evaluation() -> None:
         assert np.array_equal(canvas[:, :41], expected.transpose(2, 0, 1))
 
 
-def test_a_crop_lies_on_the_diagonal_or_anywhere() -> None:
+def test_crop_positions_are_on_the_diagonal_or_anywhere() -> None:
     def places(**settings: bool) -> np.ndarray:
         settings |= {"scale_range": (2, 2)}
         drawn = (_draw(seed, (100, 100), 100, **settings) for seed in range(200))
@@ -269,7 +269,7 @@ def test_a_crop_lies_on_the_diagonal_or_anywhere() -> None:
 def _published(
     rng: np.random.Generator, box: np.ndarray, source: tuple[int, int], canvas: int
 ) -> list[float]:
-    """Detectron2's RandomFlip, ResizeScale and FixedSizeCrop of a box, as its conventions have it; one step a line."""
+    """Transform a box like Detectron2's RandomFlip, ResizeScale and FixedSizeCrop, one step per line."""
     (height, width), (x0, y0, x1, y1) = source, box
     flip, scale, place = rng.random() < 0.5, rng.uniform(0.1, 2.0), rng.uniform()
     x0, x1 = (width - x1, width - x0) if flip else (x0, x1)
@@ -283,8 +283,8 @@ def _published(
     return [new_height, new_width, top, left, flip, seen, *corners]
 
 
-def test_scales_crops_flips_and_boxes_are_spread_as_published() -> None:
-    """Kolmogorov and Smirnov's test of two samples, for each figure at a level of one in 1000."""
+def test_scales_crops_flips_and_boxes_are_distributed_as_published() -> None:
+    """Two-sample Kolmogorov-Smirnov test of each quantity at a significance level of 0.001."""
     count, source, box = 4000, (480, 640), np.array([400.0, 30.0, 610.0, 140.0])
     outline, counts = edges_of([_rectangle(*box)], *source)
     ours, theirs = [], []

@@ -7,7 +7,7 @@ from tests.helpers.small import Operations
 from vitdet.models.anchors import cell_anchors, grid_anchors
 
 
-def test_cell_anchors_keep_the_area():
+def test_cell_anchors_have_equal_area():
     found = cell_anchors(32.0, (0.5, 1.0, 2.0))
     wanted = [
         [-22.627417, -11.313708, 22.627417, 11.313708],
@@ -17,13 +17,13 @@ def test_cell_anchors_keep_the_area():
     assert sum(map(list, found), []) == pytest.approx(sum(wanted, []))
 
 
-def test_anchors_are_on_the_corners_of_their_cells_row_by_row():
+def test_anchors_are_centered_on_cell_corners_in_row_order():
     first, second = grid_anchors([(2, 3), (1, 2)], [4, 8], 2.0, (1.0,))
     centers = (first[:, :2] + first[:, 2:]) / 2
     assert centers.tolist() == [[0, 0], [4, 0], [8, 0], [0, 4], [4, 4], [8, 4]]
     assert (first[:, 2:] - first[:, :2]).unique().tolist() == [8]
     assert second.tolist() == [[-8, -8, 8, 8], [0, -8, 16, 8]]
-    (several,) = grid_anchors([(1, 2)], [16], 8.0, (0.5, 1.0, 2.0))  # of a cell: adjacent
+    (several,) = grid_anchors([(1, 2)], [16], 8.0, (0.5, 1.0, 2.0))  # grouped by cell
     assert torch.equal(several[3:] - several[:3], torch.tensor([[16.0, 0, 16, 0]] * 3))
     assert torch.equal(several[:3, :2], -several[:3, 2:])
 

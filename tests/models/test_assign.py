@@ -1,4 +1,4 @@
-"""Matching against a loop over boxes, and the caps of sampling."""
+"""Matching against a loop over boxes, and the limits of sampling."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ def slow_match(iou, low, high, keep_best=False):
 
 
 def slow_match_keeping_best(iou, low, high):
-    """As in mmdet: one ground truth after the other takes the boxes that overlap it most."""
+    """Match as in mmdet: each ground truth in turn gets the boxes with its highest IoU."""
     matched = slow_match(iou, low, high)
     for g, row in enumerate(iou.tolist()):
         if max(row) >= low:
@@ -54,11 +54,11 @@ def slow_match_keeping_best(iou, low, high):
 @pytest.mark.parametrize("truths", [0, 1, 5, 30])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.7), (0.5, 0.5)])
 def test_match_equals_the_loop(ours, slow, truths, low, high):
-    # as float32 numbers, which IoUs of 0.7 are compared with
+    # rounded to float32, as the IoUs are
     low, high = torch.tensor([low, high]).tolist()
     generator = torch.Generator().manual_seed(truths)
     for _ in range(10):
-        # whole numbers: many ties
+        # integer coordinates: many ties
         boxes = torch.randint(0, 20, (truths + 40, 4), generator=generator).float()
         boxes[:, 2:] += boxes[:, :2] + 1
         iou = pairwise_iou(boxes[:truths], boxes[truths:])
@@ -72,25 +72,25 @@ def test_thresholds_are_half_open():
     assert match([iou], 0.3, 0.7).tolist() == [BACKGROUND, IGNORE, IGNORE, 0, 0]
 
 
-def test_best_of_a_ground_truth_learns_from_its_own_best():
-    iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best of both
+def test_the_best_box_of_two_ground_truths_is_assigned_to_its_best():
+    iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best box of both
     assert match_keeping_own([iou], 0.3, 0.7).tolist() == [1, BACKGROUND]
-    # both overlap too little
+    # both IoUs are too low
     assert match_keeping_best([iou], 0.3, 0.7).tolist() == [BACKGROUND, BACKGROUND]
 
 
-def test_best_of_a_ground_truth_learns_from_that_ground_truth():
+def test_the_best_box_of_a_ground_truth_is_assigned_to_it():
     iou = torch.tensor(
         [[0.9, 0.9, 0.0, 0.3], [0.0, 0.6, 0.0, 0.3], [0.0, 0.0, 0.2, 0.0], [0.3, 0.3, 0.0, 0.3]]
     )
-    # the last ground truth takes all
+    # all go to the last ground truth
     assert match_keeping_best([iou], 0.3, 0.7).tolist() == [3, 3, BACKGROUND, 3]
     assert match_keeping_best([iou[:3]], 0.3, 0.7).tolist() == [0, 1, BACKGROUND, IGNORE]
     assert match_keeping_own([iou[:3]], 0.3, 0.7).tolist() == [0, 0, 2, IGNORE]
 
 
 @pytest.mark.parametrize("matching", [match_keeping_own, match_keeping_best])
-def test_a_ground_truth_that_no_box_meets_makes_none_foreground(matching):
+def test_a_ground_truth_without_overlap_makes_no_box_foreground(matching):
     assert matching([torch.zeros(1, 4)], 0.3, 0.7).tolist() == [BACKGROUND] * 4
     assert matching([torch.zeros(1, 4)], 0.0, 0.7).tolist() == [IGNORE] * 4
     assert matching([torch.zeros(3, 0)], 0.3, 0.7).tolist() == []
@@ -103,7 +103,7 @@ def test_a_ground_truth_that_no_box_meets_makes_none_foreground(matching):
 def test_sample_counts(positives, negatives, expected):
     matched = torch.tensor([0] * positives + [BACKGROUND] * negatives + [IGNORE] * 7)
     matched = matched[torch.randperm(len(matched), generator=torch.Generator().manual_seed(0))]
-    # in a batch with an image of background alone: each has its own counts
+    # in a batch with a background-only image, each image has its own counts
     both = torch.stack([matched, torch.full_like(matched, BACKGROUND)])
     found = sample(both, 32, 0.25, choose_randomly)
     assert found.most == min(8, len(matched)) and found.chosen.shape[1] == min(32, len(matched))
@@ -118,7 +118,7 @@ def test_sample_counts(positives, negatives, expected):
     assert found.filled[1].sum() == found.chosen.shape[1] and not found.foreground[1].any()
 
 
-def test_random_choice_is_fair_and_follows_the_seed():
+def test_random_sampling_is_uniform_and_seeded():
     matched = torch.full((1, 30), IGNORE)
     matched[:, ::3] = 0
 
@@ -134,7 +134,7 @@ def test_random_choice_is_fair_and_follows_the_seed():
     assert torch.equal(draw(), drawn[0])
 
 
-def test_a_share_of_zero_takes_no_foreground():
+def test_a_foreground_share_of_zero_samples_no_foreground():
     matched = torch.tensor([[0, BACKGROUND, 0, BACKGROUND]])
     found = sample(matched, 3, 0.0, choose_randomly)
     assert found.filled.tolist() == [[True, True, False]] and not found.foreground.any()

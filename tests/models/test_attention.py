@@ -12,14 +12,14 @@ from vitdet.models.vit import SIZES
 
 
 def table_for(table, size):
-    """The rows for a grid of `size`, interpolated (half-pixel centers) from another length."""
+    """Return the table's rows for a grid of `size`, interpolated with half-pixel centers."""
     length, wanted = len(table), 2 * size - 1
     at = (np.arange(wanted) + 0.5) * length / wanted - 0.5
     return np.stack([np.interp(at, np.arange(length), column) for column in table.T], axis=1)
 
 
 def plain_attention(attention, x):
-    """softmax(q k / sqrt(d) + q Rh + q Rw) v, one query and key after the other."""
+    """Return softmax(q k / sqrt(d) + q Rh + q Rw) v by loops over queries and keys."""
     weights = {
         name: value.detach().double().numpy() for name, value in attention.named_parameters()
     }
@@ -81,12 +81,12 @@ def test_tables_of_a_grid_that_is_not_square(grid):
     )
 
 
-def test_scaled_positions_are_those_of_smaller_tables():
+def test_scaled_positions_equal_unscaled_ones_with_smaller_tables():
     attention = random_attention(3, scaled=True)
     x = torch.randn(1, 3, 3, 12)
     found = attention(x).detach().numpy()
     with torch.no_grad():
-        attention.rel_pos_h *= 4**-0.5  # channels of a head
+        attention.rel_pos_h *= 4**-0.5  # 4 channels per head
         attention.rel_pos_w *= 4**-0.5
     np.testing.assert_allclose(found, plain_attention(attention, x), rtol=1e-4, atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_windows_with_padding_equal_the_formula_with_zero_tokens():
 
 @pytest.mark.parametrize("side", [14, 64], ids=["windowed", "global"])
 @pytest.mark.parametrize("name", SIZES)
-def test_a_fused_kernel_gets_widths_that_it_takes_in_half_precision(name, side, monkeypatch):
+def test_fused_kernels_get_supported_widths_in_half_precision(name, side, monkeypatch):
     size = SIZES[name]
     handed = []
     monkeypatch.setattr(
@@ -156,14 +156,14 @@ def test_positions_get_gradients_from_every_row():
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(4, 4, 2), (5, 7, 3), (2, 2, 5), (6, 6, 6), (1, 9, 4)]
 )
-def test_windows_join_to_what_was_split(height, width, size):
+def test_joining_windows_inverts_splitting(height, width, size):
     x = torch.randn(2, height, width, 3)
     windows = split_windows(x, size)
     assert windows.shape[1:] == (size, size, 3)
     assert torch.equal(join_windows(windows, (height, width)), x)
 
 
-def test_windows_go_row_by_row_and_are_filled_with_zeros():
+def test_windows_are_in_row_order_and_zero_padded():
     x = torch.arange(1.0, 13).view(1, 3, 4, 1)
     windows = split_windows(x, 2)[..., 0]
     assert windows.tolist() == [
@@ -174,7 +174,7 @@ def test_windows_go_row_by_row_and_are_filled_with_zeros():
     ]
 
 
-def test_relative_positions_count_from_the_key():
+def test_relative_positions_are_query_minus_key():
     table = torch.arange(5.0)[:, None]
     assert relative_positions(table, 3)[..., 0].tolist() == [[2, 1, 0], [3, 2, 1], [4, 3, 2]]
-    assert relative_positions(table, 2)[0, 0].item() == 2  # the middle stays the middle
+    assert relative_positions(table, 2)[0, 0].item() == 2  # the center row stays in the center

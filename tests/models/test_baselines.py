@@ -1,4 +1,4 @@
-"""The baselines' published weights map completely to the models, and back."""
+"""The baselines' published weights map completely to the models and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {"swin_mmdet/swin_t": "swin_t", "vitaev2/vitaev2_s": "vitaev2_s"}
 
 
 def detector_of(backbone: str) -> Detector:
-    """Without memory for its weights."""
+    """Return the recipe's detector on the meta device."""
     model = {
         "backbone": {"name": backbone, "window_size": 7},
         "pyramid": {"kind": "fpn"},
@@ -39,7 +39,7 @@ def shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def microsoft(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mmdet's names -> those of Swin-Transformer-Object-Detection, whose shapes are the same."""
+    """Rename tensors from mmdet to Swin-Transformer-Object-Detection; the shapes are equal."""
     parts = {"stages": "layers", "attn.w_msa": "attn", "projection": "proj"}
     parts |= {"ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2"}
     renamed = {}
@@ -52,7 +52,7 @@ def microsoft(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_published_detector_fills_ours_and_comes_back(name: str) -> None:
+def test_a_published_detector_converts_both_ways(name: str) -> None:
     layout, theirs, detector = name.split("/")[0], file_of(name), detector_of(NAMES[name])
     source = Source(to_ours(theirs, FORMATS[layout]), layout, None)
     weights, notes = fitted(source, detector, Path("file"))
@@ -65,19 +65,19 @@ def test_a_published_detector_fills_ours_and_comes_back(name: str) -> None:
     assert len(made) == (12 if layout == "swin_mmdet" else 0)
 
 
-def test_swin_under_the_names_of_its_authors() -> None:
+def test_swin_with_the_names_of_its_authors() -> None:
     theirs, detector = microsoft(file_of("swin_mmdet/swin_t")), detector_of("swin_t")
     ours = to_ours(theirs, SWIN)
     assert shapes(ours) == shapes(detector.state_dict())
     index = "attn.relative_position_index"
     stored = {name: tensor for name, tensor in theirs.items() if not name.endswith(index)}
     assert shapes(to_theirs(ours, SWIN)) == shapes(stored)
-    halving = torch.randn(384, 768)  # of the four pixels one after the other, as here
+    halving = torch.randn(384, 768)  # pixel by pixel, as here
     ours = to_ours({"backbone.layers.1.downsample.reduction.weight": halving}, SWIN)
     assert torch.equal(ours["backbone.layers.2.downsample.reduction.weight"], halving)
 
 
-def test_classifiers_fill_the_backbones() -> None:
+def test_published_classifiers_initialize_the_backbones() -> None:
     swin = {
         name.removeprefix("backbone."): tensor
         for name, tensor in microsoft(file_of("swin_mmdet/swin_t")).items()
@@ -102,8 +102,8 @@ def test_classifiers_fill_the_backbones() -> None:
         assert own - set(weights) == set(lacking) and not set(weights) - own and not notes
 
 
-def test_a_halving_is_the_same_function_in_both_orders() -> None:
-    """mmdet unfolds; ours takes the four pixels one after the other."""
+def test_patch_merging_is_equal_in_both_input_orders() -> None:
+    """mmdet orders the inputs by channel (unfold), this project by pixel."""
     torch.manual_seed(0)
     norm, reduction = nn.LayerNorm(4 * 6), nn.Linear(4 * 6, 12, bias=False)
     x = torch.randn(2, 6, 8, 10)
@@ -123,7 +123,7 @@ def test_a_halving_is_the_same_function_in_both_orders() -> None:
 @pytest.mark.parametrize(
     "setting", [{"residual_blocks": [1]}, {"scaled_rel_pos": True}, {"final_norm": True}]
 )
-def test_what_only_a_plain_backbone_has_is_refused(setting: dict) -> None:
+def test_options_of_plain_backbones_are_refused(setting: dict) -> None:
     backbone = {"name": "swin_t", "window_size": 7, **setting}
     config = from_dict({"model": {"backbone": backbone, "pyramid": {"kind": "fpn"}}})
     with pytest.raises(

@@ -28,7 +28,7 @@ CHANGES = {"model__backbone__name": "vitae_b", "optim__steps": 6, "train__batch_
 
 
 def small(root: Path, **changes: object) -> Config:
-    """ViTAE-B of two narrow blocks; the change is to be undone."""
+    """Patch ViTAE-B to two narrow blocks."""
     vitae.SIZES["vitae_b"] = Size(32, 2, 2, (1,), 4.0)
     return load_config("tiny", minimal(root, **CHANGES, **changes))
 
@@ -51,14 +51,14 @@ def test_statistics_survive_a_stop(tiny: Path, tmp_path: Path) -> None:
 
     shipped = load_model_file(tmp_path / "whole" / "model.pt")["model"]
     state = torch.load(tmp_path / "whole" / "checkpoints" / "step_00000006.pt", weights_only=True)
-    # what is shipped is the average
+    # model.pt contains the average
     for name in (f"{NORM}.running_mean", f"{NORM}.running_var", f"{NORM}.weight"):
         assert torch.equal(shipped[name], state["average"][name])
         assert not torch.equal(shipped[name], state["model"][name])
     assert state["model"][f"{NORM}.num_batches_tracked"] == 6
 
 
-def test_the_average_of_the_weights_holds_that_of_the_statistics() -> None:
+def test_the_weight_average_includes_the_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     average = WeightAverage(model, 0.5)
     started = model[1].running_mean.clone()
@@ -71,7 +71,7 @@ def test_the_average_of_the_weights_holds_that_of_the_statistics() -> None:
 
 
 def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
-    """Train without and with a stop after step 4; record messages and evaluated statistics."""
+    """Train with and without a stop after step 4; record messages and evaluated statistics."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -89,14 +89,14 @@ def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def together(output: str) -> None:  # on another port: the last one may not be closed yet
+    def together(output: str) -> None:  # on a new port: the previous one may still be open
         os.environ["MASTER_PORT"] = str(ports.pop())
         train(small(root), folder / output)
 
     trainer.evaluate_detector = listening
     together("whole")
     (folder / f"rank{rank}.json").write_text(json.dumps([said, norms]))
-    trainer.evaluate_detector = interrupted  # in both, after step 4
+    trainer.evaluate_detector = interrupted  # interrupts both ranks after step 4
     with pytest.raises(KeyboardInterrupt):
         together("cut")
     trainer.evaluate_detector = evaluate
@@ -117,11 +117,11 @@ def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
     )
     (line,) = said
     assert "BatchNorm statistics are per process: results with 2 processes" in line
-    # they have seen other images but evaluate one model
+    # the ranks train on different images but evaluate equal models
     assert silent == [] and len(norms) == 2 and norms == others
 
 
-def test_micro_batches_are_told_to_have_statistics_of_their_own(
+def test_separate_statistics_of_micro_batches_are_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, device = nn.Sequential(nn.BatchNorm2d(4)), torch.device("cpu")
@@ -140,4 +140,4 @@ def test_on_gpus_the_norms_are_synchronized_in_place(monkeypatch: pytest.MonkeyP
     assert parallel.parallelize(model, torch.device("cuda", 0)) is model
     assert type(model[1][0]) is nn.SyncBatchNorm and model.state_dict().keys() == before.keys()
     for name, tensor in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
-        assert tensor is tensors[name]  # the optimizer and the average hold them already
+        assert tensor is tensors[name]  # the optimizer and the average refer to these tensors

@@ -8,7 +8,7 @@ from tests.helpers.parts import box_head
 
 
 def slow_block(block, x, eps):
-    """Convolution, LN over the channels of each pixel if there is one, ReLU."""
+    """Compute convolution, optional LayerNorm over each pixel's channels, and ReLU."""
     x = F.conv2d(x, block.conv.weight, block.conv.bias, padding=1)
     if hasattr(block.norm, "weight"):
         mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, correction=0, keepdim=True)

@@ -28,7 +28,7 @@ def random_boxes(count, seed=0):
 
 def test_encode_literal():
     found = encode(torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[5.0, 0, 25, 20]]), WEIGHTS)
-    # 10 px of 10, twice as wide
+    # moved by 10 px at a width of 10, then twice as wide
     assert found[0].tolist() == pytest.approx([10.0, 0.0, 5 * math.log(2), 0.0])
 
 
@@ -39,7 +39,7 @@ def test_decode_inverts_encode():
         assert torch.allclose(found, targets, atol=1e-3)
 
 
-def test_decode_takes_a_box_for_each_class():
+def test_decode_with_a_box_per_class():
     boxes, deltas = random_boxes(3), torch.randn(3, 5, 4)
     found = decode(boxes, deltas, WEIGHTS, -math.inf)
     assert found.shape == (3, 5, 4)
@@ -54,7 +54,7 @@ def test_decode_takes_a_box_for_each_class():
         (1000, (-9, -1), -MAX_LOG_SCALE, [16, 1000 / math.e]),
     ],
 )
-def test_growth_is_limited_and_shrinking_on_request(side, deltas, limit, sides):
+def test_growth_is_always_limited_and_shrinking_optionally(side, deltas, limit, sides):
     box = torch.tensor([[0.0, 0, side, side]])
     (found,) = decode(box, torch.tensor([[0.0, 0, *deltas]]), ONES, limit)
     assert (found[2:] - found[:2]).tolist() == pytest.approx(sides, rel=1e-2)
@@ -77,11 +77,11 @@ def test_empty_boxes():
     assert area(boxes[:1]).tolist() == [1]
 
 
-def test_iou_equals_counting():
+def test_iou_equals_counting_pixels():
     torch.manual_seed(0)
     first, second = (torch.randint(0, 6, (12, 4)).float() for _ in range(2))
     for boxes in (first, second):
-        boxes[:, 2:] += boxes[:, :2]  # some of no width or height
+        boxes[:, 2:] += boxes[:, :2]  # some with zero width or height
     found = pairwise_iou(first, second)
     for i, a in enumerate(first.int().tolist()):
         for j, b in enumerate(second.int().tolist()):
@@ -90,13 +90,13 @@ def test_iou_equals_counting():
             assert found[i, j].item() == pytest.approx(len(cells[0] & cells[1]) / union)
 
 
-def test_iou_of_nothing():
+def test_iou_without_boxes():
     assert pairwise_iou(torch.zeros(0, 4), random_boxes(3)).shape == (0, 3)
     assert pairwise_iou(random_boxes(2), torch.zeros(0, 4)).shape == (2, 0)
 
 
 @pytest.mark.parametrize(("first", "second"), [(7, 5), (0, 5), (7, 0)])
-def test_blocks_are_the_rows_of_the_whole(first, second, monkeypatch):
+def test_iou_in_blocks_equals_the_whole_matrix(first, second, monkeypatch):
     monkeypatch.setattr("vitdet.models.boxes.PAIRS", 12)
     boxes, others = random_boxes(first), random_boxes(second)
     blocks = list(iou_blocks(boxes, others))
@@ -105,12 +105,12 @@ def test_blocks_are_the_rows_of_the_whole(first, second, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (30.0, 20.0, 15.0, 5.0)])
-def test_weights_are_numbers_that_no_device_waits_for(weights):
+def test_box_weights_cause_no_device_synchronization(weights):
     boxes, targets, deltas = random_boxes(6), random_boxes(6), torch.randn(6, 3, 4)
     row = torch.tensor(weights)
     with Operations() as operations:
         found = encode(boxes, targets, weights), decode(boxes, deltas, weights, -math.inf)
-    # no tensor of the weights
+    # no tensor is created from the weights
     assert not [name for name in operations.names if "copy" in name or "lift" in name]
     assert torch.equal(found[0], encode(boxes, targets, ONES) * row)
     assert torch.equal(found[1], decode(boxes, deltas / row, ONES, -math.inf))

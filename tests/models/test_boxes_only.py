@@ -54,7 +54,7 @@ PATTERNS = [
 
 
 def slow_mask_loss(detector, features, assigned, targets) -> torch.Tensor:
-    """The mean over the cells of all masks, one box after another."""
+    """Compute the mean over the cells of all masks in a loop over boxes."""
     heads, losses, cells = detector.roi_heads, torch.zeros(()), 0
     first = torch.zeros(1, dtype=torch.int64)
     for i, truth in enumerate(targets):
@@ -74,7 +74,7 @@ def slow_mask_loss(detector, features, assigned, targets) -> torch.Tensor:
 
 @pytest.mark.parametrize("ious", [(0.5,), (0.5, 0.6, 0.7)])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_objects_without_an_outline_take_no_part_in_the_mask_loss(
+def test_objects_without_an_outline_are_excluded_from_the_mask_loss(
     pattern: list[list[bool]], ious: tuple[float, ...]
 ) -> None:
     detector = small_detector(ious=ious).train()
@@ -94,7 +94,7 @@ def test_objects_without_an_outline_take_no_part_in_the_mask_loss(
     torch.manual_seed(3)
     others = detector(pixels, [target(BOXES, LABELS)] * 2)
     assert all(losses[key] == others[key] for key in losses.keys() | others if key != "loss_mask")
-    losses["loss_mask"].backward()  # also of no mask at all: every process has a gradient
+    losses["loss_mask"].backward()  # even without masks, as DDP needs a gradient on every rank
 
 
 @pytest.mark.parametrize("ious", [(0.5,), (0.5, 0.6, 0.7)])
@@ -119,7 +119,7 @@ def test_a_detector_without_masks_has_the_other_losses_and_boxes(ious: tuple[flo
 
 
 def without_outlines(folder: Path, share: int = 1, splits: tuple[str, ...] = ("train", "val")):
-    """Take the outline away from every `share`-th object."""
+    """Remove the outline of every `share`-th object."""
     for split in splits:
         path = folder / "annotations" / f"instances_{split}.json"
         content = json.loads(path.read_text())
@@ -136,7 +136,7 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_masks_are_off_where_the_training_split_has_no_outline(tiny: Path) -> None:
+def test_masks_are_disabled_if_the_training_split_has_no_outline(tiny: Path) -> None:
     key = "model.mask.enabled"
     assert resolve_config("tiny", minimal(tiny))[0].model.mask.enabled
     without_outlines(tiny, splits=("val",))
@@ -148,7 +148,7 @@ def test_masks_are_off_where_the_training_split_has_no_outline(tiny: Path) -> No
     assert explicit.model.mask.enabled and key not in found
 
 
-def test_boxes_of_objects_without_an_outline_move_as_their_rectangles(tiny: Path) -> None:
+def test_boxes_without_an_outline_are_transformed_as_rectangles(tiny: Path) -> None:
     data = DataConfig(root=str(tiny), train_split="train", val_split="val", image_size=128)
     whole = TrainData(read_split(data, "train"), data, seed=0)
     without_outlines(tiny, share=2)
@@ -164,7 +164,7 @@ def test_boxes_of_objects_without_an_outline_move_as_their_rectangles(tiny: Path
         if len(objects) == len(other) and objects.has_mask is not None:
             kept = objects.has_mask
             assert torch.equal(objects.boxes[kept], other.boxes[kept])
-            # the rectangle around an outline is seen where the outline is
+            # the visible part of the rectangle contains that of the outline
             inside = (objects.boxes[~kept][:, :2] <= other.boxes[~kept][:, :2] + 1e-3).all(1)
             inside &= (objects.boxes[~kept][:, 2:] >= other.boxes[~kept][:, 2:] - 1e-3).all(1)
             assert inside.all()
@@ -173,7 +173,7 @@ def test_boxes_of_objects_without_an_outline_move_as_their_rectangles(tiny: Path
 
 
 def slow_mask_ap(truth: dict, results: list[dict]) -> float:
-    """Mask AP of one class in one image, one threshold and one detection after another."""
+    """Compute the mask AP of one class and image in loops over thresholds and detections."""
     size = [truth["images"][0][side] for side in ("height", "width")]
     masked = [item for item in truth["annotations"] if item["segmentation"]]
     boxed = np.array([item["bbox"] for item in truth["annotations"] if item not in masked], float)
@@ -226,7 +226,7 @@ def test_mask_ap_of_mixed_data_follows_its_rules(tmp_path: Path, seed: int) -> N
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     metrics = summary(compare(read_truth(tmp_path / "truth.json"), results))
     assert metrics["mask_ap"] == pytest.approx(slow_mask_ap(truth, results), abs=1e-6)
-    # with the boxes of the masks
+    # without boxes, those of the masks are used
     every = [{key: result[key] for key in result if key != "bbox"} for result in results]
     alone = summary(compare(read_truth(tmp_path / "truth.json"), every, kinds=["segm"]))
     assert set(alone) == {key for key in metrics if key.startswith("mask_")}
@@ -316,7 +316,7 @@ def test_a_box_only_file_is_converted_both_ways_whatever_the_recipe_says(
         ("false", "true", "roi_heads.mask.*: newly initialized (the file has no mask head)"),
     ],
 )
-def test_a_detector_with_masks_starts_one_without_and_the_other_way_round(
+def test_detectors_with_and_without_masks_initialize_each_other(
     tiny: Path, tmp_path: Path, file: str, here: str, note: str
 ) -> None:
     recipe = write_config(tiny, tmp_path / "file.yaml", [f"model.mask.enabled={file}"])
@@ -332,10 +332,10 @@ def test_a_detector_with_masks_starts_one_without_and_the_other_way_round(
 
 
 @pytest.mark.slow
-def test_boxes_go_from_check_to_the_registry_and_through_the_pipeline(
+def test_box_only_data_from_check_to_registry_and_pipeline(
     vitdet: Callable[..., tuple[int, str, str]], tiny: Path
 ) -> None:
-    """Every verb as a user types it."""
+    """Run every subcommand as a user does."""
     without_outlines(tiny)
     folder, space = tiny.parent, tiny.parent / "space"
     sets, metrics = options(minimal(tiny)), folder / "metrics.json"

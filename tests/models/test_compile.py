@@ -51,7 +51,7 @@ def test_every_part_compiles_as_a_whole_and_once(monkeypatch: pytest.MonkeyPatch
             found = model(images(2), [target([[10, 20, 60, 70]], [1])] * 2)
             sum(found.values()).backward()
             losses.append({name: loss.item() for name, loss in found.items()})
-            # windows without drop path, windows and grid with it; pyramid, RPN, box and mask head
+            # blocks (windows without drop path, windows and grid with it), pyramid, RPN, box and mask head
             assert len(graphs) == 7
     finally:
         torch._dynamo.reset()
@@ -75,7 +75,7 @@ def test_drop_path_drops_images_and_keeps_the_mean() -> None:
 
 
 @torch.no_grad()
-def test_the_last_batch_of_an_evaluation_has_the_size_of_the_others() -> None:
+def test_the_last_batch_of_an_evaluation_is_padded() -> None:
     detector, seen = small_detector().eval(), []
     detector.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     sizes = torch.tensor([[128, 100]] * 2)
@@ -92,7 +92,7 @@ def test_the_last_batch_of_an_evaluation_has_the_size_of_the_others() -> None:
 @needs_gpu
 @pytest.mark.cuda
 def test_an_evaluation_compiles_once_on_a_gpu() -> None:
-    """The last batch is smaller."""
+    """A smaller last batch causes no second compilation."""
     detector = small_detector().cuda().eval()
     batches = [
         Batch(images(count).to(torch.uint8), [], sizes, tuple(range(count)), sizes)

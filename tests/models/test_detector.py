@@ -50,12 +50,12 @@ def test_a_batch_without_objects_reaches_every_parameter_too(detector):
     assert [name for name, p in detector.named_parameters() if p.grad is None] == []
 
 
-def test_a_step_of_training_lowers_the_loss():
+def test_a_training_step_lowers_the_loss():
     detector = small_detector()
     optimizer = torch.optim.SGD(detector.parameters(), lr=1e-3)
     totals = []
     for _ in range(6):
-        torch.manual_seed(0)  # the same samples
+        torch.manual_seed(0)  # sample the same anchors and boxes
         total = sum(detector(images(2), OBJECTS).values())
         optimizer.zero_grad()
         total.backward()
@@ -73,20 +73,20 @@ def same(found, wanted):
 
 
 @torch.no_grad()
-def test_detections_do_not_depend_on_the_neighbors(detector):
+def test_detections_do_not_depend_on_other_images(detector):
     detector.eval()
     batch = images(3)
     together = detector(batch)
     for i in range(3):
         (alone,) = detector(batch[i : i + 1])
         same(together[i], alone)
-    whole = torch.tensor([[SIDE, SIDE]] * 3)  # the sizes where none are given
+    whole = torch.tensor([[SIDE, SIDE]] * 3)  # the default sizes
     for found, wanted in zip(detector(batch.flip(0), None, whole), together[::-1], strict=True):
         same(found, wanted)
 
 
 @torch.no_grad()
-def test_detections_are_what_they_promise(detector):
+def test_detections_have_valid_boxes_scores_and_order(detector):
     detector.eval()
     sizes = torch.tensor([[128, 128], [100, 61]])
     results = detector(images(2), None, sizes)
@@ -102,7 +102,7 @@ def test_detections_are_what_they_promise(detector):
 
 
 @torch.no_grad()
-def test_what_lies_outside_the_picture_does_not_matter(detector):
+def test_padding_does_not_affect_detections(detector):
     detector.eval()
     sizes = torch.tensor([[100, 60], [128, 97]])
     clean, dirty = images(2), images(2)
@@ -125,7 +125,7 @@ def test_padding_is_exactly_the_mean_color():
 
 
 def mirrored(detector):
-    """The same detector for mirrored images: all weights along the width are flipped."""
+    """Return the detector for mirrored images, with all weights flipped along the width."""
     turned = copy.deepcopy(detector)
     turned.backbone.pos_embed.data = detector.backbone.pos_embed.flip(2)
     for module in (*turned.backbone.modules(), *turned.pyramid.modules()):
@@ -146,12 +146,12 @@ def test_mirrored_weights_see_the_mirrored_image():
     for ours, wanted in zip(found[:4], maps[:4], strict=True):
         assert torch.allclose(ours.flip(3), wanted, atol=1e-3)
     plain = detector.pyramid(detector.backbone(canvas.flip(3) / 64))
-    # which is no property of any weights
+    # which does not hold for all weights
     assert not torch.allclose(plain[0].flip(3), maps[0], atol=1e-1)
 
 
-def test_odds_of_classes_in_the_federated_loss():
-    """Uniform by default."""
+def test_class_weights_of_the_federated_loss():
+    """The weights are uniform by default."""
     heads = small_detector(loss="federated").roi_heads
     assert heads.classification.class_weights.tolist() == [1.0] * CLASSES
     odds = torch.tensor([3.0, 0.0, 1.0, 2.0])

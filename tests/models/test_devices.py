@@ -52,7 +52,7 @@ def test_the_detector_stays_on_its_device(kind, objects):
 
 
 def test_training_and_evaluation_stay_on_the_device_of_the_detector(tiny, tmp_path, monkeypatch):
-    # it knows real devices alone
+    # autocast accepts only real devices
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     config = load_config("tiny", minimal(tiny))
     detector = send(build_detector(config.model, config.evaluate))

@@ -26,7 +26,7 @@ def test_levels_have_their_strides(fpn):
     assert [tuple(m.shape) for m in fpn(maps())] == wanted
 
 
-def test_a_level_is_its_map_and_the_coarser_ones_repeated(fpn):
+def test_a_level_adds_its_map_and_upsampled_coarser_maps(fpn):
     given, inner = maps(), None
     for i in reversed(range(4)):
         coarser = 0 if inner is None else inner.repeat_interleave(2, 2).repeat_interleave(2, 3)

@@ -60,7 +60,7 @@ def flat(output: tuple) -> list[Tensor]:
 
 @pytest.fixture
 def detector(monkeypatch: pytest.MonkeyPatch) -> Detector:
-    """A detector whose graphs are simulated."""
+    """A detector with simulated graphs."""
     monkeypatch.setattr(graphed_detector, "CudaGraph", Recorded)
     monkeypatch.setattr(graphed_detector, "enabled", lambda *_: True)
     monkeypatch.setattr(Recorded, "made", [])
@@ -80,7 +80,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
 
 def recorded() -> int:
-    """The number of recorded graphs."""
+    """Return the number of recorded graphs."""
     return sum(len(graph.outputs) for graph in Recorded.made)
 
 
@@ -88,7 +88,7 @@ def same(found: Detections, wanted: Detections) -> bool:
     return torch.equal(found.boxes, wanted.boxes) and torch.equal(found.scores, wanted.scores)
 
 
-def test_results_of_a_thread_are_not_overwritten_by_another(
+def test_threads_do_not_overwrite_each_other_s_results(
     detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, theirs = images(1), images(1, seed=2)
@@ -103,7 +103,7 @@ def test_results_of_a_thread_are_not_overwritten_by_another(
     thread = Thread(target=other)
 
     def meanwhile() -> None:
-        """Within the first thread's replay the second one begins; it would be done in 10 ms."""
+        """Start the second thread during the first thread's replay; it would end within 10 ms."""
         if thread.ident is None:
             thread.start()
             assert not replayed.wait(0.5)
@@ -124,7 +124,7 @@ def reassign(detector: nn.Module) -> None:
 
 def move(detector: nn.Module) -> None:
     for parameter in detector.parameters():
-        parameter.data = parameter.data.clone()  # as Module.to does
+        parameter.data = parameter.data.clone()  # like Module.to
 
 
 def replace_buffer(detector: nn.Module) -> None:
@@ -132,7 +132,7 @@ def replace_buffer(detector: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [reassign, move, replace_buffer, lambda model: model.train()])
-def test_weights_elsewhere_are_recorded_anew(
+def test_weights_at_new_addresses_are_recorded_again(
     detect: GraphedDetector, change: Callable[[nn.Module], object]
 ) -> None:
     detect(images(1), SIZES)
@@ -142,7 +142,7 @@ def test_weights_elsewhere_are_recorded_anew(
     assert Recorded.made[-1] is not before and recorded() == 2
 
 
-def test_weights_that_change_in_place_are_not(detect: GraphedDetector) -> None:
+def test_weights_changed_in_place_are_not_recorded_again(detect: GraphedDetector) -> None:
     detect(images(1), SIZES)
     detector = detect.detector
     detector.load_state_dict({name: tensor * 2 for name, tensor in detector.state_dict().items()})
@@ -150,7 +150,7 @@ def test_weights_that_change_in_place_are_not(detect: GraphedDetector) -> None:
     assert recorded() == 1
 
 
-def test_a_detector_that_has_left_the_gpu_uses_no_graph(
+def test_a_detector_moved_off_the_gpu_uses_no_graph(
     detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detect(images(1), SIZES)
@@ -172,21 +172,21 @@ def test_a_copy_of_a_predictor_is_independent(
 
 
 @pytest.mark.usefixtures("detector")
-def test_memory_of_graphs_returns_with_the_last_reference() -> None:
-    """A cycle would keep gigabytes until the garbage collector runs."""
+def test_graph_memory_is_freed_with_the_last_reference() -> None:
+    """A reference cycle would keep gigabytes until garbage collection."""
     predictor = predictor_of(small_detector().eval())
     predictor(PICTURE)
     left = [weakref.ref(part) for part in (predictor, predictor.detect, predictor.detector)]
     gc.disable()
     try:
-        Recorded.made.pop().functions.clear()  # a `CudaGraph` keeps none
+        Recorded.made.pop().functions.clear()  # a `CudaGraph` does not store functions
         del predictor
         assert [reference() for reference in left] == [None] * 3
     finally:
         gc.enable()
 
 
-def test_another_detector_may_be_set(detector: Detector) -> None:
+def test_the_detector_may_be_replaced(detector: Detector) -> None:
     predictor = predictor_of(detector)
     predictor(PICTURE)
     predictor.detector = other = small_detector(seed=1).eval()
@@ -199,7 +199,7 @@ def test_another_detector_may_be_set(detector: Detector) -> None:
     [("rpn", "nms_iou", 0.2), ("rpn", "top_test", (30, 3)), ("roi_heads", "nms_iou", 0.0)]
     + [("roi_heads", "score_threshold", 0.6), ("roi_heads", "max_detections", 2)],
 )
-def test_a_limit_that_changes_is_seen(
+def test_a_changed_limit_is_applied(
     detect: GraphedDetector, part: str, name: str, value: object
 ) -> None:
     detector = detect.detector
@@ -210,7 +210,7 @@ def test_a_limit_that_changes_is_seen(
     assert not same(wanted, before) and same(found, wanted) and recorded() == 2
 
 
-def test_another_precision_may_be_set(detector: Detector) -> None:
+def test_the_precision_may_be_changed(detector: Detector) -> None:
     predictor = predictor_of(detector, "fp32")
     exact = predictor(PICTURE, 0.0)
     predictor.precision = "bf16"
@@ -222,7 +222,7 @@ def test_another_precision_may_be_set(detector: Detector) -> None:
     assert predictor.precision == "bf16"
 
 
-def test_more_candidates_need_no_other_backbone_pass(
+def test_more_candidates_need_no_second_backbone_pass(
     detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = detect.detector
@@ -232,11 +232,11 @@ def test_more_candidates_need_no_other_backbone_pass(
     passes = []
     detector.backbone.register_forward_hook(lambda *_: passes.append(1))
     found = detect(images(1), SIZES)[0]
-    assert len(passes) == 1  # that of the simulated replay
+    assert len(passes) == 1  # only the one of the simulated replay
     assert same(found, wanted) and torch.equal(found.masks, wanted.masks)
 
 
-def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
+def test_a_batch_that_cannot_be_recorded_keeps_other_graphs(
     detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -261,7 +261,7 @@ def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
 
 @needs_gpu
 @pytest.mark.cuda
-def test_what_waits_is_detected_without_a_graph_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_models_that_wait_for_the_gpu_run_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     detector, sizes = small_detector().cuda().eval(), SIZES.cuda()
     detector.backbone.register_forward_hook(lambda _, __, maps: print(float(maps.sum())))

@@ -1,6 +1,6 @@
 """A training step and detection never wait for the GPU; checked without one by fake tensors.
 
-They raise at operations that need a value (the number of true entries, a scalar).
+Fake tensors raise at operations that need a value (the number of true entries, a scalar).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vitdet.models import mask_head, roi_pool
 from vitdet.types import Targets
 
 CUDA = torch.device("cuda")
-META = torch.device("meta")  # for backward passes, which need a GPU for CUDA tensors
+META = torch.device("meta")  # for backward passes, as those of CUDA tensors need a GPU
 
 
 class Transfers(TorchDispatchMode):
-    """Raises at an operation that copies between the CPU and the GPU."""
+    """Raise at operations that copy between the CPU and the GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         found = func(*args, **(kwargs or {}))
@@ -38,7 +38,7 @@ class Transfers(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    """A simulated GPU with kernels."""
+    """A simulated GPU with the Triton kernels enabled."""
     enabled = lambda *tensors: all(tensor.device.type != "cpu" for tensor in tensors)  # noqa: E731
     for module in (vitdet.kernels, mask_head, roi_pool, vitdet.kernels.nms):
         monkeypatch.setattr(module, "enabled", enabled)
@@ -46,7 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 
 
 def on_gpu(mode: FakeTensorMode, module: nn.Module, device: torch.device = CUDA) -> nn.Module:
-    """The module with its tensors on the simulated GPU."""
+    """Return the module with its tensors on the simulated GPU."""
 
     def move(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
@@ -112,7 +112,7 @@ def test_detection_up_to_its_results(
         lambda x: x.cpu(),
     ],
 )
-def test_what_waits_is_found(gpu: FakeTensorMode, waits: object) -> None:
+def test_waits_are_detected(gpu: FakeTensorMode, waits: object) -> None:
     errors = DataDependentOutputException, DynamicOutputShapeException, AssertionError
     with gpu, Transfers(), pytest.raises(errors):
         waits(torch.empty(4, device=CUDA))

@@ -1,4 +1,4 @@
-"""The shared layers against the general layers that they specialize."""
+"""The shared layers against torch's general layers."""
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def test_deconv_equals_the_general_transposed_convolution():
     assert torch.allclose(ours.bias.grad, general.bias.grad, atol=1e-4)
 
 
-def test_scaled_gradient_leaves_the_values():
+def test_scaling_gradients_keeps_the_values():
     x = torch.randn(5, requires_grad=True)
     y = scale_gradient(x, 0.25)
     assert torch.equal(y, x)

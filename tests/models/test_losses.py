@@ -53,8 +53,8 @@ def mask(num, *classes):
     return torch.zeros(num, dtype=torch.bool).index_fill(0, torch.tensor(classes), True)
 
 
-def test_federated_looks_at_the_chosen_classes_alone():
-    # the last: background
+def test_the_federated_loss_uses_only_the_chosen_classes():
+    # the last class is background
     logits = torch.tensor([[1.0, -2.0, 3.0, 9.0], [0.5, 0.0, -1.0, 9.0]], requires_grad=True)
     labels = torch.tensor([0, 3])
     found = losses.federated_classification(logits, labels, mask(4, 0, 2, 3))
@@ -71,10 +71,10 @@ def test_federated_classes_are_those_present_and_drawn_ones():
     for _ in range(20):
         found = federated_classes(labels, weights, 4)
         assert found[2] and found[6]
-        assert found.sum() == 4 and not found[1]  # class 1 has no weight
+        assert found.sum() == 4 and not found[1]  # class 1 has zero weight
     assert torch.equal(federated_classes(labels, weights, 4, draw=False), mask(7, 2, 6, 0, 3))
     assert torch.equal(federated_classes(labels, weights, 2), mask(7, 2, 6))
-    # more present than wanted
+    # more classes present than requested
     assert federated_classes(torch.arange(7), weights, 3).all()
 
 
@@ -85,7 +85,7 @@ def test_federated_classes_are_drawn_by_weight():
     assert 390 < drawn.count(True) < 510
 
 
-def test_federated_classes_with_few_weights_and_those_present_are_not_drawn_again():
+def test_federated_classes_are_drawn_without_replacement():
     found = federated_classes(torch.tensor([3]), torch.tensor([1.0, 0.0, 0.0]), 4)
     assert torch.equal(found, mask(4, 0, 3))
     weights = torch.tensor([1.0, 1.0, 0.0])
@@ -95,7 +95,7 @@ def test_federated_classes_with_few_weights_and_those_present_are_not_drawn_agai
 
 
 def test_empty_slots_do_not_count():
-    """Three slots, one of them empty, have the losses of the others; it has no gradient."""
+    """Three slots, of which one is empty, have the losses of two; the empty slot has no gradient."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, generator=generator, requires_grad=True)
     labels, counts = torch.tensor([4, 1, 2]), torch.tensor([True, True, False])
@@ -120,7 +120,7 @@ def test_empty_slots_do_not_count():
     assert losses.mask_bce(cells, truth, nothing).item() == 0
 
 
-def test_probabilities_leave_the_background_out():
+def test_probabilities_exclude_the_background():
     logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])
     softmax = SoftmaxClassification(num_classes=2)
     federated = FederatedClassification(class_weights=torch.ones(2), num=2)

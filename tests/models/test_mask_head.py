@@ -1,4 +1,4 @@
-"""The mask head and its targets: outlines and bitmaps cut to a box."""
+"""The mask head and its targets: outlines and bitmaps cropped to a box."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from vitdet.types import Polygons
 
 
 def star(center, radius, points, generator):
-    """The corners (P, 2) of a star-shaped polygon."""
+    """Return the vertices (P, 2) of a star-shaped polygon."""
     angles = torch.sort(torch.rand(points, generator=generator) * 2 * torch.pi).values
     radii = radius * (0.3 + 0.7 * torch.rand(points, generator=generator))
     return torch.stack([center + radii * angles.cos(), center + radii * angles.sin()], dim=1)
@@ -26,7 +26,7 @@ def outline(corners):
 
 
 def slow_inside(edges, x, y):
-    """The winding number of the edges around a point is not zero."""
+    """Return whether the edges' winding number around a point is nonzero."""
     winding = 0
     for x0, y0, x1, y1 in edges.tolist():
         side = (x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)
@@ -64,7 +64,7 @@ def test_rasterize_equals_point_in_polygon():
         columns = [x0 + (j + 0.5) * (x1 - x0) / 28 for j in range(28)]
         rows = [y0 + (i + 0.5) * (y1 - y0) / 28 for i in range(28)]
         wanted = [[slow_inside(lines, x, y) for x in columns] for y in rows]
-        # a center may be on an edge within rounding
+        # up to rounding, a center may be on an edge
         assert (cells != torch.tensor(wanted)).sum() <= 1
 
 
@@ -85,13 +85,13 @@ def test_rasterize_literal_rectangle():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_parts_that_overlap_unite(count):
+def test_overlapping_parts_are_united(count):
     lines = torch.cat([rectangle(0, 0, 3, 3)] * count + [rectangle(2, 2, 4, 4)])
     found = rasterize(polygons([lines]), torch.tensor([[0.0, 0, 4, 4]]), 4)[0].int().tolist()
     assert found == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]
 
 
-def test_a_hole_turns_the_other_way():
+def test_a_hole_has_the_opposite_orientation():
     hole = rectangle(1, 1, 3, 3)[:, [2, 3, 0, 1]]
     lines = torch.cat([rectangle(0, 0, 4, 4), hole])
     found = rasterize(polygons([lines]), torch.tensor([[0.0, 0, 4, 4]]), 4)
@@ -110,8 +110,8 @@ def test_outside_and_empty_outlines():
 
 
 @pytest.mark.parametrize("pairs", [1, 7, 64, 1000])
-def test_edges_are_taken_in_parts_of_any_size(pairs, monkeypatch):
-    """Outlines of very different lengths, one without any edge, two RoIs of one outline."""
+def test_edges_are_processed_in_blocks_of_any_size(pairs, monkeypatch):
+    """The outlines differ much in length, one has no edge, and two RoIs share an outline."""
     generator = torch.Generator().manual_seed(5)
     lines = [outline(star(32.0, 28.0, count, generator)) for count in (3, 90, 12)]
     lines.insert(1, torch.zeros(0, 4))
@@ -144,7 +144,7 @@ def test_bitmap_is_averaged_over_each_cell():
     assert crop_bitmaps(pixels[:0], torch.zeros(0, 4), 4).shape == (0, 4, 4)
 
 
-def test_head_gives_the_mask_of_its_own_class():
+def test_the_head_returns_the_mask_of_the_given_class():
     torch.manual_seed(0)
     head = mask_head(channels=8, num_convs=1, num_classes=3)
     for parameter in head.parameters():

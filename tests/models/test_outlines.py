@@ -10,7 +10,7 @@ from vitdet.data.outlines import fill, signed_area, trace
 
 
 def inside(vertices: np.ndarray, x: float, y: float) -> bool:
-    """Even-odd rule, one point, one edge after the other."""
+    """Test one point by the even-odd rule in a loop over edges."""
     crossings = 0
     for (x0, y0), (x1, y1) in zip(vertices, np.roll(vertices, -1, axis=0), strict=True):
         if (y0 <= y) != (y1 <= y):
@@ -18,7 +18,7 @@ def inside(vertices: np.ndarray, x: float, y: float) -> bool:
     return crossings % 2 == 1
 
 
-def test_fill_samples_every_pixel_center_also_of_what_is_cut_off() -> None:
+def test_fill_samples_every_pixel_center_of_cropped_outlines_too() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         vertices = rng.random((7, 2)) * [30, 24] - 6
@@ -27,7 +27,7 @@ def test_fill_samples_every_pixel_center_also_of_what_is_cut_off() -> None:
     assert fill(np.array([[-9.0, -9], [-2, -9], [-2, -2]]), 5, 5).sum() == 0
 
 
-def test_trace_is_undone_by_fill() -> None:
+def test_fill_inverts_trace() -> None:
     rng = np.random.default_rng(1)
     for _ in range(10):
         bitmap = np.zeros((20, 30), dtype=bool)
@@ -37,11 +37,11 @@ def test_trace_is_undone_by_fill() -> None:
         [parts] = trace([bitmap], 0.0)
         assert all(signed_area(part) > 0 for part in parts)
         filled = np.any([fill(part, 20, 30) for part in parts], axis=0)
-        # a slot through the middle may be a hole, which is filled
+        # a gap in the middle may be a hole, which is filled
         assert (filled | bitmap == filled).all()
 
 
-def test_pixels_that_touch_at_a_corner_are_two_parts() -> None:
+def test_pixels_connected_by_a_corner_are_two_parts() -> None:
     [parts, nothing] = trace([np.eye(2, dtype=bool), np.zeros((3, 4), dtype=bool)], 0.0)
     assert len(parts) == 2 and nothing == []
     assert sorted(part.min(axis=0).tolist() for part in parts) == [[0, 0], [1, 1]]

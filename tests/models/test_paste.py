@@ -1,4 +1,4 @@
-"""Pasted masks and their run lengths from boxes alone, against those of whole images."""
+"""Masks pasted within their boxes and their run lengths, against those of whole images."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ MASKS = {
 
 
 def placed(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A mask in all of PLACES: masks, boxes, and the sizes of the image."""
+    """Return masks, boxes and image sizes, with one mask at each of PLACES."""
     boxes = torch.tensor(list(PLACES.values()))
     masks = MASKS[kind]().repeat(len(boxes), 1, 1)
     return masks, boxes, torch.tensor([(HEIGHT, WIDTH)] * len(boxes))
 
 
 def columns(masks: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-    """The arguments of `encode_columns`."""
+    """Return the arguments of `encode_columns`."""
     regions = regions_of(boxes, sizes)
     ends = bytes_of(regions).cumsum(0)
     return reference(masks, boxes, regions, ends, int(ends[-1])), regions, ends, sizes
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_the_strings_are_those_of_whole_images(kind: str) -> None:
+def test_run_length_strings_equal_those_of_whole_images(kind: str) -> None:
     masks, boxes, sizes = placed(kind)
     found = encode_columns(*columns(masks, boxes, sizes))
     whole = encode(paste(masks, boxes, (HEIGHT, WIDTH)))
@@ -75,7 +75,7 @@ def test_the_strings_are_those_of_whole_images(kind: str) -> None:
 
 
 def some(count: int, seed: int, masks: bool = True) -> Detections:
-    """Detections of a canvas of 100 x 100 pixels."""
+    """Return detections on a canvas of 100 x 100 pixels."""
     generator = torch.Generator().manual_seed(seed)
     low = 110 * torch.rand(count, 2, generator=generator) - 10
     sides = 90 * torch.rand(count, 2, generator=generator) ** 2
@@ -92,7 +92,7 @@ ORIGINALS = [(50, 50), (120, 133), (311, 146), (40, 32)]
 
 
 @pytest.mark.parametrize("most", [2**25, 20_000, 1])
-def test_a_batch_of_any_images_gives_what_each_gives_alone(
+def test_results_of_a_batch_equal_those_of_single_images(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detections, "BYTES", most)
@@ -114,14 +114,14 @@ def test_detectors_without_masks_have_boxes_only() -> None:
     assert all("segmentation" not in result for image in results for result in image)
 
 
-def test_large_images_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_sampled_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = columns(*placed("noise"))[0]
     monkeypatch.setattr("vitdet.kernels.paste.PIXELS", 100)
     assert torch.equal(columns(*placed("noise"))[0], at_once)
 
 
 class Squares(nn.Module):
-    """Finds three squares where the first pixels of an image say."""
+    """A detector that returns three squares at positions given by an image's first pixels."""
 
     def forward(self, images: Tensor, targets: None, sizes: Tensor) -> list[Detections]:
         low = images.flatten(1)[:, :6].float().view(-1, 3, 2) / 8
@@ -145,7 +145,7 @@ def batches(count: int) -> list[Batch]:
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
 )
-def test_the_results_of_batches_are_those_of_their_images(device: str) -> None:
+def test_results_of_batches_are_assigned_to_their_images(device: str) -> None:
     given, classes = batches(4), range(100, 140)
     found = list(results_of(Squares(), given, classes, device))
     assert [list(span) for span in found] == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -158,7 +158,7 @@ def test_the_results_of_batches_are_those_of_their_images(device: str) -> None:
             assert results[image_id] == wanted and len(wanted) == 3
 
 
-def test_a_job_runs_while_the_next_is_made() -> None:
+def test_a_job_runs_while_the_next_is_prepared() -> None:
     made = [threading.Event() for _ in range(4)]
     finished: list[int] = []
 
@@ -170,14 +170,14 @@ def test_a_job_runs_while_the_next_is_made() -> None:
     def jobs() -> Iterator[Callable[[], int]]:
         for number in range(3):
             made[number].set()
-            assert len(finished) >= number - 1  # no more than one waits
+            assert len(finished) >= number - 1  # at most one job is pending
             yield partial(job, number)
         made[3].set()
 
     assert list(one_behind(jobs())) == [0, 1, 2]
 
 
-def test_errors_of_jobs_and_of_their_maker_are_raised_as_they_are() -> None:
+def test_errors_of_jobs_and_their_iterator_are_raised_unchanged() -> None:
     error = RuntimeError("in a job")
 
     def failing() -> int:

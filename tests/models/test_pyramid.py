@@ -16,7 +16,7 @@ def test_levels_have_their_strides(stride, scales):
     assert [tuple(m.shape) for m in maps] == [(2, 8, 128 // s, 192 // s) for s in pyramid.strides]
 
 
-def test_deconvolutions_halve_the_channels_or_keep_them():
+def test_channels_of_deconvolutions():
     for halve, shapes in ((True, [(16, 8), (8, 4), (16, 8)]), (False, [(16, 16)] * 3)):
         pyramid = build_pyramid(16, 8, 16, halve_channels=halve, eps=1e-3)
         found = [m for m in pyramid.modules() if isinstance(m, torch.nn.ConvTranspose2d)]

@@ -32,7 +32,7 @@ def maps(count):
 
 
 def slots(boxes):
-    """Boxes (N, 4) of one image as filled slots (1, N, 4)."""
+    """Return boxes (N, 4) of one image as filled slots (1, N, 4)."""
     return boxes[None], torch.ones(1, len(boxes), dtype=torch.bool)
 
 
@@ -51,7 +51,7 @@ def test_foreground_comes_first_and_ground_truths_are_candidates(heads):
 
 
 def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
-    """An image with two objects and one with none, with different numbers of proposals."""
+    """One image has two objects, the other none, with different numbers of proposals."""
     objects = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     boxes = torch.stack([proposals(6), proposals(6)])
     filled = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
@@ -60,11 +60,11 @@ def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
     assert (found.matched[1][found.filled[1]] == -1).all()
 
 
-def test_ground_truths_are_apart_when_their_best_boxes_are_kept(heads):
-    """Otherwise each ground truth would be its own best box."""
+def test_ground_truths_are_not_candidates_with_keep_best(heads):
+    """As a candidate, each ground truth would be its own best box."""
     objects = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
-    boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both closer to the first
-    # in their order
+    boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both overlap the first most
+    # choose candidates in order
     heads.choose = lambda candidates, num: (1 / torch.arange(1.0, 5)).expand(candidates.shape)
     targets = Targets.of([objects])
     assert heads.sample(*slots(boxes), targets).matched.tolist() == [[0, 0, 0, 1]]
@@ -72,7 +72,7 @@ def test_ground_truths_are_apart_when_their_best_boxes_are_kept(heads):
     assert heads.sample(*slots(boxes), targets).matched.tolist() == [[0, 1, 0, 1]]
 
 
-def test_a_stage_shrinks_no_further_than_said(heads):
+def test_stages_shrink_boxes_at_most_to_the_limit(heads):
     box, deltas = torch.tensor([0.0, 0, 64, 64]), torch.tensor([0.0, 0, -50, 0])
     for limit, width in ((-math.inf, 64 * math.exp(-10)), (-math.log(8), 8)):
         heads.min_log_scale = limit
@@ -88,10 +88,10 @@ def test_labels_name_the_background_last(heads):
     assert found.tolist() == [[3, CLASSES, 1], [CLASSES] * 3]
 
 
-def test_box_loss_looks_at_the_column_of_the_class(heads):
+def test_the_box_loss_uses_the_column_of_the_class(heads):
     objects = target([[10, 10, 50, 60]], [2])
     targets = Targets.of([objects])
-    boxes = torch.tensor([[[12.0, 8, 52, 66], [0, 0, 5, 5], [0, 0, 0, 0]]])  # the last: empty
+    boxes = torch.tensor([[[12.0, 8, 52, 66], [0, 0, 5, 5], [0, 0, 0, 0]]])  # the last box is empty
     assigned = Assigned(boxes, torch.tensor([[0, -1, IGNORE]]), 3)
     wanted = encode(boxes[:, :1], objects.boxes[None], WEIGHTS)
     labels = torch.tensor([[2, CLASSES, CLASSES]])
@@ -105,18 +105,18 @@ def test_box_loss_looks_at_the_column_of_the_class(heads):
 
 
 def select(heads, boxes, scores, candidates=CANDIDATES):
-    """Of one image: boxes (N, K or 1, 4), scores (N, K)."""
+    """Select the detections of one image from boxes (N, K or 1, 4) and scores (N, K)."""
     filled = torch.ones(1, len(boxes), dtype=torch.bool)
     found = heads.select(boxes[None], scores[None], filled, candidates)
     return detections(found, None)[0]
 
 
-def test_select_thresholds_suppresses_within_classes_and_counts(heads):
+def test_select_applies_threshold_nms_per_class_and_limit(heads):
     base = torch.tensor([[10.0, 10, 50, 50], [11, 10, 51, 50], [60, 60, 90, 90]])
     boxes = base[:, None].expand(3, CLASSES, 4)
     scores = torch.zeros(3, CLASSES)
-    scores[:, 0] = torch.tensor([0.6, 0.9, 0.04])  # neighbors; below the threshold
-    scores[0, 1] = 0.5  # the same place, another class
+    scores[:, 0] = torch.tensor([0.6, 0.9, 0.04])  # overlapping boxes, then one below the threshold
+    scores[0, 1] = 0.5  # the same box with another class
     scores[2, 3] = 0.7
     found = select(heads, boxes, scores)
     assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.5])
@@ -130,7 +130,7 @@ def test_select_thresholds_suppresses_within_classes_and_counts(heads):
     assert len(select(heads, boxes[:0], scores[:0])) == 0
 
 
-def test_select_leaves_out_what_is_no_number(heads):
+def test_select_drops_boxes_and_scores_that_are_not_finite(heads):
     boxes = torch.tensor([[[10.0, 10, 50, 50]], [[float("nan"), 0, 1, 1]], [[60, 60, 90, 90]]])
     scores = torch.full((3, CLASSES), 0.3)
     scores[2, 1] = float("nan")
@@ -145,8 +145,8 @@ def test_select_keeps_boxes_without_area_and_the_order_of_equal_scores(heads):
     assert torch.equal(found.boxes, boxes)
 
 
-def test_select_says_whether_its_candidates_were_enough(heads):
-    """Of 64 copies of a box and others with lower scores, 64 candidates omit the others."""
+def test_select_returns_whether_its_candidates_sufficed(heads):
+    """With 64 copies of a box and others with lower scores, 64 candidates omit the others."""
     boxes = torch.cat([torch.tensor([[10.0, 10, 50, 50]]).repeat(64, 1), proposals(64)])[:, None]
     scores = torch.zeros(1, 128, CLASSES)
     scores[:, :, 0] = torch.linspace(0.9, 0.1, 128)
@@ -159,7 +159,7 @@ def test_select_says_whether_its_candidates_were_enough(heads):
 
 
 @torch.no_grad()
-def test_detection_looks_at_more_candidates_where_they_were_not_enough(monkeypatch):
+def test_detection_retries_with_more_candidates(monkeypatch):
     detector = small_detector().eval()
     pixels = images(2)
     wanted = detector(pixels)
@@ -170,7 +170,7 @@ def test_detection_looks_at_more_candidates_where_they_were_not_enough(monkeypat
         assert torch.equal(result.masks, other.masks)
 
 
-def test_next_stage_learns_from_boxes_cut_to_the_picture():
+def test_the_next_stage_trains_on_boxes_clipped_to_the_image():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     objects = target([[10, 10, 50, 50]], [1])
     inside = [[10.0, 10, 50, 50], [10, 10, 50, 40], [10, 10, 50, 34]]
@@ -178,19 +178,19 @@ def test_next_stage_learns_from_boxes_cut_to_the_picture():
     filled = torch.tensor([[True] * 5, [False] * 5])
     targets, sizes = Targets.of([objects, target([], [])]), torch.tensor([[128, 128], [9, 9]])
     found = heads.reassign(2, torch.stack([refined] * 2), filled, targets, sizes)
-    # the empty one is gone
+    # the empty box is removed
     assert found.filled.tolist() == [[True, True, True, False, True], [False] * 5]
     boxes = found.boxes[found.filled]
     assert boxes.tolist() == [*inside, [60, 80, 128, 90]]
-    # IoU 1, 0.75, 0.6, 0 against 0.7
+    # IoUs of 1, 0.75, 0.6 and 0 with a threshold of 0.7
     assert found.matched[found.filled].tolist() == [0, 0, -1, -1]
 
 
 @torch.no_grad()
-def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_picture(monkeypatch):
+def test_every_stage_gets_the_previous_stage_s_clipped_boxes(monkeypatch):
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     for stage in heads.stages:
-        # every stage doubles boxes, or more
+        # every stage at least doubles the boxes
         stage.deltas.bias.copy_(torch.tensor([0.0, 0.0, 10.0, 10.0]))
     seen, run_stage = [], heads.run_stage
 
@@ -203,7 +203,7 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
     boxes = torch.stack([proposals(6), proposals(6, seed=1)])
     filled = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     heads.find(features, Proposals(boxes, torch.zeros(2, 6), filled), SIZES)
-    # none dropped on the way
+    # no box was removed in between
     assert [len(boxes) for boxes in seen] == [10, 10, 10]
     limits = torch.tensor([[128.0, 128.0]] * 6 + [[90.0, 100.0]] * 4)
     for boxes in seen[1:]:
@@ -212,7 +212,7 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
     assert not torch.equal(seen[1], seen[2])
 
 
-def test_stages_have_growing_weights_and_one_box_for_all_classes():
+def test_cascade_stages_have_growing_weights_and_class_agnostic_boxes():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     assert heads.weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     features = maps(1)
@@ -238,7 +238,7 @@ def test_cascade_scales_the_gradient_of_the_features_and_not_of_the_head():
     assert torch.allclose(gradients[0][1], gradients[1][1])
 
 
-def test_mask_loss_takes_at_most_its_share_of_an_image(heads, monkeypatch):
+def test_the_mask_loss_limits_the_boxes_per_image(heads, monkeypatch):
     seen = []
 
     def forward(pooled, labels):

@@ -17,13 +17,13 @@ def maps(count=2, side=128, channels=3, seed=0):
 
 
 def pool_images(features, boxes, strides, bins, ratio):
-    """`pool` of the boxes of every image, one tensor each."""
+    """Call `pool` with one tensor of boxes per image."""
     image = torch.tensor([number for number, rows in enumerate(boxes) for _ in rows]).long()
     return pool(features, torch.cat(boxes), image, strides, bins, ratio)
 
 
 def slow_pool(features, boxes, bins, ratio):
-    """One RoI after the other through torchvision."""
+    """Pool each RoI with torchvision."""
     levels = assign_levels(torch.cat(boxes), 4, 4).tolist()
     images = [i for i, b in enumerate(boxes) for _ in b]
     rows = []
@@ -45,7 +45,7 @@ BOXES = [
 @pytest.mark.parametrize("ratio", [0, 1, 2, 3])
 @pytest.mark.parametrize("bins", [7, 14])
 def test_equals_torchvision_in_values_and_gradients(ratio, bins):
-    """Without a sampling ratio to the bit in values, and each level is written once to its place."""
+    """Without a sampling ratio, the values are bitwise equal; each level writes its rows once."""
     ours, theirs = maps(3), maps(3)
     with Operations() as operations:
         found = pool_images(ours, BOXES, STRIDES, bins, ratio)
@@ -65,8 +65,8 @@ def test_equals_torchvision_in_values_and_gradients(ratio, bins):
 
 
 @pytest.mark.parametrize("ratio", [0, 2])
-def test_an_empty_slot_keeps_its_row_and_gives_no_infinity(ratio):
-    """A GPU without kernels has them, too; and there may be no box at all."""
+def test_empty_slots_keep_their_rows_and_stay_finite(ratio):
+    """Empty slots also reach the path without kernels, and there may be no box at all."""
     boxes = torch.tensor([[0.0, 0, 0, 0], [8, 8, 40, 40], [0, 0, 0, 0]])
     found = pool(maps(), boxes, torch.tensor([-1, 1, -1]), STRIDES, 7, ratio)
     alone = pool(maps(), boxes[1:2], torch.tensor([1]), STRIDES, 7, ratio)
@@ -75,7 +75,7 @@ def test_an_empty_slot_keeps_its_row_and_gives_no_infinity(ratio):
     torch.testing.assert_close(found[1:2], alone)
 
 
-def test_only_as_many_levels_as_strides_are_read():
+def test_levels_without_a_stride_are_ignored():
     features = [*maps(), torch.full((2, 3, 2, 2), float("nan"))]
     boxes = [torch.tensor([[0.0, 0, 900, 900]]), torch.zeros(0, 4)]
     assert pool_images(features, boxes, STRIDES, 7, 2).isfinite().all()
@@ -86,5 +86,5 @@ def test_levels_change_at_powers_of_two():
     boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], dim=1)
     assert assign_levels(boxes, 4, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     wide = torch.tensor([[0.0, 0, 224 * 4, 224 / 4]])
-    assert assign_levels(wide, 4, 4).tolist() == [2]  # the area decides
+    assert assign_levels(wide, 4, 4).tolist() == [2]  # the area determines the level
     assert assign_levels(torch.zeros(1, 4), 4, 4).tolist() == [0]

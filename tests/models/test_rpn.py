@@ -44,7 +44,7 @@ def test_maps_are_flattened_row_column_anchor():
     assert center.tolist() == pytest.approx([40, 24])
 
 
-def test_proposals_are_sorted_inside_the_picture_and_few():
+def test_proposals_are_sorted_clipped_and_limited():
     rpn = small_rpn()
     images = by_image(rpn.propose(rpn(features()), SIZES, (40, 25)))
     for proposals, (height, width) in zip(images, SIZES.tolist(), strict=True):
@@ -68,12 +68,12 @@ def test_nms_is_within_levels():
     assert proposals.logits.tolist() == [3.0, 2.0]
 
 
-def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
+def test_only_the_best_of_a_level_enter_and_invalid_boxes_are_removed():
     far = [[0.0, 0, 8, 8], [20, 20, 30, 30], [40, 40, 50, 50], [70, 70, 90, 90]]
     found = Anchored(*one_level(far, [1.0, 3.0, float("nan"), 2.0]))
     found.deltas[0][0, 1] = float("inf")
     (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (4, 10)))
-    # infinite, no number, and outside the picture
+    # infinite, NaN, and outside the image
     assert proposals.boxes.tolist() == [[0, 0, 8, 8]]
     found = Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0]))
     (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (2, 10)))
@@ -82,8 +82,8 @@ def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
 
 @pytest.mark.parametrize("values", [1, 3])
 @pytest.mark.parametrize("enter", [150, 200])
-def test_equal_logits_in_the_order_of_the_anchors(values, enter):
-    """As many as bf16 makes, on a level of 200 anchors that do not overlap."""
+def test_equal_logits_keep_the_order_of_anchors(values, enter):
+    """bf16 produces many equal logits; here on a level of 200 anchors without overlap."""
     corners = [(3.0 * (i % 20), 3.0 * (i // 20)) for i in range(200)]
     boxes = [[x, y, x + 2, y + 2] for x, y in corners]
     logits = [float(i * 7 % values) for i in range(200)]
@@ -95,7 +95,7 @@ def test_equal_logits_in_the_order_of_the_anchors(values, enter):
 
 
 def filled(found, delta):
-    """Logits of 0 and constant deltas."""
+    """Return zero logits and constant deltas."""
     logits = [torch.zeros_like(part) for part in found.logits]
     return Anchored(logits, [torch.full_like(part, delta) for part in found.deltas], found.anchors)
 
@@ -106,7 +106,7 @@ def test_losses_are_divided_by_samples_and_images():
     zeros = filled(found, 0)
     nothing = target([], [])
     losses = rpn.losses(zeros, Targets.of([nothing, nothing]))
-    assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))  # 8 negatives an image
+    assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))  # 8 negatives per image
     assert losses["loss_rpn_loc"].item() == 0
     exact = target([found.anchors[0][50].tolist()], [0])
     losses = rpn.losses(zeros, Targets.of([exact, nothing]))
@@ -114,8 +114,8 @@ def test_losses_are_divided_by_samples_and_images():
     assert losses["loss_rpn_loc"].item() == pytest.approx(0, abs=1e-5)
 
 
-def test_losses_are_divided_by_the_anchors_sampled():
-    """1 foreground and 7 background anchors, and none, which counts as 1, and 8."""
+def test_losses_are_divided_by_the_number_of_sampled_anchors():
+    """With sampled anchors: 1 foreground and 7 background, none (counted as 1), and 8."""
     rpn = small_rpn(samples=8, positive_fraction=0.25, divide_by_sampled=True)
     found = rpn(features())
     objects = target([torch.cat(found.anchors)[100].tolist()], [0])
@@ -135,7 +135,7 @@ def test_heads_with_norm_and_without():
         assert torch.allclose(rpn.head(x)[0], rpn.objectness(hidden), atol=1e-5)
 
 
-def test_proposals_shrink_no_further_than_said():
+def test_proposals_shrink_at_most_to_the_limit():
     found = Anchored(*one_level([[0.0, 0, 32, 32]], [1.0]))
     found.deltas[0][..., 2:] = -9.0
     sides = []
@@ -146,7 +146,7 @@ def test_proposals_shrink_no_further_than_said():
     assert sides[1] == pytest.approx([8, 8])
 
 
-def test_sampled_anchors_suit_their_ground_truth():
+def test_sampled_anchors_match_their_ground_truth():
     rpn = small_rpn(samples=32)
     anchors = torch.cat(rpn(features()).anchors)
     objects = target([[5, 5, 30, 31], [40, 10, 60, 60]], [0, 1])
@@ -161,7 +161,7 @@ def test_sampled_anchors_suit_their_ground_truth():
     assert torch.equal(matched[positive], iou.argmax(dim=0)[positive])
 
 
-def test_losses_of_logits_that_know_the_answer_are_small():
+def test_losses_of_perfect_predictions_are_small():
     rpn = small_rpn(samples=32)
     found = rpn(features())
     objects = target([[5, 5, 30, 31]], [0])

@@ -21,15 +21,15 @@ def test_maps_have_their_strides_and_channels():
 
 
 def test_published_size():
-    """28,288,354 with a classifier and one norm of 768 channels, instead of four norms."""
+    """The paper's 28,288,354 include a classifier and one norm of 768 channels instead of four norms."""
     with torch.device("meta"):
         swin = parts.swin(**SIZES["swin_t"]._asdict())
     assert sum(p.numel() for p in swin.parameters()) == 28_288_354 - 769 * 1000 - 2 * 768 + 2 * 1440
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 4), (12, 8)])
-def test_tokens_see_those_that_the_roll_did_not_bring(height, width):
-    """Two tokens of a window see each other if they are as far apart as before the roll."""
+def test_tokens_attend_only_to_tokens_at_unchanged_distance(height, width):
+    """Two tokens of a window attend to each other if the roll kept their distance."""
     window, shift = 4, 2
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(height, width, 2)
     rolled = places.roll((-shift, -shift), (0, 1))
@@ -46,8 +46,8 @@ def test_tokens_see_those_that_the_roll_did_not_bring(height, width):
     assert n == len(mask)
 
 
-def test_a_token_reaches_its_window_and_half_of_the_next():
-    """The window of a map of 12 x 12 holds 4 x 4 tokens, those of the shifted block begin at 2."""
+def test_a_token_affects_its_window_and_half_of_the_next():
+    """Windows of a 12 x 12 map have 4 x 4 tokens; windows of the shifted block start at 2."""
     for shift, rows in ((0, range(4, 8)), (2, range(2, 6))):
         torch.manual_seed(0)
         block = Block(dim=8, heads=2, window=4, shift=shift, drop_path=0.0)
@@ -60,8 +60,8 @@ def test_a_token_reaches_its_window_and_half_of_the_next():
         assert torch.equal(change, wanted)
 
 
-def test_the_first_tokens_share_a_window_with_each_other_alone():
-    """Rolled, the first 2 rows are the last, after padding, and do not see rows before it."""
+def test_the_first_tokens_share_a_window_only_with_each_other():
+    """The roll moves the first 2 rows behind the padding, where they do not attend to earlier rows."""
     torch.manual_seed(0)
     block = Block(dim=8, heads=2, window=4, shift=2, drop_path=0.0)
     x = torch.randn(1, 6, 6, 8)  # padded to 8

@@ -29,7 +29,7 @@ def test_output_has_a_cell_for_each_patch(size):
     assert small_vit()(torch.randn(2, 3, *size)).shape == (2, 16, size[0] // 4, size[1] // 4)
 
 
-def test_windows_do_not_see_each_other_but_global_blocks_do():
+def test_windows_are_independent_and_global_blocks_connect_them():
     images = torch.randn(1, 3, 16, 16)
     other = images.clone()
     other[..., :4, :4] += 1  # the first token, in the first of 2 x 2 windows
@@ -40,7 +40,7 @@ def test_windows_do_not_see_each_other_but_global_blocks_do():
         assert change[2:, 2:].any() == reaches
 
 
-def test_residual_convolutions_pass_between_windows():
+def test_residual_convolutions_connect_windows():
     vit = small_vit(global_blocks=(), residual_blocks=(0,)).eval()
     images = torch.randn(1, 3, 16, 16)
     other = images.clone()
@@ -50,17 +50,17 @@ def test_residual_convolutions_pass_between_windows():
 
 
 def test_residual_convolutions_start_as_in_detectron2():
-    """c2_msra_fill: deviation sqrt(2 / (outputs * kernel area)), a normal draw."""
+    """c2_msra_fill draws from a normal distribution with std sqrt(2 / (outputs * kernel area))."""
     torch.manual_seed(0)
     block = ConvBottleneck(256)
     found = [layer.conv.weight.std().item() for layer in (block.conv1, block.conv2, block.conv3)]
     wanted = [(2 / 128) ** 0.5, (2 / 128 / 9) ** 0.5, (2 / 256) ** 0.5]
     assert found == pytest.approx(wanted, rel=0.03)
     x = torch.randn(1, 4, 4, 256)
-    assert torch.equal(block(x), x)  # the identity
+    assert torch.equal(block(x), x)  # initially the identity
 
 
-def test_positions_are_resized_as_an_image():
+def test_positions_are_resized_like_an_image():
     positions = torch.randn(1, 4, 4, 3)
     assert resize_positions(positions, (4, 4)) is positions
     flat = torch.ones(1, 4, 4, 3)
@@ -91,7 +91,7 @@ def test_tokens_carry_their_positions():
     assert torch.allclose(vit.embed(images), vit.patch_embed(images) + vit.pos_embed)
 
 
-def test_drop_path_grows_linearly_and_rests_in_evaluation():
+def test_drop_path_grows_linearly_and_is_off_in_evaluation():
     vit = small_vit(depth=3, drop_path=0.4)
     assert [block.drop_path.rate for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
     images = torch.randn(1, 3, 16, 16)
@@ -139,8 +139,8 @@ def test_layers_of_the_layer_wise_decay():
     assert names.keys() <= dict(vit.named_parameters()).keys()
 
 
-def test_no_fresh_weight_is_far_out():
-    """Truncated as in the published code, one of 9 million draws would be -2 (100 deviations)."""
+def test_initial_weights_have_no_outliers():
+    """With the published truncation at -2, one of 9 million draws would be -2 (100 std)."""
     torch.manual_seed(1)
     linear = torch.nn.Linear(3000, 3000)
     torch.manual_seed(1)
@@ -153,7 +153,7 @@ def test_no_fresh_weight_is_far_out():
     ("name", "parameters"), [("vit_b", 85_645_056), ("vit_l", 303_096_832), ("vit_h", 630_662_400)]
 )
 def test_published_sizes(name, parameters):
-    """Blocks and patches of 16 px, without positions: depth (12 d^2 + 13 d) + 769 d."""
+    """Blocks and patch embedding (16 px) without positions have depth (12 d^2 + 13 d) + 769 d parameters."""
     with torch.device("meta"):
         vit = parts.vit(**SIZES[name]._asdict())
     vit.pos_embed = None
@@ -163,7 +163,7 @@ def test_published_sizes(name, parameters):
 
 
 @pytest.mark.parametrize(("window", "residual"), [(0, False), (3, True)])
-def test_a_block_is_one_graph_for_a_compiler(window, residual):
+def test_a_block_compiles_to_one_graph(window, residual):
     block = parts.block(dim=16, heads=2, window=window, grid=4, conv_after=residual, drop_path=0.5)
     torch.manual_seed(0)
     x = torch.randn(2, 4, 5, 16, requires_grad=True)

@@ -20,7 +20,7 @@ INIT = Path(__file__).parents[3] / "shared/reference/vitae/keys/init_mean_std_ab
 
 
 def random(module):
-    """The same module with weights and statistics of which none is trivial."""
+    """Return the module with random weights and statistics."""
     torch.manual_seed(1)
     for name, tensor in module.state_dict(keep_vars=True).items():
         if "num_batches" in name:
@@ -56,7 +56,7 @@ def named(name, **settings):
 
 
 def silenced(branch):
-    """A block of 8 channels, windows of 2 x 2, of which only the convolutions are not zero."""
+    """Return a block of 8 channels and 2 x 2 windows, in which only the convolutions are nonzero."""
     block = random(parts.block(dim=8, heads=2, window=2, grid=4, branch=branch)).eval()
     for layer in (block.attn.proj, block.mlp.fc2):
         torch.nn.init.zeros_(layer.weight)
@@ -65,11 +65,11 @@ def silenced(branch):
 
 
 @pytest.mark.parametrize("branch", [wide_branch(8, 32), deep_branch(8, 24, 4)])
-def test_convolutions_read_what_the_block_reads_and_the_whole_map(branch):
+def test_convolutions_read_the_block_s_input_and_the_whole_map(branch):
     block = silenced(branch)
     x = torch.randn(2, 4, 4, 8)
     maps = x.permute(0, 3, 1, 2)
-    for layer in block.pcm:  # written out: the statistics are those of training
+    for layer in block.pcm:  # computed layer by layer, with running statistics
         if isinstance(layer, torch.nn.Conv2d):
             maps = F.conv2d(maps, layer.weight, layer.bias, padding=1, groups=layer.groups)
         elif isinstance(layer, torch.nn.BatchNorm2d):
@@ -91,16 +91,16 @@ def test_mlp_reads_the_sum_of_both_branches():
     assert torch.allclose(block(x), mixed + block.mlp(block.norm2(mixed)), atol=1e-5)
 
 
-def test_images_drop_each_of_three_paths_by_itself():
+def test_images_drop_each_of_three_paths_independently():
     torch.manual_seed(0)
     sizes = {"dim": 8, "heads": 2, "window": 0, "grid": 2}
     block = random(parts.block(**sizes, drop_path=0.5, branch=wide_branch(8, 32))).train()
     for layer in block.pcm:
-        layer.eval()  # else the images of a batch change each other
+        layer.eval()  # otherwise, the images of a batch affect each other
     found = block(torch.ones(400, 2, 2, 8)).flatten(1)
     values, counts = found.detach().round(decimals=3).unique(dim=0, return_counts=True)
     assert len(values) == 8
-    assert counts.min() > 25 and counts.max() < 80  # 50 each, if the draws are independent
+    assert counts.min() > 25 and counts.max() < 80  # about 50 each for independent draws
 
 
 def test_statistics_move_by_a_tenth():
@@ -112,7 +112,7 @@ def test_statistics_move_by_a_tenth():
 
 
 def slow_performer(performer, x, mixed):
-    """One query after the other, in float64."""
+    """Compute the attention in a loop over queries, in float64."""
     w = {name: value.double().numpy() for name, value in performer.state_dict().items()}
 
     def gelu(u):
@@ -163,7 +163,7 @@ def test_a_cell_concatenates_dilations_and_keeps_the_grid():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_images_of_a_batch_do_not_see_each_other(name):
+def test_images_of_a_batch_are_independent(name):
     build, side = BACKBONES[name]
     backbone = build(scaled_rel_pos=True, final_norm=True).eval()
     images = torch.randn(3, 3, side, 2 * side)
@@ -175,7 +175,7 @@ def test_images_of_a_batch_do_not_see_each_other(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_half_precision_stays_finite_and_near(name, dtype):
+def test_half_precision_is_finite_and_close(name, dtype):
     build, side = BACKBONES[name]
     backbone = build(final_norm=True).eval()
     images = torch.randn(1, 3, side, side)
@@ -187,9 +187,9 @@ def test_half_precision_stays_finite_and_near(name, dtype):
     assert (half.float() - whole).abs().mean() < 0.1 * whole.abs().mean()
 
 
-def test_features_leave_the_range_of_half_precision_unharmed():
+def test_features_beyond_the_range_of_half_precision():
     performer = Performer(8, 64).eval()
-    # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84), float16 ends at exp(11.09)
+    # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84); the largest float16 is exp(11.09)
     u = (0.9 * performer.w[:1]).half()[None]
     assert performer.features(u).max() > 65504
     with torch.autocast("cpu", torch.float16):
@@ -240,7 +240,7 @@ def test_layers_of_the_layer_wise_decay(name, layers):
 
 @pytest.mark.parametrize(("name", "count"), [("vit_b", 47), ("vitae_b", 64), ("vitae_s", 134)])
 def test_fresh_weights_are_distributed_as_the_published_ones(name, count):
-    """Mean, deviation and largest value of the tensors up to the first three blocks."""
+    """Compare mean, std and maximum of the tensors up to the first three blocks."""
     if not INIT.exists():
         pytest.skip("needs ../shared")
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ def test_maps_have_their_strides_and_channels():
     assert backbone.strides == (4, 8, 16, 32)
 
 
-def test_only_the_coarser_stages_see_the_whole_image():
+def test_only_the_coarser_stages_have_global_attention():
     backbone = small_vitaev2().eval()
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -43,7 +43,7 @@ def test_only_the_coarser_stages_see_the_whole_image():
 
 @pytest.mark.parametrize(("height", "above"), [(4, 1), (5, 0), (6, 0), (7, 1)])
 def test_windows_are_padded_all_around(height, above):
-    """Windows of 3 begin so many rows before the map; the odd row of padding stands below."""
+    """Windows of 3 start in the padding above the map; an odd row of padding is added below."""
     attention = Attention(inputs=4, dim=4, heads=1, window=3, bias=True, keep_values=False)
     torch.nn.init.normal_(attention.qkv.bias)
     x = torch.randn(1, height, 3, 4)
@@ -53,7 +53,7 @@ def test_windows_are_padded_all_around(height, above):
     assert change.tolist() == [row < 3 - above for row in range(height)]
 
 
-def test_values_are_kept_where_the_attention_changes_the_channels():
+def test_the_value_residual_is_used_if_attention_changes_the_channels():
     attention = Attention(inputs=6, dim=4, heads=2, window=0, bias=False, keep_values=True)
     torch.nn.init.zeros_(attention.proj.weight)
     torch.nn.init.zeros_(attention.proj.bias)
@@ -62,7 +62,7 @@ def test_values_are_kept_where_the_attention_changes_the_channels():
 
 
 def test_rates_of_the_published_run():
-    """Each stage takes its rates from the cell on that the depth of the stage before it names."""
+    """Each stage's drop path rates start at the cell whose index is the previous stage's depth."""
     step = 0.1 / 13
     wanted = [[0, 1], [2, 3], list(range(2, 10)), [8, 9]]
     rates = drop_rates((2, 2, 8, 2), 0.1)

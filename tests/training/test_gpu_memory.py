@@ -99,9 +99,7 @@ def test_auto_enables_checkpointing_above_90_percent_of_gpu_memory(
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
         checkpoint_activations(detector, given, 8, "bf16", device)
         (decided,) = checkpointing(detector)
-        assert (
-            can_be_graphed(detector) != decided
-        )  # checkpointing repeats random draws, which a graph cannot
+        assert can_be_graphed(detector) != decided  # graphs cannot repeat random draws
         return decided
 
     with caplog.at_level(logging.INFO, "vitdet"):
