@@ -9,7 +9,7 @@ EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "coco-eval"
 
 @pytest.fixture
 def examples() -> Path:
-    """Annotations and results of the packages pycocotools and lvis, with their metrics."""
+    """Return annotations and results of the packages pycocotools and lvis, with their metrics."""
     if not EXAMPLES.is_dir():
         pytest.skip("needs ../shared")
     return EXAMPLES

@@ -1,4 +1,4 @@
-"""Evaluation analysis: metrics agree with AP, and with small cases counted by hand."""
+"""Evaluation analysis: metrics agree with AP, and with the expected values of small cases."""
 
 import json
 from dataclasses import asdict
@@ -22,7 +22,7 @@ def analysed(truth, results, kind="bbox", rules=coco):
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("rules", [coco, lvis])
-def test_the_parts_of_a_random_analysis_agree(kind, rules):
+def test_a_random_analysis_is_consistent(kind, rules):
     truth, results = random_set(2, lvis=rules is lvis)
     found = analysed(truth, results, kind, rules)
     known = [row for row in found.classes if row.objects]
@@ -44,7 +44,7 @@ def test_the_parts_of_a_random_analysis_agree(kind, rules):
     json.dumps(asdict(found), allow_nan=False)
 
 
-def test_thresholds_and_images_count_what_is_right():
+def test_thresholds_and_images_count_true_positives():
     truth = scene(CAT, DOG)
     results = [detection(1, CAT[1], 0.8), detection(1, [10, 60, 20, 20], 0.6)]
     results += [detection(2, DOG[1], 0.4), detection(2, [60, 10, 20, 20], 0.2)]
@@ -62,14 +62,14 @@ def test_thresholds_and_images_count_what_is_right():
     assert image.f1 == pytest.approx(0.8)
 
 
-def test_a_confusion_pairs_what_is_left_across_classes():
+def test_the_confusion_matrix_matches_leftovers_across_classes():
     found = analysed(scene(CAT, DOG), [detection(1, CAT[1], 0.9), detection(1, DOG[1], 0.9)])
     assert found.confusion.names == ["cat", "dog", "background"]
     assert found.confusion.matrix == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert found.classes[1].main_error == "classification"
 
 
-def test_of_many_classes_the_most_confused_are_shown():
+def test_the_most_confused_of_many_classes_are_shown():
     truth = scene((1, CAT[1]), (40, DOG[1]))
     names = {number: {"id": number, "name": f"class {number}"} for number in range(1, 51)}
     truth = Truth(truth.path, truth.images, names, truth.objects)
@@ -82,7 +82,7 @@ def test_of_many_classes_the_most_confused_are_shown():
 @pytest.mark.parametrize(
     ("objects", "results"), [((), []), ((CAT,), []), ((), [detection(1, CAT[1], 0.9)])]
 )
-def test_without_objects_or_detections_there_is_an_analysis(objects, results):
+def test_an_analysis_without_objects_or_detections(objects, results):
     found = analysed(scene(*objects), results)
     assert found.best_threshold is None and found.classes[0].best_threshold is None
     assert bool(found.thresholds) == bool(objects) and bool(found.curves) == bool(objects)

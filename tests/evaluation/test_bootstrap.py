@@ -14,7 +14,7 @@ from vitdet.evaluation.matches import IOUS, Matches, precisions
 
 
 class World:
-    """Images with objects, some harder to find, and detectors that differ by chance and quality."""
+    """Images with objects of random difficulty, and detectors that differ by chance and quality."""
 
     def __init__(self, seed: int, images: int, classes: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -26,7 +26,7 @@ class World:
         self.difficulty = self.rng.normal(0, 1, count)
 
     def detect(self, quality: float = 0.0, noise: float = 0.3) -> Matches:
-        """One detection per object and ten false ones per image. quality 0.033 is about 1 AP."""
+        """Return one detection per object and ten false ones per image; quality 0.033 is about 1 AP."""
         count = len(self.object_image)
         skill = quality - self.difficulty + self.rng.normal(0, noise, count)
         iou = 1 / (1 + np.exp(-(0.9 * skill + 1.2)))
@@ -52,9 +52,9 @@ class World:
 
 
 def plain_ap(matches: Matches, weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return AP of each class, (K,) in percent, NaN without objects, and the mean of the others.
+    """Return the AP of each class, (K,) in percent, NaN without objects, and the mean without NaN.
 
-    weights (I,): how often each image counts.
+    `weights` (I,) are the numbers of copies of each image.
     """
     objects = np.bincount(
         matches.object_category, weights[matches.object_image], len(matches.category_ids)
@@ -94,7 +94,7 @@ def test_a_resample_without_objects_has_no_ap() -> None:
 
 @pytest.mark.parametrize(("images", "real"), [(1, None), (9, None), (10, True)])
 def test_a_class_in_few_images_has_no_verdict(images: int, real: bool | None) -> None:
-    """Resamples of a single image all have the same difference, with an interval of width 0."""
+    """All resamples of a single image have the same difference, so the interval's width is 0."""
     places, none = np.arange(images), np.zeros((images, len(IOUS)), bool)
     worse = replace(
         World(0, 200, 2).detect(),
@@ -125,7 +125,7 @@ def test_the_difference_of_equal_results_is_0() -> None:
     assert bootstrap([matches], resamples=20)[0].interval() == interval  # a fixed seed
 
 
-def test_a_better_class_is_told_from_the_others() -> None:
+def test_only_the_better_class_is_significant() -> None:
     world = World(1, 300, 3)
     worse = world.detect()
     lost = (worse.category == 1) & (np.arange(len(worse.category)) % 4 == 0)
@@ -165,7 +165,7 @@ def test_results_of_other_data_are_refused(name: str, message: str) -> None:
 
 
 @pytest.mark.slow
-def test_noise_is_called_equal_and_one_ap_is_found() -> None:
+def test_noise_is_not_significant_and_one_ap_is() -> None:
     equal = found = 0
     for seed in range(100):
         world = World(seed, 200, 5)

@@ -23,7 +23,7 @@ OBJECT = {"id": 1, "image_id": 5, "category_id": 2, "bbox": [10, 10, 40, 40]}
 
 @pytest.fixture
 def truth_of(tmp_path):
-    """Writes and reads annotations of two images of 100 x 100."""
+    """Write and read annotations of two images of 100 x 100 pixels."""
 
     def read(*objects):
         images = [{"id": number, "height": 100, "width": 100} for number in (5, 6)]
@@ -37,7 +37,7 @@ def truth_of(tmp_path):
 
 @pytest.fixture
 def half():
-    """A box of 40 x 40 at 10, 10, whose mask is its left half, without area and iscrowd."""
+    """Return a 40 x 40 box at (10, 10) whose mask is its left half, without area and iscrowd."""
     return {**OBJECT, "segmentation": [[10, 10, 30, 10, 30, 50, 10, 50]]}
 
 
@@ -59,7 +59,7 @@ def result(box=(10, 10, 40, 40), score=0.9, image_id=5, category_id=2):
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [("bbox", "box"), ("segm", "mask")])
-def test_the_twelve_metrics_are_those_of_pycocotools(examples, kind, prefix):
+def test_the_twelve_metrics_equal_those_of_pycocotools(examples, kind, prefix):
     expected = json.loads((examples / "coco_fake100_expected.json").read_text())[kind]
     results = json.loads((examples / f"instances_val2014_fake{kind}100_results.json").read_text())
     finished = compare(read_truth(examples / "instances_val2014_100.json"), results, [kind])
@@ -76,7 +76,7 @@ def test_the_twelve_metrics_are_those_of_pycocotools(examples, kind, prefix):
 
 
 def assert_pycocotools_tables(truth, results, kind, image_ids):
-    """Compares precision (T, R, K, A, M) and recall (T, K, A, M)."""
+    """Compare precision (T, R, K, A, M) and recall (T, K, A, M) to pycocotools."""
     index = Index()
     index.dataset = {
         "images": list(truth.images.values()),
@@ -85,7 +85,7 @@ def assert_pycocotools_tables(truth, results, kind, image_ids):
     }
     index.dataset = copy.deepcopy(index.dataset)
     index.createIndex()
-    # one form only: with both, masks would have their boxes' areas
+    # only one type: with both, masks would have the areas of their boxes
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
     plain = [{name: result[name] for name in result if name != other} for result in results]
     work = COCOeval(index, index.loadRes(copy.deepcopy(plain)), kind)
@@ -99,13 +99,13 @@ def assert_pycocotools_tables(truth, results, kind, image_ids):
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_sets_have_pycocotools_tables(kind, seed):
+def test_random_sets_have_the_tables_of_pycocotools(kind, seed):
     truth, results = random_set(seed, images=25 + 5 * seed, categories=1 + 2 * seed)
     assert any(annotation.iscrowd for annotation in truth.objects)
     assert_pycocotools_tables(truth, results, kind, sorted(truth.images)[:: 1 + seed % 2])
 
 
-def test_a_hundred_results_of_a_class_in_an_image_count():
+def test_at_most_a_hundred_results_per_class_and_image_are_used():
     truth, results = random_set(0, images=2, categories=1)
     image_id = results[0]["image_id"]
     results = [result for result in results if result["image_id"] == image_id] * 12
@@ -113,29 +113,29 @@ def test_a_hundred_results_of_a_class_in_an_image_count():
     assert_pycocotools_tables(truth, results, "bbox", sorted(truth.images))
 
 
-def test_an_object_with_id_0_can_be_found(truth_of, half):
+def test_an_object_with_id_0_can_be_matched(truth_of, half):
     metrics = metrics_of(truth_of({**half, "id": 0}), [result()])
     assert metrics["box_ap"] == pytest.approx(100)  # pycocotools: 0
 
 
-def test_a_perfect_result_has_full_marks_and_missing_size_classes_are_left_out(truth_of, half):
+def test_perfect_results_score_100_and_empty_size_classes_are_omitted(truth_of, half):
     metrics = metrics_of(truth_of(half), [result()])
     assert metrics["box_ap"] == metrics["mask_ap"] == pytest.approx(100)
-    # without an area in the file it is that of the mask, 20 x 40: small
+    # without an area in the file, the mask's area of 20 x 40 is used: small
     assert metrics["box_ap_small"] == metrics["mask_ap_small"] == pytest.approx(100)
     assert not {"box_ap_medium", "box_ap_large", "mask_ap_medium", "mask_ap_large"} & set(metrics)
     assert all(math.isfinite(value) for value in json.loads(json.dumps(metrics)).values())
 
 
-def test_a_detection_is_as_large_as_its_box_or_its_mask(truth_of, half):
-    # false ones of higher score, with medium boxes (40 x 40) and small masks (20 x 40)
+def test_a_detection_s_size_is_that_of_its_box_or_mask(truth_of, half):
+    # false positives of higher score, with medium boxes (40 x 40) and small masks (20 x 40)
     wrong = result([50, 50, 40, 40], 0.95, image_id=6)
     metrics = metrics_of(truth_of({**half, "area": 800}), [result(), wrong])
     assert metrics["box_ap_small"] == pytest.approx(100)
     assert metrics["mask_ap_small"] == pytest.approx(50)
 
 
-def test_three_hundred_objects_are_all_found_with_a_limit_of_as_many(truth_of):
+def test_a_limit_of_300_detections_allows_300_matches(truth_of):
     boxes = [[3 * (i % 20), 3 * (i // 20), 2, 2] for i in range(300)]
     truth = truth_of(*({**OBJECT, "id": i, "bbox": box} for i, box in enumerate(boxes, 1)))
     found = [result(box) for box in boxes]
@@ -145,7 +145,7 @@ def test_three_hundred_objects_are_all_found_with_a_limit_of_as_many(truth_of):
     assert metrics["box_ar_10"] == pytest.approx(10 / 3) and "box_ar_100" not in metrics
 
 
-def test_without_detections_ap_is_0_and_without_objects_there_is_none(truth_of, half):
+def test_ap_is_0_without_detections_and_omitted_without_objects(truth_of, half):
     metrics = metrics_of(truth_of(half), [])
     assert metrics["box_ap"] == metrics["mask_ap"] == metrics["box_ar_100"] == 0
     finished = compare(truth_of(half), [result(image_id=6)], image_ids=[6])
@@ -153,13 +153,13 @@ def test_without_detections_ap_is_0_and_without_objects_there_is_none(truth_of, 
     assert class_rows(finished) == curve_rows(finished) == []
 
 
-def test_only_the_chosen_images_count(truth_of, half):
+def test_only_the_given_images_are_evaluated(truth_of, half):
     truth, results = truth_of(half), [result(score=0.5), result(image_id=6, score=0.9)]
     assert metrics_of(truth, results, ["bbox"])["box_ap"] == pytest.approx(50, abs=1)
     assert metrics_of(truth, results, ["bbox"], [5])["box_ap"] == pytest.approx(100)
 
 
-def test_only_classes_with_objects_have_a_row(truth_of, half):
+def test_only_classes_with_objects_have_an_ap(truth_of, half):
     (row,) = class_rows(compare(truth_of(half), [result(), result(category_id=3)]))
     assert row["class"] == "thing" and row["mask_ap50"] == pytest.approx(100)
 

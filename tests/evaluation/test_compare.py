@@ -28,7 +28,7 @@ TRUTH = ["--annotations", "annotations.json"]
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """annotations.json, and two files of box results: the second lacks most of class 1's true ones."""
+    """Write annotations.json and two files of box results; the second lacks most true positives of class 1."""
     truth, results = random_set(1, 60, 3)
     results = [{key: result[key] for key in result if key != "segmentation"} for result in results]
     tree = {
@@ -50,7 +50,7 @@ def refused(result: tuple[int, str, str], message: str) -> None:
     assert message in errors
 
 
-def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> None:
+def test_comparing_results_files(vitdet: Run, files: list[Path], tmp_path: Path) -> None:
     words = ["first.json", "worse.json", "first.json", *TRUTH, "--resamples", 100]
     code, text, errors = vitdet("compare", *words, "--output", "new/text.md")
     assert (code, errors) == (0, "")
@@ -75,7 +75,7 @@ def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> Non
         (["first.json", TRUTH[1], *TRUTH], "annotations.json: expected a list of results"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_invalid_inputs_are_refused_in_one_line(
     vitdet: Run, files: list[Path], words: list[str], message: str
 ) -> None:
     refused(vitdet("compare", *words, "--output", "text.md"), message)
@@ -94,7 +94,7 @@ def settings(*overrides: str) -> dict[str, str]:
     return {key: str(value) for key, value in flatten(load_config("tiny", overrides)).items()}
 
 
-def test_settings_training_and_seeds_are_shown() -> None:
+def test_differing_settings_and_seeds_are_shown() -> None:
     three = [
         compared("a", {**settings(), "tracking.uri": "http://u:secret@x"}, images_per_second=3.25),
         compared("b", settings("train.seed=1"), memory_gb=2.0, gpu_hours=0.5),
@@ -118,7 +118,7 @@ def test_settings_training_and_seeds_are_shown() -> None:
     assert "optim.steps" not in rows
 
 
-def test_differences_over_few_images_are_not_tested() -> None:
+def test_differences_over_few_images_have_no_verdict() -> None:
     truth, results = random_set(0, 6, 2)
     matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
     none = replace(matches, matched=np.zeros_like(matches.matched))
@@ -138,17 +138,17 @@ def test_differences_over_few_images_are_not_tested() -> None:
         ([], False),  # model.pt and best.pt of one training run
         (["train.seed=1"], True),
         (["train.seed=1", "data.workers=3"], True),
-        (["train.seed=1", "evaluate.max_images=3"], False),  # determines which step is the best
+        (["train.seed=1", "evaluate.max_images=3"], False),  # determines the best step
     ],
 )
-def test_only_runs_with_other_seeds_are_averaged(other: list[str], are_seeds: bool) -> None:
+def test_only_runs_that_differ_by_seed_are_averaged(other: list[str], are_seeds: bool) -> None:
     best = ["train.keep_best=box_ap"]
     two = [compared("a", settings(*best)), compared("b", settings(*best, *other))]
     resampled = bootstrap([evaluation.matches["bbox"] for evaluation in two], resamples=20)
     assert ("## Over seeds" in comparison_text(two, {"bbox": resampled})) is are_seeds
 
 
-def test_a_folder_without_config_is_a_name_of_a_run(vitdet: Run, tmp_path: Path) -> None:
+def test_a_folder_without_config_is_a_run_name(vitdet: Run, tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     refused(vitdet("compare", "tiny", "tiny"), "no such MLflow store; set MLFLOW_TRACKING_URI")
     save_config(load_config("tiny"), tmp_path / "tiny" / "config.yaml")
@@ -193,7 +193,7 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     assert code == 0, errors
     assert "| train.seed | 0 " in text and "## Over seeds" in text and "training images/s" in text
     refused(vitdet("compare", "work/a/model.pt", "work/c/model.pt"), "different evaluate settings")
-    # the same from MLflow alone: by name, by id, and for a checkpoint that was moved beside the store
+    # also from MLflow only: by name, by ID, and for a checkpoint that was moved next to the store
     from mlflow import MlflowClient
 
     store = f"sqlite:///{tmp_path}/work/mlflow.db"
@@ -215,6 +215,6 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     assert vitdet("compare", "work/moved/model.pt", "work/b/model.pt", *few)[0] == 0
     unknown = vitdet("compare", "none", first.info.run_id, "--tracking-uri", store)
     refused(unknown, "none: neither a file")
-    # the matches of another checkpoint are not taken for its own
+    # the matches of another checkpoint are not used
     shutil.copy(tmp_path / "work" / "c" / "model.pt", tmp_path / "work" / "b" / "model.pt")
     refused(vitdet("compare", "work/b/model.pt", "work/a/model.pt"), "different evaluate settings")

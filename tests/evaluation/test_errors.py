@@ -1,4 +1,4 @@
-"""TIDE's error types, against values of tidecv 1.0.1 and in hand-made cases."""
+"""TIDE's error types, against values of tidecv 1.0.1 and in small cases."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from vitdet.evaluation.errors import SPECIAL, TYPES, errors_of, overlaps_of
 from vitdet.evaluation.results import Truth, read_truth
 
 # TIDE(mode=...).evaluate(...) of tidecv 1.0.1: get_main_errors() and get_special_errors() in the order of TYPES and
-# SPECIAL, count_errors() in the order of TYPES. The scores are made distinct as in `distinct`, as tidecv's order of
-# equal scores differs before and after a fix.
+# SPECIAL, count_errors() in the order of TYPES. Scores are made distinct as in `distinct`, because tidecv's order of
+# equal scores changes when an error is fixed.
 TIDECV = {
     "bbox": (22.24976, 0.23015, 0.0, 0.01897, 0.0, 8.52595, 6.82159, 17.68773),
     "segm": (16.19295, 11.60070, 1.01801, 0.0, 0.27320, 7.78443, 8.66035, 23.75437),
 }
 COUNTS = {"bbox": (83, 1, 0, 1, 0, 97), "segm": (76, 82, 7, 0, 4, 109)}
-# of random_set(0, images=30, categories=5), which has crowds
+# values of random_set(0, images=30, categories=5), which has crowds
 TIDECV_RANDOM = {
     "bbox": (0.44311, 7.86229, 1.13263, 2.64665, 12.56040, 9.79062, 35.91610, 14.78200),
     "segm": (0.42880, 11.72800, 1.03905, 2.38479, 11.30404, 8.50197, 35.07223, 16.00311),
@@ -34,7 +34,7 @@ def errors(truth, results, kind="bbox"):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_cocos_example_has_the_errors_of_tidecv(examples, kind):
+def test_the_coco_example_has_the_errors_of_tidecv(examples, kind):
     path = examples / f"instances_val2014_fake{kind}100_results.json"
     results = json.loads(path.read_text())
     truth = read_truth(examples / "instances_val2014_100.json")
@@ -59,7 +59,7 @@ def test_random_results_with_crowds_have_the_errors_of_tidecv(kind):
 
 
 def scene(*objects):
-    """One image with these objects (class, box), of the classes 1 and 2."""
+    """Return one image with these objects (class, box) of classes 1 and 2."""
     return Truth(
         Path("scene.json"),
         {1: {"id": 1, "height": 100, "width": 100}},
@@ -108,21 +108,21 @@ def test_a_second_detection_of_an_object_is_a_duplicate():
     assert found.gains["missed"][0] == 0 and np.isnan(found.gains["missed"][1])
 
 
-def test_of_two_fixable_detections_of_an_object_the_better_is_fixed():
+def test_the_better_of_two_fixable_detections_is_fixed():
     both = [detection(1, [10, 22, 20, 20], 0.9), detection(2, [10, 10, 20, 20], 0.8)]
     found = errors(scene(CAT), both)
-    # the classification error is removed only: its object goes to the localization error
+    # the classification error is only removed: its object is assigned to the localization error
     assert found.gains["localization"][0] == pytest.approx(100)
     assert found.gains["classification"][0] == 0
 
 
-def test_a_class_of_which_all_objects_are_missed_gains_everything():
+def test_a_class_without_detections_can_gain_100_ap():
     found = errors(scene(CAT), [])
     assert found.gains["missed"][0] == found.gains["false_negative"][0] == 100
     assert found.counts["missed"].tolist() == [1, 0]
 
 
-def test_without_objects_nothing_can_be_gained():
+def test_no_gain_without_objects():
     found = errors(scene(), [detection(1, [10, 10, 20, 20], 0.9)])
     assert set(found.total.values()) == {0.0}
     assert found.counts["background"].tolist() == [1, 0]

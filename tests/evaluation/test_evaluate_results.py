@@ -17,7 +17,7 @@ from vitdet.evaluation.run_lengths import areas
 
 @pytest.fixture
 def files(tmp_path):
-    """A file of annotations and one of results."""
+    """Write a file of annotations and one of results."""
     truth, results = random_set(3, images=6, categories=3)
     annotations = tmp_path / "truth.json"
     tree = {
@@ -36,7 +36,7 @@ def run(*words):
     return stop.value.code
 
 
-def test_the_verb_prints_a_table_and_writes_the_figures(files, tmp_path, capsys):
+def test_evaluate_results_prints_a_table_and_writes_the_metrics(files, tmp_path, capsys):
     results, annotations = files
     output, plots = tmp_path / "new" / "m.json", tmp_path / "plots"
     words = ("--results", results, "--annotations", annotations, "--output", output)
@@ -60,7 +60,7 @@ def test_the_verb_prints_a_table_and_writes_the_figures(files, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("lost", "kept"), [("bbox", "mask"), ("segmentation", "box")])
-def test_only_what_the_results_hold_is_scored(files, capsys, lost, kept):
+def test_only_boxes_or_masks_in_the_results_are_scored(files, capsys, lost, kept):
     results, annotations = files
     both = evaluate_results(results, annotations)
     items = json.loads(results.read_text())
@@ -72,7 +72,7 @@ def test_only_what_the_results_hold_is_scored(files, capsys, lost, kept):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ap", kept]
 
 
-def test_masks_may_be_polygons_and_run_lengths(files):
+def test_masks_may_be_polygons_or_run_lengths(files):
     results, annotations = files
     items = json.loads(results.read_text())
     expected = evaluate_results(results, annotations)
@@ -115,7 +115,7 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
     ],
     ids=str,
 )
-def test_a_result_that_cannot_be_compared_is_named_in_one_line(files, change, message):
+def test_an_invalid_result_is_named_in_one_line(files, change, message):
     results, annotations = files
     items = json.loads(results.read_text())
     items[1] = {key: value for key, value in (items[1] | change).items() if value is not ...}
@@ -141,7 +141,7 @@ def test_a_result_that_cannot_be_compared_is_named_in_one_line(files, change, me
     ],
     ids=str,
 )
-def test_what_is_no_file_of_results_is_refused(files, text, message):
+def test_other_files_are_not_accepted_as_results(files, text, message):
     results, annotations = files
     results.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message) as caught:
@@ -160,7 +160,7 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
         (lambda tree: tree.pop("categories"), "no 'categories' in the file"),
     ],
 )
-def test_broken_annotations_are_refused_in_one_line(files, change, message):
+def test_invalid_annotations_are_refused_in_one_line(files, change, message):
     results, annotations = files
     tree = json.loads(annotations.read_text())
     change(tree)
@@ -179,20 +179,20 @@ def test_broken_annotations_are_refused_in_one_line(files, change, message):
         (("--results", "r.json", "--annotations", "a.json"), "r.json: no such results file"),
     ],
 )
-def test_words_that_do_not_go_together(words, message, capsys):
+def test_incompatible_arguments_are_refused(words, message, capsys):
     assert run("evaluate", *words) == 1
     assert message in capsys.readouterr().err
 
 
-def test_codes_are_measured_in_parts(monkeypatch):
-    # 4 pixels of 9 from the third on; the second code holds one pixel too few
+def test_run_lengths_are_measured_in_blocks(monkeypatch):
+    # 4 of 9 pixels from the third on; the second code is one pixel short
     monkeypatch.setattr("vitdet.evaluation.run_lengths.AT_ONCE", 2)
     sizes, sound = areas([b"243", b"242", b"9", b"054", b"24O"], [9] * 5)
     assert sizes[[0, 2, 3]].tolist() == [4, 0, 5]
     assert sound.tolist() == [True, False, True, True, False]
 
 
-def test_the_benchmark_compares_the_metrics_too(tmp_path, capsys):
+def test_the_benchmark_also_compares_the_metrics(tmp_path, capsys):
     words = ("--images", 12, "--detections", 30, "--output", tmp_path / "bench.json")
     assert run("bench", "evaluate", *words) == 0
     figures = json.loads((tmp_path / "bench.json").read_text())
@@ -205,7 +205,7 @@ def test_the_benchmark_compares_the_metrics_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("broken", [[], [4.0, 4.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
-def test_broken_parts_of_an_outline_are_dropped(files, broken):
+def test_invalid_parts_of_an_outline_are_dropped(files, broken):
     results, annotations = files
     square = [4.0, 4.0, 20.0, 4.0, 20.0, 20.0, 4.0, 20.0]
     found = [item | {"segmentation": [square]} for item in json.loads(results.read_text())]

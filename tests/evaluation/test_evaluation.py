@@ -25,7 +25,7 @@ from vitdet.visualize import spread
 
 
 class BrightSpot(nn.Module):
-    """Finds what is brighter than 128 in each image, and an empty box, without a gradient."""
+    """A detector that finds pixels brighter than 128 in each image, and an empty box."""
 
     def forward(self, images, targets=None, sizes=None):
         assert not self.training and not torch.is_grad_enabled()
@@ -40,7 +40,7 @@ class BrightSpot(nn.Module):
 
 
 def found(boxes, masks=None, label=0):
-    """Detections with score 0.9; masks are 1 by default."""
+    """Return detections with score 0.9; masks are 1 by default."""
     labels = torch.full((len(boxes),), label)
     masks = torch.ones(len(boxes), 28, 28) if masks is None else masks
     return Detections(boxes, torch.full((len(boxes),), 0.9), labels, masks)
@@ -48,7 +48,7 @@ def found(boxes, masks=None, label=0):
 
 @pytest.fixture
 def spots(tmp_path):
-    """Five black images of different sizes, each but the last with one white box of category 9."""
+    """Five black images of different sizes; all but the last have a white box of category 9."""
     images, annotations = [], []
     (tmp_path / "val").mkdir()
     (tmp_path / "annotations").mkdir()
@@ -71,7 +71,7 @@ def spots(tmp_path):
     return DataConfig(root=str(tmp_path), image_size=128, workers=0, **splits)
 
 
-def test_results_are_in_the_original_images_pixels_without_rounding():
+def test_results_are_in_unrounded_pixels_of_the_original_image():
     canvas = found(torch.tensor([[0.0, 0, 1024, 682], [100, 100, 200, 300], [7, 7, 7, 50]]))
     canvas.labels[0] = 1
     whole, part = detections_to_results(canvas, (682, 1024), (333, 500), 12, (4, 9))
@@ -80,7 +80,7 @@ def test_results_are_in_the_original_images_pixels_without_rounding():
     x, y, w, h = part["bbox"]
     assert (x, w) == pytest.approx((100 * 500 / 1024, 100 * 500 / 1024))
     assert (y, h) == pytest.approx((100 * 333 / 682, 200 * 333 / 682))
-    # all but the corners, where the paste fades to 0
+    # except at the corners, where the pasted mask fades to 0
     assert decode(whole["segmentation"], 333, 500).mean() > 0.999
     rows, columns = np.nonzero(decode(part["segmentation"], 333, 500))
     inside = np.round([x, y, x + w, y + h])
@@ -89,16 +89,16 @@ def test_results_are_in_the_original_images_pixels_without_rounding():
     assert json.loads(json.dumps([whole, part])) == [whole, part]
 
 
-def test_the_mask_is_where_the_probability_is_at_least_a_half():
+def test_mask_pixels_have_a_probability_of_at_least_one_half():
     masks = torch.tensor([0.5, 0.4999]).view(2, 1, 1).expand(-1, 28, 28)
     canvas = found(torch.tensor([[2.0, 2, 10, 10]] * 2), masks)
     yes, no = detections_to_results(canvas, (20, 20), (20, 20), 1, (1,))
-    # bilinear sampling fades to zero past the outermost cells' centers
+    # bilinear sampling fades to zero beyond the outermost cell centers
     assert rle.area(yes["segmentation"]) >= 36
     assert rle.area(no["segmentation"]) == 0
 
 
-def test_many_large_masks_are_pasted_in_parts(monkeypatch):
+def test_many_large_masks_are_pasted_in_blocks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     low = 60 * torch.rand(7, 2, generator=generator)
     canvas = found(torch.cat([low, low + 30], 1), torch.rand(7, 28, 28, generator=generator))
@@ -108,8 +108,8 @@ def test_many_large_masks_are_pasted_in_parts(monkeypatch):
     assert detections_to_results(canvas[:0], (100, 100), (150, 200), 1, (1,)) == []
 
 
-def test_a_detector_that_sees_everything_has_full_marks(spots):
-    # sides are whole pixels of a canvas that is up to 4 times finer or coarser than the image
+def test_a_perfect_detector_has_an_ap_of_100(spots):
+    # box sides are whole pixels of a canvas up to 4 times finer or coarser than the image
     figures, results = evaluate_detector(BrightSpot(), spots, EvalConfig(batch_size=2))
     assert figures["box_ap50"] == figures["mask_ap50"] == pytest.approx(100)
     assert figures["box_ap"] > 80
@@ -118,7 +118,7 @@ def test_a_detector_that_sees_everything_has_full_marks(spots):
 
 
 @pytest.mark.parametrize(("most", "name"), [(5, "100"), (100, "100"), (300, "300")])
-def test_the_limit_of_detections_grows_with_the_detectors_own(spots, most, name, caplog):
+def test_the_evaluation_limit_follows_the_detector_s_limit(spots, most, name, caplog):
     with caplog.at_level("INFO", "vitdet"):
         metrics, _ = evaluate_detector(BrightSpot(), spots, EvalConfig(max_detections=most))
     assert ("box_ar_100" in metrics) == (name == "100")
@@ -127,14 +127,14 @@ def test_the_limit_of_detections_grows_with_the_detectors_own(spots, most, name,
     assert (said in caplog.text) == (most == 300)
 
 
-def test_an_images_results_do_not_depend_on_its_neighbors(spots):
+def test_results_of_an_image_do_not_depend_on_its_batch(spots):
     alone = detect(BrightSpot(), spots, EvalConfig(batch_size=1))
     assert alone == detect(BrightSpot(), spots, EvalConfig(batch_size=3))
     assert alone == detect(BrightSpot(), replace(spots, workers=1), EvalConfig(batch_size=5))
     assert alone[1] == [1, 2, 3, 4, 5]
 
 
-def test_two_processes_see_what_one_sees(spots, monkeypatch):
+def test_two_processes_have_the_results_of_one(spots, monkeypatch):
     whole = detect(BrightSpot(), spots, EvalConfig(batch_size=2))
     shares = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -148,7 +148,7 @@ def test_two_processes_see_what_one_sees(spots, monkeypatch):
     assert detect(BrightSpot(), spots, EvalConfig(batch_size=2)) == whole
 
 
-def test_the_setting_of_the_evaluation_shortens_validation_alone(spots, caplog):
+def test_evaluate_max_images_limits_only_validation(spots, caplog):
     caplog.set_level("INFO")
     figures, results = evaluate_detector(BrightSpot(), spots, EvalConfig(max_images=2))
     by_data = evaluate_detector(BrightSpot(), replace(spots, max_images=2), EvalConfig())
@@ -161,9 +161,9 @@ def test_the_setting_of_the_evaluation_shortens_validation_alone(spots, caplog):
     assert [result["image_id"] for result in more] == [1, 2, 3, 4]
 
 
-def test_a_shortened_validation_is_another_protocol():
+def test_limited_validation_is_another_protocol():
     plain, few = (load_config("tiny", overrides) for overrides in ([], ["evaluate.max_images=2"]))
-    # as version 0.1 has stored it in the registry
+    # as stored in the registry by version 0.1
     stored = ("score_threshold=0.05", "nms_iou=0.5", "max_detections=60")
     assert settings_of(plain) == " evaluate.".join(("data.dataset=coco", *stored))
     assert settings_of(few) == settings_of(plain) + " evaluate.max_images=2"
@@ -172,10 +172,10 @@ def test_a_shortened_validation_is_another_protocol():
         check_comparable(plain, few, "plain", "few")
 
 
-def test_lvis_is_measured_by_its_own_rules(spots):
+def test_lvis_is_evaluated_by_its_own_rules(spots):
     root = Path(spots.root)
     tree = json.loads((root / "annotations" / "instances_val.json").read_text())
-    # nothing is annotated on the last one, and it is not known whether there is a spot
+    # the last image has no annotation, and may or may not contain a spot
     for image in tree["images"]:
         image["coco_url"] = f"http://host/val/{image.pop('file_name')}"
         image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
@@ -193,12 +193,12 @@ def test_lvis_is_measured_by_its_own_rules(spots):
         del category["frequency"]
     (root / "annotations" / "lvis_v1_val.json").write_text(json.dumps(tree))
     message = "category 9: category whose frequency is not r, c or f: required by LVIS"
-    with pytest.raises(ValueError, match=message):  # before anything is detected
+    with pytest.raises(ValueError, match=message):  # raised before any detection
         evaluate_detector(None, replace(spots, dataset="lvis"), EvalConfig())
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_detectors_mode_is_put_back(spots, training, tmp_path):
+def test_the_detector_s_mode_is_restored(spots, training, tmp_path):
     detector = BrightSpot().train(training)
     evaluate_detector(detector, spots, EvalConfig(batch_size=5))
     assert detector.training is training
@@ -210,7 +210,7 @@ def test_the_detectors_mode_is_put_back(spots, training, tmp_path):
     assert detector.training is training
 
 
-def test_a_checkpoint_has_the_figures_that_its_training_ended_with(trained, tiny, tmp_path):
+def test_a_checkpoint_has_the_final_metrics_of_its_run(trained, tiny, tmp_path):
     points = json.loads((trained / "points.json").read_text())
     last = points[max(points, key=int)]
     folders = {name: tmp_path / name for name in ("pictures", "plots")}
@@ -259,7 +259,7 @@ def test_other_classes_and_settings_are_refused(is_class, trained, spots, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-def test_pictures_are_the_same_images_every_time_with_truth_beside_detections(spots, tmp_path):
+def test_pictures_show_fixed_images_with_truth_and_detections(spots, tmp_path):
     first = write_pictures(BrightSpot(), spots, tmp_path / "a", 3)
     second = write_pictures(BrightSpot(), spots, tmp_path / "b", 3)
     assert [path.name for path in first] == [f"{number:012d}.jpg" for number in (1, 3, 5)]
@@ -267,13 +267,13 @@ def test_pictures_are_the_same_images_every_time_with_truth_beside_detections(sp
         assert path.read_bytes() == again.read_bytes()
     sheet = np.asarray(Image.open(first[1])).astype(int)
     half = sheet.shape[1] // 2
-    color = sheet.max(2) - sheet.min(2) > 60  # only what is drawn has a color
+    color = sheet.max(2) - sheet.min(2) > 60  # only drawn pixels have a color
     assert color[:, :half].sum() > 1000 and color[:, half:].sum() > 1000
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(write_pictures(BrightSpot(), spots, tmp_path / "c", 50)) == 5
 
 
-def test_spread_takes_different_indices_over_the_whole_range():
+def test_spread_returns_distinct_indices_over_the_whole_range():
     assert spread(100, 4) == [12, 37, 62, 87]
     assert spread(3, 8) == [0, 1, 2]
     assert spread(0, 8) == spread(8, 0) == []

@@ -23,7 +23,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class Witness(nn.Module):
-    """Finds nothing and keeps what a product of matrices is computed in."""
+    """A detector without detections that records the dtype of a matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.mark.parametrize("precision", NAMES)
-def test_only_the_detector_computes_in_the_precision(precision: str) -> None:
+def test_only_the_detector_computes_in_the_given_precision(precision: str) -> None:
     detector, outside = Witness(), []
     sizes = torch.tensor([[8, 8]])
     batch = Batch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [], sizes, (1,), sizes)
@@ -55,7 +55,7 @@ def test_a_predictor_refuses_another_precision() -> None:
         Predictor(Witness(), ("thing",), 8, precision="fp8")
 
 
-def test_auto_is_the_fastest_that_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_fastest_native_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     for answer, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=answer: answer)
         assert fastest(CPU) == wanted
@@ -73,7 +73,7 @@ def test_auto_is_the_fastest_that_the_processor_has(monkeypatch: pytest.MonkeyPa
         assert fastest(GPU) == precision
 
 
-def test_a_checkpoint_is_evaluated_and_predicted_in_its_precision(trained: Path) -> None:
+def test_evaluation_and_prediction_use_the_checkpoint_s_precision(trained: Path) -> None:
     exact = evaluate(trained / "model.pt")
     reduced = evaluate(trained / "model.pt", ["evaluate.precision=bf16"])
     assert reduced.keys() == exact.keys()
@@ -88,7 +88,7 @@ def test_the_setting_is_checked(tiny: Path) -> None:
         load_config("tiny", ["evaluate.precision=fp8"])
 
 
-def test_detections_in_two_precisions_are_matched_within_their_class() -> None:
+def test_detections_of_two_precisions_are_matched_per_class() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 60, 60], [70, 0, 80, 9]])
     exact = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.2]), torch.tensor([0, 1, 1, 0]), None)
     moved, scores = boxes[[1, 0, 2]] + torch.tensor([0.0, 0, 0, 1]), torch.tensor([0.81, 0.85, 0.7])
@@ -103,7 +103,7 @@ def test_detections_in_two_precisions_are_matched_within_their_class() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_trained_detector_finds_the_same_in_bf16(tiny: Path, tmp_path: Path) -> None:
+def test_a_trained_detector_has_equal_detections_in_bf16(tiny: Path, tmp_path: Path) -> None:
     steps = [f"{name}=300" for name in ("optim.steps", "train.eval_every", "train.save_every")]
     config = load_config("tiny", [f"data.root={tiny}", "optim.ema=0.9", *steps])
     detector, *_ = restore_detector(train(config, tmp_path))

@@ -21,7 +21,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("of_package", [False, True])
-def test_the_thirteen_metrics_are_those_of_the_package(request, of_package):
+def test_the_thirteen_metrics_equal_those_of_the_lvis_package(request, of_package):
     folder, files = GOLDEN, ("expected.json", "results.json", "truth.json")
     if of_package:
         folder = request.getfixturevalue("examples")
@@ -56,18 +56,18 @@ def ap(truth, results):
     return summary(compare(truth, results, ["bbox"]))["box_ap"]
 
 
-def test_what_is_neither_annotated_nor_named_as_absent_is_left_out():
+def test_categories_neither_annotated_nor_negative_are_omitted():
     objects = [(1, BOX), (2, BOX)]
     good = found(BOX) + found(BOX, category=2, score=0.5)
     foreign = found(ELSEWHERE, category=3, score=1.0)
     assert ap(truth_of(objects), good) == pytest.approx(100)
     assert ap(truth_of(objects), good + foreign) == pytest.approx(100)
-    # an absent category without objects has no AP; false detections of a present category count
+    # an absent category without objects has no AP; false positives of a present category are counted
     assert ap(truth_of(objects, negative=[3]), good + foreign) == pytest.approx(100)
     assert ap(truth_of(objects), good + found(ELSEWHERE, score=1.0)) == pytest.approx(75)
 
 
-def test_an_absent_categorys_detections_count_against_it_in_other_images():
+def test_false_positives_on_negative_images_reduce_the_ap():
     truth = truth_of([(1, BOX)])
     truth.images[2] = {**truth.images[1], "id": 2, "neg_category_ids": [1]}
     truth.images[3] = {**truth.images[1], "id": 3}
@@ -76,13 +76,13 @@ def test_an_absent_categorys_detections_count_against_it_in_other_images():
     assert ap(truth, found(BOX) + [wrong | {"image_id": 2}]) == pytest.approx(50)
 
 
-def test_beyond_the_annotated_objects_of_an_unsure_category_nothing_is_wrong():
+def test_no_false_positives_where_annotation_is_not_exhaustive():
     results = found(BOX) + found(ELSEWHERE, score=1.0)
     assert ap(truth_of([(1, BOX)]), results) == pytest.approx(50)
     assert ap(truth_of([(1, BOX)], unsure=[1]), results) == pytest.approx(100)
 
 
-def test_the_best_300_of_an_image_count_and_of_equal_ones_the_first():
+def test_the_300_best_per_image_are_used_and_ties_keep_their_order():
     results = [
         {"image_id": 1 + number % 2, "score": 0.5, "number": number} for number in range(700)
     ]
@@ -95,18 +95,18 @@ def test_the_best_300_of_an_image_count_and_of_equal_ones_the_first():
     assert ap(truth_of([(1, BOX)]), found(BOX, score=0.7) + flood[1:]) == pytest.approx(100)
 
 
-def test_what_has_no_area_does_not_take_part():
+def test_objects_without_area_are_ignored():
     flat = [10, 10, 0, 40]
     results = found(BOX) + found(flat, score=1.0)
     assert ap(truth_of([(1, BOX), (1, flat)]), results) == pytest.approx(100)
 
 
-def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_itself():
+def test_mask_sizes_in_files_follow_boxes_and_those_of_detectors_masks():
     truth = truth_of([(1, BOX)])
-    truth.objects[0].area = 400  # small
+    truth.objects[0].area = 400  # size class: small
     truth.objects[0].segmentation = [[10, 10, 30, 10, 30, 30, 10, 30]]
     square = {"size": [100, 100], "counts": [6060, 30, 3910]}
-    # a false mask of 30 pixels, its box medium
+    # a false positive with a mask of 30 pixels and a medium box
     wrong = found([60, 60, 40, 40], score=1.0)[0] | {"segmentation": square}
     both = [wrong, found(BOX)[0] | {"segmentation": truth.objects[0].segmentation}]
     finished = compare_file(truth, both, ["bbox", "segm"])
@@ -116,19 +116,19 @@ def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_it
     assert summary(compare_file(truth, alone, ["segm"]))["mask_ap_small"] == pytest.approx(50)
 
 
-def test_there_are_no_crowds():
+def test_lvis_has_no_crowds():
     truth = truth_of([(1, BOX)])
     truth.objects[0].iscrowd = 1
     assert ap(truth, found(BOX)) == pytest.approx(100)
 
 
-def test_groups_without_objects_have_no_figure():
+def test_groups_without_objects_have_no_metric():
     figures = summary(compare(truth_of([(1, BOX)], frequency="c"), found(BOX), ["bbox"]))
     assert figures["box_ap_common"] == pytest.approx(100)
     assert not {"box_ap_rare", "box_ap_frequent", "box_ap_large"} & set(figures)
 
 
-def test_cocos_annotations_are_refused_in_one_line(tmp_path):
+def test_coco_annotations_are_refused_in_one_line(tmp_path):
     path, category = tmp_path / "coco.json", {"id": 1, "name": "a", "frequency": "r"}
     tree = {"images": [{"id": 4, "height": 9, "width": 9}], "annotations": []}
     path.write_text(json.dumps({**tree, "categories": [category]}))
@@ -141,7 +141,7 @@ def test_cocos_annotations_are_refused_in_one_line(tmp_path):
 
 
 def slow_ap(truth, results, threshold):
-    """The mean AP of boxes at one IoU threshold, detection by detection as the paper defines it."""
+    """Compute the mean box AP at one IoU threshold in a loop over detections, as defined in the paper."""
     known = {(annotation.image_id, annotation.category_id) for annotation in truth.objects}
     means = []
     for category in truth.categories:
@@ -180,7 +180,7 @@ def iou(a, b):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_sets_have_the_ap_of_a_slow_version(seed):
+def test_random_sets_have_the_ap_of_a_reference_implementation(seed):
     truth, results = random_set(seed, images=12, categories=5, lvis=True)
     finished = lvis.compare(truth, results, ["bbox"])
     for threshold in (0.5, 0.75):

@@ -15,7 +15,7 @@ from vitdet.evaluation.results import Truth, read_truth
 
 
 def ap_of(matches: Matches) -> np.ndarray:
-    """The mean AP, then that of each class."""
+    """Return the mean AP, followed by the AP of each class."""
     return WeightedAP(matches)(np.ones(len(matches.image_ids), int))[0]
 
 
@@ -30,7 +30,7 @@ def assert_same_ap(comparison) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rules", [coco, lvis])
-def test_ap_of_random_matches_is_that_of_the_comparison(rules, seed):
+def test_ap_of_random_matches_equals_that_of_the_evaluation(rules, seed):
     truth, results = random_set(seed, 20 + 10 * seed, 1 + 2 * seed, rules is lvis)
     for image_ids in (None, sorted(truth.images)[::2]):
         for comparison in rules.compare(truth, results, image_ids=image_ids).values():
@@ -38,7 +38,7 @@ def test_ap_of_random_matches_is_that_of_the_comparison(rules, seed):
             assert_same_ap(comparison)
 
 
-def test_ap_of_lvis_example_is_that_of_the_comparison(examples):
+def test_ap_of_the_lvis_example_equals_that_of_the_evaluation(examples):
     results = json.loads((examples / "lvis_fake100_results.json").read_text())
     truth = read_truth(examples / "lvis_val_100.json", lvis=True)
     for comparison in lvis.compare_file(truth, results, ["bbox", "segm"]).values():
@@ -70,7 +70,7 @@ def test_without_objects_or_results_matches_are_empty():
     assert ap_of(matches)[0] == 0 and len(matches.score) == 0
 
 
-def test_the_best_of_more_than_the_limit_take_part():
+def test_only_the_best_detections_up_to_the_limit_are_used():
     truth, results = random_set(0, images=2, categories=1)
     results = [result for result in results if result["image_id"] == results[0]["image_id"]] * 12
     comparison = coco.compare(truth, results, ["bbox"])["bbox"]
@@ -86,14 +86,14 @@ def test_found_names_the_object_of_each_true_positive():
     true = matches.found >= 0
     assert (true == matches.matched[:, 0]).all()
     found = matches.found[true]
-    assert len(np.unique(found)) == len(found)  # each object once
+    assert len(np.unique(found)) == len(found)  # each object is matched once
     assert (matches.object_image[found] == matches.image[true]).all()
     assert (matches.object_category[found] == matches.category[true]).all()
 
 
-def test_weights_count_images_as_often_as_copies_of_them_would():
+def test_image_weights_equal_copies_of_images():
     truth, results = random_set(4, images=12)
-    # distinct scores: of equal ones, those of another image may come between
+    # distinct scores, because ties could be ordered differently between images
     results = [result | {"score": 1 / (2 + place)} for place, result in enumerate(results)]
     matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
     drawn = np.random.default_rng(0).integers(0, 12, 12)
@@ -115,7 +115,7 @@ def test_weights_count_images_as_often_as_copies_of_them_would():
     assert mean == pytest.approx(expected.ap(), abs=1e-9)
 
 
-def test_a_file_holds_the_matches_of_both_kinds(tmp_path):
+def test_a_file_contains_box_and_mask_matches(tmp_path):
     truth, results = random_set(1)
     matches = {kind: found.matches for kind, found in coco.compare(truth, results).items()}
     path = tmp_path / "new" / "matches.npz"
@@ -147,7 +147,7 @@ def test_a_file_holds_the_matches_of_both_kinds(tmp_path):
     ],
     ids=str,
 )
-def test_a_file_that_is_no_matches_is_refused_in_one_line(tmp_path, change):
+def test_invalid_matches_are_refused_in_one_line(tmp_path, change):
     truth, results = random_set(1, images=3)
     path = tmp_path / "matches.npz"
     save_matches(path, {"bbox": coco.compare(truth, results, ["bbox"])["bbox"].matches})
@@ -162,7 +162,7 @@ def test_a_file_that_is_no_matches_is_refused_in_one_line(tmp_path, change):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"[1, 2]", b"\x80\x04N."])
-def test_what_is_no_npz_is_refused(tmp_path, content):
+def test_other_files_are_not_accepted_as_matches(tmp_path, content):
     path = tmp_path / "matches.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a matches file"):

@@ -1,4 +1,4 @@
-"""Evaluations without objects to find: of no class, of one class, in the images that are evaluated."""
+"""Evaluations without objects: in the whole split, in one class, or in the evaluated images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_images(tree: dict) -> None:
 
 
 def as_lvis(root: Path, empty: int) -> None:
-    """Write the validation split as LVIS, whose first `empty` images with objects have only such of area 0."""
+    """Write the validation split as LVIS, with zero-area objects in its first `empty` images with objects."""
     tree = json.loads((root / "annotations" / "instances_val.json").read_text())
     for image in tree["images"]:
         image["coco_url"] = f"http://host/val/{image['file_name']}"

@@ -18,7 +18,7 @@ NAMES = ("cat", "dog", "bird")
 
 
 class BrightSpot(nn.Module):
-    """Finds what is brighter than 128 in each image, and with a lower score the whole image."""
+    """A detector that finds pixels brighter than 128, and the whole image with a lower score."""
 
     def forward(self, images, targets=None, sizes=None):
         results = []
@@ -30,7 +30,7 @@ class BrightSpot(nn.Module):
 
 
 def spot(height=40, width=80, box=(8, 10, 28, 30)):
-    """A black picture with one white box xyxy."""
+    """Return a black picture with one white box xyxy."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     return pixels
@@ -48,11 +48,11 @@ def predictor():
     return Predictor(BrightSpot(), NAMES, 64)
 
 
-def test_the_same_picture_in_every_form_gives_the_same_detections(predictor, tmp_path):
+def test_every_input_form_gives_equal_detections(predictor, tmp_path):
     pixels = spot()
     path = tmp_path / "spot.png"
     Image.fromarray(pixels).save(path)
-    # 80 wide on a canvas of 64: the factor back is 1.25, a side is known to a pixel of the canvas
+    # a width of 80 on a canvas of 64: sides are exact to one canvas pixel, or 1.25 image pixels
     expected = predictor(pixels)
     box = torch.tensor([[8.0, 10.0, 28.0, 30.0]])
     torch.testing.assert_close(expected.boxes, box, atol=1.3, rtol=0)
@@ -67,7 +67,7 @@ def test_the_same_picture_in_every_form_gives_the_same_detections(predictor, tmp
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "I;16", "YCbCr"])
-def test_any_mode_of_an_image_is_taken(predictor, mode):
+def test_images_of_any_mode_are_accepted(predictor, mode):
     gray = Image.fromarray(spot()[:, :, 0])
     sixteen = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     image = sixteen if mode == "I;16" else gray.convert("RGB").convert(mode)
@@ -75,7 +75,7 @@ def test_any_mode_of_an_image_is_taken(predictor, mode):
     torch.testing.assert_close(predictor(image).boxes, predictor(spot()).boxes)
 
 
-def test_sixteen_bits_are_scaled_not_cut():
+def test_sixteen_bit_values_are_scaled_and_not_clipped():
     image = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
     assert np.asarray(read_image(image))[0, :, 0].tolist() == [0, 1, 128, 255]
 
@@ -84,7 +84,7 @@ def test_boxes_are_pixels_of_the_upright_image(predictor, tmp_path):
     upright = spot(80, 40, (5, 50, 25, 70))
     stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     path = tmp_path / "turned.jpg"
     stored.save(path, quality=100, exif=exif)
     assert read_image(path).size == (40, 80)
@@ -111,13 +111,13 @@ def test_threshold_is_the_lowest_score_that_is_returned(predictor):
         (7, "got int"),
     ],
 )
-def test_what_is_no_image_is_refused_in_one_line(predictor, image, message):
+def test_other_objects_are_refused_in_one_line(predictor, image, message):
     with pytest.raises(ValueError, match=message) as caught:
         predictor(image)
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_file_is_refused_in_one_line_with_its_name(predictor, tmp_path):
+def test_an_invalid_file_is_named_in_one_line(predictor, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.jpg"):
         predictor(tmp_path / "absent.jpg")
     text = tmp_path / "text.jpg"
@@ -132,8 +132,8 @@ def test_a_bad_file_is_refused_in_one_line_with_its_name(predictor, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_each_axis_goes_back_by_its_own_factor():
-    # 333 x 500 fits a canvas of 1024 as 681.98 -> 682 rows, so that the two factors are not the same
+def test_each_axis_is_rescaled_by_its_own_factor():
+    # 333 x 500 on a canvas of 1024 has 681.98 -> 682 rows, so the two scale factors differ
     canvas = found([[0, 0, 1024, 682], [100, 100, 200, 300]])
     boxes = to_image(canvas, (682, 1024), (333, 500)).boxes
     x, y = 100 * 500 / 1024, 100 * 333 / 682
@@ -149,7 +149,7 @@ def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped():
     assert len(kept.scores) == len(kept.masks) == 2
 
 
-def test_a_real_detector_is_asked_without_gradient_and_left_in_its_mode():
+def test_prediction_needs_no_gradient_and_restores_the_mode():
     detector = small_detector()
     predictor = Predictor(detector, [f"class {i}" for i in range(CLASSES)], SIDE)
     detector.eval()
@@ -159,7 +159,7 @@ def test_a_real_detector_is_asked_without_gradient_and_left_in_its_mode():
     assert float(found.boxes[:, 2].max()) <= 90 and float(found.boxes[:, 3].max()) <= 60
 
 
-def test_a_checkpoint_is_loaded_with_its_names(trained):
+def test_a_checkpoint_is_loaded_with_its_class_names(trained):
     predictor = Predictor.load(trained / "model.pt")
     assert predictor.image_size == 128
     assert not predictor.detector.training
@@ -183,12 +183,12 @@ def test_a_picture_is_resized_as_in_training(trained, tmp_path):
         assert np.array_equal(seen[0], resize_and_pad(pixels, 128, antialias)[0])
 
 
-def test_nothing_found_is_drawn_as_the_picture_alone():
+def test_drawing_no_detections_returns_the_picture():
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(draw(pixels, found([]), scale=1)), pixels)
 
 
-def test_small_pictures_are_drawn_enlarged_and_large_ones_as_they_are():
+def test_small_pictures_are_enlarged_for_drawing():
     assert draw(spot(100, 128), found([[5, 5, 20, 20]])).size == (768, 600)
     assert draw(spot(480, 1000), found([[5, 5, 20, 20]])).size == (1000, 480)
     assert draw(spot(100, 128), found([]), scale=1.5).size == (192, 150)
@@ -196,12 +196,12 @@ def test_small_pictures_are_drawn_enlarged_and_large_ones_as_they_are():
     assert legible_scale((1, 3)) == 256
 
 
-def test_drawing_paints_the_object_in_its_classes_color_and_nothing_else():
+def test_drawing_colors_only_the_object_in_its_class_color():
     gray = np.full((400, 400, 3), 90, np.uint8)
     drawn = np.asarray(draw(gray, found([[50, 100, 150, 200]], [2]), scale=1)).astype(int)
     mixed = 0.58 * 90 + 0.42 * np.array(class_color(2))
     assert np.abs(drawn[170, 100] - mixed).max() <= 2
-    assert np.abs(drawn[150, 51] - class_color(2)).max() <= 15  # the box's left side
+    assert np.abs(drawn[150, 51] - class_color(2)).max() <= 15  # the left side of the box
     assert (drawn[250:] == 90).all() and (drawn[:, 250:] == 90).all()
     assert (gray == 90).all()
 
@@ -210,15 +210,15 @@ CORNERS = [[0, 0, 30, 30], [380, 0, 400, 20], [0, 380, 20, 400], [380, 380, 400,
 
 
 @pytest.mark.parametrize("box", [*CORNERS, [0, 0, 400, 400]])
-def test_the_name_is_whole_wherever_the_object_is(box):
+def test_the_label_is_complete_at_any_position(box):
     black = np.zeros((400, 400, 3), np.uint8)
     named = Detections.draw(found([box], [1], ("", "a fairly long class name", "")), black)
     tag = (np.asarray(named) == class_color(1)).all(2)
     rows = tag.sum(1)
-    assert rows.max() > 150  # a row of the tag's background, left and right of which is the picture
+    assert rows.max() > 150  # a row with the label's background
 
 
-def test_names_of_neighbors_do_not_cover_each_other():
+def test_labels_of_neighbors_do_not_overlap():
     black = np.zeros((600, 800, 3), np.uint8)
     both = found([[300, 300, 340, 340], [302, 302, 338, 338]], [0, 1])
     for index in (0, 1):
@@ -237,7 +237,7 @@ def test_colors_of_many_classes_differ():
     assert apart.min() > 60
 
 
-def test_masks_at_the_edge_and_outside_are_drawn_without_complaint():
+def test_masks_at_the_edge_and_outside_are_drawn():
     boxes = [[-20, -20, 10, 10], [90, 50, 130, 90], [0, 0, 100, 1], [200, 200, 220, 220]]
     boxes.append([5, 5, 5.2, 5.2])
     assert draw(spot(60, 100, (0, 0, 5, 5)), found(boxes), scale=1).size == (100, 60)
@@ -246,7 +246,7 @@ def test_masks_at_the_edge_and_outside_are_drawn_without_complaint():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 31), (90, 61)])
-def test_an_outline_is_as_wide_as_pillows_filter_makes_it(size):
+def test_outlines_have_the_width_of_pillow_s_filter(size):
     shape = Image.fromarray((np.random.default_rng(0).random(size) > 0.04).astype(np.uint8) * 255)
     for width in (1, 2, 3, 10):
         expected = shape.filter(ImageFilter.MinFilter(2 * width + 1))

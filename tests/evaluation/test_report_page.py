@@ -24,11 +24,11 @@ from vitdet.evaluation.results import Truth, read_truth
 
 EVIL = "<script>alert('&')</script>"
 RECALLS = [i / 100 for i in range(101)]
-LIMIT = 2_000_000  # bytes
+LIMIT = 2_000_000  # in bytes
 
 
 def class_result(name: str, ap: float | None, error: str | None = "missed") -> ClassResult:
-    """A class whose metrics follow from its AP; None: it has no object."""
+    """Return a class whose metrics follow from its AP; None means that the class has no objects."""
     if ap is None:
         return ClassResult(name, 0, 0, *[None] * 8, [], {}, {}, None)
     errors = dict.fromkeys(TYPES, 1.0) | ({error: 7.25} if error else {})
@@ -70,7 +70,7 @@ CLASSES = [
 
 @pytest.fixture
 def truth(tmp_path: Path) -> Truth:
-    """Two images in COCO's layout; the file of the second is gone."""
+    """Two images in COCO's layout; the second file is missing."""
     (tmp_path / "val").mkdir()
     Image.new("RGB", (100, 60), "white").save(tmp_path / "val" / "1.jpg")
     triangle = [[10, 10, 50, 10, 10, 50]]
@@ -91,14 +91,14 @@ def truth(tmp_path: Path) -> Truth:
 
 @pytest.fixture
 def page(truth: Truth, tmp_path: Path) -> Path:
-    """A report of boxes and masks with the pictures of one image."""
+    """Return a report of boxes and masks with pictures of one image."""
     path = tmp_path / "new" / "report.html"
     analyses = [analysis("box", CLASSES, [1, 2]), analysis("mask", CLASSES[:2])]
     write_page(path, analyses, FACTS, truth, [], images_of(truth.path, "coco"))
     return path
 
 
-def test_the_top_names_the_weakest_class_and_its_main_error(page: Path) -> None:
+def test_the_summary_names_the_weakest_class_and_its_main_error(page: Path) -> None:
     text = page.read_text().partition("</section>")[0].partition("<body>")[2]
     text = " ".join(re.sub(r"<[^>]+>", " ", text).split())
     assert "box is the weakest class: AP 8.0 with 1,200 objects, mean of all classes 20.1" in text
@@ -106,7 +106,7 @@ def test_the_top_names_the_weakest_class_and_its_main_error(page: Path) -> None:
     assert "ring" not in text
 
 
-def test_the_page_loads_nothing_and_names_are_text(page: Path) -> None:
+def test_the_page_loads_no_resources_and_escapes_names(page: Path) -> None:
     text = page.read_text()
     assert text.count("<script>") == 1 and "&lt;script&gt;alert(&#39;&amp;&#39;)" in text
     assert not re.search(r"https?:|url\(|@import|<link(?! rel=\"icon\" href=\"data:,\")", text)
@@ -116,7 +116,7 @@ def test_the_page_loads_nothing_and_names_are_text(page: Path) -> None:
 
 def test_an_image_without_file_has_no_pictures(page: Path) -> None:
     text = page.read_text()
-    assert text.count('src="data:image/jpeg;base64,') == 4  # two of the worst, two of the best
+    assert text.count('src="data:image/jpeg;base64,') == 4  # two worst, two best
     assert "1.jpg" in text and "2.jpg" not in text
 
 
@@ -124,11 +124,11 @@ def test_without_images_there_are_no_pictures(truth: Truth, tmp_path: Path) -> N
     write_page(tmp_path / "r.html", [analysis("mask", CLASSES, [1])], FACTS, truth, [], None)
     text = (tmp_path / "r.html").read_text()
     assert "Worst images" not in text and 'type="radio"' not in text and "<dd>9</dd>" in text
-    (tmp_path / "some.json").write_text("{}")  # in no known layout
+    (tmp_path / "some.json").write_text("{}")  # not in a known layout
     assert images_of(tmp_path / "some.json", "coco") is None
 
 
-def test_without_a_true_positive_the_threshold_is_a_half(truth: Truth, tmp_path: Path) -> None:
+def test_the_threshold_is_one_half_without_a_true_positive(truth: Truth, tmp_path: Path) -> None:
     nothing = replace(analysis("box", CLASSES, [1]), best_threshold=None)
     below = {"image_id": 1, "category_id": 5, "score": 0.4, "bbox": [0, 0, 99, 5]}
     pages = []
@@ -139,13 +139,13 @@ def test_without_a_true_positive_the_threshold_is_a_half(truth: Truth, tmp_path:
     assert pages[0] == pages[1] and "the score threshold 0.50, lowest first" in pages[0]
 
 
-def test_a_name_that_is_no_unicode_is_written(truth: Truth, tmp_path: Path) -> None:
+def test_names_that_are_not_valid_unicode_are_written(truth: Truth, tmp_path: Path) -> None:
     classes = [class_result("\ud800 star", 1.0)]
     write_page(tmp_path / "r.html", [analysis("box", classes)], FACTS, truth, [], None)
     assert "\\ud800 star" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_objects_and_detections_are_drawn_where_they_are(truth: Truth) -> None:
+def test_objects_and_detections_are_drawn_in_place(truth: Truth) -> None:
     mask = {"image_id": 1, "category_id": 5, "segmentation": {"size": [60, 100], "counts": "0"}}
     runs = [0, 60 * 20, 60 * 80]
     results = [
@@ -158,14 +158,14 @@ def test_objects_and_detections_are_drawn_where_they_are(truth: Truth) -> None:
     ((left, right),) = draw_pairs(truth, results, [1, 2], 0.5, images).values()
     assert max(left.size) == max(right.size) == 520
     drawn = [np.asarray(half.resize((100, 60))).min(axis=2) < 240 for half in (left, right)]
-    assert drawn[0][12:40, 12:15].all() and not drawn[0][:, 60:].any()  # a crowd is no object
+    assert drawn[0][12:40, 12:15].all() and not drawn[0][:, 60:].any()  # crowds are not drawn
     assert drawn[1][20:50, 60].all() and drawn[1][30, 5:15].all()  # a mask without a box
     assert not drawn[1][1:4, 30:55].any()  # below the threshold
 
 
-def test_the_page_of_a_data_set_as_large_as_coco_is_small(truth: Truth, tmp_path: Path) -> None:
+def test_the_page_is_small_for_a_data_set_of_coco_s_size(truth: Truth, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    for number in (1, 2):  # as much detail as photographs have
+    for number in (1, 2):  # with as much detail as photographs
         Image.fromarray(noise).resize((640, 480)).save(tmp_path / "val" / f"{number}.jpg")
         truth.images[number].update(width=640, height=480)
     classes = [class_result(f"class {i}", 30.0 + i / 2) for i in range(80)]
@@ -246,10 +246,10 @@ def test_the_page_in_a_browser(browser: Browser, page: Path) -> None:
     assert browser.value(rows) == ["box", EVIL, "star", "ring"]
     assert browser.value(state) == [["AP", "ascending"]]
     browser.value("document.querySelector('main.box .sortable button').focus()")
-    browser.press("Tab", 9)  # to the next title
+    browser.press("Tab", 9)  # to the next column title
     assert browser.value("document.activeElement.textContent") == "AP"
     browser.press("Enter", 13, "\r")
-    assert browser.value(rows) == ["star", EVIL, "box", "ring"]  # one without objects stays last
+    assert browser.value(rows) == ["star", EVIL, "box", "ring"]  # ring has no objects
     assert browser.value(state) == [["AP", "descending"]]
     browser.value("document.querySelector('main.box .sortable button').focus()")
     browser.press(" ", 32, " ")

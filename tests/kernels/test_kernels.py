@@ -1,4 +1,4 @@
-"""Where the Triton kernels are used, on which device, and CUDA graphs."""
+"""When the Triton kernels are used, on which device, and CUDA graphs."""
 
 from contextlib import contextmanager
 from importlib import import_module
@@ -29,17 +29,17 @@ def gpu(monkeypatch):
     kernels._missing.cache_clear()
 
 
-def test_tensors_on_the_cpu_take_the_plain_path():
+def test_tensors_on_the_cpu_use_the_plain_path():
     assert not kernels.enabled(torch.zeros(1))
 
 
-def test_a_gpu_from_ampere_on_runs_them(gpu):
+def test_gpus_from_ampere_on_use_the_kernels(gpu):
     gpu(8, 0)
     assert kernels._runs_on(0)
     assert kernels.describe() == f"Triton kernels on (NVIDIA H100): {', '.join(kernels.NAMES)}"
 
 
-def test_float64_takes_the_plain_path(gpu):
+def test_float64_uses_the_plain_path(gpu):
     gpu(9, 0)
     first, other = (
         SimpleNamespace(is_cuda=True, dtype=kind, device=torch.device("cuda:0"))
@@ -56,14 +56,14 @@ def test_float64_takes_the_plain_path(gpu):
         ((9, 0), None, None, "triton is not installed"),
     ],
 )
-def test_other_devices_take_the_plain_path(gpu, monkeypatch, capability, hip, spec, reason):
+def test_other_devices_use_the_plain_path(gpu, monkeypatch, capability, hip, spec, reason):
     gpu(*capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(kernels, "find_spec", lambda _: spec)
     assert not kernels._runs_on(0) and kernels.describe() == f"Triton kernels off: {reason}"
 
 
-def test_they_can_be_turned_off(gpu, monkeypatch):
+def test_kernels_can_be_disabled(gpu, monkeypatch):
     gpu(9, 0)
     monkeypatch.setenv("VITDET_KERNELS", "off")
     assert not kernels._runs_on(0)
@@ -73,7 +73,7 @@ def test_they_can_be_turned_off(gpu, monkeypatch):
         kernels._runs_on(0)
 
 
-def test_a_compiler_does_not_look_inside(monkeypatch):
+def test_the_compiler_treats_kernels_as_opaque(monkeypatch):
     monkeypatch.setattr(kernels, "_obstacle", lambda _: None)
 
     def function(x):
@@ -86,9 +86,9 @@ def zeros(*shape):
     return torch.zeros(shape)
 
 
-QKV = zeros(1, 4, 48), zeros(48), zeros(3, 16), zeros(3, 16)  # 2 x 2 tokens, a head of 16 channels
+QKV = zeros(1, 4, 48), zeros(48), zeros(3, 16), zeros(3, 16)  # 2 x 2 tokens, a 16-channel head
 MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch.int64)
-# operator, its arguments, the function that starts its kernels and what that returns
+# operator, its arguments, the function that launches its kernels, and that function's result
 LAUNCHES = {
     "attention": (
         lambda: attention.attention(*QKV, [2, 2, 1, 0, 0]),
@@ -130,7 +130,7 @@ LAUNCHES = {
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_kernels_run_on_the_device_of_their_tensors(name, monkeypatch):
-    """Triton starts a kernel on the current device, not on that of its tensors."""
+    """Triton launches kernels on the current device instead of the tensors' device."""
     run, (module, launch), result = LAUNCHES[name]
     current: list[object] = []
 
@@ -149,7 +149,7 @@ def test_kernels_run_on_the_device_of_their_tensors(name, monkeypatch):
 
 
 class OnSecondGpu:
-    """The attributes of a tensor that a graph reads."""
+    """The tensor attributes that a graph reads."""
 
     is_cuda, dtype, device = True, torch.float32, torch.device("cuda:1")
 
@@ -200,7 +200,7 @@ def second_gpu(monkeypatch):
 
 
 def test_graphs_are_recorded_on_their_device_in_one_stream(second_gpu):
-    """Memory of a pool that was used in another stream cannot be used again."""
+    """A memory pool cannot be reused in another stream."""
     devices = []
     graphs = CudaGraph()
     for size in (1, 2):
@@ -212,8 +212,8 @@ def test_graphs_are_recorded_on_their_device_in_one_stream(second_gpu):
     assert second_gpu.device == torch.device("cuda:0")
 
 
-def test_inputs_of_a_graph_can_be_written_outside_of_the_inference_mode(second_gpu):
-    """Tensors that are made in the inference mode cannot; it is a state of each thread."""
+def test_graph_inputs_can_be_written_outside_inference_mode(second_gpu):
+    """Tensors created in inference mode, which is thread-local, cannot be written outside it."""
     graphs, inference = CudaGraph(), []
     with torch.inference_mode():
         graphs.record(lambda tensor: inference.append(tensor.inference), OnSecondGpu(1))
@@ -224,7 +224,7 @@ def test_inputs_of_a_graph_can_be_written_outside_of_the_inference_mode(second_g
     ("error", "reason"),
     [(RuntimeError("one\ntwo"), "one"), (NotImplementedError(), "NotImplementedError")],
 )
-def test_what_cannot_be_recorded_says_why_in_one_line(second_gpu, error, reason):
+def test_a_failed_recording_is_explained_in_one_line(second_gpu, error, reason):
     def function(_):
         raise error
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_recorded_says_why_in_one_line(second_gpu, error, reason)
         CudaGraph().record(function, OnSecondGpu(1))
 
 
-def test_where_memory_is_short_no_graph_keeps_some_of_it(second_gpu):
+def test_a_graph_out_of_memory_keeps_no_memory(second_gpu):
     def function(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 

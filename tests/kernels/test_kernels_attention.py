@@ -32,13 +32,13 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 
 def cuda(test):
-    """A test that runs only on an NVIDIA GPU, Ampere or later."""
+    """Mark a test that needs an NVIDIA GPU, Ampere or later."""
     absent = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0)
     return pytest.mark.cuda(pytest.mark.skipif(absent, reason="needs an NVIDIA GPU")(test))
 
 
 def interpreted(what):
-    """The output of tests/helpers/attention_cases.py."""
+    """Return the output of tests/helpers/attention_cases.py."""
     words = [sys.executable, "-m", "tests.helpers.attention_cases", str(what)]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def test_the_operator_is_registered_and_a_block_with_it_is_compiled():
     assert interpreted("operator") < 1e-5
 
 
-def test_sizes_that_the_kernels_do_not_take():
+def test_sizes_that_the_kernels_do_not_support():
     assert fits(64, 0, 64) and fits(1000, 14, 80) and not fits(64, 33, 64)
     assert not fits(129, 0, 16) and not fits(64, 0, 12) and not fits(64, 0, 136)
 
@@ -92,7 +92,7 @@ def test_a_gpu_with_little_shared_memory_gets_fewer_stages():
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "depth", "window"), [(12, 64, 0), (16, 80, 14)])
-def test_kernels_compiled_for_hopper_keep_all_in_registers(heads, depth, window):
+def test_kernels_compiled_for_hopper_do_not_spill_registers(heads, depth, window):
     from tests.helpers.offline import assemble, attention_launches
 
     found = [assemble(launch) for launch in attention_launches(heads, depth, window)]
@@ -122,7 +122,7 @@ def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
 
     ours, theirs = relative_errors(case, dtype, "cuda", fused, plain)
     print(case, dtype, dict(zip(OUTPUTS, zip(ours, theirs, strict=True), strict=True)))
-    # Results themselves are rounded to half precision.
+    # Results are rounded to half precision.
     allowed = [max(error, torch.finfo(dtype).eps) for error in theirs]
     pairs = zip(OUTPUTS, ours, allowed, strict=True)
     assert not [(name, error, limit) for name, error, limit in pairs if not error <= limit]
@@ -136,7 +136,7 @@ def test_float32_on_a_gpu_is_exact():
 
 @cuda
 @pytest.mark.parametrize("case", CUDA_CASES[:2], ids=str)
-def test_results_on_a_gpu_are_the_same_every_time(case):
+def test_results_on_a_gpu_are_deterministic(case):
     given, gradient = inputs(case, torch.bfloat16, "cuda")
     first, second = (results(fused, case, given, gradient) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -144,7 +144,7 @@ def test_results_on_a_gpu_are_the_same_every_time(case):
 
 @cuda
 def test_a_backbone_on_a_gpu_computes_the_same_with_and_without_kernels(monkeypatch):
-    """The kernels' features are as close to those of float32 as those of plain torch."""
+    """Features from the kernels are as close to float32 as those from plain torch."""
     torch.manual_seed(0)
     backbone = build_backbone(ModelConfig(backbone=BackboneConfig(name="vit_b"))).cuda().eval()
     for name, parameter in backbone.named_parameters():

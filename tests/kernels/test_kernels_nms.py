@@ -10,7 +10,7 @@ from vitdet.kernels.nms import nms, reference, suppress, suppress_by_label
 
 
 def slow_nms(boxes, labels, iou):
-    """One box after the other."""
+    """Compute NMS in a loop over boxes."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool)
     for group, rows in enumerate(boxes):
         kept = []
@@ -54,7 +54,7 @@ def scene(kind, groups, count):
         centers = uniform(groups, 5, 2) * 900
         chosen = centers[:, torch.randint(0, 5, (count,), generator=draw)]
         return centered(chosen + normal(*shape) * 8, 80 + normal(*shape) * 8)
-    if kind == "tied":  # few different boxes, whose IoUs are equal, simple fractions
+    if kind == "tied":  # few distinct boxes, whose IoUs are simple fractions with ties
         corner = torch.randint(0, 4, shape, generator=draw) * 10.0
         return torch.cat([corner, corner + torch.randint(1, 6, shape, generator=draw) * 10.0], 2)
     # a chain: each box suppresses only its neighbors
@@ -82,7 +82,7 @@ def test_labels_far_from_zero_do_not_round_boxes():
     assert nms(boxes, labels + torch.tensor([0, 1]), 0.5, 2).all()
 
 
-def test_the_plain_path_takes_float64_and_nothing():
+def test_the_plain_path_accepts_float64_and_no_boxes():
     assert nms(scene("chain", 1, 5).double(), None, 0.5, 5).tolist() == [
         [True, False, False, True, False]
     ]
@@ -111,12 +111,12 @@ def test_kernels_mark_at_least_the_first_boxes(limit):
     boxes = scene("random", 1, 150)
     found, wanted = suppress(boxes.to(DEVICE), None, 0.7, limit).cpu(), reference(boxes, None, 0.7)
     marked = found[0].nonzero().flatten()
-    assert limit <= len(marked) < limit + 64  # it stops there
+    assert limit <= len(marked) < limit + 64  # stops at the limit
     assert torch.equal(marked, wanted[0].nonzero().flatten()[: len(marked)])
 
 
 @needs_triton
-def test_kernels_take_views_and_nothing():
+def test_kernels_accept_views_and_no_boxes():
     boxes = scene("random", 2, 20).to(DEVICE)
     found = suppress(boxes.transpose(0, 1).contiguous().transpose(0, 1)[1:], None, 0.5, 20)
     assert torch.equal(found, suppress(boxes, None, 0.5, 20)[1:])
@@ -125,7 +125,7 @@ def test_kernels_take_views_and_nothing():
 
 
 @needs_triton
-def test_many_groups_are_compared_in_parts(monkeypatch):
+def test_many_groups_are_compared_in_blocks(monkeypatch):
     monkeypatch.setattr("vitdet.kernels.nms_kernels.MEMORY", 2**10)
     boxes = scene("tied", 5, 20)
     labels = torch.arange(100).view(5, 20) % 2
@@ -134,16 +134,16 @@ def test_many_groups_are_compared_in_parts(monkeypatch):
 
 
 @needs_triton
-def test_labels_one_at_a_time_keep_the_same_boxes():
+def test_processing_labels_one_by_one_keeps_the_same_boxes():
     boxes = torch.cat([scene(kind, 1, 75) for kind in KINDS])
     boxes[:, 3::7, 2] = boxes[:, 3::7, 0]
-    labels = torch.arange(4 * 75).view(4, 75) ** 2 % 11  # different numbers of each
+    labels = torch.arange(4 * 75).view(4, 75) ** 2 % 11  # labels of different frequency
     found = suppress_by_label(boxes.to(DEVICE), labels.to(DEVICE), 0.5, 75).cpu()
     assert torch.equal(found, reference(boxes, labels, 0.5))
 
 
 def test_memory_of_the_comparisons_is_bounded(monkeypatch):
-    """All 1,203 classes of an LVIS detector may have scores above 0 for all proposals."""
+    """All 1,203 classes of an LVIS detector may have positive scores for all proposals."""
     sizes = []
 
     def compare(boxes, labels, iou, limit):
@@ -191,10 +191,10 @@ def test_full_size_equals_torchvision(kind):
 
 @needs_gpu
 @pytest.mark.cuda
-def test_nothing_waits_for_the_gpu():
+def test_the_host_does_not_wait_for_the_gpu():
     boxes = scene("random", 40, 2000).cuda()
     labels = torch.arange(80_000, device="cuda").view(40, 2000) % 80
-    nms(boxes, labels, 0.7, 1000)  # compiled
+    nms(boxes, labels, 0.7, 1000)  # compiles the kernels
     with no_waits():
         nms(boxes, labels, 0.7, 1000)
         nms(boxes, None, 0.7, 1000)

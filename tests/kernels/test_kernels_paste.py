@@ -23,7 +23,7 @@ def test_the_kernel_writes_the_bytes_of_the_cpu(kind: str) -> None:
 
 
 @needs_triton
-def test_nothing_to_paste() -> None:
+def test_paste_without_masks() -> None:
     from vitdet.kernels.paste_kernels import launch
 
     masks, boxes, sizes = (tensor[:0] for tensor in placed("noise"))
@@ -42,7 +42,7 @@ def test_the_operator_is_registered_completely() -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-def test_the_strings_from_the_gpu_are_those_of_the_cpu() -> None:
+def test_run_length_strings_of_gpu_and_cpu_are_equal() -> None:
     batch = [some(100, seed) for seed in range(4)]
     originals = [(480, 640), (427, 640), *ORIGINALS[:1], (1500, 2000)]
     wanted = batch_to_results(batch, SIZES, originals, range(4), (9,))

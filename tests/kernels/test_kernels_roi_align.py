@@ -13,7 +13,7 @@ STRIDES = [4, 8, 16, 32, 64]
 
 
 def reference(maps, boxes, image, level, strides, bins, ratio):
-    """`roi_align` for finite boxes, by torchvision in the precision of the maps."""
+    """Pool finite boxes with torchvision's `roi_align` in the precision of the maps."""
     rois = torch.cat([image[:, None], boxes], dim=1).to(maps[0].dtype)
     found = maps[0].new_zeros(len(boxes), maps[0].shape[1], bins, bins)
     for number, (features, stride) in enumerate(zip(maps, strides, strict=True)):
@@ -24,7 +24,7 @@ def reference(maps, boxes, image, level, strides, bins, ratio):
 
 
 class Scene:
-    """Maps and RoIs of all kinds: small, large, empty, beyond the map, in an empty slot."""
+    """Maps and RoIs of all kinds: small, large, empty, outside the map, in an empty slot."""
 
     def __init__(self, sizes, rois, channels, images=2, kind=torch.float32):
         draw = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ class Scene:
         self.level[4] = -1
 
     def run(self, function, device, kind, bins, ratio, layout=torch.channels_last):
-        """The features, and the maps' gradients for a given one of the features."""
+        """Return the features, and the maps' gradients for a fixed gradient of the features."""
         maps = [
             level.to(device, kind).to(memory_format=layout).requires_grad_() for level in self.maps
         ]
@@ -56,7 +56,7 @@ class Scene:
         return found, torch.autograd.grad(found, maps, weight.to(device, kind))
 
     def errors(self, bins, ratio, layout=torch.channels_last):
-        """The relative errors of features and gradients against float64."""
+        """Return the relative errors of features and gradients against float64."""
         kind = self.maps[0].dtype
         found, gradients = self.run(roi_align, DEVICE, kind, bins, ratio, layout)
         wanted, right = self.run(reference, DEVICE, torch.float64, bins, ratio)
@@ -67,7 +67,7 @@ class Scene:
         )
 
 
-EXACT = 5e-6  # float32: products of three TF32 ones on a GPU
+EXACT = 5e-6  # float32: on a GPU, a product is computed from three TF32 products
 SMALL = [(17, 11), (9, 6)]
 
 
@@ -92,15 +92,15 @@ def test_five_levels_of_maps_in_another_layout():
 
 
 @needs_triton
-def test_rois_without_points_are_zeros_and_get_no_gradient():
+def test_rois_without_sampling_points_are_zero_without_gradient():
     scene = Scene([(9, 8)], 8, 3, images=1)
     scene.boxes[:] = torch.tensor([4.0, 4, 20, 20])
     scene.boxes[1] = math.nan
     scene.boxes[2, 3] = math.inf
-    scene.boxes[3] = torch.tensor([20.0, 4, 4, 20])  # ends before it starts
+    scene.boxes[3] = torch.tensor([20.0, 4, 4, 20])  # reversed
     scene.boxes[5] = torch.tensor([-1e30, 0, 1e30, 9])
     scene.boxes[6] = torch.tensor([-1e8, -1e8, 1e8, 1e8])  # too many points to iterate over
-    scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # and one of a level that is not there
+    scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # the last level does not exist
     found, (gradient,) = scene.run(roi_align, DEVICE, torch.float32, 2, 0)
     assert found[[0, 6]].isfinite().all() and found[0].abs().sum() > 0
     assert not found[[1, 2, 3, 4, 5, 7]].any() and gradient.isfinite().all()
@@ -110,7 +110,7 @@ def test_rois_without_points_are_zeros_and_get_no_gradient():
 
 
 @needs_triton
-def test_a_fixed_number_of_points_runs_backwards_in_a_reversed_roi():
+def test_a_reversed_roi_is_sampled_backwards_with_a_fixed_ratio():
     scene = Scene([(9, 8)], 5, 3, images=1)
     scene.boxes[0] = torch.tensor([28.0, 4, 4, 30])
     assert scene.errors(2, 2) < EXACT
@@ -147,7 +147,7 @@ def test_full_size_errors(bins, rois, kind, most):
 
 @needs_gpu
 @pytest.mark.cuda
-def test_the_gradient_is_the_same_in_every_run():
+def test_the_gradient_is_deterministic():
     scene = Scene(FULL, 512, 256, kind=torch.bfloat16)
     first = scene.run(roi_align, "cuda", torch.bfloat16, 7, 0)[1]
     second = scene.run(roi_align, "cuda", torch.bfloat16, 7, 0)[1]
@@ -156,7 +156,7 @@ def test_the_gradient_is_the_same_in_every_run():
 
 @needs_gpu
 @pytest.mark.cuda
-def test_nothing_waits_for_the_gpu():
+def test_the_host_does_not_wait_for_the_gpu():
     scene = Scene(FULL, 64, 256, kind=torch.bfloat16)
     maps = [features.cuda().requires_grad_() for features in scene.maps]
     rest = [tensor.cuda() for tensor in (scene.boxes, scene.image, scene.level)]
@@ -165,6 +165,6 @@ def test_nothing_waits_for_the_gpu():
         found = roi_align(maps, *rest, scene.strides, 7, 0)
         torch.autograd.grad(found, maps, torch.ones_like(found))
 
-    step()  # compiled
+    step()  # compiles the kernels
     with no_waits():
         step()

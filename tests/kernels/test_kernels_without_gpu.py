@@ -1,4 +1,4 @@
-"""The kernels of detection without a GPU: by Triton's interpreter, and compiled for an H100."""
+"""The detection kernels without a GPU: by Triton's interpreter, and compiled for an H100."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_values_by_the_interpreter(speed):
 
 
 @needs_triton
-def test_compiled_for_an_h100_they_spill_no_registers():
+def test_kernels_compiled_for_an_h100_spill_no_registers():
     from tests.helpers.offline import assemble, detection_launches
 
     found = [assemble(launch) for launch in detection_launches(torch.bfloat16)]

@@ -1,4 +1,4 @@
-"""Fixtures of all tests of tracking: no server of the developer, short pauses, a store of each module."""
+"""Fixtures of the tracking tests: no server of the developer, short waits, a store per module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the default store, a SQLite file whose creation takes seconds."""
+    """Return the folder of the default store, a SQLite file that takes seconds to create."""
     folder = tmp_path_factory.mktemp("store")
     tracking.open_client(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder
@@ -43,6 +43,6 @@ def model(request: pytest.FixtureRequest, folder: Path) -> RegisteredModel:
 
 @pytest.fixture
 def answers() -> Iterator[Server]:
-    """A server that answers as MLflow does, unless told otherwise."""
+    """A server that responds like MLflow by default."""
     with serving() as server:
         yield server

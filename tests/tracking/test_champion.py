@@ -24,7 +24,7 @@ STRICT = Protocol.of(load_config("tiny", ["evaluate.score_threshold=0.5"]), DATA
 
 @pytest.fixture
 def gated(model: RegisteredModel, monkeypatch: pytest.MonkeyPatch) -> RegisteredModel:
-    """A model whose champion, version 1, has 40 AP under DATA."""
+    """A model whose champion, version 1, has 40 AP on DATA."""
     monkeypatch.setattr(packaged_model, "download_checkpoint", lambda *_: Path("champion.pt"))
     model.set(model.add(40.0))
     return model
@@ -49,7 +49,7 @@ def test_the_first_model_passes(model: RegisteredModel) -> None:
 def test_only_a_higher_ap_passes(gated: RegisteredModel, ap: float | None, passed: bool) -> None:
     gated.client.set_model_version_tag(gated.name, "1", "train_fingerprint", "other")
     assert gated.judge(ap, DATA, evaluate=UNEXPECTED).passed is passed
-    assert gated.is_known(DATA)  # other training data changes nothing
+    assert gated.is_known(DATA)  # other training data makes no difference
 
 
 @pytest.mark.parametrize("protocol", [OTHER, STRICT], ids=["data", "settings"])
@@ -63,9 +63,9 @@ def test_the_champion_is_evaluated_again_on_other_data_or_settings(
     assert not gated.is_known(protocol)
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
-    evaluate.assert_called_once_with(Path("champion.pt"), ANY)  # the registry has its AP now
+    evaluate.assert_called_once_with(Path("champion.pt"), ANY)  # the registry has the AP now
     assert gated.is_known(protocol)
-    assert not gated.judge(40.0, DATA).passed  # and still that of its registration
+    assert not gated.judge(40.0, DATA).passed  # and still has that of its registration
 
 
 @pytest.mark.parametrize("tags", [{}, {"dataset_digest": "0123456789abcdef"}])
@@ -99,7 +99,7 @@ def test_a_champion_of_version_0_1_is_evaluated_again(
 def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
     gated: RegisteredModel, caplog: Log, error: Exception, reason: str, is_expected: bool
 ) -> None:
-    """Of an unexpected error, the traceback is logged."""
+    """For unexpected errors, the traceback is logged."""
     with caplog.at_level(logging.WARNING, "vitdet"):
         verdict = gated.judge(99.0, OTHER, evaluate=Mock(side_effect=error))
     assert not verdict.passed and len(verdict.reason.splitlines()) == 1
@@ -114,36 +114,36 @@ def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
 
 
 class ClientError(Exception):
-    """As botocore's, which object storages raise: of no other class than Exception."""
+    """Like the error of botocore for object storage, which derives only from Exception."""
 
 
-def test_an_error_of_the_object_storage_refuses(
+def test_an_object_storage_error_refuses_the_candidate(
     gated: RegisteredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = ClientError("An error occurred (403) when calling GetObject: Forbidden")
     monkeypatch.setattr(packaged_model, "download_checkpoint", Mock(side_effect=error))
     found = gated.evaluate(OTHER, UNEXPECTED)
     assert found is not None and "ClientError: An error occurred (403)" in found.failure
-    monkeypatch.undo()  # artifacts that do not exist
+    monkeypatch.undo()  # the artifacts do not exist
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     verdict = gated.judge(99.0, OTHER, evaluate=UNEXPECTED)
     assert not verdict.passed and "cannot be evaluated: " in verdict.reason
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_an_interrupted_evaluation_is_no_verdict(
+def test_an_interrupted_evaluation_gives_no_verdict(
     gated: RegisteredModel, stop: type[BaseException]
 ) -> None:
     with pytest.raises(stop):
         gated.judge(99.0, OTHER, evaluate=Mock(side_effect=stop))
 
 
-def test_the_evaluation_of_another_champion_does_not_count(gated: RegisteredModel) -> None:
+def test_the_evaluation_of_another_champion_is_ignored(gated: RegisteredModel) -> None:
     verdict = gated.judge(99.0, OTHER, evaluated=Evaluated("7", {"box_ap": 12.0}))
     assert not verdict.passed and "run the command again" in verdict.reason
 
 
-def test_of_two_that_passed_the_better_is_champion_whoever_comes_last(
+def test_the_better_of_two_passed_candidates_is_champion_in_any_order(
     gated: RegisteredModel,
 ) -> None:
     better, good = gated.add(45.0), gated.add(42.0)
@@ -151,7 +151,7 @@ def test_of_two_that_passed_the_better_is_champion_whoever_comes_last(
     assert gated.promote(better, 45.0).passed
     assert not gated.promote(good, 42.0).passed
     assert gated.champion == better
-    assert gated.promote(better, 45.0).passed  # a repeated step
+    assert gated.promote(better, 45.0).passed  # a retried step
 
 
 def test_a_candidate_is_not_promoted_over_a_champion_of_unknown_ap(gated: RegisteredModel) -> None:
@@ -167,7 +167,7 @@ def test_the_champion_itself_passes_again(gated: RegisteredModel) -> None:
     assert not gated.judge(40.0, DATA, version="2").passed
 
 
-def test_the_ap_of_a_promotion_counts_before_that_of_the_registration(
+def test_the_ap_at_promotion_overrides_that_at_registration(
     gated: RegisteredModel,
 ) -> None:
     assert gated.promote(gated.add(5.0), 77.0).passed
@@ -183,7 +183,7 @@ def test_a_champion_that_is_promoted_again_keeps_its_ap(gated: RegisteredModel) 
     assert not gated.judge(44.0, DATA).passed and gated.judge(46.0, DATA).passed
     tags = gated.tags(candidate)
     assert tags["box_ap"] == tags[DATA.tag("box_ap")] == "45" and not gated.is_known(OTHER)
-    assert gated.promote(candidate, 3.0, OTHER).passed  # what was measured on others is new
+    assert gated.promote(candidate, 3.0, OTHER).passed  # metrics on other data are new
     assert not gated.judge(2.9, OTHER).passed and not gated.judge(44.0, DATA).passed
 
 
@@ -195,7 +195,7 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
     expected = {"box_ap": "41", "mask_ap": "30", **DATA.tags()}
     assert gated.tags(candidate) == expected
     gated.update(candidate, {"box_ap": 1.0}, Protocol("", DATA.settings))
-    assert gated.tags(candidate) == expected  # on which data that was measured is not known
+    assert gated.tags(candidate) == expected  # it is unknown on which data this AP was measured
     gated.update(candidate, {"box_ap": 12.0}, OTHER)
     gated.update(candidate, {"box_ap": 43.0}, DATA)
     assert gated.tags(candidate) == {
@@ -203,7 +203,7 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
     }  # fmt: skip
 
 
-def test_of_many_at_once_the_best_is_champion(gated: RegisteredModel) -> None:
+def test_the_best_of_concurrent_promotions_is_champion(gated: RegisteredModel) -> None:
     candidates = [(gated.add(ap), ap) for ap in (41.0, 44.0, 42.0, 43.0)]
     with ThreadPoolExecutor(len(candidates)) as pool:
         list(pool.map(lambda candidate: gated.promote(*candidate), candidates))
@@ -224,12 +224,12 @@ def test_of_many_at_once_the_best_is_champion(gated: RegisteredModel) -> None:
         ("optim.lr=1", True),
     ],
 )
-def test_the_settings_of_a_protocol_are_those_that_change_ap(override: str, same: bool) -> None:
+def test_the_protocol_covers_the_settings_that_affect_ap(override: str, same: bool) -> None:
     changed = Protocol.of(load_config("tiny", [override]), DATA.fingerprint)
     assert (changed == DATA) is (changed.digest == DATA.digest) is same
 
 
-def test_matches_are_added_to_a_version_that_has_their_metrics_only(
+def test_matches_are_added_only_to_a_version_with_their_metrics(
     gated: RegisteredModel, store: str, tmp_path: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)

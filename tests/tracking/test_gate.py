@@ -28,7 +28,7 @@ NAME = "the champion, version 3"
 
 
 def evaluation(found: dict[str, list[bool]]) -> Evaluation:
-    """One object of each class in each image, and a detection of each; found: which are matched."""
+    """Return an evaluation with one object per class and image; `found` marks the matched ones."""
     rows = [
         (image, place, hit)
         for place, hits in enumerate(found.values())
@@ -75,7 +75,7 @@ def decide(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> Ver
         (float("nan"), 0.0, False, "box AP is nan: cannot be compared"),
     ],
 )
-def test_the_gain_must_be_above_the_least(
+def test_the_gain_must_exceed_the_minimum(
     ap: float, least: float, passed: bool, reason: str
 ) -> None:
     ours, theirs = (Evaluation({"box_ap": value}) for value in (ap, 40.0))
@@ -83,14 +83,14 @@ def test_the_gain_must_be_above_the_least(
     assert found.passed is passed and found.reason.startswith(reason)
 
 
-def test_another_metric_decides_alone() -> None:
+def test_another_metric_replaces_ap() -> None:
     better = Evaluation({"box_ap": 10.0, "mask_ap50": 41.0})
     worse = Evaluation({"box_ap": 90.0, "mask_ap50": 40.0})
     found = decide(GateConfig(metric="mask_ap50"), better, worse)
     assert found == Verdict(True, f"mask AP50 41, above the 40 of {NAME}")
 
 
-def test_files_that_were_removed_since_a_step_was_cached_are_named_with_the_remedy(
+def test_missing_files_of_a_cached_step_are_named_with_the_remedy(
     tmp_path: Path,
 ) -> None:
     record = {"metrics": {"box_ap": 50.0}, "plots": str(tmp_path / "removed")}
@@ -99,7 +99,7 @@ def test_files_that_were_removed_since_a_step_was_cached_are_named_with_the_reme
     assert "--plots" not in reason
 
 
-def test_no_class_may_fall_below_its_floor_or_lose_too_much() -> None:
+def test_classes_must_not_fall_below_the_minimum_or_lose_too_much() -> None:
     before = evaluation({"disc": hits(30), "ring": hits(30)})
     after = evaluation({"disc": hits(55), "ring": hits(20)})
     assert decide(GateConfig(), after, before).passed
@@ -111,7 +111,7 @@ def test_no_class_may_fall_below_its_floor_or_lose_too_much() -> None:
     assert "per-image matches" in flaw(GateConfig(min_class_ap=1.0), Evaluation({"box_ap": 50.0}))
 
 
-def test_with_confidence_a_gain_by_chance_does_not_pass() -> None:
+def test_a_gain_within_the_noise_does_not_pass_with_confidence() -> None:
     gate, before = GateConfig(confidence=0.95), evaluation({"disc": hits(30)})
     lucky, better = evaluation({"disc": hits(31)}), evaluation({"disc": hits(45)})
     assert decide(GateConfig(), lucky, before).passed
@@ -152,14 +152,14 @@ def record(*rows: tuple[str, str, str]) -> list[Event]:
     ]
 
 
-def test_a_rollback_undoes_promotions_one_by_one() -> None:
+def test_rollbacks_undo_promotions_one_at_a_time() -> None:
     first = [(PROMOTED, "", "1"), (PROMOTED, "1", "2"), (FORCED, "2", "5")]
     assert predecessors(record(*first), "5") == ["2", "1"]
     back = [*first, (ROLLED_BACK, "5", "2")]
     assert predecessors(record(*back), "2") == ["1"]
     assert predecessors(record(*back, (ROLLED_BACK, "2", "1")), "1") == []
     assert predecessors(record(*back, (PROMOTED, "2", "5")), "5") == ["2", "1"]
-    # the champion of an earlier version of this program, and an alias that was moved by hand
+    # the champion of an earlier version of this program, and an alias that a user moved
     assert predecessors(record((PROMOTED, "7", "8")), "8") == ["7"]
     assert predecessors(record(*first), "9") == ["5", "2", "1"]
     assert predecessors([], "9") == []
@@ -169,7 +169,7 @@ def test_a_rollback_undoes_promotions_one_by_one() -> None:
     assert predecessors(record((PROMOTED, "", "1"), (PROMOTED, "2", "3")), "3") == ["2", "1"]
 
 
-def test_the_links_of_events_count_and_not_the_clocks_of_machines() -> None:
+def test_events_are_ordered_by_their_links_and_not_by_clocks() -> None:
     late, early, *_ = record((PROMOTED, "1", "2"), (PROMOTED, "", "1"))
     recorded = [late, early, Event("0", "3", PROMOTED, "2", ""), Event("9", "4", PROMOTED, "1", "")]
     assert predecessors(recorded, "3") == ["2", "1"]
@@ -182,7 +182,7 @@ def test_a_rolled_back_version_is_one_whose_last_event_is_a_rollback_from_it() -
     assert rolled_back(record(*back, (FORCED, "1", "2")), "2") is None
 
 
-def test_rivals_are_promotions_at_about_the_same_time_that_stand() -> None:
+def test_rivals_are_concurrent_promotions_that_were_not_undone() -> None:
     start = datetime.fromisoformat("2026-01-01T12:00:00+00:00")
 
     def event(minutes: float, version: str, action: str, before: str) -> Event:

@@ -28,13 +28,13 @@ def test_a_run_is_found_by_either_name(tmp_path: Path) -> None:
     assert find(tmp_path, "unknown").key != journal.key and len(journals(tmp_path)) == 2
 
 
-def test_points_are_batched_and_other_lines_stay_alone(tmp_path: Path) -> None:
+def test_points_are_batched_and_other_lines_are_not(tmp_path: Path) -> None:
     journal = filled(tmp_path, 5)
     journal.append({"tags": {"image": "a"}})
     journal.append({"points": {"loss": 1.0}, "step": 5})
     journal.append({"end": "FINISHED"})
     sizes = [len(records) for records, _ in journal.batches(4)]
-    # 4 points a batch, 2 a record; the tags; the last point; the end
+    # 4 points per batch, 2 per record; then the tags, the last point and the end
     assert sizes == [2, 2, 1, 1, 1, 1]
     offsets = [offset for _, offset in journal.batches(4)]
     journal.move("abc", offsets[3])
@@ -43,13 +43,13 @@ def test_points_are_batched_and_other_lines_stay_alone(tmp_path: Path) -> None:
     assert not journal.waiting()
 
 
-def test_one_record_larger_than_a_batch_goes_alone(tmp_path: Path) -> None:
+def test_a_record_larger_than_a_batch_is_sent_alone(tmp_path: Path) -> None:
     journal = filled(tmp_path, 1)
     journal.append({"points": {f"class {i}": 0.0 for i in range(9)}, "step": 1})
     assert [len(records) for records, _ in journal.batches(4)] == [1, 1]
 
 
-def test_a_half_written_line_is_left_out_and_the_next_one_stands(tmp_path: Path) -> None:
+def test_a_partial_line_is_skipped_and_the_next_is_kept(tmp_path: Path) -> None:
     journal = filled(tmp_path, 2)
     with open(journal.path, "ab") as file:
         file.write(b'{"points": {"loss": 7.0}, "st')
@@ -60,7 +60,7 @@ def test_a_half_written_line_is_left_out_and_the_next_one_stands(tmp_path: Path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-def test_a_full_disk_costs_a_line_and_a_warning(
+def test_a_full_disk_loses_a_line_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = filled(tmp_path, 1)
@@ -69,13 +69,13 @@ def test_a_full_disk_costs_a_line_and_a_warning(
     assert "cannot write" in caplog.text
 
 
-def test_a_missing_file_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = filled(tmp_path, 1)
     journal.append_file(tmp_path / "absent.png", "")
     assert "absent.png was not logged" in caplog.text and len(list(journal.records())) == 1
 
 
-def test_one_process_ships_at_a_time(tmp_path: Path) -> None:
+def test_only_one_process_sends_a_journal(tmp_path: Path) -> None:
     journal = filled(tmp_path, 1)
     with journal.locked(), pytest.raises(BlockingIOError), Journal(tmp_path, journal.key).locked():
         pass
@@ -99,7 +99,7 @@ def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path, recorded: str) -> 
     assert (entry / "pictures" / "a.png").read_bytes() == b"a" and not copy.exists()
 
 
-def test_a_copy_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_a_copy_removes_temporary_files_of_killed_processes(tmp_path: Path) -> None:
     journal = filled(tmp_path, 1)
     machine, pid, started = writer().split("-")
     ended, alive = (

@@ -34,12 +34,12 @@ def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
     variables |= {str(parameter.envvar) for parameter in server.params}
     told = {entry["name"] for entry in container["env"]}
     told |= set(re.findall(r"MLFLOW_\w+", (ROOT / "docs" / "kubeflow.md").read_text()))
-    told -= {"MLFLOW_UI_URL"}  # of vitdet
+    told -= {"MLFLOW_UI_URL"}  # read by vitdet
     assert {name for name in told if name.startswith("MLFLOW_")} <= variables
 
 
-def test_the_accounts_lie_in_the_same_database(container: dict) -> None:
-    # its own, with all settings
+def test_the_accounts_are_in_the_same_database(container: dict) -> None:
+    # the server's own configuration, with all settings
     known = Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"
     ours = ConfigParser()
     ours.read(FOLDER / "basic_auth.ini")
@@ -55,9 +55,9 @@ def test_the_accounts_lie_in_the_same_database(container: dict) -> None:
 
 
 @pytest.mark.parametrize("name", ["kind", "gke", "eks", "onprem"])
-def test_only_the_names_of_the_service_are_let_in(name: str) -> None:
+def test_only_the_host_names_of_the_service_are_allowed(name: str) -> None:
     file = ROOT / "manifests" / "overlays" / name / "values" / "values.yaml"
     values = yaml.safe_load(file.read_text())["data"]
-    # the host of MLFLOW_TRACKING_URI in docs/kubeflow.md, and of a port-forward
+    # the host in MLFLOW_TRACKING_URI of docs/kubeflow.md, and that of a port-forward
     service = f"mlflow.{values['mlflowNamespace']}.svc:5000"
     assert values["mlflowHosts"].split(",") == [service, "localhost:5000"]

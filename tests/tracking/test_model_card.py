@@ -60,12 +60,12 @@ def test_the_license_of_the_initial_weights(
     assert [origin.name for origin in found if origin.warning] == warned
 
 
-def test_weights_of_a_detector_have_the_license_of_its_pre_training_as_well() -> None:
+def test_weights_of_a_detector_include_the_license_of_their_pre_training() -> None:
     first, second = initial_weights("mask_rcnn_vitdet_b_coco")
     assert "CC BY-SA 3.0" in first.license and second.name == "mae_vit_b" and second.warning
 
 
-def test_a_description_is_cut_at_a_line() -> None:
+def test_a_description_is_truncated_at_a_line() -> None:
     names = tuple(f"class {place}" for place in range(1203))
     assert "class 19 and 1183 more." in card(Evaluation({}), names=names)
     text = card(Evaluation({}))

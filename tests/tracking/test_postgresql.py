@@ -50,7 +50,7 @@ def test_a_training_is_registered_promoted_and_rolled_back(
     assert vitdet("train", "tiny", *options(settings), "--output", checkpoint.parent)[0] == 0
     assert vitdet("evaluate", checkpoint, "--output", metrics, "--plots", plots)[0] == 0
     words = ["register", checkpoint, "--metrics", metrics, "--plots", plots, "--alias", "champion"]
-    for _ in range(2):  # the second time nothing is added
+    for _ in range(2):  # the second time, nothing is added
         code, out, err = vitdet(*words)
         assert code == 0 and out.startswith("vitdet, version 1 (champion)"), err
     client = MlflowClient(server, server)
@@ -73,7 +73,7 @@ def test_a_training_is_registered_promoted_and_rolled_back(
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("place", ["server", "database"])
-def test_registrations_and_promotions_at_once_leave_the_best_as_champion(
+def test_concurrent_registrations_make_the_best_version_champion(
     request: pytest.FixtureRequest,
     trained: Path,
     tmp_path: Path,
@@ -88,7 +88,7 @@ def test_registrations_and_promotions_at_once_leave_the_best_as_champion(
     protocol, numbers = Protocol.of(config, "0123456789abcdef"), {}
 
     def enter(ap: float) -> None:
-        folder = tmp_path / str(ap)  # machines without a common folder
+        folder = tmp_path / str(ap)  # machines without a shared folder
         checkpoint = trained / ("model.pt" if ap == 40 else "best.pt")
         given = {"config": config, "metrics": {"box_ap": ap}, "protocol": protocol}
         found = register_checkpoint(checkpoint, folder=folder, alias="candidate", **given)

@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(model: RegisteredModel, vitdet: Callable[..., tuple[int, str, str]]) -> Run:
-    """run(verb, *words) runs the verb on the model: (exit code, the one line that is printed)."""
+    """run(verb, *words) runs a subcommand on the model and returns (exit code, the printed line)."""
 
     def run(verb: str, *words: object, name: str = model.name) -> tuple[int, str]:
         code, out, err = vitdet(verb, name, "--runs", model.folder, *words)
@@ -41,7 +41,7 @@ def test_promote_applies_the_gate_and_rollback_undoes_it(
     line = f"{name}, version 1 (champion): box AP 40: the first champion"
     assert promote("--version", 1) == (0, line)
     assert promote("--version", "2")[0] == 0 and model.champion == "2"
-    code, line = promote()  # the candidate: version 3
+    code, line = promote()  # the candidate is version 3
     assert code == 1 and "version 3: not the champion: box AP 39, no better than the 41" in line
     assert model.champion == "2"
     assert promote("--force", "field test")[1].endswith(
@@ -85,19 +85,17 @@ def test_invalid_requests_are_rejected_in_one_line(
     assert "champion" not in model.client.get_registered_model(model.name).aliases
 
 
-def test_a_version_that_was_deleted_is_not_rolled_back_to(
-    model: RegisteredModel, run: Run, promote: Run
-) -> None:
+def test_rollback_skips_deleted_versions(model: RegisteredModel, run: Run, promote: Run) -> None:
     for ap in (40.0, 41.0, 42.0):
         assert promote("--version", model.add(ap))[0] == 0
     model.client.delete_model_version(model.name, "2")
     assert run("rollback")[0] == 0 and model.champion == "1"
 
 
-def test_without_a_common_folder_the_better_of_two_keeps_the_alias(
+def test_the_better_of_two_keeps_the_alias_without_a_shared_folder(
     model: RegisteredModel, run: Run, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two machines replace the same champion; the one with the worse version sets the alias last."""
+    """Two machines replace the same champion, and the one with the worse version sets the alias last."""
     for ap in (40.0, 42.0, 41.0):
         model.add(ap)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)

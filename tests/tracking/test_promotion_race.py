@@ -1,4 +1,4 @@
-"""Promotions of several machines at the same time: every order of their requests leaves the best version as champion."""
+"""Concurrent promotions from several machines: the best version is champion after any order of requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Registry:
 
 
 class Turns:
-    """Lets one of several threads do one request at a time, in an order that the seed determines."""
+    """Serializes the requests of several threads in an order determined by the seed."""
 
     def __init__(self, seed: int, threads: int) -> None:
         self._random, self._condition = random.Random(seed), threading.Condition()
@@ -85,7 +85,7 @@ class Client:
 def promoted(
     aps: list[float], seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, forced: bool = False
 ) -> tuple[Registry, dict[str, Verdict]]:
-    """Promote version 2, 3, ... from a machine each; with `forced`, one more machine forces the first."""
+    """Promote versions 2, 3, ... from one machine each; with `forced`, another machine forces version 2."""
     registry, turns = Registry(aps), Turns(seed, len(aps))
     monkeypatch.setattr(champion, "connect", lambda *_: Client(registry, turns))
     verdicts: dict[str, Verdict] = {}
@@ -132,14 +132,14 @@ def test_the_best_of_several_is_champion_in_any_order(
         simultaneous = [v for v in verdicts.values() if "at the same time" in v.reason]
         refused += len(simultaneous)
         assert not any(verdict.passed for verdict in simultaneous)
-        # a version that did not become champion has no record of it, and a rollback leads back
+        # versions that did not become champion have no event, and a rollback restores the previous champion
         recorded = history.events(Client(registry, Turns(0, 1)), "m")
         assert {event.version for event in recorded} == {n for n, v in verdicts.items() if v.passed}
         assert history.predecessors(recorded, number)[-1] == "1"
     assert refused > 0
 
 
-def test_a_version_that_is_forced_meanwhile_stays(
+def test_a_version_forced_meanwhile_stays_champion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stayed = 0

@@ -58,7 +58,7 @@ DENIED = [
         (200, b"{}", "is not an MLflow server"),  # another service
     ],
 )
-def test_a_training_run_without_a_server_that_accepts_it_ends_before_its_first_step(
+def test_a_run_that_no_server_accepts_ends_before_its_first_step(
     tmp_path: Path, answers: Server, code: int, body: bytes, said: str
 ) -> None:
     answers.always = code, body
@@ -69,7 +69,7 @@ def test_a_training_run_without_a_server_that_accepts_it_ends_before_its_first_s
         tracking.connect(answers.uri, tmp_path)
 
 
-def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
+def test_access_denied_later_is_logged_and_no_values_are_lost(
     tmp_path: Path, answers: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers.always = 401, b"no"
@@ -81,10 +81,10 @@ def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
     assert journal.waiting() and journal.last_points() == {"loss": (6, 1.0)}
 
 
-def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
+def test_metrics_are_sent_although_an_artifact_cannot_be_uploaded(
     tmp_path: Path, store: str, picture: Path, monkeypatch: Patch, caplog: Log
 ) -> None:
-    """It is kept, and the next command that uses the run uploads it."""
+    """The artifact is kept, and the next command that uses the run uploads it."""
     upload, full = MlflowClient.log_artifact, MlflowException("the artifact store is full")
     monkeypatch.setattr(MlflowClient, "log_artifact", Mock(side_effect=full))
     tracker = start(tmp_path, store)
@@ -108,7 +108,7 @@ def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_an_artifact_store_that_hangs_holds_nothing_back(
+def test_a_hanging_artifact_store_delays_nothing(
     tmp_path: Path, store: str, picture: Path, monkeypatch: Patch, caplog: Log
 ) -> None:
     hanging, answered = threading.Event(), threading.Event()
@@ -133,12 +133,12 @@ def test_an_artifact_store_that_hangs_holds_nothing_back(
     assert len(find(tmp_path, run_id).entries()) == 2
     assert "files are not uploaded after 0.3 s" in caplog.text
     answered.set()
-    for thread in threading.enumerate():  # else it uploads in the next test
+    for thread in threading.enumerate():  # otherwise, it uploads during the next test
         if thread.name == "uploads":
             thread.join(60)
 
 
-def test_files_that_are_added_during_an_upload_are_uploaded(
+def test_files_added_during_an_upload_are_uploaded(
     tmp_path: Path, store: str, picture: Path, monkeypatch: Patch
 ) -> None:
     uploading, added, taken = threading.Event(), threading.Event(), []
@@ -158,10 +158,10 @@ def test_files_that_are_added_during_an_upload_are_uploaded(
     assert taken == ["first", "second"] and not find(tmp_path, tracker.run_id).entries()
 
 
-def test_a_file_that_is_refused_does_not_keep_the_others_back(
+def test_a_refused_file_does_not_block_other_files(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command tries one file after another until one fails; the next one begins with the others."""
+    """Each command uploads files until one fails; the next command starts with the other files."""
     taken: list[str] = []
 
     def refuse(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
@@ -189,11 +189,11 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.3)
     with Server() as absent:
         away = absent.uri
-    other = start(tmp_path, away, experiment="elsewhere")  # no server answers there
+    other = start(tmp_path, away, experiment="elsewhere")  # nothing listens there
     other.log({"loss": 1.0}, 1)
     other.close()
     here = start(tmp_path, store)
-    before = start(tmp_path, store)  # of the same server: sent by the next run of the folder
+    before = start(tmp_path, store)  # for the same server: sent by the next run of the folder
     before._closing.set()
     before._thread.join()
     before.log({"loss": 3.0}, 3)
@@ -237,7 +237,7 @@ def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
     assert "s3cret" not in str(error.value)
     config = load_config("tiny", ["train.keep_best=box_ap"])
     config = replace(config, tracking=replace(config.tracking, uri=uri))
-    save_config(config, tmp_path / "config.yaml")  # an earlier version's training
+    save_config(config, tmp_path / "config.yaml")  # from a training run of an earlier version
     assert result(tmp_path) == tmp_path / "best.pt"
     allowed = load_config("tiny", ["tracking.uri=sqlite:////data/a@b/mlflow.db"])
     assert "a@b" in json.dumps(to_dict(allowed))
@@ -253,16 +253,16 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("error", FOREIGN, ids=lambda error: type(error).__name__)
-def test_errors_of_libraries_are_one_line_without_password(error: Exception) -> None:
+def test_library_errors_are_one_line_without_the_password(error: Exception) -> None:
     failing, uri = Mock(get_run=Mock(side_effect=error)), "http://u:s3cret@h:1"
     with pytest.raises(ConnectionError) as caught:
-        Client(failing, uri).get_run()  # a traceback has this line
+        Client(failing, uri).get_run()  # this line appears in the traceback
     said = str(caught.value)
     assert said.startswith("http://***@h:1: ") and "\n" not in said and "s3cret" not in said
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_an_answer_403_of_an_artifact_store_is_a_refusal() -> None:
+def test_status_403_of_an_artifact_store_is_a_refusal() -> None:
     answer = requests.Response()
     answer.status_code = 403
     error = requests.HTTPError("403 Client Error: Forbidden", response=answer)

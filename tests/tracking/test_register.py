@@ -34,7 +34,7 @@ PROTOCOL = Protocol.of(CONFIG, "0123456789abcdef")
 
 
 def make_checkpoint(path: Path, seed: int, run_id: str | None = None) -> Path:
-    """A detector with random weights."""
+    """Write a checkpoint with random weights."""
     torch.manual_seed(seed)
     config = load_config("tiny")
     detector = build_detector(config.model, config.evaluate)
@@ -46,7 +46,7 @@ def make_checkpoint(path: Path, seed: int, run_id: str | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder with a finished run, a checkpoint and a registered version of it."""
+    """A folder with a finished run, its checkpoint and a registered version of the checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
@@ -74,7 +74,7 @@ def enter(folder: Path, checkpoint: Path, alias: str = "candidate") -> tuple[str
 
 
 def with_password(path: Path) -> Path:
-    """A detector whose config contains a password, as version 0.1 stored it."""
+    """A checkpoint whose config contains a password, as written by version 0.1."""
     stored = load_model_file(make_checkpoint(path, 1))
     stored["config"]["tracking"]["uri"] = "http://alice:s3cret@127.0.0.1:9/?token=t0ken"
     save(path, stored)
@@ -83,14 +83,14 @@ def with_password(path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_trial(untried: None) -> None:
-    """The packed models are not run in a new process."""
+    """Skip the trial of packaged models in a new process."""
 
 
 def download(folder: Path, into: Path, artifact: str = "models:/detector@candidate") -> Path:
     return packaged_model.download(tracking.tracking_uri("", folder), artifact, into)
 
 
-def test_a_version_says_where_it_comes_from(work: Path) -> None:
+def test_a_version_records_its_provenance(work: Path) -> None:
     client = client_of(work)
     version = client.get_model_version_by_alias("detector", "candidate")
     assert version.run_id == run_of(work)
@@ -99,7 +99,7 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
     assert client.get_run(version.run_id).info.status == "FINISHED"
 
 
-def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_path: Path) -> None:
+def test_a_version_has_the_config_at_registration(work: Path, tmp_path: Path) -> None:
     with_password(tmp_path / "model.pt")
     changes = ["gate.min_gain=0.5", "evaluate.max_detections=7", "data.val_split=test"]
     used = load_config("tiny", [*changes, "optim.lr=5", "tracking.model_name=configured"])
@@ -110,7 +110,7 @@ def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_pat
     assert load_config(path) == expected
 
 
-def test_a_checkpoint_with_a_password_is_used_without_it(
+def test_a_password_in_a_checkpoint_is_dropped(
     work: Path,
     tiny: Path,
     tmp_path: Path,
@@ -129,13 +129,13 @@ def test_a_checkpoint_with_a_password_is_used_without_it(
     assert config["tracking"]["uri"] == "http://127.0.0.1:9/"
     files = [path for path in model.rglob("*") if path.is_file()]
     assert not [path for path in files if b"s3cret" in path.read_bytes()]
-    # evaluated with overrides as well, which are validated as those of a new config
+    # evaluation with overrides, which are validated like those of a new config
     words = ["--set", f"data.root={tiny}", "--set", "data.image_size=64"]
     code, out, err = vitdet("evaluate", checkpoint, *words)
     assert code == 1 and "classes" in err and "password" not in err
 
 
-def test_nothing_is_pickled_and_the_signature_checks_its_input(work: Path, tmp_path: Path) -> None:
+def test_the_model_has_no_pickles_and_validates_its_input(work: Path, tmp_path: Path) -> None:
     model = download(work, tmp_path)
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".cloudpickle"))]
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_not_registered(work: Path) -> None:
     assert len(client_of(work).search_model_versions("name = 'detector'")) == before
 
 
-def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:
+def test_the_wheel_is_complete_and_reproducible(tmp_path: Path) -> None:
     first, second = build_wheel(tmp_path / "a"), build_wheel(tmp_path / "b")
     assert first.read_bytes() == second.read_bytes()
     with zipfile.ZipFile(first) as wheel:
@@ -194,7 +194,7 @@ def test_all_files_of_the_package_are_installed() -> None:
     assert files == installed
 
 
-def test_requirements_name_what_runs_here() -> None:
+def test_requirements_pin_the_installed_versions() -> None:
     pinned = dict(line.split("==") for line in requirements(("mlflow",)))
     assert pinned["torch"] == torch.__version__.partition("+")[0]
     assert pinned["mlflow"] == mlflow.__version__
@@ -217,7 +217,7 @@ def test_the_last_line_of_a_failed_trial_is_the_reason(
 def test_a_model_that_does_not_load_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As is one whose package is imported from elsewhere than its wheel."""
+    """This includes a model whose package is not imported from its wheel."""
     wheel, model = build_wheel(tmp_path), tmp_path / "packed" / "model"
     model.parent.mkdir()
     stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 0))
@@ -234,7 +234,7 @@ def test_a_model_that_does_not_load_is_refused(
         packaged_model.try_model(model, wheel)
 
 
-def test_safetensors_hold_the_whole_detector(tmp_path: Path) -> None:
+def test_safetensors_contain_the_whole_detector(tmp_path: Path) -> None:
     stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 0))
     path = tmp_path / "detector.safetensors"
     save_safetensors(path, stored)

@@ -33,16 +33,16 @@ print(json.dumps({"file": vitdet.predictor.__file__, "rows": found.to_dict("reco
 
 
 def fresh_environment(model: Path, folder: Path) -> Path:
-    """The Python of an environment in which the wheel of a model is installed, in addition to the packages of this one."""
+    """Return the Python of an environment with a model's wheel and this environment's packages."""
     lines = (model / "requirements.txt").read_text().splitlines()
     (wheel,) = [line for line in lines if line.endswith(".whl")]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
     install = [*pip, "install", "-q", "--no-index", "--no-deps", wheel]
-    # requirements.txt names the wheel relative to itself, which is how MLflow installs it too
+    # requirements.txt names the wheel relative to itself, and MLflow installs it the same way
     subprocess.run(install, cwd=model, check=True, env=plain_environment())
-    # gigabytes of torch are not installed again; .pth files in there are not followed, so no editable install is seen
+    # torch is not installed again; .pth files in that folder have no effect, so editable installs are not found
     (site,) = (folder / "lib").glob("python*/site-packages")
     others = [path for path in sys.path if path.endswith("-packages")]
     (site / "others.pth").write_text("\n".join(others))
@@ -54,7 +54,7 @@ def plain_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(ours)}
 
 
-def test_a_registered_training_finds_the_same_in_a_fresh_environment(
+def test_a_registered_model_has_equal_detections_in_a_fresh_environment(
     tiny: Path, vitdet: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     output, metrics, plots = (tmp_path / name for name in ("runs/one", "metrics.json", "plots"))
@@ -79,7 +79,7 @@ def test_a_registered_training_finds_the_same_in_a_fresh_environment(
     assert logged["box_ap"].value == pytest.approx(measured["box_ap"])
     assert logged["box_ap"].dataset_digest == version.tags["val_fingerprint"]
     points = client.get_metric_history(version.run_id, "box_ap")
-    assert len(points) == len({point.step for point in points})  # the last one is not there twice
+    assert len(points) == len({point.step for point in points})  # the last point is not duplicated
 
     python = fresh_environment(model, tmp_path / "venv")
     np.save(tmp_path / "image.npy", IMAGE)

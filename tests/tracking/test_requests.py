@@ -29,7 +29,7 @@ RETRY = logging.getLogger("urllib3.util.retry")
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """None of MLflow's settings are set, as by the developer or an earlier test."""
+    """Unset all MLflow settings of the developer or an earlier test."""
     names = (*client.DEFAULTS, client.FACTOR)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     monkeypatch.setattr(client, "USER_SETTINGS", {})
@@ -41,9 +41,9 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between this thread's requests, which are not waited for.
+    """Record the waits between this thread's requests instead of sleeping.
 
-    A tracker of an earlier test may still look for its server in another thread.
+    In another thread, a tracker of an earlier test may still retry.
     """
     found: list[float] = []
     sleep, own = time.sleep, threading.current_thread()
@@ -74,7 +74,7 @@ def test_transient_errors_are_retried_and_each_wait_is_logged(
     assert parent(answers.uri, tmp_path) == RUN_ID
     assert answers.asked.count("runs/search") == 4 and answers.asked.count("runs/create") == 1
     assert len(waits(caplog)) == 3 and "6 more attempts" in waits(caplog)[0]
-    assert len(slept) == 2  # the first is tried again at once
+    assert len(slept) == 2  # the first retry is immediate
 
 
 def test_the_server_determines_how_long_to_wait(
@@ -85,10 +85,10 @@ def test_the_server_determines_how_long_to_wait(
     assert slept == [17]
 
 
-def test_a_server_that_restarts_is_waited_for(
+def test_requests_wait_for_a_restarting_server(
     tmp_path: Path, answers: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused connections until the second wait."""
+    """Connections are refused until the second wait."""
     answers.shutdown()
     answers.server_close()
     again: list = []
@@ -103,7 +103,7 @@ def test_a_server_that_restarts_is_waited_for(
     again[0].__exit__(None, None, None)
 
 
-def test_a_run_whose_answer_was_lost_is_found_and_not_created_again(
+def test_a_run_whose_response_was_lost_is_not_created_again(
     tmp_path: Path, answers: Server, slept: list[float]
 ) -> None:
     answers.plan["runs/create"] = [CUT]
@@ -112,10 +112,10 @@ def test_a_run_whose_answer_was_lost_is_found_and_not_created_again(
 
 
 @pytest.mark.parametrize("retries", ["", "0", "2"])
-def test_a_server_that_stays_away_ends_in_one_line(
+def test_a_server_that_stays_down_is_a_one_line_error(
     tmp_path: Path, answers: Server, slept: list[float], monkeypatch: Patch, retries: str
 ) -> None:
-    """After as many retries as the user has set."""
+    """The number of retries is the user's setting."""
     if retries:
         monkeypatch.setattr(client, "USER_SETTINGS", {client.RETRIES: retries})
     answers.plan["experiments/search"] = [(503, {}, {})] * 100
@@ -144,10 +144,10 @@ def test_permanent_errors_fail_at_once_in_one_line(
     assert str(error.value).startswith(answers.uri) and "\n" not in str(error.value)
 
 
-def test_blocks_of_two_threads_leave_the_settings_as_they_were(
+def test_blocks_of_two_threads_restore_the_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first one begins and ends first: without a lock the second would restore its values."""
+    """The first block begins and ends first; without a lock, the second would restore the first one's values."""
     monkeypatch.setenv(client.RETRIES, "0")
     began, end = threading.Event(), threading.Event()
 
@@ -173,7 +173,7 @@ def test_blocks_of_two_threads_leave_the_settings_as_they_were(
     assert client.FACTOR not in os.environ and not RETRY.filters
 
 
-def test_a_client_that_is_used_again_has_the_same_settings() -> None:
+def test_a_reused_client_has_the_same_settings() -> None:
     uri = "http://127.0.0.1:9"
     first = tracking.open_client(uri)
     del os.environ[client.RETRIES]
@@ -206,7 +206,7 @@ def test_settings_of_the_user_are_distinguished_from_those_of_a_parent_process(
     assert found == [settings, {**settings, client.RETRIES: "3"}]
 
 
-def test_a_thing_is_created_again_only_if_it_does_not_exist() -> None:
+def test_creation_is_retried_only_if_the_object_does_not_exist() -> None:
     lost = ConnectionError("lost")
     assert client.create(lambda: None, Mock(side_effect=[lost, "new"])) == "new"
     for error in (lost, FileExistsError("is")):
@@ -220,14 +220,14 @@ def test_a_thing_is_created_again_only_if_it_does_not_exist() -> None:
 def test_the_tracker_of_a_training_run_does_not_repeat_requests_itself(
     tmp_path: Path, answers: Server
 ) -> None:
-    """Its thread sends everything again; a request that hangs would delay the end of training."""
+    """The tracker's thread resends everything, and a hanging request would delay the end of training."""
     answers.plan["experiments/get-by-name"] = [(503, {}, {})] * 99
     shipper = tracking.Shipper(tracking.find(tmp_path, None), answers.uri)
     shipper.journal.append({"start": START})
     assert not shipper.deliver() and answers.asked == ["experiments/get-by-name"]
 
 
-def test_values_of_an_evaluation_are_sent_when_the_server_is_back(
+def test_values_of_an_evaluation_are_sent_once_the_server_is_back(
     tmp_path: Path, answers: Server, slept: list[float], caplog: Log
 ) -> None:
     answers.plan["experiments/get-by-name"] = [(503, {}, {}), CUT]

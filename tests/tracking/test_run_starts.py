@@ -1,4 +1,4 @@
-"""The start and the end of a tracked run: slow servers, kills, passwords, values that are sent again."""
+"""Start and end of a tracked run: slow servers, kills, passwords, and resent values."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def runs(uri: str, experiment: str) -> list:
 
 
 @pytest.mark.parametrize("status", ["KILLED", "FINISHED"])
-def test_a_server_that_does_not_answer_holds_up_neither_the_start_nor_the_end(
+def test_an_unresponsive_server_delays_neither_start_nor_end(
     tmp_path: Path, answers: Server, monkeypatch: Patch, caplog: Log, status: str
 ) -> None:
-    """It does not respond while the tracker is open, and nothing waits for that."""
+    """The server does not respond while the tracker is open, and nothing waits for it."""
     monkeypatch.setattr(tracking, "START_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 600.0)
@@ -42,7 +42,7 @@ def test_a_server_that_does_not_answer_holds_up_neither_the_start_nor_the_end(
 
 
 @pytest.mark.parametrize("status", [None, "FAILED"])
-def test_a_training_that_was_killed_before_its_first_state_goes_on_as_the_same_run(
+def test_a_run_killed_before_its_first_state_resumes_the_mlflow_run(
     tmp_path: Path, store: str, status: str | None
 ) -> None:
     experiment = f"killed {status}"
@@ -61,7 +61,7 @@ def test_a_training_that_was_killed_before_its_first_state_goes_on_as_the_same_r
 
 
 @pytest.mark.parametrize("what", ["metrics", "settings"])
-def test_a_killed_run_that_cannot_go_on_is_ended(tmp_path: Path, store: str, what: str) -> None:
+def test_a_killed_run_that_cannot_resume_is_ended(tmp_path: Path, store: str, what: str) -> None:
     experiment = f"ended {what}"
     first = start(tmp_path, store, experiment=experiment, output="run")
     if what == "metrics":
@@ -78,14 +78,12 @@ def test_a_killed_run_that_cannot_go_on_is_ended(tmp_path: Path, store: str, wha
     other.close()
 
 
-def test_a_finished_run_that_is_opened_again_is_ended_and_not_resumed(
-    tmp_path: Path, store: str
-) -> None:
+def test_a_reopened_finished_run_is_ended_and_not_resumed(tmp_path: Path, store: str) -> None:
     first = start(tmp_path, store)
     first.log({"loss": 1.0}, 1)
     first.close()
     ended = tracking.open_client(store).get_run(first.run_id).info.end_time
-    tracking.open_client(store).update_run(first.run_id, "RUNNING")  # its end was lost
+    tracking.open_client(store).update_run(first.run_id, "RUNNING")  # the end was not received
     for _ in range(2):
         start(tmp_path, store, run_id=first.run_id, resume_step=1).close()
         run = tracking.open_client(store).get_run(first.run_id)
@@ -94,13 +92,11 @@ def test_a_finished_run_that_is_opened_again_is_ended_and_not_resumed(
     assert points(store, first.run_id, "loss") == [(1, 1.0)]
 
 
-def test_a_run_that_was_killed_after_its_last_value_is_sent_and_ended(
-    tmp_path: Path, store: str
-) -> None:
+def test_a_run_killed_after_its_last_value_is_sent_and_ended(tmp_path: Path, store: str) -> None:
     first = start(tmp_path, "http://127.0.0.1:9")
     first.log({"box_ap": 40.0}, 10)
     first._closing.set()  # killed before its end
-    first._thread.join()  # as a killed process's, it holds no lock
+    first._thread.join()  # like a killed process, the thread keeps no lock
     again = start(tmp_path, store, run_id=first.run_id, resume_step=10)
     again.close()
     assert points(store, again.run_id, "box_ap") == [(10, 40.0)]
@@ -108,7 +104,7 @@ def test_a_run_that_was_killed_after_its_last_value_is_sent_and_ended(
 
 
 @pytest.mark.parametrize("value", [40.0, float("nan"), float("inf")])
-def test_a_value_that_waited_is_not_sent_twice(
+def test_a_pending_value_is_not_sent_twice(
     tmp_path: Path, store: str, monkeypatch: Patch, value: float
 ) -> None:
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 1.0)
@@ -116,14 +112,14 @@ def test_a_value_that_waited_is_not_sent_twice(
     tracker = start(tmp_path, "http://127.0.0.1:9")
     tracker.log(values, 10)
     tracker.close()
-    tracker._thread.join()  # the end of its process
+    tracker._thread.join()  # simulates the end of the process
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 60.0)
     for _ in range(2):
         run_id = tracking.log_metrics(tracker.run_id, store, tmp_path, values, 10)
         assert len(points(store, run_id, "box_ap")) == len(points(store, run_id, "mask_ap")) == 1
 
 
-def test_values_of_evaluations_alternate_without_being_lost(tmp_path: Path, store: str) -> None:
+def test_alternating_evaluations_lose_no_values(tmp_path: Path, store: str) -> None:
     tracker = start(tmp_path, store)
     tracker.close()
     for value in (35.0, 36.0, 36.0, 35.0):
@@ -182,7 +178,7 @@ def test_only_credentials_are_hidden(text: str, shown: str) -> None:
         *("tracking.model_name=", "tracking.experiment=", f"tracking.experiment={'x' * 600}"),
     ],
 )
-def test_names_that_mlflow_refuses_are_refused_with_the_config(setting: str) -> None:
+def test_names_that_mlflow_rejects_are_refused_with_the_config(setting: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(ValueError, match=rf"^{key} must have 1 to 256 characters.*got ") as error:
         load_config("tiny", [setting])
@@ -200,7 +196,7 @@ def test_names_that_mlflow_accepts_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("alias", ["", "LATEST", "v1", "a/b", "x" * 256])
-def test_aliases_that_mlflow_refuses_are_refused_at_the_start(
+def test_aliases_that_mlflow_rejects_are_refused_at_the_start(
     vitdet: object, trained: Path, alias: str
 ) -> None:
     code, _, err = vitdet("register", trained / "model.pt", "--alias", alias)

@@ -35,7 +35,7 @@ def name_of(config: Config, stem: str) -> str:
     ],
 )
 @pytest.mark.parametrize("resolved", [False, True])
-def test_a_run_is_named_by_its_recipe_and_what_differs(
+def test_a_run_is_named_by_its_recipe_and_changed_settings(
     recipe: str, overrides: list[str], expected: str, resolved: bool, tmp_path: Path
 ) -> None:
     config, stem = load_config(recipe, overrides), recipe
@@ -52,7 +52,7 @@ def test_a_config_file_of_the_user_keeps_its_name() -> None:
     assert name_of(config, "heavier") == "heavier optim.lr=1"
 
 
-def test_a_long_name_counts_the_settings_that_it_leaves_out() -> None:
+def test_a_long_name_states_the_number_of_omitted_settings() -> None:
     config = load_config("tiny", ["data.train_split=" + "x" * 99, "optim.lr=1", "train.seed=2"])
     assert name_of(config, "tiny") == "tiny train.seed=2 optim.lr=1 +1 more"
     config = load_config("tiny", ["optim.lr=1", "train.init=" + "x" * 120])
@@ -65,13 +65,13 @@ def test_the_described_command_trains_with_the_same_settings(recipe: str, tmp_pa
     config = load_config(recipe, [*ODD, "train.init=", "optim.lr=3e-7", "data.flip=0"])
     text = description(config, recipe, tmp_path / "a folder")
     words = shlex.split(text.replace("\\\n", ""))
-    assert words[0] == "vitdet" and text.startswith("    vitdet")  # shown as code
+    assert words[0] == "vitdet" and text.startswith("    vitdet")  # formatted as code
     args = parser().parse_args(words[1:])
     assert load_config(args.recipe, args.overrides) == config
     assert args.output == tmp_path / "a folder"
 
 
-def test_tags_tell_recipe_data_code_and_machine_but_no_password(
+def test_tags_name_recipe_data_code_and_machine_without_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = "http://user:secret@host/tiny.pt"
@@ -79,7 +79,7 @@ def test_tags_tell_recipe_data_code_and_machine_but_no_password(
     config = load_config("tiny", ["optim.lr=1", "data.root=/data/shapes", f"train.init={weights}"])
     uri = tracking_uri("", tmp_path)
     client = MlflowClient(uri, uri)
-    client.search_experiments()  # creates the tables, which takes a busy machine long
+    client.search_experiments()  # creates the tables, which is slow on a busy machine
     start_tracker(config, "config", tmp_path / "run", "", "0" * 16, None, 0).close()
     (run,) = client.search_runs(["1"])
     tags = run.data.tags
@@ -94,7 +94,7 @@ def test_tags_tell_recipe_data_code_and_machine_but_no_password(
     assert "secret" not in description(config, "tiny", tmp_path)
 
 
-def test_training_and_evaluation_log_the_commit_and_the_image_they_ran_in(
+def test_training_and_evaluation_log_their_commit_and_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no repository, as in the image
@@ -106,7 +106,7 @@ def test_training_and_evaluation_log_the_commit_and_the_image_they_ran_in(
     checkpoint = {"run_id": tracker.run_id, "step": 3, "config": {"tracking": {"uri": ""}}}
     monkeypatch.setattr("vitdet.tracking.runs.load_model_file", lambda path: checkpoint)
     monkeypatch.setenv("VITDET_REVISION", "b" * 40)
-    monkeypatch.delenv("VITDET_IMAGE")  # as outside a cluster
+    monkeypatch.delenv("VITDET_IMAGE")  # not set outside a cluster
     run_id = log_evaluation(tmp_path / "model.pt", {"box_ap": 1.0}, None, tmp_path)
     uri = tracking_uri("", tmp_path)
     run = MlflowClient(uri, uri).get_run(run_id)
@@ -137,7 +137,7 @@ def test_a_metric_has_a_name_that_mlflow_accepts(name: str, expected: str) -> No
     _validate_metric(expected, 1.0, 1, 1)
 
 
-def test_metrics_of_two_classes_keep_two_names() -> None:
+def test_metrics_of_two_classes_have_distinct_names() -> None:
     given = {"class_ap/a/b": 1.0, "class_ap/a_b": 2.0, "class_ap/a_b_2": 3.0, "class_ap/a?b": 4.0}
     assert with_metric_names(given) == {
         "class_ap/a_b": 1.0, "class_ap/a_b_2": 2.0, "class_ap/a_b_2_2": 3.0, "class_ap/a_b_3": 4.0

@@ -1,4 +1,4 @@
-"""System metrics and GPU hours, logged beside training speed."""
+"""System metrics and GPU hours, logged with the training speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitdet.tracking.journal import find
 from vitdet.tracking.system_metrics import SystemMetrics
 
 
-def test_the_load_is_logged_with_the_speed_and_gpu_hours_add_up_over_a_resume(
+def test_load_and_speed_are_logged_and_gpu_hours_include_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]

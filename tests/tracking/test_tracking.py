@@ -1,4 +1,4 @@
-"""Tracking against real MLflow stores: a sqlite file, and a server that is killed with SIGKILL."""
+"""Tracking with real MLflow stores: a SQLite file, and a server that is killed with SIGKILL."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def once(steps: range) -> list[tuple[int, float]]:
     return [(step, step / 2) for step in steps]
 
 
-def test_a_run_holds_what_was_logged(
+def test_a_run_contains_everything_that_was_logged(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     picture = tmp_path / "found.png"
     picture.write_bytes(b"first")
-    tracker = start(tmp_path, "http://127.0.0.1:9")  # the environment wins
+    tracker = start(tmp_path, "http://127.0.0.1:9")  # the environment takes precedence
     for step in range(0, 60, 20):
         tracker.log({"loss": step / 2, "lr": 0.1}, step)
     tracker.artifact(picture, "predictions")
@@ -78,10 +78,10 @@ def test_a_run_holds_what_was_logged(
     assert points(store, tracker.run_id, "loss") == [(0, 0.0), (20, 10.0), (40, 20.0)]
     file = client.download_artifacts(tracker.run_id, "predictions/found.png")
     assert Path(file).read_bytes() == b"first"
-    assert not list(tmp_path.glob("journal/*/*"))  # the copy that waited is gone
+    assert not list(tmp_path.glob("journal/*/*"))  # the pending journal was removed
 
 
-def test_the_default_is_a_file_in_the_folder(
+def test_the_default_store_is_a_file_in_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tracking.tracking_uri("", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
@@ -91,9 +91,9 @@ def test_the_default_is_a_file_in_the_folder(
 
 
 @pytest.mark.parametrize("journal_lost", [False, True])
-def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lost: bool) -> None:
+def test_a_resumed_run_logs_each_step_once(tmp_path: Path, store: str, journal_lost: bool) -> None:
     first = start(tmp_path / "a", store)
-    log(first, range(158))  # killed here: no close
+    log(first, range(158))  # simulates a kill: not closed
     while first._journal.waiting():
         time.sleep(0.01)
     folder = tmp_path / ("b" if journal_lost else "a")
@@ -109,7 +109,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lo
 
 
 def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path, store: str) -> None:
-    """MLflow refuses another value of a parameter."""
+    """MLflow rejects new values of existing parameters."""
     run_id = None
     for lr, expected in ((1e-4, None), (2e-4, "optim.lr: 0.0002, not 0.0001"), (1e-4, "")):
         params = {**WHAT["params"], "optim.lr": lr}
@@ -145,10 +145,10 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     assert points(store, run_id, "loss") == once(range(last + 50))
 
 
-def test_lost_answers_double_nothing(
+def test_lost_responses_duplicate_no_values(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server does what it is asked, and every second response is lost on the way back."""
+    """The server executes each request, but every second response is lost."""
     from mlflow import MlflowException
 
     class Lossy:
@@ -182,7 +182,7 @@ def test_lost_answers_double_nothing(
     assert points(store, tracker.run_id, "loss") == once(range(100))
 
 
-def test_a_refused_name_takes_no_other_along(
+def test_a_rejected_name_does_not_affect_others(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = start(tmp_path, store)
@@ -194,7 +194,7 @@ def test_a_refused_name_takes_no_other_along(
     assert sum("rejects ap (%)" in record.message for record in caplog.records) == 1
 
 
-def test_evaluation_adds_to_the_run_and_repeats_nothing(tmp_path: Path, store: str) -> None:
+def test_evaluation_extends_the_run_without_duplicates(tmp_path: Path, store: str) -> None:
     tracker = start(tmp_path, store)
     tracker.close()
     for value in (35.0, 35.0, 36.0):
@@ -205,7 +205,7 @@ def test_evaluation_adds_to_the_run_and_repeats_nothing(tmp_path: Path, store: s
     assert tracking.open_client(store).get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_run_that_the_server_lost_is_made_again(tmp_path: Path, store: str) -> None:
+def test_a_run_that_the_server_lost_is_created_again(tmp_path: Path, store: str) -> None:
     tracker = start(tmp_path, store)
     tracker.log({"loss": 0.0}, 0)
     tracker.close()
@@ -218,7 +218,7 @@ def test_a_run_that_the_server_lost_is_made_again(tmp_path: Path, store: str) ->
     assert points(store, again.run_id, "loss") == once(range(2))
 
 
-def test_connect_names_what_is_missing(
+def test_connect_names_the_missing_server_or_run(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitdet.tracking.client.TRIES", 2)
@@ -234,7 +234,7 @@ def test_the_git_revision_is_of_the_working_directory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VITDET_REVISION", raising=False)
     assert git_revision() is None
-    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # the image's
+    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # set in the image
     assert git_revision() == "1" * 40
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "file").write_text("a")
@@ -246,7 +246,7 @@ def test_the_git_revision_is_of_the_working_directory(
 
 
 @pytest.mark.slow
-def test_a_killed_server_costs_no_point_and_no_time(
+def test_a_killed_server_loses_no_point_and_delays_nothing(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = tmp_path / "found.png"
@@ -270,10 +270,10 @@ def test_a_killed_server_costs_no_point_and_no_time(
             tracker.log({"loss": step / 2, "lr": 0.1}, step)
             took.append(time.perf_counter() - begun)
             time.sleep(0.002)
-        assert sent.count(threading.current_thread()) == before  # the training never waits for it
+        assert sent.count(threading.current_thread()) == before  # the training thread sends nothing
 
     timed(range(300))
-    server.kill()  # in the middle of shipments
+    server.kill()  # while values are being sent
     timed(range(300, 600))
     tracker.artifact(picture, "predictions")
     late = start(tmp_path / "late", server.uri)  # a run that starts without a server
@@ -281,7 +281,7 @@ def test_a_killed_server_costs_no_point_and_no_time(
     assert pending.startswith("pending-")
     log(late, range(50))
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 2.5)
-    late.close()  # and ends before there is one
+    late.close()  # and ends before the server starts
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 30.0)
 
     server.start()
@@ -293,7 +293,7 @@ def test_a_killed_server_costs_no_point_and_no_time(
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     file = client.download_artifacts(tracker.run_id, "predictions/found.png")
     assert Path(file).read_bytes() == b"picture"
-    assert sent  # by the thread that ships
+    assert sent  # by the sending thread
     print(f"a call of log: {1e6 * statistics.median(took):.0f} us in the median")
 
     resumed = start(tmp_path / "late", server.uri, run_id=pending, resume_step=40)
