@@ -1,4 +1,4 @@
-"""Fixtures: namespaces of a test control plane, a copy of the manifests, a clock that does not wait."""
+"""Fixtures: namespaces on the test API server, a copy of the manifests, a fake clock."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.helpers.cluster import Scene, namespace_for, scene
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Jobs run."""
+    """Return a scene whose jobs run."""
     with scene(tmp_path_factory.mktemp("live"), reasons={137: "OOMKilled"}) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def still(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Pods are created and stay Pending."""
+    """Return a scene whose pods are created and stay Pending."""
     with scene(tmp_path_factory.mktemp("still"), node=False) as made:
         yield made
 
@@ -39,7 +39,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 class Clock:
-    """In place of the module `time`: sleeping takes no time, time passes only by sleeping."""
+    """Replaces the module `time`: only `sleep` advances the time, and it returns at once."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -55,7 +55,7 @@ class Clock:
 
 
 def use_clock(patch: pytest.MonkeyPatch) -> Clock:
-    """Replace the launcher's clock: its timeouts do not depend on how busy the machine is."""
+    """Replace the launcher's clock, so that timeouts do not depend on the machine's load."""
     clock = Clock()
     for module in (client, follower, logs):
         patch.setattr(module, "time", clock)

@@ -1,6 +1,6 @@
 """Unattended jobs on a real API server: deadline, and time to live after completion.
 
-tests/helpers/fake_operator.py has what the operators do about them, and where their sources say so.
+tests/helpers/fake_operator.py imitates the operators and cites their sources.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_the_training_operator_ends_a_job_at_the_next_event_after_its_deadline(l
 
     with meanwhile(stir), pytest.raises(RuntimeError) as raised:
         live.launch(script(activeDeadlineSeconds=10), ["echo on; sleep 60"], "late")
-    assert quiet == ["running"]  # past its deadline, and nobody has looked
+    assert quiet == ["running"]  # past its deadline, but the operator has received no event yet
     assert str(raised.value) == (
         f"PyTorchJob {name} failed: Job {name} has failed because it was active longer than specified deadline\n"
         "cause: activeDeadlineSeconds, 10 s in the job's file; its checkpoints are kept"
@@ -63,8 +63,8 @@ def test_trainer_ends_a_job_at_its_deadline(live: Scene) -> None:
     wait_until(lambda: not live.pods("late", kind="trainjob"))
 
 
-def test_a_job_that_is_gone_after_its_time_to_live_has_succeeded(live: Scene) -> None:
-    seldom = replace(PATIENT, poll=3)  # so that it ends and goes between two looks
+def test_a_job_deleted_after_its_time_to_live_has_succeeded(live: Scene) -> None:
+    seldom = replace(PATIENT, poll=3)  # so that it ends and is deleted between two polls
     live.launch(
         script(ttlSecondsAfterFinished=0),
         ["echo on; sleep 1; echo done > /data/complete"],

@@ -1,8 +1,8 @@
-"""On a real API server, a training survives eviction of its step's pods and ends with its run.
+"""Training jobs survive the eviction of their step's pods, and end with the pipeline run.
 
-What upstream does at each event: argo's pods (workflow/controller of v3.7), Kubeflow's Terminate and
-Retry (backend/src/common/util of Pipelines 2.17). Conditions of Kubernetes versions that are newer
-than the API server of the tests are written as pkg/kubelet/nodeshutdown of 1.31 does.
+The events are those of Argo (workflow/controller of v3.7) and of Kubeflow's Terminate and Retry
+(backend/src/common/util of Pipelines 2.17). Pod conditions that the tests' API server is too old for
+are written as by pkg/kubelet/nodeshutdown of 1.31.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = on_cluster
 
 
 class Training:
-    """A job of two pods, and the attempts of the step that follows it."""
+    """A job of two pods, and the step's attempts that follow it."""
 
     def __init__(self, made: Scene, recipe: str) -> None:
         self.made, self.recipe, self.run = made, recipe, f"run-{recipe}"
@@ -37,7 +37,7 @@ class Training:
         return {pod["metadata"]["uid"] for pod in self.made.pods(self.recipe)}
 
     def follow(self, attempt: int | None = None) -> None:
-        """Starts the next attempt and waits until it follows the job."""
+        """Start the next attempt and wait until it follows the job."""
         self.pod = f"step-{self.recipe}-{self.attempts}"
         number = self.attempts if attempt is None else attempt
         environment = self.made.step_pod(self.pod, self.run, number)
@@ -49,7 +49,7 @@ class Training:
         raise AssertionError("the launcher has ended")
 
     def end(self, number: int) -> str:
-        """Ends the launcher by a signal; returns the rest of its output."""
+        """Send the launcher a signal; return the rest of its output."""
         self.launcher.send_signal(number)
         output, _ = self.launcher.communicate(timeout=120)
         assert self.launcher.returncode == (143 if number == signal.SIGTERM else -number)
@@ -76,20 +76,20 @@ def evicted(training: Training) -> None:
 
 
 def node_gone(training: Training) -> None:
-    """Node and process are gone at once, the pod is deleted later."""
+    """The node and its process disappear at once; the pod is deleted later."""
     training.end(signal.SIGKILL)
     training.kubectl(f"delete pod {training.pod} --force --grace-period=0 --wait=false")
     training.follow()
 
 
 def killed(training: Training) -> None:
-    """By the system, for lack of memory; the pod stays as failed."""
+    """The kernel kills the process for lack of memory; the pod remains with phase Failed."""
     training.end(signal.SIGKILL)
     training.follow()
 
 
 def killed_soon_after_sigterm(training: Training) -> None:
-    """A step that argo itself ends has about a second before SIGKILL, wherever it is by then."""
+    """Argo ends the step: SIGKILL follows SIGTERM after about a second."""
     for seconds in (0.0, 0.3, 1.0):
         training.launcher.send_signal(signal.SIGTERM)
         time.sleep(seconds)
@@ -99,7 +99,7 @@ def killed_soon_after_sigterm(training: Training) -> None:
 
 
 def node_shut_down(training: Training) -> None:
-    """The kubelet sends SIGTERM and then writes the status; nobody has deleted the pod."""
+    """The kubelet sends SIGTERM and then writes the status; the pod is not deleted."""
     assert "its run continues" in training.end(signal.SIGTERM)
     text = "Pod was terminated in response to imminent node shutdown."
     status = {"phase": "Failed", "reason": "Terminated", "message": text}
@@ -109,7 +109,7 @@ def node_shut_down(training: Training) -> None:
 
 
 def failed_and_collected(training: Training) -> None:
-    """No retry is left: the exit handler runs, the failed Workflow is deleted later, then Retry."""
+    """Without retries left, the exit handler runs and the failed Workflow is deleted; then Retry."""
     training.end(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBECONFIG", str(training.made.kubeconfig))

@@ -1,16 +1,18 @@
 """Failures of a training job on a real API server; the pods' processes are shell scripts.
 
-What the kubelet, the scheduler and Kueue would write is written by the test, in the shapes of core/v1: PodStatus and
-PodCondition of https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.33/#podstatus-v1-core; image errors:
+The test writes the status that the kubelet, the scheduler and Kueue would write: PodStatus and PodCondition of core/v1,
+see https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.33/#podstatus-v1-core; image errors:
 k8s.io/kubernetes/pkg/kubelet/images/types.go; eviction: pkg/kubelet/eviction/helpers.go; Unschedulable:
-pkg/scheduler/schedule_one.go. Kueue holds a PyTorchJob back by spec.runPolicy.suspend (its pkg/controller/jobs/
-kubeflow/jobs/pytorchjob).
+pkg/scheduler/schedule_one.go. Kueue suspends a PyTorchJob by spec.runPolicy.suspend
+(its pkg/controller/jobs/kubeflow/jobs/pytorchjob).
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,29 +42,42 @@ pytestmark = on_cluster
 
 
 def script(**policy: object) -> str:
-    """The job file with a shell script as args and other settings of its runPolicy."""
+    """Return the job file with a shell script as args and with these fields of its runPolicy."""
     job = yaml.safe_load(template(script=True))
     job["spec"]["runPolicy"].update(policy)
-    job["metadata"].pop("annotations", None)  # the file's own patience with nodes
+    job["metadata"].pop("annotations", None)  # the job file's own timeout for nodes
     return yaml.safe_dump(job)
 
 
 @contextmanager
 def meanwhile(act: Callable[[], object]) -> Iterator[None]:
-    """Run `act` in another thread, whose error fails the test."""
-    done = ThreadPoolExecutor(1).submit(act)
-    yield
-    done.result()
+    """Run `act` in another thread. Its error fails the test, and interrupts what runs meanwhile."""
+    ended, test = threading.Event(), threading.get_ident()
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException:
+            if not ended.is_set():  # the launcher could wait for what `act` has not done
+                signal.pthread_kill(test, signal.SIGINT)
+            raise
+
+    done = ThreadPoolExecutor(1).submit(run)
+    try:
+        yield
+    finally:
+        ended.set()
+        done.result()
 
 
 def running(made: Scene, recipe: str) -> object:
-    """Waits until the script of rank 0 has said something."""
+    """Wait until rank 0's script has written a line."""
     name = f"{job_name(PIPELINE_RUN, recipe)}-master-0"
     return wait_until(lambda: name in made.node.containers and made.node.containers[name].lines[0])
 
 
 def gone(made: Scene, recipe: str) -> None:
-    """Waits until job, pods and processes are."""
+    """Wait until the job and its pods are deleted; assert that their processes have ended."""
     wait_until(lambda: made.job(recipe) is None and not made.pods(recipe))
     name = job_name(PIPELINE_RUN, recipe)
     assert all(
@@ -73,12 +88,12 @@ def gone(made: Scene, recipe: str) -> None:
 
 
 def write_status(made: Scene, name: str, status: dict) -> None:
-    """Writes the status of a pod, in place of a kubelet."""
+    """Write a pod's status, as the kubelet would."""
     client.CoreV1Api().patch_namespaced_pod_status(name, made.namespace, {"status": status})
 
 
 def both_pods(made: Scene, recipe: str, run: str = PIPELINE_RUN) -> list[dict]:
-    """Master and Worker, as soon as they are there."""
+    """Return the pods of Master and Worker as soon as they exist."""
     return wait_until(lambda: len(found := made.pods(recipe, run)) == 2 and found)
 
 
@@ -87,7 +102,7 @@ def worker(made: Scene, recipe: str) -> str:
 
 
 def evicted(resource: str) -> dict:
-    """The status of a pod that the kubelet evicts for lack of this resource."""
+    """Return the status of a pod that the kubelet evicts for lack of this resource."""
     message = f"The node was low on resource: {resource}. "
     about = {"phase": "Failed", "reason": "Evicted", "message": message}
     return {**about, "containerStatuses": []}
@@ -114,7 +129,7 @@ def test_sigterm_deletes_the_job(live: Scene) -> None:
     gone(live, "stopped")
 
 
-def test_a_retried_step_goes_on_with_the_job_of_the_first(live: Scene) -> None:
+def test_a_retried_step_follows_the_existing_job(live: Scene) -> None:
     first, second = live.step_pod("step-first"), live.step_pod("step-second", attempt=1)
     lost = live.start(script(), ["echo on; sleep 12; echo off"], "retried", first)
     running(live, "retried")
@@ -138,12 +153,12 @@ def test_a_container_out_of_memory_ends_the_job_at_once_with_its_last_lines(live
     where = f"cause: pod {name}-worker-0 on node {live.node.name}"
     assert f"{where}: OOMKilled, exit code 137 (SIGKILL)" in head
     assert tail[:-1] == [str(number) for number in range(71, 100)] and "100" in tail[-1]
-    wait_until(lambda: not live.pods("oom"))  # suspended: the operator took them away
+    wait_until(lambda: not live.pods("oom"))  # suspended: the operator deleted the pods
 
 
 def test_a_container_that_keeps_failing_ends_the_job_after_its_restarts(live: Scene) -> None:
     failing = "if [ $RANK = 1 ]; then sleep 1; echo no such image; exit 3; fi; sleep 60"
-    # the fourth time at the latest: the Master has not failed and could be on a lost node
+    # at the fourth failure at the latest: the Master has not failed and could be on a lost node
     with pytest.raises(RuntimeError, match="has failed [34] times") as raised:
         live.launch(script(backoffLimit=2), [failing], "failing")
     assert "no such image; it is suspended" in str(raised.value)
@@ -151,7 +166,7 @@ def test_a_container_that_keeps_failing_ends_the_job_after_its_restarts(live: Sc
     assert annotations[ERRORS] in ("3", "4") and annotations[FAILURE] == str(raised.value)
 
 
-def test_an_evicted_pod_is_told_and_replaced(live: Scene) -> None:
+def test_an_evicted_pod_is_logged_and_replaced(live: Scene) -> None:
     def evict() -> None:
         running(live, "evicted")
         write_status(live, worker(live, "evicted"), evicted("memory"))
@@ -163,10 +178,10 @@ def test_an_evicted_pod_is_told_and_replaced(live: Scene) -> None:
     assert lines[-1].endswith("is successfully completed.)")
 
 
-def test_a_job_that_kueue_holds_back_is_waited_for(live: Scene) -> None:
+def test_the_launcher_waits_for_a_job_suspended_by_kueue(live: Scene) -> None:
     def admit() -> None:
         wait_until(lambda: any("suspended until a queue (Kueue)" in line for line in live.lines))
-        time.sleep(7)  # longer than it would wait for the operator, a node or a start
+        time.sleep(7)  # longer than the timeouts for the operator, a node and a start
         words = f"patch pytorchjob -n {live.namespace} {job_name(PIPELINE_RUN, 'queued')}"
         kubectl(f"{words} --type=merge -p", '{"spec": {"runPolicy": {"suspend": false}}}')
 
@@ -202,7 +217,7 @@ def test_a_pod_that_cannot_start_fails_the_step(
     wait_until(lambda: not still.pods(recipe))
 
 
-def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
+def test_a_missing_operator_is_reported(tmp_path: Path) -> None:
     text = "the Kubeflow training operator .v1.9. is not running; it is suspended"
     with scene(tmp_path, node=False, operator=False) as empty:
         with pytest.raises(RuntimeError, match=text):
@@ -223,7 +238,7 @@ def test_only_the_jobs_of_a_run_are_deleted(still: Scene, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher as the pipeline's service account, with the Role of manifests/shared and nothing else."""
+    """Run the launcher as the pipeline's service account, with only the Role of manifests/shared."""
     shared = Path(__file__).parents[2] / "manifests/shared/accounts.yaml"
     for part in yaml.safe_load_all(shared.read_text()):
         if part["kind"] not in ("ServiceAccount", "Role", "RoleBinding"):
@@ -236,8 +251,8 @@ def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def tokens() -> list[dict]:
         found = json.loads(kubectl(f"get secrets -n {live.namespace} -o json"))["items"]
         own = ("kubernetes.io/service-account.name", "vitdet-pipeline")
-        made = [item for item in found if "data" in item]
-        return [item for item in made if own in item["metadata"].get("annotations", {}).items()]
+        made = [document for document in found if "data" in document]
+        return [job for job in made if own in job["metadata"].get("annotations", {}).items()]
 
     secret = wait_until(tokens)[0]
     settings = yaml.safe_load(live.kubeconfig.read_text())
@@ -246,7 +261,7 @@ def account(live: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(live, "kubeconfig", tmp_path / "account")
 
 
-def test_the_role_of_the_manifests_suffices_and_is_needed(live: Scene, account: None) -> None:
+def test_the_role_of_the_manifests_is_sufficient_and_necessary(live: Scene, account: None) -> None:
     live.launch(script(), ["echo with rights"], "allowed")
     assert "with rights" in live.lines
 
@@ -254,7 +269,7 @@ def test_the_role_of_the_manifests_suffices_and_is_needed(live: Scene, account: 
         running(live, "revoked")
         kubectl(f"delete rolebindings --all -n {live.namespace}")
 
-    # whichever request comes first
+    # which of the requests is sent first is not fixed
     text = "vitdet-pipeline has no Role for verb (get of pytorchjobs.kubeflow.org|list of pods)"
     with meanwhile(revoke), pytest.raises(RuntimeError, match=text):
         live.launch(script(), ["echo on; sleep 60"], "revoked")

@@ -1,4 +1,4 @@
-"""Commands of docs/kubeflow.md on a real API server, and the changes that it says are rejected."""
+"""Commands of docs/kubeflow.md on a real API server, and the changes that it documents as rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [*on_cluster, needs_kubectl]
 
 
 def applied(name: str, line: str) -> list[str]:
-    """Names of the objects that a line of the guide applies from an overlay."""
+    """Return the names of the objects that a command of the guide applies from an overlay."""
     command = line.replace("$O", str(MANIFESTS / "overlays" / name)) + " --dry-run=client -o name"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -31,13 +31,13 @@ def applied(name: str, line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["kind", "eks"])
-def test_the_runtime_is_applied_alone_by_its_label(name: str) -> None:
-    """Not the TrainJob beside it, which would start to train."""
+def test_a_label_selects_the_runtime_alone(name: str) -> None:
+    """The TrainJob in the same folder would start training."""
     (line,) = lines("kubectl apply -k $O/trainjob -l")
     assert applied(name, line) == ["trainingruntime.trainer.kubeflow.org/vitdet-gpu-train"]
 
 
-# What needs a running pod or an installation: nothing on this API server would answer.
+# Commands that need a running pod or an installed service, which this API server does not have.
 SKIP = """kubectl() { case "$*" in *" exec "*|*" rollout "*|*"apply -k"*|*" wait "*|"create namespace"*|"label namespace"*) cat > /dev/null ;;
   *) command kubectl "$@" ;; esac; }
 """
@@ -90,7 +90,7 @@ def test_the_secrets_have_the_keys_that_the_pods_read(spaces: dict[str, str]) ->
         assert secret(namespace, "vitdet-registry")["type"] == "kubernetes.io/dockerconfigjson"
 
 
-def test_the_migration_copies_the_server_s_secret(spaces: dict[str, str]) -> None:
+def test_the_migration_copies_the_secret_of_the_mlflow_server(spaces: dict[str, str]) -> None:
     words = ("create", "secret", "generic", "mlflow-server", "-n", spaces["NS"])
     kubectl(*words, "--from-literal=PGPASSWORD=old", "--from-literal=MLFLOW_AUTH_ADMIN_PASSWORD=x")
     run_blocks("get secret mlflow-server -o json", spaces)
@@ -98,18 +98,18 @@ def test_the_migration_copies_the_server_s_secret(spaces: dict[str, str]) -> Non
     assert len(data) == 2 and secret(spaces["M"], "mlflow-server")["data"] == data
 
 
-def constant_object(kind: str, namespace: str) -> dict:
-    """The object of this kind that stays in a cluster, under names of this test."""
+def one(kind: str, namespace: str) -> dict:
+    """Return the object of this kind that remains in a cluster, renamed for this test."""
     (found,) = (
         document
         for document in moved(installed("onprem"), namespace)
         if document["kind"] == kind
-        and (kind, document["metadata"]["name"]) != ("Job", "vitdet-data")  # as the other Job
+        and (kind, document["metadata"]["name"]) != ("Job", "vitdet-data")  # like the other Job
     )
     return found
 
 
-def test_what_cannot_change_is_refused(namespace: str) -> None:
+def test_changes_of_immutable_fields_are_rejected(namespace: str) -> None:
     claim = ("spec", "volumeClaimTemplates", 0, "spec", "storageClassName")
     image = ("spec", "template", "spec", "containers", 0, "image")
     changes = {
@@ -128,17 +128,17 @@ def test_what_cannot_change_is_refused(namespace: str) -> None:
             kubectl("delete -f - --wait=false", given=before)
 
 
-def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
+def test_a_profiles_runtime_is_created_in_its_namespace(namespace: str) -> None:
     runtime, _ = moved(overlay("kind", "trainjob"), namespace)
     kubectl("apply -f -", given=runtime)
     found = json.loads(kubectl(f"get trainingruntimes -n {namespace} -o json"))["items"]
-    assert [item["metadata"]["name"] for item in found] == ["vitdet-gpu-train"]
+    assert [document["metadata"]["name"] for document in found] == ["vitdet-gpu-train"]
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
-    # training, its variable VITDET_IMAGE, and the demo's data
+    # the training image, its variable VITDET_IMAGE, and the demo's data job
     assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.2.0") == 3
 
 
-def test_the_patch_of_kubeflow_pipelines_keeps_the_rest_of_the_configmap(namespace: str) -> None:
+def test_the_kubeflow_pipelines_patch_keeps_the_rest_of_the_configmap(namespace: str) -> None:
     name = "workflow-controller-configmap"
     before = {"executor": "imagePullPolicy: IfNotPresent", "workflowDefaults": "spec: {}"}
     given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": before}

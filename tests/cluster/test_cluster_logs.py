@@ -1,4 +1,4 @@
-"""The logs of all ranks of a job on a real API server, whose pods are torchrun processes."""
+"""Logs of all ranks of a job on a real API server; its pods are torchrun processes."""
 
 from __future__ import annotations
 

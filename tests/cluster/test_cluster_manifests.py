@@ -14,7 +14,7 @@ from tests.helpers.cluster import QUICK, kubectl, on_cluster
 from tests.helpers.manifests import needs_kubectl
 
 pytestmark = [*on_cluster, needs_kubectl]
-# Kinds that only their own cloud or add-on defines; tests/cluster/test_manifests.py has their schemas.
+# Kinds that only a cloud or an add-on defines; tests/cluster/test_manifests.py has their schemas.
 UNKNOWN = set(
     "ComputeClass NodePool EC2NodeClass ClusterQueue LocalQueue ResourceFlavor "
     "WorkloadPriorityClass VirtualService".split()
@@ -22,7 +22,7 @@ UNKNOWN = set(
 
 
 def moved(documents: list[dict], namespace: str) -> list[dict]:
-    """The same in another namespace; cluster-wide objects under another name."""
+    """Return the objects moved to another namespace; cluster-scoped ones are renamed instead."""
     text = yaml.safe_dump_all(document for document in documents if document["kind"] not in UNKNOWN)
     found = list(yaml.safe_load_all(text))
     for document in found:
@@ -54,21 +54,21 @@ def test_a_server_accepts_the_options(namespace: str, copy: Path) -> None:
     jobs = ["one-zone", "no-priority-class", "rdma", "kueue", "volcano"]
     outside = ["mlflow-ingress", "mlflow-virtualservice"]
     documents = [
-        *build(copy, "onprem", [*JOBS], [f"components/{job}" for job in (*jobs, "values")]),
-        *build(copy, "onprem", ["mlflow"], [f"components/{part}" for part in (*outside, "values")]),
+        *build(copy, "onprem", [*JOBS], [f"components/{name}" for name in (*jobs, "values")]),
+        *build(copy, "onprem", ["mlflow"], [f"components/{name}" for name in (*outside, "values")]),
     ]
     assert "Ingress" in str(documents) and "podAffinity" in str(documents)
     check_accepted(moved(documents, namespace))
 
 
-def test_a_server_refuses_a_typo(namespace: str) -> None:
+def test_a_server_rejects_a_typo(namespace: str) -> None:
     job = moved(overlay("kind"), namespace)[0]
     job["spec"]["runPolicy"]["backofLimit"] = 3
     assert "backofLimit" in kubectl("apply --dry-run=server -f -", given=job, fails=True)
 
 
 def may(user: str, namespace: str, verb: str, resource: str, name: str = "") -> bool:
-    """Whether a user may do this; resource: PLURAL.GROUP, PLURAL/SUBRESOURCE."""
+    """Return whether RBAC allows a user this; resource: PLURAL.GROUP or PLURAL/SUBRESOURCE."""
     plural, _, group = resource.partition(".")
     plural, _, part = plural.partition("/")
     attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": plural}
@@ -85,7 +85,7 @@ def accounts(namespace: str) -> str:
     return namespace
 
 
-def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> None:
+def test_the_pipelines_account_has_exactly_the_permissions_it_needs(accounts: str) -> None:
     user = f"system:serviceaccount:{accounts}:vitdet-pipeline"
     allowed = """
         create,get,list,patch,delete pytorchjobs.kubeflow.org
@@ -123,7 +123,7 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
 
 
 def exercise_launcher(kind: str, accounts: str, account: str) -> None:
-    """All requests of the launcher in namespace `accounts`, as `account`."""
+    """Send every kind of request of the launcher in namespace `accounts`, as `account`."""
     from kubernetes import config
 
     from components.launcher.client import JobClient
@@ -133,7 +133,7 @@ def exercise_launcher(kind: str, accounts: str, account: str) -> None:
     said: list[str] = []
     cluster = JobClient(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
     *_, job = moved(overlay("kind", JOBS[kind]), accounts)
-    # one that exists: else the garbage collector takes the job, sooner or later
+    # an existing owner: otherwise the garbage collector deletes the job
     made = json.loads(kubectl(f"create configmap step-{kind} -n {accounts} -o json"))["metadata"]
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": made["name"], "uid": made["uid"]}
     owner |= {"blockOwnerDeletion": False}
@@ -145,7 +145,7 @@ def exercise_launcher(kind: str, accounts: str, account: str) -> None:
     assert found == [] and list(cluster.watch(version, 1)) == []
     assert cluster.log("vitdet-train-master-0") == []
     assert cluster.events("type=Warning") == []
-    # Kueue is not installed, which is not the same as forbidden
+    # Kueue is not installed: 404, not 403
     assert cluster.workloads(owner["uid"]) == []
     cluster.delete()
     assert cluster.get() is None and said == []
@@ -153,7 +153,7 @@ def exercise_launcher(kind: str, accounts: str, account: str) -> None:
         JobClient(api, KINDS[kind], "vitdet-train", "default", said.append, QUICK).create(job)
 
 
-def test_a_training_s_account_may_nothing(accounts: str) -> None:
+def test_the_account_of_training_pods_has_no_permissions(accounts: str) -> None:
     user = f"system:serviceaccount:{accounts}:vitdet-train"
     for resource in ("pods", "secrets", "events", "configmaps", "pytorchjobs.kubeflow.org"):
         for verb in ("get", "list", "create"):

@@ -1,4 +1,4 @@
-"""An API server that is down for 20 seconds, and one that does not know the job (a server of its own)."""
+"""An API server that is down for 20 seconds, and one without the job's custom resource definition."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ pytestmark = [*on_cluster, pytest.mark.skipif(not (KUBE / "up").exists(), reason
 
 
 class Server:
-    """A control plane; `up` starts what does not run of it."""
+    """A control plane of this test; `up` starts the parts that are not running."""
 
     def __init__(self, folder: Path) -> None:
-        etcd = free_port()  # and the next one
+        etcd = free_port()  # and the next port
         self.folder = folder
         self.environment = {
             **os.environ,
@@ -43,7 +43,7 @@ class Server:
         }
 
     def up(self) -> None:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # it leaves daemons
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # it starts daemons
         subprocess.run([KUBE / "up"], env=self.environment, check=True, **quiet)
 
     def stop_api(self) -> None:
@@ -71,13 +71,13 @@ def alone(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield made
 
 
-def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone: Scene) -> None:
+def test_an_outage_of_20_s_does_not_interrupt_the_job(server: Server, alone: Scene) -> None:
     def outage() -> None:
         name = f"{job_name(PIPELINE_RUN, 'outage')}-master-0"
         wait_until(lambda: any(line == "line 3" for line in alone.lines))
         server.stop_api()
         time.sleep(20)
-        assert alone.node.containers[name].process.poll() is None  # the training goes on
+        assert alone.node.containers[name].process.poll() is None  # training continues
         server.up()
 
     with meanwhile(outage):
@@ -95,9 +95,9 @@ def served() -> bool:
     return subprocess.run(["kubectl", "get", "--raw", path], capture_output=True).returncode == 0
 
 
-def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) -> None:
+def test_a_missing_definition_is_an_error_that_names_what_to_install(alone: Scene) -> None:
     kubectl("delete crd pytorchjobs.kubeflow.org")
-    wait_until(lambda: not served())  # a moment longer than the definition is there
+    wait_until(lambda: not served())  # until shortly after the definition is installed
     with pytest.raises(RuntimeError) as raised:
         alone.launch(template(script=True), ["true"], "undefined")
     text = str(raised.value)

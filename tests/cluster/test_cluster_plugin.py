@@ -1,4 +1,4 @@
-"""A step's pod and its training job with the variables of the MLflow plugin of Kubeflow Pipelines, on an API server."""
+"""Variables that Kubeflow Pipelines' MLflow plugin adds to a step's pod and to its training job."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.helpers.cluster import job_containers, kubectl, on_cluster, template
 
 pytestmark = on_cluster
 
-# kubeflow/pipelines 2.17.0: in all containers (backend/src/apiserver/plugins/mlflow/handler.go), and, first
-# in the patch of a step's pod, with injectUserEnvVars (backend/src/v2/common/plugins/mlflow/handler.go)
+# kubeflow/pipelines 2.17.0: in all containers (backend/src/apiserver/plugins/mlflow/handler.go) and, with
+# injectUserEnvVars, first in the patch of a step's pod (backend/src/v2/common/plugins/mlflow/handler.go)
 EVERYWHERE = [{"name": "KFP_MLFLOW_CONFIG", "value": "{}"}] + [
     {
         "name": f"MLFLOW_TRACKING_{key.upper()}",
@@ -31,7 +31,7 @@ INJECTED = [
 
 
 def secret_env(step: str) -> list[dict]:
-    """The variables that the driver makes of a step's secretAsEnv: backend/src/v2/driver/k8s.go."""
+    """Return the variables that the driver creates from secretAsEnv (backend/src/v2/driver/k8s.go)."""
     text = (ROOT / "tests" / "golden_pipeline" / "pipeline.yaml").read_text()
     _, platform = yaml.safe_load_all(text)
     executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][step]
@@ -45,7 +45,7 @@ def secret_env(step: str) -> list[dict]:
 
 
 def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False) -> object:
-    """The variables of a pod that Argo patches with a step's, by the API server's own strategic merge."""
+    """Return a pod's variables after Argo's strategic merge patch, applied by the API server."""
     container = {"name": "main", "image": "vitdet"}
     template = {"spec": {"containers": [{**container, "env": EVERYWHERE}]}}
     metadata = {"name": name, "namespace": namespace}
@@ -60,10 +60,10 @@ def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False)
 def test_a_step_s_pod_has_each_variable_once(namespace: str) -> None:
     env = secret_env("exec-evaluate")
     found = patched_env(namespace, "step", [*INJECTED, *env])
-    names = [entry["name"] for entry in found]
+    names = [variable["name"] for variable in found]
     assert len(names) == len(set(names)) and {variable["name"] for variable in env} < set(names)
     assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.plugin"} in found
-    # why the step's Secret is not in MLflow's own variables
+    # the reason why the step's Secret does not use MLflow's variable names
     same = [{**variable, "name": variable["name"].removeprefix("VITDET_")} for variable in env]
     refused = patched_env(namespace, "refused", [*INJECTED, *same], fails=True)
     assert "may not be specified when `value` is not empty" in refused

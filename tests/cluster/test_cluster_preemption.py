@@ -1,10 +1,10 @@
 """A TrainJob whose pods are evicted, fail or run out of memory, under the failure policy of manifests/trainjob.
 
-The test writes the pods' statuses, in place of a kubelet. Conditions of evicted pods are not known to the API server
-here: kubernetes (1.26 and later) sets DisruptionTarget in pkg/kubelet/eviction/eviction_manager.go and
+The test writes the pods' statuses, as the kubelet would. The tests' API server has no condition for evicted pods:
+Kubernetes 1.26 and later sets DisruptionTarget in pkg/kubelet/eviction/eviction_manager.go and
 pkg/kubelet/nodeshutdown (TerminationByKubelet), pkg/registry/core/pod/rest/eviction.go (EvictionByEvictionAPI),
 pkg/controller/tainteviction (DeletionByTaintManager), pkg/controller/podgc (DeletionByPodGC) and in the scheduler
-(PreemptionByScheduler). What JobSet and the Job controller make of them: tests/helpers/fake_jobset.py.
+(PreemptionByScheduler). tests/helpers/fake_jobset.py imitates JobSet and the Job controller.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ REASONS = (
 
 
 def ended(code: int, reason: str = "Error", container: str = "node") -> dict:
-    """The status of a pod whose container ended like this."""
+    """Return the status of a pod whose container ended with this exit code and reason."""
     state = {"terminated": {"exitCode": code, "reason": reason}}
     status = {"name": container, "image": "", "imageID": "", "ready": False, "restartCount": 0}
     return {"phase": "Failed", "containerStatuses": [{**status, "state": state}]}
 
 
 def disrupted(reason: str, status: dict) -> dict:
-    """The same of a pod that was evicted or lost its node."""
+    """Return the status of such a pod that was evicted or whose node was lost."""
     condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
     return {**status, "conditions": [condition]}
 
 
 @pytest.fixture(scope="module")
 def runtime() -> dict:
-    """The runtime of the manifests, which restarts after errors twice."""
+    """Return the runtime of the manifests with two restarts after errors."""
     (found,) = (
         document
         for document in kustomize(ROOT / "manifests/overlays/kind/trainjob")
@@ -56,7 +56,7 @@ def runtime() -> dict:
 
 
 def outcome(runtime: dict, *statuses: dict, counted: int = 0) -> tuple[str, str] | None:
-    """The end of the TrainJob with these pods, None where it restarts."""
+    """Return how a TrainJob with these pods ends, None if it restarts."""
     spec = runtime["spec"]["template"]["spec"]
     pods = [
         {"metadata": {"namespace": "ns", "name": f"train-node-0-{index}"}, "status": status}
@@ -69,8 +69,8 @@ def outcome(runtime: dict, *statuses: dict, counted: int = 0) -> tuple[str, str]
 
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("code", [0, 1, 137, 143])
-def test_a_preemption_is_no_error(runtime: dict, reason: str, code: int) -> None:
-    """Whatever its containers end with, and also when another pod failed before it."""
+def test_a_preemption_does_not_count_as_an_error(runtime: dict, reason: str, code: int) -> None:
+    """For any exit code of its containers, and also if another pod failed before."""
     evicted = disrupted(reason, ended(code) if code else {"phase": "Failed"})
     for pods in ([evicted], [ended(1), evicted], [evicted, ended(1)]):
         assert outcome(runtime, *pods, counted=RESTARTS) is None
@@ -83,7 +83,7 @@ def test_out_of_memory_is_not_restarted(runtime: dict) -> None:
 
 
 def test_other_errors_count(runtime: dict) -> None:
-    """Also that of a sidecar, and a condition that is not true."""
+    """Also an error of a sidecar, and one with a DisruptionTarget condition that is not true."""
     not_true = {**ended(1), "conditions": [{"type": "DisruptionTarget", "status": "False"}]}
     for pod in (ended(1), ended(143), ended(137, container="istio-proxy"), not_true):
         assert outcome(runtime, pod, counted=RESTARTS - 1) is None
@@ -105,7 +105,7 @@ def test_the_rules_pass_the_webhooks(runtime: dict) -> None:
         assert len(rule.keys() & {"onExitCodes", "onPodConditions"}) == 1
         if codes := rule.get("onExitCodes"):
             containers = job["template"]["spec"]["containers"]
-            assert codes["containerName"] in {each["name"] for each in containers}
+            assert codes["containerName"] in {container["name"] for container in containers}
             assert codes["values"] == sorted({*codes["values"]}) and 0 not in codes["values"]
 
 
@@ -117,7 +117,7 @@ def still(still: Scene, runtime: dict) -> Scene:
 
 
 class Job:
-    """A TrainJob whose pods the test ends."""
+    """A TrainJob whose pods are ended by the test."""
 
     def __init__(self, made: Scene, name: str) -> None:
         self.namespace, self.name, self.seen = made.namespace, name, set()
@@ -126,14 +126,14 @@ class Job:
         kubectl("apply -f -", given=job)
 
     def pods(self) -> list[client.V1Pod]:
-        """Both, of the next life."""
+        """Return the two pods created since the last restart, [] before both exist."""
         label = f"jobset.sigs.k8s.io/jobset-name={self.name}"
-        found = client.CoreV1Api().list_namespaced_pod(self.namespace, label_selector=label).items
-        fresh = [pod for pod in found if pod.metadata.uid not in self.seen]
+        pods = client.CoreV1Api().list_namespaced_pod(self.namespace, label_selector=label).items
+        fresh = [pod for pod in pods if pod.metadata.uid not in self.seen]
         return fresh if len(fresh) == 2 else []
 
     def end(self, *statuses: dict) -> None:
-        """The pods of the next life end like this."""
+        """Wait for the pods created since the last restart and write these statuses."""
         pods = wait_until(self.pods, 60)
         self.seen |= {pod.metadata.uid for pod in pods}
         for pod, status in zip(pods, statuses, strict=False):
@@ -142,7 +142,7 @@ class Job:
             )
 
     def failure(self) -> dict | None:
-        """The job's condition Failed."""
+        """Return the job's condition Failed."""
         job = client.CustomObjectsApi().get_namespaced_custom_object(
             "trainer.kubeflow.org", "v1alpha1", self.namespace, "trainjobs", self.name
         )
@@ -151,14 +151,14 @@ class Job:
 
 
 def cluster(test: object) -> object:
-    """The marks of tests on an API server."""
+    """Apply the marks of tests that need an API server."""
     for mark in on_cluster:
         test = mark(test)
     return test
 
 
 @cluster
-def test_ten_evictions_do_not_use_up_the_restarts(still: Scene) -> None:
+def test_ten_evictions_do_not_exhaust_the_restarts(still: Scene) -> None:
     job = Job(still, "evicted")
     for index in range(10):
         job.end(disrupted(REASONS[index % len(REASONS)], ended(143)))

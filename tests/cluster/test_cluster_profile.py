@@ -1,4 +1,4 @@
-"""What the owner of a Kubeflow profile and its contributors may do, with Kubeflow's roles on a real API server."""
+"""Permissions of a Kubeflow profile's owner and contributors, with Kubeflow's roles on a real API server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def binding(name: str, role: str, subject: dict) -> dict:
 
 @contextmanager
 def profile_of(release: str, ours: dict | None) -> Iterator[Profile]:
-    """A namespace as Kubeflow's profile controller makes it, on a cluster with this ClusterRole."""
+    """Create a namespace like Kubeflow's profile controller, on a cluster with this ClusterRole."""
     suffix = uuid.uuid4().hex[:8]
     made = Profile(f"vitdet-profile-{suffix}", f"owner-{suffix}", f"friend-{suffix}")
     roles = profile_roles(suffix, release, ours)
@@ -89,8 +89,8 @@ def test_contributors_apply_everything_but_the_role(profile: Profile, copy: Path
         assert ("forbidden" in said) == role, said
 
 
-def test_runs_from_kubeflow_s_page_may_launch_jobs(profile: Profile) -> None:
-    """They run as default-editor, which gets the pull secret by the command of the guide."""
+def test_runs_from_kubeflows_dashboard_may_launch_jobs(profile: Profile) -> None:
+    """They run as default-editor; the guide's command adds the pull secret to it."""
     for kind in JOBS:
         exercise_launcher(kind, profile.namespace, "default-editor")
     patch = '{"imagePullSecrets": [{"name": "vitdet-registry"}]}'
@@ -101,10 +101,12 @@ def test_runs_from_kubeflow_s_page_may_launch_jobs(profile: Profile) -> None:
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: str) -> None:
-    """Why cluster/profile-roles.yaml is there: nobody grants rights that they do not have."""
+def test_without_our_role_the_owner_cannot_grant_permissions_that_kubeflow_lacks(
+    release: str,
+) -> None:
+    """cluster/profile-roles.yaml is needed: RBAC lets users grant only permissions that they hold."""
     accounts = yaml.safe_load_all((MANIFESTS / "shared" / "accounts.yaml").read_text())
-    (role,) = (account for account in accounts if account["kind"] == "Role")
+    (role,) = (document for document in accounts if document["kind"] == "Role")
     resources = {"trainjobs", "workflowtaskresults", "workloads"}
     with profile_of(release, None) as made:
         role["metadata"]["namespace"] = made.namespace

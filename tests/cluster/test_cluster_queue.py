@@ -1,7 +1,7 @@
-"""A job in a queue of Kueue, and the progress of its training, on a real API server.
+"""A job in a Kueue queue, and the progress of its training, on a real API server.
 
-What Kueue does is done by the test: a Workload with the label and the conditions of its sources, which
-tests/cluster/test_queue.py names, and the job's suspension.
+The test acts as Kueue: it suspends the job and writes a Workload with label and conditions as in
+Kueue's sources, which tests/cluster/test_queue.py cites.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_the_reason_of_the_queue_and_the_progress_are_visible(live: Scene) -> No
     assert (progress["step"], progress["steps"], progress["images_per_second"]) == (40, 100, 12.3)
 
 
-def test_a_job_without_a_workload_is_given_up_and_stays_suspended(live: Scene) -> None:
+def test_a_job_without_a_workload_fails_the_step_and_stays_suspended(live: Scene) -> None:
     with pytest.raises(RuntimeError, match="Kueue has no Workload for it.*since Kueue 0.19"):
         live.launch(queued(), ["true"], "unknown", timeouts=replace(PATIENT, operator=3))
     job = live.job("unknown")

@@ -13,7 +13,7 @@ MISSING = "no PriorityClass with name not-there was found"
 
 
 @pytest.mark.parametrize("kinds", [("Master", "Worker"), ("Worker",)])
-def test_a_rejected_pod_is_the_cause(live: Scene, kinds: tuple[str, ...]) -> None:
+def test_a_rejected_pod_is_reported_as_the_cause(live: Scene, kinds: tuple[str, ...]) -> None:
     job, recipe = yaml.safe_load(template(script=True)), f"refused-{len(kinds)}"
     for kind in kinds:
         replica = job["spec"]["pytorchReplicaSpecs"][kind]

@@ -25,7 +25,7 @@ pytestmark = on_cluster
 
 
 def failing() -> str:
-    """A job whose containers are not started again."""
+    """Return a job whose containers are not restarted."""
     job = yaml.safe_load(script())
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         replica["restartPolicy"] = "Never"
@@ -40,7 +40,7 @@ def refused(
     step: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
-    """The error that the step in this pod fails with."""
+    """Return the error that the step in this pod fails with."""
     for name, value in step.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError) as raised:
@@ -65,11 +65,11 @@ def test_a_failed_job_is_recreated_by_retry_of_the_run(
 
     assert refused(live, "failing", failing(), args, second, monkeypatch) == error
     assert live.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
-    # it can be looked into
+    # kept for inspection
     assert "no such weights" in kubectl(f"logs -n {live.namespace} {name}-worker-0")
-    assert (live.volume / "tries").read_text() == "one try\n" * 2  # one a pod
+    assert (live.volume / "tries").read_text() == "one try\n" * 2  # one per pod
 
-    # Kubeflow's `Retry` deletes the pods of the failed steps, whose attempts are counted from 0 again
+    # Kubeflow's `Retry` deletes the pods of failed steps and counts their attempts from 0 again
     # (backend/src/common/util/workflow.go).
     kubectl(f"delete pod -n {live.namespace} failing-0 failing-1 --wait=false")
     for key, value in live.step_pod("failing-anew").items():

@@ -1,8 +1,7 @@
-"""The step `train_job` on a real API server, as KFP's executor calls it; its job's pods are torchrun processes.
+"""The step `train_job` on a real API server, called by KFP's executor; its job's pods are torchrun processes.
 
-The input has the JSON that the driver writes: kubeflow/pipelines, backend/src/v2/driver/driver.go (TaskConfig and its
-field names; what is not set is null) and k8s.go (a claim's volume is named as the claim, secrets and fields of the pod
-are `valueFrom`).
+The input is JSON as the driver writes it: kubeflow/pipelines, backend/src/v2/driver/driver.go (TaskConfig and its field
+names; unset fields are null) and k8s.go (a claim's volume has the claim's name; secrets and pod fields use `valueFrom`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SCRATCH = {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 
 def given(workspace: str) -> dict:
-    """The task's settings: of the pipeline, and what a user could set besides on a task of his own."""
+    """Return the task's settings: the pipeline's, and others that users may set on their own tasks."""
     secret = [
         {
             "name": name,
@@ -65,7 +64,7 @@ def given(workspace: str) -> dict:
 
 
 class Step:
-    """A workspace on the volume after the steps configs, data and announce."""
+    """A workspace on the volume, after the steps configs, data and announce."""
 
     def __init__(self, made: Scene) -> None:
         self.made, self.workspace, self.out = made, str(made.volume), made.volume.parent / "out"
@@ -80,7 +79,7 @@ class Step:
         stages.start_parent_run(self.settings, self.workspace, RUN)
 
     def __call__(self, file: str) -> Path:
-        """Runs it; the file that it gives to the next step."""
+        """Run the step; return its output file for the next step."""
 
         def artifact(kind: str, path: str) -> dict:
             schema = {"schemaTitle": f"system.{kind}"}
@@ -123,7 +122,7 @@ def step(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Step]
 
 
 def check_carried(pod: dict, workspace: str) -> None:
-    """All of `given` but what belongs to the step's own pod, and what the job's file has besides."""
+    """Assert that the job has all of `given` except the fields of the step's own pod, and the job file's settings."""
     spec, task = pod["spec"], given(workspace)
     container = spec["containers"][0]
     assert spec["affinity"] == AFFINITY and SPOT in spec["tolerations"]
@@ -134,14 +133,14 @@ def check_carried(pod: dict, workspace: str) -> None:
     assert SCRATCH in spec["volumes"]
     claimed = [volume["name"] for volume in spec["volumes"] if "persistentVolumeClaim" in volume]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    assert len(claimed) == 1  # of two volumes of one claim the second is never mounted
+    assert len(claimed) == 1  # if a pod has two volumes of one claim, the second is never mounted
     found = (mounts["/data"], mounts[workspace], mounts["/scratch"])
     assert found == (claimed[0], claimed[0], "scratch")
     assert {"/tmp", "/dev/shm"} < set(mounts)
     assert container["image"] == "vitdet:1" and container["resources"]["limits"]["memory"] != "4Gi"
 
 
-def test_the_step_trains_once_on_the_data_that_was_verified(
+def test_the_step_trains_once_on_the_verified_data(
     step: Step, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, pods = step.made, []
@@ -150,7 +149,7 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
         trained = step("model.pt")
     for pod in pods:
         check_carried(pod, step.workspace)
-        # a process, which was started once
+        # one process, started once
         assert len(made.node.containers[pod["metadata"]["name"]].lines) == 1
     assert "step 2/2" in capsys.readouterr().out and load_model_file(trained)["step"] == 2
     job = made.job(step.name, run=RUN)
@@ -159,12 +158,12 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
     (parent,) = store.search_runs(["1"], f"tags.group = '{RUN}'")
     (run,) = store.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert [point.step for point in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
+    assert [metric.step for metric in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
 
     processes = set(made.node.containers)
     kubectl(f"delete pytorchjob -n {made.namespace} {job['metadata']['name']} --wait=false")
     wait_until(lambda: made.job(step.name, run=RUN) is None)
-    # a step that KFP retries after its work was done
+    # KFP retries a step that had completed
     assert step("again.pt").read_bytes() == trained.read_bytes()
     assert made.job(step.name, run=RUN) is None and set(made.node.containers) == processes
 

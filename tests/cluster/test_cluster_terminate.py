@@ -1,4 +1,4 @@
-"""`python -m pipeline terminate` on a real API server deletes the run's jobs of both kinds, and no others."""
+"""`python -m pipeline terminate` on a real API server deletes the run's jobs of both kinds, and no other jobs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_terminate(
         kubeflow.kept["runs"] = [{"run_id": PIPELINE_RUN, "experiment_id": "e", "state": "RUNNING"}]
 
         def end(handler: Handler) -> None:
-            """The run ends, after its step was stopped too late to make no job."""
+            """End the run; its step was stopped only after it had created the job."""
             assert kubeflow.kept["runs"][0]["state"] == "CANCELING"
             assert jobs(made.namespace) == [OF_THE_OTHER]
             make(made.namespace, "pytorchjob", PIPELINE_RUN, "late")

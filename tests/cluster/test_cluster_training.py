@@ -1,6 +1,6 @@
-"""Training on two nodes through a real API server: kubectl alone, the launcher, a killed worker; both kinds.
+"""Training on two nodes through a real API server: by kubectl, by the launcher, with a killed worker.
 
-The pods are local torchrun processes with the environment that the operators set.
+The pods are local torchrun processes with the environment variables that the operators set.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = on_cluster
 
 @pytest.fixture(scope="module")
 def training(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """A scene whose volume has the data set; and MLflow's tables, which take seconds to make."""
+    """Return a scene whose volume has the data set and MLflow's database, which takes seconds to create."""
     folder = tmp_path_factory.mktemp("cluster")
     with scene(folder) as made:
         shutil.copytree(tiny, made.volume / "tiny")
@@ -44,23 +44,25 @@ def training(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def words(name: str, **changes: object) -> list[str]:
-    """args of a job: train the smallest model for some steps into /data/NAME."""
+    """Return a job's args: train the smallest model for some steps, with output in /data/NAME."""
     settings = options(minimal("/data/tiny", **changes))
     return ["train", "tiny", *settings, "--output", f"/data/{name}"]
 
 
 def runs(made: Scene, name: str) -> list:
-    """The MLflow runs of an output folder's training, which its learning rate tells from the others."""
+    """Return the MLflow runs of an output folder's training run, found by its learning rate."""
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
     stored = load_model_file(made.volume / name / "model.pt")
-    found = store.search_runs([each.experiment_id for each in store.search_experiments()])
+    found = store.search_runs(
+        [experiment.experiment_id for experiment in store.search_experiments()]
+    )
     rate = str(stored["config"]["optim"]["lr"])
     return [run for run in found if run.data.params["optim.lr"] == rate]
 
 
 def points(made: Scene, run: object, key: str = "loss") -> list[int]:
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
-    return [point.step for point in store.get_metric_history(run.info.run_id, key)]
+    return [metric.step for metric in store.get_metric_history(run.info.run_id, key)]
 
 
 def test_kubectl_apply_alone_trains_on_two_nodes(training: Scene) -> None:
@@ -83,7 +85,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Sce
     name = job_name(PIPELINE_RUN, "tiny")
 
     def kill() -> None:
-        """SIGKILL for worker and its torchrun in the second half."""
+        """Send SIGKILL to the worker and its torchrun in the second half of the steps."""
         wait_until(lambda: f"{name}-master-0" in training.node.containers, 60)
         lines = training.node.containers[f"{name}-master-0"].lines[0]
         wait_until(lambda: any(f"step 5/{STEPS}" in line for _, line in lines), 120)
@@ -101,7 +103,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Sce
 
 
 def check_resumed(made: Scene, name: str) -> None:
-    """A checkpoint was resumed by the same MLflow run; the log has each line once."""
+    """Assert that the same MLflow run resumed from a checkpoint, and that each step is logged once."""
     text = "\n".join(made.lines)
     assert f"of {STEPS} (/" in text.replace(str(made.volume), "/data"), text
     assert text.count(f"step {STEPS}/{STEPS}  box") == 1
@@ -114,7 +116,7 @@ def check_finished(made: Scene, name: str) -> None:
     assert run.info.status == "FINISHED" and points(made, run) == list(range(1, STEPS + 1))
 
 
-def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
+def test_the_launcher_trains_by_a_trainjob(training: Scene) -> None:
     training.lines.clear()
     runtime, _ = kustomize(ROOT / "manifests" / "overlays" / "kind" / "trainjob")
     runtime["metadata"]["namespace"] = training.namespace
@@ -129,7 +131,7 @@ def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
 
 
 def elastic(folder: Path) -> str:
-    """The job of the kind overlay with components/elastic."""
+    """Return the job of the kind overlay with components/elastic."""
     overlay = shutil.copytree(ROOT / "manifests", folder / "manifests") / "overlays" / "kind"
     file = overlay / "kustomization.yaml"
     file.write_text(file.read_text().rstrip() + "\n  - ../../components/elastic\n")
@@ -138,12 +140,14 @@ def elastic(folder: Path) -> str:
     return yaml.safe_dump(job)
 
 
-def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_path: Path) -> None:
-    """The other one's torchrun stays, waits for it at the c10d rendezvous, and starts its process again."""
+def test_an_elastic_job_continues_after_a_worker_was_killed(
+    training: Scene, tmp_path: Path
+) -> None:
+    """The other pod's torchrun waits at the c10d rendezvous and restarts its process."""
     name, training.lines[:] = job_name(PIPELINE_RUN, "elastic"), []
 
     def kill() -> None:
-        """At once, not when the launcher tells: of a training that is over torchrun waits 5 minutes for the other's."""
+        """Do not wait for the launcher's log: after the last step torchrun waits 5 minutes for the other."""
         wait_until(
             lambda: any(
                 f"step 5/{STEPS}" in line
@@ -158,9 +162,13 @@ def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_pa
     with meanwhile(kill):
         training.launch(elastic(tmp_path), words("elastic", optim__lr=4e-3), recipe="elastic")
     text = "\n".join(training.lines)
-    pods = {key: pod for key, pod in training.node.containers.items() if key.startswith(name)}
-    restarts = {key[-8:]: pod.restarts for key, pod in pods.items()}
+    pods = {
+        key: container
+        for key, container in training.node.containers.items()
+        if key.startswith(name)
+    }
+    restarts = {key[-8:]: container.restarts for key, container in pods.items()}
     assert restarts == {"worker-0": 0, "worker-1": 1}, text
     assert pods[f"{name}-worker-0"].environment["PET_NNODES"] == "1:2"
-    assert text.count("step 1/") == 1  # of whichever pod is rank 0
+    assert text.count("step 1/") == 1  # in the log of either pod: rank 0 may be in both
     check_resumed(training, "elastic")

@@ -1,10 +1,10 @@
 """Failures of a TrainJob on a real API server; the pods' processes are shell scripts.
 
-The other kind's tests are in tests/cluster/test_cluster_failures.py, with the sources of the shapes. Here besides: a failure
-that is over the runtime's maxRestarts is JobSet 0.12's (pkg/controllers/failure_policy.go, restartJobSetActionApplier,
-messageWithFirstFailedJob); Kueue holds a TrainJob back, and takes it back, by spec.suspend (its pkg/controller/jobs/
-trainjob/trainjob_controller.go, Suspend, Unsuspend, Stop), for which Trainer 2.3 writes the condition Suspended
-(pkg/controller/trainjob_controller.go, setSuspendedCondition).
+Those of a PyTorchJob are in tests/cluster/test_cluster_failures.py, which cites the sources of the statuses. In addition:
+JobSet 0.12 reports a failure beyond the runtime's maxRestarts (pkg/controllers/failure_policy.go,
+restartJobSetActionApplier, messageWithFirstFailedJob); Kueue suspends a TrainJob, before or after its admission, by
+spec.suspend (its pkg/controller/jobs/trainjob/trainjob_controller.go, Suspend, Unsuspend, Stop), and Trainer 2.3 then
+writes the condition Suspended (pkg/controller/trainjob_controller.go, setSuspendedCondition).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 def with_runtime(made: Scene) -> Scene:
-    """The runtime of the manifests, which gives up after one restart."""
+    """Apply the runtime of the manifests with a limit of one restart."""
     runtime, _ = kustomize(ROOT / "manifests/overlays/kind/trainjob")
     runtime["metadata"]["namespace"] = made.namespace
     runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] = 1
@@ -65,7 +65,7 @@ def launch(
 
 
 def second(made: Scene, recipe: str) -> str:
-    """The name of the second node's pod, as soon as it is there."""
+    """Return the name of the second node's pod as soon as it exists."""
 
     def there(pod: dict) -> bool:
         about, failed = pod["metadata"], pod["status"]["phase"] == "Failed"
@@ -76,7 +76,7 @@ def second(made: Scene, recipe: str) -> str:
 
 
 def running(made: Scene, recipe: str) -> str:
-    """The name of that pod, as soon as its script has written a line."""
+    """Return the name of that pod as soon as its script has written a line."""
 
     def name() -> str:
         container = made.node.containers.get(found := second(made, recipe))
@@ -85,7 +85,7 @@ def running(made: Scene, recipe: str) -> str:
     return wait_until(name)
 
 
-def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(live: Scene) -> None:
+def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_lines(live: Scene) -> None:
     failing = "echo working; if [ $PET_NODE_RANK = 1 ]; then seq 100; exit 3; fi; sleep 60"
     with pytest.raises(RuntimeError) as raised:
         launch(live, "failing", failing)
@@ -98,7 +98,7 @@ def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(live: Scene
     assert f"on node {live.node.name}: Error, exit code 3" in head
     assert tail == [str(number) for number in range(71, 101)]
     pods = [key for key in live.node.containers if key.startswith(f"{name}-node-0-1-")]
-    assert len(pods) == 2  # the runtime's one restart made all anew
+    assert len(pods) == 2  # the runtime's one restart recreated all pods
     wait_until(
         lambda: (
             {pod["status"]["phase"] for pod in live.pods("failing", kind="trainjob")} == {"Failed"}
@@ -106,7 +106,7 @@ def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(live: Scene
     )
 
 
-def test_a_training_out_of_memory_is_not_restarted(live: Scene) -> None:
+def test_a_job_out_of_memory_is_not_restarted(live: Scene) -> None:
     with pytest.raises(RuntimeError) as raised:
         launch(live, "oom", "if [ $PET_NODE_RANK = 1 ]; then kill -9 $$; fi; sleep 60")
     name = job_name(PIPELINE_RUN, "oom")
@@ -115,7 +115,7 @@ def test_a_training_out_of_memory_is_not_restarted(live: Scene) -> None:
     assert len(pods) == 1
 
 
-def test_an_evicted_pod_is_told_and_all_are_made_anew(live: Scene) -> None:
+def test_an_evicted_pod_is_logged_and_all_pods_are_recreated(live: Scene) -> None:
     status, text = evicted("disk"), "Evicted: The node was low on resource: disk."
     with meanwhile(lambda: write_status(live, running(live, "evicted"), status)):
         launch(live, "evicted", "echo on; sleep 3")
@@ -124,7 +124,7 @@ def test_an_evicted_pod_is_told_and_all_are_made_anew(live: Scene) -> None:
     assert lines[-1].endswith(": succeeded (jobset completed successfully)")
 
 
-def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -> None:
+def test_the_launcher_waits_for_a_job_that_kueue_suspends_and_preempts(live: Scene) -> None:
     name = job_name(PIPELINE_RUN, "queued")
 
     def suspend(value: bool) -> None:
@@ -138,9 +138,9 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
 
     def queue() -> None:
         wait_until(lambda: told(1))
-        time.sleep(7)  # longer than it would wait for a node or a start
+        time.sleep(7)  # longer than the timeouts for a node and a start
         suspend(False)
-        # The launcher has seen it run, else it would not tell a second time that it is suspended.
+        # The launcher has seen the job run; otherwise it would not log the second suspension.
         wait_until(lambda: any(f"{name}: running" in line for line in live.lines))
         wait_until(lambda: "spoken" in live.lines)
         suspend(True)
@@ -158,7 +158,7 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(live: Scene) -
     timeouts = replace(PATIENT, start=5, schedule=5)
     with meanwhile(queue):
         launch(live, "queued", script, task, timeouts, suspend=True)
-    assert live.lines.count("spoken") == 2  # before it was taken back, and after
+    assert live.lines.count("spoken") == 2  # before the preemption, and after it
     assert "seen" in (live.volume / "seen").read_text()
     spec = live.pods("queued", kind="trainjob")[0]["spec"]
     assert spec["nodeSelector"]["disk"] == "fast" and task["tolerations"][0] in spec["tolerations"]

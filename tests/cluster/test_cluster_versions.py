@@ -1,7 +1,7 @@
-"""What other versions and policies of a cluster do to a new job, on a real API server.
+"""Other versions of the operator, quotas and policies of a cluster, on a real API server.
 
-An older Kubeflow Trainer is a definition without the fields that it lacks, under a group of its own, so that the tests
-beside these keep theirs: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides in place of runtimePatches,
+An older Kubeflow Trainer is represented by a definition without its missing fields, in an API group of its own since
+other tests use the current one: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides instead of runtimePatches,
 and no activeDeadlineSeconds.
 """
 
@@ -43,7 +43,7 @@ WAITING = replace(QUICK, schedule=60)
 
 @pytest.fixture
 def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The launcher's TrainJobs are those of the older definition."""
+    """Make the launcher create TrainJobs of the older definition."""
     text = gzip.decompress((ROOT / "tests/crds/crds.json.gz").read_bytes())
     # empty defaults of properties are an error of servers before 1.21
     schemas = json.loads(
@@ -54,7 +54,7 @@ def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for field in ("runtimePatches", "activeDeadlineSeconds"):
         del spec[field]
     given = definition(OLD.group, OLD.version, OLD.plural, OLD.name, schema)
-    # --validate=false: servers before 1.25 do not know rules in CEL
+    # --validate=false: servers before 1.25 do not support CEL rules
     kubectl("create --validate=false -f -", given=given)
     kubectl(f"wait --for=condition=established crd/{OLD.plural}.{OLD.group}")
     monkeypatch.setitem(KINDS, "trainjob", OLD)
@@ -86,7 +86,7 @@ def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
     assert still.job("warned", "trainjob") is not None
 
 
-def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
+def test_a_job_quota_is_retried_and_then_reported(still: Scene) -> None:
     quota = {
         "apiVersion": "v1",
         "kind": "ResourceQuota",
@@ -94,7 +94,7 @@ def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
         "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}},
     }
     kubectl(f"apply -n {still.namespace} -f -", given=quota)
-    # what the quota controller computes
+    # as the quota controller would compute it
     count = {"count/pytorchjobs.kubeflow.org": "0"}
     client.CoreV1Api().patch_namespaced_resource_quota_status(
         "trainings", still.namespace, {"status": {"hard": count, "used": count}}
@@ -106,12 +106,12 @@ def test_a_quota_of_jobs_is_waited_for_and_then_named(still: Scene) -> None:
 
     with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
         still.launch(template(script=True), ["true"], "refused")
-    limits = replace(QUICK, schedule=1)  # the file's own patience counts
+    limits = replace(QUICK, schedule=1)  # the job file's timeout applies
     with meanwhile(free), meanwhile(lambda: unschedulable(still, "quota")):
         with pytest.raises(
             RuntimeError, match="has not been able to start"
-        ):  # there is no node: it was created
-            still.launch(patient_job(), ["true"], "quota", timeouts=limits)
+        ):  # there is no node: the job was created
+            still.launch(slow_node_job(), ["true"], "quota", timeouts=limits)
     assert still.job("quota") is not None
 
 
@@ -120,15 +120,15 @@ def unschedulable(made: Scene, recipe: str) -> None:
     write_status(made, pods[0]["metadata"]["name"], NO_NODE)
 
 
-def patient_job() -> str:
-    """A job whose file waits 30 s for nodes."""
+def slow_node_job() -> str:
+    """Return a job file with a timeout of 30 s for nodes."""
     job = yaml.safe_load(template(script=True))
     job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
     return yaml.safe_dump(job)
 
 
 class Policy:
-    """An admission webhook that refuses PyTorchJobs of one namespace with this message while `refuses` is set."""
+    """An admission webhook that rejects one namespace's PyTorchJobs with this message while `refuses` is set."""
 
     def __init__(self, folder: Path, namespace: str, message: str) -> None:
         self.folder, self.namespace, self.message, self.refuses = folder, namespace, message, True
@@ -192,7 +192,7 @@ class Policy:
         return self
 
     def refuses_now(self, job: dict) -> bool:
-        """Whether the API server asks the webhook already."""
+        """Return whether the API server already calls the webhook."""
         done = subprocess.run(
             ["kubectl", "create", "--dry-run=server", "-f", "-"],
             input=json.dumps(job),
@@ -207,7 +207,9 @@ class Policy:
         self.server.server_close()
 
 
-def test_a_policy_is_waited_for_and_an_invalid_field_is_not(still: Scene, tmp_path: Path) -> None:
+def test_a_rejection_by_policy_is_retried_and_an_invalid_field_is_not(
+    still: Scene, tmp_path: Path
+) -> None:
     with Policy(tmp_path, still.namespace, "no trainings\nat night") as policy:
 
         def allow() -> None:
@@ -216,7 +218,7 @@ def test_a_policy_is_waited_for_and_an_invalid_field_is_not(still: Scene, tmp_pa
 
         with meanwhile(allow), meanwhile(lambda: unschedulable(still, "night")):
             with pytest.raises(RuntimeError, match="has not been able to start"):
-                still.launch(patient_job(), ["true"], "night")
+                still.launch(slow_node_job(), ["true"], "night")
         assert still.job("night") is not None
         policy.refuses, policy.message = True, "spec.nprocPerNode: Invalid value: x: must be y"
         with pytest.raises(RuntimeError) as raised:

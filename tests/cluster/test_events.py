@@ -27,7 +27,7 @@ QUOTA = event("FailedCreatePod", 'Error creating: pods "x" is forbidden:\n excee
 
 
 @pytest.mark.parametrize("look", [({}, []), (RUNNING, [pod()])])
-def test_a_pod_that_is_refused_is_told_and_given_up(look: tuple) -> None:
+def test_a_rejected_pod_is_logged_and_then_an_error(look: tuple) -> None:
     record = Record(look)
     record.warnings = [QUOTA, event("Other", "no cause")]
     lines, error = follow(record)
@@ -39,14 +39,14 @@ def test_a_pod_that_is_refused_is_told_and_given_up(look: tuple) -> None:
     assert "is not running" not in error and record.asked == ["create", "halt"]
 
 
-def test_a_job_that_is_suspended_or_whole_has_no_refusal() -> None:
+def test_a_suspended_or_complete_job_has_no_rejection() -> None:
     for look in ((conditions("Suspended=True"), []), (RUNNING, [pod("a"), pod("b")])):
         record = Record(*[look] * 30, (DONE, []))
         record.warnings = [QUOTA]
         assert follow(record)[1] == ""
 
 
-def test_a_trainjob_s_refusals_are_of_its_own_jobs_since_it_was_made() -> None:
+def test_a_trainjobs_rejections_are_of_its_own_jobs_since_its_creation() -> None:
     job = {
         "metadata": {"name": NAME, "uid": "1", "creationTimestamp": "2026-01-01T00:00:01Z"},
         "spec": {"trainer": {"numNodes": 2}},
@@ -67,7 +67,7 @@ def test_a_trainjob_s_refusals_are_of_its_own_jobs_since_it_was_made() -> None:
     assert missing_pods(job, [pod(), pod()], ask) is None
 
 
-def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
+def test_a_pod_without_its_volume_is_logged_and_then_an_error() -> None:
     creating = waiting(reason="ContainerCreating")
     record = Record((conditions("Created=True"), [creating, pod("b")]))
     record.warnings = [
@@ -78,7 +78,7 @@ def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
     assert "cause: pod w-0: FailedMount: driver nfs.csi.k8s.io not found" in error
     assert sum("waiting: pod w-0: FailedMount" in line for line in lines) == 1
     pulling = event("Pulling", type="Normal", lastTimestamp="2026-01-01T00:00:06Z")
-    # a big image comes, however slowly
+    # a large image is still being pulled
     assert startup_warning(creating, lambda _: [*record.warnings, pulling]) is None
 
 
@@ -88,7 +88,7 @@ def crashing(state: dict, code: int = 7, count: int = 4) -> dict:
     return pod(phase="Pending", initContainerStatuses=[{**status, "lastState": last}])
 
 
-def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given_up() -> None:
+def test_an_init_container_that_keeps_failing_is_an_error_with_its_log() -> None:
     # between two crashes
     states = ({"waiting": {"reason": "CrashLoopBackOff"}}, {"running": {}})
     record = Record(*((conditions("Created=True"), [crashing(x), pod("b")]) for x in states))
@@ -102,7 +102,7 @@ def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given
     assert blocking_reason(over) is None and failure_reason(over).container == "wait"
 
 
-def test_who_may_not_list_events_is_told_less() -> None:
+def test_without_permission_for_events_the_message_is_shorter() -> None:
     lines: list[str] = []
     made = cluster(lines)
     made.core.list_namespaced_event = answers(refused(403, "events is forbidden"))

@@ -35,7 +35,7 @@ SHORT = Timeouts(
 
 
 class Record:
-    """In place of JobClient: each poll gets the next (job, pods); the last one stays."""
+    """Replaces JobClient: each poll returns the next (job, pods), and then always the last one."""
 
     def __init__(self, *looks: tuple[dict | None, list[dict]], there: dict | None = None) -> None:
         self.looks, self.there, self.asked = list(looks), there, []
@@ -43,8 +43,8 @@ class Record:
         self.annotations: dict[str, str] = {}
         self.flicker: list[dict] = []
         self.warnings: list[dict] = []
-        self.queued: list[dict] | None = None  # Workloads of Kueue
-        self.forgotten: tuple[str, ...] = ()  # fields of spec that the cluster does not know
+        self.queued: list[dict] | None = None  # Kueue's Workloads
+        self.forgotten: tuple[str, ...] = ()  # fields of spec that the cluster's definition lacks
 
     def create(self, job: dict, refused: float = 0) -> dict | None:
         self.asked.append("create")
@@ -93,11 +93,11 @@ class Record:
 
 
 def follow(record: Record, job: dict | None = None, done: bool = False) -> tuple[list[str], str]:
-    """What is told, and the error's text."""
+    """Follow the job; return the logged lines and the error's text."""
     lines: list[str] = []
     if job is None:
         job = filled(owner=OWNER)
-        del job["metadata"]["annotations"]  # the file's own timeout for nodes
+        del job["metadata"]["annotations"]  # the job file's timeout for nodes
     with pytest.MonkeyPatch.context() as patch:
         use_clock(patch)
         try:
@@ -110,7 +110,7 @@ def follow(record: Record, job: dict | None = None, done: bool = False) -> tuple
 DONE, RUNNING = conditions("Succeeded=True", "Running=False"), conditions("Running=True")
 
 
-def test_a_job_is_made_and_followed_to_its_end() -> None:
+def test_a_job_is_created_and_followed_to_its_end() -> None:
     record = Record((CREATED, []), *[(RUNNING, [pod()])] * 2, (DONE, [pod()]))
     record.logs["w-0"] = ["2026-01-01T00:00:00.1Z step 1", "2026-01-01T00:00:00.12Z step 2"]
     name = "PyTorchJob vitdet-tiny-1"
@@ -129,19 +129,19 @@ def test_a_retried_step_takes_over_its_job_and_becomes_its_owner() -> None:
     assert not error and "following it" in lines[0] and record.asked == ["create", "adopt run"]
 
 
-def test_a_vanishing_job_of_an_earlier_try_is_made_anew() -> None:
+def test_a_job_of_an_earlier_attempt_that_is_being_deleted_is_recreated() -> None:
     for there in (conditions("Failed=True"), {"status": {}}):
         metadata = {"labels": LABELS, "deletionTimestamp": "2026-01-01T00:00:00Z"}
         record = Record((DONE, []), there={"metadata": metadata, **there})
         assert follow(record)[1] == "" and record.asked == ["create", "delete", "create"]
 
 
-def test_a_job_of_another_run_is_left_alone() -> None:
+def test_a_job_of_another_run_is_not_changed() -> None:
     record = Record((DONE, []), there={"metadata": {"labels": {"vitdet/run": "other"}}, **RUNNING})
     assert "does not belong to this run" in follow(record)[1] and record.asked == ["create"]
 
 
-def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
+def test_waiting_for_a_suspended_job_is_logged_once() -> None:
     held = (conditions("Created=True", "Suspended=True"), [])
     lines, error = follow(Record(*[held] * 30, (RUNNING, []), (DONE, [])))
     assert not error and sum("suspended until a queue (Kueue)" in line for line in lines) == 1
@@ -162,7 +162,7 @@ def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
     assert tail == [f"line {second}" for second in range(10, 40)]
 
 
-def test_a_cause_that_lived_between_two_looks_only_is_remembered_with_its_log() -> None:
+def test_a_cause_seen_in_one_poll_only_is_remembered_with_its_log() -> None:
     record = Record((RUNNING, [pod()]), (conditions("Failed=True"), []))
     record.flicker = [pod(phase="Failed", reason="Evicted", message="low on memory")]
     record.logs["w-0"] = ["2026-01-01T00:00:00Z last words"]
@@ -171,7 +171,7 @@ def test_a_cause_that_lived_between_two_looks_only_is_remembered_with_its_log() 
     assert "launcher: pod w-0 on node n1: Evicted: low on memory" in lines
 
 
-def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> None:
+def test_a_process_killed_under_torchrun_is_reported_as_out_of_memory() -> None:
     record = Record((conditions("Failed=True"), [pod(phase="Failed", container=ended(1))]))
     line = "error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"
     record.logs["w-0"] = [f"2026-01-01T00:00:00Z   {line}"]
@@ -179,12 +179,12 @@ def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> 
     assert text in follow(record)[1]
 
 
-def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> None:
+def test_a_deleted_job_is_an_error_unless_its_training_is_complete() -> None:
     record = Record((RUNNING, [pod(container=ended(1, key="lastState"))]), (None, []))
     error = follow(record)[1]
     assert "was deleted before it ended" in error
     assert "cause: pod w-0 on node n1: Error, exit code 1" in error
-    # after its time to live
+    # deleted after its time to live
     lines, error = follow(Record((RUNNING, []), (None, [])), done=True)
     assert error == "" and lines[-1].endswith("is gone, and its training is complete")
 
@@ -194,7 +194,7 @@ def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> No
     assert error == "" and lines[-1].endswith("failed after its training was complete")
 
 
-def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
+def test_the_deadline_is_the_cause_and_not_the_pods_that_it_ended() -> None:
     texts = {
         "Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
         "TrainJob exceeded its active deadline": "DeadlineExceeded",
@@ -224,12 +224,14 @@ CREATED = conditions("Created=True")
         ((CREATED, [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
     ],
 )
-def test_what_never_starts_is_given_up_and_suspended(poll: tuple, text: str) -> None:
+def test_a_job_that_never_starts_is_suspended_and_an_error(poll: tuple, text: str) -> None:
     record = Record(poll)
     lines, error = follow(record)
     assert text in error and error.endswith("it is suspended")
     assert record.asked == ["create", "halt"]
-    assert sum("waiting" in line for line in lines) == bool(poll[1])  # said before, and once
+    assert sum("waiting" in line for line in lines) == bool(
+        poll[1]
+    )  # logged before the error, and once
 
 
 def test_a_job_file_may_wait_longer_for_nodes() -> None:

@@ -21,7 +21,7 @@ def test_the_commands_are_shell() -> None:
         assert (done.returncode, done.stderr) == (0, ""), f"{command}: {done.stderr}"
 
 
-def test_the_pipeline_s_options_are_ones_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pipelines_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     commands = [part for line in lines("python -m pipeline") for part in re.split(r"[|;#]", line)]
     found = [re.match(r"\s*python -m pipeline (\w+)(.*)", part) for part in commands]
     used = {
@@ -37,9 +37,9 @@ def test_the_pipeline_s_options_are_ones_that_it_has(capsys: pytest.CaptureFixtu
         assert re.search(rf"{option}\b", capsys.readouterr().out), f"{verb} {option}"
 
 
-def test_the_files_that_it_names_exist() -> None:
+def test_the_files_exist() -> None:
     for path in re.findall(r"(?<![\w/])manifests/[\w./-]+\w", TEXT):
-        if not path.startswith("manifests/kustomize"):  # of another repository
+        if not path.startswith("manifests/kustomize"):  # in another repository
             assert (ROOT / path.replace("CLUSTER", "gke")).exists(), path
     for folder in re.findall(r"(?<![\w/])((?:components|node-pools)/[\w/-]+\w)", TEXT):
         assert (MANIFESTS / folder).is_dir(), folder
@@ -52,7 +52,7 @@ def test_the_files_that_it_names_exist() -> None:
 
 
 @needs_kubectl
-def test_the_folders_that_it_applies_are_in_every_overlay() -> None:
+def test_the_applied_folders_are_in_every_overlay() -> None:
     folders = {found for line in lines("kubectl") for found in re.findall(r"\$O(?:/\w+)?", line)}
     assert {"$O", "$O/trainjob", *(f"$O/{part}" for part in PARTS)} == folders
     for name in OVERLAYS:

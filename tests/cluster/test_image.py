@@ -1,6 +1,6 @@
-"""The Dockerfile by a linter, and by rules of its own: what it promises in its first lines.
+"""The Dockerfile, checked by a linter and by the rules that its first lines state.
 
-It is built in `test_image_build`.
+`test_image_build` builds it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TARGETS = ("vitdet", "mlflow")
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """(word, rest) of each instruction, continued lines joined."""
+    """Return (keyword, arguments) of each instruction, with continued lines joined."""
     lines = [
         line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
     ]
@@ -30,7 +30,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 
 def stages(text: str) -> list[list[tuple[str, str]]]:
-    """The instructions of each stage, its FROM first."""
+    """Return the instructions of each stage, starting with its FROM."""
     found: list[list[tuple[str, str]]] = []
     for word, rest in instructions(text):
         if word == "FROM":
@@ -41,7 +41,7 @@ def stages(text: str) -> list[list[tuple[str, str]]]:
 
 
 def unhashed(commands: str) -> list[str]:
-    """The rules that an installation breaks."""
+    """Return the rules that an installation breaks."""
     return [
         f"installs without hashes: {part}"
         for part in re.split(r"&&|;|\n", commands.replace("\\\n", " "))
@@ -51,7 +51,7 @@ def unhashed(commands: str) -> list[str]:
 
 
 def broken(text: str) -> list[str]:
-    """The rules that a Dockerfile breaks."""
+    """Return the rules that a Dockerfile breaks."""
     arguments = dict(rest.split("=", 1) for word, rest in instructions(text) if word == "ARG")
     made = {stage[0][1].partition(" AS ")[2]: stage for stage in stages(text)}
     said = []
@@ -95,7 +95,7 @@ def broken(text: str) -> list[str]:
     return said
 
 
-def test_the_dockerfile_keeps_its_promises() -> None:
+def test_the_dockerfile_follows_its_rules() -> None:
     assert broken(FILE.read_text()) == []
 
 
@@ -113,7 +113,7 @@ def test_the_dockerfile_keeps_its_promises() -> None:
         ("USER 1000:1000", 'ARG REVISION=""\nUSER 1000:1000'),
     ],
 )
-def test_a_broken_promise_is_noticed(old: str, new: str) -> None:
+def test_a_broken_rule_is_detected(old: str, new: str) -> None:
     text = FILE.read_text()
     assert re.search(old, text)
     assert broken(re.sub(old, new, text))
@@ -132,7 +132,7 @@ def test_the_linter_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_what_is_copied_exists_and_is_let_through() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     ignored = FILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
     let = {line[1:] for line in ignored if line.startswith("!")}
     copied = {
@@ -145,7 +145,7 @@ def test_what_is_copied_exists_and_is_let_through() -> None:
     assert copied == let and all((ROOT / name).exists() for name in copied)
 
 
-def test_the_lock_holds_what_the_pods_run() -> None:
+def test_the_lock_contains_what_the_pods_run() -> None:
     locked = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text()))
     wanted = "kfp kubernetes mlflow flask-wtf psycopg2-binary boto3 torch uv setuptools".split()
     assert set(wanted) <= locked.keys()

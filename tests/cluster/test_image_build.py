@@ -1,7 +1,7 @@
 """The images as `make image` builds them, run as a pod runs them: read-only root file system, user 1000, no network.
 
-buildah builds without a service. The base cannot be pulled everywhere, so Debian's packages take its place: the same
-release with its own Python. 15 GB of disk, removed at the end.
+buildah builds without a daemon. As the base image cannot be pulled everywhere, it is replaced by Debian's packages of
+the same release, with its Python. Needs 15 GB of disk, removed at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"),
 ]
 
-# A container's file systems: $1 the root, $2 the folder that is /data, $3 the environment, then the command.
+# A container's file systems: $1 is the root, $2 the folder for /data, $3 the environment; then the command.
 POD = """
 ip link set lo up
 root=$1 data=$2 environment=$3; shift 3
@@ -45,7 +45,7 @@ mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/tmp"
 exec chroot --userspec=1000:1000 "$root" env -i $environment sh -c 'cd /data && exec "$@"' sh "$@"
 """
-# Starts the command and asks it: whether it is up, and something that needs an account.
+# Starts the command and sends requests: for its health, and one that needs an account.
 HEALTH = """
 import subprocess, sys, time, urllib.error, urllib.request
 server = subprocess.Popen(sys.argv[1:])
@@ -65,7 +65,7 @@ server.terminate()
 
 
 def call(*words: object, **kwargs: object) -> str:
-    """The command's output; its errors in the failure's message."""
+    """Return the command's output; on failure, assert with its standard error."""
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout.strip()
@@ -73,7 +73,7 @@ def call(*words: object, **kwargs: object) -> str:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """buildah's images and containers, in a folder of their own."""
+    """Return a temporary folder for buildah's images and containers."""
     folder = tmp_path_factory.mktemp("images")
     if shutil.disk_usage(folder).free < DISK:
         pytest.skip(f"needs {DISK / 1e9:.0f} GB of free disk in {folder}")
@@ -95,7 +95,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def source(storage: Path) -> Path:
-    """A repository with what the images are built from, as it is here now."""
+    """Return a repository with the files that the images are built from, as they are now."""
     folder = storage / "source"
     for name in ("vitdet", "components", "manifests/image"):
         shutil.copytree(ROOT / name, folder / name)
@@ -116,7 +116,7 @@ def source(storage: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base(storage: Path) -> str:
-    """Stands for python:3.12-slim-bookworm, with this machine's settings of pip and its certificates."""
+    """Build a replacement of python:3.12-slim-bookworm, with this machine's pip settings and certificates."""
     container = call("buildah", "from", "scratch")
     root = Path(call("buildah", "mount", container))
     packages = "--include=python3-venv,ca-certificates"
@@ -139,7 +139,7 @@ def base(storage: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(source: Path, base: str) -> dict[str, dict]:
-    """{name: what buildah knows of the image} of both images."""
+    """Return {name: buildah's description} of both images."""
     text = call(
         "make", "-C", source, "image", "ENGINE=buildah", f"OPTIONS=--build-arg BASE={base}",
         "REGISTRY=localhost/", "TAG=1",
@@ -151,7 +151,7 @@ def built(source: Path, base: str) -> dict[str, dict]:
 
 
 def layers(image: dict, storage: Path) -> list[float]:
-    """The megabytes of the image's layers, the lowest first."""
+    """Return the sizes of the image's layers in MB, the lowest layer first."""
     known = json.loads((storage / "graph" / "overlay-layers" / "layers.json").read_text())
     sizes = {layer["diff-digest"]: layer["diff-size"] for layer in known if "diff-size" in layer}
     return [sizes[digest] / MEGABYTE for digest in image["rootfs"]["diff_ids"]]
@@ -162,7 +162,7 @@ Pod = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def pod(built: dict[str, dict], storage: Path) -> Pod:
-    """pod(image, *command) -> its output; /data is the folder `data` of the storage."""
+    """Return a function pod(image, *command) -> output; /data is the folder `data` of the storage."""
     data = storage / "data"
     data.mkdir()
     os.chown(data, 1000, 1000)
@@ -195,14 +195,14 @@ def test_the_images_name_the_commit(built: dict[str, dict], source: Path) -> Non
         assert image["config"]["User"] == "1000:1000"
 
 
-def test_no_image_has_the_tools_of_the_tests(pod: Pod) -> None:
+def test_no_image_contains_the_test_tools(pod: Pod) -> None:
     code = "import importlib.util, sys; print([m for m in sys.argv[1:] if importlib.util.find_spec(m)])"
     for name in ("vitdet", "vitdet-mlflow"):
         assert pod(name, "python", "-c", code, *TEST_TOOLS) == "[]"
     assert pod("vitdet-mlflow", "python", "-c", code, "torch", "vitdet", "mlflow") == "['mlflow']"
 
 
-def test_a_training_runs_as_in_a_pod(pod: Pod, source: Path, storage: Path) -> None:
+def test_training_runs_as_in_a_pod(pod: Pod, source: Path, storage: Path) -> None:
     assert "usage: vitdet" in pod("vitdet", "vitdet", "--help")
     assert pod("vitdet", "id", "-u") == "1000"
     with pytest.raises(AssertionError, match="Read-only file system"):
@@ -249,7 +249,9 @@ def test_kubeflows_executor_runs_a_step(pod: Pod, storage: Path) -> None:
 def test_the_tracking_server_starts_as_in_its_manifest(pod: Pod, storage: Path) -> None:
     manifest = ROOT / "manifests" / "mlflow" / "server.yaml"
     (deployment,) = (
-        item for item in yaml.safe_load_all(manifest.read_text()) if item["kind"] == "Deployment"
+        document
+        for document in yaml.safe_load_all(manifest.read_text())
+        if document["kind"] == "Deployment"
     )
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     accounts = (ROOT / "manifests" / "mlflow" / "basic_auth.ini").read_text()

@@ -1,4 +1,4 @@
-"""The logs of a training job reach its folder and its MLflow run."""
+"""The logs of a training job are stored in its folder and its MLflow run."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_the_logs_of_a_job_are_files_and_artifacts_of_its_run(tmp_path: Path, ti
         assert (output / "logs" / file).read_text() == text
     client = MlflowClient(tracking_uri("", output.parent))
     first, last = sorted(client.search_runs(["1"]), key=lambda run: run.info.start_time)
-    found = [artifact.path for artifact in client.list_artifacts(last.info.run_id, "logs")]
+    found = [file.path for file in client.list_artifacts(last.info.run_id, "logs")]
     assert found == [f"logs/{file}" for file in FILES]
     assert last.info.status == "FAILED" and not client.list_artifacts(first.info.run_id, "logs")
 
 
-def test_a_full_disk_hides_no_result(
+def test_a_full_disk_does_not_hide_the_result(
     tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = str(tmp_path / "settings")

@@ -1,4 +1,4 @@
-"""The job's annotation `vitdet/progress`, from the lines that a training really writes."""
+"""The job's annotation `vitdet/progress`, from lines that a training run writes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POINTS = {"loss": 3.5, "loss_cls": 1.25, "images_per_second": 12.34}
 
 
-def atomic_write(step: int, values: dict[str, float], left: float) -> str:
-    """The line of this step of 90000, of which each of the others takes equally long."""
+def progress_line(step: int, values: dict[str, float], left: float) -> str:
+    """Return the log line of this step of 90000, at a constant time per step."""
     stream = io.StringIO()
     shown = tracker.Progress(tracker.Tracker(), 90_000, 0, stream)
     shown.since -= left / max(90_000 - step, 1) * step
@@ -24,8 +24,8 @@ def atomic_write(step: int, values: dict[str, float], left: float) -> str:
     return stream.getvalue().rstrip("\n")
 
 
-def test_the_lines_of_a_training_are_understood() -> None:
-    line = atomic_write(45_000, POINTS, 3 * 86_400 + 65)
+def test_the_progress_lines_of_training_are_parsed() -> None:
+    line = progress_line(45_000, POINTS, 3 * 86_400 + 65)
     assert parse(line, NOW) == {
         "step": 45_000,
         "steps": 90_000,
@@ -33,30 +33,30 @@ def test_the_lines_of_a_training_are_understood() -> None:
         "eta": "2026-01-04T00:01:05Z",
         "time": "2026-01-01T00:00:00Z",
     }
-    assert parse(atomic_write(89_000, POINTS, 30), NOW)["eta"] == "2026-01-01T00:00:30Z"
+    assert parse(progress_line(89_000, POINTS, 30), NOW)["eta"] == "2026-01-01T00:00:30Z"
     for other in (
-        atomic_write(1200, {"box_ap": 35.2}, 60),
+        progress_line(1200, {"box_ap": 35.2}, 60),
         "step 3",
         "launcher: step 1/2  0:01 left",
     ):
         assert parse(other, NOW) is None
 
 
-def test_it_is_published_every_thirty_seconds_and_at_the_end() -> None:
+def test_progress_is_published_every_thirty_seconds_and_at_the_end() -> None:
     progress = Progress()
     assert progress.due(0) == ""
-    progress.read(atomic_write(100, POINTS, 60))
+    progress.read(progress_line(100, POINTS, 60))
     assert json.loads(progress.due(0))["step"] == 100
-    progress.read(atomic_write(200, POINTS, 60))
+    progress.read(progress_line(200, POINTS, 60))
     progress.read("a line without progress")
     assert progress.due(INTERVAL - 1) == ""
     assert json.loads(progress.due(INTERVAL))["step"] == 200
-    progress.read(atomic_write(90_000, POINTS, 0))
+    progress.read(progress_line(90_000, POINTS, 0))
     assert progress.due(INTERVAL + 1) == "" and progress.due(2 * INTERVAL, final=True)
     assert progress.due(3 * INTERVAL, final=True) == ""  # nothing new
 
 
-def test_the_job_has_the_progress_of_rank_0_and_a_failure_to_write_it_ends_nothing() -> None:
+def test_the_job_has_rank_0s_progress_and_ignores_a_failed_annotation() -> None:
     class Mute(Record):
         def annotate(self, annotations: dict[str, str]) -> None:
             if PROGRESS in annotations:
@@ -65,7 +65,7 @@ def test_the_job_has_the_progress_of_rank_0_and_a_failure_to_write_it_ends_nothi
     looks = [(RUNNING, [pod()]), (RUNNING, [pod()]), (DONE, [pod()])]
     for kind in (Record, Mute):
         record = kind(*looks)
-        record.logs["w-0"] = [f"2026-01-01T00:00:00.1Z {atomic_write(100, POINTS, 60)}"]
+        record.logs["w-0"] = [f"2026-01-01T00:00:00.1Z {progress_line(100, POINTS, 60)}"]
         lines, error = follow(record)
         assert not error and any(line.startswith("step 100/90000") for line in lines)
         if kind is Record:

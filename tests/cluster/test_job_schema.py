@@ -17,7 +17,7 @@ from tests.cluster.test_launcher import TEMPLATES, request
 from tests.conftest import ROOT
 
 VALUES: tuple[Any, ...] = (None, "text", [None])
-# Rejected by what the fields mean together, not by the type of one
+# Rejected because of what the fields mean together, not because of a type
 MEANING = (
     "no PyTorchJob or TrainJob among the",
     "the job's template must contain one ",
@@ -30,14 +30,14 @@ MEANING = (
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of everything inside a document."""
+    """Yield the path of every field and entry of a document."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in items:
+    for key, child in items:
         if "Worker" in path:
-            continue  # as the Master
+            continue  # like the Master
         yield (*path, key)
-        if isinstance(item, dict | list):
-            yield from places(item, (*path, key))
+        if isinstance(child, dict | list):
+            yield from places(child, (*path, key))
 
 
 def changed(document: dict, path: tuple, value: object) -> dict:
@@ -53,7 +53,7 @@ def changed(document: dict, path: tuple, value: object) -> dict:
 
 
 def read_all(text: str, kind: str) -> None:
-    """Everything that compilation and the launcher read of a job."""
+    """Read every field of a job that compilation and the launcher use."""
     jobs = training_jobs(text)
     job_image(jobs)
     accelerators(text)
@@ -63,12 +63,12 @@ def read_all(text: str, kind: str) -> None:
 
 
 def text_of(path: tuple) -> str:
-    """As `spec.containers[0].name`."""
+    """Return a path as text, e.g. `spec.containers[0].name`."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
 
 
 def trainjob() -> tuple[dict, dict]:
-    """(TrainJob with a patch, its runtime) of manifests/."""
+    """Return (TrainJob with a patch, its runtime) of manifests/."""
     folder = ROOT / "manifests" / "trainjob"
     job, runtime = (
         yaml.safe_load((folder / name).read_text()) for name in ("trainjob.yaml", "runtime.yaml")
@@ -108,7 +108,7 @@ def test_a_rejected_field_is_named_by_its_path(kind: str, number: int) -> None:
                 # a missing field is named after the path of its parent
                 by_path = text_of(path[:-1]) in message and str(path[-1]) in message
                 shorter = isinstance(path[-1], int) and text_of(path[:-1]) in message
-                known = by_path or shorter or any(word in message for word in MEANING)
+                known = by_path or shorter or any(text in message for text in MEANING)
                 assert known, (path, value, message)
             except Exception as error:
                 raise AssertionError(f"{path}: {value!r}") from error
@@ -133,14 +133,14 @@ POD = "spec.pytorchReplicaSpecs.Master.template.spec"
 
 
 def pytorchjob(container: str = "", pod: str = "") -> dict:
-    """A job, with fields of its container and pod in YAML's flow style."""
+    """Return a job, with these fields of its container and pod (YAML flow style)."""
     text = f"{{containers: [{{name: a{container}}}]{pod}}}"
     spec = f"{{pytorchReplicaSpecs: {{Master: {{template: {{spec: {text}}}}}}}}}"
     return yaml.safe_load(f"kind: PyTorchJob\nspec: {spec}\n")
 
 
 @pytest.mark.parametrize("gpus", ["-1", "1.5", "8 GPUs"])
-def test_a_number_of_gpus_that_is_none_is_rejected_with_its_path(gpus: str) -> None:
+def test_an_invalid_number_of_gpus_is_rejected_with_its_path(gpus: str) -> None:
     job = pytorchjob(f", resources: {{limits: {{nvidia.com/gpu: {gpus}}}}}")
     with pytest.raises(ValueError) as error:
         validate(job)
@@ -195,7 +195,7 @@ def test_a_runtime_needs_a_name(kind: str, metadata: dict, message: str) -> None
     assert str(error.value) == f"the job's file: its {kind}: {message}"
 
 
-def test_a_patch_may_change_nothing() -> None:
+def test_an_empty_patch_is_valid() -> None:
     job, runtime = trainjob()
     del job["spec"]["runtimePatches"]
     plain = accelerators(yaml.safe_dump_all([job, runtime]))
@@ -204,7 +204,7 @@ def test_a_patch_may_change_nothing() -> None:
         assert accelerators(yaml.safe_dump_all([job, runtime])) == plain
 
 
-def test_null_is_an_absent_field_and_other_documents_are_left_alone() -> None:
+def test_null_is_an_absent_field_and_other_documents_are_not_changed() -> None:
     job = pytorchjob(", env: ", ", tolerations: ")
     found = validate(job)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     assert found == {"containers": [{"name": "a"}]}

@@ -1,4 +1,4 @@
-"""Requests to the Kubernetes API: which rejections are waited for, and the line of each, without a cluster."""
+"""Requests to the Kubernetes API without a cluster: which rejections are retried, and their messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster.test_following import PYTORCH, SHORT
 
 
 def answers(*given: object) -> Callable:
-    """A request whose answers these are; the last one for ever."""
+    """Return a request with these responses; the last one repeats."""
     waiting = list(given)
 
     def call(*_: object, **options: object) -> object:
@@ -42,7 +42,7 @@ def cluster(lines: list[str], timeouts: Timeouts = SHORT) -> JobClient:
     return JobClient(api, PYTORCH, "j", "ours", lines.append, timeouts)
 
 
-def test_an_api_server_that_is_away_is_asked_again() -> None:
+def test_requests_to_an_unavailable_api_server_are_retried() -> None:
     lines: list[str] = []
     ask = cluster(lines).request
     busy = (refused(503, "starting"), refused(429, "later"))
@@ -52,7 +52,7 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
         "launcher: the API server does not respond (ProtocolError); retrying for up to 0 s",
         "launcher: the API server is responding again",
     ]
-    # an API server that starts knows neither what it allowed before nor the custom resources
+    # a starting API server has loaded neither the RBAC rules nor the custom resources
     starting = [refused(403, "no roles yet"), refused(404), b"{}"]
     assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
     with pytest.raises(RuntimeError, match="no roles yet"):
@@ -97,7 +97,7 @@ NO_ROLE = (
         (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
     ],
 )
-def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> None:
+def test_a_rejection_is_one_line_without_a_retry(error: ApiException, message: str) -> None:
     lines: list[str] = []
     with pytest.raises(RuntimeError, match=message) as raised:
         cluster(lines, Timeouts()).request("create", answers(error))
@@ -113,8 +113,8 @@ def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> Non
         'admission webhook "policy.example.com" denied the request: \n\nno trainings at night\n',
     ],
 )
-def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None:
-    """That is reported once, with how long it is waited for."""
+def test_rejections_by_a_quota_or_policy_are_retried(message: str, clock: Clock) -> None:
+    """The wait is logged once, with its timeout."""
     lines: list[str] = []
     ask, text = cluster(lines, Timeouts()).request, " ".join(message.split())
     refusal = refused(403, message)
@@ -145,7 +145,7 @@ def test_an_invalid_kubeconfig_is_one_line(
     assert raised.value.__suppress_context__
 
 
-def test_an_outage_names_its_kind() -> None:
+def test_an_outage_is_reported_with_its_kind() -> None:
     reset = MaxRetryError(HTTPConnectionPool("h"), "/", NameResolutionError("h", None, OSError()))
     assert describe_outage(reset) == "does not respond (NameResolutionError)"
     assert describe_outage(ProtocolError("reset")) == "does not respond (ProtocolError)"

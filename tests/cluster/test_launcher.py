@@ -46,7 +46,7 @@ def filled(**changes: object) -> dict:
 
 
 def replica(job: dict, kind: str) -> tuple[dict, dict]:
-    """Pod and container of a replica type."""
+    """Return the pod template and the container of a replica type."""
     pod = job["spec"]["pytorchReplicaSpecs"][kind]["template"]["spec"]
     return pod, pod["containers"][0]
 
@@ -62,7 +62,7 @@ def test_a_jobs_name_is_a_dns_label_that_leaves_room_for_the_pods_suffix(recipe:
     assert label("Mask RCNN (B)") == "Mask-RCNN-B" and len(label("x" * 80)) == 63
 
 
-def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
+def test_the_five_fields_are_filled_in_and_the_rest_is_unchanged() -> None:
     job, template = filled(nodes=3, owner=OWNER), yaml.safe_load(TEMPLATES["pytorchjob"])
     assert job["metadata"]["name"] == "vitdet-tiny-1" and job["metadata"]["namespace"] == "ours"
     assert job["metadata"]["ownerReferences"] == [OWNER]
@@ -75,7 +75,7 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
         assert container["args"] == ["train", "x.yaml"]
         assert container["command"] == replica(template, kind)[1]["command"]
         assert pod["nodeSelector"]["vitdet/pool"] == "h200"
-    # the launcher counts restarts by their cause
+    # the launcher counts restarts by cause
     policy = {**template["spec"]["runPolicy"]}
     assert job["metadata"]["annotations"]["vitdet/restarts"] == str(policy.pop("backoffLimit"))
     assert job["spec"]["runPolicy"] == policy
@@ -83,7 +83,7 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
     assert plain["nodeSelector"] == replica(template, "Master")[0]["nodeSelector"]
 
 
-def test_one_node_has_no_worker_and_nets_are_set_where_the_template_has_none() -> None:
+def test_one_node_has_no_worker_and_missing_limits_are_set() -> None:
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
     template["spec"]["runPolicy"] = {"suspend": True}
     job = fill_template(yaml.safe_dump(template), PYTORCH, request(nodes=1))
@@ -125,13 +125,16 @@ TASK = {
 }
 
 
-def test_the_tasks_settings_reach_the_pods() -> None:
+def test_the_tasks_settings_are_applied_to_the_pods() -> None:
     job, template = filled(task=TASK), yaml.safe_load(TEMPLATES["pytorchjob"])
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
         assert pod["affinity"] == TASK["affinity"]
         assert pod["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
-        assert pod["tolerations"] == [TASK["tolerations"][1], TASK["tolerations"][0]]  # none twice
+        assert pod["tolerations"] == [
+            TASK["tolerations"][1],
+            TASK["tolerations"][0],
+        ]  # no duplicates
         assert [volume for volume in pod["volumes"] if volume["name"] == "fast"] == TASK["volumes"]
         assert len(pod["volumes"]) == 1 + len(replica(template, kind)[0]["volumes"])
         environment = {variable["name"]: variable.get("value") for variable in container["env"]}
@@ -142,18 +145,18 @@ def test_the_tasks_settings_reach_the_pods() -> None:
         assert container["resources"] == {"limits": limits, "requests": {"cpu": "16"}}
 
 
-def test_a_claim_that_both_mount_is_one_volume() -> None:
-    """KFP gives a volume the name of its claim; a pod with two of one claim stays in ContainerCreating."""
+def test_a_claim_mounted_by_task_and_template_is_one_volume() -> None:
+    """KFP names a volume after its claim; a pod with two volumes of one claim stays in ContainerCreating."""
     paths = {"vitdet-data": "/work", "other": "/other"}
     task = {
         "volumes": [{"name": n, "persistentVolumeClaim": {"claimName": n}} for n in paths],
         "volume_mounts": [{"name": n, "mountPath": path} for n, path in paths.items()],
     }
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
-    # whatever its name in the job's file
-    for spec in template["spec"]["pytorchReplicaSpecs"].values():
-        text = re.sub(r"\bname: (vitdet-)?data\b", "name: mine", yaml.safe_dump(spec))
-        spec.update(yaml.safe_load(text))
+    # under any name in the job's file
+    for replica_spec in template["spec"]["pytorchReplicaSpecs"].values():
+        text = re.sub(r"\bname: (vitdet-)?data\b", "name: mine", yaml.safe_dump(replica_spec))
+        replica_spec.update(yaml.safe_load(text))
     job = fill_template(yaml.safe_dump(template), PYTORCH, request(task=task))
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
@@ -165,10 +168,10 @@ def test_a_claim_that_both_mount_is_one_volume() -> None:
     runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"]
     (node,) = runtime["template"]["spec"]["replicatedJobs"]
     volumes = node["template"]["spec"]["template"]["spec"]["volumes"]
-    assert task["volumes"][0] in volumes  # there the controller merges by the name
+    assert task["volumes"][0] in volumes  # the controller merges by name there
 
 
-def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
+def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -> None:
     job = fill_template(TEMPLATES["trainjob"], TRAIN, request(nodes=3, task=TASK, owner=OWNER))
     trainer = job["spec"]["trainer"]
     found = (trainer["image"], trainer["numNodes"], trainer["args"])
@@ -182,7 +185,7 @@ def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
     assert node["name"] == "node" and pod["metadata"]["labels"] == LABELS
     assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
     assert pod["spec"]["containers"] == [{"name": "node", "volumeMounts": TASK["volume_mounts"]}]
-    # its own patch once only
+    # the launcher's patch only once
     assert fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
 
 
@@ -191,7 +194,7 @@ def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
     [
         ("trainjob", "", {}, "must contain one TrainJob, got PyTorchJob"),
         ("pytorchjob", "", {"nodes": 0}, "at least 1 node, got 0"),
-        # the operator finds the container by its name
+        # the operator identifies the container by name
         ("pytorchjob", "name: pytorch ", {}, "no container named 'pytorch'"),
     ],
 )
@@ -202,8 +205,8 @@ def test_an_invalid_template_is_one_line(kind: str, text: str, change: dict, mes
 
 
 def conditions(*given: str, **more: str) -> dict:
-    """A job whose conditions are as in "Running=True", with more fields in each."""
-    pairs = (argument.split("=") for argument in given)
+    """Return a job with conditions such as "Running=True", with these additional fields in each."""
+    pairs = (text.split("=") for text in given)
     return {"status": {"conditions": [{"type": a, "status": b, **more} for a, b in pairs]}}
 
 
@@ -218,7 +221,7 @@ def conditions(*given: str, **more: str) -> dict:
         (PYTORCH, conditions("Suspended=False", "Running=True"), "running"),
         (PYTORCH, conditions("Restarting=True", "Running=False"), "restarting"),
         (PYTORCH, conditions("Succeeded=True", "Running=False"), "succeeded"),
-        # wherever it stands
+        # at any position
         (PYTORCH, conditions("Failed=True", "Created=True", "Restarting=True"), "failed"),
         (PYTORCH, conditions("Failed=False", "Running=True"), "running"),
         (TRAIN, conditions("Suspended=False", "Complete=True"), "succeeded"),
@@ -235,7 +238,7 @@ def test_a_state_is_read_from_any_true_condition(kind: object, job: dict, phase:
 def pod(
     name: str = "w-0", phase: str = "Running", container: dict | None = None, **status: object
 ) -> dict:
-    """A pod as the API server returns it."""
+    """Return a pod as the API server returns it."""
     states = [{"name": "pytorch", "restartCount": 0, **container}] if container else []
     labels = {"training.kubeflow.org/replica-type": "master"}
     return {
@@ -269,11 +272,11 @@ LOW = {"reason": "Evicted", "message": "The node was low on resource: memory. "}
         ),
     ],
 )
-def test_a_failed_pod_says_why(found: dict, text: str) -> None:
+def test_the_reason_of_a_failed_pod(found: dict, text: str) -> None:
     assert str(failure_reason(found)) == f"pod w-0 on node n1: {text}"
 
 
-def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
+def test_the_cause_is_a_self_explanatory_reason_or_the_first_failure() -> None:
     echo = failure_reason(pod("a", container=ended(1, when="2026-01-01T00:00:05Z")))
     start = failure_reason(pod("b", container=ended(1, when="2026-01-01T00:00:04Z")))
     killed = failure_reason(pod("c", container=ended(137, "OOMKilled", "2026-01-01T00:00:09Z")))
@@ -310,7 +313,7 @@ UNSCHEDULABLE = {
         (pod(), "None"),
     ],
 )
-def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
+def test_the_reason_of_a_pod_that_does_not_start(found: dict, text: str) -> None:
     assert str(blocking_reason(found)) == text
 
 
@@ -318,7 +321,7 @@ def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
     ("kind", "nodes", "changes", "counts"),
     [
         ("pytorchjob", 2, {"nprocPerNode": "4"}, [8]),
-        ("pytorchjob", 3, {"nprocPerNode": "gpu"}, [3]),  # the template's containers have one
+        ("pytorchjob", 3, {"nprocPerNode": "gpu"}, [3]),  # the template's containers have a name
         ("pytorchjob", 1, {"nprocPerNode": "auto"}, []),
         ("pytorchjob", 4, {"nprocPerNode": "8", "elasticPolicy": {"minReplicas": 2}}, [16, 24, 32]),
         ("trainjob", 2, {}, [2]),

@@ -14,7 +14,7 @@ from vitdet.cli import parser as vitdet_parser
 pytestmark = needs_kubectl
 
 
-def test_a_gpu_that_a_cloud_does_not_have_is_an_error(copy: Path) -> None:
+def test_a_gpu_type_that_a_cloud_does_not_offer_is_an_error(copy: Path) -> None:
     chosen = copy / "overlays" / "gke" / "values" / "kustomization.yaml"
     chosen.write_text(chosen.read_text().replace("components/h100", "components/a10"))
     with pytest.raises(ValueError, match="data.gke"):
@@ -56,7 +56,7 @@ def test_a_pool_may_use_a_reservation(name: str, kind: str, wanted: object, copy
 
 
 @pytest.mark.parametrize("option", ["mlflow-ingress", "mlflow-virtualservice"])
-def test_mlflow_is_reached_from_outside_by_one_host_name(option: str, copy: Path) -> None:
+def test_one_host_name_exposes_mlflow_outside_the_cluster(option: str, copy: Path) -> None:
     file = copy / "overlays" / "onprem" / "values" / "values.yaml"
     file.write_text(
         file.read_text()

@@ -1,4 +1,4 @@
-"""Each of the typos planted in a copy of the manifests is detected."""
+"""Typos that are inserted into a copy of the manifests are detected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRETS = (
 ).split()
 
 
-# One of each kind of rule: (file, text, its replacement)
+# one per kind of rule: (file, text, replacement)
 TYPOS = {
     "a type": ("pytorchjob/pytorchjob.yaml", "Links: false", 'Links: "no"'),
     "the container's name": ("pytorchjob/pytorchjob.yaml", "name: pytorch ", "name: torch "),
@@ -56,7 +56,7 @@ TYPOS = {
 
 
 @pytest.mark.parametrize("typo", TYPOS)
-def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
+def test_a_typo_is_detected(typo: str, copy: Path) -> None:
     path, old, new = TYPOS[typo]
     text = (copy / path).read_text()
     assert old in text
@@ -70,12 +70,12 @@ def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
         cluster = installed("eks", None if untouched else copy)
         jobs = kustomize(folder / "trainjob" if path.startswith("trainjob") else folder)
     except ValueError:
-        return  # kubectl itself noticed
+        return  # detected by kubectl itself
     assert problems(cluster, jobs, pools("eks", copy, cluster)) != []
 
 
 def keys(node: object, at: tuple = ()) -> Iterator[tuple]:
-    """The path of each key."""
+    """Yield the path of each key."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield *at, key
@@ -85,8 +85,8 @@ def keys(node: object, at: tuple = ()) -> Iterator[tuple]:
             yield from keys(value, (*at, number))
 
 
-def test_a_typo_in_any_key_is_noticed() -> None:
-    """In each document of each overlay; those that several overlays share are tried once."""
+def test_a_typo_in_any_key_is_detected() -> None:
+    """In each document of each overlay; documents that several overlays share are tested once."""
     missed, tried, seen = set(), 0, set()
     for name in OVERLAYS:
         cluster, jobs = installed(name), [*overlay(name), *overlay(name, "trainjob")]
@@ -108,7 +108,7 @@ def test_a_typo_in_any_key_is_noticed() -> None:
                     if not problems(there[: len(cluster)], there[len(cluster) :], nodes):
                         missed.add(f"{document['kind']}: {key}")
                 except KeyError:
-                    continue  # not so much as a kind or a name
+                    continue  # not even a kind or a name
     assert tried > 1400
     free = {"ConfigMap: account.py", "ConfigMap: basic_auth.ini"}
     assert missed <= free | {f"Secret: {key}" for key in SECRETS}

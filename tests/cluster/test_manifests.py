@@ -1,4 +1,4 @@
-"""The manifests as `kubectl kustomize` renders them: every overlay, every optional component, and planted typos."""
+"""The manifests as `kubectl kustomize` renders them: every overlay and every optional component."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ pytestmark = needs_kubectl
 MANIFESTS = ROOT / "manifests"
 CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a10", "a100", "h100", "h200", "l4")
 OVERLAYS = ("kind", *CLOUDS)
-# folders of an overlay without its training jobs
+# folders of an overlay, except those of its training jobs
 PARTS = ("cluster", "dedicated", "namespace", "mlflow", "data")
-# folder of the job -> folder of its kustomization in an overlay
+# the job's folder -> the folder of its kustomization in an overlay
 JOBS = {"pytorchjob": ".", "trainjob": "trainjob"}
 HEADER = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
 
@@ -41,27 +41,27 @@ def overlay(name: str, part: str = ".") -> list[dict]:
 
 
 def installed(name: str, root: Path | None = None) -> list[dict]:
-    """All objects of an overlay that are not training jobs."""
+    """Return all objects of an overlay except training jobs."""
     render = overlay if root is None else lambda _, part: kustomize(root / "overlays" / name / part)
     return [document for part in parts(name) for document in render(name, part)]
 
 
 def parts(name: str) -> list[str]:
-    """PARTS of an overlay; in kind's namespace Kubeflow itself runs."""
+    """Return an overlay's PARTS; in the kind overlay, Kubeflow runs in the same namespace."""
     return [part for part in PARTS if (name, part) != ("kind", "dedicated")]
 
 
 def pools(
     name: str, root: Path = MANIFESTS, cluster: list[dict] | None = None
 ) -> dict[str, set[str]]:
-    """The labels of an overlay's GPU nodes -> their taints."""
+    """Return {labels: taints} of an overlay's GPU nodes."""
     nodes = root / "node-pools" / name
     if name == "kind":
         return {
             ",".join(f"{key}={value}" for key, value in node["labels"].items()): set()
             for node in yaml.safe_load((nodes / "cluster.yaml").read_text())["nodes"]
         }
-    if name == "onprem":  # the commands that docs/kubeflow.md repeats
+    if name == "onprem":  # the commands that docs/kubeflow.md contains
         text = (nodes / "kustomization.yaml").read_text()
         (label,) = re.findall(r"kubectl label nodes -l \S+ (\S+)", text)
         (taint,) = re.findall(rf"kubectl taint nodes -l {label} (\S+)=present:NoSchedule", text)
@@ -69,7 +69,7 @@ def pools(
     found = {}
     for document in overlay(name, "cluster") if cluster is None else cluster:
         if document["kind"] == "ComputeClass":
-            # by GKE itself
+            # created by GKE
             found[f"cloud.google.com/compute-class={document['metadata']['name']}"] = {GPU_TAINT}
         elif document["kind"] == "NodePool":
             template = document["spec"]["template"]
@@ -80,7 +80,7 @@ def pools(
 
 
 def build(root: Path, name: str, resources: list[str], components: list[str]) -> list[dict]:
-    """A kustomization of an overlay's values, these resources and components, in a copy of manifests/."""
+    """Build these resources and components with an overlay's values, in a copy of manifests/."""
     folder = root / "overlays" / name / "made"
     folder.mkdir(exist_ok=True)
     listed = {
@@ -93,9 +93,11 @@ def build(root: Path, name: str, resources: list[str], components: list[str]) ->
 
 @pytest.mark.parametrize("part", JOBS)
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_torchrun_waits_for_its_processes_as_long_as_their_pod_may(name: str, part: str) -> None:
+def test_torchrun_grants_its_processes_the_pods_grace_period(name: str, part: str) -> None:
     found = [pod for _, pod in pods(overlay(name, JOBS[part]))]
-    assert len(found) == {"pytorchjob": 2, "trainjob": 1}[part]  # Master and Worker; the runtime's
+    assert (
+        len(found) == {"pytorchjob": 2, "trainjob": 1}[part]
+    )  # Master and Worker; the runtime's node
     for pod in found:
         (container,) = pod["spec"]["containers"]
         values = {entry["name"]: entry.get("value") for entry in container["env"]}
@@ -105,9 +107,9 @@ def test_torchrun_waits_for_its_processes_as_long_as_their_pod_may(name: str, pa
 
 @pytest.mark.parametrize("part", ["pytorchjob", "trainjob"])
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_is_right(name: str, part: str) -> None:
+def test_an_overlay_is_valid(name: str, part: str) -> None:
     jobs = overlay(name, JOBS[part])
-    # a runtime comes before the job that refers to it
+    # a runtime is applied before the job that refers to it
     kinds = {"pytorchjob": ["PyTorchJob"], "trainjob": ["TrainingRuntime", "TrainJob"]}
     assert [job["kind"] for job in jobs] == kinds[part]
     assert problems(installed(name), jobs, pools(name)) == []
@@ -122,7 +124,7 @@ def test_an_overlay_is_right(name: str, part: str) -> None:
     ],
     ids="-".join,
 )
-def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
+def test_an_option_is_valid(options: list[str], job: str, copy: Path) -> None:
     before = [f"components/{option}" for option in options if option[0] != "+"]
     after = [f"components/{option[1:]}" for option in options if option[0] == "+"]
     jobs = build(copy, "onprem", [job], ["node-pools/onprem", *before, "components/values", *after])
@@ -136,7 +138,7 @@ def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_the_queue_covers_the_pods_requests_and_priority(job: str, copy: Path) -> None:
-    """Kueue admits no pod with another resource; a missing class leaves a job without a Workload."""
+    """Kueue admits no pod with other resources; without its class a job gets no Workload."""
     options = ["components/rdma", "components/kueue", "components/values"]
     jobs = build(copy, "onprem", [job], ["node-pools/onprem", *options])
     cluster = build(copy, "onprem", ["cluster"], ["components/kueue-queues", "components/values"])
@@ -164,8 +166,10 @@ def test_the_queue_covers_the_pods_requests_and_priority(job: str, copy: Path) -
     ("option", "scheduler"),
     [("volcano", "volcano"), ("coscheduling", "scheduler-plugins-scheduler")],
 )
-def test_trainjob_pods_are_scheduled_as_a_group(option: str, scheduler: str, copy: Path) -> None:
-    """Trainer creates the PodGroup, but does not set the scheduler that reads it."""
+def test_the_pods_of_a_trainjob_are_scheduled_as_a_group(
+    option: str, scheduler: str, copy: Path
+) -> None:
+    """Trainer creates the PodGroup, but does not set its scheduler."""
     parts = ["node-pools/onprem", f"components/{option}", "components/values"]
     made = build(copy, "onprem", ["trainjob"], parts)
     (runtime,) = (document for document in made if document["kind"] == "TrainingRuntime")
@@ -177,7 +181,7 @@ def test_trainjob_pods_are_scheduled_as_a_group(option: str, scheduler: str, cop
 def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> None:
     for name in CLOUDS:
         if (name, gpu) == ("gke", "a10"):
-            continue  # Google Cloud has none
+            continue  # Google Cloud has no such GPU
         folder = copy / "overlays" / name
         chosen = folder / "values" / "kustomization.yaml"
         assert "components/h100" in chosen.read_text()
@@ -199,11 +203,11 @@ def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> Non
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_every_value_reaches_its_place(name: str, copy: Path) -> None:
+def test_every_value_is_used_where_documented(name: str, copy: Path) -> None:
     file = copy / "overlays" / name / "values" / "values.yaml"
     values = yaml.safe_load(file.read_text())
     marks = {key: str(70_001 + number) for number, key in enumerate(values["data"])}
-    marks |= {"spot": "true"} if "spot" in marks else {}  # kustomize keeps a place's type
+    marks |= {"spot": "true"} if "spot" in marks else {}  # kustomize keeps the field's type
     file.write_text(yaml.safe_dump({**values, "data": marks}))
     folder = copy / "overlays" / name
     rendered = [*kustomize(folder), *kustomize(folder / "trainjob"), *installed(name, copy)]
@@ -226,13 +230,13 @@ def test_every_value_reaches_its_place(name: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_both_kinds_run_the_same(name: str) -> None:
+def test_both_kinds_run_the_same_container(name: str) -> None:
     (job,), (runtime, trainjob) = deepcopy((overlay(name), overlay(name, "trainjob")))
     replicas = job["spec"]["pytorchReplicaSpecs"]
     master, worker = (replicas[role]["template"] for role in ("Master", "Worker"))
     assert master == worker
     ((_, node),) = pods([runtime])
-    # the volume, by its claim
+    # the volume with this claim
     node = json.loads(
         json.dumps(node)
         .replace('"name": "vitdet-data"', '"name": "data"')
@@ -243,13 +247,13 @@ def test_both_kinds_run_the_same(name: str) -> None:
     assert ours["args"] == trainjob["spec"]["trainer"]["args"] and ours["args"][0] == "train"
     assert ours["args"][1] in recipes()
     assert theirs["image"] == trainjob["spec"]["trainer"]["image"]
-    # a PyTorchJob's nodes meet by c10d
+    # a PyTorchJob's nodes use c10d for their rendezvous
     assert ours["command"][0] == theirs["command"][0] == "torchrun"
     assert ours["command"][-2:] == theirs["command"][-2:] == ["-m", "vitdet"]
     gpus = ours["resources"]["limits"].get("nvidia.com/gpu", 1)
-    for spec in (ours, theirs):
+    for container in (ours, theirs):
         for key in ("name", "args", "ports", "command"):
-            spec.pop(key, None)
+            container.pop(key, None)
     assert {**master, "spec": {**master["spec"], "containers": [ours]}} == node
     assert trainjob["spec"]["trainer"]["numProcPerNode"] == gpus
     assert job["spec"]["nprocPerNode"] == ("gpu" if name != "kind" else "1")
@@ -258,7 +262,7 @@ def test_both_kinds_run_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("nodes", [1, 3])
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
+def test_the_launchers_job_is_valid(name: str, nodes: int) -> None:
     jobs = []
     for kind, part in JOBS.items():
         *others, job = overlay(name, part)
@@ -271,7 +275,9 @@ def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
     assert len(jobs[0]["spec"]["pytorchReplicaSpecs"]) == min(nodes, 2)
     assert jobs[0]["metadata"]["annotations"] == {SCHEDULE: "3600", RESTARTS: "6"}
     assert jobs[-1]["metadata"]["annotations"] == {SCHEDULE: "3600"}
-    assert "backoffLimit" not in jobs[0]["spec"]["runPolicy"]  # the launcher counts by cause
+    assert (
+        "backoffLimit" not in jobs[0]["spec"]["runPolicy"]
+    )  # the launcher counts restarts by cause
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -294,7 +300,7 @@ def test_another_pool_is_another_compute_class() -> None:
     ] * 2
 
 
-def test_passwords_and_placeholders_are_where_they_should_be() -> None:
+def test_where_passwords_and_placeholders_are() -> None:
     for name in CLOUDS:
         assert not [document for document in installed(name) if document["kind"] == "Secret"]
         text = yaml.safe_dump_all([*overlay(name), *installed(name)])
@@ -303,7 +309,7 @@ def test_passwords_and_placeholders_are_where_they_should_be() -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_jobs_cannot_mount_mlflow_s_secrets(name: str) -> None:
-    """The administrator's password and the database's are in a namespace without jobs."""
+    """The passwords of the administrator and the database are in a namespace without jobs."""
     spaces = {"jobs": set(), "server": set()}
     for document in [*overlay(name), *overlay(name, "trainjob"), *installed(name)]:
         for secret in ("mlflow-server", "vitdet-mlflow"):
@@ -320,7 +326,7 @@ def test_jobs_cannot_mount_mlflow_s_secrets(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_every_pod_of_a_namespace_of_its_own_is_under_a_policy(name: str) -> None:
+def test_network_policies_cover_every_pod_of_the_own_namespace(name: str) -> None:
     """Default deny for all pods; public addresses for the download job and downloading steps."""
     policies = [document for document in installed(name) if document["kind"] == "NetworkPolicy"]
     jobs = [policy for policy in policies if policy["metadata"]["namespace"] == "vitdet"]
@@ -354,7 +360,9 @@ def test_policies_select_the_steps_that_the_pipeline_labels(name: str) -> None:
     (rule,) = policies["vitdet-steps"]["matchExpressions"]
     assert rule == {"key": key, "operator": "In", "values": sorted(found)}
     downloads = policies["vitdet-downloads"]["matchLabels"][key]
-    downloading = {n for n, step in executors.items() if downloads in str(step["podMetadata"])}
+    downloading = {
+        n for n, executor in executors.items() if downloads in str(executor["podMetadata"])
+    }
     assert downloading == {"exec-data", "exec-weights"}
 
 
@@ -363,7 +371,7 @@ def test_the_operator_s_init_container_meets_restricted() -> None:
     text = re.sub(r"{{[.](\w+)}}", r"\1", template["data"]["initContainer.yaml"])
     _, pod = next(pods(overlay("kind")))
     added = yaml.safe_load(text)[0]
-    # which it does without: its root stays unwritten
+    # not needed: nothing writes to its root file system
     added["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
     assert insecure("", {**pod, "spec": {**pod["spec"], "initContainers": [added]}}, set()) == []
     patch = yaml.safe_load((MANIFESTS / "training-operator" / "deployment-patch.yaml").read_text())

@@ -33,7 +33,7 @@ ADMIN, USER = "password-of-the-admin", "password-of-vitdet"
 
 @contextmanager
 def database(folder: Path) -> Iterator[int]:
-    """A PostgreSQL server with the database and user of manifests/mlflow; its port."""
+    """Start a PostgreSQL server with the database and user of manifests/mlflow; return its port."""
     folder.mkdir()
     user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
     if user:
@@ -57,7 +57,7 @@ def database(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def server(folder: Path, port: int) -> Iterator[str]:
-    """MLflow with the accounts' settings of manifests/mlflow on this database; its address."""
+    """Start MLflow with the account settings of manifests/mlflow on this database; return its URL."""
     settings = (MANIFESTS / "mlflow" / "basic_auth.ini").read_text()
     file = folder / "basic_auth.ini"
     file.write_text(settings.replace("mlflow-database:5432", f"127.0.0.1:{port}"))
@@ -92,7 +92,7 @@ def server(folder: Path, port: int) -> Iterator[str]:
 
 @contextmanager
 def account(address: str, name: str, password: str) -> Iterator[MlflowClient]:
-    """A client of this account, which reads its password from the environment at each request."""
+    """Yield a client of this account; the password is read from the environment at each request."""
     from mlflow import MlflowClient
 
     with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +103,7 @@ def account(address: str, name: str, password: str) -> Iterator[MlflowClient]:
 
 
 def make_account(address: str) -> str:
-    """What manifests/mlflow/account.py prints, run as in the server's container."""
+    """Run manifests/mlflow/account.py as in the server's container; return its output."""
     done = subprocess.run(
         [sys.executable, str(MANIFESTS / "mlflow" / "account.py"), "vitdet"],
         input=USER + "\n",
@@ -134,7 +134,7 @@ def log(client: MlflowClient, folder: Path, ap: float) -> str:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that the account of PostgreSQL may enter; pytest makes its own private."""
+    """Return a folder that PostgreSQL's user can enter; pytest's are private."""
     with TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -151,7 +151,7 @@ def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None
             (folder / name).mkdir()
         with server(folder / "before", old) as address:
             with account(address, "admin", ADMIN) as client:
-                # an installation whose trainings log as the administrator
+                # an installation whose training runs log as the administrator
                 client.create_experiment("vitdet")
                 client.create_registered_model("detector")
                 assert log(client, folder, 0.25) == "1"

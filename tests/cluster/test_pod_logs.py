@@ -11,10 +11,10 @@ from tests.cluster.test_following import DONE, RUNNING, Record, follow, unschedu
 from tests.cluster.test_launcher import conditions, ended, pod
 
 
-def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
+def test_each_log_line_is_returned_once_across_restarts() -> None:
     record = Record((RUNNING, []))
     log, alive = PodLog(record, "pytorch"), pod(container={"state": {"running": {}}})
-    # Go leaves zeros at the end out
+    # Go omits trailing zeros
     stamps = [
         "2026-01-01T00:00:00.999999999Z a",
         "2026-01-01T00:00:01Z b",
@@ -32,7 +32,7 @@ def restarted(times: int, state: str = "running") -> dict:
     return pod(container={"state": {state: {}}, "restartCount": times})
 
 
-def test_the_end_of_a_previous_log_is_read_again_until_it_is_there(clock: Clock) -> None:
+def test_the_end_of_a_previous_log_is_requested_until_it_is_available(clock: Clock) -> None:
     record = Record((RUNNING, []))
     log = PodLog(record, "pytorch")
     record.logs["w-0"] = ["2026-01-01T00:00:01Z a"]
@@ -41,7 +41,7 @@ def test_the_end_of_a_previous_log_is_read_again_until_it_is_there(clock: Clock)
     assert log.new_lines(restarted(1)) == []
     record.logs["w-0 previous"] = ["2026-01-01T00:00:02Z b"]
     assert texts(log.new_lines(restarted(1))) == ["b", "c"]
-    # without it, the new container's lines are held back for a limited time, however often it is asked for
+    # without it, the new container's lines are held back for a limited time, for any number of requests
     record.logs = {"w-0": ["2026-01-01T00:00:04Z d"]}
     assert [log.new_lines(restarted(2)) for _ in range(10)] == [[]] * 10
     clock.sleep(logs.HOLD_SECONDS)
@@ -66,8 +66,8 @@ def test_the_last_lines_of_a_container_are_not_held_back(state: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "gone", "given up", "out of memory"])
-def test_lines_that_are_held_back_when_the_job_ends_are_told(end: str) -> None:
-    """Of a container that runs; what its previous instance wrote cannot be read."""
+def test_lines_held_back_at_the_end_of_the_job_are_returned(end: str) -> None:
+    """Those of a running container whose previous log cannot be read."""
     again, failed = restarted(1), pod("w", container=ended(137, "OOMKilled", key="lastState"))
     last = {
         "succeeded": [(DONE, [again])],

@@ -1,4 +1,4 @@
-"""The namespace of a Kubeflow profile: one value selects it, and its owner may apply all that is in it."""
+"""A Kubeflow profile's namespace: one value selects it, and its owner can apply everything in it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.cluster.test_manifests import CLOUDS, build, installed, pools
 from tests.helpers.manifests import kustomize, needs_kubectl, pods, problems
 
 pytestmark = needs_kubectl
-# Folders of an overlay that the owner of a profile applies.
+# folders of an overlay that a profile's owner applies
 OWNER = ("namespace", "data", ".", "trainjob")
 
 
 def for_profile(root: Path, name: str, profile: str, mlflow: str = "vitdet-mlflow") -> Path:
-    """Make the one edit of an overlay's values; its folder."""
+    """Edit an overlay's values for a profile; return the overlay's folder."""
     folder = root / "overlays" / name
     file = folder / "values" / "values.yaml"
     text = re.sub(r"(?m)^  namespace: [\w-]+", f"  namespace: {profile}", file.read_text())
@@ -25,20 +25,24 @@ def for_profile(root: Path, name: str, profile: str, mlflow: str = "vitdet-mlflo
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_one_value_puts_all_into_the_profile(name: str, copy: Path) -> None:
+def test_one_value_moves_everything_into_the_profile(name: str, copy: Path) -> None:
     folder = for_profile(copy, name, "team-a")
     mine = [document for part in OWNER for document in kustomize(folder / part)]
     assert {document["metadata"].get("namespace") for document in mine} == {"team-a"}
-    jobs = [item for item in mine if item["kind"] in ("PyTorchJob", "TrainJob", "TrainingRuntime")]
+    jobs = [
+        document
+        for document in mine
+        if document["kind"] in ("PyTorchJob", "TrainJob", "TrainingRuntime")
+    ]
     assert len(jobs) == 3
     everything = installed(name, copy)
     assert problems(everything, jobs, pools(name)) == []
     runtime, trainjob = jobs[1:]
     assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vitdet-gpu-train"}
     assert runtime["metadata"]["namespace"] == "team-a"
-    # the administrator leaves the profile's Namespace alone, and MLflow's is created by hand
-    wide = [item for part in ("cluster", "mlflow") for item in kustomize(folder / part)]
-    assert not [item for item in wide if item["kind"] == "Namespace"]
+    # the administrator does not apply the profile's Namespace, and creates MLflow's by a command
+    wide = [document for part in ("cluster", "mlflow") for document in kustomize(folder / part)]
+    assert not [document for document in wide if document["kind"] == "Namespace"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -46,8 +50,10 @@ def test_mlflow_in_the_profile_itself(name: str, copy: Path) -> None:
     folder = for_profile(copy, name, "team-a", mlflow="team-a")
     everything = installed(name, copy)
     assert problems(everything, kustomize(folder), pools(name)) == []
-    assert {item["metadata"].get("namespace", "team-a") for item in everything} == {"team-a"}
-    (server,) = (item for item in everything if item["kind"] == "Deployment")
+    assert {document["metadata"].get("namespace", "team-a") for document in everything} == {
+        "team-a"
+    }
+    (server,) = (document for document in everything if document["kind"] == "Deployment")
     assert "mlflow.team-a.svc:5000,localhost:5000" in str(server)
 
 
@@ -55,14 +61,20 @@ def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
     made = []
     for space in ("team-a", "team-b"):
         folder = for_profile(copy, "eks", space, f"{space}-mlflow")
-        documents = [item for part in (*OWNER, "mlflow") for item in kustomize(folder / part)]
+        documents = [
+            document for part in (*OWNER, "mlflow") for document in kustomize(folder / part)
+        ]
         queue = build(copy, "eks", [], ["components/kueue-queues", "components/values"])
-        names = [item["metadata"]["name"] for item in queue if item["kind"] == "ClusterQueue"]
+        names = [
+            document["metadata"]["name"] for document in queue if document["kind"] == "ClusterQueue"
+        ]
         assert names == [space]
-        documents += [item for item in queue if item["kind"] == "LocalQueue"]
+        documents += [document for document in queue if document["kind"] == "LocalQueue"]
         assert documents[-1]["spec"]["clusterQueue"] == space
-        about = [(item["kind"], item["metadata"]) for item in documents]
-        made.append({(kind, meta.get("namespace"), meta["name"]) for kind, meta in about})
+        about = [(document["kind"], document["metadata"]) for document in documents]
+        made.append(
+            {(kind, metadata.get("namespace"), metadata["name"]) for kind, metadata in about}
+        )
     assert not made[0] & made[1] and len(made[0]) == len(made[1]) > 15
 
 
@@ -71,7 +83,9 @@ def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, cop
     folder = copy / "overlays" / name
     for part in (*OWNER, "mlflow"):
         assert not [
-            item for item in kustomize(folder / part) if "namespace" not in item["metadata"]
+            document
+            for document in kustomize(folder / part)
+            if "namespace" not in document["metadata"]
         ]
     for document in kustomize(folder / "cluster"):
         assert "namespace" not in document["metadata"] and document["kind"] != "Namespace"

@@ -1,4 +1,4 @@
-"""Fields that the cluster's version of an operator does not know, without a cluster."""
+"""Fields that the cluster's version of an operator lacks, without a cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def without(job: dict, *fields: str) -> dict:
     return {**job, "spec": spec}
 
 
-def test_what_webhooks_and_defaults_add_is_no_loss() -> None:
+def test_fields_added_by_webhooks_and_defaults_are_no_loss() -> None:
     sent = {"a": [{"name": "x", "b": 1}], "zero": 0, "none": {}, "quantity": "1000m"}
     received = {"a": [{"name": "injected"}, {"name": "x", "b": "1", "c": 2}], "quantity": "1"}
     assert dropped_fields(sent, received, "spec") == []
@@ -33,7 +33,7 @@ def test_what_webhooks_and_defaults_add_is_no_loss() -> None:
     assert check_dropped(KINDS["trainjob"], job, copy.deepcopy(job)) == ([], "")
 
 
-def test_the_loss_of_a_safety_net_is_a_warning() -> None:
+def test_the_loss_of_a_limit_is_a_warning() -> None:
     job = trainjob(pool="")
     received = without(job, "activeDeadlineSeconds", "runtimePatches")
     warnings, error = check_dropped(KINDS["trainjob"], job, received)
@@ -45,7 +45,7 @@ def test_the_loss_of_a_safety_net_is_a_warning() -> None:
     ]
 
 
-def test_lost_settings_of_pods_are_an_error_that_names_them() -> None:
+def test_lost_pod_settings_are_an_error_that_names_them() -> None:
     job = trainjob(pool="h200", task={"volumes": [VOLUME], "tolerations": [{"key": "spot"}]})
     _, error = check_dropped(KINDS["trainjob"], job, without(job, "runtimePatches"))
     assert error == (
@@ -55,7 +55,7 @@ def test_lost_settings_of_pods_are_an_error_that_names_them() -> None:
 
 
 @pytest.mark.parametrize("field", ["pytorchReplicaSpecs", "nprocPerNode"])
-def test_a_job_that_would_train_in_another_way_is_deleted(field: str) -> None:
+def test_a_job_that_would_train_differently_is_deleted(field: str) -> None:
     record = Record((DONE, []))
     record.forgotten = (field,)
     _, error = follow(record)

@@ -1,4 +1,4 @@
-"""A job that Kueue holds back: the reason is logged, and a label without effect is reported.
+"""A job that Kueue suspends: the reason is logged, and a label without effect is reported.
 
 The conditions are those of kubernetes-sigs/kueue at ff69552e: apis/kueue/v1beta2/workload_types.go, their messages
 pkg/controller/core/workload_controller.go (getQueueBlocker) and pkg/scheduler/flavorassigner/flavorassigner.go.
@@ -16,9 +16,9 @@ SUSPENDED = conditions("Created=True", "Suspended=True")
 
 
 def workload(*given: tuple[str, str, str, str], **more: object) -> dict:
-    """given: (type, status, reason, message) of its conditions."""
+    """Return a Workload; given: (type, status, reason, message) of its conditions."""
     keys = ("type", "status", "reason", "message")
-    found = [dict(zip(keys, row, strict=True)) for row in given]
+    found = [dict(zip(keys, condition, strict=True)) for condition in given]
     spec = {"queueName": "vitdet", **more.pop("spec", {})}
     return {"spec": spec, "status": {"conditions": found, **more}}
 
@@ -77,7 +77,7 @@ def queued(suspended: bool) -> dict:
 
 
 class Queued(Record):
-    """The job has the queue's label; its Workloads change with each poll, the last ones stay."""
+    """A client of a job with the queue's label; each poll returns the next Workloads, then the last ones."""
 
     def __init__(self, suspended: bool, *looks: tuple, workloads: list[list[dict] | None]) -> None:
         super().__init__(*looks)
@@ -102,7 +102,7 @@ def test_each_reason_is_logged_once_and_nothing_after_the_admission() -> None:
     assert "coveredResources" in told[1] and record.reads == 4
 
 
-def test_a_job_that_kueue_does_not_know_is_given_up_with_the_reason() -> None:
+def test_a_job_that_kueue_ignores_is_an_error_with_the_reason() -> None:
     record = Queued(True, (SUSPENDED, []), workloads=[[]])
     lines, error = follow(record, queued(True))
     assert "has been suspended for 0 s: Kueue has no Workload for it" in error
@@ -111,12 +111,12 @@ def test_a_job_that_kueue_does_not_know_is_given_up_with_the_reason() -> None:
     assert record.asked == ["create", "halt"]
 
 
-def test_a_label_without_effect_is_a_warning_where_the_job_runs() -> None:
+def test_a_label_without_effect_is_a_warning_if_the_job_runs() -> None:
     record = Queued(False, *[(RUNNING, [pod()])] * 40, (DONE, []), workloads=[[]])
     lines, error = follow(record, queued(False))
     assert not error and sum("has no effect" in line for line in lines) == 1
 
 
-def test_workloads_that_cannot_be_read_are_no_reason_to_give_up() -> None:
+def test_unreadable_workloads_are_not_an_error() -> None:
     record = Queued(True, *[(SUSPENDED, [])] * 60, (DONE, []), workloads=[None])
     assert follow(record, queued(True))[1] == ""

@@ -36,7 +36,7 @@ def test_lines_are_split_by_rank_and_those_of_rank_0_are_shown() -> None:
     assert ranks.tails() == {name: [line] for name, line in tails.items()}
 
 
-def test_the_last_lines_are_kept_as_a_file_for_each_rank() -> None:
+def test_the_last_lines_of_each_rank_are_kept_in_a_file() -> None:
     ranks = RankLogs()
     for number in range(TAIL + 50):
         ranks.add("m", stamped(1, f"[rank10]:line {number}", f"[rank9]:line {number}"), True)
@@ -47,7 +47,7 @@ def test_the_last_lines_are_kept_as_a_file_for_each_rank() -> None:
     assert list(ranks.tails()) == ["rank 9", "rank 10"]
 
 
-def test_the_first_rank_to_fail_is_the_one_whose_error_is_the_oldest() -> None:
+def test_the_first_rank_to_fail_has_the_oldest_error() -> None:
     ranks = RankLogs()
     head = ["Traceback (most recent call last):", '  File "x.py"']
     lost, bad = [*head, "RuntimeError: no peer"], [*head, "ValueError: bad image 7.jpg"]
@@ -59,14 +59,14 @@ def test_the_first_rank_to_fail_is_the_one_whose_error_is_the_oldest() -> None:
     assert ranks.first_failure(since="2026-01-01T00:00:10") is None
 
 
-def test_a_rank_that_a_signal_ended_comes_before_those_that_lost_it() -> None:
+def test_a_rank_ended_by_a_signal_precedes_the_ranks_that_lost_it() -> None:
     ranks = RankLogs()
     ranks.add("m", stamped(9.0, "[rank0]:vitdet: Connection closed by peer"), True)
     ranks.add("w-0", stamped(9.5, *SUMMARY), False)
     assert str(ranks.first_failure()) == "first to fail: rank 3 (pod w-0): ended by signal 9"
 
 
-def test_a_rank_that_does_not_answer_is_named_by_another() -> None:
+def test_a_rank_that_does_not_respond_is_named_by_another() -> None:
     ranks = RankLogs()
     ranks.add("w", stamped(1, "[rank1]:step 1"), False)
     ranks.add("m", stamped(9, "[rank0]:vitdet: no progress: rank 1 (w, pid 7: step 5)"), True)
@@ -80,13 +80,13 @@ def test_ranks_that_torchrun_ended_are_not_the_first() -> None:
     assert ranks.first_failure() is None
 
 
-def test_pods_without_prefixes_are_told_by_pod() -> None:
+def test_lines_without_a_rank_prefix_are_kept_per_pod() -> None:
     ranks = RankLogs()
     assert ranks.add("m", stamped(1, "vitdet: no such file"), True) == ["vitdet: no such file"]
     assert str(ranks.first_failure()) == "first to fail: pod m: vitdet: no such file"
 
 
-def test_pods_that_were_replaced_do_not_fill_the_memory() -> None:
+def test_replaced_pods_do_not_use_more_memory() -> None:
     ranks = RankLogs()
     for number in range(3 * MAX_PODS):
         ranks.add(f"w-{number}", stamped(1, "torchrun", "[rank1]:step"), False)
@@ -94,7 +94,7 @@ def test_pods_that_were_replaced_do_not_fill_the_memory() -> None:
     assert f"pod-w-{3 * MAX_PODS - 1}.log" in ranks.files()
 
 
-def test_a_failed_job_shows_every_rank_also_of_pods_that_are_gone() -> None:
+def test_a_failed_job_shows_every_rank_including_deleted_pods() -> None:
     worker = pod("w", container=ended(1, key="lastState"))
     worker["metadata"]["labels"] = {"training.kubeflow.org/replica-type": "worker"}
     failed = pod("m", "Failed", container=ended(1, when="2026-01-01T00:00:20Z"))

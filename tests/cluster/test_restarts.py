@@ -15,12 +15,12 @@ NODE_LOST = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionBy
 
 
 def crashed(name: str, times: int, code: int = 1, reason: str = "Error") -> dict:
-    """A pod whose container was restarted in place."""
+    """Return a pod whose container was restarted in place."""
     return pod(name, container={**ended(code, reason, key="lastState"), "restartCount": times})
 
 
 def lost(name: str, uid: str = "") -> dict:
-    """A pod that its node took along, with a condition as of Kubernetes 1.26."""
+    """Return a pod that was lost with its node, with the condition of Kubernetes 1.26."""
     found = pod(name, "Failed", container=ended(143), conditions=[NODE_LOST])
     found["metadata"]["uid"] = uid or name
     return found
@@ -33,18 +33,18 @@ def named(name: str, uid: str) -> dict:
 
 
 def not_ready(container: bool) -> dict:
-    """A pod with the condition Ready False, whose container is ready or not."""
+    """Return a pod with the condition Ready=False, whose container is ready or not."""
     found = pod("w", container={"state": {"running": {}}, "ready": container})
     found["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
     return found
 
 
 def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
-    """The count after the pods were seen like this, `step` seconds apart."""
+    """Return the count after these pods were observed, `step` seconds apart."""
     restarts = Restarts()
     for number, pods in enumerate(looks):
-        for observed in pods:
-            restarts.observe(observed, "pytorch", number * step)
+        for state in pods:
+            restarts.observe(state, "pytorch", number * step)
         restarts.complete_poll(pods, 2, number * step)
     return restarts
 
@@ -83,13 +83,15 @@ COUNTS = {
 
 
 @pytest.mark.parametrize(("looks", "step", "errors", "disruptions"), COUNTS.values(), ids=COUNTS)
-def test_counts(looks: list, step: float, errors: int, disruptions: int | None) -> None:
+def test_failures_are_counted_by_cause(
+    looks: list, step: float, errors: int, disruptions: int | None
+) -> None:
     found = counted(HEALTHY, *looks, step=step)
     assert found.errors == errors and disruptions in (None, found.disruptions)
 
 
 def backing_off(name: str, times: int) -> dict:
-    """A pod whose container has failed so many times, and waits for its restart."""
+    """Return a pod whose container has failed this many times and waits for its restart."""
     found = crashed(name, times - 1)
     found["status"]["containerStatuses"][0]["state"] = {"waiting": {"reason": "CrashLoopBackOff"}}
     return found
@@ -97,7 +99,7 @@ def backing_off(name: str, times: int) -> dict:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_peers_of_a_pod_in_back_off_are_not_a_second_error(reverse: bool) -> None:
-    """In whichever order a poll lists the two."""
+    """In either order of the two in a poll."""
 
     def count(*looks: list[dict]) -> Restarts:
         return counted(HEALTHY, *(look[::-1] if reverse else look for look in looks))
@@ -107,22 +109,22 @@ def test_peers_of_a_pod_in_back_off_are_not_a_second_error(reverse: bool) -> Non
     peers = [[waiting, backing_off("w", 2)], [waiting, crashed("w", 2)], [waiting, crashed("w", 3)]]
     found = count(first, *peers, [crashed("m", 1), crashed("w", 3)])
     assert (found.errors, found.disruptions) == (1, 0)
-    # w fails again after m was restarted: another error
+    # w fails again after m was restarted: a second error
     found = count(first, [crashed("m", 1), crashed("w", 1)], [pod("m"), crashed("w", 2)])
     assert found.errors == 2
-    # m fails again after its restart, and w waits for that
+    # m fails again after its restart, while w waits for its own
     found = count(first, [crashed("m", 1), crashed("w", 1)], [backing_off("m", 2), crashed("w", 2)])
     assert found.errors == 2
 
 
-# Seconds that the kubelet waits before each restart
+# seconds that the kubelet waits before each restart
 BACK_OFFS = (10, 20, 40, 80, 160, 300, 300, 300, 300)
 
 
 def looping(name: str, start: float, run: float, terminated: float, now: float) -> dict:
-    """A pod of a crash loop: fails after `run` seconds, restarts after the kubelet's back-offs.
+    """Return the states of a pod in a crash loop, which fails `run` seconds after each start.
 
-    terminated: how long the kubelet reports that state before it reports the back-off.
+    terminated: seconds for which the kubelet reports that state before the back-off.
     """
     failed_at = start + run
     for failures, delay in enumerate(BACK_OFFS, 1):
@@ -138,21 +140,21 @@ def looping(name: str, start: float, run: float, terminated: float, now: float) 
 
 @pytest.mark.parametrize("pods", [1, 2, 8])
 def test_each_round_of_a_crash_loop_counts(pods: int) -> None:
-    """Although the other pods are in back-off whenever one of them fails."""
+    """Although the other pods are in back-off whenever a pod fails."""
     for run, terminated, apart in product((2.0, 20.0), (0.0, 1.0), (0.0, 0.7, 1.6)):
         restarts, now = Restarts(), 0.0
         seventh = 7 * run + sum(BACK_OFFS[:6])
         while restarts.decided_errors(now) < 7:
             found = [looping(f"w{n}", n * apart, run, terminated, now) for n in range(pods)]
-            for observed in found:
-                restarts.observe(observed, "pytorch", now)
+            for state in found:
+                restarts.observe(state, "pytorch", now)
             restarts.complete_poll(found, pods, now)
             assert restarts.errors < 7 or now >= seventh  # the pods of one round count once
             now += 5.0
         assert now < 2 * seventh
 
 
-def test_many_evictions_are_no_error() -> None:
+def test_many_evictions_are_not_an_error() -> None:
     looks = [HEALTHY]
     for number in range(50):
         failed = crashed("m", number + 1)
@@ -176,7 +178,7 @@ def test_many_evictions_are_no_error() -> None:
         ({"conditions": [{**NODE_LOST, "status": "False"}]}, False),
     ],
 )
-def test_what_ends_a_pod_from_outside_is_a_disruption(status: dict, disruption: bool) -> None:
+def test_external_ends_of_a_pod_are_disruptions(status: dict, disruption: bool) -> None:
     failed = pod(phase="Failed", container=ended(137), **status)
     assert is_disruption(failure_reason(failed), failed) == disruption
 
@@ -199,7 +201,7 @@ def limited(restarts: str = "2") -> dict:
     return job
 
 
-def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
+def test_a_job_ends_after_its_files_limit_of_errors() -> None:
     looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in range(1, 6)]
     record = Record((RUNNING, HEALTHY), *looks)
     record.logs["m previous"] = ["2026-01-01T00:00:00Z ValueError: bad image"]
@@ -213,13 +215,13 @@ def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
     ]
 
 
-def test_errors_between_two_polls_count_too() -> None:
+def test_errors_between_two_polls_are_counted() -> None:
     record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), crashed("w", 3)]))
     record.flicker = [crashed(name, times) for times in (1, 2, 3) for name in ("m", "w")]
     assert "has failed 3 times" in follow(record, limited())[1]
 
 
-def test_the_next_launcher_goes_on_counting() -> None:
+def test_the_next_launcher_continues_the_count() -> None:
     metadata = {**limited()["metadata"], "annotations": {"vitdet/errors": "2"}}
     there = {"metadata": metadata, **RUNNING}
     looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in (4, 5)]
@@ -227,8 +229,8 @@ def test_the_next_launcher_goes_on_counting() -> None:
     assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
 
 
-def test_an_error_is_stored_when_no_lost_node_can_explain_it() -> None:
-    """A launcher that is replaced before would hand it on as an error for good."""
+def test_an_error_is_stored_once_no_lost_node_can_explain_it() -> None:
+    """If stored earlier, a replaced launcher would pass it on as a permanent error."""
     undecided = (RUNNING, [crashed("m", 1), pod("w")])
     record = Record((RUNNING, HEALTHY), undecided, undecided, SUCCEEDED)
     assert follow(record, limited())[1] == "" and "vitdet/errors" not in record.annotations
@@ -251,14 +253,14 @@ def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> Non
     assert not any("at most" in line for line in lines)
 
 
-def test_errors_of_an_elastic_job_count_while_it_waits_for_more_nodes() -> None:
+def test_errors_of_an_elastic_job_are_counted_while_it_waits_for_nodes() -> None:
     job = limited("2")
     job["spec"]["elasticPolicy"] = {"minReplicas": 1}
     looks = [(RUNNING, [crashed("m", times), unschedulable("w")]) for times in range(7)]
     assert "has failed 3 times" in follow(Record(*looks), job)[1]
 
 
-def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:
+def test_failures_are_not_counted_while_another_pod_is_on_a_lost_node() -> None:
     deleted = pod("w")
     deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     for gone in (not_ready(True), deleted):
@@ -266,7 +268,7 @@ def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:
         assert counted(HEALTHY, *looks, step=700).errors == 0
 
 
-def test_a_node_that_comes_and_goes_is_a_disruption_each_time() -> None:
+def test_each_loss_of_a_flapping_node_is_a_disruption() -> None:
     looks = [HEALTHY]
     for number in range(1, 6):
         looks += [[crashed("m", number), peer] for peer in (not_ready(True), pod("w"))]
@@ -274,7 +276,7 @@ def test_a_node_that_comes_and_goes_is_a_disruption_each_time() -> None:
     assert (found.errors, found.disruptions >= 5) == (0, True)
 
 
-def test_the_pods_of_a_deleted_job_with_the_same_name_are_not_looked_at() -> None:
+def test_pods_of_a_deleted_job_with_the_same_name_are_ignored() -> None:
     old = crashed("w", 1, 137, "OOMKilled")
     old["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
     job = {"metadata": {**filled()["metadata"], "creationTimestamp": "2026-01-01T00:00:09Z"}}
@@ -293,7 +295,9 @@ def test_the_pods_of_a_deleted_job_with_the_same_name_are_not_looked_at() -> Non
         ),
     ],
 )
-def test_out_of_memory_is_not_retried_and_has_advice(failed: dict, log: str, advice: str) -> None:
+def test_out_of_memory_is_not_retried_and_suggests_settings(
+    failed: dict, log: str, advice: str
+) -> None:
     record = Record((RUNNING, HEALTHY), (RUNNING, [pod("m"), failed]))
     record.logs["w previous"] = [f"2026-01-01T00:00:00Z {log}"]
     _, error = follow(record, limited("100"))
@@ -301,13 +305,13 @@ def test_out_of_memory_is_not_retried_and_has_advice(failed: dict, log: str, adv
     assert record.asked == ["create", "halt"]
 
 
-def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline() -> None:
+def test_a_job_that_has_run_waits_for_a_lost_node_until_its_deadline() -> None:
     waiting = (RUNNING, [pod("m"), unschedulable("w")])
     record = Record((RUNNING, HEALTHY), *[waiting] * 50, (RUNNING, HEALTHY), SUCCEEDED)
     lines, error = follow(record)
     assert error == "" and record.annotations["vitdet/started"] == "true"
     (told,) = [line for line in lines if "Unschedulable" in line]
     assert "PyTorchJob vitdet-tiny-1 lost a pod; waiting for a replacement: pod w" in told
-    # before all pods have run together, an hour is enough (in these tests: 0.1 s)
+    # before all pods have run together, the limit is one hour (in these tests: 0.1 s)
     _, error = follow(Record((RUNNING, [pod("m"), unschedulable("w")])))
     assert "has not been able to start" in error
