@@ -1,4 +1,4 @@
-"""When the Triton kernels are used, on which device, and CUDA graphs."""
+"""Selection of the Triton kernels by device, and CUDA graphs."""
 
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,7 +15,7 @@ from vitdet.kernels.cuda_graph import LIMIT, CudaGraph, NoRoom, NotRecorded, Out
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A simulated GPU; gpu(capability) sets its compute capability."""
+    """Simulate a GPU; gpu(capability) sets its compute capability."""
     monkeypatch.delenv("VITDET_KERNELS", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -29,11 +29,11 @@ def gpu(monkeypatch):
     kernels._missing.cache_clear()
 
 
-def test_tensors_on_the_cpu_use_the_plain_path():
+def test_cpu_tensors_use_the_plain_path():
     assert not kernels.enabled(torch.zeros(1))
 
 
-def test_gpus_from_ampere_on_use_the_kernels(gpu):
+def test_gpus_from_ampere_on_run_the_kernels(gpu):
     gpu(8, 0)
     assert kernels._runs_on(0)
     assert kernels.describe() == f"Triton kernels on (NVIDIA H100): {', '.join(kernels.NAMES)}"
@@ -63,7 +63,7 @@ def test_other_devices_use_the_plain_path(gpu, monkeypatch, capability, hip, spe
     assert not kernels._runs_on(0) and kernels.describe() == f"Triton kernels off: {reason}"
 
 
-def test_kernels_can_be_disabled(gpu, monkeypatch):
+def test_the_kernels_can_be_turned_off(gpu, monkeypatch):
     gpu(9, 0)
     monkeypatch.setenv("VITDET_KERNELS", "off")
     assert not kernels._runs_on(0)
@@ -73,7 +73,7 @@ def test_kernels_can_be_disabled(gpu, monkeypatch):
         kernels._runs_on(0)
 
 
-def test_the_compiler_treats_kernels_as_opaque(monkeypatch):
+def test_compile_does_not_trace_into_the_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "_obstacle", lambda _: None)
 
     def function(x):
@@ -88,7 +88,7 @@ def zeros(*shape):
 
 QKV = zeros(1, 4, 48), zeros(48), zeros(3, 16), zeros(3, 16)  # 2 x 2 tokens, a 16-channel head
 MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch.int64)
-# operator, its arguments, the function that launches its kernels, and that function's result
+# operator, its arguments, the function that launches its kernels, and its result
 LAUNCHES = {
     "attention": (
         lambda: attention.attention(*QKV, [2, 2, 1, 0, 0]),
@@ -130,7 +130,7 @@ LAUNCHES = {
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_kernels_run_on_the_device_of_their_tensors(name, monkeypatch):
-    """Triton launches kernels on the current device instead of the tensors' device."""
+    """Triton launches a kernel on the current device, not on that of its tensors."""
     run, (module, launch), result = LAUNCHES[name]
     current: list[object] = []
 
@@ -149,7 +149,7 @@ def test_kernels_run_on_the_device_of_their_tensors(name, monkeypatch):
 
 
 class OnSecondGpu:
-    """The tensor attributes that a graph reads."""
+    """The attributes of a tensor that `CudaGraph` reads."""
 
     is_cuda, dtype, device = True, torch.float32, torch.device("cuda:1")
 
@@ -166,7 +166,7 @@ class OnSecondGpu:
 
 @pytest.fixture
 def second_gpu(monkeypatch):
-    """Simulated streams and graphs, and the current device."""
+    """Simulate streams, graphs and the current device."""
     current = SimpleNamespace(device=torch.device("cuda:0"), streams=[])
 
     @contextmanager
@@ -199,8 +199,8 @@ def second_gpu(monkeypatch):
     return current
 
 
-def test_graphs_are_recorded_on_their_device_in_one_stream(second_gpu):
-    """A memory pool cannot be reused in another stream."""
+def test_graphs_are_captured_on_their_device_in_one_stream(second_gpu):
+    """A memory pool that was used in another stream cannot be reused."""
     devices = []
     graphs = CudaGraph()
     for size in (1, 2):
@@ -212,8 +212,8 @@ def test_graphs_are_recorded_on_their_device_in_one_stream(second_gpu):
     assert second_gpu.device == torch.device("cuda:0")
 
 
-def test_graph_inputs_can_be_written_outside_inference_mode(second_gpu):
-    """Tensors created in inference mode, which is thread-local, cannot be written outside it."""
+def test_a_graphs_inputs_can_be_written_outside_of_inference_mode(second_gpu):
+    """Inference tensors cannot be; inference mode is a state of each thread."""
     graphs, inference = CudaGraph(), []
     with torch.inference_mode():
         graphs.record(lambda tensor: inference.append(tensor.inference), OnSecondGpu(1))
@@ -224,7 +224,7 @@ def test_graph_inputs_can_be_written_outside_inference_mode(second_gpu):
     ("error", "reason"),
     [(RuntimeError("one\ntwo"), "one"), (NotImplementedError(), "NotImplementedError")],
 )
-def test_a_failed_recording_is_explained_in_one_line(second_gpu, error, reason):
+def test_a_failed_capture_is_logged_in_one_line(second_gpu, error, reason):
     def function(_):
         raise error
 
@@ -232,7 +232,7 @@ def test_a_failed_recording_is_explained_in_one_line(second_gpu, error, reason):
         CudaGraph().record(function, OnSecondGpu(1))
 
 
-def test_a_graph_out_of_memory_keeps_no_memory(second_gpu):
+def test_no_graph_keeps_memory_when_it_is_short(second_gpu):
     def function(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 

@@ -1,4 +1,4 @@
-"""The attention kernels: by Triton's interpreter, compiled for an H100, and on a GPU."""
+"""The attention kernels: in Triton's interpreter, compiled for an H100, and on a GPU."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def interpreted(what):
 
 @needs_triton
 @pytest.mark.parametrize("start", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_values_and_gradients_by_the_interpreter(start):
+def test_values_and_gradients_in_the_interpreter(start):
     for case, errors in zip(CASES[start::2], interpreted(start), strict=True):
         assert max(errors) <= 2e-6, (case, dict(zip(OUTPUTS, errors, strict=True)))
 
 
 @needs_triton
 @pytest.mark.slow
-def test_the_operator_is_registered_and_a_block_with_it_is_compiled():
+def test_the_operator_is_registered_and_compiles_in_a_block():
     assert interpreted("operator") < 1e-5
 
 
-def test_sizes_that_the_kernels_do_not_support():
+def test_unsupported_sizes():
     assert fits(64, 0, 64) and fits(1000, 14, 80) and not fits(64, 33, 64)
     assert not fits(129, 0, 16) and not fits(64, 0, 12) and not fits(64, 0, 136)
 
@@ -122,8 +122,8 @@ def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
 
     ours, theirs = relative_errors(case, dtype, "cuda", fused, plain)
     print(case, dtype, dict(zip(OUTPUTS, zip(ours, theirs, strict=True), strict=True)))
-    # Results are rounded to half precision.
-    allowed = [max(error, torch.finfo(dtype).eps) for error in theirs]
+    # The results themselves are rounded to half precision.
+    allowed = [max(one, torch.finfo(dtype).eps) for one in theirs]
     pairs = zip(OUTPUTS, ours, allowed, strict=True)
     assert not [(name, error, limit) for name, error, limit in pairs if not error <= limit]
 
@@ -143,8 +143,8 @@ def test_results_on_a_gpu_are_deterministic(case):
 
 
 @cuda
-def test_a_backbone_on_a_gpu_computes_the_same_with_and_without_kernels(monkeypatch):
-    """Features from the kernels are as close to float32 as those from plain torch."""
+def test_a_backbone_on_a_gpu_is_as_exact_with_kernels_as_without(monkeypatch):
+    """Compare the errors of both against float32."""
     torch.manual_seed(0)
     backbone = build_backbone(ModelConfig(backbone=BackboneConfig(name="vit_b"))).cuda().eval()
     for name, parameter in backbone.named_parameters():

@@ -1,4 +1,4 @@
-"""Exact NMS of many groups: the Triton kernels and the plain path against a loop over boxes."""
+"""Exact NMS of many groups: Triton kernels and plain path against a loop over boxes."""
 
 import math
 
@@ -10,7 +10,7 @@ from vitdet.kernels.nms import nms, reference, suppress, suppress_by_label
 
 
 def slow_nms(boxes, labels, iou):
-    """Compute NMS in a loop over boxes."""
+    """NMS as a loop over boxes."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool)
     for group, rows in enumerate(boxes):
         kept = []
@@ -54,7 +54,7 @@ def scene(kind, groups, count):
         centers = uniform(groups, 5, 2) * 900
         chosen = centers[:, torch.randint(0, 5, (count,), generator=draw)]
         return centered(chosen + normal(*shape) * 8, 80 + normal(*shape) * 8)
-    if kind == "tied":  # few distinct boxes, whose IoUs are simple fractions with ties
+    if kind == "tied":  # few distinct boxes, whose IoUs are equal, simple fractions
         corner = torch.randint(0, 4, shape, generator=draw) * 10.0
         return torch.cat([corner, corner + torch.randint(1, 6, shape, generator=draw) * 10.0], 2)
     # a chain: each box suppresses only its neighbors
@@ -66,7 +66,7 @@ KINDS = ("random", "clustered", "tied", "chain")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plain_path_equals_a_loop(kind):
+def test_the_plain_path_equals_the_loop(kind):
     boxes = scene(kind, 2, 40)
     boxes[:, ::7, 2] = boxes[:, ::7, 0]
     labels = torch.arange(80).view(2, 40) % 3
@@ -111,7 +111,7 @@ def test_kernels_mark_at_least_the_first_boxes(limit):
     boxes = scene("random", 1, 150)
     found, wanted = suppress(boxes.to(DEVICE), None, 0.7, limit).cpu(), reference(boxes, None, 0.7)
     marked = found[0].nonzero().flatten()
-    assert limit <= len(marked) < limit + 64  # stops at the limit
+    assert limit <= len(marked) < limit + 64  # the kernel stops there
     assert torch.equal(marked, wanted[0].nonzero().flatten()[: len(marked)])
 
 
@@ -125,7 +125,7 @@ def test_kernels_accept_views_and_no_boxes():
 
 
 @needs_triton
-def test_many_groups_are_compared_in_blocks(monkeypatch):
+def test_many_groups_are_processed_in_parts(monkeypatch):
     monkeypatch.setattr("vitdet.kernels.nms_kernels.MEMORY", 2**10)
     boxes = scene("tied", 5, 20)
     labels = torch.arange(100).view(5, 20) % 2
@@ -137,13 +137,13 @@ def test_many_groups_are_compared_in_blocks(monkeypatch):
 def test_processing_labels_one_by_one_keeps_the_same_boxes():
     boxes = torch.cat([scene(kind, 1, 75) for kind in KINDS])
     boxes[:, 3::7, 2] = boxes[:, 3::7, 0]
-    labels = torch.arange(4 * 75).view(4, 75) ** 2 % 11  # labels of different frequency
+    labels = torch.arange(4 * 75).view(4, 75) ** 2 % 11  # different numbers of boxes per label
     found = suppress_by_label(boxes.to(DEVICE), labels.to(DEVICE), 0.5, 75).cpu()
     assert torch.equal(found, reference(boxes, labels, 0.5))
 
 
-def test_memory_of_the_comparisons_is_bounded(monkeypatch):
-    """All 1,203 classes of an LVIS detector may have positive scores for all proposals."""
+def test_the_memory_of_the_comparisons_is_bounded(monkeypatch):
+    """In an LVIS detector all proposals may have scores above 0 for all 1,203 classes."""
     sizes = []
 
     def compare(boxes, labels, iou, limit):
@@ -161,7 +161,7 @@ def test_memory_of_the_comparisons_is_bounded(monkeypatch):
 
 
 @needs_triton
-def test_operator_is_registered_completely():
+def test_the_operator_passes_opcheck():
     boxes = scene("random", 1, 20).to(DEVICE)
     for labels in (None, torch.zeros(1, 20, dtype=torch.long, device=DEVICE)):
         torch.library.opcheck(suppress, (boxes, labels, 0.5, 10), test_utils=REGISTRATION)
@@ -191,10 +191,10 @@ def test_full_size_equals_torchvision(kind):
 
 @needs_gpu
 @pytest.mark.cuda
-def test_the_host_does_not_wait_for_the_gpu():
+def test_no_operation_synchronizes_with_the_gpu():
     boxes = scene("random", 40, 2000).cuda()
     labels = torch.arange(80_000, device="cuda").view(40, 2000) % 80
-    nms(boxes, labels, 0.7, 1000)  # compiles the kernels
+    nms(boxes, labels, 0.7, 1000)  # compiles the kernel
     with no_waits():
         nms(boxes, labels, 0.7, 1000)
         nms(boxes, None, 0.7, 1000)

@@ -1,4 +1,4 @@
-"""Pasted masks: the Triton kernel equals `grid_sample` on the CPU, byte for byte."""
+"""Pasted masks: the Triton kernel returns the same bytes as `grid_sample` on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitdet.kernels.paste import paste
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["noise", "disc"])
-def test_the_kernel_writes_the_bytes_of_the_cpu(kind: str) -> None:
+def test_the_kernel_writes_the_same_bytes_as_the_cpu(kind: str) -> None:
     from vitdet.kernels.paste_kernels import launch
 
     masks, boxes, sizes = placed(kind)
@@ -23,7 +23,7 @@ def test_the_kernel_writes_the_bytes_of_the_cpu(kind: str) -> None:
 
 
 @needs_triton
-def test_paste_without_masks() -> None:
+def test_no_masks() -> None:
     from vitdet.kernels.paste_kernels import launch
 
     masks, boxes, sizes = (tensor[:0] for tensor in placed("noise"))
@@ -32,7 +32,7 @@ def test_paste_without_masks() -> None:
     assert len(launch(*given, 0)) == 0
 
 
-def test_the_operator_is_registered_completely() -> None:
+def test_the_operator_passes_opcheck() -> None:
     masks, boxes, sizes = placed("noise")
     wanted, regions, ends, _ = columns(masks, boxes, sizes)
     torch.library.opcheck(
@@ -42,7 +42,7 @@ def test_the_operator_is_registered_completely() -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-def test_run_length_strings_of_gpu_and_cpu_are_equal() -> None:
+def test_rle_strings_from_gpu_and_cpu_are_equal() -> None:
     batch = [some(100, seed) for seed in range(4)]
     originals = [(480, 640), (427, 640), *ORIGINALS[:1], (1500, 2000)]
     wanted = batch_to_results(batch, SIZES, originals, range(4), (9,))

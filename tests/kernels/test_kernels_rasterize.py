@@ -1,4 +1,4 @@
-"""Outlines cropped to boxes: the Triton kernel against the plain path."""
+"""Outlines rasterized within boxes: the Triton kernel against the plain path."""
 
 import math
 
@@ -12,7 +12,7 @@ from vitdet.types import Polygons
 
 
 def ring(points, center, radius, seed):
-    """Return a closed outline (points, 4) with random radii and many vertices at whole pixels."""
+    """Return a closed outline (points, 4) with corners at random distances, many on pixel borders."""
     draw = torch.Generator().manual_seed(seed)
     angle = torch.arange(points) * (2 * math.pi / points)
     far = radius * (0.4 + 0.6 * torch.rand(points, generator=draw))
@@ -28,7 +28,7 @@ def scene(counts, rois):
     low = torch.rand(rois, 2, generator=draw) * 50
     boxes = torch.cat([low, low + torch.rand(rois, 2, generator=draw) * 60], dim=1)
     boxes[::4] = boxes[::4].round()
-    boxes[1, 2:] = boxes[1, :2]  # an empty box
+    boxes[1, 2:] = boxes[1, :2]  # empty box
     return masks[torch.arange(rois) % len(counts)], boxes
 
 
@@ -38,9 +38,9 @@ def on(device, masks, boxes, size):
 
 @needs_triton
 @pytest.mark.parametrize("size", [5, 9])
-def test_the_kernel_equals_the_plain_path(size):
+def test_the_kernel_marks_the_same_cells_as_the_plain_path(size):
     masks, boxes = scene([3, 40, 150], 6)
-    masks.spans[4] = torch.tensor([5, 5])  # an empty outline
+    masks.spans[4] = torch.tensor([5, 5])  # an object without an outline
     found = rasterize(*on(DEVICE, masks, boxes, size)).cpu()
     assert torch.equal(found, plain(masks, boxes, size))
     assert found.any() and not found[4].any()
@@ -65,7 +65,7 @@ def test_no_rois_and_no_edges():
 
 
 @needs_triton
-def test_operator_is_registered_completely():
+def test_the_operator_passes_opcheck():
     masks, boxes = scene([5], 2)
     torch.library.opcheck(rasterize, on(DEVICE, masks, boxes, 4), test_utils=REGISTRATION)
 
@@ -83,7 +83,7 @@ def test_full_size_with_an_outline_of_187000_edges():
 
 @needs_gpu
 @pytest.mark.cuda
-def test_the_host_does_not_wait_for_the_gpu():
+def test_no_operation_synchronizes_with_the_gpu():
     inputs = on("cuda", *scene([60] * 8, 128), 28)
     rasterize(*inputs)  # compiles the kernel
     with no_waits():

@@ -1,4 +1,4 @@
-"""RoIAlign over all levels: the Triton kernels against torchvision in float64."""
+"""RoIAlign over all levels: Triton kernels against torchvision in float64."""
 
 import math
 
@@ -13,7 +13,7 @@ STRIDES = [4, 8, 16, 32, 64]
 
 
 def reference(maps, boxes, image, level, strides, bins, ratio):
-    """Pool finite boxes with torchvision's `roi_align` in the precision of the maps."""
+    """Compute `roi_align` of finite boxes by torchvision, in the maps' precision."""
     rois = torch.cat([image[:, None], boxes], dim=1).to(maps[0].dtype)
     found = maps[0].new_zeros(len(boxes), maps[0].shape[1], bins, bins)
     for number, (features, stride) in enumerate(zip(maps, strides, strict=True)):
@@ -24,7 +24,7 @@ def reference(maps, boxes, image, level, strides, bins, ratio):
 
 
 class Scene:
-    """Maps and RoIs of all kinds: small, large, empty, outside the map, in an empty slot."""
+    """Maps and RoIs: small, large, empty, outside of the map, in an empty slot."""
 
     def __init__(self, sizes, rois, channels, images=2, kind=torch.float32):
         draw = torch.Generator().manual_seed(0)
@@ -45,11 +45,9 @@ class Scene:
         self.level[4] = -1
 
     def run(self, function, device, kind, bins, ratio, layout=torch.channels_last):
-        """Return the features, and the maps' gradients for a fixed gradient of the features."""
-        maps = [
-            level.to(device, kind).to(memory_format=layout).requires_grad_() for level in self.maps
-        ]
-        rest = [tensor.to(device) for tensor in (self.boxes, self.image, self.level)]
+        """Return the features, and the maps' gradients for a given gradient of the features."""
+        maps = [one.to(device, kind).to(memory_format=layout).requires_grad_() for one in self.maps]
+        rest = [one.to(device) for one in (self.boxes, self.image, self.level)]
         found = function(maps, *rest, self.strides, bins, ratio)
         draw = torch.Generator().manual_seed(1)
         weight = torch.randn(found.shape, generator=draw).to(self.maps[0].dtype)
@@ -67,7 +65,7 @@ class Scene:
         )
 
 
-EXACT = 5e-6  # float32: on a GPU, a product is computed from three TF32 products
+EXACT = 5e-6  # float32: a GPU computes each product from three TF32 products
 SMALL = [(17, 11), (9, 6)]
 
 
@@ -81,26 +79,26 @@ def test_equals_torchvision_in_values_and_gradients(bins, ratio):
 
 
 @needs_triton
-def test_16_bit_maps_keep_the_precision_of_weights():
+def test_16_bit_maps_keep_the_precision_of_the_weights():
     assert Scene(SMALL, 7, 5, kind=torch.float16).errors(7, 0) < 3e-4
 
 
 @needs_triton
-def test_five_levels_of_maps_in_another_layout():
+def test_five_levels_in_another_memory_layout():
     scene = Scene([(9, 5), (5, 3), (3, 2), (2, 1), (1, 1)], 9, 3, images=1)
     assert scene.errors(2, 0, torch.contiguous_format) < EXACT
 
 
 @needs_triton
-def test_rois_without_sampling_points_are_zero_without_gradient():
+def test_rois_without_points_give_zeros_and_no_gradient():
     scene = Scene([(9, 8)], 8, 3, images=1)
     scene.boxes[:] = torch.tensor([4.0, 4, 20, 20])
     scene.boxes[1] = math.nan
     scene.boxes[2, 3] = math.inf
-    scene.boxes[3] = torch.tensor([20.0, 4, 4, 20])  # reversed
+    scene.boxes[3] = torch.tensor([20.0, 4, 4, 20])  # end before start
     scene.boxes[5] = torch.tensor([-1e30, 0, 1e30, 9])
     scene.boxes[6] = torch.tensor([-1e8, -1e8, 1e8, 1e8])  # too many points to iterate over
-    scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # the last level does not exist
+    scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # a level that does not exist
     found, (gradient,) = scene.run(roi_align, DEVICE, torch.float32, 2, 0)
     assert found[[0, 6]].isfinite().all() and found[0].abs().sum() > 0
     assert not found[[1, 2, 3, 4, 5, 7]].any() and gradient.isfinite().all()
@@ -110,7 +108,7 @@ def test_rois_without_sampling_points_are_zero_without_gradient():
 
 
 @needs_triton
-def test_a_reversed_roi_is_sampled_backwards_with_a_fixed_ratio():
+def test_a_fixed_number_of_points_in_a_reversed_roi():
     scene = Scene([(9, 8)], 5, 3, images=1)
     scene.boxes[0] = torch.tensor([28.0, 4, 4, 30])
     assert scene.errors(2, 2) < EXACT
@@ -125,7 +123,7 @@ def test_no_rois():
 
 
 @needs_triton
-def test_operator_is_registered_completely():
+def test_the_operator_passes_opcheck():
     scene = Scene([(4, 5)], 5, 2)
     maps = [features.to(DEVICE).requires_grad_() for features in scene.maps]
     rest = [tensor.to(DEVICE) for tensor in (scene.boxes, scene.image, scene.level)]
@@ -156,7 +154,7 @@ def test_the_gradient_is_deterministic():
 
 @needs_gpu
 @pytest.mark.cuda
-def test_the_host_does_not_wait_for_the_gpu():
+def test_no_operation_synchronizes_with_the_gpu():
     scene = Scene(FULL, 64, 256, kind=torch.bfloat16)
     maps = [features.cuda().requires_grad_() for features in scene.maps]
     rest = [tensor.cuda() for tensor in (scene.boxes, scene.image, scene.level)]
@@ -165,6 +163,6 @@ def test_the_host_does_not_wait_for_the_gpu():
         found = roi_align(maps, *rest, scene.strides, 7, 0)
         torch.autograd.grad(found, maps, torch.ones_like(found))
 
-    step()  # compiles the kernels
+    step()  # compiles the kernel
     with no_waits():
         step()

@@ -1,4 +1,4 @@
-"""The detection kernels without a GPU: by Triton's interpreter, and compiled for an H100."""
+"""The detection kernels without a GPU: in Triton's interpreter, and compiled for an H100."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ FILES = ("nms", "paste", "roi_align", "rasterize")
 
 @needs_triton
 @pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_values_by_the_interpreter(speed):
+def test_values_in_the_interpreter(speed):
     options = ["-q", "-p", "no:cacheprovider", "-m", f"not cuda and {speed}"]
     files = [f"tests/kernels/test_kernels_{name}.py" for name in FILES]
     words = [sys.executable, "-m", "pytest", *options, *files]
@@ -27,7 +27,7 @@ def test_values_by_the_interpreter(speed):
 
 
 @needs_triton
-def test_kernels_compiled_for_an_h100_spill_no_registers():
+def test_kernels_compiled_for_an_h100_do_not_spill_registers():
     from tests.helpers.offline import assemble, detection_launches
 
     found = [assemble(launch) for launch in detection_launches(torch.bfloat16)]

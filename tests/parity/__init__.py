@@ -1,1 +1,1 @@
-"""Our numbers held against golden cases that were computed with the published implementations."""
+"""Comparison of our numbers with golden cases computed by the published implementations."""

@@ -1,7 +1,7 @@
-"""`python -m tests.parity DIR...`: hold our numbers against golden cases; exit code 1 when one is out of tolerance.
+"""`python -m tests.parity DIR...`: compare our numbers with golden cases; exit code 1 if one is out of tolerance.
 
 With `--device cuda` networks and functions run on the current GPU, and their results are compared on the CPU.
-Every kind of case is computed first, from its inputs alone, and then compared with its stored results.
+Each case is first computed from its inputs alone, and then compared with its stored results.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from tests.parity.report import Report
 
 
 class Kind(NamedTuple):
-    """A kind of case: what tells it, computing from the inputs, comparing with the results.
+    """A kind of case: how it is recognized, computed from its inputs, and compared with its stored results.
 
-    It is told by a file that the folder holds and by what config.json says ({} where there is none). Computing takes
-    the folder and, with `on_gpu`, the device; without it, all of the case is the CPU's work.
+    It is recognized by a file in the folder and by config.json ({} if missing). `compute` takes the folder and, with
+    `on_gpu`, the device; other cases are computed on the CPU.
     """
 
     file: str
@@ -48,17 +48,17 @@ class Kind(NamedTuple):
 
 
 def says(kind: str) -> Callable[[dict], bool]:
-    """Holds for a config.json that names this kind itself."""
+    """Return a predicate: config.json names this kind."""
     return lambda config: config.get("kind") == kind
 
 
 def lists(entry: str) -> Callable[[dict], bool]:
-    """Holds for a config.json of several small cases, {tag: {entry: ...}}."""
-    has = lambda value: isinstance(value, dict) and entry in value  # noqa: E731
+    """Return a predicate: config.json lists several small cases, {tag: {entry: ...}}."""
+    has = lambda one: isinstance(one, dict) and entry in one  # noqa: E731
     return lambda config: bool(config) and all(map(has, config.values()))
 
 
-# The first row that fits.
+# The first matching row applies.
 KINDS = (
     Kind("state_dict.npz", detector.compute, compare_detector.compare),
     Kind("unit.npz", unit.compute, unit.compare),
@@ -73,7 +73,7 @@ KINDS = (
 
 
 def kind_of(folder: Path) -> Kind:
-    """The kind of a case folder. Raises ValueError for any other folder."""
+    """Return the kind of a case folder. Raises ValueError for any other folder."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     for kind in KINDS:
@@ -86,7 +86,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def run(folder: Path, device: torch.device) -> Report:
-    """The report of one case folder; what cannot be read or run is a failure of it."""
+    """Return the report of one case folder; a case that cannot be read or run has failed."""
     report = Report(str(folder))
     try:
         kind = kind_of(folder)
@@ -98,14 +98,14 @@ def run(folder: Path, device: torch.device) -> Report:
         with without_tf32():
             found = kind.compute(folder, device) if kind.on_gpu else kind.compute(folder)
         kind.compare(folder, moved(found, CPU), report)
-    except Exception as error:  # whatever it is: a broken case must not hide the others
+    except Exception as error:  # any exception: a broken case must not hide the others
         traceback.print_exc()
         report.out("the case", f"stopped by {type(error).__name__}: {error}")
     return report
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a line for each quantity of each folder; 0 if all hold."""
+    """Print one line per quantity of each folder; return 0 if all are within tolerance."""
     parser = argparse.ArgumentParser("python -m tests.parity")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: the current GPU")
     parser.add_argument("folders", nargs="*", metavar="DIR", help="a folder with a golden case")
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     failures = 0
     for folder in given.folders:
-        if Path(folder).is_file():  # `.../golden/*` names the README too
+        if Path(folder).is_file():  # `.../golden/*` includes the README
             print(f"{folder}: skipped, a file and not a case folder")
             continue
         report = run(Path(folder), device)

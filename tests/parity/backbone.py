@@ -1,7 +1,7 @@
-"""A backbone's golden case: images in, the four maps of strides 4 to 32 out.
+"""A backbone's golden case: from images to the four maps of strides 4 to 32.
 
-ViTAE-Transformer/ViTDet counts the resampling of the one map to four among the backbone (fpn1 to fpn4); here it is the
-first part of the simple pyramid's levels, whose convolutions the cases do not hold.
+In ViTAE-Transformer/ViTDet the resampling of the one map to four is part of the backbone (fpn1 to fpn4); here it is the
+first part of the simple pyramid's levels, whose convolutions the cases do not contain.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from vitdet.weights.formats.swin import SWIN_MMDET
 from vitdet.weights.formats.table import Format, to_ours
 from vitdet.weights.formats.vitaev2 import VITAEV2
 
-TOLERANCE = 1e-4  # absolute; the reference's own float32 and float64 runs differ by less than 1e-5
+TOLERANCE = 1e-4  # absolute; the reference's float32 and float64 runs differ by less than 1e-5
 STRIDE = 16
 NOTES = ("kind", "seed", "note", "float64_max_abs_diff")
 
 
 class System(NamedTuple):
-    """What a type of backbone in config.json stands for: the module from its settings, and the names of its weights.
+    """A type of backbone in config.json: how its module is built from its settings, and the names of its weights.
 
-    The module turns images into the four maps; `settings` are those that it knows, all others are refused.
+    The module computes the four maps of images; `settings` are the supported ones, all others are rejected.
     """
 
     build: Callable[[dict], nn.Module]
@@ -44,7 +44,7 @@ class System(NamedTuple):
 
 
 class Resampled(nn.Module):
-    """A backbone of one map, and what brings it to four scales: (B, 3, H, W) -> four maps (B, C, ., .)."""
+    """A backbone with one map, and its resampling to four scales: (B, 3, H, W) -> four maps (B, C, ., .)."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -54,18 +54,18 @@ class Resampled(nn.Module):
         self.pyramid.levels = nn.ModuleList(level[:-2] for level in self.pyramid.levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The maps of strides 4, 8, 16 and 32."""
+        """Return the maps of strides 4, 8, 16 and 32."""
         return self.pyramid(self.backbone(images))[:4]
 
 
 def grid_of(settings: dict) -> tuple[int, int]:
-    """Tokens of the one size of images that the reference's backbone takes."""
+    """Return the token grid of the one image size that the reference's backbone accepts."""
     height, width = to_2tuple(settings["img_size"])
     return height // STRIDE, width // STRIDE
 
 
 def global_blocks(settings: dict) -> list[int]:
-    """Listed in ViTAE-S, one in every `interval` in the others."""
+    """Return the indices of global blocks: listed for ViTAE-S, every `interval`-th for the others."""
     if "globalBlock" in settings:
         return list(settings["globalBlock"])
     interval = settings.get("interval", 3)
@@ -73,7 +73,7 @@ def global_blocks(settings: dict) -> list[int]:
 
 
 def build_vit(settings: dict) -> nn.Module:
-    """ViT-B's backbone, or ViTAE-B's, at the size that the settings say."""
+    """Build the backbone of ViT-B or ViTAE-B at the size in the settings."""
     dim, mlp_ratio, branch = settings["embed_dim"], settings.get("mlp_ratio", 4), None
     if settings["type"] == "ViTAE":
         branch = partial(wide_branch, dim, int(mlp_ratio * dim))
@@ -92,7 +92,7 @@ def build_vit(settings: dict) -> nn.Module:
 
 
 def build_vitae_small(settings: dict) -> nn.Module:
-    """ViTAE-S's backbone at the size that the settings say."""
+    """Build the backbone of ViTAE-S at the size in the settings."""
     widths, dims = settings["embed_dims"], settings["token_dims"]
     return parts.vitae_small(
         dim=dims[-1],
@@ -111,7 +111,7 @@ def build_vitae_small(settings: dict) -> nn.Module:
 
 
 class Hierarchical(nn.Module):
-    """A backbone of four maps, under the name that it has in a detector."""
+    """A backbone with four maps, under its name in a detector."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -123,14 +123,14 @@ class Hierarchical(nn.Module):
 
 
 def fixed(settings: dict, values: dict) -> None:
-    """Raises ValueError for a setting that has another than its one value."""
+    """Raise ValueError for a setting that differs from its only supported value."""
     for name, value in values.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{name}: expected {value}, got {settings[name]}")
 
 
 def build_swin(settings: dict) -> nn.Module:
-    """Swin at the size that the settings say, as mmdet has it. Raises ValueError for what none of its sizes has."""
+    """Build mmdet's Swin at the size in the settings. Raises ValueError for settings of no known size."""
     fixed(settings, {"mlp_ratio": 4})
     return Hierarchical(
         parts.swin(
@@ -143,7 +143,7 @@ def build_swin(settings: dict) -> nn.Module:
 
 
 def build_vitaev2(settings: dict) -> nn.Module:
-    """ViTAEv2's backbone at the size that the settings say. Raises ValueError for what none of its sizes has."""
+    """Build ViTAEv2 at the size in the settings. Raises ValueError for settings of no known size."""
     attention = ["window", "window", "transformer", "transformer"]
     values = {"in_chans": 3, "stages": 4, "downsample_ratios": [4, 2, 2, 2], "mlp_ratio": 4}
     tokens = {"RC_tokens_type": attention, "NC_tokens_type": attention}
@@ -163,12 +163,12 @@ def build_vitaev2(settings: dict) -> nn.Module:
 
 
 def fork_layout(settings: dict) -> Format:
-    """The names of ViTAE-Transformer/ViTDet."""
+    """Return the table of ViTAE-Transformer/ViTDet's names."""
     return mmdet_format(grid=grid_of(settings), wide=global_blocks(settings))
 
 
 def resampled(build: Callable[[dict], nn.Module]) -> Callable[[dict], nn.Module]:
-    """The same backbone with four maps."""
+    """Return the backbone with its resampling to four maps."""
     return lambda settings: Resampled(build(settings))
 
 
@@ -202,7 +202,7 @@ SYSTEMS = {
 
 
 def system_of(settings: dict) -> System:
-    """Raises ValueError for a type, a setting or a value that is not rebuilt here."""
+    """Return the system of a config. Raises ValueError for an unsupported type, setting or value."""
     system = SYSTEMS.get(settings["type"])
     kind = settings["type"]
     if system is None:
@@ -217,7 +217,7 @@ def system_of(settings: dict) -> System:
 
 
 def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
-    """Reads the settings, the weights and the images, and nothing else; gives the maps by name."""
+    """Read only the settings, weights and images; return the maps by name."""
     settings = json.loads((folder / "config.json").read_text())["backbone"]
     system = system_of(settings)
     weights = as_tensors(load(folder / "weights.npz"), "backbone.")
@@ -230,11 +230,11 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
 
 
 def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
-    """Compares every array of io.npz, and what config.json says of them."""
+    """Compare every array of io.npz, and config.json's statements on them."""
     stored = load(folder / "io.npz")
     report.skip("backbone.img", "an input: it shows in the maps")
     for name, ours in found.items():
-        # Large maps are stored at every second pixel.
+        # Of large maps only every second pixel is stored.
         forms = {name: ours, f"{name}_s2": ours[:, :, ::2, ::2]}
         for form in forms.keys() & stored.keys():
             report.close(f"backbone.{form}", forms[form], stored[form], TOLERANCE)

@@ -1,4 +1,4 @@
-"""Ground-truth masks as bitmaps, which Detectron2 and mmdet train on, in place of our polygons."""
+"""Ground-truth masks as bitmaps, as in Detectron2 and mmdet, instead of our polygons."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Bitmaps:
 
     @classmethod
     def batch(cls, images: Sequence[Bitmaps], slots: int) -> Bitmaps:
-        """The masks of several images as one record of `slots` objects an image, all of the size of the largest."""
+        """Batch the masks of several images: `slots` objects per image, padded to the largest size."""
         sides = [max(image.pixels.shape[axis] for image in images) for axis in (1, 2)]
 
         def padded(image: Bitmaps) -> Tensor:
@@ -46,14 +46,14 @@ class BitmapRoIHeads(RoIHeads):
     """RoI heads whose ground truth may have bitmaps."""
 
     def mask_targets(self, masks: Polygons | Bitmaps, boxes: Tensor) -> Tensor:
-        """The target masks (R, 28, 28) bool of boxes (R, 4), one mask each."""
+        """Return the target masks (R, 28, 28) bool of boxes (R, 4), one mask per box."""
         if isinstance(masks, Bitmaps):
             return crop_bitmaps(masks.pixels, boxes, SIZE)
         return mask_targets(masks, boxes)
 
 
 def crop_bitmaps(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """(R, H, W) bool and boxes (R, 4) -> (R, size, size) bool: RoIAlign of the bitmap, at least 1/2 (detectron2)."""
+    """Crop (R, H, W) bool to boxes (R, 4): (R, size, size) bool, RoIAlign >= 1/2 as in Detectron2."""
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
     rois = torch.cat([index[:, None], boxes], dim=1).float()
     return roi_align(pixels[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5

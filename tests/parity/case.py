@@ -1,8 +1,8 @@
 """The inputs of a detector's golden case: config, weights, images and ground truth; no stored results.
 
 A case for inference has no ground truth: no ground_truth.json, or one with sizes only, and no gt
-arrays in inputs.npz. It needs no training settings either; the published ones stand in for them.
-The published samplers draw at random; the cases replace that by `evenly` (see their README).
+arrays in inputs.npz. Its training settings are optional and default to the published ones.
+The published samplers draw at random; the cases replace the draw by `evenly` (see their README).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from vitdet.weights.formats.table import rename, to_ours
 
 
 def evenly(candidates: Tensor, num: Tensor) -> Tensor:
-    """Keys that choose the candidates at the positions floor(i M / num), M candidates: the cases' stand-in for a draw.
+    """Return keys that select the candidates at positions floor(i M / num) of M, the cases' replacement for a draw.
 
-    Of candidates (B, N) the one at position p is chosen as number ceil(p num / M), if that number's position is p.
+    The candidate at position p of (B, N) is selected as number ceil(p num / M), if that number's position is p.
     """
     position = candidates.cumsum(dim=1) - 1
     total, num = candidates.sum(dim=1, keepdim=True).clamp(min=1), num[:, None]
@@ -39,7 +39,7 @@ def evenly(candidates: Tensor, num: Tensor) -> Tensor:
 
 
 def build(config: dict) -> Detector:
-    """The detector that a case's config.json describes; the odds of classes come with its weights."""
+    """Build the detector of a case's config.json; the class frequencies are part of its weights."""
     stages = 3 if config["cascade"] else 1
     classes, channels, depth = config["num_classes"], config["out_channels"], config["depth"]
     backbone = parts.vit(
@@ -94,7 +94,7 @@ def build(config: dict) -> Detector:
 class Case:
     """The detector with its weights, images on the canvas, and ground truth as bitmaps and as polygons.
 
-    `bitmaps` or `polygons` is empty where the case does not have that form. `outputs` are the sizes
+    `bitmaps` or `polygons` is empty if the case does not have that form. `outputs` are the sizes
     (height, width) of the final detections, by default those of the images.
     """
 
@@ -111,7 +111,7 @@ class Case:
 
     @staticmethod
     def read(folder: Path) -> Case:
-        """Reads config.json, state_dict.npz, inputs.npz and ground_truth.json, and nothing else."""
+        """Read config.json, state_dict.npz, inputs.npz and ground_truth.json, and nothing else."""
         config = json.loads((folder / "config.json").read_text())
         path = folder / "ground_truth.json"
         truth = json.loads(path.read_text()) if path.exists() else []
@@ -152,13 +152,13 @@ class Case:
         )
 
     def their_names(self) -> dict[str, str]:
-        """Our name -> their name of every parameter."""
+        """Return {our name: their name} of every parameter."""
         ours = {rename(name, DETECTRON2): name for name in reversed(self.weights)}
         return {name: ours[name] for name, _ in self.detector.named_parameters()}
 
 
 def output_size(config: dict, truth: dict, i: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of image i's final detections: of the ground truth, the config, or its own."""
+    """Return (height, width) of image i's final detections: from the ground truth, the config, or the image."""
     if "out_height" in truth:
         return truth["out_height"], truth["out_width"]
     return tuple(config["outputs"][i]) if "outputs" in config else size
@@ -167,7 +167,7 @@ def output_size(config: dict, truth: dict, i: int, size: tuple[int, int]) -> tup
 def read_target(
     inputs: dict[str, np.ndarray], i: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (G, 4), labels (G,), masks (G, height, width) of image i; an image without objects may have no arrays."""
+    """Return boxes (G, 4), labels (G,), masks (G, height, width) of image i; without objects, arrays may be missing."""
     boxes = inputs.get(f"gt_boxes{i}", np.zeros((0, 4), np.float32))
     labels = inputs.get(f"gt_classes{i}", np.zeros(0, np.int64))
     masks = inputs.get(f"gt_masks{i}", np.zeros((0, height, width), bool))
@@ -177,11 +177,11 @@ def read_target(
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, Tensor]:
-    """The same arrays as tensors, with a prefix to their names."""
+    """Return the arrays as tensors, with a prefix to their names."""
     return {prefix + name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
-    """The arrays of an npz file whose names are wanted; the others are not read."""
+    """Return the arrays of an npz file with these names; others are not read."""
     with np.load(path) as file:
         return {name: file[name] for name in file.files if wanted(name)}

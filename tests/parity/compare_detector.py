@@ -1,8 +1,8 @@
-"""The stored results of a detector's golden case against what `detector` computed.
+"""Compare the stored results of a detector's golden case with the output of `detector`.
 
-Every array of a file and every entry of a JSON is compared or skipped by name. Files that a case
-does not have are skipped. Proposals and detections whose scores tie within the noise are compared as
-sets (`ties` has the rule); everything else is compared in order.
+Every array of a file and every entry of a JSON file is compared, or skipped by name. Missing files are
+skipped. Proposals and detections whose scores tie within the noise are compared as sets (`ties` states
+the rule); everything else is compared in order.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from vitdet.predictor import to_image
 
 # Absolute, for features and logits, boxes in pixels, scores and probabilities; relative for losses and gradients.
 FEATURES, SCORES, LOSSES, GRADIENTS = 1e-4, 1e-5, 1e-5, 1e-3
-LOSSES64, GRADIENTS64 = 1e-6, 1e-4  # what float32 box arithmetic on another machine may still move
+LOSSES64, GRADIENTS64 = (
+    1e-6,
+    1e-4,
+)  # the shift that float32 box arithmetic on another machine may cause
 
 Stored = Mapping[str, np.ndarray]
 
 
 def compare(folder: Path, found: Computed, report: Report) -> None:
-    """Compares the files of a case with what was computed; a case without any stored result fails."""
+    """Compare the files of a case with the computed results; a case without stored results fails."""
     floors = {}
     if (folder / "noise_floor.json").exists():
         floors = json.loads((folder / "noise_floor.json").read_text())
@@ -63,9 +66,9 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
 
 
 def in_stored_order(found: Computed, rpn: Stored, report: Report) -> Computed:
-    """`found` with tied proposals in the order of rpn.npz, and the rows of every stage with them.
+    """Return `found` with tied proposals, and every stage's rows, in the order of rpn.npz.
 
-    train.npz stores positions in the list of proposals, so what is sampled there is compared strictly.
+    train.npz stores positions in the list of proposals, so the sampled ones are compared strictly.
     """
     proposals, orders = {}, {}
     for mode, images in found.proposals.items():
@@ -87,12 +90,12 @@ def in_stored_order(found: Computed, rpn: Stored, report: Report) -> Computed:
 
 
 def present(stored: Stored, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The columns {name: name in the file} that a file holds."""
+    """Return those of the columns {name: name in the file} that a file contains."""
     return {name: stored[theirs] for name, theirs in columns.items() if theirs in stored}
 
 
 def compare_backbone(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
-    """backbone.npz."""
+    """Compare backbone.npz."""
     maps = found.maps
     ours = {
         "pos_embed_resized": maps["pos_embed_resized"],
@@ -116,7 +119,7 @@ def compare_backbone(stored: Stored, found: Computed, floors: Mapping, report: R
 
 
 def compare_rpn(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
-    """rpn.npz."""
+    """Compare rpn.npz."""
     ours, tolerance = {}, {}
     for level, (logits, deltas) in enumerate(found.heads, start=2):
         ours |= {
@@ -133,7 +136,7 @@ def compare_rpn(stored: Stored, found: Computed, floors: Mapping, report: Report
 
 
 def compare_detections(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
-    """detections.npz: on the canvas, and after rescaling to the output size."""
+    """Compare detections.npz: on the canvas, and after rescaling to the output size."""
     ours, tolerance = {}, {}
     boxes = max(10 * floors.get("boxes", 0), BOXES)
     scores = max(10 * floors.get("scores", 0), SCORES)
@@ -164,7 +167,7 @@ def compare_table(
     tolerance: Mapping[str, float],
     report: Report,
 ) -> None:
-    """Each stored array with ours of the same name; `tolerance` where it is not that of features."""
+    """Compare each stored array with ours of the same name; tolerance: that of features by default."""
     for name, theirs in stored.items():
         if name in ours:
             report.close(f"{title}.{name}", ours[name], theirs, tolerance.get(name, FEATURES))
@@ -172,7 +175,7 @@ def compare_table(
 
 
 def compare_results(stored: list[dict], found: Computed, floors: Mapping, report: Report) -> None:
-    """results.json: the first 40 detections of an image as COCO results at output size."""
+    """Compare results.json: the first 40 detections of an image as COCO results at output size."""
     columns = {
         "image": ("image_id", 0.0),
         "category": ("category_id", 0.0),
@@ -211,14 +214,14 @@ def compare_results(stored: list[dict], found: Computed, floors: Mapping, report
 
 
 def overlap(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """IoU of two masks, in which FLIPPED pixels may differ; 0 for other shapes."""
+    """Return the IoU of two masks, in which FLIPPED pixels may differ; 0 for different shapes."""
     if ours.shape != theirs.shape:
         return 0.0
     return 1 - max((ours != theirs).sum() - FLIPPED, 0) / max((ours | theirs).sum(), 1)
 
 
 def compare_training(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
-    """train.npz: who is sampled, what it learns, and the mask targets of both forms."""
+    """Compare train.npz: sampled anchors and boxes, their targets, and both forms of mask targets."""
     ours, num_classes = found.training, found.case.config["num_classes"]
     for name, theirs in stored.items():
         full, base = f"train.{name}", name.removesuffix("_packed").removesuffix("_shape")
@@ -254,7 +257,7 @@ def compare_training(stored: Stored, found: Computed, floors: Mapping, report: R
 
 
 def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Report) -> None:
-    """losses.json: the losses with each kind of target, norms and sums of the gradients."""
+    """Compare losses.json: the losses with each kind of target, norms and sums of the gradients."""
     their_names = found.case.their_names()
     if found.decided:
         text = f"{found.decided} ReLUs take the side that they have in float64"
@@ -271,7 +274,7 @@ def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Re
                 ours = losses[base][name]
                 report.close(f"losses.{kind}.{name}", ours, theirs[name], 0.0, relative)
         elif base in ("grad_norms", "grad_sums"):
-            exact = exact or base == "grad_sums"  # the sums are stored in float64 only
+            exact = exact or base == "grad_sums"  # only the float64 sums are stored
             gradients = found.gradients64 if exact else found.gradients
             absolute, relative = 1e-6, GRADIENTS64
             if not exact:
@@ -281,7 +284,7 @@ def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Re
             report.names(f"losses.{kind} names", ours, theirs)
             for name in (name for name in theirs if name in ours):
                 value = ours[name].norm() if base == "grad_norms" else ours[name].sum()
-                # a sum of cancelling terms is as exact as its terms are large
+                # the error of a sum of cancelling terms is relative to the terms
                 scale = float(ours[name].abs().sum()) if base == "grad_sums" else abs(theirs[name])
                 tolerance = absolute + relative * scale
                 report.close(f"losses.{kind}.{name}", value, theirs[name], tolerance)

@@ -1,6 +1,6 @@
-"""The stored results of a detector's golden case of ViTAE-Transformer/ViTDet against what `fork_detector` computed.
+"""Compare the stored results of ViTAE-Transformer/ViTDet's golden detector with the output of `fork_detector`.
 
-Proposals and detections whose scores tie within the noise are compared as sets (`ties` has the rule).
+Proposals and detections whose scores tie within the noise are compared as sets (`ties` states the rule).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.parity.report import Report
 from tests.parity.ties import order_within_ties
 
 BOXES, SCORES, LOSSES = 1e-2, 1e-4, 1e-4  # pixels; probabilities; relative. Maps: 1e-4
-# What is read inside of boxes moves as they do, and the reference's own float64 run moves them by 3e-4 pixels.
+# Values read inside boxes move with the boxes, which the reference's float64 run moves by 3e-4 pixels.
 LOGITS = 5e-4
 OVERLAP = 0.99
 NOTES = ("kind", "seed", "note", "float64")
@@ -30,7 +30,7 @@ SETTINGS = ("model", "meta")
 
 
 def compare(folder: Path, found: Computed, report: Report) -> None:
-    """Compares every array of io.npz, masks_rle.json, and what config.json says of the results."""
+    """Compare every array of io.npz, masks_rle.json, and the results in config.json."""
     stored = load(folder / "io.npz")
     for name in (name for name in INPUTS if name in stored):
         report.skip(f"io.{name}", "an input: it shows in the results")
@@ -42,7 +42,7 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
         theirs = stored.pop("proposals")
         report.close("io.proposals boxes", ours["proposals"][:, :4], theirs[:, :4], BOXES)
         report.close("io.proposals scores", ours["proposals"][:, 4:], theirs[:, 4:], SCORES)
-    if "det_mask_logits" in stored:  # of the first detections only
+    if "det_mask_logits" in stored:  # stored for the first detections only
         ours["det_mask_logits"] = ours["det_mask_logits"][: len(stored["det_mask_logits"])]
     tolerance = {
         "det_boxes": BOXES,
@@ -63,7 +63,7 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
 
 
 def in_stored_order(found: Computed, stored: Mapping[str, np.ndarray], report: Report) -> Computed:
-    """`found` with tied proposals and detections in the stored order, and all that belongs to them."""
+    """Return `found` with tied proposals and detections, and their other arrays, in the stored order."""
     arrays = dict(found.arrays)
     proposals = {"boxes": arrays["proposals"][:, :4], "scores": arrays["proposals"][:, 4]}
     theirs = {}
@@ -81,7 +81,7 @@ def in_stored_order(found: Computed, stored: Mapping[str, np.ndarray], report: R
 
 
 def compare_masks(stored: list[dict], found: Computed, report: Report) -> None:
-    """masks_rle.json: a mask of the original image's size a detection, in their order."""
+    """Compare masks_rle.json: one mask per detection, at the original image's size."""
     bitmaps = found.bitmaps.numpy()
     if len(stored) != len(bitmaps):
         report.out("masks_rle", f"{len(bitmaps)} masks, expected {len(stored)}")
@@ -96,7 +96,7 @@ def compare_masks(stored: list[dict], found: Computed, report: Report) -> None:
 
 
 def compare_config(config: Mapping, found: Computed, report: Report) -> None:
-    """config.json holds settings, and results: counts, ranges, areas and the training losses."""
+    """Compare the results in config.json: counts, ranges, areas and training losses."""
     labels, scores = found.arrays["det_labels"].numpy(), found.arrays["det_scores"].numpy()
     areas = found.bitmaps.flatten(1).sum(dim=1)
     said = {
@@ -122,7 +122,7 @@ def compare_config(config: Mapping, found: Computed, report: Report) -> None:
 
 
 def compare_losses(stored: Mapping, found: Computed, report: Report) -> None:
-    """The training losses, those of the RPN a level and in all."""
+    """Compare the training losses, those of the RPN per level and in total."""
     for name, theirs in stored.items():
         if name not in found.losses:
             report.out(f"config.losses.{name}", "not compared: this check does not know the loss")

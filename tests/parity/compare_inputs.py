@@ -1,4 +1,4 @@
-"""The inputs of a detector's golden case against each other, where a case stores them twice."""
+"""Consistency of a detector case's inputs that are stored twice."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.parity.case import Case
 from tests.parity.report import Report
 
 BOXES = 1e-3  # pixels
-LARGEST_FLOOR = 1e-2  # a larger "noise" would switch the comparison off
-FLIPPED = 3  # pixels of a pasted mask that lie within rounding of 1/2
+LARGEST_FLOOR = 1e-2  # larger noise would make the comparison meaningless
+FLIPPED = 3  # pixels of a pasted mask whose value is 1/2 within rounding
 CHECKED = {"images", "outputs", "n_gt", "n_params", "image_counts"}
 NOTES = {"case", "seed"}
 
 
 def compare_floors(floors: Mapping, report: Report) -> None:
-    """noise_floor.json: the reference's own rounding, which sets tolerances, is rounding."""
+    """Check that noise_floor.json, which tolerances depend on, is within rounding."""
     for name, value in floors.items():
         if name == "pasted_mask_pixels_that_differ":
             report.skip(f"noise_floor.{name}", f"masks are compared but for {FLIPPED} pixels each")
@@ -28,7 +28,7 @@ def compare_floors(floors: Mapping, report: Report) -> None:
 
 
 def compare_inputs(case: Case, report: Report) -> None:
-    """The inputs say the same wherever a case says them twice."""
+    """Check that inputs that are stored twice agree."""
     config = case.config
     for name in config:
         if name not in CHECKED:
@@ -47,7 +47,7 @@ def compare_inputs(case: Case, report: Report) -> None:
         report.skip("ground_truth", "this case has none: neither sampling nor losses are computed")
         report.skip("config.n_gt", "this case has no ground truth")
     if "n_params" in config:
-        # the class token's row of the position embedding, which we do not keep
+        # the class token's row of the position embedding, which is not used here
         count = sum(p.numel() for p in case.detector.parameters())
         count += case.weights["backbone.net.pos_embed"].size
         count -= case.detector.backbone.pos_embed.numel()
@@ -63,7 +63,7 @@ def compare_inputs(case: Case, report: Report) -> None:
 
 
 def compare_truth(i: int, truth: Mapping, case: Case, report: Report) -> None:
-    """An entry of ground_truth.json: what it shares with the arrays of inputs.npz."""
+    """Compare an entry of ground_truth.json with the arrays of inputs.npz."""
     size = case.sizes[i]
     name = f"ground_truth.{i}"
     if "height" in truth:

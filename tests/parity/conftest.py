@@ -1,4 +1,4 @@
-"""Copies of golden cases in which one file has other content."""
+"""Copies of golden cases with one changed file."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def link(folder, source, *names):
 
 
 def disturbed(array):
-    """One element changed by some percent; of packed bits, that have no single tolerance, half."""
+    """Change one element by some percent; invert half of packed bits, as single ones are within tolerance."""
     array = np.array(array)
     flat = array.reshape(-1)
     if array.dtype == np.uint8:
@@ -49,9 +49,9 @@ def shared_case_holds(folder: Path) -> None:
 
 @pytest.fixture
 def altered(tmp_path, monkeypatch, capsys):
-    """altered(case, file, content): the exit code of a copy of a case, and what was printed.
+    """Return altered(case, file, content): run a changed copy of a case, return exit code and output.
 
-    kept: the only files that the copy has besides; compute: replaces that of the kind of case.
+    kept: the only other files of the copy; compute: replaces the kind's `compute`.
     """
 
     def check(case, file, content, kept=None, compute=None):

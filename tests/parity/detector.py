@@ -1,8 +1,8 @@
-"""Runs a detector's golden case: from config, weights, inputs and ground truth to every intermediate result.
+"""Run a detector's golden case: from config, weights, inputs and ground truth to every intermediate result.
 
-The stored results are read by `compare_detector`, after this. Losses and gradients are computed
-twice, in float32 and in float64 (boxes stay float32, as in the reference), which leaves no rounding
-to tolerate. A case without ground truth has neither.
+`compare_detector` then reads the stored results. Losses and gradients are computed twice, in float32
+and in float64 (boxes stay float32, as in the reference), where no rounding needs a tolerance. A case
+without ground truth has neither.
 Notation: B images, K classes.
 """
 
@@ -29,12 +29,12 @@ from vitdet.types import Detections, Target, Targets
 
 @dataclass
 class Computed:
-    """All that a case can be asked for. Maps and training arrays go by the names of backbone.npz and train.npz."""
+    """All results that a case may store. Maps and training arrays are named as in backbone.npz and train.npz."""
 
     case: Case
     maps: dict[str, Tensor]
     heads: list[tuple[Tensor, Tensor]]
-    proposals: dict[str, list[Proposals]]  # of each image alone, without empty slots
+    proposals: dict[str, list[Proposals]]  # per image, without empty slots
     stages: list[tuple[Tensor, Tensor]]
     detections: list[Detections]
     training: dict[str, Tensor]
@@ -42,11 +42,11 @@ class Computed:
     gradients: dict[str, Tensor]
     losses64: dict[str, dict[str, float]]
     gradients64: dict[str, Tensor]
-    decided: int  # ReLUs in float32 whose gradient takes the side of float64 (see `kinks`)
+    decided: int  # float32 ReLUs whose gradient follows float64 (see `kinks`)
 
 
 def compute(folder: Path, device: torch.device = CPU) -> Computed:
-    """Reads what `Case.read` reads and runs the case on a device, where the results stay."""
+    """Read the case by `Case.read` and run it on a device; the results stay there."""
     case = moved(Case.read(folder), device)
     detector = case.detector.eval()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def compute(folder: Path, device: torch.device = CPU) -> Computed:
 
 
 def run_backbone(case: Case) -> dict[str, Tensor]:
-    """Everything up to the pyramid (whole maps; `compare_detector` cuts them)."""
+    """Compute everything up to the pyramid (whole maps; `compare_detector` crops them)."""
     vit = case.detector.backbone
     tokens = vit.patch_embed(case.detector.normalize(case.images, case.sizes))
     positions = resize_positions(vit.pos_embed, tuple(tokens.shape[1:3]))
@@ -99,7 +99,7 @@ def run_backbone(case: Case) -> dict[str, Tensor]:
 
 
 def by_image(found: Proposals) -> list[Proposals]:
-    """The filled slots of each image."""
+    """Return the filled slots of each image."""
     return [
         Proposals(boxes[filled], logits[filled], filled[filled])
         for boxes, logits, filled in zip(*found, strict=True)
@@ -109,7 +109,7 @@ def by_image(found: Proposals) -> list[Proposals]:
 def run_stages(
     detector: Detector, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Logits and deltas of every stage on the test-mode proposals of all images."""
+    """Compute logits and deltas of every stage on the test-mode proposals of all images."""
     found, boxes, filled = [], proposals.boxes, proposals.filled
     for stage in range(len(detector.roi_heads.stages)):
         logits, deltas = detector.roi_heads.run_stage(stage, features, boxes, filled)
@@ -121,7 +121,7 @@ def run_stages(
 def run_training(
     case: Case, anchors: Sequence[Tensor], proposals: Proposals, features: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Which anchors and boxes are sampled, and what each learns."""
+    """Compute which anchors and boxes are sampled, and their targets."""
     detector, heads, found = case.detector, case.detector.roi_heads, {}
     targets = Targets.of(case.bitmaps)
     _, sampled = detector.rpn.sample(torch.cat(list(anchors)), targets)
@@ -163,7 +163,7 @@ def run_training(
 def run_losses(
     case: Case, detector: Detector
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """The losses of the three kinds that a case stores, and the gradients (by our names) of the bitmaps' sum."""
+    """Compute the losses of the three kinds in a case, and gradients (by our names) of the bitmaps' sum."""
     kinds: dict[str, list[Target]] = {}
     if case.polygons:
         kinds["losses_polygon"] = case.polygons

@@ -1,12 +1,12 @@
-"""The device that a case runs on, how its results come back, and the tolerances there.
+"""The device that a case runs on, and the transfer of its results.
 
-Tolerances are those of the CPU on every device. Without TF32 a GPU rounds float32 in the same way, in another order of
-sums, which the tolerances were made for: on an H100 `maskrcnn_coco` and `maskrcnn_coco_resblock` held with them. 96
-gradient norms of `cascade_lvis` in float64 did not (up to 15 times the tolerance), where equal scores came in another
-order than on the CPU. That order follows the boxes now (`vitdet.models.boxes.largest`), so no tolerance allows for it;
-it was not measured again since. What may still differ is what rounding decides: a box at a threshold of IoU, which of
-the equal scores are the last that `topk` takes.
-The Triton kernels take part as in training (`vitdet.kernels.enabled`); networks in float64 take the plain path.
+The CPU's tolerances apply on every device: without TF32 a GPU rounds float32 in the same way and only adds in another
+order. On an H100 `maskrcnn_coco` and `maskrcnn_coco_resblock` were within them. 96 gradient norms of `cascade_lvis` in
+float64 were not (up to 15 times the tolerance), because equal scores were ordered differently than on the CPU. That
+order now follows the boxes (`vitdet.models.boxes.largest`), so no tolerance allows for it; this was not measured again.
+Results may still differ where rounding decides: a box at an IoU threshold, or which of equal scores are the last ones
+that `topk` returns.
+The Triton kernels are used as in training (`vitdet.kernels.enabled`); networks in float64 use the plain path.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def device_named(name: str) -> torch.device:
-    """`cpu`, or `cuda`, the current GPU. Raises ValueError for another name, and for `cuda` without a GPU."""
+    """Return `cpu`, or `cuda`, the current GPU. Raises ValueError for other names and without a GPU."""
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -33,7 +33,7 @@ def device_named(name: str) -> torch.device:
 
 
 def described() -> str:
-    """What a report says of the GPU."""
+    """Return the report's description of the GPU."""
     return (
         f"{torch.cuda.get_device_name()}; {kernels.describe()}; TF32 off; tolerances as on the CPU"
     )
@@ -41,7 +41,7 @@ def described() -> str:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Within it a GPU computes float32 products and convolutions (TF32 by default) with all 24 bits."""
+    """Compute float32 products and convolutions with 24 bits on a GPU, instead of in TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -52,7 +52,7 @@ def without_tf32() -> Iterator[None]:
 
 
 def moved(found: Any, device: torch.device) -> Any:
-    """The same on a device: everything with tensors in it, inside containers and dataclasses too."""
+    """Return the object on a device: with all its tensors, also inside containers and dataclasses."""
     if hasattr(found, "to"):
         return found.to(device)
     if isinstance(found, dict):

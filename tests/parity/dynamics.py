@@ -1,16 +1,16 @@
 """SGD from the weights of a detector case: the first step is checked, the other 19 are printed.
 
-Twenty steps amplify rounding: the reference's own run from weights disturbed by 1e-6 flips a discrete
+Twenty steps amplify rounding: the reference's own run from weights perturbed by 1e-6 changes a discrete
 choice (one more background candidate shifts every sampled box) and then differs by 2% of the total
-loss. Which step flips first depends on the processor's kernels, from the second step on. What is
-portable is checked:
+loss. Which step changes first, from the second on, depends on the processor. These quantities are
+portable and checked:
 
 * the losses before the first step, in float32, against those stored;
 * the gradients that the first step applies, (weights before - weights after) / learning rate, in
   float64, against the norms and sums stored with the detector case;
 * that all losses stay finite, and that each step has the reference's losses by name.
 
-The differences of the later steps and of the final norms are printed as `info` and never counted.
+The differences of the later steps and of the final norms are printed as `info` and never fail.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vitdet.types import Target
 
 STEPS = 20
 LR, MOMENTUM = 2e-3, 0.9
-# The stored text starts with this.
+# prefix of the stored text
 OPTIMIZER = "SGD, lr 2e-3, momentum 0.9, no weight decay, no schedule, no clipping"
 START = "maskrcnn_coco"
 # Polygon targets are rasterized from the outlines directly, not by pycocotools.
@@ -43,7 +43,7 @@ Losses = dict[str, float]
 
 @dataclass
 class Run:
-    """Losses of every step, and norms of the parameters (by the reference's names) after it."""
+    """Losses of every step, and the final norms of the parameters (by the reference's names)."""
 
     losses: list[Losses]
     norms: list[dict[str, float]]
@@ -58,7 +58,7 @@ class Computed:
 
 
 def compute(folder: Path, device: torch.device = CPU) -> Computed:
-    """Trains with both kinds of masks, from the weights of the case next to the folder."""
+    """Train with both kinds of masks, from the weights of the case next to the folder."""
     start = folder.parent / START
     if not start.is_dir():
         raise FileNotFoundError(f"training starts from the weights of {start}, which is missing")
@@ -67,14 +67,14 @@ def compute(folder: Path, device: torch.device = CPU) -> Computed:
 
 
 def sgd(detector: Detector) -> torch.optim.SGD:
-    """The optimizer of the stored run."""
+    """Return the optimizer of the stored run."""
     return torch.optim.SGD(detector.parameters(), lr=LR, momentum=MOMENTUM)
 
 
 def step(
     case: Case, detector: Detector, targets: list[Target], optimizer: torch.optim.Optimizer
 ) -> Losses:
-    """One optimizer step on the images of a case; returns the losses before it."""
+    """Run one optimizer step on the images of a case; return the losses before it."""
     losses = detector(case.images, targets, case.sizes)
     optimizer.zero_grad()
     sum(losses.values()).backward()
@@ -83,7 +83,7 @@ def step(
 
 
 def train(folder: Path, by_polygon: bool, device: torch.device) -> Run:
-    """The whole trajectory, in float32 as stored."""
+    """Run all steps, in float32 as stored."""
     case = moved(Case.read(folder), device)
     targets = case.polygons if by_polygon else case.bitmaps
     detector, names, run = case.detector.train(), case.their_names(), Run([], [])
@@ -96,7 +96,7 @@ def train(folder: Path, by_polygon: bool, device: torch.device) -> Run:
 
 
 def applied_gradients(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """The gradients that the first step applied to the weights, in float64."""
+    """Return the gradients that the first step applied to the weights, in float64."""
     case = moved(Case.read(folder), device)
     detector, names = case.detector.double().train(), case.their_names()
     before = {name: p.detach().clone() for name, p in detector.named_parameters()}
@@ -107,7 +107,7 @@ def applied_gradients(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def compare(folder: Path, found: Computed, report: Report) -> None:
-    """Compares losses.json, and the first step with the gradients of the detector case."""
+    """Compare losses.json, and the first step with the gradients of the detector case."""
     stored = json.loads((folder / "losses.json").read_text())
     lengths = {kind: len(values) for kind, values in stored.items() if isinstance(values, list)}
     for kind, values in stored.items():
@@ -129,7 +129,7 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
 
 
 def compare_gradients(start: Path, applied: dict[str, Tensor], report: Report) -> None:
-    """The first step's gradients against the norms and sums that the detector case stores."""
+    """Compare the first step's gradients with the norms and sums in the detector case."""
     stored = json.loads((start / "losses.json").read_text())
     norms, sums = stored["grad_norms_float64"], stored["grad_sums"]
     report.names("dynamics.first_step names", applied, norms)
@@ -137,13 +137,13 @@ def compare_gradients(start: Path, applied: dict[str, Tensor], report: Report) -
         gradient = applied[name]
         allowed = 1e-6 + GRADIENTS64 * norms[name]
         report.close(f"dynamics.first_step.norm.{name}", gradient.norm(), norms[name], allowed)
-        # A sum of cancelling terms is as exact as its terms are large.
+        # The error of a sum of cancelling terms is relative to the terms.
         allowed = 1e-6 + GRADIENTS64 * float(gradient.abs().sum())
         report.close(f"dynamics.first_step.sum.{name}", gradient.sum(), sums[name], allowed)
 
 
 def compare_norms(name: str, stored: Losses, norms: dict[str, float], report: Report) -> None:
-    """The final norm of every parameter: information, but for the names."""
+    """Compare the names of the final norms; print the differences of their values."""
     report.names(f"{name} names", norms, stored)
     for parameter in (parameter for parameter in stored if parameter in norms):
         if parameter.endswith("pos_embed"):
@@ -155,7 +155,7 @@ def compare_norms(name: str, stored: Losses, norms: dict[str, float], report: Re
 def compare_steps(
     name: str, stored: list[Losses], losses: list[Losses], by_polygon: bool, report: Report
 ) -> None:
-    """The losses before the first step are checked; those of later steps are information."""
+    """Check the losses before the first step; print those of later steps."""
     report.line(f"{name} finite", f"{len(losses)} steps", all(map(finite, losses)))
     for i, theirs in enumerate(stored):
         ours = losses[i]
@@ -172,10 +172,10 @@ def compare_steps(
 
 
 def finite(losses: Losses) -> bool:
-    """Whether all losses of a step are numbers."""
+    """Return whether all losses of a step are finite."""
     return all(map(math.isfinite, losses.values()))
 
 
 def share(ours: float, theirs: float) -> str:
-    """Both values and how far they differ, relative to the reference."""
+    """Return both values and their relative difference as text."""
     return f"{ours:.6g}, reference {theirs:.6g}, {(ours - theirs) / (theirs or 1.0):+.2%}"

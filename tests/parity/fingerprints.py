@@ -1,7 +1,7 @@
-"""The three real detectors of ViTAE-Transformer/ViTDet at 1024 x 1024, built from our recipes: a few values a stage.
+"""The three detectors of ViTAE-Transformer/ViTDet at 1024 x 1024, built from our recipes: a few values per stage.
 
-Weights and image are not stored but follow from a formula of the reference's names (`drawn`, `weight`), so that this
-also holds the table of names. About half a minute and 4 GB a detector.
+Weights and image are not stored but computed from the reference's names (`drawn`, `weight`), so that the table of names
+is compared too. About half a minute and 4 GB per detector.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ RECIPES = {
     "vitae_b": "mask_rcnn_vitae_b_coco",
     "vitae_s": "mask_rcnn_vitae_s_coco",
 }
-SPLIT = {"vitae_b": (2, 5, 8, 11)}  # blocks whose biases of queries and values stand apart
+SPLIT = {"vitae_b": (2, 5, 8, 11)}  # blocks with separate biases of queries and values
 SIDE, SEED = 1024, 123
 ROIS = torch.tensor([[10.0, 20, 300, 200], [500, 400, 560, 470], [0, 0, 1024, 1024]])
 
 
 def drawn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers in float32 that depend on the seed alone."""
+    """Return normal float32 numbers that depend on the seed only."""
     return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, np.float32)
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor of the reference's name: draws, scaled so that no stage explodes or dies."""
+    """Return the tensor with this name in the reference, scaled to keep the activations in range."""
     r = drawn(crc32(name.encode()), shape)
     if name.endswith("running_var"):
         return 0.3 * np.abs(r) + 0.6
@@ -61,7 +61,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def build(tag: str) -> Detector:
-    """One of the three detectors with the weights of the formula."""
+    """Build one of the three detectors with weights from `weight`."""
     detector = build_detector(load_config(RECIPES[tag]).model)
     theirs = to_theirs(detector.state_dict(), mmdet_format(split=SPLIT.get(tag, ())))
     made = {
@@ -75,7 +75,7 @@ def build(tag: str) -> Detector:
 
 
 def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
-    """Everything that a fingerprint names, of images as the backbone sees them."""
+    """Compute everything that a fingerprint names, from the backbone's input."""
     heads, pyramid = detector.roi_heads, detector.pyramid
     last = detector.backbone(images)
     found = {f"feat{i}": level[:-2](last) for i, level in enumerate(pyramid.levels)}
@@ -87,7 +87,7 @@ def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
     every = torch.ones(1, len(rois), dtype=torch.bool, device=images.device)
     logits, deltas = heads.run_stage(0, features, rois[None], every)
     found |= {"roi_cls_score": logits[0], "roi_bbox_pred": deltas[0].flatten(1)}
-    # The head computes each RoI's own class only; its last layer gives all.
+    # The head computes only each RoI's own class; its last layer returns all.
     hook = heads.mask.deconv.register_forward_hook(
         lambda _, __, output: found.update(mask_logits=heads.mask.logits(output.relu()))
     )
@@ -98,7 +98,7 @@ def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
 
 
 def compute(folder: Path, device: torch.device = CPU) -> dict[str, dict[str, dict]]:
-    """Of fingerprints.json reads which detectors and stages there are and the places `index`, not the values there."""
+    """Compute the detectors, stages and positions `index` of fingerprints.json, without reading its values."""
     wanted = {
         tag: {stage: entry["index"] for stage, entry in entries.items()}
         for tag, entries in json.loads((folder / "fingerprints.json").read_text()).items()
@@ -114,7 +114,7 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, dict[str, dic
 
 
 def print_of(array: Tensor, index: list[int]) -> dict:
-    """Shape, mean, deviation and the values at flat places of an array."""
+    """Return shape, mean, standard deviation and the values at flat indices of an array."""
     flat = array.flatten()
     return {
         "shape": list(array.shape),
@@ -125,7 +125,7 @@ def print_of(array: Tensor, index: list[int]) -> dict:
 
 
 def compare(folder: Path, found: Mapping[str, Mapping[str, dict]], report: Report) -> None:
-    """Compares every entry of fingerprints.json."""
+    """Compare every entry of fingerprints.json."""
     stored = json.loads((folder / "fingerprints.json").read_text())
     if not stored:
         report.out("fingerprints", "it holds no stored result")

@@ -1,9 +1,9 @@
-"""A detector's golden case of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18: config, weights, image and ground truth
-in, maps, proposals, detections, masks and training losses out.
+"""Run a golden detector of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18: from config, weights, image and ground truth
+to maps, proposals, detections, masks and training losses.
 
-The stored results are read by `compare_fork`, after this. The losses were computed without sampling:
-`EVERYTHING` anchors and boxes are wanted, so all are used. A case without ground truth has no losses,
-and its config needs no settings for training.
+`compare_fork` then reads the stored results. The losses were computed without sampling: the number of
+samples is `EVERYTHING`. A case without ground truth has no losses, and its config needs no training
+settings.
 Notation: K classes.
 """
 
@@ -35,13 +35,13 @@ from vitdet.models.rpn import RPN, WEIGHTS
 from vitdet.types import Target, Targets
 from vitdet.weights.formats.table import to_ours
 
-EPS = 1e-5  # of the LNs in neck and heads
+EPS = 1e-5  # LayerNorms in neck and heads
 EVERYTHING = 1_000_000
-# convolutions, fully connected layers
+# number of convolutions and of fully connected layers
 BOX_HEADS = {"Shared4Conv1FCBBoxHead": (4, 1), "Shared2FCBBoxHead": (0, 2)}
 TRUTH = ("gt_boxes", "gt_labels", "gt_masks")
 INPUTS = ("img", *TRUTH)
-# Stands in for the train_cfg of a config for inference: what it sets is not used then.
+# Default train_cfg of a config for inference, which does not use its values.
 INFERENCE = {
     "rpn": {"assigner": {"pos_iou_thr": 0.7, "neg_iou_thr": 0.3, "match_low_quality": False}},
     "rpn_proposal": {"nms_pre": 2000, "max_per_img": 1000},
@@ -50,7 +50,7 @@ INFERENCE = {
 
 
 def match_of(assigner: dict) -> Match:
-    """How an assigner's settings match. Raises ValueError for what is not rebuilt here."""
+    """Return an assigner's matching thresholds. Raises ValueError for unsupported settings."""
     if not assigner["match_low_quality"]:
         return match
     if assigner["min_pos_iou"] != assigner["neg_iou_thr"]:
@@ -61,7 +61,7 @@ def match_of(assigner: dict) -> Match:
 
 
 def build(model: dict) -> Detector:
-    """The detector that the `model` of an mmdet config describes."""
+    """Build the detector that `model` of an mmdet config describes."""
     backbone = system_of(model["backbone"]).build(model["backbone"]).backbone
     channels, rpn, roi = model["neck"]["out_channels"], model["rpn_head"], model["roi_head"]
     box, mask, test = roi["bbox_head"], roi["mask_head"], model["test_cfg"]
@@ -131,7 +131,7 @@ def build(model: dict) -> Detector:
 
 @dataclass
 class Computed:
-    """Arrays by the names of io.npz, the bitmaps (N, H, W) of the detections on the original image, the losses."""
+    """Arrays named as in io.npz, the detections' bitmaps (N, H, W) on the original image, and the losses."""
 
     arrays: dict[str, Tensor]
     bitmaps: Tensor
@@ -140,13 +140,13 @@ class Computed:
 
 
 def compute(folder: Path, device: torch.device = CPU) -> Computed:
-    """Reads the settings, the weights, the image and the ground truth, and nothing else; runs the case."""
+    """Read only the settings, weights, image and ground truth; run the case."""
     config = json.loads((folder / "config.json").read_text())
     model, meta = config["model"], config["meta"]
     inputs = moved(as_tensors(load(folder / "io.npz", INPUTS.__contains__)), device)
     detector, layout = build(model), system_of(model["backbone"]).layout(model["backbone"])
     detector.load_state_dict(to_ours(as_tensors(load(folder / "weights.npz")), layout))
-    detector.mean.zero_()  # the image is stored as the backbone sees it
+    detector.mean.zero_()  # the image is stored as the backbone's input
     detector.std.fill_(1)
     sizes = torch.tensor([meta["img_shape"][:2]], device=device)
     detector.to(device)
@@ -164,7 +164,7 @@ def compute(folder: Path, device: torch.device = CPU) -> Computed:
 def run_test(
     detector: Detector, image: Tensor, sizes: Tensor, original: tuple[int, int]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Every intermediate result of an image (1, 3, S, S), and its detections in pixels of the original (H, W)."""
+    """Compute every intermediate result of an image (1, 3, S, S), and detections in pixels of the original (H, W)."""
     heads, rpn = detector.roi_heads, detector.rpn
     features = detector.pyramid(detector.backbone(image))
     found = {f"neck{i}": feature for i, feature in enumerate(features)}
@@ -180,8 +180,8 @@ def run_test(
     first, bins = torch.zeros_like(detections.labels), mask_head.BINS
     pooled = pool(features, detections.boxes, first, heads.strides, bins, heads.sampling_ratio)
     found["det_mask_logits"] = heads.mask(pooled, detections.labels)
-    height, width = (side / two for side, two in zip(original, sizes[0].tolist(), strict=True))
-    # empty ones stay, as in mmdet
+    height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
+    # empty boxes are kept, as in mmdet
     boxes = detections.boxes * torch.tensor([width, height, width, height], device=image.device)
     found |= {"det_boxes": boxes, "det_scores": detections.scores, "det_labels": detections.labels}
     return found, paste(detections.masks, boxes, original)
@@ -190,7 +190,7 @@ def run_test(
 def run_losses(
     detector: Detector, image: Tensor, sizes: Tensor, target: Target
 ) -> dict[str, Sequence[float] | float]:
-    """The losses by mmdet's names, those of the RPN a level, and the percentage of boxes whose class is found."""
+    """Return the losses by mmdet's names, those of the RPN per level, and the classification accuracy in percent."""
     heads, rpn = detector.roi_heads, detector.rpn
     features = detector.pyramid(detector.backbone(image))
     found = rpn(features)
@@ -220,7 +220,7 @@ def rpn_losses(
     anchors: Sequence[Tensor],
     target: Target,
 ) -> dict[str, list[float]]:
-    """What each level adds to the losses of one image: logits (N,), deltas (N, 4), anchors (N, 4) a level."""
+    """Return each level's part of one image's losses; per level: logits (N,), deltas (N, 4), anchors (N, 4)."""
     (matched,), sampled = rpn.sample(torch.cat(list(anchors)), Targets.of([target]))
     count = int(sampled.filled.sum())
     used = torch.zeros_like(matched, dtype=torch.bool)

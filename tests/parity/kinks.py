@@ -1,10 +1,10 @@
-"""ReLUs whose input is 0 within the noise: their gradient is 0 or 1, and rounding decides which.
+"""ReLUs whose input is 0 within the noise: rounding decides whether their gradient is 0 or 1.
 
-A network of this size has about 10^6 ReLU inputs of magnitude 1, so on some processors one of them
-changes its sign between float32 and float64; that single unit moves gradient norms by 2e-3, twice the
-tolerance. The rule: an input within TIE of 0 in both runs takes the side that it has in float64. The
-values that the ReLU returns stay its own; only the gradient is decided. The float64 gradients are
-compared with the reference's own float64 gradients at 1e-4, without this rule.
+A network of this size has about 10^6 ReLU inputs of magnitude 1, so on some processors one of them has
+different signs in float32 and float64; that single unit moves gradient norms by 2e-3, twice the
+tolerance. Therefore an input within TIE of 0 in both runs has the float32 gradient of the sign that it
+has in float64. The ReLU's output does not change. The float64 gradients are compared with the
+reference's float64 gradients at 1e-4, without this rule.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TIE = 1e-4  # as the tolerance of features
+TIE = 1e-4  # the tolerance of features
 
-Sides = list[tuple[Tensor, Tensor]]  # of every ReLU in order: input > 0, input within TIE of 0
+Sides = list[tuple[Tensor, Tensor]]  # per ReLU in order: input > 0, input within TIE of 0
 
 
 @contextmanager
 def recorded() -> Iterator[Sides]:
-    """Collects the sides of all ReLUs that run meanwhile."""
+    """Record the signs of all ReLU inputs within the context."""
     sides: Sides = []
     plain = F.relu
 
@@ -41,9 +41,9 @@ def recorded() -> Iterator[Sides]:
 
 @contextmanager
 def replayed(sides: Sides) -> Iterator[list[int]]:
-    """Lets the ReLUs that run meanwhile break ties as recorded; collects how many each one changed.
+    """Break the ties of ReLUs within the context as recorded; yields the number of changes per ReLU.
 
-    A ReLU of another shape than the recorded one is left alone, as it sees other boxes.
+    A ReLU whose shape differs from the recorded one is not changed, as its boxes differ.
     """
     changed: list[int] = []
     waiting = list(sides)

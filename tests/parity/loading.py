@@ -1,8 +1,8 @@
-"""Pre-trained files through our loader: the tensors that the reference's loader put into its backbone, from the same.
+"""Load pre-trained files by our loader and compare with the tensors that the reference's loader loads from them.
 
-A case holds several: {tag: {backbone: constructor arguments, loaded, left_at_init, unused_source}}, with the file's
-tensors under `<tag>/src/` and the backbone's under `<tag>/dst/`. Which layout a file has is told by its names, as the
-cases do not say it: `layers.` is ViTAE's classifier, PCM, q_bias or a prefix its autoencoder, and the rest MAE.
+A case contains several: {tag: {backbone: constructor arguments, loaded, left_at_init, unused_source}}, with the file's
+tensors under `<tag>/src/` and the backbone's under `<tag>/dst/`. The layout of a file follows from its names, as the
+cases do not contain it: `layers.` is ViTAE's classifier; PCM, q_bias or a prefix its autoencoder; all others are MAE.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.parity.report import Report
 from vitdet.weights.formats.table import Format, rename, to_ours
 from vitdet.weights.load import load_pretrained
 
-RESIZED = 1e-5  # absolute, of what is interpolated; everything else is the same to the bit
+RESIZED = 1e-5  # absolute, for interpolated tensors; all others are bitwise equal
 
 
 def layout_of(names: list[str]) -> str:
-    """The layout of a file with these names."""
+    """Return the layout of a file with these names."""
     if any(name.startswith("layers.") for name in names):
         return "vitae_cls"
     signs = ("PCM.", "q_bias", "module.", "encoder.")
@@ -34,7 +34,7 @@ def layout_of(names: list[str]) -> str:
 
 
 def compute(folder: Path) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
-    """{tag: (the backbone's tensors after loading, the names that stayed fresh)}; reads only the files' tensors."""
+    """Return {tag: (tensors after loading, names that were not loaded)}; read only the files' tensors."""
     config = json.loads((folder / "config.json").read_text())
     sources = load(folder / "io.npz", lambda name: "/src/" in name)
     found = {}
@@ -55,7 +55,7 @@ def compute(folder: Path) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
 def compare(
     folder: Path, found: dict[str, tuple[dict[str, Tensor], list[str]]], report: Report
 ) -> None:
-    """Compares every tensor that the reference loaded, and the names that it left alone."""
+    """Compare every tensor that the reference loaded, and the names that it did not load."""
     config = json.loads((folder / "config.json").read_text())
     stored = load(folder / "io.npz")
     for tag, (ours, fresh) in found.items():
@@ -84,8 +84,8 @@ def compare(
 
 
 def more_than_the_reference(entry: dict, layout: Format) -> set[str]:
-    """Our names of what the reference leaves at its fresh values although the file has it: a bias of queries, keys and
-    values for the global blocks of a ViTAE, and everything if it knows none of the file's names.
+    """Return our names of the tensors that the reference does not load although they are in the file: the qkv bias of a ViTAE's
+    global blocks, and everything if the reference recognizes none of the file's names.
     """
     left = entry["left_at_init"]
     biases = [name.rpartition(".")[0] for name in left if name.endswith(("q_bias", "v_bias"))]
@@ -98,5 +98,5 @@ def more_than_the_reference(entry: dict, layout: Format) -> set[str]:
 
 
 def inside(arrays: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
-    """The arrays whose names have this start, without it."""
-    return {n.removeprefix(start): array for n, array in arrays.items() if n.startswith(start)}
+    """Return the arrays whose names start with this prefix, without it."""
+    return {n.removeprefix(start): one for n, one in arrays.items() if n.startswith(start)}

@@ -14,11 +14,11 @@ from tests.parity.report import Report
 from vitdet.data.transforms import resize_and_pad
 from vitdet.models.detector import Detector
 
-GRAY_LEVEL = 1 / 57  # of one channel, normalized
+GRAY_LEVEL = 1 / 57  # of a normalized channel
 
 
 def compute(folder: Path) -> dict[str, np.ndarray]:
-    """{tag/out: normalized canvas (3, S, S), tag/img_shape, tag/scale_factor} of each tag's image."""
+    """Return {tag/out: normalized canvas (3, S, S), tag/img_shape, tag/scale_factor} of each tag's image."""
     config = json.loads((folder / "config.json").read_text())
     inputs = load(folder / "io.npz", lambda name: name.endswith("/bgr"))
     parts = Detector(
@@ -42,7 +42,7 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
 
 
 def compare(folder: Path, found: dict[str, np.ndarray], report: Report) -> None:
-    """Compares each tag's canvas, shapes and factors."""
+    """Compare each tag's canvas, shapes and factors."""
     stored = load(folder / "io.npz")
     config = json.loads((folder / "config.json").read_text())
     for tag, values in config.items():

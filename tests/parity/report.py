@@ -1,4 +1,4 @@
-"""A comparison is one line: the quantity, its largest error, the tolerance. What is left uncompared is an error."""
+"""The report of a case: one line per quantity with its largest error and tolerance. Every quantity must be compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Report:
-    """The lines of one case and whether all of them hold."""
+    """The lines of one case, and whether all quantities are within tolerance."""
 
     title: str
     lines: list[str] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Report:
         absolute: float,
         relative: float = 0.0,
     ) -> None:
-        """|ours - theirs| <= absolute + relative * |theirs| everywhere; NaN, or another shape, is out."""
+        """Check |ours - theirs| <= absolute + relative * |theirs| everywhere; NaN or a different shape fails."""
         self.seen.add(name)
         ours, theirs = _array(ours), _array(theirs)
         if ours.shape != theirs.shape:
@@ -43,11 +43,11 @@ class Report:
         self.line(name, f"error {error:.3g}  tolerance {allowed:.3g}", error <= allowed)
 
     def equal(self, name: str, ours: np.ndarray | Tensor | float, theirs: np.ndarray) -> None:
-        """The same numbers in the same order."""
+        """Check for equal numbers in the same order."""
         self.close(name, ours, theirs, 0.0)
 
     def names(self, name: str, ours: Iterable[str], theirs: Iterable[str]) -> None:
-        """The same names, in any order."""
+        """Check for the same names, in any order."""
         self.seen.add(name)
         ours, theirs = set(ours), set(theirs)
         differing = sorted(ours ^ theirs)
@@ -55,27 +55,27 @@ class Report:
         self.line(name, f"{text}: {', '.join(differing[:3])}" if differing else text, not differing)
 
     def at_least(self, name: str, value: float, bound: float) -> None:
-        """A score, such as an IoU, that must reach a bound."""
+        """Check that a score, such as an IoU, reaches a bound."""
         self.seen.add(name)
         self.line(name, f"value {value:.6g}  at least {bound:g}", bool(value >= bound))
 
     def skip(self, name: str, reason: str) -> None:
-        """Names what is not compared, and why."""
+        """Skip a quantity, with the reason."""
         self.seen.add(name)
         self.lines.append(f"  skip  {name}: {reason}")
 
     def inform(self, name: str, text: str) -> None:
-        """Prints a quantity that is not portable between processors; it cannot be out."""
+        """Print a quantity that is not portable between processors; it cannot fail."""
         self.seen.add(name)
         self.lines.append(f"  info  {name}: {text}")
 
     def out(self, name: str, text: str) -> None:
-        """A failure that has no error to show."""
+        """Add a failure without a numerical error."""
         self.seen.add(name)
         self.line(name, text, False)
 
     def line(self, name: str, text: str, holds: bool) -> None:
-        """Adds a verdict."""
+        """Add a line with its verdict."""
         self.failures += not holds
         self.lines.append(f"  {'ok  ' if holds else 'OUT '}  {name}: {text}")
 
@@ -86,8 +86,8 @@ class Report:
         theirs: Mapping[str, np.ndarray],
         tolerance: Callable[[str], float],
     ) -> None:
-        """Compares all stored arrays with ours of the same names; inputs must have been skipped."""
-        for name, tensor in ours.items():
+        """Compare all stored arrays with ours of the same names; inputs must have been skipped."""
+        for name, one in ours.items():
             if name in theirs:
                 self.close(f"{title}.{name}", tensor, theirs[name], tolerance(name))
             else:
@@ -95,7 +95,7 @@ class Report:
         self.all_seen([f"{title}.{name}" for name in theirs])
 
     def all_seen(self, names: Iterable[str]) -> None:
-        """Every stored quantity must have been compared or skipped by name."""
+        """Check that every stored quantity was compared or skipped by name."""
         for name in names:
             if name not in self.seen:
                 self.out(name, "not compared: this check does not know the quantity")

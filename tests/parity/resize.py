@@ -1,4 +1,4 @@
-"""Test-time resize: equal to the byte."""
+"""Test-time resize, compared byte for byte."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LONGEST = 128
 
 
 def compute(folder: Path) -> dict[str, np.ndarray]:
-    """Our resize of each in{i}, by the name out{i}."""
+    """Return our resize of each in{i} under the name out{i}."""
     inputs = load(folder / "io.npz", lambda name: name.startswith("in"))
     resized = {name: resize_longest(x, LONGEST, antialias=True) for name, x in inputs.items()}
     return {f"out{name.removeprefix('in')}": pixels for name, pixels in resized.items()}
 
 
 def compare(folder: Path, found: dict[str, np.ndarray], report: Report) -> None:
-    """Compares each out{i}."""
+    """Compare each out{i}."""
     stored = load(folder / "io.npz")
     for name in stored:
         if name.startswith("in"):

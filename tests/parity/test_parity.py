@@ -29,17 +29,17 @@ def computed(name):
 
 
 def compute_once(folder, device=CPU):
-    """What the undisturbed case computes, but with the inputs of this folder where they are only compared."""
+    """Return the unchanged case's computed results, with this folder's inputs where they are only compared."""
     found = computed(folder.name)
     return replace(found, case=Case.read(folder)) if isinstance(found, detector.Computed) else found
 
 
 @pytest.fixture
 def case(altered):
-    """case(name, file, content, recompute): the exit code for a copy of a case with a file of other content.
+    """Return case(name, file, content, recompute): the exit code for a copy of a case with one changed file.
 
-    If the file holds results, the copy lacks the others, so that the file alone decides. Unless `stops`, the code must
-    come from a comparison and not from a crash.
+    If the file contains results, the copy has no other results. Unless `stops`, the code must come from a comparison, not
+    a crash.
     """
 
     def check(name, file, content, recompute=False, stops=False):
@@ -58,31 +58,31 @@ def read(name, file):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_case_holds(name, capsys):
+def test_the_case_passes(name, capsys):
     assert parity.main([str(GOLDEN / name)]) == 0
     assert f"{name}: all hold" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["cascade_coco", "maskrcnn_lvis"])
-def test_shared_case_holds(name):
+def test_the_shared_case_passes(name):
     shared_case_holds(SHARED / name)
 
 
-def test_every_case_counts_and_a_file_among_them_does_not(capsys, tmp_path):
+def test_every_case_is_run_and_other_files_are_ignored(capsys, tmp_path):
     assert parity.main([str(GOLDEN / "README.md"), str(GOLDEN / "unit")]) == 0
     assert parity.main([str(tmp_path / "absent"), str(GOLDEN / "unit")]) == 1
     assert parity.main([]) == 2
     assert "unit: all hold" in capsys.readouterr().out
 
 
-def test_computing_needs_the_inputs_alone(tmp_path):
+def test_results_are_computed_from_the_inputs_only(tmp_path):
     link(tmp_path, COCO, *INPUTS)
     found = detector.compute(tmp_path)
     assert found.losses == computed("maskrcnn_coco").losses
-    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing that it holds
+    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing to compare
 
 
-def test_units_compute_from_their_inputs_alone(tmp_path):
+def test_unit_results_are_computed_from_the_inputs_only(tmp_path):
     stored = read("unit", "unit.npz")
     np.savez(tmp_path / "unit.npz", **{name: stored[name] for name in unit.INPUTS})
     assert unit.compute(tmp_path).keys() == computed("unit").keys()
@@ -93,13 +93,13 @@ def test_units_compute_from_their_inputs_alone(tmp_path):
 @pytest.mark.parametrize(
     ("file", "array"), [(file, array) for file in RESULTS for array in read(CASES[0], file)]
 )
-def test_each_stored_array_is_held(case, file, array):
+def test_a_change_of_any_stored_array_fails(case, file, array):
     content = read("maskrcnn_coco", file)
     assert case("maskrcnn_coco", file, content | {array: disturbed(content[array])}) == 1
 
 
 @pytest.mark.parametrize("file", RESULTS)
-def test_unknown_missing_value_and_other_shape(case, file, tmp_path):
+def test_unknown_missing_and_misshapen_arrays_fail(case, file, tmp_path):
     content = read("maskrcnn_coco", file)
     assert case("maskrcnn_coco", file, content | {"surprise": np.zeros(1)}) == 1
     name = next(name for name, array in content.items() if array.dtype == np.float32)
@@ -109,14 +109,14 @@ def test_unknown_missing_value_and_other_shape(case, file, tmp_path):
 
 
 @pytest.mark.parametrize("file", [None, *RESULTS, "results.json", "losses.json"])
-def test_undisturbed_copy_holds(case, file):
+def test_an_unchanged_copy_passes(case, file):
     assert case("maskrcnn_coco", file, file and read("maskrcnn_coco", file)) == 0
 
 
 @pytest.mark.parametrize(
     "group", [group for group in read(CASES[0], "losses.json") if group != "params_without_grad"]
 )
-def test_each_group_of_losses_is_held(case, group, tmp_path):
+def test_a_change_in_any_group_of_losses_fails(case, group, tmp_path):
     content = read("maskrcnn_coco", "losses.json")
     name = max(content[group], key=lambda name: abs(content[group][name]))
     content[group][name] *= 1.05
@@ -130,14 +130,14 @@ def test_each_group_of_losses_is_held(case, group, tmp_path):
 @pytest.mark.parametrize(
     "change", [{"params_without_grad": ["backbone.net.pos_embed"]}, {"losses_other": {"a": 1.0}}]
 )
-def test_other_entries_of_losses_are_held(case, change):
+def test_changes_of_other_entries_of_losses_fail(case, change):
     assert case("maskrcnn_coco", "losses.json", read("maskrcnn_coco", "losses.json") | change) == 1
 
 
 @pytest.mark.parametrize(
     "field", ["image", "category", "score", "bbox_xywh", "area", "segmentation", "surprise"]
 )
-def test_each_field_of_results_is_held(case, field):
+def test_a_change_of_any_field_of_results_fails(case, field):
     content = read("maskrcnn_coco", "results.json")
     row = content[0]
     other = next(c for c in content if c["image"] == 0 and c["area"] < row["area"] / 2)
@@ -153,12 +153,12 @@ def test_each_field_of_results_is_held(case, field):
     assert case("maskrcnn_coco", "results.json", content) == 1
 
 
-def test_number_of_results_is_held(case):
+def test_another_number_of_results_fails(case):
     assert case("maskrcnn_coco", "results.json", read("maskrcnn_coco", "results.json")[:-1]) == 1
 
 
 @pytest.mark.parametrize("name", ["classes", "boxes", "polygons", "height", "out_width"])
-def test_each_part_of_the_ground_truth_is_held(case, name):
+def test_a_change_of_any_part_of_the_ground_truth_fails(case, name):
     content = read("maskrcnn_coco", "ground_truth.json")
     value = content[0][name]
     if name == "polygons":
@@ -181,14 +181,14 @@ def test_each_part_of_the_ground_truth_is_held(case, name):
         {"outputs": [[1, 1], [1, 1]]},
     ],
 )
-def test_what_the_config_says_of_the_inputs_is_held(case, change):
+def test_a_config_that_contradicts_the_inputs_fails(case, change):
     assert case("maskrcnn_coco", "config.json", read("maskrcnn_coco", "config.json") | change) == 1
 
 
 @pytest.mark.parametrize(
     "name", ["p2", "scores", "boxes", "mask_probs", "losses_rel", "grad_norm_rel_max"]
 )
-def test_a_noise_floor_that_is_no_noise_is_held(case, name):
+def test_a_noise_floor_above_rounding_fails(case, name):
     content = read("maskrcnn_coco", "noise_floor.json")
     change = {"loss_cls": 1.0} if name == "losses_rel" else 1.0
     assert case("maskrcnn_coco", "noise_floor.json", content | {name: change}) == 1
@@ -205,27 +205,27 @@ def test_a_noise_floor_that_is_no_noise_is_held(case, name):
         "roi_heads.mask_head.predictor.bias",
     ],
 )
-def test_each_weight_is_held(case, name):
+def test_a_change_of_any_weight_fails(case, name):
     content = read("maskrcnn_coco", "state_dict.npz")
     content[name] *= 1.05
     assert case("maskrcnn_coco", "state_dict.npz", content, recompute=True) == 1
 
 
 @pytest.mark.parametrize("name", ["image0", "gt_boxes1", "gt_classes0", "gt_masks1"])
-def test_each_input_is_held(case, name):
+def test_a_change_of_any_input_fails(case, name):
     content = read("maskrcnn_coco", "inputs.npz")
     changes = {"gt_boxes1": disturbed, "gt_classes0": lambda x: (x + 1) % 5}
     content[name] = changes.get(name, lambda x: x[::-1])(content[name])
     assert case("maskrcnn_coco", "inputs.npz", content, recompute=True) == 1
 
 
-def test_a_weight_without_a_place_stops_the_case(case):
+def test_an_unknown_weight_stops_the_case(case):
     content = read("maskrcnn_coco", "state_dict.npz") | {"roi_heads.extra.weight": np.zeros(1)}
     assert case("maskrcnn_coco", "state_dict.npz", content, recompute=True, stops=True) == 1
 
 
 @pytest.mark.parametrize("array", read("unit", "unit.npz"))
-def test_each_array_of_unit_is_held(case, array):
+def test_a_change_of_any_array_of_unit_fails(case, array):
     content = read("unit", "unit.npz")
     is_input = array in unit.INPUTS
     change = 0.3 + 1.1 * content[array] if is_input else disturbed(content[array])
@@ -233,19 +233,19 @@ def test_each_array_of_unit_is_held(case, array):
 
 
 @pytest.mark.parametrize("array", read("test_resize", "io.npz"))
-def test_each_array_of_resize_is_held(case, array):
+def test_a_change_of_any_array_of_resize_fails(case, array):
     content = read("test_resize", "io.npz")
     content[array] = disturbed(content[array])
     assert case("test_resize", "io.npz", content, recompute=array[0] == "i") == 1
 
 
 @pytest.mark.parametrize(("name", "file"), [("unit", "unit.npz"), ("test_resize", "io.npz")])
-def test_unknown_array_of_other_kinds(case, name, file):
+def test_an_unknown_array_of_other_kinds_fails(case, name, file):
     assert case(name, file, read(name, file) | {"surprise": np.zeros(1)}) == 1
 
 
-def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
-    """Its stored results are our own: what is tested is that such a case can be read, run and compared."""
+def test_a_case_of_three_images_two_of_them_empty(tmp_path):
+    """The stored results are our own: the test shows that such a case can be read, run and compared."""
     inputs, truth = read("maskrcnn_coco", "inputs.npz"), read("maskrcnn_coco", "ground_truth.json")
     config = read("maskrcnn_coco", "config.json")
     for name in ("images", "outputs", "n_gt"):
@@ -272,8 +272,8 @@ def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
     assert parity.main([str(tmp_path)]) == 0
 
 
-def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
-    """A case for inference: the test-time files alone, and a config without training settings."""
+def test_a_case_without_losses_and_ground_truth_passes(tmp_path):
+    """A case for inference: test-time files only, and a config without training settings."""
     folder = tmp_path / "inference"
     folder.mkdir()
     files = ("state_dict.npz", "noise_floor.json", "backbone.npz", "detections.npz", "results.json")
@@ -292,7 +292,7 @@ def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
     write(folder / "ground_truth.json", [{name: row[name] for name in sizes} for row in truth])
     del config["outputs"]
     write(folder / "config.json", config)
-    assert parity.main([str(folder)]) == 0  # the sizes alone
+    assert parity.main([str(folder)]) == 0  # only the sizes
     content = read("maskrcnn_coco", "detections.npz")
     (folder / "detections.npz").unlink()
     write(folder / "detections.npz", content | {"post_boxes1": content["post_boxes1"] + 1})
@@ -300,7 +300,7 @@ def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["train.npz", "losses.json"])
-def test_stored_training_results_without_ground_truth_are_out(tmp_path, capsys, file):
+def test_stored_training_results_without_ground_truth_fail(tmp_path, capsys, file):
     link(tmp_path, COCO, "state_dict.npz", "config.json", file)
     inputs = read("maskrcnn_coco", "inputs.npz")
     write(tmp_path / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
@@ -309,7 +309,7 @@ def test_stored_training_results_without_ground_truth_are_out(tmp_path, capsys, 
     assert "stopped by" not in said and "not compared" in said
 
 
-def test_a_case_with_bitmaps_alone_has_its_losses(tmp_path):
+def test_a_case_with_bitmaps_only_has_losses(tmp_path):
     link(tmp_path, COCO, "state_dict.npz", "config.json", "inputs.npz")
     losses = read("maskrcnn_coco", "losses.json")
     kept = {name: value for name, value in losses.items() if "polygon" not in name}

@@ -31,9 +31,9 @@ def computed(name):
 
 @pytest.fixture
 def case(altered):
-    """case(name, file, content): the exit code for a copy of a case with other content, and what was printed.
+    """Return case(name, file, content): exit code and output for a copy of a case with one changed file.
 
-    The maps are those of the undisturbed case, unless `recompute`.
+    The maps are those of the unchanged case, unless `recompute`.
     """
 
     def check(name, file, content, recompute=False):
@@ -44,17 +44,17 @@ def case(altered):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_case_holds(name, capsys):
+def test_the_case_passes(name, capsys):
     assert parity.main([str(GOLDEN / name)]) == 0
     assert f"{name}: all hold" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_shared_case_holds(name):
+def test_the_shared_case_passes(name):
     shared_case_holds(SHARED / name)
 
 
-def test_the_maps_are_made_without_the_stored_ones(tmp_path):
+def test_the_maps_are_computed_without_the_stored_ones(tmp_path):
     config = {"kind": "backbone", "backbone": read("vitae_s_128_b2", "config.json")["backbone"]}
     write(tmp_path / "config.json", config)
     write(tmp_path / "io.npz", {"img": read("vitae_s_128_b2", "io.npz")["img"]})
@@ -62,13 +62,13 @@ def test_the_maps_are_made_without_the_stored_ones(tmp_path):
     found = parity.kind_of(tmp_path).compute(tmp_path)
     shapes = [(2, 32, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     assert [tuple(f.shape) for f in found.values()] == shapes
-    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing that it holds
+    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing to compare
 
 
 @pytest.mark.parametrize(
     ("name", "array"), [(name, a) for name in CASES for a in read(name, "io.npz") if a != "img"]
 )
-def test_each_stored_map_is_held(case, name, array):
+def test_a_change_of_any_stored_map_fails(case, name, array):
     content = read(name, "io.npz")
     code, printed = case(name, "io.npz", content | {array: disturbed(content[array])})
     assert code == 1
@@ -76,7 +76,7 @@ def test_each_stored_map_is_held(case, name, array):
 
 
 @pytest.mark.parametrize("change", ["surprise", "gone", "nan", "smaller"])
-def test_unknown_missing_value_and_other_shape(case, change):
+def test_unknown_missing_and_misshapen_arrays_fail(case, change):
     content = read("vitae_b_128_b2", "io.npz")
     last = content.pop("feat3")
     content |= {
@@ -91,7 +91,7 @@ def test_unknown_missing_value_and_other_shape(case, change):
 
 
 @pytest.mark.parametrize("entry", ["input_shape", "feat_shapes", "feat_std", "surprise"])
-def test_what_the_config_says_of_the_arrays_is_held(case, entry):
+def test_a_config_that_contradicts_the_arrays_fails(case, entry):
     config = read("vitae_b_128_b2", "config.json")
     config[entry] = (np.array(config.get(entry, 1)) * 1.5).tolist()
     code, printed = case("vitae_b_128_b2", "config.json", config)
@@ -119,7 +119,7 @@ def test_what_the_config_says_of_the_arrays_is_held(case, entry):
         ("swin_96x160_b2", "stages.3.blocks.1.attn.w_msa.relative_position_bias_table"),
     ],
 )
-def test_each_weight_is_held(case, name, weight):
+def test_a_change_of_any_weight_fails(case, name, weight):
     content = read(name, "weights.npz")
     content[weight] = content[weight] * 1.5
     code, printed = case(name, "weights.npz", content, recompute=True)
@@ -127,7 +127,7 @@ def test_each_weight_is_held(case, name, weight):
     assert "stopped by" not in printed
 
 
-def test_the_images_are_held(case):
+def test_a_change_of_the_images_fails(case):
     content = read("vitae_s_128_b2", "io.npz")
     content["img"] = disturbed(content["img"])
     assert case("vitae_s_128_b2", "io.npz", content, recompute=True)[0] == 1
@@ -143,7 +143,7 @@ def test_the_images_are_held(case):
         ({"depth": 5}, "Unexpected key"),
     ],
 )
-def test_settings_that_are_not_rebuilt_stop_the_case(case, change, message):
+def test_unsupported_settings_stop_the_case(case, change, message):
     config = read("vitae_b_128_b2", "config.json")
     config["backbone"] |= change
     code, printed = case("vitae_b_128_b2", "config.json", config, recompute=True)
@@ -152,5 +152,5 @@ def test_settings_that_are_not_rebuilt_stop_the_case(case, change, message):
 
 
 @pytest.mark.parametrize("config", [{"kind": "neck"}, {"tag": 1}])
-def test_a_config_of_no_known_kind_is_out(case, config):
+def test_a_config_of_an_unknown_kind_fails(case, config):
     assert case("vitae_b_128_b2", "config.json", config)[0] == 1

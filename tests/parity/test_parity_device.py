@@ -22,12 +22,10 @@ CASES = "unit maskrcnn_coco maskrcnn_coco_resblock cascade_lvis vitae_mask_rcnn_
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A pretended GPU with kernels. An operation on tensors of two devices raises RuntimeError, as on a real one."""
+    """Simulate a GPU with kernels. Operations on tensors of two devices raise RuntimeError, as on a real one."""
     for module in (vitdet.kernels, mask_head, roi_pool, vitdet.kernels.nms):
-        monkeypatch.setattr(
-            module, "enabled", lambda *tensors: all(part.is_cuda for part in tensors)
-        )
-    # modules that move get new parameters; those that they have cannot change into tensors without values
+        monkeypatch.setattr(module, "enabled", lambda *tensors: all(one.is_cuda for one in tensors))
+    # modules get new parameters, as existing ones cannot become meta tensors in place
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     yield FakeTensorMode(allow_non_fake_inputs=True)
     torch.__future__.set_overwrite_module_params_on_conversion(False)
@@ -56,7 +54,7 @@ def test_a_case_is_computed_on_the_device(gpu):
 
 
 @pytest.mark.parametrize("left", ["images", "sizes", "polygons", "detector"])
-def test_what_stays_on_the_cpu_is_found(gpu, left):
+def test_a_tensor_left_on_the_cpu_is_detected(gpu, left):
     case = Case.read(GOLDEN / "maskrcnn_coco")
     with gpu:
         there = moved(replace(case, **{left: None}), CUDA)
@@ -66,7 +64,7 @@ def test_what_stays_on_the_cpu_is_found(gpu, left):
 
 
 @pytest.mark.parametrize("given", [[], ["--device", "cpu"]])
-def test_the_device_is_given_to_what_computes(monkeypatch, given):
+def test_the_device_is_passed_to_compute(monkeypatch, given):
     devices = []
     kind = parity.kind_of(GOLDEN / "unit")
 
@@ -87,7 +85,7 @@ def test_the_device_is_given_to_what_computes(monkeypatch, given):
         ("cuda", "--device cuda: PyTorch finds no GPU here; leave it out to use the CPU"),
     ],
 )
-def test_a_device_that_is_not_there(monkeypatch, capsys, device, message):
+def test_a_missing_device_is_an_error(monkeypatch, capsys, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parity.main(["--device", device, str(GOLDEN / "unit")]) == 2
     assert capsys.readouterr() == ("", f"{message}\n")
@@ -104,7 +102,7 @@ def test_tf32_is_off_within_a_comparison():
 @needs_gpu
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", CASES)
-def test_case_holds_on_a_gpu(capsys, name):
+def test_the_case_passes_on_a_gpu(capsys, name):
     assert parity.main(["--device", "cuda", str(GOLDEN / name)]) == 0
     said = capsys.readouterr().out
     assert f"{name}: all hold" in said and "TF32 off; tolerances as on the CPU" in said
@@ -112,6 +110,6 @@ def test_case_holds_on_a_gpu(capsys, name):
 
 @needs_gpu
 @pytest.mark.cuda
-def test_a_case_of_the_cpu_alone_is_skipped_on_a_gpu(capsys):
+def test_a_cpu_case_is_skipped_on_a_gpu(capsys):
     assert parity.main(["--device", "cuda", str(GOLDEN / "test_resize")]) == 0
     assert "skip  the case: all of it is the CPU's work" in capsys.readouterr().out

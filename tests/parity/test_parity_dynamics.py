@@ -16,9 +16,9 @@ RUNS = [kind for kind, value in read("dynamics", "losses.json").items() if isins
 
 @pytest.fixture
 def failures(tmp_path):
-    """failures(content, start): what the comparison counts, and its lines.
+    """Return failures(content, start): the number of failures of the comparison, and its lines.
 
-    The case stores `content`, and the detector case that its steps start from has the losses `start`.
+    The case stores `content`; the detector case that its steps start from has the losses `start`.
     """
 
     def count(content, start=None):
@@ -34,21 +34,21 @@ def failures(tmp_path):
 
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("loss", read("dynamics", "losses.json")["bitmask"][0])
-def test_each_loss_before_the_first_step_is_held(failures, kind, loss):
+def test_a_change_of_any_loss_before_the_first_step_fails(failures, kind, loss):
     content = read("dynamics", "losses.json")
     content[kind][0][loss] *= 1.02 if (kind, loss) == ("polygon", "loss_mask") else 1.0001
     assert failures(content)[0] == 1
 
 
 @pytest.mark.parametrize("kind", ["grad_norms_float64", "grad_sums"])
-def test_the_gradients_of_the_first_step_are_held(failures, kind):
+def test_a_change_of_the_first_steps_gradients_fails(failures, kind):
     content = read(dynamics.START, "losses.json")
     name = max(content[kind], key=lambda name: abs(content[kind][name]))
     content[kind][name] *= 1.01
     assert failures(None, content)[0] == 1
 
 
-def test_the_other_steps_are_printed_and_not_counted(failures):
+def test_the_other_steps_are_printed_and_do_not_fail(failures):
     """Steps 1 to 19 and the final norms depend on the processor."""
     content = read("dynamics", "losses.json")
     for kind in RUNS:
@@ -80,7 +80,7 @@ def test_other_entries_of_dynamics(failures, change):
     assert failures(read("dynamics", "losses.json") | change)[0] > 0
 
 
-def test_a_loss_that_is_no_number_is_held():
+def test_a_loss_that_is_not_finite_fails():
     found = copy.deepcopy(computed("dynamics"))
     found.runs["polygon"].losses[12]["loss_mask"] = float("nan")
     report = Report("dynamics")

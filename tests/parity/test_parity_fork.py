@@ -36,9 +36,9 @@ def computed():
 
 @pytest.fixture
 def case(altered):
-    """case(file, content): the exit code for a copy of the case in which a file has other content.
+    """Return case(file, content): the exit code for a copy of the case with one changed file.
 
-    What is computed is that of the undisturbed case, unless `recompute`; the code must come from a comparison.
+    The computed results are those of the unchanged case, unless `recompute`; the code must come from a comparison.
     """
 
     def check(file, content, recompute=False):
@@ -50,7 +50,7 @@ def case(altered):
     return check
 
 
-def test_case_holds(capsys):
+def test_the_case_passes(capsys):
     assert parity.main([str(CASE)]) == 0
     assert "vitae_mask_rcnn_192: all hold" in capsys.readouterr().out
 
@@ -58,7 +58,7 @@ def test_case_holds(capsys):
 @pytest.mark.parametrize(
     "array", [name for name in read("io.npz") if name not in fork_detector.INPUTS]
 )
-def test_each_stored_array_is_held(case, array):
+def test_a_change_of_any_stored_array_fails(case, array):
     content = read("io.npz")
     assert case("io.npz", content | {array: disturbed(content[array])}) == 1
 
@@ -71,11 +71,11 @@ def test_each_stored_array_is_held(case, array):
         {"proposals": np.zeros((999, 5), np.float32)},
     ],
 )
-def test_unknown_no_number_and_other_shape(case, change):
+def test_unknown_not_finite_and_misshapen_arrays_fail(case, change):
     assert case("io.npz", read("io.npz") | change) == 1
 
 
-def test_scores_of_proposals_are_held(case):
+def test_a_change_of_proposal_scores_fails(case):
     content = read("io.npz")
     content["proposals"][7, 4] += 0.01
     assert case("io.npz", content) == 1
@@ -87,7 +87,7 @@ def test_a_case_without_results_fails(case):
 
 
 @pytest.mark.parametrize("change", ["other", "fewer", "surprise"])
-def test_masks_are_held(case, change):
+def test_a_change_of_the_masks_fails(case, change):
     content = read("masks_rle.json")
     changed = {
         "other": [content[1], *content[1:]],
@@ -109,12 +109,12 @@ def test_masks_are_held(case, change):
         {"surprise": 1},
     ],
 )
-def test_what_the_config_says_of_the_results_is_held(case, change):
+def test_a_config_that_contradicts_the_results_fails(case, change):
     assert case("config.json", read("config.json") | change) == 1
 
 
 @pytest.mark.parametrize("name", read("config.json")["losses"])
-def test_each_loss_is_held(case, name):
+def test_a_change_of_any_loss_fails(case, name):
     content = read("config.json")
     value = content["losses"][name]
     scaled = [value[0] * 1.01, *value[1:]] if isinstance(value, list) else value * 1.01
@@ -122,13 +122,13 @@ def test_each_loss_is_held(case, name):
     assert case("config.json", content) == 1
 
 
-def test_an_unknown_loss_is_noticed(case):
+def test_an_unknown_loss_fails(case):
     content = read("config.json")
     assert case("config.json", content | {"losses": content["losses"] | {"loss_other": 0.0}}) == 1
 
 
 @pytest.mark.parametrize("name", ["img", "gt_boxes", "gt_labels", "gt_masks"])
-def test_each_input_is_held(case, name):
+def test_a_change_of_any_input_fails(case, name):
     content = read("io.npz")
     changes = {"gt_labels": lambda x: (x + 1) % 5, "gt_boxes": lambda x: x * 0.9}
     content[name] = changes.get(name, lambda x: x[..., ::-1])(content[name])
@@ -143,7 +143,7 @@ def test_each_input_is_held(case, name):
         "roi_head.mask_head.convs.3.ln.weight",
     ],
 )
-def test_each_weight_is_held(case, name):
+def test_a_change_of_any_weight_fails(case, name):
     content = read("weights.npz")
     assert case("weights.npz", content | {name: content[name] * 1.2}, recompute=True) == 1
 
@@ -153,7 +153,7 @@ def norms(detector):
 
 
 def test_the_settings_of_the_recipe_build_the_golden_detector():
-    """Layers, epsilons, assignment, clamps and normalizer."""
+    """Layers, epsilons, assignment, clamps and normalizer are equal."""
     model = load_config("mask_rcnn_vit_b_coco").model
     small = replace(
         model,
@@ -180,8 +180,8 @@ def test_the_settings_of_the_recipe_build_the_golden_detector():
         assert torch.equal(ours.rpn.head(level)[0], golden.rpn.head(level)[0])
 
 
-def test_fingerprints_are_held(tmp_path):
-    """The comparison alone, on arrays of three numbers."""
+def test_changes_of_fingerprints_fail(tmp_path):
+    """Only the comparison, on arrays of three numbers."""
     entry = {"shape": [3], "mean": 2.0, "std": 1.0, "index": [0, 2], "value": [1.0, 3.0]}
     found = {"vit_b": {"neck0": fingerprints.print_of(torch.tensor([1.0, 2.0, 3.0]), [0, 2])}}
     changes = [{}, {"shape": [4]}, {"mean": 2.01}, {"std": 1.01}, {"value": [1.0, 3.01]}]
@@ -207,7 +207,7 @@ def test_fingerprints_draw_weights_by_the_published_names(tag):
     assert {name: list(tensor.shape) for name, tensor in theirs.items()} == published
 
 
-def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
+def test_a_case_without_losses_and_ground_truth_passes(tmp_path):
     """A case for inference; its config needs no settings for training."""
     link(tmp_path, CASE, "weights.npz", "masks_rle.json")
     content, config = read("io.npz"), read("config.json")
@@ -225,4 +225,4 @@ def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
     assert parity.main([str(tmp_path)]) == 1
     write(tmp_path / "io.npz", content)
     write(tmp_path / "config.json", config | {"losses_total": 5.6})
-    assert parity.main([str(tmp_path)]) == 1  # nothing to compare it with
+    assert parity.main([str(tmp_path)]) == 1  # there is nothing to compare it with

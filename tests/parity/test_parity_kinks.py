@@ -1,4 +1,4 @@
-"""A ReLU at 0 takes the side of the float64 run, and nothing else of a network is touched."""
+"""A ReLU at 0 has the gradient of the float64 run, and nothing else of a network changes."""
 
 import torch
 from torch.nn import functional as F
@@ -16,18 +16,18 @@ def gradients(values):
     return out.detach(), x.grad
 
 
-def test_a_tie_takes_the_recorded_side_and_the_value_stays():
+def test_a_tie_has_the_recorded_gradient_and_an_unchanged_value():
     with recorded() as sides:
         F.relu(EXACT.double())
     with replayed(sides) as changed:
         out, grad = gradients(ROUNDED)
     assert changed == [2]
     assert torch.equal(out, ROUNDED.clamp(min=0))
-    # The third and fourth follow float64; the fifth and sixth differ by more than noise and do not.
+    # The third and fourth follow float64; the fifth and sixth differ by more than the noise and do not.
     assert grad.tolist() == [1, 1, 1, 0, 0, 1, 0]
 
 
-def test_a_relu_of_another_shape_and_one_more_are_left_alone():
+def test_a_relu_of_another_shape_and_an_extra_one_do_not_change():
     with recorded() as sides:
         F.relu(EXACT[:3])
     with replayed(sides) as changed:
@@ -37,7 +37,7 @@ def test_a_relu_of_another_shape_and_one_more_are_left_alone():
         assert torch.equal(out, ROUNDED.clamp(min=0)) and torch.equal(grad, (ROUNDED > 0).float())
 
 
-def test_afterwards_relu_is_its_own_again():
+def test_relu_is_restored_afterwards():
     plain = F.relu
     try:
         with recorded():

@@ -26,12 +26,12 @@ def case() -> tuple[dict, dict]:
     return read(GOLDEN / "io.npz"), read(GOLDEN / "config.json")
 
 
-def test_the_case_holds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_case_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(GOLDEN)]) == 0
     assert f"{TAG}.backbone.pos_embed: error " in capsys.readouterr().out
 
 
-def test_the_shared_case_holds() -> None:
+def test_the_shared_case_passes() -> None:
     shared_case_holds(SHARED)
 
 
@@ -41,30 +41,30 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES.split())
-def test_each_tensor_is_held(tmp_path: Path, name: str) -> None:
+def test_a_change_of_any_tensor_fails(tmp_path: Path, name: str) -> None:
     arrays, config = case()
     arrays[f"{TAG}/dst/{name}"].flat[-1] += 1e-3
     assert check(tmp_path, arrays, config) == 1
 
 
-def test_lists_are_held(tmp_path: Path) -> None:
+def test_changes_of_the_lists_fail(tmp_path: Path) -> None:
     for entry in ("loaded", "left_at_init"):
         arrays, config = case()
         config[TAG][entry].pop()
         assert check(tmp_path, arrays, config) == 1
 
 
-def test_another_interpolation_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_interpolation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = resize.F.interpolate
     bilinear = lambda *given, **named: plain(*given, **named | {"mode": "bilinear"})  # noqa: E731
     monkeypatch.setattr(resize.F, "interpolate", bilinear)
     assert parity.main([str(GOLDEN)]) == 1
 
 
-def test_what_the_reference_loses_is_loaded_and_said(
+def test_tensors_that_the_reference_drops_are_loaded_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file of its own ViTAE with qkv.bias everywhere: its loader has no place for a global block's."""
+    """In a ViTAE file with qkv.bias in all blocks, the reference's loader drops those of global blocks."""
     arrays, config = case()
     stem = "blocks.2.attn."
     q, v = (arrays.pop(f"{TAG}/src/module.{stem}{part}_bias") for part in "qv")

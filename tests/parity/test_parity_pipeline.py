@@ -15,7 +15,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "reference" / "vitae" / "golden"
 
 @pytest.fixture
 def case(tmp_path):
-    """case(arrays, config): the exit code for a folder of these."""
+    """Return case(arrays, config): the exit code for a folder with this content."""
 
     def check(arrays, config):
         write(tmp_path / "io.npz", arrays)
@@ -35,18 +35,18 @@ def config():
     return read(GOLDEN / "config.json")
 
 
-def test_the_case_holds_to_the_gray_level(capsys):
+def test_the_case_passes_to_the_gray_level(capsys):
     assert parity.main([str(GOLDEN)]) == 0
     lines = capsys.readouterr().out.splitlines()
     errors = [float(line.split()[3]) for line in lines if "/out: error" in line]
-    assert len(errors) == 3 and max(errors) < 1e-5  # OpenCV's very gray levels
+    assert len(errors) == 3 and max(errors) < 1e-5  # exactly OpenCV's gray levels
 
 
-def test_the_shared_case_holds():
+def test_the_shared_case_passes():
     shared_case_holds(SHARED)
 
 
-def test_an_antialiased_resize_is_out(monkeypatch):
+def test_an_antialiased_resize_fails(monkeypatch):
     def antialiased(image, size, **_):
         return transforms.resize_and_pad(image, size, antialias=True)
 
@@ -55,7 +55,7 @@ def test_an_antialiased_resize_is_out(monkeypatch):
 
 
 @pytest.mark.parametrize("tag", ["landscape", "portrait", "square_big"])
-def test_each_array_is_held(case, arrays, config, tag):
+def test_a_change_of_any_array_fails(case, arrays, config, tag):
     out = arrays[f"{tag}/out"].copy()
     arrays[f"{tag}/out"] = out + 0.02 * (out == out.max())
     assert case(arrays, config) == 1
@@ -75,12 +75,12 @@ def test_each_array_is_held(case, arrays, config, tag):
     ],
     ids=str,
 )
-def test_what_the_config_says_is_held(case, arrays, config, change):
+def test_a_contradicting_config_fails(case, arrays, config, change):
     config["landscape"].update(change)
     assert case(arrays, config) == 1
 
 
-def test_it_computes_from_pictures_and_the_canvas_alone(arrays, config, tmp_path):
+def test_results_are_computed_from_images_and_canvas_only(arrays, config, tmp_path):
     write(tmp_path / "io.npz", {"portrait/bgr": arrays["portrait/bgr"]})
     write(tmp_path / "config.json", {"portrait": {"pad_shape": [96, 96, 3]}})
     found = pipeline.compute(tmp_path)

@@ -1,4 +1,4 @@
-"""Entries whose scores tie within the noise are compared as sets, and the set rule hides no error."""
+"""Entries whose scores tie within the noise are compared as sets, without hiding errors."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.parity.test_parity_fork import computed as fork_computed
 from tests.parity.ties import groups, matching, order_within_ties
 
 TOLERANCE = {"boxes": 1e-3, "scores": 1e-5, "classes": 0.0}
-SCORES = [0.9, 0.5, 0.5 + 8e-6, 0.5 - 1e-5, 0.3]  # the three in the middle tie
+SCORES = [0.9, 0.5, 0.5 + 8e-6, 0.5 - 1e-5, 0.3]  # the middle three tie
 
 
 def entries(scores=SCORES):
@@ -34,7 +34,7 @@ def rows(columns, order):
 
 
 def failures(ours, theirs):
-    """What a comparison counts after the alignment."""
+    """Return the number of failures of a comparison after the alignment."""
     report = Report("ties")
     order = order_within_ties("list", ours, theirs, TOLERANCE, "scores", report)
     for name, absolute in TOLERANCE.items():
@@ -42,7 +42,7 @@ def failures(ours, theirs):
     return report.failures, report.lines
 
 
-def test_another_order_within_a_tie_holds_and_is_printed():
+def test_another_order_within_a_tie_passes_and_is_printed():
     theirs = entries()
     count, lines = failures(rows(theirs, [0, 3, 1, 2, 4]), theirs)
     assert count == 0
@@ -51,7 +51,7 @@ def test_another_order_within_a_tie_holds_and_is_printed():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_within_the_tolerance_and_any_order_within_the_groups_hold(seed):
+def test_noise_within_the_tolerance_in_any_order_within_the_groups_passes(seed):
     rng = np.random.default_rng(seed)
     scores = np.sort(rng.choice(np.arange(20) * 1e-2, 60) + rng.uniform(-4e-6, 4e-6, 60))[::-1]
     theirs = entries(scores)
@@ -67,15 +67,15 @@ def test_noise_within_the_tolerance_and_any_order_within_the_groups_hold(seed):
 @pytest.mark.parametrize(
     "order", [[1, 0, 2, 3, 4], [0, 1, 2, 4, 3], [4, 1, 2, 3, 0], [0, 1, 1, 2, 4]]
 )
-def test_another_order_outside_of_ties_and_a_duplicate_are_found(order):
-    """The last case repeats an entry in a tie, in place of one that is missing."""
+def test_another_order_outside_of_ties_and_a_duplicate_are_detected(order):
+    """The last case replaces an entry of a tie by a duplicate of another."""
     theirs = entries()
     assert failures(rows(theirs, order), theirs)[0] > 0
 
 
 @pytest.mark.parametrize("column", ["boxes", "scores", "classes"])
 @pytest.mark.parametrize("entry", [0, 1, 2, 3])
-def test_a_change_of_more_than_the_tolerance_is_found_within_a_tie_too(column, entry):
+def test_a_change_above_the_tolerance_is_detected_within_a_tie(column, entry):
     theirs = entries()
     ours = rows(theirs, [0, 2, 3, 1, 4])
     step = {"boxes": 2e-3, "scores": 3e-5, "classes": 1}[column]
@@ -83,17 +83,17 @@ def test_a_change_of_more_than_the_tolerance_is_found_within_a_tie_too(column, e
     assert failures(ours, theirs)[0] > 0
 
 
-def test_two_entries_that_exchange_their_boxes_or_their_classes_are_found():
+def test_swapped_boxes_or_classes_of_two_entries_are_detected():
     for column in ("boxes", "classes"):
         theirs = entries(np.array([0.9, 0.5, 0.3]))
         ours = theirs | {column: theirs[column][[1, 0, 2]]}
         assert failures(ours, theirs)[0] > 0
-        tied = entries(np.array([0.5, 0.5, 0.5]))  # each box goes with another class
+        tied = entries(np.array([0.5, 0.5, 0.5]))  # each box with another class
         ours = tied | {column: tied[column][[1, 0, 2]]}
         assert failures(ours, tied)[0] > 0
 
 
-def test_no_number_fits_nothing():
+def test_nan_matches_nothing():
     theirs = entries()
     for column in ("boxes", "scores"):
         ours = rows(theirs, [0, 2, 1, 3, 4])
@@ -101,8 +101,8 @@ def test_no_number_fits_nothing():
         assert failures(ours, theirs)[0] > 0
 
 
-def test_a_list_cut_in_a_tie_takes_any_of_that_tie():
-    """results.json stores the first entries only; ours are all there."""
+def test_a_list_truncated_within_a_tie_accepts_any_entry_of_it():
+    """results.json stores only the first entries; ours are complete."""
     ours, report = entries([0.9, 0.5, 0.5, 0.5, 0.3]), Report("ties")
     theirs = rows(ours, [0, 3, 1])
     order = order_within_ties("list", ours, theirs, TOLERANCE, "scores", report)
@@ -112,7 +112,7 @@ def test_a_list_cut_in_a_tie_takes_any_of_that_tie():
     assert order.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_other_lengths_and_missing_columns_leave_the_order():
+def test_other_lengths_and_missing_columns_keep_the_order():
     ours, report = entries(), Report("ties")
     longer = rows(ours, [0, 2, 1, 3, 4, 4])
     without = {name: ours[name][::-1] for name in ("boxes", "classes")}
@@ -123,7 +123,7 @@ def test_other_lengths_and_missing_columns_leave_the_order():
     assert not report.lines
 
 
-def test_groups_are_runs_of_neighbours():
+def test_groups_are_runs_of_close_neighbors():
     assert groups(np.array([3.0, 2.0, 1.9, 1.8, 1.0]), 0.15) == [(0, 1), (1, 4), (4, 5)]
     assert groups(np.array([1.0]), 0.1) == [(0, 1)] and groups(np.array([]), 0.1) == []
     assert groups(np.array([1.0, np.nan, 1.0]), 0.1) == [(0, 1), (1, 2), (2, 3)]
@@ -143,7 +143,7 @@ def test_a_matching_uses_every_entry_once_or_there_is_none():
 
 
 def possible(fits):
-    """Hall's theorem: every set of rows fits at least as many columns."""
+    """Return whether a perfect matching exists, by Hall's theorem."""
     return all(
         fits[[i for i in range(len(fits)) if chosen >> i & 1]].any(axis=0).sum()
         >= chosen.bit_count()
@@ -153,9 +153,9 @@ def possible(fits):
 
 @pytest.fixture
 def tied(tmp_path):
-    """A detector case in which detections 4 and 5, and proposals 7 and 8, of image 0 tie exactly.
+    """Return a detector case in which detections 4 and 5, and proposals 7 and 8, of image 0 tie exactly.
 
-    (what we compute, the folder, change): `change(file, array, edit)` writes a changed array.
+    (computed results, folder, change): `change(file, array, edit)` writes a changed array.
     """
     folder = tmp_path / "maskrcnn_coco"
     folder.mkdir()
@@ -189,7 +189,7 @@ def tied(tmp_path):
 
 
 def swap(i, j):
-    """An edit that exchanges two rows."""
+    """Return an edit that swaps two rows."""
 
     def edit(array):
         array = np.array(array)
@@ -211,7 +211,7 @@ DETECTIONS = [
 ] + ["mask_probs_first20_0", "mask_probs_mean0"]
 
 
-def test_tied_detections_may_stand_in_another_order(tied):
+def test_tied_detections_may_be_in_another_order(tied):
     found, folder, change = tied
     assert counted(found, folder) == 0
     change("detections.npz", dict.fromkeys(DETECTIONS, swap(4, 5)))
@@ -222,7 +222,7 @@ def test_tied_detections_may_stand_in_another_order(tied):
     assert counted(found, folder) == 0
 
 
-def test_tied_proposals_may_stand_in_another_order_with_the_rows_of_the_stages(tied):
+def test_tied_proposals_may_be_in_another_order_with_their_rows_of_the_stages(tied):
     found, folder, change = tied
     change("rpn.npz", {"eval_proposals0": swap(7, 8), "eval_proposal_logits0": swap(7, 8)})
     assert counted(found, folder) == 2  # logits and deltas of the stage are still in our order
@@ -231,7 +231,7 @@ def test_tied_proposals_may_stand_in_another_order_with_the_rows_of_the_stages(t
 
 
 @pytest.mark.parametrize("array", DETECTIONS)
-def test_a_single_array_in_another_order_is_found(tied, array):
+def test_a_single_array_in_another_order_is_detected(tied, array):
     found, folder, change = tied
     content = load(folder / "detections.npz")[array]
     change("detections.npz", {array: swap(4, 5)})
@@ -240,13 +240,13 @@ def test_a_single_array_in_another_order_is_found(tied, array):
 
 
 @pytest.mark.parametrize("rows", [(2, 3), (5, 6), (0, 10)])
-def test_detections_that_do_not_tie_must_stand_in_order(tied, rows):
+def test_detections_without_ties_must_be_in_order(tied, rows):
     found, folder, change = tied
     change("detections.npz", dict.fromkeys(DETECTIONS, swap(*rows)))
     assert counted(found, folder) > 0
 
 
-def test_a_moved_box_and_a_duplicate_in_a_tie_are_found(tied):
+def test_a_moved_box_and_a_duplicate_in_a_tie_are_detected(tied):
     found, folder, change = tied
     original = (folder / "detections.npz").read_bytes()
 
@@ -263,7 +263,7 @@ def test_a_moved_box_and_a_duplicate_in_a_tie_are_found(tied):
 
 @pytest.fixture
 def fork(tmp_path):
-    """The same of the fork's case: proposals 3 and 4, detections 6 and 7 tie."""
+    """Like `tied` for the fork's case: proposals 3 and 4, and detections 6 and 7 tie."""
     found = fork_computed()
     arrays = {name: tensor.clone() for name, tensor in found.arrays.items()}
     arrays["proposals"][4, 4] = arrays["proposals"][3, 4]
@@ -292,7 +292,7 @@ def fork(tmp_path):
     return count
 
 
-def test_the_fork_s_ties_may_stand_in_another_order(fork):
+def test_the_forks_ties_may_be_in_another_order(fork):
     assert fork() == 0
     assert fork(["proposals", "roi_cls_score", "roi_bbox_pred"], (3, 4)) == 0
     detections = ["det_boxes", "det_scores", "det_labels", "det_mask_logits"]
@@ -308,11 +308,11 @@ def test_the_fork_s_ties_may_stand_in_another_order(fork):
         (["det_boxes", "det_scores", "det_labels", "det_mask_logits"], (6, 20)),
     ],
 )
-def test_the_fork_s_other_orders_are_found(fork, names, order):
+def test_the_forks_other_orders_are_detected(fork, names, order):
     assert fork(names, order) > 0
 
 
-def test_torch_and_numpy_columns_are_the_same():
+def test_torch_and_numpy_columns_are_equivalent():
     theirs, report = entries(), Report("ties")
     ours = {n: torch.from_numpy(a.copy()) for n, a in rows(theirs, [0, 2, 1, 3, 4]).items()}
     order = order_within_ties("list", ours, theirs, TOLERANCE, "scores", report)

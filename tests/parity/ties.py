@@ -1,17 +1,17 @@
-"""Which of our proposals or detections belongs to which stored one, where scores tie within the noise.
+"""Assign our proposals or detections to the stored ones if scores tie within the noise.
 
-The rule: two scores that may each be off by the tolerance can change places when they are at most
-twice the tolerance apart. So stored entries, in their order, are split into groups: an entry belongs
-to the group of the one before it if their scores differ by at most twice the tolerance. Groups are
-compared in order. Within a group the order is free: each stored entry must be one of ours and each of
-ours at most one stored entry (a perfect matching), and a pair must agree in every column (boxes,
-scores, classes) within the tolerance of that column. Without such a matching the order stays as it
-is, so that the comparison that follows reports what differs.
+Two scores that each have an error of up to the tolerance can be swapped if they differ by at most
+twice the tolerance. Therefore the stored entries, in order, are split into groups: an entry is in the
+group of its predecessor if their scores differ by at most twice the tolerance. Groups are compared in
+order. Within a group any order is accepted: each stored entry must match one of ours, and each of ours
+at most one stored entry (a perfect matching). A pair matches if every column (boxes, scores, classes)
+agrees within its tolerance. Without such a matching the order is not changed, so that the comparison
+that follows reports the difference.
 
-So a box that moved, a duplicate, a missing entry, another class or a score that changed by more than
-its tolerance is still found; only the order of entries that rounding may exchange is not compared.
-The members of a list are compared strictly: where the last place itself is a tie, only entries of
-ours that were cut off in that tie may take it (`results.json` stores the first 40).
+Thus a moved box, a duplicate, a missing entry, another class or a score that changed by more than its
+tolerance is still detected; only the order of entries that rounding may swap is not compared. The
+members of a list are compared strictly: if its last entry is part of a tie, only entries of ours in
+the same tie may replace it (`results.json` stores the first 40).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def order_within_ties(
     scores: str,
     report: Report,
 ) -> np.ndarray:
-    """A permutation of our entries that brings those that tie into the order of the stored ones.
+    """Return the permutation that brings our tied entries into the order of the stored ones.
 
     `ours` and `theirs` map the names of columns to arrays with one row per entry. Columns that are
-    not stored are not used; without stored scores, or with other numbers of rows, the order stays.
+    not stored are ignored; without stored scores, or if the row counts differ, it is the identity.
     """
     used = [column for column in tolerance if column in theirs]
     mine = {column: np.asarray(ours[column], np.float64) for column in used}
@@ -52,14 +52,14 @@ def order_within_ties(
     noise = 2 * tolerance[scores]
     for start, stop in groups(wanted[scores], noise):
         end = stop
-        if stop == len(wanted[scores]):  # the rest of a tie that the stored list cuts
+        if stop == len(wanted[scores]):  # the rest of a tie that the stored list truncates
             while end < count and abs(mine[scores][end] - mine[scores][end - 1]) <= noise:
                 end += 1
         fits = np.ones((stop - start, end - start), bool)
         for column in used:
             a, b = wanted[column][start:stop, None], mine[column][None, start:end]
             error = np.abs(a - b).reshape(stop - start, end - start, -1)
-            fits &= (error <= tolerance[column]).all(axis=2)  # NaN fits nothing
+            fits &= (error <= tolerance[column]).all(axis=2)  # NaN matches nothing
         if fits.diagonal().all():
             continue
         pairs = matching(fits)
@@ -73,16 +73,16 @@ def order_within_ties(
 
 
 def groups(scores: np.ndarray, noise: float) -> list[tuple[int, int]]:
-    """Ranges (start, stop) of consecutive scores that differ by at most `noise` from the previous one."""
+    """Return the ranges (start, stop) of scores that differ by at most `noise` from their predecessor."""
     cuts = np.flatnonzero(~(np.abs(np.diff(scores)) <= noise)) + 1
     edges = [0, *cuts.tolist(), len(scores)]
     return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
 
 def matching(fits: np.ndarray) -> list[int] | None:
-    """A column of `fits` (rows, columns) for every row, none used twice; None if there is none.
+    """Return a distinct column of `fits` (rows, columns) for every row; None if there is no such matching.
 
-    Augmenting paths (Kuhn): a row takes a free column, or one whose row can take another.
+    Augmenting paths (Kuhn): a row is assigned a free column, or one whose row can be reassigned.
     """
     row_of: dict[int, int] = {}
     column_of: dict[int, int] = {}
@@ -100,7 +100,7 @@ def matching(fits: np.ndarray) -> list[int] | None:
                     queue.append(row_of[column])
         if free is None:
             return None
-        while free is not None:  # exchange along the path
+        while free is not None:  # swap along the path
             current = came_from[free]
             previous = column_of.get(current)
             row_of[free], column_of[current] = current, free

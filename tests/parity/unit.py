@@ -1,4 +1,4 @@
-"""Single functions against stored values: pooling levels and RoIAlign, anchors, the box transform, the matcher."""
+"""Compare single functions with stored values: pooling levels and RoIAlign, anchors, box transform, matcher."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ INPUTS = ("pool_boxes", *MAPS, "bt_src", "bt_tgt", "bt_deltas_in", "match_iou")
 
 
 def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
-    """What our functions make of the inputs among the arrays of unit.npz."""
+    """Compute our functions' results from the inputs in unit.npz."""
     inputs = moved(as_tensors(load(folder / "unit.npz", INPUTS.__contains__)), device)
     boxes = inputs["pool_boxes"]
     features = [inputs[name] for name in MAPS]
     ours = {"pool_levels_minus2": assign_levels(boxes, 4, STRIDES[0])}
-    first = torch.zeros(len(boxes), dtype=torch.int64, device=device)  # all of one image
+    first = torch.zeros(len(boxes), dtype=torch.int64, device=device)  # all in one image
     for bins in (7, 14):
         ours[f"pool_out_{bins}"] = pool(features, boxes, first, STRIDES[:4], bins, sampling_ratio=0)
     grids = [(1024 // stride, 1024 // stride) for stride in STRIDES]
@@ -56,14 +56,14 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
         matched = matching([inputs["match_iou"]], low, high)
         labels = torch.where(matched == BACKGROUND, 0, 1)
         ours[f"match_{name}_label"] = torch.where(matched == IGNORE, -1, labels)
-        # Theirs names the best ground truth of boxes that learn from none as well.
+        # The reference stores a ground truth also for ignored boxes.
         best = inputs["match_iou"].argmax(dim=0)
         ours[f"match_{name}_idx"] = torch.where(matched >= 0, matched, best)
     return ours
 
 
 def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
-    """Compares every array of unit.npz."""
+    """Compare every array of unit.npz."""
     stored = load(folder / "unit.npz")
     for name in INPUTS:
         report.skip(f"unit.{name}", "an input: it shows in what is computed from it")

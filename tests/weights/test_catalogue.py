@@ -1,4 +1,4 @@
-"""The catalogue lists what was published, and the initial weights of each recipe exist in it."""
+"""The catalogue lists the published weights, including the initial weights of each recipe."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def test_every_value_has_the_type_of_its_field() -> None:
     assert msgspec.yaml.decode(raw, type=list[Entry]) == ENTRIES
 
 
-def test_every_recipe_starts_from_a_name_of_the_list() -> None:
+def test_every_recipes_initial_weights_are_listed() -> None:
     for recipe in recipes():
         name = load_config(recipe).train.init
         assert name == "" or (name in CATALOGUE and not CATALOGUE[name].recipe), recipe
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_every_entry_can_be_used(entry: object) -> None:
+def test_every_entry_is_usable(entry: object) -> None:
     assert bool(entry.recipe) == bool(entry.ap)
     assert entry.file.endswith(".pt" if entry.recipe else ".safetensors")
     assert (entry.format in FORMATS) == (entry.state != "packaged")
@@ -42,7 +42,7 @@ def test_every_entry_can_be_used(entry: object) -> None:
     assert entry.recipe == "" or load_config(entry.recipe).train.init in CATALOGUE
 
 
-def test_detectron2s_detectors_are_those_of_its_tables() -> None:
+def test_detectron2s_detectors_match_its_tables() -> None:
     if not PUBLISHED.exists():
         pytest.skip("needs ../shared")
     published = {}
@@ -60,9 +60,7 @@ def test_detectron2s_detectors_are_those_of_its_tables() -> None:
         assert entry.name == name == entry.recipe
 
 
-def test_where_a_fetched_file_is_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_fetched_files_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "vitdet"
     assert fetched("mae_vit_tiny").is_file()

@@ -29,7 +29,7 @@ from vitdet.checkpoint import (
 from vitdet.config import load_config
 from vitdet.demo.tiny import CATEGORIES
 
-# A process whose files cannot grow over 100 kB: `File too large` comes from the same place as `No space left`.
+# A process whose files cannot exceed 100 kB: `File too large` is raised in the same place as `No space left`.
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -48,7 +48,7 @@ for size in (1_000_000, 24_900):  # the disk fills in the middle; with the very 
 
 
 class Exploit:
-    """A pickle of it runs a command when it is read."""
+    """Its pickle runs a command when it is read."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -58,7 +58,7 @@ class Exploit:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_old_state_and_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_state_and_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "states")],
         capture_output=True,
@@ -74,16 +74,16 @@ def test_a_full_disk_leaves_the_old_state_and_one_line(tmp_path: Path) -> None:
     assert torch.equal(Checkpoints(tmp_path / "states", 1).latest()["x"], torch.arange(10))
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     save(path, {"format": FORMAT, "x": torch.ones(3)})
-    with pytest.raises(AttributeError):  # not the disk's fault, so not called so
+    with pytest.raises(AttributeError):  # not caused by the disk, so the message does not name it
         save(path, {"format": FORMAT, "x": lambda: None})
     assert [child.name for child in tmp_path.iterdir()] == ["model.pt"]
     assert torch.equal(load(path, FORMAT)["x"], torch.ones(3))
 
 
-def test_the_last_states_stay(tmp_path: Path) -> None:
+def test_the_last_states_are_kept(tmp_path: Path) -> None:
     states = Checkpoints(tmp_path, keep=2)
     assert states.latest() is None
     (tmp_path / ".step_00000002.pt.123.tmp").write_bytes(b"a killed process left this")
@@ -96,7 +96,7 @@ def test_the_last_states_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1, 100, 0.5, 0.999, -1])
-def test_a_truncated_file_is_refused(trained: Path, tmp_path: Path, part: float) -> None:
+def test_a_truncated_file_is_rejected(trained: Path, tmp_path: Path, part: float) -> None:
     whole = (trained / "model.pt").read_bytes()
     path = tmp_path / "model.pt"
     path.write_bytes(whole[: int(part * len(whole)) if isinstance(part, float) else part])
@@ -104,7 +104,7 @@ def test_a_truncated_file_is_refused(trained: Path, tmp_path: Path, part: float)
         load_model_file(path)
 
 
-def test_a_damaged_file_is_refused_or_read(trained: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_rejected_or_read(trained: Path, tmp_path: Path) -> None:
     whole = (trained / "model.pt").read_bytes()
     begin = whole.find(b"data.pkl")
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def test_a_damaged_file_is_refused_or_read(trained: Path, tmp_path: Path) -> Non
     assert len(errors) > 20 and not any("\n" in text for text in errors)
 
 
-def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_another_file_is_rejected(trained: Path, tmp_path: Path) -> None:
     states = sorted((trained / "checkpoints").glob("*.pt"))
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
@@ -154,10 +154,10 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, packed: bool) -> None
     assert not (tmp_path / "proof").exists()
     if packed:
         torch.load(path, weights_only=False)
-        assert (tmp_path / "proof").exists()  # it would have
+        assert (tmp_path / "proof").exists()  # without the protection the command runs
 
 
-def test_a_detector_comes_back_as_it_was(trained: Path) -> None:
+def test_a_detector_is_loaded_unchanged(trained: Path) -> None:
     detector, config, names = restore_detector(trained / "model.pt")
     assert not detector.training and names == tuple(CATEGORIES.values())
     stored = load_model_file(trained / "model.pt")["model"]
@@ -165,7 +165,7 @@ def test_a_detector_comes_back_as_it_was(trained: Path) -> None:
     assert config == load_config(trained / "config.yaml")
 
 
-def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_rejected(trained: Path, tmp_path: Path) -> None:
     stored = load_model_file(trained / "model.pt")
     path = tmp_path / "model.pt"
     unknown = "its config is not valid in this version: model.pyramids: no such setting"
@@ -179,7 +179,7 @@ def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> 
             restore_detector(path)
 
 
-def test_only_a_full_disk_is_told_to_be_emptied(
+def test_only_a_full_disk_has_the_advice_to_free_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = "free some space and run the same command"
@@ -203,7 +203,7 @@ def test_only_a_full_disk_is_told_to_be_emptied(
     ("name", "value"),
     [(3, torch.zeros(2)), (None, torch.zeros(2)), ("bias", 3), ("bias", torch.zeros(2) + 1j)],
 )
-def test_weights_that_are_no_real_tensors_by_name_are_refused(name: object, value: object) -> None:
+def test_weights_that_are_not_named_real_tensors_are_rejected(name: object, value: object) -> None:
     layer = torch.nn.Linear(2, 2)
     weights = dict(layer.state_dict()) | {name: value}
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Published files map to our names completely, fit the published systems, and convert back unchanged."""
+"""Published files map completely to our names, fit the published models, and convert back unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read(name: str) -> Source:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_a_published_detector_is_the_recipes_and_comes_back(name: str) -> None:
+def test_a_published_detector_fits_the_recipe_and_converts_back(name: str) -> None:
     detector, theirs = model_of(DETECTORS[name]), file_of(name)
     weights, notes = fitted(read(name), detector, FILE)
     assert shapes(weights) == shapes(detector.state_dict()) and not notes
@@ -45,12 +45,14 @@ def test_a_published_detector_is_the_recipes_and_comes_back(name: str) -> None:
     ours = sum(parameter.numel() for parameter in detector.parameters())
     unread = {
         "mmdet/vit_b": 0,
-        # four blocks have q_bias and v_bias, ours a (useless) bias of the keys as well
+        # four blocks have q_bias and v_bias; ours also have a key bias, which has no effect
         "mmdet/vitae_b": -4 * 768,
-        # `attn.w` of two cells has no gradient and is no parameter here
+        # `attn.w` of two cells has no gradient and is not a parameter here
         "mmdet/vitae_s": 23040,
     }
-    token = detector.backbone.out_channels  # the class token's position in Detectron2's files
+    token = (
+        detector.backbone.out_channels
+    )  # the position embedding of the class token in Detectron2's files
     assert PUBLISHED[name]["n_params"] - ours == unread.get(name, token)
 
     split = (2, 5, 8, 11) if name == "mmdet/vitae_b" else ()
@@ -60,15 +62,15 @@ def test_a_published_detector_is_the_recipes_and_comes_back(name: str) -> None:
     for key, tensor in back.items():
         expected = theirs[key]
         if name.startswith("detectron2") and key == "backbone.net.pos_embed":
-            assert not tensor[:, 0].any()  # the class token's, which no detector reads
+            assert not tensor[:, 0].any()  # that of the class token, which no detector uses
             tensor, expected = tensor[:, 1:], expected[:, 1:]
-        if "fed_loss" in key:  # each stage's copy of the same odds
+        if "fed_loss" in key:  # each stage's copy of the same class frequencies
             expected = theirs[key.replace(".1.", ".0.").replace(".2.", ".0.")]
         assert tensor.data_ptr() == expected.data_ptr() or torch.equal(tensor, expected), key
 
 
 @pytest.mark.parametrize(("name", "recipe"), BACKBONES)
-def test_a_published_pretraining_fills_the_backbone(name: str, recipe: str) -> None:
+def test_published_pretrained_weights_fill_the_backbone(name: str, recipe: str) -> None:
     detector, theirs = model_of(recipe), file_of(name)
     layout = FORMATS[name.split("/")[0]]
     source = read(name)
@@ -105,7 +107,7 @@ def test_names(layout: str, theirs: str, ours: str | None) -> None:
     assert rename(theirs, FORMATS[layout]) == ours
 
 
-def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
+def test_unknown_names_are_an_error_and_computed_buffers_are_not() -> None:
     weights = {
         "backbone.net.pos_embed": torch.zeros(1, 5, 2),
         "pixel_mean": torch.zeros(3),
@@ -127,8 +129,8 @@ def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
 
 
 @pytest.mark.parametrize("style", ["mae", "beit"])
-def test_vitae_b_in_the_naming_of_autoencoders(style: str) -> None:
-    """The reference's own loader loses the biases of 4 of 12 blocks in one of these, and of 8 in the other."""
+def test_vitae_b_with_an_autoencoders_names(style: str) -> None:
+    """The reference's loader drops the biases of 4 of 12 blocks in one of these, and of 8 in the other."""
     theirs = {}
     for name, tensor in file_of("mmdet/vitae_b").items():
         name = name.removeprefix("backbone.")
@@ -158,7 +160,7 @@ def test_class_token_is_dropped() -> None:
         drop_class_token(torch.zeros(1, 9, 1))
 
 
-def test_biases_of_queries_and_values_leave_the_keys_without() -> None:
+def test_query_and_value_biases_without_key_biases() -> None:
     query, stem = {"blocks.2.attn.q_bias": torch.tensor([1.0])}, "backbone.blocks.2.attn."
     ours = to_ours({**query, "blocks.2.attn.v_bias": torch.tensor([3.0])}, VITAE)
     assert ours[f"{stem}qkv.bias"].tolist() == [1, 0, 3]
@@ -169,16 +171,16 @@ def test_biases_of_queries_and_values_leave_the_keys_without() -> None:
         to_ours(query, VITAE)
 
 
-def test_tables_of_images_that_are_not_square() -> None:
+def test_position_tables_of_images_that_are_not_square() -> None:
     layout = mmdet_format(grid=(3, 2), wide=[1])
     weights = {
         "backbone.pos_embed": torch.arange(6.0).view(1, 6, 1),
-        "backbone.blocks.0.attn.rel_pos_w": torch.ones(27, 1),  # of windows
+        "backbone.blocks.0.attn.rel_pos_w": torch.ones(27, 1),  # tables of windows
         "backbone.blocks.1.attn.rel_pos_w": torch.arange(5.0).view(5, 1),
     }
     ours = to_ours(weights, layout)
     assert ours["backbone.pos_embed"][0, :, :, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
-    # the tail has no use
+    # the tail is unused
     assert ours["backbone.blocks.1.attn.rel_pos_w"][:, 0].tolist() == [0, 1, 2]
     assert shapes(to_theirs(ours, layout)) == shapes(weights)
     says = r"expected \(1, n \* n, C\) without a class token, got \(1, 6, 1\)"
@@ -186,7 +188,7 @@ def test_tables_of_images_that_are_not_square() -> None:
         to_ours(weights, MMDET)
 
 
-def test_relative_positions_change_their_scale_and_the_function_stays() -> None:
+def test_relative_positions_are_rescaled_to_the_same_function() -> None:
     table, query = torch.randn(5, 64), torch.randn(64)
     name, bias = "backbone.blocks.0.attn.rel_pos_h", "backbone.blocks.0.attn.qkv.bias"
     weights = {name: table, bias: query}
@@ -198,13 +200,13 @@ def test_relative_positions_change_their_scale_and_the_function_stays() -> None:
     assert rescale_relative_positions(weights, True, True) is weights
 
 
-def test_positions_and_patches_of_another_size() -> None:
+def test_position_and_patch_embeddings_of_another_size() -> None:
     rows = torch.arange(16.0)
     plane = torch.cartesian_prod(rows, rows).view(1, 16, 16, 2)
     wanted = torch.tensor([4.5, 6.5, 8.5, 10.5])[:, None].expand(4, 4)
     torch.testing.assert_close(resize_grid(plane, (8, 8))[0, 2:6, 2:6, 0], wanted)
     table = resize_table(torch.arange(27.0)[:, None].expand(27, 3), 53)
-    # the middle stays the middle
+    # the center stays the center
     assert tuple(table.shape) == (53, 3) and abs(table[26, 0] - 13) < 1e-5
     kernel = resize_kernel(torch.ones(2, 3, 14, 14), 16)
     torch.testing.assert_close(kernel, torch.ones(2, 3, 16, 16))

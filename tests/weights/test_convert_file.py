@@ -1,4 +1,4 @@
-"""`vitdet weights convert`: the output is read by this package and by the target format's own readers."""
+"""`vitdet weights convert`: this package and the target format's readers read the output."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ FORK = [
 
 @pytest.fixture
 def recipe(tiny: Path, tmp_path: Path) -> Path:
-    """A config file of a small model whose pyramid is Detectron2's."""
+    """Return a config file of a small model with Detectron2's pyramid."""
     return write_config(tiny, tmp_path / "small.yaml", PLAIN)
 
 
 @pytest.fixture
 def model(recipe: Path, tmp_path: Path) -> Path:
-    """Its checkpoint, none of whose weights is trivial."""
+    """Return the model's checkpoint, with random values in all weights."""
     return write_model(recipe, tmp_path / "model.pt")
 
 
@@ -68,7 +68,7 @@ def refused(*given: object, **named: object) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_a_detector_goes_to_detectron2_and_comes_back(
+def test_a_detector_converts_to_detectron2_and_back(
     model: Path, recipe: Path, tmp_path: Path, picture: Path, suffix: str
 ) -> None:
     theirs, back = tmp_path / f"theirs{suffix}", tmp_path / "back.pt"
@@ -90,8 +90,8 @@ def test_a_detector_goes_to_detectron2_and_comes_back(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> None:
-    """And may then be one whose relative positions meet the unscaled query: the function is the same."""
+def test_a_detector_converts_to_mmdet_and_back(tiny: Path, tmp_path: Path) -> None:
+    """It may then have relative positions for unscaled queries, with the same function."""
     configs = {"fork": FORK, "mixed": [*FORK, "model.backbone.scaled_rel_pos=false"]}
     paths = {
         name: write_config(tiny, tmp_path / f"{name}.yaml", changes)
@@ -107,7 +107,7 @@ def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> 
         notes = convert_file(tmp_path / "theirs.pth", tmp_path / f"{name}.pt", "mmdet", path)
         assert bool(notes) == (name == "mixed")
         again, _, names = restore_detector(tmp_path / f"{name}.pt")
-        assert names == tuple(load_model_file(ours)["class_names"])  # mmdet's files say them
+        assert names == tuple(load_model_file(ours)["class_names"])  # mmdet's files contain them
         features[name] = again.backbone(image.float() / 255)
     assert notes == [
         "relative positions: rescaled for this model, which applies them to the unscaled query"
@@ -121,15 +121,15 @@ def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> 
     assert f"ours.pt: {says}" in text
 
 
-def test_tensors_alone(model: Path, recipe: Path, tmp_path: Path) -> None:
-    """They say of themselves where they are from; so they can be loaded, and become a detector, later."""
+def test_files_of_tensors_only(model: Path, recipe: Path, tmp_path: Path) -> None:
+    """Their metadata names the layout, so they can be loaded and converted to a detector later."""
     convert_file(model, tmp_path / "theirs.pkl", "detectron2", reverse=True)
     convert_file(tmp_path / "theirs.pkl", tmp_path / "ours.safetensors", "detectron2")
     expected = {"format": "pt", "layout": "detectron2", "scaled_rel_pos": "false"}
     with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
         assert file.metadata() == expected
     convert_file(tmp_path / "theirs.pkl", tmp_path / "fitted.safetensors", "detectron2", recipe)
-    assert read_source(tmp_path / "fitted.safetensors", "vitdet").class_names == ()  # not known
+    assert read_source(tmp_path / "fitted.safetensors", "vitdet").class_names == ()  # unknown
     convert_file(model, tmp_path / "named.safetensors", "vitdet")
     names = tuple(load_model_file(model)["class_names"])
     assert read_source(tmp_path / "named.safetensors", "vitdet").class_names == names
@@ -142,7 +142,7 @@ def test_tensors_alone(model: Path, recipe: Path, tmp_path: Path) -> None:
     assert not load_pretrained(detector, tmp_path / "ours.safetensors").fresh
 
 
-def test_a_pretraining_becomes_tensors(tmp_path: Path) -> None:
+def test_pretrained_weights_are_converted_to_tensors(tmp_path: Path) -> None:
     weights = {name: tensor.contiguous().half() for name, tensor in file_of("mae/base").items()}
     mae, other = tmp_path / "mae.pth", tmp_path / "x.safetensors"
     torch.save({"model": weights}, mae)
@@ -160,7 +160,7 @@ def test_a_pretraining_becomes_tensors(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*x.safetensors*"))
 
 
-def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Path) -> None:
+def test_invalid_combinations_are_one_line(model: Path, recipe: Path, tmp_path: Path) -> None:
     pkl, pt, pth = (tmp_path / f"x.{suffix}" for suffix in ("pkl", "pt", "pth"))
     ends = "expected a name that ends in"
     for given, says in (

@@ -24,7 +24,7 @@ if REPORTED.exists():
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One to three changes: a byte, a cut, a piece that is repeated, removed or inserted."""
+    """Apply one to three changes: a byte, a truncation, a piece that is repeated, removed or inserted."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(changed) or 1)
@@ -61,7 +61,7 @@ def test_500_damaged_pickles_of_each_protocol_end_in_one_line(
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_pickle_that_is_cut_in_a_number_is_one_line(tmp_path: Path, cut: bytes) -> None:
+def test_a_pickle_truncated_within_a_number_is_one_line(tmp_path: Path, cut: bytes) -> None:
     path = tmp_path / "cut.pkl"
     path.write_bytes(cut)
     with refused("not a complete file of weights"):
@@ -82,7 +82,7 @@ def same(ours: object, theirs: object) -> bool:
     return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
-def test_150_flipped_bits_of_a_checkpoint_are_refused_or_harmless(checkpoint: Path) -> None:
+def test_150_flipped_bits_of_a_checkpoint_are_rejected_or_harmless(checkpoint: Path) -> None:
     whole, rng, errors = checkpoint.read_bytes(), random.Random(0), 0
     content = torch.load(checkpoint, weights_only=True)
     for _ in range(150):
@@ -99,7 +99,7 @@ def test_150_flipped_bits_of_a_checkpoint_are_refused_or_harmless(checkpoint: Pa
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 def test_a_flipped_bit_among_the_weights_names_the_record(checkpoint: Path, suffix: str) -> None:
-    """In files of this package and of others."""
+    """In files of this package and third-party files."""
     path = checkpoint.rename(checkpoint.with_suffix(suffix))
     whole = bytearray(path.read_bytes())
     whole[whole.index(torch.arange(500.0).numpy().tobytes()) + 402] ^= 0x40
@@ -111,13 +111,13 @@ def test_a_flipped_bit_among_the_weights_names_the_record(checkpoint: Path, suff
 
 def test_a_flipped_bit_in_the_end_of_the_archive_is_one_line(checkpoint: Path) -> None:
     whole = bytearray(checkpoint.read_bytes())
-    whole[whole.rindex(b"PK\x06\x07") + 16] ^= 2  # the number of disks
+    whole[whole.rindex(b"PK\x06\x07") + 16] ^= 2  # the field "number of disks"
     checkpoint.write_bytes(whole)
     with pytest.raises(ValueError, match="not a complete vitdet checkpoint"):
         load(checkpoint, STATE)
 
 
-def test_a_file_that_was_written_without_checksums_is_read(tmp_path: Path) -> None:
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
     path, before = tmp_path / "weights.pth", torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -23,7 +23,7 @@ def names(folder: Path) -> list[str]:
 
 
 def flip(path: Path) -> None:
-    """One bit among the largest tensor's."""
+    """Flip one bit of the largest tensor."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -39,7 +39,7 @@ def stopped_at_7(tiny: Path, folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["cut", "flipped", "empty"])
-def test_a_training_goes_on_from_the_state_before_a_damaged_one(
+def test_training_resumes_from_the_state_before_a_damaged_one(
     tiny: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     _, newest = stopped_at_7(tiny, tmp_path)
@@ -58,7 +58,7 @@ def test_a_training_goes_on_from_the_state_before_a_damaged_one(
     assert names(newest.parent) == [".lock", *(f"step_0000000{file}" for file in files)]
 
 
-def test_a_damaged_state_is_told_once_and_is_none_of_the_last(
+def test_a_damaged_state_is_reported_once_and_not_counted_as_a_last_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     states = Checkpoints(tmp_path, keep=2)
@@ -66,7 +66,7 @@ def test_a_damaged_state_is_told_once_and_is_none_of_the_last(
         states.save(step, {"w": torch.ones(999) * step})
         states.save_evaluation(step, {"metrics": {}})
     flip(tmp_path / "step_00000003.pt")
-    for _ in range(2):  # a start that ends before it holds the lock changes nothing
+    for _ in range(2):  # a start that fails before it acquires the lock changes nothing
         assert Checkpoints(tmp_path, keep=2).latest()["step"] == 2
     assert states.latest()["step"] == 2
     states.set_aside(2)
@@ -91,10 +91,10 @@ def test_all_states_are_damaged(tmp_path: Path) -> None:
     assert len(states.all()) == 3
 
 
-def test_what_is_not_damaged_is_not_passed_over(
+def test_unreadable_but_undamaged_states_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A state of a later version, one that may not be read, and one that does not fit into memory."""
+    """A state of a later version, one without read permission, and one that does not fit into memory."""
     states = Checkpoints(tmp_path, keep=3)
     states.save(1, {})
     checkpoint.save(tmp_path / "step_00000002.pt", {"format": f"{STATE}0", "step": 2})
@@ -120,7 +120,7 @@ def test_what_is_not_damaged_is_not_passed_over(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "\udcff"])
-def test_a_damaged_evaluation_costs_the_evaluation_only(
+def test_a_damaged_evaluation_affects_only_the_evaluation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
     states = Checkpoints(tmp_path, keep=2)
@@ -134,7 +134,7 @@ def test_a_damaged_evaluation_costs_the_evaluation_only(
     assert names(tmp_path) == ["step_00000004.json.damaged", "step_00000004.pt"]
 
 
-def test_an_evaluation_that_is_damaged_is_made_up_for(tiny: Path, tmp_path: Path) -> None:
+def test_a_damaged_evaluation_is_repeated(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         go(tiny, tmp_path, interrupt(cut, 5))
     path = tmp_path / "checkpoints" / "step_00000004.json"
@@ -147,7 +147,7 @@ def test_an_evaluation_that_is_damaged_is_made_up_for(tiny: Path, tmp_path: Path
 
 
 def one_of_two(rank: int, root: Path, folder: Path) -> None:
-    """A process of two; what the second one reads of the newest states, and of an evaluation, is damaged."""
+    """Run one of two processes; the second reads damaged newest states and a damaged evaluation."""
     if rank == 1:
         load = checkpoint.load
 
@@ -164,7 +164,9 @@ def one_of_two(rank: int, root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_processes_go_on_from_the_state_that_all_find_whole(tiny: Path, tmp_path: Path) -> None:
+def test_all_processes_resume_from_the_newest_state_undamaged_for_all(
+    tiny: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 7), train__keep=3, **TOGETHER)
     spawn_pair(one_of_two, tiny, tmp_path)

@@ -22,7 +22,7 @@ Load = Callable[..., Path]
 
 
 class Seen:
-    """A watcher that remembers."""
+    """A progress callback that records its calls."""
 
     def __init__(self) -> None:
         self.all: list[tuple[int, int | None]] = []
@@ -43,7 +43,7 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def load(web: Web, tmp_path: Path) -> Load:
-    """Downloads under these answers, and gives the file."""
+    """Download from a server with these responses; return the file."""
 
     def run(
         *plan: Answer, size: int | None = None, patience: Patience = QUICK, copies: int = 1
@@ -59,7 +59,7 @@ def ranges(web: Web) -> list[str | None]:
     return [asked for _, asked in web.asked]
 
 
-def test_a_whole_file_comes_in_one_piece(web: Web, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_by_one_request(web: Web, tmp_path: Path) -> None:
     seen = Seen()
     download(f"{web.url}/a/file.pth", tmp_path / "part", seen, QUICK, 100_000)
     assert (tmp_path / "part").read_bytes() == CONTENT and web.asked == [("/a/file.pth", None)]
@@ -67,7 +67,7 @@ def test_a_whole_file_comes_in_one_piece(web: Web, tmp_path: Path) -> None:
     assert all(a[0] < b[0] for a, b in zip(seen.all, seen.all[1:], strict=False))
 
 
-def test_a_cut_connection_goes_on_where_it_was(web: Web, load: Load) -> None:
+def test_a_download_resumes_after_a_dropped_connection(web: Web, load: Load) -> None:
     part = load(file(cut=30_000), file(cut=20_000), file(cut=1), file(cut=1), file(cut=1))
     assert part.read_bytes() == CONTENT and web.sent == 100_000
     assert ranges(web) == [None, *(f"bytes={n}-" for n in (30_000, 50_000, 50_001, 50_002, 50_003))]
@@ -84,12 +84,12 @@ def test_a_cut_connection_goes_on_where_it_was(web: Web, load: Load) -> None:
     ],
     ids=["stall", "500", "503", "429", "nothing"],
 )
-def test_what_may_pass_is_tried_again(web: Web, load: Load, bad: Answer) -> None:
+def test_transient_errors_are_retried(web: Web, load: Load, bad: Answer) -> None:
     assert load(bad, bad).read_bytes() == CONTENT
     assert web.sent == 100_000 and len(web.asked) == 3
 
 
-def test_a_server_that_never_gets_further_is_given_up(web: Web, load: Load, tmp_path: Path) -> None:
+def test_a_server_without_progress_is_an_error(web: Web, load: Load, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError) as caught:
         load(file(cut=30_000), *[file(cut=0)] * 9)
     cut = "the connection was closed at 30,000 of 100,000 bytes, 3 times in a row"
@@ -112,14 +112,14 @@ def test_a_server_that_ignores_range_starts_again(web: Web, load: Load, tmp_path
     [file(), file(honest=False), file(ranges=False), file(cut=20_000)],
     ids=["If-Range", "ignores If-Range", "ignores Range", "cut again"],
 )
-def test_two_files_are_never_joined(load: Load, then: Answer) -> None:
+def test_parts_of_two_files_are_never_joined(load: Load, then: Answer) -> None:
     assert load(file(cut=30_000), changed(OTHER, then)).read_bytes() == OTHER
 
 
-def test_a_range_that_begins_elsewhere_or_that_is_none_starts_again(web: Web, load: Load) -> None:
+def test_another_or_an_invalid_range_starts_again(web: Web, load: Load) -> None:
     assert load(file(cut=30_000), file(shift=7)).read_bytes() == CONTENT
     (web.content, web.tag) = (OTHER, '"three"')
-    assert load().read_bytes() == CONTENT  # whole is whole: nobody is asked
+    assert load().read_bytes() == CONTENT  # the file is complete: no request is sent
     assert load(file(cut=95_000), status(416)).read_bytes() == CONTENT
     assert ranges(web)[-1] is None
 
@@ -129,7 +129,7 @@ def test_without_a_validator_it_starts_again(web: Web, load: Load) -> None:
     assert ranges(web) == [None, None]
 
 
-def test_a_weak_tag_is_none_but_a_date_will_do(web: Web, load: Load, tmp_path: Path) -> None:
+def test_a_weak_etag_is_ignored_but_a_date_is_used(web: Web, load: Load, tmp_path: Path) -> None:
     web.tag, date = 'W/"weak"', "Sun, 22 Nov 2026 10:00:00 GMT"
     assert load(file(cut=30_000), file()).read_bytes() == CONTENT and ranges(web) == [None, None]
     (tmp_path / "part").unlink()
@@ -156,7 +156,7 @@ FORBIDDEN = "the server responded with 403 Forbidden (the server denies access t
     ],
     ids=["404", "403", "web page", "wrong length"],
 )
-def test_what_will_not_pass_is_one_line_at_once(
+def test_permanent_errors_are_one_line_without_a_retry(
     web: Web, load: Load, tmp_path: Path, answer: Answer, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -166,26 +166,26 @@ def test_what_will_not_pass_is_one_line_at_once(
     assert len(web.asked) == 1 and not (tmp_path / "part").exists()
 
 
-def test_more_announced_than_sent_is_a_cut(load: Load) -> None:
+def test_fewer_bytes_than_announced_are_a_dropped_connection(load: Load) -> None:
     with pytest.raises(ConnectionError, match="closed at 100,000 of 100,001 bytes"):
         load(*[file(surplus=1)] * 3)
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_a_refused_connection_is_one_line(tmp_path: Path) -> None:
     with serve() as web:
         url = web.url
     with pytest.raises(ConnectionError, match="Connection refused.*3 times in a row; nothing came"):
         download(url, tmp_path / "part", Seen(), QUICK)
 
 
-def test_redirects_are_followed_with_the_range(web: Web, load: Load) -> None:
+def test_redirects_keep_the_range(web: Web, load: Load) -> None:
     to = status(302, Location=f"{web.url}/signed?key=1")
     assert load(to, file(cut=30_000), to, file()).read_bytes() == CONTENT and web.sent == 100_000
     assert web.asked[-1] == ("/signed?key=1", "bytes=30000-")
     assert json.loads(note(load()).read_text())["url"] == f"{web.url}/a/file.pth"
 
 
-def test_a_full_disk_keeps_what_came(load: Load, web: Web, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_downloaded_part(load: Load, web: Web, tmp_path: Path) -> None:
     says = "part: could not be written .*File too large"
     with largest_file(40_000), pytest.raises(OSError, match=says):
         load()
@@ -193,7 +193,7 @@ def test_a_full_disk_keeps_what_came(load: Load, web: Web, tmp_path: Path) -> No
     assert load().read_bytes() == CONTENT and ranges(web) == [None, "bytes=40000-"]
 
 
-def test_the_disk_is_asked_first(
+def test_free_space_is_checked_first(
     load: Load, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -203,7 +203,7 @@ def test_the_disk_is_asked_first(
     assert web.sent <= 1000 * 100 and not (tmp_path / "part").exists()
 
 
-def test_a_mirror_keeps_the_path() -> None:
+def test_a_mirror_url_keeps_the_path() -> None:
     url = "https://files.example.org/detectron2/ViTDet/model.pkl?v=1"
     for mirror in ("http://inside:8080/weights", "http://inside:8080/weights/"):
         assert mirrored(url, mirror) == "http://inside:8080/weights/detectron2/ViTDet/model.pkl?v=1"
@@ -214,10 +214,10 @@ def test_a_mirror_keeps_the_path() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_server_that_never_ends_is_left_after_the_last_byte(
+def test_the_download_ends_after_the_last_byte_of_an_endless_response(
     web: Web, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """Without a Content-Length; whether the size of the file is known or not."""
+    """Without a Content-Length, both with and without a known size of the file."""
     monkeypatch.setattr("vitdet.datasets.download.LARGEST", 50_000)
     web.content = b"x" * 5_000_000
     size, most = (1000, "1,000") if known else (None, "50,000")
@@ -228,7 +228,7 @@ def test_a_server_that_never_ends_is_left_after_the_last_byte(
 
 
 @pytest.mark.parametrize("size", [1, 999, 100_000, 1 << 20])
-def test_a_body_that_is_too_long_ends_one_byte_beyond_its_size(
+def test_a_body_that_is_too_long_is_read_for_one_byte_beyond_its_size(
     web: Web, load: Load, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     received = []

@@ -29,11 +29,13 @@ def nothing_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr("urllib.request._opener", None)  # it remembers certificates and proxies
+    monkeypatch.setattr(
+        "urllib.request._opener", None
+    )  # the session caches certificates and proxies
 
 
 def certificate(folder: Path) -> Path:
-    """A key and a certificate for this machine, signed by nobody else."""
+    """Return a key and a self-signed certificate for this machine."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")])
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -59,7 +61,7 @@ def certificate(folder: Path) -> Path:
 
 @pytest.fixture
 def secure(tmp_path: Path) -> Iterator[tuple[Web, str, Path]]:
-    """A server behind TLS, its address, its certificate."""
+    """Return a TLS server, its address and its certificate."""
     pem = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
@@ -75,7 +77,7 @@ def secure(tmp_path: Path) -> Iterator[tuple[Web, str, Path]]:
         thread.join()
 
 
-def test_a_certificate_that_nobody_vouches_for_is_one_line_at_once(
+def test_an_untrusted_certificate_is_one_line_without_a_retry(
     secure: tuple[Web, str, Path], tmp_path: Path
 ) -> None:
     web, url, _ = secure
@@ -85,7 +87,7 @@ def test_a_certificate_that_nobody_vouches_for_is_one_line_at_once(
     assert not web.asked and not (tmp_path / "part").exists()
 
 
-def test_a_houses_own_authority_is_believed(
+def test_a_private_certificate_authority_is_trusted(
     secure: tuple[Web, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, url, pem = secure
@@ -94,7 +96,7 @@ def test_a_houses_own_authority_is_believed(
     assert (tmp_path / "part").read_bytes() == CONTENT
 
 
-def test_a_way_out_of_the_encryption_is_not_taken(
+def test_a_redirect_from_https_to_http_is_rejected(
     secure: tuple[Web, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web, url, pem = secure
@@ -108,7 +110,7 @@ def test_a_way_out_of_the_encryption_is_not_taken(
     assert not (tmp_path / "part").exists()
 
 
-def test_the_proxy_of_the_environment_is_asked(
+def test_the_proxy_of_the_environment_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve() as proxy:

@@ -32,7 +32,7 @@ Fetch = Callable[..., Path]
 
 
 def turned(source: Path, target: Path) -> None:
-    """A conversion: the bytes backwards."""
+    """A conversion that reverses the bytes."""
     assert source.suffix == ".pth"
     target.write_bytes(source.read_bytes()[::-1])
 
@@ -73,7 +73,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Path) -> None:
     assert get() == get() == tmp_path / "here" / "some.safetensors"
     assert get().read_bytes() == CONTENT[::-1] and len(web.asked) == 1
     assert names(tmp_path / "here") == ["some.safetensors"]
@@ -88,7 +88,7 @@ def test_it_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Pat
         ({"sha256": "", "md5": "00000g"}, f"md5 {MD5[:6]}, expected 00000g: not the published "),
     ],
 )
-def test_another_file_than_the_published_one_does_not_stay(
+def test_a_file_other_than_the_published_one_is_removed(
     get: Fetch, web: Web, tmp_path: Path, known: dict, says: str
 ) -> None:
     with refused(says):
@@ -97,7 +97,7 @@ def test_another_file_than_the_published_one_does_not_stay(
     assert get().is_file()
 
 
-def test_wrong_bytes_of_the_right_length(get: Fetch, web: Web, tmp_path: Path) -> None:
+def test_wrong_bytes_of_the_correct_length(get: Fetch, web: Web, tmp_path: Path) -> None:
     web.content = CONTENT[:-1] + b"?"
     with pytest.raises(ValueError, match="not the published some; the download was removed"):
         get()
@@ -115,7 +115,7 @@ def test_wrong_bytes_of_the_right_length(get: Fetch, web: Web, tmp_path: Path) -
         ({"md5": MD5[:6], "md5_of_name": True}, 0),
     ],
 )
-def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
+def test_a_checksum_prefix_is_verified_and_one_in_the_name_is_a_hint(
     get: Fetch, caplog: pytest.LogCaptureFixture, known: dict, notes: int
 ) -> None:
     get(**{"sha256": "", "size": None, **known})
@@ -130,14 +130,14 @@ def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
         (None, "some: neither a checksum nor a size is published; nothing was verified"),
     ],
 )
-def test_what_could_not_be_verified_is_told(
+def test_an_unverified_file_is_reported(
     get: Fetch, caplog: pytest.LogCaptureFixture, size: int | None, says: str
 ) -> None:
     get(sha256="", size=size)
     assert caplog.messages == [says]
 
 
-def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
+def test_a_file_that_cannot_be_converted_is_kept_only_if_verified(
     get: Fetch, web: Web, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="3 tensors unknown to this format; the download was kept"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     assert not names(tmp_path / "here")
 
 
-def test_a_copy_from_elsewhere(get: Fetch, web: Web, tmp_path: Path) -> None:
+def test_a_local_copy(get: Fetch, web: Web, tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.pth", tmp_path / "other.pth"
     copy.write_bytes(CONTENT)
     other.write_bytes(CONTENT[1:])
@@ -177,7 +177,7 @@ def test_a_mirror(get: Fetch, web: Web) -> None:
         ("page", "https://x/y is a page, not a file; download it in a browser, then vitdet"),
     ],
 )
-def test_what_cannot_be_downloaded_says_what_to_do(
+def test_a_failed_download_states_the_remedy(
     get: Fetch, tmp_path: Path, state: str, says: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^some cannot be downloaded: {says}"):
@@ -187,7 +187,7 @@ def test_what_cannot_be_downloaded_says_what_to_do(
     assert get(state=state, url="https://x/y", local=tmp_path / "copy.pth").is_file()
 
 
-def test_a_full_disk_in_the_conversion_costs_no_download(
+def test_a_full_disk_during_conversion_keeps_the_download(
     get: Fetch, web: Web, tmp_path: Path
 ) -> None:
     def twice(source: Path, target: Path) -> None:
@@ -199,14 +199,16 @@ def test_a_full_disk_in_the_conversion_costs_no_download(
     assert get(twice).stat().st_size == 200_000 and web.sent == 100_000
 
 
-def test_a_failure_without_a_byte_leaves_nothing(get: Fetch, web: Web, tmp_path: Path) -> None:
+def test_a_failure_before_the_first_byte_leaves_no_file(
+    get: Fetch, web: Web, tmp_path: Path
+) -> None:
     web.plan = [status(404)]
     with pytest.raises(FileNotFoundError, match="404"):
         get()
     assert not names(tmp_path / "here")
 
 
-def test_two_at_once_download_it_once(
+def test_two_processes_download_a_file_once(
     get: Fetch, web: Web, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -1,6 +1,6 @@
 """Checkpoints and training states written by commit dad8b8b still load.
 
-tests/golden/checkpoints holds their structure (names, shapes, dtypes, all values that are not tensors); the tensors
+tests/golden/checkpoints contains their structure (names, shapes, dtypes, all values that are not tensors); the tensors
 are filled with seeded random numbers.
 """
 
@@ -31,7 +31,7 @@ CASES = {
 
 
 def read(name: str, root: Path) -> dict:
-    """The content of the stored file, with tensors, for the data set in `root`."""
+    """Return the content of the stored file, with tensors, for the data set in `root`."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(node: object, path: str = "") -> object:
@@ -61,7 +61,7 @@ def read(name: str, root: Path) -> dict:
 
 
 def dataset_digest(data: DataConfig) -> str:
-    """The identity of a COCO data set as commit dad8b8b computed it."""
+    """Return a COCO data set's digest as computed by commit dad8b8b."""
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):
         annotations = Path(data.root, "annotations", f"instances_{split}.json").read_bytes()
@@ -87,7 +87,7 @@ def test_a_finished_detector_loads(case: str, tiny: Path, tmp_path: Path) -> Non
     path = tmp_path / "model.pt"
     stored = write(f"model_{case}", tiny, path)
     detector, config, names = restore_detector(path)
-    # commit dad8b8b did not say for which batch size a learning rate is meant
+    # commit dad8b8b did not store the batch size of a learning rate
     assert config == config_of(case, tiny, optim__lr_batch_size=64)
     assert names == tuple(stored["class_names"]) and len(names) == 6
     weights, expected = detector.state_dict(), stored["model"]
@@ -101,7 +101,7 @@ def test_a_finished_detector_loads(case: str, tiny: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_finished_detector_initializes_a_training(case: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_finished_detector_initializes_training(case: str, tiny: Path, tmp_path: Path) -> None:
     stored = write(f"model_{case}", tiny, tmp_path / "first.pt")
     config = config_of(case, tiny, train__init=tmp_path / "first.pt", optim__steps=1)
     recorder = Recorder()
@@ -131,7 +131,7 @@ def test_a_training_state_resumes(case: str, tiny: Path, tmp_path: Path) -> None
 
 
 def test_a_training_state_from_before_commit_29b381b_resumes(tiny: Path, tmp_path: Path) -> None:
-    """It does not name the step of the last evaluation: states were saved after evaluations."""
+    """It does not contain the step of the last evaluation, as states were saved after evaluations."""
     content = read("state_tiny", tiny)
     del content["evaluated"]
     content["step"] = 4

@@ -1,4 +1,4 @@
-"""Third-party pickles: exploits have no effect, and one line names the forbidden object."""
+"""Third-party pickles: exploits have no effect, and the error names the forbidden object in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vitdet.weights.unwrap import unwrap
 
 
 class Call:
-    """Pickled, it is the call of a function."""
+    """Its pickle is a function call."""
 
     def __init__(self, function: Callable, *values: object) -> None:
         self.what = function, values
@@ -33,7 +33,7 @@ class Call:
 
 
 class Late:
-    """Its call happens when its state is set: the fields of a harmless class are an exploit."""
+    """Its call happens when its state is set: an exploit in the fields of a harmless class."""
 
     def __init__(self, function: Callable, *values: object) -> None:
         self.what = function, values
@@ -43,7 +43,7 @@ class Late:
 
 
 def exploits(proof: Path) -> dict[str, object]:
-    """Objects whose pickles create `proof`."""
+    """Return objects whose pickles create `proof`."""
     made = f"open({str(proof)!r}, 'w').close()"
     return {
         "os.system": Call(os.system, f"touch {proof}"),
@@ -71,7 +71,7 @@ def one_line(path: Path) -> str:
 @pytest.mark.parametrize(
     "how", ["pickle 0", "pickle 2", "pickle 4", "pickle 5", "torch", "torch before zips"]
 )
-def test_an_exploit_does_nothing(tmp_path: Path, name: str, how: str) -> None:
+def test_exploits_have_no_effect(tmp_path: Path, name: str, how: str) -> None:
     proof, path = tmp_path / "proof", tmp_path / ("model.pkl" if "pickle" in how else "model.pth")
     content = exploits(proof)[name]
     if how.startswith("pickle"):
@@ -81,17 +81,17 @@ def test_an_exploit_does_nothing(tmp_path: Path, name: str, how: str) -> None:
     text = one_line(path)
     assert "rejected: it references " in text or "getattr" in name or "array" in name, text
     assert not proof.exists()
-    if name not in ("getattr", "numpy's own reader"):  # it would have happened
+    if name not in ("getattr", "numpy's own reader"):  # without the protection the exploit works
         read = pickle.load if "pickle" in how else partial(torch.load, weights_only=False)
         with open(path, "rb") as file:
             read(file)
         assert proof.exists()
 
 
-def test_the_forbidden_name_is_said(tmp_path: Path) -> None:
+def test_the_error_contains_the_forbidden_name(tmp_path: Path) -> None:
     for suffix in ("pkl", "pth"):
         path = tmp_path / f"model.{suffix}"
-        # written by hand, in the oldest protocol
+        # in the oldest protocol
         path.write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
         assert "it references posix.system, which could run code" in one_line(path)
     torch.save({"model": {}, "x": Call(os.mkdir, "x")}, tmp_path / "model.pth")
@@ -99,7 +99,7 @@ def test_the_forbidden_name_is_said(tmp_path: Path) -> None:
 
 
 def packed(path: Path, content: bytes) -> Path:
-    """A torch file whose pickle is written by hand."""
+    """Return a torch file with this pickle."""
     torch.save({"w": torch.ones(2)}, path)
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -109,7 +109,7 @@ def packed(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None:
+def test_torchs_advice_to_run_the_code_is_not_repeated(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     content = {"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}
     torch.save(content, path, pickle_protocol=4)
@@ -117,8 +117,8 @@ def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None
     assert "Unsupported operand 149" in text and "weights_only" not in text
 
 
-def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
-    path, op = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
+def test_exploits_in_persistent_ids_have_no_effect(tmp_path: Path) -> None:
+    path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
     broken = "not a complete file of weights"
     for content, says in (
         (op % b"cposix\nsystem\n", "it references posix.system"),
@@ -128,19 +128,19 @@ def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
         assert says in one_line(packed(path, b"\x80\x02" + content + b"."))
 
 
-def test_a_reader_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None:
+def test_a_pickle_cannot_change_its_reader(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     for state in (b"}S'call'\nS'x'\ns", b"(N}S'call'\nS'x'\nst", b"(N}S'__setattr__'\nS'x'\nst"):
         path.write_bytes(b"cnumpy\ndtype\n" + state + b"b.")
         assert "not a complete file of weights" in one_line(path)
-    path.write_bytes(b"cnumpy\ndtype\n).")  # a reader itself instead of weights
+    path.write_bytes(b"cnumpy\ndtype\n).")  # the reader's own class instead of weights
     assert "got a " in one_line(path) or "not a whole" in one_line(path)
     path.write_bytes(b"cnumpy\ndtype\n)\x81.")
     assert "not a complete file of weights" in one_line(path)
 
 
 def array(shape: object, kind: bytes = b"f4", raw: bytes = b"\0" * 8, order: bytes = b"<") -> bytes:
-    """The pickle of {'w': an array} by hand."""
+    """Return a hand-written pickle of {'w': an array}."""
     dtype = (
         b"cnumpy\ndtype\n(S'" + kind + b"'\nI0\nI1\ntR(I3\nS'" + order + b"'\nNNNI-1\nI-1\nI0\ntb"
     )
@@ -149,7 +149,7 @@ def array(shape: object, kind: bytes = b"f4", raw: bytes = b"\0" * 8, order: byt
     return head + shape + dtype + b"I00\nS'" + content + b"'\ntbs."
 
 
-def test_arrays_by_hand(tmp_path: Path) -> None:
+def test_invalid_arrays(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     path.write_bytes(array(b"(I2\nt"))
     assert read_file(path)["w"].tolist() == [0, 0]
@@ -164,9 +164,9 @@ def test_arrays_by_hand(tmp_path: Path) -> None:
         (array(b"(I2\nt", b"O8"), "arrays of type 'O8', expected numbers"),
         (array(b"(I2\nt", b"V4"), "arrays of type 'V4', expected numbers"),
         (made + b"s.", "an array without"),
-        (b"\x80\x04B\xff\xff\xff\x7fx.", "not a complete file"),  # says it has 2 GB
+        (b"\x80\x04B\xff\xff\xff\x7fx.", "not a complete file"),  # declares 2 GB
         (b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.", "not a complete file"),
-        (b"\x80\x02Nr\xff\xff\xff\xff.", "got a NoneType"),  # a memo of 4 billion places
+        (b"\x80\x02Nr\xff\xff\xff\xff.", "got a NoneType"),  # a memo of 4 billion entries
         (b"\x80\x02(" + b"\x88" * 10 + b"Pid\n.", "not a complete file"),  # a persistent id
         (b"", "the file is empty"),
         (b"weights", "not a complete file"),
@@ -195,13 +195,13 @@ def test_a_detectron2_file_is_read(tmp_path: Path) -> None:
         for name, tensor in found.items():
             assert np.array_equal(tensor.numpy(), arrays[name]), name
             assert tensor.shape == arrays[name].shape, name
-    # as Python 2 wrote it: text and bytes are one
+    # as written by Python 2, where text is bytes
     path.write_bytes(array(b"(I2\nt", raw=b"\x00\x00\x01\x02\x00\x00\x01\x02"))
     assert read_file(path)["w"].shape == (2,)
 
 
 def mmdet_file() -> dict:
-    """What mmcv, MAE and timm store in addition to the weights."""
+    """Return what mmcv, MAE and timm store in addition to the weights."""
     weights = OrderedDict(w=torch.ones(2), n=torch.tensor(7))
     weights._metadata = OrderedDict({"": {"version": 1}})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
@@ -217,24 +217,24 @@ def mmdet_file() -> dict:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_trainings_file_is_read_without_its_objects(tmp_path: Path, zipped: bool) -> None:
+def test_a_training_checkpoint_is_read_without_its_objects(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "epoch_25.pth"
     torch.save(mmdet_file(), path, _use_new_zipfile_serialization=zipped)
     assert (path.read_bytes()[: len(LEGACY)] == LEGACY) != zipped
     content = read_file(path)
     assert unwrap(content, FORMATS["mmdet"], path)[0]["w"].tolist() == [1, 1]
     assert content["meta"]["CLASSES"] == ("person", "bicycle")
-    assert not hasattr(content["args"], "lr")  # forgotten
+    assert not hasattr(content["args"], "lr")  # dropped
 
 
 def test_a_missing_package_is_not_needed(tmp_path: Path) -> None:
-    """mmcv's config, whose class is not installed here, is a table."""
+    """mmcv's config, whose class is not installed here, is read as a dict."""
     path = tmp_path / "model.pth"
     packed(path, b"\x80\x02}U\x01c" + b"cmmcv.utils.config\nConfigDict\n)\x81U\x01kK\x05ss.")
     assert dict(read_file(path)["c"]) == {"k": 5}
 
 
-def test_tensors_without_content_are_refused(tmp_path: Path) -> None:
+def test_tensors_without_content_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     huge = [torch.zeros(1).expand(2**40), torch.empty(2**40, device="meta")]
     for tensor in (*huge, torch.zeros(2, 2).to_sparse()):
@@ -264,8 +264,8 @@ def test_other_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
-def test_a_path_of_any_python_is_read_as_nothing(tmp_path: Path, module: str) -> None:
-    """Python 3.13 pickles paths under another module than the versions before and after it."""
+def test_a_path_of_any_python_version_is_dropped(tmp_path: Path, module: str) -> None:
+    """Python 3.13 pickles paths with another module name than other versions."""
     path = tmp_path / "model.pth"
     name = f"c{module}\nPosixPath\n".encode()
     packed(path, b"\x80\x02}(U\x01p" + name + b"U\x01a\x85RU\x01kK\x05u.")

@@ -1,4 +1,4 @@
-"""Every recipe against the published one: parameters, learning rates, weight decay, schedule."""
+"""Every recipe equals the published one: parameters, learning rates, weight decay, schedule."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_meta(recipe: str) -> Detector:
 
 
 @pytest.mark.parametrize("recipe", recipes())
-def test_a_recipe_holds_differences_only_and_says_what_it_is(recipe: str) -> None:
+def test_a_recipe_contains_only_differences_and_a_description(recipe: str) -> None:
     path = RECIPES / f"{recipe}.yaml"
     assert path.read_text().startswith("# ")
     differing = {text.split(":")[0] for text in difference(load_config(recipe), Config())}
@@ -54,7 +54,7 @@ def test_a_recipe_holds_differences_only_and_says_what_it_is(recipe: str) -> Non
 
 
 @pytest.mark.parametrize("recipe", sorted(PUBLISHED))
-def test_steps_warm_up_and_drops_are_the_published_ones(recipe: str) -> None:
+def test_steps_warmup_and_drops_are_the_published_ones(recipe: str) -> None:
     config, published = load_config(recipe), PUBLISHED[recipe]
     assert config.optim.steps == published["max_iter"] and config.train.batch_size == 64
     rates = (config.optim.lr, config.optim.weight_decay)
@@ -86,7 +86,7 @@ def test_every_parameter_learns_and_decays_as_published(recipe: str) -> None:
 
 
 def published_groups(recipe: str) -> dict[str, tuple[float, float]]:
-    """Our name -> factor and decay. Of ViTAE-S with the 17 layers of the published log, not the 12 of the config."""
+    """Return {our name: (factor, decay)}; for ViTAE-S with the 17 layers of the published log, not the config's 12."""
     more_layers = 17 - 12 if recipe == "mask_rcnn_vitae_s_coco" else 0
     optim = load_config(recipe).optim
     found = {}
@@ -99,13 +99,13 @@ def published_groups(recipe: str) -> dict[str, tuple[float, float]]:
 
 @cache
 def our_names(recipe: str) -> dict[str, str]:
-    """Their name -> ours; two of their biases are parts of one of ours."""
+    """Return {their name: our name}; two of their biases are parts of one of ours."""
     whole = {name: re.sub(r"\.[qv]_bias$", ".qkv.bias", name) for name in GROUPS[recipe]}
     return {name: rename(joined, layout(recipe)) for name, joined in whole.items()}
 
 
 @pytest.mark.parametrize("recipe", sorted(PUBLISHED))
-def test_as_many_parameters_as_published(recipe: str) -> None:
+def test_the_number_of_parameters_is_the_published_one(recipe: str) -> None:
     state = on_meta(recipe).state_dict()
     ours = sum(tensor.numel() for name, tensor in state.items() if not is_statistic(name))
     assert ours + declared_difference(recipe) == PUBLISHED[recipe]["n_params"]
@@ -116,7 +116,7 @@ def is_statistic(name: str) -> bool:
 
 
 def declared_difference(recipe: str) -> int:
-    """The class token's row of the position embedding less the odds of the classes; biases of keys that are 0."""
+    """Return the published count minus ours: class token's position, class frequencies, key biases."""
     config = load_config(recipe)
     if layout(recipe) is MMDET:
         return -4 * 768 if config.model.backbone.name == "vitae_b" else 0
@@ -124,14 +124,14 @@ def declared_difference(recipe: str) -> int:
     return dim - (1203 if config.data.dataset == "lvis" else 0)
 
 
-def test_the_paper_s_other_propagation_has_no_global_attention() -> None:
+def test_the_papers_convolutional_propagation_has_no_global_attention() -> None:
     blocks = on_meta("mask_rcnn_vitdet_b_residual_coco").backbone.blocks
     assert all(block.window == 14 for block in blocks)
     plain = [isinstance(block.residual, torch.nn.Identity) for block in blocks]
     assert [i for i, identity in enumerate(plain) if not identity] == [2, 5, 8, 11]
 
 
-def test_lvis_recipes_are_the_coco_ones_on_other_data() -> None:
+def test_lvis_recipes_are_the_coco_recipes_on_other_data() -> None:
     for recipe in recipes():
         if recipe.endswith("_lvis"):
             config = load_config(recipe)
@@ -141,8 +141,8 @@ def test_lvis_recipes_are_the_coco_ones_on_other_data() -> None:
             assert config.data.repeat_threshold == 0.001
 
 
-# Of mmdet's and ViTAE-Transformer's configs and key lists: parameters, those without weight decay (its keys hold "norm"
-# or "relative_position_bias_table"), steps of an epoch of 16 images.
+# From mmdet's and ViTAE-Transformer's configs and key lists: parameters, those without weight decay (keys that contain
+# "norm" or "relative_position_bias_table"), steps per epoch at batch size 16.
 @pytest.mark.parametrize(
     ("recipe", "parameters", "undecayed", "warmup"),
     [

@@ -1,4 +1,4 @@
-"""Weights as wrapped by trainers: keys, prefixes and heads are removed by name; other files are identified."""
+"""Weights wrapped by trainers: keys, prefixes and heads are removed by name; other files are identified."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ INNER = {name.replace(".", "._orig_mod.", 1): tensor for name, tensor in plain()
         (prefixed("student.") | prefixed("teacher."), [removed(f"teacher.; {OTHERS}")]),
     ],
 )
-def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
+def test_removed_tensors_are_reported(content: dict, told: list[str]) -> None:
     found, notes = unwrap(content, FORMATS["mae"], Path("w.pth"))
     assert notes == told
     assert found.keys() == set(NAMES)
@@ -80,17 +80,17 @@ def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
         (plain() | {"params": {"lr": 1}}, r"1 entries are not .* tensors, such as params \(dict\)"),
     ],
 )
-def test_ambiguous_and_incomplete_weights_are_refused(content: dict, says: str) -> None:
+def test_ambiguous_and_incomplete_weights_are_rejected(content: dict, says: str) -> None:
     with pytest.raises(ValueError, match=f"^w.pth: {says}$"):
         unwrap(content, FORMATS["mae"], Path("w.pth"))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_layout_is_read_through_the_same_wrappers(layout: str, tmp_path: Path) -> None:
-    """Names that no layout has: they reach its table without what was around them."""
+    """Names of no layout reach the table without their wrappers."""
     path = tmp_path / "w.pth"
     torch.save({"ema": prefixed("module._orig_mod.", {"zzz.w": torch.ones(2)})}, path)
-    if layout == "vitdet":  # takes any name
+    if layout == "vitdet":  # accepts any name
         assert read_source(path, layout).weights.keys() == {"zzz.w"}
         return
     with pytest.raises(ValueError, match=r"1 tensors unknown to this format, such as zzz\.w$"):
@@ -119,7 +119,7 @@ def test_the_layers_of_a_classifier_are_ignored_by_name(
     torch.save(heads, path)
     with pytest.raises(ValueError, match="contains no tensors that a detector uses"):
         read_source(path, layout)
-    heads["head.fc.bias"][0] = torch.nan  # of no interest
+    heads["head.fc.bias"][0] = torch.nan  # unused
     for prefix in ("backbone.", "teacher.", "module.encoder."):
         outer = "module." if prefix.startswith("module.") else ""
         weights = {prefix + name: torch.ones(2), "student.x": torch.ones(2)}
@@ -130,7 +130,7 @@ def test_the_layers_of_a_classifier_are_ignored_by_name(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+def test_values_that_are_not_finite_are_rejected(tmp_path: Path, value: float) -> None:
     path, weights = tmp_path / "w.safetensors", plain() | {"pos_embed": torch.zeros(1, 2, 2)}
     weights[NAMES[1]][0, 1, 1] = value
     save_file(weights, path)
@@ -147,7 +147,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
         ("swin_cls", "patch_embed.norm.weight", "layers.0.blocks.1.attn_mask"),
     ],
 )
-def test_values_of_tensors_that_are_ignored_do_not_matter(
+def test_values_of_ignored_tensors_are_not_checked(
     tmp_path: Path, layout: str, kept: str, dropped: str
 ) -> None:
     path = tmp_path / "w.safetensors"

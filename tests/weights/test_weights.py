@@ -1,4 +1,4 @@
-"""Initial weights: every tensor is used, or nothing is loaded and one line says why."""
+"""Initial weights: every tensor is used, or nothing is loaded and one line states the reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def detector(tiny: Path) -> Detector:
 
 @pytest.fixture
 def backbone(detector: Detector) -> dict[str, Tensor]:
-    """Weights of another seed, as a pre-training has them: without relative positions."""
+    """Return weights of another seed without relative positions, like pre-trained ones."""
     generator = torch.Generator().manual_seed(7)
     return {
         name: torch.randn(tensor.shape, generator=generator)
@@ -40,7 +40,7 @@ def backbone(detector: Detector) -> dict[str, Tensor]:
     }
 
 
-def test_a_whole_backbone_is_loaded_and_the_rest_stays(
+def test_a_complete_backbone_is_loaded_and_the_rest_is_unchanged(
     detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
@@ -55,7 +55,7 @@ def test_a_whole_backbone_is_loaded_and_the_rest_stays(
         assert torch.equal(tensor, expected) and tensor.dtype == torch.float32, name
 
 
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(
+def test_mismatched_tensors_are_named_and_nothing_is_loaded(
     detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
@@ -120,7 +120,7 @@ def test_names_and_files(tmp_path: Path) -> None:
     assert resolve(name, tmp_path) == resolve(str(path), Path("elsewhere")) == path
 
 
-def test_a_training_begins_with_them(
+def test_training_starts_from_the_weights(
     tiny: Path, backbone: dict[str, Tensor], tmp_path: Path
 ) -> None:
     save_file(backbone, tmp_path / "w.safetensors")
@@ -131,7 +131,7 @@ def test_a_training_begins_with_them(
     assert all(torch.equal(first["model"][name], tensor) for name, tensor in backbone.items())
 
 
-def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
     path, tensors = tmp_path / "w.safetensors", {"b": torch.rand(2, 3), "a": torch.rand(3).half()}
     metadata = {"format": "pt", "names": '["\u00e9\\n", "\U0001f600\x7f\x01"]', "key": "value"}
     found = set()
@@ -145,7 +145,7 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_pretrainings_of_one_seed_write_the_same_file(tmp_path: Path) -> None:
+def test_two_pretraining_runs_with_one_seed_write_the_same_file(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from vitdet.demo.mae import pretrain;"
         "pretrain('tiny', pathlib.Path(sys.argv[1]), count=80, steps=3, batch_size=8)"

@@ -35,7 +35,7 @@ def stored(content: object) -> bytes:
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    """A mirror whose ViT-H has one norm and no blocks."""
+    """Return a mirror whose ViT-H file has one norm and no blocks."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with serve() as web:
         weights = {
@@ -49,7 +49,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 @pytest.fixture
 def fetch(vitdet: Run, web: Web) -> Run:
-    """`vitdet weights fetch NAME` from the mirror."""
+    """Run `vitdet weights fetch NAME` with the mirror."""
 
     def run(name: str, *words: object) -> tuple[int, str, str]:
         return vitdet("weights", "fetch", name, "--mirror", f"{web.url}/there", *words)
@@ -57,7 +57,7 @@ def fetch(vitdet: Run, web: Web) -> Run:
     return run
 
 
-def test_the_list_has_every_file_with_all_that_is_known(vitdet: Run) -> None:
+def test_the_list_has_every_file_with_all_known_facts(vitdet: Run) -> None:
     code, output, errors = vitdet("weights", "list")
     assert (code, errors) == (0, "")
     blocks = {block.split()[0]: block for block in re.split(r"\n\n(?=  \w)", output)}
@@ -76,7 +76,9 @@ def test_the_list_has_every_file_with_all_that_is_known(vitdet: Run) -> None:
         assert part in blocks[name]
 
 
-def test_a_user_without_a_home(vitdet: Run, fetch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_directory(
+    vitdet: Run, fetch: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -87,7 +89,7 @@ def test_a_user_without_a_home(vitdet: Run, fetch: Run, monkeypatch: pytest.Monk
     assert vitdet("weights", "list")[0] == 0
 
 
-def test_the_list_for_programs(vitdet: Run) -> None:
+def test_the_list_in_json(vitdet: Run) -> None:
     entries = {entry["name"]: entry for entry in json.loads(vitdet("weights", "list", "--json")[1])}
     assert set(entries) == set(CATALOGUE)
     assert entries["mae_vit_b"]["size"] == 343_249_461 and entries["mae_vit_l"]["size"] is None
@@ -95,7 +97,7 @@ def test_the_list_for_programs(vitdet: Run) -> None:
     assert entries["mae_vit_tiny"]["fetched"] is True
 
 
-def test_a_name_becomes_weights_that_train_init_finds(
+def test_fetched_weights_are_found_by_train_init(
     vitdet: Run, fetch: Run, web: Web, tmp_path: Path
 ) -> None:
     web.plan = [file(cut=500)]
@@ -138,7 +140,7 @@ def test_a_copy_is_converted(vitdet: Run, web: Web, tmp_path: Path) -> None:
     ],
     ids=["exploit", "bare pickle", "cut off", "another model"],
 )
-def test_bytes_that_are_no_such_weights_are_one_line(
+def test_bytes_of_other_weights_are_one_line(
     fetch: Run, web: Web, tmp_path: Path, content: bytes, says: str
 ) -> None:
     web.content = content
@@ -161,7 +163,7 @@ def test_bytes_that_are_no_such_weights_are_one_line(
         (("mask_rcnn_vitae_s_coco",), "(vitdet train mask_rcnn_vitae_s_coco --output FOLDER)"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_invalid_arguments_are_one_line(
     vitdet: Run, web: Web, tmp_path: Path, words: tuple, says: str
 ) -> None:
     code, output, errors = vitdet("weights", "fetch", *words, "--output", "w")
@@ -174,7 +176,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_gets_a_line_a_tenth_and_a_terminal_one_that_changes(
+def test_progress_is_ten_log_lines_or_one_changing_terminal_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "70")
