@@ -1,4 +1,4 @@
-"""Fixtures of downloads: a server with small archives, and the function that fetches them."""
+"""Fixtures of downloads: a server with small archives, and a function that fetches them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vitdet.datasets.published import Archive
 
 @pytest.fixture(autouse=True)
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine's disks are not waited for."""
+    """Skip fsync, which is slow on a loaded machine."""
     monkeypatch.setattr(os, "sync", lambda: None)
 
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    """A mirror of both data sets, in small."""
+    """Return a mirror with small versions of both data sets."""
     with serve() as web:
         web.files = {**miniatures("coco")[1], **miniatures("lvis")[1]}
         yield web

@@ -56,7 +56,7 @@ def voc(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "jp2", "ppm", "tga", "avif", "webp", "JPE", "jfif"])
-def test_images_of_every_kind_are_taken(vitdet: Run, yolo: Path, suffix: str) -> None:
+def test_images_of_every_format_are_accepted(vitdet: Run, yolo: Path, suffix: str) -> None:
     if suffix == "avif" and not features.check("avif"):
         pytest.skip("Pillow without AVIF")
     image(yolo / f"images/train/more.{suffix}")
@@ -71,11 +71,11 @@ def test_an_image_is_recognized_by_its_content(vitdet: Run, yolo: Path, tmp_path
     assert "train0.raw_1" in names(tmp_path / "out", "train")
 
 
-def test_no_suffix_is_of_a_format_that_cannot_be_decoded() -> None:
+def test_every_suffix_is_of_a_format_that_can_be_decoded() -> None:
     assert not {".eps", ".wmf", ".mpg", ".h5", ".pdf", ".heic"} & image_suffixes()
 
 
-def test_yolo_counts_what_is_left_out(vitdet: Run, yolo: Path) -> None:
+def test_yolo_counts_skipped_objects_and_files(vitdet: Run, yolo: Path) -> None:
     for name in ("a.heic", "b.HEIC", "c.mov"):
         (yolo / "images/train" / name).write_bytes(b"\0\0\0\x18ftypheic")
     for name in ("a.txt", "nothing.txt", "empty.txt"):
@@ -94,7 +94,7 @@ def test_yolo_counts_what_is_left_out(vitdet: Run, yolo: Path) -> None:
     } <= {*output.splitlines()}
 
 
-def test_a_test_split_is_not_left_out_silently(vitdet: Run, yolo: Path) -> None:
+def test_a_test_split_is_not_skipped_silently(vitdet: Run, yolo: Path) -> None:
     head = (yolo / "data.yaml").read_text()
     write(yolo / "data.yaml", head + "test: ../test/images\n")
     _, output, _ = vitdet("data", "convert", yolo, "one")
@@ -111,7 +111,7 @@ def test_a_test_split_is_not_left_out_silently(vitdet: Run, yolo: Path) -> None:
     assert "no validation split" in output
 
 
-def test_an_id_with_a_space_is_an_id(vitdet: Run, voc: Path, tmp_path: Path) -> None:
+def test_an_id_may_contain_a_space(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     for number, line in enumerate(("my pic", '"my pic"', " my pic\t", "my pic.jpg")):
         write(voc / "ImageSets/Main/val.txt", f"p3\n{line}\n")
         assert vitdet("data", "convert", voc, f"out{number}")[0] == 0
@@ -129,14 +129,14 @@ def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
     assert "val.txt: 1 IDs and 1 rows" in vitdet("data", "convert", voc, "out")[2]
 
 
-def test_two_lists_of_one_name_keep_theirs(vitdet: Run, voc: Path) -> None:
+def test_two_lists_with_the_same_name_keep_their_images(vitdet: Run, voc: Path) -> None:
     write(voc / "ImageSets/Main/valid.txt", "p1\n")
     output = vitdet("data", "convert", voc, "out")[1]
     splits = "train 2 images, 2 objects; val 2 images, 2 objects; valid 1 images"
     assert output.startswith(f"out: 1 classes; {splits}")
 
 
-def test_an_image_of_voc_that_cannot_be_read_is_named(vitdet: Run, voc: Path) -> None:
+def test_an_unreadable_image_of_voc_is_named(vitdet: Run, voc: Path) -> None:
     (voc / "JPEGImages/p1.jpg").rename(voc / "JPEGImages/p1.heic")
     (voc / "JPEGImages/p1.heic").write_bytes(b"\0\0\0\x18ftypheic")
     code, _, errors = vitdet("data", "convert", voc, "out")
@@ -144,7 +144,7 @@ def test_an_image_of_voc_that_cannot_be_read_is_named(vitdet: Run, voc: Path) ->
     assert "JPEGImages/p1.heic: not a known image format" in errors
 
 
-def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:
+def test_voc_counts_skipped_objects_and_files(vitdet: Run, voc: Path) -> None:
     write(voc / "ImageSets/Main/val.txt", "p3\n")
     write(voc / "ImageSets/Main/test.txt", "t1\nt2\n")
     write(voc / "ImageSets/Main/extra.txt", "\n")
@@ -166,7 +166,7 @@ def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:
     } <= {*output.splitlines()}
 
 
-def test_all_problems_of_yolo_at_once(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+def test_all_problems_of_yolo_are_reported_at_once(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     write(yolo / "labels/train/train0.txt", "0 .5 .5 .1 .1\n1 1.02 .5 .1 .2\n1 9 9 9 9\n")
     write(yolo / "labels/train/train1.txt", "0 .5 .5 .1 .1 .9\n")
     write(yolo / "labels/val/val0.txt", "7 .5 .5 .1 .1\n")
@@ -188,7 +188,7 @@ def test_the_first_twenty_of_a_kind_are_named(vitdet: Run, yolo: Path) -> None:
     assert len(lines) == 2 + 20 + 1
 
 
-def test_all_problems_of_voc_at_once(vitdet: Run, voc: Path, tmp_path: Path) -> None:
+def test_all_problems_of_voc_are_reported_at_once(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     objects = OBJECT.format("cat", 40, 1, 9, 9) + OBJECT.format("cat", "x", 1, 9, 9)
     write(voc / "Annotations/p1.xml", f"<annotation>{objects}</annotation>")
     write(voc / "Annotations/p2.xml", "<annotation>")
@@ -201,20 +201,22 @@ def test_all_problems_of_voc_at_once(vitdet: Run, voc: Path, tmp_path: Path) -> 
         assert text in errors
 
 
-def test_the_area_of_an_outline_is_its_masks(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+def test_the_area_of_an_outline_is_that_of_its_mask(
+    vitdet: Run, yolo: Path, tmp_path: Path
+) -> None:
     crossing, star = "0 0.1 0.1 0.9 0.9 0.9 0.1 0.1 0.9", "0 0 0 1 0 1 1 0 1 0 0 1 0 1 1 0 1"
     write(yolo / "labels/train/train0.txt", f"{crossing}\n{star}\n")
     assert vitdet("data", "convert", yolo, "out")[0] == 0
     first, second = tree(tmp_path / "out", "train")["annotations"][:2]
     assert first["area"] == decode(first["segmentation"], 64, 96).sum() == 1924
-    # a pixel is in the mask once, however often the outline goes around it
+    # a pixel is counted once, even if the outline surrounds it several times
     assert second["area"] == decode(second["segmentation"], 64, 96).sum() <= 96 * 64
     box = tree(tmp_path / "out", "val")["annotations"][0]
     assert box["area"] == pytest.approx(box["bbox"][2] * box["bbox"][3], abs=0.01)
 
 
 @pytest.mark.parametrize("value", ["", "val:\n", "val: []\n", "val: ~\n"])
-def test_one_split_is_reported_or_divided(
+def test_a_single_split_is_reported_or_divided(
     vitdet: Run, yolo: Path, tmp_path: Path, value: str
 ) -> None:
     write(yolo / "data.yaml", f"train: [images/train, images/val]\n{value}names: [cat, dog, bus]\n")
@@ -236,7 +238,7 @@ def test_one_split_is_reported_or_divided(
     assert len(drawn) > 1
 
 
-def test_only_one_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+def test_only_a_single_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 0.5)
     assert code == 1 and "splits the images of a single split, but there are train, val" in errors
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 1.5)
@@ -267,9 +269,9 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     assert "  10 x objects of other classes dropped (--classes)" in output.splitlines()
     train = tree(tmp_path / "two", "train")
     assert train["categories"] == [{"id": 1, "name": "bus"}, {"id": 2, "name": "pet"}]
-    assert [annotation["category_id"] for annotation in train["annotations"]] == [2, 1, 2]
-    assert [annotation["id"] for annotation in train["annotations"]] == [1, 2, 3]
-    assert len(train["images"]) == 4  # those without objects too
+    assert [one["category_id"] for one in train["annotations"]] == [2, 1, 2]
+    assert [one["id"] for one in train["annotations"]] == [1, 2, 3]
+    assert len(train["images"]) == 4  # also images without objects
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_all_entries_of_data_yaml_are_reported(vitdet: Run, yolo: Path) -> None:
 
 
 def test_a_list_may_name_files_of_other_formats(vitdet: Run, yolo: Path) -> None:
-    """As a folder may hold them; a text file in a list of images is an error."""
+    """A folder may contain them too; but a text file in a list of images is an error."""
     train = yolo / "images/train"
     (train / "z.heic").write_bytes(b"\0\0\0\x18ftypheic")
     names = [path.name for path in sorted(train.iterdir())]

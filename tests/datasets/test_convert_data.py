@@ -102,19 +102,19 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     box, cut, outline, turned = train["annotations"]
     assert box["bbox"] == [40, 15, 20, 20] and box["area"] == 400
     assert box["segmentation"] == [] and box["category_id"] == 2
-    assert cut["bbox"] == [85, 15, 15, 20]  # as much of it as there is
+    assert cut["bbox"] == [85, 15, 15, 20]  # clipped to the image
     assert outline["segmentation"] == [[10, 10, 50, 10, 50, 40]]
     assert outline["bbox"] == [10, 10, 40, 30] and outline["area"] == 600
-    assert turned["bbox"] == [0, 45, 50, 10]  # shares of the upright picture
-    # another file of that name
-    assert [image["file_name"] for image in tree(out, "val")["images"]] == ["a_2.jpg"]
+    assert turned["bbox"] == [0, 45, 50, 10]  # relative to the upright image
+    # another file with that name
+    assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]
     _, output, _ = vitdet("data", "convert", yolo, "asked", "--boxes-as-masks")
     assert "  3 x boxes are used as masks" in output.splitlines()
     box, *_ = tree(tmp_path / "asked", "train")["annotations"]
     assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]]
     original = yolo / "images/train/a.jpg"
     assert (out / "train/a.jpg").samefile(original)
-    assert [finding.kind for finding in check(out).errors] == ["no objects"]  # in val
+    assert [finding.kind for finding in check(out).errors] == ["no objects"]  # the image in val
     found = read_coco(out / "annotations/instances_train.json", out / "train")
     assert found.class_names == ("no", "dog")
     assert vitdet("data", "convert", yolo / "data.yaml", "copied", "--copy")[0] == 0
@@ -130,7 +130,7 @@ def test_an_image_in_two_splits_keeps_its_name(yolo: Path, vitdet: Run) -> None:
     assert [finding.kind for finding in found] == ["file name in two splits"]
 
 
-def test_roboflow_names_splits_from_outside(vitdet: Run, tmp_path: Path) -> None:
+def test_roboflows_split_paths_start_outside_of_the_folder(vitdet: Run, tmp_path: Path) -> None:
     places = "train: ../train/images\nval: ../valid/images\n"
     write(tmp_path / "r" / "data.yaml", f"{places}nc: 1\nnames: ['a b']\n")
     for number, split in enumerate(("train", "valid")):
@@ -169,7 +169,7 @@ def test_bad_yolo_is_one_line(vitdet: Run, yolo: Path, file: str, content: str, 
     refused(vitdet("data", "convert", yolo, "out"), says)
 
 
-def test_labels_in_the_wrong_place_are_an_error(vitdet: Run, yolo: Path) -> None:
+def test_labels_in_the_wrong_folder_are_an_error(vitdet: Run, yolo: Path) -> None:
     (yolo / "labels").rename(yolo / "label")
     code, output, errors = vitdet("data", "convert", yolo, "out")
     assert (code, output) == (1, "") and not Path("out").exists()
@@ -190,7 +190,9 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     assert (dog["category_id"], dog["bbox"]) == (2, [0, 0, 10, 20])
     assert (dog["iscrowd"], dog["area"]) == (0, 160)
     pixels = decode(dog["segmentation"], 50, 100)
-    assert pixels.sum() == 160 and pixels[:20, :8].all()  # the rim of 255 is nobody's
+    assert (
+        pixels.sum() == 160 and pixels[:20, :8].all()
+    )  # the border pixels of value 255 belong to no object
     assert (cat["category_id"], cat["bbox"], cat["iscrowd"]) == (1, [30, 10, 70, 40], 1)
     assert val["annotations"][0]["bbox"] == [4, 4, 1, 1.5]
     assert check(tmp_path / "out").ok
@@ -200,7 +202,7 @@ ONE = "Annotations/one.xml"
 
 
 def wrong(*values: object) -> str:
-    """An XML file with one object: its name, and the values of its box."""
+    """Return an XML file with one object: its name, and the values of its box."""
     name, ymin, xmin, xmax, ymax = values
     return f"<a>{OBJECT.format(name, '', ymin, xmin, xmax, ymax)}</a>"
 
@@ -230,7 +232,7 @@ def test_bad_voc_is_one_line(vitdet: Run, voc: Path, file: str, content: str, sa
     refused(vitdet("data", "convert", voc, "out"), says)
 
 
-def test_what_the_source_is(vitdet: Run, voc: Path, tmp_path: Path) -> None:
+def test_the_format_of_the_source_is_detected(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write(voc / "data.yaml", "names: [a]")
     for source, says in (
@@ -252,7 +254,7 @@ def test_without_hard_links_it_copies(
 
 
 def refused(result: tuple[int, str, str], says: str) -> None:
-    """One line, and nothing is left in the current folder."""
+    """Assert that the error is one line, and that no file is left in the current folder."""
     code, output, errors = result
     assert (code, output, errors.count("\n")) == (1, "", 1) and says in errors, errors
     assert not [name for name in os.listdir() if name == "out" or name[0] == "."]

@@ -1,4 +1,4 @@
-"""`vitdet data convert`: one data set in the format of each annotation tool gives equal records."""
+"""`vitdet data convert`: a data set in the formats of all annotation tools gives equal records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def images(folder: Path, *names: str) -> None:
 
 
 def coco(*names: str, prefix: str = "", root: bool = False) -> dict:
-    """Categories 1 and 2, or as Roboflow has them with a root 0."""
+    """Return an annotation file with categories 1 and 2, or as by Roboflow with an additional root category 0."""
     ball = {"category_id": 2, "bbox": [50.0, 20.0, 31.0, 31.0], "segmentation": [DIAMOND]}
     box = {"category_id": 1, "bbox": BOX, "segmentation": []}
     annotations = [
@@ -107,7 +107,7 @@ def cvat_xml(*names: str, more: str = "", subset: str = "") -> str:
 
 
 def yolo_lists(root: Path) -> None:
-    """https://docs.cvat.ai/docs/dataset_management/formats/format-yolo-ultralytics/"""
+    """Write the layout of https://docs.cvat.ai/docs/dataset_management/formats/format-yolo-ultralytics/"""
     write(root / "data.yaml", "path: ./\ntrain: train.txt\nnames:\n  0: box\n  1: ball\n")
     write(root / "train.txt", "data/images/train/p1.jpg\nimages/train/p2.jpg\n")
     images(root / "images/train", "p1", "p2")
@@ -145,7 +145,7 @@ def cvat_images(root: Path) -> None:
 
 
 def coco_layout(folder: str, file: str, **options: object) -> Layout:
-    """Images in a folder, and an annotation file."""
+    """Write images in a folder, and an annotation file."""
 
     def layout(root: Path) -> None:
         images(root / folder, "p1", "p2")
@@ -191,7 +191,7 @@ def records(root: Path, split: str) -> list:
 
 
 def expected(*names: str) -> list:
-    """481: the pixels of the outline; its area as numbers is 480.5."""
+    """Return the expected records. The outline has 481 pixels; its geometric area is 480.5."""
     return [
         record
         for name in names
@@ -203,7 +203,7 @@ def expected(*names: str) -> list:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_each_layout_becomes_the_same_records(vitdet: Run, layout: Layout) -> None:
+def test_each_layout_gives_the_same_records(vitdet: Run, layout: Layout) -> None:
     layout(Path("source"))
     code, output, errors = vitdet("data", "convert", "source", "out")
     assert (code, errors) == (0, "")
@@ -222,7 +222,7 @@ def test_each_layout_becomes_the_same_records(vitdet: Run, layout: Layout) -> No
 
 
 def split_layout(file: str, content: Callable[[str], object]) -> Layout:
-    """A folder for each split, with an image and its annotations."""
+    """Write one folder per split, with an image and its annotations."""
 
     def layout(root: Path) -> None:
         for split, name in (("train", "p1"), ("valid", "p2"), ("test", "p3")):
@@ -281,7 +281,7 @@ def test_the_largest_image_can_be_set(vitdet: Run, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("setting", ["data.bit_depth=12", "optim.lr=1"])
-def test_a_setting_without_effect_is_refused(vitdet: Run, setting: str) -> None:
+def test_an_option_without_effect_is_rejected(vitdet: Run, setting: str) -> None:
     coco_beside(Path("source"))
     _, _, errors = vitdet("data", "convert", "source", "out", "--set", setting)
     key = setting.partition("=")[0]
@@ -299,7 +299,7 @@ def test_a_root_category_with_objects_is_a_class(vitdet: Run, tmp_path: Path) ->
     assert output.startswith("out: 3 classes") and "root category" not in output
 
 
-def test_what_a_coco_file_has_wrong_is_said_at_once(vitdet: Run, tmp_path: Path) -> None:
+def test_all_problems_of_a_coco_file_are_reported_at_once(vitdet: Run, tmp_path: Path) -> None:
     fiftyone(tmp_path / "source")
     tree = coco("p1", "p2", "p3")
     tree["annotations"][0]["bbox"] = "none"
@@ -318,7 +318,7 @@ def test_what_a_coco_file_has_wrong_is_said_at_once(vitdet: Run, tmp_path: Path)
         assert f"  {text}\n" in errors
 
 
-def test_coco_objects_that_are_left_out_are_counted(vitdet: Run, tmp_path: Path) -> None:
+def test_skipped_coco_objects_are_counted(vitdet: Run, tmp_path: Path) -> None:
     fiftyone(tmp_path / "source")
     tree = coco("p1", "p2")
     tree["annotations"][0]["bbox"] = [10, 10, 0, 5]
@@ -353,7 +353,7 @@ def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
     assert len(found) == 3 and len(found[0][3]) == 2 and found[0][2] == [0, 0, 25, 5]
 
 
-def test_labelme_says_all_problems(vitdet: Run, tmp_path: Path) -> None:
+def test_labelme_reports_all_problems(vitdet: Run, tmp_path: Path) -> None:
     images(tmp_path / "source", "p1")
     bad = [{"label": 3, "points": []}, {"label": "a", "points": [[1, "x"]]}]
     far = {"label": "a", "points": [[0, 0], [5, 0], [5, 900]]}
@@ -393,7 +393,7 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
     assert turned[1] == [45, 15, 10, 20]
 
 
-def test_cvat_tracks_are_refused(vitdet: Run, tmp_path: Path) -> None:
+def test_cvat_tracks_are_rejected(vitdet: Run, tmp_path: Path) -> None:
     write(tmp_path / "source/annotations.xml", "<annotations><track label='a'/></annotations>")
     code, _, errors = vitdet("data", "convert", "source", "out")
     assert code == 1 and "it has tracks; export the task as 'CVAT for images'" in errors

@@ -1,4 +1,4 @@
-"""Downloads into folders that already hold archives, images, other files or links; full disks."""
+"""Downloads into folders that already contain archives, images, other files or links; full disks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.helpers.web import Web
 from vitdet.data import download_record
 
 
-def test_archives_that_are_there_already(get: Fetch, web: Web, root: Path, tmp_path: Path) -> None:
+def test_existing_archives_are_used(get: Fetch, web: Web, root: Path, tmp_path: Path) -> None:
     for path, content in web.files.items():
         (tmp_path / path.split("/")[-1]).write_bytes(content)
     get(local=tmp_path, mirror="")
     check(root, web)
-    assert web.asked == [] and len(list(tmp_path.glob("*.zip"))) == 5  # and there they stay
+    assert web.asked == [] and len(list(tmp_path.glob("*.zip"))) == 5  # and are kept
     shutil.rmtree(root)
     (tmp_path / "val2017.zip").write_bytes(b"PK" + web.files[VAL][2:-1] + b"?")
     with pytest.raises(ValueError, match="val2017.zip: sha256 .* expected .*: not the published"):
@@ -32,7 +32,7 @@ def test_archives_that_are_there_already(get: Fetch, web: Web, root: Path, tmp_p
         get(local=tmp_path, mirror="")
 
 
-def test_kept_archives_serve_again(get: Fetch, web: Web, root: Path) -> None:
+def test_kept_archives_are_reused(get: Fetch, web: Web, root: Path) -> None:
     get(keep=True)
     assert {path.name for path in (root / "archives").iterdir()} == {
         name.split("/")[-1] for name in (TRAIN, VAL, BOTH)
@@ -46,7 +46,7 @@ def test_kept_archives_serve_again(get: Fetch, web: Web, root: Path) -> None:
         get()
 
 
-def test_lost_files_are_fetched_again_and_changed_ones_named(
+def test_lost_files_are_fetched_again_and_changed_files_are_named(
     get: Fetch, web: Web, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     get()
@@ -63,7 +63,7 @@ def test_lost_files_are_fetched_again_and_changed_ones_named(
         get()
 
 
-def test_images_of_before_are_compared_and_completed(get: Fetch, web: Web, root: Path) -> None:
+def test_existing_images_are_compared_and_completed(get: Fetch, web: Web, root: Path) -> None:
     get()
     train = root / "train2017"
     (root / "manifest.json").unlink()
@@ -88,7 +88,7 @@ def test_images_of_before_are_compared_and_completed(get: Fetch, web: Web, root:
         get()
 
 
-def test_a_link_is_refused_before_a_request(
+def test_a_link_is_rejected_before_a_request(
     get: Fetch, web: Web, root: Path, tmp_path: Path
 ) -> None:
     root.mkdir()
@@ -98,7 +98,7 @@ def test_a_link_is_refused_before_a_request(
     assert web.asked == []
 
 
-def test_the_disk_is_asked_first(
+def test_free_space_is_checked_first(
     get: Fetch, web: Web, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage, wanted = shutil.disk_usage(root.parent), miniatures("coco")[0]
@@ -110,14 +110,14 @@ def test_the_disk_is_asked_first(
     assert web.asked == []
 
 
-def test_an_archive_that_lacks_files_is_not_noted(get: Fetch, root: Path) -> None:
+def test_an_archive_with_missing_files_is_not_recorded(get: Fetch, root: Path) -> None:
     both, train = miniatures("coco", "train")[0]
     with pytest.raises(ValueError, match="train2017.zip: contains 12 of the 13 files of train2017"):
         get(wanted=[both, replace(train, count=13)])
     assert not (root / "manifest.json").exists() and not (root / "train2017").exists()
 
 
-def test_an_unknown_checksum_is_that_of_the_download(get: Fetch, root: Path) -> None:
+def test_an_unknown_checksum_is_recorded_from_the_download(get: Fetch, root: Path) -> None:
     wanted = miniatures("coco", "val")[0]
     get(wanted=[replace(archive, sha256="") for archive in wanted])
     noted = download_record.read(root).archives
@@ -125,14 +125,16 @@ def test_an_unknown_checksum_is_that_of_the_download(get: Fetch, root: Path) -> 
     assert not any(archive.known for archive in noted)
 
 
-def test_nothing_to_do_needs_no_right_to_write(get: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_data_set_needs_no_write_permission(
+    get: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     get()
     monkeypatch.setattr(Path, "mkdir", None)
     monkeypatch.setattr(os, "open", None)
     assert get() is False
 
 
-def test_a_manifest_that_is_none_is_one_line(get: Fetch, root: Path) -> None:
+def test_an_invalid_record_is_one_line(get: Fetch, root: Path) -> None:
     root.mkdir()
     (root / "manifest.json").write_text(json.dumps({"archives": [{"name": 1}]}))
     with pytest.raises(ValueError, match="manifest.json: not a manifest of `vitdet data`"):

@@ -1,4 +1,4 @@
-"""COCO and LVIS downloads over an unreliable connection: the standard layout or a one-line error; idempotent."""
+"""COCO and LVIS downloads over an unreliable connection: the standard layout or a one-line error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tree(root: Path) -> set[str]:
 
 
 def expected(content: bytes, folder: str) -> dict[str, bytes]:
-    """The files of an archive by their name below the root."""
+    """Return the files of an archive by their names below the root."""
     with zipfile.ZipFile(io.BytesIO(content)) as opened:
         return {
             f"{folder}/{name.split('/')[-1]}": opened.read(name)
@@ -38,7 +38,7 @@ def expected(content: bytes, folder: str) -> dict[str, bytes]:
 
 
 def check(root: Path, web: Web) -> None:
-    """COCO lies below root, whole, and nothing else."""
+    """Assert that root contains all of COCO and nothing else."""
     wanted = {}
     for path, folder in ((TRAIN, "train2017"), (VAL, "val2017"), (BOTH, "annotations")):
         wanted |= expected(web.files[path], folder)
@@ -52,7 +52,7 @@ def size(path: Path) -> int:
 
 
 def until(happened: Callable[[], object], process: subprocess.Popen | None = None) -> None:
-    """Waits, but not for a process that has ended; pytest-timeout ends a test that hangs."""
+    """Wait until the condition holds or the process has ended; pytest-timeout ends a test that hangs."""
     while not happened() and (process is None or process.poll() is None):
         time.sleep(0.01)
     assert happened(), process and process.communicate()
@@ -62,7 +62,7 @@ def asked(web: Web) -> list[str]:
     return sorted(path for path, _ in web.asked)
 
 
-def test_coco_comes_whole_and_twice_is_once(get: Fetch, web: Web, root: Path) -> None:
+def test_coco_is_complete_and_fetched_only_once(get: Fetch, web: Web, root: Path) -> None:
     assert get() is True
     check(root, web)
     assert asked(web) == [BOTH, TRAIN, VAL]
@@ -71,7 +71,7 @@ def test_coco_comes_whole_and_twice_is_once(get: Fetch, web: Web, root: Path) ->
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_lvis_lies_over_the_same_images(get: Fetch, web: Web, root: Path) -> None:
+def test_lvis_uses_the_same_images(get: Fetch, web: Web, root: Path) -> None:
     get()
     web.asked.clear()
     assert get("lvis") is True
@@ -105,7 +105,7 @@ def test_one_split_and_then_the_other(get: Fetch, web: Web, root: Path) -> None:
     ],
     ids=["cut", "stall", "503", "no Range", "no tag", "no length", "another range"],
 )
-def test_a_bad_line_costs_time_only(get: Fetch, web: Web, root: Path, bad: list) -> None:
+def test_a_bad_connection_only_takes_longer(get: Fetch, web: Web, root: Path, bad: list) -> None:
     web.plans = {TRAIN: list(bad), VAL: list(bad)}
     get()
     check(root, web)
@@ -113,7 +113,7 @@ def test_a_bad_line_costs_time_only(get: Fetch, web: Web, root: Path, bad: list)
 
 
 def wrong(to: Handler) -> None:
-    """Other bytes of the same length."""
+    """Return other bytes of the same length."""
     to.begin(200, Content_Length=len(to.server.files[TRAIN]))
     to.body(bytes(len(to.server.files[TRAIN])))
 
@@ -133,13 +133,13 @@ def test_a_bad_archive_is_one_line_and_the_others_are_kept(
     with pytest.raises(error, match=says) as caught:
         get()
     assert str(caught.value).startswith(f"{web.url}{TRAIN}: ") and "\n" not in str(caught.value)
-    # nothing is unpacked before all is verified
+    # nothing is extracted before everything is verified
     assert all(name.startswith(".archives/") for name in tree(root))
     get()
     check(root, web)
 
 
-def test_a_failure_stops_the_others_where_they_are(get: Fetch, web: Web, root: Path) -> None:
+def test_a_failure_stops_the_other_downloads(get: Fetch, web: Web, root: Path) -> None:
     def late(to: Handler) -> None:
         until(lambda: size(root / ".archives" / "train2017.zip.part") == 5_000)
         status(404)(to)
@@ -147,7 +147,7 @@ def test_a_failure_stops_the_others_where_they_are(get: Fetch, web: Web, root: P
     web.plans = {TRAIN: [file(cut=5_000, stall=True), *[file(cut=0)] * 9], BOTH: [late]}
     with pytest.raises(FileNotFoundError, match="404"):
         get()
-    assert len(web.plans[TRAIN]) > 0  # stopped before its last attempt
+    assert len(web.plans[TRAIN]) > 0  # stopped before the last attempt
     web.plans.clear()
     get()
     check(root, web)
@@ -196,13 +196,13 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
+def test_a_rerun_after_a_kill_at_any_point(web: Web, root: Path) -> None:
     web.plans = {TRAIN: [file(cut=9_000, stall=True)]}
     process = start(web, root)
     part, val = (root / ".archives" / name for name in ("train2017.zip.part", "val2017.zip"))
     until(lambda: size(part) == 9_000 and size(val), process)
     kill(process)
-    # stops in the middle of this image of both folders
+    # stops within this image of both folders
     process = start(web, root, "000000000005.jpg")
     assert process.stdout.readline().startswith("here")
     assert (TRAIN, "bytes=9000-") in web.asked
@@ -211,7 +211,10 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     kill(process)
     assert not (root / "train2017").exists()
     web.asked.clear()
-    two = [start(web, root), start(web, root)]  # the second waits and finds that all is done
-    said = sorted(process.communicate()[0] for process in two)
+    two = [
+        start(web, root),
+        start(web, root),
+    ]  # the second process waits and finds everything complete
+    said = sorted(one.communicate()[0] for one in two)
     assert said == ["False\n", "True\n"] and web.asked == []
     check(root, web)

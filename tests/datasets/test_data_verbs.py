@@ -22,13 +22,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def web(web: Web, monkeypatch: pytest.MonkeyPatch) -> Web:
-    """The mirror's archives are the published ones for this test."""
+    """Make this test's published archives those of the mirror."""
     monkeypatch.setattr(published, "archives", lambda *given: miniatures(*given)[0])
     return web
 
 
-def test_what_is_published() -> None:
-    """Addresses and sizes as cocodataset.org and lvisdataset.org have them; LVIS needs both folders for each split."""
+def test_the_published_files() -> None:
+    """URLs and sizes as on cocodataset.org and lvisdataset.org; each LVIS split needs both image folders."""
     both, train, val = published.archives("coco")
     paths = ["annotations/annotations_trainval2017.zip", "zips/train2017.zip", "zips/val2017.zip"]
     urls = [f"http://images.cocodataset.org/{path}" for path in paths]
@@ -47,7 +47,7 @@ def test_what_is_published() -> None:
     assert path(every[-1]) == "/LVIS/lvis_v1_val.json.zip"
 
 
-def test_of_an_archive_of_images_nothing_else_is_taken() -> None:
+def test_only_images_are_extracted_from_an_archive_of_images() -> None:
     train = published.TRAIN2017
     assert train.choose("train2017/000000000009.jpg") == "000000000009.jpg"
     for name in ("val2017/000000000139.jpg", "000000000009.jpg", "train2017/more/000000000009.jpg"):
@@ -59,7 +59,7 @@ def test_of_an_archive_of_images_nothing_else_is_taken() -> None:
         assert both.choose(name) is None
 
 
-def test_a_person_fetches(vitdet: Run, web: Web) -> None:
+def test_a_fetch_by_a_user(vitdet: Run, web: Web) -> None:
     code, output, errors = vitdet("data", "coco", "d", "--mirror", web.url, "--split", "val")
     assert (code, output) == (0, "d: val2017 12 images, annotations/instances_val2017.json\n")
     assert "downloading  100%" in errors and "unpacking  100%" in errors
@@ -69,7 +69,7 @@ def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     again = vitdet("data", "lvis", "d", "--from", "nowhere")
     assert again == (0, output.replace("\n", ", already there\n"), "")
     assert len(web.asked) == 5
-    # no COCO annotations there
+    # without COCO's annotations
     assert vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1
     # val2017.zip was not kept
     assert vitdet("data", "lvis", "e", "--from", "d/archives", "--split", "val")[0] == 1
@@ -84,7 +84,9 @@ def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     ],
     ids=["both", "mirror", "from"],
 )
-def test_a_wrong_word_is_one_line(vitdet: Run, web: Web, words: tuple[str, ...], says: str) -> None:
+def test_a_wrong_argument_is_one_line(
+    vitdet: Run, web: Web, words: tuple[str, ...], says: str
+) -> None:
     code, output, errors = vitdet("data", "coco", "d", *words)
     assert (code, output, errors.count("\n")) == (1, "", 1) and web.asked == []
     assert errors.startswith(f"vitdet: {says}")
@@ -109,7 +111,7 @@ def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
     ],
     ids=["note", "start", "archive", "content"],
 )
-def test_a_full_disk_names_the_file_and_the_same_command_goes_on(
+def test_a_full_disk_names_the_file_and_the_same_command_resumes(
     vitdet: Run, web: Web, tmp_path: Path, dataset: str, limit: int, local: bool, says: str
 ) -> None:
     for where, content in web.files.items():
@@ -126,7 +128,7 @@ def test_a_full_disk_names_the_file_and_the_same_command_goes_on(
     assert not any(name[0] == "." for name in os.listdir("d"))
 
 
-def test_a_full_disk_at_the_manifest(
+def test_a_full_disk_while_the_record_is_written(
     vitdet: Run, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("data", "coco", "d", "--split", "val", "--mirror", web.url)

@@ -56,7 +56,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_came_is_there(root: Path) -> None:
+def test_the_record_lists_the_downloaded_files(root: Path) -> None:
     expected = sha256((root / "manifest.json").read_bytes()).hexdigest()
     assert verify(root) == verify(root, contents=True) == expected
     assert digest(["b.jpg 4", "a.jpg 3"]) == sha256(b"a.jpg 3\nb.jpg 4\n").hexdigest()
@@ -95,7 +95,7 @@ def move(path: str, other: str) -> Callable[[Path], object]:
         (put("manifest.json", "{"), ValueError, "manifest.json: not a manifest"),
     ],
 )
-def test_a_change_is_one_line(root: Path, change: Callable, error: type, says: str) -> None:
+def test_a_changed_file_is_one_line(root: Path, change: Callable, error: type, says: str) -> None:
     change(root)
     with pytest.raises(error, match=says) as caught:
         verify(root)
@@ -109,7 +109,7 @@ def test_other_pixels_of_the_same_size_are_found_by_reading(root: Path) -> None:
         verify(root, contents=True)
 
 
-def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
+def test_parts_are_added_and_verified_separately(root: Path) -> None:
     archive = Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False)
     more = DownloadRecord((archive,), (File("other.json", 1, "2" * 64),))
     both = read(root).with_(more)
@@ -120,9 +120,7 @@ def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
         compare(root, both.only((), ("other.json",)))
 
 
-def test_a_failed_write_leaves_the_old_manifest(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_old_record(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (root / "manifest.json").read_bytes()
     monkeypatch.setattr(os, "sync", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(OSError, match="no space"):
@@ -132,7 +130,7 @@ def test_a_failed_write_leaves_the_old_manifest(
 
 @pytest.fixture
 def fetched(own_tiny: Path) -> Path:
-    """The tiny data with the manifest that `vitdet data coco` would have left."""
+    """Return the tiny data with a record as written by `vitdet data coco`."""
     files, folders = [], []
     for split in ("train", "val"):
         files.append(file_entry(own_tiny, f"annotations/instances_{split}.json"))
@@ -173,7 +171,7 @@ def test_no_training_run_starts_on_changed_images(
     assert not Path("run/model.pt").exists() and not list(Path("run").rglob("*.pt"))
 
 
-def test_files_beside_the_downloaded_ones_make_no_difference(fetched: Path) -> None:
+def test_additional_files_make_no_difference(fetched: Path) -> None:
     for name in (".DS_Store", "more.jpg"):
         (fetched / "val" / name).touch()
     assert len(read_split(settings(fetched), "val").records) == 4
@@ -182,7 +180,7 @@ def test_files_beside_the_downloaded_ones_make_no_difference(fetched: Path) -> N
         read_split(settings(fetched), "val")
 
 
-def test_a_check_passes_over_files_that_were_not_downloaded(root: Path) -> None:
+def test_the_check_ignores_files_that_were_not_downloaded(root: Path) -> None:
     for old, new in (("a.jpg", "000000000001.jpg"), ("b.jpg", "000000000002.jpg")):
         (root / "val2017" / old).rename(root / "val2017" / new)
     write(root, DownloadRecord((), (), (folder_entry(root, "val2017"),)))
@@ -193,7 +191,7 @@ def test_a_check_passes_over_files_that_were_not_downloaded(root: Path) -> None:
         verify(root)
 
 
-def test_a_split_is_compared_alone_and_a_foreign_manifest_is_none(fetched: Path) -> None:
+def test_splits_are_compared_separately_and_other_manifests_ignored(fetched: Path) -> None:
     longer(min((fetched / "train").iterdir()))
     assert len(read_split(settings(fetched), "val").records) == 4
     with pytest.raises(ValueError, match="train: 12 files of"):
@@ -206,14 +204,14 @@ def test_the_check_names_changed_images(fetched: Path, vitdet: Callable) -> None
     assert vitdet("data", "check", fetched, "--images")[0] == 0
     with open(min((fetched / "val").iterdir()), "r+b") as picture:
         picture.seek(-1, os.SEEK_END)
-        picture.write(b"?")  # behind the last marker: still a picture
+        picture.write(b"?")  # after the end marker: still a valid image
     assert vitdet("data", "check", fetched)[0] == 0
     code, listed, _ = vitdet("data", "check", fetched, "--images")
     assert code == 1 and "1 x different from manifest.json" in listed
     assert "val: the content of a file" in listed
 
 
-def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(own_tiny: Path) -> None:
+def test_a_pipeline_does_not_start_on_changed_data(own_tiny: Path) -> None:
     described = describe(settings(own_tiny))
     entry = file_entry(own_tiny, "annotations/instances_val.json")
     write(own_tiny, DownloadRecord((), (entry,)))

@@ -21,7 +21,7 @@ Unpack = Callable[..., list[Entry]]
 
 @pytest.fixture
 def unpacked(tmp_path: Path) -> Unpack:
-    """Unpacks these bytes into tmp_path/in/here."""
+    """Extract these bytes into tmp_path/in/here."""
 
     def run(content: bytes, files: int = 10, size: int = 10_000, ours: bool = True) -> list[Entry]:
         archive, limits = tmp_path / "some.zip", Limits(files, size)
@@ -45,7 +45,7 @@ def test_the_files_of_an_archive(unpacked: Unpack, tmp_path: Path) -> None:
     assert not (tmp_path / "in" / "here" / "a.jpg").stat().st_mode & 0o133
 
 
-def test_only_what_is_chosen_counts_and_is_written(tmp_path: Path) -> None:
+def test_only_selected_files_are_checked_and_written(tmp_path: Path) -> None:
     archive, choose = tmp_path / "some.zip", {"x/a": "a", "x/huge": None}.get
     archive.write_bytes(zipped({"x/a": b"1", "x/huge": bytes(100_000)}))
     seen: list[int] = []
@@ -60,14 +60,16 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bad_name_refuses_the_archive(unpacked: Unpack, tmp_path: Path, name: str) -> None:
+def test_a_bad_name_rejects_the_archive(unpacked: Unpack, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="some.zip: contains .*: rejected") as caught:
         unpacked(zipped({"good": b"1", name: b"2"}))
     assert str(caught.value).isprintable()
-    assert set(files(tmp_path)) == {"some.zip"}  # nothing of it, nowhere
+    assert set(files(tmp_path)) == {
+        "some.zip"
+    }  # no file is written, inside or outside of the folder
 
 
-def test_a_name_with_a_zero_is_not_cut_there(unpacked: Unpack, tmp_path: Path) -> None:
+def test_a_name_is_not_truncated_at_a_null_byte(unpacked: Unpack, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the name 'x.jpg\\x00.txt'"):
         unpacked(renamed(zipped({"x.jpg?.txt": b"2"}), "x.jpg?.txt", b"x.jpg\0.txt"))
     assert set(files(tmp_path)) == {"some.zip"}
@@ -94,7 +96,7 @@ EVIL = {
 
 
 @pytest.mark.parametrize(("content", "says"), EVIL.values(), ids=EVIL)
-def test_a_malicious_archive_is_refused_before_a_byte_is_written(
+def test_a_malicious_archive_is_rejected_before_a_byte_is_written(
     unpacked: Unpack, tmp_path: Path, content: bytes, says: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -106,7 +108,7 @@ def test_a_malicious_archive_is_refused_before_a_byte_is_written(
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_the_same_name_twice_is_two_names(unpacked: Unpack) -> None:
+def test_duplicate_names_are_rejected(unpacked: Unpack) -> None:
     twice = renamed(zipped({"a.jpg": b"1", "b.jpg": b"2"}), "b.jpg", b"a.jpg")
     with pytest.raises(ValueError, match="contains both a.jpg and a.jpg"):
         unpacked(twice)
@@ -119,7 +121,7 @@ def test_no_more_than_the_declared_size_is_written(unpacked: Unpack, tmp_path: P
     assert files(tmp_path / "in") == {"here/good": b"1"}
 
 
-def test_less_than_declared_is_refused(unpacked: Unpack, tmp_path: Path) -> None:
+def test_less_than_the_declared_size_is_rejected(unpacked: Unpack, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="some.zip: "):
         unpacked(declared(zipped({"short": b"123"}), "short", 400))
     assert files(tmp_path / "in") == {}
@@ -149,11 +151,11 @@ def test_a_broken_archive_is_one_line(unpacked: Unpack, tmp_path: Path, content:
     with pytest.raises(ValueError, match="some.zip: not a complete zip archive") as caught:
         unpacked(content)
     assert "\n" not in str(caught.value)
-    # of a broken archive, the files before the break
+    # the files before the damage
     assert set(files(tmp_path)) <= {"some.zip", "in/here/a"}
 
 
-def test_any_damage_is_a_line_or_does_no_harm(unpacked: Unpack, tmp_path: Path) -> None:
+def test_any_damage_is_one_line_or_harmless(unpacked: Unpack, tmp_path: Path) -> None:
     rng, whole, refused = random.Random(0), zipped(GOOD), 0
     for _ in range(300):
         content = bytearray(whole)
@@ -180,7 +182,7 @@ def test_only_incomplete_files_are_written_again(unpacked: Unpack, tmp_path: Pat
     assert os.path.samestat(after, before) and after.st_mtime_ns == before.st_mtime_ns
 
 
-def test_another_file_in_the_place_is_never_written_over(unpacked: Unpack, tmp_path: Path) -> None:
+def test_a_different_existing_file_is_never_overwritten(unpacked: Unpack, tmp_path: Path) -> None:
     here = tmp_path / "in" / "here"
     here.mkdir(parents=True)
     (here / "a.jpg").write_bytes(b"mine" * 750)  # of the same size
@@ -190,7 +192,9 @@ def test_another_file_in_the_place_is_never_written_over(unpacked: Unpack, tmp_p
     assert files(here) == {"a.jpg": b"mine" * 750}
 
 
-def test_a_file_with_other_links_is_replaced_not_changed(unpacked: Unpack, tmp_path: Path) -> None:
+def test_a_file_with_other_hard_links_is_replaced_not_changed(
+    unpacked: Unpack, tmp_path: Path
+) -> None:
     here = tmp_path / "in" / "here"
     here.mkdir(parents=True)
     (tmp_path / "cached").write_bytes(b"precious")
@@ -210,7 +214,7 @@ def test_nothing_is_written_through_a_link(unpacked: Unpack, tmp_path: Path, lin
     assert not list(elsewhere.iterdir())
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(unpacked: Unpack, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_next_run_resumes(unpacked: Unpack, tmp_path: Path) -> None:
     content = zipped({"a": b"1" * 500, "b": b"2" * 9000})
     says = "b: could not be extracted .*File too large.*to resume"
     with pytest.raises(OSError, match=says), largest_file(4000):

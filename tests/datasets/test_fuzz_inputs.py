@@ -39,7 +39,7 @@ WORDS = [
 
 @st.composite
 def texts(draw: st.DrawFn, sound: str) -> bytes:
-    """The text with words replaced and put in, or its bytes spliced."""
+    """Replace and insert words of the text, or splice its bytes."""
     if draw(st.sampled_from([False, False, False, True])):
         return draw(spliced(sound.encode()))
     text = sound
@@ -52,7 +52,7 @@ def texts(draw: st.DrawFn, sound: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Annotations of both kinds, and a data set in each foreign format."""
+    """Return a folder with annotations of both kinds and a data set in each third-party format."""
     root = tmp_path_factory.mktemp("inputs")
     for lvis, name in ((False, "coco.json"), (True, "lvis.json")):
         (root / name).write_text(json.dumps(document(lvis=lvis)))
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_line(root: Path, work: Callable[[], object]) -> object:
-    """What it returns, or None where it is refused in one line that names a file."""
+    """Return the function's result, or None if it raises one line that names a file."""
     try:
         return work()
     except (ValueError, FileNotFoundError) as error:
@@ -83,7 +83,7 @@ def one_line(root: Path, work: Callable[[], object]) -> object:
 
 @pytest.mark.parametrize("dataset", ["coco", "lvis"])
 @given(content=files(results()))
-def test_results_are_scored_or_refused(folder: Path, dataset: str, content: bytes) -> None:
+def test_results_are_scored_or_rejected(folder: Path, dataset: str, content: bytes) -> None:
     path = folder / "results.json"
     path.write_bytes(content)
     figures = one_line(folder, lambda: evaluate_results(path, folder / f"{dataset}.json", dataset))
@@ -91,7 +91,7 @@ def test_results_are_scored_or_refused(folder: Path, dataset: str, content: byte
 
 
 @given(content=texts(YAML), labels=texts(LABELS), head=st.booleans())
-def test_a_folder_of_yolo_is_converted_or_refused(
+def test_a_yolo_folder_is_converted_or_rejected(
     folder: Path, content: bytes, labels: bytes, head: bool
 ) -> None:
     if head:
@@ -101,7 +101,7 @@ def test_a_folder_of_yolo_is_converted_or_refused(
 
 
 @given(content=texts(XML), ids=texts("a\nb\n"), xml=st.sampled_from([True, True, True, False]))
-def test_a_folder_of_voc_is_converted_or_refused(
+def test_a_voc_folder_is_converted_or_rejected(
     folder: Path, content: bytes, ids: bytes, xml: bool
 ) -> None:
     if xml:
@@ -111,7 +111,7 @@ def test_a_folder_of_voc_is_converted_or_refused(
 
 
 def converted(root: Path, kind: str, which: str, content: bytes, sound: str) -> None:
-    """Converts the data set with this content in one of its files; nothing half-written stays."""
+    """Convert the data set with this content in one file; assert that no partial output remains."""
     target, path = root / "converted", root / kind / which
     path.write_bytes(content)
     try:

@@ -1,6 +1,6 @@
 """Downloaded LVIS: images are found by their coco_url, and no image is in both splits."""
 
-# ruff: noqa: F401, F811 - fixtures of the other files
+# ruff: noqa: F401, F811 - fixtures of other files
 from __future__ import annotations
 
 import json
@@ -24,7 +24,7 @@ from vitdet.datasets.published import Archive
 
 
 def packed(folder: Path) -> tuple[list[Archive], dict[str, bytes]]:
-    """A folder as the archives in which LVIS is published, and the content of each by its path on a server."""
+    """Pack a folder into archives like LVIS's; return them and their content by path on a server."""
     made, contents = [], {}
     for archive in published.archives("lvis"):
         place = folder / archive.folder
@@ -39,13 +39,13 @@ def packed(folder: Path) -> tuple[list[Archive], dict[str, bytes]]:
     return made, contents
 
 
-def test_what_was_brought_can_be_trained_on(get: Fetch, web: Web, root: Path, lvis: Path) -> None:
+def test_a_fetched_data_set_can_be_trained_on(get: Fetch, web: Web, root: Path, lvis: Path) -> None:
     wanted, web.files = packed(lvis)
     get(wanted=wanted)
     data = settings(root)
     brought, made = (read_split(settings(place), "val") for place in (root, lvis))
-    # LVIS divides COCO anew
-    assert {record.path.parent.name for record in brought.records} == {"train2017", "val2017"}
+    # LVIS splits COCO's images differently
+    assert {one.path.parent.name for one in brought.records} == {"train2017", "val2017"}
     assert all(
         record.path.read_bytes() == other.path.read_bytes() and record.image_id == other.image_id
         for record, other in zip(brought.records, made.records, strict=True)
@@ -53,7 +53,7 @@ def test_what_was_brought_can_be_trained_on(get: Fetch, web: Web, root: Path, lv
     assert data_check.check(root).ok and len(fingerprints(data)) == 2
 
 
-def test_all_archives_come_at_once(get: Fetch, web: Web, root: Path) -> None:
+def test_archives_are_downloaded_in_parallel(get: Fetch, web: Web, root: Path) -> None:
     together = threading.Barrier(3)
 
     def with_the_others(to: Handler) -> None:
@@ -67,11 +67,11 @@ def test_all_archives_come_at_once(get: Fetch, web: Web, root: Path) -> None:
     web.plans = {address: [with_the_others] for address in (TRAIN, VAL, BOTH)}
     get()
     check(root, web)
-    assert asked(web) == [BOTH, TRAIN, VAL]  # nobody gave up waiting and asked again
+    assert asked(web) == [BOTH, TRAIN, VAL]  # no download timed out and was requested again
 
 
 def leak(content: dict, folder: Path, url: str | None = None) -> None:
-    """The first image of the training split among those of validation, at its own place or at another."""
+    """Copy the first training image into the validation split, in its own folder or in another."""
     train = json.loads((folder / "annotations" / "lvis_v1_train.json").read_text())["images"][0]
     content["images"].append({**train, **({"coco_url": url} if url else {})})
 

@@ -24,7 +24,7 @@ JPEG = "data:image/jpeg;base64,"
 
 
 class Tags(HTMLParser):
-    """The tags of a page, which must balance."""
+    """Parses a page; its tags must balance."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def change(root: Path, split: str, then: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(tree))
 
 
-def test_the_page_tells_what_is_there_and_asks_nobody(
+def test_the_page_shows_the_data_set_without_any_request(
     vitdet: Run, tiny: Path, tmp_path: Path
 ) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*"))
@@ -84,7 +84,7 @@ def test_the_page_tells_what_is_there_and_asks_nobody(
         assert numbers[split == "val"] == expected
 
 
-def test_an_outline_is_drawn_where_it_is(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
+def test_an_outline_is_drawn_at_its_position(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
     def then(tree: dict) -> None:
         head = tree["images"][0]
         # a line down in column 20
@@ -134,7 +134,7 @@ def test_names_are_text_and_problems_are_on_the_page(
     assert page.count('<p class="error">') == 4 and "1 of zero size" in page
 
 
-def test_a_split_that_cannot_be_read_is_said(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
+def test_an_unreadable_split_is_on_the_page(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
     change(own_tiny, "val", lambda tree: tree["annotations"][0].update(image_id=-5))
     change(own_tiny, "train", lambda tree: tree.update(annotations=[]))
     assert vitdet("data", "report", own_tiny)[0] == 0
@@ -143,7 +143,7 @@ def test_a_split_that_cannot_be_read_is_said(vitdet: Run, own_tiny: Path, tmp_pa
     assert "<td>12</td><td>12</td><td>0</td><td>-</td>" in page
 
 
-def test_nothing_to_show_is_one_line(vitdet: Run, tmp_path: Path) -> None:
+def test_a_folder_without_data_is_one_line(vitdet: Run, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "report", "nowhere")
     assert (code, output) == (1, "") and not list(tmp_path.iterdir())
     assert errors == (
@@ -161,7 +161,7 @@ LETTERS = ImageFont.load_default(11)  # pixels, as the style of SVG texts in pag
 
 
 @pytest.mark.parametrize("edges, borders", [(OBJECTS, False), (SIDES, True), (LENGTHS, True)])
-def test_neighbours_do_not_touch(edges: tuple[int, ...], borders: bool) -> None:
+def test_neighboring_labels_do_not_overlap(edges: tuple[int, ...], borders: bool) -> None:
     counts = [("train", np.ones(len(edges) + 1, int))]
     found = histogram("", ranges(edges), counts, "", edges if borders else ()).marks
     ends = [(x - LETTERS.getlength(said) / 2, x + LETTERS.getlength(said) / 2) for x, said in found]
@@ -169,7 +169,7 @@ def test_neighbours_do_not_touch(edges: tuple[int, ...], borders: bool) -> None:
     assert all(right[0] - left[1] > 8 for left, right in zip(ends, ends[1:], strict=False))
 
 
-def test_an_edge_stands_between_what_is_below_and_what_is_from_it_on() -> None:
+def test_bins_include_their_lower_edge_only() -> None:
     chart = histogram(
         "", ranges((8, 16)), [("train", doubling(np.array([3, 8, 8, 20]), (8, 16)))], "", (8, 16)
     )

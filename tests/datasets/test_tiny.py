@@ -1,4 +1,4 @@
-"""The tiny data set: fixed, complete, and not solvable by color."""
+"""The tiny data set: reproducible, complete, and not solvable by color."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
+def test_bytes_are_fixed_and_independent_of_the_number_of_processes(tmp_path: Path) -> None:
     assert make_tiny(tmp_path / "one", 32, 8, processes=1)
     assert make_tiny(tmp_path / "two", 32, 8, processes=2)
     a, b = files(tmp_path / "one"), files(tmp_path / "two")
@@ -56,7 +56,7 @@ def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
     assert hashlib.sha256(pixels).hexdigest() == FROZEN_PIXELS
 
 
-def test_same_call_again_does_nothing_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_call_does_nothing_and_a_different_one_is_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     folder.mkdir()
     assert make_tiny(folder, 3, 2)
@@ -69,19 +69,19 @@ def test_same_call_again_does_nothing_and_another_is_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="contains something other"):
         make_tiny(folder, 3, 2)
     assert len(files(folder)) == len(before) - 1
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # no temporary folder is left
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # no temporary folder remains
 
 
 @pytest.mark.parametrize(
     "wrong", [{"train": 0}, {"val": -1}, {"seed": -1}, {"seed": PRETRAIN_SEED}]
 )
-def test_counts_and_seeds_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+def test_counts_and_seeds_out_of_range_are_rejected(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         make_tiny(tmp_path / "tiny", **wrong)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_call_leaves_nothing(
+def test_an_interrupted_call_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
@@ -94,7 +94,7 @@ def test_an_interrupted_call_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_no_image_is_in_two_splits_or_in_the_pretraining_scenes(tiny: Path) -> None:
+def test_no_image_is_in_two_splits_or_among_the_pretraining_scenes(tiny: Path) -> None:
     train, val = (
         {hashlib.sha256(path.read_bytes()).digest() for path in (tiny / split).glob("*.jpg")}
         for split in ("train", "val")
@@ -104,7 +104,7 @@ def test_no_image_is_in_two_splits_or_in_the_pretraining_scenes(tiny: Path) -> N
     assert len({draw_scene(*scene).image.tobytes() for scene in scenes}) == 120
 
 
-def test_every_feature_of_real_data_is_there(tiny: Path) -> None:
+def test_the_data_has_every_feature_of_real_data(tiny: Path) -> None:
     document = read(tiny, "train")
     images, annotations = document["images"], document["annotations"]
     assert {entry["id"]: entry["name"] for entry in document["categories"]} == CATEGORIES
@@ -150,7 +150,7 @@ def test_outlines_fit_box_area_and_image(tiny: Path) -> None:
         assert annotation["area"] >= 40
 
 
-def test_images_are_the_files(tiny: Path) -> None:
+def test_images_equal_the_files(tiny: Path) -> None:
     for entry in read(tiny, "val")["images"][:20]:
         with Image.open(tiny / "val" / entry["file_name"]) as image:
             assert image.size == (entry["width"], entry["height"]) and image.mode == "RGB"
@@ -160,7 +160,7 @@ COUNTS = (3, 2)
 
 
 def draw(folder: Path, ready: Barrier, answers: Queue) -> None:
-    """One of the processes: it renames only when all others are about to, each having found no folder."""
+    """Run one of the processes, which renames only when all others are about to; none has found a folder."""
     rename = Path.replace
 
     def together(temporary: Path, target: Path) -> Path:
@@ -174,10 +174,10 @@ def draw(folder: Path, ready: Barrier, answers: Queue) -> None:
         answers.put(repr(error))
 
 
-def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(
+def test_one_of_several_concurrent_processes_creates_the_data_set(
     tmp_path: Path,
 ) -> None:
-    # as make_tiny itself does; the package takes a second to import
+    # like make_tiny; importing the package takes a second
     context = multiprocessing.get_context("fork")
     ready, answers = context.Barrier(3), context.Queue()
     racing = [
@@ -190,7 +190,9 @@ def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(
     for process in racing:
         process.join()
     assert sorted(given, key=str) == [False, False, True]
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # the losers' drawings are gone
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "tiny"
+    ]  # the other processes' folders are removed
     assert not make_tiny(tmp_path / "tiny", *COUNTS)
 
 
@@ -198,7 +200,7 @@ def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(
     ("theirs", "refused"),
     [((3, 2), ""), ((4, 2), "contains something other than the tiny data set")],
 )
-def test_what_another_process_has_finished_meanwhile_counts_if_it_is_the_same(
+def test_the_data_set_of_another_process_is_used_if_it_is_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int, int], refused: str
 ) -> None:
     make_tiny(tmp_path / "theirs", *theirs, processes=1)
@@ -218,7 +220,7 @@ def test_what_another_process_has_finished_meanwhile_counts_if_it_is_the_same(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "tiny"]
 
 
-def test_another_trouble_with_the_folder_stays_an_error(
+def test_other_problems_with_the_folder_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(temporary: Path, target: Path) -> Path:
@@ -230,19 +232,19 @@ def test_another_trouble_with_the_folder_stays_an_error(
     assert not list(tmp_path.iterdir())
 
 
-# The baseline: whatever has not the colors of the ground is an object; its colors say its class.
-# It is told which pixels are ground: nothing but the separation of touching objects and the class is left to it.
+# The baseline: everything without the background's colors is an object; its colors determine its class.
+# It is given the background pixels, so it only has to separate touching objects and to classify.
 
 
 def color_bins(pixels: np.ndarray) -> np.ndarray:
-    """Histogram (64,) of pixels (P, 3), 4 levels a channel, sum 1."""
+    """Return the histogram (64,) of pixels (P, 3), 4 levels per channel, with sum 1."""
     level = pixels.astype(int) // 64
     counts = np.bincount(level[:, 0] * 16 + level[:, 1] * 4 + level[:, 2], minlength=64)
     return counts / max(counts.sum(), 1)
 
 
 def covered(objects: list[dict], height: int, width: int) -> np.ndarray:
-    """The pixels (H, W) bool of any of the objects."""
+    """Return the union (H, W) bool of the objects' pixels."""
     regions = [
         rle.decode(rle.frPyObjects(a["segmentation"], height, width)).any(axis=2)
         for a in objects
@@ -252,7 +254,7 @@ def covered(objects: list[dict], height: int, width: int) -> np.ndarray:
 
 
 def two_colors(pixels: np.ndarray) -> np.ndarray:
-    """The two centers (2, 3) of k-means over pixels (P, 3)."""
+    """Return the two k-means centers (2, 3) of pixels (P, 3)."""
     centers = pixels[[pixels.sum(axis=1).argmin(), pixels.sum(axis=1).argmax()]]
     for _ in range(8):
         nearest = np.linalg.norm(pixels[:, None] - centers, axis=2).argmin(axis=1)
@@ -262,7 +264,7 @@ def two_colors(pixels: np.ndarray) -> np.ndarray:
 
 
 def components(picture: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
-    """Connected regions (H, W) bool, large enough to be objects, that differ from both colors of the ground."""
+    """Return connected regions (H, W) bool, as large as objects, that differ from both background colors."""
     colors = two_colors(picture[ground].astype(float))
     away = np.linalg.norm(picture[:, :, None].astype(float) - colors, axis=3)
     regions = [fill(part, *ground.shape) for part in trace([away.min(axis=2) > 55], 0.0)[0]]
@@ -270,7 +272,7 @@ def components(picture: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
 
 
 def detect_by_color(folder: Path) -> list[dict]:
-    """COCO results: each component under each class, scored by the likeness of its colors to the class's mean."""
+    """Return COCO results: each component with each class, scored by color similarity to the class mean."""
     known: dict[int, list[np.ndarray]] = {category: [] for category in CATEGORIES}
     for picture, objects, _ in pictures(folder, "train"):
         for annotation in objects:
@@ -316,5 +318,5 @@ def test_color_and_connected_components_do_not_solve_it(tiny: Path) -> None:
     assert average_precision(tiny, results, "bbox", classes=True) < 15
     assert average_precision(tiny, results, "segm", classes=True) < 15
     one_each = results[:: len(CATEGORIES)]
-    # it finds things: what it lacks is the class
+    # it finds objects, but not their classes
     assert average_precision(tiny, one_each, "bbox", classes=False) > 15

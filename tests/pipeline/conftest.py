@@ -21,17 +21,17 @@ def kubeflow() -> Iterator[Kubeflow]:
 def cli(
     kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """`python -m pipeline` in this process."""
+    """Return `python -m pipeline`, run in this process."""
     return command(kubeflow, monkeypatch, capsys)
 
 
 @pytest.fixture
 def run(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """`cli` whose submit takes an empty pipeline, and which polls every 10 ms."""
+    """Return `cli` with an empty pipeline for submit, and a polling interval of 10 ms."""
     package = tmp_path / "package.yaml"
     parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
     package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
-    # `test_submit` has it
+    # `test_submit` covers it
     monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
     return lambda verb, *words: cli(
         verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])

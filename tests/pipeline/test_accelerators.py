@@ -1,4 +1,4 @@
-"""`evaluate` gets the accelerator of the training, whichever kind of job the pipeline is compiled with."""
+"""`evaluate` gets the same accelerator as training, for both kinds of job."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def text(name: str, part: str = ".") -> str:
 
 
 def evaluation(job: str, file: Path) -> tuple[dict, dict]:
-    """(container, what Kubernetes has to know) of `evaluate` in the pipeline that is compiled with this job."""
+    """Compile a pipeline with this job; return (container, Kubernetes configuration) of `evaluate`."""
     spec, platforms = yaml.safe_load_all(compile_pipeline(file, job).read_text())
     needs = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-evaluate"]
     container = spec["deploymentSpec"]["executors"]["exec-evaluate"]["container"]
     return container["resources"], needs
 
 
-def test_a_pytorchjob_says_it_itself() -> None:
+def test_the_accelerator_of_a_pytorchjob() -> None:
     assert accelerators(GOLDEN) == (8, [TOLERATION], {"vitdet/pool": "gpu-train"})
     assert accelerators(GOLDEN.replace("nvidia.com/gpu: 8", "ephemeral-storage: 1Gi")).gpus == 0
 
 
 @needs_kubectl
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_both_kinds_say_the_same(name: str) -> None:
+def test_both_kinds_have_the_same_accelerator(name: str) -> None:
     found = accelerators(text(name, "trainjob"))
     assert (
         found
@@ -86,7 +86,7 @@ def test_evaluate_waits_in_the_same_queue(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def parts() -> tuple[dict, dict]:
-    """(TrainJob, its runtime) of manifests/."""
+    """Return (TrainJob, its runtime) of manifests/."""
     folder = ROOT / "manifests" / "trainjob"
     return tuple(
         yaml.safe_load((folder / file).read_text()) for file in ("trainjob.yaml", "runtime.yaml")
@@ -105,7 +105,7 @@ def said(*documents: dict) -> tuple:
     return accelerators(yaml.safe_dump_all(json.loads(json.dumps(documents))))
 
 
-def test_a_trainjob_s_own_words_are_over_its_runtime_s(parts: tuple[dict, dict]) -> None:
+def test_a_trainjobs_settings_override_its_runtimes(parts: tuple[dict, dict]) -> None:
     job, runtime = parts
     assert said(job, runtime) == (1, [TOLERATION], {"vitdet/pool": "gpu-train"})
     job["spec"]["runtimePatches"] = [
@@ -114,10 +114,10 @@ def test_a_trainjob_s_own_words_are_over_its_runtime_s(parts: tuple[dict, dict])
     ]
     job["spec"]["trainer"]["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": 4}}
     assert said(job, runtime) == (4, [{"key": "x"}], {"zone": "a", "vitdet/pool": "b"})
-    assert said(job) == said(job, runtime)  # without its runtime the job alone is believed
+    assert said(job) == said(job, runtime)  # without its runtime only the job is read
 
 
-def test_a_runtime_is_found_by_its_kind_too(parts: tuple[dict, dict]) -> None:
+def test_a_runtime_is_also_identified_by_its_kind(parts: tuple[dict, dict]) -> None:
     job, runtime = parts
     job["spec"]["runtimeRef"]["kind"] = "ClusterTrainingRuntime"
     with pytest.raises(

@@ -1,8 +1,8 @@
-"""Which steps Kubeflow Pipelines runs again: the compiled pipeline under the defaults of 2.14 to 2.17.
+"""Which steps Kubeflow Pipelines retries: the compiled pipeline with the defaults of versions 2.14 to 2.17.
 
-tests/helpers/argo.py has the rules and their sources. What a step's pod leaves: an exit code of the container `main`; nothing,
-where it is removed before the controller saw it end (an eviction, a node that is gone: "pod deleted"); or the phase
-Failed of a pod whose containers never ended, as the pod garbage collector sets it for a lost node (kubernetes,
+tests/helpers/argo.py has the rules and their sources. A step's pod ends with an exit code of its container `main`;
+without one, if it is removed before the controller saw it end (an eviction, a lost node: "pod deleted"); or with the
+phase Failed and no container state, as set by the pod garbage collector for a lost node (kubernetes,
 pkg/controller/podgc/gc_controller.go, markFailedAndDeletePod).
 """
 
@@ -36,7 +36,7 @@ def compiled() -> tuple[dict, dict]:
 
 
 def defaults(version: str) -> dict:
-    """spec.templateDefaults of the ConfigMap of this version, "+" with manifests/pipelines."""
+    """Return spec.templateDefaults of this version's ConfigMap; "+": with manifests/pipelines."""
     if version.endswith("+"):
         text = yaml.safe_load(SETTING.read_text())["data"]["workflowDefaults"]
     else:
@@ -45,7 +45,7 @@ def defaults(version: str) -> dict:
 
 
 def run(version: str, step: str, pod: str, bad: int = 10**9, life: float = 0.0) -> argo.Run:
-    """A run whose step's first `bad` pods end like this."""
+    """Simulate a run whose step's first `bad` pods end like this."""
     phase = argo.failed_reason(PODS[pod], argo.ARGO[version.rstrip("+")])
     made = argo.Run(
         argo.Compiler(*compiled()).templates,
@@ -59,7 +59,7 @@ def run(version: str, step: str, pod: str, bad: int = 10**9, life: float = 0.0) 
 
 
 def retries(step: str) -> int:
-    """The step's own, of the compiled file."""
+    """Return the step's retry strategy in the compiled file."""
     (found,) = (
         dag["tasks"][step]["retryPolicy"]["maxRetryCount"]
         for part in (compiled()[0]["root"], *compiled()[0]["components"].values())
@@ -78,7 +78,7 @@ RETRIED = {
 
 @pytest.mark.parametrize("step", ["train-job", "evaluate", "data"])
 def test_whether_a_step_is_retried(step: str) -> None:
-    """2.17.0 retries no exit code, those before no deleted pod; with the setting ("+") each one both."""
+    """2.17.0 does not retry exit codes, earlier versions not deleted pods; the setting ("+") retries both."""
     found = {}
     for version, pod in RETRIED:
         once = run(version, step, pod, bad=1)
@@ -89,8 +89,8 @@ def test_whether_a_step_is_retried(step: str) -> None:
 
 
 @pytest.mark.parametrize("version", ALL)
-def test_a_lost_node_may_pass_for_a_success(version: str) -> None:
-    """Argo before 4 takes a failed pod without exit codes for one that succeeded."""
+def test_a_lost_node_may_be_taken_for_a_success(version: str) -> None:
+    """Argo before 4 treats a failed pod without exit codes as succeeded."""
     once = run(version, "train-job", "node lost", bad=1)
     old = version.rstrip("+") in OLD
     assert (once.attempts, once.phase) == (
@@ -100,34 +100,34 @@ def test_a_lost_node_may_pass_for_a_success(version: str) -> None:
 
 @pytest.mark.parametrize("version", [*OLD, "2.14+", "2.15+", "2.16+", "2.17+"])
 @pytest.mark.parametrize("step", ["train-job", "gate"])
-def test_a_step_that_keeps_failing_is_run_as_often_as_it_says(version: str, step: str) -> None:
+def test_a_step_that_keeps_failing_is_retried_up_to_its_limit(version: str, step: str) -> None:
     assert run(version, step, "exit 1").attempts == 1 + retries(step)
     deleted = 1 + retries(step) if version.endswith("+") else 1
     assert run(version, step, "deleted").attempts == deleted
 
 
-def test_with_2_17_alone_a_lost_step_restarts_the_pipeline_around_it() -> None:
-    """Each of the seven DAGs around the step is run three times."""
+def test_with_2_17_only_a_lost_step_restarts_the_enclosing_pipeline() -> None:
+    """Each of the seven enclosing DAGs is run three times."""
     made = run("2.17", "train-job", "deleted")
     assert made.attempts == (1 + retries("train-job")) * 3**7
-    assert run("2.17", "configs", "deleted").attempts == 3**5  # has no retries of its own
+    assert run("2.17", "configs", "deleted").attempts == 3**5  # has no retries
 
 
-def test_the_setting_retries_no_pipeline() -> None:
-    """Steps without retries fail at once, with exit codes and without."""
+def test_the_setting_does_not_retry_pipelines() -> None:
+    """Steps without retries fail at once, with and without exit codes."""
     for pod in ("exit 1", "deleted"):
         assert run("2.17+", "configs", pod).attempts == 1
 
 
 @pytest.mark.parametrize("version", ["2.16", "2.17+"])
-def test_a_step_that_failed_for_good_says_so_within_the_hour(version: str) -> None:
-    """The waits between its attempts, which end at once."""
+def test_a_permanent_failure_is_reported_within_an_hour(version: str) -> None:
+    """This is the sum of the pauses between its attempts."""
     for step in ("announce", "data", "weights", "train-job", "evaluate", "gate", "compare"):
         assert 0 < run(version, step, "exit 1").clock <= 3600, step
 
 
-def test_the_backoff_of_argo() -> None:
-    """Duration * factor^n; it gives up where the next wait would end after maxDuration."""
+def test_argos_backoff() -> None:
+    """duration * factor^n; there is no retry that would start after maxDuration."""
 
     def wait(factor: str, attempt: int, elapsed: float = 0.0, limit: str = "10") -> float | None:
         backoff = {"duration": "30", "factor": factor, "maxDuration": "3600"}
@@ -139,8 +139,8 @@ def test_the_backoff_of_argo() -> None:
     assert wait("1", 11) is None and wait("1", 11, limit="11") == 30
 
 
-def test_a_compiled_pipeline_cannot_carry_the_policy() -> None:
-    """Where a later kfp has a field for it, the pipeline should set it instead of the cluster."""
+def test_a_compiled_pipeline_cannot_contain_the_policy() -> None:
+    """If a later kfp has a field for it, the pipeline should set it instead of the cluster."""
     fields = PipelineTaskSpec.RetryPolicy.DESCRIPTOR.fields_by_name
     backoff = {"backoff_duration", "backoff_factor", "backoff_max_duration"}
     assert set(fields) == {"max_retry_count", *backoff}

@@ -32,7 +32,7 @@ FOLDER = Path(components.__file__).parent
 
 
 def statements(function: ast.FunctionDef) -> Iterator[ast.stmt]:
-    """All statements of a body at whatever depth, without its docstring."""
+    """Return all statements of a body at any depth, without its docstring."""
     for node in ast.walk(function):
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if isinstance(node, ast.stmt) and node is not function and not docstring:
@@ -40,7 +40,7 @@ def statements(function: ast.FunctionDef) -> Iterator[ast.stmt]:
 
 
 @pytest.mark.parametrize("step", ALL, ids=lambda step: step.name)
-def test_a_body_is_short_and_knows_only_us(step: PythonComponent) -> None:
+def test_a_body_is_short_and_imports_only_this_project(step: PythonComponent) -> None:
     (function,) = ast.parse(inspect.getsource(step.python_func)).body
     body = list(statements(function))
     assert len(body) <= 8
@@ -49,7 +49,7 @@ def test_a_body_is_short_and_knows_only_us(step: PythonComponent) -> None:
     assert not any(isinstance(node, ast.Import | ast.Try | ast.FunctionDef) for node in body)
 
 
-def test_every_component_is_looked_at() -> None:
+def test_every_component_is_checked() -> None:
     decorated = [
         node.name
         for path in FOLDER.glob("*.py")
@@ -68,7 +68,7 @@ def test_a_component_installs_nothing_and_has_no_defaults(step: PythonComponent)
     assert all(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
-def test_to_train_here_and_in_a_job_is_the_same_to_a_pipeline() -> None:
+def test_train_and_train_job_have_the_same_interface() -> None:
     here, there = (
         dict(inspect.signature(step.python_func).parameters) for step in (train, train_job)
     )
@@ -76,7 +76,7 @@ def test_to_train_here_and_in_a_job_is_the_same_to_a_pipeline() -> None:
     assert list(here.values()) == list(there.values())
 
 
-def test_the_run_has_to_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_id_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(components.RUN_ID, raising=False)
     with pytest.raises(RuntimeError, match=f"{components.RUN_ID} is not set"):
         components.run_id()
@@ -146,7 +146,7 @@ def prepared(own_tiny: Path, tmp_path: Path) -> Prepared:
     return Prepared(own_tiny, tmp_path)
 
 
-def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs) -> None:
+def test_a_job_gets_the_training_command_line(prepared: Prepared, jobs: Jobs) -> None:
     task = dsl.TaskConfig(
         node_selector={"a": "b"},
         tolerations=[{"key": "k"}],
@@ -166,7 +166,7 @@ def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs)
     wanted = {"template": "kind: TrainJob", "kind": "trainjob", "run_id": RUN}
     wanted |= {"nodes": 2, "pool": "gpu", "image": "vitdet:1"}
     assert wanted.items() <= asked.items()
-    assert asked["task_config"] == {**vars(task), "resources": None}  # those are the launcher's own
+    assert asked["task_config"] == {**vars(task), "resources": None}  # set by the launcher
     assert prepared.checkpoint.read_bytes() == b"a model" and asked["finished"]()
     asked["check_processes"](2)  # the batch is 2
     with pytest.raises(ValueError, match="multiple of the 3 processes, got 2; set it to 3"):
@@ -176,9 +176,9 @@ def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs)
 
     from vitdet.cli import parser
 
-    given = parser().parse_args(asked["args"])  # these are words of the command line
+    given = parser().parse_args(asked["args"])  # arguments of the command line
     assert given.group == RUN
-    prepared.train_job(task)  # only the end of the step was lost: no second job
+    prepared.train_job(task)  # only the step's result was lost: no second job
     assert len(jobs.asked) == 1
 
 
@@ -215,7 +215,7 @@ def end_run(folder: Path, kind: str, state: str) -> Path:
 
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The states with which MLflow's parent runs were ended."""
+    """Return the states with which MLflow's parent runs were ended."""
     states: list[str] = []
     monkeypatch.setattr(stages, "end_parent_run", lambda *words: states.append(words[-1]))
     return states
@@ -229,7 +229,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("", "CANCELLED", []),
     ],
 )
-def test_the_end_of_a_run_ends_jobs(
+def test_the_end_of_a_run_deletes_its_jobs(
     kind: str, state: str, ended: list, jobs: Jobs, tmp_path: Path, closed: list[str]
 ) -> None:
     assert "No training run was started" in end_run(tmp_path, kind, state).read_text()

@@ -22,7 +22,7 @@ SECRET = "eyJhbGciOiJSUzI1NiJ9.c2VjcmV0"
 
 
 def certificate(folder: Path) -> Path:
-    """Of 127.0.0.1, signed by itself."""
+    """Return a self-signed certificate of 127.0.0.1."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -55,7 +55,7 @@ def token(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_token_comes_from_a_file_a_pipe_the_standard_input_the_environment_or_the_pod(
+def test_a_token_is_read_from_a_file_pipe_stdin_environment_or_pod(
     kubeflow: Kubeflow, cli: Run, token: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kubeflow.token = SECRET
@@ -79,7 +79,7 @@ def test_a_token_comes_from_a_file_a_pipe_the_standard_input_the_environment_or_
     os.close(read)
 
 
-def test_a_secret_is_only_in_its_header(
+def test_a_secret_is_sent_only_in_its_header(
     kubeflow: Kubeflow, cli: Run, token: Path, tmp_path: Path
 ) -> None:
     package = compile_pipeline(tmp_path / "pipeline.yaml")
@@ -90,7 +90,7 @@ def test_a_secret_is_only_in_its_header(
         assert SECRET not in repr(request)
 
 
-def test_a_login_without_encryption_is_warned_of(cli: Run, token: Path) -> None:
+def test_a_login_without_encryption_is_a_warning(cli: Run, token: Path) -> None:
     said = cli("status", "x", "--host", "http://kf.invalid", "--token-file", token)[2]
     assert said.startswith(
         "pipeline: http://kf.invalid: without https the credentials are sent unencrypted\n"
@@ -110,7 +110,7 @@ def test_a_cookie_replaces_a_login(
     assert "has no run" in cli("status", "x")[2]
 
 
-def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, cli: Run) -> None:
+def test_a_redirect_to_https_is_an_error_with_the_url(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [
         lambda handler: handler.send(308, "", Location="https://127.0.0.1/apis?a=b")
     ]
@@ -119,7 +119,7 @@ def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, cli: Ru
     )
 
 
-def test_a_token_renewed_in_its_file_is_used_at_once(kubeflow: Kubeflow, token: Path) -> None:
+def test_a_renewed_token_file_is_used_at_once(kubeflow: Kubeflow, token: Path) -> None:
     from kfp_server_api import HealthzServiceApi
 
     client = connect(kubeflow.url, *credentials(kubeflow.url, str(token)))
@@ -130,7 +130,7 @@ def test_a_token_renewed_in_its_file_is_used_at_once(kubeflow: Kubeflow, token: 
     assert sent == [f"Bearer {SECRET}", "Bearer renewed"]
 
 
-def test_the_pod_s_token_goes_to_cluster_services(
+def test_the_pods_token_is_sent_to_cluster_services(
     monkeypatch: pytest.MonkeyPatch, token: Path
 ) -> None:
     monkeypatch.setattr(connection, "POD_TOKEN", token)
@@ -148,12 +148,12 @@ def test_the_pod_s_token_goes_to_cluster_services(
         ("http://127.0.0.1:8080/", "http://127.0.0.1:8080"),
     ],
 )
-def test_a_link_from_the_browser_is_an_address(given: str, wanted: str) -> None:
+def test_a_browser_link_is_accepted_as_host(given: str, wanted: str) -> None:
     assert server_address(given) == wanted
 
 
 @pytest.mark.parametrize("host", ["", "kf.example.com", "ftp://kf", "https://"])
-def test_an_address_that_is_none(host: str) -> None:
+def test_an_invalid_address(host: str) -> None:
     with pytest.raises(ValueError, match="https://kubeflow.example.com/pipeline"):
         server_address(host)
 
@@ -190,7 +190,7 @@ def test_a_misplaced_secret_is_rejected(kubeflow: Kubeflow, cli: Run, words: lis
         ("token", "\udcff"),
     ],
 )
-def test_a_file_that_holds_no_secret(cli: Run, tmp_path: Path, kind: str, text: str) -> None:
+def test_a_file_without_a_secret(cli: Run, tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "file").write_bytes(text.encode(errors="surrogateescape"))
     code, _, said = cli("status", "x", f"--{kind}-file", tmp_path / "file")
     assert code == 1 and len(said.splitlines()) == 1 and f"--{kind}-file: " in said
@@ -221,7 +221,7 @@ def test_a_file_that_holds_no_secret(cli: Run, tmp_path: Path, kind: str, text: 
         (lambda handler: handler.send(502, "<html>nginx</html>"), "returned 502 Bad Gateway"),
     ],
 )
-def test_an_error_is_one_line_without_secret(
+def test_an_error_is_one_line_without_secrets(
     kubeflow: Kubeflow, cli: Run, token: Path, answer: Callable, said: str
 ) -> None:
     kubeflow.plan["GET /runs/x"] = [answer]
@@ -230,7 +230,7 @@ def test_an_error_is_one_line_without_secret(
     assert said in line and SECRET not in line
 
 
-def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None:
+def test_a_traceback_contains_no_header(kubeflow: Kubeflow, token: Path) -> None:
     from kfp_server_api import HealthzServiceApi
 
     both = credentials(kubeflow.url, str(token))
@@ -243,7 +243,9 @@ def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None
         assert SECRET not in "".join(traceback.format_exception(caught.value)) + repr(both)
 
 
-def test_credentials_are_required_only_if_the_server_says_so(kubeflow: Kubeflow, cli: Run) -> None:
+def test_credentials_are_required_only_if_the_server_requests_them(
+    kubeflow: Kubeflow, cli: Run
+) -> None:
     kubeflow.token = SECRET
     text = "requires authentication (401): give a token (--token-file FILE or KFP_TOKEN)"
     assert text in cli("status", "x")[2]
@@ -261,7 +263,7 @@ def test_a_read_is_retried(kubeflow: Kubeflow, cli: Run, trouble: Callable) -> N
     assert kubeflow.words().count("GET /runs/x") == 3 and said.count("; retrying in") == 2
 
 
-def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, cli: Run) -> None:
+def test_a_permanent_server_error_ends_the_retries(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [failing(503, "no database")] * 9
     code, _, said = cli("status", "x", "--retries", 2)
     assert code == 1 and len(kubeflow.requests) == 3
@@ -269,13 +271,13 @@ def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, cli: Run) -> No
     assert said.splitlines()[-1] == last
 
 
-def test_a_stalled_connection_ends_with_its_time(kubeflow: Kubeflow, cli: Run) -> None:
+def test_a_stalled_connection_ends_at_its_timeout(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [stalling] * 2
     code, _, said = cli("status", "x", "--timeout", 0.3, "--retries", 1)
     assert code == 1 and "no response within 0.3 s" in said and len(kubeflow.requests) == 2
 
 
-def test_a_host_that_refuses_and_one_that_does_not_exist(cli: Run) -> None:
+def test_a_refused_connection_and_an_unknown_host(cli: Run) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -286,7 +288,7 @@ def test_a_host_that_refuses_and_one_that_does_not_exist(cli: Run) -> None:
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"
 
 
-def test_a_certificate_that_nobody_vouches_for(cli: Run, tmp_path: Path) -> None:
+def test_an_untrusted_certificate(cli: Run, tmp_path: Path) -> None:
     path = certificate(tmp_path)
     with serving(Kubeflow(path)) as secure:
         code, _, said = cli("status", "x", "--host", secure.url)
@@ -300,7 +302,7 @@ def test_a_certificate_that_nobody_vouches_for(cli: Run, tmp_path: Path) -> None
     assert code == 1 and said.endswith("none.pem: no such file\n")
 
 
-def test_tls_where_the_server_has_none(kubeflow: Kubeflow, cli: Run) -> None:
+def test_https_to_a_server_without_tls(kubeflow: Kubeflow, cli: Run) -> None:
     code, _, said = cli("status", "x", "--host", kubeflow.url.replace("http", "https"))
     assert code == 1 and len(said.splitlines()) == 1
     assert "use http:// for a server without TLS" in said

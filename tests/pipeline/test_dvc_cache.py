@@ -29,7 +29,7 @@ HELD = (
     "work/registered.json work/tensors.safetensors drawn yolo data/coco/annotations "
     "data/coco/manifest.json"
 ).split()
-# files that are only there to be replaced
+# existing files that the verbs replace
 RESULTS = (
     "work/plots/results.json work/plots/curve.json work/plots/classes.json "
     "work/plots/thresholds.json work/plots/matches.npz work/plots/report.html work/config.yaml "
@@ -49,7 +49,7 @@ class Watch(Tracker):
 def space(
     tiny: Path, trained: Path, tmp_path: Path, vitdet: Run, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The current folder, with inputs of all verbs and files in the places of their results."""
+    """Return the current folder with all verbs' inputs, and files where their results are written."""
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(published, "archives", lambda dataset, split: miniatures(dataset, split)[0])
     shutil.copytree(tiny, "work/data/tiny")
@@ -85,7 +85,7 @@ def space(
 
 
 def making(root: Path) -> list[list[object]]:
-    """The verbs that make again what DVC holds of them."""
+    """The verbs that regenerate their outputs, which DVC tracks."""
     changes = options(minimal(root, train__init="mae_vit_tiny"))
     picture = min((root / "val").iterdir())
     settings = "work/train/model.pt --config work/config.yaml"
@@ -102,7 +102,7 @@ def making(root: Path) -> list[list[object]]:
 
 
 def reading(root: Path) -> list[list[object]]:
-    """The verbs that read it and write elsewhere, or find that there is nothing to do."""
+    """The verbs that read these outputs and write elsewhere, or have nothing to do."""
     few = options(minimal(root, optim__steps=1, train__init="work/train/model.pt"))
     commands = (
         f"data check {root} --images",
@@ -118,7 +118,7 @@ def reading(root: Path) -> list[list[object]]:
 
 
 def cache() -> dict[str, tuple[str, int, int]]:
-    """Every file of DVC's cache: its checksum, its mode, when it was written."""
+    """Return checksum, mode and modification time of every file in DVC's cache."""
     return {
         str(path): (
             hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -135,7 +135,7 @@ def is_link(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["hardlink", "symlink"])
-def test_no_verb_writes_into_a_cache_that_is_linked_to(space: Path, vitdet: Run, kind: str) -> None:
+def test_no_verb_writes_into_a_linked_cache(space: Path, vitdet: Run, kind: str) -> None:
     Path(".dvc").mkdir()
     Path(".dvc/config").write_text(
         f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    type = {kind}\n"
@@ -157,7 +157,7 @@ def test_no_verb_writes_into_a_cache_that_is_linked_to(space: Path, vitdet: Run,
     for words in reading(root):
         code, out, said = vitdet(*words)
         assert code == 0 and cache() == before, (words, out, said)
-        assert all(map(is_link, files)), words  # nothing to do is nothing done
+        assert all(map(is_link, files)), words  # with nothing to do, nothing is changed
     for words in making(root):
         code, _, said = vitdet(*words)
         assert code == 0 and cache() == before, (words, said)
@@ -167,9 +167,9 @@ def test_no_verb_writes_into_a_cache_that_is_linked_to(space: Path, vitdet: Run,
         if path.parts[:2] not in (("work", "data"), ("work", "train"), ("data", "coco"))
         and path.parts[0] != "yolo"
     ]
-    assert len(made) > 8 and {str(path) for path in made if is_link(path)} == set()
-    assert all(os.access(path, os.W_OK) and path.stat().st_mode & 0o200 for path in made)
-    # a finished run: of the same settings and data it is the result, of others it is refused
+    assert len(made) > 8 and {str(one) for one in made if is_link(one)} == set()
+    assert all(os.access(one, os.W_OK) and one.stat().st_mode & 0o200 for one in made)
+    # a finished run is reused with the same settings and data, and rejected with others
     words = ["train", "tiny", "--output", "work/train"]
     assert vitdet(*words, *options(minimal(root)))[0] == 0
     assert vitdet(*words, *options(minimal(root, optim__lr=0.5)))[0] == 1

@@ -1,10 +1,10 @@
 """DVC remotes (a folder and a bucket): stage outputs, and COCO by its annotations and download record.
 
-The stages are those of dvc.yaml, their program the stub of the other file: what is pushed and what runs again depends
-on the graph and its files, not on what a verb computes.
+The stages are those of dvc.yaml, run by the stub of test_pipeline_dvc.py: what is pushed and what is rerun depends on
+the graph and its files, not on what a verb computes.
 """
 
-# ruff: noqa: F401, F811 - fixtures of the other file
+# ruff: noqa: F401, F811 - fixtures of another file
 from __future__ import annotations
 
 import hashlib
@@ -33,8 +33,8 @@ KEYS = {
     "NO_PROXY": "127.0.0.1",
     "no_proxy": "127.0.0.1",
 }
-# The real `vitdet data coco` where there are no pictures (it takes a second to do nothing), of archives of 12 that lie
-# in bin/; and the stub, which needs them to train.
+# Runs the real `vitdet data coco` if there are no images (even a call without work takes a second), with archives of 12
+# images in bin/; and the stub, which needs the images for training.
 COCO = """#!{python}
 import os, sys
 sys.path.insert(0, {root!r})
@@ -54,14 +54,14 @@ if sys.argv[1] != "data":
 
 @pytest.fixture(autouse=True)
 def nobodys_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HOME is the project's own, so that no key of the user's is in sight then."""
+    """Set HOME to a folder of the project, so that no credentials of the user are found."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """A server of S3 with one empty bucket; its address."""
+    """Start an S3 server with one empty bucket; return its URL."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
@@ -72,7 +72,7 @@ def bucket() -> Iterator[str]:
 
 
 def results(folder: Path) -> dict[str, str]:
-    """The files of results and data, by their checksums."""
+    """Return the checksums of the files of results and data."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for place in ("work", "data")
@@ -82,13 +82,13 @@ def results(folder: Path) -> dict[str, str]:
 
 
 def on_another_machine(project: Project) -> None:
-    """Leaves what git would bring: neither results nor DVC's cache."""
+    """Reduce the project to the files in git, without results and DVC's cache."""
     for name in ("work", "data", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(project.folder / name, ignore_errors=True)
 
 
 def remote(project: Project, url: str, endpoint: str = "") -> None:
-    """As `dvc remote add -d storage URL` and, with an endpoint, `dvc remote modify` leave it."""
+    """Configure like `dvc remote add -d storage URL` and, with an endpoint, `dvc remote modify`."""
     lines = f"['remote \"storage\"']\n    url = {url}\n" + (
         f"    endpointurl = {endpoint}\n" if endpoint else ""
     )
@@ -99,7 +99,7 @@ def remote(project: Project, url: str, endpoint: str = "") -> None:
 
 
 def with_coco(project: Project) -> None:
-    """Turns the stages into those that the comment in dvc.yaml describes."""
+    """Change the stages as the comment in dvc.yaml describes."""
     text = (ROOT / "dvc.yaml").read_text()
     lines = re.search(r"^#   data:\n(?:#   .*\n)+", text, re.MULTILINE)[0].splitlines()
     document = yaml.safe_load(text)
@@ -120,7 +120,9 @@ def with_coco(project: Project) -> None:
         stub.with_name(where.split("/")[-1]).write_bytes(content)
 
 
-def test_a_folder_carries_coco_s_annotations_and_manifest(project: Project, tmp_path: Path) -> None:
+def test_a_folder_remote_transfers_cocos_annotations_and_record(
+    project: Project, tmp_path: Path
+) -> None:
     with_coco(project)
     remote(project, str(tmp_path / "storage"))
     project("dvc", "repro")
@@ -133,7 +135,7 @@ def test_a_folder_carries_coco_s_annotations_and_manifest(project: Project, tmp_
     assert held.keys() < {dep["path"] for dep in locked["train"]["deps"]}
 
     project("dvc", "repro", "--force", "--single-item", "data")
-    # nothing was deleted that would have to be downloaded again
+    # nothing was deleted that would need another download
     assert results(project.folder) == before
 
     project("dvc", "push")
@@ -152,7 +154,9 @@ def test_a_folder_carries_coco_s_annotations_and_manifest(project: Project, tmp_
     }
 
 
-def test_a_bucket_carries_the_results_to_another_machine(project: Project, bucket: str) -> None:
+def test_a_bucket_remote_transfers_the_results_to_another_machine(
+    project: Project, bucket: str
+) -> None:
     before = results(project.folder)
     assert {
         "work/data/tiny/image",

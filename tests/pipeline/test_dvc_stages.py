@@ -12,15 +12,15 @@ from dvc.repo import Repo
 from tests.conftest import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# stage -> the modules that do its work
+# stage -> the modules that implement it
 ENTRIES = {
     "config": ["vitdet/data/layout.py"],
     "data": ["vitdet/demo/tiny.py"],
     "train": ["vitdet/training/trainer.py", "vitdet/weights/load.py"],
     "evaluate": ["vitdet/evaluation/evaluator.py"],
 }
-# What these modules import and what does not determine the result: the settings come as parameters; how a file is
-# written; the display during a training; where downloads come from.
+# Imported modules that do not determine the result: settings, which are parameters of the stage; writing files;
+# progress output; sources of downloads.
 IRRELEVANT = {
     "config": {"vitdet/files.py"},
     "data": {"vitdet/files.py"},
@@ -50,17 +50,17 @@ IRRELEVANT = {
 
 
 def code_of(stage: str) -> list[str]:
-    """The code that a stage depends on, not the outputs of other stages."""
+    """Return the code that a stage depends on, without other stages' outputs."""
     return [name for name in STAGES[stage]["deps"] if not name.startswith("work/")]
 
 
 def under(path: str, names: set[str] | list[str]) -> bool:
-    """Whether a file is one of the names or in a folder of that name."""
+    """Return whether a file has one of these names or is in such a folder."""
     return any(path == name or path.startswith(f"{name}/") for name in names)
 
 
 def imported(path: Path) -> Iterator[Path]:
-    """The modules of vitdet that a module imports at run time, functions included."""
+    """Return the modules of vitdet that a module imports at run time, also within functions."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -81,7 +81,7 @@ def imported(path: Path) -> Iterator[Path]:
 
 
 def reached(entries: list[str]) -> set[str]:
-    """The files of the modules and of everything that they import."""
+    """Return the files of the modules and of everything that they import."""
     seen: set[Path] = set()
     waiting = [ROOT / entry for entry in entries]
     while waiting:
@@ -108,7 +108,7 @@ def test_a_stage_depends_on_every_module_that_determines_its_result(stage: str) 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
-    """The package beside dvc.yaml, every stage committed with a made-up result."""
+    """Return a repository with the package and dvc.yaml, every stage committed with a fake result."""
     folder = tmp_path_factory.mktemp("stages")
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
     shutil.copytree(ROOT / "vitdet", folder / "vitdet", ignore=ignored)
@@ -125,7 +125,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
             if not (folder / name).exists():
                 (folder / name).write_text("{}")
     with pytest.MonkeyPatch.context() as patch, Repo.init(str(folder), no_scm=True) as repo:
-        patch.chdir(folder)  # DVC resolves the paths of stages from here
+        patch.chdir(folder)  # DVC resolves the stages' paths relative to this folder
         repo.commit(force=True)
         assert repo.status() == {}
         yield repo
@@ -167,7 +167,7 @@ def test_an_edited_file_outdates_its_stages(repository: Repo, file: str, stages:
     before = path.read_bytes()
     path.write_bytes(before + b"\n# edited\n")
     try:
-        assert repository.status().keys() == stages | {"register"}  # the package travels with it
+        assert repository.status().keys() == stages | {"register"}  # the model contains the package
     finally:
         path.write_bytes(before)
     assert repository.status() == {}

@@ -96,7 +96,7 @@ def end_parent_run(recipes, overrides, workspace, run_id, state):
 
 
 class Ran:
-    """A run of `python -m pipeline run` with such steps: its calls in their order. interrupt: Ctrl-C once it trains."""
+    """Run `python -m pipeline run` with stub steps; return their calls in order. interrupt: Ctrl-C during training."""
 
     def __init__(self, folder: Path, *recipes: str, interrupt: bool = False) -> None:
         package, self.log = folder / "steps" / "vitdet", folder / "calls"
@@ -117,7 +117,7 @@ class Ran:
         )
         while interrupt and run.poll() is None:
             if self.log.exists() and '["train"' in self.log.read_text():
-                os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all processes
+                os.killpg(run.pid, signal.SIGINT)  # to all processes, like a terminal
                 break
             time.sleep(0.1)
         self.done = subprocess.CompletedProcess(run.args, 0, *run.communicate())
@@ -135,24 +135,24 @@ class Ran:
         return [name for name, *_ in self.calls]
 
 
-def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None:
+def test_every_recipe_is_processed_and_one_table_is_the_last_step(tmp_path: Path) -> None:
     ran = Ran(tmp_path, "good", "better", "best").succeeded()
     assert ran.of("configs") == [[["good", "better", "best"], ["a.b=1"], [], 1]]
     (run_id,) = ran.of("announce")[0]
     assert sorted(ran.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
     assert sorted(ran.of("evaluate")) == [["best", "best"], ["better", "better"], ["good", "good"]]
-    assert ran.of("register") == [["better", "better"]]  # alone passed the gate
+    assert ran.of("register") == [["better", "better"]]  # the only one that passed the gate
     assert ran.of("compare") == [[["best", "better", "good"], run_id]]
     assert ran.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]
     order = ran.order()
     assert order[0] == "configs"
-    # all of them before anything is trained
+    # all before the first training step
     assert sorted(order[1:4]) == ["announce", "data", "weights"]
     assert order[-3:] == ["compare", "compare-finished", "clean-up"]
     assert "| a table |" in ran.done.stdout
 
 
-def test_the_champion_is_evaluated_only_where_its_ap_is_unknown(tmp_path: Path) -> None:
+def test_the_champion_is_evaluated_only_if_its_ap_is_unknown(tmp_path: Path) -> None:
     ran = Ran(tmp_path, "unknown", "known", "better-unknown").succeeded()
     (run_id,) = ran.of("announce")[0]
     names = ["better-unknown", "unknown"]
@@ -165,7 +165,7 @@ def test_the_champion_is_evaluated_only_where_its_ap_is_unknown(tmp_path: Path) 
     assert ran.of("register") == [["better-unknown", "better-unknown"]]
 
 
-def test_one_that_failed_takes_nothing_from_the_others(tmp_path: Path) -> None:
+def test_a_failed_recipe_does_not_affect_the_others(tmp_path: Path) -> None:
     ran = Ran(tmp_path, "broken", "better")
     assert ran.done.returncode == 1
     assert "ValueError: a loss is not finite" in ran.done.stdout
@@ -179,14 +179,14 @@ def test_one_that_failed_takes_nothing_from_the_others(tmp_path: Path) -> None:
     assert ran.of("clean-up")[0][1:] == ["FAILED", run_id]
 
 
-def test_settings_seeds_and_data_reach_the_first_steps(tmp_path: Path) -> None:
+def test_settings_seeds_and_data_are_passed_to_the_first_steps(tmp_path: Path) -> None:
     words = ["--sweep", "a.c=1,2", "--seeds", "3", "--fetch", "coco", "--parallel", "2"]
     ran = Ran(tmp_path, "good", *words).succeeded()
     assert ran.of("configs") == [[["good"], ["a.b=1"], ["a.c=1,2"], 3]]
     assert ran.of("data") == [["coco"]]
 
 
-def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path, ctrl_c: None) -> None:
+def test_ctrl_c_ends_the_steps_and_the_parent_run(tmp_path: Path, ctrl_c: None) -> None:
     ran = Ran(tmp_path, "slow", interrupt=True)
     assert ran.done.returncode == 130, ran.done.stderr
     assert ran.of("train") and not ran.of("woke")  # interrupted in its sleep

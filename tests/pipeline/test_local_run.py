@@ -1,7 +1,7 @@
-"""`python -m pipeline run` locally, each step a process as kfp starts it: two recipes compared, then a third
-against the resulting champion.
+"""`python -m pipeline run` locally, one process per step as in kfp: two recipes are compared, then a third with the
+resulting champion.
 
-Most of its time goes into imports: torch, torchvision and MLflow in each of a score of processes.
+Most of the time is spent on importing torch, torchvision and MLflow in each of about 20 processes.
 """
 
 import re
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Finished:
-    """A workspace, what its runs printed, and its MLflow."""
+    """A workspace, its runs' output, and its MLflow client."""
 
     space: Path
     first: subprocess.CompletedProcess
@@ -30,7 +30,7 @@ class Finished:
     client: MlflowClient
 
     def runs(self, done: subprocess.CompletedProcess) -> tuple[Run, list[Run]]:
-        """The parent run and its children."""
+        """Return the parent run and its child runs."""
         run_id = re.findall(r"^run (\w+)$", done.stdout, re.MULTILINE)[-1]
         (parent,) = self.client.search_runs(["1"], f"tags.group = '{run_id}'")
         return parent, self.client.search_runs(
@@ -44,7 +44,7 @@ def steps(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def table(done: subprocess.CompletedProcess) -> dict[str, list[str]]:
-    """Of each recipe the cells of its row."""
+    """Return the cells of each recipe's row."""
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")]
         for line in done.stdout.splitlines()
@@ -64,9 +64,9 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_two_recipes_are_trained_in_turn_and_end_in_one_table(finished: Finished) -> None:
     taken = steps(finished.first)
-    # all of them before anything is trained
+    # all before the first training step
     assert sorted(taken[:4]) == ["announce", "configs", "data", "weights"]
-    # the second, with the same AP, does not pass the gate against the champion that the first left
+    # the second has the AP of the first, which is the champion, so it does not pass the gate
     assert taken[4:-2] == ["train", "evaluate", "gate", "register", "train", "evaluate", "gate"]
     assert taken[-2:] == ["compare", "clean-up"] and taken[4:6] == ["train", "evaluate"]
     parent, children = finished.runs(finished.first)
@@ -91,7 +91,7 @@ def test_the_run_ends_in_a_registered_champion(finished: Finished) -> None:
     assert len(finished.client.search_model_versions(f"name = '{model.name}'")) == 1
 
 
-def test_a_second_run_whose_model_is_no_better_registers_nothing(finished: Finished) -> None:
+def test_a_second_run_without_a_better_model_registers_nothing(finished: Finished) -> None:
     taken = steps(finished.second)
     assert taken[4:] == ["train", "evaluate", "gate", "compare", "clean-up"]
     *_, version, why = table(finished.second)["tiny"]
@@ -102,7 +102,7 @@ def test_a_second_run_whose_model_is_no_better_registers_nothing(finished: Finis
     assert child.info.status == "FINISHED"
 
 
-def test_the_screen_shows_the_steps_own_lines(finished: Finished) -> None:
+def test_the_steps_lines_are_printed(finished: Finished) -> None:
     shown = finished.first.stdout
     assert shown.count("step 2/2") >= 2
     assert not re.search(r"KFP Executor|executor_input|Traceback|schemaTitle|\033", shown)
@@ -111,7 +111,7 @@ def test_the_screen_shows_the_steps_own_lines(finished: Finished) -> None:
     assert len(logs) >= 2 and all("executor_input" in log.read_text() for log in logs)
 
 
-def test_a_run_that_cannot_be_is_ended_by_its_first_steps(finished: Finished) -> None:
+def test_an_impossible_run_fails_in_its_first_steps(finished: Finished) -> None:
     done = pipeline("run", "tiny", "--set", "data.root=absent", "--workspace", finished.space)
     assert done.returncode == 1
     taken = re.findall(r"^-- (.+)$", done.stdout, re.MULTILINE)
@@ -121,7 +121,7 @@ def test_a_run_that_cannot_be_is_ended_by_its_first_steps(finished: Finished) ->
     assert re.fullmatch(r"pipeline: step data failed; full log: \S+\n", done.stderr)
 
 
-def test_a_run_that_would_be_refused_is_not_started(finished: Finished, tmp_path: Path) -> None:
+def test_a_run_with_invalid_arguments_is_not_started(finished: Finished, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     text = (ROOT / "vitdet" / "recipes" / "tiny.yaml").read_text()
     other.write_text(f"{text}\ntracking: {{experiment: other}}\n")

@@ -1,6 +1,6 @@
 """The compiled pipeline.
 
-After a change that is meant:
+After an intended change:
   env -u VITDET_IMAGE python -m pipeline compile tests/golden_pipeline/pipeline.yaml \
     --job tests/golden_pipeline/jobs.yaml
 """
@@ -25,7 +25,7 @@ JOBS = (GOLDEN / "jobs.yaml").read_text()
 
 
 def pipeline(*words: object, stdin: str = "") -> subprocess.CompletedProcess:
-    """`python -m pipeline WORDS`."""
+    """Run `python -m pipeline WORDS`."""
     unset = ("VITDET_IMAGE", "MLFLOW_TRACKING_URI")
     outer = {key: value for key, value in os.environ.items() if key not in unset}
     return subprocess.run(
@@ -52,18 +52,18 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def documents(compiled: Path) -> tuple[dict, dict]:
-    """(the pipeline, what Kubernetes has to know)."""
+    """Return (pipeline spec, Kubernetes platform spec)."""
     specification, platforms = yaml.safe_load_all(compiled.read_text())
     return specification, platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
 def tasks_of(specification: dict) -> list[tuple[str, dict]]:
-    """The tasks of all groups, with their names."""
+    """Return the tasks of all groups, with their names."""
     groups = [specification["root"], *specification["components"].values()]
     return [task for group in groups for task in group.get("dag", {}).get("tasks", {}).items()]
 
 
-def test_it_compiles_to_the_golden_file(compiled: Path) -> None:
+def test_the_pipeline_compiles_to_the_golden_file(compiled: Path) -> None:
     assert compiled.read_text() == (GOLDEN / "pipeline.yaml").read_text(), (
         "if the change is meant: see the docstring"
     )
@@ -85,7 +85,7 @@ def test_compiling_imports_neither_the_detector_nor_mlflow(compiled: Path, tmp_p
     assert (tmp_path / "pipeline.yaml").read_text() == compiled.read_text()
 
 
-def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
+def test_the_jobs_in_manifests_compile_unchanged(tmp_path: Path) -> None:
     done = pipeline("compile", tmp_path / "own.yaml")
     assert done.returncode == 0, done.stderr
     assert "kind: PyTorchJob" in (tmp_path / "own.yaml").read_text()
@@ -110,21 +110,21 @@ def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_job_is_told_in_one_line(stdin: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_job_is_one_line(stdin: str, message: str, tmp_path: Path) -> None:
     done = pipeline("compile", tmp_path / "a.yaml", "--job", "-", stdin=stdin)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert message in done.stderr
     assert not (tmp_path / "a.yaml").exists()
 
 
-def test_the_jobs_travel_as_text() -> None:
+def test_the_jobs_are_embedded_as_text() -> None:
     jobs = training_jobs(JOBS)
     assert "runPolicy: {backoffLimit: 4}  # stays 4, not 4.0" in jobs
     assert "template: *template" in jobs
     assert "ServiceAccount" not in jobs
 
 
-def test_steps_run_in_the_job_s_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_run_in_the_jobs_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_image(training_jobs(JOBS)) == "registry.example.com/vitdet:1"
     text = "use the same image, but they use a, registry.example.com/vitdet:1"
     with pytest.raises(ValueError, match=text):
@@ -137,7 +137,9 @@ def test_steps_run_in_the_job_s_image(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {executor["container"]["image"] for executor in executors.values()} == {"other:2"}
 
 
-def test_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dict]) -> None:
+def test_every_step_has_its_volumes_and_variables(
+    compiled: Path, documents: tuple[dict, dict]
+) -> None:
     specification, kubernetes = documents
     assert "pip install" not in compiled.read_text()
     executors = specification["deploymentSpec"]["executors"]
@@ -170,13 +172,13 @@ def test_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dic
         assert kubernetes[name]["nodeSelector"] == {"labels": {"vitdet/pool": "gpu-train"}}
 
 
-def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dict, dict]) -> None:
+def test_steps_with_side_effects_are_never_cached(documents: tuple[dict, dict]) -> None:
     specification, _ = documents
     tasks = dict(tasks_of(specification))
     steps = {name: task for name, task in tasks.items() if not re.search(r"-\d+$", name)}
     cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
     assert cached == {"configs", "train-job"}
-    # What a training's result depends on is among its inputs; the run is not. The cache compares
+    # The inputs contain everything that training depends on, except the run. The cache compares
     # artifacts by id: only those of steps that are cached themselves may be inputs.
     inputs = steps["train-job"]["inputs"]
     assert {"name", "data", "initial", "image", "job"} <= inputs["parameters"].keys()
@@ -184,11 +186,11 @@ def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dic
     assert artifacts == {"pipelinechannel--configs-settings"}
     assert "pipeline_job" not in (GOLDEN / "pipeline.yaml").read_text()
     without = {name for name, task in steps.items() if "retryPolicy" not in task}
-    assert without == {"configs", "champion"}  # the latter is no pod but a group
+    assert without == {"configs", "champion"}  # the latter is a group, not a pod
 
 
-def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, dict]) -> None:
-    """Argo counts from the first try's start: with less than a training takes, a launcher lost later is given up."""
+def test_a_step_that_is_lost_late_is_still_retried(documents: tuple[dict, dict]) -> None:
+    """Argo counts maxDuration from the first attempt's start; it must exceed the duration of training."""
     specification, _ = documents
     tasks = [task for _, task in tasks_of(specification)]
     policies = [task["retryPolicy"] for task in tasks if "retryPolicy" in task]
@@ -199,7 +201,7 @@ def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, di
 
 
 def test_every_parameter_has_a_description_and_a_default(documents: tuple[dict, dict]) -> None:
-    """So that a run can be started from Kubeflow's page as it is."""
+    """This lets users start a run in Kubeflow's UI without further input."""
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
     assert sorted(parameters) == [
         *("fetch", "job_kind", "nodes", "overrides", "pool"),
@@ -234,7 +236,7 @@ def test_parallelism_is_as_requested(documents: tuple[dict, dict], tmp_path: Pat
     assert limits(load_package(three, {}, True, 2)["pipeline_spec"]) == [2]
 
 
-def test_of_an_error_the_screen_shows_the_last_line() -> None:
+def test_only_the_last_line_of_an_error_is_printed() -> None:
     class Lines(list):
         def write(self, text: str) -> None:
             self.append(text)

@@ -1,5 +1,5 @@
-"""The stages of dvc.yaml under DVC with a stub command line: what is rerun after which change, and the state after
-experiments, invalid settings and killed trainings.
+"""The stages of dvc.yaml under DVC with a stub command line: which changes rerun which stages, and the state after
+experiments, invalid settings and killed training runs.
 """
 
 import json
@@ -86,7 +86,7 @@ class Project:
         self.folder = folder
 
     def __call__(self, *words: str, ok: bool = True, **environment: str) -> str:
-        """What the command says; the verbs that it ran are in `ran`."""
+        """Run a command and return its output; `ran` returns the executed verbs."""
         (self.folder / "ran.txt").unlink(missing_ok=True)
         done = subprocess.run(
             words,
@@ -100,7 +100,7 @@ class Project:
         return done.stdout
 
     def environment(self, **more: str) -> dict[str, str]:
-        """No settings of the user's git or DVC; the stub and this interpreter's tools before all others."""
+        """Return an environment without the user's git and DVC settings; the stub is first on PATH."""
         path = os.pathsep.join(
             [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
         )
@@ -119,18 +119,18 @@ class Project:
 
     @property
     def ran(self) -> list[str]:
-        """The verbs of the last command, in order."""
+        """Return the verbs run by the last command, in order."""
         log = self.folder / "ran.txt"
         return log.read_text().splitlines() if log.exists() else []
 
     @property
     def changed(self) -> str:
-        """The tracked files that differ from HEAD."""
+        """Return the tracked files that differ from HEAD."""
         return self("git", "status", "--porcelain", "--untracked-files=no")
 
 
 def write_code(folder: Path, stages: Path) -> None:
-    """A file for each piece of code that the stages of a dvc.yaml depend on, and for each folder one in it."""
+    """Write a file for each code dependency of a dvc.yaml's stages; for a folder, one file in it."""
     for stage in yaml.safe_load(stages.read_text())["stages"].values():
         for name in stage.get("deps", []):
             if not name.startswith("work/"):
@@ -142,7 +142,7 @@ def write_code(folder: Path, stages: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project after `make demo`."""
+    """Return a project after `make demo`."""
     folder = tmp_path_factory.mktemp("project")
     project = Project(folder)
     for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml"):
@@ -168,7 +168,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def project(finished: Project, tmp_path: Path) -> Project:
-    """A copy of the finished project that a test may change."""
+    """Return a copy of the finished project that a test may change."""
     shutil.copytree(finished.folder, tmp_path / "project", symlinks=True)
     return Project(tmp_path / "project")
 
@@ -190,13 +190,13 @@ def test_an_experiment_sets_unnamed_settings_and_keeps_the_data(project: Project
     assert any("demo" in str(plot) and "clipped" in str(plot) for plot in curve.values())
     project("git", "restore", RECIPE)
     project("dvc", "repro")
-    assert project.ran == []  # the demo's results come back from the cache
+    assert project.ran == []  # the demo's results are restored from the cache
     assert json.loads((project.folder / "work/metrics.json").read_text())[
         "box_ap"
     ] == pytest.approx(10.5)
 
 
-def test_a_setting_of_the_evaluation_trains_nothing(project: Project) -> None:
+def test_an_evaluation_setting_does_not_rerun_training(project: Project) -> None:
     project("dvc", "exp", "run", "-S", f"{RECIPE}:++evaluate.nms_iou=0.7")
     assert project.ran == ["config", "evaluate", "register"]
     assert json.loads((project.folder / "work/metrics.json").read_text())[
@@ -204,7 +204,7 @@ def test_a_setting_of_the_evaluation_trains_nothing(project: Project) -> None:
     ] == pytest.approx(10.7)
 
 
-def test_a_setting_that_chooses_the_best_model_trains_again(project: Project) -> None:
+def test_a_setting_that_selects_the_best_model_reruns_training(project: Project) -> None:
     project("dvc", "exp", "run", "-S", f"{RECIPE}:++train.keep_best=box_ap")
     assert "train" in project.ran
     project("dvc", "exp", "run", "-S", f"{RECIPE}:++evaluate.nms_iou=0.7")
@@ -219,7 +219,7 @@ def test_edited_code_runs_its_stages(project: Project) -> None:
     assert project.ran == ["train", "from 0 to 20", "evaluate", "register"]
     (project.folder / "vitdet/evaluation/code.py").write_text("edited")
     project("dvc", "repro")
-    # with the code as it now is: it travels with the model
+    # the model contains the current code
     assert project.ran == ["evaluate", "register"]
 
 
@@ -233,7 +233,7 @@ def test_a_wrong_setting_stops_the_first_stage(project: Project, setting: str, s
     assert "Traceback" not in said
 
 
-def test_a_killed_training_goes_on_where_it_was(project: Project) -> None:
+def test_a_killed_training_run_resumes(project: Project) -> None:
     (project.folder / RECIPE).write_text("optim: {lr: 2e-3, steps: 20}\n")
     (project.folder / "ran.txt").unlink(missing_ok=True)
     process = subprocess.Popen(
@@ -259,7 +259,7 @@ def test_a_killed_training_goes_on_where_it_was(project: Project) -> None:
 def test_the_lock_and_cache_of_an_earlier_version_run_the_stages_once(project: Project) -> None:
     """dvc_dad8b8b.yaml has the stages of an earlier commit, whose dependencies have moved since."""
     recipe = (project.folder / RECIPE).read_text()
-    for name in ("vitdet", "work", ".dvc/cache"):  # also the results of today's stages
+    for name in ("vitdet", "work", ".dvc/cache"):  # also the results of the current stages
         shutil.rmtree(project.folder / name)
     (project.folder / "dvc.lock").unlink()
     shutil.copy(ROOT / "tests/golden/dvc_dad8b8b.yaml", project.folder / "dvc.yaml")

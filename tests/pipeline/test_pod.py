@@ -58,7 +58,7 @@ VALUES = {
     "image": "i:1",
     "job_kind": "trainjob",
     "job": "backoffLimit: 4",
-    # in the words that kfp/dsl/executor.py expects of the server
+    # in the form that kfp/dsl/executor.py expects from the server
     "task_config": {
         "nodeSelector": {"a": "b"},
         "tolerations": [{"key": "k"}],
@@ -77,7 +77,7 @@ def artifact(folder: Path, name: str, kind: str) -> dict:
     }
 
 
-def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
+def test_a_pod_can_run_the_compiled_command(tmp_path: Path) -> None:
     files = {
         "components/__init__": COMPONENTS.format(real=str(ROOT / "components")),
         "vitdet/stages": STEPS,

@@ -26,12 +26,12 @@ FAILED = conditions("Failed=True", message="1 Worker replica failed.", lastTrans
 
 
 def there(status: dict, told: str = "") -> dict:
-    """A job of an earlier try, on which that may have written why it failed."""
+    """Return a job of an earlier attempt, which may be annotated with its failure."""
     annotations = {"annotations": {FAILURE: told}} if told else {}
     return {"metadata": {"labels": LABELS, **annotations}, **status}
 
 
-def test_the_cause_is_written_on_the_failed_job_which_stays() -> None:
+def test_the_failed_job_is_kept_and_annotated_with_the_cause() -> None:
     record = Record((FAILED, [pod("w", phase="Failed", container=ended(137, "OOMKilled"))]))
     record.logs["w"] = ["2026-01-01T00:00:00Z last words"]
     _, error = follow(record)
@@ -39,7 +39,7 @@ def test_the_cause_is_written_on_the_failed_job_which_stays() -> None:
     assert "OOMKilled, exit code 137 (SIGKILL)\nlast lines of its log:\n  last words" in error
 
 
-def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
+def test_a_retried_step_repeats_the_cause_without_training() -> None:
     told = "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica failed.\ncause: pod w: OOMKilled"
     # the latter could not start
     for status in (FAILED, conditions("Created=True", "Suspended=True")):
@@ -52,7 +52,7 @@ def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
         ]
 
 
-def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() -> None:
+def test_a_job_that_failed_between_two_attempts_is_explained_by_the_next() -> None:
     record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]), there=there(FAILED))
     record.logs["w"] = ["2026-01-01T00:00:00Z ValueError: no such image"]
     _, error = follow(record)
@@ -62,14 +62,14 @@ def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() 
 
 
 @pytest.mark.parametrize("told", ["", "PyTorchJob vitdet-tiny-1 failed: no quota"])
-def test_a_run_that_the_user_starts_again_trains_anew(told: str) -> None:
-    """Kubeflow deletes the failed steps' pods then, and with them goes the job; this is for the moment before."""
+def test_a_run_retried_by_the_user_trains_again(told: str) -> None:
+    """Kubeflow then deletes the failed steps' pods, and thereby the job; the test covers the time before."""
     record = Record((DONE, []), there=there(FAILED, told))
     Follower(record, PYTORCH, filled(owner=OWNER), lambda _: None, SHORT, first_attempt=True).run()
     assert record.asked == ["create", "delete", "create"]
 
 
-def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_pod_of_a_step_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     class Noted(Follower):
@@ -87,7 +87,7 @@ def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatc
     assert seen == [True, False, False]
 
 
-def test_a_job_that_a_queue_would_start_again_is_ended_by_its_deadline() -> None:
+def test_a_job_that_a_queue_would_restart_is_ended_by_its_deadline() -> None:
     job = filled(owner=OWNER)
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
     record = Record(({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE]))
@@ -113,7 +113,7 @@ def test_a_job_that_cannot_be_ended_otherwise_is_deleted() -> None:
     assert "ImagePullBackOff" in error and "which may still use its GPUs" in lines[-1]
 
 
-def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> None:
+def test_a_failed_annotation_does_not_hide_the_cause() -> None:
     class Mute(Record):
         def mark(self, failure: str, spec: dict | None) -> None:
             raise RuntimeError("cannot patch pytorchjobs")
@@ -123,7 +123,7 @@ def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> Non
     assert lines[-1] == "launcher: cannot annotate the job with the cause: cannot patch pytorchjobs"
 
 
-def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> None:
+def test_long_log_lines_are_truncated_in_the_annotation_only() -> None:
     record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]))
     record.logs["w"] = ["2026-01-01T00:00:00Z " + "x" * 300_000]
     _, error = follow(record)
@@ -134,7 +134,7 @@ def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> Non
     ("kind", "spec"),
     [("pytorchjob", {"runPolicy": {"suspend": True}}), ("trainjob", {"suspend": True})],
 )
-def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
+def test_the_annotation_of_a_job(kind: str, spec: dict) -> None:
     sent = []
     api = client.ApiClient(client.Configuration())
     cluster = JobClient(api, KINDS[kind], "j", "ours", print, SHORT)
@@ -151,7 +151,7 @@ def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
 
 
 class Objects:
-    """CustomObjectsApi with these jobs; an exception is the answer to a kind's list or a name's deletion."""
+    """CustomObjectsApi with these jobs; an exception is raised when its kind is listed or its name deleted."""
 
     def __init__(self, pytorchjobs: object, trainjobs: object = (), **deletions: Exception) -> None:
         self.jobs = {"pytorchjobs": pytorchjobs, "trainjobs": trainjobs}
@@ -184,7 +184,7 @@ def delete(
     return launcher.delete_jobs("run-1", own=own)
 
 
-def test_running_jobs_are_deleted_and_ended_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_jobs_are_deleted_and_ended_jobs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [
         named("runs", RUNNING),
         named("failed", FAILED, runPolicy={"ttlSecondsAfterFinished": 3600}),
@@ -202,15 +202,19 @@ def test_running_jobs_are_deleted_and_ended_ones_stay(monkeypatch: pytest.Monkey
     ]
 
 
-def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_being_deleted_is_reported_and_not_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     going = named("going", RUNNING)
-    going["metadata"]["deletionTimestamp"] = END  # a finalizer holds it, Kueue's for one
+    going["metadata"]["deletionTimestamp"] = END  # a finalizer keeps it, e.g. Kueue's
     objects = Objects([going])
     assert delete(objects, monkeypatch) == ([], ["going: already being deleted"])
     assert objects.deleted == []
 
 
-def test_a_missing_job_or_kind_keeps_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_job_or_kind_does_not_prevent_other_deletions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     absent = ApiException(status=404)
     objects = Objects([named("gone", RUNNING), named("runs", RUNNING)], absent, gone=absent)
     assert delete(objects, monkeypatch) == (["gone", "runs"], [])
@@ -235,7 +239,9 @@ def test_a_failed_deletion_is_one_line(
         assert "\n" not in str(raised.value)
 
 
-def test_a_forbidden_kind_keeps_no_job_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forbidden_kind_does_not_prevent_deletions_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     error = ApiException(status=403, reason="Forbidden")
     error.body = json.dumps({"message": "trainjobs is forbidden"})
     objects = Objects([named("runs", RUNNING)], error)
@@ -243,7 +249,7 @@ def test_a_forbidden_kind_keeps_no_job_of_the_other(monkeypatch: pytest.MonkeyPa
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
     text = "trainjobs could not be listed: cannot list trainjobs in namespace ours: trainjobs is"
     assert left.startswith(f"{text} forbidden")
-    # the run's may be left
+    # jobs of the run may remain
     with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):
         delete(objects, monkeypatch, "TrainJob")
 
@@ -252,7 +258,7 @@ def test_a_forbidden_kind_keeps_no_job_of_the_other(monkeypatch: pytest.MonkeyPa
     ("answer", "told"),
     [
         (None, "namespace team-a of the cluster of context work"),
-        # the account may know jobs only
+        # the account may have permissions for jobs only
         (ApiException(status=403), "namespace team-a of the cluster of context work"),
         (ApiException(status=404), "the cluster of context work has no namespace team-a; give"),
         (ReadTimeoutError(None, "/", "x"), "the cluster of context work does not respond (Read"),
@@ -288,7 +294,7 @@ def test_the_namespace_is_described(
         assert kube.describe_namespace("team-a") == "namespace team-a of this pod's cluster"
 
 
-def test_how_long_a_job_stays_counts_from_its_end() -> None:
+def test_the_time_to_live_starts_at_the_end_of_a_job() -> None:
     status = {"status": {**DONE["status"], "completionTime": "2026-03-01T10:00:00Z"}}
     spec = {"runPolicy": {"ttlSecondsAfterFinished": 86400}}
     job = {"metadata": {"name": "j"}, "spec": spec, **status}
@@ -296,5 +302,5 @@ def test_how_long_a_job_stays_counts_from_its_end() -> None:
     del job["spec"]["runPolicy"]
     assert retention(PYTORCH, job).endswith("until it is deleted manually")
     assert retention(PYTORCH, {**job, **RUNNING}) == ""
-    # Python 3.11 reads Kubernetes' times
+    # Python 3.11 parses Kubernetes' times
     assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(days=1)

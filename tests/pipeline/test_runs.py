@@ -25,7 +25,7 @@ RUN = "0000-run-0"
     ],
 )
 @pytest.mark.parametrize("words", [[], ["--cron", "@daily"]], ids=["run", "schedule"])
-def test_a_creation_is_repeated_until_done_once(
+def test_a_creation_is_retried_until_it_succeeds_once(
     kubeflow: Kubeflow, run: Run, trouble: list, words: list[str]
 ) -> None:
     kind = "recurringruns" if words else "runs"
@@ -36,7 +36,7 @@ def test_a_creation_is_repeated_until_done_once(
 
 
 @pytest.mark.parametrize("trouble", [stalling, cut])
-def test_a_creation_without_answer_is_not_repeated(
+def test_a_creation_without_a_response_is_not_repeated(
     kubeflow: Kubeflow, run: Run, trouble: Callable
 ) -> None:
     kubeflow.plan["POST /runs"] = [trouble]
@@ -45,7 +45,7 @@ def test_a_creation_without_answer_is_not_repeated(
     assert said.endswith("; nothing was created so far: check before you submit again\n")
 
 
-def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, run: Run) -> None:
+def test_no_run_is_created_during_a_permanent_server_error(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.plan["POST /runs"] = [failing(500, "no space left")] * 9
     code, out, said = run("submit", "tiny", "--retries", 2)
     assert (code, out) == (1, "") and kubeflow.words().count("POST /runs") == 3
@@ -125,7 +125,7 @@ FAILED = [
 ]
 
 
-# SUCCEEDED: what older servers make of an ExitHandler
+# SUCCEEDED: the state in older servers with an ExitHandler
 @pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED"])
 def test_a_failed_step_is_reported(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": state, "run_details": {"task_details": FAILED}}]
@@ -138,7 +138,7 @@ def test_a_failed_step_is_reported(kubeflow: Kubeflow, run: Run, state: str) -> 
 
 
 @pytest.mark.parametrize("state", ["CANCELED", "SKIPPED"])
-def test_a_canceled_run_is_no_success(kubeflow: Kubeflow, run: Run, state: str) -> None:
+def test_a_canceled_run_is_not_a_success(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": "CANCELING"}, {"state": state}]
     code, _, said = run("submit", "tiny", "--wait")
     assert code == 1 and f"run {RUN} {state}" in said
@@ -151,7 +151,9 @@ def test_a_run_failed_without_a_step_has_a_message(kubeflow: Kubeflow, run: Run)
     assert "run failed: workflow quota exceeded" in run("submit", "tiny", "--wait")[2]
 
 
-def test_waiting_outlasts_an_outage_but_not_an_expired_login(kubeflow: Kubeflow, run: Run) -> None:
+def test_waiting_continues_after_an_outage_but_not_after_an_expired_login(
+    kubeflow: Kubeflow, run: Run
+) -> None:
     kubeflow.plan[f"GET /runs/{RUN}"] = [failing(503)] * 6
     kubeflow.states = [{"state": "SUCCEEDED"}]
     code, out, _ = run("submit", "tiny", "--wait", "--retries", 1)
@@ -162,7 +164,9 @@ def test_waiting_outlasts_an_outage_but_not_an_expired_login(kubeflow: Kubeflow,
     assert said.rstrip().endswith("; the run continues: `python -m pipeline status 0000-run-1`")
 
 
-def test_waiting_outlasts_a_renewed_token(kubeflow: Kubeflow, run: Run, tmp_path: Path) -> None:
+def test_waiting_continues_with_a_renewed_token(
+    kubeflow: Kubeflow, run: Run, tmp_path: Path
+) -> None:
     file = tmp_path / "token"
     file.write_text("first")
     kubeflow.token = "first"
@@ -172,7 +176,7 @@ def test_waiting_outlasts_a_renewed_token(kubeflow: Kubeflow, run: Run, tmp_path
         handler.serve()
 
     def rewrite(handler: Handler) -> None:
-        file.write_text("")  # as by a program that truncates the file before it writes
+        file.write_text("")  # like a program that truncates the file before it writes
         handler.serve()
 
     def renew(handler: Handler) -> None:
@@ -199,7 +203,7 @@ def test_waiting_ends_at_an_invalid_token(
     assert kubeflow.words().count(f"GET /runs/{RUN}") == 1
 
 
-def test_ctrl_c_leaves_the_run(
+def test_ctrl_c_does_not_end_the_run(
     kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(_: float) -> None:

@@ -63,7 +63,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def submit(cli: Run, package: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`cli` with the verb submit and the package `small`; equal recipes are checked once."""
+    """Return `cli` with the verb submit and the package `small`; equal recipes are checked once."""
     monkeypatch.setattr(
         "pipeline.cli.submit.check_recipes",
         lambda recipes, settings, sweep, *rest: check(
@@ -74,7 +74,7 @@ def submit(cli: Run, package: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *words: cli(*given, *words)
 
 
-def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, submit: Run, package: Path) -> None:
+def test_a_run_has_the_requested_settings(kubeflow: Kubeflow, submit: Run, package: Path) -> None:
     words = (
         "cascade_mask_rcnn_vitdet_b_coco mask_rcnn_vitdet_b_coco --set optim.lr=2e-4 "
         "--set data.root=/data/coco --nodes 2 --pool h100 --job-kind trainjob "
@@ -86,7 +86,7 @@ def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, submit: Run, package: P
     assert out == f"run  a name\nid   0000-run-0\nlink {kubeflow.url}/#/runs/details/0000-run-0\n"
     [body] = kubeflow.bodies("POST /runs")
     assert body.pop("description").startswith("submission ")
-    # as kfp.Client has it
+    # as in kfp.Client
     assert body.pop("pipeline_spec") == _extract_pipeline_yaml(str(package)).to_dict()
     assert body == {
         "display_name": "a name",
@@ -192,7 +192,7 @@ def test_no_cache_applies_at_any_depth(package: Path, kubeflow: Kubeflow, submit
     assert not any(cached(without))
 
 
-def test_a_recipe_s_file_is_read_anew_in_each_run(kubeflow: Kubeflow, cli: Run) -> None:
+def test_a_recipe_file_is_read_again_in_each_run(kubeflow: Kubeflow, cli: Run) -> None:
     assert cli("submit", "tiny")[0] == cli("submit", "/data/mine.yaml", "tiny")[0] == 0
     cached = []
     for body in kubeflow.bodies("POST /runs"):
@@ -207,7 +207,7 @@ def test_a_recipe_s_file_is_read_anew_in_each_run(kubeflow: Kubeflow, cli: Run) 
     assert "data" not in cached[0]  # it may have changed in place
 
 
-def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
+def test_a_namespace_is_sent_only_to_a_multi_user_server(
     kubeflow: Kubeflow, submit: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert submit("tiny", "--namespace", "team-a")[0] == 0
@@ -262,7 +262,9 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["tiny", "--token-file", "-", "--cookie-file", "-"], "can read standard input"),
     ],
 )
-def test_a_mistake_is_one_line(kubeflow: Kubeflow, submit: Run, words: list, said: str) -> None:
+def test_an_invalid_request_is_one_line(
+    kubeflow: Kubeflow, submit: Run, words: list, said: str
+) -> None:
     code, out, line = submit(*words)
     assert (code, out, len(line.splitlines())) == (1, "", 1)
     assert said in line and "hunter2" not in line
@@ -281,14 +283,14 @@ def test_an_invalid_option_is_a_usage_error(kubeflow: Kubeflow, submit: Run, wor
     assert not kubeflow.requests
 
 
-def test_a_pipeline_with_other_parameters_is_refused(package: Path, tmp_path: Path) -> None:
+def test_a_pipeline_with_other_parameters_is_rejected(package: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the pipeline has no parameter color"):
         load_package(package, {"recipes": [], "overrides": [], "color": "red"}, True)
     with pytest.raises(ValueError, match="the pipeline also needs overrides, recipes"):
         load_package(package, {}, True)
 
 
-def test_recipes_unchecked_without_vitdet(
+def test_recipes_are_not_checked_without_vitdet(
     kubeflow: Kubeflow, submit: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -303,7 +305,7 @@ def test_recipes_unchecked_without_vitdet(
     assert request.check_recipes(["/data/recipes/mine.yaml"], []) is False
 
 
-def test_the_client_needs_no_torch_and_answers_fast() -> None:
+def test_the_client_does_not_import_torch() -> None:
     code = (
         "import sys, pipeline.cli\ntry: pipeline.cli.main(['submit', '--help'])\n"
         "except SystemExit: pass\nsys.exit(' '.join({'torch', 'mlflow', 'vitdet'} & set(sys.modules)) or 0)"
@@ -315,13 +317,16 @@ def test_the_client_needs_no_torch_and_answers_fast() -> None:
 @pytest.mark.parametrize(
     ("given", "sent"),
     [
-        ("0 3 * * 1-5", "0 0 3 * * 1-5"),  # Kubeflow would read it as "every hour, at minute 3"
+        (
+            "0 3 * * 1-5",
+            "0 0 3 * * 1-5",
+        ),  # Kubeflow would interpret it as "every hour, at minute 3"
         ("*/30 2 4 * * ?", "*/30 2 4 * * ?"),
         ("@daily", "@daily"),
         ("@every 12h", "@every 12h"),
     ],
 )
-def test_a_schedule_is_read_as_crontab(
+def test_a_schedule_is_interpreted_like_crontab(
     kubeflow: Kubeflow, submit: Run, given: str, sent: str
 ) -> None:
     assert kubeflow_cron(given) == sent
@@ -335,12 +340,12 @@ def test_a_schedule_is_read_as_crontab(
 
 
 @pytest.mark.parametrize("expression", ["", "0 3 * * * * *", "0 3 * * mon;x", "@never", "@every"])
-def test_a_schedule_that_is_none(expression: str) -> None:
+def test_an_invalid_schedule(expression: str) -> None:
     with pytest.raises(ValueError, match="as in a crontab"):
         kubeflow_cron(expression)
 
 
-def test_a_pool_that_no_label_can_name_is_refused() -> None:
+def test_a_pool_that_is_no_valid_label_value_is_rejected() -> None:
     for good in (None, "", "h200", "a100.spot_1"):
         check_pool(good)
     for bad in ("h200 ", "-x", "a/b", "x" * 64):

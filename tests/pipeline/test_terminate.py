@@ -1,4 +1,4 @@
-"""Ending a run: its training jobs are shown and deleted, also those that its steps make meanwhile."""
+"""Terminating a run: its training jobs are shown and deleted, including jobs created in the meantime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN = "0000-run-0"
 
 
 class Cluster:
-    """asked: (run, namespace, kind of its jobs) of each deletion; found: what the next deletions find; jobs: all."""
+    """asked: (run, namespace, kind of jobs) of each deletion; found: results of the next deletions; jobs: all jobs."""
 
     def __init__(self) -> None:
         self.jobs: list[dict] = []
@@ -46,7 +46,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def job(name: str, kind: str, condition: str, **annotations: str) -> dict:
-    """A training job with a condition."""
+    """Return a training job with a condition."""
     true = {"type": condition, "status": "True", "message": f"{name} is {condition}"}
     return {
         "kind": kind,
@@ -149,7 +149,7 @@ def test_without_jobs_the_namespace_is_named(
 
 
 @pytest.mark.parametrize("status", [503, 401, 404])  # an outage, an expired login, a deleted run
-def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
+def test_jobs_are_deleted_even_if_the_runs_end_is_not_observed(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr("pipeline.cli.terminate.END_TIMEOUT", 0.3)
@@ -178,9 +178,7 @@ def test_ctrl_c_while_a_run_ends(
     assert said.endswith(f"jobs created since: `python -m pipeline terminate {RUN}`\n")
 
 
-def test_a_cluster_without_the_namespace(
-    run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_namespace(run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     def another(namespace: str) -> str:
         raise ValueError(f"the cluster of context work has no namespace {namespace}")
 
@@ -193,7 +191,7 @@ def test_a_cluster_without_the_namespace(
     )
 
 
-def test_a_run_that_ends_meanwhile(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
+def test_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
     run("submit", "tiny")
     kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]

@@ -1,4 +1,4 @@
-"""What a server of an older version does not know of a pipeline: left out, refused, told apart from a failure."""
+"""Fields of a pipeline that an older server does not support: omitted, rejected, or reported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sent(kubeflow: Kubeflow) -> list[dict]:
         ("2.17.0", set()),
     ],
 )
-def test_a_server_gets_the_fields_that_it_knows(version: str, left_out: set[str]) -> None:
+def test_a_server_gets_the_fields_that_it_supports(version: str, left_out: set[str]) -> None:
     fitted, before = documents(), documents()
     lines = fit(fitted, read_version(version))
     assert {line.split(" does not support ")[1].split(" ")[0] for line in lines} == left_out
@@ -63,7 +63,7 @@ def test_a_server_gets_the_fields_that_it_knows(version: str, left_out: set[str]
         assert executor["pvcMount"] == executors(before[1])[name]["pvcMount"]
 
 
-def test_a_field_without_which_the_result_differs_is_refused() -> None:
+def test_a_missing_field_that_changes_the_result_is_an_error() -> None:
     spec, platform = documents()
     executors(platform)["exec-data"]["pvcMount"][0]["subPath"] = "team"
     with pytest.raises(
@@ -109,7 +109,7 @@ def test_the_server_is_asked_for_its_version(health: dict, version: tuple, doubt
     assert found == version and doubt in remark and bool(doubt) == bool(remark)
 
 
-def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, cli: Run) -> None:
+def test_submit_omits_unsupported_fields(kubeflow: Kubeflow, cli: Run) -> None:
     words = ["submit", "tiny", "--package", GOLDEN]
     assert cli(*words)[2] == ""
     assert "securityContext" in executors(sent(kubeflow)[1])["exec-data"]
@@ -118,8 +118,8 @@ def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, cli
     doubt, line = said.splitlines()
     assert code == 0 and "treated as Pipelines 2.15.0 (Kubeflow 1.11), pass --kfp" in doubt
     assert "securityContext (2.16.0 does), left out" in line and "Pod Security `restricted`" in line
-    assert not any("securityContext" in step for step in executors(sent(kubeflow)[1]).values())
-    # what the user states is used as it is
+    assert not any("securityContext" in one for one in executors(sent(kubeflow)[1]).values())
+    # a version given by the user is used unchanged
     code, _, said = cli(*words, "--kfp", "2.16.1")
     assert (code, said) == (0, "") and "securityContext" in str(sent(kubeflow)[1])
     kubeflow.health = {"tag_name": "2.4.1"}
@@ -141,14 +141,14 @@ def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, cli
         ),
     ],
 )
-def test_a_rejected_field_is_no_outage(
+def test_a_rejected_field_is_not_an_outage(
     kubeflow: Kubeflow, cli: Run, health: dict, said: str
 ) -> None:
     kubeflow.health, kubeflow.unknown = health, "securityContext"
     code, out, line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")
     assert (code, out, line) == (1, "", f"pipeline: {kubeflow.url}: {said}\n")
     assert kubeflow.words().count("POST /runs") == 1
-    kubeflow.unknown = "schemaVersion"  # no field of the table
+    kubeflow.unknown = "schemaVersion"  # not a field in the table
     line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")[2]
     assert line.endswith("the package was compiled with a newer kfp than the server's\n")
 

@@ -27,7 +27,10 @@ def changed(**sections: dict) -> dict:
     [
         (WORKFLOW, ""),
         (changed(spec={"activeDeadlineSeconds": 90000}), ""),
-        ({"metadata": WORKFLOW["metadata"]}, ""),  # a Workflow that the controller has not seen
+        (
+            {"metadata": WORKFLOW["metadata"]},
+            "",
+        ),  # a Workflow that the controller has not processed
         (None, "its run has been deleted"),
         (changed(metadata={"uid": "2"}), "its run has been deleted"),
         (changed(metadata={"deletionTimestamp": "2026-01-01T01:00:00Z"}), "is being deleted"),
@@ -49,7 +52,7 @@ REPLICA_SET = {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid"
 
 
 def step_pod(node: str = "vitdet-x.root.train-job(0)", **metadata: object) -> dict:
-    """A step's pod as argo creates it (workflow/controller/workflowpod.go)."""
+    """Return a step's pod as created by Argo (workflow/controller/workflowpod.go)."""
     owners = {"ownerReferences": [CONTROLLER], "annotations": {NODE: node}}
     return {"metadata": {"name": "step", **owners, **metadata}, "status": {}}
 
@@ -70,7 +73,7 @@ def test_the_attempt_is_the_number_in_argos_name_of_the_node(node: str, index: i
 
 
 class Cluster:
-    """In place of JobClient: answers, or errors, to the two questions of a step."""
+    """Replaces JobClient: responses, or errors, for a step's two requests."""
 
     def __init__(self, pod: object, workflow: object) -> None:
         self.answers = {"pod": pod, "workflow": workflow}
@@ -115,7 +118,7 @@ def test_a_stopped_step_reads_its_run_or_pod(
     assert step.owner == OWNER and step.first_attempt
 
 
-def test_an_exit_handler_without_its_run_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exit_handler_without_its_run_deletes_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "exit")
     with pytest.raises(RuntimeError, match="does not respond"):
         Step(Cluster(step_pod(), SILENT)).run_ended()

@@ -1,4 +1,4 @@
-"""Fixtures of the tracking tests: no server of the developer, short waits, a store per module."""
+"""Fixtures of the tracking tests: no server from the environment, short pauses, one store per module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of the default store, a SQLite file that takes seconds to create."""
+    """Return the folder of the default store, a SQLite file whose creation takes seconds."""
     folder = tmp_path_factory.mktemp("store")
     tracking.open_client(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return folder
@@ -37,12 +37,12 @@ def store(folder: Path) -> str:
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest, folder: Path) -> RegisteredModel:
-    """A registered model without versions."""
+    """Return a registered model without versions."""
     return RegisteredModel(folder, request.node.name)
 
 
 @pytest.fixture
 def answers() -> Iterator[Server]:
-    """A server that responds like MLflow by default."""
+    """Return a server that responds like MLflow by default."""
     with serving() as server:
         yield server

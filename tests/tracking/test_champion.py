@@ -24,7 +24,7 @@ STRICT = Protocol.of(load_config("tiny", ["evaluate.score_threshold=0.5"]), DATA
 
 @pytest.fixture
 def gated(model: RegisteredModel, monkeypatch: pytest.MonkeyPatch) -> RegisteredModel:
-    """A model whose champion, version 1, has 40 AP on DATA."""
+    """Return a model whose champion, version 1, has 40 AP on DATA."""
     monkeypatch.setattr(packaged_model, "download_checkpoint", lambda *_: Path("champion.pt"))
     model.set(model.add(40.0))
     return model
@@ -63,9 +63,11 @@ def test_the_champion_is_evaluated_again_on_other_data_or_settings(
     assert not gated.is_known(protocol)
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
-    evaluate.assert_called_once_with(Path("champion.pt"), ANY)  # the registry has the AP now
+    evaluate.assert_called_once_with(
+        Path("champion.pt"), ANY
+    )  # its AP is stored in the registry now
     assert gated.is_known(protocol)
-    assert not gated.judge(40.0, DATA).passed  # and still has that of its registration
+    assert not gated.judge(40.0, DATA).passed  # in addition to that of its registration
 
 
 @pytest.mark.parametrize("tags", [{}, {"dataset_digest": "0123456789abcdef"}])
@@ -99,7 +101,7 @@ def test_a_champion_of_version_0_1_is_evaluated_again(
 def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
     gated: RegisteredModel, caplog: Log, error: Exception, reason: str, is_expected: bool
 ) -> None:
-    """For unexpected errors, the traceback is logged."""
+    """For an unexpected error, the traceback is logged."""
     with caplog.at_level(logging.WARNING, "vitdet"):
         verdict = gated.judge(99.0, OTHER, evaluate=Mock(side_effect=error))
     assert not verdict.passed and len(verdict.reason.splitlines()) == 1
@@ -114,10 +116,10 @@ def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
 
 
 class ClientError(Exception):
-    """Like the error of botocore for object storage, which derives only from Exception."""
+    """Like botocore's error of object storage, a direct subclass of Exception."""
 
 
-def test_an_object_storage_error_refuses_the_candidate(
+def test_an_error_of_the_object_storage_rejects_the_candidate(
     gated: RegisteredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = ClientError("An error occurred (403) when calling GetObject: Forbidden")
@@ -143,7 +145,7 @@ def test_the_evaluation_of_another_champion_is_ignored(gated: RegisteredModel) -
     assert not verdict.passed and "run the command again" in verdict.reason
 
 
-def test_the_better_of_two_passed_candidates_is_champion_in_any_order(
+def test_the_better_of_two_candidates_becomes_champion_in_any_order(
     gated: RegisteredModel,
 ) -> None:
     better, good = gated.add(45.0), gated.add(42.0)
@@ -167,7 +169,7 @@ def test_the_champion_itself_passes_again(gated: RegisteredModel) -> None:
     assert not gated.judge(40.0, DATA, version="2").passed
 
 
-def test_the_ap_at_promotion_overrides_that_at_registration(
+def test_the_ap_of_a_promotion_precedes_that_of_the_registration(
     gated: RegisteredModel,
 ) -> None:
     assert gated.promote(gated.add(5.0), 77.0).passed
@@ -195,7 +197,7 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
     expected = {"box_ap": "41", "mask_ap": "30", **DATA.tags()}
     assert gated.tags(candidate) == expected
     gated.update(candidate, {"box_ap": 1.0}, Protocol("", DATA.settings))
-    assert gated.tags(candidate) == expected  # it is unknown on which data this AP was measured
+    assert gated.tags(candidate) == expected  # the data of these metrics is unknown
     gated.update(candidate, {"box_ap": 12.0}, OTHER)
     gated.update(candidate, {"box_ap": 43.0}, DATA)
     assert gated.tags(candidate) == {
@@ -203,7 +205,7 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
     }  # fmt: skip
 
 
-def test_the_best_of_concurrent_promotions_is_champion(gated: RegisteredModel) -> None:
+def test_the_best_of_many_concurrent_candidates_becomes_champion(gated: RegisteredModel) -> None:
     candidates = [(gated.add(ap), ap) for ap in (41.0, 44.0, 42.0, 43.0)]
     with ThreadPoolExecutor(len(candidates)) as pool:
         list(pool.map(lambda candidate: gated.promote(*candidate), candidates))
@@ -224,7 +226,7 @@ def test_the_best_of_concurrent_promotions_is_champion(gated: RegisteredModel) -
         ("optim.lr=1", True),
     ],
 )
-def test_the_protocol_covers_the_settings_that_affect_ap(override: str, same: bool) -> None:
+def test_a_protocol_has_the_settings_that_change_ap(override: str, same: bool) -> None:
     changed = Protocol.of(load_config("tiny", [override]), DATA.fingerprint)
     assert (changed == DATA) is (changed.digest == DATA.digest) is same
 

@@ -1,4 +1,4 @@
-"""The comparison of a pipeline run's training runs: results, reasons of failures, and statistics over seeds."""
+"""The comparison of a pipeline run's training runs: finished runs, failures with reasons, and statistics over seeds."""
 
 from pathlib import Path
 
@@ -24,14 +24,14 @@ def verdict(name: str, ap: float) -> dict:
 
 @pytest.fixture
 def names(tmp_path: Path) -> list[str]:
-    """Start a pipeline run of two settings with two seeds each; return the run names."""
+    """Return the names of two settings with two seeds each, in a started run."""
     planned = plan_trainings(["tiny"], [], str(tmp_path), ["optim.lr=0.1,0.2"], 2)
     for name, (config, _) in planned.items():
         save_config(config, run_folder(str(tmp_path), RUN) / f"{name}.yaml")
     return list(planned)
 
 
-def test_the_table_after_a_failure_has_results_and_reasons(
+def test_the_table_has_finished_runs_and_the_reasons_of_failures(
     names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space, page = str(tmp_path), tmp_path / "page.html"
@@ -51,10 +51,10 @@ def test_the_table_after_a_failure_has_results_and_reasons(
     assert "train failed: loss &lt;nan&gt; | step 3</td>" in page.read_text()
     client = connect("", tmp_path / "runs")
     (parent,) = client.search_runs(["1"], f"tags.group = '{RUN}'")
-    assert "best" not in parent.data.tags  # the exit handler for a server that reports RUNNING
+    assert "best" not in parent.data.tags  # the exit handler, on a server that reports RUNNING
     assert client.list_artifacts(parent.info.run_id)[0].path == "comparison.md"
 
-    # finally all runs, with links to the MLflow UI
+    # finally all of them, with URLs in MLflow's UI
     with recorded(space, names[3], RUN, "train"):
         pass
     write_verdict(space, names[3], RUN, verdict(names[3], 31.0))
@@ -65,7 +65,7 @@ def test_the_table_after_a_failure_has_results_and_reasons(
     assert client.get_run(parent.info.run_id).data.tags["best"] == names[3]
 
 
-def test_runs_without_a_record_did_not_finish(names: list[str], tmp_path: Path) -> None:
+def test_a_run_without_any_record_did_not_finish(names: list[str], tmp_path: Path) -> None:
     verdicts, failures = read_outcomes(str(tmp_path), names, RUN)
     assert not verdicts
     assert failures == dict.fromkeys(names, "did not finish: see the logs of its steps")
@@ -84,7 +84,7 @@ def test_mean_and_deviation() -> None:
     assert found == ["-", "1.00", "2.00 ± 1.41"]
 
 
-def test_seeds_start_at_the_recipe_s_seed() -> None:
+def test_seeds_start_from_the_recipes_seed() -> None:
     planned = plan_trainings(["tiny"], ["train.seed=5"], "", seeds=3)
     assert [config.train.seed for config, _ in planned.values()] == [5, 6, 7]
     assert load_config("tiny").train.seed == 0

@@ -1,4 +1,4 @@
-"""The decision of the gate, and the record of champions."""
+"""The gate's decision, and the history of champions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME = "the champion, version 3"
 
 
 def evaluation(found: dict[str, list[bool]]) -> Evaluation:
-    """Return an evaluation with one object per class and image; `found` marks the matched ones."""
+    """Return an evaluation of one object of each class per image, with one detection each; found: which match."""
     rows = [
         (image, place, hit)
         for place, hits in enumerate(found.values())
@@ -83,7 +83,7 @@ def test_the_gain_must_exceed_the_minimum(
     assert found.passed is passed and found.reason.startswith(reason)
 
 
-def test_another_metric_replaces_ap() -> None:
+def test_another_metric_alone_decides() -> None:
     better = Evaluation({"box_ap": 10.0, "mask_ap50": 41.0})
     worse = Evaluation({"box_ap": 90.0, "mask_ap50": 40.0})
     found = decide(GateConfig(metric="mask_ap50"), better, worse)
@@ -159,7 +159,7 @@ def test_rollbacks_undo_promotions_one_at_a_time() -> None:
     assert predecessors(record(*back), "2") == ["1"]
     assert predecessors(record(*back, (ROLLED_BACK, "2", "1")), "1") == []
     assert predecessors(record(*back, (PROMOTED, "2", "5")), "5") == ["2", "1"]
-    # the champion of an earlier version of this program, and an alias that a user moved
+    # the champion of an earlier version of the package, and an alias moved in the MLflow UI
     assert predecessors(record((PROMOTED, "7", "8")), "8") == ["7"]
     assert predecessors(record(*first), "9") == ["5", "2", "1"]
     assert predecessors([], "9") == []
@@ -169,7 +169,7 @@ def test_rollbacks_undo_promotions_one_at_a_time() -> None:
     assert predecessors(record((PROMOTED, "", "1"), (PROMOTED, "2", "3")), "3") == ["2", "1"]
 
 
-def test_events_are_ordered_by_their_links_and_not_by_clocks() -> None:
+def test_events_are_ordered_by_links_and_not_by_clocks() -> None:
     late, early, *_ = record((PROMOTED, "1", "2"), (PROMOTED, "", "1"))
     recorded = [late, early, Event("0", "3", PROMOTED, "2", ""), Event("9", "4", PROMOTED, "1", "")]
     assert predecessors(recorded, "3") == ["2", "1"]
@@ -182,7 +182,7 @@ def test_a_rolled_back_version_is_one_whose_last_event_is_a_rollback_from_it() -
     assert rolled_back(record(*back, (FORCED, "1", "2")), "2") is None
 
 
-def test_rivals_are_concurrent_promotions_that_were_not_undone() -> None:
+def test_rivals_are_valid_promotions_at_about_the_same_time() -> None:
     start = datetime.fromisoformat("2026-01-01T12:00:00+00:00")
 
     def event(minutes: float, version: str, action: str, before: str) -> Event:

@@ -34,7 +34,7 @@ def test_points_are_batched_and_other_lines_are_not(tmp_path: Path) -> None:
     journal.append({"points": {"loss": 1.0}, "step": 5})
     journal.append({"end": "FINISHED"})
     sizes = [len(records) for records, _ in journal.batches(4)]
-    # 4 points per batch, 2 per record; then the tags, the last point and the end
+    # 4 points per batch, 2 per record; the tags; the last point; the end
     assert sizes == [2, 2, 1, 1, 1, 1]
     offsets = [offset for _, offset in journal.batches(4)]
     journal.move("abc", offsets[3])
@@ -49,7 +49,7 @@ def test_a_record_larger_than_a_batch_is_sent_alone(tmp_path: Path) -> None:
     assert [len(records) for records, _ in journal.batches(4)] == [1, 1]
 
 
-def test_a_partial_line_is_skipped_and_the_next_is_kept(tmp_path: Path) -> None:
+def test_a_partial_line_is_skipped_and_the_next_one_is_read(tmp_path: Path) -> None:
     journal = filled(tmp_path, 2)
     with open(journal.path, "ab") as file:
         file.write(b'{"points": {"loss": 7.0}, "st')
@@ -60,7 +60,7 @@ def test_a_partial_line_is_skipped_and_the_next_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-def test_a_full_disk_loses_a_line_with_a_warning(
+def test_a_full_disk_loses_one_line_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = filled(tmp_path, 1)
@@ -99,7 +99,7 @@ def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path, recorded: str) -> 
     assert (entry / "pictures" / "a.png").read_bytes() == b"a" and not copy.exists()
 
 
-def test_a_copy_removes_temporary_files_of_killed_processes(tmp_path: Path) -> None:
+def test_a_copy_removes_the_files_of_a_killed_process(tmp_path: Path) -> None:
     journal = filled(tmp_path, 1)
     machine, pid, started = writer().split("-")
     ended, alive = (

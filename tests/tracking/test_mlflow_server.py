@@ -23,7 +23,7 @@ def container() -> dict:
 
 
 @pytest.mark.slow
-def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
+def test_mlflow_has_every_option_and_variable(container: dict) -> None:
     from mlflow import environment_variables
     from mlflow.cli import server
 
@@ -39,7 +39,7 @@ def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
 
 
 def test_the_accounts_are_in_the_same_database(container: dict) -> None:
-    # the server's own configuration, with all settings
+    # MLflow's own file, with all settings
     known = Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"
     ours = ConfigParser()
     ours.read(FOLDER / "basic_auth.ini")

@@ -65,7 +65,7 @@ def test_weights_of_a_detector_include_the_license_of_their_pre_training() -> No
     assert "CC BY-SA 3.0" in first.license and second.name == "mae_vit_b" and second.warning
 
 
-def test_a_description_is_truncated_at_a_line() -> None:
+def test_a_long_description_is_truncated_after_a_line() -> None:
     names = tuple(f"class {place}" for place in range(1203))
     assert "class 19 and 1183 more." in card(Evaluation({}), names=names)
     text = card(Evaluation({}))

@@ -1,4 +1,4 @@
-"""The MLflow plugin of Kubeflow Pipelines: one run tree with it, and no wrong parent run without it."""
+"""The MLflow plugin of Kubeflow Pipelines: one tree of runs with it; without it, no unrelated run is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def client(store: str) -> MlflowClient:
 def plugin(
     client: MlflowClient, folder: Path, patch: pytest.MonkeyPatch, owner: str, loops: int = 1
 ) -> Run:
-    """Create the runs and variables of the plugin; return the pipeline run's MLflow run."""
+    """Create and set what the plugin does before a step; return the pipeline run's MLflow run."""
     place = client.create_experiment(f"admin {uuid.uuid4()}", (folder / "mlartifacts").as_uri())
     tags = {"kfp.pipeline_run_id": owner, "kfp.pipeline_run_url": "https://kf.example.com"}
     root = client.create_run(place, None, tags, "a pipeline run")
@@ -42,7 +42,7 @@ def plugin(
 
 
 def pipeline(folder: Path, group: str) -> tuple[str, str]:
-    """Run a pipeline run's MLflow steps in experiment `group`; return the IDs of parent and training run."""
+    """Run the steps that use MLflow, in experiment `group`; return the IDs of the parent run and the training run."""
     place = {"uri": "", "folder": folder, "experiment": group}
     parent = comparison.start_parent_run(group, ["tiny"], **place)
     tracker = start(folder, "", experiment=group, group=group)
@@ -69,7 +69,7 @@ def test_the_plugin_and_the_steps_share_one_run_tree(
     assert child.info.experiment_id == run.info.experiment_id == root.info.experiment_id
     assert child.data.metrics == {"loss": 1.0} | METRICS and child.info.status == "FINISHED"
     assert client.get_experiment_by_name(group) is None
-    # the parent run has the table, keeps its name and is ended by the plugin
+    # the table is in the parent run, which keeps its name and is ended by the plugin
     assert run.data.tags["best"] == "tiny" and run.data.metrics == {"box_ap/tiny": 35.0}
     assert [file.path for file in client.list_artifacts(parent)] == ["comparison.md"]
     assert run.info.run_name == "a pipeline run" and run.info.status == "RUNNING"
@@ -77,7 +77,7 @@ def test_the_plugin_and_the_steps_share_one_run_tree(
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("left", ["another pipeline run", "a shell", "nothing"])
-def test_unrelated_runs_are_not_used(
+def test_an_unrelated_run_is_not_used(
     client: MlflowClient, folder: Path, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
     group = str(uuid.uuid4())
@@ -85,7 +85,7 @@ def test_unrelated_runs_are_not_used(
     if left == "a shell":
         monkeypatch.setenv("MLFLOW_RUN_ID", foreign.info.run_id)
     elif left == "nothing":
-        monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # the run does not exist
+        monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # a deleted run
     before = [run.to_dictionary() for run in client.search_runs([foreign.info.experiment_id])]
     parent, training = pipeline(folder, group)
     place = client.get_experiment_by_name(group).experiment_id
@@ -102,7 +102,7 @@ def test_unrelated_runs_are_not_used(
         # a step without the plugin, and one whose Secret has no password
         ({}, ("http://ours", "me", "pass"), ("http://ours", "me", "pass")),
         ({}, ("http://ours", "", ""), ("http://ours", "", "")),
-        # the plugin injects all variables, or only the password, which is for its own requests
+        # the plugin injects all variables, or only the password, for its own requests
         (("http://plugin", "p", "p"), ("http://ours", "me", "pass"), ("http://plugin", "p", "p")),
         (("", "p", "p"), ("http://ours", "me", "pass"), ("http://ours", "me", "pass")),
         (("", "p", "p"), ("http://ours", "", ""), ("http://ours", "", "")),
@@ -110,7 +110,7 @@ def test_unrelated_runs_are_not_used(
         (("http://plugin", "", ""), ("", "", ""), ("http://plugin", "", "")),
     ],
 )
-def test_address_and_password_come_from_one_source(
+def test_the_address_and_the_password_have_one_source(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plugin: tuple, secret: tuple, used: tuple
 ) -> None:
     for name, own, given in zip(VARIABLES, secret, plugin or ("", "", ""), strict=True):

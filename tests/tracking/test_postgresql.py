@@ -73,7 +73,7 @@ def test_a_training_is_registered_promoted_and_rolled_back(
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("place", ["server", "database"])
-def test_concurrent_registrations_make_the_best_version_champion(
+def test_concurrent_registrations_make_the_best_the_champion(
     request: pytest.FixtureRequest,
     trained: Path,
     tmp_path: Path,

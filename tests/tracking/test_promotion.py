@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(model: RegisteredModel, vitdet: Callable[..., tuple[int, str, str]]) -> Run:
-    """run(verb, *words) runs a subcommand on the model and returns (exit code, the printed line)."""
+    """Return run(verb, *words), which runs the verb on the model: (exit code, the printed line)."""
 
     def run(verb: str, *words: object, name: str = model.name) -> tuple[int, str]:
         code, out, err = vitdet(verb, name, "--runs", model.folder, *words)
@@ -85,14 +85,14 @@ def test_invalid_requests_are_rejected_in_one_line(
     assert "champion" not in model.client.get_registered_model(model.name).aliases
 
 
-def test_rollback_skips_deleted_versions(model: RegisteredModel, run: Run, promote: Run) -> None:
+def test_a_rollback_skips_a_deleted_version(model: RegisteredModel, run: Run, promote: Run) -> None:
     for ap in (40.0, 41.0, 42.0):
         assert promote("--version", model.add(ap))[0] == 0
     model.client.delete_model_version(model.name, "2")
     assert run("rollback")[0] == 0 and model.champion == "1"
 
 
-def test_the_better_of_two_keeps_the_alias_without_a_shared_folder(
+def test_without_a_shared_folder_the_better_of_two_keeps_the_alias(
     model: RegisteredModel, run: Run, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two machines replace the same champion, and the one with the worse version sets the alias last."""

@@ -1,4 +1,4 @@
-"""Concurrent promotions from several machines: the best version is champion after any order of requests."""
+"""Concurrent promotions by several machines: any order of requests makes the best version the champion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitdet.tracking.gate import Evaluation, Verdict
 
 
 class Registry:
-    """The part of MLflow's registry that a promotion uses; version 1 is the champion with 40 AP."""
+    """The part of MLflow's registry used by a promotion; version 1 is the champion with 40 AP."""
 
     def __init__(self, aps: list[float]) -> None:
         every = enumerate([40.0, *aps], start=1)
@@ -45,7 +45,7 @@ class Registry:
 
 
 class Turns:
-    """Serializes the requests of several threads in an order determined by the seed."""
+    """Lets one of several threads send one request at a time, in an order determined by the seed."""
 
     def __init__(self, seed: int, threads: int) -> None:
         self._random, self._condition = random.Random(seed), threading.Condition()
@@ -85,7 +85,7 @@ class Client:
 def promoted(
     aps: list[float], seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, forced: bool = False
 ) -> tuple[Registry, dict[str, Verdict]]:
-    """Promote versions 2, 3, ... from one machine each; with `forced`, another machine forces version 2."""
+    """Promote versions 2, 3, ..., each from its own machine; with `forced`, another machine forces the first."""
     registry, turns = Registry(aps), Turns(seed, len(aps))
     monkeypatch.setattr(champion, "connect", lambda *_: Client(registry, turns))
     verdicts: dict[str, Verdict] = {}
@@ -132,14 +132,14 @@ def test_the_best_of_several_is_champion_in_any_order(
         simultaneous = [v for v in verdicts.values() if "at the same time" in v.reason]
         refused += len(simultaneous)
         assert not any(verdict.passed for verdict in simultaneous)
-        # versions that did not become champion have no event, and a rollback restores the previous champion
+        # a version that did not become champion has no event, and a rollback restores the previous one
         recorded = history.events(Client(registry, Turns(0, 1)), "m")
         assert {event.version for event in recorded} == {n for n, v in verdicts.items() if v.passed}
         assert history.predecessors(recorded, number)[-1] == "1"
     assert refused > 0
 
 
-def test_a_version_forced_meanwhile_stays_champion(
+def test_a_version_forced_in_the_meantime_stays_champion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stayed = 0

@@ -54,11 +54,11 @@ DENIED = [
 @pytest.mark.parametrize(
     ("code", "body", "said"),
     [
-        *((*denial, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for denial in DENIED),
-        (200, b"{}", "is not an MLflow server"),  # another service
+        *((*one, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for one in DENIED),
+        (200, b"{}", "is not an MLflow server"),  # a different service
     ],
 )
-def test_a_run_that_no_server_accepts_ends_before_its_first_step(
+def test_a_training_run_rejected_by_the_server_ends_before_its_first_step(
     tmp_path: Path, answers: Server, code: int, body: bytes, said: str
 ) -> None:
     answers.always = code, body
@@ -69,7 +69,7 @@ def test_a_run_that_no_server_accepts_ends_before_its_first_step(
         tracking.connect(answers.uri, tmp_path)
 
 
-def test_access_denied_later_is_logged_and_no_values_are_lost(
+def test_a_later_loss_of_access_is_logged_and_nothing_is_lost(
     tmp_path: Path, answers: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers.always = 401, b"no"
@@ -81,10 +81,10 @@ def test_access_denied_later_is_logged_and_no_values_are_lost(
     assert journal.waiting() and journal.last_points() == {"loss": (6, 1.0)}
 
 
-def test_metrics_are_sent_although_an_artifact_cannot_be_uploaded(
+def test_a_failed_artifact_upload_does_not_delay_metrics(
     tmp_path: Path, store: str, picture: Path, monkeypatch: Patch, caplog: Log
 ) -> None:
-    """The artifact is kept, and the next command that uses the run uploads it."""
+    """The artifact is kept, and uploaded by the next command that uses the run."""
     upload, full = MlflowClient.log_artifact, MlflowException("the artifact store is full")
     monkeypatch.setattr(MlflowClient, "log_artifact", Mock(side_effect=full))
     tracker = start(tmp_path, store)
@@ -133,7 +133,7 @@ def test_a_hanging_artifact_store_delays_nothing(
     assert len(find(tmp_path, run_id).entries()) == 2
     assert "files are not uploaded after 0.3 s" in caplog.text
     answered.set()
-    for thread in threading.enumerate():  # otherwise, it uploads during the next test
+    for thread in threading.enumerate():  # otherwise it uploads during the next test
         if thread.name == "uploads":
             thread.join(60)
 
@@ -158,10 +158,10 @@ def test_files_added_during_an_upload_are_uploaded(
     assert taken == ["first", "second"] and not find(tmp_path, tracker.run_id).entries()
 
 
-def test_a_refused_file_does_not_block_other_files(
+def test_a_rejected_file_does_not_delay_the_others(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command uploads files until one fails; the next command starts with the other files."""
+    """Each command uploads files until one fails; the next command starts with the others."""
     taken: list[str] = []
 
     def refuse(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
@@ -189,11 +189,11 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.3)
     with Server() as absent:
         away = absent.uri
-    other = start(tmp_path, away, experiment="elsewhere")  # nothing listens there
+    other = start(tmp_path, away, experiment="elsewhere")  # no server listens there
     other.log({"loss": 1.0}, 1)
     other.close()
     here = start(tmp_path, store)
-    before = start(tmp_path, store)  # for the same server: sent by the next run of the folder
+    before = start(tmp_path, store)  # of the same server: sent by the folder's next run
     before._closing.set()
     before._thread.join()
     before.log({"loss": 3.0}, 3)
@@ -237,7 +237,7 @@ def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
     assert "s3cret" not in str(error.value)
     config = load_config("tiny", ["train.keep_best=box_ap"])
     config = replace(config, tracking=replace(config.tracking, uri=uri))
-    save_config(config, tmp_path / "config.yaml")  # from a training run of an earlier version
+    save_config(config, tmp_path / "config.yaml")  # a training run of an earlier version
     assert result(tmp_path) == tmp_path / "best.pt"
     allowed = load_config("tiny", ["tracking.uri=sqlite:////data/a@b/mlflow.db"])
     assert "a@b" in json.dumps(to_dict(allowed))
@@ -256,13 +256,13 @@ FOREIGN = [
 def test_library_errors_are_one_line_without_the_password(error: Exception) -> None:
     failing, uri = Mock(get_run=Mock(side_effect=error)), "http://u:s3cret@h:1"
     with pytest.raises(ConnectionError) as caught:
-        Client(failing, uri).get_run()  # this line appears in the traceback
+        Client(failing, uri).get_run()  # a traceback contains this line
     said = str(caught.value)
     assert said.startswith("http://***@h:1: ") and "\n" not in said and "s3cret" not in said
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_status_403_of_an_artifact_store_is_a_refusal() -> None:
+def test_status_403_of_an_artifact_store_is_permanent() -> None:
     answer = requests.Response()
     answer.status_code = 403
     error = requests.HTTPError("403 Client Error: Forbidden", response=answer)
@@ -270,7 +270,7 @@ def test_status_403_of_an_artifact_store_is_a_refusal() -> None:
         raise error
 
 
-def test_a_log_has_no_password_in_messages_and_tracebacks() -> None:
+def test_logged_messages_and_tracebacks_have_no_password() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.addFilter(HidingFilter())

@@ -25,7 +25,7 @@ ADDRESSES = ["localhost:5000", "mlflow:5000/", "10.0.0.7:5000/path", "[::1]:80"]
 
 @pytest.fixture
 def store(tmp_path: Path) -> str:
-    """A SQLite store with the deleted experiment `test` and a run in it."""
+    """Return a SQLite store with the deleted experiment `test` and a run in it."""
     uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
     tracker = start(tmp_path / "before", uri)
     tracker.close()
@@ -39,18 +39,20 @@ def files(folder: Path) -> list[Path]:
 
 
 def refused(act: Callable[[], object]) -> str:
-    """Return the one-line error message, which must not be that of MLflow."""
+    """Return the error's line; assert that it is not MLflow's traceback."""
     with pytest.raises((ValueError, OSError, LookupError)) as caught:
         act()
     assert "\n" not in str(caught.value) and not isinstance(caught.value, KeyError)
     return str(caught.value)
 
 
-def test_the_error_for_a_deleted_experiment_has_the_remedy(tmp_path: Path, store: str) -> None:
+def test_the_error_of_a_deleted_experiment_states_how_to_restore_it(
+    tmp_path: Path, store: str
+) -> None:
     advice = "'test' was deleted; restore it with `mlflow experiments restore -x 1`, or set tracking.experiment to"
     folder = tmp_path / "a"
     assert advice in refused(lambda: start(folder, store, output="a"))
-    assert not files(folder)  # no journal that later runs would send
+    assert not files(folder)  # nothing for later runs to send
     place = {"uri": store, "folder": folder, "experiment": "test"}
     assert advice in refused(lambda: start_parent_run("group", ["a"], **place))
     tracking.open_client(store).restore_experiment("1")
@@ -58,11 +60,11 @@ def test_the_error_for_a_deleted_experiment_has_the_remedy(tmp_path: Path, store
     assert len(tracking.open_client(store).search_runs(["1"])) == 2
 
 
-def test_a_resumed_run_continues_in_a_deleted_experiment(
+def test_a_resumed_training_run_is_not_stopped_by_a_deleted_experiment(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = tracking.open_client(store)
-    (run,) = client.search_runs(["1"], run_view_type=2)  # 2: deleted only
+    (run,) = client.search_runs(["1"], run_view_type=2)  # of the deleted ones
     folder = tmp_path / "before"
     tracker = start(folder, store, run_id=run.info.run_id, resume_step=4)
     tracker.log({"loss": 1.0}, 5)
@@ -91,9 +93,7 @@ def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "uri", [*ADDRESSES, "http://", "https:///a", "http://h:99999", "http://h:a"]
 )
-def test_an_invalid_tracking_address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
-) -> None:
+def test_an_invalid_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     assert uri in refused(lambda: tracking.tracking_uri(uri, tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     for act in (
@@ -105,7 +105,7 @@ def test_an_invalid_tracking_address(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_config_refuses_an_address_without_a_scheme() -> None:
+def test_the_config_rejects_an_address_without_a_scheme() -> None:
     for uri in (*ADDRESSES, "me:secret@localhost:5000"):
         said = refused(lambda uri=uri: load_config("tiny", [f"tracking.uri={uri}"]))
         shown = uri.replace("me:secret", "***")
@@ -115,8 +115,8 @@ def test_the_config_refuses_an_address_without_a_scheme() -> None:
         assert load_config("tiny", [f"tracking.uri={uri}"]).tracking.uri == uri
 
 
-def test_a_response_without_json_is_not_a_refusal(tmp_path: Path, answers: Server) -> None:
-    """A proxy in front of a stopped server may return anything."""
+def test_a_response_without_json_is_not_a_rejection(tmp_path: Path, answers: Server) -> None:
+    """A proxy of an unavailable server may send any response."""
     answers.always = 404, b"<html>Not found</html>"
     tracker = start(tmp_path / "a", answers.uri)
     tracker.log({"loss": 1.0}, 1)
@@ -125,7 +125,7 @@ def test_a_response_without_json_is_not_a_refusal(tmp_path: Path, answers: Serve
 
 
 def copied(folder: Path, run_id: str) -> Path:
-    """The model.pt copied from a run on another machine."""
+    """Return the model.pt of a run on another machine."""
     path = make_checkpoint(folder / "model.pt", 0, run_id)
     torch.save(torch.load(path) | {"metrics": {}}, path)
     return path
@@ -142,13 +142,13 @@ def test_a_copied_checkpoint_is_registered_without_its_run(tmp_path: Path, run_i
     assert not (tmp_path / "journal").exists()
 
 
-def test_evaluating_a_copied_checkpoint_is_not_tracked(
+def test_the_evaluation_of_a_copied_checkpoint_is_not_tracked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = copied(tmp_path, "1" * 32)
     assert log_evaluation(path, {"box_ap": 1.0}, None, tmp_path) is None
-    assert [child.name for child in tmp_path.iterdir()] == ["model.pt"]
-    start(tmp_path, "").close()  # creates a store for other runs
+    assert [one.name for one in tmp_path.iterdir()] == ["model.pt"]
+    start(tmp_path, "").close()  # a store with other runs
     before = sorted(tmp_path.rglob("*"))
     assert log_evaluation(path, {"box_ap": 1.0}, None, tmp_path) is None
     assert sorted(tmp_path.rglob("*")) == before
@@ -168,7 +168,7 @@ def test_an_error_of_mlflow_is_one_line(
     assert capsys.readouterr().err == "vitdet: ABORTED:  first http://***@host\n"
 
 
-def test_an_evaluation_is_written_despite_an_invalid_address(
+def test_an_evaluation_is_not_lost_because_of_the_address(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = copied(tmp_path, "1" * 32)
@@ -179,7 +179,7 @@ def test_an_evaluation_is_written_despite_an_invalid_address(
     assert "got localhost:5000: the metrics are not logged" in caplog.text
 
 
-def test_a_refused_registration_is_one_line_and_leaves_no_files(
+def test_a_failed_registration_is_one_line_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     path = copied(tmp_path, "1" * 32)

@@ -34,7 +34,7 @@ PROTOCOL = Protocol.of(CONFIG, "0123456789abcdef")
 
 
 def make_checkpoint(path: Path, seed: int, run_id: str | None = None) -> Path:
-    """Write a checkpoint with random weights."""
+    """Write a detector with random weights."""
     torch.manual_seed(seed)
     config = load_config("tiny")
     detector = build_detector(config.model, config.evaluate)
@@ -46,7 +46,7 @@ def make_checkpoint(path: Path, seed: int, run_id: str | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run, its checkpoint and a registered version of the checkpoint."""
+    """Return a work folder with a finished run, a checkpoint and its registered version."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
@@ -74,7 +74,7 @@ def enter(folder: Path, checkpoint: Path, alias: str = "candidate") -> tuple[str
 
 
 def with_password(path: Path) -> Path:
-    """A checkpoint whose config contains a password, as written by version 0.1."""
+    """Return a detector whose config contains a password, as stored by version 0.1."""
     stored = load_model_file(make_checkpoint(path, 1))
     stored["config"]["tracking"]["uri"] = "http://alice:s3cret@127.0.0.1:9/?token=t0ken"
     save(path, stored)
@@ -90,7 +90,7 @@ def download(folder: Path, into: Path, artifact: str = "models:/detector@candida
     return packaged_model.download(tracking.tracking_uri("", folder), artifact, into)
 
 
-def test_a_version_records_its_provenance(work: Path) -> None:
+def test_a_version_has_its_provenance(work: Path) -> None:
     client = client_of(work)
     version = client.get_model_version_by_alias("detector", "candidate")
     assert version.run_id == run_of(work)
@@ -129,7 +129,7 @@ def test_a_password_in_a_checkpoint_is_dropped(
     assert config["tracking"]["uri"] == "http://127.0.0.1:9/"
     files = [path for path in model.rglob("*") if path.is_file()]
     assert not [path for path in files if b"s3cret" in path.read_bytes()]
-    # evaluation with overrides, which are validated like those of a new config
+    # also evaluated with overrides, which are validated like those of a new config
     words = ["--set", f"data.root={tiny}", "--set", "data.image_size=64"]
     code, out, err = vitdet("evaluate", checkpoint, *words)
     assert code == 1 and "classes" in err and "password" not in err
@@ -194,7 +194,7 @@ def test_all_files_of_the_package_are_installed() -> None:
     assert files == installed
 
 
-def test_requirements_pin_the_installed_versions() -> None:
+def test_requirements_have_the_installed_versions() -> None:
     pinned = dict(line.split("==") for line in requirements(("mlflow",)))
     assert pinned["torch"] == torch.__version__.partition("+")[0]
     assert pinned["mlflow"] == mlflow.__version__
@@ -214,10 +214,10 @@ def test_the_last_line_of_a_failed_trial_is_the_reason(
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_load_is_refused(
+def test_a_model_that_does_not_load_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This includes a model whose package is not imported from its wheel."""
+    """A package that is imported from outside of the model's wheel is rejected too."""
     wheel, model = build_wheel(tmp_path), tmp_path / "packed" / "model"
     model.parent.mkdir()
     stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 0))

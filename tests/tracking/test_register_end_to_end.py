@@ -33,16 +33,16 @@ print(json.dumps({"file": vitdet.predictor.__file__, "rows": found.to_dict("reco
 
 
 def fresh_environment(model: Path, folder: Path) -> Path:
-    """Return the Python of an environment with a model's wheel and this environment's packages."""
+    """Create an environment with this one's packages and a model's wheel; return its Python."""
     lines = (model / "requirements.txt").read_text().splitlines()
     (wheel,) = [line for line in lines if line.endswith(".whl")]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
     install = [*pip, "install", "-q", "--no-index", "--no-deps", wheel]
-    # requirements.txt names the wheel relative to itself, and MLflow installs it the same way
+    # requirements.txt has the wheel's relative path, as for MLflow's installation
     subprocess.run(install, cwd=model, check=True, env=plain_environment())
-    # torch is not installed again; .pth files in that folder have no effect, so editable installs are not found
+    # reuses this environment's packages (torch has gigabytes); its .pth files, and thus editable installs, are ignored
     (site,) = (folder / "lib").glob("python*/site-packages")
     others = [path for path in sys.path if path.endswith("-packages")]
     (site / "others.pth").write_text("\n".join(others))
@@ -54,7 +54,7 @@ def plain_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(ours)}
 
 
-def test_a_registered_model_has_equal_detections_in_a_fresh_environment(
+def test_a_registered_model_returns_equal_detections_in_a_fresh_environment(
     tiny: Path, vitdet: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     output, metrics, plots = (tmp_path / name for name in ("runs/one", "metrics.json", "plots"))
@@ -79,7 +79,9 @@ def test_a_registered_model_has_equal_detections_in_a_fresh_environment(
     assert logged["box_ap"].value == pytest.approx(measured["box_ap"])
     assert logged["box_ap"].dataset_digest == version.tags["val_fingerprint"]
     points = client.get_metric_history(version.run_id, "box_ap")
-    assert len(points) == len({point.step for point in points})  # the last point is not duplicated
+    assert len(points) == len(
+        {point.step for point in points}
+    )  # the last version is not registered twice
 
     python = fresh_environment(model, tmp_path / "venv")
     np.save(tmp_path / "image.npy", IMAGE)

@@ -30,7 +30,7 @@ CHAMPION = ("--alias", "champion")
 
 @pytest.fixture
 def model(own_tiny: Path, trained: Path, tmp_path: Path, untried: None) -> Path:
-    """The checkpoint of a training run on `own_tiny`, which tests may change."""
+    """Return the checkpoint of a training run on `own_tiny`, which a test may change."""
     stored = load_model_file(trained / "model.pt")
     stored["config"]["data"]["root"] = str(own_tiny)
     path = tmp_path / "runs" / "one" / "model.pt"
@@ -40,7 +40,7 @@ def model(own_tiny: Path, trained: Path, tmp_path: Path, untried: None) -> Path:
 
 
 def another(model: Path) -> Path:
-    """Register another detector in the same registry."""
+    """Return another detector in the same registry."""
     path = model.parents[1] / "two" / "model.pt"
     path.parent.mkdir(exist_ok=True)
     save(path, {**load_model_file(model), "step": 1})
@@ -53,14 +53,14 @@ def client_of(model: Path) -> MlflowClient:
 
 
 def raise_ap(metrics: Path, ap: float) -> None:
-    """Overwrite the measured AP."""
+    """Replace the measured AP."""
     content, known = json.loads(metrics.read_text()), json.loads(beside(metrics).read_text())
     metrics.write_text(json.dumps({**content, "box_ap": ap}))
     known["metrics_sha256"] = sha256(metrics)
     beside(metrics).write_text(json.dumps(known))
 
 
-def test_metrics_of_other_data_apply_only_to_that_data(
+def test_metrics_on_other_data_apply_to_that_data_only(
     model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
 ) -> None:
     metrics, plots = tmp_path / "m" / "metrics.json", tmp_path / "plots"
@@ -71,7 +71,7 @@ def test_metrics_of_other_data_apply_only_to_that_data(
     code, out, err = vitdet("register", model, *CHAMPION, *words)
     assert code == 0 and "the first champion" in out, err
     client = client_of(model)
-    # needs the matches, which are stored only for this protocol
+    # needs the matches, which are only stored for this protocol
     strict = GateConfig(confidence=0.9)
     tags = client.get_model_version("vitdet", "1").tags
     protocol = Protocol(tags["val_fingerprint"], tags["evaluate_settings"])
@@ -84,7 +84,9 @@ def test_metrics_of_other_data_apply_only_to_that_data(
     assert tags["val_fingerprint"] == fingerprint(data, "train") != fingerprint(data, "val")
     assert "evaluate.max_detections=3" in tags["evaluate_settings"]
 
-    other = another(model)  # its metrics are of the validation split, unlike the champion's
+    other = another(
+        model
+    )  # its stored metrics are of the validation split: there is no champion with metrics on this data
     assert vitdet("evaluate", other, "--output", metrics)[0] == 0
     raise_ap(metrics, 99.0)
     code, _, err = vitdet("register", other, *CHAMPION, *words)
@@ -95,7 +97,7 @@ def test_metrics_of_other_data_apply_only_to_that_data(
     assert len([key for key in tags if key.startswith("box_ap_")]) == 2
 
 
-def test_the_gate_trusts_no_metrics_of_unknown_origin(
+def test_the_gate_rejects_metrics_of_unknown_origin(
     model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
 ) -> None:
     metrics, config, plots = (tmp_path / name for name in ("metrics.json", "config.yaml", "plots"))
@@ -110,7 +112,7 @@ def test_the_gate_trusts_no_metrics_of_unknown_origin(
     code, _, err = vitdet("register", another(model), *CHAMPION, "--metrics", metrics)
     assert code == 1 and "the --metrics belong to a different checkpoint" in err
     metrics.write_text(metrics.read_text().replace('"box_ap": ', '"box_ap": 1'))
-    code, _, err = vitdet(*words)  # edited after evaluation
+    code, _, err = vitdet(*words)  # edited afterwards
     assert code == 1 and err.count("\n") == 1
     assert (
         "the data that its metrics were measured on is unknown; run `vitdet evaluate CHECKPOINT"
@@ -121,7 +123,7 @@ def test_the_gate_trusts_no_metrics_of_unknown_origin(
     assert code == 0 and "the first champion" in out, err
 
 
-def test_evaluating_results_removes_the_origin_of_earlier_metrics(
+def test_scoring_a_results_file_removes_the_origin_of_earlier_metrics(
     model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
 ) -> None:
     metrics, plots = tmp_path / "metrics.json", tmp_path / "plots"
@@ -145,7 +147,9 @@ def test_aliases_other_than_champion_need_no_data(
     code, _, err = vitdet("register", model, *words)
     assert code == 0, err
     tags = client_of(model).get_model_version_by_alias("vitdet", "candidate").tags
-    assert ("val_fingerprint" in tags) is (not options)  # the checkpoint contains its own
+    assert ("val_fingerprint" in tags) is (
+        not options
+    )  # the checkpoint contains that of its own data
 
 
 def test_a_champion_of_another_patch_size_is_evaluated_in_its_own_image_size(
@@ -163,7 +167,7 @@ def test_a_champion_of_another_patch_size_is_evaluated_in_its_own_image_size(
     assert found["box_ap"] == expected["box_ap"]
 
 
-def test_running_out_of_memory_for_the_champion_refuses_the_candidate(
+def test_too_little_memory_for_the_champion_rejects_the_candidate(
     model: Path, vitdet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics, other = tmp_path / "metrics.json", another(model)

@@ -1,4 +1,4 @@
-"""Requests to MLflow while it restarts, is overloaded, or refuses permanently."""
+"""Requests to MLflow while it restarts, is overloaded, or rejects them permanently."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RETRY = logging.getLogger("urllib3.util.retry")
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Unset all MLflow settings of the developer or an earlier test."""
+    """Unset MLflow's variables, which the developer or an earlier test may have set."""
     names = (*client.DEFAULTS, client.FACTOR)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     monkeypatch.setattr(client, "USER_SETTINGS", {})
@@ -41,9 +41,9 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Record the waits between this thread's requests instead of sleeping.
+    """Record the pauses between this thread's requests, and skip them.
 
-    In another thread, a tracker of an earlier test may still retry.
+    An earlier test's tracker may still send requests in another thread.
     """
     found: list[float] = []
     sleep, own = time.sleep, threading.current_thread()
@@ -88,7 +88,7 @@ def test_the_server_determines_how_long_to_wait(
 def test_requests_wait_for_a_restarting_server(
     tmp_path: Path, answers: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections are refused until the second wait."""
+    """Connections are refused until the second pause."""
     answers.shutdown()
     answers.server_close()
     again: list = []
@@ -103,7 +103,7 @@ def test_requests_wait_for_a_restarting_server(
     again[0].__exit__(None, None, None)
 
 
-def test_a_run_whose_response_was_lost_is_not_created_again(
+def test_a_run_is_not_created_twice_after_a_lost_response(
     tmp_path: Path, answers: Server, slept: list[float]
 ) -> None:
     answers.plan["runs/create"] = [CUT]
@@ -112,7 +112,7 @@ def test_a_run_whose_response_was_lost_is_not_created_again(
 
 
 @pytest.mark.parametrize("retries", ["", "0", "2"])
-def test_a_server_that_stays_down_is_a_one_line_error(
+def test_a_permanently_unavailable_server_is_one_line(
     tmp_path: Path, answers: Server, slept: list[float], monkeypatch: Patch, retries: str
 ) -> None:
     """The number of retries is the user's setting."""
@@ -144,10 +144,10 @@ def test_permanent_errors_fail_at_once_in_one_line(
     assert str(error.value).startswith(answers.uri) and "\n" not in str(error.value)
 
 
-def test_blocks_of_two_threads_restore_the_settings(
+def test_contexts_of_two_threads_restore_the_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first block begins and ends first; without a lock, the second would restore the first one's values."""
+    """The first starts and ends first: without a lock the second would restore the first's values."""
     monkeypatch.setenv(client.RETRIES, "0")
     began, end = threading.Event(), threading.Event()
 
@@ -206,7 +206,7 @@ def test_settings_of_the_user_are_distinguished_from_those_of_a_parent_process(
     assert found == [settings, {**settings, client.RETRIES: "3"}]
 
 
-def test_creation_is_retried_only_if_the_object_does_not_exist() -> None:
+def test_an_object_is_created_again_only_if_it_does_not_exist() -> None:
     lost = ConnectionError("lost")
     assert client.create(lambda: None, Mock(side_effect=[lost, "new"])) == "new"
     for error in (lost, FileExistsError("is")):
@@ -220,14 +220,14 @@ def test_creation_is_retried_only_if_the_object_does_not_exist() -> None:
 def test_the_tracker_of_a_training_run_does_not_repeat_requests_itself(
     tmp_path: Path, answers: Server
 ) -> None:
-    """The tracker's thread resends everything, and a hanging request would delay the end of training."""
+    """Its thread sends everything again; a hanging request would delay the end of training."""
     answers.plan["experiments/get-by-name"] = [(503, {}, {})] * 99
     shipper = tracking.Shipper(tracking.find(tmp_path, None), answers.uri)
     shipper.journal.append({"start": START})
     assert not shipper.deliver() and answers.asked == ["experiments/get-by-name"]
 
 
-def test_values_of_an_evaluation_are_sent_once_the_server_is_back(
+def test_evaluation_metrics_are_sent_once_the_server_is_available(
     tmp_path: Path, answers: Server, slept: list[float], caplog: Log
 ) -> None:
     answers.plan["experiments/get-by-name"] = [(503, {}, {}), CUT]

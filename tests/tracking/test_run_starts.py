@@ -1,4 +1,4 @@
-"""Start and end of a tracked run: slow servers, kills, passwords, and resent values."""
+"""Start and end of a tracked run: slow servers, kills, passwords, repeated values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_unresponsive_server_delays_neither_start_nor_end(
 
 
 @pytest.mark.parametrize("status", [None, "FAILED"])
-def test_a_run_killed_before_its_first_state_resumes_the_mlflow_run(
+def test_training_killed_before_its_first_state_continues_the_same_run(
     tmp_path: Path, store: str, status: str | None
 ) -> None:
     experiment = f"killed {status}"
@@ -83,7 +83,9 @@ def test_a_reopened_finished_run_is_ended_and_not_resumed(tmp_path: Path, store:
     first.log({"loss": 1.0}, 1)
     first.close()
     ended = tracking.open_client(store).get_run(first.run_id).info.end_time
-    tracking.open_client(store).update_run(first.run_id, "RUNNING")  # the end was not received
+    tracking.open_client(store).update_run(
+        first.run_id, "RUNNING"
+    )  # the request that ends it was lost
     for _ in range(2):
         start(tmp_path, store, run_id=first.run_id, resume_step=1).close()
         run = tracking.open_client(store).get_run(first.run_id)
@@ -96,7 +98,7 @@ def test_a_run_killed_after_its_last_value_is_sent_and_ended(tmp_path: Path, sto
     first = start(tmp_path, "http://127.0.0.1:9")
     first.log({"box_ap": 40.0}, 10)
     first._closing.set()  # killed before its end
-    first._thread.join()  # like a killed process, the thread keeps no lock
+    first._thread.join()  # like a killed process, it holds no lock
     again = start(tmp_path, store, run_id=first.run_id, resume_step=10)
     again.close()
     assert points(store, again.run_id, "box_ap") == [(10, 40.0)]
@@ -104,7 +106,7 @@ def test_a_run_killed_after_its_last_value_is_sent_and_ended(tmp_path: Path, sto
 
 
 @pytest.mark.parametrize("value", [40.0, float("nan"), float("inf")])
-def test_a_pending_value_is_not_sent_twice(
+def test_a_delayed_value_is_not_sent_twice(
     tmp_path: Path, store: str, monkeypatch: Patch, value: float
 ) -> None:
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 1.0)
@@ -112,14 +114,14 @@ def test_a_pending_value_is_not_sent_twice(
     tracker = start(tmp_path, "http://127.0.0.1:9")
     tracker.log(values, 10)
     tracker.close()
-    tracker._thread.join()  # simulates the end of the process
+    tracker._thread.join()  # the process ends
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 60.0)
     for _ in range(2):
         run_id = tracking.log_metrics(tracker.run_id, store, tmp_path, values, 10)
         assert len(points(store, run_id, "box_ap")) == len(points(store, run_id, "mask_ap")) == 1
 
 
-def test_alternating_evaluations_lose_no_values(tmp_path: Path, store: str) -> None:
+def test_metrics_of_alternating_evaluations_are_not_lost(tmp_path: Path, store: str) -> None:
     tracker = start(tmp_path, store)
     tracker.close()
     for value in (35.0, 36.0, 36.0, 35.0):
@@ -178,7 +180,7 @@ def test_only_credentials_are_hidden(text: str, shown: str) -> None:
         *("tracking.model_name=", "tracking.experiment=", f"tracking.experiment={'x' * 600}"),
     ],
 )
-def test_names_that_mlflow_rejects_are_refused_with_the_config(setting: str) -> None:
+def test_names_that_mlflow_rejects_are_rejected_with_the_config(setting: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(ValueError, match=rf"^{key} must have 1 to 256 characters.*got ") as error:
         load_config("tiny", [setting])
@@ -196,7 +198,7 @@ def test_names_that_mlflow_accepts_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("alias", ["", "LATEST", "v1", "a/b", "x" * 256])
-def test_aliases_that_mlflow_rejects_are_refused_at_the_start(
+def test_aliases_that_mlflow_rejects_are_rejected_at_the_start(
     vitdet: object, trained: Path, alias: str
 ) -> None:
     code, _, err = vitdet("register", trained / "model.pt", "--alias", alias)

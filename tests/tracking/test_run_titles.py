@@ -35,7 +35,7 @@ def name_of(config: Config, stem: str) -> str:
     ],
 )
 @pytest.mark.parametrize("resolved", [False, True])
-def test_a_run_is_named_by_its_recipe_and_changed_settings(
+def test_a_run_is_named_after_its_recipe_and_changed_settings(
     recipe: str, overrides: list[str], expected: str, resolved: bool, tmp_path: Path
 ) -> None:
     config, stem = load_config(recipe, overrides), recipe
@@ -52,7 +52,7 @@ def test_a_config_file_of_the_user_keeps_its_name() -> None:
     assert name_of(config, "heavier") == "heavier optim.lr=1"
 
 
-def test_a_long_name_states_the_number_of_omitted_settings() -> None:
+def test_a_long_name_has_the_number_of_omitted_settings() -> None:
     config = load_config("tiny", ["data.train_split=" + "x" * 99, "optim.lr=1", "train.seed=2"])
     assert name_of(config, "tiny") == "tiny train.seed=2 optim.lr=1 +1 more"
     config = load_config("tiny", ["optim.lr=1", "train.init=" + "x" * 120])
@@ -71,7 +71,7 @@ def test_the_described_command_trains_with_the_same_settings(recipe: str, tmp_pa
     assert args.output == tmp_path / "a folder"
 
 
-def test_tags_name_recipe_data_code_and_machine_without_password(
+def test_tags_have_recipe_data_code_and_machine_but_no_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = "http://user:secret@host/tiny.pt"
@@ -79,7 +79,7 @@ def test_tags_name_recipe_data_code_and_machine_without_password(
     config = load_config("tiny", ["optim.lr=1", "data.root=/data/shapes", f"train.init={weights}"])
     uri = tracking_uri("", tmp_path)
     client = MlflowClient(uri, uri)
-    client.search_experiments()  # creates the tables, which is slow on a busy machine
+    client.search_experiments()  # creates the tables, which is slow on a loaded machine
     start_tracker(config, "config", tmp_path / "run", "", "0" * 16, None, 0).close()
     (run,) = client.search_runs(["1"])
     tags = run.data.tags
@@ -97,7 +97,7 @@ def test_tags_name_recipe_data_code_and_machine_without_password(
 def test_training_and_evaluation_log_their_commit_and_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # no repository, as in the image
+    monkeypatch.chdir(tmp_path)  # no repository, like in the image
     config = load_config("tiny")
     monkeypatch.setenv("VITDET_REVISION", "a" * 40 + "-dirty")
     monkeypatch.setenv("VITDET_IMAGE", "registry.example.com/vitdet@sha256:" + "1" * 64)
@@ -106,7 +106,7 @@ def test_training_and_evaluation_log_their_commit_and_image(
     checkpoint = {"run_id": tracker.run_id, "step": 3, "config": {"tracking": {"uri": ""}}}
     monkeypatch.setattr("vitdet.tracking.runs.load_model_file", lambda path: checkpoint)
     monkeypatch.setenv("VITDET_REVISION", "b" * 40)
-    monkeypatch.delenv("VITDET_IMAGE")  # not set outside a cluster
+    monkeypatch.delenv("VITDET_IMAGE")  # like outside of a cluster
     run_id = log_evaluation(tmp_path / "model.pt", {"box_ap": 1.0}, None, tmp_path)
     uri = tracking_uri("", tmp_path)
     run = MlflowClient(uri, uri).get_run(run_id)

@@ -14,7 +14,7 @@ from vitdet.tracking.journal import find
 from vitdet.tracking.system_metrics import SystemMetrics
 
 
-def test_load_and_speed_are_logged_and_gpu_hours_include_resumes(
+def test_system_metrics_are_logged_and_gpu_hours_accumulate_over_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
@@ -44,7 +44,7 @@ def test_load_and_speed_are_logged_and_gpu_hours_include_resumes(
     assert set(logged[1]["points"]) == {"box_ap"}
 
 
-def test_gpus_are_measured_where_nvml_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_found_by_nvml_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     class GPUMonitor:
         def collect_metrics(self) -> None:
             self.values = {"gpu_0_utilization_percentage": 50.0, "gpu_0_power_usage_watts": 300.0}

@@ -30,7 +30,7 @@ WHAT = {
 
 @pytest.fixture(scope="module")
 def server(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real MLflow server, for the slow tests."""
+    """Start a real MLflow server, for the slow tests."""
     server = Server(store, tmp_path_factory.mktemp("artifacts"))
     server.start()
     yield server
@@ -57,13 +57,13 @@ def once(steps: range) -> list[tuple[int, float]]:
     return [(step, step / 2) for step in steps]
 
 
-def test_a_run_contains_everything_that_was_logged(
+def test_a_run_contains_everything_logged(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     picture = tmp_path / "found.png"
     picture.write_bytes(b"first")
-    tracker = start(tmp_path, "http://127.0.0.1:9")  # the environment takes precedence
+    tracker = start(tmp_path, "http://127.0.0.1:9")  # the environment has precedence
     for step in range(0, 60, 20):
         tracker.log({"loss": step / 2, "lr": 0.1}, step)
     tracker.artifact(picture, "predictions")
@@ -78,7 +78,7 @@ def test_a_run_contains_everything_that_was_logged(
     assert points(store, tracker.run_id, "loss") == [(0, 0.0), (20, 10.0), (40, 20.0)]
     file = client.download_artifacts(tracker.run_id, "predictions/found.png")
     assert Path(file).read_bytes() == b"first"
-    assert not list(tmp_path.glob("journal/*/*"))  # the pending journal was removed
+    assert not list(tmp_path.glob("journal/*/*"))  # the pending copy is deleted
 
 
 def test_the_default_store_is_a_file_in_the_folder(
@@ -108,8 +108,8 @@ def test_a_resumed_run_logs_each_step_once(tmp_path: Path, store: str, journal_l
     assert tracking.open_client(store).get_run(first.run_id).data.tags["resumed_at_step"] == "150"
 
 
-def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path, store: str) -> None:
-    """MLflow rejects new values of existing parameters."""
+def test_a_resumed_run_lists_the_changed_settings(tmp_path: Path, store: str) -> None:
+    """MLflow rejects a changed parameter."""
     run_id = None
     for lr, expected in ((1e-4, None), (2e-4, "optim.lr: 0.0002, not 0.0001"), (1e-4, "")):
         params = {**WHAT["params"], "optim.lr": lr}
@@ -145,10 +145,10 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     assert points(store, run_id, "loss") == once(range(last + 50))
 
 
-def test_lost_responses_duplicate_no_values(
+def test_lost_responses_duplicate_nothing(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server executes each request, but every second response is lost."""
+    """The server processes all requests, and every second response is lost."""
     from mlflow import MlflowException
 
     class Lossy:
@@ -205,7 +205,7 @@ def test_evaluation_extends_the_run_without_duplicates(tmp_path: Path, store: st
     assert tracking.open_client(store).get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_run_that_the_server_lost_is_created_again(tmp_path: Path, store: str) -> None:
+def test_a_run_that_the_server_lost_is_recreated(tmp_path: Path, store: str) -> None:
     tracker = start(tmp_path, store)
     tracker.log({"loss": 0.0}, 0)
     tracker.close()
@@ -234,7 +234,7 @@ def test_the_git_revision_is_of_the_working_directory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VITDET_REVISION", raising=False)
     assert git_revision() is None
-    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # set in the image
+    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # that of the image
     assert git_revision() == "1" * 40
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "file").write_text("a")
@@ -270,10 +270,10 @@ def test_a_killed_server_loses_no_point_and_delays_nothing(
             tracker.log({"loss": step / 2, "lr": 0.1}, step)
             took.append(time.perf_counter() - begun)
             time.sleep(0.002)
-        assert sent.count(threading.current_thread()) == before  # the training thread sends nothing
+        assert sent.count(threading.current_thread()) == before  # training never waits for it
 
     timed(range(300))
-    server.kill()  # while values are being sent
+    server.kill()  # during uploads
     timed(range(300, 600))
     tracker.artifact(picture, "predictions")
     late = start(tmp_path / "late", server.uri)  # a run that starts without a server
@@ -293,7 +293,7 @@ def test_a_killed_server_loses_no_point_and_delays_nothing(
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     file = client.download_artifacts(tracker.run_id, "predictions/found.png")
     assert Path(file).read_bytes() == b"picture"
-    assert sent  # by the sending thread
+    assert sent  # by the uploading thread
     print(f"a call of log: {1e6 * statistics.median(took):.0f} us in the median")
 
     resumed = start(tmp_path / "late", server.uri, run_id=pending, resume_step=40)
