@@ -98,7 +98,7 @@ def test_the_migration_copies_the_secret_of_the_mlflow_server(spaces: dict[str, 
     assert len(data) == 2 and secret(spaces["M"], "mlflow-server")["data"] == data
 
 
-def one(kind: str, namespace: str) -> dict:
+def constant_object(kind: str, namespace: str) -> dict:
     """Return the object of this kind that remains in a cluster, renamed for this test."""
     (found,) = (
         document

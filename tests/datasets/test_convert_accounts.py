@@ -269,8 +269,8 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     assert "  10 x objects of other classes dropped (--classes)" in output.splitlines()
     train = tree(tmp_path / "two", "train")
     assert train["categories"] == [{"id": 1, "name": "bus"}, {"id": 2, "name": "pet"}]
-    assert [one["category_id"] for one in train["annotations"]] == [2, 1, 2]
-    assert [one["id"] for one in train["annotations"]] == [1, 2, 3]
+    assert [entry["category_id"] for entry in train["annotations"]] == [2, 1, 2]
+    assert [entry["id"] for entry in train["annotations"]] == [1, 2, 3]
     assert len(train["images"]) == 4  # also images without objects
 
 

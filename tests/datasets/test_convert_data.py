@@ -107,7 +107,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert outline["bbox"] == [10, 10, 40, 30] and outline["area"] == 600
     assert turned["bbox"] == [0, 45, 50, 10]  # relative to the upright image
     # another file with that name
-    assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]
+    assert [image["file_name"] for image in tree(out, "val")["images"]] == ["a_2.jpg"]
     _, output, _ = vitdet("data", "convert", yolo, "asked", "--boxes-as-masks")
     assert "  3 x boxes are used as masks" in output.splitlines()
     box, *_ = tree(tmp_path / "asked", "train")["annotations"]

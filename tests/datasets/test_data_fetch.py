@@ -211,10 +211,7 @@ def test_a_rerun_after_a_kill_at_any_point(web: Web, root: Path) -> None:
     kill(process)
     assert not (root / "train2017").exists()
     web.asked.clear()
-    two = [
-        start(web, root),
-        start(web, root),
-    ]  # the second process waits and finds everything complete
-    said = sorted(one.communicate()[0] for one in two)
+    two = [start(web, root), start(web, root)]  # the second waits and finds everything complete
+    said = sorted(process.communicate()[0] for process in two)
     assert said == ["False\n", "True\n"] and web.asked == []
     check(root, web)

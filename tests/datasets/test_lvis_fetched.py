@@ -45,7 +45,7 @@ def test_a_fetched_data_set_can_be_trained_on(get: Fetch, web: Web, root: Path, 
     data = settings(root)
     brought, made = (read_split(settings(place), "val") for place in (root, lvis))
     # LVIS splits COCO's images differently
-    assert {one.path.parent.name for one in brought.records} == {"train2017", "val2017"}
+    assert {record.path.parent.name for record in brought.records} == {"train2017", "val2017"}
     assert all(
         record.path.read_bytes() == other.path.read_bytes() and record.image_id == other.image_id
         for record, other in zip(brought.records, made.records, strict=True)

@@ -123,7 +123,7 @@ def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
     ours, theirs = relative_errors(case, dtype, "cuda", fused, plain)
     print(case, dtype, dict(zip(OUTPUTS, zip(ours, theirs, strict=True), strict=True)))
     # The results themselves are rounded to half precision.
-    allowed = [max(one, torch.finfo(dtype).eps) for one in theirs]
+    allowed = [max(error, torch.finfo(dtype).eps) for error in theirs]
     pairs = zip(OUTPUTS, ours, allowed, strict=True)
     assert not [(name, error, limit) for name, error, limit in pairs if not error <= limit]
 

@@ -46,8 +46,11 @@ class Scene:
 
     def run(self, function, device, kind, bins, ratio, layout=torch.channels_last):
         """Return the features, and the maps' gradients for a given gradient of the features."""
-        maps = [one.to(device, kind).to(memory_format=layout).requires_grad_() for one in self.maps]
-        rest = [one.to(device) for one in (self.boxes, self.image, self.level)]
+        maps = [
+            tensor.to(device, kind).to(memory_format=layout).requires_grad_()
+            for tensor in self.maps
+        ]
+        rest = [tensor.to(device) for tensor in (self.boxes, self.image, self.level)]
         found = function(maps, *rest, self.strides, bins, ratio)
         draw = torch.Generator().manual_seed(1)
         weight = torch.randn(found.shape, generator=draw).to(self.maps[0].dtype)

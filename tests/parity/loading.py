@@ -99,4 +99,4 @@ def more_than_the_reference(entry: dict, layout: Format) -> set[str]:
 
 def inside(arrays: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
     """Return the arrays whose names start with this prefix, without it."""
-    return {n.removeprefix(start): one for n, one in arrays.items() if n.startswith(start)}
+    return {n.removeprefix(start): array for n, array in arrays.items() if n.startswith(start)}

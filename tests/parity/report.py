@@ -87,7 +87,7 @@ class Report:
         tolerance: Callable[[str], float],
     ) -> None:
         """Compare all stored arrays with ours of the same names; inputs must have been skipped."""
-        for name, one in ours.items():
+        for name, tensor in ours.items():
             if name in theirs:
                 self.close(f"{title}.{name}", tensor, theirs[name], tolerance(name))
             else:

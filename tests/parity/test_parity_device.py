@@ -24,7 +24,9 @@ CASES = "unit maskrcnn_coco maskrcnn_coco_resblock cascade_lvis vitae_mask_rcnn_
 def gpu(monkeypatch):
     """Simulate a GPU with kernels. Operations on tensors of two devices raise RuntimeError, as on a real one."""
     for module in (vitdet.kernels, mask_head, roi_pool, vitdet.kernels.nms):
-        monkeypatch.setattr(module, "enabled", lambda *tensors: all(one.is_cuda for one in tensors))
+        monkeypatch.setattr(
+            module, "enabled", lambda *tensors: all(tensor.is_cuda for tensor in tensors)
+        )
     # modules get new parameters, as existing ones cannot become meta tensors in place
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     yield FakeTensorMode(allow_non_fake_inputs=True)

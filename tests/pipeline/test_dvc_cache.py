@@ -167,8 +167,8 @@ def test_no_verb_writes_into_a_linked_cache(space: Path, vitdet: Run, kind: str)
         if path.parts[:2] not in (("work", "data"), ("work", "train"), ("data", "coco"))
         and path.parts[0] != "yolo"
     ]
-    assert len(made) > 8 and {str(one) for one in made if is_link(one)} == set()
-    assert all(os.access(one, os.W_OK) and one.stat().st_mode & 0o200 for one in made)
+    assert len(made) > 8 and {str(path) for path in made if is_link(path)} == set()
+    assert all(os.access(path, os.W_OK) and path.stat().st_mode & 0o200 for path in made)
     # a finished run is reused with the same settings and data, and rejected with others
     words = ["train", "tiny", "--output", "work/train"]
     assert vitdet(*words, *options(minimal(root)))[0] == 0

@@ -118,7 +118,9 @@ def test_submit_omits_unsupported_fields(kubeflow: Kubeflow, cli: Run) -> None:
     doubt, line = said.splitlines()
     assert code == 0 and "treated as Pipelines 2.15.0 (Kubeflow 1.11), pass --kfp" in doubt
     assert "securityContext (2.16.0 does), left out" in line and "Pod Security `restricted`" in line
-    assert not any("securityContext" in one for one in executors(sent(kubeflow)[1]).values())
+    assert not any(
+        "securityContext" in executor for executor in executors(sent(kubeflow)[1]).values()
+    )
     # a version given by the user is used unchanged
     code, _, said = cli(*words, "--kfp", "2.16.1")
     assert (code, said) == (0, "") and "securityContext" in str(sent(kubeflow)[1])

@@ -54,7 +54,7 @@ DENIED = [
 @pytest.mark.parametrize(
     ("code", "body", "said"),
     [
-        *((*one, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for one in DENIED),
+        *((*case, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for case in DENIED),
         (200, b"{}", "is not an MLflow server"),  # a different service
     ],
 )

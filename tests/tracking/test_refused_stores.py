@@ -147,7 +147,7 @@ def test_the_evaluation_of_a_copied_checkpoint_is_not_tracked(
 ) -> None:
     path = copied(tmp_path, "1" * 32)
     assert log_evaluation(path, {"box_ap": 1.0}, None, tmp_path) is None
-    assert [one.name for one in tmp_path.iterdir()] == ["model.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
     start(tmp_path, "").close()  # a store with other runs
     before = sorted(tmp_path.rglob("*"))
     assert log_evaluation(path, {"box_ap": 1.0}, None, tmp_path) is None

@@ -118,7 +118,7 @@ def test_torchs_advice_to_run_the_code_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_exploits_in_persistent_ids_have_no_effect(tmp_path: Path) -> None:
-    path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
+    path, op = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
     broken = "not a complete file of weights"
     for content, says in (
         (op % b"cposix\nsystem\n", "it references posix.system"),
