@@ -126,7 +126,7 @@ def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
     assert f"val.txt:3: {voc}/Annotations/none.xml: no such annotation file" in errors
     assert "val.txt:4: /p1: expected the name of an image" in errors
     write(voc / "ImageSets/Main/val.txt", "p3\np2 1\n")
-    assert "val.txt: 1 IDs and 1 rows" in vitdet("data", "convert", voc, "out")[2]
+    assert "val.txt: 1 of 2 lines are rows" in vitdet("data", "convert", voc, "out")[2]
 
 
 def test_two_lists_with_the_same_name_keep_their_images(vitdet: Run, voc: Path) -> None:
@@ -156,7 +156,7 @@ def test_voc_counts_skipped_objects_and_files(vitdet: Run, voc: Path) -> None:
     code, output, errors = vitdet("data", "convert", voc, "out")
     assert (code, errors) == (0, "")
     assert {
-        f"  split extra skipped: {voc}/ImageSets/Main/extra.txt has no IDs",
+        f"  split extra skipped: {voc}/ImageSets/Main/extra.txt contains no IDs",
         "  1 x IDs of trainval.txt skipped, in neither train.txt nor val.txt",
         "  1 x lists of one class (ID and a second column) ignored",
         "  2 x test images skipped: none has an annotation file",
@@ -254,7 +254,7 @@ def test_only_some_splits(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     code, output, _ = vitdet("data", "convert", yolo, "out", "--splits", "train")
     assert code == 0 and not (tmp_path / "out/val").exists()
     code, _, errors = vitdet("data", "convert", yolo, "none", "--splits", "train,dev")
-    assert code == 1 and "no split dev; there are train, val" in errors
+    assert code == 1 and "no split dev; available: train, val" in errors
 
 
 def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     [
         (("--classes", "cat,cow"), "--classes: no class 'cow'; the classes are cat, dog, bus"),
         (("--rename", "wrong.yaml"), "--rename: no class 'cow'; the classes are cat, dog, bus"),
-        (("--rename", "list.yaml"), "list.yaml: expected class names as a map old: new, got"),
+        (("--rename", "list.yaml"), "list.yaml: expected a map of class names, old: new, got"),
         (("--rename", "none.yaml"), "none.yaml: no such file"),
         (("--rename", "bad.yaml"), "bad.yaml: not YAML or JSON"),
     ],
@@ -299,7 +299,7 @@ def test_all_entries_of_data_yaml_are_reported(vitdet: Run, yolo: Path) -> None:
     assert code == 1 and "3 problems, nothing was written" in errors
     for text in (
         "names: expected a list of class names, or a map 0: name, 1: name, ...; got '3'",
-        "train: images/none was not found",
+        "train: images/none does not exist in",
         "val: expected a folder, a text file or a list of these",
     ):
         assert text in errors

@@ -155,11 +155,11 @@ ROWS, HEAD = "labels/train/a.txt", "data.yaml"
         (ROWS, "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
         ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
         ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
-        (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v was not found, looked below"),
+        (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v does not exist in"),
         (HEAD, "test: images/train\nnames: [a, b]", "expected the keys train and val"),
         (HEAD, "train: images\nnames: {1: a}", "names: expected a list of class names"),
         (HEAD, "train: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
-        (HEAD, "train: images\nnames: [a]\nkpt_shape: [17, 3]", "these are keypoints"),
+        (HEAD, "train: images\nnames: [a]\nkpt_shape: [17, 3]", "got keypoints"),
         (HEAD, "train: [", "data.yaml: not YAML"),
         (HEAD, "train: {a: b}\nnames: [a]", "train: expected a folder, a text file or a list of"),
     ],
@@ -210,18 +210,22 @@ def wrong(*values: object) -> str:
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        (ONE, BOMB, "one.xml: invalid XML: it has a DOCTYPE"),
+        (ONE, BOMB, "one.xml: invalid XML: a DOCTYPE is not"),
         (ONE, "<annotation>", "one.xml: invalid XML: no element found"),
         (ONE, "", "one.xml: invalid XML: no element found"),
         (ONE, "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
-        (ONE, "<a>" * (1 << 21), "6,291,456 bytes are too many for the annotations of one image"),
+        (ONE, "<a>" * (1 << 21), "6,291,456 bytes, expected at most 4,194,304"),
         (ONE, wrong("a", 1, 1, "x", 1), "bndbox: expected numbers"),
         (ONE, wrong("a", 1, 9, 5, 1), "expected xmin <= xmax"),
         (ONE, wrong("a", 1, "nan", 5, 1), "expected xmin <= xmax"),
         (ONE, wrong("a", 1, 101, 105, 9), "is outside the image of 100 x 50"),
         (ONE, wrong(" ", 1, 1, 5, 9), "an object without <name>"),
-        (ONE, "<a><size><width>50</width><height>99</height></size></a>", "the size is 50 x 99, "),
-        (ONE, "<a/>", "has an object 1, but"),
+        (
+            ONE,
+            "<a><size><width>50</width><height>99</height></size></a>",
+            "states a size of 50 x 99, ",
+        ),
+        (ONE, "<a/>", "contains object number 1, but"),
         ("ImageSets/Main/train.txt", "three", "three.xml: no such annotation file"),
         ("ImageSets/Main/train.txt", "../one", "../one: expected the name of an image"),
         ("SegmentationObject/one.png", "", "one.png: the image cannot be read: the file is empty"),
@@ -238,7 +242,7 @@ def test_the_format_of_the_source_is_detected(vitdet: Run, voc: Path, tmp_path: 
     for source, says in (
         ("empty", "empty: matches none of yolo, voc, coco, labelme, cvat; found nothing"),
         ("none", "none: no such folder"),
-        (voc, "looks like yolo and voc"),
+        (voc, "could be yolo or voc"),
     ):
         refused(vitdet("data", "convert", source, "out"), says)
     assert vitdet("data", "convert", voc, "out", "--format", "voc")[0] == 0

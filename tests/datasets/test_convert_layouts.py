@@ -218,7 +218,7 @@ def test_each_layout_gives_the_same_records(vitdet: Run, layout: Layout) -> None
     assert vitdet("data", "convert", "source", "divided", *words)[0] == 0
     assert check(Path("divided")).ok
     code, _, errors = vitdet("data", "convert", "source", "none", "--splits", "dev")
-    assert code == 1 and "no split dev; there are train" in errors
+    assert code == 1 and "no split dev; available: train" in errors
 
 
 def split_layout(file: str, content: Callable[[str], object]) -> Layout:
@@ -382,8 +382,8 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
     assert {
         "  1 x elements <polyline> skipped",
         "  2 x elements <tag> skipped",
-        "  1 x rotated boxes: replaced by the upright box around each",
-        "  1 x objects without size skipped",
+        "  1 x rotated boxes replaced by their upright bounding boxes",
+        "  1 x objects of zero size skipped",
         "  1 x outlines of fewer than 3 points skipped",
     } <= {*output.splitlines()}
     found = [row[1:] for row in records(tmp_path / "out", "train")]
@@ -396,7 +396,7 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
 def test_cvat_tracks_are_rejected(vitdet: Run, tmp_path: Path) -> None:
     write(tmp_path / "source/annotations.xml", "<annotations><track label='a'/></annotations>")
     code, _, errors = vitdet("data", "convert", "source", "out")
-    assert code == 1 and "it has tracks; export the task as 'CVAT for images'" in errors
+    assert code == 1 and "contains tracks; export the task as 'CVAT for images'" in errors
 
 
 def test_an_unknown_layout_is_described(vitdet: Run, tmp_path: Path) -> None:

@@ -82,9 +82,9 @@ def device(kind: int, content: bytes = b"") -> bytes:
 SAME = "which are the same file on some disks"
 EVIL = {
     "link": (zipped({"good": b"1", "l": b"/etc/passwd"}, kinds={"l": stat.S_IFLNK}), "l is a link"),
-    "device": (device(stat.S_IFBLK), "p is no plain file"),
-    "pipe": (device(stat.S_IFIFO), "p is no plain file"),
-    "folder": (device(stat.S_IFDIR, b"x"), "p is no plain file"),
+    "device": (device(stat.S_IFBLK), "p is not a regular file"),
+    "pipe": (device(stat.S_IFIFO), "p is not a regular file"),
+    "folder": (device(stat.S_IFDIR, b"x"), "p is not a regular file"),
     "encrypted": (encrypted(zipped({"good": b"1", "s": b"2"}), "s"), "s is encrypted"),
     "bzip2": (zipped({"x": b"1" * 100}, zipfile.ZIP_BZIP2), "x is compressed with method 12, not"),
     "lzma": (zipped({"x": b"1" * 100}, zipfile.ZIP_LZMA), "x is compressed with method 14"),

@@ -92,8 +92,8 @@ def test_transient_errors_are_retried(web: Web, load: Load, bad: Answer) -> None
 def test_a_server_without_progress_is_an_error(web: Web, load: Load, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError) as caught:
         load(file(cut=30_000), *[file(cut=0)] * 9)
-    cut = "the connection was closed at 30,000 of 100,000 bytes, 3 times in a row"
-    kept = "the 30,000 bytes so far are kept; run the same command to resume"
+    cut = "the connection was closed after 30,000 of 100,000 bytes, 3 times in a row"
+    kept = "the 30,000 bytes received are kept; run the same command to resume"
     assert str(caught.value) == f"{web.url}/a/file.pth: {cut}; {kept}"
     assert len(web.asked) == 3 and (tmp_path / "part").read_bytes() == CONTENT[:30_000]
     assert load().read_bytes() == CONTENT and web.sent == 100_000
@@ -103,7 +103,9 @@ def test_a_server_that_ignores_range_starts_again(web: Web, load: Load, tmp_path
     assert load(file(cut=30_000), file(ranges=False)).read_bytes() == CONTENT
     assert web.sent == 130_000
     (tmp_path / "part").unlink()
-    with pytest.raises(ConnectionError, match="closed at 40,000 of 90,000 bytes, 3 times in a row"):
+    with pytest.raises(
+        ConnectionError, match="closed after 40,000 of 90,000 bytes, 3 times in a row"
+    ):
         load(changed(OTHER, file(ranges=False, cut=40_000)), *[file(ranges=False, cut=40_000)] * 9)
 
 
@@ -138,7 +140,7 @@ def test_a_weak_etag_is_ignored_but_a_date_is_used(web: Web, load: Load, tmp_pat
 
 
 PAGE = status(200, b"<html>log in</html>", Content_Type="text/html")
-LONGER = "the server has 100,001 bytes, expected 100,000: not the published file"
+LONGER = "the server's file has 100,001 bytes, expected 100,000: not the published file"
 FORBIDDEN = "the server responded with 403 Forbidden (the server denies access to this file)"
 
 
@@ -167,14 +169,16 @@ def test_permanent_errors_are_one_line_without_a_retry(
 
 
 def test_fewer_bytes_than_announced_are_a_dropped_connection(load: Load) -> None:
-    with pytest.raises(ConnectionError, match="closed at 100,000 of 100,001 bytes"):
+    with pytest.raises(ConnectionError, match="closed after 100,000 of 100,001 bytes"):
         load(*[file(surplus=1)] * 3)
 
 
 def test_a_refused_connection_is_one_line(tmp_path: Path) -> None:
     with serve() as web:
         url = web.url
-    with pytest.raises(ConnectionError, match="Connection refused.*3 times in a row; nothing came"):
+    with pytest.raises(
+        ConnectionError, match="Connection refused.*3 times in a row; nothing was received"
+    ):
         download(url, tmp_path / "part", Seen(), QUICK)
 
 

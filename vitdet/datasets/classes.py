@@ -1,4 +1,4 @@
-"""The classes of a converted data set: those of the source, renamed and selected."""
+"""Renaming and selection of the classes of a data set that is converted."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from vitdet.files import read_yaml
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Read a YAML or JSON file with a map old: new. Raises FileNotFoundError, ValueError."""
+    """Read a map of old to new class names (YAML, JSON). Raises FileNotFoundError, ValueError."""
     names = read_yaml(path, "YAML or JSON")
     texts = [name for pair in names.items() for name in pair] if isinstance(names, dict) else [""]
     if not all(name and is_text(name) for name in texts):
-        raise ValueError(f"{path}: expected class names as a map old: new, got {show(names)}")
+        raise ValueError(f"{path}: expected a map of class names, old: new, got {show(names)}")
     return names
 
 
 def select_classes(
     source: Path, names: Sequence[str], keep: Sequence[str], rename: Mapping[str, str]
 ) -> tuple[tuple[str, ...], list[int | None]]:
-    """Return the classes to write, and for each class of the source its new class (None: dropped).
+    """Return the classes to write, and the new label of each source class (None if dropped).
 
-    rename: old name -> new name; classes with the same new name are merged. keep: the new names to
-    write, in this order; default: all, in the order of the source. Raises ValueError for unknown
-    names.
+    `rename` maps old to new names; classes with the same new name are merged. `keep` lists the new
+    names to write, in order; if empty, all classes are kept in source order. Raises ValueError for
+    unknown names.
     """
     renamed = [rename.get(name, name) for name in names]
     for option, given, known in (("--rename", rename, names), ("--classes", keep, renamed)):

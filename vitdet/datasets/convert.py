@@ -1,8 +1,8 @@
 """Conversion of a data set in another format to COCO's layout, atomically.
 
-Images are hard links to those of the source, which take no space and remain if the source is
-deleted; copies if the file system does not support links (another disk). As in COCO, image ids are
-unique, and so are names unless they are the same file.
+Images are hard links to the source images, which use no space and remain if the source is deleted.
+They are copied if the file system does not support links, e.g. to another disk. As in COCO, image
+ids are unique; file names are unique except for the same file in several splits.
 """
 
 from __future__ import annotations
@@ -34,15 +34,12 @@ UNDIVIDED = (
 
 @dataclass(frozen=True)
 class Converted:
-    """The result: (images, objects) of each split, the classes, and messages for the user.
+    """The result of a conversion."""
 
-    notes: with counts; remarks: without.
-    """
-
-    splits: dict[str, tuple[int, int]]
+    splits: dict[str, tuple[int, int]]  # number of images and of objects
     class_names: tuple[str, ...]
-    notes: dict[str, int]
-    remarks: tuple[str, ...] = ()
+    notes: dict[str, int]  # messages for the user, with the number of occurrences
+    remarks: tuple[str, ...] = ()  # messages without a number
 
 
 def convert(
@@ -64,18 +61,17 @@ def convert(
     Args:
         source: the data set.
         target: a new or empty folder.
-        kind: a key of FORMATS; default: detected.
-        copy: always copy images.
+        kind: a key of FORMATS; detected if empty.
+        copy: copy images instead of linking them.
         boxes_as_masks: use the box of an object without a mask as its mask.
         splits, classes: convert only these; classes are numbered in the given order.
         rename: new names of classes, applied before `classes`.
-        val_share: share (0 to 1) of the images of the only split that becomes `val`, drawn with
-            `seed`.
+        val_share: fraction (0 to 1) of a single split that becomes `val`, drawn with `seed`.
         reading: how image files are read.
 
     Raises:
-        SourceError: a ValueError with all problems of the source.
-        FileNotFoundError, ValueError: unusable source or options, or the target is not empty.
+        SourceError: a ValueError that lists all problems of the source.
+        FileNotFoundError, ValueError: the source, the target or an option is unusable.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target}: already exists; choose a new folder")
@@ -83,51 +79,51 @@ def convert(
         raise FileNotFoundError(f"{source}: no such folder")
     if not 0 <= val_share < 1:
         raise ValueError(f"--val-share: expected a number from 0 to 1, got {val_share}")
-    found = ImportedDataset(source, splits, reading)
-    FORMATS[kind or detect(source)].read(found)
+    dataset = ImportedDataset(source, splits, reading)
+    FORMATS[kind or detect(source)].read(dataset)
     names: tuple[str, ...] = ()
     labels: list[int | None] = []
-    if found.class_names:  # otherwise nothing could be read
-        names, labels = select_classes(source, found.class_names, classes, rename or {})
+    if dataset.class_names:  # otherwise nothing could be read
+        names, labels = select_classes(source, dataset.class_names, classes, rename or {})
     with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, names, labels, copy, boxes_as_masks)
-        images: Mapping[str, Iterable[ImportedImage]] = found.splits
+        images: Mapping[str, Iterable[ImportedImage]] = dataset.splits
         if val_share and images:
-            images = _divided(found, val_share, seed)
+            images = _divided(dataset, val_share, seed)
         counts = {split: writer.write(split, listed) for split, listed in images.items()}
-        found.problems.raise_if_any(source)
+        dataset.problems.raise_if_any(source)
         if not counts:
-            raise ValueError(f"{source}: nothing to convert; {'; '.join(found.remarks)}")
+            raise ValueError(f"{source}: nothing to convert; {'; '.join(dataset.remarks)}")
     if not any(split.startswith("val") for split in counts):
-        found.remarks.append(UNDIVIDED)
-    notes = {note: count for note, count in found.notes.items() if count}
+        dataset.remarks.append(UNDIVIDED)
+    notes = {note: count for note, count in dataset.notes.items() if count}
     if boxes_as_masks and BOX_ONLY in notes:
         notes["boxes are used as masks"] = notes.pop(BOX_ONLY)
     if writer.other_classes:
         notes["objects of other classes dropped (--classes)"] = writer.other_classes
-    return Converted(counts, names, notes, tuple(found.remarks))
+    return Converted(counts, names, notes, tuple(dataset.remarks))
 
 
-def _divided(found: ImportedDataset, share: float, seed: int) -> dict[str, list[ImportedImage]]:
+def _divided(dataset: ImportedDataset, share: float, seed: int) -> dict[str, list[ImportedImage]]:
     """Split the images of the only split into train and val.
 
     Raises ValueError if there are several splits, or too few images.
     """
-    if len(found.splits) != 1:
+    if len(dataset.splits) != 1:
         raise ValueError(
-            f"{found.source}: --val-share splits the images of a single split, but there are "
-            f"{', '.join(found.splits)}; select one with --splits"
+            f"{dataset.source}: --val-share splits the images of a single split, but there are "
+            f"{', '.join(dataset.splits)}; select one with --splits"
         )
-    images = [image for split in found.splits.values() for image in split]
-    if len(images) < 2 and not found.problems.counts:
-        raise ValueError(f"{found.source}: {len(images)} images are too few for --val-share")
+    images = [image for split in dataset.splits.values() for image in split]
+    if len(images) < 2 and not dataset.problems.counts:
+        raise ValueError(f"{dataset.source}: --val-share needs 2 images, got {len(images)}")
     count = min(max(round(share * len(images)), 1), len(images) - 1)
     chosen = set(random.Random(seed).sample(range(len(images)), max(count, 0)))
-    found.remarks.append(f"val: {count:,} of {len(images):,} images, drawn with seed {seed}")
+    dataset.remarks.append(f"val: {count:,} of {len(images):,} images, drawn with seed {seed}")
     return {
-        "train": [one for index, one in enumerate(images) if index not in chosen],
-        "val": [one for index, one in enumerate(images) if index in chosen],
+        "train": [image for index, image in enumerate(images) if index not in chosen],
+        "val": [image for index, image in enumerate(images) if index in chosen],
     }
 
 
@@ -137,17 +133,17 @@ class _Writer:
 
     folder: Path
     class_names: Sequence[str]
-    labels: Sequence[int | None]  # label in the source -> label in the target; None: skipped
+    labels: Sequence[int | None]  # source label -> target label, None if dropped
     copy: bool
     boxes_as_masks: bool
 
     def __post_init__(self) -> None:
         self.images = self.objects = self.other_classes = 0
-        self.name_of: dict[str, str] = {}  # source file -> name
+        self.name_of: dict[str, str] = {}  # source file -> target name
         self.taken: Counter[str] = Counter()
 
     def write(self, split: str, images: Iterable[ImportedImage]) -> tuple[int, int]:
-        """Write a split; return its numbers of images and objects."""
+        """Write a split; return the number of images and the number of objects."""
         (self.folder / split).mkdir()
         categories = [{"id": label, "name": name} for label, name in enumerate(self.class_names, 1)]
         entries, before = [], self.objects
@@ -156,8 +152,8 @@ class _Writer:
             file.write(f'{{{head}, "annotations": [')
             for image in images:
                 entries.append(self._image(split, image))
-                for thing in image.things:
-                    label = self.labels[thing.label]
+                for obj in image.objects:
+                    label = self.labels[obj.label]
                     if label is None:
                         self.other_classes += 1
                         continue
@@ -166,31 +162,31 @@ class _Writer:
                         "id": self.objects,
                         "image_id": self.images,
                         "category_id": label + 1,
-                        "bbox": thing.box,
-                        "area": thing.area,
-                        "segmentation": thing.segmentation or self._box_as_mask(thing),
-                        "iscrowd": int(thing.crowd),
+                        "bbox": obj.box,
+                        "area": obj.area,
+                        "segmentation": obj.segmentation or self._box_as_mask(obj),
+                        "iscrowd": int(obj.crowd),
                     }
                     comma = "," if self.objects > before + 1 else ""
                     file.write(f"{comma}\n{json.dumps(annotation)}")
             file.write(f'\n], "images": {json.dumps(entries)}}}\n')
         return len(entries), self.objects - before
 
-    def _box_as_mask(self, thing: ImportedObject) -> list[list[float]]:
-        x, y, width, height = thing.box
-        right, low = round(x + width, 3), round(y + height, 3)
-        return [[x, y, right, y, right, low, x, low]] if self.boxes_as_masks else []
+    def _box_as_mask(self, obj: ImportedObject) -> list[list[float]]:
+        x, y, width, height = obj.box
+        right, bottom = round(x + width, 3), round(y + height, 3)
+        return [[x, y, right, y, right, bottom, x, bottom]] if self.boxes_as_masks else []
 
     def _image(self, split: str, image: ImportedImage) -> dict[str, str | int]:
         path = os.path.realpath(image.path)  # a hard link to a symbolic link would be symbolic
-        name = self.name_of[path] = self.name_of.get(path) or self._name(image.path.name)
-        _bring(path, self.folder / split / name, self.copy)
+        name = self.name_of[path] = self.name_of.get(path) or self._unique(image.path.name)
+        _link_or_copy(path, self.folder / split / name, self.copy)
         self.images += 1
         size = {"height": image.height, "width": image.width}
         return {"id": self.images, "file_name": name, **size}
 
-    def _name(self, name: str) -> str:
-        """Return the file name, with a number if another file has it."""
+    def _unique(self, name: str) -> str:
+        """Append a number to a file name that another file has."""
         stem, suffix = os.path.splitext(name)
         while name in self.taken:
             self.taken[stem + suffix] += 1
@@ -199,7 +195,7 @@ class _Writer:
         return name
 
 
-def _bring(source: str, target: Path, copy: bool) -> None:
+def _link_or_copy(source: str, target: Path, copy: bool) -> None:
     if target.exists():
         return  # the same file, listed twice through two links
     if not copy:

@@ -1,11 +1,10 @@
 """Download of one file over unreliable connections.
 
-PATH contains the bytes received so far; PATH.json identifies the file that they belong to: its URL,
-the validator sent by the server (a strong ETag, else Last-Modified) and the length. The next
-attempt requests the rest with Range, on the condition (If-Range) that the file has not changed; if
-the server sends the whole file, because it ignores Range or the file has changed, the download
-starts over. Attempts continue while they make progress; `tries` consecutive attempts without
-progress end the download. RFC 9110, sections 8.8, 13.1.5 and 14.
+PATH contains the bytes received so far. PATH.json identifies the file to which these bytes belong
+by URL, length and the validator that the server sent (a strong ETag, else Last-Modified). The next
+attempt requests the rest with Range, on the condition (If-Range) that the file has not changed. If
+the server sends the whole file nevertheless, the download starts over. It ends after `tries`
+consecutive attempts without progress. See RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from vitdet.files import write_json
 
 CHUNK = 1 << 18  # bytes
 LARGEST = 100 * 10**9  # bytes: limit for files of unknown size; no published file is larger
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes that are retried
+RETRIED = (408, 425, 429, 500, 502, 503, 504)  # status codes
 DENIED = "the server denies access to this file"
 REASONS = {
-    401: "it requires a password",
+    401: "the file requires a password",
     404: "no such file on the server",
-    410: "the file is gone",
+    410: "the file was removed from the server",
 }
 CHANGED = "the file on the server has changed"
 log = logging.getLogger(__name__)
@@ -47,29 +46,29 @@ class Patience:
     tries: int = 5  # consecutive attempts without progress
     pause: float = 1.0  # seconds before the second attempt; doubles each time
     longest_pause: float = 60.0
-    stall: float = 30.0  # seconds without a byte
+    stall: float = 30.0  # seconds without data before an attempt fails
 
 
 class Watcher(Protocol):
     """Progress display of a download."""
 
     def at(self, done: int, total: int | None) -> None:
-        """Report progress in bytes; None: unknown total."""
+        """Report the number of bytes received, and the total or None if unknown."""
 
     def end(self) -> None:
-        """End of an attempt; may be called twice."""
+        """Report the end of an attempt; may be called twice."""
 
 
 class _Broken(Exception):
-    """A failed attempt that may be retried. `pause`: seconds requested by the server."""
+    """A failed attempt that may be retried, after `pause` seconds if requested by the server."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
         self.pause = pause
 
 
-class _Beginning(NamedTuple):
-    """The file that the bytes received so far belong to."""
+class _Origin(NamedTuple):
+    """The file to which the bytes received so far belong."""
 
     url: str
     validator: str
@@ -87,29 +86,29 @@ def download(
     """Download a file to `path`, resuming a previous download.
 
     Args:
-        url: its address.
+        url: the HTTP URL of the file.
         path: the file to write.
         watcher: progress display.
         patience: retry policy.
         size: expected number of bytes, if known.
-        copies: number of files of this size that must fit on the disk in the end.
+        copies: number of files of this size for which the disk must have space.
 
     Raises:
         ConnectionError, FileNotFoundError: the server does not send the file.
         OSError: the file cannot be written.
-        ValueError: not the expected file.
+        ValueError: the server sends something other than the expected file.
     """
     attempt = _Attempt(url, path, watcher, patience.stall, size, copies)
-    furthest, failures = _have(path), 0
+    furthest, failures = _size(path), 0
     while True:
         try:
             return attempt.run()
         except _Broken as broken:
-            here = _have(path)
-            failures = 1 if here > furthest else failures + 1
-            furthest = max(here, furthest)
+            received = _size(path)
+            failures = 1 if received > furthest else failures + 1
+            furthest = max(received, furthest)
             if failures >= patience.tries:
-                times = f"{failures} times in a row; {_kept(here)}"
+                times = f"{failures} times in a row; {_kept(received)}"
                 raise ConnectionError(f"{url}: {broken}, {times}") from broken
             pause = max(patience.pause * 2 ** (failures - 1), broken.pause)
             pause = min(pause, patience.longest_pause)
@@ -156,29 +155,29 @@ class _Attempt:
     copies: int
 
     def run(self) -> None:
-        """Receive the file or its rest."""
-        have, beginning = _have(self.path), _beginning(self.path)
-        if not have or beginning is None or beginning.url != self.url:
-            have, beginning = 0, None
-        if beginning and have == beginning.total:
+        """Receive the file, or the rest of it."""
+        received, origin = _size(self.path), _origin(self.path)
+        if not received or origin is None or origin.url != self.url:
+            received, origin = 0, None
+        if origin and received == origin.total:
             return  # the previous attempt was interrupted after the last byte
         request = Request(self.url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
-        if beginning:
-            request.add_header("Range", f"bytes={have}-")
-            request.add_header("If-Range", beginning.validator)
+        if origin:
+            request.add_header("Range", f"bytes={received}-")
+            request.add_header("If-Range", origin.validator)
         with self.send(request) as response:
-            start, total = self.extent(response, have, beginning)
+            start, total = self.extent(response, received, origin)
             self.check(response, total)
-            self.check_space(total, have)
+            self.check_space(total, received)
             if not start:
-                # first remove the old bytes, so that a kill cannot mix them with the new note
+                # first remove the old bytes, which the new PATH.json does not describe
                 discard(self.path)
-                noted = _Beginning(self.url, _validator(response), total)
-                write_json(note(self.path), noted._asdict())
+                origin = _Origin(self.url, _validator(response), total)
+                write_json(note(self.path), origin._asdict())
             self.receive(response, start, total)
-        here = _have(self.path)
-        if total is not None and here != total:
-            raise _Broken(f"the connection was closed at {here:,} of {total:,} bytes")
+        received = _size(self.path)
+        if total is not None and received != total:
+            raise _Broken(f"the connection was closed after {received:,} of {total:,} bytes")
 
     def send(self, request: Request) -> http.client.HTTPResponse:
         """Send the request and return the response, before its body is read."""
@@ -190,7 +189,7 @@ class _Attempt:
                     discard(self.path)
                     raise _Broken(CHANGED) from error
                 text = f"the server responded with {error.code} {error.reason}"
-                if error.code in PASSING:
+                if error.code in RETRIED:
                     after = error.headers.get("Retry-After", "")
                     raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
                 kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
@@ -203,53 +202,53 @@ class _Attempt:
             raise self.broken(cause) from error
 
     def extent(
-        self, response: http.client.HTTPResponse, have: int, beginning: _Beginning | None
+        self, response: http.client.HTTPResponse, received: int, origin: _Origin | None
     ) -> tuple[int, int | None]:
-        """Return the offset of the body and the length of the file."""
+        """Return the offset of the body in the file, and the file's length."""
         headers = response.headers
-        if response.status != 206 or beginning is None:
+        if response.status != 206 or origin is None:
             length = headers.get("Content-Length", "")
             return 0, int(length) if length.isdigit() else None
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
         total = int(found[2]) if found and found[2] != "*" else None
-        same = _validator(response) in (beginning.validator, "")  # some servers ignore If-Range
-        if not found or int(found[1]) != have or total != beginning.total or not same:
+        same = _validator(response) in (origin.validator, "")  # some servers ignore If-Range
+        if not found or int(found[1]) != received or total != origin.total or not same:
             discard(self.path)
             raise _Broken(CHANGED)
-        return have, total
+        return received, total
 
     def check(self, response: http.client.HTTPResponse, total: int | None) -> None:
-        """Raise ValueError if the response is known not to be the expected file."""
+        """Raise ValueError if the response cannot be the expected file."""
         before, after = (urlsplit(url).scheme for url in (self.url, response.url))
         if before == "https" and after != "https":
             raise ValueError(
-                f"{self.url}: redirects to an unencrypted address ({response.url}); it was not "
-                "followed"
+                f"{self.url}: redirects to an unencrypted address ({response.url}); the redirect "
+                "was not followed"
             )
         if response.headers.get_content_type() == "text/html":
             raise ValueError(
                 f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
-                "open the URL in a browser and pass the file with --from"
+                "download it with a browser and pass the file with --from"
             )
         if self.size is not None and total is not None and total != self.size:
-            has = f"the server has {total:,} bytes, expected {self.size:,}"
-            raise ValueError(f"{self.url}: {has}: not the published file")
+            sizes = f"the server's file has {total:,} bytes, expected {self.size:,}"
+            raise ValueError(f"{self.url}: {sizes}: not the published file")
 
-    def check_space(self, total: int | None, have: int) -> None:
-        """Raise OSError if the rest of the file, and its further copies, do not fit on the disk."""
-        needed = self.copies * (total or 0) - have
+    def check_space(self, total: int | None, received: int) -> None:
+        """Raise OSError if the rest of the file and further copies of it do not fit on the disk."""
+        needed = self.copies * (total or 0) - received
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             what = "the file" if self.copies == 1 else f"{self.copies} files of this size"
             raise OSError(
                 f"{self.path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are "
-                "free; free some space or give another folder"
+                "free; free some space or choose another folder"
             )
 
     def receive(self, response: http.client.HTTPResponse, start: int, total: int | None) -> None:
         """Append the body to the first `start` bytes of the file."""
         done, most = start, LARGEST if self.size is None else self.size
-        with open(self.path, "ab", buffering=0) as file:  # flush what was received
+        with open(self.path, "ab", buffering=0) as file:  # a killed process loses nothing
             try:
                 self.watcher.at(done, total)
                 # read one byte more than expected, to detect a longer file
@@ -262,7 +261,7 @@ class _Attempt:
                         view, done = view[count:], done + count
                     self.watcher.at(done, total)
             except OSError as error:
-                text = f"could not be written ({error}); free some space, {_kept(done)}"
+                text = f"could not be written ({error}); free some space; {_kept(done)}"
                 raise OSError(f"{self.path}: {text}") from error
         if chunk:
             discard(self.path)
@@ -275,12 +274,12 @@ class _Attempt:
     def read(self, response: http.client.HTTPResponse, most: int) -> bytes:
         """Read some bytes of the body."""
         try:
-            return response.read1(most)  # read1: a broken connection loses nothing
+            return response.read1(most)  # read() would lose the last bytes of a broken connection
         except (OSError, http.client.HTTPException) as error:
             raise self.broken(error) from error
 
     def broken(self, error: object) -> _Broken:
-        """Return the exception for an error of the connection."""
+        """Return the exception for a connection error."""
         if isinstance(error, TimeoutError):
             return _Broken(f"no data received for {self.stall:g} s")
         return _Broken(f"the connection failed ({error})")
@@ -291,25 +290,25 @@ def _bytes(number: int) -> str:
 
 
 def _validator(response: http.client.HTTPResponse) -> str:
-    """Return the validator of the file's version; '' if the server sends none."""
+    """Return the validator of the server's file, '' if the server sends none."""
     tag = response.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified", "")
 
 
-def _have(path: Path) -> int:
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _kept(done: int) -> str:
-    if not done:
-        return "nothing came"
-    return f"the {done:,} bytes so far are kept; run the same command to resume"
+def _kept(received: int) -> str:
+    if not received:
+        return "nothing was received"
+    return f"the {received:,} bytes received are kept; run the same command to resume"
 
 
-def _beginning(path: Path) -> _Beginning | None:
-    """Read the description of the bytes so far; None if it is missing or insufficient to resume."""
+def _origin(path: Path) -> _Origin | None:
+    """Read PATH.json; return None if the file is missing or insufficient to resume."""
     try:
-        noted = _Beginning(**json.loads(note(path).read_text()))
+        origin = _Origin(**json.loads(note(path).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return noted if noted.validator else None
+    return origin if origin.validator else None

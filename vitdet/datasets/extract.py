@@ -1,10 +1,10 @@
 """Safe extraction of zip archives into one folder.
 
-All names are checked before anything is written: a name outside the folder, a link, a device,
-names that are equal on case-insensitive disks, encryption, a compression with unbounded memory, or
-more files or bytes than allowed reject the whole archive. A file gets no more bytes than its entry
-declares, and its checksum (CRC-32, APPNOTE.TXT 4.4.7) must match. Files are written atomically, and
-complete files are not written again, so that an interrupted extraction resumes.
+All entries are checked before anything is written. The whole archive is rejected if it contains a
+name outside the folder, a link, a device, names that are equal on case-insensitive disks, an
+encrypted file, a compression method of unbounded memory, or more files or bytes than allowed. A
+file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are written
+atomically, and complete files are not written again, so that an interrupted extraction resumes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from vitdet.data.download_record import crc32
 CHUNK = 1 << 20  # bytes
 TEMPORARY = ".unpacking"  # suffix of a file that is being written
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# errors of zipfile for an invalid archive
-BAD = (
+# errors that zipfile raises for an invalid archive
+ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -69,13 +69,13 @@ def unpack(
     Args:
         archive: the zip archive.
         folder: where to extract to.
-        choose: maps a name in the archive to the name in the folder; None: skip.
+        choose: maps a name in the archive to the name in the folder, or None to skip the file.
         limits: upper limits of the content.
-        seen: called with the bytes of each complete file.
-        ours: replace existing files that differ; otherwise they raise ValueError.
+        seen: called with the size in bytes of each complete file.
+        ours: replace existing files that differ, instead of raising ValueError.
 
     Raises:
-        ValueError: a rejected or damaged archive.
+        ValueError: the archive is rejected or damaged, or an existing file differs.
         OSError: the files cannot be written.
     """
     found, temporary = [], folder / f".{archive.stem}{TEMPORARY}"
@@ -86,11 +86,11 @@ def unpack(
             for info, name in chosen:
                 path = folder / name
                 _check_parents(path, folder)
-                if not _is_there(path, info, ours):
+                if not _is_complete(path, info, ours):
                     _write(opened, info, path, temporary)
                 found.append(Entry(name, info.file_size, info.CRC))
                 seen(info.file_size)
-    except BAD as error:
+    except ZIP_ERRORS as error:
         raise ValueError(f"{archive}: not a complete zip archive ({error})") from error
     except _Refused as error:
         raise ValueError(f"{archive}: {error}") from error
@@ -113,7 +113,7 @@ def _checked(
             chosen.append((info, name))
     count, size = len(chosen), sum(info.file_size for info, _ in chosen)
     if count > limits.files:
-        raise _Refused(f"{count:,} files, expected at most {limits.files:,}: rejected")
+        raise _Refused(f"contains {count:,} files, expected at most {limits.files:,}: rejected")
     if size > limits.size:
         raise _Refused(f"unpacks to {size:,} bytes, expected at most {limits.size:,}: rejected")
     first: dict[str, str] = {}
@@ -131,7 +131,7 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
     _check_name(info.orig_filename.removesuffix("/"))
     kind, name = stat.S_IFMT(info.external_attr >> 16), info.filename
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():
-        what = "a link" if kind == stat.S_IFLNK else "no plain file"
+        what = "a link" if kind == stat.S_IFLNK else "not a regular file"
         raise _Refused(f"{name} is {what}: rejected")
     if info.flag_bits & 0x1:
         raise _Refused(f"{name} is encrypted: rejected")
@@ -141,7 +141,7 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Reject names that any system interprets as outside the folder."""
+    """Reject names that some operating system resolves to a path outside the folder."""
     parts = name.split("/")
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
@@ -156,24 +156,24 @@ def _check_parents(path: Path, folder: Path) -> None:
     for parent in path.parents:
         if parent.is_symlink():
             raise OSError(
-                f"{parent}: a link, which is not followed; remove it, or give the folder that "
-                "it points to"
+                f"{parent}: symbolic links are not followed; remove the link, or choose the "
+                "folder that it points to"
             )
         if parent == folder:
             break
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _is_there(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
-    """Return whether the file is complete. Raises ValueError for a file not to be replaced."""
+def _is_complete(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
+    """Return whether the file is complete. Raises ValueError if it must not be replaced."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return False
-    plain = stat.S_ISREG(found.st_mode)
-    if plain and found.st_size == info.file_size and crc32(path) == info.CRC:
+    regular = stat.S_ISREG(found.st_mode)
+    if regular and found.st_size == info.file_size and crc32(path) == info.CRC:
         return True
-    if ours and plain:
+    if ours and regular:
         return False
     what = "exists and differs from the file in the archive"
     raise ValueError(f"{path}: {what}; move it away and repeat the command")

@@ -1,14 +1,14 @@
-"""Downloading COCO 2017 and LVIS v1 to the usual folders.
+"""Download of COCO 2017 and LVIS v1 to the usual folders.
 
-  DIR/train2017/*.jpg, DIR/val2017/*.jpg           both data sets; LVIS uses coco_url below DIR
+  DIR/train2017/*.jpg, DIR/val2017/*.jpg           images of both data sets
   DIR/annotations/instances_{train,val}2017.json   COCO
   DIR/annotations/lvis_v1_{train,val}.json         LVIS
-  DIR/manifest.json                                record: `vitdet.data.download_record`
+  DIR/manifest.json                                see `vitdet.data.download_record`
 
 All archives are downloaded in parallel, verified, then extracted in parallel. An interrupted run
-leaves DIR/.archives/NAME.part (a download), DIR/.archives/NAME (verified) and DIR/.train2017.part
-(an incomplete folder), from which the next run resumes. An image folder is renamed when it is
-complete. Existing files are never overwritten.
+leaves DIR/.archives/NAME.part (partial downloads), DIR/.archives/NAME (verified archives) and
+DIR/.train2017.part (incomplete folders), from which the next run resumes. An image folder gets its
+final name when it is complete. Existing files are never overwritten.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from vitdet.datasets.parallel import SharedProgress, run_parallel
 from vitdet.datasets.published import Archive
 from vitdet.files import locked, sha256
 
-PICTURE = re.compile(r"\d{12}\.jpg")  # file names of COCO's images
-BLOCK = 4096  # block size of a disk in bytes
+IMAGE_NAME = re.compile(r"\d{12}\.jpg")  # of COCO
+BLOCK = 4096  # disk block size in bytes
 PATIENT = Patience()
-AWAY = "move it away and repeat the command"
+MOVE_AWAY = "move it away and repeat the command"
 log = logging.getLogger(__name__)
 
 
@@ -51,28 +51,28 @@ def fetch(
     Args:
         archives: the archives to fetch.
         root: the folder of the data sets.
-        show: creates the progress display of a step.
-        mirror: where to download from instead of the published addresses.
-        local: a folder with the archives, which are then not downloaded.
+        show: returns the progress display of a named step.
+        mirror: base URL that replaces the host of the published URLs.
+        local: a folder that contains the archives, which are then not downloaded.
         keep: keep the archives in root/archives.
         patience: retry policy.
 
     Raises:
         FileNotFoundError: an archive is not in `local`.
-        ValueError: an archive is not the published one, or other files are in its place.
+        ValueError: an archive is not the published one, or an existing file differs from it.
         OSError: not enough space, or the folder is not writable; also the errors of `download`.
     """
-    if not (root / ".archives").exists() and not _lacking(archives, root):
+    if not (root / ".archives").exists() and not _missing(archives, root):
         return False
     root.mkdir(parents=True, exist_ok=True)
     waiting = f"{root}: another process is downloading; waiting"
     with locked(root / ".fetching", waiting=waiting, remove=True):
-        todo = _lacking(archives, root)  # a concurrent process may have finished it
+        todo = _missing(archives, root)  # a concurrent process may have fetched some
         if todo:
             _check_places(todo, root)
             _check_space(todo, root, local)
             if local:
-                files = _given(todo, local)
+                files = _local(todo, local)
             else:
                 files = _downloaded(todo, root, show("downloading"), mirror, patience)
             found = _unpacked(todo, files, root, show("unpacking"))
@@ -82,14 +82,14 @@ def fetch(
     return bool(todo)
 
 
-def _lacking(archives: Sequence[Archive], root: Path) -> list[Archive]:
-    """Return the archives whose content is missing, by the record and the sizes of the files."""
-    known = download_record.read(root)
-    return [archive for archive in archives if not _is_there(archive, root, known)]
+def _missing(archives: Sequence[Archive], root: Path) -> list[Archive]:
+    """Return the archives whose files are missing or differ in size from the download record."""
+    record = download_record.read(root)
+    return [archive for archive in archives if not _is_extracted(archive, root, record)]
 
 
-def _is_there(archive: Archive, root: Path, known: DownloadRecord) -> bool:
-    part = known.only((archive.name,), archive.paths)
+def _is_extracted(archive: Archive, root: Path, record: DownloadRecord) -> bool:
+    part = record.only((archive.name,), archive.paths)
     if not part.archives or len(part.files) + len(part.folders) < len(archive.paths):
         return False
     try:
@@ -99,37 +99,38 @@ def _is_there(archive: Archive, root: Path, known: DownloadRecord) -> bool:
         return False
     except ValueError as error:
         if archive.members or len(os.listdir(root / archive.folder)) >= archive.count:
-            raise ValueError(f"{error}; {AWAY}") from error
-        log.warning("%s; downloading what is missing", error)
+            raise ValueError(f"{error}; {MOVE_AWAY}") from error
+        log.warning("%s; downloading the missing files", error)
         return False
     return True
 
 
 def _check_places(todo: Sequence[Archive], root: Path) -> None:
-    """Raise an error, before downloading, for an image folder that cannot be completed."""
+    """Raise OSError or ValueError for an image folder that cannot be completed."""
     for archive in todo:
         folder = root / archive.folder
         if folder.is_symlink():
             raise OSError(
-                f"{folder}: a link, which is not followed; remove it, or fetch to the parent of "
-                "the folder that it points to"
+                f"{folder}: symbolic links are not followed; remove the link, or fetch to the "
+                "parent of the folder that it points to"
             )
         if archive.members or not folder.exists():
             continue
         there = os.listdir(folder)
-        foreign = [name for name in there if not PICTURE.fullmatch(name)]
+        foreign = [name for name in there if not IMAGE_NAME.fullmatch(name)]
         if foreign:
-            raise ValueError(f"{folder / min(foreign)}: not of {archive.name}; {AWAY}")
+            raise ValueError(f"{folder / min(foreign)}: not in {archive.name}; {MOVE_AWAY}")
         if len(there) > archive.count:
-            more = f"has more than the {archive.count:,} files of {archive.name}"
-            raise ValueError(f"{folder}: {more}; {AWAY}")
+            more = f"contains more than the {archive.count:,} files of {archive.name}"
+            raise ValueError(f"{folder}: {more}; {MOVE_AWAY}")
 
 
 def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> None:
     """Raise OSError if the archives and their content do not fit on the disk."""
-    lacking = [one for one in todo if not local and not (root / "archives" / one.name).exists()]
+    kept = root / "archives"
+    missing = [archive for archive in todo if not local and not (kept / archive.name).exists()]
     folders = [archive.folder for archive in todo if not archive.members]
-    download = sum(archive.size - _used(root / ".archives" / archive.name) for archive in lacking)
+    download = sum(archive.size - _used(root / ".archives" / archive.name) for archive in missing)
     content = sum(archive.unpacked + archive.count * BLOCK for archive in todo)
     content -= sum(_used(root / name) + _used(root / f".{name}.part") for name in folders)
     free = shutil.disk_usage(root).free
@@ -150,27 +151,29 @@ def _used(path: Path) -> int:
     return max((file.stat().st_size for file in files if file.is_file()), default=0)
 
 
-def _given(todo: Sequence[Archive], local: Path) -> list[Path]:
-    """Return the verified archives in the user's folder."""
-    missing = [f"{one.name} ({one.url})" for one in todo if not (local / one.name).is_file()]
+def _local(todo: Sequence[Archive], local: Path) -> list[Path]:
+    """Verify the archives in the user's folder; return their paths."""
+    paths = [local / archive.name for archive in todo]
+    pairs = list(zip(paths, todo, strict=True))
+    missing = [f"{archive.name} ({archive.url})" for path, archive in pairs if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{local}: lacks {', '.join(missing)}")
+        raise FileNotFoundError(f"{local}: does not contain {', '.join(missing)}")
     log.info("verifying %s", ", ".join(archive.name for archive in todo))
-    run_parallel([partial(_verify, local / one.name, one) for one in todo], threading.Event())
-    return [local / archive.name for archive in todo]
+    run_parallel([partial(_verify, *pair) for pair in pairs], threading.Event())
+    return paths
 
 
 def _downloaded(
     todo: Sequence[Archive], root: Path, bar: Watcher, mirror: str, patience: Patience
 ) -> list[Path]:
-    """Return the verified archives, existing or downloaded."""
-    addresses = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
+    """Download and verify the archives that do not exist yet; return the paths of all."""
+    urls = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
     stop = threading.Event()
     progress = SharedProgress(bar, sum(archive.size for archive in todo), stop)
     files: dict[str, Path] = {}
 
-    def bring(archive: Archive, address: str) -> None:
+    def obtain(archive: Archive, url: str) -> None:
         kept, path = (root / folder / archive.name for folder in ("archives", ".archives"))
         watcher = progress.watcher(archive.name)
         files[archive.name] = kept if kept.is_file() else path
@@ -178,17 +181,17 @@ def _downloaded(
             _verify(kept, archive)
         elif not path.is_file():
             part = path.with_name(f"{path.name}.part")
-            download(address, part, watcher, patience, archive.size)
+            download(url, part, watcher, patience, archive.size)
             log.info("%s: verifying", archive.name)
             try:
                 _verify(part, archive)
             except ValueError as error:
                 discard(part)
-                raise ValueError(f"{address}: {error}; the download was removed") from error
+                raise ValueError(f"{url}: {error}; the download was removed") from error
             part.replace(path)
         watcher.at(archive.size, archive.size)
 
-    run_parallel([partial(bring, *pair) for pair in zip(todo, addresses, strict=True)], stop)
+    run_parallel([partial(obtain, *pair) for pair in zip(todo, urls, strict=True)], stop)
     bar.end()
     return [files[archive.name] for archive in todo]
 
@@ -206,11 +209,11 @@ def _verify(path: Path, archive: Archive) -> None:
 def _unpacked(
     todo: Sequence[Archive], files: Sequence[Path], root: Path, bar: Watcher
 ) -> DownloadRecord:
-    """Extract the archives and describe their content."""
+    """Extract the archives; return the record of their content."""
     stop, record = threading.Event(), DownloadRecord()
     progress = SharedProgress(bar, sum(archive.unpacked for archive in todo), stop)
 
-    def one(archive: Archive, path: Path) -> None:
+    def extract(archive: Archive, path: Path) -> None:
         nonlocal record
         watcher, done = progress.watcher(archive.name), 0
 
@@ -219,18 +222,19 @@ def _unpacked(
             done += size
             watcher.at(min(done, archive.unpacked - 1), None)  # the total is approximate
 
-        found = _describe(archive, path, root, _place(archive, path, root, seen))
+        entries = _extract(archive, path, root, seen)
+        described = _describe(archive, path, root, entries)
         with progress.lock:
-            record = record.with_(found)
+            record = record.with_(described)
         watcher.at(archive.unpacked, None)
 
-    run_parallel([partial(one, *each) for each in zip(todo, files, strict=True)], stop)
+    run_parallel([partial(extract, *pair) for pair in zip(todo, files, strict=True)], stop)
     bar.end()
     return record
 
 
-def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]) -> list[Entry]:
-    """Extract files to an existing folder, or a folder that is renamed when complete."""
+def _extract(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]) -> list[Entry]:
+    """Extract to an existing folder, or to a temporary folder that is renamed when complete."""
     folder = root / archive.folder
     limits = Limits(archive.count, archive.unpacked + archive.unpacked // 10)
     there = bool(archive.members) or folder.exists()
@@ -241,8 +245,8 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
         raise ValueError(f"{path}: contains {parts}")
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
-        more = f"not of {archive.name}, and {len(foreign) - 1} more files"
-        raise ValueError(f"{work / min(foreign)}: {more}; move them away and repeat the command")
+        files = f"{work / min(foreign)} and {len(foreign) - 1} more files"
+        raise ValueError(f"{files}: not in {archive.name}; move them away and repeat the command")
     if not there:
         work.rename(folder)
     return entries
@@ -253,9 +257,8 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
     checksum = archive.sha256 or sha256(path)
     source = download_record.Archive(archive.name, archive.url, size, checksum, published)
     if archive.members:
-        paths = [f"{archive.folder}/{entry.name}" for entry in entries]
-        sizes = [entry.size for entry in entries]
-        files = (File(*pair, sha256(root / pair[0])) for pair in zip(paths, sizes, strict=True))
+        sizes = {f"{archive.folder}/{entry.name}": entry.size for entry in entries}
+        files = (File(name, size, sha256(root / name)) for name, size in sizes.items())
         return DownloadRecord((source,), tuple(files))
     names = digest(f"{entry.name} {entry.size}" for entry in entries)
     content = digest(f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries)
@@ -265,7 +268,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to their final folder, or remove them; others remain."""
+    """Move these archives to root/archives or remove them, without touching other archives."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

@@ -14,7 +14,7 @@ from vitdet.datasets.importers import coco, cvat, labelme, voc, yolo
 from vitdet.datasets.importers.dataset import ImportedDataset, image_suffixes
 from vitdet.datasets.importers.xml_file import start_of
 
-SHOWN = 6  # entries of a folder that a message names
+SHOWN = 6  # maximum number of a folder's entries in a message
 
 
 class Format(NamedTuple):
@@ -38,11 +38,11 @@ FORMATS = {
 
 def detect(source: Path) -> str:
     """Return the format of a folder. Raises ValueError if it matches none or several."""
-    kinds = [kind for kind, one in FORMATS.items() if one.matches(source)]
+    kinds = [name for name, kind in FORMATS.items() if kind.matches(source)]
     if len(kinds) > 1:
-        raise ValueError(f"{source}: looks like {' and '.join(kinds)}; choose with --format")
+        raise ValueError(f"{source}: could be {' or '.join(kinds)}; choose one with --format")
     if not kinds:
-        expected = "; ".join(f"{kind}: {one.expected}" for kind, one in FORMATS.items())
+        expected = "; ".join(f"{name}: {kind.expected}" for name, kind in FORMATS.items())
         raise ValueError(
             f"{source}: matches none of {', '.join(FORMATS)}; found {_contents(source)}; "
             f"expected {expected}"
@@ -53,22 +53,22 @@ def detect(source: Path) -> str:
 def _contents(source: Path) -> str:
     """Describe a file, or the entries of a folder."""
     if source.is_file():
-        return _looks(source)
+        return _describe(source)
     entries = sorted(
         (path for path in source.iterdir() if path.name[0] != "."),
-        key=lambda one: (one.suffix.lower() in image_suffixes(), one.name),
+        key=lambda path: (path.suffix.lower() in image_suffixes(), path.name),
     )
-    shown = [_looks(entry) for entry in entries[:SHOWN]]
+    shown = [_describe(entry) for entry in entries[:SHOWN]]
     more = [f"{len(entries) - SHOWN:,} more"] if len(entries) > SHOWN else []
     return ", ".join(shown + more) or "nothing"
 
 
-def _looks(path: Path) -> str:
+def _describe(path: Path) -> str:
     suffix = path.suffix.lower()
     if path.is_dir():
         names = (name for _, _, names in os.walk(path) for name in names)
-        below = Counter(Path(name).suffix.lower() or "without an ending" for name in names)
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in below.most_common(3))
+        kinds = Counter(Path(name).suffix.lower() or "without an extension" for name in names)
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds.most_common(3))
         return f"{path.name}/ ({counts or 'empty'})"
     if suffix == ".json":
         try:

@@ -9,60 +9,60 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
 from vitdet.datasets.download import Watcher
 
-LINGER = 10.0  # seconds for the others to end after a failure
-SHORT = 0.2  # seconds to end after Ctrl-C
+LINGER = 10.0  # seconds to wait for the other tasks after a failure
+SHORT = 0.2  # seconds to wait for the tasks after Ctrl-C
 
 
 class Stopped(Exception):
-    """Another file has failed."""
+    """Raised in the remaining tasks after a task has failed."""
 
 
 class SharedProgress:
-    """Progress of several files as one, of `total` bytes. Raises Stopped once `stop` is set."""
+    """One progress display for several files of `total` bytes. Raises Stopped if `stop` is set."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop
         self.done: Counter[str] = Counter()
         self.lock = threading.Lock()
 
-    def watcher(self, name: str) -> _One:
+    def watcher(self, name: str) -> _FileProgress:
         """Return the progress display of one file."""
-        return _One(self, name)
+        return _FileProgress(self, name)
 
 
-class _One:
-    def __init__(self, every: SharedProgress, name: str) -> None:
-        self.every, self.name = every, name
+class _FileProgress:
+    def __init__(self, shared: SharedProgress, name: str) -> None:
+        self.shared, self.name = shared, name
 
     def at(self, done: int, _: int | None) -> None:
-        every = self.every
-        if every.stop.is_set():
+        shared = self.shared
+        if shared.stop.is_set():
             raise Stopped
-        with every.lock:
-            every.done[self.name] = done
-            every.bar.at(every.done.total(), every.total)
+        with shared.lock:
+            shared.done[self.name] = done
+            shared.bar.at(shared.done.total(), shared.total)
 
     def end(self) -> None:
-        with self.every.lock:
-            self.every.bar.end()
+        with self.shared.lock:
+            self.shared.bar.end()
 
 
-def run_parallel(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
+def run_parallel(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     """Run all tasks in parallel.
 
-    If a task fails, the others stop at the next read, and the error of the failed task is raised.
+    If a task fails, set `stop`, so that the other tasks end at the next read, and raise its error.
     """
 
-    def run(work: Callable[[], None], future: Future[None]) -> None:
+    def run(task: Callable[[], None], future: Future[None]) -> None:
         try:
-            work()
+            task()
             future.set_result(None)
-        except Exception as error:  # any error: raised below
+        except Exception as error:  # raised in the calling thread below
             future.set_exception(error)
 
-    futures: list[Future[None]] = [Future() for _ in works]
-    for pair in zip(works, futures, strict=True):
-        # daemons: do not wait for servers after Ctrl-C
+    futures: list[Future[None]] = [Future() for _ in tasks]
+    for pair in zip(tasks, futures, strict=True):
+        # daemon threads, so that the process does not wait for a server after Ctrl-C
         threading.Thread(target=run, args=pair, daemon=True).start()
     try:
         done, others = wait(futures, return_when=FIRST_EXCEPTION)

@@ -1,9 +1,9 @@
 """The archives of COCO 2017 and LVIS v1.
 
-Addresses: cocodataset.org/#download and lvisdataset.org/dataset. images.cocodataset.org supports no
-TLS (its certificate is that of s3.amazonaws.com); the same bucket with TLS is
-https://s3.amazonaws.com/images.cocodataset.org. Neither project publishes checksums. Sizes and
-sha256 are those that TensorFlow Datasets recorded for the same addresses
+The URLs are those of cocodataset.org/#download and lvisdataset.org/dataset. images.cocodataset.org
+does not support TLS (the server sends the certificate of s3.amazonaws.com); the same bucket with
+TLS is https://s3.amazonaws.com/images.cocodataset.org. Neither project publishes checksums. Sizes
+and SHA-256 checksums are those that TensorFlow Datasets recorded for the same URLs
 (github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/coco2017.txt at 2282548 and
 tensorflow_datasets/object_detection/lvis/checksums.tsv at 8be2f33).
 """
@@ -20,34 +20,29 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip archive and its used content: the files `members`, or its whole folder if empty.
-
-    size: bytes of the archive. sha256: '' if unknown. unpacked: approximate bytes of the used
-    files. prefix: folder of these files in the archive. folder: their folder below the root. count:
-    number of these files.
-    """
+    """A zip archive of which the files `members`, or all files if empty, are extracted."""
 
     url: str
-    size: int
-    sha256: str
-    unpacked: int
-    prefix: str
-    folder: str
-    count: int
+    size: int  # bytes of the archive
+    sha256: str  # '' if unknown
+    unpacked: int  # approximate bytes of the extracted files
+    prefix: str  # folder of these files in the archive
+    folder: str  # folder to extract to, below the root
+    count: int  # number of extracted files
     members: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The file name."""
+        """The file name of the archive."""
         return PurePosixPath(self.url).name
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The files or the folder that it provides, below the root."""
+        """The paths of the extracted files, or of their folder, below the root."""
         return tuple(f"{self.folder}/{member}" for member in self.members) or (self.folder,)
 
     def choose(self, member: str) -> str | None:
-        """Return the name of an archive's file in the folder; None for unused files.
+        """Return the name to which a file of the archive is extracted, or None to skip the file.
 
         Raises ValueError for a file in an image folder that is not an image.
         """
@@ -55,13 +50,13 @@ class Archive:
         if self.members:
             return name if inside and name in self.members else None
         if not inside or "/" in name:
-            expected = f"expected files of {self.prefix} only"
+            expected = f"expected only files in {self.prefix}"
             raise ValueError(f"{self.name}: contains {member!r}, {expected}")
         return name
 
 
 def _images(name: str, size: int, count: int, sha256: str) -> Archive:
-    # JPEG files do not compress: they unpack to about the size of the archive
+    # JPEG files do not compress: the extracted files are about as large as the archive
     return Archive(f"{COCO}/zips/{name}.zip", size, sha256, size, f"{name}/", name, count)
 
 
@@ -99,7 +94,7 @@ UNPACKED = {"train": 469_785_474, "val": 19_987_840}  # bytes of instances_*2017
 
 
 def instances(*splits: str) -> Archive:
-    """Return the archive of COCO's annotations, for the object instances of these splits."""
+    """Return COCO's annotation archive, limited to the object instances of these splits."""
     return Archive(
         f"{COCO}/annotations/annotations_trainval2017.zip",
         252_907_541,
@@ -113,13 +108,12 @@ def instances(*splits: str) -> Archive:
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:
-    """Return the archives of "coco" or "lvis"; with `split` only those for "train" or "val".
+    """Return the archives of "coco" or "lvis", of both splits or only of "train" or "val".
 
-    LVIS splits COCO's images differently: images of its val split are in train2017 too, so it needs
-    both folders.
+    LVIS needs both image folders, since its val split contains images of train2017.
     """
     splits = (split,) if split else SPLITS
     if dataset == "lvis":
-        return [TRAIN2017, VAL2017, *(LVIS_V1[each] for each in splits)]
+        return [TRAIN2017, VAL2017, *(LVIS_V1[name] for name in splits)]
     folders = {"train": TRAIN2017, "val": VAL2017}
-    return [instances(*splits), *(folders[each] for each in splits)]
+    return [instances(*splits), *(folders[name] for name in splits)]

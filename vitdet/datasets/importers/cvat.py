@@ -3,9 +3,9 @@
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
 <box label xtl ytl xbr ybr>, rotated by `rotation` degrees about its center if present; <polygon
 label points="x,y;x,y;..."> and <mask label rle left top width height>, run lengths of the rows of
-that rectangle. Coordinates are pixels from 0. `subset` is the split, and may be a folder in images/
-or next to the file. Other elements (polyline, points, ellipse, cuboid, skeleton, tag) are counted
-and ignored. The format for videos has <track> instead of <image>.
+that rectangle. Coordinates are in pixels from 0. `subset` is the split, which may be a folder in
+images/ or next to the file. Other elements (polyline, points, ellipse, cuboid, skeleton, tag) are
+counted and ignored. The format for videos has <track> instead of <image>.
 """
 
 from __future__ import annotations
@@ -42,86 +42,86 @@ SHAPES = ("box", "polygon", "mask")
 
 
 def annotation_files(source: Path) -> list[Path]:
-    """Return the XML files of this format in a folder, or the file itself."""
+    """Return the XML files of this format in a folder, or the file itself if in this format."""
     paths = [source] if source.is_file() else sorted(source.glob("*.xml"))
     return [path for path in paths if path.suffix == ".xml" and has_root(path, "annotations")]
 
 
-def read_cvat(found: ImportedDataset) -> None:
-    """Read a folder or file; classes in the order of the task's labels, others by name."""
+def read_cvat(dataset: ImportedDataset) -> None:
+    """Read a folder or file, with the task's labels as classes, then other labels by name."""
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
-    for path in annotation_files(found.source):
-        with found.problems.collect(BROKEN):
+    for path in annotation_files(dataset.source):
+        with dataset.problems.collect(BROKEN):
             root = read_xml(path, LARGEST)
             if root.find("track") is not None:
-                raise ValueError(f"{path}: it has tracks; export the task as 'CVAT for images'")
+                raise ValueError(f"{path}: contains tracks; export the task as 'CVAT for images'")
             for label in root.iterfind("meta//label"):
                 names[label.findtext("name") or ""] = None
             for element in root.findall("image"):
                 splits[split_of(element.get("subset") or "train")].append((path, element))
-    found.problems.raise_if_any(found.source)
+    dataset.problems.raise_if_any(dataset.source)
     items: dict[str, list[tuple[Path, Element, Path]]] = {}
     folders: set[Path] = set()
-    for split, pairs in found.select(splits).items():
+    for split, pairs in dataset.select(splits).items():
         items[split] = []
         for path, element in pairs:
-            with found.problems.collect("missing image file"):
+            with dataset.problems.collect("missing image file"):
                 folder, image = find_image(path, _folders(path, element), element.get("name") or "")
                 folders.add(folder)
                 items[split].append((path, element, image))
             for shape in element:
-                found.notes[f"elements <{shape.tag}> skipped"] += shape.tag not in SHAPES
-    shapes = [shape for pairs in splits.values() for _, one in pairs for shape in one]
+                dataset.notes[f"elements <{shape.tag}> skipped"] += shape.tag not in SHAPES
+    shapes = [shape for pairs in splits.values() for _, element in pairs for shape in element]
     used = {shape.get("label") or "" for shape in shapes if shape.tag in SHAPES}
-    found.define([*filter(None, [*names, *sorted(used - names.keys())])], items, _picture)
-    found.count_unnamed(folders, [image for listed in items.values() for _, _, image in listed])
+    dataset.define([*filter(None, [*names, *sorted(used - names.keys())])], items, _read_image)
+    dataset.count_unnamed(folders, [image for listed in items.values() for _, _, image in listed])
 
 
 def _folders(path: Path, element: Element) -> list[Path]:
-    """Return the possible folders of an image."""
+    """Return the folders in which an image may be."""
     subset = element.get("subset") or "default"
     below = (f"images/{subset}", "images", subset, "")
     return [folder for name in below if (folder := path.parent / name).is_dir()]
 
 
-def _picture(
-    item: tuple[Path, Element, Path], label_of: Mapping[str, int], found: ImportedDataset
+def _read_image(
+    item: tuple[Path, Element, Path], label_of: Mapping[str, int], dataset: ImportedDataset
 ) -> ImportedImage:
     path, element, image = item
     where = f"{path}: image {show(element.get('name'))}"
-    size = found.check_size(where, image, (element.get("height"), element.get("width")))
-    things: list[ImportedObject] = []
+    size = dataset.check_size(where, image, (element.get("height"), element.get("width")))
+    objects: list[ImportedObject] = []
     for shape in (child for child in element if child.tag in SHAPES):
-        with found.problems.collect("shape that cannot be used"):
+        with dataset.problems.collect("shape that cannot be used"):
             label = label_of.get(shape.get("label") or "")
             if label is None:
                 raise Unusable("shape without a label", f"{where}: a {shape.tag} without a label")
-            things += _shape(f"{where}: {shape.tag}", shape, label, size, found)
-    return ImportedImage(image, *size, tuple(things))
+            objects += _shape(f"{where}: {shape.tag}", shape, label, size, dataset)
+    return ImportedImage(image, *size, tuple(objects))
 
 
 def _shape(
-    where: str, shape: Element, label: int, size: Size, found: ImportedDataset
+    where: str, shape: Element, label: int, size: Size, dataset: ImportedDataset
 ) -> tuple[ImportedObject, ...]:
     if shape.tag == "mask":
-        return found.keep(_mask(where, shape, label, size))
+        return dataset.keep(_mask(where, shape, label, size))
     if shape.tag == "polygon":
         words = re.split("[,;]", shape.get("points", ""))
         if len(words) < 6 or len(words) % 2:
-            found.notes[THIN] += 1
+            dataset.notes[THIN] += 1
             return ()
-        return found.keep(object_from_outline(label, [pixels_of(where, words, size)], size))
+        return dataset.keep(object_from_outline(label, [pixels_of(where, words, size)], size))
     sides = [shape.get(side) for side in ("xtl", "ytl", "xbr", "ybr")]
     x0, y0, x1, y1 = pixels_of(where, sides, size)
     (angle,) = pixels_of(where, [shape.get("rotation", "0")], (360, 360))
     if angle:
-        found.notes["rotated boxes: replaced by the upright box around each"] += 1
+        dataset.notes["rotated boxes replaced by their upright bounding boxes"] += 1
         cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
         wide, high = (x1 - x0) * cos + (y1 - y0) * sin, (x1 - x0) * sin + (y1 - y0) * cos
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
         x0, y0, x1, y1 = x - wide / 2, y - high / 2, x + wide / 2, y + high / 2
-    return found.keep(object_from_box(label, (x0, y0, x1, y1), size))
+    return dataset.keep(object_from_box(label, (x0, y0, x1, y1), size))
 
 
 def _mask(where: str, shape: Element, label: int, size: Size) -> ImportedObject | None:
@@ -130,12 +130,15 @@ def _mask(where: str, shape: Element, label: int, size: Size) -> ImportedObject 
         sides = [int(shape.get(key, "")) for key in ("left", "top", "width", "height")]
         runs = [int(run) for run in shape.get("rle", "").split(",")]
     except ValueError:
-        raise Unusable(kind, f"{where}: expected whole numbers") from None
+        expected = "expected whole numbers in left, top, width, height and rle"
+        raise Unusable(kind, f"{where}: {expected}") from None
     left, top, width, height = sides
     fits = 0 <= left <= left + width <= size[1] and 0 <= top <= top + height <= size[0]
     if not fits or min(runs) < 0 or sum(runs) != width * height:
-        place = f"{width} x {height} at {left}, {top} of {size[1]} x {size[0]}"
-        raise Unusable(kind, f"{where}: {sum(runs)} pixels in {place}")
+        rectangle = f"{width} x {height} pixels at {left}, {top}"
+        image = f"an image of {size[1]} x {size[0]}"
+        text = f"run lengths of {sum(runs)} pixels do not fit {rectangle} in {image}"
+        raise Unusable(kind, f"{where}: {text}")
     pixels = np.zeros(size, bool)
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
     pixels[top : top + height, left : left + width] = inside

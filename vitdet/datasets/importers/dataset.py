@@ -26,18 +26,18 @@ from vitdet.data.masks import encode
 from vitdet.data.segmentation import pixel_count, reaches_far, show
 
 BROKEN = "annotation file that cannot be read"
-EMPTY = "objects without size skipped"
+EMPTY = "objects of zero size skipped"
 BOX_ONLY = "objects with a box but no mask (--boxes-as-masks converts boxes to masks)"
 THIN = "outlines of fewer than 3 points skipped"
 CROWDS = "difficult objects: ignored in training and evaluation"
-EXAMPLES = 20  # locations listed per kind of problem
-# formats that Pillow recognizes and cannot decode
+EXAMPLES = 20  # maximum number of examples per kind of problem
+# formats that Pillow recognizes but cannot decode
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
-# suffixes of other files in image folders
+# suffixes of other files that are common in image folders
 DOCUMENTS = frozenset(
     ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
 )
-# common names of splits -> names in vitdet; "default" is the only split of a CVAT task
+# common split names -> names in vitdet; "default" is the only split of a CVAT task
 SPLIT_NAMES = (
     dict.fromkeys(("train", "training", "default"), "train")
     | dict.fromkeys(("val", "valid", "validation"), "val")
@@ -49,7 +49,7 @@ Item = TypeVar("Item")
 
 
 class Unusable(ValueError):
-    """An unusable part of the source: the kind of problem, and a line with location and reason."""
+    """An unusable part of the source. `kind` groups problems; the text gives place and reason."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -57,7 +57,7 @@ class Unusable(ValueError):
 
 
 class SourceError(ValueError):
-    """All problems of a source: one line, or the number of problems and examples of each kind."""
+    """All problems of a source: a single problem, or counts and examples of each kind."""
 
 
 class Problems:
@@ -74,7 +74,7 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Add the error that ends the block, if any; `Unusable` has a kind of its own."""
+        """Add the error raised in the block, if any; `Unusable` overrides the kind."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -88,24 +88,21 @@ class Problems:
         if total:
             lines = [f"{source}: {total:,} problems, nothing was written"]
             for kind, count in self.counts.items():
-                lines += [f"  {count:,} x {kind}", *(f"      {one}" for one in self.examples[kind])]
+                lines.append(f"  {count:,} x {kind}")
+                lines += [f"      {example}" for example in self.examples[kind]]
                 lines += ["      ..."] if count > EXAMPLES else []
             raise SourceError("\n".join(lines))
 
 
 @dataclass(frozen=True)
 class ImportedObject:
-    """An object: class, box, COCO's polygons or RLE ([]: box only), area in pixels.
-
-    area: area of the mask as rasterized by pycocotools, or of the box. crowd: whether the object is
-    ignored in evaluation and training.
-    """
+    """An annotated object."""
 
     label: int
     box: Box
-    segmentation: list[list[float]] | dict
-    area: float
-    crowd: bool = False
+    segmentation: list[list[float]] | dict  # COCO's polygons or RLE; empty if only a box is known
+    area: float  # pixels of the mask as rasterized by pycocotools, or of the box
+    crowd: bool = False  # ignored in training and evaluation
 
 
 @dataclass(frozen=True)
@@ -115,36 +112,34 @@ class ImportedImage:
     path: Path
     height: int
     width: int
-    things: tuple[ImportedObject, ...]
+    objects: tuple[ImportedObject, ...]
 
 
 @dataclass
 class ImportedDataset:
     """A data set in another format; label k is class_names[k].
 
-    only: the requested splits; empty: all. reading: how image files are read. notes: messages for
-    the user with counts; remarks: without. A split reads its images during iteration, once, and
-    adds to `notes` and `problems`.
+    Each split can be iterated once; this reads the images and adds to `notes` and `problems`.
     """
 
     source: Path
-    only: Collection[str]
-    reading: Reading
+    only: Collection[str]  # requested splits; all if empty
+    reading: Reading  # how image files are read
     class_names: tuple[str, ...] = ()
     splits: dict[str, Iterator[ImportedImage]] = field(default_factory=dict)
-    notes: Counter[str] = field(default_factory=Counter)
-    remarks: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)  # messages with a number of occurrences
+    remarks: list[str] = field(default_factory=list)  # messages without a number
     problems: Problems = field(default_factory=Problems)
 
     def select(self, items: dict[str, Item]) -> dict[str, Item]:
         """Keep the requested splits. Raises ValueError for an unknown split."""
         missing = [name for name in self.only if name not in items]
         if missing:
-            there = ", ".join(items) or "none"
-            raise ValueError(f"{self.source}: no split {missing[0]}; there are {there}")
-        left = [name for name in items if self.only and name not in self.only]
-        self.remarks += [f"split {name} skipped, not requested" for name in left]
-        return {name: item for name, item in items.items() if name not in left}
+            splits = ", ".join(items) or "none"
+            raise ValueError(f"{self.source}: no split {missing[0]}; available: {splits}")
+        skipped = [name for name in items if self.only and name not in self.only]
+        self.remarks += [f"split {name} skipped, not requested" for name in skipped]
+        return {name: item for name, item in items.items() if name not in skipped}
 
     def define(
         self,
@@ -154,7 +149,7 @@ class ImportedDataset:
     ) -> None:
         """Set the classes and splits.
 
-        `read` is called with an item of a split, the label of each class, and this data set.
+        `read` is called with an item of a split, a map of class names to labels, and this data set.
         """
         self.class_names = tuple(class_names)
         label_of = {name: label for label, name in enumerate(class_names)}
@@ -166,17 +161,17 @@ class ImportedDataset:
 
         self.splits = {split: images(listed) for split, listed in items.items()}
 
-    def keep(self, thing: ImportedObject | None) -> tuple[ImportedObject, ...]:
-        """Return the object if it has a size; update the notes."""
-        if thing is None:
+    def keep(self, obj: ImportedObject | None) -> tuple[ImportedObject, ...]:
+        """Return the object in a tuple, which is empty for None; update the notes."""
+        if obj is None:
             self.notes[EMPTY] += 1
             return ()
-        self.notes[BOX_ONLY] += not thing.segmentation
-        self.notes[CROWDS] += thing.crowd
-        return (thing,)
+        self.notes[BOX_ONLY] += not obj.segmentation
+        self.notes[CROWDS] += obj.crowd
+        return (obj,)
 
     def is_image(self, path: Path) -> bool:
-        """Return whether a file is an image, by suffix, or by content if that is unknown."""
+        """Return whether a file is an image, by its suffix, or by content if that is unknown."""
         suffix = path.suffix.lower()
         if suffix in image_suffixes() or suffix in DOCUMENTS:
             return suffix in image_suffixes()
@@ -187,7 +182,7 @@ class ImportedDataset:
         return True
 
     def images_below(self, *folders: Path) -> tuple[list[Path], list[Path]]:
-        """Return the image files below folders, and files that are neither images nor documents."""
+        """Return the images below folders, and the files that are neither images nor documents."""
         images, others = [], []
         for path in files_below(*folders):
             if self.is_image(path):
@@ -199,14 +194,14 @@ class ImportedDataset:
     def check_size(self, where: object, image: Path, stated: Sequence[object] = ()) -> Size:
         """Return the size of an image. Raises Unusable if the annotations state a different size.
 
-        stated: height and width; zero or None: not stated.
+        `stated` is the height and width according to the annotations, zero or None if missing.
         """
         size = image_size(image, self.reading)
         words = [str(side or 0) for side in stated]
         if words not in ([], ["0", "0"], list(map(str, size))):
             raise Unusable(
                 "image size that differs from the annotations",
-                f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x "
+                f"{where}: states a size of {words[1]} x {words[0]}, but {image} is {size[1]} x "
                 f"{size[0]} (width x height, upright)",
             )
         return size
@@ -223,38 +218,37 @@ class ImportedDataset:
             self.notes[f"{name} skipped, not a supported image format{also}"] += len(paths)
 
     def count_unnamed(self, folders: Iterable[Path], used: Iterable[Path]) -> None:
-        """Count the files of these folders that no annotation file refers to."""
+        """Count the files in these folders that no annotation file refers to."""
         images, others = self.images_below(*folders)
         self.notes["images without annotation file skipped"] += len({*images}.difference(used))
         self.count_left_out(others, lambda path: False)
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the split of a name; for unknown names, `otherwise` if given, else the name."""
+    """Return the usual name of a split; for unknown names, `otherwise` or else the name itself."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes, with dot, in lower case, of the image formats that Pillow can read."""
+    """Return the suffixes, in lower case and with the dot, of all images that Pillow can read."""
     kinds = set(Image.registered_extensions().values()) & Image.OPEN.keys()
     kinds.difference_update(DRAWINGS, STUBS)
     return frozenset(name for name, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return all files below folders except hidden ones, sorted by path; optionally of a suffix."""
-    found = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
-    return sorted(path for path in found if suffix in ("", path.suffix.lower()) and path.is_file())
+    """Return all files below folders, sorted by path; no hidden ones, only `suffix` if given."""
+    paths = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
+    return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 
 
 def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
-    """Return the first folder that contains this image file, and the file. Raises Unusable if none
-    does.
-    """
+    """Return the first folder that contains this image, and the path. Raises Unusable if none."""
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
-        raise Unusable("image name outside its folder", f"{where}: {show(name)}")
+        text = f"{where}: expected a relative image path without .., got {show(name)}"
+        raise Unusable("image name outside its folder", text)
     for folder in folders:
         path = folder / existing_name(folder, name)
         if name and os.path.isfile(path):
@@ -266,7 +260,7 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
 def object_from_box(
     label: int, corners: Sequence[float], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with only a box x0, y0, x1, y1, clipped to the image; None if empty."""
+    """Return an object with a box x0, y0, x1, y1 only, clipped to the image; None if empty."""
     box = _clipped(corners, size)[1]
     if min(box[2:]) <= 0:
         return None
@@ -276,7 +270,7 @@ def object_from_box(
 def object_from_outline(
     label: int, parts: Sequence[Sequence[float]], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with these polygons x, y, x, y, ... of 3 points or more; None if empty.
+    """Return an object with polygons x, y, x, y, ... of at least 3 points; None if empty.
 
     Points outside the image are moved to its border.
     """
@@ -290,7 +284,7 @@ def object_from_outline(
 def object_from_mask(
     label: int, pixels: np.ndarray, box: Box | None = None, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with a mask (H, W) bool; box: that of the mask if omitted. None if empty."""
+    """Return an object with a mask (H, W) bool, by default with the mask's box; None if empty."""
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
     if not len(rows):
         return None
@@ -302,7 +296,7 @@ def object_from_mask(
 
 
 def pixels_of(where: object, words: Iterable[object], size: Size) -> list[float]:
-    """Return coordinates in pixels of an image. Raises Unusable if invalid or far outside."""
+    """Return words as pixel coordinates. Raises Unusable if invalid or far outside the image."""
     words = list(words)
     try:
         values = [float(word) for word in words]  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""Reader of LabelMe's files: a JSON file per image, with `imagePath` relative to it and `shapes`.
+"""Reader of LabelMe's format: a JSON file per image, with a relative `imagePath` and `shapes`.
 
 https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in
-pixels of the upright image and a shape_type. A polygon is an outline; polygons of one label and
-group_id are one object, as in its examples/instance_segmentation/labelme2coco.py. A rectangle is a
-box given by two opposite corners. Other shapes (circle, line, linestrip, point, points, mask) are
-counted and ignored. Folders train/, valid/ and test/ are splits.
+pixels of the upright image and a shape_type. A polygon is an outline; polygons with the same label
+and group_id are one object, as in LabelMe's examples/instance_segmentation/labelme2coco.py. A
+rectangle is a box with two opposite corners. Other shapes (circle, line, linestrip, point, points,
+mask) are counted and ignored. The folders train/, valid/ and test/ are splits.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from vitdet.datasets.importers.dataset import (
     split_of,
 )
 
-MOST = 20  # JSON files that are read to detect the format
-LARGEST = 1 << 28  # maximum bytes of such a file, which may contain its image
+MOST = 20  # maximum number of JSON files that are read to detect the format
+LARGEST = 1 << 28  # maximum bytes of a JSON file, which may contain the image
 
 
 class Shape(msgspec.Struct):
-    """An entry of `shapes`; points: x and y of each."""
+    """An entry of `shapes`."""
 
     label: str
-    points: list[tuple[float, float]]
+    points: list[tuple[float, float]]  # x and y
     shape_type: str | None = None  # missing in old files, where every shape is a polygon
     group_id: int | None = None
 
 
 class LabelFile(msgspec.Struct):
-    """The used content of a file, without imageData, the image in base64."""
+    """The used content of a JSON file, without imageData, the image in base64."""
 
     shapes: list[msgspec.Raw]
     imagePath: str = ""  # noqa: N815
@@ -56,7 +56,7 @@ class LabelFile(msgspec.Struct):
     imageWidth: int | None = None  # noqa: N815
 
 
-Item = tuple[Path, Path, LabelFile, list[Shape]]  # JSON file, image, content and shapes of an image
+Item = tuple[Path, Path, LabelFile, list[Shape]]  # JSON file, image, content and shapes
 
 
 def is_labelme(source: Path) -> bool:
@@ -71,31 +71,32 @@ def _has_shapes(path: Path) -> bool:
         return False
 
 
-def read_labelme(found: ImportedDataset) -> None:
-    """Read such a folder; classes in alphabetical order. JSON files are read here, images later."""
-    source, splits = found.source, defaultdict[str, list[Path]](list)
+def read_labelme(dataset: ImportedDataset) -> None:
+    """Read a folder, with classes in alphabetical order. Images are read on iteration."""
+    source, splits = dataset.source, defaultdict[str, list[Path]](list)
     for path in files_below(source, suffix=".json"):
         splits[split_of(path.relative_to(source).parts[0], "train")].append(path)
     items: dict[str, list[Item]] = {}
-    for split, paths in found.select(splits).items():
+    for split, paths in dataset.select(splits).items():
         items[split] = []
         for path in paths:
-            with found.problems.collect(BROKEN):
+            with dataset.problems.collect(BROKEN):
                 content = _decode(path)
                 if content is None:
-                    found.notes["JSON files without shapes ignored"] += 1
+                    dataset.notes["JSON files without shapes ignored"] += 1
                     continue
                 image = _image(source, path, content.imagePath)
-                items[split].append((path, image, content, _shapes(path, content, found)))
-    every = [item for listed in items.values() for item in listed]
-    found.define(sorted({shape.label for item in every for shape in item[3]}), items, _picture)
-    images, others = found.images_below(source)
-    found.notes["images without a JSON file skipped"] += len({*images} - {one[1] for one in every})
-    found.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
+                items[split].append((path, image, content, _shapes(path, content, dataset)))
+    names = {shape.label for listed in items.values() for *_, shapes in listed for shape in shapes}
+    dataset.define(sorted(names), items, _read_image)
+    images, others = dataset.images_below(source)
+    used = {image for listed in items.values() for _, image, *_ in listed}
+    dataset.notes["images without a JSON file skipped"] += len({*images} - used)
+    dataset.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
 
 
 def _decode(path: Path) -> LabelFile | None:
-    """Return the content of a file; None if it is a different kind of JSON file."""
+    """Return the content of a JSON file; None if it is not a LabelMe file."""
     content = path.read_bytes()
     try:
         return msgspec.json.decode(content, type=LabelFile)
@@ -110,7 +111,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image of a file: at imagePath if inside the source, else next to the file."""
+    """Return the image at imagePath if inside the source, else next to the JSON file `path`."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
@@ -118,44 +119,46 @@ def _image(source: Path, path: Path, name: str) -> Path:
     return find_image(path, [path.parent], slashed.rpartition("/")[2])[1]
 
 
-def _shapes(path: Path, content: LabelFile, found: ImportedDataset) -> list[Shape]:
+def _shapes(path: Path, content: LabelFile, dataset: ImportedDataset) -> list[Shape]:
     shapes = []
     for number, marked in enumerate(content.shapes, 1):
-        with found.problems.collect("shape that cannot be used"):
+        with dataset.problems.collect("shape that cannot be used"):
             try:
                 shape = msgspec.json.decode(marked, type=Shape)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: shape {number}: {error}") from error
             if not shape.label or not is_text(shape.label):
-                raise ValueError(f"{path}: shape {number}: its label is {show(shape.label)}")
+                text = f"{path}: shape {number}: expected a label, got {show(shape.label)}"
+                raise ValueError(text)
             if shape.shape_type in ("polygon", "rectangle", None):
                 shapes.append(shape)
             else:
-                found.notes[f"shapes of the type {show(shape.shape_type)} skipped"] += 1
+                dataset.notes[f"shapes of the type {show(shape.shape_type)} skipped"] += 1
     return shapes
 
 
-def _picture(item: Item, label_of: Mapping[str, int], found: ImportedDataset) -> ImportedImage:
+def _read_image(item: Item, label_of: Mapping[str, int], dataset: ImportedDataset) -> ImportedImage:
     path, image, content, shapes = item
-    size = found.check_size(path, image, (content.imageHeight, content.imageWidth))
-    things: list[ImportedObject] = []
-    # key of each object: label and group, or a unique number without a group
+    size = dataset.check_size(path, image, (content.imageHeight, content.imageWidth))
+    objects: list[ImportedObject] = []
+    # object -> outlines; an object is identified by label and group, or a number without a group
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
         where = f"{path}: shape {number}"
-        with found.problems.collect("shape that cannot be used"):
+        with dataset.problems.collect("shape that cannot be used"):
             points = pixels_of(where, [value for point in shape.points for value in point], size)
             if shape.shape_type == "rectangle":
                 if len(points) < 4:
-                    raise Unusable("rectangle without two corners", f"{where}: {show(points)}")
+                    text = f"{where}: expected two corners, got {show(points)}"
+                    raise Unusable("rectangle without two corners", text)
                 x, y = points[0::2], points[1::2]
                 corners = (min(x), min(y), max(x), max(y))
-                things += found.keep(object_from_box(label_of[shape.label], corners, size))
+                objects += dataset.keep(object_from_box(label_of[shape.label], corners, size))
             elif len(points) < 6:
-                found.notes[THIN] += 1
+                dataset.notes[THIN] += 1
             else:
                 single = shape.group_id is None
                 outlines[shape.label, shape.group_id, number if single else 0].append(points)
     for (label, _, _), parts in outlines.items():
-        things += found.keep(object_from_outline(label_of[label], parts, size))
-    return ImportedImage(image, *size, tuple(things))
+        objects += dataset.keep(object_from_outline(label_of[label], parts, size))
+    return ImportedImage(image, *size, tuple(objects))

@@ -1,4 +1,4 @@
-"""Reading untrusted XML files of annotations."""
+"""Reading of untrusted XML files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from vitdet.datasets.importers.dataset import BROKEN, Unusable
 
 
 def read_xml(path: Path, largest: int) -> Element:
-    """Return the root of a file of at most `largest` bytes. Raises Unusable.
+    """Return the root element of a file. Raises Unusable if invalid or above `largest` bytes.
 
-    A DOCTYPE is rejected: it could define entities that expand to huge strings.
+    A DOCTYPE is rejected, since it could define entities that expand to huge strings.
     """
 
     def refuse(*_: object) -> None:
-        raise ValueError("it has a DOCTYPE, which is not allowed")
+        raise ValueError("a DOCTYPE is not allowed")
 
     size = path.stat().st_size
     if size > largest:
-        text = f"{path}: {size:,} bytes are too many for the annotations of one image"
-        raise Unusable(BROKEN, text)
+        raise Unusable(BROKEN, f"{path}: {size:,} bytes, expected at most {largest:,}")
     builder, parser = TreeBuilder(), ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
@@ -34,7 +33,7 @@ def read_xml(path: Path, largest: int) -> Element:
 
 
 def has_root(path: Path, name: str) -> bool:
-    """Return whether the root element of a file has this name, from its first bytes."""
+    """Return whether a file's root element has this name, judged by the first bytes."""
     return re.search(rf"<{name}[\s>]".encode(), start_of(path)) is not None
 
 

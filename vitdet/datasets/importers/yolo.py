@@ -1,14 +1,15 @@
 """Reader of Ultralytics' YOLO format: data.yaml and one text file per image.
 
-https://docs.ultralytics.com/datasets/detect/ and /segment/; details as in
-ultralytics/data/utils.py: `names` is a list or a map 0: name, or only `nc`; `train`, `val` (or
-`validation`) and `test` name a folder, a text file of paths, or a list of these, below `path`, and
-a "../" that does not exist is removed; the labels of .../images/x.jpg are in .../labels/x.txt; an
-empty or missing file means no objects; duplicate rows are removed; coordinates are relative to the
-upright image, at most 1% outside. CVAT's exports have the paths of images in train.txt, with or
-without the prefix "data/", and no `val`: https://docs.cvat.ai/docs/dataset_management/formats/
+See https://docs.ultralytics.com/datasets/detect/ and /segment/; details follow
+ultralytics/data/utils.py. `names` is a list or a map 0: name; it may be missing if there is `nc`.
+`train`, `val` (or `validation`) and `test` name a folder, a text file of paths, or a list of these,
+below `path`; a "../" is removed if the path does not exist. The labels of .../images/x.jpg are in
+.../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows are
+removed. Coordinates are relative to the upright image, and at most 1% outside. A row of 5 numbers
+is class, center x, center y, width and height; a row of 7, 9, ... numbers is class and outline.
 
-A row of 5 numbers is class, center x and y, width, height; one of 7, 9, ... class and outline.
+CVAT's exports list images in train.txt, with or without the prefix "data/", and have no `val`:
+https://docs.cvat.ai/docs/dataset_management/formats/.
 """
 
 from __future__ import annotations
@@ -34,76 +35,74 @@ from vitdet.datasets.importers.dataset import (
 from vitdet.files import read_yaml
 
 HEAD = "entry of data.yaml that cannot be used"
-TOLERANCE = 0.01  # tolerance of coordinates outside the image, as a fraction
+TOLERANCE = 0.01  # fraction of the image by which coordinates may be outside
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
-    """Return the YAML file of a folder, or the file itself; None if there is no obvious one."""
+    """Return the data.yaml file of a folder, or the file itself; None if missing or ambiguous."""
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
-    found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    named = next((path for path in found if path.stem in ("data", source.name)), None)
-    described = [path for path in found if KEYS.search(path.read_text(errors="replace"))]
+    paths = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    named = next((path for path in paths if path.stem in ("data", source.name)), None)
+    described = [path for path in paths if KEYS.search(path.read_text(errors="replace"))]
     return named or (described[0] if len(described) == 1 else None)
 
 
-def read_yolo(found: ImportedDataset) -> None:
-    """Read a data.yaml file, or the one in a folder. Label files are read on iteration over a
-    split.
+def read_yolo(dataset: ImportedDataset) -> None:
+    """Read a data.yaml file, or that of a folder. Label files and images are read on iteration.
 
-    Raises FileNotFoundError and ValueError if data.yaml cannot be read or has neither train nor
-    val.
+    Raises FileNotFoundError or ValueError if data.yaml is unusable or has neither train nor val.
     """
-    path = description(found.source)
+    path = description(dataset.source)
     if path is None:
         expected = "expected one data.yaml, which names the classes and the splits"
-        raise FileNotFoundError(f"{found.source}: {expected}")
-    head = _Head(path, found)
+        raise FileNotFoundError(f"{dataset.source}: {expected}")
+    head = _Head(path, dataset)
     names: tuple[str, ...] = ()
-    with found.problems.collect(HEAD):
+    with dataset.problems.collect(HEAD):
         names = head.names()
     images: dict[str, list[Path]] = {}
     for key, name in SPLITS.items():
-        with found.problems.collect(HEAD):
+        with dataset.problems.collect(HEAD):
             if name not in images and (entries := head.entries(key)):
                 listed = head.split(key, entries)
-                if listed or found.problems.counts:
+                if listed or dataset.problems.counts:
                     images[name] = listed
-    if not images.keys() & {"train", "val"} and not found.problems.counts:
+    if not images.keys() & {"train", "val"} and not dataset.problems.counts:
         keys = ", ".join(map(str, head.values))
         raise ValueError(f"{path}: expected the keys train and val, got {keys}")
-    if not names:  # otherwise each row would be an error, too
-        return
+    if not names:
+        return  # otherwise each row would be reported, too
     head.count_others({image for listed in images.values() for image in listed})
     labeled: dict[str, list[Path]] = {}
-    for name, chosen in found.select(images).items():
+    for name, chosen in dataset.select(images).items():
         if any(os.path.isfile(_label_file(image)) for image in chosen):
             labeled[name] = chosen
         elif name == "test":
-            found.notes["test images skipped: none has a label file"] += len(chosen)
+            dataset.notes["test images skipped: none has a label file"] += len(chosen)
         elif chosen:
-            found.problems.add(
+            dataset.problems.add(
                 "split without label files",
                 f"{path}: {name}: none of {len(chosen)} images has a label file; expected "
                 f"{_label_file(chosen[0])} for {chosen[0]}",
             )
-    found.define(names, labeled, _picture)
+    dataset.define(names, labeled, _read_image)
 
 
 class _Head:
     """The content of data.yaml, and the folders and files that its splits refer to."""
 
-    def __init__(self, path: Path, found: ImportedDataset) -> None:
-        self.path, self.found = path, found
+    def __init__(self, path: Path, dataset: ImportedDataset) -> None:
+        self.path, self.dataset = path, dataset
         values = read_yaml(path)
         if not isinstance(values, dict):
             expected = "expected keys with values: names, train, val"
             raise ValueError(f"{path}: {expected}; got {show(values)}")
         if values.get("kpt_shape"):
-            raise ValueError(f"{path}: these are keypoints (kpt_shape); expected boxes or outlines")
+            raise ValueError(f"{path}: expected boxes or outlines, got keypoints (kpt_shape)")
         self.values: dict = values
         base = Path(os.path.abspath(path.parent))
         stated = values.get("path")
@@ -139,15 +138,15 @@ class _Head:
 
     def split(self, key: str, entries: list[str]) -> list[Path]:
         """Return the unique images of a split. Raises ValueError if the training split has none."""
-        name, named, found = SPLITS[key], ", ".join(entries), self.found
+        name, named, dataset = SPLITS[key], ", ".join(entries), self.dataset
         if name == "test" and not any(map(self.place, entries)):
-            found.remarks.append(f"split test skipped: {named} does not exist")
+            dataset.remarks.append(f"split test skipped: {named} does not exist")
             return []
         listed = dict.fromkeys(image for entry in entries for image in self.images(key, entry))
-        if not listed and not found.problems.counts:
+        if not listed and not dataset.problems.counts:
             if name == "train":
                 raise ValueError(f"{self.path}: {key}: no image in {named}")
-            found.remarks.append(f"split {name} skipped: no image in {named}")
+            dataset.remarks.append(f"split {name} skipped: no image in {named}")
         return list(listed)
 
     def place(self, entry: str) -> Path | None:
@@ -157,27 +156,27 @@ class _Head:
         return next((Path(os.path.abspath(path)) for path in places if os.path.exists(path)), None)
 
     def images(self, key: str, entry: str) -> Iterator[Path]:
-        """Return the image files of an entry, by absolute path without resolving links."""
+        """Yield the absolute paths of an entry's images, without resolving links."""
         place = self.place(entry)
         if place is None:
-            looked = f"looked below {', '.join(map(str, self.roots))}"
-            raise FileNotFoundError(f"{self.path}: {key}: {entry} was not found, {looked}")
+            roots = ", ".join(map(str, self.roots))
+            raise FileNotFoundError(f"{self.path}: {key}: {entry} does not exist in {roots}")
         if place.is_dir():
             self.places.add(place)
-            yield from self.found.images_below(place)[0]
+            yield from self.dataset.images_below(place)[0]
             return
         if place.suffix != ".txt":
             expected = "expected a folder or a .txt file of image paths"
             raise ValueError(f"{self.path}: {key}: {entry}: {expected}")
         for number, line in _lines(place):
-            with self.found.problems.collect("line without an image file"):
+            with self.dataset.problems.collect("line without an image file"):
                 image = self.listed(place, number, line)
-                self.places.add(image.parent)  # where `count_others` counts other files
-                if self.found.is_image(image):
+                self.places.add(image.parent)  # for `count_others`
+                if self.dataset.is_image(image):
                     yield image
 
     def listed(self, place: Path, number: int, line: str) -> Path:
-        """Return the file that a line of a list of images refers to."""
+        """Return the file to which a line in a list of images refers."""
         for name in (line, line.removeprefix("data/")):
             for root in (place.parent, *self.roots):
                 if os.path.isfile(root / name):
@@ -189,51 +188,53 @@ class _Head:
 
     def count_others(self, used: set[Path]) -> None:
         """Count the image and label files that are in no split."""
-        folders, notes = set(), self.found.notes
+        folders, notes = set(), self.dataset.notes
         for place in self.places:
             before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
             folders.add(Path(f"{before}{os.sep}images") if cut else place)
-        images, others = self.found.images_below(*folders)
+        images, others = self.dataset.images_below(*folders)
         notes["images skipped (not in any split)"] += len({*images} - used)
-        self.found.count_left_out(others, lambda path: os.path.isfile(_label_file(path)))
-        beside = [one.with_name("labels") if one.name == "images" else one for one in folders]
-        labels = {*files_below(*beside, suffix=".txt")}
+        self.dataset.count_left_out(others, lambda path: os.path.isfile(_label_file(path)))
+        places = [path.with_name("labels") if path.name == "images" else path for path in folders]
+        labels = {*files_below(*places, suffix=".txt")}
         labels -= {_label_file(image) for image in (*images, *others, *used)}
         notes["label files skipped (no image)"] += sum(map(_has_rows, labels))
 
 
 def _label_file(image: Path) -> Path:
-    before, found, after = str(image).rpartition(f"{os.sep}images{os.sep}")
-    return Path(f"{before}{os.sep}labels{os.sep}{after}" if found else after).with_suffix(".txt")
+    before, cut, after = str(image).rpartition(f"{os.sep}images{os.sep}")
+    return Path(f"{before}{os.sep}labels{os.sep}{after}" if cut else after).with_suffix(".txt")
 
 
 def _has_rows(path: Path) -> bool:
-    """Return whether a text file contains labels; it may be classes.txt, a list of images, ..."""
+    """Return whether a text file contains labels rather than class names or image paths."""
     with open(path, "rb") as file:
         words = file.readline(1000).split()
     return path.name != "classes.txt" and (not words or NUMBER.fullmatch(words[0]) is not None)
 
 
-def _picture(image: Path, label_of: Mapping[str, int], found: ImportedDataset) -> ImportedImage:
-    size = found.check_size(image, image)
+def _read_image(
+    image: Path, label_of: Mapping[str, int], dataset: ImportedDataset
+) -> ImportedImage:
+    size = dataset.check_size(image, image)
     label_file = _label_file(image)
     if os.path.isfile(label_file):
-        return ImportedImage(image, *size, tuple(_things(label_file, size, found)))
-    found.notes["images without a label file (no objects)"] += 1
+        return ImportedImage(image, *size, tuple(_objects(label_file, size, dataset)))
+    dataset.notes["images without a label file (no objects)"] += 1
     return ImportedImage(image, *size, ())
 
 
-def _things(path: Path, size: Size, found: ImportedDataset) -> Iterator[ImportedObject]:
+def _objects(path: Path, size: Size, dataset: ImportedDataset) -> Iterator[ImportedObject]:
     seen = set()
     for number, line in _lines(path):
         row = None
-        with found.problems.collect("row that cannot be used"):
-            row = _row(f"{path}:{number}", line, len(found.class_names))
+        with dataset.problems.collect("row that cannot be used"):
+            row = _row(f"{path}:{number}", line, len(dataset.class_names))
         if row in seen:
-            found.notes["duplicate rows removed"] += 1
+            dataset.notes["duplicate rows removed"] += 1
         elif row is not None:
             seen.add(row)
-            yield from found.keep(_thing(row, size))
+            yield from dataset.keep(_object(row, size))
 
 
 def _row(where: str, line: str, classes: int) -> tuple[float, ...]:
@@ -252,28 +253,28 @@ def _row(where: str, line: str, classes: int) -> tuple[float, ...]:
     if row[0] not in range(classes):
         raise Unusable(
             "class that is not in data.yaml",
-            f"{where}: class {words[0]}: expected a whole number from 0 to {classes - 1}, as "
-            "data.yaml names them",
+            f"{where}: class {words[0]}: expected a whole number from 0 to {classes - 1}, an index "
+            "of the names in data.yaml",
         )
     for word, value in zip(words[1:], row[1:], strict=True):
-        if not -TOLERANCE <= value <= 1 + TOLERANCE:  # NaN, too
+        if not -TOLERANCE <= value <= 1 + TOLERANCE:  # also true for NaN
             text = f"{where}: coordinate {word}: expected a fraction of the image, from 0 to 1"
             raise Unusable("coordinate outside its image", text)
     return row
 
 
-def _thing(row: tuple[float, ...], size: Size) -> ImportedObject | None:
+def _object(row: tuple[float, ...], size: Size) -> ImportedObject | None:
     height, width = size
     if len(row) == 5:
         x, y, wide, high = row[1] * width, row[2] * height, row[3] * width, row[4] * height
         corners = (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2)
         return object_from_box(int(row[0]), corners, size)
-    points = [value * (height if place % 2 else width) for place, value in enumerate(row[1:])]
+    points = [value * (height if index % 2 else width) for index, value in enumerate(row[1:])]
     return object_from_outline(int(row[0]), [points], size)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Return the lines of a text file that are not empty, with their numbers."""
+    """Return the non-empty lines of a text file, with their numbers."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
