@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from vitdet.datasets.report.charts import doubling, histogram, ranges
+from vitdet.datasets.report.charts import count_bins, histogram, ranges
 from vitdet.datasets.report.page import LENGTHS, OBJECTS, SIDES
 from vitdet.visualize import class_color
 
@@ -153,7 +153,7 @@ def test_a_folder_without_data_is_one_line(vitdet: Run, tmp_path: Path) -> None:
 
 def test_bins() -> None:
     assert ranges((1, 2, 3, 5)) == ["0", "1", "2", "3-4", "5+"]
-    assert doubling(np.array([0, 1, 1, 3, 4, 9]), (1, 2, 3, 5)).tolist() == [1, 2, 0, 2, 1]
+    assert count_bins(np.array([0, 1, 1, 3, 4, 9]), (1, 2, 3, 5)).tolist() == [1, 2, 0, 2, 1]
     assert ranges((8, 16)) == ["<8", "8-15", "16+"]
 
 
@@ -171,7 +171,7 @@ def test_neighboring_labels_do_not_overlap(edges: tuple[int, ...], borders: bool
 
 def test_bins_include_their_lower_edge_only() -> None:
     chart = histogram(
-        "", ranges((8, 16)), [("train", doubling(np.array([3, 8, 8, 20]), (8, 16)))], "", (8, 16)
+        "", ranges((8, 16)), [("train", count_bins(np.array([3, 8, 8, 20]), (8, 16)))], "", (8, 16)
     )
     (eight, _), (sixteen, _) = chart.marks
     assert [bar.tip.split(": ")[1].split()[0] for bar in chart.bars] == ["1", "2", "1"]

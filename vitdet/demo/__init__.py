@@ -1,1 +1,1 @@
-"""The demo's generated data set, and the masked autoencoder that is pre-trained on it."""
+"""The generated data set of the demo, and a masked autoencoder that is pre-trained on it."""

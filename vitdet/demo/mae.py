@@ -1,11 +1,11 @@
 """Masked-autoencoder pre-training of the tiny backbone on generated images, without labels.
 
 He et al., Masked Autoencoders Are Scalable Vision Learners (arXiv:2111.06377): the encoder
-processes a quarter of the patches, a small decoder reconstructs the others. The images are drawn
-from seeds that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT` produced
-the weights in the package.
+processes a quarter of the patches, and a small decoder reconstructs half of the others. The images
+are drawn from a seed that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT`
+produced the weights in the package.
 
-Notation: B images, N tokens, V visible ones, C channels, P = 3 patch^2 values of a patch.
+Notation: B images, N tokens, V visible tokens, C channels.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from vitdet.weights.convert import save_tensors
 
 log = logging.getLogger(__name__)
 
-# shares of the patches: visible, and reconstructed (half of the hidden ones, to save time)
-VISIBLE, PAINTED = (0.25, 0.375)
+# fractions of the patches; only half of the hidden patches are reconstructed, to save time
+VISIBLE, RECONSTRUCTED = (0.25, 0.375)
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Apply a block to tokens (B, N, C) of a subset of patches, without relative positions."""
+    """Apply a block to tokens (B, N, C) of any patches, without relative positions."""
     assert isinstance(block, Block)
     attention = block.attn
     qkv, pattern = attention.qkv(block.norm1(x)), "b n (three h d) -> three b h n d"
@@ -50,7 +50,7 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT's embedding, positions and blocks as encoder, and a decoder that is discarded."""
+    """An encoder, which consists of a ViT's embedding and blocks, and a decoder."""
 
     def __init__(self, encoder: ViT, decoder_dim: int = 96, decoder_depth: int = 2) -> None:
         super().__init__()
@@ -78,39 +78,39 @@ class MaskedAutoencoder(nn.Module):
         self.to_pixels = nn.Sequential(nn.LayerNorm(decoder_dim), pixels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the mean squared error of the hidden patches of normalized images (B, 3, S, S).
+        """Return the mean squared error of hidden patches of normalized images (B, 3, S, S).
 
-        Each patch is normalized to zero mean and unit standard deviation.
+        The target of each patch is its pixels with zero mean and unit standard deviation.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
         order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
-        shown, painted = int(count * VISIBLE), int(count * PAINTED)
-        visible, hidden = order[:, :shown], order[:, shown : shown + painted]
+        shown, used = int(count * VISIBLE), int(count * VISIBLE) + int(count * RECONSTRUCTED)
+        visible, hidden = order[:, :shown], order[:, shown:used]
         x = take(tokens, visible)
         for block in self.encoder.blocks:
             x = run_block(block, x)
         x = self.into_decoder(self.norm(x))
-        masked = self.mask_token.expand(len(x), painted, -1).to(x.dtype)
+        masked = self.mask_token.expand(len(x), used - shown, -1).to(x.dtype)
         positions = self.positions.expand(len(x), -1, -1)
-        x = torch.cat([x, masked], dim=1) + take(positions, order[:, : shown + painted])
+        x = torch.cat([x, masked], dim=1) + take(positions, order[:, :used])
         for layer in self.decoder:
             x = run_block(layer, x)
-        found = self.to_pixels(x[:, shown:]).float()
+        predicted = self.to_pixels(x[:, shown:]).float()
         pattern = "b c (h p) (w q) -> b (h w) (c p q)"
-        wanted = take(rearrange(images, pattern, p=self.patch, q=self.patch), hidden)
-        deviation = (wanted.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-        wanted = (wanted - wanted.mean(dim=-1, keepdim=True)) / deviation
-        return F.mse_loss(found, wanted)
+        target = take(rearrange(images, pattern, p=self.patch, q=self.patch), hidden)
+        deviation = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        target = (target - target.mean(dim=-1, keepdim=True)) / deviation
+        return F.mse_loss(predicted, target)
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, N, C) at index (B, V) -> (B, V, C)."""
+    """Return the tokens (B, V, C) at `index` (B, V) of tokens (B, N, C)."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def draw(index: int, side: int) -> np.ndarray:
-    """Draw an image of the pre-training seed, mirrored into the padding: (side, side, 3) uint8."""
+    """Draw an image (side, side, 3) uint8 of the pre-training seed, padded by reflection."""
     image = draw_scene(PRETRAIN_SEED, index).image
     padding = [(0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)]
     return np.pad(image, padding, mode="symmetric")
@@ -124,7 +124,7 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, mirror or transpose all images equally, at random; normalize them: (B, 3, S, S)."""
+    """Normalize images (B, 3, S, S); shift, flip and transpose all by the same random choice."""
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images
@@ -181,7 +181,7 @@ def pretrain(
 
 
 def export(encoder: ViT, output: Path) -> None:
-    """Write the backbone's weights under their names in a detector, without relative positions."""
+    """Write the backbone's weights with a detector's names, without relative positions."""
     weights = {
         f"backbone.{name}": tensor.detach().half()
         for name, tensor in encoder.state_dict().items()

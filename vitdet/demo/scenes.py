@@ -1,13 +1,13 @@
 """Scenes of the tiny data set: six classes that differ in shape and texture, not in color.
 
-Every class has its own silhouette and a preferred texture, used by 70% of its instances (the
-others use any); colors are random, backgrounds have the same textures on a larger scale, and there
-are untextured fragments and lines as distractors. A scene depends only on its seed and index. The
-drawing is frozen: change it only together with VERSION.
+Every class has a silhouette and a preferred texture, which 70% of its instances use. Colors are
+random, backgrounds have the same textures on a larger scale, and untextured fragments and lines are
+distractors. A scene depends only on its seed and index. Change the drawing only together with
+VERSION.
 
 Scenes are painted without anti-aliasing on a canvas of twice the size ("fine" pixels) as indices
-into a palette, with a map of the owner of each fine pixel, from which the visible outline of each
-object is traced.
+into a palette. A second array contains the owner of each fine pixel, from which the visible outline
+of each object is traced.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from vitdet.demo.shapes import (
 )
 
 VERSION = 1
-# preferred textures: TEXTURES, in the same order
+# the preferred texture of a class is at the same index of TEXTURES
 CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: "cross"}
 FINE = 2  # fine pixels per pixel along each axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
-TOLERANCE = 0.45  # pixels between a traced outline and its polygon
+TOLERANCE = 0.45  # maximum distance in pixels between a traced outline and its polygon
 SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
-VISIBLE = 0.45  # minimum share of an object's area, and
-VISIBLE_AREA = 44.0  # square pixels: minimum area, that later objects must leave visible
+VISIBLE = 0.45  # fraction of an object's area that must remain visible
+VISIBLE_AREA = 44.0  # square pixels of an object that must remain visible
 Window = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An annotated object: its box is xywh, its area in square pixels; a crowd has run lengths."""
+    """An annotated object."""
 
     category_id: int
-    bbox: tuple[float, float, float, float]
-    area: float
-    segmentation: list[list[float]] | dict[str, list[int]]
+    bbox: tuple[float, float, float, float]  # x, y, width, height
+    area: float  # square pixels
+    segmentation: list[list[float]] | dict[str, list[int]]  # polygons, or the RLE of a crowd
     crowd: bool
 
 
 @dataclass(frozen=True)
 class Scene:
-    """image (H, W, 3) uint8 RGB and its objects."""
+    """An image with annotated objects."""
 
-    image: np.ndarray
+    image: np.ndarray  # (H, W, 3) uint8, RGB
     objects: tuple[SceneObject, ...]
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """Draw a scene of 88 to 128 pixels per side, one side 128, from its seed and index."""
+    """Draw a scene whose longer side is 128 pixels, and whose shorter side is at least 88."""
     dice = Dice(seed, index)
     short = dice.integer(88, 129)
     height, width = (128, short) if dice.chance(0.5) else (short, 128)
@@ -75,7 +75,7 @@ def draw_scene(seed: int, index: int) -> Scene:
         count = 1 + int((11 if crowd else 12) * dice.uniform(0, 1) ** 1.6)
         low, high = map(math.log, SIDES)
         sides = [math.exp(dice.uniform(low, high)) for _ in range(count)]
-        # small objects are mostly drawn over large ones
+        # draw most small objects after the large ones, so that they remain visible
         for side in sorted(sides, key=lambda side: -side * dice.uniform(0.6, 1.6)):
             canvas.paint_object(side)
         if dice.chance(0.25):
@@ -86,17 +86,17 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 @dataclass
 class _Owner:
-    """An owner of fine pixels: an object or the background. window: the region that contains it."""
+    """An owner of fine pixels: an object or the background."""
 
     category: int
     crowd: bool
-    window: Window
+    window: Window  # region that contains the object
     full: float = 0.0  # fine pixels of the whole object
-    seen: int = 0  # fine pixels of its visible part
+    seen: int = 0  # fine pixels of the visible part
 
 
 class _Canvas:
-    """A scene while it is painted; its arrays are in fine pixels, its arguments in pixels."""
+    """A scene that is being painted; its arrays consist of fine pixels."""
 
     def __init__(self, height: int, width: int, dice: Dice) -> None:
         self.dice = dice
@@ -118,7 +118,7 @@ class _Canvas:
         self._apply(scrap + self._center(0), 0, [self._plain()])
 
     def paint_line(self) -> None:
-        """Paint a thin line over everything, which splits objects but does not hide them."""
+        """Paint a thin line over everything, unless it would hide too much of an object."""
         length = FINE * self.dice.uniform(50, 110)
         line = placed(SQUARE * [1, 0.02], length, self.dice)
         line, color = line + self._center(20 * FINE), self._plain()
@@ -139,7 +139,7 @@ class _Canvas:
         self.owners[number].full = float(self.owners[number].seen)
 
     def paint_object(self, side: float) -> None:
-        """Paint an object whose box has this longer side, at the best of a few free positions."""
+        """Paint an object with this longer side, at the best of several random positions."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
         patience = 8 if self.dice.chance(0.75) else 1  # a few objects may hide others
@@ -169,13 +169,13 @@ class _Canvas:
     def objects(self) -> tuple[SceneObject, ...]:
         """Return the visible part of each object, in pixels."""
         numbered = list(enumerate(self.owners))[1:]
-        crowds = [self._crowd_region(number, one) for number, one in numbered if one.crowd]
-        single = [(number, one) for number, one in numbered if not one.crowd]
-        bitmaps = [self.owner[one.window] == number for number, one in single]
+        crowds = [self._crowd_region(number, owner) for number, owner in numbered if owner.crowd]
+        single = [(number, owner) for number, owner in numbered if not owner.crowd]
+        bitmaps = [self.owner[owner.window] == number for number, owner in single]
         outlines = trace(bitmaps, TOLERANCE * FINE)
         visible = [
-            self._visible(one, parts, int(np.count_nonzero(bitmap)))
-            for (_, one), parts, bitmap in zip(single, outlines, bitmaps, strict=True)
+            self._visible(owner, parts, int(np.count_nonzero(bitmap)))
+            for (_, owner), parts, bitmap in zip(single, outlines, bitmaps, strict=True)
         ]
         return (*crowds, *visible)
 
@@ -196,7 +196,7 @@ class _Canvas:
     def _crowd_region(self, number: int, owner: _Owner) -> SceneObject:
         region = _sums((self.owner == number).astype(np.int64)) >= 2
         rows, columns = (np.flatnonzero(region.any(axis)).tolist() for axis in (1, 0))
-        flat = region.ravel(order="F")  # COCO's order: by column, starting with outside
+        flat = region.ravel(order="F")  # COCO's run lengths are by column, background first
         changes = np.flatnonzero(np.diff(flat, prepend=False))
         counts = np.diff(changes, prepend=0, append=flat.size).tolist()
         x, y = float(columns[0]), float(rows[0])
@@ -208,7 +208,7 @@ class _Canvas:
         return margin + self.dice.numbers(2) * (np.array([self.width, self.height]) - 2 * margin)
 
     def _preferred(self, kind: int) -> str:
-        # 0.64 + 0.36 / 6 = 0.7
+        # with probability 0.64 + 0.36 / 6 = 0.7
         return TEXTURES[kind if self.dice.chance(0.64) else self.dice.integer(0, 6)]
 
     def _colors(self) -> list[Color]:
@@ -220,16 +220,16 @@ class _Canvas:
         return random_color(self.dice, self.palette[:2], 60)
 
     def _unlike(self, others: list[Color]) -> Color:
-        """Return a color that contrasts with these: the most different one of four candidates."""
+        """Return a color that contrasts with `others`, and most with the palette."""
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
-        return max(choices, key=lambda color: min(math.dist(color, one) for one in self.palette))
+        return max(choices, key=lambda color: min(math.dist(color, used) for used in self.palette))
 
     def _register(self, kind: int, crowd: bool) -> int:
         self.owners.append(_Owner(list(CATEGORIES)[kind], crowd, self.owners[0].window))
         return len(self.owners) - 1
 
     def _stencil(self, vertices: np.ndarray) -> tuple[Window, np.ndarray, list[int]]:
-        """Return the window of a polygon, its pixels, and how many it covers of each owner."""
+        """Return a polygon's window, its mask there, and the number of pixels of each owner."""
         (x0, y0), (x1, y1) = np.floor(vertices.min(axis=0)), np.ceil(vertices.max(axis=0))
         rows = slice(max(int(y0), 0), max(min(int(y1), self.height), 0))
         columns = slice(max(int(x0), 0), max(min(int(x1), self.width), 0))
@@ -240,9 +240,10 @@ class _Canvas:
         return (rows, columns), stencil, covered
 
     def _cost(self, vertices: np.ndarray) -> float:
-        """Return the fine pixels of other objects that a new one would cover.
+        """Return how many fine pixels of objects a polygon would cover.
 
-        Infinite if it would hide one or make a hole.
+        The result is infinite if the polygon extends far outside the image, is inside one object,
+        or would hide too much of an object.
         """
         _, stencil, covered = self._stencil(vertices)
         size, losses = int(np.count_nonzero(stencil)), covered[1:]
@@ -271,8 +272,8 @@ class _Canvas:
             index += texture(pattern, height, width, period, self.dice)
         self.palette += colors
         self.paint[window][stencil] = index[stencil]
-        for loser, loss in zip(self.owners, covered, strict=True):
-            loser.seen -= loss
+        for covered_owner, loss in zip(self.owners, covered, strict=True):
+            covered_owner.seen -= loss
         self.owner[window][stencil] = number
         owner = self.owners[number]
         owner.seen += int(np.count_nonzero(stencil))
@@ -282,5 +283,5 @@ class _Canvas:
 
 
 def _sums(fine: np.ndarray) -> np.ndarray:
-    """Return the sum over the fine pixels of each pixel."""
+    """Return the sum of the fine pixels of each pixel."""
     return fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]

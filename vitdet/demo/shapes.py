@@ -15,7 +15,7 @@ Color = tuple[float, float, float]
 
 
 class Dice:
-    """Random numbers from `random()` only, whose stream NumPy is least likely to change."""
+    """Random numbers that only use `random()`, whose stream NumPy is least likely to change."""
 
     def __init__(self, seed: int, index: int) -> None:
         bits = np.random.PCG64(np.random.SeedSequence([seed, index]))
@@ -34,12 +34,12 @@ class Dice:
         return low + int(self.uniform(0, high - low))
 
     def chance(self, probability: float) -> bool:
-        """Return True with this probability."""
+        """Return whether an event of this probability occurs."""
         return self.uniform(0, 1) < probability
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """Return a random color (0..255 per channel) at this RGB distance from the others."""
+    """Return a random color (0..255) whose RGB distance from the others is apart..at_most."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):
@@ -47,7 +47,7 @@ def random_color(dice: Dice, others: list[Color], apart: float, at_most: float =
 
 
 def silhouette(kind: int, dice: Dice) -> np.ndarray:
-    """Return the silhouette (V, 2) of a class around the origin, of any size, upright."""
+    """Return the upright silhouette (V, 2) of a class around the origin, of any size."""
     if kind == 0:  # disc
         angle = np.arange(28) * (2 * math.pi / 28)
         return np.stack([np.cos(angle), np.sin(angle) * dice.uniform(0.6, 1)], axis=1)
@@ -74,9 +74,9 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
 
 
 def placed(outline: np.ndarray, side: float, dice: Dice) -> np.ndarray:
-    """Squeeze, bend and rotate a silhouette at random; scale its box to this longer side.
+    """Squeeze, bend and rotate a silhouette (V, 2) at random.
 
-    The box is centered at the origin.
+    The bounding box of the result has the given longer side and is centered at the origin.
     """
     squeezed = outline * [1, dice.uniform(0.8, 1)]
     outline = squeezed + 0.05 * (dice.numbers(2) - 0.5) * outline[:, ::-1] ** 2
@@ -104,7 +104,7 @@ def texture(name: str, height: int, width: int, period: float, dice: Dice) -> np
         return (_fraction(u) - 0.5) ** 2 + (_fraction(v) - 0.5) ** 2 < 0.1
     if name == "zigzag":
         return _fraction(u + np.abs(_fraction(0.7 * v) - 0.5)) < 0.5
-    # blotches: noise on a grid, smoothed
+    # blotches: interpolated noise
     heights = dice.numbers((int(height / period) + 3, int(width / period) + 3))
     rows, columns = np.arange(height) / period + shift[0], np.arange(width) / period + shift[1]
     return _smooth(heights, rows, columns) < 0.5

@@ -1,7 +1,7 @@
 """The tiny data set: a generated data set in COCO's layout, with the same bytes for the same seed.
 
-Training uses the scenes of seed 2 x seed, validation those of 2 x seed + 1; scenes of PRETRAIN_SEED
-and above are for pre-training without labels.
+Training images are the scenes of seed 2 x seed, validation images those of seed 2 x seed + 1. The
+scenes of PRETRAIN_SEED are for pre-training without labels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitdet.files import atomic_dir, write_jpeg
 __all__ = ["CATEGORIES", "PRETRAIN_SEED", "Scene", "SceneObject", "draw_scene", "make_tiny"]
 
 PRETRAIN_SEED = 1_000_000
-LARGEST = 500_000  # images of a split
+LARGEST = 500_000  # maximum number of images per split
 
 
 def make_tiny(
@@ -29,9 +29,9 @@ def make_tiny(
 ) -> bool:
     """Write folder/{train,val}/*.jpg and folder/annotations/instances_{train,val}.json.
 
-    processes: 0: all available processors; the result does not depend on it. Returns False if they
-    exist. Raises ValueError if the counts or the seed are out of range, or the folder contains
-    something else.
+    The result does not depend on `processes`; 0 uses all available processors. Returns False if the
+    data set exists. Raises ValueError if the counts or the seed are out of range, or the folder
+    contains something else.
     """
     folder = Path(folder)
     if not (0 < train <= LARGEST and 0 < val <= LARGEST):
@@ -66,7 +66,7 @@ def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (_holds(folder, "train", train, seed) and _holds(folder, "val", val, seed)):
+    if not (_contains(folder, "train", train, seed) and _contains(folder, "val", val, seed)):
         raise ValueError(
             f"{folder}: contains something other than the tiny data set (version {VERSION}, seed "
             f"{seed}, {train} + {val} images); choose another folder or delete this one"
@@ -79,7 +79,7 @@ def _info(split: str, count: int, seed: int) -> dict[str, str | int]:
     return {"description": "vitdet tiny", **number, "split": split, "images": count}
 
 
-def _holds(folder: Path, split: str, count: int, seed: int) -> bool:
+def _contains(folder: Path, split: str, count: int, seed: int) -> bool:
     try:
         path = folder / "annotations" / f"instances_{split}.json"
         info = json.loads(path.read_text())["info"]
@@ -92,28 +92,28 @@ def _write_split(
     folder: Path, count: int, seed: int, first_id: int, processes: int
 ) -> dict[str, object]:
     """Draw and write the images; return the tables of the annotation file."""
-    affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    affinity = hasattr(os, "sched_getaffinity")  # missing on macOS
     processes = processes or (len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1)
     work = partial(_write_image, folder, seed, first_id)
     if min(processes, count // 16) > 1:
-        # fork: the workers run no threads, and start without importing the package again
+        # fork is safe, as the workers run no threads, and does not import the package again
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with context.Pool(processes) as pool:
             scenes = pool.map(work, range(count), chunksize=8)
     else:
         scenes = [work(index) for index in range(count)]
-    objects = [(image["id"], thing) for image, things in scenes for thing in things]
+    pairs = [(image["id"], obj) for image, objects in scenes for obj in objects]
     annotations = [
         {
             "id": 2 * first_id + number,
             "image_id": image_id,
-            "category_id": thing.category_id,
-            "bbox": list(thing.bbox),
-            "area": thing.area,
-            "segmentation": thing.segmentation,
-            "iscrowd": int(thing.crowd),
+            "category_id": obj.category_id,
+            "bbox": list(obj.bbox),
+            "area": obj.area,
+            "segmentation": obj.segmentation,
+            "iscrowd": int(obj.crowd),
         }
-        for number, (image_id, thing) in enumerate(objects)
+        for number, (image_id, obj) in enumerate(pairs)
     ]
     categories = [
         {"id": number, "name": name, "supercategory": "shape"}

@@ -1,6 +1,6 @@
 """Self-contained HTML pages, rendered from jinja2 templates that extend `base.html`.
 
-A page loads no other files: images are data URIs, and its content security policy forbids requests.
+A page loads no other files: images are data URIs, and the content security policy forbids requests.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from PIL import Image
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
-    """Render a template, given by its path in the package, e.g. `evaluation/page.html`.
-
-    All values are escaped.
-    """
+    """Render a template with escaped values; `template` is a path such as evaluation/page.html."""
     return _environment().get_template(template).render(values)
 
 
 def data_uri(image: Image.Image, quality: int) -> str:
-    """Return an image as a JPEG in a data URI."""
+    """Return the data URI of an image in JPEG format."""
     content = io.BytesIO()
     image.save(content, "JPEG", quality=quality, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
@@ -54,11 +51,11 @@ def _decimal(value: float | None, digits: int = 1) -> str:
 
 
 def _count(value: int, noun: str = "") -> str:
-    """Format a count: 1,234 objects; 1 object."""
+    """Format a count with its noun, e.g. 1,234 objects or 1 object."""
     return f"{value:,}" + (f" {noun}{'' if value == 1 else 's'}" if noun else "")
 
 
 def _path(values: Sequence[float], width: float, height: float) -> str:
-    """Return the points of an SVG polyline of evenly spaced values in 0..1, 0 at the bottom."""
+    """Return the points of an SVG polyline through evenly spaced values from 0 (bottom) to 1."""
     step = width / max(len(values) - 1, 1)
     return " ".join(f"{i * step:.1f},{height * (1 - value):.1f}" for i, value in enumerate(values))

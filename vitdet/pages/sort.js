@@ -1,4 +1,4 @@
-// Tables of class "sortable": a button in a column's title sorts the rows, numbers by value and missing ones last.
+// In tables of class "sortable", the button in a column header sorts the rows: numbers by value, missing values last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const read = (row, column) => row.cells[column].textContent.trim();
@@ -9,7 +9,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const column = title.cellIndex;
       const numeric = title.classList.contains("n");
       const before = title.getAttribute("aria-sort");
-      // numbers begin with the lowest, as the weakest classes are looked for
+      // sort in ascending order first, as it shows the weakest classes at the top
       const sign = before === "ascending" ? -1 : 1;
       for (const other of table.tHead.querySelectorAll("th")) other.removeAttribute("aria-sort");
       title.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");

@@ -1,1 +1,1 @@
-"""A data set on one HTML page."""
+"""The HTML report of a data set."""

@@ -1,7 +1,7 @@
 """The report of a data set: one HTML page with counts, classes, sizes, some images and problems.
 
-Only objects that training can use are counted; others (crowds, boxes of zero size) are listed as
-well. Sizes are COCO's: small below 32 x 32 pixels of the box, large from 96 x 96.
+Only objects that training can use are counted; crowds and boxes of zero size are listed separately.
+Size classes are COCO's, by the area of the box: small below 32 x 32 pixels, large from 96 x 96.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from vitdet.pages import render
 from vitdet.visualize import spread
 
 PICTURES = 12
-FIRST = 30  # classes shown at once; the others open with a click
-OBJECTS = (1, 2, 3, 5, 9, 17, 33)  # per image
-SIDES = (8, 16, 32, 64, 96, 128, 256, 512)  # pixels: the root of a box's area
-LENGTHS = (256, 384, 512, 640, 768, 1024, 2048)  # pixels of an image's longer side
+FIRST = 30  # classes shown initially; a click shows the others
+# bin edges of the histograms
+OBJECTS = (1, 2, 3, 5, 9, 17, 33)  # objects or classes per image
+SIDES = (8, 16, 32, 64, 96, 128, 256, 512)  # pixels: square root of the box area
+LENGTHS = (256, 384, 512, 640, 768, 1024, 2048)  # pixels: longer side of the image
 SMALL, LARGE = 32**2, 96**2
-COLUMNS = ("split", "images", "without objects", "objects", "small", "medium", "large", "left out")
+COLUMNS = ("split", "images", "without objects", "objects", "small", "medium", "large", "skipped")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def write_page(
 ) -> tuple[int, int, Report]:
     """Write the page of a folder in COCO's or LVIS's layout; files that cannot be read are listed.
 
-    images: read every image file, as `check` does. Returns the number of images, of objects, and
-    what `check` found. Raises FileNotFoundError if there is nothing to show, OSError if `output`
-    cannot be written.
+    With `images`, every image file is read, as by `check`. Returns the number of images, the number
+    of objects, and the report of `check`. Raises FileNotFoundError if there is no annotation file,
+    OSError if `output` cannot be written.
     """
     report = check(folder, images=images, reading=reading)
     if not report.splits:
@@ -75,7 +76,7 @@ def write_page(
         "size": charts.SIZE,
         "charts": _charts(splits),
         "classes": classes,
-        "most_objects": max((one[0] for _, counts in classes for one in counts), default=0) or 1,
+        "most_objects": max((row[0] for _, counts in classes for row in counts), default=0) or 1,
         "first": FIRST,
         "portraits": _portraits(splits, reading),
         "findings": [("bad", error) for error in report.errors]
@@ -97,12 +98,12 @@ def _read(folder: Path, name: str) -> _Split:
     files = find_splits(folder, dataset)[name.removeprefix("lvis_v1_")]
     found = read_coco(*files, by_url=dataset == "lvis")
     sides = [record.boxes[:, 2:] - record.boxes[:, :2] for record in found.records]
-    every = np.concatenate([np.zeros((0, 2), np.float32), *sides])
-    return _Split(name, found, np.prod(every, axis=1))
+    areas = np.prod(np.concatenate([np.zeros((0, 2), np.float32), *sides]), axis=1)
+    return _Split(name, found, areas)
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Return (name, value, CSS class) of the numbers at the top."""
+    """Return (name, value, CSS class) of the key figures at the top."""
     images, objects = _sums(report)
     errors, warnings = (
         sum(finding.count for finding in found) for found in (report.errors, report.warnings)
@@ -122,43 +123,44 @@ def _row(split: _Split) -> list[str]:
     total, counts = len(split.areas), split.counts
     small, large = int((split.areas < SMALL).sum()), int((split.areas >= LARGE).sum())
     sizes = (small, total - small - large, large)
-    left = ", ".join(f"{count:,} {why}" for why, count in sorted(split.found.dropped.items()))
+    dropped = [f"{count:,} {reason}" for reason, count in sorted(split.found.dropped.items())]
     numbers = [f"{number:,}" for number in (len(counts), int((counts == 0).sum()), total)]
     shares = [f"{100 * part / total:.0f}\u00a0%" if total else "-" for part in sizes]
-    return [split.name, *numbers, *shares, left or "-"]
+    return [split.name, *numbers, *shares, ", ".join(dropped) or "-"]
 
 
 def _charts(splits: list[_Split]) -> list[charts.Histogram]:
     def chart(
         title: str, unit: str, edges: tuple[int, ...], values: list[np.ndarray]
     ) -> charts.Histogram:
-        counts = [charts.doubling(value, edges) for value in values]
-        series = [(split.name, one) for split, one in zip(splits, counts, strict=True)]
+        counts = [charts.count_bins(value, edges) for value in values]
+        names = [split.name for split in splits]
+        series = list(zip(names, counts, strict=True))
         labels = charts.ranges(edges)
         return charts.histogram(title, labels, series, unit, () if edges is OBJECTS else edges)
 
     records = [split.found.records for split in splits]
-    kinds = [np.array([len(np.unique(labels)) for labels in every.labels()]) for every in records]
-    sizes = [every.sizes().max(axis=1, initial=0) for every in records]
-    areas = [split.areas**0.5 for split in splits]
+    classes = [np.array([len(np.unique(labels)) for labels in table.labels()]) for table in records]
+    lengths = [table.sizes().max(axis=1, initial=0) for table in records]
+    sides = [split.areas**0.5 for split in splits]
     return [
         chart("Objects per image", "objects", OBJECTS, [split.counts for split in splits]),
-        chart("Classes per image", "classes", OBJECTS, kinds),
-        chart("Size of objects", "pixels, square root of the box area", SIDES, areas),
-        chart("Size of images", "pixels, longer side", LENGTHS, sizes),
+        chart("Classes per image", "classes", OBJECTS, classes),
+        chart("Size of objects", "pixels, square root of the box area", SIDES, sides),
+        chart("Size of images", "pixels, longer side", LENGTHS, lengths),
     ]
 
 
 def _classes(splits: list[_Split]) -> list[tuple[str, list[list[int]]]]:
-    """Return the name of each class and (objects, images) of each split, most frequent first.
+    """Return the name of each class and (objects, images) per split, most frequent class first.
 
     Classes are identified by name, as the splits may have different classes.
     """
     names = list(dict.fromkeys(name for split in splits for name in split.found.class_names))
-    place = {name: row for row, name in enumerate(names)}
+    row_of = {name: row for row, name in enumerate(names)}
     counts = np.zeros((len(names), len(splits), 2), np.int64)
     for number, split in enumerate(splits):
-        rows = np.array([place[name] for name in split.found.class_names], np.int64)
+        rows = np.array([row_of[name] for name in split.found.class_names], np.int64)
         for labels in split.found.records.labels():
             np.add.at(counts[:, number, 0], rows[labels], 1)
             np.add.at(counts[:, number, 1], rows[np.unique(labels)], 1)
@@ -170,7 +172,7 @@ def _portraits(splits: list[_Split], reading: Reading) -> list[Portrait]:
     shown = []
     for split in splits:
         records, names = split.found.records, split.found.class_names
-        held = np.flatnonzero(split.counts)
-        for one in spread(len(held), -(-PICTURES // len(splits))):
-            shown.append(portrait(records[int(held[one])], names, split.name, reading))
+        annotated = np.flatnonzero(split.counts)
+        for index in annotated[spread(len(annotated), -(-PICTURES // len(splits)))].tolist():
+            shown.append(portrait(records[index], names, split.name, reading))
     return shown

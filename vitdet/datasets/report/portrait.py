@@ -1,4 +1,4 @@
-"""An image of a data set for its report: a small JPEG, and outlines of its objects on top of it."""
+"""Example images of a data set's report: a small JPEG with the objects drawn on top as SVG."""
 
 from __future__ import annotations
 
@@ -16,33 +16,26 @@ from vitdet.pages import data_uri
 from vitdet.visualize import class_color
 
 SIDE = 560  # pixels of the longer side
-QUALITY = 84  # of JPEG
-TOLERANCE = 0.5  # pixels by which the outline of an RLE may differ from its pixels
+QUALITY = 84  # JPEG quality
+TOLERANCE = 0.5  # maximum distance in pixels between an RLE and its outline
 
 
 class Shape(NamedTuple):
-    """An object in pixels of its image: SVG path of its mask, box (x, y, width, height).
-
-    label: x, y and width of the field with the class name; its height is 1.25 letters.
-    """
+    """An object, in image pixels."""
 
     color: str
     name: str
-    path: str
-    box: tuple[float, float, float, float]
-    label: tuple[float, float, float]
+    path: str  # SVG path of the mask
+    box: tuple[float, float, float, float]  # x, y, width, height
+    label: tuple[float, float, float]  # x, y, width of the class name; the height is 1.25 letters
 
 
 class Portrait(NamedTuple):
-    """An image with its objects, small ones last.
-
-    letter: the size of a letter in pixels of the image. error: why it cannot be read, which leaves
-    `source` and `shapes` empty.
-    """
+    """An image with its objects, small ones last, or only the reason why it cannot be read."""
 
     title: str
     record: Record
-    letter: float
+    letter: float  # font size in image pixels
     source: str = ""
     shapes: Sequence[Shape] = ()
     error: str = ""
@@ -51,7 +44,7 @@ class Portrait(NamedTuple):
 def portrait(
     record: Record, class_names: Sequence[str], split: str, reading: Reading = DEFAULT
 ) -> Portrait:
-    """Return an image of a split with its objects."""
+    """Return the image of a record in a split, with its objects."""
     title, letter = f"{split}: {record.path.name}", max(record.width, record.height) / 34
     try:
         picture = read_image(record.path, (record.height, record.width), reading)
@@ -59,7 +52,7 @@ def portrait(
         return Portrait(title, record, letter, error=str(error))
     picture.thumbnail((SIDE, SIDE))
     order = np.argsort(-np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1))
-    shapes = [_shape(record, int(one), class_names, letter) for one in order]
+    shapes = [_shape(record, index, class_names, letter) for index in order.tolist()]
     return Portrait(title, record, letter, data_uri(picture, QUALITY), shapes)
 
 
@@ -75,7 +68,7 @@ def _shape(record: Record, index: int, class_names: Sequence[str], letter: float
 
 
 def _outlines(record: Record, index: int) -> list[np.ndarray]:
-    """Return the polygons (V, 2) of an object in pixels of its image."""
+    """Return the polygons (V, 2) of an object in image pixels."""
     segmentation = record.segmentations[index]
     if segmentation is None:
         return []
