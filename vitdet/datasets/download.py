@@ -3,8 +3,8 @@
 PATH contains the bytes received so far. PATH.json identifies the file to which these bytes belong
 by URL, length and the validator that the server sent (a strong ETag, else Last-Modified). The next
 attempt requests the rest with Range, on the condition (If-Range) that the file has not changed. If
-the server sends the whole file nevertheless, the download starts over. It ends after `tries`
-consecutive attempts without progress. See RFC 9110, sections 8.8, 13.1.5 and 14.
+the server sends the whole file nevertheless, the download starts over. A download fails after
+`tries` consecutive attempts without progress. See RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class _Attempt:
     def receive(self, response: http.client.HTTPResponse, start: int, total: int | None) -> None:
         """Append the body to the first `start` bytes of the file."""
         done, most = start, LARGEST if self.size is None else self.size
-        with open(self.path, "ab", buffering=0) as file:  # a killed process loses nothing
+        with open(self.path, "ab", buffering=0) as file:  # a killed process loses no bytes
             try:
                 self.watcher.at(done, total)
                 # read one byte more than expected, to detect a longer file

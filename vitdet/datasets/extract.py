@@ -68,7 +68,7 @@ def unpack(
 
     Args:
         archive: the zip archive.
-        folder: where to extract to.
+        folder: the target folder.
         choose: maps a name in the archive to the name in the folder, or None to skip the file.
         limits: upper limits of the content.
         seen: called with the size in bytes of each complete file.
@@ -136,8 +136,8 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
     if info.flag_bits & 0x1:
         raise _Refused(f"{name} is encrypted: rejected")
     if info.compress_type not in METHODS:
-        method = f"is compressed with method {info.compress_type}"
-        raise _Refused(f"{name} {method}, not deflated or stored: rejected")
+        method = f"compression method {info.compress_type}"
+        raise _Refused(f"{name} uses {method}, expected stored or deflated: rejected")
 
 
 def _check_name(name: str) -> None:

@@ -30,7 +30,7 @@ from vitdet.datasets.parallel import SharedProgress, run_parallel
 from vitdet.datasets.published import Archive
 from vitdet.files import locked, sha256
 
-IMAGE_NAME = re.compile(r"\d{12}\.jpg")  # of COCO
+IMAGE_NAME = re.compile(r"\d{12}\.jpg")  # file names of COCO's images
 BLOCK = 4096  # disk block size in bytes
 PATIENT = Patience()
 MOVE_AWAY = "move it away and repeat the command"

@@ -18,10 +18,10 @@ SHOWN = 6  # maximum number of a folder's entries in a message
 
 
 class Format(NamedTuple):
-    """A format: a description for messages, whether a folder or file matches, and the reader."""
+    """A data set format."""
 
-    expected: str
-    matches: Callable[[Path], object]
+    expected: str  # description of the files for messages
+    matches: Callable[[Path], object]  # whether a folder or file has this format
     read: Callable[[ImportedDataset], None]
 
 

@@ -44,7 +44,7 @@ class Archive:
     def choose(self, member: str) -> str | None:
         """Return the name to which a file of the archive is extracted, or None to skip the file.
 
-        Raises ValueError for a file in an image folder that is not an image.
+        Raises ValueError if all files are to be extracted and this file is not in `prefix`.
         """
         inside, name = member.startswith(self.prefix), member.removeprefix(self.prefix)
         if self.members:

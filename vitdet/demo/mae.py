@@ -39,7 +39,7 @@ VISIBLE, RECONSTRUCTED = (0.25, 0.375)
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Apply a block to tokens (B, N, C) of any patches, without relative positions."""
+    """Apply a block to tokens (B, N, C), with global attention and no relative positions."""
     assert isinstance(block, Block)
     attention = block.attn
     qkv, pattern = attention.qkv(block.norm1(x)), "b n (three h d) -> three b h n d"
@@ -50,7 +50,7 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder, which consists of a ViT's embedding and blocks, and a decoder."""
+    """A ViT's embedding and blocks as the encoder, and a small decoder of hidden patches."""
 
     def __init__(self, encoder: ViT, decoder_dim: int = 96, decoder_depth: int = 2) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def draw(index: int, side: int) -> np.ndarray:
-    """Draw an image (side, side, 3) uint8 of the pre-training seed, padded by reflection."""
+    """Draw an image (side, side, 3) uint8 of the pre-training seed, with symmetric padding."""
     image = draw_scene(PRETRAIN_SEED, index).image
     padding = [(0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)]
     return np.pad(image, padding, mode="symmetric")

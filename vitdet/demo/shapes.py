@@ -34,12 +34,12 @@ class Dice:
         return low + int(self.uniform(0, high - low))
 
     def chance(self, probability: float) -> bool:
-        """Return whether an event of this probability occurs."""
+        """Return True with this probability."""
         return self.uniform(0, 1) < probability
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """Return a random color (0..255) whose RGB distance from the others is apart..at_most."""
+    """Return a random color (0..255) at an RGB distance of apart..at_most from the others."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):

@@ -40,7 +40,7 @@ MOST = 20  # maximum number of JSON files that are read to detect the format
 
 
 def annotation_files(source: Path) -> list[tuple[str, Path]]:
-    """Return (split name, path) of the annotation files in a folder, or of the file itself."""
+    """Return (split name, path) of each annotation file in a folder, or of the file itself."""
     if source.is_file():
         return [(_split_in(source.stem), source)] if source.suffix == ".json" else []
     folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
@@ -90,7 +90,7 @@ class _File:
     validator: AnnotationValidator
     children: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     objects: PackedList = field(default_factory=PackedList)
-    rows: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # of an image id
+    rows: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # by image id
     used: set[int] = field(default_factory=set)  # category ids of the objects
 
     def folders(self) -> list[Path]:

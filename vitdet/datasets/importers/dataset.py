@@ -49,7 +49,7 @@ Item = TypeVar("Item")
 
 
 class Unusable(ValueError):
-    """An unusable part of the source. `kind` groups problems; the text gives place and reason."""
+    """An unusable part of the source: the kind of problem, and one line with path and reason."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -171,7 +171,7 @@ class ImportedDataset:
         return (obj,)
 
     def is_image(self, path: Path) -> bool:
-        """Return whether a file is an image, by its suffix, or by content if that is unknown."""
+        """Return whether a file is an image, judged by suffix, or by content if unknown."""
         suffix = path.suffix.lower()
         if suffix in image_suffixes() or suffix in DOCUMENTS:
             return suffix in image_suffixes()
@@ -225,20 +225,20 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the usual name of a split; for unknown names, `otherwise` or else the name itself."""
+    """Return the standard name of a split; if unknown, `otherwise` or else the given name."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes, in lower case and with the dot, of all images that Pillow can read."""
+    """Return the suffixes (lower case, with dot) of the image formats that Pillow can read."""
     kinds = set(Image.registered_extensions().values()) & Image.OPEN.keys()
     kinds.difference_update(DRAWINGS, STUBS)
     return frozenset(name for name, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return all files below folders, sorted by path; no hidden ones, only `suffix` if given."""
+    """Return the non-hidden files below folders, only those with `suffix` if given, by path."""
     paths = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
     return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 

@@ -5,9 +5,9 @@ http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/: Annotations/ID.xml, JPE
 ImageSets/Main/SPLIT.txt with one ID per line. The pixel at the top left is (1, 1) and a box
 includes its last row and column, so that xmin..xmax spans x from xmin - 1 to xmax. `difficult`
 objects are ignored in evaluation, like COCO's crowds. In SegmentationObject/ID.png, if present, the
-pixels of object n of the XML file have the value n, those of the background 0, and those of the
-border between objects, which is ignored, 255. Lists of one class (aeroplane_train.txt) have a
-second column and are not splits.
+value of a pixel is the object's number in the XML file, 0 for the background, or 255 for the border
+between objects, which is ignored. Lists of one class (aeroplane_train.txt) have a second column and
+are not splits.
 
 Annotation tools differ. CVAT quotes IDs that contain a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
@@ -150,7 +150,7 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return the XML files of each split, with their locations in the list of the split.
+        """Return the XML files of each split, mapped to the location of their IDs in the list.
 
         trainval is skipped if train and val exist.
         """
@@ -180,7 +180,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files of a list, with their locations; none for a list of one class.
+        """Return the XML files of a list, mapped to their locations; none for a list of one class.
 
         Lines that are neither an ID nor a row of a list of one class are added to the problems.
         """

@@ -171,7 +171,7 @@ class _Head:
         for number, line in _lines(place):
             with self.dataset.problems.collect("line without an image file"):
                 image = self.listed(place, number, line)
-                self.places.add(image.parent)  # for `count_others`
+                self.places.add(image.parent)  # searched by `count_others`
                 if self.dataset.is_image(image):
                     yield image
 
@@ -278,6 +278,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text: {error}") from error
+        raise ValueError(f"{path}: not a UTF-8 text file: {error}") from error
     lines = enumerate(map(str.strip, text.splitlines()), 1)
     return ((number, line) for number, line in lines if line)
