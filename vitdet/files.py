@@ -1,9 +1,9 @@
 """Atomic writes, exclusive locks and checksums of files.
 
-Files and folders are written under a temporary name in the same folder and renamed when complete,
-so that after an error or a kill the previous version remains, and readers never see a partial file.
-Temporary names identify the writing process; the next writer in a folder removes those of processes
-that ended.
+Files and folders are written under a temporary name in the same folder and renamed when complete.
+After an error or a kill, the previous version therefore remains, and readers never see a partial
+file. Temporary names identify the writing process; the next writer in the folder removes the
+temporary files of processes that have ended.
 
 The kernel releases a lock when its process ends, even after SIGKILL. filelock opens the file for
 writing, as NFSv4 requires, and closes it in forked children, so data-loader workers do not keep the
@@ -39,19 +39,19 @@ from filelock import FileLock, Timeout
 if TYPE_CHECKING:
     from PIL import Image
 
-# .NAME.MACHINE-PID-START.tmp, also with random letters before .tmp; version 0.1: .NAME.PID.tmp
+# .NAME.MACHINE-PID-START[.RANDOM].tmp; version 0.1 used .NAME.PID.tmp
 TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp")
-# seconds since the last write, after which a process on another machine counts as ended
+# a process on another machine is assumed to have ended this many seconds after its last write
 DEAD_SECONDS = 3600
 CRC_BLOCK = 1 << 20  # bytes per read
 CRC_THREADS = 4  # zlib releases the GIL
-# disk full, file size limit, disk quota
+# errors due to a full disk, a file size limit or a disk quota
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-# flock on Lustre without the mount option flock, on NFS without lockd, and on some FUSE mounts
+# errors of flock on Lustre without the flock mount option, NFS without lockd and some FUSE mounts
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 UNSUPPORTED |= {errno.EINVAL, errno.EBADF, errno.ENOTTY}
 POLL_SECONDS = 0.2
-_warned: set[str] = set()  # once per process
+_warned: set[str] = set()  # not empty after the one warning of this process
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +59,8 @@ log = logging.getLogger(__name__)
 def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and removed on an error.
 
-    Creates the parent folder. sync: fsync the content before the rename and the folder after it.
+    Creates the parent folder if needed. `sync` calls fsync on the content before the rename and on
+    the folder afterwards.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_once(path.parent.resolve(), os.getpid())
@@ -79,7 +80,7 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Add the file name to errors of a full disk, which do not contain it."""
+    """Add the file name to full-disk errors, which do not contain it."""
     try:
         yield
     except OSError as error:
@@ -93,7 +94,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by all file systems
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # fsync of a folder is unsupported
             raise
     finally:
         os.close(descriptor)
@@ -101,7 +102,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Like `atomic_write`, but for a folder.
+    """Yield a temporary folder that is renamed to `path` on success and removed on an error.
 
     Raises OSError on exit if `path` exists and is not an empty folder.
     """
@@ -118,7 +119,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder."""
+    """Remove temporary files that killed processes left in a folder."""
     try:
         with os.scandir(folder) as entries:
             found = [Path(entry.path) for entry in entries if TEMPORARY.fullmatch(entry.name)]
@@ -139,20 +140,20 @@ def _remove_once(folder: Path, _pid: int) -> None:
 
 def writer() -> str:
     """Return an identifier of this process that is unique across machines: MACHINE-PID-START."""
-    return f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"
+    return f"{_machine()}-{os.getpid()}-{_start_time(os.getpid())}"
 
 
 def is_abandoned(path: Path) -> bool:
     """Return whether the process that a temporary name identifies has ended.
 
-    Processes of other machines or containers are not visible: they count as ended an hour after
-    their last write.
+    Processes on other machines or in other containers are not visible; they are assumed to have
+    ended an hour after their last write.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match and match[1] == _machine():
-        return _start(int(match[2])) != match[3]
+        return _start_time(int(match[2])) != match[3]
     try:
-        newest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))
+        newest = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
     except OSError:
         return False  # the file is being renamed or removed
     return time.time() - newest > DEAD_SECONDS
@@ -173,8 +174,8 @@ def _machine() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def _start(pid: int) -> str:
-    """Return when a process started; "" if it does not exist, "0" if the system has no /proc."""
+def _start_time(pid: int) -> str:
+    """Return a process's start time, "" if it has ended, or "0" if the system has no /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]  # a zombie cannot write
@@ -193,13 +194,13 @@ def _start(pid: int) -> str:
 def write_json(
     path: str | Path, content: object, indent: int | None = 1, sync: bool = False
 ) -> None:
-    """Write a JSON file atomically; sync as in `atomic_write`."""
+    """Write a JSON file atomically; `sync` is passed to `atomic_write`."""
     with atomic_write(Path(path), sync) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = -1) -> None:
-    """Write an image as JPEG; raises OSError if that fails.
+    """Write an image as JPEG. Raises OSError on failure.
 
     Encodes in memory first, since Pillow truncates the file without an error on a full disk.
     """
@@ -211,7 +212,7 @@ def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = 
 def damaged_record(path: Path) -> str | None:
     """Return the first record of a zip archive whose content differs from its CRC-32, or None.
 
-    None also if no record matches: the archive was written without checksums
+    Also returns None if no record matches, since the archive was then written without checksums
     (torch.serialization.set_crc32_options). Raises ValueError if the archive is incomplete.
     """
     workers = min(CRC_THREADS, os.cpu_count() or 1)
@@ -222,23 +223,24 @@ def damaged_record(path: Path) -> str | None:
             ThreadPoolExecutor(workers) as pool,
         ):
             records = archive.infolist()
-            whole = list(pool.map(lambda one: _is_whole(archive, file.fileno(), one), records))
+            descriptor = file.fileno()
+            intact = list(pool.map(lambda record: _is_intact(archive, descriptor, record), records))
     except Exception as error:  # a damaged header can raise any exception
         if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EINVAL):
             raise  # e.g. too many open files: unrelated to the content
         raise ValueError(f"not a complete zip archive ({error})") from error
-    if not any(whole):
+    if not any(intact):
         return None
-    return next((one.filename for one, fits in zip(records, whole, strict=True) if not fits), None)
+    return next((item.filename for item, ok in zip(records, intact, strict=True) if not ok), None)
 
 
-def _is_whole(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo) -> bool:
+def _is_intact(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo) -> bool:
     """Return whether the content of a record matches its CRC-32.
 
     Reads instead of mapping the file, so that an I/O error raises OSError instead of SIGBUS.
     """
     try:
-        # compares the local header's name with the central directory's
+        # also compares the name in the local header with the central directory
         with archive.open(record) as content:
             if record.compress_type != zipfile.ZIP_STORED:
                 while content.read(CRC_BLOCK):
@@ -248,20 +250,20 @@ def _is_whole(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo
         return False
     # APPNOTE.TXT 4.3.7: the local header of 30 bytes ends with the lengths of name and extra field
     name, extra = struct.unpack("<26xHH", os.pread(descriptor, 30, record.header_offset))
-    place = record.header_offset + 30 + name + extra
+    offset = record.header_offset + 30 + name + extra
     left, value = record.file_size, 0
     block = memoryview(bytearray(min(left, CRC_BLOCK)))
     while left:
-        count = os.preadv(descriptor, [block[: min(left, CRC_BLOCK)]], place)
+        count = os.preadv(descriptor, [block[: min(left, CRC_BLOCK)]], offset)
         if not count:
             return False
         value = zlib.crc32(block[:count], value)
-        place, left = place + count, left - count
+        offset, left = offset + count, left - count
     return value == record.CRC
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+    """Return a file's SHA-256 digest in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -270,11 +272,11 @@ def sha256(path: str | Path) -> str:
 def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on a file, which is created if it does not exist.
 
-    waiting: message logged before waiting for another process; None: raise BlockingIOError if
-    another process holds the lock. remove: remove the file afterwards. On file systems without
-    locks the code runs unlocked, after one warning per process.
+    If another process holds the lock, logs the message `waiting` and waits, or raises
+    BlockingIOError if `waiting` is None. `remove` removes the file afterwards. On file systems
+    without locks, the body runs without a lock, after one warning per process.
     """
-    # without the soft fallback, which would leave behind the lock file of a killed process
+    # the soft fallback would leave a killed process's lock file behind
     lock = FileLock(path, fallback_to_soft=False, poll_interval=POLL_SECONDS)
     try:
         try:
@@ -287,18 +289,18 @@ def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iter
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        _warn(path.parent, error)
+        _warn_unsupported(path.parent, error)
     try:
         yield
     finally:
-        # before the release, so that a process that waits for this file locks a new file
+        # remove before releasing, so that a waiting process locks a new file
         if remove:
             path.unlink(missing_ok=True)
         if lock.is_locked:
             lock.release()
 
 
-def _warn(folder: Path, error: OSError) -> None:
+def _warn_unsupported(folder: Path, error: OSError) -> None:
     if _warned:
         return
     _warned.add(str(folder))
@@ -312,7 +314,7 @@ def _warn(folder: Path, error: OSError) -> None:
 
 
 def parse_yaml(text: str) -> object:
-    """Return the plain data in a YAML text. Raises ValueError with a one-line message."""
+    """Parse YAML text to plain data. Raises ValueError with a one-line message."""
     try:
         return yaml.safe_load(text)
     except RecursionError:
@@ -322,9 +324,9 @@ def parse_yaml(text: str) -> object:
 
 
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
-    """Return the content of a file; scalars stay text: a class may be named "no".
+    """Read a YAML file whose scalars stay text, since a class may be named "no".
 
-    Raises FileNotFoundError, and ValueError if it is not YAML.
+    Raises FileNotFoundError, and ValueError if the file is not valid YAML (`expected` in messages).
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
@@ -335,5 +337,5 @@ def read_yaml(path: Path, expected: str = "YAML") -> Any:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's message, or its type without one."""
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:120]

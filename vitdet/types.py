@@ -1,7 +1,7 @@
 """Data structures exchanged between modules.
 
-Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are
-RGB. Notation: B images, G ground truths, N detections, E edges, K classes."""
+Boxes are half-open xyxy in float pixels, sizes are (height, width), labels are 0..K-1, and images
+are RGB. Notation: B images, G ground-truth objects, N detections, E edges, K classes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Record:
-    """A dataclass of tensors and other records, or lists of them."""
+    """Dataclass whose fields may be tensors, records and lists of records."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Move all tensors to a device."""
+        """Return a copy with all tensors on a device."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -40,35 +40,35 @@ class Record:
 class Polygons(Record):
     """Outlines of G objects as directed edges.
 
-    edges (E, 4) float: x0, y0, x1, y1 in pixels of the canvas. spans (G, 2) int64: object i has the
-    edges spans[i, 0] to spans[i, 1] (exclusive); indexing objects shares the edges instead of
-    copying them.
+    Attributes:
+        edges: (E, 4) float x0, y0, x1, y1 in canvas pixels. Indexing objects does not copy them.
+        spans: (G, 2) int64; object i consists of edges[spans[i, 0] : spans[i, 1]].
 
-    A point is inside if the winding number of the edges around it is not zero. All parts of an
-    object have the same orientation, so that their union is inside.
+    A point is inside an object if the winding number of the object's edges around the point is not
+    zero. All parts of an object have the same orientation, so that the interior is their union.
     """
 
     edges: Tensor
     spans: Tensor
 
     def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
-        """Without spans, edges are (G, E, 4), padded with zero edges, which have no effect."""
+        """Without spans, edges must be (G, E, 4); zero edges are padding and have no effect."""
         if spans is None:
-            each = edges.shape[1]
-            first = torch.arange(len(edges), device=edges.device) * each
-            edges, spans = edges.reshape(-1, 4), torch.stack([first, first + each], dim=1)
+            length = edges.shape[1]
+            first = torch.arange(len(edges), device=edges.device) * length
+            edges, spans = edges.reshape(-1, 4), torch.stack([first, first + length], dim=1)
         object.__setattr__(self, "edges", edges)
         object.__setattr__(self, "spans", spans)
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
-        """Build outlines from consecutive edges (E, 4), object i with counts[i] (G,) int64."""
+        """Build outlines from edges (E, 4) in object order and edge counts (G,) int64."""
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 
     @classmethod
     def batch(cls, images: Sequence[Polygons], slots: int) -> Polygons:
-        """Concatenate the outlines of images, padded with empty objects to `slots` per image."""
+        """Concatenate outlines, padding each image with empty objects to `slots` objects."""
         starts, spans = 0, []
         for image in images:
             spans.append(F.pad(image.spans + starts, (0, 0, 0, slots - len(image))))
@@ -86,8 +86,8 @@ class Polygons(Record):
 class Target(Record):
     """Ground truth of one image.
 
-    boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects. has_mask (G,)
-    bool: objects with an annotated outline (None: all); the masks of other objects are not used.
+    boxes (G, 4) are xyxy in canvas pixels, labels (G,) are int64, and masks are G outlines.
+    has_mask (G,) bool marks the objects whose outline is annotated and used; None marks all.
     """
 
     boxes: Tensor
@@ -107,8 +107,8 @@ class Target(Record):
 class Targets(Record):
     """Ground truth of B images, padded to G objects per image.
 
-    boxes (B, G, 4), labels (B, G), present and has_mask (B, G) bool; masks of B * G objects,
-    ordered by image. Padding has present = False, a zero box (IoU 0 with any box) and no outline.
+    boxes are (B, G, 4), labels (B, G), present and has_mask (B, G) bool; masks are B * G outlines
+    in image order. Padding has present = False, a zero box (IoU 0 with any box) and no outline.
     """
 
     boxes: Tensor
@@ -119,20 +119,20 @@ class Targets(Record):
 
     @classmethod
     def of(cls, targets: Sequence[Target], slots: int = 1) -> Targets:
-        """Pad the targets of a batch to the largest number of objects, at least `slots`."""
+        """Pad a batch's targets to the largest number of objects, but at least to `slots`."""
         slots = max(slots, *(len(target) for target in targets))
 
         def stacked(images: Sequence[Tensor]) -> Tensor:
             ends = [(*[0] * (2 * rows.dim() - 1), slots - len(rows)) for rows in images]
-            return torch.stack([F.pad(*one) for one in zip(images, ends, strict=True)])
+            return torch.stack([F.pad(rows, end) for rows, end in zip(images, ends, strict=True)])
 
         present = [torch.ones_like(target.labels, dtype=torch.bool) for target in targets]
         has_mask = [
-            there if target.has_mask is None else target.has_mask
-            for target, there in zip(targets, present, strict=True)
+            every if target.has_mask is None else target.has_mask
+            for target, every in zip(targets, present, strict=True)
         ]
         masks = targets[0].masks.batch([target.masks for target in targets], slots)
-        boxes, labels = [one.boxes for one in targets], [one.labels for one in targets]
+        boxes, labels = [target.boxes for target in targets], [target.labels for target in targets]
         return cls(stacked(boxes), stacked(labels), stacked(present), stacked(has_mask), masks)
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class Targets(Record):
 
     @classmethod
     def from_tensors(cls, *tensors: Tensor) -> Targets:
-        """Inverse of `tensors`."""
+        """Rebuild the targets from the return values of `tensors`."""
         boxes, labels, present, has_mask, edges, spans = tensors
         return cls(boxes, labels, present, has_mask, Polygons(edges, spans))
 
@@ -154,9 +154,9 @@ class Targets(Record):
 class Detections(Record):
     """Detections in one image, sorted by descending score.
 
-    boxes (N, 4) xyxy pixels, scores (N,) in 0..1, labels (N,) int64, masks (N, 28, 28)
-    probabilities inside the box (see `vitdet.data.masks.paste`), None without a mask head;
-    class_names[label] is the name of a label."""
+    boxes (N, 4) are xyxy in pixels, scores (N,) in 0..1, and labels (N,) int64 indices of
+    class_names. masks (N, 28, 28) contain probabilities on a grid over each box (see
+    `vitdet.data.masks.paste`); None without a mask head."""
 
     boxes: Tensor
     scores: Tensor
@@ -178,7 +178,7 @@ class Detections(Record):
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def draw(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
-        """Draw boxes, masks, names and scores on the image (any input of `Predictor`)."""
+        """Return the image, any input of `Predictor`, with boxes, masks, names and scores drawn."""
         from vitdet.visualize import draw
 
         return draw(image, self)
@@ -188,9 +188,12 @@ class Detections(Record):
 class Batch(Record):
     """A batch of B images with ground truth.
 
-    images (B, 3, H, W) uint8 on a square canvas, one target per image, sizes (B, 2) int64 (height,
-    width) without padding, image_ids of the annotation file, originals (B, 2) int64 (height, width)
-    before resizing.
+    Attributes:
+        images: (B, 3, S, S) uint8, padded to a square canvas.
+        targets: ground truth of each image.
+        sizes: (B, 2) int64 (height, width) without padding.
+        image_ids: ids in the annotation file.
+        originals: (B, 2) int64 (height, width) before resizing.
     """
 
     images: Tensor
@@ -203,5 +206,5 @@ class Batch(Record):
         return len(self.images)
 
     def pin_memory(self) -> Batch:
-        """Copy the images to pinned memory; called by DataLoader."""
+        """Return the batch with its images in pinned memory; called by DataLoader."""
         return replace(self, images=self.images.pin_memory())

@@ -14,10 +14,10 @@ from vitdet.data.images import ImageInput, read_image
 from vitdet.data.masks import paste
 from vitdet.types import Detections
 
-LEGIBLE = 768  # images whose longest side has fewer pixels are enlarged, for legible captions
-# color of the shadow of lines, for contrast on a similar background; opacities
+LEGIBLE = 768  # approximate longest side in pixels to which small images are enlarged for captions
+# shadow color of lines, for contrast on a similar background; opacities of masks and shadows
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
-GOLDEN = 0.618034  # step on the circle of hues: consecutive labels get distant colors
+GOLDEN = 0.618034  # hue step (golden ratio), which gives consecutive labels distant colors
 
 
 Color = tuple[int, int, int]  # red, green and blue, 0..255
@@ -25,16 +25,17 @@ Frame = tuple[float, float, float, float]  # xyxy
 
 
 def class_color(label: int) -> Color:
-    """Return the color of a label."""
+    """Return the color in which objects with this label are drawn."""
     value, saturation = ((1.0, 0.80), (0.86, 0.62), (1.0, 0.48))[label // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + label * GOLDEN) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Image.Image:
-    """Draw masks, boxes, names and scores of detections in pixels of the image.
+    """Return the image with the masks, boxes, names and scores of its detections.
 
-    scale: enlargement of the drawing; by default small images are enlarged to be legible.
+    Boxes are in pixels of the input image. `scale` enlarges the result; the default is
+    `legible_scale`.
     """
     picture = read_image(image)
     scale = legible_scale(picture.size) if scale is None else scale
@@ -54,7 +55,7 @@ def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Im
 
 
 def legible_scale(size: tuple[int, int]) -> int:
-    """Return the default enlargement of an image of this size."""
+    """Return the default enlargement factor for an image of this size."""
     return max(1, round(LEGIBLE / max(size)))
 
 
@@ -67,7 +68,7 @@ def caption_font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return the size of a drawing that is enlarged by `scale`."""
+    """Return an image size enlarged by `scale`, at least 1 pixel per side."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
@@ -81,9 +82,9 @@ def paint(
 ) -> Image.Image:
     """Enlarge an image by `scale` and draw N objects on it, small objects on top.
 
-    boxes (N, 4) xyxy pixels of the image; one label (for the color) and one caption per object.
-    bitmap(i) returns the mask (H, W) bool of object i in the enlarged image, or None; it is called
-    object by object, since all bitmaps of a large image may not fit in memory.
+    boxes (N, 4) are xyxy in pixels of the original image; labels determine the colors. bitmap(i)
+    returns the mask (H, W) bool of object i in the enlarged image, or None, and is called for one
+    object at a time, since all bitmaps of a large image may not fit in memory.
     """
     size = scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -115,7 +116,7 @@ def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: Color, width: int) -
     margin = 2 * width
     left, top = max(0, columns[0] - margin), max(0, rows[0] - margin)
     part = inside[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin]
-    # pad, so that objects have an outline along the image's edge too
+    # pad, so that objects at the image's edge have an outline there too
     shape = ImageOps.expand(Image.fromarray((part * 255).astype(np.uint8)), margin)
     line = ImageChops.subtract(shape, _shrunk(shape, width))
     shadow = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
@@ -130,7 +131,7 @@ def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: Color, width: int) -
 
 
 def _shrunk(shape: Image.Image, width: int) -> Image.Image:
-    """Minimum filter of 2 * width + 1 pixels along both axes, in logarithmic time."""
+    """Apply a minimum filter of 2 * width + 1 pixels to both axes, in logarithmic time."""
     pixels, side = np.pad(np.asarray(shape), width, "edge"), 2 * width + 1
     for _ in range(2):
         reach, low = 1, pixels.T
@@ -164,37 +165,37 @@ def _paint_caption(
     pen = ImageDraw.Draw(canvas)
     pad = max(2, round(font.size / 5))
     ascent, descent = font.getmetrics()
-    wide, high = math.ceil(pen.textlength(text, font)) + 2 * pad, ascent + descent + pad
+    width, height = math.ceil(pen.textlength(text, font)) + 2 * pad, ascent + descent + pad
     left, top, right, bottom = box
-    places = [
-        (left, top - high),
+    positions = [
+        (left, top - height),
         (left, top),
-        (right - wide, top - high),
+        (right - width, top - height),
         (left, bottom),
-        (right - wide, bottom - high),
-        (left, bottom - high),
-        (right - wide, bottom),
+        (right - width, bottom - height),
+        (left, bottom - height),
+        (right - width, bottom),
     ]
     frames = []
-    for x, y in places:
-        x = round(min(max(x, 0), max(0, canvas.width - wide)))
-        y = round(min(max(y, 0), max(0, canvas.height - high)))
-        frames.append((x, y, x + wide, y + high))
-    frame = min(frames, key=lambda one: sum(_shared(one, other) for other in taken))
+    for x, y in positions:
+        x = round(min(max(x, 0), max(0, canvas.width - width)))
+        y = round(min(max(y, 0), max(0, canvas.height - height)))
+        frames.append((x, y, x + width, y + height))
+    frame = min(frames, key=lambda candidate: sum(_overlap(candidate, other) for other in taken))
     pen.rounded_rectangle((frame[0], frame[1], frame[2] - 1, frame[3] - 1), radius=pad, fill=color)
-    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    fill = (20, 20, 20) if light > 140 else "white"
+    luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    fill = (20, 20, 20) if luma > 140 else "white"
     pen.text((frame[0] + pad, frame[1] + pad // 2), text, fill=fill, font=font)
     return frame
 
 
-def _shared(one: Sequence[float], other: Sequence[float]) -> float:
-    wide = min(one[2], other[2]) - max(one[0], other[0])
-    high = min(one[3], other[3]) - max(one[1], other[1])
-    return max(wide, 0) * max(high, 0)
+def _overlap(first: Sequence[float], second: Sequence[float]) -> float:
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    return max(width, 0) * max(height, 0)
 
 
 def spread(length: int, count: int) -> list[int]:
-    """Return at most `count` different indices below `length`, evenly spaced."""
+    """Return up to `count` distinct, evenly spaced indices below `length`."""
     count = min(length, count)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Every setting of an experiment: the schema with its defaults, recipes, overrides and digests."""
+"""Configuration of an experiment: schema, defaults, recipes and overrides."""
 
 from vitdet.config.load import (
     RECIPES,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-_TEXT = r"(?:[^\s'\"]|['\"](?=\w))"  # a quote within a password, but not a quote that ends the URL
-# USER:PASSWORD@ after ://. A password may contain / and @, so match up to the last @, unless the
-# colon precedes the port of http://HOST:PORT/PATH, or there is no colon (then the path may contain
-# @, as in s3://BUCKET/a@b, and the address of a file has no host).
+_TEXT = r"(?:[^\s'\"]|['\"](?=\w))"  # allows a quote in a password, but not one that ends the URL
+# USER:PASSWORD@ after ://, up to the last @, since a password may contain / and @. The lookarounds
+# exclude the port of http://HOST:PORT/PATH. Without a colon, only the part before the first / can
+# be a user, since a path may contain @, as in s3://BUCKET/a@b, and file:///PATH has no host.
 _USER = (
     rf"(?:(?<!http)(?<!https)|(?!://[^/\s]*:\d+/))(?P<scheme>://)[^/\s'\"\[]*?:{_TEXT}*(?P<at>@)"
 )
 _USER_ONLY = r"(?<=://)[^/\s'\"]*(?P<at2>@)"
-# NAME=VALUE of a query; %3B and %3D: of an ODBC connection string in one
+# NAME=VALUE in a query; %3B and %3D occur in an ODBC connection string that a query contains
 _NAME = (
     r"[\w.-]*(?:password|passwd|passphrase|secret|token|signature|credential"
     r"|(?:api|access|account|shared)[_-]?key)[\w.-]*"
@@ -25,13 +25,13 @@ _CREDENTIALS = re.compile(f"{_USER}|{_USER_ONLY}|{_QUERY}", re.IGNORECASE)
 def has_credentials(address: str) -> bool:
     """Return whether an address contains a user, a password, a token or a key.
 
-    A password as in http://USER:12/ab@HOST, which begins like a port, is not recognized.
+    Does not recognize a password that begins like a port, as in http://USER:12/ab@HOST.
     """
     return bool(_CREDENTIALS.search(address))
 
 
 def hide_credentials(text: object) -> str:
-    """Return the text with *** in place of its credentials."""
+    """Return the text with its credentials replaced by ***."""
     return _CREDENTIALS.sub(r"\g<scheme>\g<name>***\g<at>\g<at2>", str(text))
 
 

@@ -10,7 +10,7 @@ from vitdet.config.load import flatten, to_dict
 from vitdet.config.schema import Config
 from vitdet.config.sections import list_settings
 
-# settings that version 0.1 (commit dad8b8b) did not have
+# settings added after version 0.1 (commit dad8b8b)
 LATER = (
     "model.mask.enabled",
     "data.max_pixels",
@@ -37,8 +37,8 @@ LATER = (
 def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None = None) -> list[str]:
     """Return a string such as `optim.lr: 0.0001, not 0.0002` for each setting that differs.
 
-    affecting_weights: compare only settings that affect the trained weights (True) or do not
-    (False); None: all settings.
+    affecting_weights: compare only the settings that affect the trained weights (True), only those
+    that do not (False), or all settings (None).
     """
     left, right, settings = flatten(ours), flatten(theirs), list_settings(ours)
     wanted = [k for k in left if affecting_weights is None or settings[k][1] != affecting_weights]
@@ -46,7 +46,7 @@ def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None =
 
 
 def training_settings(config: Config) -> dict[str, bool | int | float | str]:
-    """Return `flatten(config)` without the settings that do not affect the result of training."""
+    """Return the part of `flatten(config)` that affects the trained weights."""
     settings = list_settings(config)
     return {key: value for key, value in flatten(config).items() if not settings[key][1]}
 
@@ -54,8 +54,8 @@ def training_settings(config: Config) -> dict[str, bool | int | float | str]:
 def digest(config: Config) -> str:
     """Return 12 hexadecimal digits that name a training run.
 
-    Computed from the settings that affect the trained weights and differ from their default, so
-    that neither operational nor newly added settings change the name.
+    Covers the settings that affect the trained weights and differ from their defaults, so that
+    neither operational nor newly added settings change the name.
     """
     defaults, settings = flatten(type(config)()), training_settings(config)
     changed = {key: value for key, value in settings.items() if value != defaults[key]}
@@ -63,9 +63,9 @@ def digest(config: Config) -> str:
 
 
 def legacy_digest(config: Config) -> str | None:
-    """Return the digest of version 0.1, over all settings of that version, to find its folders.
+    """Return the digest with which version 0.1 named the folders of this config.
 
-    None if a later setting that affects the weights differs from its default.
+    Returns None if a later setting that affects the weights differs from its default.
     """
     tree, settings, defaults = to_dict(config), list_settings(config), list_settings(type(config)())
     for key in LATER:

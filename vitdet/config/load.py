@@ -24,9 +24,9 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     """Return the resolved config of a recipe or YAML file with overrides `section.key=value`.
 
     Raises:
-        ValueError: unknown recipe, setting or choice (the nearest one is suggested), wrong type,
-            value out of range.
-        FileNotFoundError: missing file.
+        ValueError: for an unknown recipe, setting or choice (the message suggests the nearest
+            known name), a value of the wrong type, and a value out of range.
+        FileNotFoundError: if the file does not exist.
     """
     config = _apply_overrides(_read(name_or_path), overrides)
     check_tracking(config.tracking)
@@ -34,14 +34,14 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def load_stored(path: str | Path) -> Config:
-    """Return the config that a training run or a registration saved; configs of earlier versions
-    may contain addresses and names that `load_config` rejects.
-    """
+    """Return a config that a training run or a registration saved.
+
+    Accepts addresses and names that `load_config` rejects, since earlier versions saved them."""
     return from_dict(_read(path))
 
 
 def check_tracking(tracking: TrackingConfig) -> None:
-    """Run `check_names`; also raise ValueError for an address with credentials."""
+    """Raise the errors of `check_names`, and ValueError for an address with credentials."""
     check_names(tracking)
     if has_credentials(tracking.uri):
         raise ValueError(
@@ -54,7 +54,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
 def check_names(tracking: TrackingConfig) -> None:
     """Raise ValueError for an address or a name that MLflow rejects.
 
-    Not part of TrackingConfig, since old checkpoints may contain such names.
+    TrackingConfig does not check this, since old checkpoints may contain such names.
     """
     check_address("tracking.uri", tracking.uri)
     check("tracking.experiment", ExperimentName, tracking.experiment)
@@ -64,8 +64,9 @@ def check_names(tracking: TrackingConfig) -> None:
 def override(
     config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
 ) -> Config:
-    """Return `config` with `sections` of `other`, then with overrides; raises the errors of
-    `load_config`."""
+    """Return `config` with the given sections replaced by those of `other`, then with overrides.
+
+    Raises the errors of `load_config`."""
     theirs = to_dict(other) if other else {}
     tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
     return _apply_overrides(tree, overrides)
@@ -88,21 +89,22 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(tree: Mapping) -> Config:
-    """Inverse of `to_dict`; missing settings take their defaults. Raises the errors of
-    `load_config`."""
+    """Build a config from the output of `to_dict`; missing settings have their default values.
+
+    Raises the errors of `load_config`."""
     if unknown := list(_unknown(Config, tree)):
         raise ValueError("; ".join(unknown))
     return convert_section(Config, tree)
 
 
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
-    """Return {'optim.lr': 0.0001, ...}, with the keys of overrides; lists as JSON text."""
+    """Return all values by override key, as in {'optim.lr': 0.0001}, with lists as JSON text."""
     values = {key: value for key, (value, _) in list_settings(config).items()}
     return {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def recipes() -> list[str]:
-    """Return the names of the recipes in the package."""
+    """Return the names of the package's recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -127,10 +129,11 @@ def _read(name_or_path: str | Path) -> dict:
 
 def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
     settings = flatten(Config())
-    for one in overrides:
-        key, separator, text = map(str.strip, one.partition("="))
+    for assignment in overrides:
+        key, separator, text = map(str.strip, assignment.partition("="))
         if not separator or not key:
-            raise ValueError(f"override {one!r}: expected section.key=value, as in optim.lr=2e-4")
+            message = f"override {assignment!r}: expected section.key=value, as in optim.lr=2e-4"
+            raise ValueError(message)
         if outer := next((name for name in settings if key.startswith(f"{name}.")), None):
             raise ValueError(f"{key}: {outer} is a setting, not a section")
         changes: Any = _parse(key, text)
@@ -141,7 +144,7 @@ def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
 
 
 def _parse(key: str, text: str) -> object:
-    """Parse the value of an override as YAML; string settings are taken literally, e.g. `a #1`."""
+    """Parse the value of an override as YAML; text settings stay literal, e.g. `a #1`."""
     default, _ = list_settings(Config()).get(key, (None, False))
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text

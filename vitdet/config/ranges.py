@@ -1,6 +1,4 @@
-"""Types of settings with a range. The description of a range completes the message "KEY must
-...".
-"""
+"""Types of settings with a range, whose description completes the message "KEY must ..."."""
 
 import math
 import re
@@ -15,11 +13,11 @@ from vitdet.config.credentials import hide_credentials
 
 
 def between(low: int, high: int) -> Meta:
-    """Return the range of a whole number, with both bounds in its description."""
+    """Return a range of whole numbers that includes both bounds."""
     return Meta(ge=low, le=high, description=f"be between {low} and {high}")
 
 
-# Upper bounds are far above the values that any model or machine uses, to catch typos
+# upper bounds catch typos: they are far above the values of any model or machine
 Seed = Annotated[int, between(0, 2**63 - 1)]
 Count = Annotated[int, between(1, 2**31 - 1)]  # number of steps or files
 Amount = Annotated[int, between(1, 1_000_000)]  # number of images, boxes or classes
@@ -31,16 +29,14 @@ Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
 Fraction = Annotated[float, Meta(ge=0, le=1, description="be between 0 and 1")]
 Percent = Annotated[float, Meta(ge=0, le=100, description="be between 0 and 100")]
-# With 1,000 resamples, a tail of less than 1 / 1,001 contains none
+# with 1,000 bootstrap resamples, a tail below 1 / 1,001 contains no resample
 Confidence = Annotated[
     float,
-    Meta(
-        ge=0, le=0.998, description="be between 0 and 0.998, the most that 1,000 resamples resolve"
-    ),
+    Meta(ge=0, le=0.998, description="be between 0 and 0.998, the limit of 1,000 resamples"),
 ]
 Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="be between 0 and 1")]
-# Accepted by MLflow (mlflow.utils.validation; its databases store 256 characters of a name). Quotes
-# and backslashes would break the filter strings of searches for a model.
+# MLflow accepts these names (mlflow.utils.validation; its databases store 256 characters). Quotes
+# and backslashes would break the filter strings of model searches.
 ModelName = Annotated[
     str,
     Meta(
@@ -79,8 +75,8 @@ def check(key: str, hint: Any, value: Any) -> None:
     kind, got = without_ranges(hint), list(value) if isinstance(value, tuple) else value
     item, *rest = get_args(kind) if get_origin(kind) is tuple else (kind,)
     if rest and isinstance(got, list) and rest in ([...], [item] * (len(got) - 1)):
-        for one in got:
-            check(key, item, one)
+        for element in got:
+            check(key, item, element)
     elif not _fits(value, kind) or isinstance(value, float) and not math.isfinite(value):
         if get_origin(kind) is Literal:
             expected = f"one of {', '.join(map(str, get_args(kind)))}"
@@ -111,7 +107,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 @cache
 def without_ranges(hint: Any) -> Any:
-    """Return a type without its ranges."""
+    """Return the plain type of a setting."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:

@@ -1,8 +1,8 @@
 """Every setting of an experiment: a tree of frozen dataclasses.
 
 The defaults are Detectron2's ViTDet-B Mask R-CNN on COCO (mask_rcnn_vitdet_b_100ep); comments name
-the source of other values. A recipe (a YAML file in `recipes/`) lists what differs from them, an
-override `section.key=value` changes one more setting.
+the source of other values. A recipe (a YAML file in `recipes/`) lists the settings that differ from
+the defaults; an override `section.key=value` changes a single setting.
 """
 
 from dataclasses import dataclass, field
@@ -28,10 +28,10 @@ from vitdet.config.ranges import (
 from vitdet.config.sections import Section, operational
 from vitdet.config.suggestions import nearest
 
-# AP metrics of one kind (box, mask) that train.keep_best accepts, by data.dataset
+# by data.dataset: the AP metrics, measured for boxes and masks, that train.keep_best accepts
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
-# with either of these, the evaluations during training affect its result
+# if either is enabled, the evaluations during training affect its result
 SELECTING = ("train.keep_best", "train.patience")
 
 
@@ -46,7 +46,7 @@ class BackboneConfig(Section, prefix="model.backbone."):
     window_size: Annotated[int, between(0, 65_536)] = 14  # side of an attention window in tokens
     drop_path: Fraction = 0.1  # rate of the last block; increases linearly from 0
     pos_embed_grid: Size = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
-    global_attention: bool = True  # in a few blocks; false: window attention in all blocks
+    global_attention: bool = True  # in some blocks; false: window attention in all blocks
     # blocks followed by residual convolutions (ViTDet paper)
     residual_blocks: tuple[Annotated[int, between(0, 1023)], ...] = ()
     rel_pos_size: Size = 1024  # image side in pixels for the global blocks' relative positions
@@ -60,7 +60,7 @@ class PyramidConfig(Section, prefix="model.pyramid."):
 
     kind: Literal["simple", "fpn"] = "simple"
     channels: Size = 256
-    halve_channels: bool = True  # in each deconvolution; ViTAE keeps the channels
+    halve_channels: bool = True  # in each deconvolution (not in ViTAE)
     scales: tuple[Positive, Positive, Positive, Positive] = (4.0, 2.0, 1.0, 0.5)  # of p2..p5
 
 
@@ -72,7 +72,7 @@ class RPNConfig(Section, prefix="model.rpn."):
     aspect_ratios: Positives = (0.5, 1.0, 2.0)  # height / width
     num_convs: Depth = 2
     norm: bool = False  # LayerNorm after each convolution (ViTAE)
-    divide_by_sampled: bool = False  # losses / sampled anchors (mmdet), not / (samples * images)
+    divide_by_sampled: bool = False  # losses / sampled anchors (mmdet), else / (samples * images)
     samples: Amount = 256  # anchors per image in the loss
     positive_fraction: Fraction = 0.5
     iou_low: float = 0.3  # background below this IoU
@@ -89,7 +89,7 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
     """Box stages: one for Mask R-CNN, three for Cascade Mask R-CNN."""
 
     num_classes: Amount = 80
-    ious: Fractions = (0.5,)  # one per stage: a box is foreground from this IoU
+    ious: Fractions = (0.5,)  # minimum IoU of foreground boxes in each stage
     loss: Literal["softmax", "federated"] = "softmax"
     samples: Amount = 512  # boxes per image in the loss
     positive_fraction: Fraction = 0.25
@@ -105,15 +105,15 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
 class MaskConfig(Section, prefix="model.mask."):
     """Mask head."""
 
-    enabled: bool = True  # false: a detector of boxes and classes, Faster or Cascade R-CNN
+    enabled: bool = True  # false: boxes and classes only (Faster or Cascade R-CNN)
     num_convs: Depth = 4
     norm: bool = True  # LayerNorm after each convolution
-    samples: Amount = 128  # maximum of foreground boxes per image in the mask loss
+    samples: Amount = 128  # maximum number of foreground boxes per image in the loss
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section, prefix="model."):
-    """The detector."""
+    """Detector."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pyramid: PyramidConfig = field(default_factory=PyramidConfig)
@@ -121,29 +121,30 @@ class ModelConfig(Section, prefix="model."):
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     norm_eps: Positive = 1e-6  # epsilon of the LayerNorms in pyramid and heads; 1e-5 in mmdet
-    # GT of a low-quality match: the box's own best GT (Detectron2, RPN only), or the GT that the
-    # box is best for, in RPN and RoI heads (mmdet)
+    # object assigned in a low-quality match. own: the object with the highest IoU for the box, only
+    # in the RPN (Detectron2); best: the object for which the box has the highest IoU (mmdet)
     low_quality: Literal["own", "best"] = "own"
     clamp_shrinking: bool = False  # limit the shrinking of a box to 16 / 1000 too (mmdet)
 
     @property
     def architecture(self) -> str:
-        """The name of the detector, e.g. Cascade Mask R-CNN."""
+        """Name of the detector, such as Cascade Mask R-CNN."""
         cascade = "Cascade " if len(self.roi_heads.ious) > 1 else ""
         return f"{cascade}{'Mask' if self.mask.enabled else 'Faster'} R-CNN"
 
 
 @dataclass(frozen=True)
 class DataConfig(Section, prefix="data."):
-    """A data set in COCO's layout, ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json, or
-    in LVIS's, ROOT/annotations/lvis_v1_SPLIT.json and the images at the path in their coco_url.
-    """
+    """Data set and augmentation.
+
+    COCO's layout is ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json. LVIS's layout is
+    ROOT/annotations/lvis_v1_SPLIT.json, with each image at the path in its coco_url."""
 
     dataset: Literal["coco", "lvis"] = "coco"
-    root: str = field(default="data/coco", metadata=operational("the data's identity is compared"))
+    root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # per split: the images with the lowest ids that contain an object; 0: all
+    # per split, use only the first images by id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
@@ -154,16 +155,15 @@ class DataConfig(Section, prefix="data."):
     antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
     keep_empty: bool = False  # also train on images without objects, as background
     redraw_empty: bool = False  # replace a crop without objects with one of another image (mmdet)
-    repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
+    repeat_threshold: Fraction = 0.0  # repeat images of classes below this fraction of images
     # larger image files are rejected before decoding; the upper bound is Pillow's own
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
-        default=100_000_000, metadata=operational("an error instead of a larger image")
+        default=100_000_000, metadata=operational("larger images raise an error")
     )
-    # bits of gray values in files of more than 8 bits: cameras store 12 bits in 16; 0: as in the
-    # file
+    # bit depth of gray images with more than 8 bits (cameras store 12 bits in 16); 0: from the file
     bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
-    workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
+    workers: Workers = field(default=4, metadata=operational("samples depend on seed, position"))
 
 
 @dataclass(frozen=True)
@@ -172,22 +172,22 @@ class OptimConfig(Section, prefix="optim."):
 
     lr: Positive = 1e-4
     scale_lr: bool = False  # lr * train.batch_size / lr_batch_size
-    lr_batch_size: Amount = field(  # images per step that lr is meant for
+    lr_batch_size: Amount = field(  # images per step for which lr was chosen
         default=64, metadata=operational("logs", "optim.scale_lr")
     )
     weight_decay: NonNegative = 0.1
-    # Without weight decay: the blocks' LayerNorms and the position embedding (ViT-B, ViT-L); 1-D
-    # parameters, relative positions and the position embedding (ViTAE); LayerNorms and position
-    # tables, but no BatchNorm (mmdet's Swin); nothing (ViT-H)
+    # parameters without weight decay. norms: the blocks' LayerNorms and the position embedding
+    # (ViT-B, ViT-L); vectors: 1-D parameters, relative positions, position embedding (ViTAE);
+    # layer_norms: LayerNorms and position tables, but no BatchNorm (mmdet's Swin); nothing: ViT-H
     undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
     layer_decay: Positive = 0.7
     steps: Count = 184_375  # 100 epochs of COCO with batch size 64
     schedule: Literal["step", "cosine"] = "step"
-    # drops to a tenth at these fractions of `steps`; []: none
+    # fractions of `steps` at which the learning rate drops to a tenth; []: none
     milestones: tuple[float, ...] = (0.8888889, 0.962963)
     warmup_steps: NonNegative = 250.0
     warmup_factor: Fraction = 0.001  # learning rate at step 0, as a fraction of lr
-    clip: NonNegative = 0.0  # largest gradient norm; 0: no clipping
+    clip: NonNegative = 0.0  # maximum gradient norm; 0: no clipping
     ema: Fraction = 0.0  # decay of the averaged weights that are evaluated and saved; 0: none
 
     def __post_init__(self) -> None:
@@ -201,23 +201,23 @@ class OptimConfig(Section, prefix="optim."):
 
 @dataclass(frozen=True)
 class TrainConfig(Section, prefix="train."):
-    """The training loop."""
+    """Training loop."""
 
-    init: str = "mae_vit_b"  # name in the weights catalog, file or checkpoint; '': random weights
+    init: str = "mae_vit_b"  # catalog name, weights file or checkpoint; '': random weights
     init_format: Literal[
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",
     ] = "vitdet"  # fmt: skip  # format of the file `init`
     batch_size: Amount = 64  # images per step over all processes
     # micro-batches per step and process (gradient accumulation)
-    accumulate: Amount = field(default=1, metadata=operational("as the number of processes"))
+    accumulate: Amount = field(default=1, metadata=operational("equivalent to more processes"))
     # blocks: recompute the backbone's blocks in the backward pass; auto: if GPU memory requires it
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
-        default="auto", metadata=operational("the same gradients")
+        default="auto", metadata=operational("the gradients are the same")
     )
-    # on a GPU: torch.compile and CUDA graphs; auto: compiles from 1000 steps on
+    # use torch.compile and CUDA graphs on a GPU; auto: if training takes at least 1000 steps
     compile: Literal["auto", "never", "always"] = field(
-        default="auto", metadata=operational("the same step up to rounding")
+        default="auto", metadata=operational("the step is the same up to rounding")
     )
     # auto: bf16 if native, else fp16 on a GPU and fp32 on a CPU
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "bf16"
@@ -228,16 +228,15 @@ class TrainConfig(Section, prefix="train."):
     )
     save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
-    # save the detector with the highest value of this metric, e.g. box_ap, in best.pt; '': no
-    # best.pt
+    # save the detector with the highest value of this metric, e.g. box_ap, as best.pt; '': none
     keep_best: str = ""
-    # stop after this many evaluations without improvement of keep_best's metric (box_ap); 0: never
+    # stop after this many evaluations without a higher value of keep_best (or box_ap); 0: never
     patience: Annotated[int, between(0, 1_000_000)] = 0
 
 
 @dataclass(frozen=True)
 class EvalConfig(Section, prefix="evaluate."):
-    """Selection of the detections, and how they are computed."""
+    """Evaluation: selection of detections, batch size and precision."""
 
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
@@ -245,9 +244,9 @@ class EvalConfig(Section, prefix="evaluate."):
     batch_size: Amount = 1
     # precision of the detector; auto: bf16 or fp16 if the device supports it natively
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    # torch.compile on a GPU: takes a minute, worthwhile from a few thousand images on
+    # use torch.compile on a GPU, which takes a minute and pays off after a few thousand images
     compile: bool = False
-    # number of validation images: those with the lowest ids that contain an object; 0: all
+    # validation images, the first by id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
@@ -262,23 +261,23 @@ class TrackingConfig(Section, prefix="tracking."):
 
 @dataclass(frozen=True)
 class GateConfig(Section, prefix="gate."):
-    """When a registered detector replaces the champion, in percentage points of AP on the same
-    validation data.
-    """
+    """Conditions under which a registered detector replaces the champion.
+
+    Values are percentage points of AP on the same validation data."""
 
     metric: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = (
         "box_ap"
     )
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
-    min_class_ap: Percent = 0.0  # minimum of each class, in the same metric; 0: no limit
-    max_class_loss: Percent = 100.0  # maximum of any class against the champion; 100: no limit
-    # the paired bootstrap interval of the gain at this level must be above min_gain; 0: no interval
+    min_class_ap: Percent = 0.0  # minimum of the metric for each class; 0: no limit
+    max_class_loss: Percent = 100.0  # maximum loss of any class against the champion; 100: no limit
+    # the gain's paired bootstrap interval at this level must exceed min_gain; 0: not checked
     confidence: Confidence = 0.0
 
 
 @dataclass(frozen=True)
 class Config(Section):
-    """The whole experiment."""
+    """All settings of an experiment."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -13,20 +13,20 @@ from vitdet.config.ranges import check, without_ranges
 
 
 def operational(reason: str, *unless: str) -> dict[str, Any]:
-    """Return field metadata of a setting that does not affect the trained weights.
+    """Return field metadata that marks a setting as not affecting the trained weights.
 
-    A training run can resume with another value, and the names of run and checkpoint folders do not
-    depend on it. reason: why the setting has no effect on the weights; unless: settings such as
-    `optim.scale_lr`; if any of these is enabled, the setting does have an effect.
+    A training run can resume with a different value, and the names of run and checkpoint folders do
+    not depend on the setting. `reason` states why the setting does not affect the weights. If any
+    setting listed in `unless`, such as `optim.scale_lr`, is enabled, the setting does affect them.
     """
     return {"operational": reason, "unless": unless}
 
 
 class Section:
-    """A group of settings. Each new instance checks types, choices and ranges."""
+    """Group of settings. Creating an instance checks types, choices and ranges."""
 
-    prefix = ""  # prefix of the keys of its settings, e.g. `optim.`
-    hints = dict[str, Any]()  # field -> type and range
+    prefix = ""  # of the keys of the settings, e.g. `optim.`
+    hints = dict[str, Any]()  # setting -> type and range
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:
         cls.prefix = cls.prefix if prefix is None else prefix
@@ -43,14 +43,14 @@ def list_settings(
 ) -> dict[str, tuple[Any, bool]]:
     """Return {key: (value, whether it is operational)} for all settings of a section.
 
-    root: the outermost section, which the keys of `unless` refer to; default: `section`.
+    root: outermost section, to which the keys in `unless` refer; `section` by default.
     """
     found: dict[str, tuple[Any, bool]] = {}
     root = section if root is None else root
-    for one in fields(section):
-        value, key = getattr(section, one.name), section.prefix + one.name
-        active = any(attrgetter(key)(root) for key in one.metadata.get("unless", ()))
-        harmless = operational or ("operational" in one.metadata and not active)
+    for item in fields(section):
+        value, key = getattr(section, item.name), section.prefix + item.name
+        active = any(attrgetter(key)(root) for key in item.metadata.get("unless", ()))
+        harmless = operational or ("operational" in item.metadata and not active)
         if is_dataclass(value):
             found |= list_settings(value, harmless, root)
         else:
@@ -59,7 +59,7 @@ def list_settings(
 
 
 def merge(tree: dict, kind: Any, changes: Mapping) -> None:
-    """Set values in the tree of a section of this kind, merging nested sections.
+    """Set values in the tree of a section of type `kind`, merging nested sections.
 
     Raises ValueError if a value other than a mapping would replace a section.
     """
@@ -69,21 +69,20 @@ def merge(tree: dict, kind: Any, changes: Mapping) -> None:
             tree[name] = value
             continue
         tree[name] = {} if current is None else current
-        # null selects the defaults in a file; here it would discard settings of the file
-        for one in (value, tree[name]):
-            if not isinstance(one, dict):
-                raise section_error(section, one)
+        # in a file, null selects the defaults; in an override it would discard the file's settings
+        for content in (value, tree[name]):
+            if not isinstance(content, dict):
+                raise section_error(section, content)
         merge(tree[name], section, value)
 
 
 def convert_section(kind: Any, value: Any) -> Any:
-    """Convert a value from YAML to the type of its setting; a value that cannot be converted is
-    returned unchanged, and the section rejects it.
-    """
+    """Convert a YAML value to the type of a setting or section.
+
+    Returns a value that cannot be converted unchanged; creating the section then rejects it."""
     if hints := getattr(kind, "hints", None):  # a section
-        return kind(
-            **{name: convert_section(hints[name], one) for name, one in (value or {}).items()}
-        )
+        items = (value or {}).items()
+        return kind(**{name: convert_section(hints[name], content) for name, content in items})
     hint = without_ranges(kind)
     if hint is str and isinstance(value, int | float | None):
         return "" if value is None else str(value)

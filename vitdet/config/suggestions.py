@@ -3,13 +3,13 @@
 import difflib
 from collections.abc import Sequence
 
-MAX_LISTED = 16  # in longer lists, only the nearest names are shown
+MAX_LISTED = 16  # for longer lists, only the nearest names are shown
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown name: the known names, or the nearest ones if there are many."""
+    """Return a hint for an unknown name: all known names, or the nearest of many."""
     many = len(known) > MAX_LISTED
-    inside = [one for one in known if name and name in one] if many else []
+    inside = [item for item in known if name and name in item] if many else []
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close and inside in ([], close):
         return f"did you mean '{close[0]}'?"
