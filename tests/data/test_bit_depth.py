@@ -108,7 +108,7 @@ def test_eight_bit_values_are_unchanged(reading: Reading, tmp_path: Path) -> Non
 def test_values_beyond_the_depth_are_refused(write: Write, tmp_path: Path) -> None:
     data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
     write(path, np.full((HIGH, WIDE), 4096))
-    says = "its largest pixel value is 4096, above 4095 for 12 bits; data.bit_depth must cover"
+    says = "the largest pixel value is 4096, above 4095 for 12 bits; data.bit_depth must cover"
     for reader in (
         lambda: next(iter(train_loader(replace(data, bit_depth=12), 1, 0, 0, 1))),
         lambda: examine(path.read_bytes(), TWELVE),
@@ -125,7 +125,7 @@ def test_colors_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None
     path = tmp_path / "odd" / "odd.jpg"
     pixels = MANY[..., : 3 if kind == 2 else 4] >> 4
     drawn(kind, pixels.astype(">u2"), rgb(GRAY))(path)
-    says = "data.bit_depth=12 applies to gray images; save it with 8 bits"
+    says = "data.bit_depth=12 applies to gray images; save the image with 8 bits"
     for reader in (
         lambda: open_image(path, TWELVE),
         lambda: examine(path.read_bytes(), TWELVE),

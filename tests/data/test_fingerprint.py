@@ -132,7 +132,7 @@ def test_a_manifest_of_another_program_is_ignored(data: DataConfig) -> None:
 def test_verified_data_is_verified_again(data: DataConfig) -> None:
     expected = combined(describe(data)["fingerprints"])
     assert combined(verify(data, expected)) == expected
-    with pytest.raises(FileNotFoundError, match="removed since the data was verified"):
+    with pytest.raises(FileNotFoundError, match="removed after the data was verified"):
         verify(replace(data, root=data.root + "-gone"), expected)
     append(next((Path(data.root) / "train").glob("*.jpg")))
     with pytest.raises(ValueError, match=r"own: train is no longer the split that was verified"):

@@ -126,14 +126,14 @@ REFUSED: dict[str, tuple[Content, str]] = {
     "text": (b"<!doctype html>", "not an image that can be read"),
     "a program in PostScript": (EPS, "not an image that can be read"),
     "empty": (b"", "the file is empty"),
-    "a folder": (Path.mkdir, "it is a folder"),
+    "a folder": (Path.mkdir, "the path is a folder"),
     "missing": (lambda path: None, ""),
     "a link to nothing": (lambda path: path.symlink_to("nowhere"), ""),
     "a pipe": (os.mkfifo, "not a regular file"),
     "too large": (LARGE, "the image has more than 178,956,970 pixels; downscale it or cut it into"),
-    "fractions": (Image.fromarray(GRAY / np.float32(255)), "its pixels are floating-point numbers"),
-    "32 bits": (Image.fromarray(GRAY.astype(np.int32) * 70000), "its pixel values are 0 to "),
-    "below zero": (Image.fromarray(GRAY.astype(np.int32) - 1000), "its pixel values are -1000 to "),
+    "fractions": (Image.fromarray(GRAY / np.float32(255)), "the pixels are floating-point numbers"),
+    "32 bits": (Image.fromarray(GRAY.astype(np.int32) * 70000), "the pixel values are 0 to "),
+    "below zero": (Image.fromarray(GRAY.astype(np.int32) - 1000), "the pixel values are -1000 to "),
 }
 
 

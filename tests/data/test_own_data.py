@@ -207,7 +207,7 @@ UNKNOWN = "no such file or folder; the splits are day, night; set data.train_spl
         (lambda root: renamed(root, val="holdout"), "the splits are holdout, train;"),
         (lambda root: shutil.rmtree(root / "val"), "/val: no such file or folder; expected the im"),
         (lambda root: shutil.rmtree(root / "annotations"), "expected instances_SPLIT.js"),
-        (named_lvis, "of a different kind; set data.dataset=lvis"),
+        (named_lvis, "have a different format; set data.dataset=lvis"),
         (broken, "invalid JSON"),
     ],
     ids=["unknown names", "no validation", "no images", "nothing", "lvis", "broken"],

@@ -1,7 +1,7 @@
 """Annotation files whose tables are decoded entry by entry.
 
-As Python objects, the annotations of LVIS's training split take 15 GB. Therefore the file is
-memory-mapped, msgspec locates the entries, and each is decoded on access.
+As Python objects, the annotations of LVIS's training split occupy 15 GB. The file is therefore
+memory-mapped, msgspec locates the entries, and each entry is decoded on access.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNKNOWN = -(2**63)  # replaces an id that is not a number; never a valid id
 
 
 class Annotation(msgspec.Struct, gc=False):
-    """An annotation. `bbox`: left, top, width, height in pixels; `segmentation`: as in the file."""
+    """Annotation as in the file; `bbox` is (left, top, width, height) in pixels."""
 
     id: int
     image_id: int
@@ -48,13 +48,13 @@ class _Layout(msgspec.Struct):
 
 @dataclass(frozen=True)
 class InvalidEntry:
-    """Replaces an entry that is not valid JSON."""
+    """Placeholder for an entry that is not valid JSON."""
 
     reason: str
 
 
 class Entries:
-    """A table of the file; each iteration decodes the entries again."""
+    """Table of an annotation file; each iteration decodes the entries again."""
 
     def __init__(self, encoded: list[msgspec.Raw]) -> None:
         self.encoded = encoded
@@ -69,7 +69,7 @@ class Entries:
 def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
     """Yield the entries of a table, each as `Annotation` if its values have the declared types.
 
-    rows: indices of the entries in a table that is a list or `Entries`; default: all.
+    rows: indices of the entries, all by default; the table must then be a list or `Entries`.
     """
     items: Any = table
     convert: Callable[[Any], object] = _convert
@@ -89,10 +89,10 @@ def _unchanged(item: object) -> object:
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:
-    """Read a JSON file; for a file in COCO's layout, the three tables are returned as `Entries`.
+    """Read a JSON file; the three tables of a file in COCO's layout are returned as `Entries`.
 
-    mapped: memory-map the file, which must not change while the entries are used. If keys are
-    duplicated, the last one takes effect, as in Python's json. Raises OSError, and ValueError for
+    `mapped` memory-maps the file, which must not change while the entries are used. The last of
+    several duplicate keys takes effect, as in Python's json. Raises OSError, and ValueError for
     invalid JSON.
     """
     with open(path, "rb") as file:
@@ -104,13 +104,13 @@ def read_entries(path: Path, mapped: bool = True) -> object:
         raise ValueError("the file is compressed with gzip; decompress it")
     try:
         found = msgspec.json.decode(content, type=_Layout)
-    except (ValueError, RecursionError):  # json has better error messages and accepts NaN
+    except (ValueError, RecursionError):  # Python's json accepts NaN and has better error messages
         return parse(bytes(content))
     return {table: Entries(getattr(found, table)) for table in _Layout.__struct_fields__}
 
 
 def parse(content: bytes) -> object:
-    """Decode JSON in UTF-8, 16 or 32. Raises ValueError with a one-line message."""
+    """Decode JSON in UTF-8, UTF-16 or UTF-32. Raises ValueError with a one-line message."""
     if not content:
         raise ValueError("the file is empty")
     try:
@@ -133,8 +133,8 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
     """Convert an entry whose values do not have the declared types.
 
     Returns:
-        The annotation, None after an error; the errors (kind, text); a string with the converted
-        values, such as 96.0 or "96" for a whole number, which pycocotools and Detectron2 accept.
+        The annotation, or None after an error; the errors as (kind, text); and the converted values
+        as text, such as 96.0 or "96" for a whole number, which pycocotools and Detectron2 accept.
     """
     ids = {key: whole_number(item.get(key)) for key in ("id", "image_id", "category_id")}
     errors = [(f"annotation without {key!r}", "") for key in ids if key not in item]
@@ -162,7 +162,8 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
     )
     if errors:
         return None, errors, converted
-    own, image_id, category_id = (UNKNOWN if number is None else number for number in ids.values())
+    numbers = (UNKNOWN if number is None else number for number in ids.values())
+    annotation_id, image_id, category_id = numbers
     outline = item.get("segmentation")
-    found = Annotation(own, image_id, category_id, box, outline, area, iscrowd)
+    found = Annotation(annotation_id, image_id, category_id, box, outline, area, iscrowd)
     return found, errors, converted

@@ -1,9 +1,8 @@
-"""Validation of annotation files, shared by `vitdet data check`, training, evaluation and the
-report.
+"""Validation of annotation files for `vitdet data check`, training, evaluation and the report.
 
-All of them reject errors, since results would be wrong. Objects with a warning are skipped and
-counted, or accepted, as in pycocotools, Detectron2 and mmdet. Values may be of any type; values
-that pass the validation cannot crash pycocotools.
+All of these reject a file with errors, since their results would be wrong. Objects with a warning
+are skipped and counted, or accepted, as in pycocotools, Detectron2 and mmdet. A file may contain
+values of any type; values that pass the validation cannot crash pycocotools.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from vitdet.data.segmentation import (
     whole_number,
 )
 
-OUTSIDE = 1.0  # tolerance in pixels for boxes that exceed their image: rounding by annotators
+OUTSIDE = 1.0  # tolerance in pixels for boxes that exceed their image due to rounding
 BLOCK = 1024  # annotations per block of the vectorized check
-MOST = 0.5  # share of objects with the same warning from which the whole export is an error
+MOST = 0.5  # if this share of objects has the same warning, the whole export is an error
 # Reasons for dropping an object from training
 CROWD, EMPTY, OUTSIDER = "crowd", "of zero size", "outside their images"
 NO_IMAGE, NO_CATEGORY = "of unknown images", "of unknown categories"
@@ -51,9 +50,11 @@ HINTS = {
 class Validated(NamedTuple):
     """A validated annotation.
 
-    segmentation: usable polygons or RLE, or None. dropped: reason for dropping the object from
-    training, or "". unmasked: reason for training its box and class only, or "". own_box: train on
-    `bbox` instead of the box around the outline.
+    Attributes:
+        segmentation: usable polygons or RLE, or None.
+        dropped: reason for dropping the object from training, or "".
+        unmasked: reason for training on its box and class only, or "".
+        own_box: whether to train on `bbox` instead of the box around the outline.
     """
 
     annotation: Annotation
@@ -64,9 +65,9 @@ class Validated(NamedTuple):
 
 
 def explain_dropped(dropped: Mapping[str, int]) -> str:
-    """Explain why a split has no objects to train on: the number of annotations by reason."""
+    """Explain why a split has no objects to train on, with the number of annotations by reason."""
     causes = ", ".join(f"{count} {cause}" for cause, count in dropped.items() if cause)
-    return f"its annotations are dropped: {causes}" if causes else "it has no annotations"
+    return f"all annotations are dropped: {causes}" if causes else "there are no annotations"
 
 
 @dataclass
@@ -74,10 +75,10 @@ class AnnotationValidator(HeaderValidator):
     """Validates one annotation file: call `read_header`, then exhaust `annotations`.
 
     Attributes:
-        instances: number of objects of each category that training uses.
-        objects: number of annotations of each image.
+        instances: number of objects that training uses, by category id.
+        objects: number of annotations by image id.
         outlines: number of objects with a usable outline.
-        suspects: number of objects with each problem that may be systematic.
+        suspects: number of objects by problem that may be systematic.
         count: number of annotations that are not crowds.
     """
 
@@ -90,7 +91,7 @@ class AnnotationValidator(HeaderValidator):
     def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
         """Check each annotation, then the whole file; yield the annotations without errors.
 
-        flawless: also yield annotations without any warning, which are the majority.
+        `flawless` also yields annotations without any warning, which are the majority.
         """
         seen: set[int] = set()
         images = image_table(self.sizes)
@@ -111,12 +112,12 @@ class AnnotationValidator(HeaderValidator):
             for row, item in zip(rows, annotations_of(table, rows), strict=True):
                 if row in passed:
                     yield Validated(item, item.segmentation)
-                elif (one := self._entry(item, row, seen)) is not None:
-                    yield one
+                elif (validated := self._entry(item, row, seen)) is not None:
+                    yield validated
         self._whole_file()
 
     def _whole_file(self) -> None:
-        for kind, count in sorted(self.suspects.items(), key=lambda one: one[0] != CORNERS):
+        for kind, count in sorted(self.suspects.items(), key=lambda item: item[0] != CORNERS):
             if count >= MOST * self.count:
                 text = f"{count} of {self.count}{HINTS.get(kind, '')}"
                 self.error(f"most objects: {kind}", "annotations", text)
@@ -133,11 +134,11 @@ class AnnotationValidator(HeaderValidator):
                 self.warning("category without instances", f"category {category_id}", show(name))
 
     def _entry(self, item: object, index: int, seen: set[int]) -> Validated | None:
-        """Validate an entry of the table; None after an error."""
+        """Validate an entry of the table; return None after an error."""
         annotation = item if isinstance(item, Annotation) else self._convert(item, index)
         if annotation is None:
             return None
-        if not self._is_new(annotation.id, seen):
+        if not self._add_id(annotation.id, seen):
             self._invalid({"id": annotation.id}, "annotation", index)
             return None
         return self._annotation(annotation)
@@ -196,7 +197,7 @@ class AnnotationValidator(HeaderValidator):
         return bool(crowd)
 
     def _box(self, annotation: Annotation, size: tuple[int, int] | None, crowd: bool) -> str | None:
-        """Check box and area; return the reason for dropping the object or "", None if invalid."""
+        """Check box and area; return the reason for dropping the object, "", or None if invalid."""
         area, bbox = annotation.area, annotation.bbox
         if area is None:
             self._warn(WITHOUT_AREA, annotation)
@@ -224,27 +225,27 @@ class AnnotationValidator(HeaderValidator):
 
     def _outside(self, annotation: Annotation, size: tuple[int, int], empty: bool) -> str | None:
         x, y, width, height = annotation.bbox
-        right, low = x + width, y + height
+        right, bottom = x + width, y + height
         rows, columns = size
         text = f"{show(annotation.bbox)} on {columns} x {rows} pixels"
-        if reaches_far((x, y, right, low), size):
+        if reaches_far((x, y, right, bottom), size):
             self._wrong("box far outside its image", annotation, text)
             return None
         if empty:
             return EMPTY
         if x < width <= columns and y < height <= rows:
             self.suspects[CORNERS] += 1
-        if x >= columns or y >= rows or right <= 0 or low <= 0:
+        if x >= columns or y >= rows or right <= 0 or bottom <= 0:
             self._suspect("box outside its image (ignored in training)", annotation, text)
             return OUTSIDER
-        if min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE:
+        if min(x, y) < -OUTSIDE or right > columns + OUTSIDE or bottom > rows + OUTSIDE:
             self._warn("box partly outside its image", annotation, text)
         return ""
 
     def _compare(
         self, annotation: Annotation, outline: Outline, size: tuple[int, int]
     ) -> tuple[str, bool]:
-        """Return why the mask is not used for training ("" if it is), and `Validated.own_box`."""
+        """Return `Validated.unmasked` and `Validated.own_box`."""
         if outline.left_out:
             text = f"{outline.left_out} of {len(annotation.segmentation or ())}"
             self._warn("outline with parts of fewer than 3 points (ignored)", annotation, text)
@@ -259,13 +260,13 @@ class AnnotationValidator(HeaderValidator):
             self._warn(kind, annotation, show(outline.box))
             return NO_PIXELS, True
         x0, y0, x1, y1 = (round(value, 2) for value in outline.box)
-        text = f"{show(annotation.bbox)}, of the outline {show([x0, y0, x1 - x0, y1 - y0])}"
+        text = f"{show(annotation.bbox)}, around outline {show([x0, y0, x1 - x0, y1 - y0])}"
         if found == "differs":
             kind = "box that differs from the one around its outline (training uses the box)"
             self._warn(kind, annotation, text)
             return "", True
         x, y, width, height = annotation.bbox
-        # boxes that are not inside were counted by `_outside`
+        # `_outside` has already counted boxes that exceed the image
         if inside((x, y, x + width, y + height), size) and are_corners(
             annotation.bbox, outline.box
         ):
@@ -281,7 +282,7 @@ class AnnotationValidator(HeaderValidator):
         self.warning(kind, _place(annotation.id, annotation.image_id), text)
 
     def _suspect(self, kind: str, annotation: Annotation, text: str) -> None:
-        """Warn about a problem that is an error if most objects have it."""
+        """Warn about a problem that becomes an error if most objects have it."""
         self.suspects[kind] += 1
         self._warn(kind, annotation, text)
 

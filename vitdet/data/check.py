@@ -1,8 +1,8 @@
-"""`vitdet data check`: all problems of a data set with COCO's or LVIS's annotations.
+"""`vitdet data check`, which finds all problems of a data set in COCO's or LVIS's format.
 
-Errors stop training or evaluation, or make their metrics meaningless; without errors both run.
-Entries with warnings are dropped or accepted. `AnnotationValidator` validates the annotation files
-for all readers; this module also checks the image files and overlaps between splits.
+Errors stop training or evaluation, or make the metrics meaningless. Warnings do not; the affected
+entries are dropped or accepted. `AnnotationValidator` validates annotation files for all readers;
+this module also checks the image files and overlaps between splits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitdet.data.coco_layouts import SplitFiles, coco_files, existing_name, find
 from vitdet.data.images import DEFAULT, Examined, Reading, check_file, examine, exchanged
 from vitdet.data.segmentation import show
 
-DEPTHS = (8, 10, 12, 14)  # bits that cameras store in 16
+DEPTHS = (8, 10, 12, 14)  # bit depths that cameras store in 16-bit files
 EXAMPLES = 3  # locations listed per kind of problem
 
 
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """The result of a check. splits: (images, annotations, categories) of each split."""
+    """Result of a check; `splits` maps a name to the numbers of images, annotations, categories."""
 
     folder: Path
     splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -55,11 +55,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether training and evaluation can use the data set."""
+        """Whether the data set has no errors."""
         return not self.errors
 
     def lines(self) -> list[str]:
-        """Format the report: splits, errors, warnings, with counts and examples by kind."""
+        """Return the lines of the report: splits, errors and warnings, with counts and examples."""
         text = [str(self.folder)]
         for split, counts in self.splits.items():
             text.append("  {}: {} images, {} annotations, {} categories".format(split, *counts))
@@ -83,12 +83,12 @@ def _count(findings: list[Finding], kind: str, example: str) -> None:
 
 
 def _prefix(images: Path, folder: Path) -> str:
-    place = images.relative_to(folder)
-    return "" if place == Path() else f"{place}/"
+    relative = images.relative_to(folder)
+    return "" if relative == Path() else f"{relative}/"
 
 
-def _backslashes(name: str) -> str:
-    return "; backslashes: written on Windows?" if "\\" in name else ""
+def _backslash_hint(name: str) -> str:
+    return "; the backslashes suggest a path written on Windows" if "\\" in name else ""
 
 
 def _printable(text: str) -> str:
@@ -104,11 +104,11 @@ def check(
     """Check the annotation files and images of a data set.
 
     Args:
-        folder: the data set.
-        splits: names of splits; all that `find_splits` finds if omitted.
-        images: also decode every image file, which takes most of the time, instead of only checking
-        that it exists.
-        reading: how image files are read.
+        folder: root folder of the data set.
+        splits: names of the splits; all that `find_splits` finds if omitted.
+        images: whether to decode every image file, which takes most of the time, or only to check
+            that it exists.
+        reading: settings for reading image files.
     """
     report = Report(Path(folder))
     found = [
@@ -117,17 +117,17 @@ def check(
         for name, files in find_splits(report.folder, dataset).items()
     ]
     if splits is not None:
-        there = {name: [entry for entry in found if entry[0] == name] for name in splits}
+        by_name = {name: [entry for entry in found if entry[0] == name] for name in splits}
         found = [
-            one
-            for name, known in there.items()
-            for one in known or [(name, coco_files(report.folder, name), False)]
+            entry
+            for name, entries in by_name.items()
+            for entry in entries or [(name, coco_files(report.folder, name), False)]
         ]
     elif not found:
-        here = sorted(path.name for path in report.folder.glob("*") if path.name[0] != ".")
-        what = f"; found {', '.join(here[:5])}{', ...' if here[5:] else ''}" if here else ""
+        names = sorted(path.name for path in report.folder.glob("*") if path.name[0] != ".")
+        hint = f"; found {', '.join(names[:5])}{', ...' if names[5:] else ''}" if names else ""
         report.error(
-            "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json{what}"
+            "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json{hint}"
         )
     checked = [_Split(report, *entry, reading) for entry in found]
     for split in checked:
@@ -144,7 +144,7 @@ def check(
 
 
 class _Outcome(NamedTuple):
-    """Result of reading an image file: kind of error or "", its text, digest of the bytes or ""."""
+    """Result of reading an image file; without an error, `kind` and `text` are empty."""
 
     kind: str
     text: str
@@ -153,16 +153,16 @@ class _Outcome(NamedTuple):
 
 
 class _Split:
-    """The check of one split. digests: checksum of each image file that was read, by image id."""
+    """Check of one split; `digests` maps image ids to the checksums of the files that were read."""
 
     def __init__(
         self, report: Report, name: str, files: SplitFiles, lvis: bool, reading: Reading
     ) -> None:
         self.report, self.lvis, self.reading = report, lvis, reading
-        self.name = f"lvis_v1_{name}" if lvis else name  # in the report
+        self.name = f"lvis_v1_{name}" if lvis else name  # as shown in the report
         self.path, self.images = files
-        place = files.annotations.relative_to(report.folder)
-        self.file = place.name if place.parent.name == "annotations" else str(place)
+        path = files.annotations.relative_to(report.folder)
+        self.file = path.name if path.parent.name == "annotations" else str(path)
         self.validator = AnnotationValidator(self.lvis, self._error, self._warning)
         self.digests: dict[int, str] = {}
 
@@ -186,7 +186,7 @@ class _Split:
                 self.report.splits[self.name] = *counts, len(self.validator.categories)
                 # other errors already explain missing objects
                 if not self.validator.instances and kinds == len(self.report.errors):
-                    # a test split may come without annotations
+                    # a test split may have no annotations
                     add = self._warning if "test" in self.name else self._error
                     add("no objects", "annotations", explain_dropped(dropped))
 
@@ -194,34 +194,34 @@ class _Split:
         """Report missing image files."""
         for image_id, name in self.validator.names.items():
             if not os.path.isfile(f"{self.images}/{existing_name(self.images, name)}"):
-                self._image_error("missing image file", image_id, _backslashes(name))
+                self._image_error("missing image file", image_id, _backslash_hint(name))
 
     def read_images(self) -> None:
         """Read all image files and report unusable ones."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            deep = dict[bool, dict[int, int]]()
+            maxima = dict[bool, dict[int, int]]()  # for gray and color images: image id -> value
             for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
                 if outcome.kind:
                     self._image_error(outcome.kind, image_id, outcome.text)
                 if outcome.digest:
                     self.digests[image_id] = outcome.digest
                 if outcome.found and outcome.found.highest is not None:
-                    deep.setdefault(outcome.found.colors, {})[image_id] = outcome.found.highest
-        for colors, highest in deep.items():
-            self._value_range(colors, highest)
+                    maxima.setdefault(outcome.found.colors, {})[image_id] = outcome.found.highest
+        for colors, highest in maxima.items():
+            self._check_bit_depth(colors, highest)
 
-    def _value_range(self, colors: bool, highest: dict[int, int]) -> None:
+    def _check_bit_depth(self, colors: bool, highest: dict[int, int]) -> None:
         """Warn about 16-bit files with values of fewer bits, which would be read as nearly black.
 
-        highest: largest value of each image by id.
+        highest: largest pixel value by image id.
         """
         bits = max(highest.values()).bit_length()
         depth = next((depth for depth in DEPTHS if bits <= depth), 16)
         if self.reading.bit_depth or depth == 16:
             return
-        cure = "save it with 8 bits per channel" if colors else f"set data.bit_depth={depth}"
-        kind = f"16-bit image with values of {depth} bits, read as nearly black ({cure})"
+        remedy = "save it with 8 bits per channel" if colors else f"set data.bit_depth={depth}"
+        kind = f"16-bit image with values of {depth} bits, read as nearly black ({remedy})"
         for image_id, value in highest.items():
             text = f"{show(self.validator.names[image_id])}: largest value {value} of 65535"
             self._warning(kind, f"image {image_id}", text)
@@ -244,7 +244,7 @@ class _Split:
             check_file(path)
             content = path.read_bytes()
         except FileNotFoundError:
-            return _Outcome("missing image file", _backslashes(name))
+            return _Outcome("missing image file", _backslash_hint(name))
         except (OSError, ValueError) as error:  # ValueError: an invalid file name
             return _Outcome("image file that cannot be read", f": {error}")
         digest = hashlib.sha256(content).hexdigest()
@@ -254,38 +254,39 @@ class _Split:
             return _Outcome("truncated or invalid image file", f": {error}", digest)
         size = self.validator.sizes.get(image_id)
         if size not in (None, found.size):
-            high, wide = found.size
-            text = f": {wide} x {high}, annotated {size[1]} x {size[0]} (width x height)"
+            height, width = found.size
+            text = f": {width} x {height}, annotated {size[1]} x {size[0]} (width x height)"
             text += exchanged(found.size, size)
             return _Outcome("image size that differs from the annotations", text, digest)
         return _Outcome("", "", digest, found)
 
 
 def _compare(report: Report, first: _Split, second: _Split) -> None:
-    """Report images in both splits, by content if read, else by id and name, and categories that
-    differ.
-    """
-    one, two = first.validator, second.validator
+    """Report differing categories, and images that are in both splits.
+
+    Images are compared by content if they were read, otherwise by id and name."""
+    ours, theirs = first.validator, second.validator
     pair = f"{first.file} and {second.file}"
-    if one.categories != two.categories and {first.name, second.name} <= report.splits.keys():
-        differing = sorted(set(one.categories.items()) ^ set(two.categories.items()))
+    if ours.categories != theirs.categories and {first.name, second.name} <= report.splits.keys():
+        differing = sorted(set(ours.categories.items()) ^ set(theirs.categories.items()))
         report.error("categories that differ between splits", f"{pair}: {show(differing)}")
     image_of = {digest: image_id for image_id, digest in first.digests.items()}
     for image_id, digest in second.digests.items():
         if digest in image_of:
-            images = f"image {image_of[digest]} and image {image_id}, {show(two.names[image_id])}"
+            name = show(theirs.names[image_id])
+            images = f"image {image_of[digest]} and image {image_id}, {name}"
             report.error("same image file in two splits", f"{pair}: {images}")
-    by_name = {name: image_id for image_id, name in two.names.items()}
-    both = sorted(one.sizes.keys() & two.sizes.keys())
+    by_name = {name: image_id for image_id, name in theirs.names.items()}
+    both = sorted(ours.sizes.keys() & theirs.sizes.keys())
     same_id = [("image id in two splits", str(key), key, key) for key in both]
     same_name = [
         ("file name in two splits", show(name), key, by_name[name])
-        for key, name in one.names.items()
+        for key, name in ours.names.items()
         if name in by_name
     ]
     for kind, value, key, other in same_id + same_name:
         digests = first.digests.get(key), second.digests.get(other)
-        if None in digests:  # the image files were not read: possibly the same image
+        if None in digests:  # not read, so possibly the same image
             report.error(kind, f"{pair}: {value}")
-        elif digests[0] != digests[1]:  # training accepts different images under one id or name
+        elif digests[0] != digests[1]:  # training accepts this
             report.warning(kind, f"{pair}: {value}")

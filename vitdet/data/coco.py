@@ -1,8 +1,8 @@
-"""Reading a COCO or LVIS annotation file into records: one per image, with the objects to train on.
+"""Reading of COCO and LVIS annotation files into records of images and their training objects.
 
-Lin et al. 2014, https://cocodataset.org/#format-data; Gupta et al. 2019,
-https://www.lvisdataset.org/dataset, which uses COCO's images, located by coco_url. Crowd regions
-and boxes of zero size are dropped and counted. Errors of `AnnotationValidator` raise ValueError.
+The formats are described in Lin et al. 2014, https://cocodataset.org/#format-data, and Gupta et al.
+2019, https://www.lvisdataset.org/dataset. LVIS locates COCO's images by coco_url. Crowd regions and
+boxes of zero size are dropped and counted. Errors of `AnnotationValidator` raise ValueError.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from vitdet.data.records import Objects, Records
 
 
 class ImageError(ValueError):
-    """An unusable image file.
+    """Error of an unusable image file.
 
-    Only the last line is the message: DataLoader re-raises a worker's error with its traceback.
+    Only the last line is used as the message, since DataLoader adds the worker's traceback to it.
     """
 
     def __init__(self, message: str) -> None:
@@ -36,12 +36,15 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """A split of a data set, with its records in order of image id.
+    """Split of a data set.
 
-    Label k has the name class_names[k] and the id category_ids[k] in the file. image_counts[k]:
-    number of images with class k, from the file's categories (LVIS) or counted. dropped, unmasked:
-    number of objects by reason for dropping them or for training box and class only. outlines:
-    objects with an outline.
+    Attributes:
+        class_names, category_ids: name and category id of each label.
+        records: images with their objects, in order of image id.
+        image_counts: number of images with each label, as stated by the file (LVIS) or counted.
+        dropped: number of objects that are not used, by reason.
+        unmasked: number of objects of which only box and class are trained, by reason.
+        outlines: number of objects with an outline.
     """
 
     class_names: tuple[str, ...]
@@ -61,12 +64,12 @@ def read_coco(
     Args:
         annotations: the annotation file.
         images: folder of the images.
-        by_url: locate images by the last two parts of coco_url, if present (LVIS), else file_name.
-        tree: the content of the file, if it was already read.
+        by_url: locate images by the last two parts of coco_url if present (LVIS), not by file_name.
+        tree: content of the file, if it was already read.
 
     Raises:
-        FileNotFoundError: missing annotation file.
-        ValueError: the first error of `vitdet data check`.
+        FileNotFoundError: if the annotation file does not exist.
+        ValueError: for the first error that `vitdet data check` would report.
     """
     path = Path(annotations)
     content = _read(path) if tree is None else tree
@@ -75,7 +78,7 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Raise ValueError, like `read_coco`, for the first error; images are not needed."""
+    """Raise the ValueError of `read_coco`, if any; file names of images are not checked."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]
@@ -95,7 +98,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the images per category, from the file if complete, otherwise counted."""
+    """Return the number of images per category, as stated if complete, otherwise counted."""
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)
@@ -139,7 +142,7 @@ def _read(path: Path, mapped: bool = True) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json "
-            "(data.dataset=lvis: lvis_v1_SPLIT.json); see data.root and data.*_split"
+            "(data.dataset=lvis: lvis_v1_SPLIT.json); check data.root and data.*_split"
         ) from None
     except ValueError as error:
         raise ValueError(
@@ -165,10 +168,10 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
             validated.segmentation,
             validated.own_box,
         )
-    sizes = sorted(validator.sizes.items())  # no size is None: that would have raised an error
+    sizes = sorted(validator.sizes.items())  # a size of None would have raised an error
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]
     names = [existing_name(images, validator.names[image_id]) for image_id in image_ids]
-    category_ids = sorted(validator.categories)  # after `annotations`, which may remove one
+    category_ids = sorted(validator.categories)  # after `annotations`, which may remove the root
     records = Records.of(images, names, heads, objects, category_ids)
     outlines = unmasked.pop("", 0)
     return CocoSplit(

@@ -1,8 +1,8 @@
 """File layouts of the tools that export COCO and LVIS annotations.
 
 * COCO, https://cocodataset.org/#download: annotations/instances_SPLIT.json, SPLIT/
-* CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: the same, images/SPLIT/ or
-images/
+* CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: as COCO, or with the
+  images in images/SPLIT/ or images/
 * Roboflow, https://roboflow.com/formats/coco-json: SPLIT/_annotations.coco.json, SPLIT/
 * Label Studio, https://labelstud.io/guide/export: result.json, whose file names begin with images/
 * FiftyOne, https://docs.voxel51.com (COCODetectionDataset): labels.json, data/
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ONLY = "default"  # the split of an export without splits, as CVAT calls it
-SNIFFED = 1 << 14  # bytes from the start of a JSON file
+SNIFFED = 1 << 14  # bytes read from the start of a JSON file
 TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
 
 
@@ -40,13 +40,13 @@ def lvis_files(root: Path, split: str) -> SplitFiles:
 
 
 def find_splits(root: Path, dataset: str = "coco") -> dict[str, SplitFiles]:
-    """Return the files of all splits below a folder by name, in the first layout that has any."""
+    """Return the files of each split in a folder by name, using the first layout that matches."""
     if dataset == "lvis":
-        names = _between(root / "annotations", "lvis_v1_")
+        names = _split_names(root / "annotations", "lvis_v1_")
         return {name: lvis_files(root, name) for name in names}
     found = {
         name: _images_of(root, coco_files(root, name), name)
-        for name in _between(root / "annotations", "instances_")
+        for name in _split_names(root / "annotations", "instances_")
     }
     if not found:
         files = sorted(root.glob("*/_annotations.coco.json"))
@@ -63,13 +63,13 @@ def find_splits(root: Path, dataset: str = "coco") -> dict[str, SplitFiles]:
 
 
 def root_of(annotations: Path) -> Path:
-    """Return the folder of a data set that `find_splits` finds this annotation file in."""
+    """Return the data set folder in which `find_splits` finds this annotation file."""
     folder = annotations.parent
     deeper = folder.name == "annotations" or annotations.name == "_annotations.coco.json"
     return folder.parent if deeper else folder
 
 
-def _between(folder: Path, start: str) -> list[str]:
+def _split_names(folder: Path, start: str) -> list[str]:
     return sorted(path.stem.removeprefix(start) for path in folder.glob(f"{start}*.json"))
 
 
@@ -81,7 +81,7 @@ def _images_of(root: Path, files: SplitFiles, split: str) -> SplitFiles:
 
 
 def _is_coco(path: Path) -> bool:
-    """Return whether a JSON file begins as COCO's, and not as LabelMe's."""
+    """Return whether a JSON file begins like COCO's and unlike LabelMe's."""
     try:
         with open(path, "rb") as file:
             start = file.read(SNIFFED)
@@ -97,9 +97,9 @@ def image_name(head: dict, lvis: bool) -> str:
 
 
 def existing_name(folder: Path | str, name: str) -> str:
-    """Return the existing name of an image file in `folder`.
+    """Return the name under which an image exists in `folder`, or `name` if there is none.
 
-    Backslashes, as written on Windows, are tried as / and as the end of a removed folder.
+    A name with backslashes, as written on Windows, may exist with slashes or without its folder.
     """
     slashed = name.replace("\\", "/")
     for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():

@@ -1,6 +1,6 @@
-"""Data sets of batches: the infinite training stream and the validation images.
+"""Data sets that yield batches: the infinite training stream and the validation images.
 
-The sample at a position of the training stream depends on (seed, position) only.
+The sample at a position of the training stream depends only on (seed, position).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from vitdet.types import Batch, Polygons, Target
 
 log = logging.getLogger(__name__)
 
-CACHE = 1 << 28  # bytes: a training split whose decoded images fit is cached in memory
+CACHE = 1 << 28  # bytes; decoded training images are cached if all of them fit
 REDRAWS = 100  # attempts at a crop with an object (data.redraw_empty)
-# a sample without its pixels: target, size, image id, size of the file
+# a sample without its pixels: target, size on the canvas, image id, original size
 Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 
 
@@ -42,18 +42,17 @@ def read_split(
 ) -> CocoSplit:
     """Read a split, limited to the data.max_images images with the lowest ids.
 
-    The limit counts only images with objects; with data.keep_empty, all images of the training
-    split.
+    Only images with objects count toward the limit, or all training images with data.keep_empty.
 
     Args:
-        data: the data set.
+        data: settings of the data set.
         split: name of the split.
-        tree: the content of the annotation file, if it was already read.
-        check_files: check that the files exist and match the record of `vitdet data coco|lvis`;
-            rank 0 does so for all ranks.
+        tree: content of the annotation file, if it was already read.
+        check_files: whether to check that the files exist and match the record of
+            `vitdet data coco|lvis`; only rank 0 needs to.
 
     Raises:
-        FileNotFoundError, ValueError: as in `read_coco`, and for missing or modified files.
+        FileNotFoundError, ValueError: the errors of `read_coco`, and missing or modified files.
     """
     root, (annotations, images) = Path(data.root), split_files(data, split)
     for path in (annotations, images):
@@ -74,9 +73,9 @@ def read_split(
     elif data.max_images:
         found = with_objects(found, data.max_images)
     paths = found.records.paths() if check_files else ()
-    if gone := [path for path in paths if not os.path.isfile(path)]:
+    if absent := [path for path in paths if not os.path.isfile(path)]:
         raise FileNotFoundError(
-            f"{gone[0]}: no such file, {len(gone) - 1} more images are missing; "
+            f"{absent[0]}: no such file, {len(absent) - 1} more images are missing; "
             f"`vitdet data check {data.root}` lists all problems"
         )
     return found
@@ -91,17 +90,17 @@ class TrainData(Dataset):
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
         self.split = split
-        held = with_objects(split).records
-        if not held:
+        nonempty = with_objects(split).records
+        if not nonempty:
             raise ValueError(f"{data.root}: no image of {data.train_split} has a usable object")
-        self.records = split.records if data.keep_empty else held
-        self.without_objects = len(split.records) - len(held)
+        self.records = split.records if data.keep_empty else nonempty
+        self.without_objects = len(split.records) - len(nonempty)
         self.data = data
         self.seed = seed
         threshold = data.repeat_threshold
         repeats = repeat_factors(self.records.labels(), threshold) if threshold else None
         self.sampler = InfiniteSampler(len(self.records), seed, repeats)
-        self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
+        self._fits_in_cache = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
         self._cache: dict[int, tuple[Image.Image, np.ndarray, np.ndarray]] = {}
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
@@ -111,7 +110,7 @@ class TrainData(Dataset):
         return self.__getitems__([position])
 
     def draw(self, position: int, canvas: np.ndarray) -> Sample:
-        """Draw the sample at a position; write its image to the black `canvas` (3, S, S) uint8."""
+        """Return the sample at a position; write the image to a black `canvas` (3, S, S) uint8."""
         index = self.sampler[position]
         rng = np.random.default_rng((self.seed, position))
         for _ in range(REDRAWS):
@@ -120,12 +119,12 @@ class TrainData(Dataset):
                 return sample
             index = int(rng.integers(len(self.records)))
         raise ValueError(
-            f"{self.data.root}: {REDRAWS} consecutive crops without objects: there are too few "
-            "objects, or they have no area; data.redraw_empty=false uses such crops"
+            f"{self.data.root}: {REDRAWS} consecutive crops without objects, since objects are too "
+            "rare or have no area; set data.redraw_empty=false to train on crops without objects"
         )
 
     def _crop(self, index: int, rng: np.random.Generator, canvas: np.ndarray) -> Sample | None:
-        """Augment an image; None if the crop has no object and data.redraw_empty is set."""
+        """Augment an image; return None if data.redraw_empty rejects a crop without objects."""
         record, data = self.records[index], self.data
         affine = jitter(
             rng,
@@ -142,8 +141,8 @@ class TrainData(Dataset):
         boxes, keep = visible_boxes(edges, counts, affine.size)
         own, has_mask = record.own_box, None
         if own.any():
-            around, four = rectangles(record.boxes[own])
-            boxes[own], keep[own] = visible_boxes(affine.edges(around), four, affine.size)
+            sides, four = rectangles(record.boxes[own])
+            boxes[own], keep[own] = visible_boxes(affine.edges(sides), four, affine.size)
             has_mask = torch.tensor([shape is not None for shape in record.segmentations])[keep]
         if data.redraw_empty and len(record) and not keep.any():
             return None
@@ -158,13 +157,13 @@ class TrainData(Dataset):
             return self._cache[index]
         image = read_image(record.path, (record.height, record.width), Reading.of(self.data))
         loaded = image, *edges_of(record.segmentations, record.height, record.width)
-        if self._small:
+        if self._fits_in_cache:
             self._cache[index] = loaded
         return loaded
 
 
 class ValData(Dataset):
-    """Maps indices of records to batches of images, longest side = canvas, without targets."""
+    """Maps record indices to batches without targets, resized to longest side = canvas."""
 
     def __init__(
         self, records: Records, image_size: int, antialias: bool, reading: Reading = DEFAULT
@@ -184,7 +183,7 @@ class ValData(Dataset):
         return self.__getitems__([index])
 
     def draw(self, index: int, canvas: np.ndarray) -> Sample:
-        """Read an image and write it to the black `canvas` (3, S, S) uint8."""
+        """Return the sample of an image; write the image to a black `canvas` (3, S, S) uint8."""
         record = self.records[index]
         source = (record.height, record.width)
         image = read_image(record.path, source, self.reading)
@@ -195,14 +194,14 @@ class ValData(Dataset):
 def make_batch(
     draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int], size: int
 ) -> Batch:
-    """Collate the samples of `indices`; each is drawn into the batch's memory, without a copy.
+    """Collate the samples at `indices`, whose images `draw` writes directly into the batch.
 
-    Without ground truth, the targets are an empty list.
+    Without ground truth, the batch's targets are an empty list.
     """
     shape = (len(indices), 3, size, size)
     if get_worker_info() is None:
         images = torch.zeros(shape, dtype=torch.uint8)
-    else:  # in shared memory, as `default_collate` does, to save a copy; it is zero-initialized
+    else:  # zero-initialized shared memory, which saves a copy, as in `default_collate`
         shared = torch.UntypedStorage._new_shared(math.prod(shape))
         images = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
     samples = [draw(index, canvas) for index, canvas in zip(indices, images.numpy(), strict=True)]
@@ -217,6 +216,6 @@ def make_batch(
 
 
 def with_objects(split: CocoSplit, most: int | None = None) -> CocoSplit:
-    """Return the split restricted to images with objects, at most the first `most`."""
-    held = np.flatnonzero(split.records.counts())[:most]
-    return replace(split, records=split.records.select(held))
+    """Return the split with only its images with objects, limited to the first `most` of them."""
+    nonempty = np.flatnonzero(split.records.counts())[:most]
+    return replace(split, records=split.records.select(nonempty))

@@ -1,10 +1,10 @@
-"""The record of the files that `vitdet data coco|lvis` downloaded to a folder: ROOT/manifest.json.
+"""Record of the files that `vitdet data coco|lvis` downloaded to a folder, ROOT/manifest.json.
 
-It lists every archive (URL, size, sha256), every annotation file (size, sha256) and every image
-folder (count, bytes, one sha256 over the sorted lines "NAME SIZE" and one over "NAME SIZE CRC32").
-`vitdet.datasets.fetch` writes it; training, evaluation and `vitdet data check` compare the files
-with it. The same download has the same record on every machine, so version control of this file and
-the annotations identifies the data without storing 118,000 images.
+The record lists every archive (URL, size, sha256), every annotation file (size, sha256) and every
+image folder (count, bytes, a sha256 of the sorted lines "NAME SIZE" and of "NAME SIZE CRC32").
+`vitdet.datasets.fetch` writes the record; training, evaluation and `vitdet data check` compare the
+files with it. Since the record of a download is the same on every machine, version control of the
+record and the annotations identifies the data without storing 118,000 images.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from vitdet.files import atomic_write, sha256
 
 NAME = "manifest.json"
-DOWNLOADED = re.compile(r"\d{12}\.jpg")  # the name of every image of COCO
+DOWNLOADED = re.compile(r"\d{12}\.jpg")  # name of a COCO image
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A downloaded archive. `known`: whether its sha256 was published or computed from the file."""
+    """Downloaded archive; `known` states whether its sha256 was published."""
 
     name: str
     url: str
@@ -38,7 +38,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class File:
-    """A file; `path` is relative to the root folder."""
+    """Downloaded file; `path` is relative to the root folder."""
 
     path: str
     size: int
@@ -47,7 +47,7 @@ class File:
 
 @dataclass(frozen=True)
 class Images:
-    """An image folder. `names`: digest of the names and sizes; `content`: also of the checksums."""
+    """Image folder; `names` is a digest of names and sizes, `content` also of checksums."""
 
     path: str
     count: int
@@ -58,7 +58,7 @@ class Images:
 
 @dataclass(frozen=True)
 class DownloadRecord:
-    """Everything that was downloaded, ordered by name or path."""
+    """All downloaded archives, files and image folders, ordered by name or path."""
 
     archives: tuple[Archive, ...] = ()
     files: tuple[File, ...] = ()
@@ -83,12 +83,12 @@ class DownloadRecord:
 
 
 def exists(root: Path) -> bool:
-    """Whether the folder has a record."""
+    """Return whether the folder has a record."""
     return (root / NAME).is_file()
 
 
 def read(root: Path) -> DownloadRecord:
-    """Read the record of a folder; empty if there is none. Raises ValueError if it is not valid."""
+    """Return the record of a folder, empty if missing. Raises ValueError for an invalid record."""
     try:
         stored = json.loads((root / NAME).read_text())
         return DownloadRecord(
@@ -100,8 +100,8 @@ def read(root: Path) -> DownloadRecord:
         return DownloadRecord()
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove it and fetch again: "
-            "existing files will be compared with the archives"
+            f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove the file and "
+            "download the data again; existing files will be compared with the archives"
         ) from error
 
 
@@ -115,8 +115,8 @@ def write(root: Path, record: DownloadRecord) -> None:
 def verify(root: Path, contents: bool = False) -> str:
     """Compare all files in a folder with its record; return the record's sha256.
 
-    contents: also read every image. Raises FileNotFoundError or ValueError (one line) for the first
-    difference.
+    `contents` also reads every image. Raises FileNotFoundError or ValueError (one line) for the
+    first difference.
     """
     if not exists(root):
         raise FileNotFoundError(
@@ -135,10 +135,10 @@ def verify(root: Path, contents: bool = False) -> str:
 def compare(
     root: Path, record: DownloadRecord, used: Collection[str] = (), contents: bool = False
 ) -> None:
-    """Compare names and sizes with a record, with `contents` also the checksums of the images.
+    """Compare names and sizes with a record, and with `contents` also image checksums.
 
-    used: paths below root of the images that are used. Other files in an image folder that were not
-    downloaded are ignored. Raises the errors of `verify`.
+    `used` are the paths, relative to root, of the images in use. Files in an image folder that were
+    not downloaded are ignored. Raises the errors of `verify`.
     """
     for file in record.files:
         path = root / file.path
@@ -169,7 +169,7 @@ def compare(
 def _downloaded(
     found: dict[str, int], images: Images, used: Collection[str]
 ) -> dict[str, int] | None:
-    """Return the downloaded files in a folder; None if the files or their sizes have changed."""
+    """Return the downloaded files in a folder, or None if files or sizes have changed."""
 
     def is_complete(part: dict[str, int]) -> bool:
         lines = (f"{name} {size}" for name, size in part.items())
@@ -191,7 +191,7 @@ def _downloaded(
 def check_split(root: Path, annotations: Path) -> None:
     """Compare the size of a split's annotation file with the record, if there is one.
 
-    Raises the errors of `compare`, adding the remedy. Ignores a manifest.json of another program.
+    Raises the errors of `compare` with a remedy. Ignores a manifest.json of another program.
     """
     _check(root, {str(annotations.relative_to(root))}, ())
 
@@ -199,8 +199,8 @@ def check_split(root: Path, annotations: Path) -> None:
 def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
     """Compare the image folders of a split with the record, if there is one.
 
-    names: the names of the split's images, relative to the folder `images`. Raises the errors of
-    `check_split`.
+    `names` are the names of the split's images, relative to the folder `images`. Raises the errors
+    of `check_split`.
     """
     if exists(root):
         folders = read_if_ours(root).folders
@@ -220,7 +220,7 @@ def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
 
 
 def read_if_ours(root: Path) -> DownloadRecord:
-    """Like `read`, but empty for a manifest.json of another program."""
+    """Return the record of a folder, empty if missing or from another program."""
     try:
         return read(root)
     except ValueError:
@@ -228,7 +228,7 @@ def read_if_ours(root: Path) -> DownloadRecord:
 
 
 def digest(lines: Iterable[str]) -> str:
-    """Return the sha256 of the sorted lines."""
+    """Return the SHA-256 of the sorted lines in hexadecimal."""
     return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest()
 
 
@@ -245,5 +245,5 @@ def _parts(record: DownloadRecord) -> tuple[tuple, tuple, tuple]:
     return record.archives, record.files, record.folders
 
 
-def _key(one: Archive | File | Images) -> str:
-    return one.name if isinstance(one, Archive) else one.path
+def _key(entry: Archive | File | Images) -> str:
+    return entry.name if isinstance(entry, Archive) else entry.path

@@ -1,8 +1,8 @@
-"""The fingerprint of a split of a data set.
+"""Fingerprints, which identify the data in a split.
 
-It covers the bytes of the annotation file and the names and sizes of the images that the
-annotations list. It changes if an image is added, a class is changed or the size of an image file
-changes. It does not depend on the location of the data set or on other files in its folders.
+A fingerprint covers the bytes of the annotation file and the names and sizes of the images that the
+annotations list. It changes if an image is added, an annotation is edited or an image file's size
+changes. It does not depend on the data set's location or on other files in the folders.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def combined(prints: Mapping[str, str]) -> str:
 
 
 def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
-    """Describe how the data differs from the data of a checkpoint or training state; "" if equal.
+    """Describe how the data differs from that of a checkpoint or training state; "" if equal.
 
-    found: the current fingerprints. Files of version 0.1 contain a dataset_digest instead of
-    fingerprints.
+    `stored` is the file's content, with a dataset_digest instead of fingerprints in version 0.1;
+    `found` are the current fingerprints.
     """
     before = stored.get("fingerprints")
     if before is None:
@@ -89,11 +89,11 @@ def describe(data: DataConfig) -> dict:
         found = read_split(data, split)
         annotations, _ = split_files(data, split)
         path, checksum = str(annotations.relative_to(root)), sha256(annotations)
-        # `read_split` has compared the sizes
+        # `read_split` has already compared file sizes, but not checksums, with the record
         if recorded.get(path, checksum) != checksum:
             raise ValueError(
                 f"{annotations}: sha256 {checksum}, but {recorded[path]} when downloaded; remove "
-                f"it and run `vitdet data coco|lvis {root}` to restore it; if the change is "
+                f"the file and run `vitdet data coco|lvis {root}` to restore it; if the change is "
                 f"intended, remove {root / download_record.NAME}"
             )
         files.append({"path": path, "size": annotations.stat().st_size, "sha256": checksum})
@@ -117,17 +117,17 @@ def describe(data: DataConfig) -> dict:
 
 
 def verify(data: DataConfig, expected: str) -> dict[str, str]:
-    """Verify that the data has the fingerprints `expected` (see `combined`); return them.
+    """Verify that the data has the `expected` fingerprints (see `combined`); return them.
 
-    Raises ValueError with the name of the split if they differ, FileNotFoundError for missing
+    Raises ValueError that names a split whose fingerprint differs, FileNotFoundError for missing
     files.
     """
     try:
         found = fingerprints(data)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}. It has been removed since the data was verified; restore it or start a new "
-            "run"
+            f"{error}. The file was removed after the data was verified; restore it or start a "
+            "new run"
         ) from error
     for key, before in zip(("train", "val"), expected.split("-"), strict=True):
         if found[key] != before:
@@ -142,7 +142,7 @@ def verify(data: DataConfig, expected: str) -> dict[str, str]:
 def legacy_dataset_digest(data: DataConfig) -> str:
     """Return the digest of both splits that version 0.1 stored, only for comparison with it.
 
-    It covers all files in a split's folder; for LVIS, the files in the annotations' coco_urls.
+    The digest covers all files in a split's folder; for LVIS, the files in the coco_urls.
     """
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):
@@ -166,7 +166,7 @@ def legacy_dataset_digest(data: DataConfig) -> str:
 
 
 def _names(data: DataConfig, split: str) -> Iterator[str]:
-    """Return the names of a split's images, without reading the annotations if possible."""
+    """Return the names of a split's images, without validating the annotations if possible."""
     if not data.max_images:
         try:
             content: Any = read_entries(split_files(data, split)[0])
@@ -193,4 +193,4 @@ def _sizes(folder: Path, names: Iterable[str], data: DataConfig) -> Iterator[tup
 
 
 def _files(folder: Path) -> Iterator[str]:
-    return (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)

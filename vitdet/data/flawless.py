@@ -1,7 +1,7 @@
-"""Vectorized check of a block of annotations: finds those with neither errors nor warnings.
+"""Vectorized search for flawless annotations in a block of annotations.
 
-In a typical file nearly all annotations have none; `AnnotationValidator` checks the others one by
-one. A flawless annotation passes all checks of `AnnotationValidator` without an error or warning.
+A flawless annotation would pass all checks of `AnnotationValidator` without an error or warning. In
+a typical file, nearly all annotations are flawless; `AnnotationValidator` checks the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from vitdet.data.annotation_file import Annotation
 from vitdet.data.segmentation import ROUNDING
 
-LARGEST = 2**32  # area in pixels; COCO's evaluation ignores objects above 1e10
-# smallest and largest ratio of area to box, and a tolerance in pixels
+LARGEST = 2**32  # maximum area in pixels; COCO's evaluation ignores objects above 1e10
+# minimum and maximum ratio of object area to box area, and a tolerance in pixels
 LEAST_AREA, MOST_AREA, SPARE_AREA = 0.005, 1.1, 4
 
 
 class Flawless(NamedTuple):
-    """Flawless annotations: their ascending positions in the block and their ids."""
+    """Flawless annotations of a block: indices in the block, ascending, and ids."""
 
     rows: list[int]
     ids: list[int]
@@ -34,7 +34,7 @@ NONE = Flawless([], [], [], [])
 
 
 def image_table(sizes: Mapping[int, tuple[int, int] | None]) -> np.ndarray:
-    """Return (3, N) int64 from sizes by id: ids, ascending up to an unused one, heights, widths."""
+    """Return ascending ids, heights and widths (3, N) int64; the last column is a sentinel."""
     known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
     return np.array(list(zip(*known, (2**63 - 1, 0, 0), strict=True)))
 
@@ -46,11 +46,11 @@ def find_flawless(
     lvis: bool,
     seen: Set[int],
 ) -> Flawless:
-    """Find annotations with polygons inside their image, matching area and box, known category.
+    """Find annotations with a known category, a plausible box and area, and matching polygons.
 
-    images: as returned by `image_table`. lvis: iscrowd may be missing. seen: ids of earlier
-    annotations. Finds none if an entry of the block is not an `Annotation`, an id is repeated, or a
-    number is too large.
+    `images` is the result of `image_table`; with `lvis`, iscrowd may be missing; `seen` are the ids
+    of earlier annotations. Finds none if an entry of the block is not an `Annotation`, an id is
+    repeated, or a number is too large.
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block
@@ -58,14 +58,14 @@ def find_flawless(
     category_ids: list[int] = []
     ids, image_ids = array("q"), array("q")
     coordinates, numbers, lengths = array("d"), array("d"), array("q")
-    for row, one in enumerate(block):
-        if type(one) is not Annotation:
+    for row, item in enumerate(block):
+        if type(item) is not Annotation:
             return NONE
-        every.append(one.id)
-        parts = one.segmentation
-        if type(parts) is not list or one.area is None:
+        every.append(item.id)
+        parts = item.segmentation
+        if type(parts) is not list or item.area is None:
             continue
-        if one.iscrowd not in no_crowd or one.category_id not in categories:
+        if item.iscrowd not in no_crowd or item.category_id not in categories:
             continue
         before = len(coordinates)
         try:
@@ -76,17 +76,17 @@ def find_flawless(
                 coordinates.fromlist(part)
             if len(coordinates) > before:
                 lengths.append(len(coordinates) - before)
-                numbers.fromlist([*one.bbox, one.area])
+                numbers.fromlist([*item.bbox, item.area])
                 rows.append(row)
-                ids.append(one.id)
-                image_ids.append(one.image_id)
-                category_ids.append(one.category_id)
+                ids.append(item.id)
+                image_ids.append(item.image_id)
+                category_ids.append(item.category_id)
         except OverflowError:  # a coordinate too large for a float, an id for 64 bits
             return NONE
     if not rows or len(set(every)) < len(every) or not seen.isdisjoint(every):
         return NONE
-    place = np.searchsorted(images[0], image_ids)
-    sizes = np.where(images[0, place] == image_ids, images[1:, place], 0)
+    index = np.searchsorted(images[0], image_ids)
+    sizes = np.where(images[0, index] == image_ids, images[1:, index], 0)
     found = _fit(
         np.concatenate([np.frombuffer(numbers).reshape(-1, 5).T, sizes]),
         np.frombuffer(coordinates).reshape(-1, 2).T,
@@ -97,15 +97,17 @@ def find_flawless(
 
 
 def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np.ndarray:
-    """Return whether an area is plausible for an object in a box of `pixels`."""
+    """Return whether an area is plausible for an object in a box of area `pixels`."""
     return (pixels * LEAST_AREA <= area) & (area <= MOST_AREA * pixels + SPARE_AREA)
 
 
 def _fit(numbers: np.ndarray, points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: box, area and outline match each other and are inside the image.
+    """Return whether each box, area and outline match and are inside the image, (N,) bool.
 
-    numbers (7, N): left, top, width, height, area, image height, image width; points (2, P): x and
-    y of all outlines; counts (N,): points per outline.
+    Args:
+        numbers: (7, N) left, top, width, height, area, image height, image width.
+        points: (2, P) x and y of all outlines.
+        counts: (N,) points per outline.
     """
     corner, sides, area, image = numbers[:2], numbers[2:4], numbers[4], numbers[:4:-1]
     starts = np.cumsum(counts) - counts

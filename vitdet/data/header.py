@@ -1,4 +1,4 @@
-"""Validation of the tables of an annotation file, its categories and its images."""
+"""Validation of an annotation file's tables, categories and images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vitdet.data.annotation_file import Entries, InvalidEntry
 from vitdet.data.coco_layouts import image_name
 from vitdet.data.segmentation import show, whole_number
 
-# exclusive limit of an image's sides in pixels: that of JPEG; RLEs count pixels in 32 bits
+# exclusive limit of image sides in pixels, as in JPEG; RLEs count pixels in 32 bits
 MAX_SIDE = 2**16
-# fields of an LVIS image: categories that were annotated as absent or not exhaustively
+# fields of LVIS images that list categories annotated as absent or not exhaustively
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 COCO_HINT = "required by LVIS; for COCO's annotations set data.dataset=coco"
 
@@ -23,12 +23,12 @@ Handler: TypeAlias = Callable[[str, str, str], None]
 
 
 def raise_error(kind: str, where: str, what: str) -> None:
-    """Raise ValueError with a one-line message: the error handler of training and evaluation."""
+    """Raise ValueError with a one-line message (error handler of training and evaluation)."""
     raise ValueError(f"{where}: {kind}{what and ': '}{what}")
 
 
 def ignore_warning(kind: str, where: str, what: str) -> None:
-    """Ignore a warning: the warning handler of training and evaluation."""
+    """Ignore a warning (warning handler of training and evaluation)."""
 
 
 def root_category(categories: Iterable[object]) -> int | None:
@@ -42,12 +42,12 @@ def root_category(categories: Iterable[object]) -> int | None:
 
 @dataclass
 class HeaderValidator:
-    """Validates the tables, the categories and the images of one annotation file.
+    """Validates the tables, categories and images of one annotation file.
 
     Args:
-        lvis: the file is LVIS's, not COCO's.
-        error, warning: called for each problem.
-        files: image files will be opened, so each image needs a valid name.
+        lvis: whether the file has LVIS's format, not COCO's.
+        error, warning: functions that are called for each problem.
+        files: whether each image needs a valid file name.
 
     Attributes:
         sizes: (height, width) of each image by id; None for an image with an error.
@@ -68,7 +68,7 @@ class HeaderValidator:
     root: int | None = field(default=None, init=False)
 
     def read_header(self, content: object) -> dict[str, Table]:
-        """Check the layout, the categories and the images; return the tables (empty if missing)."""
+        """Check layout, categories and images; return the tables, empty for missing ones."""
         tables = self._tables(content)
         self.root = root_category(tables["categories"])
         for category in self._items(tables["categories"], "category"):
@@ -85,7 +85,7 @@ class HeaderValidator:
             return tables
         for key in tables:
             if key not in content:
-                text = f"its keys are {show(list(content))}"
+                text = f"got the keys {show(list(content))}"
                 self.error(f"no {key!r} in the file", "top level", text)
             elif not isinstance(content[key], Table):
                 self.error(f"{key!r} is not a list", "top level", f"got {show(content[key])}")
@@ -94,11 +94,11 @@ class HeaderValidator:
         return tables
 
     def _items(self, table: Table, what: str) -> Iterator[dict]:
-        """Yield the entries that are objects with a unique id, with the id as int."""
+        """Yield the entries that are objects with a unique id, which is converted to int."""
         seen: set[int] = set()
         for index, item in enumerate(table):
             number = whole_number(item.get("id")) if type(item) is dict else None
-            if number is None or not self._is_new(number, seen):
+            if number is None or not self._add_id(number, seen):
                 self._invalid(item, what, index)
                 continue
             if type(item["id"]) is not int:
@@ -106,8 +106,8 @@ class HeaderValidator:
             yield item | {"id": number}
 
     @staticmethod
-    def _is_new(number: int, seen: set[int]) -> bool:
-        """Add a valid id to `seen`; return whether it is valid and was not there."""
+    def _add_id(number: int, seen: set[int]) -> bool:
+        """Add an id to `seen`; return False if the id is invalid or was already there."""
         is_new = number not in seen and -(2**63) <= number < 2**63
         if is_new:
             seen.add(number)
@@ -158,7 +158,7 @@ class HeaderValidator:
             if key not in image:
                 self.error(f"image without {key!r}", where, COCO_HINT)
             elif not self._are_categories(image[key]):
-                self.error(f"{key!r} that are not categories", where, show(image[key]))
+                self.error(f"{key!r} that is not a list of categories", where, show(image[key]))
         sides = []
         for key in ("height", "width"):
             if not self._has(image, key, where):
@@ -188,12 +188,12 @@ class HeaderValidator:
 
     def _are_categories(self, ids: object) -> bool:
         return isinstance(ids, list) and all(
-            type(one) is int and one in self.categories for one in ids
+            type(number) is int and number in self.categories for number in ids
         )
 
 
 def is_line(value: object) -> bool:
-    """Return whether a value is text of at most one line, as a file name."""
+    """Return whether a value is text of at most one line, such as a file name."""
     return isinstance(value, str) and len(value.splitlines()) < 2 and "\0" not in value
 
 

@@ -1,6 +1,6 @@
 """Reading images as upright 8-bit RGB.
 
-As in Detectron2, the EXIF orientation is applied, as annotations refer to the upright image. In
+As in Detectron2, the EXIF orientation is applied, since annotations refer to the upright image. In
 addition, 16 bits are scaled to 8, transparent pixels are blended with white, and animations are
 reduced to their first frame. Pixel values of unknown range are rejected.
 """
@@ -37,20 +37,20 @@ TURNS = {
 }
 JPEGS = ("JPEG", "MPO")
 DRAWINGS = ("EPS", "WMF")  # vector formats that need an external interpreter
-SIXTEEN = ("PNG", "PPM")  # formats whose 16 bits some versions of Pillow return as 32
+SIXTEEN = ("PNG", "PPM")  # formats whose 16-bit values some versions of Pillow return as 32 bits
 BITS_PER_SAMPLE = 258  # TIFF tag
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The settings of `data` for reading image files."""
+    """Settings for reading image files."""
 
     max_pixels: int = DataConfig.max_pixels
     bit_depth: int = DataConfig.bit_depth
 
     @classmethod
     def of(cls, data: DataConfig) -> Reading:
-        """Create it from the settings."""
+        """Return the settings for reading the images of a data set."""
         return cls(data.max_pixels, data.bit_depth)
 
 
@@ -60,8 +60,10 @@ DEFAULT = Reading()
 class Examined(NamedTuple):
     """Properties of an image file.
 
-    size: height and width of the upright image. highest: largest pixel value if pixels have more
-    than 8 bits without a declared bit depth, else None. colors: whether it is a color image.
+    Attributes:
+        size: (height, width) of the upright image.
+        highest: largest value of pixels with more than 8 bits and no declared bit depth, else None.
+        colors: whether the file contains 16-bit colors.
     """
 
     size: tuple[int, int]
@@ -72,8 +74,8 @@ class Examined(NamedTuple):
 def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     """Read a file as an upright RGB image.
 
-    Raises FileNotFoundError, and ValueError if the file is not an image, damaged, or has more
-    pixels than `reading.max_pixels`, in which case it is not decoded.
+    Raises FileNotFoundError, and ValueError if the file is damaged, is not an image, or has more
+    pixels than `reading.max_pixels`. Larger images are not decoded.
     """
     with _named(path):
         check_file(path)
@@ -88,13 +90,14 @@ def find_image(path: Path) -> None:
 
 
 def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
-    """Convert any input of `Predictor` to an upright RGB image; raises the errors of
-    `Predictor.__call__`."""
+    """Convert any input of `Predictor` to an upright RGB image.
+
+    Raises the errors of `Predictor.__call__`."""
     if isinstance(image, str | Path):
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image, reading)
-    import torch  # takes seconds, and is not needed to read and check a data set
+    import torch  # takes seconds, and checking a data set does not need it
 
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
@@ -105,7 +108,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
         image = image.permute(1, 2, 0).cpu().numpy()
     if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"expected a file, PIL image, array or tensor as image, got {type(image).__name__}"
+            f"expected an image as a file, PIL image, array or tensor, got {type(image).__name__}"
         )
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(
@@ -115,7 +118,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
-    """Return height and width of the upright image; reads only the header of a JPEG.
+    """Return the height and width of the upright image; of a JPEG, only the header is read.
 
     Raises the errors of `open_image`.
     """
@@ -126,7 +129,7 @@ def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
 
 
 def examine(content: bytes, reading: Reading = DEFAULT) -> Examined:
-    """Examine the bytes of an image file; JPEGs are decoded at an eighth of the resolution.
+    """Examine the bytes of an image file; JPEGs are decoded at an eighth of their resolution.
 
     Raises ValueError, without a file name, for files that `open_image` rejects.
     """
@@ -147,13 +150,13 @@ def examine(content: bytes, reading: Reading = DEFAULT) -> Examined:
 
 
 def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
-    """Return a hint for errors about an image's size if height and width are exchanged."""
+    """Return a hint for size errors if height and width are exchanged, otherwise ""."""
     hint = "; annotations must refer to the upright image, after its EXIF orientation is applied"
     return hint if found == annotated[::-1] else ""
 
 
 def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
-    """Convert an image to upright RGB; returns the same object if it already is.
+    """Convert an image to upright RGB; return an image that already is upright RGB unchanged.
 
     Raises ValueError for pixel values outside 0..65535 or beyond the bit depth of `reading`.
     """
@@ -185,7 +188,7 @@ def _upright_size(file: Image.Image) -> tuple[int, int]:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # invalid EXIF can raise any exception; the pixels are not affected
+    except Exception:  # invalid EXIF can raise any exception
         return None
 
 
@@ -199,29 +202,29 @@ def _highest(image: Image.Image) -> int:
     """Return the largest gray value. Raises ValueError for values outside 0..65535."""
     if image.mode == "F":
         raise ValueError(
-            "its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits"
+            "the pixels are floating-point numbers of unknown range; save them with 8 or 16 bits"
         )
     pixels = np.asarray(image)
     low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
     if low < 0 or high > 65535:
-        raise ValueError(f"its pixel values are {low} to {high}; save it with 8 or 16 bits")
+        raise ValueError(f"the pixel values are {low} to {high}; save them with 8 or 16 bits")
     return high
 
 
 def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
-    """Return the bit depth of gray values. stated: bit depth declared in the file; 0: unknown."""
-    usual = 16 if image.mode != "I" or image.format in SIXTEEN or high > 255 else 8
-    depth = stated or reading.bit_depth or usual
+    """Return the bit depth of gray values; `stated` is the depth that the file declares, or 0."""
+    default = 16 if image.mode != "I" or image.format in SIXTEEN or high > 255 else 8
+    depth = stated or reading.bit_depth or default
     if high >= 1 << depth:
         raise ValueError(
-            f"its largest pixel value is {high}, above {(1 << depth) - 1} for {depth} bits; "
+            f"the largest pixel value is {high}, above {(1 << depth) - 1} for {depth} bits; "
             "data.bit_depth must cover the values of all images"
         )
     return depth
 
 
 def _stated_depth(image: Image.Image) -> int:
-    """Return the declared bit depth of gray values, 0 if unknown. Call before loading the image."""
+    """Return the declared bit depth of gray values, or 0. Call before loading the image."""
     if image.format == "TIFF":
         (bits, *_) = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) or (0,)
         return bits if 8 < bits < 16 else 0
@@ -236,11 +239,11 @@ def _has_deep_colors(image: Image.Image) -> bool:
     Call before loading the image.
     """
     _, arguments = _decoder(image)
-    return image.mode[0] not in "IF" and any(";16" in str(one) for one in arguments[:1])
+    return image.mode[0] not in "IF" and any(";16" in str(mode) for mode in arguments[:1])
 
 
 def _decoder(image: Image.Image) -> tuple[str, tuple]:
-    """Return Pillow's decoder of a file that is not loaded yet, and its arguments."""
+    """Return the name and arguments of the decoder of an image that is not loaded yet."""
     for decoder, _, _, arguments in getattr(image, "tile", ())[:1]:
         return decoder, arguments if isinstance(arguments, tuple) else (arguments,)
     return "", ()
@@ -250,12 +253,12 @@ def _check_colors(reading: Reading) -> None:
     if reading.bit_depth not in (0, 16):
         raise ValueError(
             "only the upper 8 bits of 16-bit colors are read, and data.bit_depth="
-            f"{reading.bit_depth} applies to gray images; save it with 8 bits per channel"
+            f"{reading.bit_depth} applies to gray images; save the image with 8 bits per channel"
         )
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Blend with white, so that the colors of transparent pixels do not appear."""
+    """Blend with white, to hide the arbitrary colors of transparent pixels."""
     image = image.convert("RGBA")
     opacity = image.getchannel("A")
     if opacity.getextrema()[1] == 0:  # fully transparent: the fourth channel is not opacity
@@ -266,18 +269,18 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def check_file(path: Path) -> None:
-    """Raise an error without a file name if `path` is not a non-empty regular file."""
+    """Raise an error, without the file name, if `path` is not a non-empty regular file."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
-        raise ValueError("it is a folder")
+        raise ValueError("the path is a folder")
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
-        raise ValueError("not a regular file")
+        raise ValueError("the path is not a regular file")
     if not found.st_size:
         raise ValueError("the file is empty")
 
 
 class _TooLarge(ValueError):
-    """An image file has more pixels than allowed."""
+    """The image has more pixels than allowed."""
 
 
 @contextmanager
@@ -311,8 +314,8 @@ def _one_line() -> Iterator[None]:
             "or cut it into tiles"
         ) from error
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the image cannot be read: {said}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the image cannot be read: {reason}") from error
 
 
 @contextmanager

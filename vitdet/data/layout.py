@@ -1,8 +1,8 @@
-"""The files of a data set, and the settings that are read from its folder.
+"""Files of a data set, and settings that are read from its folder.
 
-A recipe specifies a data set by its folder, its splits and the number of classes. If a user sets
-only data.root, splits, number of classes and whether there are masks are read from the folder: by
-`resolve_config` in the command line and in Python, and by `resolve` in the pipeline, whose first
+A recipe specifies a data set by its folder, splits and number of classes. If a user sets only
+data.root, the splits, the number of classes and whether there are masks are read from the folder.
+The command line and Python call `resolve_config`; the pipeline calls `resolve`, since its first
 step resolves the recipes before the data exists.
 """
 
@@ -23,19 +23,19 @@ SPLITS = {  # setting -> common names of the split, in order of preference
 }
 CLASSES = "model.roi_heads.num_classes"
 MASKS = "model.mask.enabled"
-# First line of a file from `vitdet config`, followed by the settings that were read from data.root
+# start of the first line that `vitdet config` writes, before the settings read from data.root
 FROM_DATA = "# from data.root: "
 
 
 def split_files(data: DataConfig, split: str) -> SplitFiles:
     """Return the annotation file of a split and the folder that its image names are relative to.
 
-    For a split that does not exist, the location in the layout of COCO or LVIS.
+    For a split that does not exist, returns the paths that COCO's or LVIS's layout specifies.
     """
     root = Path(data.root)
     found = find_splits(root, data.dataset)
-    own = lvis_files if data.dataset == "lvis" else coco_files
-    return found.get(split) or own(root, split)
+    default = lvis_files if data.dataset == "lvis" else coco_files
+    return found.get(split) or default(root, split)
 
 
 def splits(data: DataConfig) -> list[str]:
@@ -48,38 +48,38 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
     other = replace(data, dataset="coco" if data.dataset == "lvis" else "lvis")
     found = splits(data)
     if path.suffix != ".json":
-        there = f"expected the images of {split_files(data, path.name)[0]}"
+        hint = f"expected the images of {split_files(data, path.name)[0]}"
     elif len(found) == 1:
-        there = (
+        hint = (
             f"the only split is {found[0]}; `vitdet data convert {data.root} DST --val-share 0.1` "
             "creates a training and a validation split from it"
         )
     elif found:
-        there = (
+        hint = (
             f"the splits are {', '.join(found)}; set data.train_split and data.val_split to two of "
             "them"
         )
     elif splits(other):
-        there = f"the annotations are of a different kind; set data.dataset={other.dataset}"
+        hint = f"the annotations have a different format; set data.dataset={other.dataset}"
     else:
-        there = (
+        hint = (
             f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, "
             "in COCO's layout under data.root"
         )
         other_files = sorted(
-            str(one.relative_to(data.root)) for one in Path(data.root).glob("*/*.json")
+            str(file.relative_to(data.root)) for file in Path(data.root).glob("*/*.json")
         )
-        there += f", found {', '.join(other_files[:3])}" if other_files else ""
-    return FileNotFoundError(f"{path}: no such file or folder; {there}")
+        hint += f", found {', '.join(other_files[:3])}" if other_files else ""
+    return FileNotFoundError(f"{path}: no such file or folder; {hint}")
 
 
 def resolve_config(
     recipe: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Config, dict[str, str | int]]:
-    """Load a config with the splits and classes of data.root; also return the settings read there.
+    """Return a config with the splits and classes of data.root, and the settings read from there.
 
-    Raises the errors of `load_config`. Missing or unreadable data is ignored here and reported when
-    the data is read.
+    Raises the errors of `load_config`. Missing or unreadable data is ignored, since it is reported
+    when the data is loaded.
     """
     return resolve(load_config(recipe, overrides), explicit_settings(recipe, overrides))
 
@@ -105,7 +105,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
 
 
 def overridden_settings(overrides: Sequence[str]) -> set[str]:
-    """Return the settings in overrides, including those within a section given as a whole."""
+    """Return the settings in overrides, including all settings of an overridden section."""
     found: set[str] = set()
     for override in overrides:
         key, _, text = override.partition("=")
@@ -121,20 +121,19 @@ def following(explicit: Collection[str]) -> list[str]:
 
 
 def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
-    """Set splits, number of classes and masks from data.root; also return the changed settings.
+    """Return the config with splits, classes and masks of data.root, and the changed settings.
 
-    Applies only if data.root is an explicit setting; other explicit settings are not changed.
-    Missing or unreadable data changes nothing. Masks are turned off if no object of the training
-    split has an outline.
+    Changes settings only if data.root is explicit and the data is readable; never changes explicit
+    settings. Masks are turned off if no object in the training split has an outline.
     """
     if "data.root" not in explicit:
         return config, {}
-    there, before = splits(config.data), flatten(config)
+    available, before = splits(config.data), flatten(config)
     found: dict[str, str | int] = {}
     for key, names in SPLITS.items():
-        usual = [name for name in names if name in there]
-        if key not in explicit and before[key] not in there and usual:
-            found[key] = usual[0]
+        common = [name for name in names if name in available]
+        if key not in explicit and before[key] not in available and common:
+            found[key] = common[0]
     data = replace(
         config.data,
         train_split=str(found.get("data.train_split", config.data.train_split)),
@@ -174,8 +173,8 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 
 def _tables(annotations: Path) -> dict[str, Any]:
-    """Return the tables of an annotation file; none if it is not usable."""
-    # imported here so that `vitdet config` starts fast
+    """Return the tables of an annotation file, or none if the file is not usable."""
+    # imported here, so that `vitdet config` starts fast
     from vitdet.data.annotation_file import Entries, read_entries
 
     try:
@@ -201,7 +200,7 @@ def _count_classes(tables: Mapping[str, Any]) -> int:
 
 
 def _has_boxes_only(tables: Mapping[str, Any]) -> bool:
-    """Return whether there are objects and none has an outline."""
+    """Return whether there are objects, but none has an outline."""
     from vitdet.data.annotation_file import annotations_of
     from vitdet.data.segmentation import read_outline
 

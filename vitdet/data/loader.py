@@ -27,16 +27,16 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-OPEN_FILES = 1 << 16  # each tensor of a worker's batch is an open file; 1,024 are not enough
+OPEN_FILES = 1 << 16  # limit: each tensor in a worker's batch is an open file; 1,024 are too few
 KEPT_BYTES = 31 << 20  # just below the maximum of glibc's dynamic mmap threshold
 
 
 def configure_process() -> None:
     """Set process-wide options for loading with workers; called by `vitdet.train` and `evaluate`.
 
-    Raises the soft limit of open files to 65,536 (or the hard limit), makes multiprocessing's fork
-    server, if used, import torch once instead of in each worker, and keeps freed memory for the
-    next images (see `_keep_memory`).
+    Raises the soft limit of open files to 65,536 (or the hard limit) and makes multiprocessing's
+    fork server, if used, import torch once instead of in each worker. Also keeps freed memory for
+    the next images (see `_keep_memory`).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
@@ -64,11 +64,11 @@ def train_loader(
 ) -> DataLoader:
     """Create a loader of this rank's batches for steps start_step..steps-1.
 
-    `batch_size` is global, over all ranks. split: the training split, if it was already read.
-    accumulate: micro-batches per step, of which the loader yields one at a time (see
-    `StepSampler`). Raises the errors of `read_split` (only rank 0 checks the files) and ValueError
-    if batch_size is not divisible by the number of micro-batches of all ranks. Iteration raises
-    ValueError for unusable image files.
+    `batch_size` is the total of all ranks. `split` is the training split, if it was already read.
+    The loader yields `accumulate` micro-batches per step, one at a time (see `StepSampler`). Raises
+    the errors of `read_split` (only rank 0 checks the files), and ValueError if batch_size is not
+    divisible by the total number of micro-batches per step. Iteration raises ValueError for
+    unusable image files.
     """
     dataset = TrainData(
         split or read_split(data, data.train_split, check_files=rank == 0), data, seed
@@ -76,7 +76,7 @@ def train_loader(
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
         _warn(path, "objects ignored in training", found.dropped)
-        # without any outline, only boxes and classes are trained anyway
+        # not a problem if no object has an outline
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:
             _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:
@@ -102,8 +102,8 @@ def val_loader(
     """Create a loader of this rank's part of the validation images, in order of image id.
 
     Includes images without objects. The concatenated parts of all ranks contain each image once.
-    split: the validation split, if it was already read. Raises the errors of `read_split`;
-    iteration raises ValueError for unusable image files.
+    `split` is the validation split, if it was already read. Raises the errors of `read_split`.
+    Iteration raises ValueError for unusable image files.
     """
     records = (split or read_split(data, data.val_split)).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
@@ -117,18 +117,17 @@ def val_loader(
 def _keep_memory() -> None:
     """Make glibc reuse freed memory; returning it to the kernel takes a fifth of the loading time.
 
-    glibc raises its mmap threshold when a large allocation is freed. The pages of this one are
-    never touched, so it takes no memory.
+    glibc raises its mmap threshold when a large allocation is freed. The array's pages are never
+    touched, so it occupies no memory.
     """
     np.empty(KEPT_BYTES, np.uint8)
 
 
 def release_memory() -> None:
-    """Return to the kernel the memory that `_keep_memory` made glibc keep, e.g. after an
-    evaluation.
+    """Return freed memory that glibc keeps (see `_keep_memory`) to the kernel.
 
-    The freed blocks of an evaluation lie between the blocks that training uses, which cannot reuse
-    them.
+    Needed after an evaluation, since training cannot reuse the freed blocks, which are scattered
+    among blocks in use.
     """
     with suppress(OSError, AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -147,9 +146,9 @@ def _processes(workers: int) -> dict:
 def _start_worker(worker: int) -> None:
     """Set up a worker process.
 
-    The worker leaves the process group of the training process, so that a signal to the group does
-    not end it before the next batch; the training process ends its own workers. The garbage
-    collector ignores the parent's objects, so that it does not copy their pages.
+    The worker leaves the training process's group, so that a signal to the group does not end the
+    worker before the next batch; the training process ends its workers itself. The garbage
+    collector ignores objects of the parent process, since a collection would copy their pages.
     """
     os.setpgrp()
     gc.freeze()

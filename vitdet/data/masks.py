@@ -22,14 +22,15 @@ def edges_of(
     """Convert COCO polygons or RLEs to edges, the arguments of `types.Polygons.of`.
 
     Args:
-        segmentations: one per object; None: no edges.
-        height, width: of the image in pixels.
+        segmentations: one per object; None has no edges.
+        height, width: size of the image in pixels.
 
-    Returns: edges (E, 4) float32 x0, y0, x1, y1 in pixels of all objects, closed, all of one
-        orientation; the number of edges of each object (G,) int64.
+    Returns:
+        Edges (E, 4) float32 x0, y0, x1, y1 in pixels, which form closed outlines of the same
+        orientation, and the number of edges of each object (G,) int64.
 
     Raises:
-        ValueError: an RLE of a different size.
+        ValueError: if an RLE has a different size than the image.
     """
     outlines = [outline(segmentation, height, width) for segmentation in segmentations]
     counts = np.array([len(lines) for lines in outlines], np.int64)
@@ -37,7 +38,7 @@ def edges_of(
 
 
 def outline(segmentation: list | dict | None, height: int, width: int) -> np.ndarray:
-    """Return the directed edges (E, 4) of one object's polygons or of the pixels of its RLE."""
+    """Return the directed edges (E, 4) around an object's polygons or RLE pixels."""
     if segmentation is None:
         return np.zeros((0, 4))
     if isinstance(segmentation, dict):
@@ -54,14 +55,14 @@ def outline(segmentation: list | dict | None, height: int, width: int) -> np.nda
 
 
 def rectangles(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outlines of boxes (G, 4) xyxy as in `edges_of`: edges (4 G, 4), 4 per box."""
+    """Return the edges (4 G, 4) of boxes (G, 4) xyxy and their number per box, as in `edges_of`."""
     x0, y0, x1, y1 = boxes.T
     edges = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]]
     return np.moveaxis(np.array(edges), 2, 0).reshape(-1, 4), np.full(len(boxes), 4)
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Decode COCO polygons (as in pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
+    """Decode COCO polygons (with pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
 
     Raises ValueError for an RLE of a different size.
     """
@@ -79,27 +80,27 @@ def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 def encode(bitmaps: Tensor) -> list[dict]:
     """Encode bitmaps (N, H, W) bool as COCO's compressed RLE dicts (counts as str, for JSON)."""
     pixels = bitmaps.cpu().numpy().view(np.uint8)
-    # one by one, so that the copy fits in the cache
+    # encode one bitmap at a time, so that its copy fits in the CPU cache
     encoded = [rle.encode(np.asfortranarray(bitmap)) for bitmap in pixels]
     return [
-        {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
-        for one in encoded
+        {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+        for code in encoded
     ]
 
 
 @torch.no_grad()
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Paste masks (N, M, M) of probabilities into boxes (N, 4) xyxy: bitmaps (N, H, W) bool.
+    """Return bitmaps (N, H, W) bool of probability masks (N, M, M) pasted into boxes (N, 4) xyxy.
 
-    A pixel is set if the probability at its center is at least `threshold` (above 0). size: (H, W)
-    of the image. All tensors are on the CPU.
+    A pixel is set if the probability at its center is at least `threshold`, which must be above 0.
+    `size` is the (H, W) of the image. All tensors must be on the CPU.
     """
     height, width = size
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool)
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
     high = torch.minimum(boxes[:, 2:].ceil().long() + 1, torch.tensor([width, height]))
     for index, (x0, y0, x1, y1) in enumerate(torch.cat([low, high], dim=1).tolist()):
-        if x0 < x1 and y0 < y1:  # zero outside this region
+        if x0 < x1 and y0 < y1:  # the probability is zero outside this region
             pasted[index, y0:y1, x0:x1] = (
                 _sample(masks[index], boxes[index], (x0, y0, x1, y1)) >= threshold
             )
@@ -107,10 +108,10 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float 
 
 
 def _sample(mask: Tensor, box: Tensor, region: tuple[int, int, int, int]) -> Tensor:
-    """Return probabilities (h, w) of one mask at the pixel centers of a region x0, y0, x1, y1."""
+    """Return probabilities (h, w) of a mask at the pixel centers of a region x0, y0, x1, y1."""
     x0, y0, x1, y1 = region
     box = box.float()
-    low, sides = box[:2], (box[2:] - box[:2]).clamp(min=1e-9)  # an empty box has no pixel center
+    low, sides = box[:2], (box[2:] - box[:2]).clamp(min=1e-9)  # avoid division by 0
     x = (torch.arange(x0, x1, dtype=torch.float32) + 0.5 - low[0]) / sides[0] * 2 - 1
     y = (torch.arange(y0, y1, dtype=torch.float32) + 0.5 - low[1]) / sides[1] * 2 - 1
     grid = torch.stack([x.expand(y1 - y0, -1), y[:, None].expand(-1, x1 - x0)], dim=2)
@@ -130,7 +131,7 @@ def _closed(part: Sequence[float]) -> np.ndarray:
 def _steps(pixels: np.ndarray) -> np.ndarray:
     """Return the vertical borders of pixels (H, W) bool as edges (E, 4).
 
-    They point down where the mask begins and up where it ends; consecutive unit edges are merged.
+    The edges point down where the mask begins and up where it ends; adjacent unit edges are merged.
     """
     height, _ = pixels.shape
     change = np.diff(np.pad(pixels, ((0, 0), (1, 1))).astype(np.int8), axis=1)

@@ -28,8 +28,8 @@ def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
 def trace(bitmaps: Sequence[np.ndarray], tolerance: float) -> list[list[np.ndarray]]:
     """Return the outer outlines (V, 2) xy of the 4-connected parts of each bitmap (H, W) bool.
 
-    Outlines are clockwise on the screen; holes are filled. tolerance: that of Douglas-Peucker, in
-    pixels.
+    Outlines are clockwise on the screen; holes are filled. `tolerance` is the maximum deviation of
+    the simplified line in pixels.
     """
     loops = [[loop for loop in _crack_loops(bitmap) if signed_area(loop) > 0] for bitmap in bitmaps]
     outlines = iter(_simplify([loop for parts in loops for loop in parts], tolerance))
@@ -48,7 +48,7 @@ def following(points: np.ndarray) -> np.ndarray:
 
 
 def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
-    """Return closed loops of crack midpoints (E, 2), inside on the right; holes run in reverse."""
+    """Return closed loops of crack midpoints (E, 2), clockwise, or counterclockwise for holes."""
     inside = np.pad(bitmap, 1)
     core = inside[1:-1, 1:-1]
     pitch = bitmap.shape[1] + 1  # grid corners per row
@@ -87,7 +87,7 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
 
 
 def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
-    """Douglas-Peucker on all loops at once: each round adds the farthest point of every chord."""
+    """Simplify all loops at once (Douglas-Peucker); a round adds each chord's farthest point."""
     if not loops:
         return []
     lengths = np.array([len(loop) + 1 for loop in loops])
@@ -101,7 +101,7 @@ def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
         chord = np.diff(points[knots], axis=0, append=points[knots[-1:]])
         segment = np.cumsum(keep) - 1
         offset, along = points - points[knots[segment]], chord[segment]
-        # sqrt is correctly rounded, unlike hypot, so ties are resolved equally on all machines
+        # unlike hypot, sqrt is correctly rounded, so that all machines resolve ties equally
         length = np.sqrt((along * along).sum(axis=1))
         away = np.abs(offset[:, 0] * along[:, 1] - offset[:, 1] * along[:, 0]) / np.maximum(
             length, 1e-9

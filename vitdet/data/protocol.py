@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: the validation data and the settings that affect AP."""
+"""Evaluation protocol: the validation data and the settings that affect AP."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from vitdet.config import Config, flatten
 from vitdet.config.digest import LATER
 
-# Settings that affect the AP of a given checkpoint on given data. How images are resized is part of
-# the detector.
+# Settings that affect the AP of a given checkpoint on given data. Image resizing is not among them,
+# since it is part of the detector.
 SETTINGS = (
     "data.dataset",
     "evaluate.score_threshold",
@@ -21,10 +21,10 @@ SETTINGS = (
 
 
 def settings_of(config: Config) -> str:
-    """Return the settings of this config that affect AP, as one string.
+    """Return the settings that affect AP, as one string.
 
-    Settings that version 0.1 did not have are omitted at their defaults, so that AP measured by
-    version 0.1 remains comparable.
+    Settings added after version 0.1 are omitted if they have their default value, so that AP
+    measured by version 0.1 remains comparable.
     """
     values, defaults = flatten(config), flatten(Config())
     keys = [key for key in SETTINGS if key not in LATER or values[key] != defaults[key]]
@@ -33,14 +33,14 @@ def settings_of(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The fingerprint of the validation split ("" if unknown) and the settings that affect AP."""
+    """Fingerprint of the validation split ("" if unknown) and settings that affect AP."""
 
     fingerprint: str
     settings: str
 
     @classmethod
     def of(cls, config: Config, fingerprint: str) -> Protocol:
-        """Create the protocol of an evaluation on the split with this fingerprint."""
+        """Return the protocol of an evaluation on the split with this fingerprint."""
         return cls(fingerprint, settings_of(config))
 
     @property
@@ -53,9 +53,9 @@ class Protocol:
         return f"{metric}_{self.digest}"
 
     def tags(self) -> dict[str, str]:
-        """Return the tags of a version that was registered with an AP under this protocol.
+        """Return the tags of a model version that is registered with AP under this protocol.
 
-        Empty if the data is unknown, as such an AP cannot be compared.
+        There are none if the data is unknown, since AP is then not comparable.
         """
         if not self.fingerprint:
             return {}

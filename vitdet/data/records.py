@@ -1,6 +1,6 @@
-"""The images of a split with their objects, stored in arrays that worker processes share.
+"""Images of a split with their objects, stored in arrays that worker processes share.
 
-Notation: N images, M objects of all of them, G of one.
+Notation: N images, M objects in the split, G objects in one image.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from vitdet.data.shared_memory import PackedList, Shared
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its objects.
+    """An image with its objects.
 
-    boxes (G, 4) float32 xyxy in pixels, labels (G,) int64 contiguous. segmentations: per object
-    COCO's polygons (a list of flat x, y lists), an RLE dict, or None. own_box (G,) bool: train on
-    the annotated box instead of the box around the outline."""
+    boxes (G, 4) are float32 xyxy in pixels, labels (G,) contiguous int64. A segmentation is a list
+    of COCO polygons (flat x, y lists), an RLE dict or None. own_box (G,) bool marks objects to
+    train on the annotated box instead of the box around the outline."""
 
     image_id: int
     path: Path
@@ -38,7 +38,7 @@ class Record:
 
 
 class Objects:
-    """The objects of a split in the order of the file."""
+    """Objects of a split in file order."""
 
     def __init__(self) -> None:
         self.rows, self.categories, self.boxes = array("q"), array("q"), array("d")
@@ -53,9 +53,9 @@ class Objects:
         segmentation: list | dict | None,
         own_box: bool,
     ) -> None:
-        """Add an object of the image `row`.
+        """Add an object of the image at index `row`.
 
-        box: left, top, width, height; own_box: as in `Record`.
+        `box` is (left, top, width, height) in pixels; `own_box` is as in `Record`.
         """
         self.rows.append(row)
         self.categories.append(category_id)
@@ -66,16 +66,16 @@ class Objects:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The arrays of a split, shared by all selections of its records."""
+    """Arrays of a split, which all selections of its records share."""
 
     folder: Path
     names: PackedList[str]
     heads: Shared  # (N, 3) int64: image id, height, width
-    starts: Shared  # (N + 1,) int64: the objects of image n are starts[n] .. starts[n + 1]
+    starts: Shared  # (N + 1,) int64: image n contains objects starts[n] to starts[n + 1]
     boxes: Shared  # (M, 4) float32
     labels: Shared  # (M,) int64
     own_boxes: Shared  # (M,) bool
-    places: Shared  # (M,) int64: index of the object's segmentation
+    shapes: Shared  # (M,) int64: index of the object's segmentation
     segmentations: PackedList[list | dict | None]
 
 
@@ -97,7 +97,7 @@ class Records(Sequence[Record]):
     ) -> Records:
         """Build records of images in `folder` from names, heads (id, height, width) and objects.
 
-        The label of an object is the index of its category in category_ids, which are ascending.
+        An object's label is the index of its category in `category_ids`, which must be ascending.
         """
         rows = np.array(objects.rows, np.int64)
         order = np.argsort(rows, kind="stable")
@@ -112,7 +112,7 @@ class Records(Sequence[Record]):
             boxes=Shared(boxes),
             labels=Shared(np.searchsorted(np.array(category_ids), objects.categories)[order]),
             own_boxes=Shared(np.array(objects.own_boxes, bool)[order]),
-            places=Shared(order),
+            shapes=Shared(order),
             segmentations=objects.segmentations,
         )
         return cls(columns, np.arange(len(names)))
@@ -132,7 +132,7 @@ class Records(Sequence[Record]):
         row, columns = self._rows[index], self._columns
         image_id, height, width = columns.heads[row].tolist()
         part = slice(columns.starts[row], columns.starts[row + 1])
-        segmentations = [columns.segmentations[place] for place in columns.places[part].tolist()]
+        segmentations = [columns.segmentations[i] for i in columns.shapes[part].tolist()]
         return Record(
             image_id,
             columns.folder / columns.names[row],
@@ -149,22 +149,22 @@ class Records(Sequence[Record]):
         return Records(self._columns, self._rows[indices])
 
     def counts(self) -> np.ndarray:
-        """Return the number of objects of each image (N,)."""
+        """Return the number of objects in each image (N,)."""
         return np.diff(self._columns.starts.array)[self._rows]
 
     def sizes(self) -> np.ndarray:
-        """Return height and width of each image (N, 2)."""
+        """Return the height and width of each image (N, 2)."""
         return self._columns.heads.array[self._rows, 1:]
 
     def labels(self) -> list[np.ndarray]:
-        """Return the labels (G,) of each image."""
+        """Return the object labels (G,) of each image."""
         starts, labels = self._columns.starts.array, self._columns.labels.array
         return [labels[starts[row] : starts[row + 1]] for row in self._rows]
 
     def names(self) -> Iterator[str]:
-        """Yield the path of each image, relative to the folder of the split."""
+        """Yield the path of each image, relative to the split's folder."""
         return (self._columns.names[row] for row in self._rows)
 
     def paths(self) -> Iterator[Path]:
-        """Yield the file of each image."""
+        """Yield the full path of each image."""
         return (self._columns.folder / self._columns.names[row] for row in self._rows)

@@ -1,8 +1,8 @@
 """Sampling from an infinite stream of images.
 
-The stream is a sequence of epochs, each in its own random order. A step takes the next `batch_size`
-positions, and each rank a contiguous part of them. Which images a step takes therefore depends
-neither on the number of processes or workers nor on restarts.
+The stream is a sequence of epochs, each in a different random order. A step uses the next
+`batch_size` positions, of which each rank processes a contiguous part. The images of a step
+therefore depend neither on the number of processes or workers nor on restarts.
 
 Repeat factors follow Gupta et al. (LVIS, 1908.03195) and Detectron2's RepeatFactorTrainingSampler:
 an image with factor 2.3 is repeated twice or, in 30% of the epochs, three times.
@@ -20,9 +20,9 @@ import numpy as np
 class InfiniteSampler:
     """Maps a position to an index of `size` images, shuffled by `seed` and epoch.
 
-    repeats (N,) float, at least 1: average occurrences of each image per epoch; None: once. With
-    repeats, epochs differ in length, and their ends are computed from the first epoch on (1 ms per
-    epoch of 100,000 images).
+    repeats (N,) float, at least 1, is the average number of occurrences of each image per epoch;
+    None means 1. With repeats, epochs differ in length, so that all epochs up to a position must be
+    counted (1 ms per epoch of 100,000 images).
     """
 
     def __init__(self, size: int, seed: int, repeats: np.ndarray | None = None) -> None:
@@ -33,23 +33,23 @@ class InfiniteSampler:
         self.size = size
         self.seed = seed
         self.repeats = repeats
-        # with repeat factors: the start of each epoch so far, and the end of the last one
+        # with repeat factors: start of each epoch counted so far, and end of the last
         self._ends = [0]
         self._epoch = -1
         self._order = np.arange(0)
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = self._locate(position)
+        epoch, index = self._locate(position)
         if epoch != self._epoch:
             self._epoch = epoch
             images = np.arange(self.size)
             if self.repeats is not None:
                 images = images.repeat(self._counts(self.repeats, epoch))
             self._order = np.random.default_rng((self.seed, epoch, 1)).permutation(images)
-        return int(self._order[place])
+        return int(self._order[index])
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """Return the epoch of a position and its index in this epoch."""
+        """Return the epoch of a position and the index of the position in this epoch."""
         if self.repeats is None:
             return divmod(position, self.size)
         while self._ends[-1] <= position:
@@ -60,7 +60,7 @@ class InfiniteSampler:
         return epoch, position - self._ends[epoch]
 
     def _counts(self, repeats: np.ndarray, epoch: int) -> np.ndarray:
-        """Return the occurrences (N,) of each image: its factor, stochastically rounded."""
+        """Return the occurrences (N,) of each image: the stochastically rounded repeat factors."""
         whole = np.floor(repeats)
         up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < repeats - whole
         return whole.astype(np.int64) + up
@@ -69,13 +69,13 @@ class InfiniteSampler:
 def repeat_factors(labels: Sequence[np.ndarray], threshold: float) -> np.ndarray:
     """Return the repeat factor (N,) of each image, from the classes (G,) of its objects.
 
-    A class in a share f of the images has the factor max(1, sqrt(threshold / f)), an image the
-    largest factor of its classes.
+    A class that occurs in a fraction f of the images has the factor max(1, sqrt(threshold / f)). An
+    image has the largest factor of its classes.
     """
     classes = [np.unique(image) for image in labels]
     share = np.bincount(np.concatenate(classes)) / len(classes)
-    asked = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-300)))
-    return np.array([asked[image].max(initial=1.0) for image in classes])
+    factors = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-300)))
+    return np.array([factors[image].max(initial=1.0) for image in classes])
 
 
 def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> None:
@@ -84,23 +84,24 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
     if batch_size % parts:
         lower = batch_size - batch_size % parts
         fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
-        many = f"the {processes} processes"
+        divisor = f"the {processes} processes"
         other = "or start a different number of processes"
         if accumulate > 1:
-            them = "1 process" if processes == 1 else f"{processes} processes"
-            many = f"{parts} ({them} x train.accumulate={accumulate})"
+            count = "1 process" if processes == 1 else f"{processes} processes"
+            divisor = f"{parts} ({count} x train.accumulate={accumulate})"
             other = "or change train.accumulate or the number of processes"
         raise ValueError(
-            f"train.batch_size must be a multiple of {many}, got {batch_size}; "
+            f"train.batch_size must be a multiple of {divisor}, got {batch_size}; "
             f"set it to {fitting}, {other}"
         )
 
 
 class StepSampler:
-    """The positions of one rank for steps start_step..steps-1, one list per micro-batch.
+    """Yields the positions of one rank for steps start_step..steps-1, one list per micro-batch.
 
-    batch_size is global. Micro-batch k of rank r contains the positions that rank r * accumulate +
-    k of accumulate * world_size ranks would take. Raises ValueError like `check_batch_size`.
+    batch_size is the total of all ranks. Micro-batch k of rank r contains the positions of rank
+    r * accumulate + k in a group of accumulate * world_size ranks. Raises the ValueError of
+    `check_batch_size`.
     """
 
     def __init__(

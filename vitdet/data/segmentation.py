@@ -1,9 +1,9 @@
 """Validation of an annotation's segmentation, and comparison of the box around it with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
-mmdet, parts of fewer than 3 points are ignored; an object without other parts has no outline.
-Detectron2 trains on the box around the visible outline, COCO's evaluation uses `bbox`: if the two
-differ, training and evaluation use different boxes.
+mmdet, parts of fewer than 3 points are ignored; an object with no other part has no outline.
+Detectron2 trains on the box around the visible outline, whereas COCO's evaluation uses `bbox`. If
+the boxes differ, training and evaluation therefore use different boxes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-# Tolerance of each side of a fitting box: pixels, plus a share of the box's side
+# tolerance of each side of a box: pixels, plus a fraction of the side length
 ROUNDING, SHARE = 1.5, 0.05
-LEAST_IOU = 0.5  # below, the outline belongs to another object or uses different coordinates
+LEAST_IOU = 0.5  # below, the outline and the box do not describe the same object
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Fit = Literal["fits", "differs", "elsewhere", "empty"]
-show = reprlib.repr  # any value, abbreviated, for messages
+show = reprlib.repr  # abbreviates values in messages
 
 
 class Outline(NamedTuple):
     """A validated segmentation.
 
-    shape: usable polygons or RLE, or None. left_out: number of parts of fewer than 3 points. box:
-    around the outline; None if it is empty or invalid. problem: (kind, text) of an error, or None.
+    Attributes:
+        shape: usable polygons or RLE, or None.
+        left_out: number of ignored parts of fewer than 3 points.
+        box: box around the outline, or None if the outline is empty or invalid.
+        problem: (kind, text) of an error, or None.
     """
 
     shape: list | dict | None
@@ -39,9 +42,10 @@ class Outline(NamedTuple):
 
 
 def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool = True) -> Outline:
-    """Validate a segmentation. size: (height, width) of the image, None if unknown.
+    """Validate a segmentation.
 
-    boxed: whether to compute the box around an RLE, which takes most of the time.
+    `size` is (height, width) of the image, None if unknown. `boxed` computes the box around an RLE,
+    which takes most of the time.
     """
     if segmentation is None:
         return Outline(None)
@@ -71,7 +75,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
     if not shape:
         return Outline(None, left_out)
     box = low_x, low_y, high_x, high_y
-    # pycocotools rasterizes all of it; the first comparison is for speed
+    # pycocotools would rasterize all of the polygon; `inside` is checked first for speed
     if size is not None and not inside(box, size) and reaches_far(box, size):
         text = f"{show(box)} on {size[1]} x {size[0]} pixels"
         return _problem("polygon far outside its image", text)
@@ -97,8 +101,8 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
 def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fit:
     """Compare a `bbox` (left, top, width, height) with the box around its outline.
 
-    size: (height, width) of the image. Returns "empty" if the outline is outside the image,
-    "elsewhere" if the IoU is below LEAST_IOU.
+    `size` is (height, width) of the image. Returns "empty" if no part of the outline is in the
+    image, and "elsewhere" if the IoU is below LEAST_IOU.
     """
     if outline is None:
         return "empty"
@@ -116,17 +120,17 @@ def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fi
 
 
 def are_corners(bbox: Sequence[float], outline: Box) -> bool:
-    """Return whether a `bbox` that does not fit would fit if read as x0, y0, x1, y1."""
+    """Return whether a `bbox` fits its outline if interpreted as x0, y0, x1, y1."""
     x0, y0, x1, y1 = bbox
     return _iou((x0, y0, x1, y1), outline) >= LEAST_IOU
 
 
-def _near(one: Box, other: Box, rooms: tuple[float, float]) -> bool:
-    return all(abs(a - b) <= room for a, b, room in zip(one, other, rooms * 2, strict=True))
+def _near(first: Box, second: Box, limits: tuple[float, float]) -> bool:
+    return all(abs(a - b) <= limit for a, b, limit in zip(first, second, limits * 2, strict=True))
 
 
-def _common(one: Box, other: Box) -> Box:
-    (a0, b0, a1, b1), (c0, d0, c1, d1) = one, other
+def _common(first: Box, second: Box) -> Box:
+    (a0, b0, a1, b1), (c0, d0, c1, d1) = first, second
     return max(a0, c0), max(b0, d0), min(a1, c1), min(b1, d1)
 
 
@@ -134,9 +138,9 @@ def _area(box: Box) -> float:
     return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
-def _iou(one: Box, other: Box) -> float:
-    shared = _area(_common(one, other))
-    return shared / (_area(one) + _area(other) - shared) if shared else 0.0
+def _iou(first: Box, second: Box) -> float:
+    shared = _area(_common(first, second))
+    return shared / (_area(first) + _area(second) - shared) if shared else 0.0
 
 
 def compressed(shape: list | dict, height: int, width: int) -> dict:
@@ -155,7 +159,7 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return an integer, also converted from 96.0 or "96"; None for other values."""
+    """Return a value as an integer, also 96.0 and "96", or None for other values."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():
@@ -172,7 +176,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
         return _problem("RLE without size [height, width]", show(shape))
     height, width = sides
     if size is not None and (height, width) != size:
-        text = f"{shape}, the image {list(size)} (height, width)"
+        text = f"{shape} instead of {list(size)} (height, width)"
         return _problem("RLE whose size differs from its image", text)
     runs = run_lengths(counts)
     if runs is None:
@@ -181,7 +185,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
         text = f"{sum(runs)} of {height * width} pixels"
         return _problem("RLE whose counts do not fill its size", text)
     whole = {"size": sides, "counts": runs if isinstance(counts, list) else counts}
-    if size is None or not boxed:  # if the size is invalid, the sides may be too long to decode
+    if size is None or not boxed:  # with an unknown size, the RLE may be too large to decode
         return Outline(whole)
     x, y, wide, high = rle.toBbox(compressed(whole, height, width)).tolist()
     return Outline(whole, box=(x, y, x + wide, y + high) if wide and high else None)
@@ -190,7 +194,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
 def run_lengths(counts: object) -> list[int] | None:
     """Return run lengths from a list or COCO's compressed text; None if invalid.
 
-    Compressed: 5 bits per character, values relative to the run two before.
+    Compressed text has 5 bits per character and values relative to the run two positions before.
     """
     if isinstance(counts, list):
         types = set(map(type, counts))
@@ -208,8 +212,8 @@ def run_lengths(counts: object) -> list[int] | None:
     lengths = ends - starts + 1
     if lengths.max() > 7:  # more than 35 bits
         return None
-    place = np.arange(len(codes)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
+    digit = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * digit), starts)
     runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])

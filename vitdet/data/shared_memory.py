@@ -1,8 +1,8 @@
 """Arrays that are shared with worker processes instead of copied.
 
-Forked processes share unmodified memory. With spawn or forkserver (the default from Python 3.14 on)
-data is pickled: 1 GB of LVIS for each worker. Here workers map an anonymous file in memory
-(memfd_create, Linux only; on other systems the array is copied).
+Forked processes share unmodified memory. With spawn or forkserver (the default since Python 3.14),
+data would be pickled, e.g. 1 GB of LVIS for each worker. Instead, workers map an anonymous file in
+memory (memfd_create, Linux only; on other systems the array is copied).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """A read-only array. Do not keep references to `array`: it moves when it is first sent."""
+    """Read-only array. Do not keep references to `array`, which is replaced when first sent."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -72,14 +72,14 @@ def _received(sent: Any, dtype: np.dtype, shape: tuple[int, ...]) -> Shared:
 class PackedList(Generic[T]):
     """A list of pickled values, unpickled on access.
 
-    As Python objects, the polygons of LVIS take 6 GB in each worker, since access writes their
-    reference counts. Pickled they take 1 GB, which all workers share. After it was sent to a
-    process, the list is read-only."""
+    As Python objects, LVIS's polygons occupy 6 GB in each worker, since reading them writes
+    reference counts and thereby copies shared memory. Pickled, they occupy 1 GB, which all workers
+    share. Once sent to a process, the list is read-only."""
 
     def __init__(self, values: Iterable[T] = ()) -> None:
         self._ends = array("q", [0])
         self._bytes = bytearray()
-        self._sent: tuple[Shared, Shared] | None = None  # ends and bytes, in place of the above
+        self._sent: tuple[Shared, Shared] | None = None  # replaces _ends and _bytes
         for value in values:
             self.append(value)
 

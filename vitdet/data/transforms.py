@@ -1,8 +1,8 @@
 """Augmentation by one affine map per image, applied to outlines, and to pixels as resize and crop.
 
-Large-scale jitter (Ghiasi et al. 2021) with the order, rounding and the single random number for
-both crop offsets of Detectron2 (ResizeScale, FixedSizeCrop). mmdet draws two offsets and resizes
-without antialiasing: both are options. Axes are exchanged first; colors are changed last. Notation:
+Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop) in order and
+rounding, and draws one random number for both crop offsets. Two crop offsets and resizing without
+antialiasing, as in mmdet, are options. Axes are exchanged first; colors are changed last. Notation:
 G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width)."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS = 16  # rows per block in `resize_bilinear`, to fit in the cache
 class Affine:
     """Exchange of axes -> flip -> resize to `scaled` -> crop of `size` at `offset` (top, left)."""
 
-    source: tuple[int, int]  # size of the file's image
+    source: tuple[int, int]  # size of the original image
     scaled: tuple[int, int]  # size of the resized image
     offset: tuple[int, int]
     size: tuple[int, int]  # size of the crop
@@ -43,7 +43,7 @@ class Affine:
         return matrix
 
     def seen(self, image: Image.Image, antialias: bool) -> Image.Image:
-        """Return the crop of the RGB image, resized bilinearly; only the crop is computed."""
+        """Apply the map to an RGB image with bilinear resizing; only the crop is computed."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
@@ -81,26 +81,26 @@ def jitter(
     color_jitter: float,
     diagonal: bool,
 ) -> Affine:
-    """Draw the affine for an image of size `source`.
+    """Draw a random affine map for an image.
 
     Args:
         rng: random number generator.
         source: (height, width) of the image.
         canvas: side of the square canvas in pixels.
-        scale_range: the image is resized to fit a square of s * canvas pixels, s ~ U(scale_range).
+        scale_range: the image is resized to fit a square of side s * canvas, s ~ U(scale_range).
         flip, transpose: probabilities.
         color_jitter: factors of brightness, contrast, saturation ~ U(1 - color_jitter, 1 +
             color_jitter).
-        diagonal: one random number for both crop offsets (Detectron2), else two (mmdet).
+        diagonal: whether to draw one number for both crop offsets (Detectron2) or two (mmdet).
     """
-    draws = rng.random(8)  # always 8, so that no setting changes the random numbers of others
+    draws = rng.random(8)  # always 8, so that no setting affects the random numbers of another
     transposed = bool(draws[0] < transpose)
     shape = np.array(source[::-1] if transposed else source)
     scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
-    # round: half to even
+    # np.round, as in Detectron2, rounds half to even
     scaled = np.maximum(np.round(shape * (canvas * scale / shape).min()), 1).astype(int)
-    places = draws[[3, 3]] if diagonal else draws[[3, 7]]
-    offset = np.round(places * np.maximum(scaled - canvas, 0)).astype(int)
+    shares = draws[[3, 3]] if diagonal else draws[[3, 7]]
+    offset = np.round(shares * np.maximum(scaled - canvas, 0)).astype(int)
     size = np.minimum(scaled, canvas)
     colors = tuple((1 + color_jitter * (2 * draws[4:7] - 1)).tolist())
     return Affine(
@@ -116,7 +116,7 @@ def resize_bilinear(
 ) -> np.ndarray:
     """Resize an image (H, W, 3) uint8 to `scaled` (height, width) without antialiasing; crop it.
 
-    The crop of (height, width) `size` at `offset` (top, left) is the only part computed; None: all.
+    Only the crop of (height, width) `size` at `offset` (top, left) is computed; all if None.
     Bit-exact to OpenCV's INTER_LINEAR (mmdet): four neighbors per output pixel at any scale,
     half-pixel centers, border replication, 11-bit weights; columns first, then rows with products
     truncated to 16 bits.
@@ -149,16 +149,15 @@ def _neighbors(
     source: int, scaled: int, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return both neighbors (count,) of output pixels from `start` on, and the second's weight."""
-    place = ((np.arange(start, start + count) + 0.5) * (source / scaled) - 0.5).astype(np.float32)
-    low = np.floor(place)
-    weight = np.rint((place - low) * np.float32(WEIGHT_ONE)).astype(np.int32)
+    center = ((np.arange(start, start + count) + 0.5) * (source / scaled) - 0.5).astype(np.float32)
+    low = np.floor(center)
+    weight = np.rint((center - low) * np.float32(WEIGHT_ONE)).astype(np.int32)
     low = low.astype(np.int64)
     return low.clip(0, source - 1), (low + 1).clip(0, source - 1), weight
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return the size whose longest side is `size`, rounded as in Detectron2's
-    ResizeShortestEdge."""
+    """Return the size with longest side `size`, rounded as in Detectron2's ResizeShortestEdge."""
     scale = size / min(source)
     height, width = scale * source[0], scale * source[1]
     shrink = size / max(height, width)
@@ -168,9 +167,9 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) -> np.ndarray:
-    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size`, bilinearly as in PIL or,
-    without antialiasing, as in OpenCV.
-    """
+    """Resize an RGB image or array (H, W, 3) uint8 bilinearly to longest side `size`.
+
+    With antialiasing as in PIL, without as in OpenCV."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     height, width = fit((image.height, image.width), size)
     if not antialias:
@@ -183,8 +182,8 @@ def resize_and_pad(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Resize an RGB image or array (H, W, 3) uint8 to longest side `size` on a canvas.
 
-    canvas: a black canvas (3, size, size) to write to; default: a new one. Returns the canvas and
-    the (height, width) without padding.
+    `canvas` is a black canvas (3, size, size) to write to, a new one by default. Returns the canvas
+    and the (height, width) without padding.
     """
     resized = resize_longest(image, size, antialias)
     canvas = np.zeros((3, size, size), np.uint8) if canvas is None else canvas
@@ -194,7 +193,7 @@ def resize_and_pad(
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
     """Write an RGB image to the top-left corner of a black canvas (3, S, S) uint8."""
-    # a third of the time needed to transpose an array
+    # takes a third of the time of transposing an array
     for plane, band in zip(canvas, image.split(), strict=True):
         plane[: image.height, : image.width] = band
 
@@ -206,22 +205,22 @@ def visible_boxes(
 
     Args:
         edges: (E, 4), ordered by object.
-        counts: (G,) edges of each object.
+        counts: (G,) number of edges of each object.
         size: (height, width).
 
     Returns:
-        boxes (G, 4) float32 xyxy, and (G,) bool: whether both sides exceed 1e-5.
+        The boxes (G, 4) float32 xyxy, and whether both sides of each box exceed 1e-5, (G,) bool.
     """
     real = np.any(edges, axis=1, keepdims=True)
     start, end = edges[:, :2], edges[:, 2:]
-    low = _of_each(np.minimum, np.where(real, np.minimum(start, end), np.inf), counts, np.inf)
-    high = _of_each(np.maximum, np.where(real, np.maximum(start, end), -np.inf), counts, -np.inf)
+    low = _reduce(np.minimum, np.where(real, np.minimum(start, end), np.inf), counts, np.inf)
+    high = _reduce(np.maximum, np.where(real, np.maximum(start, end), -np.inf), counts, -np.inf)
     window = np.array(size[::-1], np.float64)
     cut = np.any((low < 0) | (high > window), axis=1)
     if cut.any():
-        there = np.repeat(cut, counts)
+        of_cut = np.repeat(cut, counts)
         low[cut], high[cut] = _clipped(
-            edges[there].astype(np.float64), real[there], counts[cut], window
+            edges[of_cut].astype(np.float64), real[of_cut], counts[cut], window
         )
     boxes = np.concatenate([low, high], axis=1).astype(np.float32)
     keep = np.all(boxes[:, 2:] - boxes[:, :2] > 1e-5, axis=1)
@@ -231,7 +230,7 @@ def visible_boxes(
 def change_colors(
     image: Image.Image, brightness: float, contrast: float, saturation: float
 ) -> Image.Image:
-    """Multiply brightness, then contrast, then saturation, as one color matrix."""
+    """Scale brightness, then contrast, then saturation, using a single color matrix."""
     if brightness == contrast == saturation == 1:
         return image
     gray = brightness * float(np.asarray(image.convert("L")).mean())
@@ -244,22 +243,22 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def _of_each(reduce: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: float) -> np.ndarray:
-    """Reduce values (E, D) of edges over each object to (G, D); `empty`: value without edges."""
+def _reduce(ufunc: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: float) -> np.ndarray:
+    """Reduce edge values (E, D) to objects (G, D); `empty` is the result without edges."""
     found = np.full((len(counts), values.shape[1]), empty, values.dtype)
     some = counts > 0
     if some.any():
-        found[some] = reduce.reduceat(values, (counts.cumsum() - counts)[some], axis=0)
+        found[some] = ufunc.reduceat(values, (counts.cumsum() - counts)[some], axis=0)
     return found
 
 
 def _clipped(
     edges: np.ndarray, real: np.ndarray, counts: np.ndarray, window: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and high corners (G, 2) of the intersection of outline and window.
+    """Return the minimum and maximum corners (G, 2) of each outline's intersection with the window.
 
-    Its vertices are the ends of the edges clipped to the window and the window's corners inside the
-    outline.
+    Vertices of the intersection are the ends of the edges clipped to the window and the window's
+    corners inside the outline.
     """
     start, along = edges[:, :2], edges[:, 2:] - edges[:, :2]
     along = np.where(along == 0, 1e-12, along)
@@ -268,8 +267,8 @@ def _clipped(
     leave = bounds[1].min(axis=1, keepdims=True).clip(max=1)
     seen = real & (enter <= leave)
     pieces = np.stack([start + enter * along, start + leave * along]).clip(0, window)
-    low = _of_each(np.minimum, np.where(seen, pieces, np.inf).min(axis=0), counts, np.inf)
-    high = _of_each(np.maximum, np.where(seen, pieces, -np.inf).max(axis=0), counts, -np.inf)
+    low = _reduce(np.minimum, np.where(seen, pieces, np.inf).min(axis=0), counts, np.inf)
+    high = _reduce(np.maximum, np.where(seen, pieces, -np.inf).max(axis=0), counts, -np.inf)
     corners = window * np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     inside = _winding(edges, counts, corners)[:, :, None] != 0
     low = np.minimum(low, np.where(inside, corners, np.inf).min(axis=1))
@@ -278,10 +277,10 @@ def _clipped(
 
 
 def _winding(edges: np.ndarray, counts: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return winding numbers (G, P) of outlines, edges (E, 4), counts (G,), at points (P, 2)."""
+    """Return the winding numbers (G, P) of outlines around points (P, 2)."""
     x0, y0, x1, y1 = edges.T[:, :, None]
     x, y = points.T
     down, up = (y0 <= y) & (y < y1), (y1 <= y) & (y < y0)
     side = (x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)
     turns = (down & (side > 0)).astype(np.int64) - (up & (side < 0))
-    return _of_each(np.add, turns, counts, 0)
+    return _reduce(np.add, turns, counts, 0)
