@@ -59,8 +59,8 @@ log = logging.getLogger(__name__)
 def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and removed on an error.
 
-    Creates the parent folder if needed. `sync` calls fsync on the content before the rename and on
-    the folder afterwards.
+    Creates the parent folder if needed. If `sync`, calls fsync on the content before the rename and
+    on the folder afterwards.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_once(path.parent.resolve(), os.getpid())
@@ -273,7 +273,7 @@ def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iter
     """Hold an exclusive lock on a file, which is created if it does not exist.
 
     If another process holds the lock, logs the message `waiting` and waits, or raises
-    BlockingIOError if `waiting` is None. `remove` removes the file afterwards. On file systems
+    BlockingIOError if `waiting` is None. If `remove`, removes the file afterwards. On file systems
     without locks, the body runs without a lock, after one warning per process.
     """
     # the soft fallback would leave a killed process's lock file behind

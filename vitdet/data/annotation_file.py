@@ -91,7 +91,7 @@ def _unchanged(item: object) -> object:
 def read_entries(path: Path, mapped: bool = True) -> object:
     """Read a JSON file; the three tables of a file in COCO's layout are returned as `Entries`.
 
-    `mapped` memory-maps the file, which must not change while the entries are used. The last of
+    If `mapped`, memory-maps the file, which must not change while the entries are used. The last of
     several duplicate keys takes effect, as in Python's json. Raises OSError, and ValueError for
     invalid JSON.
     """

@@ -78,7 +78,7 @@ class AnnotationValidator(HeaderValidator):
         instances: number of objects that training uses, by category id.
         objects: number of annotations by image id.
         outlines: number of objects with a usable outline.
-        suspects: number of objects by problem that may be systematic.
+        suspects: number of objects by potentially systematic problem.
         count: number of annotations that are not crowds.
     """
 
@@ -91,7 +91,7 @@ class AnnotationValidator(HeaderValidator):
     def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
         """Check each annotation, then the whole file; yield the annotations without errors.
 
-        `flawless` also yields annotations without any warning, which are the majority.
+        If `flawless`, also yields annotations without any warning, which are the majority.
         """
         seen: set[int] = set()
         images = image_table(self.sizes)
@@ -149,11 +149,11 @@ class AnnotationValidator(HeaderValidator):
             self._invalid(item, "annotation", index)
             return None
         found, errors, converted = convert_annotation(item)
-        place = _place(number, item.get("image_id", UNKNOWN))
+        where = _location(number, item.get("image_id", UNKNOWN))
         for kind, text in errors:
-            self.error(kind, place, text)
+            self.error(kind, where, text)
         if converted:
-            self._converted(place, converted)
+            self._converted(where, converted)
         return found
 
     def _annotation(self, annotation: Annotation) -> Validated | None:
@@ -260,7 +260,7 @@ class AnnotationValidator(HeaderValidator):
             self._warn(kind, annotation, show(outline.box))
             return NO_PIXELS, True
         x0, y0, x1, y1 = (round(value, 2) for value in outline.box)
-        text = f"{show(annotation.bbox)}, around outline {show([x0, y0, x1 - x0, y1 - y0])}"
+        text = f"{show(annotation.bbox)}, outline in {show([x0, y0, x1 - x0, y1 - y0])}"
         if found == "differs":
             kind = "box that differs from the one around its outline (training uses the box)"
             self._warn(kind, annotation, text)
@@ -276,10 +276,10 @@ class AnnotationValidator(HeaderValidator):
         return OTHER_PLACE, True
 
     def _wrong(self, kind: str, annotation: Annotation, text: str) -> None:
-        self.error(kind, _place(annotation.id, annotation.image_id), text)
+        self.error(kind, _location(annotation.id, annotation.image_id), text)
 
     def _warn(self, kind: str, annotation: Annotation, text: str = "") -> None:
-        self.warning(kind, _place(annotation.id, annotation.image_id), text)
+        self.warning(kind, _location(annotation.id, annotation.image_id), text)
 
     def _suspect(self, kind: str, annotation: Annotation, text: str) -> None:
         """Warn about a problem that becomes an error if most objects have it."""
@@ -287,6 +287,6 @@ class AnnotationValidator(HeaderValidator):
         self._warn(kind, annotation, text)
 
 
-def _place(annotation_id: int, image_id: object) -> str:
+def _location(annotation_id: int, image_id: object) -> str:
     image = f" (image {show(image_id)})" if image_id != UNKNOWN else ""
     return f"annotation {annotation_id}{image}"

@@ -29,7 +29,7 @@ EXAMPLES = 3  # locations listed per kind of problem
 
 @dataclass
 class Finding:
-    """One kind of problem: the number of occurrences, and the locations of the first ones."""
+    """Kind of problem, with the number of occurrences and the locations of the first few."""
 
     kind: str
     count: int = 0
@@ -104,11 +104,9 @@ def check(
     """Check the annotation files and images of a data set.
 
     Args:
-        folder: root folder of the data set.
         splits: names of the splits; all that `find_splits` finds if omitted.
         images: whether to decode every image file, which takes most of the time, or only to check
             that it exists.
-        reading: settings for reading image files.
     """
     report = Report(Path(folder))
     found = [
@@ -191,16 +189,14 @@ class _Split:
                     add("no objects", "annotations", explain_dropped(dropped))
 
     def find_images(self) -> None:
-        """Report missing image files."""
         for image_id, name in self.validator.names.items():
             if not os.path.isfile(f"{self.images}/{existing_name(self.images, name)}"):
                 self._image_error("missing image file", image_id, _backslash_hint(name))
 
     def read_images(self) -> None:
-        """Read all image files and report unusable ones."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            maxima = dict[bool, dict[int, int]]()  # for gray and color images: image id -> value
+            maxima = dict[bool, dict[int, int]]()  # is color -> image id -> largest pixel value
             for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
                 if outcome.kind:
                     self._image_error(outcome.kind, image_id, outcome.text)
@@ -212,10 +208,7 @@ class _Split:
             self._check_bit_depth(colors, highest)
 
     def _check_bit_depth(self, colors: bool, highest: dict[int, int]) -> None:
-        """Warn about 16-bit files with values of fewer bits, which would be read as nearly black.
-
-        highest: largest pixel value by image id.
-        """
+        """Warn about 16-bit files with values of fewer bits, which would appear nearly black."""
         bits = max(highest.values()).bit_length()
         depth = next((depth for depth in DEPTHS if bits <= depth), 16)
         if self.reading.bit_depth or depth == 16:
@@ -288,5 +281,5 @@ def _compare(report: Report, first: _Split, second: _Split) -> None:
         digests = first.digests.get(key), second.digests.get(other)
         if None in digests:  # not read, so possibly the same image
             report.error(kind, f"{pair}: {value}")
-        elif digests[0] != digests[1]:  # training accepts this
+        elif digests[0] != digests[1]:  # different images, which training accepts
             report.warning(kind, f"{pair}: {value}")

@@ -43,7 +43,7 @@ class CocoSplit:
         records: images with their objects, in order of image id.
         image_counts: number of images with each label, as stated by the file (LVIS) or counted.
         dropped: number of objects that are not used, by reason.
-        unmasked: number of objects of which only box and class are trained, by reason.
+        unmasked: number of objects that are trained on box and class only, by reason.
         outlines: number of objects with an outline.
     """
 
@@ -62,9 +62,7 @@ def read_coco(
     """Read an annotation file. No image is opened.
 
     Args:
-        annotations: the annotation file.
-        images: folder of the images.
-        by_url: locate images by the last two parts of coco_url if present (LVIS), not by file_name.
+        by_url: locate images by the last two parts of coco_url if present (LVIS), else file_name.
         tree: content of the file, if it was already read.
 
     Raises:

@@ -45,8 +45,6 @@ def read_split(
     Only images with objects count toward the limit, or all training images with data.keep_empty.
 
     Args:
-        data: settings of the data set.
-        split: name of the split.
         tree: content of the annotation file, if it was already read.
         check_files: whether to check that the files exist and match the record of
             `vitdet data coco|lvis`; only rank 0 needs to.
@@ -163,7 +161,7 @@ class TrainData(Dataset):
 
 
 class ValData(Dataset):
-    """Maps record indices to batches without targets, resized to longest side = canvas."""
+    """Maps record indices to batches of images, with longest side = canvas, without targets."""
 
     def __init__(
         self, records: Records, image_size: int, antialias: bool, reading: Reading = DEFAULT

@@ -1,7 +1,7 @@
 """Record of the files that `vitdet data coco|lvis` downloaded to a folder, ROOT/manifest.json.
 
 The record lists every archive (URL, size, sha256), every annotation file (size, sha256) and every
-image folder (count, bytes, a sha256 of the sorted lines "NAME SIZE" and of "NAME SIZE CRC32").
+image folder (count, bytes, sha256 of the sorted lines "NAME SIZE" and of "NAME SIZE CRC32").
 `vitdet.datasets.fetch` writes the record; training, evaluation and `vitdet data check` compare the
 files with it. Since the record of a download is the same on every machine, version control of the
 record and the annotations identifies the data without storing 118,000 images.
@@ -115,7 +115,7 @@ def write(root: Path, record: DownloadRecord) -> None:
 def verify(root: Path, contents: bool = False) -> str:
     """Compare all files in a folder with its record; return the record's sha256.
 
-    `contents` also reads every image. Raises FileNotFoundError or ValueError (one line) for the
+    If `contents`, also reads every image. Raises FileNotFoundError or ValueError (one line) for the
     first difference.
     """
     if not exists(root):
@@ -135,7 +135,7 @@ def verify(root: Path, contents: bool = False) -> str:
 def compare(
     root: Path, record: DownloadRecord, used: Collection[str] = (), contents: bool = False
 ) -> None:
-    """Compare names and sizes with a record, and with `contents` also image checksums.
+    """Compare names and sizes with a record, and if `contents`, also image checksums.
 
     `used` are the paths, relative to root, of the images in use. Files in an image folder that were
     not downloaded are ignored. Raises the errors of `verify`.

@@ -48,9 +48,9 @@ def find_flawless(
 ) -> Flawless:
     """Find annotations with a known category, a plausible box and area, and matching polygons.
 
-    `images` is the result of `image_table`; with `lvis`, iscrowd may be missing; `seen` are the ids
-    of earlier annotations. Finds none if an entry of the block is not an `Annotation`, an id is
-    repeated, or a number is too large.
+    `images` is the result of `image_table`; `seen` contains the ids of earlier annotations. With
+    `lvis`, iscrowd may be missing. Finds none if an entry is not an `Annotation`, an id is repeated,
+    or a number is too large.
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block
@@ -104,10 +104,8 @@ def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np
 def _fit(numbers: np.ndarray, points: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return whether each box, area and outline match and are inside the image, (N,) bool.
 
-    Args:
-        numbers: (7, N) left, top, width, height, area, image height, image width.
-        points: (2, P) x and y of all outlines.
-        counts: (N,) points per outline.
+    Rows of numbers (7, N): left, top, width, height, area, image height, image width. points (2, P)
+    are the x and y of all outlines, counts (N,) the number of points per outline.
     """
     corner, sides, area, image = numbers[:2], numbers[2:4], numbers[4], numbers[:4:-1]
     starts = np.cumsum(counts) - counts

@@ -23,7 +23,6 @@ def edges_of(
 
     Args:
         segmentations: one per object; None has no edges.
-        height, width: size of the image in pixels.
 
     Returns:
         Edges (E, 4) float32 x0, y0, x1, y1 in pixels, which form closed outlines of the same

@@ -44,8 +44,8 @@ class Outline(NamedTuple):
 def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool = True) -> Outline:
     """Validate a segmentation.
 
-    `size` is (height, width) of the image, None if unknown. `boxed` computes the box around an RLE,
-    which takes most of the time.
+    `size` is (height, width) of the image, None if unknown. If `boxed`, computes the box around an
+    RLE, which takes most of the time.
     """
     if segmentation is None:
         return Outline(None)

@@ -84,7 +84,6 @@ def jitter(
     """Draw a random affine map for an image.
 
     Args:
-        rng: random number generator.
         source: (height, width) of the image.
         canvas: side of the square canvas in pixels.
         scale_range: the image is resized to fit a square of side s * canvas, s ~ U(scale_range).
@@ -206,7 +205,6 @@ def visible_boxes(
     Args:
         edges: (E, 4), ordered by object.
         counts: (G,) number of edges of each object.
-        size: (height, width).
 
     Returns:
         The boxes (G, 4) float32 xyxy, and whether both sides of each box exceed 1e-5, (G,) bool.
