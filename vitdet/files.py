@@ -326,7 +326,7 @@ def parse_yaml(text: str) -> object:
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
     """Read a YAML file whose scalars stay text, since a class may be named "no".
 
-    Raises FileNotFoundError, and ValueError if the file is not valid YAML (`expected` in messages).
+    Raises FileNotFoundError, and ValueError for invalid YAML (`expected`: format in the message).
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)

@@ -34,8 +34,8 @@ def class_color(label: int) -> Color:
 def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Image.Image:
     """Return the image with the masks, boxes, names and scores of its detections.
 
-    Boxes are in pixels of the input image. `scale` is the enlargement factor, by
-    default that of `legible_scale`.
+    Boxes are in pixels of the input image. `scale` is the enlargement factor; the default is that
+    of `legible_scale`.
     """
     picture = read_image(image)
     scale = legible_scale(picture.size) if scale is None else scale

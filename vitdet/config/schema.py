@@ -72,7 +72,7 @@ class RPNConfig(Section, prefix="model.rpn."):
     aspect_ratios: Positives = (0.5, 1.0, 2.0)  # height / width
     num_convs: Depth = 2
     norm: bool = False  # LayerNorm after each convolution (ViTAE)
-    divide_by_sampled: bool = False  # losses / sampled anchors (mmdet), else / (samples * images)
+    divide_by_sampled: bool = False  # loss divisor: sampled anchors (mmdet), not samples * images
     samples: Amount = 256  # anchors per image in the loss
     positive_fraction: Fraction = 0.5
     iou_low: float = 0.3  # background below this IoU
@@ -155,7 +155,7 @@ class DataConfig(Section, prefix="data."):
     antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
     keep_empty: bool = False  # also train on images without objects, as background
     redraw_empty: bool = False  # replace a crop without objects with one of another image (mmdet)
-    repeat_threshold: Fraction = 0.0  # repeat images of classes below this fraction of images
+    repeat_threshold: Fraction = 0.0  # repeat images with classes in less than this share of images
     # larger image files are rejected before decoding; the upper bound is Pillow's own
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")
@@ -246,7 +246,7 @@ class EvalConfig(Section, prefix="evaluate."):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # use torch.compile on a GPU, which takes a minute and pays off after a few thousand images
     compile: bool = False
-    # validation images, the first by id that contain an object; 0: all
+    # use only the first validation images by id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 

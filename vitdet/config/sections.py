@@ -16,8 +16,8 @@ def operational(reason: str, *unless: str) -> dict[str, Any]:
     """Return field metadata that marks a setting as not affecting the trained weights.
 
     A training run can resume with a different value, and the names of run and checkpoint folders do
-    not depend on the setting. `reason` states why the setting does not affect the weights. If any
-    setting listed in `unless`, such as `optim.scale_lr`, is enabled, the setting does affect them.
+    not depend on the setting. `reason` states why the setting does not affect the weights. Enabling
+    any setting in `unless`, such as `optim.scale_lr`, makes the marked setting affect the weights.
     """
     return {"operational": reason, "unless": unless}
 
@@ -25,7 +25,7 @@ def operational(reason: str, *unless: str) -> dict[str, Any]:
 class Section:
     """Group of settings. Creating an instance checks types, choices and ranges."""
 
-    prefix = ""  # of the keys of the settings, e.g. `optim.`
+    prefix = ""  # prefix of the setting keys, e.g. `optim.`
     hints = dict[str, Any]()  # setting -> type and range
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:

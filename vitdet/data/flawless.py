@@ -49,7 +49,7 @@ def find_flawless(
     """Find annotations with a known category, a plausible box and area, and matching polygons.
 
     `images` is the result of `image_table`; `seen` contains the ids of earlier annotations. With
-    `lvis`, iscrowd may be missing. Finds none if an entry is not an `Annotation`, an id is repeated,
+    `lvis`, iscrowd may be missing. Finds none if an entry is not an `Annotation`, an id is repeated
     or a number is too large.
     """
     no_crowd = (0, None) if lvis else (0,)

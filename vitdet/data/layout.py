@@ -88,8 +88,8 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
     """Return the settings that the user chose, for `resolve`.
 
     * The overrides.
-    * For a user's config file: all settings in the file. Settings that are listed in the first line
-      of a file from `vitdet config` do not count.
+    * For a user's config file: all settings in the file, except those that are listed in the first
+      line of a file from `vitdet config`.
     * For a recipe of this package given by its path, as in dvc.yaml (`dvc exp run -S` edits the
       file): data.root.
     """
