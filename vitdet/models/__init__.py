@@ -28,18 +28,18 @@ from vitdet.models.rpn import RPN
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
 
-# model.low_quality -> how ground truths are assigned to boxes in the RPN and in the RoI heads
+# how the RPN and the RoI heads assign ground truths to boxes, by model.low_quality
 MATCHES = {"own": (match_keeping_own, match), "best": (match_keeping_best, match_keeping_best)}
 
 
 def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
-    """Build the backbone. Raises ValueError for settings that it does not support."""
+    """Build the backbone. Raises ValueError for settings that the backbone does not support."""
     backbone = settings.backbone
     name = backbone.name
-    shared = _chosen(backbone, "window_size", "drop_path")
-    own = _chosen(backbone, "residual_blocks", "scaled_rel_pos", "final_norm")
+    shared = _select(backbone, "window_size", "drop_path")
+    plain_only = _select(backbone, "residual_blocks", "scaled_rel_pos", "final_norm")
     if name in swin.SIZES | vitaev2.SIZES:
-        for option, value in own.items():
+        for option, value in plain_only.items():
             if value:
                 raise ValueError(
                     f"model.backbone.{option} applies to plain backbones only, not to {name}"
@@ -48,25 +48,25 @@ def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
             return Swin(**swin.SIZES[name]._asdict(), **shared)
         return ViTAEv2(**vitaev2.SIZES[name]._asdict(), **shared)
     size = (vit.SIZES | vitae.SIZES | vitae.SMALL_SIZES)[name]
-    plain = {**size._asdict(), **shared, **own, "rel_pos_size": backbone.rel_pos_size}
+    plain = {**size._asdict(), **shared, **plain_only, "rel_pos_size": backbone.rel_pos_size}
     if not backbone.global_attention:
         plain["global_blocks"] = ()
     if name in vitae.SMALL_SIZES:
         if backbone.patch_size != 16:
             raise ValueError(
-                f"model.backbone.patch_size must be 16 with {name}, whose cells reduce "
-                f"4 * 2 * 2 times, got {backbone.patch_size}"
+                f"model.backbone.patch_size must be 16 with {name}, which downsamples by "
+                f"4 * 2 * 2, got {backbone.patch_size}"
             )
         return ViTAESmall(**plain)
     hidden = int(size.mlp_ratio * size.dim)
     branch = partial(wide_branch, size.dim, hidden) if name in vitae.SIZES else None
-    return ViT(**plain, **_chosen(backbone, "patch_size", "pos_embed_grid"), branch=branch)
+    return ViT(**plain, **_select(backbone, "patch_size", "pos_embed_grid"), branch=branch)
 
 
 def build_pyramid(
     settings: ModelConfig, backbone: Plain | Hierarchical
 ) -> SimpleFeaturePyramid | FPN:
-    """Build the pyramid; raises ValueError if the backbone needs a different kind."""
+    """Build the pyramid. Raises ValueError if the backbone needs a different kind."""
     pyramid = settings.pyramid
     kind = "fpn" if isinstance(backbone, Hierarchical) else "simple"
     if kind != pyramid.kind:
@@ -84,7 +84,7 @@ def build_pyramid(
         out_channels=pyramid.channels,
         stride=backbone.stride,
         eps=settings.norm_eps,
-        **_chosen(pyramid, "scales", "halve_channels"),
+        **_select(pyramid, "scales", "halve_channels"),
     )
 
 
@@ -93,11 +93,11 @@ def build_detector(
 ) -> Detector:
     """Build a detector with newly initialized weights.
 
-    class_weights (K,): weights for sampling classes in the federated loss; default: uniform.
+    `class_weights` (K,) are the sampling weights of the federated loss; the default is uniform.
     """
     backbone = build_backbone(model)
     pyramid = build_pyramid(model, backbone)
-    of_anchors, of_boxes = MATCHES[model.low_quality]
+    match_anchors, match_boxes = MATCHES[model.low_quality]
     layers: dict[str, Any] = {"channels": pyramid.out_channels, "eps": model.norm_eps}
     min_log_scale = -MAX_LOG_SCALE if model.clamp_shrinking else -math.inf
     return Detector(
@@ -106,7 +106,7 @@ def build_detector(
         rpn=RPN(
             strides=pyramid.strides,
             min_log_scale=min_log_scale,
-            match=of_anchors,
+            match=match_anchors,
             **layers,
             **asdict(model.rpn),
         ),
@@ -117,23 +117,23 @@ def build_detector(
             strides=pyramid.strides[:4],
             mask_samples=model.mask.samples,
             min_log_scale=min_log_scale,
-            match=of_boxes,
-            **_chosen(model.roi_heads, "ious", "samples", "positive_fraction", "sampling_ratio"),
-            **_chosen(evaluate or EvalConfig(), "score_threshold", "nms_iou", "max_detections"),
+            match=match_boxes,
+            **_select(model.roi_heads, "ious", "samples", "positive_fraction", "sampling_ratio"),
+            **_select(evaluate or EvalConfig(), "score_threshold", "nms_iou", "max_detections"),
         ),
     )
 
 
 def _box_head(model: ModelConfig, layers: dict[str, Any]) -> BoxHead:
     roi = model.roi_heads
-    sizes = _chosen(roi, "num_convs", "num_fcs", "fc_dim", "num_classes", "norm")
+    sizes = _select(roi, "num_convs", "num_fcs", "fc_dim", "num_classes", "norm")
     return BoxHead(class_agnostic=len(roi.ious) > 1, **sizes, **layers)
 
 
 def _mask_head(model: ModelConfig, layers: dict[str, Any]) -> MaskHead | None:
     if not model.mask.enabled:
         return None
-    sizes = _chosen(model.mask, "num_convs", "norm")
+    sizes = _select(model.mask, "num_convs", "norm")
     return MaskHead(num_classes=model.roi_heads.num_classes, **sizes, **layers)
 
 
@@ -141,10 +141,10 @@ def _classification(model: ModelConfig, class_weights: Tensor | None) -> Classif
     roi = model.roi_heads
     if roi.loss == "softmax":
         return SoftmaxClassification(num_classes=roi.num_classes)
-    odds = torch.ones(roi.num_classes) if class_weights is None else class_weights
-    return FederatedClassification(class_weights=odds, num=roi.federated_classes)
+    weights = torch.ones(roi.num_classes) if class_weights is None else class_weights
+    return FederatedClassification(class_weights=weights, num=roi.federated_classes)
 
 
-def _chosen(settings: Any, *names: str) -> dict[str, Any]:
-    """Return some settings of a section by their names."""
+def _select(settings: Any, *names: str) -> dict[str, Any]:
+    """Return the named settings of a section."""
     return {name: getattr(settings, name) for name in names}

@@ -1,7 +1,7 @@
-"""Anchor boxes of the levels of a pyramid.
+"""Anchor boxes for the levels of a feature pyramid.
 
-As in Detectron2 with offset 0: anchors are centered on the top-left corners of cells. Order: row,
-column, anchor.
+As in Detectron2 with offset 0, anchors are centered on the top-left corners of the cells. They are
+ordered by row, column and aspect ratio.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> list[tuple[float, ...]]:
-    """Return boxes (A, 4) xyxy around the origin of area side^2, one per ratio (height / width)."""
-    found: list[tuple[float, ...]] = []
+    """Return boxes (A, 4) xyxy of area side^2 around the origin, one per ratio (height / width)."""
+    boxes: list[tuple[float, ...]] = []
     for ratio in aspect_ratios:
         width = (side**2 / ratio) ** 0.5
         height = width * ratio
-        found.append((-width / 2, -height / 2, width / 2, height / 2))
-    return found
+        boxes.append((-width / 2, -height / 2, width / 2, height / 2))
+    return boxes
 
 
 def grid_anchors(
@@ -29,10 +29,9 @@ def grid_anchors(
     aspect_ratios: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """Return the anchors (h w A, 4) of every level in pixels of the canvas; grids: (h, w) of the
-    levels.
+    """Return each level's anchors (h w A, 4) in canvas pixels; `grids` are the levels' (h, w).
 
-    Computed on the device without a copy from the host, which a CUDA graph cannot record.
+    They are computed on the device, because a CUDA graph cannot record a copy from the host.
     """
     levels = []
     for (height, width), stride in zip(grids, strides, strict=True):

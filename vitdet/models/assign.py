@@ -1,8 +1,8 @@
 """Assignment of ground truths to boxes by IoU, and sampling of a fixed number of boxes.
 
-`matched` (B, N) contains for every box the index of its ground truth, or BACKGROUND or IGNORE. All
-sizes depend only on settings, so that the host does not synchronize with the GPU; slots without a
-box are empty.
+`matched` (B, N) contains the index of each box's ground truth, or BACKGROUND or IGNORE. All tensor
+shapes depend only on settings, so that the host does not synchronize with the GPU; slots may
+therefore be empty.
 Notation: B images, G ground truths, N boxes, S slots.
 """
 
@@ -19,34 +19,36 @@ from torch.nn import functional as F
 BACKGROUND, IGNORE = -1, -2
 
 Match = Callable[[Iterable[Tensor], float, float], Tensor]
-# candidates (B, N) bool, number to select (B,) -> keys (B, N) >= 0; the largest are selected
+# Maps candidates (B, N) bool and the number to select (B,) to keys (B, N) >= 0; the largest are
+# selected.
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Overlaps(NamedTuple):
-    """Reductions of the IoUs, (..., N) each."""
+    """Reductions of the IoUs of each box with all ground truths, (..., N) each."""
 
-    best: Tensor  # the largest IoU of each box
+    best: Tensor  # the box's largest IoU
     truth: Tensor  # the first ground truth with this IoU
-    # the last ground truth for which the box has the largest IoU (ties included); negative: none
+    # the last ground truth whose largest IoU is with this box (ties included); negative if none
     favorite: Tensor
 
 
 @torch.no_grad()
 def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """Match boxes: iou (..., G, N) -> matched (..., N): the best ground truth if its IoU is at
-    least `high`, BACKGROUND below `low`, else IGNORE.
+    """Match each box to the ground truth with the largest IoU: (..., G, N) -> matched (..., N).
 
-    iou: at least one block of rows, as from `boxes.iou_blocks`; one block at a time is in memory.
+    If this IoU is below `low`, the box is BACKGROUND, else if it is below `high`, IGNORE. `iou`
+    yields one or more blocks of rows, as from `boxes.iou_blocks`; only one is in memory at a time.
     """
     return _by_threshold(_overlaps(iou, math.inf), low, high)
 
 
 @torch.no_grad()
 def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """Like `match`, but a box that has the largest IoU with some ground truth is always foreground,
-    matched to its own best ground truth, as in Detectron2's RPN (where a ground truth that overlaps
-    no box would turn all boxes with IoU 0 into foreground).
+    """Match like `match`, but always keep each ground truth's best box as foreground.
+
+    The box is matched to its own best ground truth, as in Detectron2's RPN. There, however, a
+    ground truth that overlaps no box turns all boxes with IoU 0 into foreground.
     """
     found = _overlaps(iou, 0.0)
     return torch.where(found.favorite >= 0, found.truth, _by_threshold(found, low, high))
@@ -54,8 +56,10 @@ def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 
 @torch.no_grad()
 def match_keeping_best(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """Like `match`, but a box that has the largest IoU with some ground truth, at least `low`, is
-    matched to that ground truth (the last one if there are several), as in mmdet.
+    """Match like `match`, but match each ground truth's best box to that ground truth, as in mmdet.
+
+    This requires an IoU of at least `low`. A box that is the best of several ground truths is
+    matched to the last of them.
     """
     found = _overlaps(iou, low)
     return torch.where(found.favorite >= 0, found.favorite, _by_threshold(found, low, high))
@@ -67,14 +71,14 @@ def _by_threshold(found: _Overlaps, low: float, high: float) -> Tensor:
 
 
 def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
-    """Reduce all blocks (..., G, N); only IoUs of at least `least` count for `favorite`."""
+    """Reduce all blocks (..., G, N); `favorite` ignores IoUs below `least`."""
     found, start = None, 0
     for block in iou:
-        # without ground truths: a dummy that overlaps no box
+        # without ground truths, use a dummy that overlaps no box
         rows = block if block.shape[-2] else F.pad(block, (0, 0, 0, 1))
         best, index = rows.max(dim=-2)
-        one = _Overlaps(best, index + start, _favorites(rows, start, least))
-        found = one if found is None else _larger(found, one)
+        overlaps = _Overlaps(best, index + start, _favorites(rows, start, least))
+        found = overlaps if found is None else _larger(found, overlaps)
         start += block.shape[-2]
     assert found is not None, "no block of IoUs"
     return found
@@ -88,7 +92,7 @@ def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
 
 
 def _favorites(iou: Tensor, start: int, least: float) -> Tensor:
-    """Return (..., N): the last ground truth with its largest IoU in this box, >= `least`."""
+    """Return `_Overlaps.favorite` (..., N) for IoUs of the ground truths from index `start` on."""
     if least == math.inf or iou.shape[-1] == 0:
         return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
     top = iou.amax(dim=-1, keepdim=True)
@@ -100,15 +104,15 @@ def _favorites(iou: Tensor, start: int, least: float) -> Tensor:
 class Sampled(NamedTuple):
     """Sampled boxes in slots, foreground first, then background."""
 
-    chosen: Tensor  # (B, S), indices of boxes
+    chosen: Tensor  # (B, S), indices of the boxes
     foreground: Tensor  # (B, S) bool
     filled: Tensor  # (B, S) bool
-    most: int  # foreground is in the first `most` slots
+    most: int  # foreground boxes are in the first `most` slots
 
 
 @torch.no_grad()
 def sample(matched: Tensor, num: int, positive_fraction: float, choose: Choose) -> Sampled:
-    """Sample up to num * positive_fraction foreground boxes of matched (B, N), then background."""
+    """Sample `num` boxes of matched (B, N), up to num * positive_fraction of them foreground."""
     most, slots = (min(size, matched.shape[1]) for size in (int(num * positive_fraction), num))
     positive, negative = matched > BACKGROUND, matched == BACKGROUND
     num_positive = positive.sum(dim=1).clamp(max=most)

@@ -2,14 +2,14 @@
 
 Relative positions: Li et al., MViTv2 (arXiv:2112.01526); windows and padding: Detectron2's ViT.
 
-The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh),
-onehot(kw)], so the logits are one product of widened queries and keys, without an N x N bias.
-ViTAE-Transformer/ViTDet also uses q s in the bias: the same function with tables 1 / s times as
-large, which learn more slowly.
+With the bias q.Rh[qh - kh] + q.Rw[qw - kw], a logit is the inner product [q s, q Rh, q Rw] . [k,
+onehot(kh), onehot(kw)]. One product of widened queries and keys thus computes all logits, without
+an N x N bias. ViTAE-Transformer/ViTDet also uses q s in the bias: this is the same function with
+tables 1 / s times as large, which are learned more slowly.
 
-On a GPU, queries and keys are padded with zeros to a multiple of 8, which fused kernels require in
-half precision (PyTorch's sdp_utils.cpp). In half precision on a GPU with `vitdet.kernels`, neither
-widening nor copies of windows are needed.
+On a GPU, the widths of queries and keys are zero-padded to a multiple of 8, which fused kernels
+require in half precision (PyTorch's sdp_utils.cpp). The half-precision kernels in `vitdet.kernels`
+need neither widening nor copies of windows.
 Notation: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
 """
 
@@ -25,7 +25,7 @@ from vitdet import kernels
 from vitdet.kernels import attention as fused
 from vitdet.models.layers import at_least_float32
 
-WIDTH = 8  # required multiple of the width of queries, keys and values in half precision: 16 bytes
+WIDTH = 8  # half-precision kernels require widths that are multiples of 8 (16 bytes)
 
 
 def split_windows(x: Tensor, size: int) -> Tensor:
@@ -36,7 +36,7 @@ def split_windows(x: Tensor, size: int) -> Tensor:
 
 
 def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Inverse of `split_windows`: (B * windows, size, size, C) -> (B, H, W, C), grid = (H, W)."""
+    """Invert `split_windows`: (B * windows, size, size, C) -> (B, H, W, C), grid = (H, W)."""
     size, (height, width) = windows.shape[1], grid
     rows, columns = -(-height // size), -(-width // size)
     x = rearrange(windows, "(b r s) h w c -> b (r h) (s w) c", r=rows, s=columns)
@@ -44,19 +44,17 @@ def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """(B, H, W, 3 h d) -> queries, keys and values (B, h, N, d)."""
+    """Split (B, H, W, 3 h d) into queries, keys and values (B, h, N, d)."""
     return rearrange(qkv, "b h w (three n d) -> three b n (h w) d", three=3, n=heads).unbind()
 
 
 def join_heads(y: Tensor, height: int) -> Tensor:
-    """(B, h, N, d) -> (B, H, W, h d)."""
+    """Join the heads: (B, h, N, d) -> (B, H, W, h d)."""
     return rearrange(y, "b n (h w) d -> b h w (n d)", h=height)
 
 
 def table_for(table: Tensor, size: int) -> Tensor:
-    """Return the table of relative positions (2 K - 1, d), interpolated linearly to (2 size - 1, d)
-    for an axis of `size` tokens (Detectron2: get_rel_pos).
-    """
+    """Interpolate a table (2 K - 1, d) linearly to (2 size - 1, d) (Detectron2: get_rel_pos)."""
     if len(table) == 2 * size - 1:
         return table
     maps = at_least_float32(table).T[None]
@@ -65,16 +63,18 @@ def table_for(table: Tensor, size: int) -> Tensor:
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
     """Return the table's rows for each query and key of `size` tokens: (size, size, d)."""
-    # Query i uses the rows from i on, the last of them for key 0. Sliding windows of the table's
-    # rows have a backward pass without sorting indices.
+    # Query i uses `size` rows from row i on, the last of them for key 0. Unlike indexing, sliding
+    # windows have a backward pass that does not sort indices.
     return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
 def widen(
     q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor, height: int, width: int, scaled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Widen queries and keys (B, h, N, d) to (B, h, N, d + H + W, zero-padded), whose products are
-    the logits. rel_h, rel_w (2 K - 1, d); `scaled`: apply them to the scaled query.
+    """Widen queries and keys (B, h, N, d) to (B, h, N, e), so that their products are the logits.
+
+    e is d + H + W plus zero padding. With `scaled`, the tables rel_h and rel_w (2 K - 1, d) are
+    applied to the scaled query.
     """
     scaled_q = q * q.shape[-1] ** -0.5
     grid = rearrange(scaled_q if scaled else q, "b n (h w) d -> b n h w d", h=height)
@@ -84,20 +84,20 @@ def widen(
     along_w = torch.einsum("bnhwd,wkd->bnhwk", grid, columns).flatten(2, 3)
     eye_h, eye_w = (torch.eye(side, dtype=k.dtype, device=k.device) for side in (height, width))
     one_hot = torch.cat([eye_h.repeat_interleave(width, dim=0), eye_w.repeat(height, 1)], dim=1)
-    spare = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % WIDTH
-    one_hot = F.pad(one_hot, (0, spare)).expand(*k.shape[:2], -1, -1)
-    zeros = [q.new_zeros(1).expand(*q.shape[:3], spare)] if spare else []
+    padding = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % WIDTH
+    one_hot = F.pad(one_hot, (0, padding)).expand(*k.shape[:2], -1, -1)
+    zeros = [q.new_zeros(1).expand(*q.shape[:3], padding)] if padding else []
     query = torch.cat([scaled_q, along_h.to(q.dtype), along_w.to(q.dtype), *zeros], dim=-1)
     return query, torch.cat([k, one_hot], dim=-1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention: queries (B, h, N, e), keys (B, h, N, e), values (B, h, N, d) -> (B, h, N, d).
+    """Attend: queries (B, h, N, e), keys (B, h, N, e), values (B, h, N, d) -> (B, h, N, d).
 
-    On a GPU, this uses a fused kernel, which does not store the N x N logits: the memory-efficient
-    kernel if e differs from d and both are multiples of 8. On a CPU, this uses plain products, as
-    the fused fallback for widened queries is slower (its backward took 1.8 times as long at N =
-    256).
+    On a GPU, a fused kernel is used, which does not store the N x N logits: the memory-efficient
+    kernel if e differs from d and both are multiples of 8. On a CPU, plain products are used,
+    because the fused fallback for widened queries is slower (at N = 256, its backward pass took 1.8
+    times as long).
     """
     if query.device.type == "cpu":
         return (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=query.dtype) @ value
@@ -105,17 +105,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def in_half(x: Tensor) -> bool:
-    """Return whether a linear layer computes x in half precision on a GPU, possibly through
-    autocast."""
+    """Return whether linear layers compute x in half precision on a GPU, e.g. with autocast."""
     cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 
 
 class Attention(nn.Module):
-    """Attention among all tokens of a grid of `size` tokens per side, or (rows, columns).
+    """Attention with relative positions for grids of `size` tokens per side, or (rows, columns).
 
-    For other grid sizes the tables are interpolated. `scaled_rel_pos`: apply relative positions to
-    the scaled query.
+    The position tables are interpolated for other grid sizes. With `scaled_rel_pos`, they are
+    applied to the scaled query.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
     def forward(self, x: Tensor, window: int = 0) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side (0: none)."""
+        """Attend in windows of `window` tokens per side (0: globally); keeps (B, H, W, C)."""
         height, width, channels = x.shape[1:]
         if kernels.enabled(x) and in_half(x) and fused.fits(width, window, channels // self.heads):
             return self.attend_fused(x, window)
@@ -140,7 +139,7 @@ class Attention(nn.Module):
         return self.attend_widened(x)
 
     def attend_fused(self, x: Tensor, window: int) -> Tensor:
-        """Attention by the Triton kernels, on the unpadded grid."""
+        """Attend with the Triton kernels, on the unpadded grid."""
         height, width = x.shape[1:3]
         rel_h = table_for(self.rel_pos_h, window or height)
         rel_w = table_for(self.rel_pos_w, window or width)
@@ -149,7 +148,7 @@ class Attention(nn.Module):
         return self.proj(y.unflatten(1, (height, width)))
 
     def attend_widened(self, x: Tensor) -> Tensor:
-        """Attention in plain torch, among all tokens."""
+        """Attend among all tokens, in plain torch."""
         height, width = x.shape[1:3]
         q, k, v = split_heads(self.qkv(x), self.heads)
         tables = self.rel_pos_h, self.rel_pos_w

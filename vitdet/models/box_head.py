@@ -1,6 +1,6 @@
 """Box head of one stage: pooled features -> class logits and box deltas.
 
-4 convolutions with LN and one fully connected layer, as in Detectron2's ViTDet configs.
+Detectron2's ViTDet configs use 4 convolutions with LN and one fully connected layer.
 Notation: R RoIs, C channels, K classes.
 """
 
@@ -34,7 +34,7 @@ class BoxHead(nn.Module):
         super().__init__()
         convs = [ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)]
         widths = [channels * BINS**2, *[fc_dim] * num_fcs]
-        fcs = [nn.Linear(width, following) for width, following in pairwise(widths)]
+        fcs = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(widths)]
         self.convs, self.fcs = nn.ModuleList(convs), nn.ModuleList(fcs)
         self.logits = nn.Linear(fc_dim, num_classes + 1)
         self.deltas = nn.Linear(fc_dim, 4 if class_agnostic else 4 * num_classes)
@@ -46,7 +46,7 @@ class BoxHead(nn.Module):
         init_predictor(self.deltas, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, C, 7, 7) -> logits (R, K + 1), deltas (R, K, 4), or (R, 1, 4) if class-agnostic."""
+        """Map (R, C, 7, 7) to logits (R, K + 1) and deltas (R, K, 4), class-agnostic (R, 1, 4)."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
         hidden = pooled.flatten(1)

@@ -1,7 +1,7 @@
-"""Box arithmetic: pure functions of boxes (..., 4) xyxy in float pixels, half-open.
+"""Box arithmetic on boxes (..., 4) xyxy in float pixels, half-open.
 
-The box transform is that of R-CNN (1311.2524), with the clamps of Detectron2 and mmdet. Its weights
-are numbers, not a tensor, to avoid a copy to the GPU in every step.
+The box transform is that of R-CNN (arXiv:1311.2524), with the clamps of Detectron2 and mmdet. Its
+weights are numbers, not a tensor, to avoid a copy to the GPU in every step.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # maximum growth of a side in one step
-PAIRS = 2**22  # pairs of boxes compared at a time: 130 MB
+MAX_LOG_SCALE = math.log(1000 / 16)  # maximum growth of a side's logarithm in `decode`
+PAIRS = 2**22  # pairs of boxes compared at a time (130 MB)
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
-    """Return deltas (..., 4) that transform boxes to targets: center offsets / box sides, log side
-    ratios, times weights.
+    """Return the deltas (..., 4) that transform boxes to targets.
+
+    They are the center offsets divided by the box sides, and the log side ratios, times `weights`.
     """
     size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     center, target_center = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
     deltas = torch.cat([(target_center - center) / size, torch.log(target_size / size)], dim=-1)
     columns = zip(deltas.unbind(-1), weights, strict=True)
-    return torch.stack([one * weight for one, weight in columns], dim=-1)
+    return torch.stack([column * weight for column, weight in columns], dim=-1)
 
 
 def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scale: float) -> Tensor:
-    """Inverse of `encode`, in float32: boxes (..., 4) and deltas (..., 4), or (..., K, 4) with K
-    sets per box.
+    """Apply deltas (..., 4), or K sets (..., K, 4), to boxes (..., 4); the inverse of `encode`.
 
-    The logarithm of a side changes by at most MAX_LOG_SCALE and at least `min_log_scale`.
+    The change of a side's logarithm is clamped to min_log_scale..MAX_LOG_SCALE. The result is at
+    least float32.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     columns = zip(deltas.to(boxes.dtype).unbind(-1), weights, strict=True)
-    deltas = torch.stack([one / weight for one, weight in columns], dim=-1)
+    deltas = torch.stack([column / weight for column, weight in columns], dim=-1)
     if deltas.dim() > boxes.dim():
         boxes = boxes.unsqueeze(-2)
     size = boxes[..., 2:] - boxes[..., :2]
@@ -45,13 +46,13 @@ def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scal
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clip boxes (B, ..., 4) to images of sizes (B, 2), (height, width)."""
+    """Clip boxes (B, ..., 4) to image sizes (B, 2), (height, width)."""
     limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)
     return torch.minimum(boxes.clamp(min=0), limit.view(-1, *[1] * (boxes.dim() - 2), 4))
 
 
 def nonempty(boxes: Tensor) -> Tensor:
-    """Return (...) bool: whether boxes (..., 4) have positive width and height."""
+    """Return whether boxes (..., 4) have positive width and height, (...) bool."""
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
@@ -72,22 +73,23 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
-    """Yield `pairwise_iou` in blocks of rows G, at least one, of at most PAIRS pairs (or a row)."""
+    """Yield `pairwise_iou` in one or more blocks of rows, each of up to PAIRS pairs or one row."""
     images = first.shape[:-2].numel()
     for rows in first.split(max(1, PAIRS // max(images * second.shape[-2], 1)), dim=-2):
         yield pairwise_iou(rows, second)
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """Return the rows of (B, N, ...) at the indices (B, S) of each image: (B, S, ...)."""
+    """Return the rows (B, S, ...) of (B, N, ...) at each image's indices (B, S)."""
     index = index.view(*index.shape, *[1] * (rows.dim() - 2))
     return rows.gather(1, index.expand(-1, -1, *rows.shape[2:]))
 
 
 def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Return the `num` largest of scores (B, N) and their indices, (B, num) each, sorted; ties
-    ordered by index (`topk` leaves that to the device). Which of several scores equal to the last
-    one are included is not specified.
+    """Return the `num` largest of scores (B, N), sorted, and their indices, (B, num) each.
+
+    Ties are ordered by index, unlike with `topk`. If more scores equal the smallest returned one,
+    it is not specified which of them are included.
     """
     index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
     best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)

@@ -1,7 +1,7 @@
 """Compilation of a detector's parts with torch.compile, which fuses the operations between kernels.
 
-Parts are compiled in place, so that names of parameters and modules do not change. Compiled code is
-shared by parts of the same kind and shape, such as the blocks of a backbone.
+Parts are compiled in place, so that names of parameters and modules do not change. Parts of the
+same kind and shape, such as a backbone's blocks, share compiled code.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from vitdet.models.layers import Blocks
 
 
 def compile_parts(detector: Detector) -> None:
-    """Compile the backbone's blocks, the pyramid and the heads in place, for fixed sizes of images
-    and batches, at their first call. Random numbers are those of the uncompiled parts.
+    """Compile the backbone's blocks, the pyramid and the heads in place.
+
+    Each part is compiled at its first call, for fixed image and batch sizes. It draws the same
+    random numbers as before.
     """
     torch._inductor.config.fallback_random = True
     # the shapes of levels and heads differ between training and evaluation
@@ -32,7 +34,7 @@ def compile_parts(detector: Detector) -> None:
 
 
 def parts(detector: Detector) -> Iterator[nn.Module]:
-    """Return the modules to compile."""
+    """Yield the modules to compile."""
     for module in detector.backbone.modules():
         if isinstance(module, Blocks):
             yield from module

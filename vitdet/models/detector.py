@@ -1,4 +1,4 @@
-"""The detector: images in, losses out if targets are given, else detections.
+"""The detector: maps images to losses if targets are given, else to detections.
 
 Notation: B images, S side of the square canvas.
 """
@@ -22,7 +22,7 @@ from vitdet.types import Detections, Target, Targets
 
 Plain = ViT | ViTAESmall  # backbones with one output map
 Hierarchical = Swin | ViTAEv2  # backbones with four output maps
-# RGB, 0..255; those of ImageNet, as in every published model
+# ImageNet statistics of RGB values in 0..255, as in every published model
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -52,13 +52,13 @@ class Detector(nn.Module):
         targets: Targets | Sequence[Target] | None = None,
         sizes: Tensor | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
-        """Return losses if targets are given, else Detections per image, in pixels of the canvas.
+        """Return losses if targets are given, else each image's detections in canvas pixels.
 
         Args:
             images: (B, 3, S, S), RGB 0..255.
-            targets: ground truth in pixels of the canvas; None: detect.
-            sizes: (B, 2) int, (height, width) of the image in the top left of each canvas; None:
-                the whole canvas.
+            targets: ground truth in canvas pixels; None to detect.
+            sizes: (B, 2) int, (height, width) of the image in each canvas's top-left corner;
+                default: the whole canvas.
         """
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
@@ -72,12 +72,12 @@ class Detector(nn.Module):
         return losses | self.rpn.losses(found, targets)
 
     def features(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Anchored]:
-        """Return the maps of the pyramid and the predictions of the region proposal network."""
+        """Return the pyramid's maps and the region proposal network's predictions."""
         features = self.pyramid(self.backbone(self.normalize(images, sizes)))
         return features, self.rpn(features)
 
     def propose(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Proposals]:
-        """Return the maps of the pyramid, and the proposals in test mode."""
+        """Return the pyramid's maps and the proposals for inference."""
         features, found = self.features(images, sizes)
         return features, self.rpn.propose(found, sizes, self.rpn.top_test)
 
@@ -86,21 +86,20 @@ class Detector(nn.Module):
         return self.roi_heads.finish(*self.find(images, sizes))
 
     def find(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Scored, Found]:
-        """Return slots of detections and the inputs of `RoIHeads.finish`; does not synchronize."""
+        """Return the arguments of `RoIHeads.finish`, without synchronizing with the GPU."""
         features, proposals = self.propose(images, sizes)
         return features, *self.roi_heads.find(features, proposals, sizes)
 
     def limits(self) -> tuple[float, ...]:
-        """The limits on the number of detections; they may be changed between two calls."""
+        """Return the settings that limit the detections, which may change between calls."""
         rpn, heads = self.rpn, self.roi_heads
         most = (*rpn.top_test, heads.max_detections)
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalize to zero mean and unit standard deviation; 0 in the padding, as in
-        Detectron2."""
+        """Normalize with `mean` and `std`; the padding becomes 0, as in Detectron2."""
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes[:, :1]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]
-        picture = rows[:, None, :, None] & columns[:, None, None, :]
-        return torch.where(picture, (images - self.mean) / self.std, 0.0)
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        return torch.where(inside, (images - self.mean) / self.std, 0.0)

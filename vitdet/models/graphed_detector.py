@@ -1,4 +1,4 @@
-"""Detection as CUDA graphs (`vitdet.kernels.cuda_graph`), if detector and device support it."""
+"""Detection with CUDA graphs (`vitdet.kernels.cuda_graph`), if detector and device support it."""
 
 from __future__ import annotations
 
@@ -26,25 +26,24 @@ Output = tuple[list[Tensor], Scored, Found, Tensor | None]
 class GraphedDetector:
     """A detector whose inference is recorded as a CUDA graph for each batch shape on a GPU.
 
-    The values of weights may change. If weights move in memory (to a different device, for
-    example), or if the mode or a limit on the number of detections (`Detector.limits`) changes, all
-    graphs are recorded again. The detector may be called from several threads; the graphs run one
-    at a time. Copies and pickles contain no graphs. context: the context of the computation, e.g.
-    autocast.
+    Weights may be updated in place. If they move in memory (for example, to a different device), or
+    if the training mode or one of `Detector.limits` changes, all graphs are recorded again. The
+    detector may be called from several threads; the graphs run one at a time. Copies and pickles
+    contain no graphs. `context` creates the context manager of the computation, e.g. autocast.
     """
 
     def __init__(self, detector: nn.Module, context: Callable[[], AbstractContextManager]) -> None:
         self.detector, self.context = detector, context
         self.lock = Lock()
         self.graph: CudaGraph[Output] = CudaGraph()
-        self.state: tuple[float, ...] = ()  # state of the recorded detector
-        self.refused: set[tuple[int, ...]] = set()  # shapes of images that could not be recorded
+        self.state: tuple[float, ...] = ()  # mode, limits and addresses when recorded
+        self.refused: set[tuple[int, ...]] = set()  # image shapes that could not be recorded
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GraphedDetector, (self.detector, self.context)
 
     def find(self, images: Tensor, sizes: Tensor) -> Output:
-        """Return maps, scored proposals, slots of detections, and their masks."""
+        """Return the pyramid's maps, scored proposals, slots of detections, and their masks."""
         assert isinstance(self.detector, Detector)
         with self.context():
             features, scored, found = self.detector.find(images, sizes)
@@ -62,11 +61,12 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Detect with a graph and as many candidates as needed; None if recording failed."""
+        """Return detections from a graph, recorded if necessary; None if recording failed."""
         detector = self.detector
         assert isinstance(detector, Detector)
-        places = (one.data_ptr() for one in chain(detector.parameters(), detector.buffers()))
-        state = (int(detector.training), *detector.limits(), *places)
+        tensors = chain(detector.parameters(), detector.buffers())
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        state = (int(detector.training), *detector.limits(), *addresses)
         if state != self.state:
             self.graph, self.state, self.refused = CudaGraph(), state, set()
         if not self.graph.has(images, sizes):
@@ -84,6 +84,6 @@ class GraphedDetector:
         if not bool(found.exact.all()):
             with self.context():
                 return detector.roi_heads.finish(features, scored, found)
-        own = Found(*(tensor.clone() for tensor in found))
+        copies = Found(*(tensor.clone() for tensor in found))
         # waits for the copies, so that the next call, in any stream, may overwrite the originals
-        return detections(own, None if masks is None else masks.clone())
+        return detections(copies, None if masks is None else masks.clone())

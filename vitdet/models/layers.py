@@ -23,7 +23,7 @@ NORM_EPS = 1e-6  # epsilon of the LayerNorms in backbones and between the pyrami
 class ConvNorm(nn.Module):
     """Convolution without bias, then LayerNorm over the channels: (B, C, H, W) -> (B, C', H, W).
 
-    Without `norm`, a convolution with bias.
+    Without `norm`, only a convolution with bias.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Deconv2x2(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        # channels remain innermost in memory, as in the tokens
+        # keep the channels innermost in memory, as in the tokens
         pixels = rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2)
         return pixels.permute(0, 3, 1, 2)
 
@@ -61,8 +61,8 @@ class Deconv2x2(nn.ConvTranspose2d):
 class Blocks(nn.ModuleList):
     """The blocks of a backbone in sequence: (B, H, W, C) -> (B, H, W, C).
 
-    With `checkpointing` (off by default) only the inputs of the blocks are stored for the backward
-    pass, which recomputes each block with the same random numbers, for less memory and more time.
+    With `checkpointing` (off by default), only the blocks' inputs are stored, and the backward pass
+    recomputes each block with the same random numbers. This saves memory and costs time.
     """
 
     checkpointing = False
@@ -70,19 +70,18 @@ class Blocks(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
             if self.checkpointing and torch.is_grad_enabled():
-                again = partial(_contexts, block)
-                x = checkpoint(block, x, use_reentrant=False, context_fn=again)
+                contexts = partial(_contexts, block)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = block(x)
         return x
 
 
 class DropPath(nn.Module):
-    """Sets a residual path of an image to zero with probability `rate` in training, and scales the
-    others by 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382).
+    """Drop an image's residual path with probability `rate` in training, else scale it.
 
-    The rate is a tensor: with a Python number, as in timm, torch.compile would compile each block
-    separately.
+    The scale is 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382). The rate is a
+    tensor: with a number, as in timm, torch.compile would compile each block separately.
     """
 
     keep: Tensor
@@ -93,7 +92,7 @@ class DropPath(nn.Module):
         self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> (B, ...); images are drawn independently."""
+        """Drop each image's path independently: (B, ...) -> (B, ...)."""
         if not self.training or not self.drops:
             return x
         kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < self.keep
@@ -101,13 +100,13 @@ class DropPath(nn.Module):
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return the contexts of the first computation of a block and of its recomputation."""
+    """Return the context managers of a block's forward pass and of its recomputation."""
     return nullcontext(), _other_statistics(block)
 
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Update copies of the BatchNorm statistics, since the first pass has already updated them."""
+    """Update copies of BatchNorm statistics, as the forward pass has already updated them."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()
@@ -124,20 +123,20 @@ def _other_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Kaiming normal over the outputs, bias 0 (Detectron2: c2_msra_fill)."""
+    """Initialize with Kaiming normal (fan out) and bias 0 (Detectron2: c2_msra_fill)."""
     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
 def init_linear(module: nn.Linear) -> None:
-    """Uniform with variance 1 / inputs, bias 0 (Detectron2: c2_xavier_fill)."""
+    """Initialize uniformly with variance 1 / inputs and bias 0 (Detectron2: c2_xavier_fill)."""
     nn.init.kaiming_uniform_(module.weight, a=1)
     nn.init.zeros_(module.bias)
 
 
 def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
-    """Normal with the given standard deviation, bias 0."""
+    """Initialize from a normal distribution with standard deviation `std`, and bias 0."""
     nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -149,7 +148,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return the same tensor, with its gradient multiplied by `scale`."""
+    """Return x unchanged, but multiply its gradient by `scale`."""
     return _ScaledGradient.apply(x, scale)
 
 

@@ -1,7 +1,7 @@
-"""Loss functions, computed in at least float32: sums over filled slots, divided by a number.
+"""Loss functions, computed in at least float32 and divided by a number of boxes.
 
-Notation: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool: which slots
-are filled; default: all.
+Notation: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool selects the
+rows that contribute to a loss, i.e. the filled slots; default: all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vitdet.models.layers import at_least_float32
 
 
 def classification(logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Mean softmax cross-entropy of logits (R, K + 1) and labels (R,) in 0..K."""
+    """Return the mean softmax cross-entropy of logits (R, K + 1) and labels (R,) in 0..K."""
     loss = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     return _sum(loss, counts) / _number(labels, counts)
 
@@ -22,18 +22,17 @@ def classification(logits: Tensor, labels: Tensor, counts: Tensor | None = None)
 def federated_classes(
     labels: Tensor, weights: Tensor, num: int, draw: bool = True, counts: Tensor | None = None
 ) -> Tensor:
-    """Return the classes (K + 1,) bool in the loss of a batch: those present (and background K)
-    and, up to `num` in total, others sampled by weight (K,) without replacement. Zhou et al.
-    (arXiv:2103.07461).
+    """Return the classes (K + 1,) bool in a batch's loss, as in Zhou et al. (arXiv:2103.07461).
 
-    draw=False selects the classes with the largest weights instead, for comparisons with other
-    implementations.
+    These are all classes in `labels` (including the background) and, up to a total of `num`, others
+    sampled by `weights` (K,) without replacement. With draw=False, the classes with the largest
+    weights are selected instead, for comparisons with other implementations.
     """
     here = torch.ones_like(labels, dtype=torch.bool) if counts is None else counts
     odds = F.pad(weights.float(), (0, 1))
     present = torch.zeros_like(odds).index_add(0, labels, here.to(odds.dtype)) > 0
     odds = torch.where(present, 0.0, odds)
-    # the largest of odds / exponential noise: a draw without replacement, as torch.multinomial's
+    # the largest odds / exponential noise are a draw without replacement, as in torch.multinomial
     keys = odds / torch.empty_like(odds).exponential_() if draw else odds
     rank = keys.argsort(descending=True, stable=True).argsort()
     return present | ((rank < num - present.sum()) & (odds > 0))
@@ -42,7 +41,7 @@ def federated_classes(
 def federated_classification(
     logits: Tensor, labels: Tensor, classes: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Summed sigmoid cross-entropy of logits (R, K + 1) over the classes (K + 1,) bool, over R."""
+    """Return the mean over R of the sigmoid cross-entropy of logits (R, K + 1) over `classes`."""
     logits = at_least_float32(logits[:, :-1])
     truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
@@ -53,7 +52,7 @@ def federated_classification(
 def objectness(
     logits: Tensor, truth: Tensor, number: int | Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Binary cross-entropy of logits (...) and truth (...) bool, summed, divided by `number`."""
+    """Return the summed binary cross-entropy of logits and truth (...), divided by `number`."""
     logits = at_least_float32(logits)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
     return _sum(loss, counts) / number
@@ -62,13 +61,13 @@ def objectness(
 def box_l1(
     deltas: Tensor, targets: Tensor, number: int | Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """L1 distance of deltas (..., 4) and targets, summed, divided by `number` (at least 1)."""
+    """Return the summed L1 distance of deltas and targets (..., 4), divided by max(number, 1)."""
     loss = (at_least_float32(deltas) - targets).abs().sum(dim=-1)
     return _sum(loss, counts) / torch.as_tensor(number).clamp(min=1)
 
 
 def mask_bce(logits: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Mean binary cross-entropy over logits (R, s, s) and targets (R, s, s)."""
+    """Return the mean binary cross-entropy of logits and targets (R, s, s)."""
     logits = at_least_float32(logits)
     loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
     cells = loss.shape[1:].numel()
@@ -80,12 +79,12 @@ def _sum(loss: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _number(rows: Tensor, counts: Tensor | None) -> int | Tensor:
-    """Return the number of rows that count, at least 1."""
+    """Return how many rows contribute to a loss, at least 1."""
     return max(len(rows), 1) if counts is None else counts.sum().clamp(min=1)
 
 
 class SoftmaxClassification(nn.Module):
-    """One class per box, or the background: COCO."""
+    """Softmax over the classes and the background, for COCO."""
 
     def __init__(self, *, num_classes: int) -> None:
         super().__init__()
@@ -94,15 +93,15 @@ class SoftmaxClassification(nn.Module):
     loss = staticmethod(classification)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(..., K + 1) -> (..., K), without the background."""
+        """Map logits (..., K + 1) to class probabilities (..., K), without the background."""
         return logits.float().softmax(dim=-1)[..., :-1]
 
 
 class FederatedClassification(nn.Module):
-    """Independent binary classifiers, with a loss over a sample of the classes: LVIS.
+    """Independent binary classifiers, with a loss over a sample of the classes, for LVIS.
 
-    `class_weights` (K,) are the weights for sampling classes, image_count ** 0.5 in the published
-    models; `draw` as in `federated_classes`.
+    `class_weights` (K,) and `draw` are arguments of `federated_classes`; in the published models, a
+    class has the weight image_count ** 0.5.
     """
 
     class_weights: Tensor
@@ -113,10 +112,10 @@ class FederatedClassification(nn.Module):
         self.register_buffer("class_weights", class_weights)
 
     def loss(self, logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Sigmoid cross-entropy over the classes of this call; logits (R, K + 1), labels (R,)."""
+        """Return the loss of logits (R, K + 1) and labels (R,) over newly sampled classes."""
         classes = federated_classes(labels, self.class_weights, self.num, self.draw, counts)
         return federated_classification(logits, labels, classes, counts)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(..., K + 1) -> (..., K)."""
+        """Map logits (..., K + 1) to class probabilities (..., K)."""
         return logits.float().sigmoid()[..., :-1]

@@ -21,7 +21,7 @@ PAIRS = 2**16  # pairs of a RoI and an edge processed at a time: 150 MB
 
 
 class MaskHead(nn.Module):
-    """One mask per RoI and class, each an independent binary classification per cell."""
+    """Mask logits per RoI and class; each cell is an independent binary classification."""
 
     def __init__(
         self, *, channels: int, num_convs: int, num_classes: int, norm: bool, eps: float
@@ -37,11 +37,11 @@ class MaskHead(nn.Module):
         init_predictor(self.logits, std=0.001)
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Features (R, C, 14, 14), labels (R,) in 0..K-1 -> logits (R, 28, 28) of each class."""
+        """Return the logits (R, 28, 28) of labels (R,) in 0..K-1, given features (R, C, 14, 14)."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
         pixels = F.relu(self.deconv(pooled)).permute(0, 2, 3, 1)
-        # only the row of the RoI's class, not all K rows
+        # compute only the mask of each RoI's class, not all K masks
         weight = self.logits.weight.flatten(1).index_select(0, labels)
         logits = torch.bmm(pixels.flatten(1, 2), weight[:, :, None].to(pixels.dtype))
         bias = self.logits.get_parameter("bias").index_select(0, labels)
@@ -50,17 +50,17 @@ class MaskHead(nn.Module):
 
 @torch.no_grad()
 def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
-    """Return the targets of R masks in boxes (R, 4): (R, 28, 28) bool."""
+    """Return the training targets (R, 28, 28) bool of R masks in boxes (R, 4)."""
     if enabled(boxes):
         return rasterize_on_gpu(masks.edges, masks.spans, boxes, SIZE)
     return rasterize(masks, boxes, SIZE)
 
 
 def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
-    """Rasterize R outlines in boxes (R, 4): (R, size, size) bool, the cells with center inside.
+    """Return which cells (R, size, size) of boxes (R, 4) have their center inside R outlines.
 
-    A cell is inside if the edges that cross its row to its left do not cancel. Each edge adds its
-    direction at the first cell right of its crossing; a cumulative sum spreads it.
+    A cell is inside if the directions of the edges that cross its row to its left do not cancel.
+    Each edge adds its direction at the first cell right of its crossing, for a cumulative sum.
     """
     first, last = masks.spans.unbind(1)
     ends = (last - first).cumsum(0)
@@ -74,14 +74,14 @@ def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
 
 
 def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None:
-    """Add to steps (R, size, size + 1) the directions of edges (P, 4), each in box roi (P,)."""
+    """Add the directions of edges (P, 4) in boxes[roi], roi (P,), to steps (R, size, size + 1)."""
     size = steps.shape[1]
     low = boxes[:, :2]
-    # as in Detectron2, a box is at least a tenth of a pixel wide
+    # as in Detectron2, a box side is at least a tenth of a pixel
     span, low = (boxes[:, 2:] - low).clamp(min=0.1)[roi], low[roi]
     start, end = (edges[:, :2] - low) / span * size, (edges[:, 2:] - low) / span * size
     rows = torch.arange(size, device=edges.device, dtype=edges.dtype) + 0.5
-    # each (P, 1)
+    # (P, 1) each
     (x0, y0), (x1, y1) = start[:, None].unbind(-1), end[:, None].unbind(-1)
     down, up = (y0 <= rows) & (y1 > rows), (y1 <= rows) & (y0 > rows)
     # (P, size): 0 where the edge does not cross the row
@@ -89,5 +89,5 @@ def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None
     crossing = x0 + (rows - y0) * (x1 - x0) / torch.where(y1 == y0, torch.ones_like(y0), y1 - y0)
     column = (crossing - 0.5).ceil().clamp(0, size).long()
     line = roi[:, None] * size + torch.arange(size, device=roi.device)
-    place = line * (size + 1) + column
-    steps.view(-1).scatter_add_(0, place.flatten(), direction.flatten())
+    index = line * (size + 1) + column
+    steps.view(-1).scatter_add_(0, index.flatten(), direction.flatten())

@@ -1,7 +1,7 @@
-"""Simple feature pyramid: every level is computed from the last map of the backbone.
+"""Simple feature pyramid: every level is computed from the backbone's last map.
 
-Li et al. (arXiv:2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
-deconvolutions halve the channels; the deconvolutions of ViTAE-Transformer/ViTDet keep them.
+Li et al. (arXiv:2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid. Its
+deconvolutions halve the channels, whereas those of ViTAE-Transformer/ViTDet keep them.
 Notation: B images, C channels of the backbone, D channels of the pyramid.
 """
 
@@ -20,8 +20,8 @@ class SimpleFeaturePyramid(nn.Module):
     scale of p5.
 
     `self.strides` are the strides of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2.
-    With `halve_channels` each deconvolution halves the channels; `eps`: epsilon of the LNs after
-    the convolutions.
+    With `halve_channels`, each deconvolution halves the channels. `eps` is the epsilon of the LNs
+    after the convolutions.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SimpleFeaturePyramid(nn.Module):
         self.levels = nn.ModuleList(levels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, C, h, w) -> maps (B, D, ., .), finest first."""
+        """Map (B, C, h, w) to the levels (B, D, ., .), finest first."""
         maps = [level(x) for level in self.levels]
         return [*maps, maps[-1][:, :, ::2, ::2]]
 
@@ -57,7 +57,7 @@ def _level(
 
 
 def _resample(dim: int, scale: float, shrink: int) -> tuple[list[nn.Module], int]:
-    """Return the layers that rescale the map, and the number of their output channels."""
+    """Return the layers that rescale the map, and their output channels."""
     inner, last = dim // shrink, dim // shrink**2
     if scale == 4.0:
         norm = LayerNorm2d(inner, eps=NORM_EPS)

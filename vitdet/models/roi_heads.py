@@ -1,8 +1,8 @@
-"""RoI heads: proposals -> classes and boxes through one or several stages, then masks.
+"""RoI heads: classify and refine proposals in one or more stages, then predict masks.
 
 He et al. (arXiv:1703.06870); Cai & Vasconcelos (arXiv:1712.00726). Hyperparameters as in
-Detectron2's ViTDet configs. Notation: B images, S slots for boxes of an image, R RoIs (of all
-images together), N proposals, D detections, K classes, G ground truths.
+Detectron2's ViTDet configs. Notation: B images, S slots for an image's boxes, R RoIs of all images,
+N proposals, D detections, K classes, G ground truths.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vitdet.types import Detections, Polygons, Targets
 
 Classification = SoftmaxClassification | FederatedClassification
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # box transform of stage 0; stage s uses s + 1 times these
-# pairs of box and class before NMS; all pairs are used if too few detections remain
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of stage 0's box transform; stage s uses s + 1 times these
+# box-class pairs before NMS; more are used if too few detections remain
 CANDIDATES = 2000
 
 
@@ -38,12 +38,12 @@ class Assigned(NamedTuple):
     """Boxes with the ground truths assigned to them."""
 
     boxes: Tensor  # (B, S, 4)
-    matched: Tensor  # (B, S): ground truth, BACKGROUND, or IGNORE in an empty slot
-    most: int  # foreground is in the first `most` slots of an image
+    matched: Tensor  # (B, S): index of the ground truth, BACKGROUND, or IGNORE in an empty slot
+    most: int  # foreground boxes are in an image's first `most` slots
 
     @property
     def filled(self) -> Tensor:
-        """(B, S) bool: which slots contain a box."""
+        """Which slots contain a box, (B, S) bool."""
         return self.matched >= BACKGROUND
 
 
@@ -54,14 +54,14 @@ class Found(NamedTuple):
     scores: Tensor  # (B, D)
     labels: Tensor  # (B, D)
     filled: Tensor  # (B, D) bool
-    exact: Tensor  # (B,) bool: whether more candidates would result in the same detections
+    exact: Tensor  # (B,) bool: whether more candidates would not change the detections
 
 
 class Scored(NamedTuple):
-    """Results of the stages."""
+    """Boxes and scores of the proposals after all stages."""
 
     boxes: Tensor  # (B, N, K or 1, 4), of the last stage
-    scores: Tensor  # (B, N, K), mean of all stages
+    scores: Tensor  # (B, N, K), mean over all stages
     filled: Tensor  # (B, N) bool
 
 
@@ -69,12 +69,12 @@ class RoIHeads(nn.Module):
     """RoI heads whose `stages` refine the boxes one after another.
 
     Args:
-        stages: box heads; in stage s a box is foreground from an IoU of `ious[s]`.
+        stages: box heads; in stage s, boxes with an IoU of at least `ious[s]` are foreground.
         classification: computes loss and probabilities from logits.
         strides: strides of the levels from which RoIs are pooled (p2..p5).
         mask: the mask head, or None.
         match: assigns ground truths to boxes.
-        min_log_scale: limits how much a box shrinks in one stage.
+        min_log_scale: limits how much a box can shrink in one stage.
     """
 
     def __init__(
@@ -103,13 +103,12 @@ class RoIHeads(nn.Module):
         self.samples, self.positive_fraction = samples, positive_fraction
         self.mask_samples, self.max_detections = mask_samples, max_detections
         self.score_threshold, self.nms_iou = score_threshold, nms_iou
-        numbers = range(1, len(stages) + 1)
-        self.weights = [tuple(one * number for one in WEIGHTS) for number in numbers]
+        self.weights = [tuple(weight * (s + 1) for weight in WEIGHTS) for s in range(len(stages))]
 
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
     ) -> dict[str, Tensor]:
-        """Return loss_cls, loss_box_reg (of several stages: _stage0...) and loss_mask, if any."""
+        """Return loss_cls, loss_box_reg (in a cascade: ..._stage0 etc.) and, if any, loss_mask."""
         found = {}
         assigned = self.sample(proposals.boxes, proposals.filled, targets)
         if self.mask is not None:
@@ -130,14 +129,16 @@ class RoIHeads(nn.Module):
     def find(
         self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
     ) -> tuple[Scored, Found]:
-        """Return the slots of detections, from CANDIDATES; boxes in pixels of the canvas, clipped
-        to sizes (B, 2). Does not synchronize with a GPU.
+        """Return the scored proposals and slots of detections, without synchronizing with the GPU.
+
+        The detections are selected from the CANDIDATES best box-class pairs. Boxes are in canvas
+        pixels, clipped to sizes (B, 2).
         """
         scored = self.refine(features, proposals, sizes)
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """Return the detections, sorted by score; adds candidates where there were too few."""
+        """Return the detections, sorted by score, from more candidates if there were too few."""
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -145,7 +146,7 @@ class RoIHeads(nn.Module):
         return detections(found, self.masks(features, found))
 
     def refine(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Scored:
-        """Return boxes and scores of the proposals."""
+        """Return the boxes and scores of the proposals after all stages."""
         boxes, scores = proposals.boxes, []
         clipped = boxes[:, :, None]
         for stage in range(len(self.stages)):
@@ -158,7 +159,7 @@ class RoIHeads(nn.Module):
     def run_stage(
         self, stage: int, features: Sequence[Tensor], boxes: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Boxes (B, S, 4) -> logits (B, S, K + 1), deltas (B, S, K or 1, 4), undefined if empty."""
+        """Return logits (B, S, K + 1) and deltas (B, S, K or 1, 4), undefined in empty slots."""
         slots = used(filled)
         pooled = self.pool(features, boxes, filled, slots, BOX_BINS)
         if len(self.stages) > 1:
@@ -170,8 +171,8 @@ class RoIHeads(nn.Module):
         self, features: Sequence[Tensor], boxes: Tensor, filled: Tensor, slots: Tensor, bins: int
     ) -> Tensor:
         """Return the features (R, C, bins, bins) of the slots (R,) of boxes (B, S, 4)."""
-        number = torch.arange(len(boxes), device=boxes.device)[:, None]
-        image = torch.where(filled, number, -1).flatten()[slots]
+        images = torch.arange(len(boxes), device=boxes.device)[:, None]
+        image = torch.where(filled, images, -1).flatten()[slots]
         rows = boxes.flatten(0, 1)[slots]
         return pool(features, rows, image, self.strides, bins, self.sampling_ratio)
 
@@ -181,7 +182,7 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
-        """Sample foreground, then background, of proposals (B, N, 4) and ground truths."""
+        """Sample foreground and background from proposals (B, N, 4) and ground-truth boxes."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
         # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
@@ -210,7 +211,7 @@ class RoIHeads(nn.Module):
     def box_loss(
         self, stage: int, deltas: Tensor, labels: Tensor, assigned: Assigned, targets: Targets
     ) -> Tensor:
-        """L1 loss of the foreground's deltas (of their class), over the number of all boxes."""
+        """Return the L1 loss of the foreground's deltas, divided by the number of all boxes."""
         number, most = assigned.filled.sum(), assigned.most
         rows = assigned.boxes, assigned.matched, labels, deltas
         boxes, matched, labels, deltas = (row[:, :most] for row in rows)
@@ -223,20 +224,21 @@ class RoIHeads(nn.Module):
         return box_l1(own, wanted, number, foreground[..., 0])
 
     def mask_loss(self, features: Sequence[Tensor], assigned: Assigned, targets: Targets) -> Tensor:
-        """Mask loss over (at most `mask_samples` of) the foreground boxes of every image whose
-        objects have an annotated outline.
+        """Return the mask loss over up to `mask_samples` foreground boxes per image.
+
+        Only boxes whose objects have an annotated outline are used.
         """
         assert self.mask is not None
         boxes, matched = assigned.boxes[:, : assigned.most], assigned.matched[:, : assigned.most]
         truth = matched.clamp(min=0)
         usable = (matched > BACKGROUND) & targets.has_mask.gather(1, truth)
-        # usable boxes first, in order
+        # usable boxes first, in their original order
         index = usable.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         index = index[:, : self.mask_samples]
         usable, truth, boxes = usable.gather(1, index), truth.gather(1, index), pick(boxes, index)
         slots = used(usable)
-        place = torch.arange(len(truth), device=truth.device)[:, None] * targets.labels.shape[1]
-        masks = targets.masks[(place + truth).flatten()[slots]]
+        first = torch.arange(len(truth), device=truth.device)[:, None] * targets.labels.shape[1]
+        masks = targets.masks[(first + truth).flatten()[slots]]
         wanted = self.mask_targets(masks, boxes.flatten(0, 1)[slots])
         pooled = self.pool(features, boxes, usable, slots, MASK_BINS)
         logits = self.mask(pooled, targets.labels.gather(1, truth).flatten()[slots])
@@ -247,23 +249,23 @@ class RoIHeads(nn.Module):
         return mask_targets(masks, boxes)
 
     def select(self, boxes: Tensor, scores: Tensor, filled: Tensor, candidates: int) -> Found:
-        """Return the best boxes of each image after class-wise NMS of the `candidates` best pairs
-        of box and class: boxes (B, N, K or 1, 4), scores (B, N, K).
+        """Return the detections after class-wise NMS of each image's best `candidates` pairs of
+        box and class; boxes (B, N, K or 1, 4), scores (B, N, K) and filled are those of `Scored`.
         """
         finite = boxes.isfinite().flatten(2).all(dim=2) & scores.isfinite().all(dim=2)
         passed = (scores > self.score_threshold) & (finite & filled)[..., None]
         classes, sets = scores.shape[2], boxes.shape[2]
         ranked = torch.where(passed, scores, -1.0).flatten(1)
         best, index = largest(ranked, min(candidates, ranked.shape[1]))
-        labels, there = index % classes, best > self.score_threshold
+        labels, valid = index % classes, best > self.score_threshold
         row = index // classes * sets + labels.clamp(max=sets - 1)
-        found = torch.where(there[..., None], pick(boxes.flatten(1, 2), row), 0.0)
+        found = torch.where(valid[..., None], pick(boxes.flatten(1, 2), row), 0.0)
         kept = nms(found, labels, self.nms_iou, self.max_detections)
-        kept = (kept | ~nonempty(found)) & there  # empty boxes overlap no box
+        kept = (kept | ~nonempty(found)) & valid  # empty boxes overlap no box
         order = kept.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : self.max_detections]
-        seen = passed.flatten(1).sum(dim=1) <= best.shape[1]
-        exact = seen | (kept.sum(dim=1) >= self.max_detections)
+        complete = passed.flatten(1).sum(dim=1) <= best.shape[1]
+        exact = complete | (kept.sum(dim=1) >= self.max_detections)
         scores, labels, kept = (rows.gather(1, order) for rows in (best, labels, kept))
         return Found(pick(found, order), scores, labels, kept, exact)
 
@@ -278,7 +280,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) of (B, S) that a head runs on; on a GPU all, to avoid a wait."""
+    """Return the slots (R,) of (B, S) that a head computes: on a GPU all, to avoid a sync."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()
@@ -293,10 +295,10 @@ def spread(rows: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
 
 
 def detections(found: Found, masks: Tensor | None) -> list[Detections]:
-    """Return the detections of every image, sorted by score. Synchronizes with the GPU."""
+    """Return each image's detections, sorted by score; synchronizes with the GPU."""
     counts = found.filled.sum(dim=1).tolist()
-    every = [None] * len(counts) if masks is None else masks
+    per_image = [None] * len(counts) if masks is None else masks
     return [
-        Detections(boxes[:n], scores[:n], labels[:n], None if own is None else own[:n])
-        for n, boxes, scores, labels, own in zip(counts, *found[:3], every, strict=True)
+        Detections(boxes[:n], scores[:n], labels[:n], None if mask is None else mask[:n])
+        for n, boxes, scores, labels, mask in zip(counts, *found[:3], per_image, strict=True)
     ]

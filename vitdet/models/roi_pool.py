@@ -20,8 +20,8 @@ from vitdet.models.layers import at_least_float32
 
 
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
-    """Return the level (R,) of each box, 0 the finest; 2 for a side of 56 strides of level 0."""
-    canonical = 56 * finest_stride
+    """Return each box's level (R,); 0 is the finest."""
+    canonical = 56 * finest_stride  # side of a box on level 2
     # as in Detectron2, with an epsilon in the logarithm
     level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
     return level.clamp(0, num_levels - 1).long()
@@ -35,11 +35,10 @@ def pool(
     bins: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """Return features (R, C, bins, bins) of boxes (R, 4), each in its image (R,), from maps (B, C,
-    h, w).
+    """Pool features (R, C, bins, bins) of boxes (R, 4) in image (R,) from maps (B, C, h, w).
 
-    `sampling_ratio` points per bin and axis; 0: adaptive to the RoI's size, as in the published
-    models. A RoI of image -1 is an empty slot, with finite, undefined features.
+    A bin has `sampling_ratio` points per axis; 0 adapts them to the RoI's size, as in the published
+    models. Image -1 marks an empty slot, whose features are finite but undefined.
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])
@@ -70,10 +69,10 @@ def _pool_by_products(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """RoIAlign with a fixed number of points, linear and separable, as two matrix products.
+    """Compute RoIAlign, which is separable with a fixed number of points, by two products.
 
-    Its gradient is two matrix products as well, instead of the scattered additions that dominate a
-    step on a CPU.
+    The gradient is two matrix products as well, instead of scattered additions, which would
+    dominate a training step on a CPU.
     """
     # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]
@@ -97,8 +96,8 @@ def _pool_by_products(
 def interpolation(spans: Tensor, length: int, bins: int, ratio: int) -> Tensor:
     """Return the weights (R, bins, length) of an axis's cells in each bin's mean of `ratio` points.
 
-    spans (R, 2): low and high end in cells. Points more than a cell outside the map count as 0, as
-    in torchvision.
+    `spans` (R, 2) are the RoIs' ends in cells. Points more than one cell outside the map have the
+    value 0, as in torchvision.
     """
     low, high = spans[:, :1] - 0.5, spans[:, 1:] - 0.5
     number = bins * ratio

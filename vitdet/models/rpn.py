@@ -1,7 +1,7 @@
 """Region proposal network: objectness and box deltas for every anchor, proposals, and losses.
 
 Ren et al., Faster R-CNN (arXiv:1506.01497); hyperparameters as in Detectron2's ViTDet configs.
-Notation: B images, L levels, A anchors per cell, N anchors of a level (h w A) or slots for
+Notation: B images, L levels, A anchors per cell, N = h w A anchors of a level or N slots for
 proposals, G ground truths.
 """
 
@@ -47,12 +47,13 @@ class RPN(nn.Module):
     """Region proposal network over the levels of a pyramid.
 
     Args:
-        strides: strides of the levels; an anchor's side is `anchor_scale` times the stride of its
-        level. norm, eps: whether an LN follows each convolution, and its epsilon.
+        strides: the levels' strides.
+        anchor_scale: side of a square anchor, in strides of its level.
+        norm, eps: whether an LN follows each convolution, and its epsilon.
         match: assigns ground truths to anchors.
-        min_log_scale: limits how much a box shrinks.
-        divide_by_sampled: divide the losses by the number of sampled anchors, not by samples *
-            images.
+        min_log_scale: limits how much a box can shrink.
+        divide_by_sampled: divide the losses by the number of sampled anchors instead of `samples`
+            times the images.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class RPN(nn.Module):
             init_predictor(conv, std=0.01)
 
     def forward(self, features: Sequence[Tensor]) -> Anchored:
-        """Maps (B, C, h, w), finest first -> logits and deltas of every anchor."""
+        """Return the logits and deltas of every anchor on maps (B, C, h, w), finest first."""
         maps = [self.head(feature) for feature in features]
         grids = [(feature.shape[2], feature.shape[3]) for feature in features]
         layout = self.strides, self.anchor_scale, self.aspect_ratios
@@ -107,9 +108,9 @@ class RPN(nn.Module):
         )
 
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """One level's map (B, C, h, w) -> logits (B, A, h, w) and deltas (B, 4 A, h, w).
+        """Map one level (B, C, h, w) to logits (B, A, h, w) and deltas (B, 4 A, h, w).
 
-        Both are computed by one product, whose width is padded to a multiple of 8 for tensor cores.
+        One product computes both; its width is padded to a multiple of 8 for tensor cores.
         """
         for block in self.convs:
             feature = F.relu(block(feature))
@@ -124,8 +125,8 @@ class RPN(nn.Module):
     def propose(self, found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
         """Return the best boxes of each image after level-wise NMS, clipped to its size.
 
-        sizes (B, 2): unpadded (height, width); top: boxes per level before NMS, boxes per image
-        after NMS.
+        `sizes` (B, 2) are the unpadded (height, width). `top` limits the boxes per level before
+        NMS, and per image after NMS.
         """
         pre_nms, post_nms = top
         boxes, scores = [], []
@@ -137,13 +138,13 @@ class RPN(nn.Module):
             spare = pre_nms - index.shape[1]  # empty slots of a level with fewer anchors
             boxes.append(F.pad(torch.where(usable[..., None], decoded, 0.0), (0, 0, 0, spare)))
             scores.append(F.pad(best, (0, spare)))
-        of_level = torch.stack(boxes, dim=1)
-        kept = nms(of_level.flatten(0, 1), None, self.nms_iou, post_nms).view(len(sizes), -1)
-        left = torch.where(kept, torch.cat(scores, dim=1), -math.inf)
-        best, order = left.sort(dim=1, descending=True, stable=True)
+        by_level = torch.stack(boxes, dim=1)
+        kept = nms(by_level.flatten(0, 1), None, self.nms_iou, post_nms).view(len(sizes), -1)
+        remaining = torch.where(kept, torch.cat(scores, dim=1), -math.inf)
+        best, order = remaining.sort(dim=1, descending=True, stable=True)
         best, order = best[:, :post_nms], order[:, :post_nms]
         filled = best > -math.inf
-        chosen = torch.where(filled[..., None], pick(of_level.flatten(1, 2), order), 0.0)
+        chosen = torch.where(filled[..., None], pick(by_level.flatten(1, 2), order), 0.0)
         return Proposals(chosen, best, filled)
 
     def sample(self, anchors: Tensor, targets: Targets) -> tuple[Tensor, Sampled]:
@@ -161,13 +162,13 @@ class RPN(nn.Module):
         if self.divide_by_sampled:
             background = sampled.filled & ~sampled.foreground
             kinds = torch.stack([sampled.foreground.sum(1), background.sum(1)])
-            number = kinds.clamp(min=1).sum()  # mmdet: at least one
+            number = kinds.clamp(min=1).sum()  # at least one each, as in mmdet
         index, foreground = sampled.chosen[:, : sampled.most], sampled.foreground[:, : sampled.most]
-        here = anchors[index]
+        chosen = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))
-        wanted = encode(here, torch.where(foreground[..., None], truth, here), WEIGHTS)
-        own = logits.gather(1, sampled.chosen)
+        wanted = encode(chosen, torch.where(foreground[..., None], truth, chosen), WEIGHTS)
+        selected = logits.gather(1, sampled.chosen)
         return {
-            "loss_rpn_cls": objectness(own, sampled.foreground, number, sampled.filled),
+            "loss_rpn_cls": objectness(selected, sampled.foreground, number, sampled.filled),
             "loss_rpn_loc": box_l1(pick(deltas, index), wanted, number, foreground),
         }

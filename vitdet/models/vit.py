@@ -1,5 +1,4 @@
-"""The plain Vision Transformer as a detection backbone: window attention, and global attention in a
-few blocks.
+"""Plain Vision Transformer backbone: window attention, and global attention in a few blocks.
 
 Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (arXiv:2203.16527);
 hyperparameters as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in
@@ -24,12 +23,12 @@ from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, DropPath, init_conv
 
 
 class Size(NamedTuple):
-    """Constructor arguments of a named backbone; `global_blocks`: those with global attention."""
+    """Constructor arguments of a named backbone."""
 
     dim: int
     depth: int
     heads: int
-    global_blocks: tuple[int, ...]
+    global_blocks: tuple[int, ...]  # indices of the blocks with global attention
     mlp_ratio: float
 
 
@@ -42,7 +41,7 @@ SIZES = {
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H / patch, W / patch, C), by a product of the patches."""
+    """Patch embedding by a matrix product: (B, 3, H, W) -> (B, H / patch, W / patch, C)."""
 
     def __init__(self, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -77,8 +76,8 @@ class ConvBottleneck(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C); paths are dropped independently.
 
-    `window`: side of its windows in tokens, 0 for attention over `grid`. `branch` runs in parallel
-    to the attention on the block's input: maps (B, C, H, W) -> (B, C, H, W).
+    `window` is the side of the attention windows in tokens, or 0 for attention over `grid`.
+    `branch` maps the block's input (B, C, H, W) to the same shape, in parallel to the attention.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Block(nn.Module):
 
 
 class BlockOptions(TypedDict):
-    """Arguments of a plain backbone for all of its blocks, with the indices of special ones."""
+    """Arguments of a plain backbone that are passed to `build_blocks`."""
 
     heads: int
     global_blocks: Sequence[int]
@@ -139,7 +138,7 @@ def build_blocks(
     residual_blocks: Sequence[int],
     scaled_rel_pos: bool,
 ) -> Blocks:
-    """Build blocks; drop path rates increase linearly; `branch` creates one module per block."""
+    """Build blocks with linearly increasing drop path rates, and with a new `branch()` each."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return Blocks(
         Block(
@@ -160,8 +159,8 @@ def build_blocks(
 def init_normal(weight: Tensor) -> None:
     """Initialize from a normal distribution with standard deviation 0.02, in place.
 
-    The published code truncates at -2 and 2, which these values never reach, except that a uniform
-    random number of exactly -1 (1 in 2^24) becomes -2.
+    The published code truncates at -2 and 2, which has one effect: the random number that would
+    become minus infinity (1 in 2^24) becomes -2. Here, it becomes -0.12.
     """
     trunc_normal_(weight, std=0.02, a=-0.12, b=0.12)
 
@@ -178,10 +177,10 @@ def init_linears(module: nn.Module) -> None:
 class ViT(nn.Module):
     """Plain ViT: images (B, 3, H, W) -> one map (B, C, H / patch, W / patch).
 
-    `pos_embed_grid`: tokens per side of the stored position embedding; `rel_pos_size`: pixels per
-    side for which the relative positions of the global blocks are stored; either may be (rows,
-    columns). Both are resized to the grid of the image. `branch` creates the module that runs in
-    parallel to the attention of a block.
+    The stored position embedding has `pos_embed_grid` tokens per side. The relative positions of
+    the global blocks are stored for images of `rel_pos_size` pixels per side. Both arguments may be
+    (rows, columns); the positions are resized to an image's grid. `branch` creates the module that
+    runs in parallel to a block's attention.
     """
 
     def __init__(
@@ -212,13 +211,15 @@ class ViT(nn.Module):
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the first block's input, with positions: (B, 3, H, W) -> (B, h, w, C)."""
+        """Return the first block's input, including positions: (B, 3, H, W) -> (B, h, w, C)."""
         x = self.patch_embed(images)
         return x + resize_positions(self.pos_embed, (x.shape[1], x.shape[2]))
 
     def layer_of(self, name: str) -> int:
-        """Return a parameter's layer for layer-wise decay: 0 before the blocks, i + 1 in block i,
-        otherwise depth + 1, including residual convolutions (Detectron2: get_vit_lr_decay_rate).
+        """Return a parameter's layer for layer-wise decay (Detectron2: get_vit_lr_decay_rate).
+
+        This is 0 before the blocks, i + 1 in block i, and depth + 1 otherwise, including residual
+        convolutions.
         """
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0
@@ -234,9 +235,8 @@ def layer_of_block(name: str, first: int, rest: int) -> int:
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize (1, h, w, C) to (1, *grid, C), bicubic without antialiasing (Detectron2: get_abs_pos).
 
-    Computed as two small matrix products, since the interpolation is linear: F.interpolate took 6
-    ms per step of ViT-B on an H100. The products are in float64, which neither autocast nor TF32
-    affects.
+    As the interpolation is linear, it is computed as two small matrix products: F.interpolate took
+    6 ms per step of ViT-B on an H100. They are in float64, which neither autocast nor TF32 affects.
     """
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed

@@ -3,7 +3,7 @@
 Xu et al., ViTAE (arXiv:2106.03348), Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in
 ViTAE-Transformer/ViTDet. ViTAE-B is the `ViT` with `wide_branch` in each block. ViTAE-S,
 `ViTAESmall`, computes its tokens in three reduction cells of dilated convolutions, two of them with
-linear attention (Performer: Choromanski et al., arXiv:2009.14794; in the form of T2T-ViT: Yuan et
+linear attention (Performer: Choromanski et al., arXiv:2009.14794, in the form of T2T-ViT: Yuan et
 al., arXiv:2101.11986), and has no absolute positions.
 Notation: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2
 random features.
@@ -53,13 +53,12 @@ def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """Create ViTAE-B's parallel convolutions, 4 channels per group: (B, C, H, W) -> (B, C, H,
-    W)."""
+    """Create ViTAE-B's parallel convolutions, 4 channels per group; they keep (B, C, H, W)."""
     return nn.Sequential(*_two_convs(dim, hidden, dim // 4))
 
 
 def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
-    """Create ViTAE-S's convolutions parallel to the attention: (B, C, H, W) -> (B, C, H, W)."""
+    """Create ViTAE-S's parallel convolutions; they keep (B, C, H, W)."""
     layers = _two_convs(dim, hidden, groups)
     layers += [nn.BatchNorm2d(dim), nn.SiLU(), conv(dim, dim, groups=groups), nn.SiLU()]
     return nn.Sequential(*layers)
@@ -73,7 +72,7 @@ def _two_convs(dim: int, hidden: int, groups: int) -> list[nn.Module]:
 def dilated_convs(
     inputs: int, width: int, kernel: int, stride: int, dilations: Sequence[int]
 ) -> nn.ModuleList:
-    """Create parallel convolutions of a map (B, C, H, W) -> (B, width, H / stride, W / stride)."""
+    """Create parallel convolutions: (B, C, H, W) -> (B, width, H / stride, W / stride) each."""
     paddings = [math.ceil(((kernel - 1) * dilation + 1 - stride) / 2) for dilation in dilations]
     return nn.ModuleList(
         nn.Conv2d(inputs, width, kernel, stride=stride, dilation=dilation, padding=padding)
@@ -84,9 +83,9 @@ def dilated_convs(
 class Performer(nn.Module):
     """Linear attention and an MLP: (B, N, C) -> (B, N, E), with `mixed` added in between.
 
-    phi(q) . phi(k) approximates exp(q . k), phi(u) = exp(W u - |u|^2 / 2) / sqrt(M), with W (M, E)
-    fixed at random. Its rows are orthogonal and of length sqrt(M), as published (an unbiased
-    estimate would need sqrt(E)).
+    phi(q) . phi(k) approximates exp(q . k), where phi(u) = exp(W u - |u|^2 / 2) / sqrt(M) with a
+    fixed random matrix W (M, E). The rows of W are orthogonal and have the length sqrt(M), as
+    published (an unbiased estimate would need sqrt(E)).
     """
 
     w: Tensor
@@ -105,21 +104,22 @@ class Performer(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Tokens (B, N, C) and the output of the convolutions (B, N, E) -> (B, N, E)."""
+        """Map tokens (B, N, C) and the convolutions' output (B, N, E) to (B, N, E)."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         y = v + self.dropout(self.proj(self.linear_attention(q, k, v))) + mixed
         return y + self.mlp(self.norm2(y))
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, N, E) each -> (B, N, E), in float64, as autocast would convert float32 to half
-        precision, whose range the exponentials exceed.
+        """Return the attention (B, N, E) of (B, N, E) each, computed in float64.
+
+        Autocast would convert float32 to half precision, whose range the exponentials exceed.
         """
         query, key = self.features(q), self.features(k)
         share = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
         return (query @ (key.transpose(1, 2) @ v.double()) / (share + EPSILON)).to(v.dtype)
 
     def features(self, u: Tensor) -> Tensor:
-        """phi: (B, N, E) -> (B, N, M) in float64."""
+        """Return phi(u): (B, N, E) -> (B, N, M) in float64."""
         u, w = u.double(), self.w.double()
         return torch.exp(u @ w.T - u.square().sum(dim=-1, keepdim=True) / 2) / math.sqrt(len(w))
 
@@ -127,8 +127,8 @@ class Performer(nn.Module):
 class ReductionCell(nn.Module):
     """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
-    With `dim`, a Performer maps the concatenated channels to E = dim, parallel to convolutions of
-    the cell's input with `strides`.
+    With `dim`, a Performer maps the concatenated channels to E = dim, in parallel to convolutions
+    of the cell's input with `strides`.
     """
 
     def __init__(
@@ -167,9 +167,12 @@ class ReductionCell(nn.Module):
 class ViTAESmall(nn.Module):
     """ViTAE-S: images (B, 3, H, W) -> one map (B, C, H / 16, W / 16).
 
-    `widths`: channels of each dilated convolution in the three cells (C is twice the last);
-    `cell_dims`: output channels of the first two; `groups`: groups of the convolutions in the
-    blocks; the others as in `ViT`.
+    Other arguments are those of `ViT`.
+
+    Args:
+        widths: channels of each dilated convolution in the three cells; C is twice the last.
+        cell_dims: output channels of the first two cells.
+        groups: groups of the convolutions in the blocks.
     """
 
     def __init__(
@@ -208,11 +211,10 @@ class ViTAESmall(nn.Module):
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def layer_of(self, name: str) -> int:
-        """Return a parameter's layer for layer-wise decay: s in reduction cell s, 3 + j in block j,
-        else 18.
+        """Return a parameter's layer for layer-wise decay, as in the published run.
 
-        As in the published run; the published config specifies 12 layers, with which the last
-        blocks would learn faster than the heads.
+        This is s in reduction cell s, 3 + j in block j, and 18 otherwise. The published config
+        specifies 12 layers, with which the last blocks would learn faster than the heads.
         """
         if cell := re.match(r"reductions\.(\d+)\.", name):
             return int(cell.group(1))

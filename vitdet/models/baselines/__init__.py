@@ -1,1 +1,1 @@
-"""Hierarchical detectors that the ViTAE papers compare with: Swin or ViTAEv2 with an FPN."""
+"""Hierarchical detectors to which the ViTAE papers compare: Swin or ViTAEv2 with an FPN."""

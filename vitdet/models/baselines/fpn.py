@@ -33,7 +33,7 @@ class FPN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (B, C_i, ., .), finest first -> maps (B, D, ., .), finest first."""
+        """Map backbone maps (B, C_i, ., .) to levels (B, D, ., .), both finest first."""
         inner = [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]
         for i in reversed(range(len(inner) - 1)):
             size = inner[i].shape[2:]

@@ -2,8 +2,8 @@
 
 Liu et al. (arXiv:2103.14030); hyperparameters as in mmdet. The layers are timm's, except the block:
 timm rolls a map before padding it to multiples of the window, while the published detectors were
-trained with padding first. Both agree only if the map is a multiple of the window, which is not the
-case in detection (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
+trained with padding first. The results agree only if no padding is needed, which is not the case in
+detection (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
 Notation: B images, C channels, H x W tokens, K windows of N tokens.
 """
 
@@ -38,12 +38,14 @@ SIZES = {"swin_t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24))}
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Return the mask added to the logits in a map rolled by `shift`: (K, N, N), 0 between tokens
-    that were neighbors. height and width are multiples of the window.
+    """Return the mask (K, N, N) to add to the logits of a map rolled by `shift`.
+
+    The mask is 0 between tokens that were neighbors before the roll, else BLOCKED. Height and width
+    are multiples of the window.
     """
 
     def parts(size: int) -> Tensor:
-        # only the last windows of an axis contain tokens from both ends
+        # only an axis's last windows contain tokens from both ends
         steps = torch.arange(size, device=device)
         return (steps >= size - window).long() + (steps >= size - shift).long()
 
@@ -53,7 +55,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on windows, of a map rolled by `shift` cells up and left."""
+    """Pre-norm transformer block with windows, on a map rolled by `shift` cells up and left."""
 
     def __init__(self, *, dim: int, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Window attention; zero padding on the right and bottom is included."""
+        """Attend within windows, including zero padding on the right and bottom."""
         height, width = x.shape[1:3]
         size, shift, mask = self.window, self.shift, None
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
@@ -84,14 +86,14 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging (not in the first stage), blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
+    """Patch merging (not in stage 0), then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
 
     def __init__(
         self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
     ) -> None:
         super().__init__()
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
-        shifts = (0, window // 2)  # in turn
+        shifts = (0, window // 2)  # alternating
         self.blocks = Blocks(
             Block(dim=dim, heads=heads, window=window, shift=shifts[i % 2], drop_path=rate)
             for i, rate in enumerate(rates)
@@ -104,7 +106,7 @@ class Stage(nn.Module):
 class Swin(nn.Module):
     """Swin Transformer: images (B, 3, H, W) -> maps of strides 4, 8, 16, 32, after LayerNorms.
 
-    H and W are multiples of 32. `drop_path`: rate of the last block; increases linearly from 0.
+    H and W must be multiples of 32. Drop path rates increase linearly from 0 to `drop_path`.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Swin(nn.Module):
         super().__init__()
         self.out_channels = tuple(dim * 2**i for i in range(len(depths)))
         self.strides = tuple(4 * 2**i for i in range(len(depths)))
-        self.num_layers = 0  # no layer-wise decay: every parameter belongs to the rest
+        self.num_layers = 0  # no layer-wise decay, see `layer_of`
         layout: dict[str, Any] = {"output_fmt": "NHWC", "strict_img_size": False}
         self.patch_embed = PatchEmbed(None, 4, embed_dim=dim, norm_layer=nn.LayerNorm, **layout)
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
@@ -132,7 +134,7 @@ class Swin(nn.Module):
         init_linears(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> maps (B, C, ., .), finest first."""
+        """Map (B, 3, H, W) to one map (B, C, ., .) per stage, finest first."""
         x, maps = self.patch_embed(images), []
         for stage, norm in zip(self.layers, self.norms, strict=True):
             x = stage(x)

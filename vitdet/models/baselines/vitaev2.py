@@ -1,8 +1,8 @@
 """ViTAEv2, a hierarchical backbone: four stages of a reduction cell and normal cells.
 
 Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in ViTAE-Transformer/ViTAE-Transformer
-(Object-Detection). The first two stages have window attention without shift and without relative
-positions, the last two global attention; in each cell convolutions run parallel to the attention.
+(Object-Detection). The first two stages use window attention without shifts or relative positions,
+the last two global attention. In each cell, convolutions run in parallel to the attention.
 Notation: B images, C channels, H x W tokens, N = H W, E output channels of a cell, h heads, s
 stage.
 """
@@ -25,18 +25,15 @@ from vitdet.models.vitae import CELL_NORM_EPS, conv, dilated_convs
 
 
 class Size(NamedTuple):
-    """Constructor arguments of a named backbone, one entry per stage: channels of each dilated
-    convolution, output channels, normal cells, heads and groups of the convolutions in the cells of
-    either kind.
-    """
+    """Constructor arguments of a named backbone, with one entry per stage."""
 
-    widths: tuple[int, ...]
-    dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    reduction_heads: tuple[int, ...]
-    heads: tuple[int, ...]
-    reduction_groups: tuple[int, ...]
-    groups: tuple[int, ...]
+    widths: tuple[int, ...]  # channels of each dilated convolution
+    dims: tuple[int, ...]  # output channels
+    depths: tuple[int, ...]  # number of normal cells
+    reduction_heads: tuple[int, ...]  # attention heads of the reduction cell
+    heads: tuple[int, ...]  # attention heads of the normal cells
+    reduction_groups: tuple[int, ...]  # groups of the reduction cell's parallel convolutions
+    groups: tuple[int, ...]  # groups of the normal cells' parallel convolutions
 
 
 SIZES = {
@@ -58,7 +55,7 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Create three convolutions parallel to the attention, of channels[0] to channels[3]."""
+    """Create a cell's parallel convolutions; `channels` are the widths before and after each."""
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -71,10 +68,9 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions in windows of side `window`, or among all tokens (0); E may
-    differ from C.
+    """Attention without positions, in windows of side `window` or among all tokens (0).
 
-    With `keep_values` the values are added to the result: (B, H, W, C) -> (B, H, W, E).
+    E may differ from C. With `keep_values`, the values are added to the result.
     """
 
     def __init__(
@@ -90,23 +86,24 @@ class Attention(nn.Module):
         if self.window == 0:
             return self.mix(x)
         (height, width), size = x.shape[1:3], self.window
-        # zero padding on all sides, included in the attention
+        # zero padding on all sides, which takes part in the attention
         top, left = (-height % size // 2, -width % size // 2)
         x = F.pad(x, (0, 0, left, -width % size - left, top, -height % size - top))
         x = join_windows(self.mix(split_windows(x, size)), (x.shape[1], x.shape[2]))
         return x[:, top : top + height, left : left + width]
 
     def mix(self, x: Tensor) -> Tensor:
-        """Attention among all tokens of a map or window."""
+        """Attend among all tokens of a map or window."""
         q, k, v = split_heads(self.qkv(x), self.heads)
         y = attend(q * q.shape[-1] ** -0.5, k, v)
-        y, v = (join_heads(one, x.shape[1]) for one in (y, v))
+        y, v = (join_heads(tokens, x.shape[1]) for tokens in (y, v))
         return self.proj(y) + v if self.keep_values else self.proj(y)
 
 
 class ReductionCell(nn.Module):
-    """Dilated convolutions, attention, and convolutions of the input in parallel: (B, C, H, W) ->
-    (B, H / stride, W / stride, E).
+    """Dilated convolutions, then attention with convolutions of the cell's input in parallel.
+
+    Maps (B, C, H, W) to (B, H / stride, W / stride, E).
     """
 
     def __init__(
@@ -173,7 +170,7 @@ class Stage(nn.Module):
 class ViTAEv2(nn.Module):
     """ViTAEv2: images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, without a final norm.
 
-    H and W are multiples of 32. `drop_path`: largest rate of a cell (see `drop_rates`).
+    H and W must be multiples of 32. `drop_path` is the largest rate in `drop_rates`.
     """
 
     def __init__(
@@ -192,10 +189,10 @@ class ViTAEv2(nn.Module):
         super().__init__()
         self.out_channels = tuple(dims)
         self.strides = tuple(math.prod(STRIDES[: s + 1]) for s in range(len(dims)))
-        self.num_layers = 0  # no layer-wise decay: every parameter belongs to the rest
+        self.num_layers = 0  # no layer-wise decay, see `layer_of`
         self.stages = nn.ModuleList()
         for s, rates in enumerate(drop_rates(depths, drop_path)):
-            both = {"dim": dims[s], "window": window_size if WINDOWED[s] else 0}
+            shared = {"dim": dims[s], "window": window_size if WINDOWED[s] else 0}
             reduction = ReductionCell(
                 inputs=dims[s - 1] if s else 3,
                 width=widths[s],
@@ -204,17 +201,17 @@ class ViTAEv2(nn.Module):
                 dilations=DILATIONS[s],
                 heads=reduction_heads[s],
                 groups=reduction_groups[s],
-                **both,
+                **shared,
             )
             cells = [
-                NormalCell(heads=heads[s], groups=groups[s], drop_path=rate, **both)
+                NormalCell(heads=heads[s], groups=groups[s], drop_path=rate, **shared)
                 for rate in rates
             ]
             self.stages.append(Stage(reduction, cells))
         init_linears(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> maps (B, C, ., .), finest first."""
+        """Map (B, 3, H, W) to one map (B, C, ., .) per stage, finest first."""
         x, maps = images, []
         for stage in self.stages:
             x = stage(x)
@@ -227,11 +224,11 @@ class ViTAEv2(nn.Module):
 
 
 def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
-    """Return the drop path rate of each normal cell of each stage, as in the published run.
+    """Return each stage's drop path rates, one per normal cell, as in the published run.
 
-    The rates increase linearly over all cells, but stage s uses the rates starting at the index
-    depths[s - 1] instead of the sum of all previous depths: with depths (2, 2, 8, 2), the last
-    stage has the rates of cells 8 and 9.
+    The rates increase linearly over all cells, but stage s uses those from index depths[s - 1] on
+    instead of the sum of all previous depths: with depths (2, 2, 8, 2), the last stage has the
+    rates of cells 8 and 9.
     """
     rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
     starts = [0, *depths[:-1]]
