@@ -1,11 +1,11 @@
 """Triton kernels for operations without a fast implementation in PyTorch, as custom operators.
 
-Triton launches kernels on the current device, so each operator sets it to the device of its
-tensors. The operators do not check their arguments: `vitdet.models` and `vitdet.evaluation`, which
-call them, guarantee shapes and dtypes.
+Triton launches kernels on the current device, so each operator first selects its tensors' device.
+The operators do not check their arguments: `vitdet.models` and `vitdet.evaluation`, which call
+them, guarantee shapes and dtypes.
 
-They run on NVIDIA GPUs, Ampere and later; elsewhere, and with the environment variable
-VITDET_KERNELS=off, callers use plain torch.
+The kernels run on NVIDIA GPUs of the Ampere generation or later. On other devices, and with the
+environment variable VITDET_KERNELS=off, callers use plain torch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 
 def enabled(*tensors: Tensor) -> bool:
-    """Return whether the kernels run on these tensors; False for float64.
+    """Return whether the kernels run on these tensors; they do not support float64.
 
     Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
     """
-    fit = all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
-    return fit and _runs_on(tensors[0].device.index)
+    supported = all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
+    return supported and _runs_on(tensors[0].device.index)
 
 
 def describe() -> str:
@@ -44,12 +44,12 @@ def describe() -> str:
 
 @torch.compiler.assume_constant_result
 def _runs_on(device: int) -> bool:
-    """Opaque to compilers: environment and GPU do not change while a compiled model exists."""
+    """Return whether the kernels run on a device; torch.compile treats this as a constant."""
     return _obstacle(device) is None
 
 
 def _obstacle(device: int | None) -> str | None:
-    """Return why the kernels do not run (None: there is no GPU), or None."""
+    """Return why the kernels do not run on a device (None if there is no GPU), or None."""
     setting = os.environ.get(SWITCH, "on")
     if setting not in ("on", "off"):
         raise ValueError(f"{SWITCH} must be on or off, got {setting!r}")
@@ -66,6 +66,6 @@ def _missing(device: int | None) -> str | None:
         return "no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
-        found, needed = (".".join(map(str, one)) for one in (capability, CAPABILITY))
-        return f"compute capability {found}, they need {needed}"
+        found, needed = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+        return f"compute capability {found} is below {needed}"
     return None if find_spec("triton") else "triton is not installed"

@@ -1,10 +1,10 @@
-"""Multi-head attention with decomposed relative positions, on a grid of tokens or in windows of it.
+"""Multi-head attention with decomposed relative positions, on a grid of tokens or in its windows.
 
 PyTorch's fused kernels accept positions only as an N x N bias or as queries and keys widened to d +
-H + W. The kernels in `attention_kernels` read the position tables directly: with 64 x 64 tokens, 12
-heads of 64 and 8 images the forward pass takes 1.22 ms and the backward pass 4.3 ms, in windows of
-14 0.24 and 0.93 ms (H200, bf16; `python -m tests.bench.attention`). Relative positions: Li et al.,
-MViTv2 (arXiv:2112.01526).
+H + W. The kernels in `attention_kernels` read the position tables directly. With 64 x 64 tokens, 12
+heads of 64 channels and 8 images, the forward pass takes 1.22 ms and the backward pass 4.3 ms; with
+windows of 14 x 14 tokens, they take 0.24 and 0.93 ms (H200, bf16; `python -m
+tests.bench.attention`). Relative positions: Li et al., MViTv2 (arXiv:2112.01526).
 
 Notation: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along
 an axis.
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_DEPTH = 128  # channels of a head whose tiles fit into registers
-LARGEST_SIDE = 128  # tokens of a grid's row, which is a tile of keys
-LARGEST_WINDOW = 32
+LARGEST_DEPTH = 128  # maximum channels of a head, whose tiles must fit into registers
+LARGEST_SIDE = 128  # maximum tokens in a row of the grid, which is a tile of keys
+LARGEST_WINDOW = 32  # maximum tokens per side of a window
 
 
 def fits(width: int, window: int, depth: int) -> bool:
@@ -33,19 +33,20 @@ def fits(width: int, window: int, depth: int) -> bool:
 def attention(
     qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """softmax(s q.k + q.Rh[qh - kh] + q.Rw[qw - kw]) v of every head: (B, N, 3 h d) -> (B, N, h d).
+    """Compute softmax(s q.k + q.Rh[qh - kh] + q.Rw[qw - kw]) v of every head.
 
     Args:
         qkv: (B, N, 3 h d), queries, keys and values, of sizes that `fits` accepts.
         bias: (3 h d), bias of the projection. Windows may exceed the grid: tokens beyond the grid
-            are zeros before the projection, i.e. equal to the bias after the projection.
-        rel_h, rel_w: (2 K - 1, d) each, K the window, or height or width. Row r is for queries
-            r - K + 1 tokens after the key. The dtype may differ from that of qkv.
+            are zeros before the projection, and therefore equal the bias after it.
+        rel_h, rel_w: (2 K - 1, d) each; K is the window's side, or the grid's height or width. Row
+            r is for queries r - K + 1 tokens after the key. The dtype may differ from qkv's.
         sizes: height and width of the grid, heads, side of the windows in tokens (0: attention
             among all tokens), and 1 to apply the tables to the scaled query, else 0.
 
     Returns:
-        The heads' output, and the base-2 logarithms of the softmax's sums for the backward pass.
+        The heads' output (B, N, h d), and for the backward pass the base-2 logarithms of the
+        softmax's sums.
     """
     from vitdet.kernels.attention_kernels import forward
 
@@ -87,14 +88,14 @@ def attention_backward(
 @attention_backward.register_fake
 def _(_: Tensor, qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    dbias, drel_h, drel_w = (one.new_empty(one.shape, dtype=torch.float32) for one in given[:3])
+    dbias, drel_h, drel_w = (x.new_empty(x.shape, dtype=torch.float32) for x in given[:3])
     return dqkv, dbias, drel_h, drel_w
 
 
 def _prepared(
     qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
 ) -> tuple[Any, ...]:
-    """Return the arguments of the launches in `attention_kernels`."""
+    """Return the arguments that `forward` and `backward` in `attention_kernels` share."""
     from vitdet.kernels.attention_positions import Layout
 
     height, width, heads, window, scaled = sizes
@@ -115,7 +116,7 @@ def _differentiate(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple
         return (None,) * 5
     tensors = ctx.saved_tensors
     found = attention_backward(gradient, *tensors, ctx.sizes)
-    return *(one.to(given.dtype) for one, given in zip(found, tensors[:4], strict=True)), None
+    return *(grad.to(x.dtype) for grad, x in zip(found, tensors[:4], strict=True)), None
 
 
 attention.register_autograd(_differentiate, setup_context=_save)

@@ -1,14 +1,14 @@
 """The Triton kernels of `vitdet.kernels.attention`, and their launches.
 
-Tokens attend to each other within an area: a window, or the whole grid. A block of keys is some of
-its rows, each padded to a power of 2. The position along the height is then one number per query
-and row of keys, and the positions along the width are the same tile for every row, kept in
-registers; their gradients are row sums and sums of rows of the logits' gradient. So positions need
-no matrix product, and queries and keys are not widened. Windows are read and written in the grid;
-tokens beyond the grid have the projection's bias as their value.
+Tokens attend to each other within an area: a window, or the whole grid. A block of keys consists of
+rows of the area, each padded to a power of 2. The bias along the height is then one number per
+query and row of keys, and the bias along the width is the same tile for every row, kept in
+registers. Their gradients are sums of the logits' gradient within and over rows. Positions thus
+need no matrix product, and queries and keys are not widened. Windows are read from and written to
+the grid; tokens beyond the grid equal the projection's bias.
 
-The backward pass computes the logits twice, per queries and per keys (7 products instead of 5), so
-that it needs no atomics and is deterministic.
+The backward pass computes the logits twice, for blocks of queries and for blocks of keys (7
+products instead of 5), so that it needs no atomics and is deterministic.
 
 Notation: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of
 an area.
@@ -39,21 +39,18 @@ from vitdet.kernels.attention_positions import (
 
 
 class Blocks(NamedTuple):
-    """Block sizes of queries and keys (at least a row of keys), warps per program, pipeline stages.
+    """Options of a kernel launch."""
 
-    `registers`: maximum per thread, for higher occupancy; None: chosen by the compiler.
-    """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
+    queries: int  # per block
+    keys: int  # per block, which contains at least one row of them
+    warps: int  # per program
+    stages: int  # of the pipeline
+    registers: int | None = None  # maximum per thread, for higher occupancy
 
 
-# Keyed by whether the area is the grid (64 x 64 tokens) or a window (14 x 14). Among the fastest on
-# an H200 with d = 64 (`tests/bench/attention.py`); limiting registers gains another 5 to 9% but
-# would spill with wider heads.
+# Keyed by whether the area is the whole grid. These are among the fastest options for 64 x 64
+# tokens, windows of 14 x 14 and d = 64 on an H200 (`tests/bench/attention.py`). Limiting registers
+# gains another 5 to 9%, but would cause spilling with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}
@@ -62,9 +59,10 @@ BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}
 def forward(
     layout: Layout, qkv: Tensor, bias: Tensor, tables: tuple[Tensor, Tensor], factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the heads' output (B, N, h d) and the base-2 logarithms of the softmax's sums (B
-    groups, area), given qkv (B, N, 3 h d), its bias (3 h d), and tables of relative positions
-    (2 K - 1, d), multiplied by `factor`.
+    """Return the heads' output (B, N, h d) and log2 of the softmax's sums (B groups, area).
+
+    The arguments are qkv (B, N, 3 h d), its bias (3 h d), and the tables of relative positions
+    (2 K - 1, d), which are multiplied by `factor`.
     """
     batch, tokens, channels = qkv.shape
     out = qkv.new_empty(batch, tokens, channels // 3)
@@ -86,7 +84,7 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of qkv, bias (of tokens beyond the grid), tables; the last 3 in float32."""
+    """Return the gradients of qkv and, in float32, bias (of tokens beyond the grid) and tables."""
     products = positions(layout, qkv, tables, factor)  # recomputed, to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
@@ -96,7 +94,7 @@ def backward(
     launch(backward_queries_kernel, programs, given, options)
     blocks, options = _blocks(layout, BACKWARD_KEYS)
     number = triton.cdiv(layout.rows, blocks.lines)
-    # of each block of keys and values: the part beyond the grid
+    # sums of the gradients of keys and values beyond the grid, per block of keys
     size = len(sums) // layout.heads, layout.heads, number if layout.padded else 0
     beyond = sums.new_zeros(*size, 2, layout.depth)
     of_keys = qkv, bias, *products, gradient, sums, delta, dqkv, beyond, blocks
@@ -107,14 +105,14 @@ def backward(
 
 
 def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> tuple[Layout, dict[str, Any]]:
-    """Return the layout with its blocks, and the options of the launch."""
+    """Return the layout with block sizes, and the launch options."""
     queries, keys, warps, stages, registers = choice[layout.whole]
     layout = layout._replace(queries=queries, lines=max(1, keys // layout.column_tile))
     return layout, {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
 def launch(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
-    """Launch a kernel; with fewer stages on GPUs with less shared memory than an H100 (227 KiB)."""
+    """Launch a kernel, with fewer stages if a GPU has less shared memory than an H100 (227 KiB)."""
     try:
         kernel[(programs,)](*given, **options)
     except triton.runtime.errors.OutOfResources:
@@ -125,7 +123,7 @@ def launch(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, 
 
 @triton.jit
 def load_keys(x, bias, token, exists, inside, step, L):
-    """`load` for keys or values; beyond the grid they are read from the bias."""
+    """Load keys or values like `load`, but read the bias for tokens beyond the grid."""
     channel = tl.arange(0, L.channels)[None, :]
     at = x + token[:, None] * step + channel
     if L.height % L.rows + L.width % L.columns > 0:
@@ -135,7 +133,7 @@ def load_keys(x, bias, token, exists, inside, step, L):
 
 @triton.jit
 def load_rows(rows, group, row, i, exists, L, LINES):
-    """Load q . R of queries i and rows of keys, row x i or i x row: -inf beyond the last row."""
+    """Load q . R of queries i and rows of keys, which are broadcast; -inf beyond the last row."""
     at = rows + (group.to(tl.int64) * L.rows + row) * (L.rows * L.columns) + i
     if L.rows % LINES == 0:
         found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
@@ -147,7 +145,7 @@ def load_rows(rows, group, row, i, exists, L, LINES):
 
 @triton.jit
 def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
-    """A block of queries over all keys, with a running maximum (FlashAttention-2, 2307.08691)."""
+    """Process a block of queries with a running maximum (FlashAttention-2, arXiv:2307.08691)."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile
@@ -197,7 +195,7 @@ def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
 def backward_queries_kernel(
     qkv, bias, rows, columns, out, gradient, sums, delta, dqkv, drows, dcolumns, L: tl.constexpr
 ):
-    """A block of queries over all keys: gradients of queries, positions; `delta` for the keys."""
+    """Compute the gradients of a block of queries and its positions, and `delta` for the keys."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile
@@ -252,7 +250,7 @@ def backward_queries_kernel(
 def backward_keys_kernel(
     qkv, bias, rows, columns, gradient, sums, delta, dqkv, beyond, L: tl.constexpr
 ):
-    """A block of keys over the grid's queries. Logits are transposed: products from registers."""
+    """Compute the gradients of a block of keys; logits are transposed to remain in registers."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile

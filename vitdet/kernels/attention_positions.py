@@ -1,9 +1,8 @@
-"""Products of queries with relative positions, q . R, their gradients, and helpers of the attention
-kernels.
+"""Products of queries with relative positions, q . R, and helpers of the attention kernels.
 
-All queries of a line, a row (axis 0) or a column (axis 1) of an area, use the same rows of a table
-(2 K - 1, d), so that each line needs one matrix product with a slice of the table. Plain torch
-would copy the queries and expand the table to (K, K, d).
+A line is a row (axis 0) or a column (axis 1) of an area. All of its queries use the same rows of a
+table (2 K - 1, d), so that each line needs one matrix product with a slice of the table. Plain
+torch would copy the queries and expand the table to (K, K, d).
 
 Notation: B images, h heads, d channels of a head, K tokens along an axis of an area, L the
 `Layout`, which is a compile-time constant of the kernels.
@@ -21,13 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
-# Number of programs that share the images and heads of a line, keyed by whether the area is the
-# grid.
+# Number of programs that share a line's images and heads, by whether the area is the whole grid.
 PARTS = {True: 16, False: 96}
 
 
 class Layout(NamedTuple):
-    """Sizes of one call; areas are windows, or the whole grid."""
+    """Sizes of one call; an area is a window, or the whole grid."""
 
     height: int
     width: int
@@ -35,18 +33,18 @@ class Layout(NamedTuple):
     depth: int
     rows: int
     columns: int
-    whole: bool
-    # sides of tiles of channels, rows and columns
+    whole: bool  # whether the area is the grid
+    # tile sizes of channels, rows and columns
     channels: int
     row_tile: int
     column_tile: int
-    # queries, and rows of keys, of a block
+    # queries and rows of keys per block
     queries: int = 0
     lines: int = 0
 
     @classmethod
     def of(cls, height: int, width: int, heads: int, depth: int, window: int) -> Layout:
-        """`window`: tokens per side of the windows, 0 for the whole grid."""
+        """Create the layout of windows of `window` tokens per side, or of the whole grid (0)."""
         rows, columns = window or height, window or width
         tiles = (tile(size) for size in (depth, rows, columns))
         return cls(height, width, heads, depth, rows, columns, not window, *tiles)
@@ -63,7 +61,7 @@ class Layout(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Attentions per image: areas times heads."""
+        """Independent attentions per image: areas times heads."""
         down, across = triton.cdiv(self.height, self.rows), triton.cdiv(self.width, self.columns)
         return down * across * self.heads
 
@@ -80,14 +78,14 @@ class Layout(NamedTuple):
 
 
 def tile(size: int) -> int:
-    """Return the side of a tile of `size` elements that tensor cores multiply."""
+    """Return the smallest tile size for `size` elements that tensor cores support."""
     return max(16, triton.next_power_of_2(size))
 
 
 def positions(
     layout: Layout, qkv: Tensor, tables: tuple[Tensor, Tensor], factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Return q . R times `factor` and log2(e); -inf beyond the last column."""
+    """Return q . R, multiplied by `factor` and log2(e); -inf beyond the last column."""
     found = layout.products(qkv)
     for axis, (table, product) in enumerate(zip(tables, found, strict=True)):
         grid = (layout.sides[axis] * len(product),)
@@ -118,16 +116,16 @@ def positions_backward(
 
 
 def diagonal_sums(x: Tensor) -> Tensor:
-    """(K, K, d) -> (2 K - 1, d): row r is the sum over all i - j + K - 1 = r."""
+    """Sum (K, K, d) to (2 K - 1, d): row r is the sum over all i - j + K - 1 = r."""
     size, _, depth = x.shape
-    # shift every line by one more than the line above, by padding all of them by one
+    # padding rows to 2 K and cutting them at 2 K - 1 shifts each by one more than the row above
     skewed = F.pad(x.flip(1), (0, 0, 0, size)).view(-1, depth)[: size * (2 * size - 1)]
     return skewed.view(size, 2 * size - 1, depth).sum(dim=0)
 
 
 @triton.jit
 def origin(group, L):
-    """Return the first token of a group's image, the first row and column of its area, its head."""
+    """Return the first token of a group's image, its area's first row and column, and its head."""
     across = (L.width + L.columns - 1) // L.columns
     areas = (L.height + L.rows - 1) // L.rows * across
     area = group // L.heads
@@ -137,7 +135,7 @@ def origin(group, L):
 
 @triton.jit
 def tokens(row, column, top, left, L):
-    """Return the grid tokens at these places of an area; which exist, and which are in the grid."""
+    """Return an area's tokens in the grid, whether they exist, and whether the grid has them."""
     exists = (row < L.rows) & (column < L.columns)
     inside = exists & (top + row < L.height) & (left + column < L.width)
     return (top + row) * L.width + left + column, exists, inside
@@ -145,7 +143,7 @@ def tokens(row, column, top, left, L):
 
 @triton.jit
 def load(x, token, inside, step, L):
-    """Load a head's channels of these tokens, `step` apart: (tokens, channels)."""
+    """Load a head's channels (tokens, channels) of tokens that are `step` elements apart."""
     channel = tl.arange(0, L.channels)[None, :]
     mask = inside[:, None] & (channel < L.depth)
     return tl.load(x + token[:, None] * step + channel, mask=mask, other=0.0)
@@ -153,7 +151,7 @@ def load(x, token, inside, step, L):
 
 @triton.jit
 def store(to, token, inside, x, step, L):
-    """Inverse of `load`."""
+    """Store a head's channels, as the inverse of `load`."""
     channel = tl.arange(0, L.channels)[None, :]
     mask = inside[:, None] & (channel < L.depth)
     tl.store(to + token[:, None] * step + channel, x.to(to.dtype.element_ty), mask=mask)
@@ -161,7 +159,7 @@ def store(to, token, inside, x, step, L):
 
 @triton.jit
 def line_of(i, top, left, L, AXIS, QUERIES: tl.constexpr):
-    """Return the queries of line i: their indices in the area, and as `tokens`."""
+    """Return the indices of line i's queries in the area, and their `tokens`."""
     j = tl.arange(0, QUERIES)
     row = i + j * 0 if AXIS == 0 else j
     column = j if AXIS == 0 else i + j * 0
@@ -181,7 +179,7 @@ def table_rows(table, i, side, L, KEYS: tl.constexpr):
 
 @triton.jit
 def place_of(group, i, key, L, AXIS, KEYS):
-    """Return the address of q . R of query i and a key in the result of `Layout.products`."""
+    """Return the offset of q . R for query i and a key in a tensor of `Layout.products`."""
     group, area = tl.cast(group, tl.int64), L.rows * L.columns
     return (group * L.rows + key) * area + i if AXIS == 0 else (group * area + i) * KEYS + key
 
@@ -209,7 +207,7 @@ def positions_kernel(qkv, table, product, factor, L: tl.constexpr, AXIS: tl.cons
 def positions_backward_kernel(
     qkv, table, dproduct, dqkv, sums, factor, groups, L: tl.constexpr, AXIS: tl.constexpr
 ):
-    """Line i of several groups in sequence, so that the sums over them need no atomics."""
+    """Process line i of several groups in sequence, so that sums over them need no atomics."""
     i, part = tl.program_id(0), tl.program_id(1)
     SIDE: tl.constexpr = L.columns if AXIS else L.rows
     QUERIES: tl.constexpr = L.row_tile if AXIS else L.column_tile

@@ -1,7 +1,7 @@
 """CUDA graphs of a function of tensors: its kernels are recorded once and launched by one call.
 
-At small batch sizes, the host needs more time to launch the thousands of kernels of a training step
-than the GPU needs to run them; with a graph, a step has about 90 launches.
+At small batch sizes, the host needs more time to launch a training step's thousands of kernels than
+the GPU needs to run them; with a graph, a step has about 90 launches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 Output = TypeVar("Output")
 
 LIMIT = 6  # maximum number of graphs, one per set of shapes; each keeps its activations
-WARM_UPS = 2  # calls before the recording, in which kernels are compiled and chosen
+WARM_UPS = 2  # calls before the recording, which compile and select kernels
 _recording = Lock()  # torch allows one recording at a time per process
 
 
@@ -41,10 +41,10 @@ class _Graph(NamedTuple, Generic[Output]):
 class CudaGraph(Generic[Output]):
     """A function of tensors on a GPU, recorded for each set of input shapes.
 
-    The function must not synchronize with the GPU, and tensors that it reads besides its arguments
-    (weights, say) must not move in memory. Its results are overwritten by the next call with the
-    same shapes. Random numbers follow the device's generator as without a graph. No reference to
-    the function is kept, so that no reference cycle delays freeing the memory of the graphs.
+    The function must not synchronize with the GPU, and tensors that it reads besides its arguments,
+    such as weights, must not move in memory. The next call with the same shapes overwrites the
+    results. Random numbers are drawn from the device's generator, as without a graph. No reference
+    to the function is kept, so that no reference cycle delays freeing the graphs' memory.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class CudaGraph(Generic[Output]):
         """
         recorded = self.graphs.get(_shapes(tensors))
         if recorded is None:
-            raise NotRecorded(f"no graph for the shapes {_shapes(tensors)}")
+            raise NotRecorded(f"no graph is recorded for the shapes {_shapes(tensors)}")
         for static, tensor in zip(recorded.inputs, tensors, strict=True):
             static.copy_(tensor, non_blocking=True)
         recorded.graph.replay()
@@ -72,7 +72,7 @@ class CudaGraph(Generic[Output]):
         self.pool = None
 
     def has(self, *tensors: Tensor) -> bool:
-        """Return whether there is a graph for tensors of these shapes."""
+        """Return whether a graph is recorded for tensors of these shapes."""
         return _shapes(tensors) in self.graphs
 
     def record(self, function: Callable[..., Output], *tensors: Tensor) -> None:
@@ -83,12 +83,12 @@ class CudaGraph(Generic[Output]):
         Raises:
             NotRecorded: the function synchronizes with the GPU.
             NoRoom: LIMIT graphs exist.
-            OutOfMemory: too little GPU memory; all graphs are cleared.
+            OutOfMemory: the GPU memory does not suffice; all graphs are cleared.
         """
         if len(self.graphs) == LIMIT:
             raise NoRoom(f"{LIMIT} graphs are already recorded, for other shapes")
         device = tensors[0].device if tensors[0].is_cuda else torch.device("cuda")
-        # kernels run on the current device, and its memory is synchronized
+        # kernels are launched, and the recording synchronizes, on the current device
         with _recording, torch.cuda.device(device):
             self._record(function, device, tensors)
 
@@ -109,7 +109,7 @@ class CudaGraph(Generic[Output]):
                     function(*inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
             torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()  # the graph has its own memory
+            torch.cuda.empty_cache()  # release cached memory, as the graph allocates its own
             with torch.cuda.graph(graph, **options):
                 output = function(*inputs)
         except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""Exact greedy NMS of many groups of boxes at once, without synchronizing with the host.
+"""Exact greedy NMS for many groups of boxes at once, without synchronizing with the host.
 
-torchvision processes one image after the other, each in a single thread block: 31 of 312 ms of a
-training step of ViT-B at batch 8 on an H100. The arithmetic is that of torchvision on the CPU,
-operation by operation (IEEE division, no fused multiply-add, float32 compared with a float64
-threshold), so both keep the same boxes.
+torchvision processes one image after the other, each in a single thread block, which took 31 of the
+312 ms of a ViT-B training step (batch size 8, H100). The kernels repeat torchvision's arithmetic on
+the CPU, operation by operation (IEEE division, no fused multiply-add, float32 compared with a
+float64 threshold), so that they keep the same boxes.
 
 Notation: G groups, N boxes of a group.
 """
@@ -16,7 +16,7 @@ from torchvision.ops import nms as torchvision_nms
 
 from vitdet.kernels import enabled
 
-TOGETHER = 46_000  # boxes compared per group (256 MB of bits); larger groups are split by label
+TOGETHER = 46_000  # maximum boxes of a group (256 MB of bits); larger groups are split by label
 
 
 def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
@@ -26,11 +26,11 @@ def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
     labels are equal. Boxes with x1 <= x0 or y1 <= y0, or with NaN, are never kept.
 
     Args:
-        boxes: (G, N, 4) xyxy float32, each group's in descending order of score.
-        iou: the threshold.
-        labels: (G, N) int64, or None. Groups of more than TOGETHER boxes then need a
+        boxes: (G, N, 4) xyxy float32, in descending order of score within each group.
+        labels: (G, N) int64, or None. With labels, groups of more than TOGETHER boxes require a
             synchronization.
-        limit: at least the first `limit` kept boxes of a group are marked, later ones may not be.
+        iou: the threshold.
+        limit: only the first `limit` kept boxes of a group need to be marked.
     """
     if boxes.dtype != torch.float32 or not enabled(boxes):
         return reference(boxes, labels, iou)
@@ -41,7 +41,7 @@ def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 @torch.library.custom_op("vitdet::nms", mutates_args=())
 def suppress(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """Implementation of `nms` with the Triton kernels."""
+    """Run `nms` with the Triton kernels."""
     from vitdet.kernels.nms_kernels import launch
 
     with torch.cuda.device_of(boxes):
@@ -54,27 +54,27 @@ def _(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 
 def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> Tensor:
-    """`suppress` with one group per label, so that pairs of different labels use no memory."""
+    """Run `suppress` with one group per label, so that pairs of different labels use no memory."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     for group_boxes, group_labels, kept in zip(boxes, labels, keep, strict=True):
         found, order = group_labels.sort(stable=True)
         _, label, counts = found.unique_consecutive(return_inverse=True, return_counts=True)
-        place = torch.arange(len(found), device=boxes.device) - (counts.cumsum(0) - counts)[label]
+        index = torch.arange(len(found), device=boxes.device) - (counts.cumsum(0) - counts)[label]
         rows = boxes.new_zeros(len(counts), int(counts.max()), 4)
-        rows[label, place] = group_boxes[order]
-        kept[order] = suppress(rows, None, iou, limit)[label, place]
+        rows[label, index] = group_boxes[order]
+        kept[order] = suppress(rows, None, iou, limit)[label, index]
     return keep
 
 
 def reference(boxes: Tensor, labels: Tensor | None, iou: float) -> Tensor:
-    """Implementation of `nms` with torchvision, one group and label at a time, without a limit."""
+    """Run `nms` with torchvision, one group and label at a time, without a limit."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     scores = -torch.arange(boxes.shape[1], dtype=boxes.dtype, device=boxes.device)
     usable = (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
     for group, group_boxes in enumerate(boxes):
         chosen = usable[group].nonzero().flatten()
         parts = [chosen]
-        # by label, instead of offsetting the boxes, which would round their coordinates
+        # split by label: offsetting the boxes instead would round their coordinates
         if labels is not None:
             found, order = labels[group, chosen].sort(stable=True)
             counts = found.unique_consecutive(return_counts=True)[1]

@@ -1,8 +1,9 @@
 """The two Triton kernels of `vitdet.kernels.nms`, and their launch.
 
-A program of `compare_boxes` compares 32 boxes with 64 others and stores a word of bits for each. A
-program of `suppress_boxes` iterates over a group, 64 boxes at a time: whether each is kept follows
-from 64 words in registers; the later boxes that they suppress are the OR of their rows of words.
+A program of `compare_boxes` compares 32 boxes with 64 others and stores one word of bits for each
+of the 32. A program of `suppress_boxes` iterates over a group, 64 boxes at a time: 64 words in
+registers determine which of them are kept, and the OR of the kept boxes' rows of words contains the
+later boxes that they suppress.
 
 Notation: G groups, N boxes of a group, W words of a row.
 """
@@ -19,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 BITS = tl.constexpr(64)  # bits of a word
-MEMORY = 2**28  # bytes of bits that exist at a time; 40 groups of 2,000 boxes take 20 MB
+MEMORY = 2**28  # maximum bytes of all words at a time; 40 groups of 2,000 boxes need 20 MB
 TILE = 2**11  # words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes
 
 
 def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """Contiguous boxes (G, N, 4) float32, labels (G, N) int64 or None -> kept boxes (G, N) bool."""
+    """Return which boxes are kept, as `vitdet.kernels.nms.nms`; `boxes` are contiguous."""
     groups, count, _ = boxes.shape
     keep = torch.zeros(groups, count, dtype=torch.bool, device=boxes.device)
     if not groups * count:
@@ -67,10 +68,10 @@ def corners(boxes, index, inside):
 
 @triton.jit(do_not_specialize=["count", "words"])
 def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
-    """bits (G, 64 W, W): bit k of word w of a box: it would suppress the later box 64 w + k.
+    """Write bits (G, 64 W, W): bit k of a box's word w is set if it suppresses box 64 w + k.
 
-    A box's own bit is set if the box is empty, or its index is at least N. Words that contain only
-    earlier boxes are not written.
+    Only bits of later boxes are set, except that an empty box, or a box with an index of at least
+    N, sets its own bit. Words that contain only earlier boxes are not written.
     """
     block, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if block * BITS + BITS <= part * ROWS:
@@ -80,8 +81,7 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
     j = block * BITS + tl.arange(0, BITS)
     ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
     bx0, by0, bx1, by1 = corners(boxes, j, j < count)
-    # Later boxes are along axis 0, which is summed below, so that a thread holds many of them per
-    # row.
+    # Later boxes are along axis 0, which is summed below, so that a thread has many per row.
     width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
     height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
@@ -104,19 +104,19 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
 
 @triton.jit
 def either(a, b):
-    """The OR of two words."""
+    """Return the OR of two words."""
     return a | b
 
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
 def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """keep (G, N): unsuppressed boxes, up to the block in which `limit` is reached."""
+    """Write keep (G, N), the unsuppressed boxes up to the block in which `limit` is reached."""
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS
     keep += group * count
-    place = tl.arange(0, BITS)
+    bit = tl.arange(0, BITS)
     word = tl.arange(0, WORDS)
-    # the boxes that kept boxes suppress
+    # bits of the boxes that kept boxes suppress
     gone = tl.zeros((WORDS,), tl.int64)
     kept_count = 0
     block = 0
@@ -128,8 +128,8 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
             line = tl.load(lines + k * words + block)
             own = tl.full((), 1, tl.int64) << k
             here |= line & tl.where(((here | line) & own) == 0, -1, own)
-        kept = ((here >> place) & 1) == 0
-        tl.store(keep + block * BITS + place, kept, mask=block * BITS + place < count)
+        kept = ((here >> bit) & 1) == 0
+        tl.store(keep + block * BITS + bit, kept, mask=block * BITS + bit < count)
         kept_count += tl.sum(kept.to(tl.int32), axis=0)
         for k in range(0, BITS, ROWS):
             row = k + tl.arange(0, ROWS)

@@ -1,14 +1,13 @@
-"""Pasting predicted masks into images, stored by column as in COCO's run lengths.
+"""Pasting of predicted masks into images, stored by column as in COCO's run-length encoding.
 
-Only the region of a mask's box is stored: for N masks in sequence, the columns of each region from
-left to right, each column from top to bottom and followed by a zero. A run of the mask begins or
-ends where the value of these bytes changes (`vitdet.evaluation.run_lengths` computes COCO's strings
-from that).
+Only the region of each mask's box is stored, one mask after the other: its columns from left to
+right, each from top to bottom and followed by a zero. A run of the mask begins or ends where these
+bytes change (`vitdet.evaluation.run_lengths` computes COCO's strings from them).
 
-`grid_sample` takes one launch per mask, writes a grid of 8 bytes per pixel first, and rounds
-differently on a GPU. The kernel takes one launch for all masks of a batch and writes one byte per
+`grid_sample` needs one launch per mask, writes a grid of 8 bytes per pixel first, and rounds
+differently on a GPU. The kernel needs one launch for all masks of a batch and writes one byte per
 pixel. It performs the operations of `grid_sample` on an x86 CPU in the same order (fused
-multiply-adds where used there, correctly rounded division), so the bytes, and with them AP, are
+multiply-adds where used there, correctly rounded division), so that the bytes, and thus AP, are
 identical.
 
 Notation: N masks of M x M cells.
@@ -19,16 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-THRESHOLD = 0.5  # minimum probability of a pixel of the mask; also defined in the kernel
+THRESHOLD = 0.5  # minimum probability of a mask pixel; repeated in paste_kernels.py
 OUTSIDE = 3.0  # coordinate outside a mask, which extends from -1 to 1
-PIXELS = 2**18  # sampled at a time on the CPU: 3 MB
+PIXELS = 2**18  # pixels sampled at a time on the CPU (3 MB)
 
 
 def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Return the regions (N, 4) int64 x, y, width, height outside which masks in boxes (N, 4)
-    xyxy are zero.
+    """Return the regions (N, 4) int64 xywh outside which masks in boxes (N, 4) xyxy are zero.
 
-    sizes (N, 2) int64: (height, width) of the images. A box outside its image has an empty
+    `sizes` (N, 2) int64 are the images' (height, width). A box outside its image has an empty
     region.
     """
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
@@ -38,17 +36,17 @@ def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def bytes_of(regions: Tensor) -> Tensor:
-    """Return the bytes (N,) int64 of each region's pixels, with the zero after each column."""
+    """Return the bytes (N,) int64 per region, including the zero after each column."""
     return regions[:, 2] * (regions[:, 3] + 1)
 
 
 @torch.library.custom_op("vitdet::paste", mutates_args=(), device_types="cuda")
 def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
-    """Return the pixels (total,) uint8, 0 or 1, of masks (N, M, M) float32 probabilities in boxes
-    (N, 4) float32 xyxy.
+    """Return the pixels (total,) uint8, 0 or 1, of masks (N, M, M) in boxes (N, 4) xyxy.
 
-    regions (N, 4): from `regions_of`; ends (N,) int64: cumulative sum of their `bytes_of`, whose
-    last element is total. All on one device.
+    `masks` are float32 probabilities, `boxes` float32, and `regions` (N, 4) the result of
+    `regions_of`. `ends` (N,) int64 is the cumulative sum of their `bytes_of`; its last element is
+    `total`. All tensors are on one device.
     """
     from vitdet.kernels.paste_kernels import launch
 
@@ -58,7 +56,7 @@ def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: in
 
 @paste.register_kernel("cpu")
 def reference(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
-    """Implementation of `paste` with `grid_sample`, also used on the CPU."""
+    """Run `paste` with `grid_sample`, as on the CPU."""
     pixels = torch.empty(total, dtype=torch.uint8, device=masks.device)
     columns = _centers(regions[:, 0], regions[:, 2], boxes[:, 0], boxes[:, 2])
     rows = _centers(regions[:, 1], regions[:, 3], boxes[:, 1], boxes[:, 3])
@@ -81,9 +79,10 @@ def _(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -
 
 
 def _centers(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return the positions in boxes, on one axis, of the centers of `counts` (N,) pixels from
-    `first` (N,) on: low (N,) is at -1, high (N,) at 1. The rows of the result (N, largest count +
-    1) continue outside the box.
+    """Return grid coordinates (N, largest count + 1) of pixel centers on one axis.
+
+    Row n contains the centers of counts[n] pixels from first[n] on, then OUTSIDE. The box's ends
+    low (N,) and high (N,) have the coordinates -1 and 1.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
     sides = (high - low).clamp(min=1e-9)  # an empty box has no pixel center

@@ -10,14 +10,14 @@ from torch import Tensor
 
 THRESHOLD = tl.constexpr(0.5)
 BLOCK = tl.constexpr(1024)  # bytes that a program writes at a time
-PROGRAMS = 16  # for each mask
+PROGRAMS = 16  # per mask
 
 
 def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
     """Launch the kernel; arguments and result as in `vitdet.kernels.paste.paste`."""
     pixels = torch.empty(total, dtype=torch.uint8, device=masks.device)
     if total:
-        tensors = [one.contiguous() for one in (masks, boxes, regions, ends)]
+        tensors = [tensor.contiguous() for tensor in (masks, boxes, regions, ends)]
         grid = (len(masks), PROGRAMS)
         # no implicit fused multiply-adds
         paste_kernel[grid](*tensors, pixels, M=masks.shape[-1], enable_fp_fusion=False)
@@ -26,16 +26,16 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
 
 @triton.jit
 def cell_of(first, step, low, side, M: tl.constexpr):
-    """Return cell and remainder of a pixel's center on an axis, computed as by `grid_sample`."""
-    place = tl.div_rn((first + step).to(tl.float32) + 0.5 - low, side) * 2.0 - 1.0
-    place = tl.fma(place + 1.0, M / 2, -0.5)
-    cell = tl.floor(place)
-    return cell, place - cell
+    """Return the cell of a pixel's center on one axis and the remainder, as `grid_sample` does."""
+    center = tl.div_rn((first + step).to(tl.float32) + 0.5 - low, side) * 2.0 - 1.0
+    center = tl.fma(center + 1.0, M / 2, -0.5)
+    cell = tl.floor(center)
+    return cell, center - cell
 
 
 @triton.jit
 def paste_kernel(MASKS, BOXES, REGIONS, ENDS, PIXELS, M: tl.constexpr):
-    """One program for every tl.num_programs(1)-th block of a mask's bytes."""
+    """Write every tl.num_programs(1)-th block of a mask's bytes."""
     index = tl.program_id(0)
     x = tl.load(REGIONS + index * 4).to(tl.int32)
     y = tl.load(REGIONS + index * 4 + 1).to(tl.int32)
@@ -62,7 +62,7 @@ def paste_kernel(MASKS, BOXES, REGIONS, ENDS, PIXELS, M: tl.constexpr):
         east = (a >= -1) & (a < M - 1) & inside
         north = (b >= 0) & (b < M)
         south = (b >= -1) & (b < M - 1)
-        # a place far outside is not a valid index
+        # a cell far outside is not a valid index
         a = tl.where(west | east, a, 0.0).to(tl.int32)
         b = tl.where(north | south, b, 0.0).to(tl.int32)
         cell = mask + b * M + a

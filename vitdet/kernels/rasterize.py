@@ -1,8 +1,9 @@
 """Rasterization of outlines into boxes: the training targets of masks.
 
-In plain torch (`vitdet.models.mask_head.rasterize`) the host synchronizes, and memory and launches
-grow with the edges. The arithmetic is that of the plain version, operation by operation in float32
-(IEEE division, no fused multiply-add), and directions are integers, so both mark the same cells.
+In plain torch (`vitdet.models.mask_head.rasterize`), the host synchronizes, and memory and launches
+grow with the number of edges. The kernel repeats its float32 arithmetic, operation by operation
+(IEEE division, no fused multiply-add), and directions are integers, so that both mark the same
+cells.
 
 Notation: R RoIs, E edges.
 """
@@ -15,13 +16,13 @@ from torch import Tensor
 
 @torch.library.custom_op("vitdet::rasterize", mutates_args=())
 def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Return which of the size x size cells of each RoI have their center inside its outline, i.e.
-    have a winding number other than zero: (R, size, size) bool, on CUDA.
+    """Return which cells (R, size, size) bool of RoIs have their center inside the RoI's outline.
+
+    These are the cells with a winding number other than zero. The tensors are on a GPU.
 
     Args:
         edges: (E, 4) float32, x0, y0, x1, y1 in pixels.
-        spans: (R, 2) int64, the outline of a RoI is the edges from spans[:, 0] to spans[:, 1]
-            (exclusive).
+        spans: (R, 2) int64; RoI r's outline is edges[spans[r, 0] : spans[r, 1]].
         boxes: (R, 4) float32 xyxy.
         size: cells per side.
     """

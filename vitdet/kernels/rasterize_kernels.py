@@ -13,7 +13,7 @@ EDGES = 128  # edges that a program processes at a time
 
 
 def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Contiguous edges (E, 4), spans (R, 2), boxes (R, 4) -> (R, size, size) bool."""
+    """Launch the kernel; arguments and result as in `vitdet.kernels.rasterize.rasterize`."""
     inside = torch.empty(len(boxes), size, size, dtype=torch.bool, device=boxes.device)
     if inside.numel():
         sizes = {"SIZE": size, "COLUMNS": triton.next_power_of_2(size), "EDGES": EDGES}
@@ -25,7 +25,7 @@ def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 @triton.jit
 def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
-    """Convert a coordinate of edges to cells of the RoI."""
+    """Load a coordinate of edges and convert it to cells of the RoI."""
     return tl.math.div_rn(tl.load(edges + index, mask=exists, other=0.0) - low, span) * SIZE
 
 
@@ -33,12 +33,12 @@ def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
 def rasterize_kernel(
     edges, spans, boxes, inside, SIZE: tl.constexpr, COLUMNS: tl.constexpr, EDGES: tl.constexpr
 ):
-    """One program per row of cells: sums the directions of edges crossed left of a cell."""
+    """Process a row of cells: sum the directions of the edges that cross it left of each cell."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)
     left, top = tl.load(boxes + roi * 4), tl.load(boxes + roi * 4 + 1)
-    # as in Detectron2, a box is at least a tenth of a pixel wide
+    # as in Detectron2, a box side is at least a tenth of a pixel
     width = tl.maximum(tl.load(boxes + roi * 4 + 2) - left, 0.1)
     height = tl.maximum(tl.load(boxes + roi * 4 + 3) - top, 0.1)
     center = row.to(tl.float32) + 0.5

@@ -1,13 +1,13 @@
 """RoIAlign over all levels of a pyramid in one launch, forward and backward.
 
-torchvision reads NCHW maps of float32 one point, RoI and channel at a time, and accumulates the
-gradient with atomics: 28 ms of a training step of ViT-B at batch 8 on an H100, with the copies for
-its layout and precision. Here maps are read channels last in their own precision; coordinates,
-weights and sums are float32, and the gradient is deterministic.
+torchvision reads float32 NCHW maps one point, RoI and channel at a time, and accumulates the
+gradient with atomics. With the copies for its layout and precision, this took 28 ms of a ViT-B
+training step (batch size 8, H100). The kernels read channels-last maps in their own precision;
+coordinates, weights and sums are float32, and the gradient is deterministic.
 
-Relative errors of features and gradients against float64 (L2 norms): below 1e-6 with small
-float32 maps; the error of float32 coordinates with larger maps; the error of rounding the result
-with 16-bit maps (float16: 2e-4).
+The relative error of features and gradients against float64 (in the L2 norm) is below 1e-6 with
+small float32 maps. With larger maps, it is the error of float32 coordinates, and with 16-bit maps
+that of rounding the result (float16: 2e-4).
 
 Notation: B images, R RoIs, C channels, h x w cells of a map.
 """
@@ -31,19 +31,19 @@ def roi_align(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """Return the features of every RoI, (R, C, bins, bins), channels last in memory: aligned as in
-    Detectron2, for CUDA tensors.
+    """Return the features (R, C, bins, bins) of every RoI, aligned as in Detectron2.
+
+    The tensors are on a GPU; the result is channels last in memory.
 
     Args:
         features: 1 to 5 maps (B, C, h, w) of bfloat16, float16 or float32 (channels last is
             fastest), all of one dtype.
-        boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates give zeros and no gradient.
+        boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates yield zeros and no gradient.
         image: (R,) int64, index of the image, in 0..B-1.
-        level: (R,) int64, the map to read; -1: zeros and no gradient.
+        level: (R,) int64, the map to read; -1 yields zeros and no gradient.
         strides: strides of the maps.
         bins: number of bins per side.
-        ratio: points per bin and axis; 0: adaptive to the RoI's size, no points if its size is
-            negative.
+        ratio: points per bin and axis; 0 adapts them to the RoI's size (none if it is negative).
     """
     from vitdet.kernels.roi_align_kernels import forward
 
@@ -73,7 +73,7 @@ def roi_align_backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Return the gradients (B, C, h, w) of the maps, given that of (R, C, bins, bins)."""
+    """Return the maps' gradients (B, C, h, w), given the features' gradient."""
     from vitdet.kernels.roi_align_kernels import backward
 
     given = gradient.permute(0, 2, 3, 1).contiguous()
@@ -81,7 +81,7 @@ def roi_align_backward(
     shapes = list(zip(heights, widths, strict=True))
     with torch.cuda.device_of(boxes):
         found = backward(given, *rois, shapes, images, strides, ratio)
-    return [one.permute(0, 3, 1, 2) for one in found]
+    return [grad.permute(0, 3, 1, 2) for grad in found]
 
 
 @roi_align_backward.register_fake

@@ -6,8 +6,8 @@ cells) with a tile of 8 x 8 cells (cells x channels), summed over the tiles that
 The gradient of a tile is the product of the transposed matrix with the gradients of the bins,
 summed over the RoIs that touch it: each cell is written once, by one program, in a fixed order.
 
-In products with 16-bit maps, the float32 weights are split in two 16-bit numbers, whose sum has
-their precision.
+In products with 16-bit maps, each float32 weight is split into the sum of two 16-bit numbers, to
+preserve its precision.
 
 Notation: B images, R RoIs, C channels, H x W cells of a map, L levels.
 """
@@ -27,9 +27,9 @@ from torch import Tensor
 LEVELS = 5
 SIDE = tl.constexpr(8)  # side of a tile of cells
 TILE = 64  # bins per matrix product
-ROIS = 256  # RoIs that a program of the gradient processes at a time
-WIDE = 256  # channels per program for 16-bit maps
-# arguments that vary between batches: a new value does not trigger compilation
+ROIS = 256  # RoIs that a program of the backward kernel processes at a time
+WIDE = 256  # maximum channels per program with 16-bit maps
+# arguments that vary between batches and must not trigger recompilation
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
 # largest coordinate in pixels; a RoI with a larger coordinate, or with NaN, is empty
 LARGEST = tl.constexpr(2.0**30)
@@ -44,7 +44,7 @@ def forward(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """Contiguous maps (B, H, W, C) and RoIs -> (R, bins, bins, C)."""
+    """Return the RoIs' features (R, bins, bins, C), given contiguous maps (B, H, W, C)."""
     channels = maps[0].shape[3]
     out = maps[0].new_empty(len(boxes), bins, bins, channels)
     sizes = _sizes(out, bins, ratio)
@@ -65,10 +65,10 @@ def backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Contiguous gradient (R, bins, bins, C) -> gradients (B, H, W, C) of all maps."""
+    """Return all maps' gradients (B, H, W, C), given a contiguous one (R, bins, bins, C)."""
     bins, channels = gradient.shape[2:]
     found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
-    # RoIs grouped by image and level, so that a program iterates only over its own
+    # group RoIs by image and level, so that a program iterates only over those of its map
     exists = (level >= 0) & (level < len(shapes))
     of, order = torch.where(exists, image * len(shapes) + level, -1).sort(stable=True)
     first = torch.searchsorted(of, torch.arange(images * len(shapes) + 1, device=of.device))
@@ -82,8 +82,8 @@ def backward(
 
 
 def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
-    """Return five maps, heights, widths and 1 / strides (or the first's), and their number."""
-    rows = [(one, *one.shape[1:3], 1 / stride) for one, stride in zip(maps, strides, strict=True)]
+    """Return maps, heights, widths and 1 / strides, filled up to LEVELS each, and their number."""
+    rows = [(x, *x.shape[1:3], 1 / stride) for x, stride in zip(maps, strides, strict=True)]
     rows += rows[:1] * (LEVELS - len(rows))
     return [value for column in zip(*rows, strict=True) for value in column] + [len(maps)]
 
@@ -105,7 +105,7 @@ def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
 
 @triton.jit
 def choose(level, v0, v1, v2, v3, v4):
-    """Return the value of a level, elementwise."""
+    """Return the value of each level among v0 to v4."""
     low = tl.where(level == 1, v1, v0)
     high = tl.where(level == 3, v3, tl.where(level == 4, v4, v2))
     return tl.where(level < 2, low, high)
@@ -123,7 +123,7 @@ def extent(boxes, roi, exists, scale):
 
 @triton.jit
 def places(x, row, channel, channels):
-    """Return the addresses of channels of rows of x (., channels): (rows, channels)."""
+    """Return the addresses (rows, channels) of the given rows and channels of x (., channels)."""
     return x + (row * channels)[:, None] + channel[None, :]
 
 
@@ -151,7 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the points of a bin of this size along an axis; none if its size is negative."""
+    """Return the number of points along an axis of a bin of this size; 0 if it is negative."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:
@@ -162,8 +162,8 @@ def points_of(size, RATIO: tl.constexpr):
 def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
     """Return the weight of each cell of an axis in each bin's mean; cells and bins are broadcast.
 
-    A point between two cells reads both. Points up to a cell outside the map read the border cell,
-    others nothing.
+    A point between two cells reads both. Points up to one cell outside the map read the border
+    cell, and points farther outside read nothing.
     """
     points = points_of(size, RATIO)
     count = tl.maximum(points, 1).to(tl.float32)
@@ -189,7 +189,7 @@ def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
 
 @triton.jit
 def add_product(total, matrix, values):
-    """Return total + matrix (float32) @ values (any dtype), with the precision of float32."""
+    """Return total + matrix (float32) @ values (any dtype), without rounding the matrix."""
     if values.dtype == tl.float32:
         return tl.dot(matrix, values, total, input_precision="tf32x3")
     else:
@@ -205,7 +205,7 @@ def roi_align_forward(
     BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A program for ROWS rows of a RoI's bins, CHANNELS channels; f: maps (h, w), s: 1 / stride."""
+    """Compute CHANNELS channels of ROWS rows of a RoI's bins; f: maps (h, w), s: 1 / stride."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -250,8 +250,9 @@ def roi_align_backward(
     BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
     CHANNELS: tl.constexpr, ROIS: tl.constexpr,
 ):  # fmt: skip
-    """A program for a tile of a map's gradient, CHANNELS channels. order (R,): RoIs sorted by image
-    and level, first (B L + 1,): the start of each image and level in it.
+    """Compute CHANNELS channels of a tile of a map's gradient.
+
+    order (R,): RoIs sorted by image and level; first (B L + 1,): where each of them starts in it.
     """
     # tile, image and level of this program
     tile = tl.program_id(0)
@@ -276,7 +277,7 @@ def roi_align_backward(
     place = tl.arange(0, ROWS * COLUMNS)
     start, end = tl.load(first + of * levels + at), tl.load(first + of * levels + at + 1)
     for block in range(start, end, ROIS):
-        # places in `order` of RoIs that touch the tile; the end for the others
+        # indices in `order` of the RoIs that touch the tile; `end` for other RoIs
         index = block + tl.arange(0, ROIS)
         exists = index < end
         roi = tl.load(order + index, mask=exists, other=0)
@@ -288,8 +289,8 @@ def roi_align_backward(
         waiting = tl.where(here, index, end)
         following = tl.min(waiting, axis=0)
         while following < end:
-            one = tl.load(order + following)
-            x0, y0, x1, y1 = extent(boxes, one, True, scale)
+            current = tl.load(order + following)
+            x0, y0, x1, y1 = extent(boxes, current, True, scale)
             bin_height, bin_width = tl.math.div_rn(y1 - y0, BINS), tl.math.div_rn(x1 - x0, BINS)
             cells, bins = (x + side)[None, :, None, None], columns[None, None, None, :]
             horizontal = weights(cells, bins, x0, bin_width, width, RATIO)
@@ -297,7 +298,7 @@ def roi_align_backward(
                 low, high = rows_touched(row, y0, bin_height, height, BINS, ROWS)
                 if (low < y + SIDE) & (high >= y):
                     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
-                    bin = (one * BINS + bin_y) * BINS + bin_x
+                    bin = (current * BINS + bin_y) * BINS + bin_x
                     mask = ((bin_y < BINS) & (bin_x < BINS))[:, None]
                     mask = mask & (channel < channels)[None, :]
                     at_bins = places(gradient, bin, channel, channels)
