@@ -154,9 +154,9 @@ def test_pretrained_weights_are_converted_to_tensors(tmp_path: Path) -> None:
     assert "mae.pth: contains only a backbone" in text
     text = refused(mae, other, "mae", "mask_rcnn_vitae_b_coco")
     assert "does not fit this backbone: " in text
-    assert "missing backbone.blocks.0.pcm.0.weight" in text
+    assert "missing tensors (156): backbone.blocks.0.pcm.0.weight" in text
     text = refused(mae, other, "vitae_cls")
-    assert "read as vitae_cls: 150 tensors unknown to this format, such as cls_token" in text
+    assert "read as vitae_cls: 150 tensors are unknown to this format, such as cls_token" in text
     assert not list(tmp_path.glob("*x.safetensors*"))
 
 
@@ -181,7 +181,10 @@ def test_invalid_combinations_are_one_line(model: Path, recipe: Path, tmp_path: 
         assert says in refused(*given, reverse=True), says
     save_config(load_config(recipe, ["model.roi_heads.num_classes=80"]), tmp_path / "coco.yaml")
     text = refused(model, pt, "vitdet", tmp_path / "coco.yaml")
-    assert "the recipe's model has 80; to train it on other classes, use it as train.init" in text
+    assert (
+        "the recipe's model has 80; to train it on other classes, set train.init to this file"
+        in text
+    )
     assert not list(tmp_path.glob("*x.p*"))
 
 

@@ -64,7 +64,7 @@ def test_500_damaged_pickles_of_each_protocol_end_in_one_line(
 def test_a_pickle_truncated_within_a_number_is_one_line(tmp_path: Path, cut: bytes) -> None:
     path = tmp_path / "cut.pkl"
     path.write_bytes(cut)
-    with refused("not a complete file of weights"):
+    with refused("not a complete weights file"):
         convert_file(path, tmp_path / "out.safetensors", "detectron2")
 
 

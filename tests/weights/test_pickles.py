@@ -119,7 +119,7 @@ def test_torchs_advice_to_run_the_code_is_not_repeated(tmp_path: Path) -> None:
 
 def test_exploits_in_persistent_ids_have_no_effect(tmp_path: Path) -> None:
     path, op = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
-    broken = "not a complete file of weights"
+    broken = "not a complete weights file"
     for content, says in (
         (op % b"cposix\nsystem\n", "it references posix.system"),
         (op % (op % b"ctorch\nFloatStorage\n"), broken),
@@ -132,11 +132,11 @@ def test_a_pickle_cannot_change_its_reader(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     for state in (b"}S'call'\nS'x'\ns", b"(N}S'call'\nS'x'\nst", b"(N}S'__setattr__'\nS'x'\nst"):
         path.write_bytes(b"cnumpy\ndtype\n" + state + b"b.")
-        assert "not a complete file of weights" in one_line(path)
+        assert "not a complete weights file" in one_line(path)
     path.write_bytes(b"cnumpy\ndtype\n).")  # the reader's own class instead of weights
     assert "got a " in one_line(path) or "not a whole" in one_line(path)
     path.write_bytes(b"cnumpy\ndtype\n)\x81.")
-    assert "not a complete file of weights" in one_line(path)
+    assert "not a complete weights file" in one_line(path)
 
 
 def array(shape: object, kind: bytes = b"f4", raw: bytes = b"\0" * 8, order: bytes = b"<") -> bytes:
@@ -155,22 +155,22 @@ def test_invalid_arrays(tmp_path: Path) -> None:
     assert read_file(path)["w"].tolist() == [0, 0]
     path.write_bytes(array(b"(I1\nI1\nt", b"i2", b"\x01\x02", b">"))
     assert read_file(path)["w"].tolist() == [[258]]
-    huge = "an array of shape (1000000000000000,) with 4 bytes per number in 8 bytes"
+    huge = "an array of shape (1000000000000000,) with 4 bytes per number has 8 bytes"
     made = b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     for content, says in (
         (array(b"(L1000000000000000L\nt"), huge),
-        (array(b"(I-2\nt"), "an array of shape (-2,)"),
-        (array(b"(S'2'\nt"), "an array of shape ('2',)"),
-        (array(b"(I2\nt", b"O8"), "arrays of type 'O8', expected numbers"),
-        (array(b"(I2\nt", b"V4"), "arrays of type 'V4', expected numbers"),
-        (made + b"s.", "an array without"),
-        (b"\x80\x04B\xff\xff\xff\x7fx.", "not a complete file"),  # declares 2 GB
-        (b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.", "not a complete file"),
+        (array(b"(I-2\nt"), "an array has the invalid shape (-2,)"),
+        (array(b"(S'2'\nt"), "an array has the invalid shape ('2',)"),
+        (array(b"(I2\nt", b"O8"), "an array has the type 'O8', expected numbers"),
+        (array(b"(I2\nt", b"V4"), "an array has the type 'V4', expected numbers"),
+        (made + b"s.", "an array has no content"),
+        (b"\x80\x04B\xff\xff\xff\x7fx.", "not a complete weights file"),  # declares 2 GB
+        (b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.", "not a complete weights file"),
         (b"\x80\x02Nr\xff\xff\xff\xff.", "got a NoneType"),  # a memo of 4 billion entries
-        (b"\x80\x02(" + b"\x88" * 10 + b"Pid\n.", "not a complete file"),  # a persistent id
+        (b"\x80\x02(" + b"\x88" * 10 + b"Pid\n.", "not a complete weights file"),  # a persistent id
         (b"", "the file is empty"),
-        (b"weights", "not a complete file"),
-        (b"\x80\x02}", "not a complete file"),
+        (b"weights", "not a complete weights file"),
+        (b"\x80\x02}", "not a complete weights file"),
     ):
         path.write_bytes(content)
         assert says in one_line(path), content

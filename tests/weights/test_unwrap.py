@@ -93,7 +93,7 @@ def test_every_layout_is_read_through_the_same_wrappers(layout: str, tmp_path: P
     if layout == "vitdet":  # accepts any name
         assert read_source(path, layout).weights.keys() == {"zzz.w"}
         return
-    with pytest.raises(ValueError, match=r"1 tensors unknown to this format, such as zzz\.w$"):
+    with pytest.raises(ValueError, match=r"1 tensors are unknown to this format, such as zzz\.w$"):
         read_source(path, layout)
 
 
@@ -169,8 +169,8 @@ def zipped(name: str, content: bytes) -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
         (b"\xef\xbb\xbf\n<!DOCTYPE HTML><title>Sign in</title>", "an HTML page"),
         (b"<HTML><head>", "an HTML page"),
-        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML text"),
-        (b'{"error": "not found"}', "a JSON text"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML document"),
+        (b'{"error": "not found"}', "a JSON document"),
         (gzip.compress(b"weights", mtime=0), "a gzip archive; unpack it first"),
     ],
 )

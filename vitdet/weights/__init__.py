@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CATALOGUE", "NOT_PRETRAINED", "PACKAGED", "Loaded", "load_pretrained", "resolve"]
 
-# Parameters that MAE pre-trained backbones do not have
+# Parts of the names of parameters that MAE pre-trained backbones do not have
 NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w", ".residual.")
 
 
@@ -28,10 +28,10 @@ def __getattr__(name: str) -> object:
 
 
 def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
-    """Return the file that `train.init` refers to, None for ''.
+    """Return the file that `train.init` refers to, or None for ''.
 
-    folder: where to look for a file in the catalog; default: the package and the cache. Raises
-    ValueError for an unknown name, FileNotFoundError with the command that fetches the file.
+    A file in the catalog is searched in `folder`, by default in the package and the cache. Raises
+    ValueError for an unknown name, and FileNotFoundError with the command that fetches the file.
     """
     if not name_or_path:
         return None
@@ -43,7 +43,7 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
     if name_or_path not in CATALOGUE:
         closest = nearest(name_or_path, list(CATALOGUE))
         raise ValueError(
-            f"train.init: no weights named {name_or_path!r}; {closest} (or give a file of weights; "
-            "'' trains from scratch)"
+            f"train.init: no weights named {name_or_path!r}; {closest} (or specify a weights "
+            "file; '' trains from scratch)"
         )
     return fetched(name_or_path, folder)

@@ -29,7 +29,7 @@ class Entry:
     sha256: str = ""
     md5: str = ""
     md5_of_name: bool = False  # the md5 is inferred from the file name, not published as such
-    other: str = ""  # pre-trained weights that cannot be downloaded: the name of an alternative
+    other: str = ""  # name of an alternative, if pre-trained weights cannot be downloaded
     # file: direct download; page: download in a browser; dead: broken link; none: never published
     state: Literal["packaged", "file", "page", "dead", "none"] = "file"
 
@@ -60,7 +60,7 @@ class Entry:
 
 def load_catalogue(path: Path) -> dict[str, Entry]:
     """Read the entries of a catalog file, by name."""
-    # ten times as fast, if PyYAML was built with libyaml
+    # libyaml, if available, is ten times as fast
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     entries = {}
     for fields in yaml.load(path.read_bytes(), loader):
@@ -73,10 +73,10 @@ CATALOGUE = load_catalogue(PACKAGED / "catalogue.yaml")
 
 
 def find(name: str) -> Entry:
-    """Return the entry of a name. Raises ValueError with the nearest name."""
+    """Return the entry of a name. Raises ValueError, with the nearest name, if there is none."""
     if name not in CATALOGUE:
         closest = nearest(name, list(CATALOGUE))
-        raise ValueError(f"no weights named {name!r}; {closest} (or give a .safetensors file)")
+        raise ValueError(f"no weights named {name!r}; {closest} (or specify a .safetensors file)")
     return CATALOGUE[name]
 
 
@@ -88,14 +88,15 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "vitdet"
     except RuntimeError as error:
-        text = "no home folder for the cache of weights; give a folder with --output"
+        text = "no home folder for the cache of weights; set a folder with --output"
         raise FileNotFoundError(text) from error
 
 
 def fetched(name: str, folder: Path | None = None) -> Path:
     """Return the file of a name in `folder`, by default in the package or the cache.
 
-    Raises ValueError for an unknown name, FileNotFoundError with the command that fetches the file.
+    Raises ValueError for an unknown name, and FileNotFoundError with the command that fetches the
+    file.
     """
     entry = find(name)
     home = PACKAGED if entry.state == "packaged" else cache_folder()

@@ -1,4 +1,4 @@
-"""Conversion of checkpoint files: third-party to vitdet, and back.
+"""Conversion of checkpoint files from third-party formats to vitdet, and back.
 
 A detector file contains its config; the weights are validated against a detector built from it.
 """
@@ -27,7 +27,7 @@ from vitdet.weights.formats.table import Format, to_theirs
 from vitdet.weights.load import LOGITS, Source, Weights, fitted, has_mask_head, read_source
 from vitdet.weights.resize import rescale_relative_positions
 
-# Settings in which the systems differ and that cannot be inferred from the weights
+# Settings that differ between Detectron2 and mmdet and cannot be inferred from the weights
 _KEYS = ("model.norm_eps", "model.clamp_shrinking", "model.pyramid.halve_channels")
 FIXED = {
     "detectron2": dict(zip(_KEYS, (1e-6, False, True), strict=True)),
@@ -46,10 +46,10 @@ def convert_file(
     """Convert a file of weights.
 
     Args:
-        source: a file of the format `layout`, or with `reverse` a detector of vitdet.
-        destination: .safetensors: tensors with vitdet's names; with a recipe exactly those of its
-            model. .pt: a complete detector for predict, evaluate, register and train.init; needs a
-            recipe. With `reverse`: .pkl (detectron2) or .pth (detectron2, mmdet).
+        source: a file of the format `layout`, or with `reverse` a vitdet detector.
+        destination: a .safetensors file for tensors with vitdet's names (with a recipe, exactly
+            those of its model), or a .pt file for a complete detector, which needs a recipe. With
+            `reverse`, a .pkl (detectron2) or .pth file (detectron2, mmdet).
         layout: a key of FORMATS.
         recipe: the recipe of the model.
         reverse: convert from vitdet to `layout`.
@@ -96,7 +96,7 @@ def convert_file(
     content = {
         "format": FORMAT,
         "config": to_dict(config),
-        "model": {name: one.contiguous() for name, one in weights.items()},
+        "model": {name: tensor.contiguous() for name, tensor in weights.items()},
         "class_names": list(names),
         "run_id": None,
         "step": 0,
@@ -116,8 +116,8 @@ def shapes_of(config: Config) -> Detector:
 def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str, ...], list[str]]:
     """Return the class names of a model, and a warning line if they are unknown.
 
-    stored: the names in the file; default: those of the data set (the categories of COCO or LVIS
-    v1, ordered by id).
+    `stored` are the names in the file; by default, the names are those of the data set (the
+    categories of COCO or LVIS v1, ordered by id).
     """
     count, dataset = config.model.roi_heads.num_classes, config.data.dataset
     names = stored or tuple((PACKAGED / "labels" / f"{dataset}.txt").read_text().splitlines())
@@ -138,7 +138,7 @@ def _check_whole(found: Source, weights: Weights, config: Config, source: Path) 
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
         raise ValueError(
             f"{source}: has {theirs} classes, but the recipe's model has {ours}; to train it on "
-            "other classes, use it as train.init"
+            "other classes, set train.init to this file"
         )
 
 
@@ -163,7 +163,7 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
     suffixes = (".pkl", ".pth") if layout == "detectron2" else (".pth",)
     _expect_suffix(destination, suffixes, f"for {layout}")
     weights, config, names = read_detector_file(source)
-    table = _layout_of(config) if layout == "mmdet" else FORMATS[layout]
+    table = _mmdet_format(config) if layout == "mmdet" else FORMATS[layout]
     if table.scaled is not None:
         scaled = config.model.backbone.scaled_rel_pos
         weights = rescale_relative_positions(weights, scaled, table.scaled)
@@ -193,8 +193,8 @@ def _other_settings(config: Config, layout: str) -> list[str]:
     ]
 
 
-def _layout_of(config: Config) -> Format:
-    """Return the format; for mmdet, ViTAE-B has separate q_bias and v_bias in the global blocks."""
+def _mmdet_format(config: Config) -> Format:
+    """Return mmdet's format; ViTAE-B has separate q_bias and v_bias in the global blocks."""
     backbone = shapes_of(config).backbone
     if config.model.backbone.name != "vitae_b" or not isinstance(backbone, ViT):
         return mmdet_format()
@@ -208,7 +208,7 @@ def _expect_suffix(path: Path, suffixes: tuple[str, ...], why: str) -> None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """Like `atomic_write`, but errors contain the name of the file."""
+    """Write like `atomic_write`, but with the file's name in error messages."""
     try:
         with atomic_write(path) as temporary:
             yield temporary

@@ -1,7 +1,7 @@
 """Downloading, verifying and converting published weights.
 
-FOLDER/NAME.safetensors (a detector: .pt) is written atomically. FOLDER/.NAME.part.SUFFIX is an
-incomplete or unconverted download; it is locked, so that concurrent processes download the file
+FOLDER/NAME.safetensors (.pt for a detector) is written atomically. FOLDER/.NAME.part.SUFFIX is an
+incomplete or unconverted download. It is locked, so that concurrent processes download the file
 only once.
 """
 
@@ -44,7 +44,7 @@ def fetch_published(
 ) -> Path:
     """Fetch a file in the catalog to a folder, by default the cache; a cached file is copied.
 
-    show: creates the progress display of a download. Raises the errors of `fetch`.
+    `show` creates the progress display of a download. Raises the errors of `fetch`.
     """
 
     def convert(source: Path, target: Path) -> None:
@@ -86,9 +86,9 @@ def fetch(
 ) -> Path:
     """Download, verify and convert the file of an entry, unless it exists in the folder.
 
-    local: a copy of the published file to use instead of a download. Raises the errors of
-    `download`, and ValueError for a file that is not the published one, cannot be converted, or
-    cannot be downloaded.
+    `local` is a copy of the published file to use instead of a download. Raises the errors of
+    `download`, and ValueError if the file is not the published one, cannot be converted, or cannot
+    be downloaded.
     """
     target = folder / entry.file
     if target.is_file():
@@ -105,7 +105,7 @@ def fetch(
     with _locked(part):
         if not target.is_file():  # otherwise a concurrent process has fetched the file
             if address:
-                # copies: the download and the converted file
+                # copies, for which there must be space: the download and the converted file
                 download(address, part, watcher, patience, entry.size, copies=2)
                 log.info("%s: verifying and converting", entry.name)
             _finish(local or part, target, entry, convert, address)
@@ -114,7 +114,7 @@ def fetch(
 
 
 def verify(path: Path, entry: Entry) -> bool:
-    """Compare the size and the published checksums; return whether a checksum verifies the content.
+    """Check a file's size and published checksums; return whether a checksum verifies its content.
 
     Raises ValueError if the size or a checksum does not match.
     """
@@ -145,11 +145,11 @@ def verify(path: Path, entry: Entry) -> bool:
 
 
 def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address: str) -> None:
-    """Verify and convert a complete file; remove an unverified download (`address`) on an error."""
+    """Verify and convert a complete file; on an error, remove a download that is not verified."""
     verified = False
     try:
         verified = verify(source, entry)
-        _place(source, target, convert)
+        _convert_atomically(source, target, convert)
     except ValueError as error:
         if not address:
             raise ValueError(f"{source}: {error}") from error
@@ -159,21 +159,21 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
         raise ValueError(f"{entry.name}, from {address}: {error}; {fate}") from error
 
 
-def _place(source: Path, target: Path, convert: Convert) -> None:
-    """Convert in a temporary folder, which the next process removes after a kill."""
-    workshop = target.with_name(f".{target.stem}.tmp")
-    shutil.rmtree(workshop, ignore_errors=True)
+def _convert_atomically(source: Path, target: Path, convert: Convert) -> None:
+    """Convert in a temporary folder; if the process is killed, the next process removes it."""
+    temporary = target.with_name(f".{target.stem}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        workshop.mkdir()
-        convert(source, workshop / target.name)
-        (workshop / target.name).replace(target)
+        temporary.mkdir()
+        convert(source, temporary / target.name)
+        (temporary / target.name).replace(target)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def _locked(part: Path) -> Iterator[None]:
-    """Lock the file of a download; remove it afterwards if it is empty."""
+    """Lock a download's file, and remove the file afterwards if it is empty."""
     with locked(part, waiting=f"{part}: in use by another process; waiting"):
         try:
             yield

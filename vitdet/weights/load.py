@@ -1,9 +1,8 @@
-"""Loading weights into a detector: all of them, except for declared parameters that keep their
-initial values.
+"""Loading of weights into a detector, in which only declared parameters keep their initial values.
 
-A pre-trained backbone fills the backbone. A complete detector fills everything; if its classes
-differ, everything except the layers with one row per class. Position embeddings and patch kernels
-of a different size are resized.
+A file contains a pre-trained backbone or a complete detector. If its classes differ, a detector's
+layers with one row per class are not loaded. Position embeddings and patch kernels of a different
+size are resized.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from vitdet.weights.resize import RELATIVE, rescale_relative_positions, resize
 from vitdet.weights.unwrap import check_finite, unwrap
 
 LOGITS = "roi_heads.stages.0.logits.weight"
-_ODDS = "roi_heads.classification.class_weights"
+_CLASS_WEIGHTS = "roi_heads.classification.class_weights"
 _MASK_HEAD = "roi_heads.mask."
 _DETECTOR = ("rpn.", "roi_heads.", "pyramid.")
 Weights = dict[str, Tensor]
@@ -33,7 +32,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """The weights of a file under vitdet's names, with metadata."""
+    """A file's weights under vitdet's names, with metadata."""
 
     weights: Weights
     layout: str  # the format whose declared differences apply
@@ -44,7 +43,7 @@ class Source:
 
     @property
     def whole(self) -> bool:
-        """Whether it is a complete detector, not only a backbone."""
+        """Whether the file contains a complete detector, not only a backbone."""
         return any(name.startswith(_DETECTOR) for name in self.weights)
 
 
@@ -74,7 +73,7 @@ def read_source(path: Path, layout: str) -> Source:
         notes.append(f"ignored classifier head: {', '.join(heads)}")
     stored = metadata(path)
     origin = stored.get("layout")
-    if origin in FORMATS:  # converted: follows the conventions of the original format
+    if origin in FORMATS:  # a converted file follows its original format's conventions
         scaled = {"true": True, "false": False}.get(stored.get("scaled_rel_pos", ""))
         names = tuple(json.loads(stored.get("class_names", "[]")))
         return Source(weights, origin, scaled, names, tuple(notes))
@@ -83,7 +82,7 @@ def read_source(path: Path, layout: str) -> Source:
 
 
 def _scaled(content: dict) -> bool | None:
-    """Return the setting scaled_rel_pos of a vitdet checkpoint."""
+    """Return a vitdet checkpoint's setting scaled_rel_pos, if any."""
     try:
         return bool(content["config"]["model"]["backbone"]["scaled_rel_pos"])
     except (KeyError, TypeError):
@@ -91,7 +90,7 @@ def _scaled(content: dict) -> bool | None:
 
 
 def _class_names(content: dict) -> tuple[str, ...]:
-    """Return the class names in a checkpoint of vitdet or mmdet, if any."""
+    """Return the class names in a vitdet or mmdet checkpoint, if any."""
     meta = content.get("meta")
     names = content.get("class_names") or (meta.get("CLASSES") if isinstance(meta, dict) else None)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -111,63 +110,63 @@ def load_pretrained(
     Args:
         detector: the detector, changed in place.
         path: the file.
-        layout: its format, a key of FORMATS.
-        class_names: the classes of the detector.
+        layout: the file's format, a key of FORMATS.
+        class_names: the detector's classes.
 
     Raises:
         ValueError: tensors do not match; nothing is loaded.
         FileNotFoundError: no such file.
     """
-    path, own = Path(path), detector.state_dict()
+    path, state = Path(path), detector.state_dict()
     weights, notes = fitted(read_source(path, layout), detector, path, class_names)
     with torch.no_grad():
         for name, tensor in weights.items():
-            own[name].copy_(tensor)
-    return Loaded([name for name in own if name not in weights], notes)
+            state[name].copy_(tensor)
+    return Loaded([name for name in state if name not in weights], notes)
 
 
 def fitted(
     source: Source, detector: nn.Module, path: Path, class_names: Sequence[str] = ()
 ) -> tuple[Weights, list[str]]:
-    """Return the weights that `load_pretrained` copies, and a line per change and unloaded layer.
+    """Return the weights that `load_pretrained` copies, and one line per change or skipped layer.
 
     The detector may be on the meta device. Raises the errors of `load_pretrained`.
     """
-    weights, own, notes = source.weights, detector.state_dict(), list(source.notes)
-    attention = (part for part in detector.modules() if isinstance(part, Attention))
-    wanted = next((part.scaled_rel_pos for part in attention), None)
+    weights, state, notes = source.weights, detector.state_dict(), list(source.notes)
+    attention = (module for module in detector.modules() if isinstance(module, Attention))
+    wanted = next((module.scaled_rel_pos for module in attention), None)
     differs = None not in (source.scaled, wanted) and source.scaled != wanted
     if differs and any(map(RELATIVE.fullmatch, weights)):
         weights = rescale_relative_positions(weights, bool(source.scaled), bool(wanted))
         query = f"the {'scaled' if wanted else 'unscaled'} query"
         notes.append(f"relative positions: rescaled for this model, which applies them to {query}")
-    afresh: set[str] = set()
+    skipped: set[str] = set()
     if source.whole:
-        layers, why = _other_classes(weights, own, source.class_names, tuple(class_names))
+        layers, why = _other_classes(weights, state, source.class_names, tuple(class_names))
         for name in sorted(layers):
-            what = "newly initialized" if name in own else "not loaded"
+            what = "newly initialized" if name in state else "not loaded"
             notes.append(f"{name}: {what} ({why})")
-        mask_head, note = _other_mask_head(weights, own)
+        mask_head, note = _other_mask_head(weights, state)
         notes += [note] if note else []
-        afresh = layers | mask_head
-        if not afresh and class_names and not source.class_names:
+        skipped = layers | mask_head
+        if not skipped and class_names and not source.class_names:
             notes.append(
-                f"{len(class_names)} classes, as many as in the file, which does not contain their "
-                "names: their layers are loaded"
+                f"{len(class_names)} classes, the same number as in the file, which does not name "
+                "them: their layers are loaded"
             )
-    weights, lines = _fit(weights, own, source, afresh, path)
+    weights, lines = _fit(weights, state, source, skipped, path)
     return weights, [*notes, *lines]
 
 
 def has_mask_head(source: Source) -> bool:
-    """Return whether the file of a detector has a mask head."""
+    """Return whether a detector's file contains a mask head."""
     return any(name.startswith(_MASK_HEAD) for name in source.weights)
 
 
-def _other_mask_head(weights: Weights, own: Weights) -> tuple[set[str], str]:
+def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
     """Return the names of a mask head that only the file or only the detector has, and a note."""
     there, here = (
-        {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, own)
+        {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, state)
     )
     if there and not here:
         return there, f"{_MASK_HEAD}*: not loaded (this detector has no mask head)"
@@ -177,33 +176,34 @@ def _other_mask_head(weights: Weights, own: Weights) -> tuple[set[str], str]:
 
 
 def _other_classes(
-    weights: Weights, own: Weights, theirs: tuple[str, ...], ours: tuple[str, ...]
+    weights: Weights, state: Weights, theirs: tuple[str, ...], ours: tuple[str, ...]
 ) -> tuple[set[str], str]:
-    """Return the class-specific layers of either detector that are not loaded, and the reason."""
-    if LOGITS not in weights or LOGITS not in own:
+    """Return the layers of the file or the detector that other classes exclude, and the reason."""
+    if LOGITS not in weights or LOGITS not in state:
         return set(), ""
-    there, here = len(weights[LOGITS]) - 1, len(own[LOGITS]) - 1
-    layers = class_layers(own) | class_layers(weights)
+    there, here = len(weights[LOGITS]) - 1, len(state[LOGITS]) - 1
+    layers = class_layers(state) | class_layers(weights)
     if there != here:
         return layers, f"{there} classes in the file, {here} here"
     if theirs and ours and theirs != ours:
         first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
         return layers, f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
-    return ({_ODDS} if (_ODDS in own) != (_ODDS in weights) else set()), "a different loss"
+    other_loss = (_CLASS_WEIGHTS in state) != (_CLASS_WEIGHTS in weights)
+    return ({_CLASS_WEIGHTS} if other_loss else set()), "a different loss"
 
 
 def class_layers(weights: Weights) -> set[str]:
     """Return the layers with one row per class; a cascade's box deltas are class-agnostic."""
-    patterns = ["roi_heads.stages.{}.logits.{}", "roi_heads.mask.logits.{}", _ODDS]
+    patterns = ["roi_heads.stages.{}.logits.{}", "roi_heads.mask.logits.{}", _CLASS_WEIGHTS]
     if not any(name.startswith("roi_heads.stages.1.") for name in weights):
         patterns.append("roi_heads.stages.0.deltas.{}")
     return {name for name in weights if known(name, patterns)}
 
 
 def _fit(
-    weights: Weights, own: Weights, source: Source, afresh: set[str], path: Path
+    weights: Weights, state: Weights, source: Source, skipped: set[str], path: Path
 ) -> tuple[Weights, list[str]]:
-    """Return the detector's weights in its shapes, and one line per kind of resized tensor."""
+    """Return the weights in the detector's shapes, and one line per kind of resized tensor."""
     layout = FORMATS[source.layout]
     fitting: Weights = {}
     surplus: list[str] = []
@@ -211,17 +211,17 @@ def _fit(
     types: list[str] = []
     resized: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = defaultdict(list)
     for name, tensor in weights.items():
-        if name in afresh:
+        if name in skipped:
             continue
-        if name not in own:
+        if name not in state:
             if source.whole or not known(name, layout.spare):
                 surplus.append(name)
             continue
         # e.g. the integers of a quantized model
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            types.append(f"{name} {tensor.dtype}, expected {own[name].dtype}")
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            types.append(f"{name} {tensor.dtype}, expected {state[name].dtype}")
             continue
-        before, shape = tuple(tensor.shape), tuple(own[name].shape)
+        before, shape = tuple(tensor.shape), tuple(state[name].shape)
         fitted: Tensor | None = tensor
         if before != shape:
             fitted = resize(name, tensor, shape) if tensor.numel() else None
@@ -230,22 +230,22 @@ def _fit(
             shapes.append(f"{name} {before}, expected {shape}")
         else:
             fitting[name] = fitted
-    lacking = [name for name in own if name not in weights and name not in afresh]
+    lacking = [name for name in state if name not in weights and name not in skipped]
     missing = [
         name
         for name in lacking
         if source.whole or (name.startswith("backbone.") and not known(name, layout.fresh))
     ]
     if surplus or missing or shapes or types:
-        kinds = {"unexpected": surplus, "missing": missing}
-        kinds |= {"wrong shape:": shapes, "wrong type:": types}
+        kinds = {"unexpected tensors": surplus, "missing tensors": missing}
+        kinds |= {"wrong shapes": shapes, "wrong types": types}
         problems = [
-            f"{len(names)} tensors: {what} {', '.join(names[:3])}"
+            f"{what} ({len(names)}): {', '.join(names[:3])}"
             for what, names in kinds.items()
             if names
         ]
         if surplus and source.layout == "vitdet":
-            problems.append("is it in a different format (train.init_format, --format)?")
+            problems.append("is the file in a different format (train.init_format, --format)?")
         kind = "detector" if source.whole else "backbone"
         raise ValueError(f"{path}: does not fit this {kind}: {'; '.join(problems)}")
     return fitting, [

@@ -1,4 +1,4 @@
-"""Reading third-party files of weights without running code from them.
+"""Reading of third-party weights files without running code from them.
 
 A .pkl may reference only the functions that create numeric arrays; they are replaced by our own,
 which check shape, type and length. A .pth is read with torch.load(weights_only=True); objects other
@@ -24,7 +24,7 @@ from torch import Tensor
 from vitdet.files import damaged_record, first_line
 from vitdet.weights.signature import check_whole
 
-# magic number of torch's files before they were zip archives
+# magic number of old torch files, which are not zip archives
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
 
 
@@ -38,7 +38,7 @@ class Inert:
         """Ignore the state."""
 
 
-# options of MAE, ViTAE and timm; NumPy scores of mmcv, mmengine and timm
+# Classes of the options of MAE, ViTAE and timm, and of the scores of mmcv, mmengine and timm
 OBJECTS = """
 argparse.Namespace datetime.datetime
 pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath
@@ -48,7 +48,7 @@ numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
 mmcv.utils.config.Config mmengine.config.config.Config
 mmengine.logging.history_buffer.HistoryBuffer
 """.split()
-# configs of mmcv, mmengine and Detectron2
+# Classes of the configs of mmcv, mmengine and Detectron2
 DICTS = """
 mmcv.utils.config.ConfigDict mmengine.config.config.ConfigDict addict.addict.Dict
 fvcore.common.config.CfgNode yacs.config.CfgNode detectron2.config.config.CfgNode
@@ -61,9 +61,9 @@ class _ForbiddenError(Exception):
 
 
 def read_file(path: Path) -> dict:
-    """Read a file of weights: {name: tensor} of .safetensors and .npz, plain data of .pth and .pkl.
+    """Read a weights file: tensors by name from .safetensors and .npz, data from .pth and .pkl.
 
-    Raises FileNotFoundError, and ValueError for a file that is truncated, of a different kind, or
+    Raises FileNotFoundError, and ValueError if the file is truncated, is of a different kind, or
     could run code.
     """
     if not path.is_file():
@@ -80,7 +80,7 @@ def read_file(path: Path) -> dict:
             "and text"
         ) from error
     except Exception as error:  # a damaged file can raise any exception
-        whole = f"not a complete {kind.get(path.suffix, 'file of weights')}"
+        whole = f"not a complete {kind.get(path.suffix, 'weights file')}"
         raise ValueError(f"{path}: {whole} ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, got a {type(content).__name__}")
@@ -139,7 +139,7 @@ def _read_pickle(path: Path) -> object:
 
 
 class _Maker:
-    """A function that a pickle may call, but not modify."""
+    """A function that a pickle may call but not modify."""
 
     __slots__ = ("call",)
     call: Callable[..., object]
@@ -170,13 +170,13 @@ class _Type:
 
     def __init__(self, code: object, *_: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1|\?", code):
-            raise ValueError(f"arrays of type {code!r}, expected numbers")
+            raise ValueError(f"an array has the type {code!r}, expected numbers")
         self.code, self.order = code, "="
 
     def __setstate__(self, state: Any) -> None:
         _, order, *rest = state
         if order not in ("<", ">", "=", "|") or any(part is not None for part in rest[:3]):
-            raise ValueError("an array of a structured type, expected numbers")
+            raise ValueError("an array has a structured type, expected numbers")
         self.order = order
 
     def dtype(self) -> np.dtype:
@@ -206,15 +206,15 @@ def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray
     if isinstance(raw, str):
         raw = raw.encode("latin1")  # Python 2
     if not isinstance(raw, bytes | bytearray) or not isinstance(kind, _Type):
-        raise ValueError("an array of elements other than numbers")
+        raise ValueError("an array has elements other than numbers")
     if order not in ("C", "F"):
-        raise ValueError(f"an array of order {order!r}")
+        raise ValueError(f"an array has the invalid order {order!r}")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
-        raise ValueError(f"an array of shape {shape!r}")
+        raise ValueError(f"an array has the invalid shape {shape!r}")
     dtype, length = kind.dtype(), len(raw)
     if math.prod(shape) * dtype.itemsize != length:
-        parts = f"{dtype.itemsize} bytes per number in {length} bytes"
-        raise ValueError(f"an array of shape {shape} with {parts}")
+        has = f"{dtype.itemsize} bytes per number has {length} bytes"
+        raise ValueError(f"an array of shape {shape} with {has}")
     array = np.frombuffer(raw, dtype).reshape(shape, order=order)
     return np.asarray(array, dtype.newbyteorder("="), order="C")
 
@@ -225,7 +225,7 @@ def _scalar(kind: object, raw: object) -> object:
 
 def _encode(text: object, encoding: object) -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise ValueError("text in an unexpected encoding")
+        raise ValueError("a text has an unexpected encoding")
     return text.encode("latin1")
 
 
@@ -259,8 +259,8 @@ def _tensors(content: object) -> object:
         return {name: _tensors(value) for name, value in content.items()}
     if isinstance(content, _Array):
         if content.array is None:
-            raise ValueError("an array without content")
+            raise ValueError("an array has no content")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the array is read-only, and is not written to
+            warnings.simplefilter("ignore")  # the array is read-only, but nothing writes to it
             return torch.from_numpy(content.array)
     return content

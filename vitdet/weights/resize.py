@@ -1,4 +1,4 @@
-"""Resizing position embeddings and patch kernels to another image or patch size.
+"""Resizing of position embeddings and patch kernels to another image or patch size.
 
 Notation: C channels, P patch, K tokens per axis.
 """
@@ -14,7 +14,7 @@ RELATIVE = re.compile(r"backbone\.blocks\.\d+\.attn\.rel_pos_[hw]")
 
 
 def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Resize a tensor, given its name in vitdet, to another shape; None if it cannot be resized."""
+    """Resize the tensor with vitdet's `name` to `shape`; None if it cannot be resized."""
     if name == "backbone.pos_embed" and tensor.dim() == 4 and tensor.shape[3] == shape[3]:
         return resize_grid(tensor, (shape[1], shape[2]))
     if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:
@@ -28,7 +28,7 @@ def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 def resize_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize absolute positions (1, h, w, C) to (1, *grid, C), bicubic without antialiasing.
 
-    Detectron2 does so in every forward pass, ViTAE-Transformer/ViTDet when loading pre-trained
+    Detectron2 does this in every forward pass, ViTAE-Transformer/ViTDet when loading pre-trained
     weights.
     """
     return _bicubic(pos_embed.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).contiguous()
@@ -54,8 +54,8 @@ def rescale_relative_positions(
 ) -> dict[str, Tensor]:
     """Rescale relative positions between models that apply them to the scaled or unscaled query.
 
-    q d^-0.5 . R = q . (d^-0.5 R): the function does not change. scaled: whether the weights were
-    trained with the scaled query; wanted: whether the model uses the scaled query.
+    The function does not change, as q d^-0.5 . R = q . (d^-0.5 R). `scaled` is whether the weights
+    were trained with the scaled query, `wanted` whether the model uses it.
     """
     if scaled == wanted:
         return weights

@@ -1,4 +1,4 @@
-"""Detect files that are not weights, or are truncated, from their signature and length."""
+"""Detection of truncated files and of files other than weights, by signature and length."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import json
 import zipfile
 from pathlib import Path
 
-HEAD = 512
+HEAD = 512  # bytes read to identify a file
 LIMIT = 100 << 20  # maximum length of a safetensors header, as in the library
 PAGE = "an HTML page; the download may require a login or a different URL"
-# First bytes, without white space and in lower case -> what such a file is, and what to do
+# What a file is, and what to do, by its first bytes; those of texts are in lower case and without
+# leading white space.
 TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its "
     "repository",
     b"<!doctype html": PAGE,
     b"<html": PAGE,
-    b"<?xml": "an XML text, such as a storage server's error; download it again",
-    b'{"': "a JSON text, such as a server's error or an index of other files",
+    b"<?xml": "an XML document, such as a storage server's error; download the file again",
+    b'{"': "a JSON document, such as a server's error or an index of other files",
 }
 BINARIES = {
     b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -24,13 +25,13 @@ BINARIES = {
     b"\xfd7zXZ": "an xz archive; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"Rar!": "a RAR archive; unpack it first",
-    b"\x89HDF": "an HDF5 file (Keras); expected weights of PyTorch",
+    b"\x89HDF": "an HDF5 file (Keras); expected PyTorch weights",
 }
 AGAIN = "copy or download it again"
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError if the file is known not to be a complete file of weights."""
+    """Raise ValueError if the file is recognizably not a complete weights file."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head:
@@ -41,7 +42,7 @@ def check_whole(path: Path) -> None:
     for signatures, start in ((TEXTS, text), (BINARIES, head)):
         for signature, what in signatures.items():
             if start.startswith(signature):
-                raise ValueError(f"{path}: {what}")
+                raise ValueError(f"{path}: this is {what}")
     if path.suffix == ".safetensors":
         _check_safetensors(path, head)
     elif head.startswith(b"PK"):
@@ -49,7 +50,7 @@ def check_whole(path: Path) -> None:
 
 
 def _check_safetensors(path: Path, head: bytes) -> None:
-    """Compare the length of the file with its header; the reader detects other damage."""
+    """Compare the file's length with its header; the reader detects other damage."""
     size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
     if length > LIMIT:
         what = "its first 8 bytes are not a valid header length"
@@ -62,11 +63,11 @@ def _check_safetensors(path: Path, head: bytes) -> None:
         try:
             header = json.loads(content)
             header.pop("__metadata__", None)
-            expected += max((one["data_offsets"][1] for one in header.values()), default=0)
+            expected += max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return
     if size < expected:
-        raise ValueError(f"{path}: truncated: {size:,} of {expected:,} bytes; {AGAIN}")
+        raise ValueError(f"{path}: truncated to {size:,} of {expected:,} bytes; {AGAIN}")
 
 
 def _check_zip(path: Path) -> None:
@@ -82,5 +83,5 @@ def _check_zip(path: Path) -> None:
         raise ValueError(f"{path}: truncated: the zip central directory is missing; {AGAIN}")
     if path.suffix != ".npz" and not any(name.endswith("data.pkl") for name in names):
         shown = ", ".join(names[:3]) or "no files"
-        what = f"a zip archive with {shown}, not a file of weights"
+        what = f"this is a zip archive with {shown}, not a weights file"
         raise ValueError(f"{path}: {what}; unpack it first")

@@ -16,22 +16,23 @@ from torch import Tensor
 
 from vitdet.weights.formats.table import Format, known
 
-# Keys of weights, averaged ones first: DINO, DINOv2, timm, YOLO, Lightning, mmengine, fairseq
+# Keys under which DINO, DINOv2, timm, YOLO, Lightning, mmengine and fairseq store weights; those of
+# averaged weights come first.
 KEYS = """
 teacher state_dict_ema model_ema ema_state_dict ema
 state_dict model_state_dict model_state model module weights params
 """.split()
-# At the start of a name, or within it if a part of the model was wrapped
+# Prefixes at the start of a name, or within it if only a part of the model was wrapped
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 COUNTER = "n_averaged"  # step counter of torch.optim.swa_utils.AveragedModel
 DEPTH = 4  # maximum depth of nested dictionaries
 
 
 def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a checkpoint by plain names, and one line for each removed part.
+    """Return a checkpoint's tensors by names without prefixes, and one line for each removed part.
 
-    The keys of the format's own trainer (`layout.wrappers`) take precedence over `KEYS`. If names
-    begin with one of `layout.parts`, such as `encoder.`, only these and the classifier heads
+    The keys of the format's trainer (`layout.wrappers`) take precedence over `KEYS`. If names begin
+    with one of `layout.parts`, such as `encoder.`, only their tensors and the classifier heads
     (`layout.heads`) are returned. Raises ValueError if there are no weights, if some entries are
     not tensors, or if two names are equal without prefixes.
     """
@@ -39,18 +40,19 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     _check_tensors(inside, content, path)
     plain = {name: PREFIX.sub("", name) for name in inside}
     plain = {name: short for name, short in plain.items() if short != COUNTER}
-    taken = sorted({found[0] for name in plain for found in PREFIX.finditer(name)})
+    prefixes = sorted({found[0] for name in plain for found in PREFIX.finditer(name)})
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{path}: contains the same names with and without {' and '.join(taken)}")
-    if taken:
-        notes.append(f"names: removed the prefix {' and '.join(taken)}")
+        both = f"contains the same names with and without {' and '.join(prefixes)}"
+        raise ValueError(f"{path}: {both}")
+    if prefixes:
+        notes.append(f"names: removed the prefix {' and '.join(prefixes)}")
     weights = {short: inside[name] for name, short in plain.items()}
     for part in layout.parts:
         names = [name for name in weights if name.startswith(part)]
         if names:
             # classifier heads may be outside the part; the caller reports their names
-            rest = {name: one for name, one in weights.items() if not name.startswith(part)}
-            heads = {name: one for name, one in rest.items() if known(name, layout.heads)}
+            rest = {name: x for name, x in weights.items() if not name.startswith(part)}
+            heads = {name: x for name, x in rest.items() if known(name, layout.heads)}
             others = len(rest) - len(heads)
             ignored = f"; {others} other tensors ignored" if others else ""
             notes.append(f"names: removed the prefix {part}{ignored}")
@@ -59,9 +61,9 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError if a tensor contains NaN or infinite values, with its name."""
-    floats = {name: one for name, one in weights.items() if one.is_floating_point()}
-    broken = [name for name, one in floats.items() if not torch.isfinite(one).all()]
+    """Raise ValueError, with a tensor's name, if tensors contain NaN or infinite values."""
+    floats = {name: x for name, x in weights.items() if x.is_floating_point()}
+    broken = [name for name, x in floats.items() if not torch.isfinite(x).all()]
     if broken:
         raise ValueError(
             f"{path}: {len(broken)} tensors contain NaN or infinite values, e.g. {broken[0]}; "
@@ -70,12 +72,12 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[str]]:
-    """Return the dictionary of weights, and a line if it was under keys other than `keys`."""
+    """Return the dict of weights, and one line if it was under keys other than `keys`."""
     order = (*keys, *(key for key in KEYS if key not in keys))
     found: list[str] = []
     others: list[str] = []
     for _ in range(DEPTH):
-        inside = [key for key in order if _holds_tensors(content.get(key))]
+        inside = [key for key in order if _contains_tensors(content.get(key))]
         if not inside:
             break
         found.append(inside[0])
@@ -87,11 +89,11 @@ def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[s
     return content, [f"weights: read from {' in '.join(map(repr, reversed(found)))}{ignored}"]
 
 
-def _holds_tensors(value: object, depth: int = DEPTH) -> bool:
-    """Return whether a value is a, possibly nested, dict with a tensor; `params` may be options."""
+def _contains_tensors(value: object, depth: int = DEPTH) -> bool:
+    """Return whether a value is a dict that contains a tensor, possibly in nested dicts."""
     return isinstance(value, Mapping) and any(
-        isinstance(one, Tensor) or (depth > 1 and _holds_tensors(one, depth - 1))
-        for one in value.values()
+        isinstance(item, Tensor) or (depth > 1 and _contains_tensors(item, depth - 1))
+        for item in value.values()
     )
 
 

@@ -1,4 +1,4 @@
-"""The formats of checkpoints by name, as in `train.init_format` and `--format`."""
+"""The checkpoint formats by name, as in `train.init_format` and `--format`."""
 
 from __future__ import annotations
 

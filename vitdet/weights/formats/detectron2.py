@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vitdet.weights.formats.table import Change, Format, Row, Weights, rows
 
-_ODDS = "roi_heads.box_predictor.{}fed_loss_cls_weights"
+_CLASS_WEIGHTS = "roi_heads.box_predictor.{}fed_loss_cls_weights"
 _CASCADE = "roi_heads.stages.1."
-_FROM_ONE = [(n, n - 1) for n in range(1, 5)]  # numbers of convolutions: Detectron2, vitdet
+_FROM_ONE = [(n, n - 1) for n in range(1, 5)]  # Detectron2 counts convolutions from 1
 
 
 def drop_class_token(pos_embed: Tensor) -> Tensor:
@@ -30,17 +30,17 @@ def add_class_token(pos_embed: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1)
 
 
-def _repeat_odds(weights: Weights) -> Weights:
-    """Copy the class frequencies of the federated loss to each stage of a cascade."""
-    first = _ODDS.format("0.")
+def _repeat_class_weights(weights: Weights) -> Weights:
+    """Copy the federated loss's class weights to each stage of a cascade."""
+    first = _CLASS_WEIGHTS.format("0.")
     stages = (1, 2) if first in weights else ()
-    return {**weights, **{_ODDS.format(f"{stage}."): weights[first] for stage in stages}}
+    return {**weights, **{_CLASS_WEIGHTS.format(f"{stage}."): weights[first] for stage in stages}}
 
 
 def _convs(
     theirs: str, ours: str, numbers: Iterable[tuple[int, int]], given: str = ""
 ) -> list[Row]:
-    """Return the rows of convolutions with norms, by their number in Detectron2 and in vitdet."""
+    """Return the rows of convolutions with norms, given their numbers in Detectron2 and vitdet."""
     return [
         Row(f"{theirs}{there}.{left}", f"{ours}{here}.{right}", given)
         for there, here in numbers
@@ -60,7 +60,7 @@ def _box_stage(theirs: str, ours: str, given: str = "") -> list[Row]:
 
 
 def _level(level: int, convs: tuple[int, ...], plain: tuple[int, ...]) -> list[Row]:
-    """Return the rows of a level of the pyramid: convolutions with norms, and other layers."""
+    """Return a pyramid level's rows: convolutions with norms, and other (plain) layers."""
     theirs, ours = f"backbone.simfp_{level + 2}.", f"pyramid.levels.{level}."
     others = [Row(f"{theirs}{i}.{{}}", f"{ours}{i}.{{}}") for i in plain]
     return _convs(theirs, ours, zip(convs, convs, strict=True)) + others
@@ -99,21 +99,21 @@ DETECTRON2 = Format(
         *_box_stage("1.", "roi_heads.stages.1", _CASCADE),
         *_box_stage("2.", "roi_heads.stages.2", _CASCADE),
         *_box_stage("", "roi_heads.stages.0"),
-        Row(_ODDS.format("0."), "roi_heads.classification.class_weights", _CASCADE),
-        Row(_ODDS.format(""), "roi_heads.classification.class_weights"),
+        Row(_CLASS_WEIGHTS.format("0."), "roi_heads.classification.class_weights", _CASCADE),
+        Row(_CLASS_WEIGHTS.format(""), "roi_heads.classification.class_weights"),
         *_convs("roi_heads.mask_head.mask_fcn", "roi_heads.mask.convs.", _FROM_ONE),
         *_OTHERS,
     ),
     changes={"backbone.pos_embed": Change(drop_class_token, add_class_token)},
-    # Copies of the same buffer per stage; buffers of old files that are computed from the config
+    # copies of a buffer for the later stages, and buffers of old files that follow from the config
     dropped=(
-        _ODDS.format("1."),
-        _ODDS.format("2."),
+        _CLASS_WEIGHTS.format("1."),
+        _CLASS_WEIGHTS.format("2."),
         "pixel_mean",
         "pixel_std",
         "proposal_generator.anchor_generator.cell_anchors.{}",
     ),
-    after=_repeat_odds,
+    after=_repeat_class_weights,
     wrappers=("model",),
     scaled=False,
 )

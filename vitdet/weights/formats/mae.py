@@ -11,7 +11,7 @@ from vitdet.weights.formats.table import Change, Format, rows
 # Classifier heads of fine-tuned backbones, including those of timm and DINO
 HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
 PARTS = ("teacher.", "encoder.", "backbone.")
-WRAPPERS = ("state_dict_ema", "state_dict", "model")  # of timm's trainer
+WRAPPERS = ("state_dict_ema", "state_dict", "model")  # in files of timm's trainer
 POSITIONS = {"backbone.pos_embed": Change(drop_class_token, add_class_token)}
 FRESH = (
     "backbone.blocks.{}.attn.rel_pos_h",
@@ -19,7 +19,7 @@ FRESH = (
     "backbone.blocks.{}.residual.{*}",
 )
 NORM = ("backbone.norm.{}",)
-# The detector has neither class token nor decoder, which the file of an autoencoder contains
+# Parts of an autoencoder that a detector does not have
 DROPPED = ("cls_token", "mask_token", "decoder_{*}")
 BLOCKS = rows("""
     blocks.{}.PCM.{*}       backbone.blocks.{}.pcm.{*}
@@ -37,5 +37,5 @@ MAE = Format(
     wrappers=("model",),
     parts=PARTS,
     fresh=FRESH,
-    spare=NORM,  # Detectron2's systems have no norm after the last block
+    spare=NORM,  # Detectron2's models have no norm after the last block
 )

@@ -1,8 +1,7 @@
 """Names of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18 (.pth): ViT-B, ViTAE-B and ViTAE-S.
 
-Its relative positions are applied to the scaled query, those of Detectron2 to the unscaled query:
-they are used unchanged only in a model with `scaled_rel_pos`, and otherwise rescaled
-(`vitdet.weights.resize.rescale_relative_positions`).
+Relative positions are applied to the scaled query, in contrast to Detectron2. For a model without
+`scaled_rel_pos`, they are rescaled (`vitdet.weights.resize.rescale_relative_positions`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from vitdet.weights.formats.table import Change, Format, Weights, rows
 
 
 def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """Convert (1, h w, C), without a class token, to (1, h, w, C). grid: (h, w); default: h = w."""
+    """Convert (1, h w, C), without a class token, to (1, h, w, C); by default, h = w."""
     side = round(pos_embed.shape[1] ** 0.5) if pos_embed.dim() == 3 else 0
     height, width = grid or (side, side)
     if pos_embed.dim() != 3 or height * width != pos_embed.shape[1]:
@@ -45,7 +44,7 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
             continue
         for other in (query, value):
             if other not in weights:
-                raise ValueError(f"{name} without {other}")
+                raise ValueError(f"contains {name}, but not {other}")
         if whole in weights:
             raise ValueError(f"contains both {name} and {whole}")
         if part == "q_bias":
@@ -56,8 +55,7 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
 def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
     """Inverse of `join_bias` for the given blocks.
 
-    The keys' part is dropped: it shifts all logits of a query equally, which does not change the
-    softmax.
+    The keys' part is dropped: it shifts all logits of a query equally, which the softmax ignores.
     """
     split = dict(weights)
     for stem in stems:
@@ -103,7 +101,7 @@ _PYRAMID = rows("""
     neck.fpn_convs.3.conv.{}            pyramid.levels.3.2.conv.{}
     neck.fpn_convs.3.ln.{}              pyramid.levels.3.2.norm.{}
 """)
-# Without biases
+# Convolutions with a norm, and therefore without biases
 _NORMED_RPN = rows("""
     rpn_head.rpn_conv.{}.conv.weight    rpn.convs.{}.conv.weight
     rpn_head.rpn_conv.{}.ln.{}          rpn.convs.{}.norm.{}
@@ -136,11 +134,10 @@ def mmdet_format(
 
     Args:
         grid: (h, w) tokens of a model for non-square images.
-        wide: global blocks of this model. The original implementation sizes both position tables of
-            these blocks by the height, so that the tail of rel_pos_w is unused if w < h; it is
-            removed.
-        split: blocks in which q_bias and v_bias are separate (ViTAE-B's global ones), for the
-            conversion back.
+        wide: indices of this model's global blocks. The original implementation sizes both of their
+            position tables by the height. If w < h, the unused end of rel_pos_w is removed.
+        split: indices of the blocks in which q_bias and v_bias are separate (ViTAE-B's global
+            blocks), for the conversion back.
     """
     height, width = grid or (0, 0)
 

@@ -1,6 +1,6 @@
 """A third-party format of weights as a table of names for both directions.
 
-A row is (their name, our name); `{}` matches any part between dots and `{*}` any rest, in order.
+A row is (their name, our name); `{}` matches any part between dots, `{*}` any rest of a name.
 Changes beyond the name (a different shape, two tensors instead of one) are pairs of functions. A
 name that matches no row is an error, in both directions.
 """
@@ -18,11 +18,11 @@ Weights = Mapping[str, Tensor]
 
 
 class Row(NamedTuple):
-    """One kind of tensor.
+    """Their name and our name of one kind of tensor.
 
-    given: in the conversion back, the row applies only if one of our names begins with this prefix:
-    formats name the same part differently in different systems, e.g. the first of three stages and
-    the only stage.
+    In the conversion back, the row applies only if one of our names begins with `given`: a format
+    may name the same part differently in different models, e.g. the first of three stages and the
+    only stage.
     """
 
     theirs: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Conversion of one tensor, in both directions."""
+    """Conversion of a tensor in both directions."""
 
     to_ours: Callable[[Tensor], Tensor]
     to_theirs: Callable[[Tensor], Tensor]
@@ -48,21 +48,22 @@ class Format(NamedTuple):
     rows: tuple[Row, ...]
     changes: Mapping[str, Change] = {}  # by our names
     dropped: tuple[str, ...] = ()  # their names that have no counterpart
-    heads: tuple[str, ...] = ()  # their classifier heads: ignored, but reported
+    heads: tuple[str, ...] = ()  # their classifier heads, which are ignored but reported
     before: Callable[[Weights], Weights] = same  # applied to their names, before the rows
     after: Callable[[Weights], Weights] = same  # its inverse, in the conversion back
-    wrappers: tuple[str, ...] = ()  # keys of the weights in its own trainer's files, by precedence
-    parts: tuple[str, ...] = ()  # prefixes of the described names in a larger file
-    # Declared differences of a pre-trained backbone, by our names: parameters that it lacks and
-    # that it has in excess. A complete detector has none.
+    wrappers: tuple[str, ...] = ()  # keys of the weights in the trainer's files, by precedence
+    parts: tuple[str, ...] = ()  # prefixes of the names in a file with other weights
+    # A pre-trained backbone may lack the parameters `fresh` and have the surplus parameters `spare`
+    # (our names). For a complete detector, neither is allowed.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    # whether relative positions are applied to the scaled query; None: none, or stored in the file
+    # whether relative positions are applied to the scaled query; None if the format has none, or if
+    # the file contains the setting
     scaled: bool | None = None
 
 
 def rows(text: str, theirs: str = "", ours: str = "", given: str = "") -> tuple[Row, ...]:
-    """Return the rows of two columns of text, their names and ours, with these prefixes."""
+    """Parse rows from two columns of text, their names and ours, and add the prefixes."""
     pairs = (line.split() for line in text.strip().splitlines())
     return tuple(Row(theirs + left, ours + right, given) for left, right in pairs)
 
@@ -87,7 +88,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
             ours[renamed] = change.to_ours(tensor) if change else tensor
     if unknown:
         few = ", ".join(unknown[:3])
-        raise ValueError(f"{len(unknown)} tensors unknown to this format, such as {few}")
+        raise ValueError(f"{len(unknown)} tensors are unknown to this format, such as {few}")
     return ours
 
 
@@ -103,14 +104,14 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
             theirs[renamed] = change.to_theirs(tensor) if change else tensor
     if unknown:
         few = ", ".join(unknown[:3])
-        raise ValueError(f"{len(unknown)} tensors without a name in this format, such as {few}")
+        raise ValueError(f"{len(unknown)} tensors have no name in this format, such as {few}")
     return dict(layout.after(theirs))
 
 
 def rename(name: str, layout: Format) -> str | None:
     """Return our name of their tensor, or None if it matches no row."""
     names = (_fill(name, row.theirs, row.ours) for row in layout.rows)
-    return next((one for one in names if one is not None), None)
+    return next((ours for ours in names if ours is not None), None)
 
 
 def known(name: str, patterns: Iterable[str]) -> bool:
@@ -119,7 +120,7 @@ def known(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _fill(name: str, source: str, target: str) -> str | None:
-    """Rewrite a name that matches the pattern `source` as `target`; None if it does not match."""
+    """Rewrite a name from pattern `source` to pattern `target`; None if it does not match."""
     found = _pattern(source).fullmatch(name)
     if found is None:
         return None
