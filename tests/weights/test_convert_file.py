@@ -166,7 +166,7 @@ def test_invalid_combinations_are_one_line(model: Path, recipe: Path, tmp_path: 
     for given, says in (
         ((model, pkl, "detectron2"), f"{ends} .safetensors or .pt"),
         ((model, pt, "vitdet"), "set --recipe NAME"),
-        ((model, pt, "detectron3"), "unknown format of weights 'detectron3'; expected one of"),
+        ((model, pt, "detectron3"), "unknown weights format 'detectron3'; expected one of"),
         ((tmp_path / "none.pkl", pt, "detectron2", recipe), "none.pkl: no such weights file"),
         ((model, model, "vitdet", recipe), "this is the source file; choose"),
         ((model, pt, "vitdet", "mask_rcnn_vitdet_b_coco"), "model.pt: does not fit this detector"),

@@ -32,7 +32,7 @@ def enabled(*tensors: Tensor) -> bool:
 
 
 def describe() -> str:
-    """Return one line for the log: which kernels run on the current GPU, or why none do.
+    """Return a log line that states which kernels run on the current GPU, or why none do.
 
     Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
     """
@@ -49,7 +49,7 @@ def _runs_on(device: int) -> bool:
 
 
 def _obstacle(device: int | None) -> str | None:
-    """Return why the kernels do not run on a device (None if there is no GPU), or None."""
+    """Return why the kernels do not run on `device` (None: no GPU), or None if they run."""
     setting = os.environ.get(SWITCH, "on")
     if setting not in ("on", "off"):
         raise ValueError(f"{SWITCH} must be on or off, got {setting!r}")

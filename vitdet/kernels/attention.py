@@ -45,8 +45,7 @@ def attention(
             among all tokens), and 1 to apply the tables to the scaled query, else 0.
 
     Returns:
-        The heads' output (B, N, h d), and for the backward pass the base-2 logarithms of the
-        softmax's sums.
+        The heads' output (B, N, h d), and log2 of the softmax's sums for the backward pass.
     """
     from vitdet.kernels.attention_kernels import forward
 

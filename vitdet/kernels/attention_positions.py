@@ -135,7 +135,7 @@ def origin(group, L):
 
 @triton.jit
 def tokens(row, column, top, left, L):
-    """Return an area's tokens in the grid, whether they exist, and whether the grid has them."""
+    """Return an area's tokens as grid indices, and whether they are in the area and in the grid."""
     exists = (row < L.rows) & (column < L.columns)
     inside = exists & (top + row < L.height) & (left + column < L.width)
     return (top + row) * L.width + left + column, exists, inside

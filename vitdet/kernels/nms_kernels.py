@@ -25,7 +25,7 @@ TILE = 2**11  # words that `suppress_boxes` reads at a time: 64 rows of 2,048 bo
 
 
 def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """Return which boxes are kept, as `vitdet.kernels.nms.nms`; `boxes` are contiguous."""
+    """Return which boxes are kept, like `vitdet.kernels.nms.nms`; `boxes` are contiguous."""
     groups, count, _ = boxes.shape
     keep = torch.zeros(groups, count, dtype=torch.bool, device=boxes.device)
     if not groups * count:

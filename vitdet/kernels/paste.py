@@ -26,8 +26,7 @@ PIXELS = 2**18  # pixels sampled at a time on the CPU (3 MB)
 def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Return the regions (N, 4) int64 xywh outside which masks in boxes (N, 4) xyxy are zero.
 
-    `sizes` (N, 2) int64 are the images' (height, width). A box outside its image has an empty
-    region.
+    `sizes` (N, 2) int64 are the images' (height, width). Regions of boxes outside are empty.
     """
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
     high = torch.minimum(boxes[:, 2:].ceil().long() + 1, sizes.flip(1))
@@ -56,7 +55,7 @@ def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: in
 
 @paste.register_kernel("cpu")
 def reference(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
-    """Run `paste` with `grid_sample`, as on the CPU."""
+    """Run `paste` with `grid_sample`; this is the implementation for CPUs."""
     pixels = torch.empty(total, dtype=torch.uint8, device=masks.device)
     columns = _centers(regions[:, 0], regions[:, 2], boxes[:, 0], boxes[:, 2])
     rows = _centers(regions[:, 1], regions[:, 3], boxes[:, 1], boxes[:, 3])

@@ -1,9 +1,9 @@
 """Rasterization of outlines into boxes: the training targets of masks.
 
 In plain torch (`vitdet.models.mask_head.rasterize`), the host synchronizes, and memory and launches
-grow with the number of edges. The kernel repeats its float32 arithmetic, operation by operation
-(IEEE division, no fused multiply-add), and directions are integers, so that both mark the same
-cells.
+grow with the number of edges. The kernel repeats the plain version's float32 arithmetic, operation
+by operation (IEEE division, no fused multiply-add), and directions are integers, so that both mark
+the same cells.
 
 Notation: R RoIs, E edges.
 """

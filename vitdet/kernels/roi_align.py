@@ -6,8 +6,8 @@ training step (batch size 8, H100). The kernels read channels-last maps in their
 coordinates, weights and sums are float32, and the gradient is deterministic.
 
 The relative error of features and gradients against float64 (in the L2 norm) is below 1e-6 with
-small float32 maps. With larger maps, it is the error of float32 coordinates, and with 16-bit maps
-that of rounding the result (float16: 2e-4).
+small float32 maps. With larger maps, it equals the error of float32 coordinates, and with 16-bit
+maps the error of rounding the result (float16: 2e-4).
 
 Notation: B images, R RoIs, C channels, h x w cells of a map.
 """

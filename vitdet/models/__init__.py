@@ -1,4 +1,4 @@
-"""`build_detector`: the only place where settings become constructor arguments."""
+"""Construction of a detector: the only module of this package that reads settings."""
 
 from __future__ import annotations
 

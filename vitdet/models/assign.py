@@ -19,8 +19,7 @@ from torch.nn import functional as F
 BACKGROUND, IGNORE = -1, -2
 
 Match = Callable[[Iterable[Tensor], float, float], Tensor]
-# Maps candidates (B, N) bool and the number to select (B,) to keys (B, N) >= 0; the largest are
-# selected.
+# (candidates (B, N) bool, number to select (B,)) -> keys (B, N) >= 0; the largest are selected
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 

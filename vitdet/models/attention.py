@@ -92,7 +92,7 @@ def widen(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend: queries (B, h, N, e), keys (B, h, N, e), values (B, h, N, d) -> (B, h, N, d).
+    """Return the attention (B, h, N, d) of queries and keys (B, h, N, e) over values (B, h, N, d).
 
     On a GPU, a fused kernel is used, which does not store the N x N logits: the memory-efficient
     kernel if e differs from d and both are multiples of 8. On a CPU, plain products are used,

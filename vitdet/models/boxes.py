@@ -29,10 +29,9 @@ def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scale: float) -> Tensor:
-    """Apply deltas (..., 4), or K sets (..., K, 4), to boxes (..., 4); the inverse of `encode`.
+    """Apply deltas (..., 4) or (..., K, 4) to boxes (..., 4), in at least float32: invert `encode`.
 
-    The change of a side's logarithm is clamped to min_log_scale..MAX_LOG_SCALE. The result is at
-    least float32.
+    The change of a side's logarithm is clamped to min_log_scale..MAX_LOG_SCALE.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     columns = zip(deltas.to(boxes.dtype).unbind(-1), weights, strict=True)
@@ -88,8 +87,7 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
 def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Return the `num` largest of scores (B, N), sorted, and their indices, (B, num) each.
 
-    Ties are ordered by index, unlike with `topk`. If more scores equal the smallest returned one,
-    it is not specified which of them are included.
+    Ties are ordered by index; which of several scores equal to the last one are included may vary.
     """
     index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
     best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)

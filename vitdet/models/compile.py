@@ -21,7 +21,7 @@ def compile_parts(detector: Detector) -> None:
     """Compile the backbone's blocks, the pyramid and the heads in place.
 
     Each part is compiled at its first call, for fixed image and batch sizes. It draws the same
-    random numbers as before.
+    random numbers as without compilation.
     """
     torch._inductor.config.fallback_random = True
     # the shapes of levels and heads differ between training and evaluation

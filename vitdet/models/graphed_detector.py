@@ -64,8 +64,7 @@ class GraphedDetector:
         """Return detections from a graph, recorded if necessary; None if recording failed."""
         detector = self.detector
         assert isinstance(detector, Detector)
-        tensors = chain(detector.parameters(), detector.buffers())
-        addresses = (tensor.data_ptr() for tensor in tensors)
+        addresses = (x.data_ptr() for x in chain(detector.parameters(), detector.buffers()))
         state = (int(detector.training), *detector.limits(), *addresses)
         if state != self.state:
             self.graph, self.state, self.refused = CudaGraph(), state, set()

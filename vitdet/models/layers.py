@@ -106,7 +106,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Update copies of BatchNorm statistics, as the forward pass has already updated them."""
+    """Redirect BatchNorm updates to copies, as the forward pass already updated the statistics."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()

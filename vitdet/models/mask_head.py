@@ -17,7 +17,7 @@ from vitdet.types import Polygons
 
 BINS = 14
 SIZE = 2 * BINS
-PAIRS = 2**16  # pairs of a RoI and an edge processed at a time: 150 MB
+PAIRS = 2**16  # pairs of a RoI and an edge processed at a time (150 MB)
 
 
 class MaskHead(nn.Module):
@@ -57,7 +57,7 @@ def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
 
 
 def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
-    """Return which cells (R, size, size) of boxes (R, 4) have their center inside R outlines.
+    """Return which cells (R, size, size) of boxes (R, 4) have their center inside the mask.
 
     A cell is inside if the directions of the edges that cross its row to its left do not cancel.
     Each edge adds its direction at the first cell right of its crossing, for a cumulative sum.

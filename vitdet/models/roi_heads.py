@@ -29,7 +29,7 @@ from vitdet.types import Detections, Polygons, Targets
 
 Classification = SoftmaxClassification | FederatedClassification
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of stage 0's box transform; stage s uses s + 1 times these
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # box transform of stage 0; multiplied by s + 1 in stage s
 # box-class pairs before NMS; more are used if too few detections remain
 CANDIDATES = 2000
 
@@ -54,7 +54,7 @@ class Found(NamedTuple):
     scores: Tensor  # (B, D)
     labels: Tensor  # (B, D)
     filled: Tensor  # (B, D) bool
-    exact: Tensor  # (B,) bool: whether more candidates would not change the detections
+    exact: Tensor  # (B,) bool: whether the candidates were sufficient
 
 
 class Scored(NamedTuple):
@@ -108,7 +108,10 @@ class RoIHeads(nn.Module):
     def losses(
         self, features: Sequence[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
     ) -> dict[str, Tensor]:
-        """Return loss_cls, loss_box_reg (in a cascade: ..._stage0 etc.) and, if any, loss_mask."""
+        """Return loss_cls, loss_box_reg and, with a mask head, loss_mask.
+
+        With several stages, the first two have one entry per stage, with the suffix _stage0 etc.
+        """
         found = {}
         assigned = self.sample(proposals.boxes, proposals.filled, targets)
         if self.mask is not None:
@@ -280,7 +283,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) of (B, S) that a head computes: on a GPU all, to avoid a sync."""
+    """Return the slots (R,) of (B, S) to compute: on a GPU all of them, to avoid synchronizing."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()

@@ -69,10 +69,9 @@ def _pool_by_products(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """Compute RoIAlign, which is separable with a fixed number of points, by two products.
+    """Pool with a fixed number of points, so that RoIAlign is separable: two matrix products.
 
-    The gradient is two matrix products as well, instead of scattered additions, which would
-    dominate a training step on a CPU.
+    The gradient is two products as well, instead of scattered additions, which are slow on a CPU.
     """
     # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]

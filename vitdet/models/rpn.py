@@ -53,7 +53,7 @@ class RPN(nn.Module):
         match: assigns ground truths to anchors.
         min_log_scale: limits how much a box can shrink.
         divide_by_sampled: divide the losses by the number of sampled anchors instead of `samples`
-            times the images.
+            per image.
     """
 
     def __init__(

@@ -218,8 +218,7 @@ class ViT(nn.Module):
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise decay (Detectron2: get_vit_lr_decay_rate).
 
-        This is 0 before the blocks, i + 1 in block i, and depth + 1 otherwise, including residual
-        convolutions.
+        It is 0 before the blocks, i + 1 in block i, else (e.g. residual convolutions) depth + 1.
         """
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0
@@ -236,7 +235,7 @@ def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize (1, h, w, C) to (1, *grid, C), bicubic without antialiasing (Detectron2: get_abs_pos).
 
     As the interpolation is linear, it is computed as two small matrix products: F.interpolate took
-    6 ms per step of ViT-B on an H100. They are in float64, which neither autocast nor TF32 affects.
+    6 ms per step of ViT-B on an H100. Neither autocast nor TF32 affects products in float64.
     """
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed

@@ -110,7 +110,7 @@ class Performer(nn.Module):
         return y + self.mlp(self.norm2(y))
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention (B, N, E) of (B, N, E) each, computed in float64.
+        """Return the attention (B, N, E) of q, k and v (B, N, E), computed in float64.
 
         Autocast would convert float32 to half precision, whose range the exponentials exceed.
         """
@@ -213,7 +213,7 @@ class ViTAESmall(nn.Module):
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise decay, as in the published run.
 
-        This is s in reduction cell s, 3 + j in block j, and 18 otherwise. The published config
+        It is s in reduction cell s, 3 + j in block j, and 18 otherwise. The published config
         specifies 12 layers, with which the last blocks would learn faster than the heads.
         """
         if cell := re.match(r"reductions\.(\d+)\.", name):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CATALOGUE", "NOT_PRETRAINED", "PACKAGED", "Loaded", "load_pretrained", "resolve"]
 
-# Parts of the names of parameters that MAE pre-trained backbones do not have
+# Substrings that identify the parameters missing from MAE pre-trained backbones
 NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w", ".residual.")
 
 
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> object:
 def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
     """Return the file that `train.init` refers to, or None for ''.
 
-    A file in the catalog is searched in `folder`, by default in the package and the cache. Raises
+    A name in the catalog is looked up in `folder`, by default in the package and the cache. Raises
     ValueError for an unknown name, and FileNotFoundError with the command that fetches the file.
     """
     if not name_or_path:

@@ -21,7 +21,9 @@ class Entry:
     name: str
     what: str
     url: str = ""
-    format: str = ""  # a name of vitdet.weights.formats.FORMATS; "": ships with the package
+    format: str = (
+        ""  # a name of vitdet.weights.formats.FORMATS; "" if the file ships with the package
+    )
     license: str = NOT_PUBLISHED
     recipe: str = ""  # detectors: the recipe that builds the model and trains it
     ap: tuple[float, float] | None = None  # detectors: published box AP, mask AP
@@ -95,8 +97,7 @@ def cache_folder() -> Path:
 def fetched(name: str, folder: Path | None = None) -> Path:
     """Return the file of a name in `folder`, by default in the package or the cache.
 
-    Raises ValueError for an unknown name, and FileNotFoundError with the command that fetches the
-    file.
+    Raises ValueError for an unknown name, and FileNotFoundError with the command that fetches it.
     """
     entry = find(name)
     home = PACKAGED if entry.state == "packaged" else cache_folder()

@@ -43,7 +43,7 @@ def convert_file(
     recipe: str | Path | None = None,
     reverse: bool = False,
 ) -> list[str]:
-    """Convert a file of weights.
+    """Convert a weights file.
 
     Args:
         source: a file of the format `layout`, or with `reverse` a vitdet detector.
@@ -58,12 +58,12 @@ def convert_file(
         One line for each change.
 
     Raises:
-        ValueError, FileNotFoundError: with a one-line message.
+        ValueError, FileNotFoundError: the message is one line.
     """
     source, destination = Path(source), Path(destination)
     if layout not in FORMATS:
         known = ", ".join(FORMATS)
-        raise ValueError(f"unknown format of weights {layout!r}; expected one of {known}")
+        raise ValueError(f"unknown weights format {layout!r}; expected one of {known}")
     if source.resolve() == destination.resolve():
         raise ValueError(f"{destination}: this is the source file; choose another destination")
     if reverse:

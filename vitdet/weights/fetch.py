@@ -84,7 +84,7 @@ def fetch(
     local: Path | None = None,
     patience: Patience = PATIENT,
 ) -> Path:
-    """Download, verify and convert the file of an entry, unless it exists in the folder.
+    """Download, verify and convert an entry's file, unless it exists in the folder.
 
     `local` is a copy of the published file to use instead of a download. Raises the errors of
     `download`, and ValueError if the file is not the published one, cannot be converted, or cannot

@@ -35,7 +35,7 @@ class Source:
     """A file's weights under vitdet's names, with metadata."""
 
     weights: Weights
-    layout: str  # the format whose declared differences apply
+    layout: str  # key of the format whose `fresh` and `spare` apply
     # whether relative positions are applied to the scaled query; None: unknown
     scaled: bool | None
     class_names: tuple[str, ...] = ()  # empty: unknown
@@ -178,7 +178,7 @@ def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
 def _other_classes(
     weights: Weights, state: Weights, theirs: tuple[str, ...], ours: tuple[str, ...]
 ) -> tuple[set[str], str]:
-    """Return the layers of the file or the detector that other classes exclude, and the reason."""
+    """Return the layers that are not loaded because the classes differ, and the reason."""
     if LOGITS not in weights or LOGITS not in state:
         return set(), ""
     there, here = len(weights[LOGITS]) - 1, len(state[LOGITS]) - 1

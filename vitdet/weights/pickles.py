@@ -204,7 +204,7 @@ def _from_buffer(raw: object, kind: object, shape: object, order: object) -> _Ar
 
 def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray:
     if isinstance(raw, str):
-        raw = raw.encode("latin1")  # Python 2
+        raw = raw.encode("latin1")  # as written by Python 2
     if not isinstance(raw, bytes | bytearray) or not isinstance(kind, _Type):
         raise ValueError("an array has elements other than numbers")
     if order not in ("C", "F"):

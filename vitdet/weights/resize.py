@@ -28,8 +28,7 @@ def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 def resize_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize absolute positions (1, h, w, C) to (1, *grid, C), bicubic without antialiasing.
 
-    Detectron2 does this in every forward pass, ViTAE-Transformer/ViTDet when loading pre-trained
-    weights.
+    Detectron2 does this in every forward pass, ViTAE-Transformer/ViTDet when loading weights.
     """
     return _bicubic(pos_embed.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).contiguous()
 

@@ -40,12 +40,12 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     _check_tensors(inside, content, path)
     plain = {name: PREFIX.sub("", name) for name in inside}
     plain = {name: short for name, short in plain.items() if short != COUNTER}
-    prefixes = sorted({found[0] for name in plain for found in PREFIX.finditer(name)})
+    prefixes = {found[0] for name in plain for found in PREFIX.finditer(name)}
+    removed = " and ".join(sorted(prefixes))
     if len(set(plain.values())) < len(plain):
-        both = f"contains the same names with and without {' and '.join(prefixes)}"
-        raise ValueError(f"{path}: {both}")
-    if prefixes:
-        notes.append(f"names: removed the prefix {' and '.join(prefixes)}")
+        raise ValueError(f"{path}: contains the same names with and without {removed}")
+    if removed:
+        notes.append(f"names: removed the prefix {removed}")
     weights = {short: inside[name] for name, short in plain.items()}
     for part in layout.parts:
         names = [name for name in weights if name.startswith(part)]

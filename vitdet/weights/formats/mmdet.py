@@ -53,7 +53,7 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
 
 
 def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
-    """Inverse of `join_bias` for the given blocks.
+    """Invert `join_bias` for the given blocks.
 
     The keys' part is dropped: it shifts all logits of a query equally, which the softmax ignores.
     """

@@ -24,7 +24,7 @@ def slices_first(tensor: Tensor) -> Tensor:
 
 
 def channels_first(tensor: Tensor) -> Tensor:
-    """Inverse of `slices_first`."""
+    """Invert `slices_first`."""
     return rearrange(tensor, "... (w h c) -> ... (c h w)", h=2, w=2)
 
 

@@ -1,4 +1,4 @@
-"""A third-party format of weights as a table of names for both directions.
+"""A third-party weights format as a table of names for both directions.
 
 A row is (their name, our name); `{}` matches any part between dots, `{*}` any rest of a name.
 Changes beyond the name (a different shape, two tensors instead of one) are pairs of functions. A
@@ -43,7 +43,7 @@ def same(weights: Weights) -> Weights:
 
 
 class Format(NamedTuple):
-    """A format of weights."""
+    """A weights format: names, and conversions beyond the names."""
 
     rows: tuple[Row, ...]
     changes: Mapping[str, Change] = {}  # by our names
@@ -57,8 +57,7 @@ class Format(NamedTuple):
     # (our names). For a complete detector, neither is allowed.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    # whether relative positions are applied to the scaled query; None if the format has none, or if
-    # the file contains the setting
+    # whether relative positions apply to the scaled query; None: no positions, or see the file
     scaled: bool | None = None
 
 
