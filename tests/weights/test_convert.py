@@ -172,7 +172,7 @@ def test_query_and_value_biases_without_key_biases() -> None:
     trained = {f"{stem}qkv.bias": torch.tensor([1.0, 9.0, 3.0])}
     back = to_theirs(trained, mmdet_format(split=[2]))
     assert back == {f"{stem}q_bias": torch.tensor([1.0]), f"{stem}v_bias": torch.tensor([3.0])}
-    with pytest.raises(ValueError, match="q_bias without blocks.2.attn.v_bias"):
+    with pytest.raises(ValueError, match="q_bias, but not blocks.2.attn.v_bias"):
         to_ours(query, VITAE)
 
 

@@ -84,10 +84,10 @@ DEEP = (100_000).to_bytes(8, "little") + b"[" * 100_000
     ("damage", "message"),
     [
         (lambda whole: b"", "the file is empty"),
-        (lambda whole: whole[:5], "truncated: 5 of "),
-        (lambda whole: whole[:100], "truncated: 100 of "),
-        (lambda whole: whole[:-1], "truncated: "),
-        (lambda whole: b"{}", "truncated: 2 of 32,131 bytes"),
+        (lambda whole: whole[:5], "truncated to 5 of "),
+        (lambda whole: whole[:100], "truncated to 100 of "),
+        (lambda whole: whole[:-1], "truncated to "),
+        (lambda whole: b"{}", "truncated to 2 of 32,131 bytes"),
         (lambda whole: b"not weights at all", "not a safetensors file: its first 8 bytes are"),
         (lambda whole: whole[:8] + whole[9:], "not a complete safetensors file ("),
         # nested lists, deeper than Python's recursion limit
