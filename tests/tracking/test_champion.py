@@ -248,4 +248,4 @@ def test_matches_are_added_only_to_a_version_with_their_metrics(
     (stored,) = client.list_logged_model_artifacts(logged, folder)
     assert stored.path == f"{folder}/{MATCHES}"
     add_matches(client, found, DATA, {"box_ap": 40.0}, tmp_path)
-    assert "it already has matches of this evaluation" in caplog.text
+    assert "the version already has matches of this evaluation" in caplog.text

@@ -72,7 +72,7 @@ def decide(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> Ver
         (40.5, 0.5, False, "box AP 40.5, no more than gate.min_gain (0.5) above the 40 of"),
         (40.51, 0.5, True, "box AP 40.51, above the 40 of"),
         (40.2, 0.5, False, "box AP 40.2, less than gate.min_gain (0.5) above the 40 of"),
-        (float("nan"), 0.0, False, "box AP is nan: cannot be compared"),
+        (float("nan"), 0.0, False, "box AP is nan, which cannot be compared"),
     ],
 )
 def test_the_gain_must_exceed_the_minimum(

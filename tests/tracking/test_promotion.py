@@ -42,7 +42,7 @@ def test_promote_applies_the_gate_and_rollback_undoes_it(
     assert promote("--version", 1) == (0, line)
     assert promote("--version", "2")[0] == 0 and model.champion == "2"
     code, line = promote()  # the candidate is version 3
-    assert code == 1 and "version 3: not the champion: box AP 39, no better than the 41" in line
+    assert code == 1 and "version 3, is not promoted: box AP 39, no better than the 41" in line
     assert model.champion == "2"
     assert promote("--force", "field test")[1].endswith(
         "version 3 (champion): without the gate (field test)"

@@ -110,7 +110,7 @@ def test_the_gate_rejects_metrics_of_unknown_origin(
     code, _, err = vitdet(*words, "--config", config)
     assert code == 1 and "with different data or evaluate settings than those in --config" in err
     code, _, err = vitdet("register", another(model), *CHAMPION, "--metrics", metrics)
-    assert code == 1 and "the --metrics belong to a different checkpoint" in err
+    assert code == 1 and "the metrics in --metrics belong to a different checkpoint" in err
     metrics.write_text(metrics.read_text().replace('"box_ap": ', '"box_ap": 1'))
     code, _, err = vitdet(*words)  # edited afterwards
     assert code == 1 and err.count("\n") == 1

@@ -3,32 +3,32 @@
 `train`, `evaluate` and `register` do the same as the commands of these names. The other functions
 are the steps of a pipeline run, in this order (`pipeline/graph.py`):
 
-    resolve_configs     one config for each training run: recipe, overrides, sweep, seeds
-    start_parent_run    the MLflow run that groups the training runs
-    prepare_data        the data set, fetched and verified; configs with its splits and classes
-    fetch_weights       the initial weights
-    train_recipe        for each training run, in this process; for training in a Kubernetes job:
-                        train_argv, check_processes, is_trained, keep_logs, copy_checkpoint
-    evaluate_recipe     its metrics and report
-    evaluate_champion   the champion's metrics, if unknown for this data and these settings
-    gate                whether the detector is better than the champion
-    register_recipe     a new version in the model registry, and the new champion, if it is better
-    compare             one table of all training runs
-    compare_finished    after a failure: the table of what finished, and why the rest did not
-    end_parent_run      the end of the MLflow run, with the status of the pipeline run
+    resolve_configs     Write a config for each training run from recipes, overrides, sweep, seeds.
+    start_parent_run    Create the MLflow run that groups the training runs.
+    prepare_data        Fetch and verify the data set; write configs with its splits and classes.
+    fetch_weights       Fetch the initial weights.
+    train_recipe        Train in this process. A step that trains in a Kubernetes job calls
+                        train_argv, check_processes, is_trained, keep_logs and copy_checkpoint.
+    evaluate_recipe     Write the detector's metrics and report.
+    evaluate_champion   Evaluate the champion on the same data with the same settings, if necessary.
+    gate                Decide whether the detector is better than the champion.
+    register_recipe     Register the detector as a new version, and promote it if it is better.
+    compare             Create a table of all training runs.
+    compare_finished    After a failure, create a table of finished runs and reasons for the others.
+    end_parent_run      End the MLflow run with the status of the pipeline run.
 
-They exchange results as return values, as files and in a workspace, a folder that all steps share
-(`vitdet.stages.workspace`). Their arguments:
+The steps exchange results as return values, as files and in a workspace, a folder that all steps
+share (`vitdet.stages.workspace`). Common arguments are:
 
-    workspace, run_id   path of the workspace; ID of the pipeline run
-    name                of a training run, as `resolve_configs` returns it
-    settings, configs   folders with NAME.yaml that `resolve_configs` and `prepare_data` write
-    data                fingerprint of the data, as `prepare_data` returns it
-    checkpoint          file of a detector
-    figures, verdict    JSON files that `evaluate_recipe` and `gate` write
+    workspace, run_id   The path of the workspace, and the pipeline run's ID.
+    name                The name of a training run, as `resolve_configs` returns it.
+    settings, configs   Folders with NAME.yaml from `resolve_configs` and `prepare_data`.
+    data                The fingerprint of the data, as `prepare_data` returns it.
+    checkpoint          The file of a detector.
+    figures, verdict    JSON files that `evaluate_recipe` and `gate` write.
 
-A repeated step keeps the results that exist; training resumes from its last checkpoint. The steps
-import torch, MLflow and other slow packages when they are called.
+A repeated step keeps existing results; training resumes from the last checkpoint. The steps import
+torch, MLflow and other slow packages when they are called.
 """
 
 from vitdet.stages.comparison import (

@@ -1,4 +1,4 @@
-"""The MLflow parent run of a pipeline run, and the table that compares its training runs."""
+"""A pipeline run's parent run in MLflow, and the table that compares its training runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ COMPARISON = "comparison.html"  # in the folder of a pipeline run whose training
 
 
 def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
-    """Create the MLflow run that groups the training runs; return one line with its address.
+    """Create the MLflow run that groups the training runs; return a line with its server and ID.
 
-    Keeps the configs in the run's folder, where `compare_finished` finds them. Raises
+    Also saves the configs to the pipeline run's folder, for `compare_finished`. Raises
     ConnectionError if MLflow does not respond.
     """
     from vitdet.tracking import comparison
     from vitdet.tracking.address import hide_credentials, tracking_uri
 
-    every, folder = read_configs(configs), runs_folder(workspace)
-    for name, config in every.items():
+    loaded, folder = read_configs(configs), runs_folder(workspace)
+    for name, config in loaded.items():
         save_config(config, run_folder(workspace, run_id) / f"{name}.yaml")
-    settings = next(iter(every.values())).tracking
+    settings = next(iter(loaded.values())).tracking
     parent = comparison.start_parent_run(
-        run_id, list(every), uri=settings.uri, folder=folder, experiment=settings.experiment
+        run_id, list(loaded), uri=settings.uri, folder=folder, experiment=settings.experiment
     )
     uri = hide_credentials(tracking_uri(settings.uri, folder))
     return f"MLflow: {uri}, parent run {parent}"
@@ -42,7 +42,8 @@ def compare(
 ) -> str:
     """Return the table of all training runs in Markdown, and log it to the parent run.
 
-    Writes it as HTML to the file `table`, and in Markdown with links to MLflow to `links`.
+    Also writes the table as HTML to the file `table`, and in Markdown with links to MLflow to
+    `links`.
     """
     rows = [json.loads(Path(path).read_text()) for path in verdicts]
     text, linked = _compare(read_configs(configs), rows, {}, workspace, run_id, table)
@@ -52,19 +53,18 @@ def compare(
 
 
 def compare_finished(workspace: str, run_id: str, table: str) -> str:
-    """Return the table after a failure: the training runs that finished, and why the others did
-    not.
+    """Return the table after a failure, with the reasons why training runs did not finish.
 
-    Writes the HTML page to the file `table`. Returns "" if `compare` has already created the table,
-    or if no training run was planned.
+    Also writes the table as HTML to the file `table`. Returns "" if `compare` has already created
+    the table, or if no training run was planned.
     """
     folder = run_folder(workspace, run_id)
-    every = read_configs(folder)
-    rows, failures = read_outcomes(workspace, list(every), run_id)
-    if every and (failures or not (folder / COMPARISON).is_file()):
-        return _compare(every, rows, failures, workspace, run_id, table)[0]
+    configs = read_configs(folder)
+    rows, failures = read_outcomes(workspace, list(configs), run_id)
+    if configs and (failures or not (folder / COMPARISON).is_file()):
+        return _compare(configs, rows, failures, workspace, run_id, table)[0]
     Path(table).parent.mkdir(parents=True, exist_ok=True)
-    if every:
+    if configs:
         shutil.copyfile(folder / COMPARISON, table)
     else:
         Path(table).write_text("<p>No training run was started.</p>\n")
@@ -74,13 +74,13 @@ def compare_finished(workspace: str, run_id: str, table: str) -> str:
 def end_parent_run(
     recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str
 ) -> None:
-    """End the parent run, if there is one. state: state of the pipeline run in KFP."""
+    """End the parent run, if there is one. state: the pipeline run's state in KFP."""
     from vitdet.tracking import comparison
 
     try:
         settings = load_config(recipes[0], overrides).tracking
     except (ValueError, FileNotFoundError, IndexError):
-        return  # the first step failed for this reason, before a parent run was created
+        return  # for the same reason, the first step failed and created no parent run
     folder = runs_folder(workspace)
     comparison.end_parent_run(
         run_id, state, uri=settings.uri, folder=folder, experiment=settings.experiment
@@ -88,7 +88,7 @@ def end_parent_run(
 
 
 def _compare(
-    every: dict[str, Config],
+    configs: dict[str, Config],
     rows: Sequence[dict],
     failures: dict[str, str],
     workspace: str,
@@ -97,12 +97,12 @@ def _compare(
 ) -> tuple[str, str]:
     from vitdet.tracking import comparison
 
-    config = next(iter(every.values()))
+    config = next(iter(configs.values()))
     text, linked, html = comparison.compare(
         run_id,
         rows,
         failures,
-        _varied_settings(every),
+        _varied_settings(configs),
         experiment=config.tracking.experiment,
         **registry(config, workspace),
     )
@@ -113,19 +113,19 @@ def _compare(
     return text, linked
 
 
-def _varied_settings(every: dict[str, Config]) -> dict[str, dict[str, str]]:
+def _varied_settings(configs: dict[str, Config]) -> dict[str, dict[str, str]]:
     """Return, by name, the settings that differ between the training runs of the same recipe.
 
-    Only settings that affect the result of a training run count.
+    Settings that do not affect the result of a training run are omitted.
     """
     recipes = defaultdict(list)
-    for name in every:
+    for name in configs:
         recipes[name.rpartition("-")[0]].append(name)
     varied = {}
     for names in recipes.values():
-        settings = [training_settings(every[name]) for name in names]
+        settings = [training_settings(configs[name]) for name in names]
         keys = [key for key in settings[0] if len({setting[key] for setting in settings}) > 1]
         for name in names:
-            values = flatten(every[name])
+            values = flatten(configs[name])
             varied[name] = {key: str(values[key]) for key in keys}
     return varied

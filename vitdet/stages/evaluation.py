@@ -1,4 +1,4 @@
-"""Evaluation of a detector, and of the champion that it competes with."""
+"""Evaluation of a detector, and of the champion with which it is compared."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ def evaluate(
     """Evaluate a checkpoint; log metrics and files to the MLflow run that trained it.
 
     Args:
-        checkpoint: file of a detector.
-        overrides: settings of `data` and `evaluate` as strings SECTION.KEY=VALUE.
-        folder: folder of MLflow's default store.
-        config: its data and evaluate settings are used; default: those of the checkpoint.
-        output, pictures, plots, report: files and folders to write, as for `vitdet evaluate`.
+        checkpoint: The file of a detector.
+        overrides: Settings of `data` and `evaluate` as strings SECTION.KEY=VALUE.
+        folder: The folder of MLflow's default store.
+        config: The config with `data` and `evaluate`. Default: the config in the checkpoint.
+        output, pictures, plots, report: Files and folders to write, as for `vitdet evaluate`.
 
     Returns the metrics and the ID of the MLflow run, None if there is no run or no store. Raises
-    the errors of `vitdet.evaluate` and, if the address is invalid,
-    `vitdet.tracking.address.tracking_uri`.
+    the errors of `vitdet.evaluate` and `vitdet.tracking.address.tracking_uri`.
     """
     from vitdet import distributed
     from vitdet.evaluation.evaluator import evaluate as measure
@@ -66,8 +65,8 @@ def evaluate(
 class Evaluation(NamedTuple):
     """The evaluation of a detector in a pipeline run.
 
-    known: whether the registry has the champion's evaluation on the same data with the same
-    settings. page: address of the detector's MLflow run, "" if it has none.
+    known: whether the champion, if there is one, was evaluated on the same data with the same
+    settings. page: the URL of the detector's MLflow run, "" if there is no such page.
     """
 
     metrics: dict[str, float]
@@ -75,7 +74,7 @@ class Evaluation(NamedTuple):
     page: str
 
     def text(self) -> str:
-        """Return AP and address in one line."""
+        """Return the AP and the URL in one line."""
         kinds = [
             f"{kind} AP {self.metrics[f'{kind}_ap']}"
             for kind in ("box", "mask")
@@ -94,11 +93,10 @@ def evaluate_recipe(
     figures: str,
     report: str,
 ) -> Evaluation:
-    """Evaluate the detector of a training run; raises the errors of `verified_config` and
-    `evaluate`.
+    """Evaluate the detector of a training run.
 
-    Writes the metrics, with the fingerprint of the data and the settings, to the JSON file
-    `figures`, and the report to the HTML file `report`.
+    Writes the metrics, the data's fingerprint and the settings to the JSON file `figures`, and the
+    report to the HTML file `report`. Raises the errors of `verified_config` and `evaluate`.
     """
     from vitdet.data.protocol import Protocol
     from vitdet.evaluation.report import REPORT
@@ -121,9 +119,9 @@ def evaluate_recipe(
 def evaluate_champion(
     checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
 ) -> str:
-    """Evaluate the champion as the detector in `checkpoint` was evaluated, for `gate`.
+    """Evaluate the champion as the detector in `checkpoint` was evaluated, for the step `gate`.
 
-    Returns one line with the result, also if the champion cannot be evaluated.
+    Returns one line with the AP, or with the reason why the champion cannot be evaluated.
     """
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations

@@ -1,7 +1,7 @@
-"""The outcome of each training run of a pipeline run, on the shared folder: its verdict or error.
+"""The outcome (verdict or error) of each training run, as files in the workspace.
 
-The comparison reads the outcomes also after a failure, when the pipeline does not pass on outputs
-of steps.
+The comparison also reads the outcomes after a failure, when the pipeline does not pass on the
+outputs of steps.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ VERDICT, FAILURE = "verdict.json", "failure.json"
 
 @contextmanager
 def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None]:
-    """Context of a step: record its error, or remove the error of an earlier attempt."""
+    """Record the error of a step in this context, or remove the error of an earlier attempt."""
     file = training_folder(workspace, name, run_id) / FAILURE
     try:
         yield
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        with suppress(OSError):  # the step's own error matters more
+        with suppress(OSError):  # must not replace the step's error
             write_json(file, {"step": step, "reason": lines[0]})
         raise
     with suppress(OSError):
@@ -34,14 +34,14 @@ def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None
 
 
 def write_verdict(workspace: str, name: str, run_id: str, verdict: dict[str, Any]) -> None:
-    """Store a training run's row of the comparison: its metrics and the gate's verdict."""
+    """Store a training run's row of the comparison, with its metrics and the gate's verdict."""
     write_json(training_folder(workspace, name, run_id) / VERDICT, verdict)
 
 
 def read_outcomes(
     workspace: str, names: Sequence[str], run_id: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the verdicts that exist, and {name: why} of the training runs with a failed step."""
+    """Return the verdicts that exist, and the reasons by name of runs that did not succeed."""
     verdicts, failures = [], {}
     for name in names:
         folder = training_folder(workspace, name, run_id)

@@ -1,4 +1,4 @@
-"""The training runs of a pipeline run: recipes x combinations of a sweep's values x seeds."""
+"""The training runs of a pipeline run: all combinations of recipes, a sweep's values and seeds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from vitdet.files import write_json
 from vitdet.stages.workspace import resolve_paths
 
 SEED = "train.seed"
-# Each training run is about 12 nodes of a Workflow, whose status Argo keeps in one object of 1 MiB.
+# A training run adds about 12 nodes to the Workflow's status, and Argo limits that object to 1 MiB.
 MAX_TRAININGS = 64
-# file next to the configs: the settings of each config that the user set
-EXPLICIT = "explicit.json"
+EXPLICIT = "explicit.json"  # next to the configs: {name: settings that the user set}
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
-PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
+TRACKING = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 
 
 def resolve_configs(
@@ -31,10 +30,9 @@ def resolve_configs(
     sweep: Sequence[str] = (),
     seeds: int = 1,
 ) -> list[str]:
-    """Write folder/NAME.yaml for each training run and return the names.
+    """Write FOLDER/NAME.yaml for each training run and return the names.
 
-    The configs have all settings except those that depend on the data. Raises the errors of
-    `plan_trainings`.
+    Settings that depend on the data are not resolved yet. Raises the errors of `plan_trainings`.
     """
     planned = plan_trainings(recipes, overrides, workspace, sweep, seeds)
     for name, (config, _) in planned.items():
@@ -57,21 +55,21 @@ def plan_trainings(
 ) -> dict[str, tuple[Config, list[str]]]:
     """Return {name: (config, the settings that the user set)} of each training run.
 
-    Each recipe is trained with each combination of values in `sweep`, strings such as
-    `optim.lr=1e-4,2e-4`, and each of these with `seeds` consecutive seeds, starting with that of
-    the config.
+    sweep: strings such as `optim.lr=1e-4,2e-4`; each recipe is trained with each combination of
+    their values. seeds: each combination is trained with this many consecutive seeds, starting with
+    the seed in its config.
 
-    Raises ValueError or FileNotFoundError for a wrong recipe, setting or sweep, for the same
-    training run twice, for more than MAX_TRAININGS training runs, and for recipes with different
-    data, evaluation settings or MLflow destinations, which cannot be compared in one table.
+    Raises ValueError or FileNotFoundError for an invalid recipe, setting or sweep, for two equal
+    training runs, for more than MAX_TRAININGS training runs, and for recipes with different data,
+    evaluation settings or MLflow settings, which cannot be compared in one table.
     """
     from vitdet.data.layout import SPLITS, explicit_settings
 
     if not recipes:
-        raise ValueError("give at least one recipe")
+        raise ValueError("no recipe; specify at least one")
     combinations = _combinations(sweep, overrides)
-    if seeds > 1 and any(one.startswith(f"{SEED}=") for one in sweep):
-        raise ValueError(f"the sweep already contains {SEED}; leave out the number of seeds")
+    if seeds > 1 and any(text.startswith(f"{SEED}=") for text in sweep):
+        raise ValueError(f"the sweep already contains {SEED}; omit the number of seeds")
     _check_count(len(recipes), [len(combinations)] if sweep else [], seeds)
     planned: dict[str, tuple[Config, list[str]]] = {}
     labels: dict[str, str] = {}
@@ -83,33 +81,33 @@ def plan_trainings(
             name = f"{Path(recipe).stem}-{digest(config)[:8]}"
             if name in planned:
                 differing = "; ".join(difference(config, planned[name][0]))
+                shown = f"; only settings without effect on training differ: {differing}"
                 raise ValueError(
-                    f"{label} is given twice with the same settings"
-                    + (f" for training; only others differ ({differing})" if differing else "")
-                    + ": there is nothing to compare"
+                    f"{label} is given twice, so there is nothing to compare"
+                    + (shown if differing else "")
                 )
             explicit = sorted(explicit_settings(recipe, [*overrides, *chosen, *seed]))
             first = next(iter(planned), name)
             other, theirs = planned.get(first, (config, explicit))
-            named = set(theirs) & set(explicit)
-            unknown = [key for key in SPLITS if key not in named] if "data.root" in named else []
-            check_comparable(other, config, labels.get(first, label), label, unknown)
+            common = set(theirs) & set(explicit)
+            unresolved = [key for key in SPLITS if "data.root" in common and key not in common]
+            check_comparable(other, config, labels.get(first, label), label, unresolved)
             planned[name], labels[name] = (config, explicit), label
     return planned
 
 
 def check_comparable(
-    first: Config, other: Config, name: str, other_name: str, unknown: Collection[str] = ()
+    first: Config, other: Config, name: str, other_name: str, unresolved: Collection[str] = ()
 ) -> None:
-    """Check that two configs can be compared in one table. unknown: settings that are unresolved.
+    """Raise ValueError if two training runs cannot be compared in one table.
 
-    Raises ValueError if they have different data, evaluation settings or MLflow destinations.
+    The settings of data, evaluation and MLflow must be equal, except for those in `unresolved`.
     """
     ours, theirs = flatten(first), flatten(other)
     differing = [
         f"{key} is {theirs[key]}, not {ours[key]}"
-        for key in (*DATA, *SETTINGS, *PLACE)
-        if ours[key] != theirs[key] and key not in unknown
+        for key in (*DATA, *SETTINGS, *TRACKING)
+        if ours[key] != theirs[key] and key not in unresolved
     ]
     if differing:
         raise ValueError(
@@ -119,9 +117,9 @@ def check_comparable(
 
 
 def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each combination, [[]] without a sweep."""
+    """Return the overrides of each combination; [[]] without a sweep."""
     axes: dict[str, list[str]] = {}
-    fixed = {one.partition("=")[0] for one in overrides}
+    fixed = {text.partition("=")[0] for text in overrides}
     for text in sweep:
         key, _, listed = text.partition("=")
         values = re.split(r",(?![^\[]*\])", listed)  # not at commas inside brackets
@@ -129,7 +127,7 @@ def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[s
             raise ValueError(f"sweep {text!r}: expected SECTION.KEY=VALUE,VALUE,...")
         if key in axes or key in fixed:
             raise ValueError(f"sweep {text!r}: {key} is set twice; set it in one place")
-        if repeated := next((one for one in values if values.count(one) > 1), ""):
+        if repeated := next((value for value in values if values.count(value) > 1), ""):
             raise ValueError(f"sweep {text!r}: {repeated} is given twice")
         axes[key] = [f"{key}={value}" for value in values]
     _check_count(1, [len(values) for values in axes.values()], 1)
@@ -143,11 +141,11 @@ def _check_count(recipes: int, values: Sequence[int], seeds: int) -> None:
     if count > MAX_TRAININGS:
         factors = " x ".join([f"{recipes} recipes", *map(str, values), f"{seeds} seeds"])
         raise ValueError(
-            f"{count} training runs ({factors}), but a pipeline run has at most {MAX_TRAININGS}: "
-            "submit several"
+            f"got {count} training runs ({factors}), expected at most {MAX_TRAININGS}; submit "
+            "several pipeline runs"
         )
 
 
 def _seeds(config: Config, seeds: int) -> list[list[str]]:
-    """Return the overrides that set each seed; a single seed is that of the config."""
+    """Return the overrides for each seed; [[]] for a single seed, the config's."""
     return [[f"{SEED}={config.train.seed + i}"] for i in range(seeds)] if seeds > 1 else [[]]

@@ -19,8 +19,8 @@ from vitdet.stages.workspace import weights_folder
 class Data(NamedTuple):
     """The verified data of a pipeline run.
 
-    names: names of the configs. notes: a line for each config whose splits or classes were read
-    from the data.
+    names: the names of the training runs. notes: a line for each training run whose splits or
+    classes were read from the data.
     """
 
     fingerprint: str
@@ -31,18 +31,23 @@ class Data(NamedTuple):
 def prepare_data(
     settings: str, workspace: str, configs: str, manifest: str, fetch: str = ""
 ) -> Data:
-    """Verify the data set; write the configs with its splits and classes, and its description.
+    """Verify the data set; write configs with its splits and classes, and a description of it.
 
-    settings: folder of `resolve_configs`; configs: folder to write; manifest: JSON file to write.
-    fetch: how to fetch the data set, as in `fetch_words`; "": it already exists. The demo's data
-    set is generated. Raises FileNotFoundError or ValueError for data that is missing or unusable.
+    Args:
+        settings: The folder that `resolve_configs` wrote.
+        configs: The folder of the configs to write.
+        manifest: The JSON file for the description.
+        fetch: How to fetch the data set, as in `fetch_words`; "": use existing data. The demo's
+            data set is generated if it does not exist.
+
+    Raises FileNotFoundError or ValueError for data that is missing or unusable.
     """
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text
     from vitdet.demo.tiny import make_tiny
 
-    every = read_configs(settings)
-    root = next(iter(every.values())).data.root
+    loaded = read_configs(settings)
+    root = next(iter(loaded.values())).data.root
     demo = Path(workspace) / load_config("tiny").data.root
     if fetch:
         fetch_data(fetch, Path(root), Path(workspace))
@@ -50,20 +55,20 @@ def prepare_data(
         make_tiny(demo)
     explicit, notes = json.loads((Path(settings) / EXPLICIT).read_text()), []
     try:
-        for name, config in every.items():
-            every[name], found = resolve(config, explicit[name])
+        for name, config in loaded.items():
+            loaded[name], found = resolve(config, explicit[name])
             if found:
                 notes.append(f"{name}: {root} has {settings_text(found)}")
-        first = next(iter(every))
-        for name, config in every.items():
-            check_comparable(every[first], config, first, name)
-        described = describe(every[first].data)
+        first = next(iter(loaded))
+        for name, config in loaded.items():
+            check_comparable(loaded[first], config, first, name)
+        described = describe(loaded[first].data)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}; to fetch the data, set the pipeline's parameter `fetch` (--fetch) to "
             "coco, lvis or 'convert SOURCE', or on a cluster apply the Job in manifests/data"
         ) from error
-    for name, config in every.items():
+    for name, config in loaded.items():
         expected, count = config.model.roi_heads.num_classes, len(described["classes"])
         if expected != count:
             raise ValueError(
@@ -72,14 +77,13 @@ def prepare_data(
             )
         save_config(config, Path(configs) / f"{name}.yaml")
     write_json(manifest, described)
-    return Data(combined(described["fingerprints"]), list(every), notes)
+    return Data(combined(described["fingerprints"]), list(loaded), notes)
 
 
 def verified_config(folder: str, name: str, data: str) -> Config:
     """Return a config of `resolve_configs` or `prepare_data`, with the data's splits and classes.
 
-    Raises the errors of `vitdet.data.fingerprint.verify` if the fingerprint of the data is not
-    `data`.
+    Raises the errors of `vitdet.data.fingerprint.verify` if the data's fingerprint is not `data`.
     """
     from vitdet.data.fingerprint import verify
     from vitdet.data.layout import resolve
@@ -94,8 +98,8 @@ def verified_config(folder: str, name: str, data: str) -> Config:
 def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
     """Return the arguments of `vitdet data` that fetch a data set to `root`.
 
-    fetch: `coco`, `lvis` or `convert SOURCE`, with options of that command; a relative SOURCE is
-    below the workspace. Raises ValueError for anything else.
+    fetch: `coco`, `lvis` or `convert SOURCE`, with that command's options. A relative SOURCE is
+    resolved in the workspace. Raises ValueError for anything else.
     """
     try:
         kind, *rest = shlex.split(fetch) or [""]
@@ -115,7 +119,7 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
     """Run `vitdet data` with `fetch_words` and forward its output to stdout.
 
     A repeated download resumes; a conversion is skipped if the folder is not empty. Raises
-    ValueError with the last line of a command that fails.
+    ValueError with the command's last line if the command fails.
     """
     words = fetch_words(fetch, root, workspace)
     if words[0] == "convert" and root.is_dir() and any(root.iterdir()):
@@ -137,7 +141,7 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
 
 
 def fetch_weights(configs: str, workspace: str) -> str:
-    """Fetch the weights that train.init of each config names; return a digest of all these files.
+    """Fetch the weights in `train.init` of each config; return a digest of all their files.
 
     Raises the errors of `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
     """

@@ -1,4 +1,4 @@
-"""Model registry: comparison with the champion (the gate), registration, promotion."""
+"""Comparison with the champion (the gate), registration and promotion in the model registry."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def register(
     measured: Measured | None = None,
     plots: Path | None = None,
 ) -> Registered:
-    """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
+    """Add a checkpoint to the model registry; raise ValueError if MLflow is not installed.
 
-    Raises ValueError without MLflow.
+    Arguments and other errors: see `vitdet.tracking.registry.register_checkpoint`.
     """
     from vitdet.tracking.runs import require_mlflow
 
@@ -52,7 +52,7 @@ def register(
 def gate(
     figures: str, configs: str, name: str, workspace: str, run_id: str, verdict: str
 ) -> tuple[bool, str]:
-    """Return whether the detector may replace the champion, and why; nothing is promoted.
+    """Return whether the detector is better than the champion, and the reason; promote nothing.
 
     Writes the result, with the content of `figures`, to the JSON file `verdict`.
     """
@@ -72,7 +72,7 @@ def register_recipe(
 ) -> str:
     """Register the detector, and promote it to champion if it still passes the gate.
 
-    Returns one line with the version. Raises the errors of `register_checkpoint`.
+    Returns one line with the version and the gate's reason. Raises the errors of `register`.
     """
     from vitdet.tracking import champion, evaluations
 
@@ -96,7 +96,7 @@ def register_recipe(
 def _candidate(
     row: dict[str, Any], config: Config, name: str, workspace: str, run_id: str
 ) -> dict[str, Any]:
-    """Return arguments of `champion.judge` and `promote`, from files of `evaluate_recipe`."""
+    """Return the keyword arguments of `champion.judge` and `promote` for an evaluation's record."""
     from vitdet.tracking import evaluations
     from vitdet.tracking.champion import Evaluated
 

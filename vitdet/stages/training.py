@@ -1,4 +1,4 @@
-"""Training: for `vitdet train`, and as a step of a pipeline run, in its process or in a job."""
+"""Training for `vitdet train` and for a pipeline step, in the step's process or in a job."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def train(
     group: str = "",
     profile: bool = False,
 ) -> Path:
-    """Train a detector and log to MLflow, if it is installed; return output/model.pt.
+    """Train a detector and log to MLflow, if it is installed; return OUTPUT/model.pt.
 
     Args:
-        config: the resolved config.
-        recipe: its name, for the MLflow run.
-        output: folder for model.pt, best.pt and config.yaml; MLflow's default store is next to it.
-        checkpoints: folder for the training states; default: `output`.
-        weights: folder of the initial weights; default: the package and the cache.
-        group: ID of the pipeline run, whose MLflow run becomes the parent; "": none.
-        profile: whether to trace a few steps.
+        config: The resolved config.
+        recipe: The recipe's name, for the MLflow run.
+        output: The folder for model.pt, best.pt and config.yaml, next to MLflow's default store.
+        checkpoints: The folder for the training states. Default: `output`.
+        weights: The folder of the initial weights. Default: the package and the cache.
+        group: The ID of the pipeline run, whose MLflow run becomes the parent; "": no parent.
+        profile: Whether to trace a few steps.
 
-    Raises the errors of `vitdet.train`, `vitdet.weights.resolve` and, if the address of the MLflow
-    server is invalid, `vitdet.tracking.address.tracking_uri`.
+    Raises the errors of `vitdet.train`, `vitdet.weights.resolve` and
+    `vitdet.tracking.address.tracking_uri`.
     """
     from vitdet import training
     from vitdet.tracking.address import tracking_uri
@@ -80,7 +80,7 @@ def train_recipe(
 
 
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
-    """Return the arguments of `vitdet` in a job that trains, and save the config for the job.
+    """Return the arguments of `vitdet` for a training job, and save the config for the job.
 
     Raises the errors of `verified_config` and `vitdet.weights.resolve`, before the job is created.
     """
@@ -96,7 +96,7 @@ def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str)
 
 
 def check_processes(settings: str, name: str, processes: int) -> None:
-    """Raise ValueError if this number of processes cannot share a batch of the training run."""
+    """Raise ValueError if the training run's batch cannot be split among this many processes."""
     from vitdet.data.samplers import check_batch_size
 
     train = load_config(Path(settings) / f"{name}.yaml").train
@@ -110,7 +110,7 @@ def is_trained(workspace: str, name: str, run_id: str) -> bool:
 
 
 def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
-    """Write the logs of a job, {file name: text}, to the folder and the MLflow run of its training.
+    """Write the logs of a job, {file name: text}, to the training run's folder and its MLflow run.
 
     A failure is logged as a warning.
     """
@@ -129,6 +129,6 @@ def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict
 
 
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
-    """Copy the detector of a training run, best.pt with train.keep_best, to `checkpoint`."""
+    """Copy a training run's detector (best.pt with `train.keep_best`) to the file `checkpoint`."""
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(result(training_folder(workspace, name, run_id)), checkpoint)

@@ -1,11 +1,12 @@
 """The folders of a workspace, which all steps of a pipeline run share.
 
 WORKSPACE/...                data sets and files of weights, at the recipes' relative paths
-WORKSPACE/weights/           initial weights (train.init)
-WORKSPACE/runs/NAME-RUN/     a training run: config, checkpoints, model.pt, best.pt; NAME: recipe
-                             and digest of its config, RUN: start of the pipeline run's ID
+WORKSPACE/weights/           initial weights (`train.init`)
+WORKSPACE/runs/NAME-RUN/     a training run: config, checkpoints, model.pt, best.pt
 WORKSPACE/runs/pipeline-RUN/ a pipeline run: configs of its training runs, and their comparison
-WORKSPACE/runs/mlflow.db     MLflow's store, without a tracking server
+WORKSPACE/runs/mlflow.db     MLflow's store, if there is no tracking server
+
+NAME is a recipe and the digest of its config. RUN is the start of the pipeline run's ID.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def weights_folder(workspace: str) -> Path:
 
 
 def runs_folder(workspace: str) -> Path:
-    """Return the folder of the training runs, and of MLflow's store without a tracking server."""
+    """Return the folder of the training runs, which also contains MLflow's default store."""
     return Path(workspace) / "runs"
 
 
@@ -35,10 +36,9 @@ def run_folder(workspace: str, run_id: str) -> Path:
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
-    """Return the folder of a training run of a pipeline run, the same for a repeated step.
+    """Return the folder of a training run, which is the same for a repeated step.
 
-    If version 0.1 started this training run, this is the folder named by version 0.1's digest of
-    the config.
+    If vitdet 0.1 started the training run, the folder's name contains vitdet 0.1's config digest.
     """
     run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
     folder = runs_folder(workspace) / f"{name}-{run}"
@@ -53,14 +53,14 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
 
 
 def champion_file(workspace: str, name: str, run_id: str) -> Path:
-    """Return the JSON file with the champion's evaluation on the data of a training run."""
+    """Return the JSON file for the champion's evaluation in the comparison with a training run."""
     return training_folder(workspace, name, run_id) / "champion.json"
 
 
 def result(checkpoint: Path) -> Path:
-    """Return the detector of a training folder: best.pt with train.keep_best, else model.pt.
+    """Return the detector in a training folder: best.pt with `train.keep_best`, else model.pt.
 
-    A file is returned as is.
+    If `checkpoint` is a file, it is returned unchanged.
     """
     if not checkpoint.is_dir():
         return checkpoint
@@ -78,6 +78,6 @@ def resolve_paths(config: Config, workspace: Path) -> Config:
 
 
 def registry(config: Config, workspace: str) -> dict[str, Any]:
-    """Return the model registry as keyword arguments of `vitdet.tracking`'s functions."""
+    """Return the keyword arguments that select the model registry in `vitdet.tracking`."""
     tracking, folder = config.tracking, runs_folder(workspace)
     return {"uri": tracking.uri, "folder": folder, "model_name": tracking.model_name}

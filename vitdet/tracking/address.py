@@ -1,4 +1,4 @@
-"""The address of the tracking server, and how it is shown."""
+"""The tracking server's address, and its display without credentials."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from vitdet.config.credentials import without_credentials
 from vitdet.config.ranges import check_address
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-STEP = "VITDET_"  # their prefix in a step: pipeline/graph.py
+STEP = "VITDET_"  # prefix of these variables in a pipeline step, set by pipeline/graph.py
 
 
 def tracking_uri(uri: str, folder: Path) -> str:
-    """The URI of the server: the environment's MLFLOW_TRACKING_URI, else `uri`, else
-    FOLDER/mlflow.db.
+    """Return the server's URI: MLFLOW_TRACKING_URI, else `uri`, else sqlite:///FOLDER/mlflow.db.
 
     Raises ValueError for an invalid address.
     """
@@ -34,8 +33,7 @@ def tracking_uri(uri: str, folder: Path) -> str:
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:
     """Return the URL of a run in MLflow's UI; "" if the store has no UI.
 
-    The environment variable MLFLOW_UI_URL is the server's URL in a browser, if it differs from
-    `uri`.
+    The environment variable MLFLOW_UI_URL replaces `uri` if browsers use a different address.
     """
     base = os.environ.get("MLFLOW_UI_URL", "") or uri
     if not re.match(r"https?://", base, re.IGNORECASE):
@@ -45,14 +43,14 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def _use_step_secret() -> None:
-    """Set MLflow's variables from the Secret of a pipeline's step, unless they are set.
+    """Set MLflow's variables from the pipeline step's Secret unless they are already set.
 
-    A step has its Secret in VITDET_MLFLOW_* because the MLflow plugin of Kubeflow Pipelines 2.17
-    sets MLFLOW_*: the API server rejects a pod or PyTorchJob that defines a variable twice.
+    The Secret is in VITDET_MLFLOW_* because the MLflow plugin of Kubeflow Pipelines 2.17 sets
+    MLFLOW_*, and the API server rejects a pod or PyTorchJob that defines a variable twice.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return
-    for name in VARIABLES:  # a password comes from the same source as the address or is absent
+    for name in VARIABLES:  # never combine the Secret's address with credentials from elsewhere
         os.environ.pop(name, None)
         if value := os.environ.get(f"{STEP}{name}"):
             os.environ[name] = value
@@ -71,11 +69,11 @@ def _check_address(name: str, uri: str) -> None:
 
 
 class HidingFilter(logging.Filter):
-    """Hides the credentials of addresses in every message and traceback."""
+    """Logging filter that hides the credentials in every address in messages and tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = hide_credentials(record.getMessage()), ()
-        if record.exc_info:  # a formatter takes exc_text, if it is set
+        if record.exc_info:  # formatters print exc_text instead if it is set
             text = record.exc_text or logging.Formatter().formatException(record.exc_info)
             record.exc_text = hide_credentials(text)
         return True

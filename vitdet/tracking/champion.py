@@ -1,17 +1,16 @@
 """The champion: the version of a model with the alias `champion`, which the gate protects.
 
-Its metrics are comparable only if they were measured on the same validation data with the same
-settings as the candidate's; otherwise the champion is evaluated again and the result is stored
-with its version.
+Metrics are comparable only if they were measured on the same validation data with the same
+settings. If the champion's were not, it is evaluated again, as the candidate was, and the result is
+stored with its version.
 
-Processes that share a folder promote one at a time. On machines without a common folder several
-can promote at the same time, as MLflow cannot set an alias on a condition. Each records its
-promotion in a tag, then sets the alias, then reads all records: if another version that replaced
-the same champion is better, or was forced or restored by a user, the process sets the alias to that
-version and reads again. The process that sets the alias last therefore sets it to the best version.
-Until then the alias may briefly refer to another version, and it remains there if the process dies
-between these requests or loses the connection to the server; in this case, promote the better
-version again.
+Processes that share a folder promote one at a time. Processes without a shared folder can promote
+at the same time, as MLflow cannot set an alias conditionally. Each process records its promotion in
+a tag, sets the alias and then reads all records. If another version that replaced the same champion
+is better, or was forced or restored by a user, the process sets the alias to that version and reads
+the records again. Whichever process sets the alias last therefore sets it to the best version.
+Until then, the alias may briefly refer to another version. It remains there if the process dies
+between these requests or loses the connection; in this case, promote the better version again.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# (checkpoint, folder for the files of `vitdet evaluate --plots`) -> metrics
+# evaluates a checkpoint, writes the files of `vitdet evaluate --plots` to a folder, returns metrics
 Evaluate = Callable[[Path, Path], Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The evaluation of a model version; `failure`: why there are no metrics."""
+    """The evaluation of a model version, or the reason why it failed, in `failure`."""
 
     version: str
     metrics: Mapping[str, float | None] = field(default_factory=dict)
@@ -59,7 +58,10 @@ class Evaluated:
 
 
 def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protocol) -> Evaluate:
-    """Return a function that evaluates a champion like a candidate with these classes."""
+    """Return a function that evaluates a champion as this candidate was evaluated.
+
+    config, class_names, protocol: those of the candidate's evaluation.
+    """
     from vitdet.evaluation.evaluator import evaluate_alike
 
     data = protocol.fingerprint
@@ -69,13 +71,13 @@ def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protoc
 def is_known(
     protocol: Protocol, gate: GateConfig, *, uri: str, folder: Path, model_name: str
 ) -> bool:
-    """Return False if there is a champion whose evaluation under this protocol is unknown.
+    """Return whether the evaluation of the champion, if there is one, is stored for this protocol.
 
     Raises ConnectionError if MLflow does not respond, like all functions of this module.
     """
-    contest = _Contest(connect(uri, folder), model_name, protocol, gate)
-    champion = contest.champion()
-    return champion is None or not missing(gate, contest.read(champion))
+    model = _Model(connect(uri, folder), model_name, protocol, gate)
+    champion = model.champion()
+    return champion is None or not missing(gate, model.read(champion))
 
 
 def evaluate_champion(
@@ -89,18 +91,17 @@ def evaluate_champion(
 ) -> Evaluated | None:
     """Evaluate the champion's checkpoint and store the result under this protocol in the registry.
 
-    Returns the metrics or the reason for a failure; None if there is no champion. Any Exception
-    during the download or in `evaluate` is a failure; unexpected exceptions are logged with their
-    traceback.
+    Returns None if there is no champion. An exception during the download or in `evaluate` becomes
+    the result's `failure`; unexpected exceptions are also logged with their traceback.
     """
-    contest = _Contest(connect(uri, folder), model_name, protocol, gate)
-    champion = contest.champion()
+    model = _Model(connect(uri, folder), model_name, protocol, gate)
+    champion = model.champion()
     if champion is None:
         return None
-    known = contest.read(champion)
+    known = model.read(champion)
     if not missing(gate, known):
         return Evaluated(str(champion.version), known.metrics)
-    return contest.evaluate(evaluate, champion)
+    return model.evaluate(evaluate, champion)
 
 
 def judge(
@@ -117,14 +118,17 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the champion under the same protocol.
 
-    The first model passes; a tie does not, and neither does a version that was rolled back. The
-    champion itself passes: it is recognized by `version`, the candidate's version if registered.
-    evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates
-    the champion if its evaluation is unknown; without it, the candidate is rejected in this case.
+    The first candidate and the champion itself pass. A tie and a rolled-back version do not.
+
+    Args:
+        evaluated: An earlier result of `evaluate_champion`.
+        evaluate: Evaluates the champion if no evaluation of it is stored. Without this function and
+            `evaluated`, the candidate is then rejected.
+        version: The candidate's version; "" if it is not registered.
     """
-    contest = _Contest(connect(uri, folder), model_name, protocol, gate)
-    again = partial(contest.evaluate, evaluate) if evaluate else lambda _: evaluated
-    return contest.judge(contest.champion(), candidate, version, again)
+    model = _Model(connect(uri, folder), model_name, protocol, gate)
+    reevaluate = partial(model.evaluate, evaluate) if evaluate else lambda _: evaluated
+    return model.judge(model.champion(), candidate, version, reevaluate)
 
 
 def promote(
@@ -138,36 +142,36 @@ def promote(
     model_name: str,
     evaluated: Evaluated | None = None,
 ) -> Verdict:
-    """Make this version the champion if it still passes `judge`.
+    """Make this version the champion if it still passes the gate.
 
-    Another version may have been promoted in the meantime.
+    Another version may have been promoted since `judge` accepted this one.
     """
     client = connect(uri, folder)
-    contest = _Contest(client, model_name, protocol, gate)
+    model = _Model(client, model_name, protocol, gate)
     with promoting(folder):
-        champion = contest.champion()
-        verdict = contest.judge(champion, candidate, version, lambda _: evaluated)
+        champion = model.champion()
+        verdict = model.judge(champion, candidate, version, lambda _: evaluated)
         if not verdict.passed:
             return verdict
-        is_itself = champion is not None and str(champion.version) == version
+        is_champion = champion is not None and str(champion.version) == version
         known = known_metrics(client.get_model_version(model_name, version), protocol)
-        if not is_itself or gate.metric not in known:
+        if not is_champion or gate.metric not in known:
             stored = tags_of(known)
             for key, value in tags_of(candidate.metrics).items():
                 if key == gate.metric or stored.get(key) != value:
                     client.set_model_version_tag(model_name, version, protocol.tag(key), value)
-        if is_itself:
+        if is_champion:
             return verdict
         before = "" if champion is None else str(champion.version)
         event = history.record(client, model_name, version, PROMOTED, before, verdict.reason)
         ap = float(tags_of(candidate.metrics)[gate.metric])
-        best = contest.best(event, ap)
-        # the process of a better version sets the alias
+        best = model.best(event, ap)
+        # the process that promotes a better version sets the alias to it
         previous = None if best[1] == version else best
         while best != previous:
             client.set_registered_model_alias(model_name, ALIAS, best[1])
-            previous, best = best, contest.best(event, ap)
-        if best[1] != version and all(one.before != version for one in events(client, model_name)):
+            previous, best = best, model.best(event, ap)
+        if best[1] != version and all(e.before != version for e in events(client, model_name)):
             history.withdraw(client, model_name, event)
             by_ap = best[0] <= 100
             shown = f"with {best[0]:.4g} was promoted" if by_ap else "was made the champion"
@@ -182,11 +186,11 @@ def update_tags(
     metrics: Mapping[str, float | None],
     protocol: Protocol,
 ) -> bool:
-    """Update the tags of a version with metrics that were measured under this protocol.
+    """Update a version's tags with metrics that were measured under this protocol.
 
-    Metrics under another protocol are kept in the tags of that protocol. A champion whose AP under
-    this protocol is known keeps its tags. Does nothing if the protocol's data is unknown. Returns
-    whether the tags now contain these metrics.
+    Metrics of a different protocol move to the tags for that protocol. Nothing changes if the
+    protocol's data is unknown, or if the version is the champion and already has an AP under this
+    protocol. Returns whether the tags were updated.
     """
     if not protocol.fingerprint or metrics.get("box_ap") is None:
         return False
@@ -213,7 +217,7 @@ def update_tags(
 
 @contextmanager
 def promoting(folder: Path) -> Iterator[None]:
-    """Hold the lock of all processes that share `folder` and move the alias."""
+    """Lock the champion's alias and tags against other processes that share `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".champion.lock"
     with locked(path, waiting=f"{path}: waiting for another process that updates the champion"):
@@ -221,8 +225,8 @@ def promoting(folder: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Contest:
-    """The champion of a model, and its comparison with candidates under a protocol."""
+class _Model:
+    """A registered model whose champion is compared with candidates under a protocol."""
 
     client: Client
     model_name: str
@@ -250,17 +254,17 @@ class _Contest:
                 metrics = evaluate(download_checkpoint(uri, name, number, Path(work)), plots)
                 ap = metrics.get(self.gate.metric)
                 if ap is None or not 0 <= ap <= 100:
-                    raise ValueError(f"its {label(self.gate)} is {ap}")
+                    raise ValueError(f"{label(self.gate)} is {ap}")
                 save_evaluation(self.client, champion, self.protocol, metrics, plots)
-        except Exception as error:  # also errors of storage clients, or out of memory
-            check_server(self.client)  # a missing response is not a failure of the champion
+        except Exception as error:  # includes errors of storage clients, and out of memory
+            check_server(self.client)  # raises if the server, not the champion, is the cause
             line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
             expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
             if not expected or isinstance(error, KeyError | IndexError):
                 shown = hide_credentials(traceback.format_exc())
                 log.warning("the champion, version %s, cannot be evaluated\n%s", number, shown)
                 line = f"{kind}: {line}" if line else ""
-            return Evaluated(number, failure=f"it cannot be evaluated: {line or kind}")
+            return Evaluated(number, failure=f"cannot be evaluated: {line or kind}")
         return Evaluated(number, metrics)
 
     def judge(
@@ -270,7 +274,7 @@ class _Contest:
         version: str,
         evaluate: Callable[[ModelVersion], Evaluated | None],
     ) -> Verdict:
-        """Compare a candidate with the champion (see `judge`). evaluate: evaluates the champion."""
+        """Compare a candidate with the champion, as the function `judge` does."""
         client, gate = self.client, self.gate
         if reason := flaw(gate, candidate):
             return Verdict(False, reason)
@@ -291,25 +295,24 @@ class _Contest:
             )
         before, failure = self.read(champion), ""
         if missing(gate, before):
-            again = evaluate(champion)
-            if again is not None and again.version == number:
-                failure = again.failure
+            evaluated = evaluate(champion)
+            if evaluated is not None and evaluated.version == number:
+                failure = evaluated.failure
                 stored = self.read(client.get_model_version(model, number))
-                before = Evaluation({**again.metrics, **stored.metrics}, stored.matches)
+                before = Evaluation({**evaluated.metrics, **stored.metrics}, stored.matches)
         if what := missing(gate, before):
             return Verdict(
                 False,
                 f"{shown}: {name}, has no {what} on this validation data with these settings "
-                f"({failure or 'it was not evaluated on them; run the command again'})",
+                f"({failure or 'not evaluated; run the command again'})",
             )
         return compare(gate, candidate, before, name)
 
     def best(self, event: Event, ap: float) -> tuple[float, str]:
-        """Return (AP, version) of the best among this promotion and its rivals; in a tie, of the
-        older one.
+        """Return (AP, version) of the best version among this promotion and its rivals.
 
-        A version that a user forced or restored in place of the same champion is better than any
-        other; its AP is infinite.
+        A tie is decided for the older version. A version that a user forced or restored in place of
+        the same champion gets an infinite AP, so that it is the best.
         """
         found = [(ap, event.version)]
         for rival in history.rivals(events(self.client, self.model_name), event):

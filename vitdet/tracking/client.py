@@ -1,9 +1,9 @@
-"""MLflow's client with retries, and with built-in Python exceptions whose messages are one line.
+"""An MLflow client with retries, which raises Python's exceptions with one-line messages.
 
-MLflow's HTTP client (urllib3) repeats requests after a lost connection, 408, 429 and 5xx, with a
-back-off or after the time in Retry-After. It reads the number of retries from the environment at
-each request. During training there are none: `vitdet.tracking.shipper` sends everything again
-later. Commands enable them with `repeating`.
+MLflow's HTTP client (urllib3) retries requests after a lost connection and after status 408, 429
+and 5xx, with a back-off or after the time in Retry-After. It reads the number of retries from the
+environment for each request. During training, requests are not retried, as
+`vitdet.tracking.shipper` sends everything again later. Commands enable retries with `repeating`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 
 from vitdet.tracking.address import hide_credentials
 
-# attempts with 0, 2, 4, ... seconds between them: about a minute, the time that a server takes to
-# restart
+# Attempts, with pauses of 0, 2, 4, ... seconds: about a minute in total, enough for a restart.
 TRIES = 7
 BACK_OFF = "1"
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
@@ -36,33 +35,33 @@ USER_SETTINGS = {
     for name in (RETRIES, FACTOR)
     if os.environ.get(name, NO_RETRIES) != NO_RETRIES
 }
-# If the response is lost, the request may have been carried out: see `create`.
+# Requests that are not retried: if only the response was lost, they have succeeded; see `create`.
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
-# MLflow, and the libraries that it uses for HTTP, databases and artifact stores, whose errors it
-# does not always convert to its own
+# MLflow and its libraries for HTTP, databases and artifact stores: MLflow does not convert all of
+# their exceptions to its own.
 LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
-# SQLAlchemy's errors for a URI that is not a database; its OperationalError may be temporary
+# SQLAlchemy's exceptions for a URI that is not a database; an OperationalError may be temporary.
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
-# Environment and loggers are shared by all threads, so only one thread at a time may change them.
+# All threads share the environment and the loggers, so only one thread at a time may change them.
 LOCK = threading.RLock()
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class RefusedError(ValueError):
-    """A request or store that MLflow will not accept later either."""
+    """A permanent error: MLflow will not accept this request or store later either."""
 
 
 class InvalidRequestError(RefusedError):
-    """A request that MLflow rejects as invalid; other requests may be accepted."""
+    """MLflow rejects this request as invalid, but may accept other requests."""
 
 
 class UnknownRunError(LookupError):
-    """The server does not have the run, and no journal describes it."""
+    """The run is neither on the server nor in a journal from which it could be created."""
 
 
 KINDS: dict[str, type[Exception]] = {
@@ -75,21 +74,21 @@ KINDS: dict[str, type[Exception]] = {
 
 
 class Client:
-    """An MlflowClient of the server `uri`, with the methods of MLflow's; repeats: see `repeating`.
+    """An MlflowClient of the server `uri`, which optionally retries requests (see `repeating`).
 
-    Raises LookupError for what does not exist on the server, FileExistsError for what exists
-    already, RefusedError if the server rejects the request permanently or denies access, and
-    ConnectionError for all other errors of the libraries, e.g. no response.
+    Its methods raise LookupError if an object does not exist on the server, FileExistsError if it
+    already exists, RefusedError if the server rejects the request permanently or denies access, and
+    ConnectionError for all other errors of the libraries, e.g. if the server does not respond.
     """
 
-    def __init__(self, client: Any, uri: str, repeats: bool = True) -> None:
-        self._client, self.uri, self._repeats = client, uri, repeats
+    def __init__(self, client: Any, uri: str, retries: bool = True) -> None:
+        self._client, self.uri, self._retries = client, uri, retries
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
 
         def _call(*args: Any, **kwargs: Any) -> Any:
-            if not self._repeats:
+            if not self._retries:
                 with translated(self.uri):
                     return method(*args, **kwargs)
             with repeating(self.uri, tries=1 if name in ONCE else None):
@@ -98,13 +97,13 @@ class Client:
         return _call
 
     def repeating(self) -> Client:
-        """Return the same client with retries."""
+        """Return a client of the same server with retries."""
         return Client(self._client, self.uri)
 
 
 def open_client(uri: str) -> Client:
     """Return a client without retries. Raises RefusedError if the store can never be used."""
-    for name, value in DEFAULTS.items():  # each time: MLflow reads them with every request
+    for name, value in DEFAULTS.items():  # not cached: MLflow reads them for every request
         os.environ.setdefault(name, value)
     return _cached_client(uri)
 
@@ -113,10 +112,10 @@ def open_client(uri: str) -> Client:
 def _cached_client(uri: str) -> Client:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # they log the creation of a new SQLite file
+    for name in ("alembic", "mlflow.store.db.utils"):  # log every migration of a new SQLite file
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        return Client(MlflowClient(uri, uri), uri, repeats=False)
+        return Client(MlflowClient(uri, uri), uri, retries=False)
     except Exception as error:
         is_invalid = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
         lacks_driver = isinstance(error, ImportError)
@@ -130,7 +129,7 @@ def _cached_client(uri: str) -> Client:
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Translate the errors of MLflow and its libraries, as `Client` does."""
+    """Translate exceptions of MLflow and its libraries to those that `Client` documents."""
     try:
         yield
     except Exception as error:
@@ -150,11 +149,10 @@ def translated(uri: str) -> Iterator[None]:
 
 @contextmanager
 def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
-    """Make each of MLflow's requests in this block up to `tries` times; raises the errors of
-    `Client`.
+    """Send each MLflow request in this block up to `tries` times (default: TRIES).
 
-    MLflow functions without a client argument use the server `uri`. Only one thread at a time runs
-    such a block.
+    Also sets the server that MLflow functions without a client argument use. Only one thread at a
+    time runs such a block. Raises the errors of `Client`.
     """
     tries = TRIES if tries is None else tries
     settings = {"MLFLOW_TRACKING_URI": uri, RETRIES: str(tries - 1), FACTOR: BACK_OFF}
@@ -169,7 +167,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
         os.environ.update(settings)
         retry.addFilter(log_wait)
         retry.setLevel(logging.DEBUG)
-        pool.setLevel(logging.ERROR)  # urllib3 itself logs some of these waits
+        pool.setLevel(logging.ERROR)  # urllib3 itself logs some of the retries
         try:
             with translated(uri):
                 yield
@@ -182,19 +180,19 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
 
 
 def _log_wait(shown: str, record: logging.LogRecord) -> bool:
-    """Log that a request is repeated, in place of urllib3's debug message."""
+    """Log a retry, in place of urllib3's debug message."""
     retry: Any = record.args[-1] if isinstance(record.args, tuple) and record.args else None
     if history := getattr(retry, "history", ()):
         last = history[-1]
-        reason = f"the response is {last.status}" if last.status else first_line(last.error)
+        reason = f"HTTP status {last.status}" if last.status else first_line(last.error)
         log.warning("%s: %s; %d more attempts", shown, reason, retry.total + 1)
     return False
 
 
 def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """Return the result of `find`, or else of `make`.
+    """Return the object that `find` returns or, if that is None, the one that `make` creates.
 
-    After a lost response, checks whether the object exists before it creates another one.
+    After a lost response, `find` is called again, so that the object is not created twice.
     """
     for last in (False, False, True):
         if (found := find()) is not None:
@@ -204,22 +202,22 @@ def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
         except (ConnectionError, FileExistsError) as error:
             if last:
                 raise
-            log.warning("%s; checking whether the request was carried out", first_line(error))
+            log.warning("%s; checking whether the request succeeded", first_line(error))
     raise AssertionError
 
 
 def _is_denied(error: Exception, uri: str) -> bool:
-    """Whether an error was caused by status 401 or 403."""
+    """Return whether an error was caused by status 401 or 403."""
     from mlflow.exceptions import MlflowException, RestException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of requests
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of `requests`
     if getattr(error, "error_code", "") in DENIED or status in (401, 403):
         return True
     if not isinstance(error, RestException) or "error_code" in error.json:
         return False
-    try:  # JSON of a proxy: MLflow's error lacks the status, so the request is repeated
+    try:  # the JSON of a proxy: MLflow's error lacks the status, so query it with a new request
         path = "/api/2.0/mlflow/experiments/search?max_results=1"
         return http_request(get_default_host_creds(uri), path, "GET").status_code in (401, 403)
     except MlflowException:

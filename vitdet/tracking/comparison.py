@@ -1,4 +1,4 @@
-"""Comparison of the training runs of a pipeline run: the MLflow parent run and its tables."""
+"""Comparison of a pipeline's training runs: the MLflow parent run and its tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from vitdet.tracking.address import run_page, tracking_uri
 from vitdet.tracking.client import Client, create
-from vitdet.tracking.experiments import experiment_id, plugin_run
+from vitdet.tracking.experiments import find_experiment, plugin_run
 from vitdet.tracking.history import champion_of
 from vitdet.tracking.mlflow import connect
 from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 
-# KFP's final state of a run -> MLflow's. KFP servers report COMPLETE or SUCCEEDED; some report
-# RUNNING while the exit handler runs: then the state depends on the table of the last step.
+# MLflow's status for KFP's final state of a run. KFP servers report COMPLETE or SUCCEEDED. Some
+# report RUNNING while the exit handler runs; the tag `best` then shows whether the run succeeded.
 ENDS = {
     **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED"), "FINISHED"),
     **dict.fromkeys(("CANCELLED", "CANCELED"), "KILLED"),
@@ -26,9 +26,9 @@ ENDS = {
 def start_parent_run(
     group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str
 ) -> str:
-    """Return the MLflow id of a group's parent run; create the run if it does not exist.
+    """Return the ID of a group's parent run in MLflow; create the run if it does not exist.
 
-    With the MLflow plugin of Kubeflow Pipelines, the parent run is the plugin's run. Raises
+    With the MLflow plugin of Kubeflow Pipelines, the plugin's run is the parent run. Raises
     ConnectionError if MLflow does not respond.
     """
     client = connect(uri, folder)
@@ -37,30 +37,30 @@ def start_parent_run(
         for key, value in tags.items():
             client.set_tag(run.info.run_id, key, value)
         return run.info.run_id
-    place = experiment_id(client, folder, experiment)
+    experiment_id = find_experiment(client, folder, experiment)
     tags |= {"mlflow.source.name": "pipeline", "mlflow.source.type": "JOB"}
-    name = " / ".join(names) if len(names) < 4 else f"{len(names)} trainings"
+    name = " / ".join(names) if len(names) < 4 else f"{len(names)} training runs"
     return create(
-        lambda: _parent(client, place, group),
-        lambda: client.create_run(place, None, tags, f"pipeline {name}").info.run_id,
+        lambda: _parent(client, experiment_id, group),
+        lambda: client.create_run(experiment_id, None, tags, f"pipeline {name}").info.run_id,
     )
 
 
 def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """End the parent run; state: the final state in KFP. Raises the errors of `start_parent_run`.
+    """End the parent run with the MLflow status for KFP's final `state` of the pipeline run.
 
-    A run of the MLflow plugin is ended by the plugin.
+    The MLflow plugin ends its run itself. Raises the errors of `start_parent_run`.
     """
     client = connect(uri, folder)
     if plugin_run(client, group):
         return
-    if parent := _parent(client, experiment_id(client, folder, experiment), group):
-        unknown = "FINISHED" if "best" in client.get_run(parent).data.tags else "FAILED"
-        client.set_terminated(parent, ENDS.get(state.upper(), unknown))
+    if parent := _parent(client, find_experiment(client, folder, experiment), group):
+        default = "FINISHED" if "best" in client.get_run(parent).data.tags else "FAILED"
+        client.set_terminated(parent, ENDS.get(state.upper(), default))
 
 
 def page_of_run(run_id: str | None, *, uri: str, folder: Path) -> str:
-    """Return the URL of a run in MLflow's UI; "" if there is none."""
+    """Return the URL of a run in MLflow's UI; "" if there is no run or no UI."""
     address = tracking_uri(uri, folder)
     if not run_id or not run_page(address, "", run_id):
         return ""
@@ -79,47 +79,46 @@ def compare(
     experiment: str,
     model_name: str,
 ) -> tuple[str, str, str]:
-    """Compare the training runs of a group, best box AP first, and log the table to the parent run.
+    """Compare a group's training runs, best box AP first, and log the table to the parent run.
 
-    Returns the tables as Markdown without links, as Markdown with links to MLflow, and as an HTML
-    page.
+    Args:
+        rows: For each training run with a verdict, its name, val_fingerprint, evaluate_settings,
+            run_id, passed, reason and metrics.
+        failures: The reason of the failure by name of the training run.
+        settings: By name, {setting: value} of the settings that vary among a recipe's runs.
 
-    rows: name, val_fingerprint, evaluate_settings, run_id, passed, reason and metrics of each
-    training run with a verdict. failures: {name: why its steps did not all succeed}. settings:
-    {name: {setting: value}}, the settings that vary among the training runs of one recipe.
-
-    Raises ValueError if the detectors were evaluated on different data or with different settings,
+    Returns the tables as Markdown, as Markdown with links to MLflow, and as an HTML page. Raises
+    ValueError if the detectors were evaluated on different data or with different settings, and
     ConnectionError if MLflow does not respond.
     """
-    for key, what in (
-        ("val_fingerprint", "on different data"),
-        ("evaluate_settings", "differently"),
-    ):
+    kinds = {"val_fingerprint": "on different data", "evaluate_settings": "with different settings"}
+    for key, what in kinds.items():
         values = sorted({row[key] for row in rows})
         if len(values) > 1:
             raise ValueError(
-                f"the training runs were evaluated {what} ({', '.join(values)}): not comparable"
+                "the training runs cannot be compared, as they were evaluated "
+                f"{what} ({', '.join(values)})"
             )
     client = connect(uri, folder)
     found = client.search_model_versions(f"name = '{model_name}'")
-    found = sorted(found, key=lambda one: int(one.version))
-    # the newest version of a run
+    found = sorted(found, key=lambda version: int(version.version))
+    # later entries replace earlier ones, which leaves the newest version of each run
     versions = {version.run_id: str(version.version) for version in found if version.run_id}
     ordered = sorted(rows, key=_box_ap, reverse=True)
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))
     parent = start_parent_run(group, names, uri=uri, folder=folder, experiment=experiment)
-    place = client.get_run(parent).info.experiment_id
+    experiment_id = client.get_run(parent).info.experiment_id
     links = {
         row["name"]: link
         for row in ordered
-        if row["run_id"] and (link := run_page(client.uri, place, row["run_id"]))
+        if row["run_id"] and (link := run_page(client.uri, experiment_id, row["run_id"]))
     }
     champion = champion_of(client, model_name)
     tables = [trainings_table(ordered, failures, settings, champion, versions, links)]
     if over_seeds := seeds_table(ordered, settings):
         tables.insert(0, over_seeds)
     data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training run finished"
-    address = run_page(client.uri, place, parent)
+    address = run_page(client.uri, experiment_id, parent)
     text = "\n".join([f"{data}\n", *(replace(table, links={}).markdown() for table in tables)])
     linked = "\n".join([f"{data}\n", *(table.markdown() for table in tables)])
     paragraphs = [data]
@@ -146,6 +145,6 @@ def _box_ap(row: dict) -> float:
     return -1.0 if value is None else value
 
 
-def _parent(client: Client, place: str, group: str) -> str | None:
-    found = client.search_runs([place], f"tags.group = '{group}'")
+def _parent(client: Client, experiment_id: str, group: str) -> str | None:
+    found = client.search_runs([experiment_id], f"tags.group = '{group}'")
     return found[0].info.run_id if found else None

@@ -1,10 +1,10 @@
-"""How the registry stores the evaluations of a model version.
+"""Storage of a model version's evaluations in the registry.
 
 A version may have been evaluated several times, on different validation data or with different
-settings (`vitdet.data.protocol.Protocol`). Each evaluation is stored by the digest of its
-protocol: its metrics in tags of the version named METRIC_DIGEST, its per-image matches in the
-artifact evaluation/DIGEST/matches.npz. The tags METRIC, `val_fingerprint` and `evaluate_settings`
-without a digest are the evaluation that the version was registered with.
+settings (`vitdet.data.protocol.Protocol`). DIGEST, the digest of the protocol, identifies an
+evaluation: the version's tags METRIC_DIGEST contain its metrics, and the artifact
+evaluation/DIGEST/matches.npz its per-image matches. The tags METRIC, `val_fingerprint` and
+`evaluate_settings` contain the evaluation with which the version was registered.
 """
 
 from __future__ import annotations
@@ -33,42 +33,39 @@ METRICS = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"
 
 
 def tags_of(metrics: Mapping[str, float | None]) -> dict[str, str]:
-    """Return the metrics that are stored in tags, with four significant digits."""
+    """Return the tags METRIC for these metrics, rounded to four significant digits."""
     return {key: f"{value:.4g}" for key in METRICS if (value := metrics.get(key)) is not None}
 
 
 def matches_folder(protocol: Protocol) -> str:
-    """Return the artifact folder of the matches under this protocol."""
+    """Return the artifact folder for the matches of an evaluation under this protocol."""
     return f"evaluation/{protocol.digest}"
 
 
 def model_id_of(version: ModelVersion) -> str | None:
-    """Return the id of the logged model that a version was created from; None if there is none.
+    """Return the ID of the logged model that a version was created from; None if there is none.
 
-    Database stores do not keep `model_id`, but the source, models:/ID.
+    Database stores do not save the field `model_id`, only the source, models:/ID.
     """
     scheme, _, model = (version.source or "").rpartition("/")
     return model if scheme == "models:" else None
 
 
 def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]:
-    """Return the metrics of a version under this protocol; empty without such an evaluation."""
-    tags, own = version.tags, protocol.tags()
-    if not own:
+    """Return a version's metrics under this protocol; empty if no such evaluation is stored."""
+    tags, expected = version.tags, protocol.tags()
+    if not expected:
         return {}
-    registered = own.items() <= tags.items()  # with an evaluation under this protocol
-    # a later evaluation, in the tags with the digest, takes precedence over that of the
-    # registration
-    found = {
-        key: tags.get(protocol.tag(key), tags.get(key) if registered else None) for key in METRICS
-    }
+    registered = tags if expected.items() <= tags.items() else {}  # the evaluation at registration
+    # a later evaluation, whose tags contain the digest, takes precedence
+    found = {key: tags.get(protocol.tag(key), registered.get(key)) for key in METRICS}
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
 def read_evaluation(
     client: Client, version: ModelVersion, protocol: Protocol, matches: bool
 ) -> Evaluation:
-    """Return the stored evaluation of a version under this protocol, or one without metrics.
+    """Return a version's evaluation under this protocol, without metrics if none is stored.
 
     matches: whether to download the per-image matches, if they are stored.
     """
@@ -89,8 +86,8 @@ def save_evaluation(
     metrics: Mapping[str, float | None],
     plots: Path,
 ) -> None:
-    """Store an evaluation of a version. plots: the folder with its matches, if there are any."""
-    # the matches first: metrics without them would look complete
+    """Store an evaluation of a version. plots: the folder with the matches, if there are any."""
+    # matches first: after an interruption, metrics without matches would look complete
     if (model := model_id_of(version)) and (plots / MATCHES).is_file():
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     for key, value in tags_of(metrics).items():
@@ -104,19 +101,20 @@ def add_matches(
     metrics: Mapping[str, float | None],
     plots: Path,
 ) -> None:
-    """Store the matches of an evaluation whose metrics a version has already.
+    """Store the matches of an evaluation whose metrics are already stored with a version.
 
-    metrics: metrics of the evaluation in `plots`. If they differ from the stored metrics, or if
-    matches are already stored, a warning is logged and nothing is stored.
+    metrics: metrics of the evaluation in `plots`. If these metrics differ from the stored ones, or
+    if matches are already stored, logs a warning and stores nothing.
     """
     model, reason = model_id_of(version), ""
     known = tags_of(known_metrics(version, protocol))
     if not model:
-        reason = "it has no logged model"
+        reason = "the version has no logged model"
     elif not known or known != tags_of(metrics):
-        reason = f"its metrics are from a different evaluation: {known}, not {tags_of(metrics)}"
+        shown = f"{known}, not {tags_of(metrics)}"
+        reason = f"the version's metrics are from a different evaluation: {shown}"
     elif _has_matches(client, version, protocol):
-        reason = "it already has matches of this evaluation"
+        reason = "the version already has matches of this evaluation"
     else:
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     if reason:
@@ -131,10 +129,10 @@ def _has_matches(client: Client, version: ModelVersion, protocol: Protocol) -> b
 
 
 def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Evaluation:
-    """Return a new evaluation, given its metrics and the folder of its matches.
+    """Return an evaluation with these metrics and the matches in a folder.
 
     plots: the folder of `vitdet evaluate --plots`; None: without matches. Raises FileNotFoundError
-    if it has no matches, and ValueError if their AP is not that of the metrics.
+    if the folder contains no matches, and ValueError if their AP differs from that in `metrics`.
     """
     if plots is None:
         return Evaluation(metrics)
@@ -144,39 +142,38 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
             f"{path}: no such file; expected the folder that `vitdet evaluate` wrote with --plots"
         )
     matches = load_matches(path)
-    for kind, one in matches.items():
+    for kind, found in matches.items():
         key = f"{NAMES[kind]}_ap"
-        ap = float(WeightedAP(one)(np.ones(len(one.image_ids), int))[0, 0])
+        ap = float(WeightedAP(found)(np.ones(len(found.image_ids), int))[0, 0])
         expected = metrics.get(key)
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
             raise ValueError(
                 f"{path}: from a different evaluation than the metrics ({key} {ap:.6g}, "
                 f"not {expected}); run `vitdet evaluate` with --output and --plots and register "
-                "both"
+                "both results"
             )
     return Evaluation(metrics, matches)
 
 
 def protocol_of(record: Mapping) -> Protocol:
-    """Return the protocol in the file that a pipeline's step `evaluate` wrote."""
+    """Return the protocol in a record of the pipeline step `evaluate`."""
     return Protocol(record["val_fingerprint"], record["evaluate_settings"])
 
 
 def plots_of(record: Mapping) -> Path | None:
-    """Return the folder of matches in the file that a pipeline's step `evaluate` wrote.
+    """Return the folder of the matches in a record of the pipeline step `evaluate`.
 
-    None if the folder does not exist, e.g. if the step was cached and its files have been removed
-    since.
+    Returns None if the matches do not exist, e.g. if they were removed after the step was cached.
     """
     path = Path(record.get("plots", "")) / MATCHES
     return path.parent if "plots" in record and path.is_file() else None
 
 
 def recorded_evaluation(record: Mapping) -> Evaluation:
-    """Return the evaluation in the file that a pipeline's step `evaluate` wrote."""
+    """Return the evaluation in a record of the pipeline step `evaluate`."""
     found = evaluation_of(record["metrics"], plots_of(record))
     removed = (
-        "its files have been removed since the pipeline's step `evaluate` was cached; submit the "
-        "pipeline again with --no-cache"
+        "they were removed after the pipeline step `evaluate` was cached; submit the pipeline "
+        "again with --no-cache"
     )
     return found if found.matches else replace(found, remedy=removed)

@@ -1,11 +1,10 @@
-"""Where a run is created: its experiment, and the run of a pipeline that becomes its parent.
+"""The experiment and the parent run of a new MLflow run.
 
-The MLflow plugin of Kubeflow Pipelines (since 2.17, with its setting `injectUserEnvVars`) gives
-each step MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_ID and MLFLOW_RUN_ID, the MLflow run of the step,
-nested in the MLflow run of the pipeline run (kubeflow/pipelines 2.17.0,
-backend/src/v2/common/plugins/mlflow/handler.go). The MLflow run of the pipeline run becomes the
-parent of the training runs, in its experiment, so that MLflow shows one tree. The plugin ends this
-run.
+The MLflow plugin of Kubeflow Pipelines (since 2.17, with its setting `injectUserEnvVars`) creates
+an MLflow run for the pipeline run, with a nested run for each step. It sets MLFLOW_TRACKING_URI,
+MLFLOW_EXPERIMENT_ID and, for the step's run, MLFLOW_RUN_ID in each step (kubeflow/pipelines 2.17.0,
+backend/src/v2/common/plugins/mlflow/handler.go). The training runs become children of the pipeline
+run's MLflow run, in the same experiment, so that MLflow shows one tree. The plugin ends that run.
 """
 
 from __future__ import annotations
@@ -23,41 +22,39 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 # tag of the plugin: backend/src/apiserver/plugins/mlflow/run_start.go
 OWNER = "kfp.pipeline_run_id"
-DEPTH = 8  # longest path from a step's run to the pipeline's run, one more per loop around it
+DEPTH = 8  # maximum nesting of a step's run in the pipeline's run; each loop adds a level
 
 
-def experiment_id(
+def find_experiment(
     client: Client, folder: Path, name: str, setting: str = "tracking.experiment"
 ) -> str:
-    """Return the id of the experiment; create it if it does not exist.
+    """Return the ID of the experiment; create the experiment if it does not exist.
 
-    folder: parent of mlartifacts/, the artifacts of an SQLite store. setting: the setting with the
-    name, for messages. Raises RefusedError if the experiment was deleted, or if the service is not
-    MLflow.
+    folder: an SQLite store keeps artifacts in its subfolder mlartifacts. setting: the setting that
+    contains the name, for messages. Raises RefusedError if the experiment was deleted, or if the
+    service is not MLflow.
     """
     is_file = client.uri.startswith("sqlite:")
-    place = (Path(folder).resolve() / "mlartifacts").as_uri() if is_file else None
+    artifacts = (Path(folder).resolve() / "mlartifacts").as_uri() if is_file else None
 
-    def found() -> str | None:
+    def find() -> str | None:
         experiment = _experiment(client, name)
         if experiment is None:
             return None
-        number = experiment.experiment_id
+        experiment_id = experiment.experiment_id
         if experiment.lifecycle_stage == "deleted":
             raise RefusedError(
                 f"the MLflow experiment {name!r} was deleted; restore it with `mlflow experiments "
-                f"restore -x {number}`, or set {setting} to another name"
+                f"restore -x {experiment_id}`, or set {setting} to another name"
             )
-        return number
+        return experiment_id
 
-    return create(found, lambda: client.create_experiment(name, place))
+    return create(find, lambda: client.create_experiment(name, artifacts))
 
 
 def check_server(client: Client) -> None:
-    """Raise RefusedError if the service is not MLflow, e.g. if it responds to every request with
-    `{}`.
-    """
-    _experiment(client, "connection check")  # usually there is none
+    """Raise RefusedError if the service is not MLflow, e.g. if all its responses are `{}`."""
+    _experiment(client, "connection check")  # an experiment with this name need not exist
 
 
 def _experiment(client: Client, name: str) -> Experiment | None:
@@ -72,7 +69,7 @@ def _experiment(client: Client, name: str) -> Experiment | None:
 
 
 def plugin_run(client: Client, group: str) -> Run | None:
-    """Return the plugin's run of the pipeline run `group`; None without the plugin.
+    """Return the plugin's MLflow run for the pipeline run `group`; None without the plugin.
 
     An MLFLOW_RUN_ID from any other source, such as a shell or another pipeline run, is ignored.
     Raises ConnectionError if the server does not respond.

@@ -1,4 +1,4 @@
-"""The gate: decides from two evaluations on the same data whether a detector replaces the champion.
+"""The gate: compares two evaluations on the same data to decide whether to replace the champion.
 
 Metrics are compared with four significant digits, the precision of the tags in the registry.
 """
@@ -18,10 +18,9 @@ from vitdet.evaluation.matches import Matches
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation. metrics: by name, AP in percent. matches: by kind ("bbox", "segm").
+    """Metrics by name (AP in percent), and per-image matches by kind ("bbox", "segm").
 
-    matches are empty if they were not stored; remedy: what to do in this case if the gate needs
-    them.
+    `matches` is empty if they were not stored; `remedy` is the advice if the gate needs them.
     """
 
     metrics: Mapping[str, float | None]
@@ -40,7 +39,7 @@ class Verdict:
 class RejectedError(ValueError):
     """The gate rejected a version, which remains registered.
 
-    registered: its name, version and alias.
+    The attribute `registered` maps name, version and alias to those of this version.
     """
 
     def __init__(self, message: str, registered: Mapping[str, str]) -> None:
@@ -49,27 +48,27 @@ class RejectedError(ValueError):
 
 
 def label(gate: GateConfig) -> str:
-    """Return the name of the metric in messages, as in `box AP50`."""
+    """Return the metric's name for messages, e.g. `box AP50`."""
     return gate.metric.replace("_ap", " AP")
 
 
 def compares_matches(gate: GateConfig) -> bool:
-    """Whether the gate needs the per-image matches of the champion, too."""
+    """Return whether the gate also needs the champion's per-image matches."""
     return gate.confidence > 0 or gate.max_class_loss < 100
 
 
 def missing(gate: GateConfig, champion: Evaluation) -> str:
-    """Return what the gate needs and this evaluation of the champion lacks; "" if nothing."""
+    """Return what the champion's evaluation lacks that the gate needs; "" if it is complete."""
     if champion.metrics.get(gate.metric) is None:
         return "AP"
     return "per-image matches" if compares_matches(gate) and not _matches(gate, champion) else ""
 
 
 def flaw(gate: GateConfig, candidate: Evaluation) -> str:
-    """Return why a candidate is rejected regardless of the champion; "" if it is not."""
+    """Return why a candidate is rejected regardless of the champion; "" if there is no reason."""
     value, name = candidate.metrics.get(gate.metric), label(gate)
     if value is None or not 0 <= value <= 100:
-        return f"{name} is {value}: cannot be compared"
+        return f"{name} is {value}, which cannot be compared"
     if gate.min_class_ap == 0 and not compares_matches(gate):
         return ""
     matches = _matches(gate, candidate)
@@ -79,11 +78,11 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
             f"the per-image matches; {candidate.remedy}"
         )
     values = _class_values(gate, matches)
-    if below := {one: ap for one, ap in values.items() if ap < gate.min_class_ap}:
+    if below := {key: ap for key, ap in values.items() if ap < gate.min_class_ap}:
         worst = min(below, key=below.__getitem__)
         return (
-            f"{name} {value:.4g}: class {worst!r} has {below[worst]:.4g}, gate.min_class_ap is "
-            f"{gate.min_class_ap:g}{_others(below)}"
+            f"{name} {value:.4g}: class {worst!r}{_rank(below)} has {below[worst]:.4g}, less than "
+            f"gate.min_class_ap ({gate.min_class_ap:g})"
         )
     return ""
 
@@ -91,7 +90,7 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
 def compare(
     gate: GateConfig, candidate: Evaluation, champion: Evaluation, champion_name: str
 ) -> Verdict:
-    """Compare a candidate without a `flaw` with a champion of which nothing is `missing`."""
+    """Compare a candidate with the champion. Requires that `flaw` and `missing` returned ""."""
     value, before = candidate.metrics[gate.metric], champion.metrics[gate.metric]
     assert value is not None and before is not None
     gain = round(float(f"{value:.4g}") - float(f"{before:.4g}"), 9)
@@ -107,16 +106,16 @@ def compare(
     assert ours is not None and theirs is not None
     known = _class_values(gate, theirs)
     losses = {
-        one: known[one] - ap
-        for one, ap in _class_values(gate, ours).items()
-        if known.get(one, 0.0) - ap > gate.max_class_loss
+        name: known[name] - ap
+        for name, ap in _class_values(gate, ours).items()
+        if known.get(name, 0.0) - ap > gate.max_class_loss
     }
     if losses:
         worst = max(losses, key=losses.__getitem__)
         return Verdict(
             False,
-            f"{reason}, but class {worst!r} lost {losses[worst]:.4g}, but gate.max_class_loss is "
-            f"{gate.max_class_loss:g}{_others(losses)}",
+            f"{reason}, but class {worst!r}{_rank(losses)} lost {losses[worst]:.4g}, more than "
+            f"gate.max_class_loss ({gate.max_class_loss:g})",
         )
     if not gate.confidence:
         return Verdict(True, reason)
@@ -124,7 +123,7 @@ def compare(
         first, second = bootstrap([ours, theirs])
         found = first.difference(second, _metric(gate), confidence=gate.confidence)
     except ValueError as error:
-        return Verdict(False, f"{reason}, but it cannot be compared: {error}")
+        return Verdict(False, f"{reason}, but the matches cannot be compared: {error}")
     if found is None or found.is_significant is None:
         return Verdict(
             False,
@@ -141,8 +140,8 @@ def compare(
 
 
 def _matches(gate: GateConfig, evaluation: Evaluation) -> Matches | None:
-    prefix = gate.metric.partition("_")[0]
-    return next((one for kind, one in evaluation.matches.items() if NAMES[kind] == prefix), None)
+    by_name = {NAMES[kind]: matches for kind, matches in evaluation.matches.items()}
+    return by_name.get(gate.metric.partition("_")[0])
 
 
 def _metric(gate: GateConfig) -> str:
@@ -150,12 +149,12 @@ def _metric(gate: GateConfig) -> str:
 
 
 def _class_values(gate: GateConfig, matches: Matches) -> dict[str, float]:
-    """The metric of each class that has objects."""
+    """Return the metric by class name, without classes that have no objects."""
     values = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))
     row = values[METRICS.index(_metric(gate)), 1:].tolist()
     named = zip(matches.class_names, row, strict=True)
     return {name: value for name, value in named if not np.isnan(value)}
 
 
-def _others(classes: Mapping[str, float]) -> str:
-    return f" ({len(classes) - 1} more classes as well)" if len(classes) > 1 else ""
+def _rank(classes: Mapping[str, float]) -> str:
+    return f" (the worst of {len(classes)} classes)" if len(classes) > 1 else ""

@@ -1,6 +1,6 @@
 """The history of a model's champions: one tag for each time that a version became champion.
 
-MLflow has no transactions. Each event has its own tag, which no other process overwrites and which
+MLflow has no transactions. Each event is a separate tag, which no other process overwrites. The tag
 is written before the alias is set, so that processes that promote at the same time see each other's
 events (see `vitdet.tracking.champion.promote`).
 """
@@ -17,13 +17,13 @@ from vitdet.tracking.client import Client
 ALIAS = "champion"
 PREFIX = "champion_at_"  # prefix of the tags, followed by the time in UTC
 PROMOTED, FORCED, ROLLED_BACK = "promoted", "forced", "rolled back"
-# seconds; longer than a promotion plus the difference between the clocks of two machines
+# longer than a promotion plus the difference between the clocks of two machines
 RECENT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Event:
-    """A version became champion at a time (ISO 8601, UTC) in place of version `before`, if any."""
+    """A version became champion at `time` (ISO 8601, UTC) and replaced version `before` (or "")."""
 
     time: str
     version: str
@@ -32,19 +32,19 @@ class Event:
     reason: str
 
     def is_rollback_from(self, version: str) -> bool:
-        """Whether a rollback replaced this version."""
+        """Return whether this event is a rollback that replaced `version`."""
         return self.action == ROLLED_BACK and self.before == version
 
 
 def champion_of(client: Client, model_name: str) -> str | None:
-    """Return the number of the champion's version."""
+    """Return the version number of the champion; None if there is no champion."""
     models = client.search_registered_models(f"name = '{model_name}'")
     number = models[0].aliases.get(ALIAS) if models else None
     return None if number is None else str(number)
 
 
 def events(client: Client, model_name: str) -> list[Event]:
-    """Return the events recorded in the tags of all versions, the oldest event first."""
+    """Return the events in the tags of all versions, oldest first."""
     found = [
         Event(key.removeprefix(PREFIX), str(version.version), **json.loads(value))
         for version in client.search_model_versions(f"name = '{model_name}'")
@@ -80,45 +80,45 @@ def withdraw(client: Client, model_name: str, event: Event) -> None:
 
 
 def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
-    """Return the versions that were champion before the current one, the last one first.
+    """Return the versions that were champion before the current one, most recent first.
 
-    Each event contains the version that it replaced; a rollback undoes the promotions since its
-    version was champion. Times come from the clocks of several machines, so they are used only to
-    order the events of one version, and where a version has no event because it was deleted or made
-    champion in MLflow's UI.
+    Events are followed from each version to the one that it replaced; a rollback undoes all
+    promotions since its version was last champion. Times come from several machines' clocks. They
+    are used only to order the events of one version, and to continue from a version without events
+    because it was deleted or made champion in MLflow's UI.
     """
-    left, found, version = sorted(recorded, key=lambda event: event.time), [], current
+    remaining, found, version = sorted(recorded, key=lambda event: event.time), [], current
     while version:
-        own = [event for event in left if event.version == version]
-        if own:
-            left.remove(own[-1])
-            version = version if own[-1].action == ROLLED_BACK else own[-1].before
+        of_version = [event for event in remaining if event.version == version]
+        if of_version:
+            last = of_version[-1]
+            remaining.remove(last)
+            version = version if last.action == ROLLED_BACK else last.before
         else:
-            replaced = min((one.time for one in recorded if one.before == version), default=None)
-            earlier = [event.version for event in left if replaced is None or event.time < replaced]
+            times = [event.time for event in recorded if event.before == version]
+            earlier = [e.version for e in remaining if not times or e.time < min(times)]
             version = earlier[-1] if earlier else ""
         found.append(version)
     return list(dict.fromkeys(number for number in found if number not in ("", current)))
 
 
 def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
-    """Return the rollback that replaced this version, if that was the last event of the version."""
-    own = [one for one in recorded if one.version == version or one.is_rollback_from(version)]
-    last = max(own, key=lambda event: event.time, default=None)
+    """Return the rollback that replaced this version, if it is the version's last event."""
+    related = [e for e in recorded if e.version == version or e.is_rollback_from(version)]
+    last = max(related, key=lambda event: event.time, default=None)
     return last if last and last.is_rollback_from(version) else None
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return the events of other versions at about the same time, whose processes may not have seen
-    each other.
+    """Return other versions' events at about the same time, which `own`'s process may have missed.
 
     Events that a user has since undone, by a rollback or by forcing another version, are excluded.
     """
     found, now = [], datetime.fromisoformat(own.time)
     for event in recorded:
         undone = any(
-            one.before == event.version and one.action != PROMOTED and one.time > event.time
-            for one in recorded
+            later.before == event.version and later.action != PROMOTED and later.time > event.time
+            for later in recorded
         )
         is_recent = abs(now - datetime.fromisoformat(event.time)) < RECENT
         if event.version != own.version and is_recent and not undone:

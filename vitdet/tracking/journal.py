@@ -1,10 +1,10 @@
 """The journal of a run on disk: its records for the tracking server, and which of them were sent.
 
-FOLDER/journal/KEY.jsonl has one line per event: start of the run, points, end of the run. KEY.json
-is the cursor: the run's id on the server and the offset of the first line that still has to be
-sent. KEY.files/ contains copies of the files that still have to be uploaded. A line is one
-unbuffered write, so a killed process loses none. MLflow's own asynchronous logging keeps its queue
-in memory.
+FOLDER/journal/KEY.jsonl contains one record per line: the start of the run, values of metrics, the
+end of the run. KEY.json is the cursor: the run's ID on the server and the offset of the first line
+that has not been sent. KEY.files/ contains copies of the files that have not been uploaded. Each
+line is one unbuffered write, so that a killed process loses no line, unlike with MLflow's own
+asynchronous logging, whose queue is in memory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PENDING = "pending-"  # prefix of the run id until a server has assigned one
 
 
 class Journal:
-    """The lines of one run, with their time in ms since 1970.
+    """The records of one run, each with its `time` in milliseconds since 1970.
 
-    The records are {"start": {...}}, {"points": {name: value}, "step"}, {"resume", "changed"},
-    {"tags"} and {"end"}. Earlier versions also wrote {"file", "folder"}.
+    A record has the key `start`, `tags` or `end`, the keys `points` ({metric: value}) and `step`,
+    or the keys `resume` and `changed`. Earlier versions also wrote the keys `file` and `folder`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -41,11 +41,11 @@ class Journal:
 
     @property
     def run_id(self) -> str:
-        """The server's id of the run, or `pending-KEY` until a server has assigned one."""
+        """The run's ID on the server, or `pending-KEY` until a server has assigned an ID."""
         return self.cursor()[0] or PENDING + self.key
 
     def append(self, record: dict) -> None:
-        """Add a line. If the disk is full, the line is lost, with a warning."""
+        """Append a record. Logs a warning if the record cannot be written and is lost."""
         line = (json.dumps({**record, "time": int(time.time() * 1000)}) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,28 +62,28 @@ class Journal:
             log.warning("tracking: cannot write %s; a record was lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
-        """Add a copy of a file for this folder of the run's artifacts."""
+        """Copy a file, to be uploaded to this folder of the run's artifacts."""
         try:
             self._copy(path, folder)
         except OSError as error:
             log.warning("tracking: %s was not logged: %s", path, error)
 
     def adopt(self, record: dict) -> None:
-        """Move the file of a record from an earlier version, which stored copies elsewhere."""
+        """Move the file of a record that an earlier version of vitdet wrote to KEY.files/."""
         copy = self.path.parent / record["file"]
         if copy.exists():
             self._copy(copy, record["folder"])
             shutil.rmtree(copy.parent)
 
     def entries(self) -> list[Path]:
-        """Return the folders of the files to upload, each with one file in its artifact folder."""
-        for record in self._read_cursor().get("uploads", ()):  # written by an earlier version
+        """Return the subfolders of KEY.files/, each with one file below its artifact folder."""
+        for record in self._read_cursor().get("uploads", ()):  # of earlier versions of vitdet
             with suppress(OSError):
                 self.adopt(record)
         return sorted(self.files.glob("[!.]*"))
 
     def start(self) -> dict | None:
-        """Return the start record of the run: experiment, name, params, tags, dataset, time."""
+        """Return the start record (experiment, name, params, tags, dataset, time), if any."""
         for record, _ in self.records():
             if "start" in record:
                 return {**record["start"], "time": record["time"]}
@@ -98,7 +98,7 @@ class Journal:
         }
 
     def state(self) -> tuple[dict, str]:
-        """Return the last start, resume or end line, and what the last resume changed."""
+        """Return the last start, resume or end record, and the changes of the last resume."""
         last, changed = {}, ""
         for record, _ in self.records():
             if record.keys() & {"start", "resume", "end"}:
@@ -121,18 +121,18 @@ class Journal:
                 except ValueError:
                     log.warning("tracking: %s: an unreadable line is skipped", self.path)
 
-    def batches(self, most: int) -> Iterator[tuple[list[dict], int]]:
-        """Yield the lines to send, each batch with the offset of the line after it.
+    def batches(self, max_points: int) -> Iterator[tuple[list[dict], int]]:
+        """Yield batches of the records to send, each with the offset of the next line.
 
-        Consecutive lines of metrics share a batch of up to `most` points; every other record is a
-        batch of its own.
+        Consecutive records of metrics share a batch of up to `max_points` values; every other
+        record is a separate batch.
         """
         batch: list[dict] = []
         size, offset = 0, self.cursor()[1]
         for record, end in self.records(offset):
             points = len(record.get("points", ()))
             alone = not points or not size or "renew" in record or "renew" in batch[-1]
-            if batch and (alone or size + points > most):
+            if batch and (alone or size + points > max_points):
                 yield batch, offset
                 batch, size = [], 0
             batch.append(record)
@@ -141,11 +141,11 @@ class Journal:
             yield batch, offset
 
     def waiting(self) -> bool:
-        """Whether any lines were not sent yet."""
+        """Return whether any records have not been sent."""
         return next(self.records(self.cursor()[1]), None) is not None
 
     def cursor(self) -> tuple[str | None, int]:
-        """Return the run's id on the server, if any, and the offset of the first line to send."""
+        """Return the run's ID on the server, if any, and the offset of the first line to send."""
         cursor = self._read_cursor()
         return cursor["run_id"], cursor["offset"]
 
@@ -173,12 +173,12 @@ class Journal:
             self.path.parent.rmdir()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock the journal while it is sent; raises BlockingIOError if another process sends it."""
+        """Lock the journal for sending; raises BlockingIOError if another process is sending it."""
         return locked(self.path.with_suffix(".lock"))
 
 
 def find(folder: Path, run_id: str | None) -> Journal:
-    """Return the journal of a run, by the server's id or the pending one, or a new one."""
+    """Return the journal of the run with this ID (of the server, or pending), or a new journal."""
     for journal in journals(folder) if run_id else ():
         if run_id in (PENDING + journal.key, journal.cursor()[0]):
             return journal
@@ -195,9 +195,9 @@ def journals(folder: Path) -> list[Journal]:
 
 
 def unfinished(folder: Path, output: str, params: dict) -> str | None:
-    """Return the pending id of an earlier run with this output and no metrics, if any.
+    """Return the pending ID of an earlier run with this output and params but no metrics, if any.
 
-    Other killed runs with this output are ended.
+    Ends other runs with this output that have no end record as KILLED.
     """
     found = None
     for journal in journals(folder):

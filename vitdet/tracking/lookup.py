@@ -14,7 +14,7 @@ from vitdet.tracking.mlflow import connect
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run on the server. params: its settings as text; metrics: their last values."""
+    """A run on the server, with its settings as text and the last value of each metric."""
 
     run_id: str
     name: str
@@ -23,25 +23,25 @@ class StoredRun:
 
 
 def open_store(uri: str, folder: Path, tries: int | None = None) -> Client:
-    """Return a client of the server in use (see `tracking_uri`); tries: as in `connect`.
+    """Return a client of the server that `tracking_uri` returns. tries: as in `connect`.
 
-    Raises FileNotFoundError for an SQLite file that does not exist, instead of creating it, and the
-    errors of `connect`.
+    Raises the errors of `connect`, and FileNotFoundError, instead of creating it, for an SQLite
+    file that does not exist.
     """
     server = tracking_uri(uri, folder)
     kind, _, path = server.partition(":///")
     if kind == "sqlite" and not Path(path).exists():
         raise FileNotFoundError(
-            f"{path}: no such MLflow store; set MLFLOW_TRACKING_URI, or name the store on the "
+            f"{path}: no such MLflow store; set MLFLOW_TRACKING_URI, or specify the store on the "
             "command line (see --help)"
         )
     return connect(uri, folder, tries)
 
 
 def find_run(client: Client, name: str) -> StoredRun:
-    """Return the run with this id, or the only one with this name.
+    """Return the run with this ID, or the only run with this name.
 
-    Raises LookupError if there is none, ValueError if there are several.
+    Raises LookupError if there is no such run, and ValueError if several runs have this name.
     """
     if re.fullmatch(r"[0-9a-f]{32}", name):
         found = [client.get_run(name)]
@@ -52,12 +52,12 @@ def find_run(client: Client, name: str) -> StoredRun:
         found = client.search_runs(experiments, query)
     if not found:
         raise LookupError(
-            f"{name}: neither a file nor the id or name of an MLflow run; give a run, a checkpoint "
-            "or a results.json"
+            f"{name}: neither a file nor the ID or name of an MLflow run; specify a run, a "
+            "checkpoint or a results.json"
         )
     if len(found) > 1:
         ids = ", ".join(run.info.run_id for run in found[:5])
-        raise ValueError(f"{name}: {len(found)} runs have this name; give an id: {ids}")
+        raise ValueError(f"{name}: {len(found)} runs have this name; use an ID: {ids}")
     (run,) = found
     return StoredRun(run.info.run_id, run.info.run_name, run.data.params, run.data.metrics)
 
@@ -65,7 +65,7 @@ def find_run(client: Client, name: str) -> StoredRun:
 def download_file(
     client: Client, uri: str, folder: Path, run_id: str, path: str, target: Path
 ) -> Path | None:
-    """Download an artifact of a run to the folder `target`; None if the run does not have it."""
+    """Download a run's artifact to the folder `target`; return its path, None if it is missing."""
     parent = path.rpartition("/")[0]
     if all(artifact.path != path for artifact in client.list_artifacts(run_id, parent or None)):
         return None

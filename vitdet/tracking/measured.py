@@ -1,8 +1,8 @@
 """The provenance of metrics and matches: the checkpoint, data and settings of their evaluation.
 
-It is stored in a second file, as `dvc metrics` and other readers expect only numbers in the
-metrics file. That file contains the sha256 of the metrics file and of the checkpoint, so that
-metrics that were edited or restored from elsewhere are not trusted.
+The provenance is stored in a second file, as `dvc metrics` and other readers expect only numbers in
+the metrics file. It contains the sha256 of the metrics file and of the checkpoint, so that metrics
+that were edited or restored from elsewhere are not trusted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DATA = ("dataset", "val_split", "max_images")  # settings in `data` that select 
 
 @dataclass(frozen=True)
 class Measured:
-    """The provenance of metrics: checkpoint, validation split, and two sections of the config."""
+    """The provenance of metrics: checkpoint, validation split and two sections of the config."""
 
     checkpoint_sha256: str
     val_fingerprint: str
@@ -37,15 +37,15 @@ class Measured:
         settings = {"data": {"dataset": self.data["dataset"]}, "evaluate": self.evaluate}
         return Protocol.of(from_dict(settings), self.val_fingerprint)
 
-    def config(self, own: Config) -> Config:
-        """Return the config of the evaluation. own: the config in the checkpoint."""
-        return from_dict(to_dict(own) | {"data": self.data, "evaluate": self.evaluate})
+    def config(self, stored: Config) -> Config:
+        """Return the config of the evaluation. stored: the config in the checkpoint."""
+        return from_dict(to_dict(stored) | {"data": self.data, "evaluate": self.evaluate})
 
 
 def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured | None) -> None:
-    """Write metrics, and their provenance to the file `beside(path)`.
+    """Write metrics to a file, and their provenance to `beside(path)`.
 
-    measured: None if the detector that produced the results is unknown.
+    measured: the provenance; None if the detector that produced the results is unknown.
     """
     beside(path).unlink(missing_ok=True)
     write_json(path, metrics)
@@ -61,9 +61,9 @@ def write_evaluation(
     output: Path | None,
     plots: Path | None,
 ) -> None:
-    """Write metrics to the file `output`, and their provenance and that of the matches in `plots`.
+    """Write metrics to the file `output`, with their provenance and that of matches in `plots`.
 
-    overrides, config: of the evaluation, as in `vitdet.evaluate`.
+    overrides, config: the arguments of `vitdet.evaluate` in this evaluation.
     """
     if output is None and plots is None:
         return
@@ -85,7 +85,7 @@ def _write_measured(path: Path, measured: Measured) -> None:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the metrics in a file of `write_metrics`. Raises ValueError for any other file."""
+    """Return the metrics that `write_metrics` wrote. Raises ValueError for any other file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -98,27 +98,29 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_measured(path: Path) -> Measured | None:
-    """Return the provenance of the metrics or matches in this file; None if unknown."""
+    """Return the provenance of the metrics or matches in this file; None if it is unknown."""
+    file = beside(path)
     try:
-        content = json.loads(beside(path).read_text())
+        content = json.loads(file.read_text())
         if content.pop("metrics_sha256") == sha256(path):
             return Measured(**content)
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{beside(path)}: not written by `vitdet evaluate`; remove it") from error
+        raise ValueError(f"{file}: not written by `vitdet evaluate`; remove the file") from error
     return None
 
 
 def beside(path: Path) -> Path:
-    """Return the path of the provenance file of a metrics or matches file."""
+    """Return the path of the file with the provenance of a metrics or matches file."""
     return path.with_name(f"{path.stem}.measured.json")
 
 
 def own_protocol(stored: Mapping, may_read: bool) -> Protocol:
-    """Return the protocol of a checkpoint's own metrics; its fingerprint is "" if unknown.
+    """Return the protocol of the metrics in a checkpoint; its fingerprint is "" if unknown.
 
-    may_read: whether the data may be read, which is necessary for files of version 0.1.
+    stored: the content of the checkpoint. may_read: whether the data may be read, which is
+    necessary for checkpoints of version 0.1.
     """
     own, known = from_dict(stored["config"]), stored.get("fingerprints")
     if known or not stored.get("dataset_digest") or not may_read:
@@ -133,11 +135,11 @@ def own_protocol(stored: Mapping, may_read: bool) -> Protocol:
 def protocol_of_file(
     checkpoint: Path, stored: Mapping, config: Config | None, measured: Measured | None, gated: bool
 ) -> tuple[Config, Protocol]:
-    """Return the config and the protocol of the metrics in a file, with fingerprint "" if unknown.
+    """Return the config and protocol of the metrics in a file, with fingerprint "" if unknown.
 
-    config, measured: config and provenance of the metrics, if known. gated: whether the gate will
-    be applied. Raises ValueError if the gate would have to use metrics of a different checkpoint or
-    config.
+    stored: the content of the checkpoint. config, measured: the metrics' config and provenance, if
+    known. gated: whether the gate will be applied. Raises ValueError if the gate would use metrics
+    of a different checkpoint or config.
     """
     own = from_dict(stored["config"])
     unknown = config or own, Protocol.of(config or own, "")
@@ -152,20 +154,20 @@ def protocol_of_file(
         problem = "were measured with different data or evaluate settings than those in --config"
     if problem and gated:
         raise ValueError(
-            f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and pass the file "
-            "that it writes"
+            f"{checkpoint}: the metrics in --metrics {problem}; run `vitdet evaluate` again and "
+            "pass its new --output file"
         )
     return unknown if problem else (config or used, Protocol.of(used, measured.val_fingerprint))
 
 
 def _agree(ours: Config, theirs: Config) -> bool:
-    """Whether two configs evaluate the same images, regardless of their location."""
+    """Return whether two configs evaluate the same images with the same settings."""
     same = all(getattr(ours.data, key) == getattr(theirs.data, key) for key in DATA)
     return same and settings_of(ours) == settings_of(theirs)
 
 
 def _fingerprint_now(config: Config, own: Config, stored: Mapping) -> str:
-    """The validation split's current fingerprint; the stored one if data is missing."""
+    """Return the validation split's current fingerprint; if data is missing, the stored one."""
     try:
         return fingerprint(config.data, config.data.val_split)
     except FileNotFoundError:

@@ -32,20 +32,19 @@ from vitdet.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-SHIP_SECONDS = 3.0  # between shipments
-# Maximum time in seconds that a training run waits for a server: before the first step, at the end.
+SHIP_SECONDS = 3.0  # pause between deliveries
+# Maximum times that a training run waits for a server: before the first step, and at the end.
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
-# to create the tables of a new SQLite file, and to write the last values to one
-CREATE_SECONDS = 60.0
-CLOSE_SECONDS = 20.0  # timeout of `log_metrics` and `connect_run`, whose purpose is to send
+CREATE_SECONDS = 60.0  # START_SECONDS of an SQLite file, whose tables may have to be created
+CLOSE_SECONDS = 20.0  # STOP_SECONDS of an SQLite file, of `log_metrics` and of `connect_run`
 
 
 class MLflowTracker(Tracker):
-    """Writes to the journal immediately and sends in a thread. Server errors are only logged.
+    """Write records to the journal and send them in a thread; errors of the server are only logged.
 
-    resume: a line for the journal before the next one, unless that is the end. Attribute
-    `refusal`: why the server will never accept the run, if that is known.
+    resume: a record that is written before the next metric or artifact. The attribute `refusal` is
+    the reason why the server will never accept the run, "" if no such reason is known.
     """
 
     def __init__(self, journal: Journal, uri: str, resume: dict | None = None) -> None:
@@ -56,11 +55,11 @@ class MLflowTracker(Tracker):
         self._closing, self._tried = threading.Event(), threading.Event()
         self._limit = CLOSE_SECONDS
         self.refusal = ""
-        # importing MLflow takes seconds, which do not count as waiting for the server
+        # imports MLflow, which takes seconds: these are not part of START_SECONDS
         self._system = SystemMetrics(points.get("gpu_hours", (0, 0.0))[1])
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
-        # so that the first checkpoint has the id of the run, unless the server is slow
+        # the first checkpoint should contain the run's ID, unless the server is slow
         self._tried.wait(CREATE_SECONDS if self._is_file else START_SECONDS)
 
     @property
@@ -74,33 +73,31 @@ class MLflowTracker(Tracker):
             key: float(value) for key, value in values.items() if step > self._last.get(key, -1)
         }
         if points:
-            self._resumed()
+            self._write_resume()
             self._last |= dict.fromkeys(points, step)
             self._journal.append({"points": points, "step": step})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        self._resumed()
+        self._write_resume()
         self._journal.append_file(path, folder)
 
     def close(self, status: str = "FINISHED") -> None:
         if self._closing.is_set():
             return
         last, _ = self._journal.state()
-        again = last.get("end") == status  # a finished run that was opened again
-        ended = {"ended": last.get("ended", last["time"])} if again else {}
+        had_ended = last.get("end") == status  # nothing was added since: keep the time of that end
+        ended = {"ended": last.get("ended", last["time"])} if had_ended else {}
         self._journal.append({"end": status, **ended})
         finishes = self._is_file and status == "FINISHED"
         self._stop(CLOSE_SECONDS if finishes else STOP_SECONDS)
         if self._thread.is_alive():
-            path = self._journal.path
             log.warning(
-                "tracking: the last values are kept in %s; running the same command again sends "
-                "them",
-                path,
+                "tracking: the last values are kept in %s; run the same command again to send them",
+                self._journal.path,
             )
 
     def abandon(self) -> None:
-        """Send nothing more."""
+        """Stop the thread without sending the remaining records."""
         self._stop(0.0)
         self._thread.join()
 
@@ -109,13 +106,13 @@ class MLflowTracker(Tracker):
         self._closing.set()
         self._thread.join(limit)
 
-    def _resumed(self) -> None:
+    def _write_resume(self) -> None:
         if self._resume:
             self._journal.append(self._resume)
             self._resume = None
 
     def _others(self) -> list[Shipper]:
-        """Return shippers of the other runs in this folder that were started on this server."""
+        """Return shippers for the other runs in this folder that were started on this server."""
         server = hide_credentials(self._shipper.uri)
         return [
             Shipper(journal, self._shipper.uri)
@@ -137,7 +134,7 @@ class MLflowTracker(Tracker):
                 continue
             pause = SHIP_SECONDS
             self._shipper.upload()
-            if others:  # one at a time, alternating with lines of this run
+            if others:  # one run at a time, alternating with this run
                 other = others.pop(0)
                 if other.deliver():
                     other.upload()
@@ -152,17 +149,17 @@ def start_run(
 ) -> Tracker:
     """Start a tracker of a new run, or of the run `run_id`, which continues at `resume_step`.
 
-    uri: "" means a SQLite file in `folder`; the environment's MLFLOW_TRACKING_URI takes precedence.
-    run_id: an MLflow ID or a pending ID; if the server does not have the run, a new run with all
-    records of the journal is created.
+    Args:
+        uri: The server; "": an SQLite file in `folder`. MLFLOW_TRACKING_URI takes precedence.
+        folder: The folder of the journal.
+        what: The experiment, name, params, tags and dataset (name, digest and source) of a new run;
+            with `group`, the value of the tag `group` of its parent run, and `output`, the name of
+            its output folder, which identifies a run that was killed before its first checkpoint.
+        run_id: An MLflow ID or a pending ID. If the server does not have this run, a new run is
+            created from all records of the journal.
 
-    what: experiment, name, params, tags and dataset (name, digest and source) of a new run. group:
-    the new run becomes a child of the run in its experiment whose tag `group` has this value, if
-    any. output: the output folder in `folder`; a run that was killed before its first checkpoint is
-    identified by this folder and continues.
-
-    Raises ValueError at step 0 for a deleted experiment or an unsupported store; later, that is a
-    warning.
+    Raises ValueError at step 0 for a deleted experiment or an unsupported store; logs a warning at
+    a later step.
     """
     server = tracking_uri(uri, folder)
     params = {
@@ -208,18 +205,18 @@ def log_metrics(
     artifacts: dict[Path, str] | None = None,
     tags: dict[str, str] | None = None,
 ) -> str | None:
-    """Add values, files ({path: artifact folder}) and tags to a run that ended; return its id.
+    """Add values, files ({path: artifact folder}) and tags to an ended run; return the run's ID.
 
-    Values that the run already has are not added again. Returns None, with a warning, if the server
-    does not have the run.
+    Values that the run already has are not added again. Logs a warning and returns None if the
+    server does not have the run.
     """
     server, journal = tracking_uri(uri, folder), find(folder, run_id)
     points = {key: float(value) for key, value in values.items()}
     journal.append({"points": points, "step": step, "renew": True})
     if tags:
         journal.append({"tags": tags})
-    for path, place in (artifacts or {}).items():
-        journal.append_file(path, place)
+    for path, artifact_folder in (artifacts or {}).items():
+        journal.append_file(path, artifact_folder)
     shipper = Shipper(journal, server)
     _send(shipper)
     if shipper.is_unknown:
@@ -229,9 +226,9 @@ def log_metrics(
 
 
 def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
-    """Return a client of the server in use, with retries.
+    """Return a client, with retries, of the server that `tracking_uri` returns.
 
-    tries: attempts for the first request; default: the same number as for all others. Raises
+    tries: attempts for the first requests; default: the same number as for later requests. Raises
     ConnectionError if the server does not respond, and ValueError if the store can never be used.
     """
     uri = tracking_uri(uri, folder)
@@ -255,7 +252,7 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
 
 
 def connect_run(run_id: str | None, uri: str, folder: Path) -> tuple[Client, str | None]:
-    """Send all records of a run; return a client of the server in use, and MLflow's id of the run.
+    """Send the remaining records of a run; return a client, and the run's ID in MLflow.
 
     Raises the errors of `connect`, and UnknownRunError, a LookupError, if the server does not have
     the run.

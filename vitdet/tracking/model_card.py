@@ -17,14 +17,15 @@ from vitdet.evaluation.matches import Matches
 from vitdet.tracking.gate import Evaluation
 from vitdet.weights.catalogue import CATALOGUE, NOT_PUBLISHED
 
-DESCRIPTION = 5000  # characters of a description: MLflow's column (store/model_registry/dbmodels)
+# maximum length of a description in MLflow's database (store/model_registry/dbmodels)
+DESCRIPTION = 5000
 MORE = "\n\n... The whole text is in the artifact `model_card.md`."
 SHOWN_CLASSES = 20
 WORST = 5
 
 
 class InitialWeights(NamedTuple):
-    """Initial weights of a training run. warning: possible restrictions by their license."""
+    """Initial weights of a training run. warning: license terms that restrict use, or ""."""
 
     name: str
     what: str
@@ -43,8 +44,8 @@ def render(
 ) -> str:
     """Return the card as Markdown.
 
-    stored: the content of the checkpoint. used: the config of the evaluation. run_id, revision: of
-    the training run, if known.
+    stored: the content of the checkpoint. used: the config of the evaluation. run_id, revision: ID
+    and git revision of the training run, if known.
     """
     config, matches = from_dict(stored["config"]), evaluation.matches
     classes = [str(class_name) for class_name in stored["class_names"]]
@@ -76,7 +77,7 @@ def render(
 
 
 def description_of(card: str) -> str:
-    """Return the card without its title, cut at a line if it is longer than a description may be.
+    """Return the card as a description: without the title, and truncated to the maximum length.
 
     MLflow's list of versions shows the first line.
     """
@@ -88,9 +89,9 @@ def description_of(card: str) -> str:
 
 
 def initial_weights(init: str) -> list[InitialWeights]:
-    """Return the weights of train.init, and the weights that these were trained from, if any.
+    """Return the weights of `train.init`, followed by those that they were trained from, if any.
 
-    A file with the name of a published file is treated as that file.
+    A file with the name of published weights is assumed to contain them.
     """
     if not init:
         return []
@@ -118,7 +119,7 @@ def initial_weights(init: str) -> list[InitialWeights]:
 
 
 def _rows(evaluation: Evaluation) -> list[tuple[str, float, Interval | None]]:
-    """(metric, value in percent, interval if the per-image matches are known)."""
+    """Return (metric, value in percent, interval or None without per-image matches)."""
     rows = []
     for kind, prefix in NAMES.items():
         matches = evaluation.matches.get(kind)
@@ -132,9 +133,9 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, float, Interval | None]]:
 
 
 def _worst(matches: Matches) -> list[tuple[str, int, float]]:
-    """(class, objects, AP in percent) of the classes with the lowest AP, the lowest first."""
+    """Return (class, objects, AP in percent) of the classes with the lowest AP, lowest first."""
     aps = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))[0, 1:]
     objects = np.bincount(matches.object_category, minlength=len(aps))
-    order = [place for place in np.argsort(aps) if objects[place]][:WORST]
+    order = [index for index in np.argsort(aps) if objects[index]][:WORST]
     names = matches.class_names
-    return [(names[place], int(objects[place]), float(aps[place])) for place in order]
+    return [(names[index], int(objects[index]), float(aps[index])) for index in order]

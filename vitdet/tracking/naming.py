@@ -18,30 +18,30 @@ from vitdet.config import Config, flatten, load_config, recipes
 from vitdet.config.digest import difference
 from vitdet.config.sections import list_settings
 
-LONGEST = 120  # characters of a run's name; MLflow's tables show about 40, its limit is 250
-FIRST = ("train", "optim", "data")  # the sections in which the runs of an experiment usually differ
-RESOLVED = "config"  # file name of a resolved config, which is not the name of a recipe
+LONGEST = 120  # maximum length of a run's name; MLflow's tables show about 40, its limit is 250
+FIRST = ("train", "optim", "data")  # sections whose settings usually distinguish runs
+RESOLVED = "config"  # stem of a resolved config's file, which is not a recipe's name
 
 
 def recipe_of(config: Config, name: str) -> tuple[str, str]:
-    """Return (name of the recipe, built-in recipe to describe the config with).
+    """Return (name of the recipe, built-in recipe from which the config is described).
 
     name: the given recipe, or the stem of the config file. The built-in recipe is the one with this
-    name or, for other files, the one with the fewest settings that differ; a resolved config is
-    named after this recipe.
+    name or, if there is none, the one from which the fewest settings differ. A resolved config is
+    named after this built-in recipe.
     """
     builtin = recipes()
     if name in builtin:
         return name, name
-    closest = min(builtin, key=lambda one: len(difference(config, load_config(one))))
+    closest = min(builtin, key=lambda recipe: len(difference(config, load_config(recipe))))
     return (closest if name == RESOLVED else name), closest
 
 
 def run_name(config: Config, recipe: str, builtin: str) -> str:
-    """Return the recipe and the settings that affect the weights and differ from it.
+    """Return the recipe and the settings that affect the weights and differ from the recipe.
 
-    For example `tiny optim.lr=0.0002 train.seed=1`, at most LONGEST characters; `+2 more` stands
-    for the rest.
+    For example, `tiny optim.lr=0.0002 train.seed=1`. To stay within LONGEST characters, the last
+    settings are replaced by their number, as in `+2 more`.
     """
     affecting = {key for key, (_, operational) in list_settings(config).items() if not operational}
     changes = [text for key, text in _changes(config, builtin) if key in affecting]
@@ -54,18 +54,18 @@ def run_name(config: Config, recipe: str, builtin: str) -> str:
 
 
 def description(config: Config, builtin: str, output: Path) -> str:
-    """Return, in Markdown, the command line of this training run.
+    """Return this training run's command line as a Markdown code block.
 
-    tracking.uri is omitted, as it may contain a password.
+    `tracking.uri` is omitted, as it may contain a password.
     """
     changes = [text for key, text in _changes(config, builtin) if key != "tracking.uri"]
     options = [f"--set {shlex.quote(change)}" for change in changes]
     lines = [f"vitdet train {builtin}", *options, f"--output {shlex.quote(str(output))}"]
-    return "    " + " \\\n        ".join(lines) + "\n"  # indented: code
+    return "    " + " \\\n        ".join(lines) + "\n"
 
 
 def machine() -> dict[str, str]:
-    """Return tags for the machine and the software: hostname, device, torch and vitdet."""
+    """Return the tags `hostname`, `device`, `torch` and `vitdet` (the versions)."""
     device = "CPU"
     if torch.cuda.is_available():
         count, name = distributed.world_size(), torch.cuda.get_device_name()
@@ -79,10 +79,10 @@ def machine() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the working directory, with `-dirty` where tracked files differ.
+    """Return the working directory's commit, with the suffix `-dirty` if tracked files differ.
 
-    Without a repository: the environment variable VITDET_REVISION, which the container image sets;
-    otherwise None.
+    Outside a repository, return the environment variable VITDET_REVISION, which the container image
+    sets, or None.
     """
     commit = _git("rev-parse", "--verify", "-q", "HEAD")
     if not commit:
@@ -97,10 +97,10 @@ def _git(*words: str) -> str:
 
 
 def code_tags() -> dict[str, str]:
-    """Return MLflow's tags `git_revision` and `image`, each where it is known.
+    """Return the tags `git_revision` and `image`, if they are known.
 
-    The image is read from the environment variable VITDET_IMAGE, which the pod's manifest sets, as
-    a container cannot determine its own image. Only an image name with a digest is exact.
+    The pod's manifest sets the environment variable VITDET_IMAGE, as a container cannot determine
+    its image. Only an image name with a digest identifies the image exactly.
     """
     tags = {"git_revision": git_revision(), "image": os.environ.get("VITDET_IMAGE")}
     return {key: value for key, value in tags.items() if value}
@@ -108,14 +108,14 @@ def code_tags() -> dict[str, str]:
 
 def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     """Yield (setting, override) of each setting that differs from the built-in recipe."""
-    usual = flatten(load_config(builtin))
+    defaults = flatten(load_config(builtin))
     sections = list(dict.fromkeys((*FIRST, *type(config).hints)))
-    # a sort that keeps the order within sections
+    # a stable sort: the order within sections remains
     for key, value in sorted(
         flatten(config).items(), key=lambda item: sections.index(item[0].partition(".")[0])
     ):
-        if value != usual[key]:
+        if value != defaults[key]:
             text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
             if not text or text[0] in ("'", '"') or text != text.strip():
-                text = json.dumps(text)  # an override takes other text literally
+                text = json.dumps(text)  # other text is valid in an override without quotes
             yield key, f"{key}={text}"

@@ -1,9 +1,10 @@
 """The registered model: a detector that MLflow loads and serves without this repository.
 
-A version contains the detector (weights in safetensors; versions before 0.2: a checkpoint of plain
-tensors), this package as a wheel, and a code file that imports the class below; nothing is pickled,
-so it loads with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. requirements.txt lists the wheel
-by its path in the model, which MLflow resolves when it creates an environment; manually:
+A version contains the detector's weights (in safetensors, or in a checkpoint of plain tensors if
+vitdet 0.1 registered it), this package as a wheel, and a code file that imports the class below. As
+nothing is pickled, MLflow loads it with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
+requirements.txt lists the wheel by its path in the model, which MLflow resolves when it creates an
+environment. To install the requirements yourself, run
 `cd MODEL && pip install -r requirements.txt`.
 """
 
@@ -40,7 +41,7 @@ COLUMNS = {
     **dict.fromkeys(("x0", "y0", "x1", "y1"), "double"),
     **{"height": "long", "width": "long", "mask": "string"},
 }
-TIMEOUT_SECONDS = 900.0  # timeout of `try_model`: imports from a network file system take minutes
+TIMEOUT_SECONDS = 900.0  # of `try_model`: imports from a network file system can take minutes
 PROGRAM = """
 import sys
 wheel, path = sys.argv[1:]
@@ -51,10 +52,10 @@ found = loaded.predict(loaded.input_example, params={"threshold": 0.0})
 modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "vitdet"]
 outside = [module.__file__ for module in modules if not module.__file__.startswith(wheel)]
 if outside or not modules:
-    raise ImportError(f"the package is not imported from the wheel of the model, but {outside}")
+    raise ImportError(f"the package is not imported from the wheel of the model: {outside}")
 expected = [column.name for column in loaded.metadata.get_output_schema()]
 if list(found.columns) != expected:
-    raise ValueError(f"the result has the columns {list(found.columns)}, the signature {expected}")
+    raise ValueError(f"the result has columns {list(found.columns)}, but expected {expected}")
 """
 
 
@@ -71,7 +72,7 @@ def signature(masks: bool) -> ModelSignature:
 
 
 class DetectorModel(PythonModel):
-    """One RGB image (H, W, 3) uint8 -> a table with a row per detection, best first."""
+    """An MLflow model that maps an RGB image (H, W, 3), uint8, to a table of detections."""
 
     def load_context(self, context: PythonModelContext) -> None:
         from vitdet.predictor import Predictor
@@ -81,14 +82,15 @@ class DetectorModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None
     ) -> pd.DataFrame:
-        """Return name, label, score, box x0 y0 x1 y1 in pixels, and height and width of the image.
+        """Return a table with one row per detection, highest score first.
 
-        mask: COCO's compressed RLE of a bitmap of that size; no such column for a detector without
-        masks.
+        Its columns are name, label, score, the box x0, y0, x1, y1 in pixels, height and width of
+        the image and, if the detector predicts masks, mask: COCO's compressed RLE of a bitmap of
+        the image's size.
         """
         from vitdet.data.masks import encode, paste
 
-        # by its name in the signature
+        # "image": the input's name in the signature
         image = model_input["image"] if isinstance(model_input, dict) else model_input
         found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
         table = pd.DataFrame(found.boxes.tolist(), columns=["x0", "y0", "x1", "y1"])
@@ -125,7 +127,7 @@ def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -
 
 
 def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
-    """Save a detector as a folder of MLflow; its input example is an image of noise.
+    """Save a detector to a folder as an MLflow model, with a noise image as its input example.
 
     content: the checkpoint as returned by `load_model_file`.
     """
@@ -133,7 +135,7 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
     weights, code = path.parent / "detector.safetensors", path.parent / "detector.py"
     save_safetensors(weights, content)
     code.write_text(CODE)
-    # the import warns that torch was imported first
+    # suppresses MLflow's warning that torch was imported first
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     save_model(
         str(path),
@@ -151,9 +153,8 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
 def try_model(model: Path, wheel: Path) -> None:
     """Load a packaged model in a new process and run it on its input example.
 
-    The process imports this package only from the wheel, as a server of the model does; the other
-    packages are the installed ones. Pickles are rejected. Raises ValueError if the model does not
-    respond.
+    As on a model server, this package is imported from the wheel, and pickles are rejected. Other
+    packages are imported from this environment. Raises ValueError if the model cannot be run.
     """
     with tempfile.TemporaryDirectory(prefix="vitdet-trial-") as work:
         site = Path(work).resolve() / "site"

@@ -33,14 +33,18 @@ def promote_version(
 ) -> tuple[str, str]:
     """Make a registered version the champion if it passes the gate; return (version, reason).
 
-    version: default: the version with the alias `candidate`. uri, folder: location of the MLflow
-    store. config: the gate, and the data and settings of the evaluation; default: those of the
-    version's registration. force: a reason to skip the gate, which is stored. Raises LookupError if
-    the model or version does not exist, and ValueError if the gate rejects the version or cannot be
-    applied.
+    Args:
+        version: Default: the version with the alias `candidate`.
+        uri, folder: The MLflow store, as for `tracking_uri`.
+        config: The gate, and the data and settings of the evaluation. Default: the config with
+            which the version was registered.
+        force: The reason for skipping the gate, which is stored. Default: the gate is applied.
+
+    Raises LookupError if the model or version does not exist, and ValueError if the gate rejects
+    the version or cannot be applied.
     """
     client = open_store(uri, folder)
-    number = version or _alias(client, model_name, CANDIDATE, "name one with --version N")
+    number = version or _alias(client, model_name, CANDIDATE, "select a version with --version N")
     try:
         found = client.get_model_version(model_name, number)
     except LookupError as error:
@@ -59,40 +63,38 @@ def promote_version(
     if not protocol.fingerprint:
         raise ValueError(
             f"{shown}: the data that its metrics were measured on is unknown; register it again "
-            "with the --metrics of "
-            "`vitdet evaluate`, or skip the gate with --force REASON"
+            "with --metrics, a file of `vitdet evaluate`, or skip the gate with --force REASON"
         )
     used = config or _config_of(client, found)
-    place: dict[str, Any] = {"uri": uri, "folder": folder, "model_name": model_name}
+    model: dict[str, Any] = {"uri": uri, "folder": folder, "model_name": model_name}
 
     def evaluate(checkpoint: Path, plots: Path) -> Mapping[str, float | None]:
         if settings_of(used) != protocol.settings:
             raise ValueError(
                 f"the candidate was evaluated with different settings ({protocol.settings}); pass "
-                "the "
-                "config of its evaluation with --config"
+                "the config of its evaluation with --config"
             )
         with tempfile.TemporaryDirectory(prefix="vitdet-candidate-") as work:
-            own = load_model_file(download_checkpoint(client.uri, model_name, number, Path(work)))
-        names = [str(name) for name in own["class_names"]]
+            file = download_checkpoint(client.uri, model_name, number, Path(work))
+            names = [str(name) for name in load_model_file(file)["class_names"]]
         return champion.evaluation_like(used, names, protocol)(checkpoint, plots)
 
     candidate = read_evaluation(client, found, protocol, matches=True)
     verdict = champion.judge(
-        candidate, protocol, used.gate, **place, evaluate=evaluate, version=number
+        candidate, protocol, used.gate, **model, evaluate=evaluate, version=number
     )
     if verdict.passed:
-        verdict = champion.promote(number, candidate, protocol, used.gate, **place)
+        verdict = champion.promote(number, candidate, protocol, used.gate, **model)
     if not verdict.passed:
-        raise ValueError(f"{shown}: not the champion: {verdict.reason}")
+        raise ValueError(f"{shown}, is not promoted: {verdict.reason}")
     return number, verdict.reason
 
 
 def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[str, str]:
-    """Restore the previous champion; return the numbers (before, now).
+    """Restore the previous champion; return the version numbers (replaced, restored).
 
-    Raises LookupError if there is no such model or champion, ValueError if none was champion
-    before.
+    Raises LookupError if there is no such model or champion, and ValueError if no existing version
+    was champion before.
     """
     client = open_store(uri, folder)
     with champion.promoting(folder):
@@ -121,7 +123,7 @@ def _alias(client: Client, model_name: str, alias: str, otherwise: str) -> str:
 
 
 def _config_of(client: Client, found: ModelVersion) -> Config:
-    """The config that is stored with a version. Raises ValueError for versions without one."""
+    """Return the config stored with a version. Raises ValueError if the version has no config."""
     model = model_id_of(found)
     stored = client.list_logged_model_artifacts(model) if model else []
     if not any(artifact.path == CONFIG for artifact in stored):

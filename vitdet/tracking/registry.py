@@ -25,7 +25,7 @@ from vitdet.files import sha256
 from vitdet.tracking import champion, evaluations
 from vitdet.tracking.client import Client, UnknownRunError, create
 from vitdet.tracking.evaluations import MATCHES, evaluation_of, model_id_of, tags_of
-from vitdet.tracking.experiments import experiment_id
+from vitdet.tracking.experiments import find_experiment
 from vitdet.tracking.gate import Evaluation, RejectedError
 from vitdet.tracking.measured import Measured, own_protocol, protocol_of_file, read_measured
 from vitdet.tracking.mlflow import connect, connect_run
@@ -37,15 +37,15 @@ from vitdet.tracking.wheel import build_wheel
 CANDIDATE = "candidate"
 CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, next to the report
 DESCRIPTION = (  # of a registered model
-    "Detectors of vitdet. `candidate`: the version that was "
-    "registered last. `champion`: the best version; only a version that passes the gate "
-    "replaces it (`vitdet promote`, `vitdet rollback`). A version's description is its model card."
+    "Detectors of vitdet. `candidate`: the version that was registered last. `champion`: the best "
+    "version; only a version that passes the gate replaces it (`vitdet promote`, `vitdet "
+    "rollback`). A version's description is its model card."
 )
 log = logging.getLogger(__name__)
 
 
 class Registered(NamedTuple):
-    """A registered model version; `reason`: the gate's reason, "" if the gate was not applied."""
+    """A registered model version, with the gate's reason ("" if the gate was not applied)."""
 
     name: str
     version: str
@@ -67,19 +67,19 @@ def register_checkpoint(
 
     The version always becomes `candidate`. The data is read only for the gate. The packaged model
     is tested before any upload. If the server does not have the training run, e.g. for a checkpoint
-    from another machine, the version has no run, but the tag `training_run` contains the run id.
+    from another machine, the version has no run, but the tag `training_run` contains the run's ID.
 
     Args:
         checkpoint: The detector.
         folder: The folder of the default MLflow store.
-        alias: The alias that then also points to this version.
-        config: The server, model name and gate, and the data and settings that `metrics` were
-            measured with, which `vitdet promote` then uses; default: that in the checkpoint.
-        metrics: Metrics of the checkpoint; default: those in the checkpoint.
+        alias: An alias for the version, in addition to `candidate`.
+        config: The server, model name and gate, and the data and settings with which `metrics` were
+            measured, which `vitdet promote` then uses. Default: the config in the checkpoint.
+        metrics: Metrics of the detector. Default: the metrics in the checkpoint.
         protocol: The protocol of the metrics, if known.
         measured: The provenance of the metrics that `vitdet evaluate` wrote.
-        plots: The folder of `vitdet evaluate --plots` of the same evaluation, whose matches are
-            stored with the version, and whose report if its provenance is known.
+        plots: The folder that the same evaluation wrote with `vitdet evaluate --plots`. The matches
+            are stored with the version, and also the report if the provenance is known.
 
     Raises:
         RejectedError: The gate rejects the candidate, which is registered.
@@ -127,16 +127,16 @@ def register_checkpoint(
         if alias != CANDIDATE:
             client.set_registered_model_alias(name, alias, version)
         return Registered(name, version, "")
-    place: dict[str, Any] = {"uri": tracking.uri, "folder": folder, "model_name": name}
+    model: dict[str, Any] = {"uri": tracking.uri, "folder": folder, "model_name": name}
     evaluate = champion.evaluation_like(used, stored["class_names"], protocol)
     verdict = champion.judge(
-        evaluation, protocol, gate, **place, evaluate=evaluate, version=version
+        evaluation, protocol, gate, **model, evaluate=evaluate, version=version
     )
     if verdict.passed:
-        verdict = champion.promote(version, evaluation, protocol, gate, **place)
+        verdict = champion.promote(version, evaluation, protocol, gate, **model)
     if not verdict.passed:
         raise RejectedError(
-            f"{checkpoint}: registered as version {version} ({CANDIDATE}), not the champion: "
+            f"{checkpoint}: registered as version {version} ({CANDIDATE}), but not promoted: "
             f"{verdict.reason}",
             {"name": name, "version": version, "alias": CANDIDATE},
         )
@@ -145,10 +145,10 @@ def register_checkpoint(
 
 @dataclass(frozen=True)
 class _Entry:
-    """What is registered.
+    """A checkpoint that is registered, and its evaluation.
 
-    run_id: ID of the training run, if the server has it. stored: the content of the checkpoint.
-    evaluation: the evaluation under `protocol`, with the config `used` and its files in `plots`.
+    run_id: the training run's ID if the server has this run. stored: the content of the checkpoint.
+    protocol, used, plots: the protocol, config and files of the evaluation.
     """
 
     client: Client
@@ -169,8 +169,8 @@ class _Entry:
     def register(self, folder: Path, digest: str) -> str:
         """Register the checkpoint with this digest; return the version.
 
-        A checkpoint of a run is registered once; a repeated registration replaces the evaluation,
-        report and model card if the metrics are of known data (see `champion.update_tags`).
+        If the version exists, its evaluation, report and model card are replaced, provided that the
+        metrics were measured on known data (see `champion.update_tags`).
         """
         client, name, metrics = self.client, self.model_name, self.evaluation.metrics
         version = self.version(digest)
@@ -189,7 +189,7 @@ class _Entry:
         return str(version.version)
 
     def add(self, folder: Path, digest: str, work: Path) -> ModelVersion:
-        """Create a version; its files are written to `work`."""
+        """Create and return a version. work: a folder for temporary files."""
         client, name, run_id = self.client, self.model_name, self.stored["run_id"]
         card = self.write_files(work / "files")
         model_id = self.log_model(folder, work)
@@ -219,15 +219,15 @@ class _Entry:
         )
 
     def version(self, digest: str) -> ModelVersion | None:
-        """Return the version of the run with this checkpoint, if it is registered."""
+        """Return the existing version of this run and checkpoint; None if there is none."""
         for version in self.client.search_model_versions(f"name = '{self.model_name}'"):
-            of_run = (version.run_id or None) == self.run_id
-            if of_run and version.tags.get("checkpoint_sha256") == digest:
+            has_run = (version.run_id or None) == self.run_id
+            if has_run and version.tags.get("checkpoint_sha256") == digest:
                 return version
         return None
 
     def write_files(self, folder: Path) -> str:
-        """Write model card, config, report and matches of the version; return the card."""
+        """Write the version's model card, config, report and matches; return the card."""
         stored, used, plots = self.stored, self.used, self.plots
         origin = self.protocol, self.run_id, self.revision
         card = render(self.model_name, stored, used, self.evaluation, *origin)
@@ -245,17 +245,17 @@ class _Entry:
         return card
 
     def log_model(self, folder: Path, work: Path) -> str:
-        """Package and test the detector, and upload it with `work`/files; return its id."""
+        """Package, test and upload the detector with the files in `work`; return the model's ID."""
         client, run_id, packed = self.client, self.run_id, work / "model"
         model, wheel = Model(run_id=run_id), build_wheel(work)
         pack(packed, model, self.stored, wheel)
         try_model(packed, wheel)
         shutil.copytree(work / "files", packed, dirs_exist_ok=True)
         if run_id:
-            place = client.get_run(run_id).info.experiment_id
+            experiment = client.get_run(run_id).info.experiment_id
         else:
-            place = experiment_id(client, folder, self.model_name, "tracking.model_name")
-        logged = client.create_logged_model(place, "detector", run_id, model_type="detection")
+            experiment = find_experiment(client, folder, self.model_name, "tracking.model_name")
+        logged = client.create_logged_model(experiment, "detector", run_id, model_type="detection")
         model.model_id = model.model_uuid = logged.model_id
         model.artifact_path = logged.artifact_location
         model.save(str(packed / "MLmodel"))
@@ -266,9 +266,9 @@ class _Entry:
         return logged.model_id
 
     def log_metrics(self, model_id: str) -> None:
-        """Log the metrics to the model, with the validation data that they were measured on.
+        """Log the metrics to the model, linked to the validation data.
 
-        MLflow has no metrics of a model without a run. Per-class metrics are in the report.
+        MLflow cannot store metrics of a model without a run. The report contains per-class metrics.
         """
         client, run_id, step = self.client, self.run_id, self.stored["step"]
         values = {
@@ -288,7 +288,7 @@ class _Entry:
             client.log_inputs(run_id, [dataset])
         now, metrics = int(time.time() * 1000), []
         for key, value in values.items():
-            # the run's own value, if there is one: a metric of a model is also a metric of its run
+            # a model's metric is also a metric of its run: do not add an equal value to the run
             same = [
                 point.timestamp
                 for point in client.get_metric_history(run_id, key)

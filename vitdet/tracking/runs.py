@@ -1,7 +1,7 @@
-"""The MLflow run of a training run: its start, and what is added to it afterwards.
+"""The MLflow run of a training run: its start, and data that is added to it afterwards.
 
 All functions also work without MLflow, i.e. if the extra `tracking` is not installed. mlflow is
-imported inside the functions: commands that track nothing do not wait for it.
+imported inside the functions, so that commands without tracking do not wait for the import.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MATCHES_FOLDER = "evaluation"  # artifact folder of matches.npz
 
 
 def has_mlflow() -> bool:
-    """Whether the extra `tracking` is installed."""
+    """Return whether the extra `tracking` is installed."""
     return importlib.util.find_spec("mlflow") is not None
 
 
@@ -36,7 +36,7 @@ def require_mlflow() -> None:
 
 
 def default_folder(output: Path) -> Path:
-    """Return the folder of the default MLflow store: the parent of `output`, shared by its runs."""
+    """Return the default MLflow store's folder: the parent of a training run's output folder."""
     return output.resolve().parent
 
 
@@ -49,17 +49,17 @@ def start_tracker(
     run_id: str | None,
     step: int,
 ) -> Progress:
-    """Start the MLflow run of a training run; return a tracker that also prints the progress.
+    """Start or resume the MLflow run of a training run; return a tracker that prints progress.
 
-    recipe: its name, or the stem of the config file. output: the folder of the training run. group:
-    the pipeline run that it belongs to, if any. run_id: ID of the MLflow run that continues at
-    `step`.
+    recipe: the recipe's name, or the stem of the config file. output: the training run's folder.
+    group: the ID of the pipeline run, "" if there is none. run_id: the MLflow run that continues at
+    `step`; None: a new run.
     """
     tracker = Tracker()
     if has_mlflow():
         from vitdet.tracking.mlflow import start_run
 
-        if group:  # the pipeline appends a digest of the config
+        if group:  # the pipeline appended a digest of the config
             recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)
         recipe, builtin = recipe_of(config, recipe)
         root = Path(config.data.root)
@@ -86,10 +86,10 @@ def start_tracker(
     return Progress(tracker, config.optim.steps, step)
 
 
-def log_files(config: Config, output: Path, files: Sequence[Path], place: str) -> None:
-    """Log files to this artifact folder of the run that was last started in `output`, if any.
+def log_files(config: Config, output: Path, files: Sequence[Path], artifact_folder: str) -> None:
+    """Log files to an artifact folder of the run that was last started in `output`, if any.
 
-    If the server does not accept them now, they are kept in the journal.
+    The journal keeps files that the server does not accept now.
     """
     if not has_mlflow():
         return
@@ -98,10 +98,11 @@ def log_files(config: Config, output: Path, files: Sequence[Path], place: str) -
 
     folder = default_folder(output)
     starts = [(journal.start() or {}, journal.run_id) for journal in journals(folder)]
-    times = [(one["time"], run) for one, run in starts if one.get("output") == output.name]
+    times = [(start["time"], run) for start, run in starts if start.get("output") == output.name]
     if times:
         _, run_id = max(times)
-        log_metrics(run_id, config.tracking.uri, folder, {}, 0, dict.fromkeys(files, place))
+        artifacts = dict.fromkeys(files, artifact_folder)
+        log_metrics(run_id, config.tracking.uri, folder, {}, 0, artifacts)
 
 
 def log_evaluation(
@@ -113,14 +114,17 @@ def log_evaluation(
     plots: Path | None = None,
     report: Path | None = None,
 ) -> str | None:
-    """Log an evaluation to the MLflow run that trained the checkpoint; return the id of the run.
+    """Log an evaluation to the MLflow run that trained the checkpoint; return the run's ID.
 
     Returns None if nothing is logged: without MLflow, or if the run or its store does not exist,
     e.g. because the checkpoint was copied from another machine.
 
-    config: selects the server; default: the config in the checkpoint. folder: folder of the default
-    store. pictures: the folder of images with detections. plots: the folder of matches and report.
-    report: the report page; default: the one in `plots`.
+    Args:
+        config: The config with the server's address. Default: the config in the checkpoint.
+        folder: The folder of the default store.
+        pictures: A folder of images with detections.
+        plots: The folder with the matches and the report.
+        report: The report page. Default: the page in `plots`.
     """
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
@@ -139,12 +143,12 @@ def log_evaluation(
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
         kind, _, path = tracking_uri(uri, folder).partition(":///")
-    except ValueError as error:  # the metrics are more important
+    except ValueError as error:  # the caller must not lose the metrics
         log.warning("%s: the metrics are not logged", error)
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    # the tags of the training run remain: the evaluation may have run in another image
+    # not under the names of the training run's tags: the evaluation may have run in another image
     tags = {f"evaluation.{key}": value for key, value in code_tags().items()}
     named = with_metric_names(metrics)
     return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files, tags)
@@ -153,7 +157,7 @@ def log_evaluation(
 def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
     """Return the values under names that MLflow accepts (see `metric_name`).
 
-    If several have the same name, the later ones get the suffix _2, _3 and so on.
+    The second and later values with the same name get the suffixes _2, _3 and so on.
     """
     named: dict[str, float] = {}
     for key, value in metrics.items():
@@ -167,13 +171,13 @@ def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def metric_name(name: str) -> str:
-    """Return a metric's name, KIND/CLASS or KIND, as MLflow accepts it.
+    """Convert a metric's name, KIND/CLASS or KIND, to one that MLflow accepts.
 
-    MLflow accepts at most 250 characters: letters, digits and "_-. :/", without empty or dotted
-    parts of a path.
+    MLflow accepts up to 250 letters, digits and characters of "_-. :/". As in a normalized path, no
+    part between slashes may be empty, "." or "..".
     """
     name = re.sub(r"[^\w\-. :/]", "_", name)
     head, slash, tail = name.partition("/")
-    # in the name of a class a slash or a leading dot would be part of a path
+    # MLflow would interpret a slash or a leading dot in a class name as part of a path
     tail = re.sub(r"^\.+|\.+$", "_", tail.replace("/", "_")) or "_" * len(slash)
     return f"{head}{slash}{tail}"[:250]

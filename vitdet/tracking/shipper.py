@@ -1,7 +1,7 @@
-"""Sending a journal to the tracking server: each line exactly once, despite failures.
+"""Delivery of a journal to the tracking server: each record exactly once, despite failures.
 
-If it is unknown whether a request was carried out (it failed, or an earlier process sent it), the
-server is queried for the existing data before anything is sent again.
+If it is unknown whether a request succeeded, as the response was lost or an earlier process sent
+the request, the shipper queries the server for existing data before it sends the records again.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from vitdet.tracking.client import (
     first_line,
     open_client,
 )
-from vitdet.tracking.experiments import PARENT, experiment_id, plugin_run
+from vitdet.tracking.experiments import PARENT, find_experiment, plugin_run
 from vitdet.tracking.journal import Journal
 
 log = logging.getLogger(__name__)
 
 BACK_OFF_SECONDS = 30.0  # longest pause after failures
-UPLOAD_SECONDS = 60.0  # between attempts to upload files after a failure
+UPLOAD_SECONDS = 60.0  # pause after a failed upload
 BATCH = 1000  # metrics per request: MLflow's limit
 
 
 class Shipper:
-    """Sends the lines of a journal to the server at `uri`, each once, and uploads its files."""
+    """Send a journal's records to the server at `uri`, each once, and upload its files."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri, self._shown = journal, uri, hide_credentials(uri)
-        self._run_id: str | None = None  # once this process has seen the run on the server
-        # name -> step -> value on the server; None: the run is empty
-        self._held: dict[str, dict[int, float]] | None = {}
-        self._refused: set[str] = set()  # names that the server rejects
-        self._answers = True
+        self._run_id: str | None = None  # set when this process has found or created the run
+        # values on the server, by metric and step; None: this process created the run
+        self._stored: dict[str, dict[int, float]] | None = {}
+        self._rejected: set[str] = set()  # names of metrics that the server rejects
+        self._is_accepting = True
         self._uploading: threading.Thread | None = None
         self._next_upload = 0.0
         self._failed: set[str] = set()  # files for which a warning was logged
         self.is_unknown = False  # see UnknownRunError
 
     def deliver(self, seconds: float = 0.0) -> bool:
-        """Send the pending lines, retrying for this many seconds.
+        """Send the pending records, with retries for this many seconds.
 
-        Returns False, with one warning, if lines are left.
+        Returns whether all were sent. Failures are logged with one warning until all were sent.
         """
         deadline, pause = time.monotonic() + seconds, 0.5
         while self.journal.waiting():
@@ -63,11 +63,11 @@ class Shipper:
                 self.is_unknown = True
                 return False
             except Exception as error:  # an error of a server, its client or a database
-                self._run_id, self._held = None, {}  # the request may have been carried out
+                self._run_id, self._stored = None, {}  # the request may have succeeded
                 is_refused = isinstance(error, RefusedError)
-                if self._answers:
-                    self._answers = False
-                    what = "refuses" if is_refused else "does not accept"
+                if self._is_accepting:
+                    self._is_accepting = False
+                    what = "rejects" if is_refused else "does not accept"
                     reason = first_line(error).removeprefix(f"{self._shown}: ")
                     kept = f"({reason}); they are kept in {self.journal.path}"
                     log.warning("tracking: %s %s the run's metrics %s", self._shown, what, kept)
@@ -75,29 +75,28 @@ class Shipper:
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
-        if not self._answers:
-            self._answers = True
+        if not self._is_accepting:
+            self._is_accepting = True
             log.warning("tracking: %s is responding again; all metrics were sent", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
-        """Upload the pending files in a thread, and wait for it for this many seconds.
+        """Upload the pending files in a thread, and wait up to this many seconds for the thread.
 
-        An artifact store that hangs therefore delays neither the metrics nor the end of the
-        process.
+        An artifact store that hangs therefore delays neither metrics nor the end of the process.
         """
         deadline = time.monotonic() + seconds
-        while (thread := self._start_upload()) and seconds:  # files may be added meanwhile
+        while (thread := self._start_upload()) and seconds:  # again for files that were added
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 log.warning(
                     f"tracking: files are not uploaded after {seconds:g} s; they are kept in "
-                    f"{self.journal.files} for the next command that uses this run"
+                    f"{self.journal.files}, and the next command that uses this run uploads them"
                 )
                 break
 
     def refusal(self) -> str:
-        """Find or create the run; return why the server will never accept it, "" if it might."""
+        """Find or create the run; return why the server will never accept it, "" if it may."""
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
@@ -110,26 +109,25 @@ class Shipper:
         return ""
 
     def attach(self, client: Client) -> str:
-        """Find the run on the server, or create it; return its id. Raises the errors of the
-        client."""
+        """Find or create the run on the server; return its ID. Raises the errors of `client`."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
         return self._run_id
 
     def _start_upload(self) -> threading.Thread | None:
-        """Upload files, if any, in a thread; return it, or the thread of a current upload."""
+        """Return the running upload thread; start one if files are pending and a run exists."""
         if self._uploading is not None and self._uploading.is_alive():
             return self._uploading
         if time.monotonic() < self._next_upload or not self.journal.entries():
             return None
-        if self.refusal() or self._run_id is None:  # only to a run that exists on the server
+        if self.refusal() or self._run_id is None:
             return None
         self._uploading = threading.Thread(target=self._upload, name="uploads", daemon=True)
         self._uploading.start()
         return self._uploading
 
     def _upload(self) -> None:
-        """Upload one file after another until one fails; the failed file is moved to the end."""
+        """Upload the files in order until an upload fails; move that file to the end."""
         run_id, client = self.journal.run_id, open_client(self.uri)
         for entry in self.journal.entries():
             path, key = None, entry.name[-8:]
@@ -146,12 +144,12 @@ class Shipper:
                 if key not in self._failed:
                     log.warning(
                         f"tracking: {path and path.name} cannot be uploaded ({first_line(error)}); "
-                        f"it is kept in {self.journal.files} and tried again, e.g. by the next "
-                        "command that uses this run"
+                        f"the file is kept in {self.journal.files}, and the upload is retried, "
+                        "also by the next command that uses this run"
                     )
                 self._failed.add(key)
                 self._next_upload = time.monotonic() + UPLOAD_SECONDS
-                with suppress(OSError):  # a file that the store rejects must not block the others
+                with suppress(OSError):  # a file that the store rejects must not block other files
                     entry.rename(entry.with_name(f"{time.time_ns()}-{key}"))
                 return
 
@@ -166,7 +164,7 @@ class Shipper:
         try:
             if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
                 return run_id
-        except (LookupError, InvalidRequestError):  # invalid: not an id that MLflow assigns
+        except (LookupError, InvalidRequestError):  # the latter: not an ID that MLflow assigns
             pass
         return None
 
@@ -177,24 +175,25 @@ class Shipper:
         if start is None:
             raise UnknownRunError(
                 f"{self._shown} has no such run ({self.journal.run_id}), and "
-                f"{self.journal.path.parent} does not describe it"
+                f"{self.journal.path.parent} has no journal of it"
             )
         group, key = start.get("group", ""), self.journal.key
         tags = {**start["tags"], "journal": key}
         if plugin := plugin_run(client, group):
-            place = plugin.info.experiment_id
+            experiment = plugin.info.experiment_id
         else:
-            place = experiment_id(client, self.journal.folder, start["experiment"])
+            experiment = find_experiment(client, self.journal.folder, start["experiment"])
         if group:
-            parents = [plugin] if plugin else client.search_runs([place], f"tags.group = '{group}'")
+            query = f"tags.group = '{group}'"
+            parents = [plugin] if plugin else client.search_runs([experiment], query)
             tags["pipeline_run"] = group
             if parents:
                 tags[PARENT] = parents[0].info.run_id
-        made = client.search_runs([place], f"tags.journal = '{key}'")
-        run = made[0] if made else client.create_run(place, start["time"], tags, start["name"])
-        run_id = run.info.run_id
-        # the run exists: an earlier request succeeded, although its response was lost
-        self._held = {} if made else None
+        # a run exists if only the response to an earlier request was lost
+        found = client.search_runs([experiment], f"tags.journal = '{key}'")
+        new = experiment, start["time"], tags, start["name"]
+        run_id = (found[0] if found else client.create_run(*new)).info.run_id
+        self._stored = {} if found else None
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits
             client.log_batch(run_id, params=params[first : first + 100])
@@ -210,7 +209,7 @@ class Shipper:
         return run_id
 
     def _send(self, client: Client, run_id: str, records: list[dict]) -> None:
-        """Send points that were joined, or a record of another kind."""
+        """Send one batch of the journal: records of metrics, or a single record without metrics."""
         record = records[0]
         try:
             if "points" in record:
@@ -218,7 +217,7 @@ class Shipper:
             elif "resume" in record:
                 client.update_run(run_id, "RUNNING")
                 client.set_tag(run_id, "resumed_at_step", record["resume"])
-                # the settings that differ from the run's parameters, which MLflow does not change
+                # settings that differ from the run's parameters, which MLflow cannot update
                 name, changed = "resumed_settings", record.get("changed", "")
                 if changed or name in client.get_run(run_id).data.tags:
                     client.set_tag(run_id, name, changed[:5000])  # MLflow's limit
@@ -230,14 +229,14 @@ class Shipper:
             elif "file" in record:
                 self.journal.adopt(record)
         except InvalidRequestError as error:  # sending the same record again cannot succeed
-            names = {name for one in records for name in one.get("points", ())} - self._refused
+            names = {name for item in records for name in item.get("points", ())} - self._rejected
             if len(names) > 1:  # an invalid name must not affect the other metrics
                 for name in sorted(names):
-                    named = [record for record in records if name in record["points"]]
-                    single = [{**one, "points": {name: one["points"][name]}} for one in named]
+                    named = [item for item in records if name in item["points"]]
+                    single = [{**item, "points": {name: item["points"][name]}} for item in named]
                     self._send(client, run_id, single)
             else:
-                self._refused |= names
+                self._rejected |= names
                 what = next(iter(names), record)
                 log.warning("tracking: the server rejects %s: %s", what, first_line(error))
 
@@ -248,7 +247,7 @@ class Shipper:
             Metric(key, value, record["time"], record["step"])
             for record in records
             for key, value in record["points"].items()
-            if key not in self._refused
+            if key not in self._rejected
             if not self._has(client, run_id, key, record["step"], value, "renew" in record)
         ]
         for first in range(0, len(metrics), BATCH):
@@ -257,15 +256,15 @@ class Shipper:
     def _has(
         self, client: Client, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
-        """Whether the server has a value at this step; with renew, the same value."""
-        if renew:  # includes the values that this process has sent
-            there = history(client, run_id, key)
-            return step in there and same_number(there[step], value)
-        if self._held is None:
+        """Return whether the server has a value at this step; with renew, an equal value."""
+        if renew:  # not from `_stored`, which lacks values that this process has sent
+            stored = history(client, run_id, key)
+            return step in stored and same_number(stored[step], value)
+        if self._stored is None:
             return False
-        if key not in self._held:
-            self._held[key] = history(client, run_id, key)
-        return step in self._held[key]
+        if key not in self._stored:
+            self._stored[key] = history(client, run_id, key)
+        return step in self._stored[key]
 
 
 def history(client: Client, run_id: str, key: str) -> dict[int, float]:
@@ -275,7 +274,7 @@ def history(client: Client, run_id: str, key: str) -> dict[int, float]:
 
 
 def same_number(ours: float, theirs: float) -> bool:
-    """Whether two values are equal in MLflow, which stores infinity as the largest number."""
+    """Return whether two values are equal in MLflow, which stores infinity as the largest float."""
     largest = sys.float_info.max
     both_nan = ours != ours and theirs != theirs
     return ours == theirs or both_nan or abs(ours) >= largest <= abs(theirs)

@@ -11,14 +11,14 @@ from vitdet import distributed
 
 
 class SystemMetrics:
-    """Load of CPUs, memory and GPUs of this machine; GPU hours of all processes.
+    """The load of this machine's CPUs, memory and GPUs, and the run's GPU hours.
 
     gpu_hours: GPU hours of earlier processes of the same run. GPU metrics require the package
-    nvidia-ml-py. One reading takes a few milliseconds.
+    nvidia-ml-py. `read` takes a few milliseconds.
     """
 
     def __init__(self, gpu_hours: float = 0.0) -> None:
-        # imported here: takes seconds, which only training needs
+        # imported here, as the import takes seconds and only training needs it
         from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

@@ -18,7 +18,7 @@ SEED = "train.seed"
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a title, "" for none. links: {first cell of a row: address}."""
+    """A table with a title ("" for none) and links, {first cell of a row: URL}."""
 
     title: str
     heads: Sequence[str]
@@ -26,7 +26,7 @@ class Table:
     links: Mapping[str, str]
 
     def markdown(self) -> str:
-        """Format as Markdown."""
+        """Return the table as Markdown."""
         linked = [
             [f"[{first}]({self.links[first]})" if first in self.links else first, *rest]
             for first, *rest in self.rows
@@ -44,10 +44,10 @@ def trainings_table(
     versions: Mapping[str, str],
     links: Mapping[str, str],
 ) -> Table:
-    """Return a row for each training run, those without a verdict last.
+    """Return a table with a row for each training run; runs without a verdict are last.
 
-    rows, failures and settings as for `vitdet.tracking.comparison.compare`. versions: MLflow run id
-    -> model version. links: name -> address of its run.
+    rows, failures and settings: as for `vitdet.tracking.comparison.compare`. versions: model
+    versions by MLflow run ID. links: URLs of MLflow runs by name of the training run.
     """
     cells = []
     for row in rows:
@@ -69,24 +69,25 @@ def trainings_table(
 
 
 def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]]) -> Table | None:
-    """Return mean and standard deviation over seeds; None if no runs differ only in the seed."""
+    """Return a table of means and standard deviations over seeds; None if no seeds were varied."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in rows:
-        own = settings.get(row["name"], {})
-        if SEED in own:
-            rest = {key: value for key, value in own.items() if key != SEED}
+        varied = settings.get(row["name"], {})
+        if SEED in varied:
+            rest = {key: value for key, value in varied.items() if key != SEED}
             groups[row["name"].rpartition("-")[0], _text(rest)].append(row["metrics"])
     cells = []
     for (recipe, text), metrics in groups.items():
         values = [[metric.get(key) for metric in metrics] for key in COLUMNS]
-        texts = [mean_deviation([one for one in column if one is not None]) for column in values]
+        known = [[value for value in column if value is not None] for column in values]
+        texts = [mean_deviation(column) for column in known]
         cells.append([recipe, text or "-", str(len(metrics)), *texts])
     title = "Over seeds: mean ± standard deviation"
     return Table(title, ["recipe", "settings", "seeds", *HEADS], cells, {}) if cells else None
 
 
 def mean_deviation(values: Sequence[float]) -> str:
-    """Format mean and sample standard deviation; a single value has no deviation."""
+    """Format mean and sample standard deviation, or a single value without a deviation."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"
@@ -94,7 +95,7 @@ def mean_deviation(values: Sequence[float]) -> str:
 
 
 def page(title: str, paragraphs: Sequence[str], tables: Sequence[Table]) -> str:
-    """Return a complete HTML page. paragraphs: plain text."""
+    """Return a complete HTML page. paragraphs: plain text, which is escaped."""
     loader = PackageLoader("vitdet.tracking", ".")
     template = Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(
         "comparison.html.jinja"
@@ -105,7 +106,7 @@ def page(title: str, paragraphs: Sequence[str], tables: Sequence[Table]) -> str:
 def markdown_table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], padded: bool = False
 ) -> str:
-    """Format a table as Markdown. padded: with columns of equal width, to be read as text."""
+    """Format a table as Markdown. padded: whether to align the columns for plain text."""
     lines = [heads, ["---"] * len(heads), *rows]
     if padded:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,6 +1,6 @@
-"""Trackers of the metrics of a training run, and the display of its progress.
+"""Trackers of a training run's metrics, and the display of its progress.
 
-On a terminal, one line is updated in place; in a log, each line is printed.
+On a terminal, the progress line is updated in place; otherwise, each line is printed.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import TextIO
 
 
 class Tracker:
-    """Interface of trackers. This one records nothing, for ranks other than 0 or without MLflow."""
+    """Base class of trackers. It records nothing, as for ranks other than 0 or without MLflow."""
 
     @property
     def run_id(self) -> str | None:
-        """The id by which a later process resumes this run; None if nothing is recorded."""
+        """The ID with which a later process resumes this run; None if nothing is recorded."""
         return None
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log the values of a step by name. A step that the run already has is dropped."""
+        """Log a step's values by name. A value that the run already has for the step is skipped."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a copy of the file to this folder of the run's artifacts."""
+        """Log a copy of the file to a folder of the run's artifacts."""
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED."""
+        """End the run with the status FINISHED, FAILED or KILLED."""
 
 
 class Progress(Tracker):
-    """Displays the metrics and passes them to another tracker.
+    """Display the metrics and pass them to another tracker.
 
-    steps: number of steps of the whole training run. start: the first step.
+    steps: the training run's total steps. start: the step at which this process starts.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class Progress(Tracker):
 
     @property
     def run_id(self) -> str | None:
-        """Run id of the wrapped tracker."""
+        """Run ID of the wrapped tracker."""
         return self.tracker.run_id
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Display losses, images/s and time left, or the AP of an evaluation."""
+        """Display the losses, images/s and remaining time, or the AP of an evaluation."""
         self.tracker.log(values, step)
         kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in values]
         if kinds:
@@ -81,17 +81,17 @@ class Progress(Tracker):
         self.tracker.close(status)
 
     def line(self, text: str, keep: bool) -> None:
-        """Display a line; on a terminal it replaces the previous line, unless that line is kept."""
+        """Display a line. On a terminal, the next line replaces it unless `keep` is set."""
         if not self.stream.isatty():
             self.write(f"{text}\n")
             return
-        if not keep:  # a line that the terminal wraps could not be overwritten
+        if not keep:  # a wrapped line could not be overwritten
             text = text[: shutil.get_terminal_size().columns - 1]
         self.write(f"\r\x1b[2K{text}" + ("\n" if keep else ""))
         self.changing = not keep
 
     def write(self, text: str) -> None:
-        """Write and flush."""
+        """Write text to the stream and flush it."""
         self.stream.write(text)
         self.stream.flush()
 

@@ -1,8 +1,8 @@
-"""This package as a wheel, from the files that are running: part of a registered model.
+"""The running package as a wheel, which becomes part of a registered model.
 
-A wheel is a zip of the package and four text files. It is written here rather than by pip because
-the same files then give the same bytes from a source tree, an editable and an ordinary install,
-without a build backend or a network.
+A wheel is a zip archive of the package and four text files. It is built here rather than by pip so
+that a source tree, an editable install and a regular install of the same files result in the same
+bytes, without a build backend or network access.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from vitdet.files import atomic_write
 
 PACKAGE = Path(__file__).parents[1]
-# the earliest date of the zip format: the same files give the same wheel
+# the zip format's earliest date, for reproducible archives
 STAMP = (1980, 1, 1, 0, 0, 0)
 
 
 def build_wheel(folder: Path) -> Path:
     """Write FOLDER/vitdet-VERSION-py3-none-any.whl; return its path.
 
-    Raises ValueError if the metadata of the package cannot be found.
+    Raises ValueError if the package's metadata cannot be found.
     """
     version, description = _metadata()
     info = f"vitdet-{version}.dist-info"
@@ -55,15 +55,15 @@ def build_wheel(folder: Path) -> Path:
 
 
 def requirements(extra: tuple[str, ...] = ()) -> list[str]:
-    """Return the dependencies and `extra` in their installed versions, as in `torch==2.15.0`."""
+    """Return the dependencies and `extra`, pinned to the installed versions: `torch==2.15.0`."""
     _, description = _metadata()
     names = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)[^;\n]*$", description)
-    # a local version (+cpu, +cu132) is a build that is not in a public index
+    # without the local version (+cpu, +cu132), which public indexes do not offer
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in [*names, *extra]]
 
 
 def _metadata() -> tuple[str, str]:
-    """Return (version, METADATA file), of a source tree or of the installed package."""
+    """Return (version, content of METADATA) of a source tree or of the installed package."""
     project = PACKAGE.parent / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text())["project"]
@@ -80,7 +80,7 @@ def _metadata() -> tuple[str, str]:
         installed = metadata.distribution("vitdet")
     except metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"{PACKAGE}: no pyproject.toml next to it and not installed; install vitdet"
+            f"{PACKAGE} is neither installed nor next to a pyproject.toml; install vitdet"
         ) from error
     return installed.version, installed.read_text("METADATA") or ""
 
