@@ -38,7 +38,7 @@ def test_an_unresponsive_server_delays_neither_start_nor_end(
     assert tracker._thread.is_alive() and not answers.answering.is_set()
     (journal,) = journals(tmp_path)
     assert journal.waiting() and journal.state()[0]["end"] == status
-    assert "the same command again sends them" in caplog.text
+    assert "run the same command again to send them" in caplog.text
 
 
 @pytest.mark.parametrize("status", [None, "FAILED"])

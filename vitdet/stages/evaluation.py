@@ -45,7 +45,7 @@ def evaluate(
     from vitdet.tracking.measured import write_evaluation
     from vitdet.tracking.runs import has_mlflow, log_evaluation
 
-    if has_mlflow():  # raise the error for an invalid address now
+    if has_mlflow():  # reject an invalid address before the evaluation
         tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(
         checkpoint,

@@ -20,7 +20,7 @@ VERDICT, FAILURE = "verdict.json", "failure.json"
 
 @contextmanager
 def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None]:
-    """Record the error of a step in this context, or remove the error of an earlier attempt."""
+    """Record the error that a step raises in this context, else remove an earlier attempt's."""
     file = training_folder(workspace, name, run_id) / FAILURE
     try:
         yield
@@ -41,7 +41,7 @@ def write_verdict(workspace: str, name: str, run_id: str, verdict: dict[str, Any
 def read_outcomes(
     workspace: str, names: Sequence[str], run_id: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the verdicts that exist, and the reasons by name of runs that did not succeed."""
+    """Return the existing verdicts, and {name: reason} of training runs that did not succeed."""
     verdicts, failures = [], {}
     for name in names:
         folder = training_folder(workspace, name, run_id)

@@ -126,7 +126,7 @@ def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[s
         if not key or not all(values):
             raise ValueError(f"sweep {text!r}: expected SECTION.KEY=VALUE,VALUE,...")
         if key in axes or key in fixed:
-            raise ValueError(f"sweep {text!r}: {key} is set twice; set it in one place")
+            raise ValueError(f"sweep {text!r}: {key} is set twice; set it only once")
         if repeated := next((value for value in values if values.count(value) > 1), ""):
             raise ValueError(f"sweep {text!r}: {repeated} is given twice")
         axes[key] = [f"{key}={value}" for value in values]
@@ -147,5 +147,5 @@ def _check_count(recipes: int, values: Sequence[int], seeds: int) -> None:
 
 
 def _seeds(config: Config, seeds: int) -> list[list[str]]:
-    """Return the overrides for each seed; [[]] for a single seed, the config's."""
+    """Return the overrides for each seed; [[]] if only the config's seed is used."""
     return [[f"{SEED}={config.train.seed + i}"] for i in range(seeds)] if seeds > 1 else [[]]

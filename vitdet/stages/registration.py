@@ -30,7 +30,7 @@ def register(
 ) -> Registered:
     """Add a checkpoint to the model registry; raise ValueError if MLflow is not installed.
 
-    Arguments and other errors: see `vitdet.tracking.registry.register_checkpoint`.
+    `vitdet.tracking.registry.register_checkpoint` documents the arguments and other errors.
     """
     from vitdet.tracking.runs import require_mlflow
 
@@ -96,7 +96,7 @@ def register_recipe(
 def _candidate(
     row: dict[str, Any], config: Config, name: str, workspace: str, run_id: str
 ) -> dict[str, Any]:
-    """Return the keyword arguments of `champion.judge` and `promote` for an evaluation's record."""
+    """Return keyword arguments of `champion.judge` and `promote` from an evaluation's record."""
     from vitdet.tracking import evaluations
     from vitdet.tracking.champion import Evaluated
 

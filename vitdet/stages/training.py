@@ -48,7 +48,7 @@ def train(
     from vitdet.weights import resolve
 
     if has_mlflow():
-        # raise the error for an invalid address now
+        # reject an invalid address before training
         tracking_uri(config.tracking.uri, default_folder(output))
 
     def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:

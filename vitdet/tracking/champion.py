@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# evaluates a checkpoint, writes the files of `vitdet evaluate --plots` to a folder, returns metrics
+# Evaluates a checkpoint, writes plots and matches to a folder, and returns the metrics.
 Evaluate = Callable[[Path, Path], Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The evaluation of a model version, or the reason why it failed, in `failure`."""
+    """The metrics of a model version, or the reason why its evaluation failed (`failure`)."""
 
     version: str
     metrics: Mapping[str, float | None] = field(default_factory=dict)
@@ -188,7 +188,7 @@ def update_tags(
 ) -> bool:
     """Update a version's tags with metrics that were measured under this protocol.
 
-    Metrics of a different protocol move to the tags for that protocol. Nothing changes if the
+    Metrics of a different protocol are moved to the tags for that protocol. Nothing changes if the
     protocol's data is unknown, or if the version is the champion and already has an AP under this
     protocol. Returns whether the tags were updated.
     """
@@ -311,8 +311,8 @@ class _Model:
     def best(self, event: Event, ap: float) -> tuple[float, str]:
         """Return (AP, version) of the best version among this promotion and its rivals.
 
-        A tie is decided for the older version. A version that a user forced or restored in place of
-        the same champion gets an infinite AP, so that it is the best.
+        In a tie, the older version is the best. A version that a user forced or restored in place
+        of the same champion gets an infinite AP.
         """
         found = [(ap, event.version)]
         for rival in history.rivals(events(self.client, self.model_name), event):

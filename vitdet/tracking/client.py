@@ -1,4 +1,4 @@
-"""An MLflow client with retries, which raises Python's exceptions with one-line messages.
+"""An MLflow client with retries that raises built-in exceptions with one-line messages.
 
 MLflow's HTTP client (urllib3) retries requests after a lost connection and after status 408, 429
 and 5xx, with a back-off or after the time in Retry-After. It reads the number of retries from the
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 class RefusedError(ValueError):
-    """A permanent error: MLflow will not accept this request or store later either."""
+    """A request or store that MLflow will never accept."""
 
 
 class InvalidRequestError(RefusedError):
@@ -149,10 +149,10 @@ def translated(uri: str) -> Iterator[None]:
 
 @contextmanager
 def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
-    """Send each MLflow request in this block up to `tries` times (default: TRIES).
+    """Allow up to `tries` attempts (default: TRIES) for each MLflow request in this context.
 
-    Also sets the server that MLflow functions without a client argument use. Only one thread at a
-    time runs such a block. Raises the errors of `Client`.
+    MLflow functions without a client argument use the server `uri`. Only one thread at a time can
+    be in such a context. Raises the errors of `Client`.
     """
     tries = TRIES if tries is None else tries
     settings = {"MLFLOW_TRACKING_URI": uri, RETRIES: str(tries - 1), FACTOR: BACK_OFF}
@@ -217,7 +217,7 @@ def _is_denied(error: Exception, uri: str) -> bool:
         return True
     if not isinstance(error, RestException) or "error_code" in error.json:
         return False
-    try:  # the JSON of a proxy: MLflow's error lacks the status, so query it with a new request
+    try:  # a proxy's JSON: MLflow's exception lacks the HTTP status, so send a request to get it
         path = "/api/2.0/mlflow/experiments/search?max_results=1"
         return http_request(get_default_host_creds(uri), path, "GET").status_code in (401, 403)
     except MlflowException:

@@ -84,8 +84,8 @@ def compare(
     Args:
         rows: For each training run with a verdict, its name, val_fingerprint, evaluate_settings,
             run_id, passed, reason and metrics.
-        failures: The reason of the failure by name of the training run.
-        settings: By name, {setting: value} of the settings that vary among a recipe's runs.
+        failures: {name: reason} of the training runs with a failed step.
+        settings: {name: {setting: value}} of the settings that vary among a recipe's training runs.
 
     Returns the tables as Markdown, as Markdown with links to MLflow, and as an HTML page. Raises
     ValueError if the detectors were evaluated on different data or with different settings, and

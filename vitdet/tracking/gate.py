@@ -39,7 +39,7 @@ class Verdict:
 class RejectedError(ValueError):
     """The gate rejected a version, which remains registered.
 
-    The attribute `registered` maps name, version and alias to those of this version.
+    The attribute `registered` contains the model's name, the version and the alias.
     """
 
     def __init__(self, message: str, registered: Mapping[str, str]) -> None:

@@ -83,9 +83,9 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
     """Return the versions that were champion before the current one, most recent first.
 
     Events are followed from each version to the one that it replaced; a rollback undoes all
-    promotions since its version was last champion. Times come from several machines' clocks. They
-    are used only to order the events of one version, and to continue from a version without events
-    because it was deleted or made champion in MLflow's UI.
+    promotions since its version was last champion. Times come from several machines' clocks, so
+    they are used only to order the events of one version, and to find the predecessor of a version
+    without events, i.e. one that was deleted or made champion in MLflow's UI.
     """
     remaining, found, version = sorted(recorded, key=lambda event: event.time), [], current
     while version:

@@ -23,7 +23,7 @@ from vitdet.files import atomic_dir, locked, write_json
 
 log = logging.getLogger(__name__)
 
-PENDING = "pending-"  # prefix of the run id until a server has assigned one
+PENDING = "pending-"  # prefix of the run's ID until a server has assigned an ID
 
 
 class Journal:
@@ -69,7 +69,7 @@ class Journal:
             log.warning("tracking: %s was not logged: %s", path, error)
 
     def adopt(self, record: dict) -> None:
-        """Move the file of a record that an earlier version of vitdet wrote to KEY.files/."""
+        """Move a file that an earlier version of vitdet stored elsewhere to KEY.files/."""
         copy = self.path.parent / record["file"]
         if copy.exists():
             self._copy(copy, record["folder"])
@@ -150,7 +150,7 @@ class Journal:
         return cursor["run_id"], cursor["offset"]
 
     def move(self, run_id: str | None, offset: int) -> None:
-        """Set the cursor."""
+        """Store the run's ID on the server, if any, and the offset of the first line to send."""
         write_json(self._cursor, self._read_cursor() | {"run_id": run_id, "offset": offset})
 
     def _read_cursor(self) -> dict:
@@ -189,7 +189,7 @@ def find(folder: Path, run_id: str | None) -> Journal:
 
 
 def journals(folder: Path) -> list[Journal]:
-    """Return all journals of a work folder."""
+    """Return all journals in FOLDER/journal."""
     paths = sorted((Path(folder) / "journal").glob("*.jsonl"))
     return [Journal(folder, path.stem) for path in paths]
 

@@ -1,4 +1,4 @@
-"""Lookup of MLflow runs by id or name, with the values that a comparison needs."""
+"""Lookup of MLflow runs by ID or name, with the values that a comparison needs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class StoredRun:
 def open_store(uri: str, folder: Path, tries: int | None = None) -> Client:
     """Return a client of the server that `tracking_uri` returns. tries: as in `connect`.
 
-    Raises the errors of `connect`, and FileNotFoundError, instead of creating it, for an SQLite
-    file that does not exist.
+    Raises the errors of `connect`. An SQLite file that does not exist is not created, but raises
+    FileNotFoundError.
     """
     server = tracking_uri(uri, folder)
     kind, _, path = server.partition(":///")

@@ -1,8 +1,8 @@
 """The provenance of metrics and matches: the checkpoint, data and settings of their evaluation.
 
 The provenance is stored in a second file, as `dvc metrics` and other readers expect only numbers in
-the metrics file. It contains the sha256 of the metrics file and of the checkpoint, so that metrics
-that were edited or restored from elsewhere are not trusted.
+the metrics file. The second file contains the sha256 of the metrics file and of the checkpoint, so
+that metrics that were edited or restored from elsewhere are not trusted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write_evaluation(
     output: Path | None,
     plots: Path | None,
 ) -> None:
-    """Write metrics to the file `output`, with their provenance and that of matches in `plots`.
+    """Write metrics to the file `output`, and provenance files for them and matches in `plots`.
 
     overrides, config: the arguments of `vitdet.evaluate` in this evaluation.
     """
@@ -112,7 +112,7 @@ def read_measured(path: Path) -> Measured | None:
 
 
 def beside(path: Path) -> Path:
-    """Return the path of the file with the provenance of a metrics or matches file."""
+    """Return the path of the provenance file next to a file of metrics or matches."""
     return path.with_name(f"{path.stem}.measured.json")
 
 

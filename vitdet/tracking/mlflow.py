@@ -41,7 +41,7 @@ CLOSE_SECONDS = 20.0  # STOP_SECONDS of an SQLite file, of `log_metrics` and of 
 
 
 class MLflowTracker(Tracker):
-    """Write records to the journal and send them in a thread; errors of the server are only logged.
+    """A tracker that writes to a journal and sends in a thread; server errors are only logged.
 
     resume: a record that is written before the next metric or artifact. The attribute `refusal` is
     the reason why the server will never accept the run, "" if no such reason is known.
@@ -55,7 +55,7 @@ class MLflowTracker(Tracker):
         self._closing, self._tried = threading.Event(), threading.Event()
         self._limit = CLOSE_SECONDS
         self.refusal = ""
-        # imports MLflow, which takes seconds: these are not part of START_SECONDS
+        # imports MLflow, which takes seconds, before START_SECONDS begin
         self._system = SystemMetrics(points.get("gpu_hours", (0, 0.0))[1])
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
@@ -152,9 +152,9 @@ def start_run(
     Args:
         uri: The server; "": an SQLite file in `folder`. MLFLOW_TRACKING_URI takes precedence.
         folder: The folder of the journal.
-        what: The experiment, name, params, tags and dataset (name, digest and source) of a new run;
-            with `group`, the value of the tag `group` of its parent run, and `output`, the name of
-            its output folder, which identifies a run that was killed before its first checkpoint.
+        what: The experiment, name, params, tags and dataset (name, digest and source) of a new run.
+            Optionally, `group` is the value of the tag `group` of the parent run, and `output` is
+            the name of the output folder, by which a run without a checkpoint is continued.
         run_id: An MLflow ID or a pending ID. If the server does not have this run, a new run is
             created from all records of the journal.
 

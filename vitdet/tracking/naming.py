@@ -19,7 +19,7 @@ from vitdet.config.digest import difference
 from vitdet.config.sections import list_settings
 
 LONGEST = 120  # maximum length of a run's name; MLflow's tables show about 40, its limit is 250
-FIRST = ("train", "optim", "data")  # sections whose settings usually distinguish runs
+FIRST = ("train", "optim", "data")  # sections listed first, as runs usually differ in these
 RESOLVED = "config"  # stem of a resolved config's file, which is not a recipe's name
 
 
@@ -110,7 +110,7 @@ def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     """Yield (setting, override) of each setting that differs from the built-in recipe."""
     defaults = flatten(load_config(builtin))
     sections = list(dict.fromkeys((*FIRST, *type(config).hints)))
-    # a stable sort: the order within sections remains
+    # the stable sort keeps the order within sections
     for key, value in sorted(
         flatten(config).items(), key=lambda item: sections.index(item[0].partition(".")[0])
     ):

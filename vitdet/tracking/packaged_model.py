@@ -84,9 +84,9 @@ class DetectorModel(PythonModel):
     ) -> pd.DataFrame:
         """Return a table with one row per detection, highest score first.
 
-        Its columns are name, label, score, the box x0, y0, x1, y1 in pixels, height and width of
-        the image and, if the detector predicts masks, mask: COCO's compressed RLE of a bitmap of
-        the image's size.
+        Its columns are name, label, score, x0, y0, x1, y1 (the box in pixels), height and width (of
+        the image) and, if the detector predicts masks, mask (COCO's compressed RLE of a bitmap of
+        the image's size).
         """
         from vitdet.data.masks import encode, paste
 

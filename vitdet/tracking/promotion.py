@@ -34,7 +34,7 @@ def promote_version(
     """Make a registered version the champion if it passes the gate; return (version, reason).
 
     Args:
-        version: Default: the version with the alias `candidate`.
+        version: The version number. Default: the version with the alias `candidate`.
         uri, folder: The MLflow store, as for `tracking_uri`.
         config: The gate, and the data and settings of the evaluation. Default: the config with
             which the version was registered.
@@ -63,7 +63,7 @@ def promote_version(
     if not protocol.fingerprint:
         raise ValueError(
             f"{shown}: the data that its metrics were measured on is unknown; register it again "
-            "with --metrics, a file of `vitdet evaluate`, or skip the gate with --force REASON"
+            "with the --metrics file of `vitdet evaluate`, or skip the gate with --force REASON"
         )
     used = config or _config_of(client, found)
     model: dict[str, Any] = {"uri": uri, "folder": folder, "model_name": model_name}
@@ -128,8 +128,8 @@ def _config_of(client: Client, found: ModelVersion) -> Config:
     stored = client.list_logged_model_artifacts(model) if model else []
     if not any(artifact.path == CONFIG for artifact in stored):
         raise ValueError(
-            f"{found.name}, version {found.version}, was registered without its config; pass it "
-            "with --config FILE"
+            f"{found.name}, version {found.version}, was registered without its config; pass the "
+            "config with --config FILE"
         )
     artifact = f"models:/{found.name}/{found.version}/{CONFIG}"
     with tempfile.TemporaryDirectory(prefix="vitdet-config-") as work:

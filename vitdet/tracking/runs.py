@@ -1,4 +1,4 @@
-"""The MLflow run of a training run: its start, and data that is added to it afterwards.
+"""The MLflow run of a training run: start the run, and add files and evaluations later.
 
 All functions also work without MLflow, i.e. if the extra `tracking` is not installed. mlflow is
 imported inside the functions, so that commands without tracking do not wait for the import.

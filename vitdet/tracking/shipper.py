@@ -34,7 +34,7 @@ BATCH = 1000  # metrics per request: MLflow's limit
 
 
 class Shipper:
-    """Send a journal's records to the server at `uri`, each once, and upload its files."""
+    """A sender of a journal's records, each once, and files to the server at `uri`."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri, self._shown = journal, uri, hide_credentials(uri)
@@ -100,7 +100,7 @@ class Shipper:
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
-        except InvalidRequestError as error:  # a proxy may respond like this for a while
+        except InvalidRequestError as error:  # possibly a temporary response of a proxy
             log.debug("tracking: %s", error)
         except RefusedError as error:
             return str(error)
@@ -175,7 +175,7 @@ class Shipper:
         if start is None:
             raise UnknownRunError(
                 f"{self._shown} has no such run ({self.journal.run_id}), and "
-                f"{self.journal.path.parent} has no journal of it"
+                f"{self.journal.path.parent} has no journal of this run"
             )
         group, key = start.get("group", ""), self.journal.key
         tags = {**start["tags"], "journal": key}

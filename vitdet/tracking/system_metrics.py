@@ -24,7 +24,7 @@ class SystemMetrics:
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
         self._monitors: list[BaseMetricsMonitor] = [CPUMonitor()]
-        with suppress(ImportError, RuntimeError):  # without nvidia-ml-py, without a GPU
+        with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self._monitors.append(GPUMonitor())
         gpus = distributed.world_size() if torch.cuda.is_available() else 0
         self._rate, self._hours, self._start = gpus / 3600, gpu_hours, time.monotonic()

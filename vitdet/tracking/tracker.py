@@ -13,7 +13,7 @@ from typing import TextIO
 
 
 class Tracker:
-    """Base class of trackers. It records nothing, as for ranks other than 0 or without MLflow."""
+    """A tracker that records nothing, for ranks other than 0 or without MLflow; the base class."""
 
     @property
     def run_id(self) -> str | None:
@@ -31,7 +31,7 @@ class Tracker:
 
 
 class Progress(Tracker):
-    """Display the metrics and pass them to another tracker.
+    """A tracker that displays the metrics and passes them to another tracker.
 
     steps: the training run's total steps. start: the step at which this process starts.
     """
@@ -74,7 +74,7 @@ class Progress(Tracker):
         self.tracker.artifact(path, folder)
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the changing line and close the wrapped tracker."""
+        """End the progress line and close the wrapped tracker."""
         if self.changing:
             self.write("\n")
         self.changing = False
