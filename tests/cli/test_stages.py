@@ -131,7 +131,7 @@ def test_operational_settings_do_not_change_the_names(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     other = recipe(tmp_path / "a" / "tiny.yaml", data__workers=3)
     with pytest.raises(
-        ValueError, match=r"with the same settings for training; .* \(data.workers: 3, not"
+        ValueError, match=r"with the same training settings, .* differ \(data.workers: 3, not"
     ):
         resolve(["tiny", other], [], tmp_path)
 

@@ -233,11 +233,11 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
         (["tiny", "--sweep", "optim.lr"], "sweep 'optim.lr': expected SECTION.KEY=VALUE,VALUE,..."),
         (
             ["tiny", "--set", "optim.lr=1", "--sweep", "optim.lr=1,2"],
-            "optim.lr is set twice; set it in one place",
+            "optim.lr is set twice; set it only once",
         ),
         (
             ["tiny", "--sweep", "optim.lr=1,2", "--sweep", "optim.steps=1,2,3", "--seeds", 20],
-            "120 training runs (1 recipes x 6 x 20 seeds), but a pipeline run has at most 64: submit several",
+            "120 training runs (1 recipes x 6 x 20 seeds), expected at most 64; submit several pipeline runs",
         ),
         (
             ["tiny", "mask_rcnn_vitdet_b_coco"],

@@ -81,10 +81,10 @@ def plan_trainings(
             name = f"{Path(recipe).stem}-{digest(config)[:8]}"
             if name in planned:
                 differing = "; ".join(difference(config, planned[name][0]))
-                shown = f"; only settings without effect on training differ: {differing}"
+                others = f"; only other settings differ ({differing})" if differing else ""
                 raise ValueError(
-                    f"{label} is given twice, so there is nothing to compare"
-                    + (shown if differing else "")
+                    f"{label} is given twice with the same training settings, so there is nothing "
+                    f"to compare{others}"
                 )
             explicit = sorted(explicit_settings(recipe, [*overrides, *chosen, *seed]))
             first = next(iter(planned), name)
