@@ -21,10 +21,10 @@ from pipeline.connection import ServerError, in_cluster_address
 from pipeline.request import RunRequest, Schedule, kubeflow_cron
 from pipeline.versions import Version, server_version
 
-ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client keeps waiting on CANCELED
-RECURRING = "recurringrun"  # a schedule in the links of the web interface
-# Tasks that Argo adds to the steps: groups of steps, drivers, pods; "(0)" is one attempt of a
-# retried step (names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
+ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client would wait forever on CANCELED
+RECURRING = "recurringrun"  # the web interface's name of a schedule, in links
+# Tasks that Argo adds to the steps: groups of steps, drivers, pods. "(0)" marks an attempt of a
+# retried step. Names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go.
 ATTEMPT = re.compile(r"\(\d+\)$")
 ARGO_TASK = re.compile(
     r"(root|executor|iteration.*|(for-loop|condition|condition-branches|exit-handler)-\d+.*)(-driver)?$"
@@ -34,9 +34,11 @@ Created = TypeVar("Created")
 
 
 class Server:
-    """The runs of a server; all methods raise ServerError.
+    """The runs of a Kubeflow Pipelines server. All methods raise ServerError.
 
-    ui: the URL for links; "": the URL of the API. report: called with progress messages.
+    Args:
+        ui: URL for links, by default the URL of the API.
+        report: Called with progress messages.
     """
 
     def __init__(
@@ -50,13 +52,12 @@ class Server:
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
     def link(self, run_id: str, kind: str = "runs") -> str:
-        """Return the link to a run in the web interface; no host if that only serves the API."""
+        """Return a run's link in the web interface, without a host if only the API's is known."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
     @cached_property
     def health(self) -> dict:
-        """Return the server's health response. Requested first, as it verifies that this is the
-        API.
+        """Return the server's health response, which shows that the URL is that of the API.
 
         The generated class has no field for the version, so the response is read as JSON.
         """
@@ -67,7 +68,7 @@ class Server:
                 raise
         else:
             health = json.loads(self.client.last_response.data or "{}")
-            if health.get("apiServerReady") is False:  # from the web interface
+            if health.get("apiServerReady") is False:  # reported by the web interface
                 raise ServerError(f"{self.host}: the API server does not respond", 503)
             return health
         raise ServerError(
@@ -81,9 +82,7 @@ class Server:
         return server_version(self.health)
 
     def namespace(self, asked: str) -> str:
-        """Return the namespace for requests: "" for a single-user server, which rejects any
-        namespace.
-        """
+        """Return the namespace for requests; "" for a single-user server, which rejects any."""
         multi_user = bool(self.health.get("multi_user"))
         if multi_user and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
@@ -155,7 +154,7 @@ class Server:
     ) -> Created:
         """Return the result of `create`, retried after transient errors.
 
-        If it is unknown whether a request took effect, `find` checks for its result first, so that
+        If a request may have taken effect, `find` looks for its result before each retry, so that
         a retry does not start a second run.
         """
         for attempt in range(self.transport.retries + 1):
@@ -179,7 +178,7 @@ class Server:
         raise ServerError(f"{last}{doubt}", last.status)
 
     def find(self, some_id: str) -> api.V2beta1Run | api.V2beta1RecurringRun:
-        """Return a run or a recurring run."""
+        """Return the run or recurring run with this ID."""
         requests = (
             self.runs.run_service_get_run,
             self.recurring.recurring_run_service_get_recurring_run,
@@ -194,17 +193,17 @@ class Server:
         raise ServerError(f"{self.host} has no run or schedule {some_id}", 404)
 
     def pod_namespace(self, run: api.V2beta1Run) -> str:
-        """Return the namespace of a run's pods; a single-user server uses its own."""
+        """Return the namespace of a run's pods; a single-user server starts them in its own."""
         experiment = self.experiments.experiment_service_get_experiment(
             experiment_id=run.experiment_id
         )
         return experiment.namespace or "kubeflow"
 
     def follow(self, run_id: str, every: float = 10.0, tolerance: float = 600.0) -> api.V2beta1Run:
-        """Report state changes until the run has ended.
+        """Report state changes until the run has ended, and return the run.
 
-        The server may be unavailable for `tolerance` seconds, or not accept a token that has
-        expired and whose file is renewed.
+        For up to `tolerance` seconds, the server may be unavailable, or reject an expired token
+        whose file is renewed.
         """
         reported: dict[str, str] = {}
         last_answer = time.monotonic()
@@ -212,7 +211,7 @@ class Server:
             try:
                 run = self.runs.run_service_get_run(run_id)
             except ServerError as error:
-                if not self.passes(error) or time.monotonic() - last_answer > tolerance:
+                if not self.may_recover(error) or time.monotonic() - last_answer > tolerance:
                     raise ServerError(
                         f"{error}; the run continues: `python -m pipeline status {run_id}`",
                         error.status,
@@ -228,19 +227,19 @@ class Server:
                     return run
             time.sleep(every)
 
-    def passes(self, error: ServerError) -> bool:
-        """Whether a later request may succeed."""
+    def may_recover(self, error: ServerError) -> bool:
+        """Return whether a later request may succeed."""
         return error.transient or (error.status == 401 and self.transport.renewed)
 
     def wait_until_ended(self, run_id: str, every: float, seconds: float) -> bool:
-        """Whether a run ends within `seconds`; the server may be unavailable during that time."""
+        """Return whether a run ends within `seconds`; the server may be unavailable meanwhile."""
         start = time.monotonic()
         while True:
             try:
                 if self.runs.run_service_get_run(run_id).state in ENDED:
                     return True
             except ServerError as error:
-                if not self.passes(error):
+                if not self.may_recover(error):
                     raise
             if time.monotonic() - start >= seconds:
                 return False
@@ -278,11 +277,11 @@ def steps(run: api.V2beta1Run) -> list[tuple[str, str, str]]:
 
 
 def failed_steps(run: api.V2beta1Run) -> list[tuple[str, str]]:
-    """Return (step, message) of the failed steps, by time; servers up to 2.17 return no messages.
+    """Return (step, message) of the failed steps in order of time.
 
-    On older servers a run whose steps failed inside an ExitHandler ends as SUCCEEDED, because the
-    exit handler succeeded (kubeflow/pipelines #9577), so the state of the run alone is not
-    reliable.
+    Servers up to 2.17 return no messages. On older servers, a run whose steps failed inside an
+    ExitHandler ends as SUCCEEDED, because the exit handler succeeded (kubeflow/pipelines #9577), so
+    the run's state alone is not reliable.
     """
     tasks = run.run_details.task_details if run.run_details else None
     failed = [

@@ -1,14 +1,14 @@
 """The connection to Kubeflow Pipelines: credentials, timeouts, retries, errors.
 
 Requests are sent with kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
-itself is not used: its constructor requests /healthz without a timeout, then again every 5 s with a
-traceback each, reads cookies from ~/.config/kfp and, depending on an environment variable, prompts.
-It waits forever on a server that stalls and on a canceled run, does not retry after a 5xx, and
-prints an error's headers including cookies; its `enable_caching=False` does not apply to steps
-inside an ExitHandler, a loop or a condition, i.e. to no step of this pipeline.
+itself is not used: its constructor requests /healthz without a timeout, repeats this every 5 s with
+a traceback, reads cookies from ~/.config/kfp and, if an environment variable is set, prompts. It
+waits forever on a server that stalls and on a canceled run, does not retry after a 5xx, and prints
+an error's headers including cookies. Its `enable_caching=False` has no effect on steps inside an
+ExitHandler, a loop or a condition, i.e. on all steps of this pipeline.
 
 Secrets are read from a file, the environment or the pod, never from the command line, which every
-user of the machine can read; no message contains one.
+user of the machine can read. No message contains a secret.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ TRANSIENT = (429, 500, 502, 503, 504)  # status codes of a server that may recov
 class ServerError(OSError):
     """A failed request, with a message for the user.
 
-    status: the HTTP status, 0 without a response. transient: whether a retry may succeed. sent:
-    whether the request may have taken effect. field: the field of the pipeline that the server does
-    not support.
+    Args:
+        status: HTTP status; 0 without a response.
+        transient: Whether a retry may succeed.
+        sent: Whether the request may have taken effect.
+        field: Field of the pipeline that the server does not support.
     """
 
     def __init__(
@@ -58,10 +60,10 @@ class ServerError(OSError):
 
 @dataclass(frozen=True)
 class Secret:
-    """A token or cookie: its source, for messages, and how to read it.
+    """A token or cookie, with its source for messages.
 
-    The secret is read for every request: token files of pods and login helpers are renewed in
-    place. renewed: whether a later read may return a different value.
+    It is read for every request, as token files of pods and login helpers are rewritten in place.
+    renewed: whether a later read may return a different value.
     """
 
     source: str
@@ -79,7 +81,7 @@ def server_address(host: str) -> str:
         host = IN_CLUSTER
     if not host:
         raise ValueError(
-            "no server: pass --host URL or set KF_PIPELINES_ENDPOINT, e.g. "
+            "no server URL: pass --host URL or set KF_PIPELINES_ENDPOINT, e.g. "
             "https://kubeflow.example.com/pipeline"
         )
     parts = urlsplit(host)
@@ -97,7 +99,7 @@ def server_address(host: str) -> str:
 
 
 def in_cluster_address(host: str) -> bool:
-    """Whether a URL is that of a service in the cluster."""
+    """Return whether a URL is that of a service in the cluster."""
     name = urlsplit(host).hostname or ""
     return name == "ml-pipeline" or name.endswith(".svc") or ".svc." in name
 
@@ -105,8 +107,7 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Return the token and the cookie: from their files, from the variables KFP_TOKEN and
-    KFP_COOKIE, or the pod's token.
+    """Return the token and the cookie from their files, KFP_TOKEN and KFP_COOKIE, or the pod.
 
     The pod's token is sent only to the cluster's services, unless KF_PIPELINES_SA_TOKEN_PATH is
     set. Raises ValueError for invalid values.
@@ -124,7 +125,7 @@ def credentials(
 
 
 def named_secret(kind: str, file: str, variable: str) -> Secret | None:
-    """Return the token or cookie that the user specified, if any; "-" is standard input."""
+    """Return the token or cookie that the user specified, or None; "-" is standard input."""
     source = f"--{kind}-file" if file else variable
     value = read_secret(file, source) if file else os.environ.get(variable)
     if file and file != "-" and Path(file).is_file():  # a pipe can be read only once
@@ -137,8 +138,8 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
 def renewed_secret(kind: str, file: str, source: str) -> Secret:
     """Return a secret that is read from its file each time.
 
-    If the file cannot be read or is empty later, e.g. while it is being rewritten, the last valid
-    value is used: the server decides whether it is still accepted.
+    If the file later cannot be read or is empty, e.g. while it is being rewritten, the last valid
+    value is used; the server decides whether to accept it.
     """
     last = ""
 
@@ -155,9 +156,7 @@ def renewed_secret(kind: str, file: str, source: str) -> Secret:
 
 
 def read_secret(file: str, source: str) -> str:
-    """Read a secret from a file. The ValueError does not contain the name, which may be the
-    secret.
-    """
+    """Read a secret from a file. Errors omit the file's name, which may be the secret itself."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -166,7 +165,7 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """Return a valid header value; http.client would print an invalid one in its traceback."""
+    """Return the secret if it is a valid header value; http.client would print an invalid one."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         found = "other content" if text else "nothing"
@@ -177,14 +176,16 @@ def validate_secret(kind: str, text: str, source: str) -> str:
 
 
 class Transport(RESTClientObject):
-    """The transport of the generated client with timeouts, safe retries, and ServerError.
+    """The generated client's transport, with timeouts, safe retries, and ServerError.
 
-    timeout: seconds to connect, and between two parts of the response. retries: number of further
-    attempts; a request that changes something is retried only if it cannot have reached the server.
-    report: called with the reason for a retry.
+    Args:
+        timeout: Seconds to connect, and between two parts of the response.
+        retries: Number of further attempts. A request that changes something is retried only if it
+            cannot have reached the server.
+        report: Called with the reason for each retry.
     """
 
-    backoff = 1.0  # seconds before the first retry, doubled for each further one
+    backoff = 1.0  # seconds before the first retry, doubled for each further retry
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class Transport(RESTClientObject):
         self.report = report
         self.token, self.cookie = token, cookie
         self.login = [secret for secret in (token, cookie) if secret]
-        # after a 401, a later request may succeed
+        # whether a request may succeed after a 401
         self.renewed = any(secret.renewed for secret in self.login)
 
     def request(
@@ -216,7 +217,7 @@ class Transport(RESTClientObject):
         _preload_content: bool = True,
         _request_timeout: object = None,
     ) -> RESTResponse:
-        """Send a request; the base class takes a pair of timeouts and ignores a single float."""
+        """Send a request; the base class expects a pair of timeouts and ignores a float."""
         timeouts = (self.timeout, self.timeout)
         attempt, read_again = 0, False
         while True:
@@ -239,7 +240,7 @@ class Transport(RESTClientObject):
             except exceptions.HTTPError as error:
                 failure = self.connection_error(error)
             if failure.status == 401 and not read_again and self.login_headers() != login:
-                read_again = True  # the file was renewed since it was read
+                read_again = True  # the file has been renewed
                 continue
             safe = method == "GET" or not failure.sent
             if attempt == self.retries or not failure.transient or not safe:
@@ -277,7 +278,7 @@ class Transport(RESTClientObject):
                 status,
             )
         if status == 401 and not self.login:
-            return ServerError(f"{self.host} requires authentication (401): give {LOGIN}", status)
+            return ServerError(f"{self.host} requires authentication (401): pass {LOGIN}", status)
         if status == 401:
             return ServerError(
                 f"{self.host} does not accept the credentials from {self.login_sources()} (401): "
@@ -285,9 +286,9 @@ class Transport(RESTClientObject):
                 status,
             )
         if status == 403:
-            own = f"the credentials from {self.login_sources()}" if self.login else ""
-            who = own or "requests without a token or cookie"
-            return ServerError(f"{self.host} does not allow this for {who} (403){text}", status)
+            used = f"with the credentials from {self.login_sources()}" if self.login else ""
+            used = used or "without a token or cookie"
+            return ServerError(f"{self.host} forbids this request {used} (403){text}", status)
         unknown = refused_field((error.body or b"").decode(errors="replace").replace('\\"', '"'))
         return ServerError(
             f"{self.host} returned {status} {error.reason}{text}",
@@ -310,12 +311,12 @@ class Transport(RESTClientObject):
         return ServerError(f"{self.host}: {reason}", 0, transient=True, sent=sent)
 
     def login_hint(self) -> str:
-        """Return what to do if the server returns a web page."""
+        """Return advice for a server that returns a web page."""
         path = "; in a full Kubeflow deployment the URL ends in /pipeline"
         if urlsplit(self.host).path:
             path = ""
         if not self.login:
-            return f"it requires a login: give {LOGIN}{path}"
+            return f"it requires a login: pass {LOGIN}{path}"
         return f"the credentials from {self.login_sources()} have expired or are not accepted{path}"
 
     def login_sources(self) -> str:
@@ -328,8 +329,7 @@ class Transport(RESTClientObject):
         try:
             text = str(json.loads(body)["message"])
         except (ValueError, KeyError, TypeError):
-            # the text of a proxy's response, e.g. Istio's "RBAC: access denied", unless it is a web
-            # page
+            # a proxy's response, e.g. Istio's "RBAC: access denied", unless it is a web page
             text = "" if "<" in body else body
         text = " ".join(text.split())
         for secret in self.login:
@@ -349,7 +349,7 @@ def connect(
 ) -> ApiClient:
     """Return a client for the service classes of kfp_server_api; see Transport for the arguments.
 
-    Raises FileNotFoundError if ca_file is missing. Its requests raise ServerError.
+    Raises FileNotFoundError if ca_file is missing. The client's requests raise ServerError.
     """
     if ca_file and not Path(ca_file).is_file():
         raise FileNotFoundError(f"--ca-file {ca_file}: no such file")

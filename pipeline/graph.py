@@ -7,18 +7,18 @@ The cluster's pipeline and the local one differ only in the arguments of `build`
 overrides describe the experiment; nodes, pool, job_kind and workspace describe the cluster. Neither
 depends on the other.
 
-Step `configs` resolves the settings that do not depend on the data, step `data` the others. `data`
-is never cached, as the data may change in place; its fingerprint is an input of the training runs,
-which are cached. The cache compares artifacts by id, so a training run does not use artifacts of
-`data`: it reads the splits and classes itself, from data with that fingerprint.
+Step `configs` resolves the settings that do not depend on the data, step `data` the others. Step
+`data` is never cached, as the data may change in place. The data's fingerprint is an input of the
+training runs, which are cached. The cache compares artifacts by ID, so a training run does not use
+artifacts of `data`: it reads the splits and classes itself, from data with that fingerprint.
 
-Training runs wait for one another: ParallelFor's parallelism, a constant of the compiled pipeline.
+ParallelFor's parallelism, a constant of the compiled pipeline, limits concurrent training runs.
 The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
 Argo template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
 v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the others
 (dag.go: assessDAGPhase waits for every node; template.failFast is not set), but `compare` depends
-on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler creates the table of what
-finished, from the workspace, as an exit handler cannot use outputs of other steps.
+on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler then creates the table
+of the finished training runs from the workspace, as it cannot use outputs of other steps.
 `ignore_upstream_failure` is no alternative: the backend compiles it to an exit hook, which
 iteratorTask does not pass on. When a run is retried, the backend repeats `compare`, but not an exit
 handler that has succeeded.
@@ -33,8 +33,8 @@ Workarounds for kfp 2.17:
   component. With `set_retry` it sleeps between attempts, so local runs have no retries.
 * On a cluster, a task that depends on a skipped If does not run (Argo: `depends: X.Succeeded`), and
   outputs of an If require dsl.OneOf and an Else, whose step would be an additional pod. The If
-  around `evaluate_champion` is therefore in a nested pipeline, `champion`, which always succeeds;
-  its result is passed through the registry and the workspace.
+  around `evaluate_champion` is therefore in a nested pipeline, `champion`, which always succeeds.
+  The step's result is passed through the registry and the workspace.
 """
 
 from collections.abc import Callable
@@ -69,8 +69,8 @@ from pipeline.request import MOUNT
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
 CLAIM = "vitdet-data"
-# key -> variable; not MLflow's names, which the MLflow plugin of Kubeflow Pipelines sets:
-# vitdet/tracking/address.py
+# Key of the Secret -> environment variable. The names are not MLflow's, as the MLflow plugin of
+# Kubeflow Pipelines sets those (vitdet/tracking/address.py).
 SECRET = {
     "MLFLOW_TRACKING_URI": "VITDET_MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME": "VITDET_MLFLOW_TRACKING_USERNAME",
@@ -90,7 +90,7 @@ DO_NOT_DISRUPT = {
     "karpenter.sh/do-not-disrupt": "true",
 }
 
-# (task, its size) -> the task with the settings of the cluster
+# (task, size) -> the task with the cluster's settings; see `cluster_settings`
 Configure = Callable[[PipelineTask, str], PipelineTask]
 
 
@@ -104,9 +104,12 @@ def build(
 ) -> BaseComponent:
     """Build the pipeline.
 
-    train: the component that trains. job: YAML of the training jobs that this component may start.
-    image: the image of these jobs. parallel: number of concurrent training runs, with their
-    evaluations; 0: no limit. shape: the defaults of the parameters nodes and job_kind.
+    Args:
+        train: The component that trains.
+        job: YAML of the training jobs that this component may start.
+        image: The image of these jobs.
+        parallel: Number of concurrent training runs, including evaluation; 0 for no limit.
+        shape: Defaults of the parameters nodes and job_kind.
     """
 
     @dsl.pipeline(name="champion")
@@ -214,10 +217,10 @@ def build(
 def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
     """Write the cluster's pipeline; the output is deterministic.
 
-    parallel: as for `build`. job: YAML of the training jobs, as printed by `kubectl kustomize`;
-    default: the jobs in manifests/. The steps run in the image of the jobs unless the environment
-    variable VITDET_IMAGE is set. Raises ValueError if `job` contains no training job, or a TrainJob
-    without its runtime.
+    job: YAML of the training jobs, as printed by `kubectl kustomize`; by default the jobs in
+    manifests/. parallel: as for `build`. The steps run in the image of the jobs unless the
+    environment variable VITDET_IMAGE is set. Raises ValueError if `job` contains no training job,
+    or a TrainJob without its runtime.
     """
     text = job or "\n---\n".join(path.read_text() for path in JOBS)
     jobs = training_jobs(text)
@@ -229,11 +232,11 @@ def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
 
 
 def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> Configure:
-    """Set a task's image, volume, MLflow secret, run id, resources and retries.
+    """Return a function that sets a task's image, volume, MLflow secret, run ID and resources.
 
-    Evaluation uses a GPU if the jobs train on GPUs, and waits in the same queue of Kueue.
+    Evaluation uses a GPU if the jobs train on GPUs, and waits in their Kueue queue.
     """
-    # name: (CPU request, memory request, memory limit, retries)
+    # size: (CPU request, memory request, memory limit, retries)
     sizes = {
         "once": ("100m", "512Mi", "2Gi", 0),
         "small": ("100m", "512Mi", "2Gi", 3),
@@ -264,7 +267,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
         )
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
-        # From the label: as an argument, the run id would change the cache key in each run.
+        # From the label, as an argument with the run's ID would change the cache key in each run.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
             kubernetes.add_pod_annotation(task, key, value)

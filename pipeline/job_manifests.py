@@ -1,9 +1,9 @@
 """Read the YAML of the training jobs: kinds, nodes, image, GPUs, tolerations and node selector.
 
 Step `evaluate` needs the same GPUs and nodes as training. A PyTorchJob specifies them in its pod
-template. For a TrainJob they are merged, later ones taking precedence, from its runtime (another
-document), spec.trainer and its runtimePatches (Trainer 2.2: maps are merged, a list of tolerations
-is replaced).
+template. For a TrainJob they are merged from its runtime (another document), spec.trainer and its
+runtimePatches; later ones take precedence (Trainer 2.2: maps are merged, a list of tolerations is
+replaced).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ KUEUE = "kueue.x-k8s.io/"
 
 
 def training_jobs(text: str) -> str:
-    """Return the training jobs in a YAML stream, as text: kfp converts integers in dicts to floats.
+    """Return the training jobs in a YAML stream, as text, as kfp turns integers in dicts to floats.
 
-    Raises ValueError if there is no training job, if there are two of the same kind, or if the YAML
-    is not valid, and the errors of `validate`.
+    Raises ValueError for no training job, two of the same kind, or invalid YAML, and the errors of
+    `validate`.
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}
@@ -34,7 +34,7 @@ def training_jobs(text: str) -> str:
             document = yaml.safe_load(part)
         except yaml.YAMLError as error:
             problem = " ".join(str(error).split())
-            raise ValueError(f"the job's file: invalid YAML: {problem}") from error
+            raise ValueError(f"the training jobs are invalid YAML: {problem}") from error
         kind = str(document.get("kind")) if isinstance(document, dict) else ""
         if kind in KINDS:
             if kind in found:
@@ -43,55 +43,53 @@ def training_jobs(text: str) -> str:
             found[kind] = part
     if not found:
         raise ValueError(
-            f"no {' or '.join(KINDS)} among the {len(parts)} documents; give the output of "
+            f"no {' or '.join(KINDS)} among the {len(parts)} documents; pass the output of "
             "`kubectl kustomize manifests/overlays/NAME`"
         )
     return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
 
 
 def job_kinds(text: str) -> set[str]:
-    """Return the values of job_kind for the jobs in a YAML stream. Raises the errors of
-    `training_jobs`."""
+    """Return each training job's job_kind. Raises the errors of `training_jobs`."""
     return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
 
 
 class Shape(NamedTuple):
-    """The number of nodes of a training job, and its kind, a value of job_kind."""
+    """A training job's number of nodes and its job_kind."""
 
     nodes: int = 1
     kind: str = "pytorchjob"
 
 
 def job_shape(jobs: str) -> Shape:
-    """Return the shape of the job in the result of `training_jobs`; of the PyTorchJob if there are
-    two."""
+    """Return the shape of the first job in the result of `training_jobs`."""
     job = documents_of(jobs)[0]
     return Shape(expected_pods(job), KINDS[job["kind"]])
 
 
 def documents_of(text: str) -> list[dict]:
     """Return the documents of a YAML stream without nulls. Raises the errors of `validate`."""
-    return [validate(one) for one in yaml.safe_load_all(text) if isinstance(one, dict)]
+    return [validate(item) for item in yaml.safe_load_all(text) if isinstance(item, dict)]
 
 
 def job_image(jobs: str) -> str:
-    """Return the image of the jobs. Raises ValueError if there is none or they differ."""
+    """Return the jobs' image. Raises ValueError if they use none or several."""
     found = set()
     for job in documents_of(jobs):
-        replicas = job["spec"].get("pytorchReplicaSpecs", {}).values()
-        found |= {one["template"]["spec"]["containers"][0].get("image", "") for one in replicas}
+        for replica in job["spec"].get("pytorchReplicaSpecs", {}).values():
+            found.add(replica["template"]["spec"]["containers"][0].get("image", ""))
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
     if len(found) != 1 or "" in found:
         raise ValueError(
             "the training jobs must use the same image, but they use "
             f"{', '.join(sorted(found)) or 'none'}"
-            "; set it in the manifests, or for all steps in VITDET_IMAGE"
+            "; set the image in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()
 
 
 def queue_labels(jobs: str) -> dict[str, str]:
-    """Return Kueue's labels of the jobs, which queue the pods of `evaluate` too.
+    """Return the jobs' Kueue labels, which also queue the pods of `evaluate`.
 
     Raises ValueError if these labels differ between the jobs.
     """
@@ -137,14 +135,14 @@ def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
 
 
 def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
-    """Return the accelerators of a TrainJob and its runtime, if it is among the documents.
+    """Return the accelerators of a TrainJob, merged from its runtime if the documents contain it.
 
     Raises the errors of `accelerators`.
     """
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
     kind, name = wanted.get("kind", "ClusterTrainingRuntime"), wanted["name"]
     runtime = next(
-        (one for one in documents if one.get("kind") == kind and one["metadata"]["name"] == name),
+        (doc for doc in documents if doc.get("kind") == kind and doc["metadata"]["name"] == name),
         None,
     )
     resources = trainer.get("resourcesPerNode")
@@ -163,12 +161,12 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
         pod["tolerations"] = found.get("tolerations") or pod.get("tolerations")
         pod["containers"] = pod.get("containers") or found.get("containers")
     containers: list[dict] = pod.get("containers") or []
-    own: dict = next((container for container in containers if container["name"] == "node"), {})
-    return pod_accelerators(pod, resources or own.get("resources"))
+    node: dict = next((container for container in containers if container["name"] == "node"), {})
+    return pod_accelerators(pod, resources or node.get("resources"))
 
 
 def node_pod_spec(spec: dict) -> dict:
     """Return the pod spec of the replicated job `node` in a runtime or runtime patch, else {}."""
     jobs = spec.get("template", {}).get("spec", {}).get("replicatedJobs") or []
-    job: dict = next((one for one in jobs if one["name"] == "node"), {})
+    job: dict = next((item for item in jobs if item["name"] == "node"), {})
     return job.get("template", {}).get("spec", {}).get("template", {}).get("spec") or {}

@@ -23,7 +23,7 @@ from pipeline.graph import build
 COLOR = re.compile(r"\033\[\d+m")
 BEGIN = re.compile(r"Executing task '([\w-]+)'")
 FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
-# output of kfp: its executor, JSON of a step's inputs, timestamps and levels, separator lines
+# kfp's own output: its executor, JSON of a step's inputs, timestamps and levels, separator lines
 NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,}|$)")
 
 
@@ -45,7 +45,7 @@ class Screen:
         return len(text)
 
     def process(self, line: str) -> None:
-        """Show the line or skip it."""
+        """Show a line unless it is kfp's own output or part of a traceback."""
         indent = len(line) - len(line.lstrip())
         if begun := BEGIN.search(line):
             self.in_outputs = False
@@ -83,7 +83,7 @@ def run_locally(
     fetch: str = "",
     parallel: int = 1,
 ) -> str:
-    """Run the pipeline and return the run's id; its artifacts and log are in WORKSPACE/pipeline.
+    """Run the pipeline and return the run's ID; artifacts and log are in WORKSPACE/pipeline.
 
     parallel: number of concurrent training runs; kfp's local runner allows at most two. Raises
     RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
@@ -118,6 +118,6 @@ def run_locally(
             clean_up.python_func(**inputs, status=ended, table=table)
             raise
         finally:
-            # kfp replaces the handler and does not restore it if steps run in parallel
+            # kfp replaces `print` and does not restore it if steps run in parallel
             builtins.print = original_print
     return run_id

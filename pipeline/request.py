@@ -16,7 +16,7 @@ import yaml
 from pipeline.versions import Version, fit
 
 MOUNT = "/data"  # mount path of the shared volume in the steps
-DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
+DEFAULT_IMAGE = "vitdet"  # the placeholder in manifests/, which overlays replace
 DEFAULT_IMAGE_WARNING = (
     f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your "
     "cluster's job: `kubectl kustomize manifests/overlays/NAME | python -m pipeline ... --job -` "
@@ -26,7 +26,7 @@ DEFAULT_IMAGE_WARNING = (
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run to start: the pipeline (see `load_package`) and its parameters; "": server default."""
+    """A run to start; `load_package` returns `pipeline`. Empty: the server's account and root."""
 
     pipeline: dict
     parameters: dict[str, object]
@@ -38,7 +38,7 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start runs: see `kubeflow_cron`. max_concurrency: concurrent runs, 1..10."""
+    """When to start runs (see `kubeflow_cron`), with up to `max_concurrency` (1..10) at a time."""
 
     expression: str
     max_concurrency: int = 1
@@ -50,10 +50,10 @@ def load_package(
 ) -> dict:
     """Create the body of a request from a compiled pipeline.
 
-    parallel: number of concurrent training runs; None: as compiled.
+    parallel: number of concurrent training runs; None for the compiled number.
 
-    Without caching, no step at any depth reuses results. With caching, only step `configs` does not
-    reuse them if a recipe is a file, whose content may have changed.
+    Without caching, no step reuses results, including the steps of nested pipelines. With caching,
+    step `configs` does not reuse results if a recipe is a file, whose content may have changed.
 
     Raises ValueError if the file is not a pipeline or does not have these parameters.
     """
@@ -61,8 +61,8 @@ def load_package(
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
         raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
-    given = [name for name, one in known.items() if "defaultValue" in one or one.get("isOptional")]
-    if missing := known.keys() - {*given, *parameters}:
+    optional = [name for name, p in known.items() if "defaultValue" in p or p.get("isOptional")]
+    if missing := known.keys() - {*optional, *parameters}:
         raise ValueError(f"{package}: the pipeline also needs {', '.join(sorted(missing))}")
     recipes = parameters.get("recipes")
     files = isinstance(recipes, list) and any(is_file(str(recipe)) for recipe in recipes)
@@ -76,8 +76,7 @@ def load_package(
 
 
 def read_package(package: Path) -> list[dict]:
-    """Return the pipeline and, if it has one, its Kubernetes part. Raises the errors of
-    `load_package`."""
+    """Return the pipeline and any Kubernetes part of it. Raises the errors of `load_package`."""
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -91,7 +90,7 @@ def read_package(package: Path) -> list[dict]:
 
 
 def fit_package(package: Path, version: Version) -> list[str]:
-    """Remove the fields that a server of this version does not support; see `versions.fit`."""
+    """Remove the fields that this server version does not support; see `versions.fit`."""
     documents = read_package(package)
     lines = fit(documents, version)
     if lines:
@@ -110,7 +109,7 @@ def default_image_warning(pipeline: dict) -> str:
 
 
 def is_file(recipe: str) -> bool:
-    """Whether a recipe is a file."""
+    """Return whether a recipe is given as a file."""
     return recipe.endswith((".yaml", ".yml"))
 
 
@@ -132,7 +131,7 @@ def kubeflow_cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-# Resolves the training runs as the first step does; the workspace is that of the cluster.
+# Resolves the training runs as the first step does, but without its workspace on the cluster.
 CHECK = """
 import json, sys
 from pathlib import Path
@@ -157,7 +156,7 @@ def check_recipes(
 
     The settings are checked by vitdet in a new process, as pipeline/ does not require vitdet's
     dependencies, which the container image contains. Without these dependencies, the first step
-    rejects invalid settings, before data is prepared or GPUs are requested.
+    rejects invalid settings before data is prepared or GPUs are requested.
     """
     from vitdet.config.credentials import has_credentials
 
@@ -176,7 +175,7 @@ def check_recipes(
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
-                f"{recipe}: a file on this machine; pass a recipe's name, or the absolute path of "
+                f"{recipe}: a relative path; pass a recipe's name, or the absolute path of "
                 "a file on the cluster's shared volume"
             )
     here = [recipe for recipe in recipes if not is_file(recipe) or Path(recipe).exists()]

@@ -29,11 +29,13 @@ OLDEST, NEWEST = min(SERVERS), max(SERVERS)
 
 @dataclass(frozen=True)
 class Field:
-    """A field that a release added.
+    """A field of a compiled pipeline that a release of Kubeflow Pipelines added.
 
-    path: keys from the top of a document; "*" matches any key. since: the release. loss: what the
-    user loses without the field; "": the field cannot be left out, as the result would differ.
-    value: applies only if the field contains this value.
+    Attributes:
+        path: Keys from the top of a document; "*" matches any key.
+        since: The release.
+        loss: What the user loses without the field; empty if it cannot be left out.
+        value: If set, the (key, value) that the field must contain.
     """
 
     path: str
@@ -43,7 +45,7 @@ class Field:
 
     @property
     def name(self) -> str:
-        """The name that a server's error contains."""
+        """Return the name that a server's error contains."""
         return self.value[1] or self.path.rpartition(".")[2]
 
 
@@ -148,8 +150,8 @@ def server_version(health: dict) -> tuple[Version, str]:
     if match := re.match(r"v?(\d+)\.(\d+)", given):
         if (int(match[1]), int(match[2])) <= NEWEST[:2]:
             return read_version(given), ""
-        treated = f"treated as {text(NEWEST)}, the newest known"
-        return NEWEST, f"the server is Pipelines {given}; {treated}"
+        treated = f"treated as {text(NEWEST)}, the newest known version"
+        return NEWEST, f"the server runs Pipelines {given}; {treated}"
     store = health.get("pipeline_store") or health.get("pipelineStore")
     version = (2, 15, 0) if store else OLDEST
     return version, (
@@ -159,17 +161,16 @@ def server_version(health: dict) -> tuple[Version, str]:
 
 
 def fit(documents: list[dict], version: Version) -> list[str]:
-    """Remove, in place, the fields of a compiled pipeline that this server version does not
-    support.
+    """Remove, in place, the fields of a pipeline that this server version does not support.
 
-    Returns one line for each kind of removed field, with what the user loses. Raises ValueError for
-    a field without which the pipeline would behave differently.
+    Returns one line per removed kind of field, with what the user loses. Raises ValueError for a
+    field without which the pipeline would behave differently.
     """
     lines = []
     for field in FIELDS:
         if version >= field.since:
             continue
-        found = [place for document in documents for place in places(document, field)]
+        found = [item for document in documents for item in occurrences(document, field)]
         if not found:
             continue
         if not field.loss:
@@ -186,7 +187,7 @@ def fit(documents: list[dict], version: Version) -> list[str]:
     return lines
 
 
-def places(document: dict, field: Field) -> list[tuple[dict, str]]:
+def occurrences(document: dict, field: Field) -> list[tuple[dict, str]]:
     """Return the (parent, key) of each occurrence of a field."""
 
     def walk(node: object, keys: list[str]) -> Iterator[tuple[dict, str]]:
@@ -211,8 +212,7 @@ def places(document: dict, field: Field) -> list[tuple[dict, str]]:
 
 
 def refused_field(message: str) -> str:
-    """Return the field or value that an error of the server reports as unknown; "" for other
-    errors.
+    """Return the field or value that a server's error reports as unknown; "" for other errors.
 
     The errors are those of Go's protojson: `unknown field "X"`,
     `invalid value for enum field F: "X"`.

@@ -18,7 +18,7 @@ SIGPIPE = 141  # 128 + SIGPIPE, as the shell reports it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; user errors print one line and exit with 1 (invalid arguments: 2)."""
+    """Run a command; exit with 1 and one line for a user error, 2 for invalid arguments."""
     args = parser().parse_args(argv)
     try:
         code = args.run(args)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def output_is_closed() -> bool:
-    """Whether standard output is a pipe that its reader has closed."""
+    """Return whether the reader of standard output has closed the pipe."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

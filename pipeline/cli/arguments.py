@@ -1,4 +1,4 @@
-"""Arguments shared by several commands: the experiment, the server, the file of the jobs."""
+"""Arguments shared by several commands: the experiment, the server, the jobs file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.versions import Version, read_version
 
 
 def add_text(group: argparse._ActionsContainer, name: str, metavar: str, help: str) -> None:
-    """Add an option whose value is text; its default is ""."""
+    """Add an option with a text value, empty by default."""
     group.add_argument(name, default="", metavar=metavar, help=help)
 
 
@@ -46,8 +46,8 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
         command,
         "--fetch",
         "DATA",
-        "download or convert the data first: coco, lvis or 'convert SOURCE', with options of "
-        "`vitdet data`",
+        "download or convert the data first: coco, lvis or 'convert SOURCE', with the "
+        "options of `vitdet data`",
     )
 
 
@@ -62,9 +62,9 @@ def add_parallel(command: argparse._ActionsContainer, default: str) -> None:
 
 
 def positive(text: str) -> int:
-    """Argument type: an integer of at least 1."""
+    """Parse an integer of at least 1 (an argparse type)."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
     return int(text)
 
 
@@ -82,7 +82,7 @@ def add_version(command: argparse.ArgumentParser, default: str) -> None:
 
 
 def version(given: str) -> Version:
-    """Argument type: a supported version of Kubeflow Pipelines."""
+    """Parse a supported version of Kubeflow Pipelines (an argparse type)."""
     try:
         return read_version(given)
     except ValueError as error:
@@ -99,7 +99,7 @@ def add_server(command: argparse.ArgumentParser) -> None:
         "URL of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline (default: "
         "KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
     )
-    add_text(group, "--ui-host", "URL", "URL for links, if different")
+    add_text(group, "--ui-host", "URL", "URL for links, if it differs from --host")
     add_text(group, "--namespace", "NAME", "namespace of your profile, on a multi-user server")
     add_text(
         group,
@@ -160,15 +160,15 @@ def connect_server(args: argparse.Namespace) -> Server:
 
 
 def seconds(text: str) -> float:
-    """Argument type: a time above 0."""
+    """Parse a finite number of seconds above 0 (an argparse type)."""
     number = float(text)
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text}")
     return number
 
 
 def run_id_of(run: str) -> str:
-    """Return the id of a run or schedule, given its id or link."""
+    """Return the ID of a run or schedule, given its ID or link."""
     return run.rstrip("/").split("?")[0].rsplit("/", 1)[-1]
 
 
@@ -178,8 +178,8 @@ def remark(line: str) -> None:
 
 
 def read_job_file(file: str) -> str:
-    """Read a --job file, "-" is standard input. Raises ValueError if it is empty."""
+    """Return the text of a --job file ("-": standard input). Raises ValueError if it is empty."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
     if file and not text.strip():
-        raise ValueError(f"--job {file}: empty")
+        raise ValueError(f"--job {file}: the file is empty; expected YAML with a training job")
     return text

@@ -1,4 +1,4 @@
-"""What `status` and `terminate` show of a run: its state, its steps and its training jobs."""
+"""Print a run for `status` and `terminate`: its state, its steps and its training jobs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pipeline.client import ENDED, Server, failed_steps, steps
 def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "") -> None:
     """Print a run, its steps, and its training jobs with their progress.
 
-    namespace: the namespace of the jobs; "": the one in which the server starts the run's pods.
-    remark: text printed after the state.
+    Args:
+        namespace: Namespace of the jobs; if empty, that of the run's pods.
+        remark: Text that is printed after the state.
     """
     failed = dict(failed_steps(run))
     ended = run.finished_at and run.state in ENDED
@@ -37,7 +38,7 @@ def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
     """Return a line for each training job of a run.
 
     Raises PermissionError if listing is forbidden, RuntimeError if the cluster does not respond,
-    ValueError if the run's parameter names no kind of job.
+    ValueError if the run's job_kind is unknown.
     """
     from components.launcher.client import connect, list_jobs
     from components.launcher.progress import PROGRESS, describe
@@ -46,7 +47,7 @@ def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
 
     kind = KINDS.get(job_kind(run).lower())
     if kind is None:
-        raise ValueError(f"the run's job_kind is {job_kind(run)!r}, not {' or '.join(KINDS)}")
+        raise ValueError(f"the run's job_kind is {job_kind(run)!r}, expected {' or '.join(KINDS)}")
     api, _ = connect(retries=0)
     lines = []
     for job in list_jobs(api, kind, namespace, f"{RUN}={label(run.run_id)}"):
@@ -59,7 +60,7 @@ def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
 
 
 def job_kind(run: V2beta1Run) -> str:
-    """Return the kind of a run's jobs: its parameter, or the pipeline's default."""
+    """Return a run's job_kind: the run's parameter, or the pipeline's default."""
     parameters = (run.runtime_config and run.runtime_config.parameters) or {}
     spec = run.pipeline_spec or {}
     inputs = spec.get("pipeline_spec", spec).get("root", {}).get("inputDefinitions", {})

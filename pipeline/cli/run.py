@@ -27,7 +27,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("work/pipeline"),
         metavar="DIR",
-        help="folder for data, runs and models; relative paths of the recipes start here "
+        help="folder for data, runs and models, to which relative paths in recipes refer "
         "(default: work/pipeline)",
     )
     command.set_defaults(run=run_run)

@@ -57,18 +57,18 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         "--nodes",
         type=positive,
         metavar="N",
-        help="nodes of each training run (default: the job's)",
+        help="number of nodes of each training run (default: as in the job)",
     )
     add_parallel(cluster, "default: 1, or as compiled into --package")
     cluster.add_argument(
         "--pool",
         metavar="NAME",
-        help="node pool for training, the node label vitdet/pool (default: the job's)",
+        help="node pool for training: value of the node label vitdet/pool (default: as in the job)",
     )
     cluster.add_argument(
         "--job-kind",
         choices=KINDS,
-        help="kind of training job (default: the job's; pytorchjob if there are two)",
+        help="kind of training job (default: that of the job; pytorchjob if there are two)",
     )
     cluster.add_argument(
         "--workspace",
@@ -99,17 +99,17 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         source,
         "--job",
         "FILE",
-        "compile it with the training jobs in this YAML file, as for `compile --job`; - for "
-        "standard input",
+        "compile the pipeline with the training jobs in this YAML file, as `compile --job` does; "
+        "- for standard input",
     )
     run.add_argument(
-        "--wait", action="store_true", help="follow the run; exit code 0 only if it succeeds"
+        "--wait", action="store_true", help="follow the run, and exit with 0 only if it succeeds"
     )
     add_text(
         run,
         "--cron",
         "WHEN",
-        "create a schedule: '0 3 * * 1-5' as in a crontab (UTC), @daily, '@every 12h'",
+        "create a schedule: '0 3 * * 1-5' as in a crontab (UTC), @daily or '@every 12h'",
     )
     run.add_argument(
         "--max-concurrency",
@@ -136,10 +136,10 @@ def run_submit(args: argparse.Namespace) -> int:
         schedule = Schedule(args.cron, args.max_concurrency, catch_up=not args.no_catch_up)
         kubeflow_cron(args.cron)
         if args.wait:
-            raise ValueError("--wait is for one run, --cron starts many; see `status`")
+            raise ValueError("--wait follows one run, but --cron starts many; see `status`")
     check_pool(args.pool)
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
-        remark("recipes and settings are not validated here; the first step does that")
+        remark("recipes and settings are not validated here, but by the first step")
     title = " + ".join(Path(recipe).stem for recipe in args.recipes)[:100]
     name = args.name or (title if schedule else f"{title} {time.strftime('%Y-%m-%d %H-%M-%S')}")
     cluster = {key: getattr(args, key) for key in ("nodes", "pool", "job_kind", "workspace")}
@@ -187,9 +187,9 @@ def refused(error: ServerError, server: Server) -> ServerError:
     version, doubt = server.version()
     since = [field.since for field in FIELDS if field.name == error.field]
     if not since:
-        advice = "the package was compiled with a newer kfp than the server's"
+        advice = "the package was compiled with a newer kfp than the server supports"
     elif doubt:
-        advice = f"pass its version with --kfp; it is older than {text(min(since))}"
+        advice = f"pass the server's version with --kfp; it is older than {text(min(since))}"
     else:
         advice = f"use --kfp {text(version)}"
     server_is = "the server" if doubt else f"this is Pipelines {text(version)}; it"
@@ -200,7 +200,7 @@ def refused(error: ServerError, server: Server) -> ServerError:
 
 
 def check_pool(name: str | None) -> None:
-    """Raise ValueError for a name that is not a valid label value, as no pod could select it."""
+    """Raise ValueError for a pool whose name is not a valid label value, as pods select a label."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
             f"--pool {name!r}: expected a label value: at most 63 letters and digits, with - _ . "
@@ -210,7 +210,7 @@ def check_pool(name: str | None) -> None:
 
 @contextmanager
 def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
-    """Load the --package file, or compile the pipeline with the jobs of --job."""
+    """Yield the path of the --package file, or of a pipeline compiled with the jobs of --job."""
     if args.package:
         yield args.package
         return
@@ -218,7 +218,7 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.job_manifests import job_kinds
 
     text, wanted = read_job_file(args.job), args.job_kind
-    if text and wanted and wanted not in job_kinds(text):  # only the training step would fail
+    if text and wanted and wanted not in job_kinds(text):  # would fail in the training step
         found = " and ".join(sorted(job_kinds(text)))
         raise ValueError(f"--job {args.job}: contains no {wanted}, only {found}; see --job-kind")
     with TemporaryDirectory() as folder:
@@ -235,7 +235,8 @@ def follow(server: Server, run_id: str, every: float) -> int:
         return 130
     failed = failed_steps(run)
     for name, message in failed:
-        remark(f"{name} failed: {message or 'the server reports no reason; see its log'}")
+        reason = message or "the server reports no reason; see the step's log"
+        remark(f"{name} failed: {reason}")
     if run.state == "SUCCEEDED" and not failed:
         return 0
     remark(f"run {run_id} {'FAILED' if failed else run.state}: {server.link(run_id)}")

@@ -13,12 +13,12 @@ from pipeline.cli.report import job_kind, print_run
 from pipeline.client import ENDED, Server
 from pipeline.connection import ServerError
 
-# Time for a run to end: 30 s grace period of its pods, Argo's polls, the exit handler's pod
+# Seconds for a run to end: grace period of its pods (30 s), Argo's polling, exit handler
 END_TIMEOUT = 300.0
 
 
 class StillEnding(Exception):
-    """The run has not ended, so its steps may still create jobs."""
+    """Raised if a run has not ended, so that its steps may still create jobs."""
 
 
 def add_terminate(commands: argparse._SubParsersAction) -> None:
@@ -34,7 +34,7 @@ def add_terminate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_terminate(args: argparse.Namespace) -> int:
-    """End the run, then delete its jobs; errors include the command that deletes remaining jobs."""
+    """End a run, then delete its jobs; errors contain a command that deletes remaining jobs."""
     server = connect_server(args)
     found = server.find(run_id_of(args.run_id))
     server.terminate(found)
@@ -51,16 +51,16 @@ def run_terminate(args: argparse.Namespace) -> int:
             print(line, flush=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        remark(f"the run is ending; to delete training jobs created since: {again}")
+        remark(f"the run is ending; to delete training jobs created in the meantime, run {again}")
         return 130
     except StillEnding as error:
-        raise RuntimeError(f"{error}; to delete training jobs created later: {again}") from None
+        raise RuntimeError(f"{error}; to delete training jobs created later, run {again}") from None
     except ValueError as error:
         raise ValueError(f"the run's training jobs may still exist: {error}") from None
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"the run's training jobs may still exist ({error}): `kubectl delete -n {namespace} "
-            f"pytorchjobs,trainjobs -l vitdet/run={run_id}`"
+            f"the run's training jobs may still exist ({error}); `kubectl delete -n {namespace} "
+            f"pytorchjobs,trainjobs -l vitdet/run={run_id}` deletes them"
         ) from None
     return 0
 
@@ -68,7 +68,7 @@ def run_terminate(args: argparse.Namespace) -> int:
 def delete_run_jobs(
     server: Server, found: V2beta1Run, namespace: str, every: float
 ) -> Iterator[str]:
-    """Delete a run's jobs, and again after its end: until then a step may create jobs.
+    """Delete a run's jobs, and again after the run has ended: until then a step may create jobs.
 
     Yields progress messages. Raises StillEnding if the run does not end in time.
     """

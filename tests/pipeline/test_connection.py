@@ -247,7 +247,7 @@ def test_credentials_are_required_only_if_the_server_requests_them(
     kubeflow: Kubeflow, cli: Run
 ) -> None:
     kubeflow.token = SECRET
-    text = "requires authentication (401): give a token (--token-file FILE or KFP_TOKEN)"
+    text = "requires authentication (401): pass a token (--token-file FILE or KFP_TOKEN)"
     assert text in cli("status", "x")[2]
 
 

@@ -95,7 +95,7 @@ def test_the_jobs_in_manifests_compile_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stdin", "message"),
     [
-        ("", "--job -: empty"),
+        ("", "--job -: the file is empty"),
         ("kind: Service\n", "no PyTorchJob or TrainJob among the 1 documents"),
         (
             "kind: TrainJob\nspec: {runtimeRef: {name: a}}\n---\nkind: TrainJob\nspec: {}\n",

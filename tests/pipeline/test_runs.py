@@ -132,7 +132,7 @@ def test_a_failed_step_is_reported(kubeflow: Kubeflow, run: Run, state: str) -> 
     code, _, said = run("submit", "tiny", "--wait")
     assert code == 1 and said.splitlines() == [
         "pipeline: train-job failed: OOMKilled (exit 137)",
-        "pipeline: evaluate failed: the server reports no reason; see its log",
+        "pipeline: evaluate failed: the server reports no reason; see the step's log",
         f"pipeline: run {RUN} FAILED: {kubeflow.url}/#/runs/details/{RUN}",
     ]
 

@@ -245,7 +245,7 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
         ),
         (["tiny", "--fetch", "imagenet"], "fetch: expected coco, lvis or 'convert SOURCE'"),
         (["tiny", "tiny"], "a recipe is given twice: tiny tiny"),
-        (["mine.yaml"], "mine.yaml: a file on this machine; pass a recipe's name"),
+        (["mine.yaml"], "mine.yaml: a relative path; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
             "--set tracking.uri: the user name and password would be visible in",
@@ -255,7 +255,7 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
             "--set data.root: the user name and password would be visible in",
         ),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
-        (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),
+        (["tiny", "--cron", "@daily", "--wait"], "--wait follows one run"),
         (["tiny", "--package", ROOT / "dvc.yaml"], "not a compiled pipeline"),
         (["tiny", "--package", "none.yaml"], "pipeline: none.yaml: no such file"),
         (["tiny", "--package", sys.executable], "not a compiled pipeline"),
@@ -299,7 +299,7 @@ def test_recipes_are_not_checked_without_vitdet(
     )
     code, _, said = submit("tinyy")
     assert code == 0 and said == (
-        "pipeline: recipes and settings are not validated here; the first step does that\n"
+        "pipeline: recipes and settings are not validated here, but by the first step\n"
     )
     monkeypatch.undo()
     assert request.check_recipes(["/data/recipes/mine.yaml"], []) is False

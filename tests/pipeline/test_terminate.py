@@ -162,7 +162,7 @@ def test_jobs_are_deleted_even_if_the_runs_end_is_not_observed(
     unknown = "it is unknown whether the run has ended ("
     last = said.splitlines()[-1]
     assert last.startswith(f"pipeline: {'the run is still ending' if status == 503 else unknown}")
-    assert last.endswith(f"jobs created later: `python -m pipeline terminate {RUN}`")
+    assert last.endswith(f"jobs created later, run `python -m pipeline terminate {RUN}`")
 
 
 def test_ctrl_c_while_a_run_ends(
@@ -175,7 +175,9 @@ def test_ctrl_c_while_a_run_ends(
     run("submit", "tiny")
     code, _, said = run("terminate", RUN)
     assert code == 130 and len(cluster.asked) == 1
-    assert said.endswith(f"jobs created since: `python -m pipeline terminate {RUN}`\n")
+    assert said.endswith(
+        f"jobs created in the meantime, run `python -m pipeline terminate {RUN}`\n"
+    )
 
 
 def test_a_missing_namespace(run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

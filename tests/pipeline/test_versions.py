@@ -97,7 +97,7 @@ def test_an_unsupported_version_is_one_line(
     [
         ({"tag_name": "2.16.1"}, (2, 16, 1), ""),
         ({"apiServerTagName": "2.17.0", "frontendTagName": "2.5.0"}, (2, 17, 0), ""),
-        ({"tag_name": "2.18.0"}, NEWEST, "the server is Pipelines 2.18.0; treated as 2.17.0"),
+        ({"tag_name": "2.18.0"}, NEWEST, "the server runs Pipelines 2.18.0; treated as 2.17.0"),
         # as images before 2.16 report it, directly and through the web interface
         ({"tag_name": "unknown"}, (2, 5, 0), "Pipelines 2.5.0 (Kubeflow 1.10), pass --kfp VERSION"),
         ({"tag_name": "unknown", "pipeline_store": "database"}, (2, 15, 0), "Pipelines 2.15.0 ("),
@@ -138,8 +138,8 @@ def test_submit_omits_unsupported_fields(kubeflow: Kubeflow, cli: Run) -> None:
         ),
         (
             {"tag_name": "unknown"},
-            "the server does not support securityContext in the pipeline: pass its version with --kfp; it is older "
-            "than 2.16.0",
+            "the server does not support securityContext in the pipeline: pass the server's version with --kfp; it is "
+            "older than 2.16.0",
         ),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_rejected_field_is_not_an_outage(
     assert kubeflow.words().count("POST /runs") == 1
     kubeflow.unknown = "schemaVersion"  # not a field in the table
     line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")[2]
-    assert line.endswith("the package was compiled with a newer kfp than the server's\n")
+    assert line.endswith("the package was compiled with a newer kfp than the server supports\n")
 
 
 def test_compile_for_a_version(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
