@@ -1,16 +1,16 @@
-# make demo    the whole job: data, weights, training, evaluation, registration; 8 to 25 minutes on 2 cores
-# make test    the fast tests (one file: make test TESTS=tests/cli/test_config.py; on more cores: JOBS=8)
-# make test-slow  the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
-# make test-all   both, in one go
-# make ui      MLflow in the browser: the demo's runs and models
-# make image   the images vitdet and vitdet-mlflow, by docker, podman or buildah: the first that responds, or ENGINE=podman;
-#              make image REGISTRY=registry.example.com/ TAG=0.2.0 OPTIONS="--build-arg BASE=..."
-# make lint    ruff and mypy
-# make lock    updates requirements.lock: the newest versions that the ranges in pyproject.toml allow
-# make clean   removes everything that the other targets create: the environment, the work folder, DVC's cache and lock
+# make demo    run the whole demo: data, weights, training, evaluation, registration; 8 to 25 minutes on 2 cores
+# make test    run the fast tests (one file: make test TESTS=tests/cli/test_config.py; on more cores: JOBS=8)
+# make test-slow  run the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
+# make test-all   run all tests
+# make ui      start the MLflow UI with the demo's runs and models
+# make image   build the images vitdet and vitdet-mlflow with docker, podman or buildah (the first that responds, or
+#              ENGINE=podman); make image REGISTRY=registry.example.com/ TAG=0.2.0 OPTIONS="--build-arg BASE=..."
+# make lint    run ruff and mypy
+# make lock    update requirements.lock to the newest versions that pyproject.toml allows
+# make clean   remove everything that the other targets create: the environment, the work folder, DVC's cache and lock
 #
-# Each but `image` first makes the environment (.venv) when it is missing or older than requirements.lock or pyproject.toml.
-# Another interpreter: make demo PYTHON=python3.12
+# All targets except image and clean first create the environment (.venv) if it is missing or older than requirements.lock
+# or pyproject.toml. To use another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 PORT ?= 5000
@@ -28,16 +28,16 @@ demo: check-git $(READY)
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
-# DVC records the demo's experiment in Git; checked before minutes of installation, also by `make --jobs=2 demo`.
+# DVC records the demo's experiment in Git. Checked before the installation, which takes minutes, also with --jobs=2.
 check-git:
-	@git rev-parse --verify HEAD >/dev/null || { echo "make demo needs a Git repository with a commit (DVC), see Git's message above: \
-	use git clone, or here: git init && git add --all && git commit --message start" >&2; exit 1; }
+	@git rev-parse --verify HEAD >/dev/null || { echo "make demo needs a Git repository with a commit, as DVC records the experiment in Git (see Git's message above); \
+	use git clone, or run here: git init && git add --all && git commit --message start" >&2; exit 1; }
 
 ifneq ($(filter demo,$(or $(MAKECMDGOALS),demo)),)
 $(READY): | check-git
 endif
 
-# The tests of a file run in one process, so that its fixtures are created once.
+# Run the tests of a file in one process, so that module fixtures are created once.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 test: $(READY)
@@ -51,18 +51,18 @@ test-all: $(READY)
 
 ui: $(READY)
 	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }
-	@echo "MLflow at http://127.0.0.1:$(PORT)/#/experiments/1?workflowType=machine_learning until Ctrl-C; other port: make ui PORT=5001"
+	@echo "MLflow at http://127.0.0.1:$(PORT)/#/experiments/1?workflowType=machine_learning until Ctrl-C; for another port: make ui PORT=5001"
 	mlflow server --backend-store-uri sqlite:///$(WORK)/mlflow.db --artifacts-destination $(WORK)/mlartifacts \
 	  --host 127.0.0.1 --port $(PORT) --workers 1
 
-ENGINE ?= $(shell for one in docker podman buildah; do $$one info >/dev/null 2>&1 && echo $$one && break; done)
+ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-# docker reads this file by itself, and has layers always
+# docker finds this file by its name and always caches layers
 LAYERS := --layers --ignorefile manifests/image/Dockerfile.dockerignore
 
 image:
-	@test -n "$(ENGINE)" || { echo "make image needs docker, podman or buildah, and none of them responds to \`info\`: \
-	start or install one, or name one: make image ENGINE=..." >&2; exit 1; }
+	@test -n "$(ENGINE)" || { echo "make image needs docker, podman or buildah, but none of them responds to \`info\`: \
+	install or start one, or pass its path: make image ENGINE=..." >&2; exit 1; }
 	revision=$$(git describe --always --dirty --abbrev=40 --exclude='*' || true); for target in vitdet mlflow; do \
 	  $(ENGINE) build $(if $(filter docker,$(ENGINE)),,$(LAYERS)) $(OPTIONS) --file manifests/image/Dockerfile --target $$target \
 	    --build-arg REVISION=$$revision --tag $(REGISTRY)vitdet$$([ $$target = vitdet ] || echo -$$target):$(TAG) . || exit 1; \
@@ -82,11 +82,11 @@ lock: $(READY)
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): command not found; pass a Python interpreter: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python >= 3.11 is needed, not $$($(PYTHON) -V); name another: make PYTHON=python3.12" >&2; exit 1; }
+	  { echo "vitdet requires Python >= 3.11, but $(PYTHON) is $$($(PYTHON) -V); pass another interpreter: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
-	  { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	  { echo "$(PYTHON) cannot create virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

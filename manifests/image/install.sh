@@ -1,6 +1,6 @@
 #!/bin/sh
-# install.sh EXTRA...: into /venv what pyproject.toml beside this file names, with these extras, in the versions and with
-# the hashes of requirements.lock. uv, from the lock too, is gone at the end: it installs in a minute where pip takes several.
+# install.sh EXTRA...: install the dependencies in pyproject.toml, with these extras, into /venv, in the versions and with
+# the hashes of requirements.lock. uv, which is several times faster than pip, is removed afterwards.
 set -eu
 cd "$(dirname "$0")"
 locked() { sed -n "/^$1==/,/^[^ ]/{/^$1==/p;/^    --hash/p}" requirements.lock; }
@@ -12,7 +12,7 @@ locked setuptools > /tools/setuptools.lock
 
 export UV_NO_CACHE=1 UV_PYTHON=/venv/bin/python UV_COMPILE_BYTECODE=1
 python -m venv --without-pip /venv
-# what comes as source is built by this setuptools, not by today's
+# Build source distributions with the locked setuptools, not the newest one.
 /tools/bin/uv pip install --require-hashes -r /tools/setuptools.lock
 /tools/bin/uv pip install --require-hashes --no-build-isolation -c requirements.lock -r pyproject.toml \
   $(printf -- '--extra %s ' "$@")

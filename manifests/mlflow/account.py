@@ -1,11 +1,9 @@
 """Create or update an MLflow account that may manage all experiments and registered models.
 
-    kubectl -n NAMESPACE exec -i deployment/mlflow -- python /etc/mlflow/account.py NAME <
-    PASSWORD_FILE
+    kubectl -n NAMESPACE exec -i deployment/mlflow -- python /etc/mlflow/account.py NAME < PASSWORD
 
-An account manages what it creates. The experiments and models that exist already, made by other
-accounts, are granted to it; run the script again to grant those that other accounts have created
-since.
+PASSWORD is a file. An account may manage the experiments and models that it creates; this script
+also grants it those that exist. Run the script again for those created later by other accounts.
 """
 
 import os
@@ -18,21 +16,22 @@ from mlflow.server.auth.client import AuthServiceClient
 
 
 def main() -> None:
-    """Read the name from the command line and the password from the standard input; raises
-    SystemExit on bad input.
+    """Read the name from the command line and the password from standard input.
+
+    Raises SystemExit for invalid input.
     """
     if len(sys.argv) != 2:
-        raise SystemExit("usage: account.py NAME, with the password on the standard input")
+        raise SystemExit("usage: account.py NAME, with the password on standard input")
     name, password = sys.argv[1], sys.stdin.readline().rstrip("\n")
     if len(password) < 12:
-        raise SystemExit("the password on the standard input has fewer than 12 characters")
-    # read by the clients; the server's container has the administrator's password
+        raise SystemExit("the password on standard input has fewer than 12 characters")
+    # read by the clients; in the server's container, the administrator's password is set
     os.environ.setdefault("MLFLOW_TRACKING_USERNAME", "admin")
     os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
     address = os.environ.get("MLFLOW_TRACKING_URI", "http://localhost:5000")
     accounts, client = AuthServiceClient(address), MlflowClient(address)
     if name == os.environ["MLFLOW_TRACKING_USERNAME"]:
-        raise SystemExit(f"{name} is the administrator: give the name of another account")
+        raise SystemExit(f"{name} is the administrator: pass the name of another account")
     try:
         accounts.get_user(name)
     except RestException as error:
@@ -42,12 +41,13 @@ def main() -> None:
     else:
         accounts.update_user_password(name, password)
     granted = 0
-    resources = [("experiment", one.experiment_id) for one in pages(client.search_experiments)]
-    resources += [("registered_model", one.name) for one in pages(client.search_registered_models)]
+    experiments, models = client.search_experiments, client.search_registered_models
+    resources = [("experiment", experiment.experiment_id) for experiment in pages(experiments)]
+    resources += [("registered_model", model.name) for model in pages(models)]
     for kind, key in resources:
         try:
             accounts.grant_user_permission(name, kind, key, "MANAGE")
-        except RestException as error:  # it created the resource, or this script ran before
+        except RestException as error:  # the account created it, or this script ran before
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         granted += 1
@@ -69,4 +69,4 @@ if __name__ == "__main__":
     try:
         main()
     except MlflowException as error:
-        raise SystemExit(f"MLflow refused: {error}") from None
+        raise SystemExit(f"MLflow rejected the request: {error}") from None
