@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.versions import FIELDS, NEWEST, fit, places, read_version, server_version
+from pipeline.versions import FIELDS, NEWEST, fit, occurrences, read_version, server_version
 from tests.conftest import ROOT
 from tests.helpers.kubeflow import Kubeflow, Run
 
@@ -53,7 +53,7 @@ def test_a_server_gets_the_fields_that_it_supports(version: str, left_out: set[s
     lines = fit(fitted, read_version(version))
     assert {line.split(" does not support ")[1].split(" ")[0] for line in lines} == left_out
     for field in FIELDS:
-        found = [place for document in fitted for place in places(document, field)]
+        found = [place for document in fitted for place in occurrences(document, field)]
         assert not found or read_version(version) >= field.since
     assert (fitted == before) == (not left_out)
     # nothing else has changed
