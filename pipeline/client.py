@@ -57,7 +57,7 @@ class Server:
 
     @cached_property
     def health(self) -> dict:
-        """Return the server's health response, which shows that the URL is that of the API.
+        """Return the server's health response, which verifies that the host serves the API.
 
         The generated class has no field for the version, so the response is read as JSON.
         """

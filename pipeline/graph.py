@@ -249,7 +249,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
     def configure(task: PipelineTask, size: str) -> PipelineTask:
         processor, memory, memory_limit, retries = sizes[size]
         task.set_container_image(image)
-        task.set_env_variable("VITDET_IMAGE", image)  # logged to MLflow, by the training jobs too
+        task.set_env_variable("VITDET_IMAGE", image)  # logged to MLflow, also by the training jobs
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(memory_limit)
         if retries:
             task.set_retry(
@@ -267,7 +267,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
         )
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
-        # From the label, as an argument with the run's ID would change the cache key in each run.
+        # From the label: passed as an argument, the run ID would change the cache key in each run.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
             kubernetes.add_pod_annotation(task, key, value)

@@ -22,7 +22,7 @@ KUEUE = "kueue.x-k8s.io/"
 
 
 def training_jobs(text: str) -> str:
-    """Return the training jobs in a YAML stream, as text, as kfp turns integers in dicts to floats.
+    """Return a YAML stream's training jobs as text, as kfp converts integers in dicts to floats.
 
     Raises ValueError for no training job, two of the same kind, or invalid YAML, and the errors of
     `validate`.

@@ -26,7 +26,7 @@ DEFAULT_IMAGE_WARNING = (
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run to start; `load_package` returns `pipeline`. Empty: the server's account and root."""
+    """A run to start. `pipeline`: see `load_package`; an empty account or root is the server's."""
 
     pipeline: dict
     parameters: dict[str, object]

@@ -53,7 +53,7 @@ _EXECUTOR = "platforms.kubernetes.deploymentSpec.executors.*."
 _RUN = "platforms.kubernetes.pipelineConfig."
 _KEPT = "the server decides how long the finished Workflow is kept"
 _JOB = (
-    "the training job takes environment, volumes, node selector and tolerations only from its "
+    "the training job uses only the environment, volumes, node selector and tolerations of its "
     "manifest"
 )
 

@@ -57,7 +57,7 @@ def add_parallel(command: argparse._ActionsContainer, default: str) -> None:
         "--parallel",
         type=positive,
         metavar="N",
-        help=f"number of concurrent training runs; the others wait ({default})",
+        help=f"maximum number of concurrent training runs ({default})",
     )
 
 

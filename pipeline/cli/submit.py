@@ -57,18 +57,19 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         "--nodes",
         type=positive,
         metavar="N",
-        help="number of nodes of each training run (default: as in the job)",
+        help="number of nodes of each training run (default: as in the manifest)",
     )
     add_parallel(cluster, "default: 1, or as compiled into --package")
     cluster.add_argument(
         "--pool",
         metavar="NAME",
-        help="node pool for training: value of the node label vitdet/pool (default: as in the job)",
+        help="node pool for training, a value of the node label vitdet/pool (default: as in the "
+        "manifest)",
     )
     cluster.add_argument(
         "--job-kind",
         choices=KINDS,
-        help="kind of training job (default: that of the job; pytorchjob if there are two)",
+        help="kind of training job (default: as in the manifest; pytorchjob if it has both)",
     )
     cluster.add_argument(
         "--workspace",
@@ -200,7 +201,7 @@ def refused(error: ServerError, server: Server) -> ServerError:
 
 
 def check_pool(name: str | None) -> None:
-    """Raise ValueError for a pool whose name is not a valid label value, as pods select a label."""
+    """Raise ValueError if the pool's name is not a valid label value, which no pod could select."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
             f"--pool {name!r}: expected a label value: at most 63 letters and digits, with - _ . "
