@@ -1,6 +1,6 @@
 #!/bin/sh
 # install.sh EXTRA...: install the dependencies in pyproject.toml, with these extras, into /venv, in the versions and with
-# the hashes of requirements.lock. uv, which is several times faster than pip, is removed afterwards.
+# the hashes of requirements.lock. uv, used as it is several times faster than pip, is removed afterwards.
 set -eu
 cd "$(dirname "$0")"
 locked() { sed -n "/^$1==/,/^[^ ]/{/^$1==/p;/^    --hash/p}" requirements.lock; }

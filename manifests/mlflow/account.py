@@ -25,7 +25,7 @@ def main() -> None:
     name, password = sys.argv[1], sys.stdin.readline().rstrip("\n")
     if len(password) < 12:
         raise SystemExit("the password on standard input has fewer than 12 characters")
-    # read by the clients; in the server's container, the administrator's password is set
+    # the clients read these variables; the server's container has the administrator's password
     os.environ.setdefault("MLFLOW_TRACKING_USERNAME", "admin")
     os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
     address = os.environ.get("MLFLOW_TRACKING_URI", "http://localhost:5000")
