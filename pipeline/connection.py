@@ -165,7 +165,7 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """Return the secret if it is a valid header value; http.client would print an invalid one."""
+    """Return the secret's value; an invalid one is rejected here, as http.client would print it."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         found = "other content" if text else "nothing"

@@ -49,7 +49,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         "recipes",
         nargs="+",
         metavar="RECIPE",
-        help="a recipe's name, or the absolute path of one on the cluster's volume",
+        help="name of a recipe, or absolute path of a recipe file on the cluster's volume",
     )
     add_experiment(command)
     cluster = command.add_argument_group("cluster settings (do not affect the experiment)")
