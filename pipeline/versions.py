@@ -214,8 +214,7 @@ def occurrences(document: dict, field: Field) -> list[tuple[dict, str]]:
 def refused_field(message: str) -> str:
     """Return the field or value that a server's error reports as unknown; "" for other errors.
 
-    The errors are those of Go's protojson: `unknown field "X"`,
-    `invalid value for enum field F: "X"`.
+    Go's protojson reports `unknown field "X"` or `invalid value for enum field F: "X"`.
     """
     match = re.search(r'unknown field "([^"]+)"|invalid value for enum [^"]*"([^"]+)"', message)
     return (match[1] or match[2]) if match else ""

@@ -63,8 +63,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     cluster.add_argument(
         "--pool",
         metavar="NAME",
-        help="node pool for training, a value of the node label vitdet/pool (default: as in the "
-        "manifest)",
+        help="node pool for training: label vitdet/pool of the nodes (default: as in the manifest)",
     )
     cluster.add_argument(
         "--job-kind",
