@@ -286,10 +286,8 @@ class Transport(RESTClientObject):
                 status,
             )
         if status == 403:
-            sources = self.login_sources()
-            used = (
-                f"with the credentials from {sources}" if sources else "without a token or cookie"
-            )
+            login = f"with the credentials from {self.login_sources()}" if self.login else ""
+            used = login or "without a token or cookie"
             return ServerError(f"{self.host} forbids this request {used} (403){text}", status)
         unknown = refused_field((error.body or b"").decode(errors="replace").replace('\\"', '"'))
         return ServerError(
