@@ -275,12 +275,12 @@ def test_checkpoints_that_do_not_fit(
     result = vitdet("predict", picture, picture, "--output", "drawn")
     refused(result, "not a complete vitdet checkpoint")
     result = vitdet("evaluate", model, "--set", "optim.lr=1")
-    refused(result, "only data.* and evaluate.* can change")
+    refused(result, "only data.* and evaluate.* settings of a trained checkpoint can be overridden")
     for name in ("train", "val"):
         path = own_tiny / "annotations" / f"instances_{name}.json"
         path.write_text(path.read_text().replace('"star"', '"sun"'))
     words = ("--set", f"data.root={own_tiny}", "--output", "m.json", "--plots", "plots")
-    refused(vitdet("evaluate", model, *words), "its classes are not those that")
+    refused(vitdet("evaluate", model, *words), "the classes of this data set differ from those of")
     assert names(tmp_path) == {"own", "picture.png"}
 
 

@@ -150,9 +150,9 @@ def test_a_class_without_objects_has_no_interval() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("image_ids", "20 and 20 images, not the same ones"),
-        ("category_ids", "2 and 2 classes, not the same ones"),
-        ("object_image", "objects, not the same ones"),
+        ("image_ids", "20 and 20 images, which differ"),
+        ("category_ids", "2 and 2 classes, which differ"),
+        ("object_image", "objects, which differ"),
     ],
 )
 def test_results_of_other_data_are_refused(name: str, message: str) -> None:

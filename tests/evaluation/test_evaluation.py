@@ -123,7 +123,7 @@ def test_the_evaluation_limit_follows_the_detector_s_limit(spots, most, name, ca
         metrics, _ = evaluate_detector(BrightSpot(), spots, EvalConfig(max_detections=most))
     assert ("box_ar_100" in metrics) == (name == "100")
     assert metrics[f"box_ar_{name}"] == pytest.approx(100)
-    said = "evaluate.max_detections=300: AP counts up to 300 detections"
+    said = "evaluate.max_detections=300: AP is computed with up to 300 detections"
     assert (said in caplog.text) == (most == 300)
 
 

@@ -135,7 +135,7 @@ def test_coco_annotations_are_refused_in_one_line(tmp_path):
     cause = "coco.json: image 4: image without 'neg_category_ids': .*set data.dataset=coco;"
     with pytest.raises(ValueError, match=cause):
         read_truth(path, lvis=True)
-    cause = "coco.json: neg_category_ids of image 4 is missing.*dataset to coco$"
+    cause = "coco.json: image 4 has no neg_category_ids.*dataset to coco$"
     with pytest.raises(ValueError, match=cause):
         compare(read_truth(path), [])
 

@@ -1,4 +1,4 @@
-"""Evaluation of a detector, or of a file of results, in COCO's or LVIS's metrics."""
+"""Evaluation of a detector or a results file with COCO's or LVIS's metrics."""
 
 from vitdet.evaluation.detections import batch_to_results, detections_to_results, results_of
 from vitdet.evaluation.evaluator import detect, evaluate, evaluate_detector, evaluate_results

@@ -1,10 +1,10 @@
-"""The analysis of an evaluation for the report: curves, thresholds, errors, confusions, images.
+"""Analysis of an evaluation for the report: curves, thresholds, errors, confusion matrix, images.
 
 All values are plain Python values, so that `dataclasses.asdict` of an `Analysis` is valid JSON.
 AP, AR and dAP are in percent; scores, precision, recall and F1 are in 0..1. Unless stated
-otherwise, true positives are at IoU 0.5 and of all object sizes, with the largest limit of
-detections, and neither detections nor objects include what COCO or LVIS ignore (crowds, classes
-that are not exhaustively annotated in an image).
+otherwise, detections are matched at IoU 0.5 with objects of all sizes, up to the largest detection
+limit. Detections and objects that COCO or LVIS ignore (crowds, classes that are not exhaustively
+annotated in an image) are excluded.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vitdet.evaluation.matches import IOUS, Matches
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.results import Truth
 
-WORST, BEST = 6, 4  # images
+WORST, BEST = 6, 4  # maximum numbers of images
 SCORES = tuple(step / 100 for step in range(1, 100))
-SHOWN = 30  # classes of a confusion matrix
+SHOWN = 30  # maximum number of classes in a confusion matrix
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Detections with at least this score.
+    """The results of detections with at least this score.
 
-    precision: 1 without detections. f1: 2 true positives / (detections + objects).
+    The precision is 1 if there are none. F1 is 2 true positives / (detections + objects).
     """
 
     score: float
@@ -40,16 +40,22 @@ class Threshold:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """The result of a class. Values are None if the class has no objects, or none of that size;
-    without any objects, the dictionaries and the curve are empty.
+    """The results of one class.
 
-    objects, images: objects, and images with at least one.
-    ap: mean over IoU 0.5, 0.55, ..., 0.95. ar: recall at any score, mean over the same IoUs.
-    best_threshold: the score threshold with the best F1; also None without detections.
-    curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as in AP, rounded to 3
-    digits.
-    errors, error_counts: as in `Analysis`; missed objects by their class, other errors by the class
-    of the detection. main_error: the type with the largest dAP; None if none is above 0.
+    Metrics are None if the class has no objects, or none of that size. If it has no objects,
+    `curve` and `errors` are empty.
+
+    Attributes:
+        objects: number of objects.
+        images: number of images with at least one object.
+        ap: mean over IoU thresholds 0.5, 0.55, ..., 0.95.
+        ar: recall at any score, averaged over the same IoU thresholds.
+        best_threshold: score threshold with the best F1; None without objects or detections.
+        curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as for AP and rounded
+            to 3 digits.
+        errors, error_counts: see `Analysis`. A missed object belongs to its own class, any other
+            error to the class of the detection.
+        main_error: the error type with the largest dAP; None if no dAP is above 0.
     """
 
     name: str
@@ -71,10 +77,12 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """An image at the best threshold.
+    """The results of one image; only detections at or above the score threshold are included.
 
-    f1: 2 TP / (2 TP + false_positives + missed). detections: at or above the threshold. missed:
-    objects that no detection matches. false_positives: detections that match no object.
+    Attributes:
+        f1: 2 TP / (2 TP + false_positives + missed).
+        missed: number of objects that no detection matches.
+        false_positives: number of detections that match no object.
     """
 
     image_id: int
@@ -90,12 +98,16 @@ class ImageResult:
 class Confusion:
     """The confusion matrix of detections with at least this score.
 
-    names: classes, then "background". matrix[i][j]: objects of class i that were detected as class
-    j; the last column counts missed objects, the last row detections without an object. True
-    positives are on the diagonal; other detections and objects are paired across classes in
-    descending order of their IoU, at least 0.5, each at most once.
-    classes: number of all classes. If there are more than 30, the matrix has the 30 with the most
-    confusions with other classes, and counts only confusions among these and background.
+    True positives are on the diagonal. The remaining detections and objects with an IoU of at least
+    0.5 are paired across classes in descending order of IoU; each occurs in at most one pair. If
+    there are more than 30 classes, the matrix is limited to background and the 30 classes that are
+    confused most often with other classes.
+
+    Attributes:
+        names: the classes of the matrix, then "background".
+        matrix: matrix[i][j] is the number of objects of class i that were detected as class j. The
+            last column counts missed objects, the last row detections without an object.
+        classes: number of all classes.
     """
 
     score: float
@@ -106,22 +118,25 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The evaluation of boxes or of masks.
+    """The analysis of boxes or of masks.
 
-    kind: "box" or "mask".
-    metrics: those of COCO or LVIS, by the names of metrics.json without the kind ("ap", "ap_small",
-    "ar_100", ...); absent without an object.
-    classes: all classes of the annotation file, in its order.
-    curves: precision at recall 0, 0.01, ..., 1, mean over the classes with objects, for IoU "0.5",
-    "0.75" and the "mean" over all IoUs.
-    thresholds: scores 0.01, 0.02, ..., 0.99, of all classes together; empty without objects.
-    best_threshold: the threshold with the best F1, the highest in a tie; None without true
-    positives. The confusion matrix and the images are at this threshold, or at 0.5 without one.
-    errors: dAP of each error type (`vitdet.evaluation.errors`), "false_positive" and
-    "false_negative" included. error_counts: errors of the six types.
-    worst, best: up to 6 images with the lowest F1 (in a tie, those with more errors first) and up
-    to 4 images with the highest F1 (in a tie, those with more objects first). Images without
-    objects and without detections at the threshold are in neither.
+    Attributes:
+        kind: "box" or "mask".
+        metrics: COCO's or LVIS's metrics, named as in metrics.json without the kind ("ap",
+            "ap_small", "ar_100", ...). A metric without objects is omitted.
+        classes: all classes of the annotation file, in file order.
+        curves: precision at recall 0, 0.01, ..., 1, averaged over the classes with objects, for
+            IoU "0.5", "0.75" and the "mean" over all IoU thresholds.
+        thresholds: results of all classes together at scores 0.01, 0.02, ..., 0.99; empty without
+            objects.
+        best_threshold: the threshold with the best F1, the highest one in a tie; None without true
+            positives. The confusion matrix and the images use this threshold, or else 0.5.
+        errors: dAP of each error type (`vitdet.evaluation.errors`), including "false_positive" and
+            "false_negative".
+        error_counts: number of errors of each of the six types.
+        worst: up to 6 images with the lowest F1; in a tie, images with more errors come first.
+        best: up to 4 images with the highest F1; in a tie, images with more objects come first.
+            Neither list has images without objects and detections.
     """
 
     kind: str
@@ -140,7 +155,7 @@ class Analysis:
 def analyse(
     kind: str, comparison: Comparison, metrics: Mapping[str, float], truth: Truth
 ) -> Analysis:
-    """Return the analysis of one kind, "bbox" or "segm"; metrics: result of `summary`."""
+    """Return the analysis of a kind, "bbox" or "segm", given the metrics from `summary`."""
     matches, prefix = comparison.matches, f"{NAMES[kind]}_"
     overlaps = overlaps_of(comparison)
     rank = np.array([item["id"] for item in comparison.detections], int)
@@ -157,7 +172,7 @@ def analyse(
             if name.startswith(prefix)
         },
         classes=_classes(comparison, errors),
-        curves={name: one.round(4).tolist() for name, one in mean_curves(comparison).items()},
+        curves={name: curve.round(4).tolist() for name, curve in mean_curves(comparison).items()},
         thresholds=table,
         best_threshold=best,
         errors=errors.total,
@@ -169,7 +184,7 @@ def analyse(
 
 
 def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
-    """Return the curves of `Analysis`, (R,) each, not rounded; {} without objects."""
+    """Return the unrounded curves (R,) of `Analysis` by name; {} if there are no objects."""
     precision = comparison.precision[:, :, :, 0, -1]
     known = (precision >= 0).all((0, 1))
     if not known.any():
@@ -180,7 +195,7 @@ def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
 
 
 def _thresholds(matches: Matches) -> list[Threshold]:
-    """Return the results over all classes at each of SCORES; [] without objects."""
+    """Return the results of all classes together at each of SCORES; [] if there are no objects."""
     objects = len(matches.object_image)
     counted = ~matches.ignored[:, 0]
     score, true = matches.score[counted], matches.matched[counted, 0]
@@ -192,8 +207,9 @@ def _thresholds(matches: Matches) -> list[Threshold]:
 
 
 def _best_threshold(matches: Matches, category: int) -> Threshold | None:
-    """Return the score of a detection of a class with the best F1, the highest in a tie; None
-    without objects or detections.
+    """Return the threshold with the best F1 of a class, the highest one in a tie.
+
+    The candidates are the scores of the detections. Return None without objects or detections.
     """
     objects = int((matches.object_category == category).sum())
     rows = np.flatnonzero((matches.category == category) & ~matches.ignored[:, 0])
@@ -219,22 +235,22 @@ def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
     objects = np.bincount(matches.object_category, minlength=count).tolist()
     pairs = np.unique(np.stack([matches.object_category, matches.object_image]), axis=1)
     images = np.bincount(pairs[0], minlength=count).tolist()
-    for place, name in enumerate(matches.class_names):
-        known = bool(objects[place])
-        gains = {key: float(errors.gains[key][place]) for key in (*TYPES, *SPECIAL) if known}
+    for index, name in enumerate(matches.class_names):
+        known = bool(objects[index])
+        gains = {key: float(errors.gains[key][index]) for key in (*TYPES, *SPECIAL) if known}
         main = max(TYPES, key=lambda key: gains.get(key, 0.0))
-        curve = comparison.precision[0, :, place, 0, -1]
+        curve = comparison.precision[0, :, index, 0, -1]
         rows.append(
             ClassResult(
                 name=name,
-                objects=objects[place],
-                images=images[place],
-                **comparison.aps([place]),
-                ar=100 * float(comparison.recall[:, place, 0, -1].mean()) if known else None,
-                best_threshold=_best_threshold(matches, place),
+                objects=objects[index],
+                images=images[index],
+                **comparison.aps([index]),
+                ar=100 * float(comparison.recall[:, index, 0, -1].mean()) if known else None,
+                best_threshold=_best_threshold(matches, index),
                 curve=curve.round(3).tolist() if known else [],
                 errors=gains,
-                error_counts={key: int(errors.counts[key][place]) for key in TYPES},
+                error_counts={key: int(errors.counts[key][index]) for key in TYPES},
                 main_error=main if gains.get(main, 0.0) > 0 else None,
             )
         )
@@ -244,32 +260,32 @@ def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
 def _images(
     matches: Matches, score: float, truth: Truth
 ) -> tuple[list[ImageResult], list[ImageResult]]:
-    """Return the worst and the best images at this threshold."""
+    """Return the worst and the best images at this score threshold."""
     count = len(matches.image_ids)
     shown = (matches.score >= score) & ~matches.ignored[:, 0]
     objects = np.bincount(matches.object_image, minlength=count)
     detections = np.bincount(matches.image[shown], minlength=count)
     hits = np.bincount(matches.image[shown & matches.matched[:, 0]], minlength=count)
-    places = np.flatnonzero(objects + detections)
+    rated = np.flatnonzero(objects + detections)
     f1 = np.zeros(count)
-    f1[places] = 2 * hits[places] / (objects + detections)[places]
+    f1[rated] = 2 * hits[rated] / (objects + detections)[rated]
     wrong = objects + detections - 2 * hits
-    worst = places[np.lexsort((-wrong[places], f1[places]))][:WORST]
-    best = places[np.lexsort((-objects[places], -f1[places]))][:BEST]
+    worst = rated[np.lexsort((-wrong[rated], f1[rated]))][:WORST]
+    best = rated[np.lexsort((-objects[rated], -f1[rated]))][:BEST]
 
-    def result(place: int) -> ImageResult:
-        image_id = int(matches.image_ids[place])
+    def result(index: int) -> ImageResult:
+        image_id = int(matches.image_ids[index])
         return ImageResult(
             image_id=image_id,
             file_name=str(truth.images[image_id].get("file_name", image_id)),
-            f1=float(f1[place]),
-            objects=int(objects[place]),
-            detections=int(detections[place]),
-            missed=int((objects - hits)[place]),
-            false_positives=int((detections - hits)[place]),
+            f1=float(f1[index]),
+            objects=int(objects[index]),
+            detections=int(detections[index]),
+            missed=int((objects - hits)[index]),
+            false_positives=int((detections - hits)[index]),
         )
 
-    return [result(place) for place in worst], [result(place) for place in best]
+    return [result(index) for index in worst], [result(index) for index in best]
 
 
 def _confusion(matches: Matches, overlaps: Overlaps, score: float) -> Confusion:
@@ -297,5 +313,5 @@ def _confusion(matches: Matches, overlaps: Overlaps, score: float) -> Confusion:
         order = np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")
         chosen = np.sort(order[:SHOWN])
     kept = np.append(chosen, classes)
-    names = [*(matches.class_names[place] for place in chosen), "background"]
+    names = [*(matches.class_names[index] for index in chosen), "background"]
     return Confusion(score, names, matrix[np.ix_(kept, kept)].tolist(), classes)

@@ -1,13 +1,13 @@
 """Confidence intervals of AP by the bootstrap (Efron 1979).
 
-A resample consists of as many images as were evaluated, drawn with replacement; the spread of AP
-over many resamples shows how much AP depends on the choice of images. As detections are matched
-within images, a resample needs no new matching: it only changes how often the detections and
-objects of each image count. `WeightedAP` computes AP for such counts, `bootstrap` for random
-resamples.
+A resample of I evaluated images is I of these images, drawn with replacement. The spread of AP over
+many resamples shows how much AP depends on the choice of images. Detections are matched within
+images, so a resample needs no new matching: it only changes the weights of the images. `WeightedAP`
+computes AP for given weights, `bootstrap` for random resamples.
 
-Several results are measured on the same resamples (paired). Images that are difficult for all
-detectors lower each AP but not the differences, which therefore have narrower intervals.
+Several results are evaluated on the same resamples (paired bootstrap). Images that are difficult
+for all detectors lower the AP of each detector but not the differences between detectors, which
+therefore have narrower intervals.
 
 Notation: I images, N detections, K classes, T IoU thresholds, P true positives of all thresholds,
 R resamples, M = 3 metrics.
@@ -25,23 +25,23 @@ from vitdet.evaluation.matches import IOUS, RECALLS, Matches
 METRICS = ("ap", "ap50", "ap75")
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-# Images with objects: with fewer, the intervals are far too narrow (Hesterberg 2015,
-# arXiv:1411.5279); with a single image, they have zero width.
+# Minimum number of images with objects for a significance test: with fewer, the intervals are far
+# too narrow (Hesterberg 2015, arXiv:1411.5279); with a single image, they have zero width.
 MIN_IMAGES = 10
 
 
 class WeightedAP:
-    """AP of matches in which image i counts weights[i] times.
+    """Compute AP with a weight per image.
 
-    It is COCO's AP on a data set that contains image i and its detections weights[i] times;
+    The result is COCO's AP on a data set that contains image i and its detections weights[i] times;
     detections of equal score are sorted by image.
 
-    The detections are sorted by class and descending score once. For given weights, the precision
-    at a detection is the cumulative weight of the true positives of its class up to this detection,
-    divided by that of all detections of the class. COCO's interpolation takes the highest precision
-    at each recall or above, which always occurs at a true positive, so precision is computed only
-    at true positives: in arrays (P,) whose segments are the true positives of one IoU threshold and
-    class.
+    The detections are sorted once, by class and descending score. For given weights, the precision
+    at a detection is the cumulative weight of its class's true positives up to this detection,
+    divided by the cumulative weight of all detections of the class. COCO's interpolation uses the
+    highest precision at each recall or above, which always occurs at a true positive. Precision is
+    therefore computed only at true positives, in arrays (P,) with a segment for each IoU threshold
+    and class.
     """
 
     def __init__(self, matches: Matches) -> None:
@@ -51,28 +51,29 @@ class WeightedAP:
         self._object_image = matches.object_image
         self._object_category = matches.object_category
         self._image = matches.image[order]
-        # for each true positive: detection, image, first detection of the class, segment
-        level, self._place = np.nonzero(matches.matched[order].T)
-        self._true_image = self._image[self._place]
-        self._first = np.searchsorted(category, np.arange(self._classes))[category[self._place]]
-        segment = level * self._classes + category[self._place]
+        # for each true positive: its detection, image, first detection of the class, and segment
+        level, self._detection = np.nonzero(matches.matched[order].T)
+        self._true_image = self._image[self._detection]
+        true_category = category[self._detection]
+        self._first = np.searchsorted(category, np.arange(self._classes))[true_category]
+        segment = level * self._classes + true_category
         segments = len(IOUS) * self._classes
         self._starts = np.searchsorted(segment, np.arange(segments + 1))
         self._segment_start = self._starts[segment]
-        # added to precision, separates segments, so that one maximum.accumulate serves all
+        # added to precision, so that one maximum.accumulate processes all segments separately
         self._offset = 2.0 * (segments - segment)
-        # ignored detections, and how many precede each true positive and its class
-        ignored_level, ignored_place = np.nonzero(matches.ignored[order].T)
-        self._ignored_image = self._image[ignored_place]
-        keys, start = ignored_level * len(order) + ignored_place, level * len(order)
-        self._ignored_before = np.searchsorted(keys, start + self._place)
+        # images of ignored detections, and how many precede each true positive and its class
+        ignored_level, ignored = np.nonzero(matches.ignored[order].T)
+        self._ignored_image = self._image[ignored]
+        keys, start = ignored_level * len(order) + ignored, level * len(order)
+        self._ignored_before = np.searchsorted(keys, start + self._detection)
         self._ignored_first = np.searchsorted(keys, start + self._first)
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """Return AP, AP50 and AP75 in percent, (M, 1 + K): the mean over classes, then each class.
 
-        weights: (I,) integers. Classes without objects are NaN and not part of the mean, as in
-        COCO.
+        weights: (I,) integers. As in COCO, the mean excludes classes without objects; their AP is
+        NaN.
         """
         objects = np.bincount(
             self._object_category, weights[self._object_image], minlength=self._classes
@@ -80,16 +81,16 @@ class WeightedAP:
         detections = _cumulative(weights[self._image])
         ignored = _cumulative(weights[self._ignored_image])
         found = _cumulative(weights[self._true_image])
-        counted = detections[self._place + 1] - detections[self._first]
+        counted = detections[self._detection + 1] - detections[self._first]
         counted -= ignored[self._ignored_before] - ignored[self._ignored_first]
         precision = (found[1:] - found[self._segment_start]) / np.maximum(counted, 1)
         envelope = np.maximum.accumulate((precision + self._offset)[::-1])[::-1] - self._offset
-        # the true positive that reaches each recall, (T, K, 101)
+        # index of the true positive that reaches each recall, (T, K, 101)
         starts = self._starts[:-1].reshape(len(IOUS), self._classes, 1)
         ends = self._starts[1:].reshape(starts.shape)
-        place = np.searchsorted(found[1:], found[starts] + _needed(objects))
-        reached = place < ends
-        curves = np.where(reached, np.append(envelope, 0.0)[np.where(reached, place, -1)], 0.0)
+        index = np.searchsorted(found[1:], found[starts] + _needed(objects))
+        reached = index < ends
+        curves = np.where(reached, np.append(envelope, 0.0)[np.where(reached, index, -1)], 0.0)
         by_class = 100 * curves.mean(2)
         by_class[:, objects == 0] = np.nan
         chosen = np.stack([by_class.mean(0), by_class[0], by_class[IOUS.tolist().index(0.75)]])
@@ -110,7 +111,7 @@ class Interval:
 class Difference(Interval):
     """The difference between two results with its paired interval and two-sided bootstrap p-value.
 
-    images: number of images with an object.
+    images: number of images with objects.
     """
 
     p: float
@@ -118,7 +119,7 @@ class Difference(Interval):
 
     @property
     def is_significant(self) -> bool | None:
-        """Whether the interval excludes 0; None with fewer than MIN_IMAGES images with objects."""
+        """Whether the interval excludes 0; None if fewer than MIN_IMAGES images have objects."""
         return None if self.images < MIN_IMAGES else not self.low <= 0 <= self.high
 
 
@@ -126,8 +127,10 @@ class Difference(Interval):
 class Resampled:
     """AP, AP50 and AP75 of a result in percent.
 
-    value (M, 1 + K): on the images, as returned by `WeightedAP`; resampled (R, M, 1 + K): on each
-    resample. images (1 + K,): number of images with an object of any class, and of each class.
+    Attributes:
+        images: (1 + K,), number of images with objects of any class, then of each class.
+        value: (M, 1 + K), metrics on the original images, as returned by `WeightedAP`.
+        resampled: (R, M, 1 + K), metrics on each resample.
     """
 
     class_names: tuple[str, ...]
@@ -136,7 +139,7 @@ class Resampled:
     resampled: np.ndarray
 
     def interval(self, metric: str = "ap", class_index: int | None = None) -> Interval | None:
-        """Return a metric of one class or of all with its interval; None without objects."""
+        """Return the interval of a metric, by default over all classes; None without objects."""
         column = _column(metric, class_index)
         if np.isnan(self.value[column]):
             return None
@@ -152,8 +155,8 @@ class Resampled:
     ) -> Difference | None:
         """Return this result minus `first`; None for a class without objects.
 
-        The interval is the percentile interval of the paired differences in the resamples with
-        objects. p is twice the share of resamples without a difference of this sign, at most 1
+        The interval is the percentile interval of the paired differences, over the resamples with
+        objects. p is twice the smaller of the shares of differences <= 0 and >= 0, limited to 1
         (Davison & Hinkley 1997, eq. 4.11).
         """
         column = _column(metric, class_index)
@@ -173,25 +176,25 @@ class Resampled:
 def bootstrap(
     results: Sequence[Matches], resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Resampled]:
-    """Measure results of the same validation data on the same random resamples of its images.
+    """Return each result's AP on the same random resamples of the validation images.
 
-    Raises ValueError if their images, classes or objects differ.
+    Raises ValueError if the images, classes or objects of the results differ.
     """
     for other in results[1:]:
         _check_same(results[0], other)
-    measured = [WeightedAP(result) for result in results]
+    weighted_aps = [WeightedAP(result) for result in results]
     images = len(results[0].image_ids)
     tables: list[list[np.ndarray]] = [[] for _ in results]
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
         drawn = rng.integers(images, size=images)
         weights = np.bincount(drawn, minlength=images).astype(np.int32)
-        for table, ap in zip(tables, measured, strict=True):
-            table.append(ap(weights))
-    every = np.ones(images, np.int32)
+        for table, weighted_ap in zip(tables, weighted_aps, strict=True):
+            table.append(weighted_ap(weights))
+    ones = np.ones(images, np.int32)
     return [
-        Resampled(one.class_names, _images(one), ap(every), np.stack(table))
-        for one, ap, table in zip(results, measured, tables, strict=True)
+        Resampled(result.class_names, _images(result), weighted_ap(ones), np.stack(table))
+        for result, weighted_ap, table in zip(results, weighted_aps, tables, strict=True)
     ]
 
 
@@ -202,21 +205,21 @@ def _check_same(first: Matches, other: Matches) -> None:
         ("objects", _objects(first), _objects(other)),
     ):
         if not np.array_equal(ours, theirs):
-            which = ", not the same ones" if len(ours) == len(theirs) else ""
+            which = ", which differ" if len(ours) == len(theirs) else ""
             raise ValueError(
                 f"the results are from different validation data: {len(ours)} and {len(theirs)} "
-                f"{what}{which}; evaluate them on the same data"
+                f"{what}{which}; evaluate all results on the same data"
             )
 
 
 def _objects(matches: Matches) -> np.ndarray:
-    """Return the objects as sorted numbers image * K + class."""
+    """Return the sorted keys image * K + class of all objects."""
     keys = matches.object_image.astype(np.int64) * len(matches.category_ids)
     return np.sort(keys + matches.object_category)
 
 
 def _images(matches: Matches) -> np.ndarray:
-    """Return the number of images with objects of any class and of each, (1 + K,)."""
+    """Return the number of images with objects of any class, then of each class, (1 + K,)."""
     classes = len(matches.category_ids)
     pairs = np.unique(_objects(matches))
     of_class = np.bincount(pairs % classes, minlength=classes)
@@ -231,10 +234,9 @@ def _cumulative(values: np.ndarray) -> np.ndarray:
 
 
 def _needed(objects: np.ndarray) -> np.ndarray:
-    """Return the true positives needed for each recall, (K, 101) int32, at least 1.
+    """Return the number of true positives needed for each recall, (K, 101) int32, at least 1.
 
-    This is the smallest number for which the recall, as computed by pycocotools in float64, is
-    reached.
+    It is the smallest number with which the recall that pycocotools computes is reached in float64.
     """
     count = np.maximum(objects, 1.0)[:, None]
     needed = np.ceil(RECALLS * count)
@@ -248,11 +250,11 @@ def _column(metric: str, class_index: int | None) -> tuple[int, int]:
 
 
 def _limits(samples: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Return the percentile interval of samples, of which some may be NaN."""
+    """Return the percentile interval of the samples, ignoring NaN."""
     known = samples[~np.isnan(samples)]
-    if not len(known):  # a class whose few images are in no resample
+    if not len(known):  # no resample has any of the class's few images
         return -np.inf, np.inf
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    # the default method gives too narrow intervals with few samples
+    # with few samples, the intervals of numpy's default method are too narrow
     low, high = np.quantile(known, tails, method="weibull")
     return float(low), float(high)

@@ -1,8 +1,8 @@
 """COCO's average precision (Lin et al. 2014, cocodataset.org/#detection-eval), as in pycocotools.
 
-Boxes and masks are compared separately: the size of a detection is that of its box or of its mask,
-as in Detectron2. Metrics are in percent. Metrics without objects, such as AP of small objects if
-there are none, are absent, so that all values are finite and valid JSON.
+Boxes and masks are compared separately: as in Detectron2, a detection's area is the area of its box
+or of its mask, respectively. Metrics are in percent. Metrics without objects, such as AP of small
+objects if there are none, are omitted, so that all values are finite and valid JSON.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from vitdet.evaluation.matching import Comparison, choose, match
 from vitdet.evaluation.results import Truth
 
 NAMES = {"bbox": "box", "segm": "mask"}
-LIMITS = (1, 10, 100)  # detections per class and image
-UNCOUNTED = "all are crowds"
+LIMITS = (1, 10, 100)  # maximum numbers of detections per class and image
+UNCOUNTED = "all are crowds"  # reason why AP is undefined
 
 
 def compare(
@@ -25,16 +25,17 @@ def compare(
     image_ids: Iterable[int] | None = None,
     most: int = LIMITS[-1],
 ) -> dict[str, Comparison]:
-    """Return the comparison of each kind.
+    """Compare results with the objects of an annotation file; return the comparison of each kind.
 
     Args:
+        kinds: "bbox" and/or "segm".
         image_ids: images to evaluate; default: all images in the file.
-        most: maximum number of detections per class and image; above COCO's 100, the metrics are
-            not comparable with published values.
+        most: maximum number of detections per class and image. If it is above COCO's 100, the
+            metrics are not comparable with published values.
 
     Raises:
         ValueError: unknown images or categories, missing keys, values that are not numbers, or
-            invalid masks, in one line.
+            invalid masks. The message is one line.
     """
     image_ids, results = choose(truth, results, kinds, image_ids)
     limits = (*LIMITS[:-1], most)
@@ -42,19 +43,20 @@ def compare(
 
 
 def counts(item: Annotation) -> bool:
-    """Return whether an object counts in AP."""
+    """Return whether AP includes an object."""
     return not item.iscrowd
 
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """Return COCO's twelve metrics of each kind in percent: box_ap, box_ap50, ..., box_ar_large,
-    mask_ap, ..., mask_ar_large; with a limit of 300 detections, box_ar_300 replaces box_ar_100.
+    """Return COCO's twelve metrics of each kind in percent: box_ap, box_ap50, ..., mask_ar_large.
+
+    With a limit of 300 detections, for example, box_ar_300 replaces box_ar_100.
     """
-    return named({kind: one.aps() | one.ars() for kind, one in finished.items()})
+    return named({kind: found.aps() | found.ars() for kind, found in finished.items()})
 
 
 def named(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """Return the metrics of all kinds by name, except metrics without objects."""
+    """Return the metrics of all kinds by name; metrics without objects are omitted."""
     return {
         f"{NAMES[kind]}_{name}": value
         for kind, values in metrics.items()

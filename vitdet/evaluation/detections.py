@@ -1,13 +1,12 @@
-"""Runs a detector on batches of images and converts its detections to COCO results.
+"""Run a detector on batches of images and convert its detections to COCO results.
 
 A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, segmentation}, in
-pixels of the original image. The segmentation is a compressed RLE; detectors without a mask head
-have none.
+pixels of the original image. The segmentation is a compressed RLE; it is omitted for detectors
+without a mask head.
 
-On a GPU, the detections of a batch are converted while the detector computes the next batch: in a
-thread, on a CUDA stream that waits only for the batch being converted. Boxes are copied to the CPU
-first; masks are pasted and encoded on the GPU (`vitdet.kernels.paste`,
-`vitdet.evaluation.run_lengths`).
+On a GPU, a thread converts the detections of a batch while the detector computes the next batch,
+on a CUDA stream that waits only for the batch being converted. Boxes are copied to the CPU first;
+masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
 Result = TypeVar("Result")
-BYTES = 2**25  # bytes of pasted masks at a time
+BYTES = 2**25  # maximum size of the masks that are pasted at once
 
 
 def detections_to_results(
@@ -44,9 +43,11 @@ def detections_to_results(
 ) -> list[dict]:
     """Return the COCO results of one image.
 
-    detections: in pixels of the detector's input. size: (height, width) of the image in that
-    input, without padding. original: (height, width) of the image file. category_ids[label]: the
-    id of a label's category.
+    Args:
+        detections: in pixels of the detector's input.
+        size: (height, width) of the resized image in the detector's input, without padding.
+        original: (height, width) of the image file.
+        category_ids: the category id of each label.
     """
     (results,) = batch_to_results([detections], [size], [original], [image_id], category_ids)
     return results
@@ -61,20 +62,20 @@ def batch_to_results(
 ) -> list[list[dict]]:
     """Return `detections_to_results` of each image of a batch."""
     found = [
-        to_image(_to_cpu(one), size, original)
-        for one, size, original in zip(detections, sizes, originals, strict=True)
+        to_image(_to_cpu(canvas), size, original)
+        for canvas, size, original in zip(detections, sizes, originals, strict=True)
     ]
     results = []
-    for one, image_id in zip(found, image_ids, strict=True):
-        boxes = box_convert(one.boxes.double(), "xyxy", "xywh").tolist()
-        columns = zip(one.labels.tolist(), boxes, one.scores.double().tolist(), strict=True)
+    for image, image_id in zip(found, image_ids, strict=True):
+        boxes = box_convert(image.boxes.double(), "xyxy", "xywh").tolist()
+        columns = zip(image.labels.tolist(), boxes, image.scores.double().tolist(), strict=True)
         results.append(
             [
                 {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": p}
                 for label, box, p in columns
             ]
         )
-    if any(map(len, found)) and all(detections.masks is not None for detections in found):
+    if any(map(len, found)) and all(image.masks is not None for image in found):
         codes = _segmentations(found, originals)
         for result, code in zip(chain.from_iterable(results), codes, strict=True):
             result["segmentation"] = code
@@ -91,13 +92,13 @@ def results_of(
 ) -> Iterator[dict[int, list[dict]]]:
     """Yield the COCO results of each batch by image id.
 
-    The detector is on `device` and in evaluation mode. precision: as in `evaluate.precision`. On a
-    GPU the results of a batch are yielded after the next batch was computed; at most two batches
-    are in memory.
+    The detector must be on `device` and in evaluation mode. On a GPU, the results of a batch are
+    yielded after the next batch has been computed; at most two batches are in memory. For
+    `precision`, see the setting evaluate.precision.
     """
     device = torch.device(device)
     detect = GraphedDetector(detector, lambda: autocast(precision, device))
-    if device.type != "cuda":  # the detector uses all cores
+    if device.type != "cuda":  # a thread would not help: the detector uses all cores
         for batch in batches:
             yield _results(_found(detect, batch, device), batch, category_ids)
         return
@@ -106,8 +107,7 @@ def results_of(
     def convert(
         found: list[Detections], batch: Batch, computed: torch.cuda.Event
     ) -> dict[int, list[dict]]:
-        # the end of this block waits for the stream, so the memory of `found` can be reused
-        # afterwards
+        # the conversion waits for its copies to the CPU, so the memory of `found` can be reused
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
             return _results(found, batch, category_ids)
@@ -124,26 +124,25 @@ def results_of(
 
 
 def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """Yield the results of jobs in order; each job runs in a thread while `jobs` creates the next
-    job.
+    """Yield the results of jobs in order; a thread runs each job while `jobs` creates the next one.
 
-    An error of a job is raised when its result would be yielded.
+    An exception in a job is raised when its result would be yielded.
     """
-    before: Future[Result] | None = None
+    pending: Future[Result] | None = None
     with ThreadPoolExecutor(1) as thread:
         for job in jobs:
-            if before is not None:
-                yield before.result()
-            before = thread.submit(job)
-        if before is not None:
-            yield before.result()
+            if pending is not None:
+                yield pending.result()
+            pending = thread.submit(job)
+        if pending is not None:
+            yield pending.result()
 
 
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; pads a smaller batch to `slots` images, as each size is compiled."""
-    # sizes are not in pinned memory: a blocking copy would wait for the previous batch
+    """Detect objects; pad a smaller batch to `slots` images, as each batch size is compiled."""
+    # `sizes` is not in pinned memory: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
         images, sizes = F.pad(images, (0,) * 7 + (spare,)), F.pad(sizes, (0, 0, 0, spare))
@@ -169,24 +168,24 @@ def _to_cpu(found: Detections) -> Detections:
 def _segmentations(
     found: Sequence[Detections], originals: Sequence[tuple[int, int]]
 ) -> Iterator[dict]:
-    """Yield the RLE of each mask of several images; boxes are on the CPU, masks on one device."""
-    masks = torch.cat([one.masks.float() for one in found if one.masks is not None])
+    """Yield the RLE of each mask; boxes are on the CPU, masks on a device."""
+    masks = torch.cat([image.masks.float() for image in found if image.masks is not None])
     boxes = torch.cat([detections.boxes.float() for detections in found])
     counts = torch.tensor([len(detections) for detections in found])
     sizes = torch.tensor(originals).repeat_interleave(counts, dim=0)
     regions = regions_of(boxes, sizes)
     for part in _parts(bytes_of(regions).tolist()):
         ends = bytes_of(regions[part]).cumsum(0)
-        placed, inside, stops, wholes = (
-            one.to(masks.device, non_blocking=True)
-            for one in (boxes[part], regions[part], ends, sizes[part])
+        part_boxes, part_regions, part_ends, part_sizes = (
+            tensor.to(masks.device, non_blocking=True)
+            for tensor in (boxes[part], regions[part], ends, sizes[part])
         )
-        pixels = paste(masks[part], placed, inside, stops, int(ends[-1]))
-        yield from encode_columns(pixels, inside, stops, wholes)
+        pixels = paste(masks[part], part_boxes, part_regions, part_ends, int(ends[-1]))
+        yield from encode_columns(pixels, part_regions, part_ends, part_sizes)
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:
-    """Split into parts of at most BYTES, or of one mask."""
+    """Yield slices of at most BYTES in total, or of one larger mask."""
     start = total = 0
     for index, size in enumerate(sizes):
         if total + size > BYTES and index > start:

@@ -1,24 +1,27 @@
 """The error types of TIDE (Bolya et al. 2020, arXiv:2008.08115) and their effect on AP50.
 
-A detection that matches no object at IoU 0.5 has the first of these types that applies, with
-t_f = 0.5 and t_b = 0.1:
+A detection that matches no object at IoU 0.5 is assigned the first of these types that applies,
+with t_f = 0.5 and t_b = 0.1:
 
 - localization: its best IoU with an object of its class is in [t_b, t_f]
-- classification: IoU >= t_f with an object of another class
-- duplicate: IoU >= t_f with an object of its class that a detection of higher score matches
-- background: IoU <= t_b with all objects
-- both: all others, i.e. wrong class and IoU below t_f
+- classification: its IoU with an object of another class is at least t_f
+- duplicate: its IoU with an object of its class is at least t_f, but a detection of higher score
+  matches this object
+- background: its IoU with every object is at most t_b
+- both: none of the above, i.e. wrong class and IoU below t_f
 
-missed: objects without a matching detection and without a localization or classification error.
+An object is missed if it has no matching detection and no localization or classification error.
 
-dAP is the increase of AP50 when all errors of one type are fixed. A detection with a localization
-or classification error becomes a true positive of its object, unless the object is matched or
-another such detection of it has a higher score; then, as with other types, it is removed. Missed
-objects are not counted as objects. false_positive: all true positives come before all false
-positives. false_negative: no object without a true positive counts.
+dAP is the increase of AP50 if all errors of one type are fixed. To fix a localization or
+classification error, the detection becomes a true positive of its object. If the object is already
+matched, or another such detection of the object has a higher score, the detection is removed.
+Detections with errors of the other types and missed objects are removed, too. The fix of
+false_positive ranks all true positives before all false positives; the fix of false_negative
+removes all objects without a true positive.
 
 As in the package tidecv, detections that AP ignores can have localization and classification
-errors, whose fix adds a true positive; they are not counted, and no other fix changes them.
+errors, whose fix adds a true positive. Such errors are not counted; other fixes do not change these
+detections.
 """
 
 from __future__ import annotations
@@ -41,9 +44,9 @@ RECALLS = np.arange(101) / 100
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Pairs (P,) of a detection and an object of any class in one image with IoU >= t_b.
+    """P pairs of a detection and an object of any class in the same image, with IoU >= t_b.
 
-    detection, target: indices as in `Matches`.
+    All arrays have the shape (P,); `detection` and `target` are indices into `Matches`.
     """
 
     detection: np.ndarray
@@ -55,11 +58,13 @@ class Overlaps:
 class Errors:
     """The errors of boxes or masks; notation as in `vitdet.evaluation.matches`.
 
-    counts: errors of each type of `TYPES` per class (K,), of the detection or the missed object.
-    gains: dAP of each type of `TYPES` and `SPECIAL` per class (K,) in percent, NaN for classes
-    without objects; a class of which no object counts after the fix has AP 100.
-    total: dAP of the mean of the classes. As in tidecv, a class without objects has AP 0 in this
-    mean if it has detections that count; COCO's AP50 never includes it.
+    Attributes:
+        counts: number of errors per class (K,) by type in `TYPES`. The class of an error is the
+            class of the detection or of the missed object.
+        gains: dAP per class (K,) in percent, by type in `TYPES` and `SPECIAL`; NaN for classes
+            without objects. The AP of a class is 100 if the fix removes all its objects.
+        total: dAP of the mean over classes. As in tidecv, the mean includes a class without objects
+            as AP 0 if it has detections; COCO's AP50 excludes such classes.
     """
 
     counts: dict[str, np.ndarray]
@@ -68,7 +73,7 @@ class Errors:
 
 
 def overlaps_of(comparison: Comparison) -> Overlaps:
-    """Return the overlaps of the boxes or masks that were compared."""
+    """Return the overlaps of all detections and objects of a comparison."""
     matches = comparison.matches
     images = np.arange(len(matches.image_ids) + 1)
     sides = []
@@ -96,13 +101,13 @@ def overlaps_of(comparison: Comparison) -> Overlaps:
 
 
 def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
-    """Return the errors; rank (N,): the order of detections of equal score."""
+    """Return the errors; detections (N,) of equal score are ordered by `rank` (N,)."""
     classes = len(matches.category_ids)
     types, target = _types(matches, overlaps)
     counted, matched = ~matches.ignored[:, 0], matches.matched[:, 0]
     used = np.zeros(len(matches.object_image), bool)
     used[matches.found[matches.found >= 0]] = True
-    # the detection that becomes the true positive of each object without one
+    # for each unmatched object, the detection that would become its true positive
     fixable = np.flatnonzero(target >= 0)
     fixable = fixable[~used[target[fixable]]]
     order = fixable[np.lexsort((rank[fixable], -matches.score[fixable], target[fixable]))]
@@ -124,9 +129,10 @@ def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
         counts[name] = per_class(matches.category[wrong & counted])
         changed = wrong & fixed
         kept = (counted & ~wrong) | changed
-        own = matches.category.copy()
-        own[changed] = matches.object_category[target[changed]]
-        after[name] = _ap50(own[kept], matches.score[kept], (matched | changed)[kept], objects)
+        new_category = matches.category.copy()
+        new_category[changed] = matches.object_category[target[changed]]
+        true_after, score_after = (matched | changed)[kept], matches.score[kept]
+        after[name] = _ap50(new_category[kept], score_after, true_after, objects)
     counts["missed"] = per_class(matches.object_category[missed])
     for name, removed in (("missed", missed), ("false_negative", ~used)):
         left = objects - per_class(matches.object_category[removed])
@@ -142,58 +148,60 @@ def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
 
 
 def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray]:
-    """Return the type (N,) of each detection as index into TYPES, -1 for none, and the object (N,)
-    of a localization or classification error, else -1.
+    """Return each detection's error type (N,) as an index into TYPES, and the object (N,) of a
+    localization or classification error; -1 stands for no error and no object.
     """
     same = matches.category[overlaps.detection] == matches.object_category[overlaps.target]
     used = np.isin(overlaps.target, matches.found)
     count = len(matches.score)
-    own, nearest = _best(overlaps, same, count)
-    other, nearest_other = _best(overlaps, ~same, count)
-    taken, _ = _best(overlaps, same & used, count)
+    same_iou, nearest_same = _best(overlaps, same, count)
+    other_iou, nearest_other = _best(overlaps, ~same, count)
+    used_iou, _ = _best(overlaps, same & used, count)
     conditions = {
         "true": matches.matched[:, 0],
-        "localization": (own >= BACKGROUND) & (own <= FOREGROUND),
-        "classification": other >= FOREGROUND,
-        "duplicate": taken >= FOREGROUND,
-        "background": np.maximum(own, other) <= BACKGROUND,
+        "localization": (same_iou >= BACKGROUND) & (same_iou <= FOREGROUND),
+        "classification": other_iou >= FOREGROUND,
+        "duplicate": used_iou >= FOREGROUND,
+        "background": np.maximum(same_iou, other_iou) <= BACKGROUND,
     }
     numbers = [TYPES.index(name) if name in TYPES else -1 for name in conditions]
     types = np.select(list(conditions.values()), numbers, TYPES.index("both"))
     target = np.full(count, -1)
-    for name, objects in (("localization", nearest), ("classification", nearest_other)):
+    for name, objects in (("localization", nearest_same), ("classification", nearest_other)):
         chosen = types == TYPES.index(name)
         target[chosen] = objects[chosen]
     return types, target
 
 
 def _best(overlaps: Overlaps, chosen: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest IoU (N,) of each detection among the chosen pairs and the object of that
-    pair; 0 and -1 without a pair.
+    """Return each detection's largest IoU (N,) among the chosen pairs, and the object (N,) of that
+    pair; 0 and -1 if there is no pair.
     """
     detection, target = overlaps.detection[chosen], overlaps.target[chosen]
     iou = overlaps.iou[chosen]
     order = np.lexsort((target, -iou, detection))
-    first, place = np.unique(detection[order], return_index=True)
+    paired, start = np.unique(detection[order], return_index=True)
     best, nearest = np.zeros(count), np.full(count, -1)
-    best[first], nearest[first] = iou[order[place]], target[order[place]]
+    best[paired], nearest[paired] = iou[order[start]], target[order[start]]
     return best, nearest
 
 
 def _ap50(
     category: np.ndarray, score: np.ndarray, true: np.ndarray, objects: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Return AP50 of each class (K,) in percent, NaN without objects, and the mean as in
-    `Errors.total`.
+    """Return AP50 of each class (K,) in percent, NaN without objects; and the mean over classes
+    that `Errors.total` describes.
 
-    category, score, true: of the detections that count. objects (K,): their number.
+    Args:
+        category, score, true: class, score and whether it is a true positive, per detection.
+        objects: (K,), number of objects of each class.
     """
     order = np.lexsort((-score, category))
     ends = np.searchsorted(category[order], np.arange(len(objects) + 1))
     aps = np.full(len(objects), np.nan)
-    for one in np.flatnonzero(objects > 0):
-        hits = true[order[ends[one] : ends[one + 1]], None]
-        aps[one] = 100 * precisions(hits, ~hits, objects[one], RECALLS).mean()
+    for index in np.flatnonzero(objects > 0):
+        hits = true[order[ends[index] : ends[index + 1]], None]
+        aps[index] = 100 * precisions(hits, ~hits, objects[index], RECALLS).mean()
     detected = np.bincount(category, minlength=len(objects)) > 0
     shown = np.where(np.isnan(aps) & detected, 0, aps)
     return aps, 0.0 if np.isnan(shown).all() else float(np.nanmean(shown))

@@ -1,7 +1,7 @@
-"""Evaluation of detectors, checkpoints and files of results against an annotation file.
+"""Evaluation of detectors, checkpoints and results files against an annotation file.
 
-As in Detectron2, boxes and masks are compared in the size of the original image: boxes are scaled
-by one factor per axis and not rounded, masks are pasted with threshold 0.5.
+As in Detectron2, boxes and masks are compared at the original image size: boxes are scaled by one
+factor per axis and not rounded; masks are pasted with threshold 0.5.
 """
 
 from __future__ import annotations
@@ -49,21 +49,22 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-METRICS_OF = {"coco": coco, "lvis": lvis}  # data.dataset -> the definition of its AP
-OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}  # the same for results files
-SECTIONS = ("data", "evaluate")  # sections of a config that an evaluation may change
-# settings of `data` that determine the images of an evaluation, and how they are read
-PLACE = (
+METRICS_OF = {"coco": coco, "lvis": lvis}  # data.dataset -> module that defines its AP
+# data.dataset -> function that compares the results of a file
+OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
+SECTIONS = ("data", "evaluate")  # config sections that an evaluation may change
+# `data` settings that determine which images are evaluated and how their files are read
+IMAGE_SETTINGS = (
     *("dataset", "root", "train_split", "val_split", "max_images", "workers"),
     *("max_pixels", "bit_depth"),
 )
-# Called before each batch (True) and before the comparison (False); returning True before a batch
-# cancels the evaluation on all ranks.
+# Callback that is called with True before each batch and with False before the comparison. If it
+# returns True before a batch, the evaluation is canceled on all ranks.
 Advance = Callable[[bool], bool]
 
 
 class Cancelled(Exception):
-    """An evaluation was canceled by its caller, on this rank or another."""
+    """Raised on all ranks if the caller cancels an evaluation on any rank."""
 
 
 def evaluate_detector(
@@ -75,9 +76,9 @@ def evaluate_detector(
 ) -> tuple[dict[str, float], list[dict]]:
     """Return the metrics on the validation split in percent, and the COCO results by image id.
 
-    The detector is on `device`; its mode is restored. With several processes, each evaluates a part
-    of the images; all return the metrics, only rank 0 the results (5 GB for LVIS). Raises Cancelled
-    on all ranks if `advance` cancels on one.
+    The detector must be on `device`; its mode is restored. With several processes, each evaluates a
+    part of the images. All ranks return the metrics, but only rank 0 the results (5 GB for LVIS).
+    Raises Cancelled on all ranks if `advance` cancels the evaluation on any rank.
     """
     truth, split = read_validation(data, settings)
     results, image_ids = detect(detector, data, settings, device, split, advance)
@@ -89,10 +90,10 @@ def evaluate_detector(
 
 
 def measured_metrics(config: Config) -> list[str]:
-    """Return the names of the metrics that `evaluate_detector` returns for a detector of a config:
-    those for which the validation split has an object.
+    """Return the names of the metrics that `evaluate_detector` would return for this config.
 
-    Takes as long as a comparison without detections, and raises the same errors.
+    Metrics for which the validation split has no objects are omitted. The function runs a
+    comparison without detections and raises the same errors as `evaluate_detector`.
     """
     truth, split = read_validation(config.data, config.evaluate)
     kinds = ("bbox", "segm") if config.model.mask.enabled else ("bbox",)
@@ -114,10 +115,10 @@ def detect(
     split: CocoSplit | None = None,
     advance: Advance = lambda batch: False,
 ) -> tuple[list[dict], list[int]]:
-    """Return the COCO results of the validation split by image id, and the evaluated image ids.
+    """Return the COCO results on the validation split by image id, and the evaluated image ids.
 
-    split: the validation split, if already read. With several processes, rank 0 returns the results
-    of all ranks, the other ranks return none. Raises Cancelled like `evaluate_detector`.
+    The split is read unless given. With several processes, rank 0 returns the results of all ranks;
+    the other ranks return empty lists. Raises Cancelled like `evaluate_detector`.
     """
     split = split or read_split(data, data.val_split)
 
@@ -140,7 +141,7 @@ def detect(
         cancelled = True
     finally:
         detector.train(was_training)
-    # a collective: a rank that stops must not leave the others waiting in the next collective
+    # all ranks must stop together: otherwise the others would wait in the next collective
     if distributed.async_max(int(cancelled))():
         raise Cancelled
     found: dict[int, list[dict]] = {}
@@ -153,19 +154,21 @@ def detect(
 def evaluation_config(
     stored: Config, overrides: Sequence[str] = (), config: Config | None = None
 ) -> tuple[Config, dict[str, str | int]]:
-    """Return a checkpoint's config with the data and evaluate settings of `config`, then with
-    overrides; also the settings that were read from data.root.
+    """Return the config for evaluating a checkpoint, and the settings that data.root determined.
 
-    As in training, an override of data.root takes the splits from that folder unless they are
-    overridden too. Raises ValueError for overrides of other sections.
+    The data and evaluate settings of `config`, if given, replace those in the checkpoint's config
+    `stored`; then the overrides are applied. As in training, an override of data.root also selects
+    the splits of that folder, unless they are overridden, too. Raises ValueError for overrides of
+    other sections.
     """
-    for one in overrides:
-        if one.split(".")[0].strip() not in SECTIONS:
+    for setting in overrides:
+        if setting.split(".")[0].strip() not in SECTIONS:
             raise ValueError(
-                f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint"
+                f"override {setting!r}: only data.* and evaluate.* settings of a trained "
+                "checkpoint can be overridden"
             )
-    # classes and mask head are those of the checkpoint: different classes are rejected when the
-    # data is read
+    # the data does not determine the classes and the mask head of a trained detector; different
+    # classes are rejected when the data is read
     explicit = overridden_settings(overrides) | {CLASSES, MASKS}
     return resolve(override(stored, overrides, config, SECTIONS), explicit)
 
@@ -181,25 +184,24 @@ def evaluate(
     device: torch.device | str | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
-    """Return the metrics of a checkpoint on its validation split in percent, as {"box_ap": 51.6,
-    "mask_ap": 45.9, ...}.
+    """Return a checkpoint's metrics on its validation split in percent: {"box_ap": 51.6, ...}.
 
-    Under torchrun each process evaluates a part of the images; all return the same metrics. Changes
-    settings of the process as described in `vitdet.data.loader.configure_process`.
+    Under torchrun, each process evaluates a part of the images; all return the same metrics.
+    Changes process settings as described in `vitdet.data.loader.configure_process`.
 
     Args:
-        overrides: changes to the data and evaluate settings.
-        config: replaces these settings of the checkpoint, before overrides.
+        overrides: data and evaluate settings to change, as "SECTION.KEY=VALUE".
+        config: its data and evaluate settings replace the checkpoint's, before overrides apply.
         pictures: folder for `write_pictures`.
         plots: folder for `write_report` and for report.html (`vitdet.evaluation.page`).
-        report: an additional file for this page.
-        device: by default a GPU if there is one.
-        detailed: also return `vitdet.evaluation.report.details`, and seconds_per_image from
-            reading to detections (wall time).
+        report: additional path for the same page.
+        device: default: a GPU if there is one.
+        detailed: also return `vitdet.evaluation.report.details` and seconds_per_image, the wall
+            time from reading an image to its detections.
 
     Raises:
-        ValueError: the classes of the data set differ from those of the checkpoint, or an override
-            changes a different section; nothing has been written.
+        ValueError: the classes of the data set differ from the checkpoint's, or an override changes
+            another section; nothing has been written.
     """
     configure_process()
     detector, stored, class_names = restore_detector(checkpoint)
@@ -215,7 +217,7 @@ def evaluate(
     truth, split = read_validation(data, settings)
     _check_classes(checkpoint, class_names, split.class_names, data)
     if config.model.mask.enabled and not split.outlines and on_rank0:
-        log.info("%s: no object of %s has an outline: box AP only", data.root, data.val_split)
+        log.info("%s: %s has no outlines; only box AP is computed", data.root, data.val_split)
     with distributed.process_group() as own_device:
         device = torch.device(device or own_device)
         if device.type == "cuda" and on_rank0:
@@ -240,7 +242,7 @@ def evaluate(
                 metrics |= details(finished)
                 metrics["seconds_per_image"] = seconds / max(len(image_ids), 1)
             if pictures is not None:
-                # not compiled: for single images the detector would be compiled again
+                # eager mode: the detector would be compiled again for single images
                 stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
                 with stance:
                     precision = settings.precision
@@ -256,27 +258,29 @@ def evaluate_alike(
     class_names: Sequence[str],
     val_fingerprint: str,
 ) -> dict[str, float]:
-    """Return the metrics of a checkpoint on the data and with the settings of another evaluation.
+    """Return a checkpoint's metrics on the data and with the settings of another evaluation.
 
-    config, class_names, val_fingerprint: the config, the detector's class names and the validation
-    split of that evaluation. Images are resized as configured in the checkpoint. plots: as in
-    `evaluate`. Raises ValueError
-    if classes or data differ.
+    Images are resized as configured in the checkpoint. Raises ValueError if classes or data differ.
+
+    Args:
+        plots: see `evaluate`.
+        config, class_names: of the detector in the other evaluation.
+        val_fingerprint: fingerprint of the validation split in the other evaluation.
     """
     stored = load_model_file(checkpoint)
     names = [str(name) for name in stored["class_names"]]
     if names != list(class_names):
         shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         raise ValueError(
-            f"it has different classes ({shown}); register this model under another "
+            f"the model has different classes ({shown}); register the candidate under another "
             "tracking.model_name"
         )
     if fingerprint(config.data, config.data.val_split) != val_fingerprint:
         raise ValueError(f"{config.data.root} has changed since the candidate was evaluated")
     own = from_dict(stored["config"])
-    theirs = {key: getattr(config.data, key) for key in PLACE}
-    alike = replace(own, data=replace(own.data, **theirs), evaluate=config.evaluate)
-    return evaluate(checkpoint, config=alike, plots=plots)
+    changes = {key: getattr(config.data, key) for key in IMAGE_SETTINGS}
+    same = replace(own, data=replace(own.data, **changes), evaluate=config.evaluate)
+    return evaluate(checkpoint, config=same, plots=plots)
 
 
 def evaluate_results(
@@ -288,14 +292,19 @@ def evaluate_results(
     report: str | Path | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
-    """Return the metrics of a file of COCO results against an annotation file in percent.
+    """Return the metrics of a COCO results file against an annotation file in percent.
 
-    dataset: "coco" or "lvis", the rules of AP. plots, report, detailed: as in `evaluate`; the page
-    has pictures if the images are found next to the annotations. Raises FileNotFoundError for a
-    missing file and ValueError, in one line, for an error in a file.
+    Args:
+        dataset: evaluation protocol, "coco" or "lvis".
+        plots, report, detailed: see `evaluate`. The page has pictures if the images are found next
+            to the annotations.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file has an error. The message is one line.
     """
     if dataset not in METRICS_OF:
-        raise ValueError(f"dataset is {' or '.join(METRICS_OF)}, got {dataset!r}")
+        raise ValueError(f"dataset must be {' or '.join(METRICS_OF)}, got {dataset!r}")
     found = read_results(results)
     truth = read_truth(annotations, dataset == "lvis")
     try:
@@ -319,9 +328,9 @@ def _compare(
     settings: EvalConfig,
     image_ids: Sequence[int],
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
-    """Return the comparison of each kind and the metrics, by the rules of the data set.
+    """Return the comparison of each kind and the metrics, with the data set's protocol.
 
-    The largest limit of detections in COCO's metrics increases with that of the detector.
+    If the detector's detection limit is above COCO's, COCO's metrics are computed with that limit.
     """
     if data.dataset == "lvis":
         finished = lvis.compare(truth, results, kinds, image_ids)
@@ -329,8 +338,8 @@ def _compare(
     usual, most = coco.LIMITS[-1], settings.max_detections
     if most > usual:
         log.info(
-            "evaluate.max_detections=%d: AP counts up to %d detections of a class in an image; "
-            "COCO's own counts %d",
+            "evaluate.max_detections=%d: AP is computed with up to %d detections per class and "
+            "image; COCO's limit is %d",
             most,
             most,
             usual,
@@ -340,9 +349,9 @@ def _compare(
 
 
 def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """Read the validation split once; return it for the comparison and for the detector.
+    """Read the validation split once; return it as needed for the comparison and for the detector.
 
-    Raises ValueError if no object counts: AP is undefined.
+    Raises ValueError if AP includes no object of the split, i.e. if AP is undefined.
     """
     path = split_files(data, data.val_split)[0]
     if not path.exists():
@@ -350,13 +359,13 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
     tree = read_tree(path)
     split = read_split(data, data.val_split, tree)
     if settings.max_images:
-        every, split = split, with_objects(split, settings.max_images)
+        full, split = split, with_objects(split, settings.max_images)
         if distributed.rank() == 0:
             log.info(
-                "evaluate.max_images=%d: AP is computed on %d of the %d images of %s",
+                "evaluate.max_images=%d: AP is computed on %d of the %d images in %s",
                 settings.max_images,
                 len(split.records),
-                len(every.records),
+                len(full.records),
                 data.val_split,
             )
     truth, image_ids = truth_of(path, tree), {record.image_id for record in split.records}
@@ -364,10 +373,10 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
     if rules is lvis:
         lvis.check(truth)
     objects = (target for target in truth.objects if target.image_id in image_ids)
-    if not any(one.category_id in truth.categories and rules.counts(one) for one in objects):
+    if not any(item.category_id in truth.categories and rules.counts(item) for item in objects):
         raise ValueError(
-            f"{path}: AP is undefined: none of the objects in the {len(image_ids)} images to "
-            f"evaluate counts: {rules.UNCOUNTED}"
+            f"{path}: AP is undefined, because it includes none of the objects in the "
+            f"{len(image_ids)} images to evaluate: {rules.UNCOUNTED}"
         )
     return truth, split
 
@@ -381,6 +390,6 @@ def _check_classes(
     counts = f"{len(present)} classes, not {len(trained)}"
     differs = next((f"class {i} is {b!r}, not {a!r}" for i, (a, b) in pairs if a != b), counts)
     raise ValueError(
-        f"{data.root}: its classes are not those that {checkpoint} was trained on: {differs}; "
+        f"{data.root}: the classes of this data set differ from those of {checkpoint}: {differs}; "
         "set data.root to a data set with the checkpoint's classes"
     )

@@ -1,14 +1,15 @@
 """LVIS's average precision (Gupta et al. 2019, lvisdataset.org), as in the package lvis 0.5.3.
 
-An image of LVIS is annotated only for some categories. Detections of a category that is neither
-annotated in the image nor listed as absent (neg_category_ids) are left out; where not every object
+An LVIS image is annotated only for some categories. Detections of a category that is neither
+annotated in the image nor listed as absent (neg_category_ids) are excluded. Where not every object
 of a category is annotated (not_exhaustive_category_ids), detections that match no object are
-ignored. The 300 detections with the highest scores in each image count, over all categories
-together. There are no crowds, and objects and detections without an area are left out.
+ignored. In each image, the 300 detections with the highest scores are evaluated, over all
+categories together. There are no crowds, and objects and detections without an area are excluded.
 
-The size of a detection with a mask is that of the mask in `compare`, as in the published metrics
-of Detectron2, which removes the boxes; in `compare_file` it is that of the box, as in the package
-for a file with both. Only AP and AR of small, medium and large masks differ.
+If masks are compared, the area of a detection is the area of its mask in `compare`, as in the
+metrics published with Detectron2, which removes the boxes from its results. In `compare_file` it is
+the area of the box, as in the package lvis for a file with boxes and masks. Only AP and AR of
+small, medium and large masks depend on this difference.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from vitdet.evaluation.coco import named
 from vitdet.evaluation.matching import Comparison, choose, match
 from vitdet.evaluation.results import Truth, kinds_of
 
-LIMIT = 300  # detections per image
-UNCOUNTED = "all have an area of 0, which LVIS ignores"
-# classes in at most 10, at most 100, or more images of the training split
+LIMIT = 300  # maximum number of detections per image
+UNCOUNTED = "all have an area of 0, which LVIS ignores"  # reason why AP is undefined
+# frequency of classes: they occur in at most 10, at most 100, or more training images
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 
 
@@ -38,10 +39,10 @@ def compare(
     *,
     boxed: bool = False,
 ) -> dict[str, Comparison]:
-    """Return the comparison of each kind; arguments and errors as in `coco.compare`.
+    """Return the comparison of each kind; see `coco.compare` for the arguments and errors.
 
-    boxed: the size of a mask is that of the box next to it. Raises ValueError also for an
-    annotation file without LVIS's own fields.
+    With `boxed`, the area of a detection's mask is the area of its box. Raises ValueError also for
+    an annotation file without LVIS's additional fields.
     """
     check(truth)
     image_ids, results = choose(truth, results, {*kinds, *(["bbox"] if boxed else [])}, image_ids)
@@ -58,12 +59,12 @@ def compare(
 def compare_file(
     truth: Truth, results: Sequence[dict], kinds: Sequence[str]
 ) -> dict[str, Comparison]:
-    """Compare a results file, with sizes as in the package lvis."""
+    """Return the comparison of a results file, with areas as in the package lvis."""
     return compare(truth, results, kinds, boxed=bool(results) and "bbox" in kinds_of(results))
 
 
 def check(truth: Truth) -> None:
-    """Raise ValueError, in one line, for an annotation file without LVIS's own fields."""
+    """Raise ValueError, in one line, for an annotation file without LVIS's additional fields."""
     image_keys = ("neg_category_ids", "not_exhaustive_category_ids")
     for what, items, keys in (
         ("image", truth.images, image_keys),
@@ -73,33 +74,31 @@ def check(truth: Truth) -> None:
             lacking = next((item["id"] for item in items.values() if key not in item), None)
             if lacking is not None:
                 raise ValueError(
-                    f"{truth.path}: {key} of {what} {lacking} is missing, which LVIS "
-                    "requires; for COCO's annotations set dataset to coco"
+                    f"{truth.path}: {what} {lacking} has no {key}, which LVIS requires; for "
+                    "annotations in COCO's format, set dataset to coco"
                 )
 
 
 def counts(item: Annotation) -> bool:
-    """Return whether an object counts in AP."""
+    """Return whether AP includes an object."""
     return item.area != 0
 
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """Return LVIS's thirteen metrics of each kind in percent: box_ap, ..., box_ap_rare, ...,
-    box_ar_large, mask_ap, ...
-    """
+    """Return LVIS's thirteen metrics of each kind in percent: box_ap, ..., mask_ar_large."""
     metrics = {}
-    for kind, one in finished.items():
-        letters = [category["frequency"] for category in one.categories]
-        groups = {
-            f"ap_{name}": one.ap(chosen=[i for i, own in enumerate(letters) if own == letter])
-            for name, letter in GROUPS.items()
-        }
-        metrics[kind] = one.aps() | groups | one.ars()
+    for kind, comparison in finished.items():
+        groups = {}
+        for name, letter in GROUPS.items():
+            categories = enumerate(comparison.categories)
+            chosen = [index for index, item in categories if item["frequency"] == letter]
+            groups[f"ap_{name}"] = comparison.ap(chosen=chosen)
+        metrics[kind] = comparison.aps() | groups | comparison.ars()
     return named(metrics)
 
 
 def best(results: Sequence[dict]) -> list[dict]:
-    """Return the LIMIT results with the highest scores in each image; in a tie, the first ones."""
+    """Return the LIMIT results with the highest scores in each image, in a tie the first ones."""
     images = defaultdict(list)
     for item in results:
         images[item["image_id"]].append(item)

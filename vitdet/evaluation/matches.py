@@ -1,5 +1,4 @@
-"""The matches of detections and objects as arrays, from which AP can be computed for any image
-weights.
+"""Matches of detections with objects, as arrays from which AP with image weights can be computed.
 
 Notation: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """
@@ -19,7 +18,7 @@ from vitdet.files import atomic_write
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MATCHES = "matches.npz"
-# array -> its shape in letters, its type (numpy's dtype.kind), and the axis that its values index
+# array -> its shape in the notation above, its dtype.kind, and the axis that its values index
 COLUMNS = {
     "image_ids": ("I", "i", ""),
     "category_ids": ("K", "i", ""),
@@ -37,17 +36,23 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Matches:
-    """The detections of one kind ("bbox" or "segm") that the largest limit of detections admits.
+    """The matches of boxes or masks, with the largest detection limit.
 
-    Detections are sorted by class, image and descending score; in a tie, as in the results.
+    Detections are sorted by class, image and descending score; ties keep the order of the results.
 
-    image_ids (I,) int64: all evaluated images, ascending. category_ids (K,) int64, class_names: all
-    classes of the annotation file.
-    image, category (N,) int32: indices into these. score (N,) float64.
-    matched (N, T) bool: true positives. ignored (N, T) bool: neither true nor false positives, as
-    a detection of a crowd, of a class that is not exhaustively annotated in its image, or of an
-    object without an outline. found (N,) int32: the object matched at IoU 0.5, -1 without one.
-    object_image, object_category (G,) int32: the objects that count, in the order of the classes.
+    Attributes:
+        kind: "bbox" or "segm".
+        image_ids: (I,) int64, all evaluated images in ascending order.
+        category_ids: (K,) int64, all classes of the annotation file.
+        class_names: names of these classes.
+        image, category: (N,) int32, each detection's indices into image_ids and category_ids.
+        score: (N,) float64.
+        matched: (N, T) bool, true positives.
+        ignored: (N, T) bool, detections that are neither true nor false positives: of a crowd, of a
+            class that is not exhaustively annotated in the image, or of an object without outline.
+        found: (N,) int32, index of the object that is matched at IoU 0.5; -1 if there is none.
+        object_image, object_category: (G,) int32, indices of each object that is not ignored,
+            sorted by class.
     """
 
     kind: str
@@ -67,14 +72,15 @@ class Matches:
 def precisions(
     true: np.ndarray, false: np.ndarray, objects: float, recalls: np.ndarray = RECALLS
 ) -> np.ndarray:
-    """Return the precision at recalls (R,), (T, R), interpolated as in COCO: the best at that
-    recall or above, 0 where it is not reached.
+    """Return the precision (T, R) at R recalls, interpolated as in COCO: the best precision at that
+    recall or above, 0 if the recall is not reached.
 
-    true, false (N, T): weights of true and false positives by descending score. objects: weight of
-    all objects, above 0.
+    Args:
+        true, false: (N, T), weights of true and false positives by descending score.
+        objects: total weight of the objects, above 0.
     """
     found, wrong = true.cumsum(0), false.cumsum(0)
-    # as in pycocotools: no division by 0, the same last digits
+    # as in pycocotools: avoids division by 0 with the same rounding
     precision = found / (found + wrong + np.spacing(1))
     best = np.maximum.accumulate(precision[::-1])[::-1]
     best = np.concatenate([best, np.zeros((1, best.shape[1]))])
@@ -85,8 +91,8 @@ def precisions(
 def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
     """Write the matches of each kind ("bbox", "segm") to an .npz file, atomically."""
     columns: dict[str, Any] = {
-        f"{kind}.{name}": np.asarray(getattr(one, name))
-        for kind, one in matches.items()
+        f"{kind}.{name}": np.asarray(getattr(arrays, name))
+        for kind, arrays in matches.items()
         for name in COLUMNS
     }
     with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
@@ -94,16 +100,16 @@ def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
 
 
 def load_matches(path: str | Path) -> dict[str, Matches]:
-    """Return what `save_matches` wrote, by kind.
+    """Return the matches in a file written by `save_matches`, by kind.
 
-    Raises FileNotFoundError, and ValueError, in one line, for any other file.
+    Raises FileNotFoundError for a missing file and ValueError, in one line, for any other file.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             kinds = list(dict.fromkeys(name.partition(".")[0] for name in file.files))
             return {kind: _checked(kind, file) for kind in kinds}
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; expected matches") from error
+        raise FileNotFoundError(f"{path}: no such matches file") from error
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: not a matches file ({error}); run `vitdet evaluate CHECKPOINT --plots "

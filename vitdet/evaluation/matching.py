@@ -1,15 +1,15 @@
-"""Matching detections with objects, and the resulting precision and recall.
+"""Match detections with objects, and compute the resulting precision and recall.
 
-The rules are those of pycocotools. faster-coco-eval (C++) applies them to one class at a time and
-the images in which it occurs: it keeps a record for every image, class and size range, which would
-take about 15 GB for all of LVIS at once.
+The matching rules are pycocotools' rules. faster-coco-eval (C++) applies them to one class at a
+time and only to the images in which the class occurs: it keeps a record for every image, class and
+size range, which would take about 15 GB for all classes of LVIS at once.
 
-When masks are compared, an object without an outline does not count; a detection that matches no
-mask is ignored if the IoU of its box with the box of such an object reaches the threshold. Any
-number of detections can be ignored this way, as with a crowd.
+If masks are compared, objects without an outline are excluded. A detection that matches no mask is
+ignored if its box overlaps the box of such an object with an IoU of at least the threshold. Like a
+crowd, such an object can match any number of detections.
 
-Notation of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M
-limits of detections.
+Notation, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M detection
+limits.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from vitdet.evaluation.matches import IOUS, RECALLS, Matches
 from vitdet.evaluation.results import Truth, check_code, check_results, uncollected
 from vitdet.evaluation.run_lengths import areas
 
-SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
-LARGEST = 1e5**2  # pixels; pycocotools' upper limit of "all"
+SIZES = ("all", "small", "medium", "large")  # small: up to 32 x 32 pixels; medium: up to 96 x 96
+LARGEST = 1e5**2  # pycocotools' upper limit of size "all", in pixels
 
-# objects or results of each category id, in the format of faster-coco-eval
+# category id -> its objects or results, in faster-coco-eval's format
 ByClass = defaultdict[int, list[dict]]
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,13 @@ log = logging.getLogger(__name__)
 class Comparison:
     """The comparison of results with an annotation file.
 
-    precision (T, R, K, A, M), recall (T, K, A, M): in 0..1, -1 for classes without objects.
-    categories, limits: the K categories and the M limits of detections. matches, and their N
-    detections and G objects.
+    Attributes:
+        precision: (T, R, K, A, M), in 0..1; -1 for classes without objects.
+        recall: (T, K, A, M), in 0..1; -1 for classes without objects.
+        categories: the K categories of the annotation file.
+        limits: the M detection limits.
+        matches: matches of N detections with G objects.
+        detections, objects: these detections and objects, in the same order.
     """
 
     precision: np.ndarray
@@ -58,44 +62,44 @@ class Comparison:
     def ap(
         self, iou: float | None = None, size: str = "all", chosen: Sequence[int] | None = None
     ) -> float | None:
-        """Return AP in percent with the largest limit of detections; None without objects.
+        """Return AP in percent with the largest detection limit; None without objects.
 
-        iou: one threshold; default: all. chosen: indices of classes; default: all.
+        Default: the mean over all IoU thresholds and classes. `chosen` are indices of classes.
         """
         table = self.precision[..., SIZES.index(size), -1]
         table = table if iou is None else table[[int(np.abs(IOUS - iou).argmin())]]
         return _mean(table if chosen is None else table[:, :, chosen])
 
     def ar(self, size: str = "all", limit: int = -1) -> float | None:
-        """Return AR in percent with the `limit`-th limit of detections; None without objects."""
+        """Return AR in percent with `self.limits[limit]` detections; None without objects."""
         return _mean(self.recall[..., SIZES.index(size), limit])
 
     def aps(self, chosen: Sequence[int] | None = None) -> dict[str, float | None]:
-        """Return AP, AP50, AP75 and AP of each size; chosen as in `ap`."""
+        """Return AP, AP50, AP75 and AP of each size; `chosen` are indices of classes."""
         aps = {"ap": self.ap(chosen=chosen)}
         aps |= {f"ap{100 * iou:.0f}": self.ap(iou, chosen=chosen) for iou in (0.5, 0.75)}
         return aps | {f"ap_{size}": self.ap(None, size, chosen) for size in SIZES[1:]}
 
     def ars(self) -> dict[str, float | None]:
-        """Return AR of each limit of detections, and of each size."""
-        ars = {f"ar_{limit}": self.ar(limit=place) for place, limit in enumerate(self.limits)}
+        """Return AR with each detection limit, and AR of each size."""
+        ars = {f"ar_{limit}": self.ar(limit=index) for index, limit in enumerate(self.limits)}
         return ars | {f"ar_{size}": self.ar(size) for size in SIZES[1:]}
 
 
 def choose(
     truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Iterable[int] | None
 ) -> tuple[list[int], list[dict]]:
-    """Return the ids to evaluate, sorted, and the results of these images; None: all images.
+    """Return the sorted ids of the images to evaluate, by default all, and their results.
 
-    Raises ValueError for results that cannot be compared.
+    Raises ValueError for results that cannot be compared, and for unknown image ids.
     """
     check_results(truth, results, kinds)
     if image_ids is None:
         return sorted(truth.images), list(results)
-    inside = set(image_ids)
-    if unknown := inside - truth.images.keys():
+    chosen = set(image_ids)
+    if unknown := chosen - truth.images.keys():
         raise ValueError(f"{truth.path}: contains no image {min(unknown)}")
-    return sorted(inside), [item for item in results if item["image_id"] in inside]
+    return sorted(chosen), [item for item in results if item["image_id"] in chosen]
 
 
 @uncollected()
@@ -117,24 +121,24 @@ def match(
         truth, image_ids, results: as returned by `choose`.
         kind: "bbox" or "segm".
         limits: maximum numbers of detections per class and image, ascending.
-        crowds: respect iscrowd.
+        crowds: respect iscrowd; otherwise, crowds are normal objects.
         empty: include objects and results without an area.
-        unsure: pairs (image id, category id) that are not exhaustively annotated: detections that
-            match no object are ignored.
-        boxed: the size of a mask is that of the box next to it.
+        unsure: pairs (image id, category id) that are not exhaustively annotated: detections of the
+            category that match no object in the image are ignored.
+        boxed: use the area of a detection's box as the area of its mask.
 
     Raises:
-        ValueError: an invalid mask.
+        ValueError: a mask is invalid.
     """
-    places = {image_id: place for place, image_id in enumerate(image_ids)}
-    objects, bare = _objects(truth, places, kind, crowds, empty)
-    found = _found(truth, places, results, kind, empty, unsure, boxed, bare)
+    index_of = {image_id: index for index, image_id in enumerate(image_ids)}
+    objects, bare = _objects(truth, index_of, kind, crowds, empty)
+    found = _found(truth, index_of, results, kind, empty, unsure, boxed, bare)
     categories = tuple(truth.categories.values())
     shape = (len(IOUS), len(RECALLS), len(categories), len(SIZES), len(limits))
     precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
     partners, ignored = [np.zeros((len(IOUS), 0), int)], [np.zeros((len(IOUS), 0), bool)]
     ranked_of: list[list[dict]] = []  # ranked results of each class
-    wanted_of: list[list[dict]] = []
+    wanted_of: list[list[dict]] = []  # objects of each class that are not ignored
     for column, category in enumerate(truth.categories):
         present, ranked = objects[category], _ranked(found[category], limits[-1])
         if present or ranked:
@@ -152,7 +156,7 @@ def match(
         np.repeat(np.arange(len(side), dtype=np.int32), np.array([*map(len, side)], int))
         for side in (ranked_of, wanted_of)
     )
-    order = {item["id"]: place for place, item in enumerate(targets)}
+    position = {item["id"]: index for index, item in enumerate(targets)}
     first = zip(partner[0].tolist(), true[0].tolist(), strict=True)  # at IoU 0.5
     matches = Matches(
         kind=kind,
@@ -164,7 +168,7 @@ def match(
         score=np.array([item["score"] for item in detections], float),
         matched=np.ascontiguousarray(true.T),
         ignored=np.ascontiguousarray(skipped.T),
-        found=np.array([order[number] if hit else -1 for number, hit in first], np.int32),
+        found=np.array([position[number] if hit else -1 for number, hit in first], np.int32),
         object_image=np.array([item["image_id"] for item in targets], np.int32),
         object_category=object_classes,
     )
@@ -172,43 +176,43 @@ def match(
 
 
 def _objects(
-    truth: Truth, places: Mapping[int, int], kind: str, crowds: bool, empty: bool
+    truth: Truth, index_of: Mapping[int, int], kind: str, crowds: bool, empty: bool
 ) -> tuple[ByClass, dict[tuple[int, int], list[Sequence[float]]]]:
-    """Return the objects to find; for masks, also the boxes of objects without an outline, by
-    (index of the image, category).
+    """Return the objects; for masks, also the boxes of objects without an outline, by (image index,
+    category id).
     """
     objects: ByClass = defaultdict(list)
     bare: dict[tuple[int, int], list[Sequence[float]]] = defaultdict(list)
     # new ids: pycocotools and similar packages treat a match with object id 0 as no match
     for number, item in enumerate(truth.objects, start=1):
-        if item.image_id not in places:
+        if item.image_id not in index_of:
             continue
-        place, area, code = places[item.image_id], item.area, None
+        index, area, code = index_of[item.image_id], item.area, None
         if kind == "segm" or area is None:
             size = truth.sides(item.image_id)
-            shape = read_outline(item.segmentation, size).shape
-            code = None if shape is None else compressed(shape, *size)
+            outline = read_outline(item.segmentation, size).shape
+            code = None if outline is None else compressed(outline, *size)
         if kind == "segm" and code is None:
-            bare[place, item.category_id].append(item.bbox)
+            bare[index, item.category_id].append(item.bbox)
             continue
         if area is None:
             area = item.bbox[2] * item.bbox[3] if code is None else float(rle.area(code))
         if empty or area > 0:
-            one = {
+            record = {
                 "id": number,
-                "image_id": place,
+                "image_id": index,
                 "category_id": item.category_id,
                 "area": area,
                 "iscrowd": item.iscrowd or 0 if crowds else 0,
             }
-            form = {"bbox": list(item.bbox)} if kind == "bbox" else {"rle": code}
-            objects[item.category_id].append(one | form)
+            shape = {"bbox": list(item.bbox)} if kind == "bbox" else {"rle": code}
+            objects[item.category_id].append(record | shape)
     return objects, bare
 
 
 def _found(
     truth: Truth,
-    places: Mapping[int, int],
+    index_of: Mapping[int, int],
     results: Sequence[dict],
     kind: str,
     empty: bool,
@@ -216,38 +220,38 @@ def _found(
     boxed: bool,
     bare: Mapping[tuple[int, int], Sequence[Sequence[float]]],
 ) -> ByClass:
-    sizes: list[float] = []
+    mask_areas: list[float] = []
     if kind == "bbox":
-        key, forms = "bbox", [item["bbox"] for item in results]
+        key, shapes = "bbox", [item["bbox"] for item in results]
     else:
-        key, (forms, sizes) = "rle", _masks(results, truth)
-    if boxed or kind == "bbox":
-        sizes = [item["bbox"][2] * item["bbox"][3] for item in results]
+        key, (shapes, mask_areas) = "rle", _masks(results, truth)
+    box_areas = boxed or kind == "bbox"
+    sizes = [item["bbox"][2] * item["bbox"][3] for item in results] if box_areas else mask_areas
     found = defaultdict(list)
-    rows = zip(results, forms, sizes, strict=True)
-    for number, (item, form, size) in enumerate(rows, start=1):
-        if not empty and size <= 0:
+    rows = zip(results, shapes, sizes, strict=True)
+    for number, (item, shape, area) in enumerate(rows, start=1):
+        if not empty and area <= 0:
             continue
         image_id, category = item["image_id"], item["category_id"]
-        one = {
+        record = {
             "id": number,
-            "image_id": places[image_id],
+            "image_id": index_of[image_id],
             "category_id": category,
             "score": item["score"],
-            "area": size,
-            key: form,
+            "area": area,
+            key: shape,
             "lvis_mark": (image_id, category) in unsure,
         }
-        if others := bare.get((places[image_id], category)):
-            box = np.array([item.get("bbox") or rle.toBbox(form)], float)
+        if others := bare.get((index_of[image_id], category)):
+            box = np.array([item.get("bbox") or rle.toBbox(shape)], float)
             ious = rle.iou(box, np.array(others, float), [0] * len(others))
-            one["overlap"] = float(ious.max())
-        found[category].append(one)
+            record["overlap"] = float(ious.max())
+        found[category].append(record)
     return found
 
 
 def _masks(results: Sequence[dict], truth: Truth) -> tuple[list[dict], list[float]]:
-    """Return the masks of results as compressed RLE with counts in bytes, and their areas."""
+    """Return the results' masks as compressed RLE, whose counts are bytes, and their areas."""
     codes = []
     for item in results:
         code, size = item["segmentation"], truth.sides(item["image_id"])
@@ -260,37 +264,37 @@ def _masks(results: Sequence[dict], truth: Truth) -> tuple[list[dict], list[floa
         codes.append(code)
     pixels = [code["size"][0] * code["size"][1] for code in codes]
     sizes, valid = areas([code["counts"] for code in codes], pixels)
-    for place in np.flatnonzero(~valid).tolist():
-        item = results[place]
+    for index in np.flatnonzero(~valid).tolist():
+        item = results[index]
         check_code(item, truth.sides(item["image_id"]))
-        sizes[place] = rle.area(codes[place])
+        sizes[index] = rle.area(codes[index])
     return codes, sizes.astype(float).tolist()
 
 
 def _ranked(found: list[dict], limit: int) -> list[dict]:
-    """Sort detections of a class by image and descending score; keep `limit` per image."""
+    """Sort a class's detections by image and descending score; keep up to `limit` per image."""
     images = np.array([item["image_id"] for item in found])
     order = np.lexsort((-np.array([item["score"] for item in found], float), images))
     images = images[order]
     rank = np.arange(len(order)) - np.searchsorted(images, images)
-    return [found[place] for place in order[rank < limit]]
+    return [found[index] for index in order[rank < limit]]
 
 
 def _counts(item: dict) -> bool:
-    """Return whether an object counts: not a crowd, and of an area in the range of all sizes."""
+    """Return whether an object is not ignored: not a crowd, and its area within size "all"."""
     return not item["iscrowd"] and 0 <= item["area"] <= LARGEST
 
 
 def _match_class(
     objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int]
 ) -> list[np.ndarray]:
-    """Return precision (T, R, A, M) and recall (T, A, M) of a class; for each of its n detections
-    the id of the object that it matches (T, n), 0 for none, and whether it is ignored (T, n).
+    """Return precision (T, R, A, M) and recall (T, A, M) of a class with n detections, the id of
+    the object that each detection matches (T, n), 0 if none, and whether it is ignored (T, n).
     """
     if not any(item.get("overlap", 0) for item in found):
         return _run(objects, found, category, kind, limits, IOUS)
     tables = []
-    for iou in IOUS:  # which detections are ignored depends on the threshold
+    for iou in IOUS:  # the threshold determines which detections are ignored
         marked = [
             item | {"lvis_mark": item["lvis_mark"] or item.get("overlap", 0) >= iou}
             for item in found
@@ -307,8 +311,8 @@ def _run(
     limits: Sequence[int],
     ious: np.ndarray,
 ) -> list[np.ndarray]:
-    places = sorted({item["image_id"] for items in (objects, found) for item in items})
-    images = [{"id": place, "height": 0, "width": 0} for place in places]
+    image_ids = sorted({item["image_id"] for items in (objects, found) for item in items})
+    images = [{"id": image_id, "height": 0, "width": 0} for image_id in image_ids]
     sides = []
     for items in (objects, found):
         side = COCO()
@@ -322,9 +326,10 @@ def _run(
     work.params.iouThrs, work.params.recThrs = ious, RECALLS
     work.evaluate()
     work.accumulate()
-    # The matches of an image are accessible in its pickled state: per threshold and detection, by
-    # descending score, the object's id, ..., whether it is ignored. Size range "all" comes first.
-    states = [one.__getstate__() for one in work._evalImgs_cpp[: len(images)]]
+    # The matches of an image are only accessible in its pickled state: item 0 contains the object
+    # ids and item 4 the ignore flags, per threshold and detection, by descending score. The first
+    # len(images) states are of size range "all".
+    states = [image.__getstate__() for image in work._evalImgs_cpp[: len(images)]]
     partners, ignored = (
         np.hstack([np.array(state[part], kind).reshape(len(ious), -1) for state in states])
         for part, kind in ((0, int), (4, bool))
