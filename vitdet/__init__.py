@@ -1,6 +1,6 @@
 """Plain Vision Transformer detectors.
 
-The public names are imported on first use, so that `import vitdet` and the command line start fast.
+The public names are imported on first use, so that `import vitdet` and the command line are fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vitdet.training import train
 
 __version__ = "0.2.0"
-_HOMES = {
+_MODULES = {
     "Config": "vitdet.config",
     "load_config": "vitdet.config",
     "build_detector": "vitdet.models",
@@ -28,6 +28,6 @@ __all__ = ["Config", "Predictor", "build_detector", "evaluate", "load_config", "
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'vitdet' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

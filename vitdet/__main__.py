@@ -1,4 +1,4 @@
-"""Command line: `python -m vitdet`, or `torchrun -m vitdet train ...` for several processes."""
+"""Run the command line as `python -m vitdet`, or with several processes `torchrun -m vitdet`."""
 
 from vitdet.cli import main
 

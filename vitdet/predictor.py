@@ -1,4 +1,4 @@
-"""Prediction: an image to detections in its pixels."""
+"""Detect objects in images with a trained detector."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Predictor:
     """A detector with its preprocessing and class names: predictor(image, threshold) -> Detections.
 
+    A predictor may be called from several threads.
+
     Args:
-        detector: takes canvases of image_size x image_size pixels; its mode and device are not
-            changed.
+        detector: detector for square canvases of `image_size`; its mode and device are not changed.
         class_names: the name of each label.
         image_size: side of the canvas in pixels.
         antialias: resize with antialiasing, as in training.
-        reading: how image files are read.
-        precision: 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision.
-
-    A predictor may be called from several threads.
+        reading: settings for reading image files.
+        precision: 'fp32', 'bf16', 'fp16' or 'auto'; see the setting evaluate.precision.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Predictor:
 
     @property
     def detector(self) -> nn.Module:
-        """The detector; it can be replaced."""
+        """The detector; can be set."""
         return self.detect.detector
 
     @detector.setter
@@ -64,7 +63,7 @@ class Predictor:
 
     @property
     def precision(self) -> str:
-        """Precision of the computation. Setting an unknown one raises ValueError."""
+        """The precision of the computation; can be set. An unknown precision raises ValueError."""
         return self._precision
 
     @precision.setter
@@ -87,8 +86,10 @@ class Predictor:
     ) -> Predictor:
         """Load a predictor from a checkpoint.
 
-        device: a GPU by default, if there is one. precision: by default evaluate.precision of its
-        config.
+        Args:
+            device: default: a GPU if there is one.
+            precision: default: evaluate.precision in the checkpoint's config.
+
         Raises FileNotFoundError, or ValueError for a file that is not a checkpoint.
         """
         detector, config, class_names = restore_detector(path)
@@ -108,12 +109,13 @@ class Predictor:
     def __call__(
         self, image: ImageInput | list[ImageInput], threshold: float = 0.5
     ) -> Detections | list[Detections]:
-        """Return detections of at least a score, on the CPU, in pixels of the upright image.
+        """Return the detections in an image on the CPU, in pixels of the upright image.
 
         Args:
-            image: a file, a PIL image (EXIF orientation is applied), an array (H, W, 3) or a tensor
-                (3, H, W), uint8 RGB; or a list of these, for a list of detections.
-            threshold: lowest score, 0..1.
+            image: path of a file, PIL image, uint8 RGB array (H, W, 3) or uint8 RGB tensor
+                (3, H, W); the EXIF orientation is applied. For a list of these, the result is a
+                list of detections.
+            threshold: minimum score of a detection, 0..1.
 
         Raises FileNotFoundError, or ValueError for a file that is not an image.
         """
@@ -138,13 +140,15 @@ def _context(precision: str, detector: nn.Module) -> AbstractContextManager:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Return the autocast context for a precision of evaluate.precision on a device."""
-    kind = PRECISIONS[precision] or fastest(device)
-    return nullcontext() if kind == torch.float32 else torch.autocast(device.type, kind)
+    """Return the autocast context for a value of evaluate.precision on a device."""
+    dtype = PRECISIONS[precision] or fastest(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def fastest(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if native, float16 on older GPUs with tensor cores, else float32."""
+    """Return bfloat16 if the device supports it natively, float16 on older GPUs with tensor cores,
+    else float32.
+    """
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     if device.type != "cuda":
@@ -156,13 +160,18 @@ def fastest(device: torch.device) -> torch.dtype:
 
 
 def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
-    """Convert detections from the canvas to pixels of the original image; clip, drop empty boxes.
+    """Return detections in pixels of the original image, clipped and without empty boxes.
 
-    size: (height, width) of the unpadded image on the canvas; original: (height, width) of the
-    image. As in Detectron2's `detector_postprocess`: one factor per axis, since the sides of a
-    resized image are rounded independently."""
-    high, wide = original
-    factors = torch.tensor([wide / size[1], high / size[0]] * 2, device=found.boxes.device)
-    limits = torch.tensor([wide, high] * 2, dtype=found.boxes.dtype, device=found.boxes.device)
+    As in Detectron2's `detector_postprocess`, each axis has its own factor, because the sides of a
+    resized image are rounded independently.
+
+    Args:
+        found: detections in pixels of the canvas.
+        size: (height, width) of the image on the canvas, without padding.
+        original: (height, width) of the original image.
+    """
+    height, width = original
+    factors = torch.tensor([width / size[1], height / size[0]] * 2, device=found.boxes.device)
+    limits = torch.tensor([width, height] * 2, dtype=found.boxes.dtype, device=found.boxes.device)
     boxes = torch.minimum((found.boxes * factors).clamp(min=0), limits)
     return replace(found, boxes=boxes)[nonempty(boxes)]

@@ -191,7 +191,7 @@ def test_an_error_is_one_line_and_leaves_no_files(
     [
         ("trian", "invalid choice: 'trian'"),
         ("compare a b --resamples many", "expected a number from 100 to 1000000, got 'many'"),
-        ("promote a --version 0", "expected the number of a version, got '0'"),
+        ("promote a --version 0", "expected a version number, got '0'"),
         ("data convert a b --splits ,", "expected names separated by commas, got ','"),
     ],
 )

@@ -196,7 +196,7 @@ def test_commands_that_read_images_accept_max_pixels(
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("optim.lr=1", "optim.lr has no effect here; --set takes data.max_pixels and data.bit_d"),
+        ("optim.lr=1", "optim.lr has no effect here; --set accepts data.max_pixels and data.bit_d"),
         ("data.root=x", "data.root has no effect here"),
         ("data={max_pixels: 7, flip: 0.1}", "data.flip has no effect here"),
         ("data.bit_depth=11", "data.bit_depth: expected one of 0, 8, 10, 12, 14, 16, got 11"),

@@ -67,7 +67,7 @@ def test_comparing_results_files(vitdet: Run, files: list[Path], tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["first.json"], "give at least two results"),
+        (["first.json"], "expected at least two results to compare, got 1"),
         (["first.json", "worse.json"], "needs --annotations FILE"),
         (["first.json", "none.json", *TRUTH], "none.json: no such"),
         (["none.pt", "first.json"], "none.pt: no such checkpoint"),

@@ -98,10 +98,10 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 7}, "contains no image 7, which has results .1 such images"),
+        ({"image_id": 7}, "contains no image 7, for which there are results .1 such images"),
         ({"image_id": None}, "contains no image None"),
-        ({"image_id": [7]}, "image_id of a result must be a number"),
-        ({"category_id": 4}, "contains no category 4, which has results .1 such categories"),
+        ({"image_id": [7]}, "image_id: expected a number for each result"),
+        ({"category_id": 4}, "contains no category 4, for which there are results .1 such categories"),
         ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
         ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
         ({"bbox": [1, 2, 3]}, "result 2: bbox must be 4 finite numbers x, y, .*, got .1, 2, 3."),
@@ -173,7 +173,7 @@ def test_invalid_annotations_are_refused_in_one_line(files, change, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give a CHECKPOINT, or --results FILE"),
+        ((), "expected a CHECKPOINT, or --results FILE"),
         (("--results", "r.json"), "must be given together"),
         (("model.pt", "--dataset", "lvis"), "cannot be combined with CHECKPOINT"),
         (("--results", "r.json", "--annotations", "a.json"), "r.json: no such results file"),

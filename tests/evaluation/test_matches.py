@@ -167,5 +167,5 @@ def test_other_files_are_not_accepted_as_matches(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a matches file"):
         load_matches(path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="no such matches file"):
         load_matches(tmp_path / "other.npz")

@@ -60,7 +60,7 @@ def test_the_message_names_the_settings_that_need_less_memory(
     cpu = "a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet"
     line = failed("train", "tiny", *options(minimal(tiny)), "--output", tmp_path / "run")
     assert line == (
-        f"{SAID}Raise train.accumulate (the same batch in smaller parts), set train.activation_checkpointing=blocks, or "
+        f"{SAID}Raise train.accumulate (the same batch in smaller micro-batches), set train.activation_checkpointing=blocks, or "
         "lower train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU with more memory"
     )
     assert not (tmp_path / "run" / "model.pt").exists()

@@ -1,8 +1,7 @@
-"""The command line. Each verb has a module, which adds its arguments and runs it.
+"""The command line. Each verb has a module that adds the verb's arguments and runs the verb.
 
-A verb imports torch, MLflow and other slow packages when it runs, so that `vitdet --help` and
-`vitdet config` are fast. Its function returns the exit code; `main` prints a user error in one
-line.
+The function that runs a verb imports torch, MLflow and other slow packages, so that `vitdet --help`
+and `vitdet config` are fast, and returns the exit code. `main` prints a user error in one line.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from vitdet import __version__
+from vitdet.cli.arguments import add_kind
 from vitdet.cli.bench import add_bench
 from vitdet.cli.compare import add_compare
 from vitdet.cli.config import add_config
@@ -30,30 +30,33 @@ from vitdet.tracking.address import HidingFilter, hide_credentials
 
 VERBS = {
     "config": (add_config, "print the resolved settings of a recipe, or the names of all recipes"),
-    "data": (add_data, "fetch, check, convert or generate a data set"),
-    "weights": (add_weights, "list, fetch and convert published weights"),
+    "data": (add_data, "download, generate, check, report on or convert a data set"),
+    "weights": (add_weights, "list, download or convert published weights"),
     "train": (add_train, "train a detector, or resume an interrupted training run"),
     "evaluate": (
         add_evaluate,
-        "compute AP of a checkpoint on its validation images, or of a results file",
+        "compute the AP of a checkpoint on its validation images, or of a results file",
     ),
-    "compare": (add_compare, "compare the AP of results, with confidence intervals"),
+    "compare": (add_compare, "compare the AP of detectors, with confidence intervals"),
     "predict": (add_predict, "detect objects in images and draw them"),
     "bench": (add_bench, "measure the speed of training, detection, evaluation or data loading"),
-    "register": (add_register, "add a checkpoint to the MLflow model registry"),
-    "promote": (add_promote, "make a registered version the champion if it passes the gate"),
-    "rollback": (add_rollback, "restore the previous champion"),
+    "register": (add_register, "register a checkpoint in the MLflow model registry"),
+    "promote": (
+        add_promote,
+        "make a registered model version the champion if it passes the promotion gate",
+    ),
+    "rollback": (add_rollback, "make the previous champion the champion again"),
 }
-# what a user can change when a GPU runs out of memory
+# verb -> advice for a GPU that runs out of memory
 MEMORY_ADVICE = {
-    "train": "Raise train.accumulate (the same batch in smaller parts), set "
+    "train": "Raise train.accumulate (the same batch in smaller micro-batches), set "
     "train.activation_checkpointing=blocks, or lower train.batch_size, data.image_size or, for "
     "evaluations, evaluate.batch_size; or use a GPU with more memory",
     "evaluate": "Lower evaluate.batch_size, or use a GPU with more memory or the CPU: "
     "CUDA_VISIBLE_DEVICES= vitdet evaluate ...",
     "predict": "Use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet predict ...",
 }
-SIGPIPE = 141  # exit code that a shell reports for a process that this signal ended
+SIGPIPE = 141  # exit code that a shell reports for a process ended by this signal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
-            # as in `vitdet weights list | head -1`; flushing the remaining output must not fail at
-            # exit
+            # e.g. `vitdet weights list | head -1`: flushing the remaining output at exit must not
+            # fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = SIGPIPE
         elif message := _message(error, verb):
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # relevant properties of an unusual image are logged in one line
+    # vitdet logs the relevant properties of an unusual image itself, in one line
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.root.handlers:
@@ -93,10 +96,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _message(error: Exception, verb: str) -> str:
     """Return the line that reports a user error; "" for a bug in vitdet."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # without importing torch or mlflow
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # avoids importing torch and mlflow
     lines = hide_credentials(error).strip().splitlines() or [type(error).__name__]
     if "OutOfMemoryError" in kinds:
-        # the first sentences: requested and available memory; the rest explains torch's allocator
+        # keep the sentences on requested and available memory, not those on torch's allocator
         memory = "".join(lines[0].partition(" is free.")[:2])
         return f"{memory} {MEMORY_ADVICE.get(verb, 'Use a GPU with more memory')}"
     if "MlflowException" in kinds:
@@ -107,14 +110,14 @@ def _message(error: Exception, verb: str) -> str:
 
 
 def _output_is_closed() -> bool:
-    """Return whether standard output is a pipe that its reader has closed."""
+    """Return whether the reader of standard output has closed the pipe."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _Version(argparse.Action):
-    """Print the versions of vitdet, torch and Python; torch is imported for its CUDA version."""
+    """Print the versions of vitdet, torch and Python; imports torch only if requested."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import torch
@@ -125,11 +128,11 @@ class _Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs and their arguments."""
-    root = argparse.ArgumentParser(prog="vitdet", description="Plain Vision Transformer detectors.")
+    description = "Train, evaluate and deploy plain Vision Transformer detectors (ViTDet)."
+    root = argparse.ArgumentParser(prog="vitdet", description=description)
     help = "print the versions of vitdet, torch and Python"
     root.add_argument("--version", action=_Version, nargs=0, help=help)
     verbs = root.add_subparsers(required=True, metavar="VERB", dest="verb")
     for name, (add_arguments, help) in VERBS.items():
-        description = f"{help[0].upper()}{help[1:]}."
-        add_arguments(verbs.add_parser(name, help=help, description=description))
+        add_arguments(add_kind(verbs, name, help))
     return root

@@ -1,11 +1,11 @@
-"""`vitdet config`: a resolved config, or the names of the recipes."""
+"""`vitdet config`: print a resolved config or the names of the recipes."""
 
 from __future__ import annotations
 
 import argparse
 
+from vitdet.cli.arguments import add_file
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.cli.paths import add_file
 
 
 def add_config(verb: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_config(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb,
         "--training",
-        "also write the settings that affect the result of a training run to this JSON file",
+        "also write the settings that affect the trained weights to this JSON file",
     )
     verb.set_defaults(run=run_config)
 
@@ -39,8 +39,7 @@ def run_config(args: argparse.Namespace) -> int:
     log_resolved(config, found)
     text = dump_config(config)
     if settings := following(explicit_settings(args.recipe, args.overrides)):
-        # `vitdet train` reads these settings again, as the data may have been created or changed by
-        # then
+        # `vitdet train` determines these settings again, as the data may change until then
         text = f"{FROM_DATA}{', '.join(settings)}\n{text}"
     if args.training:
         write_json(args.training, training_settings(config))

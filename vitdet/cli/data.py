@@ -1,4 +1,4 @@
-"""`vitdet data`: generate, fetch, check, report or convert a data set."""
+"""`vitdet data`: generate, download, check, report on or convert a data set."""
 
 from __future__ import annotations
 
@@ -6,60 +6,50 @@ import argparse
 import sys
 from pathlib import Path
 
+from vitdet.cli.arguments import add_file, add_folder, add_kind, given_path
 from vitdet.cli.overrides import add_reading, reading_with
-from vitdet.cli.paths import add_file, add_folder, given_path
 from vitdet.cli.progress_bar import Bar
 
 FETCH = (
-    "Download and verify the published archives, unpack them into COCO's layout, and write "
-    "DIR/manifest.json. The same command resumes after an interruption; existing files are neither "
-    "downloaded again nor overwritten. The proxies in http_proxy and https_proxy are used."
+    "Download and verify the published archives of {}, unpack them into COCO's layout, and write "
+    "DIR/manifest.json. Run the same command again to resume after an interruption; existing files "
+    "are neither downloaded again nor overwritten. The proxies in http_proxy and https_proxy are "
+    "used."
 )
-LARGEST_IMAGE = ("max_pixels",)  # a conversion reads the sizes of images, not their pixels
+# image settings for a conversion, which reads the sizes of images but not their pixels
+LARGEST_IMAGE = ("max_pixels",)
 
 
 def add_data(verb: argparse.ArgumentParser) -> None:
     """Add the kinds of the verb `data`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
-    kind = kinds.add_parser("tiny", help="generate the small data set of the demo")
+    kind = add_kind(kinds, "tiny", "generate the small data set of the demo")
     add_folder(kind, "folder", "folder to create")
     for name, default, what in (("train", 4000, "training"), ("val", 200, "validation")):
-        help = f"{what} images (default: %(default)s)"
+        help = f"number of {what} images (default: %(default)s)"
         kind.add_argument(f"--{name}", metavar="N", type=int, default=default, help=help)
     kind.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     kind.set_defaults(run=run_data_tiny)
     for name, title in (("coco", "COCO 2017"), ("lvis", "LVIS v1 and COCO's images")):
         help = f"download, verify and unpack {title}"
-        _add_fetch(kinds.add_parser(name, help=help, description=FETCH), name)
-    kind = kinds.add_parser("check", help="list all problems of a data set in COCO's layout")
+        _add_fetch(add_kind(kinds, name, help, FETCH.format(title)), name)
+    kind = add_kind(kinds, "check", "list all problems of a data set in COCO's layout")
     add_folder(kind, "folder", "folder of the data set")
-    kind.add_argument(
-        "--images",
-        action="store_true",
-        help="also read every image, and find images that are in two splits; uses all CPU cores",
-    )
+    help = "also read every image and find images that are in two splits; uses all CPU cores"
+    kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_check)
-    kind = kinds.add_parser(
-        "report",
-        help="write an HTML page about a data set: counts, classes, sizes, sample images, problems",
-    )
+    help = "write an HTML page about a data set: counts, classes, sizes, sample images, problems"
+    kind = add_kind(kinds, "report", help)
     add_folder(kind, "folder", "folder of the data set")
-    add_file(
-        kind,
-        "--output",
-        "HTML file (default: NAME.html in the current folder, with the folder's name)",
-    )
-    kind.add_argument(
-        "--images",
-        action="store_true",
-        help="also read every image, as `vitdet data check` does with --images",
-    )
+    help = "HTML file to write (default: NAME.html in the current folder, for a data set DIR/NAME)"
+    add_file(kind, "--output", help)
+    help = "also read every image, like `vitdet data check --images`"
+    kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
-    _add_convert(
-        kinds.add_parser("convert", help="convert a data set from another format to COCO's layout")
-    )
+    help = "convert a data set from another format to COCO's layout"
+    _add_convert(add_kind(kinds, "convert", help))
 
 
 def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
@@ -68,14 +58,14 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "--split",
         default="",
         choices=("train", "val"),
-        help="download only what this split needs; LVIS val also needs COCO's training images "
-        "(default: both)",
+        help="download only the files of this split; LVIS's val split includes COCO's training "
+        "images (default: both splits)",
     )
     kind.add_argument(
         "--mirror",
         default="",
         metavar="URL",
-        help="download URL/PATH, where PATH is the path of the published URL; for COCO e.g. "
+        help="download from URL/PATH, where PATH is the path in the published URL; for COCO, e.g., "
         "https://s3.amazonaws.com/images.cocodataset.org",
     )
     kind.add_argument(
@@ -83,13 +73,10 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         type=given_path,
         metavar="DIR",
         dest="local",
-        help="use the archives in this folder and download nothing",
+        help="use the archives in this folder instead of downloading them",
     )
-    kind.add_argument(
-        "--keep-archives",
-        action="store_true",
-        help="keep the archives in DIR/archives (twice the disk space)",
-    )
+    help = "keep the archives in DIR/archives, which doubles the required disk space"
+    kind.add_argument("--keep-archives", action="store_true", help=help)
     kind.set_defaults(run=run_data_fetch, dataset=dataset)
 
 
@@ -98,15 +85,15 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
         "source",
         type=given_path,
         metavar="SRC",
-        help="folder in the format of YOLO (data.yaml), Pascal VOC, COCO (including exports of "
-        "Roboflow, CVAT, Label Studio and FiftyOne), LabelMe or CVAT for images; or its data.yaml, "
-        "JSON or XML file",
+        help="data set in the format of YOLO, Pascal VOC, COCO (including exports from Roboflow, "
+        "CVAT, Label Studio and FiftyOne), LabelMe or CVAT for images: its folder, or its "
+        "data.yaml, JSON or XML file",
     )
     kind.add_argument("target", type=given_path, metavar="DST", help="folder to create")
     kind.add_argument(
         "--format",
         choices=("yolo", "voc", "coco", "labelme", "cvat"),
-        help="format of SRC (default: detect it)",
+        help="format of SRC (default: detected automatically)",
     )
     kind.add_argument(
         "--splits",
@@ -120,7 +107,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="share of the images that become val if the source has no val, e.g. 0.1 (default: "
+        help="share of the images to use as val if SRC has no val split, e.g. 0.1 (default: "
         "%(default)s)",
     )
     kind.add_argument(
@@ -129,23 +116,20 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     add_file(
         kind,
         "--rename",
-        "YAML or JSON map from old to new class names; two classes may be given the same name",
+        "YAML or JSON file that maps old to new class names; classes with the same new name are "
+        "merged",
     )
     kind.add_argument(
         "--classes",
         type=_names,
         default=(),
         metavar="A,B",
-        help="keep only these classes (new names), in this order (default: all)",
+        help="keep only these classes, by new name and in this order (default: all)",
     )
-    kind.add_argument(
-        "--copy", action="store_true", help="copy the images instead of linking them (hard links)"
-    )
-    kind.add_argument(
-        "--boxes-as-masks",
-        action="store_true",
-        help="use the box of an object without a mask as its mask",
-    )
+    help = "copy the images instead of creating hard links"
+    kind.add_argument("--copy", action="store_true", help=help)
+    help = "if an object has no mask, use its box as its mask"
+    kind.add_argument("--boxes-as-masks", action="store_true", help=help)
     add_reading(kind, LARGEST_IMAGE)
     kind.set_defaults(run=run_data_convert)
 
@@ -162,8 +146,8 @@ def run_data_tiny(args: argparse.Namespace) -> int:
     from vitdet.demo.tiny import make_tiny
 
     made = make_tiny(args.folder, args.train, args.val, args.seed)
-    there = "" if made else ", already there"
-    print(f"{args.folder}: {args.train} + {args.val} images{there}")
+    suffix = "" if made else ", already there"
+    print(f"{args.folder}: {args.train} + {args.val} images{suffix}")
     return 0
 
 
@@ -224,7 +208,7 @@ def run_data_convert(args: argparse.Namespace) -> int:
             reading=reading_with(args.overrides, DEFAULT, LARGEST_IMAGE),
         )
     except SourceError as error:
-        print(f"vitdet: {error}", file=sys.stderr)  # all problems, a line each
+        print(f"vitdet: {error}", file=sys.stderr)  # one line per problem
         return 1
     splits = [
         f"{split} {images:,} images, {objects:,} objects"

@@ -1,12 +1,12 @@
-"""`vitdet evaluate`: a checkpoint, or a results file."""
+"""`vitdet evaluate`: evaluate a checkpoint or a results file."""
 
 from __future__ import annotations
 
 import argparse
 
 from vitdet import torchrun
+from vitdet.cli.arguments import CHECKPOINT, add_file, add_folder, given_path
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.cli.paths import CHECKPOINT, add_file, add_folder, given_path
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
@@ -16,15 +16,15 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb,
         "--config",
-        "file with the data and evaluate settings (default: those of the checkpoint)",
+        "YAML file with the data and evaluate settings (default: the checkpoint's settings)",
     )
     add_file(
         verb,
         "--output",
-        "JSON file for the metrics, with AP of each class; NAME.measured.json next to it describes "
-        "data and settings",
+        "write the metrics and the AP of each class to this JSON file; NAME.measured.json next to "
+        "it describes the data and settings",
     )
-    add_folder(verb, "--pictures", "folder for images of detections next to the ground truth")
+    add_folder(verb, "--pictures", "folder for pictures of the ground truth next to detections")
     add_folder(
         verb,
         "--plots",
@@ -34,10 +34,11 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb,
         "--report",
-        "HTML report: curves, classes, errors, confusion matrix, worst and best images",
+        "write an HTML report to this file: curves, classes, errors, confusion matrix, worst and "
+        "best images",
     )
-    add_file(verb, "--results", "evaluate this JSON list of COCO results instead of a checkpoint")
-    add_file(verb, "--annotations", "with --results: the ground truth")
+    add_file(verb, "--results", "evaluate this file of COCO results instead of a checkpoint")
+    add_file(verb, "--annotations", "with --results: annotation file with the ground truth")
     verb.add_argument(
         "--dataset",
         choices=("coco", "lvis"),
@@ -51,7 +52,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.results or args.annotations or args.dataset:
         return _evaluate_results(args)
     if not args.checkpoint:
-        raise ValueError("give a CHECKPOINT, or --results FILE and --annotations FILE")
+        raise ValueError(
+            "expected a CHECKPOINT, or --results FILE and --annotations FILE, but got neither"
+        )
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
@@ -59,7 +62,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vitdet.tracking.runs import default_folder
 
     for path in filter(None, (args.output, args.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # raise an error before the evaluation
+        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the evaluation, not after it
     config = None
     if args.config:
         config, found = resolve_config(args.config)
@@ -110,12 +113,12 @@ def _evaluate_results(args: argparse.Namespace) -> int:
 
 
 def table(metrics: dict[str, float]) -> str:
-    """Return the metrics as text, with a row for boxes and one for masks."""
-    shown = [key.partition("_") for key in metrics if key.startswith(("box_", "mask_"))]
-    columns = list(dict.fromkeys(column for _, _, column in shown))
+    """Return the metrics as a text table with a row for boxes and a row for masks."""
+    shown = [key.split("_", 1) for key in metrics if key.startswith(("box_", "mask_"))]
+    columns = list(dict.fromkeys(column for _, column in shown))
     rows = [["", *columns]]
     for kind in ("box", "mask"):
-        if kind in {one for one, _, _ in shown}:
+        if kind in dict(shown):
             values = [metrics.get(f"{kind}_{column}") for column in columns]
             rows.append([kind, *("-" if value is None else f"{value:.1f}" for value in values)])
     widths = [max(len(column) + 2, 7) for column in columns]

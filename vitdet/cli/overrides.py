@@ -16,7 +16,7 @@ READING = ("max_pixels", "bit_depth")  # settings of `data` for reading image fi
 
 
 def add_set(verb: argparse.ArgumentParser, help: str = "") -> None:
-    """Add `--set`, by default for all settings."""
+    """Add `--set`; the default help text is for verbs that accept all settings."""
     verb.add_argument(
         "--set",
         action="append",
@@ -28,27 +28,27 @@ def add_set(verb: argparse.ArgumentParser, help: str = "") -> None:
 
 
 def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -> None:
-    """Add `--set` for these settings of `data`, for verbs that read images and have no config."""
-    settings = ", ".join(f"data.{name}=N" for name in names)
-    add_set(verb, f"override how images are read: {settings}")
+    """Add `--set` for these `data` settings to a verb that reads images without a config."""
+    settings = " or ".join(f"data.{name}=N" for name in names)
+    add_set(verb, f"override a setting for reading images, {settings}; may be repeated")
 
 
 def reading_with(
     overrides: Sequence[str], reading: Reading, names: Sequence[str] = READING
 ) -> Reading:
-    """Return `reading` with these `data` settings; raises ValueError for other settings."""
+    """Return `reading` with overrides of these `data` settings; raise ValueError for others."""
     from vitdet.config import Config, DataConfig, override
     from vitdet.data.images import Reading
     from vitdet.data.layout import overridden_settings
 
     allowed = [f"data.{name}" for name in names]
     if others := sorted(overridden_settings(overrides) - {"data", *allowed}):
-        raise ValueError(f"{others[0]} has no effect here; --set takes {' and '.join(allowed)}")
+        raise ValueError(f"{others[0]} has no effect here; --set accepts {' and '.join(allowed)}")
     return Reading.of(override(Config(data=DataConfig(**vars(reading))), overrides).data)
 
 
 def log_resolved(config: Config, found: Mapping[str, str | int]) -> None:
-    """Log the settings that were read from the data, if there are any."""
+    """Log the settings that the data determined, if any."""
     from vitdet.data.layout import settings_text
 
     if found:

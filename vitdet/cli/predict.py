@@ -1,4 +1,4 @@
-"""`vitdet predict`."""
+"""`vitdet predict`: detect objects in images and draw them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitdet.cli.arguments import given_path
 from vitdet.cli.overrides import add_reading, reading_with
-from vitdet.cli.paths import given_path
 from vitdet.files import atomic_write, write_jpeg, write_json
 
 
@@ -27,7 +27,7 @@ def add_predict(verb: argparse.ArgumentParser) -> None:
         metavar="SCORE",
         type=float,
         default=0.5,
-        help="minimum score (default: %(default)s)",
+        help="minimum score of a detection (default: %(default)s)",
     )
     add_reading(verb)
     verb.set_defaults(run=run_predict)
@@ -45,7 +45,7 @@ def run_predict(args: argparse.Namespace) -> int:
     targets = _targets(args.images, args.output)
     predictor = Predictor.load(args.checkpoint)
     predictor.reading = reading_with(args.overrides, predictor.reading)
-    for path in args.images:  # all of them, before anything is written
+    for path in args.images:  # report unreadable images before anything is written
         read_image(path, predictor.reading)
     args.output.mkdir(parents=True, exist_ok=True)
     table = {}
@@ -59,14 +59,14 @@ def run_predict(args: argparse.Namespace) -> int:
             {"name": name, "score": round(score, 4), "box": [round(side, 2) for side in box]}
             for name, score, box in rows
         ]
-        named = ", ".join(f"{one['name']} {one['score']:.2f}" for one in table[target.name])
-        print(f"{target}: {named or 'nothing'}")
+        named = ", ".join(f"{row['name']} {row['score']:.2f}" for row in table[target.name])
+        print(f"{target}: {named or 'no detections'}")
     write_json(args.output / "detections.json", table)
     return 0
 
 
 def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Return the file for the drawing of each image: folder/NAME.jpg, NAME_2.jpg if that is taken.
+    """Return the path of each image's drawing: folder/NAME.jpg, or NAME_2.jpg if NAME.jpg is used.
 
     Raises ValueError if a drawing would overwrite one of the images.
     """
@@ -77,7 +77,7 @@ def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
             number += 1
             target = folder / f"{path.stem}_{number}.jpg"
         targets.setdefault(path, target)
-    own = {path.resolve() for path in images} & {target.resolve() for target in targets.values()}
-    if own:
-        raise ValueError(f"{min(own)}: the drawing would overwrite the image; change --output")
+    both = {path.resolve() for path in images} & {target.resolve() for target in targets.values()}
+    if both:
+        raise ValueError(f"{min(both)}: the drawing would overwrite the image; change --output")
     return targets

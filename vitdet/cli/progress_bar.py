@@ -1,4 +1,4 @@
-"""Progress of a download."""
+"""Progress bar of a download."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Progress of a download: a line that is redrawn on a terminal, a line per 10% in a log."""
+    """Show a download's progress: redraw a line on a terminal, print a line per 10% elsewhere."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
-        # time and number of bytes at the start of this attempt
-        self._first: tuple[float, int] | None = None
-        self._shown = (0.0, -1)  # time and tenth of the last line
+        self._first: tuple[float, int] | None = None  # start of this attempt: time, bytes
+        self._shown = (0.0, -1)  # last printed line: time, tenths of the file
 
     def at(self, done: int, total: int | None) -> None:
-        """Show that `done` bytes of `total`, if known, are present."""
+        """Show that `done` bytes of `total` have been downloaded; `total` may be unknown."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
@@ -30,7 +29,7 @@ class Bar:
             return
         self._shown = (now, tenth)
         text = self._text(done, total, now)
-        if terminal:  # at most the width of the terminal: a line that wraps could not be redrawn
+        if terminal:  # the line must fit: a line that wraps could not be redrawn
             room = shutil.get_terminal_size().columns - 1
             width = min(room - len(text) - 4, 30)
             filled = width * done // total if total else 0
@@ -40,7 +39,7 @@ class Bar:
             self._write(f"{text}\n")
 
     def _text(self, done: int, total: int | None, now: float) -> str:
-        """Return a line as `mae_vit_b   50%   171.6 of 343.2 MB  12.0 MB/s  0:14 left`."""
+        """Return, e.g., `mae_vit_b   50%   171.6 of 343.2 MB  12.0 MB/s  0:14 left`."""
         begin, had = self._first or (now, done)
         speed = (done - had) / max(now - begin, 1e-3) / 1e6
         if not total:
@@ -51,7 +50,7 @@ class Bar:
         return f"{self.name}  {share}{left}"
 
     def end(self) -> None:
-        """End the line of this attempt."""
+        """End this attempt's line and prepare for the next attempt."""
         if self._first and self.stream.isatty():
             self._write("\n")
         self._first, self._shown = None, (0.0, -1)

@@ -1,4 +1,4 @@
-"""`vitdet promote` and `vitdet rollback`."""
+"""`vitdet promote` and `vitdet rollback`: change the champion of a registered model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitdet.cli.paths import add_file, given_path
+from vitdet.cli.arguments import add_file, given_path
 
 
 def add_promote(verb: argparse.ArgumentParser) -> None:
@@ -16,13 +16,13 @@ def add_promote(verb: argparse.ArgumentParser) -> None:
         "--version",
         type=_number,
         metavar="N",
-        help="version to promote (default: the one with the alias candidate)",
+        help="version to promote (default: the version with the alias candidate)",
     )
     verb.add_argument(
         "--force",
         metavar="REASON",
         type=_reason,
-        help="skip the gate; REASON is stored as a tag of the version",
+        help="skip the gate; REASON is stored as a tag of the model version",
     )
     verb.set_defaults(run=run_promote)
 
@@ -30,7 +30,8 @@ def add_promote(verb: argparse.ArgumentParser) -> None:
 def add_rollback(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb `rollback`."""
     _add_model(verb)
-    verb.add_argument("--reason", default="", help="reason, stored as a tag of the version")
+    help = "reason for the rollback, stored as a tag of the model version"
+    verb.add_argument("--reason", default="", help=help)
     verb.set_defaults(run=run_rollback)
 
 
@@ -63,17 +64,21 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         type=given_path,
         default=Path("runs"),
         metavar="DIR",
-        help="folder with mlflow.db, if there is no MLflow server (default: %(default)s)",
+        help="folder of mlflow.db, if there is no MLflow server (default: %(default)s)",
     )
     add_file(
         verb,
         "--config",
-        "file with the tracking, gate, data and evaluate settings (default: those of the version)",
+        "YAML file with the tracking, gate, data and evaluate settings (default: the settings of "
+        "the model version)",
     )
 
 
 def _read_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the config, None if not given, and the store. Raises ValueError without MLflow."""
+    """Return the config, or None, and the location of the MLflow store.
+
+    Raises ValueError if MLflow is not installed or the name is invalid.
+    """
     from vitdet.config import TrackingConfig
     from vitdet.config.ranges import ModelName, check
     from vitdet.data.layout import resolve_config
@@ -88,7 +93,7 @@ def _read_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _number(text: str) -> str:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected the number of a version, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a version number, got {text!r}")
     return str(int(text))
 
 

@@ -1,10 +1,10 @@
-"""`vitdet register`."""
+"""`vitdet register`: register a checkpoint in the MLflow model registry."""
 
 from __future__ import annotations
 
 import argparse
 
-from vitdet.cli.paths import CHECKPOINT, add_file, add_folder, given_path
+from vitdet.cli.arguments import CHECKPOINT, add_file, add_folder, given_path
 
 
 def add_register(verb: argparse.ArgumentParser) -> None:
@@ -14,27 +14,27 @@ def add_register(verb: argparse.ArgumentParser) -> None:
         "--alias",
         metavar="NAME",
         default="candidate",
-        help="alias to set in addition to candidate; `champion` is set only if the version "
+        help="alias to set in addition to `candidate`; `champion` is set only if the model version "
         "passes the gate, which re-evaluates the champion if necessary (default: %(default)s)",
     )
     add_file(
         verb,
         "--config",
-        "file with the tracking, gate, data and evaluate settings (default: those of the "
-        "checkpoint)",
+        "YAML file with the tracking, gate, data and evaluate settings (default: the checkpoint's "
+        "settings)",
     )
     add_file(
         verb,
         "--metrics",
-        "JSON file written by --output of `vitdet evaluate`, for the tags of the version",
+        "JSON file from `vitdet evaluate --output`, whose metrics become tags of the model version",
     )
     add_folder(
         verb,
         "--plots",
-        "folder written by --plots of `vitdet evaluate` in the same evaluation, whose report and "
-        "matches are stored with the version",
+        "folder from `vitdet evaluate --plots` of the same evaluation, whose report and matches "
+        "are stored with the model version",
     )
-    add_file(verb, "--output", "JSON file for the name and version")
+    add_file(verb, "--output", "write the model name, version and alias to this JSON file")
     verb.set_defaults(run=run_register)
 
 

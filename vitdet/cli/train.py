@@ -1,4 +1,4 @@
-"""`vitdet train`."""
+"""`vitdet train`: train a detector, or resume an interrupted training run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from vitdet import torchrun
+from vitdet.cli.arguments import add_folder, given_path
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.cli.paths import add_folder, given_path
 from vitdet.config import load_config
 
 
@@ -21,28 +21,26 @@ def add_train(verb: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=given_path,
         required=True,
-        help="folder for model.pt, best.pt, config.yaml and checkpoints/",
+        help="output folder, for model.pt, best.pt, config.yaml and checkpoints/",
     )
     add_folder(
         verb,
         "--checkpoints",
-        "folder for training states, one subfolder per config and data (default: --output)",
+        "folder for the training states from which a training run resumes, with a subfolder for "
+        "each config and data set (default: --output)",
     )
-    add_folder(
-        verb,
-        "--weights",
-        "folder of fetched weights for train.init (default: ~/.cache/vitdet)",
-    )
+    help = "folder with the fetched weights for train.init (default: ~/.cache/vitdet)"
+    add_folder(verb, "--weights", help)
     verb.add_argument(
         "--group",
         default="",
         metavar="RUN",
-        help="ID of a pipeline run, whose MLflow run becomes the parent",
+        help="ID of a pipeline run, whose MLflow run becomes the parent of this MLflow run",
     )
     verb.add_argument(
         "--profile",
         action="store_true",
-        help="trace a few steps to OUTPUT/profile and log the time of each part",
+        help="profile a few steps: write a trace to OUTPUT/profile, log the time of each part",
     )
     verb.set_defaults(run=run_train)
 
@@ -52,7 +50,7 @@ def run_train(args: argparse.Namespace) -> int:
     torchrun.end_with_torchrun()
     from vitdet.data.samplers import check_batch_size
 
-    # checked before torch is imported, the data is read and the process group is joined
+    # fail before importing torch, reading the data and joining the process group
     train = load_config(args.recipe, args.overrides).train
     check_batch_size(train.batch_size, torchrun.world_size(), train.accumulate)
 
@@ -76,7 +74,7 @@ def run_train(args: argparse.Namespace) -> int:
         )
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)
-        return 128 + stopped.signum  # a shell's exit code for a process that a signal ended
+        return 128 + stopped.signum  # exit code that a shell reports for this signal
     if distributed.rank() == 0:
         print(path)
         if metric := config.train.keep_best:

@@ -1,4 +1,4 @@
-"""`vitdet weights`: list, fetch, convert and pre-train initial weights."""
+"""`vitdet weights`: list, download, convert and pre-train initial weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.cli.paths import add_folder, given_path
+from vitdet.cli.arguments import add_folder, add_kind, given_path
 from vitdet.cli.progress_bar import Bar
 
 if TYPE_CHECKING:
@@ -27,17 +27,13 @@ FETCH = (
 def add_weights(verb: argparse.ArgumentParser) -> None:
     """Add the kinds of the verb `weights`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
-    kind = kinds.add_parser(
-        "list", help="list the published weights: size, checksum, license, link"
-    )
-    kind.add_argument("--json", action="store_true", help="print JSON")
+    kind = add_kind(kinds, "list", "list the published weights: size, checksum, license, link")
+    kind.add_argument("--json", action="store_true", help="print JSON instead of text")
     kind.set_defaults(run=run_list)
 
-    help = "download, verify and convert published weights"
-    kind = kinds.add_parser("fetch", help=help, description=FETCH)
-    kind.add_argument(
-        "name", help="name in `vitdet weights list`, or a config file with train.init"
-    )
+    kind = add_kind(kinds, "fetch", "download, verify and convert published weights", FETCH)
+    help = "name in `vitdet weights list`, or a config file whose train.init is to be fetched"
+    kind.add_argument("name", help=help)
     add_folder(
         kind,
         "--output",
@@ -47,43 +43,41 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
         "--mirror",
         default="",
         metavar="URL",
-        help="download URL/PATH, where PATH is the path of the published URL",
+        help="download from URL/PATH, where PATH is the path in the published URL",
     )
     kind.add_argument(
         "--from",
         type=given_path,
         metavar="FILE",
         dest="local",
-        help="use this copy of the published file",
+        help="use this copy of the published file instead of downloading it",
     )
     kind.set_defaults(run=run_fetch)
 
-    kind = kinds.add_parser("convert", help="convert weights from or to another format")
+    kind = add_kind(kinds, "convert", "convert weights from or to another format")
     kind.add_argument("source", type=given_path, metavar="SRC", help="file to convert")
     kind.add_argument(
         "target",
         type=given_path,
         metavar="DST",
-        help=".safetensors for weights, .pt for a detector of --recipe; with --reverse .pkl or "
-        ".pth",
+        help="output file: .safetensors for weights, or .pt for a detector, which needs --recipe; "
+        "with --reverse, .pkl or .pth",
     )
     kind.add_argument(
         "--format",
         required=True,
         help="format of SRC, or of DST with --reverse: detectron2, mmdet, mae, vitae, ...",
     )
-    kind.add_argument("--recipe", help="model of the weights: name of a recipe, or a YAML file")
-    kind.add_argument(
-        "--reverse", action="store_true", help="convert to --format instead of from it"
-    )
+    help = "config of the weights' model: name of a recipe, or a YAML file"
+    kind.add_argument("--recipe", help=help)
+    help = "convert to --format instead of from --format"
+    kind.add_argument("--reverse", action="store_true", help=help)
     kind.set_defaults(run=run_convert)
 
-    kind = kinds.add_parser(
-        "pretrain",
-        help="train mae_vit_tiny, a masked autoencoder, on generated images without labels",
-    )
+    help = "train mae_vit_tiny, a masked autoencoder, on generated images without labels"
+    kind = add_kind(kinds, "pretrain", help)
     kind.add_argument("output", type=given_path, help="output file (.safetensors)")
-    help = "steps of 64 images (default: %(default)s)"
+    help = "training steps of 64 images each (default: %(default)s)"
     kind.add_argument("--steps", metavar="N", type=int, default=6000, help=help)
     kind.set_defaults(run=run_pretrain)
 
@@ -95,20 +89,20 @@ def run_list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([_record(entry) for entry in CATALOGUE.values()], indent=1))
         return 0
-    for title, kind in (("Backbones, for train.init", False), ("Detectors", True)):
+    for title, is_detector in (("Backbones, for train.init", False), ("Detectors", True)):
         print(f"{title}\n")
         for entry in CATALOGUE.values():
-            if bool(entry.recipe) == kind:
+            if bool(entry.recipe) == is_detector:
                 print(*_lines(entry), sep="\n", end="\n\n")
     print(
-        "vitdet weights fetch NAME downloads and converts a file to ~/.cache/vitdet; --output "
+        "`vitdet weights fetch NAME` downloads and converts a file to ~/.cache/vitdet; --output "
         "selects another folder."
     )
     return 0
 
 
 def _record(entry: Entry) -> dict:
-    """Return an entry for --json; what is not published is null."""
+    """Return an entry as JSON values; properties that are not published are null."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
@@ -119,7 +113,7 @@ def _record(entry: Entry) -> dict:
 
 
 def _lines(entry: Entry) -> Iterator[str]:
-    """Yield the lines of an entry: contents, source, and known properties of the file."""
+    """Yield the text lines of an entry: contents, source, and known properties of the file."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
@@ -152,7 +146,7 @@ def run_fetch(args: argparse.Namespace) -> int:
     is_config = args.name.endswith((".yaml", ".yml"))
     name = load_config(args.name).train.init if is_config else args.name
     if not name:
-        if args.output:  # an output of a DVC stage must exist
+        if args.output:  # DVC requires the outputs of a stage to exist
             args.output.mkdir(parents=True, exist_ok=True)
         print("train.init is empty: training starts from random weights")
     elif (source := Path(name)).suffix:  # a user's file

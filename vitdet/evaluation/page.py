@@ -17,12 +17,12 @@ from vitdet.evaluation.results import Truth
 from vitdet.files import atomic_write, sha256
 from vitdet.pages import data_uri, render
 
-QUALITY = 75  # of JPEG: the page of COCO's val2017 is smaller than 2 MB
+QUALITY = 75  # JPEG quality; the page of COCO's val2017 is smaller than 2 MB
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was evaluated on which data: the title of the page, and facts as (name, value)."""
+    """The title of the page, and facts about the data and the model by name."""
 
     title: str
     data: Mapping[str, str]
@@ -37,9 +37,9 @@ def write_page(
     results: Sequence[dict],
     images: Images | None,
 ) -> None:
-    """Write the page of an evaluation of these results; the first analysis is shown first.
+    """Write the page of an evaluation; it shows the first analysis first.
 
-    Without `images`, the page has no pictures; images that cannot be read are left out.
+    Without `images`, the page has no pictures. Images that cannot be read are omitted.
     """
     first = analyses[0]
     chosen = {result.image_id for result in (*first.worst, *first.best)}
@@ -61,7 +61,7 @@ def write_page(
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics at the top of the page by title: AP, and AR at the largest limit."""
+    """Return the metrics at the top of the page by title: all AP, and AR with the largest limit."""
     titles = {key: key.replace("ap", "AP", 1).replace("_", " ") for key in metrics}
     tiles = {titles[key]: value for key, value in metrics.items() if key.startswith("ap")}
     limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]
@@ -71,7 +71,7 @@ def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def checkpoint_facts(checkpoint: Path, config: Config, device: str, matches: Matches) -> Facts:
-    """Return the facts of an evaluation of a checkpoint with this config on a device."""
+    """Return the facts about an evaluation of a checkpoint with this config on this device."""
     model, data, settings = config.model, config.data, config.evaluate
     return Facts(
         title=f"{model.architecture}, {model.backbone.name} on {data.val_split}",
@@ -95,7 +95,7 @@ def checkpoint_facts(checkpoint: Path, config: Config, device: str, matches: Mat
 
 
 def results_facts(results: Path, annotations: Path, detections: int, matches: Matches) -> Facts:
-    """Return the facts of an evaluation of a file with this number of results."""
+    """Return the facts about an evaluation of a results file with this number of detections."""
     return Facts(
         title=f"{results.name} on {annotations.name}",
         data={

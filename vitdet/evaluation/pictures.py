@@ -1,4 +1,4 @@
-"""Pictures of images with their objects, and of the same images with their detections."""
+"""Pictures of images with their objects next to the same images with their detections."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from vitdet.files import atomic_write, write_jpeg
 from vitdet.predictor import Predictor
 from vitdet.visualize import caption_font, draw, legible_scale, paint, scaled, spread
 
-GAP = 8  # pixels between the two halves of a file of `write_pictures`
-SIDE = 520  # pixels of the longer side of a picture of `draw_pairs`
+GAP = 8  # pixels between the two halves of a picture from `write_pictures`
+SIDE = 520  # longer side of a picture from `draw_pairs`, in pixels
 
 
 def write_pictures(
@@ -41,9 +41,9 @@ def write_pictures(
 ) -> list[Path]:
     """Write `count` pictures of the validation split, FOLDER/<image id>.jpg; return their paths.
 
-    The images are evenly spaced in the split, so the same images are drawn each time. threshold:
-    minimum score of a drawn detection. split: the validation split, if already read. precision: as
-    evaluate.precision. The detector's mode is restored.
+    The images are evenly spaced in the split, so every call draws the same images. Detections with
+    a score of at least `threshold` are drawn. The split is read unless given. For `precision`, see
+    the setting evaluate.precision. The detector's mode is restored.
     """
     split = split or read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
@@ -67,7 +67,7 @@ def write_pictures(
 def draw_truth(
     record: Record, class_names: tuple[str, ...], reading: Reading = DEFAULT
 ) -> Image.Image:
-    """Return the image of a record with its objects, drawn as `draw` draws detections."""
+    """Return a record's image with its objects drawn in the style of `draw`."""
     picture = read_image(record.path, reading)
     scale = legible_scale(picture.size)
     labels = record.labels.tolist()
@@ -84,8 +84,9 @@ def draw_truth(
 def enlarged(
     segmentation: list | dict | None, size: tuple[int, int], scale: float
 ) -> torch.Tensor | None:
-    """Return the pixels (H, W) bool of an object in an image of (height, width) `size` that is
-    drawn `scale` times larger.
+    """Return the mask (H, W) bool of an object in an image that is drawn `scale` times larger.
+
+    size: (height, width) of the original image.
     """
     if segmentation is None:
         return None
@@ -111,8 +112,8 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a `Truth`: the folder that their names are relative to, whether named as in
-    LVIS, and how they are read.
+    """The image files of a `Truth`: the folder to which their names are relative, whether the names
+    are LVIS's, and the settings for reading the files.
     """
 
     folder: Path
@@ -121,7 +122,7 @@ class Images:
 
 
 class _Item(NamedTuple):
-    """An object or a detection; box: x, y, width, height in pixels, None with a mask only."""
+    """An object or a detection. The box is x, y, width, height in pixels; None if only masked."""
 
     category_id: int
     box: Sequence[float] | None
@@ -130,7 +131,10 @@ class _Item(NamedTuple):
 
 
 def images_of(annotations: Path, dataset: str) -> Images | None:
-    """Return the images of an annotation file ("coco" or "lvis") in one of the usual layouts."""
+    """Return the images of an annotation file, or None if it is in none of the known layouts.
+
+    dataset: "coco" or "lvis".
+    """
     for files in find_splits(root_of(annotations), dataset).values():
         if files.annotations.resolve() == annotations.resolve() and files.images.is_dir():
             return Images(files.images, dataset == "lvis")
@@ -146,8 +150,8 @@ def draw_pairs(
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
     """Return (image with its objects, image with its detections) by image id.
 
-    results: validated results; those with a score of at least `threshold` are drawn.
-    Images that cannot be read are left out.
+    Detections with a score of at least `threshold` are drawn; `results` must have been validated.
+    Images that cannot be read are omitted.
     """
     names = {number: str(category["name"]) for number, category in truth.categories.items()}
     labels = {category_id: label for label, category_id in enumerate(names)}
@@ -168,7 +172,7 @@ def draw_pairs(
         try:
             name = existing_name(images.folder, image_name(truth.images[image_id], images.lvis))
             picture = read_image(images.folder / name, images.reading)
-        except (OSError, ValueError, KeyError):  # KeyError: no file name, not needed for AP
+        except (OSError, ValueError, KeyError):  # KeyError: the file name, which AP does not need
             continue
         if (picture.height, picture.width) == truth.sides(image_id):
             left, right = (_draw(picture, side[image_id], labels) for side in (objects, found))

@@ -1,4 +1,4 @@
-"""The files of an evaluation: rows for `dvc plots`, results, matches and the report page."""
+"""Output files of an evaluation: rows for `dvc plots`, results, matches and the report page."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
     """
     rows: dict[str, dict[str, str | float | None]] = {}
     for kind, comparison in finished.items():
-        for place, category in enumerate(comparison.categories):
-            ap = comparison.ap(chosen=[place])
+        for index, category in enumerate(comparison.categories):
+            ap = comparison.ap(chosen=[index])
             if ap is not None:
                 row = rows.setdefault(category["name"], {"class": category["name"]})
                 row[f"{NAMES[kind]}_ap"] = ap
-                row[f"{NAMES[kind]}_ap50"] = comparison.ap(0.5, chosen=[place])
+                row[f"{NAMES[kind]}_ap50"] = comparison.ap(0.5, chosen=[index])
     return list(rows.values())
 
 
 def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
-    """Return the mean precision of the classes at each recall, in 0..1, as rows {recall, box_iou50,
-    box_iou75, mask_iou50, mask_iou75}.
+    """Return the precision at each recall in 0..1, averaged over classes, as rows {recall,
+    box_iou50, box_iou75, mask_iou50, mask_iou75}; [] without objects.
     """
     rows: list[dict[str, float]] = [{"recall": round(float(recall), 4)} for recall in RECALLS]
     for kind, comparison in finished.items():
@@ -46,7 +46,7 @@ def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
 
 
 def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
-    """Return precision, recall and F1 at each score threshold, of all classes together, as rows
+    """Return precision, recall and F1 of all classes together at each score threshold, as rows
     {threshold, box_precision, box_recall, box_f1, mask_precision, ...}.
     """
     rows: dict[float, dict[str, float]] = {}
@@ -59,15 +59,15 @@ def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
 
 
 def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """Return AP in percent of each class that has objects, as class_ap/NAME (boxes) and
-    class_mask_ap/NAME, and the numbers of images, objects and detections (boxes, if compared).
+    """Return AP in percent of each class that has objects, as class_ap/NAME for boxes and
+    class_mask_ap/NAME for masks, and the numbers of images, objects and detections.
     """
     names = {"bbox": "class_ap", "segm": "class_mask_ap"}
     values = {
         f"{names[kind]}/{category['name']}": ap
         for kind, comparison in finished.items()
-        for place, category in enumerate(comparison.categories)
-        if (ap := comparison.ap(chosen=[place])) is not None
+        for index, category in enumerate(comparison.categories)
+        if (ap := comparison.ap(chosen=[index])) is not None
     }
     matches = next(iter(finished.values())).matches
     return values | {
@@ -87,23 +87,23 @@ def write_reports(
     facts: Callable[[Matches], Facts],
     images: Images | None,
 ) -> None:
-    """Write the folder `plots` (`write_report` and report.html) and the page `report`, if given.
+    """Write the folder `plots` (files of `write_report`, report.html) and the page `report`, if
+    given.
 
-    facts: returns the facts of the page, given the matches (boxes, if compared). images: see
-    `write_page`.
+    `facts` is called with the matches and returns the page's facts. For `images`, see `write_page`.
     """
     pages = {Path(report)} if report else set()
     pages |= {Path(plots) / REPORT} if plots else set()
     if not pages:
         return
-    # a data set without outlines has no masks to find
-    known = {kind: one for kind, one in finished.items() if one.ap() is not None}
-    analyses = [analyse(kind, one, metrics, truth) for kind, one in known.items()]
+    # the AP of masks is undefined for a data set without outlines
+    known = {kind: found for kind, found in finished.items() if found.ap() is not None}
+    analyses = [analyse(kind, found, metrics, truth) for kind, found in known.items()]
     if plots:
         write_report(plots, finished, results, analyses)
     for page in pages:
-        stated = facts(next(iter(known.values())).matches)
-        write_page(page, analyses, stated, truth, results, images)
+        page_facts = facts(next(iter(known.values())).matches)
+        write_page(page, analyses, page_facts, truth, results, images)
 
 
 def write_report(
@@ -123,4 +123,4 @@ def write_report(
         ("results", results),
     ):
         write_json(Path(folder) / f"{name}.json", value, indent=None if name == "results" else 1)
-    save_matches(Path(folder) / MATCHES, {kind: one.matches for kind, one in finished.items()})
+    save_matches(Path(folder) / MATCHES, {kind: found.matches for kind, found in finished.items()})

@@ -1,4 +1,4 @@
-"""The inputs of an evaluation: an annotation file, and COCO results.
+"""Reading and checking the inputs of an evaluation: an annotation file, and COCO results.
 
 Results are a list of {image_id, category_id, score, bbox: [x, y, width, height] and/or
 segmentation: RLE or polygons}. Errors in the files are reported in one line.
@@ -19,9 +19,9 @@ from vitdet.data.annotation_file import Annotation, annotations_of, convert_anno
 from vitdet.data.coco import read_tree, validate_tree
 from vitdet.data.segmentation import read_outline, show, whole_number
 
-# kind of comparison -> the key of a result that it compares
+# kind of comparison -> result key that is compared
 KINDS = {"bbox": "bbox", "segm": "segmentation"}
-WHOLE = {"id", "height", "width"}  # keys of images and categories
+WHOLE = {"id", "height", "width"}  # keys of images and categories whose values are whole numbers
 BBOX = "4 finite numbers x, y, width, height"
 
 
@@ -29,7 +29,7 @@ BBOX = "4 finite numbers x, y, width, height"
 class Truth:
     """An annotation file: images and categories by id, in ascending order, and the objects.
 
-    `objects` may include objects of unknown images or categories, which do not count.
+    `objects` may include objects of unknown images or categories, which are not evaluated.
     """
 
     path: Path
@@ -45,10 +45,10 @@ class Truth:
 
 
 def read_truth(path: Path | str, lvis: bool = False) -> Truth:
-    """Read an annotation file of COCO or LVIS.
+    """Read an annotation file in the format of COCO or LVIS.
 
-    Raises FileNotFoundError, and ValueError, in one line, for what `vitdet data check` reports as
-    an error.
+    Raises FileNotFoundError, and ValueError, in one line, for errors that `vitdet data check`
+    reports.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,13 +59,13 @@ def read_truth(path: Path | str, lvis: bool = False) -> Truth:
 
 
 def truth_of(path: Path | str, tree: dict) -> Truth:
-    """Return the content of an annotation file, which `read_coco` or `read_truth` validated."""
+    """Return the content of an annotation file that `validate_tree` has accepted."""
     images, categories = (_by_id(tree[key]) for key in ("images", "categories"))
     return Truth(Path(path), images, categories, _Objects(tree["annotations"]))
 
 
 def _by_id(table: Iterable[dict]) -> dict[int, dict]:
-    """Return the entries by id in ascending order, with ids and sides as whole numbers."""
+    """Return the entries by id in ascending order, with integer ids and image sizes."""
     items: Iterable[dict[str, Any]] = (
         {key: whole_number(value) if key in WHOLE else value for key, value in item.items()}
         for item in table
@@ -90,7 +90,7 @@ class _Objects(Iterable[Annotation]):
 def read_results(path: Path | str) -> list[dict]:
     """Return the content of a results file.
 
-    Raises FileNotFoundError, and ValueError for anything but a list of at least one result.
+    Raises FileNotFoundError, and ValueError if the file is not a JSON list of at least one result.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,13 +105,13 @@ def read_results(path: Path | str) -> list[dict]:
     if not isinstance(results, list):
         raise ValueError(f"{path}: expected a list of results, got a {type(results).__name__}")
     if not results:
-        raise ValueError(f"{path}: the list of results is empty; there is nothing to score")
+        raise ValueError(f"{path}: the list of results is empty; there is nothing to evaluate")
     return results
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Suspend garbage collection, which takes a quarter of the time for half a million dicts."""
+    """Suspend garbage collection, which would take a quarter of the time for 500,000 dicts."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -122,9 +122,9 @@ def uncollected() -> Iterator[None]:
 
 
 def kinds_of(results: Sequence[dict]) -> list[str]:
-    """Return what can be compared by the keys of the first result: "bbox" and/or "segm".
+    """Return the kinds that can be compared, "bbox" and/or "segm", given the first result's keys.
 
-    Raises ValueError if it has neither.
+    Raises ValueError if the first result has neither a box nor a mask.
     """
     first = results[0]
     kinds = [kind for kind, key in KINDS.items() if isinstance(first, dict) and key in first]
@@ -149,10 +149,10 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
         try:
             unknown = sorted({item[key] for item in results} - known.keys(), key=str)
         except TypeError as error:
-            raise ValueError(f"{key} of a result must be a number ({error})") from error
+            raise ValueError(f"{key}: expected a number for each result ({error})") from error
         if unknown:
             raise ValueError(
-                f"{truth.path}: contains no {name} {show(unknown[0])}, which has results "
+                f"{truth.path}: contains no {name} {show(unknown[0])}, for which there are results "
                 f"({len(unknown)} such {names}); expected results for the same data set"
             )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
@@ -166,7 +166,7 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
 
 
 def _finite(values: object, shape: tuple[int, ...]) -> bool:
-    """Return whether values are finite numbers in an array of this shape."""
+    """Return whether the values form an array of finite numbers with this shape."""
     try:
         array = np.array(values)
     except ValueError:  # the values have different lengths
@@ -175,13 +175,13 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
 
 
 def check_code(item: dict, size: tuple[int, int]) -> list | dict:
-    """Return the usable outline of a result: polygons without their broken parts, or RLE.
+    """Return the usable outline of a result: an RLE, or polygons without invalid parts.
 
-    size: (height, width) of the image. Raises ValueError for a segmentation that is not a mask of
-    such an image.
+    size: (height, width) of the image. Raises ValueError for a segmentation that is not a valid
+    mask in an image of this size.
     """
     outline = read_outline(item["segmentation"], size)
-    # not the number of the result: only the results that count are compared
+    # the position in the file is unknown, because results that are not compared were removed
     name = f"result for image {item['image_id']}, category {item['category_id']}"
     if outline.problem:
         raise ValueError(f"{name}: {outline.problem[0]}: {outline.problem[1]}")

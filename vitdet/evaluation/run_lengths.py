@@ -1,9 +1,10 @@
-"""Encoding many masks as COCO's run lengths at once, and the areas of many such codes.
+"""Encode many masks as COCO's run lengths at once, and compute the areas of many such codes.
 
-The pixels of an image, column by column, are counted in runs that alternate between background and
-mask, background first. COCO's compressed text (maskApi.c) has 5 bits per character from '0' on,
-lowest first; bit 5 marks that the number continues, bit 4 of its last character is the sign. From
-the fourth number on, each number is the difference from the run two before.
+A code contains the lengths of runs of equal pixels, column by column; the runs alternate between
+background and mask, background first. COCO's compressed text (maskApi.c) stores a number in
+characters of 5 bits from '0' on, lowest bits first. Bit 5 of a character marks that the number
+continues; bit 4 of its last character is the sign. From the fourth number on, each number is the
+difference from the length of the run two before.
 
 Notation: N masks, R runs inside masks, C counts, U numbers of all codes.
 """
@@ -17,15 +18,18 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
-AT_ONCE = 512  # codes, so that intermediate arrays fit into the processor's cache
+AT_ONCE = 512  # codes per group, so that intermediate arrays fit into the processor's cache
 
 
 def encode_columns(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> list[dict]:
-    """Return the compressed RLE of N masks, as `vitdet.data.masks.encode` does for whole images.
+    """Return the compressed RLE of N masks, like `vitdet.data.masks.encode` for whole images.
 
-    pixels (total,) uint8, regions (N, 4) and ends (N,) int64: as in `vitdet.kernels.paste`. sizes
-    (N, 2) int64: (height, width) of the images. All on one device, where all runs are counted at
-    once; the counts are compressed on the CPU by pycocotools (6 us per mask).
+    The runs of all masks are counted at once, on the device of the tensors. pycocotools compresses
+    the counts on the CPU (6 us per mask).
+
+    Args:
+        pixels, regions, ends: (total,) uint8, (N, 4) and (N,) int64, see `vitdet.kernels.paste`.
+        sizes: (N, 2) int64, (height, width) of the images.
     """
     counts, last = _counts(pixels, regions, ends, sizes)
     parts = np.split(counts.int().cpu().numpy(), (last[:-1] + 1).tolist())
@@ -37,13 +41,13 @@ def encode_columns(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor)
 
 
 def _counts(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the counts (C,) of all masks in sequence, and the index (N,) of each mask's last."""
+    """Return the counts (C,) of all masks in sequence, and the index (N,) of each last count."""
     owner, bounds = _bounds(pixels, regions, ends, sizes)
     area = sizes.prod(dim=1)
     inner = bounds < area[owner]  # a mask that reaches the last pixel has no count after it
     owner, bounds = owner[inner], bounds[inner]
     last = (torch.bincount(owner, minlength=len(regions)) + 1).cumsum(0) - 1
-    # a count ends where a run begins or ends, and at the end of the image
+    # a count ends at each start and end of a run, and at the end of the image
     marks = bounds.new_empty(len(bounds) + len(regions))
     marks[torch.arange(len(bounds), device=bounds.device) + owner] = bounds
     marks[last] = area
@@ -53,17 +57,19 @@ def _counts(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
 
 
 def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mask and the pixel in the image, both (2 R,), of each start and end of a run."""
+    """Return the mask index and the pixel index in the image, (2 R,) each, of all starts and ends
+    of runs.
+    """
     changes = (pixels != torch.cat([pixels.new_zeros(1), pixels[:-1]])).nonzero().view(-1, 2)
     start, end = changes.t().contiguous()
     owner = torch.searchsorted(ends, start, right=True)
     x, y, width, height = regions[owner].unbind(1)
-    place = start - (ends[owner] - width * (height + 1))
-    column = place.div(height + 1, rounding_mode="floor")
-    begin = (x + column) * sizes[owner, 0] + y + place - column * (height + 1)
+    offset = start - (ends[owner] - width * (height + 1))  # in the region
+    column = offset.div(height + 1, rounding_mode="floor")
+    begin = (x + column) * sizes[owner, 0] + y + offset - column * (height + 1)
     bounds = torch.stack([begin, begin + end - start], dim=1).flatten()
     owner = owner.repeat_interleave(2)
-    # runs of adjacent columns are one run where the mask covers the image from top to bottom
+    # where a mask extends to the bottom and to the top of the next column, their runs are one run
     meets = (bounds[1:] == bounds[:-1]) & (owner[1:] == owner[:-1])
     apart = torch.ones_like(bounds, dtype=torch.bool)
     apart[1:] &= ~meets
@@ -72,11 +78,11 @@ def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
 
 
 def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the areas (int64) of compressed codes, and whether each is valid, i.e. its runs sum to
-    `pixels`.
+    """Return the areas (int64) of compressed codes, and whether each code is valid, i.e. the sum of
+    its runs equals its number of pixels.
 
-    pycocotools and faster-coco-eval hang on codes that are not valid. Codes are processed in groups
-    of AT_ONCE; if one of a group contains invalid characters, the whole group counts as invalid.
+    pycocotools and faster-coco-eval hang on invalid codes. Codes are processed in groups of
+    AT_ONCE; if one code contains invalid characters, the whole group is reported as invalid.
     """
     sizes, valid = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for start in range(0, len(texts), AT_ONCE):
@@ -88,10 +94,10 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
 
 
 def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the sum of all runs of each code and of those inside the mask; None if invalid."""
+    """Return each code's sum of all runs and of runs inside the mask; None if one is invalid."""
     ends = np.cumsum([len(text) for text in texts])
     codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
-    final = (codes & 32) == 0  # the last characters of numbers
+    final = (codes & 32) == 0  # whether a character is the last of its number
     if min(map(len, texts)) == 0 or codes.max() > 63 or not final[ends - 1].all():
         return None
     stops = np.flatnonzero(final)
@@ -102,13 +108,14 @@ def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
     for back in range(1, longest):
         longer = np.flatnonzero(lengths > back)
         numbers[longer] = (numbers[longer] << 5) | (codes[stops[longer] - back] & 31)
-    counts = np.add.reduceat(final, np.append(0, ends[:-1]), dtype=np.int64)  # numbers of each code
+    counts = np.add.reduceat(final, np.append(0, ends[:-1]), dtype=np.int64)  # numbers per code
     starts = np.cumsum(counts) - counts
-    place = np.arange(len(numbers)) - np.repeat(starts, counts)
-    # a number is part of its own run and, except the first, of every second one after it
-    weights = (np.repeat(counts, counts) - 1 - place) // 2 + 1
+    index = np.arange(len(numbers)) - np.repeat(starts, counts)
+    # as a difference, a number contributes to its run and to every second run after it, except the
+    # first number of a code
+    weights = (np.repeat(counts, counts) - 1 - index) // 2 + 1
     weights[starts] = 1
     numbers *= weights
     total = np.add.reduceat(numbers, starts)
-    numbers *= place & 1
+    numbers *= index & 1
     return total, np.add.reduceat(numbers, starts)

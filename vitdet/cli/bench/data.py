@@ -1,10 +1,11 @@
-"""CPU time of reading a training image: vitdet, Detectron2's mapper if installed, plain Pillow.
+"""CPU time of reading a training image with vitdet, with Detectron2's mapper and with Pillow.
 
-All three process the same photos alternately, in one process: read, large-scale jitter (0.1 to 2.0
-of 1024), crop, flip, boxes and masks. Detectron2's DatasetMapper has the augmentations of its
-ViTDet configs (RandomFlip, ResizeScale, FixedSizeCrop without padding), with polygons as in these
-configs and with bitmasks. Plain Pillow reads, resizes to 1024 and copies into an array, as a
-reference for the speed of the machine. Times are user and system CPU time.
+All three process the same images alternately, in one process. vitdet and Detectron2's
+DatasetMapper, if installed, read an image, apply large-scale jitter (0.1 to 2.0 of 1024), crop,
+flip, and transform boxes and masks. The mapper has the augmentations of Detectron2's ViTDet configs
+(RandomFlip, ResizeScale, FixedSizeCrop without padding), with polygons as in these configs and with
+bitmasks. Pillow only reads, resizes to 1024 and copies into an array, as a reference for the speed
+of the machine. Times are user and system CPU time.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ SIDE = 1024
 def measure(
     folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5
 ) -> dict:
-    """Return CPU milliseconds per image, mean and minimum of the rounds over all images with
-    objects of these splits of a folder in COCO's layout, and the ratios of vitdet's mean to the
-    others'.
+    """Return CPU milliseconds per image, as mean and minimum over `rounds` passes through all
+    images with objects, and the ratio of vitdet's mean to each other mean.
 
-    Raises the errors of `read_split`, and ValueError for rounds below 1.
+    The splits are read from a folder in COCO's layout. Raises the errors of `read_split`, and
+    ValueError for rounds below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -45,44 +46,45 @@ def measure(
         # without a cache, as for a data set that does not fit into memory
         stream.append(TrainData(read_split(data, split), data, seed=0, cache=0))
     records = [record for data in stream for record in data.records]
-    ways: dict[str, Callable[[int], None]] = {"vitdet": lambda turn: _ours(stream, turn)}
-    ways |= {f"detectron2 {form}": way for form, way in _detectron2(records).items()}
-    ways["pillow"] = lambda _: _plain(records)
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(-1, rounds):  # the first round imports modules and fills caches
-        for name, way in ways.items():
+    readers: dict[str, Callable[[int], None]] = {"vitdet": lambda turn: _read_all(stream, turn)}
+    readers |= {f"detectron2 {form}": read for form, read in _detectron2(records).items()}
+    readers["pillow"] = lambda _: _read_with_pillow(records)
+    found: dict[str, list[float]] = {name: [] for name in readers}
+    for turn in range(-1, rounds):  # warm-up: round -1 imports modules and fills caches
+        for name, read in readers.items():
             start = time.process_time()
-            way(turn)
+            read(turn)
             if turn >= 0:
                 found[name].append(1000 * (time.process_time() - start) / len(records))
-    mean = {name: float(np.mean(those)) for name, those in found.items()}
+    mean = {name: float(np.mean(times)) for name, times in found.items()}
     return {
         "images": len(records),
         "objects": sum(map(len, records)),
         "rounds": rounds,
         "cpu_ms": {
-            name: {"mean": round(mean[name], 2), "least": round(min(those), 2)}
-            for name, those in found.items()
+            name: {"mean": round(mean[name], 2), "least": round(min(times), 2)}
+            for name, times in found.items()
         },
-        "ratio": {name: round(mean["vitdet"] / mean[name], 3) for name in ways if name != "vitdet"},
+        "ratio": {name: round(mean["vitdet"] / mean[name], 3) for name in list(readers)[1:]},
     }
 
 
-def _ours(stream: list[TrainData], turn: int) -> None:
+def _read_all(stream: list[TrainData], turn: int) -> None:
     for data in stream:
-        for place in range(len(data.records)):
-            data[(turn + 1) * len(data.records) + place]
+        for index in range(len(data.records)):
+            data[(turn + 1) * len(data.records) + index]
 
 
-def _plain(records: list[Record]) -> None:
+def _read_with_pillow(records: list[Record]) -> None:
     for record in records:
         with Image.open(record.path) as file:
             np.asarray(file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
-    """Return a function that processes the records for each mask format; none if detectron2, or
-    shapely, which it uses for cropping, is not installed.
+    """Return, for each mask format, a function that reads all records with Detectron2's mapper.
+
+    Return {} if detectron2, or shapely, which it uses for cropping, is not installed.
     """
     try:
         import shapely.geometry  # noqa: F401
@@ -115,7 +117,7 @@ def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
         transforms.FixedSizeCrop((SIDE, SIDE), pad=False),
     ]
 
-    def way(form: str) -> Callable[[int], None]:
+    def reader(form: str) -> Callable[[int], None]:
         mapper = DatasetMapper(
             is_train=True,
             augmentations=chain,
@@ -125,13 +127,13 @@ def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
             recompute_boxes=True,
         )
 
-        def pass_over(turn: int) -> None:
-            np.random.seed(turn + 1)  # detectron2 draws from numpy's own generator
+        def read(turn: int) -> None:
+            np.random.seed(turn + 1)  # detectron2 uses numpy's global generator
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for entry in entries:
                     mapper(entry)
 
-        return pass_over
+        return read
 
-    return {form: way(form) for form in ("polygon", "bitmask")}
+    return {form: reader(form) for form in ("polygon", "bitmask")}

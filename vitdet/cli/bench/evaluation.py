@@ -1,10 +1,10 @@
-"""Time of an evaluation and of pycocotools for the same synthetic files.
+"""CPU time of vitdet's and pycocotools' evaluation of the same synthetic files.
 
-The files resemble COCO's validation split and a detector's results: images of 640 x 480 pixels
-with 7.3 objects on average, of at most three of 80 classes, some of them crowds, with polygons;
-detections that are mostly objects moved and scaled, with scores that decrease with the distance,
-boxes and masks (RLE of ellipses). Times are user and system CPU time of this process. The two
-evaluations alternate.
+The files resemble COCO's validation split and a detector's results. The images have 640 x 480
+pixels and 7.3 objects on average, of at most three of 80 classes; objects have polygons, and some
+are crowds. The detections have boxes and masks (RLE of ellipses); most are moved and scaled
+objects, with scores that decrease with the distance. Times are user and system CPU time of this
+process. The two evaluations alternate.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
 
 def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: int = 0) -> dict:
-    """Return CPU seconds by step for vitdet and pycocotools, of the fastest of `rounds`, their
-    ratio, and the largest difference of the metrics in percentage points.
+    """Return the CPU seconds of each step for vitdet and pycocotools in their fastest round, the
+    ratio of the totals, and the largest difference of a metric in percentage points.
     """
     if min(images, detections, rounds) < 1:
         raise ValueError(
@@ -52,7 +52,7 @@ def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: in
             f"{path.stem}_mb": round(path.stat().st_size / 2**20, 1)
             for path in (annotations, results)
         }
-    best = {name: min(those, key=lambda run: run["total"]) for name, those in runs.items()}
+    best = {name: min(rows, key=lambda run: run["total"]) for name, rows in runs.items()}
     differences = np.abs(np.subtract(metrics["vitdet"], metrics["pycocotools"]))
     return {
         "images": images,
@@ -86,10 +86,10 @@ def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[
             truth, found = COCO(annotations), json.loads(results.read_bytes())
         for kind, key in KINDS.items():
             with _step(seconds, "compare"):
-                # only one kind, otherwise the masks would get the areas of their boxes
+                # without boxes: otherwise, loadRes would use a box's area as the area of its mask
                 others = set(KINDS.values()) - {key}
                 index = truth.loadRes(
-                    [{name: one[name] for name in one if name not in others} for one in found]
+                    [{name: item[name] for name in item if name not in others} for item in found]
                 )
                 evaluation = COCOeval(truth, index, kind)
                 evaluation.evaluate()
@@ -143,7 +143,7 @@ def write_set(annotations: Path, results: Path, images: int, detections: int, se
 
 
 def _shapes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return ellipses (count, 4): center x, y and semi-axes, of sides from 12 to 380 pixels."""
+    """Return random ellipses (count, 4): center x, y and semi-axes, 12 to 380 pixels in size."""
     side = np.exp(rng.uniform(np.log(12), np.log(380), count))
     aspect = np.exp(rng.normal(0, 0.4, count))
     x, y = rng.uniform(0, WIDTH, count), rng.uniform(0, HEIGHT, count)

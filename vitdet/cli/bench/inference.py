@@ -1,9 +1,9 @@
-"""Speed of detection, from images to detections on the device and to COCO results with RLE.
+"""Speed of detection: from images to detections on the device, and to COCO results with RLE.
 
-Random weights find nothing above `evaluate.score_threshold`. Therefore the class logits are scaled
-up until an image has `evaluate.max_detections` detections; the mask head and the conversion then
-have as much work as with LVIS. The time of a row is measured from one call to the next, on a GPU
-with events in its stream, and includes copying the images.
+With random weights, no score is above `evaluate.score_threshold`. Therefore the class logits are
+scaled up until an image has `evaluate.max_detections` detections; the workload of the mask head and
+of the conversion is then similar to LVIS. The time of a row is the time from one call to the next
+(on a GPU, measured with events in its stream); it includes copying the images to the device.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.training.precision import autocast
 from vitdet.types import Batch, Detections
 
-WARM = 3  # warm-up calls before the measured ones
-SCALES = (1, 4, 16, 32, 64)  # factors of the class logits; the smallest sufficient one is used
+WARM = 3  # number of warm-up calls
+SCALES = (1, 4, 16, 32, 64)  # factors for the class logits; the smallest sufficient factor is used
 
 
 def measure_inference(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """Return `measurement.measured` of detection."""
+    """Measure detection at these batch sizes and precisions; see `measurement.measured`."""
     detector = new_detector(config, device).eval()
-    one = images_for(config, 1).to(device)
-    detections = let_detect(detector, one)
-    flops = forward_flops(detector, lambda: detector(one.images, None, one.sizes))
+    image = images_for(config, 1).to(device)
+    detections = let_detect(detector, image)
+    flops = forward_flops(detector, lambda: detector(image.images, None, image.sizes))
     if config.evaluate.compile and device.type == "cuda":
         compile_parts(detector)
 
@@ -46,8 +46,8 @@ def measure_inference(
 
 @torch.no_grad()
 def let_detect(detector: Detector, batch: Batch) -> int:
-    """Scale the class logits until the image of `batch` has the largest number of detections;
-    return their number.
+    """Scale the class logits until the image of `batch` has the maximum number of detections;
+    return the number reached.
     """
     layers = [stage.get_submodule("logits") for stage in detector.roi_heads.stages]
     drawn = [layer.get_parameter("weight").clone() for layer in layers]
@@ -65,15 +65,17 @@ def let_detect(detector: Detector, batch: Batch) -> int:
 def measure_calls(
     detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
 ) -> dict:
-    """Return the row of one batch size and precision. results_per_second: images per second of an
-    evaluation, without reading images and without the comparison.
+    """Return the table row for one batch size and precision: see `measurement.call_row`.
+
+    The additional key results_per_second is the number of images per second that are converted to
+    COCO results; it excludes reading images and comparing results with the ground truth.
     """
     peak = peak_memory(device)
     find = GraphedDetector(detector, lambda: autocast(precision, device))
 
     def detect() -> list[Detections]:
-        images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
-        return find(images, sizes)
+        images = batch.images.to(device, non_blocking=True)
+        return find(images, batch.sizes.to(device, non_blocking=True))
 
     row = call_row(detect, len(batch), steps, device, WARM, peak)
     loop = results_of(detector, [batch] * (WARM + steps), range(10**5), device, precision)

@@ -1,4 +1,4 @@
-"""Measurements of a device: times, memory, rate of matrix products, kernels and host waits."""
+"""Measure time, memory, matrix product rate, kernels and host waits on a device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vitdet.models.vit import Block
 from vitdet.training.meter import memory
 from vitdet.training.precision import chosen, tf32
 
-# side of the matrices whose product is timed, on a GPU and on a CPU (where it takes 0.1 s)
+# device type -> side of the square matrices whose product is timed (0.1 s on a CPU)
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# CUDA calls that wait, except device synchronization, which only the measurement itself calls
+# CUDA calls in which the host waits; cudaDeviceSynchronize is only called by the measurement itself
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-COUNTED = 2  # steps whose kernels are counted, after the measured ones
+COUNTED = 2  # number of steps after the timed steps, whose kernels are counted
 GIB = 2**30
-# column of a table -> its format
+# column of the report -> format of its values
 SHOWN = {
     "who": "{}",
     "batch": "{}",
@@ -49,14 +49,14 @@ SHOWN = {
 
 
 class Clock:
-    """Times between marks; on a GPU, events in its stream, which do not wait for the device."""
+    """Measure the times between marks; on a GPU, with events, which do not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self._marks: list = []
 
     def mark(self) -> None:
-        """Add a mark; on a GPU, after the work queued so far."""
+        """Add a mark; on a GPU, it takes effect after the work queued so far."""
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -65,7 +65,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
-        """Return the times between the marks; waits for the last one."""
+        """Wait for the last mark; return the times between successive marks."""
         if self.on_gpu:
             torch.cuda.synchronize()
         pairs = zip(self._marks, self._marks[1:], strict=False)
@@ -96,7 +96,9 @@ def call_row(
     warm: int,
     peak: Callable[[], float],
 ) -> dict:
-    """Return ms (median), images_per_second (mean), peak_gib and counts of calls of `images`."""
+    """Return the median ms, mean images_per_second, peak_gib and `counted` of calls that process
+    `images` images each.
+    """
     times = timed(call, device, steps, warm)
     with counted(device, COUNTED) as counts:
         for _ in range(COUNTED if device.type == "cuda" else 0):
@@ -110,17 +112,19 @@ def call_row(
 
 
 def product_rate(precision: str, device: torch.device) -> float:
-    """Return FLOP/s of a product of large square random matrices in this precision."""
+    """Return the FLOP/s of the product of large square random matrices in this precision."""
     side = PRODUCT[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in "lr")
+    left, right = torch.randn(2, side, side, device=device, dtype=DTYPES[precision])
     milliseconds = statistics.median(timed(lambda: left @ right, device, 10, warm=3))
     return 2 * side**3 / milliseconds * 1e3
 
 
 def peak_memory(device: torch.device) -> Callable[[], float]:
-    """Return a function for the peak in GiB allocated on the GPU from now on, or of the process."""
+    """Return a function that returns the peak memory in GiB: allocated on the GPU since this call,
+    or, on a CPU, used by the process.
+    """
     if device.type == "cuda":
-        gc.collect()  # models of earlier rows are in reference cycles
+        gc.collect()  # frees models of earlier rows, which are in reference cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return lambda: memory(device) / GIB
@@ -128,9 +132,9 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
-    """Count kernels and copies, launches and host waits per step on a GPU.
+    """Count kernels (including copies), launches and host waits per step on a GPU.
 
-    The dictionary is filled at the end; it remains empty on a CPU.
+    The dictionary is filled at the end of the context; on a CPU, it remains empty.
     """
     found: dict[str, float] = {}
     if device.type != "cuda":
@@ -157,9 +161,9 @@ def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
 def forward_flops(detector: Detector, call: Callable[[], object]) -> float:
     """Return the FLOPs of matrix products and convolutions in a forward pass.
 
-    Attention of the plain backbones is counted by its definition, for the tokens of the image and
-    their keys and values: padding, copies and the addition of relative positions differ between
-    implementations.
+    The FLOPs of attention in the plain backbones are computed by its definition, from the numbers
+    of image tokens and keys. Padding, copies and the addition of relative positions are excluded,
+    because they differ between implementations.
     """
     within: Counter = Counter()
 
@@ -168,7 +172,7 @@ def forward_flops(detector: Detector, call: Callable[[], object]) -> float:
         keys = block.window**2 or height * width
         within["attention"] += images * height * width * (8 * dim * dim + 4 * keys * dim)
 
-    blocks = [one for one in detector.modules() if isinstance(one, Block)]
+    blocks = [module for module in detector.modules() if isinstance(module, Block)]
     hooks = [block.register_forward_pre_hook(count) for block in blocks]
     try:
         with FlopCounterMode(display=False) as counter:
@@ -195,11 +199,13 @@ def measured(
     flops: float,
     measure: Callable[[Config, str, int], dict],
 ) -> dict:
-    """Return `summary` of a row for each batch size and precision.
+    """Measure each batch size and precision; return the rows with their context (see `summary`).
 
-    section: "train" or "evaluate", whose precision is set. flops: FLOPs per image. measure(config,
-    precision on this device, size) returns a row with images_per_second; out of memory, the row has
-    an error instead.
+    Args:
+        section: config section whose precision is set, "train" or "evaluate".
+        flops: FLOPs per image.
+        measure: called with the config, the precision on this device and the batch size; returns a
+            row with images_per_second. If memory runs out, the row contains an error instead.
     """
     rows: list[dict] = []
     rates: dict[str, float] = {}
@@ -222,7 +228,7 @@ def measured(
 def summary(
     device: torch.device, flops: float, rates: dict[str, float], rows: Sequence[dict]
 ) -> dict:
-    """Return the content of a benchmark's file: rows, device, and the rates that MFU refers to."""
+    """Return the JSON content of a benchmark: rows, device, and the rates to which MFU refers."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
@@ -235,7 +241,7 @@ def summary(
 
 
 def report(table: dict) -> str:
-    """Return `summary` as text: one line about the device, and a table."""
+    """Return the result of `summary` as text: one line about the device, and a table."""
     rates = ", ".join(
         f"{name} {rate:.4g} TFLOP/s" for name, rate in table["product_tflops"].items()
     )

@@ -1,10 +1,10 @@
-"""Synthetic training images for benchmarks, so that no data set is read and decoded.
+"""Synthetic training images, which make benchmarks independent of reading and decoding data.
 
-An image is smooth noise with about eight polygons of one color each, of 8 to 40 points and with
-sides log-uniform between a 25th and half of the image's: about the numbers and sizes of COCO after
-scale jitter. The proposals of a detector with random weights miss the objects, so that hardly any
-RoI would reach the mask head; `lay_on_objects` gives a detector proposals like those of a trained
-one.
+An image is smooth noise with about eight polygons. Each polygon has one color, 8 to 40 points and
+side lengths that are log-uniform between 1/25 and 1/2 of the image side. This is similar to the
+number and sizes of objects in COCO after scale jitter. With random weights, proposals miss the
+objects, and the mask head would process hardly any RoI. `lay_on_objects` therefore makes the RPN
+return proposals that resemble a trained detector's proposals.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vitdet.models import Detector
 from vitdet.models.rpn import Anchored, Proposals
 from vitdet.types import Batch, Polygons, Target
 
-OBJECTS = 8.0  # mean number per image
-SIDES = (0.04, 0.5)  # side of an object, as a share of the image's side
-ORIGINAL = 0.54  # side of an image file, as a share: 553 of 1024 pixels, as many as 640 x 480
-CELL = 32  # pixels per cell of the background's noise
-SHARE = 0.2  # share of proposals on objects: more than are sampled as foreground
-SHIFT = 0.09  # deviation of a proposal from its object, as a share of its side: IoUs of 0.6 to 0.9
+OBJECTS = 8.0  # mean number of objects per image
+SIDES = (0.04, 0.5)  # range of an object's side length, relative to the image side
+ORIGINAL = 0.54  # relative side of the original image: 553 pixels for 1024, the area of 640 x 480
+CELL = 32  # side of a cell of the noise, in pixels
+SHARE = 0.2  # share of proposals on objects, which exceeds the share sampled as foreground
+SHIFT = 0.09  # relative standard deviation of a proposal's coordinates; IoUs are 0.6 to 0.9
 
 
 def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
-    """Return a batch of `size` images of `side` pixels with targets; pinned if there is a GPU."""
+    """Return a batch of `size` square images of `side` pixels, in pinned memory if a GPU exists."""
 
     def draw(index: int, canvas: np.ndarray) -> Sample:
         return _draw(np.random.default_rng((seed, index)), canvas, classes, index)
@@ -39,7 +39,7 @@ def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
 
 
 def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Tensor:
-    """Return boxes (count, 4) that overlap objects (G, 4) like proposals of a trained detector."""
+    """Return boxes (count, 4) that overlap G boxes (G, 4) like a trained detector's proposals."""
     generator = torch.Generator().manual_seed(seed)
     chosen = boxes[torch.arange(count) % len(boxes)]
     sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
@@ -48,17 +48,17 @@ def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Ten
 
 
 def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> None:
-    """Make the RPN replace its last proposals with boxes on the objects of `batch`."""
+    """Make the detector's RPN replace its last proposals with boxes on the objects of `batch`."""
     propose, most = detector.rpn.propose, detector.rpn.top_train[1]
     side, count = batch.images.shape[-1], max(1, int(SHARE * most))
     laid = torch.stack([boxes_on_objects(target.boxes, count, side) for target in batch.targets])
     laid = laid.to(device)
 
     def proposals(found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
-        own = propose(found, sizes, top)
-        kept = own.filled[:, :-count]
-        return own._replace(
-            boxes=torch.cat([own.boxes[:, :-count], laid], dim=1),
+        proposed = propose(found, sizes, top)
+        kept = proposed.filled[:, :-count]
+        return proposed._replace(
+            boxes=torch.cat([proposed.boxes[:, :-count], laid], dim=1),
             filled=torch.cat([kept, kept.new_ones(len(kept), count)], dim=1),
         )
 
@@ -66,7 +66,7 @@ def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> No
 
 
 def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: int) -> Sample:
-    """Draw an image on `canvas` (3, S, S) uint8; return its target."""
+    """Draw an image on `canvas` (3, S, S) uint8; return its sample."""
     side = canvas.shape[1]
     cells = rng.integers(64, 192, (max(side // CELL, 1), max(side // CELL, 1), 3), np.uint8)
     picture = Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)
@@ -76,8 +76,8 @@ def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: 
         color = tuple(int(value) for value in rng.integers(0, 256, 3))
         pen.polygon([(x, y) for x, y in outline.tolist()], fill=color)
     canvas[:] = np.asarray(picture).transpose(2, 0, 1)
-    edges, counts = edges_of([[one.ravel().tolist()] for one in outlines], side, side)
-    boxes = np.array([[*one.min(0), *one.max(0)] for one in outlines], np.float32)
+    edges, counts = edges_of([[points.ravel().tolist()] for points in outlines], side, side)
+    boxes = np.array([[*points.min(0), *points.max(0)] for points in outlines], np.float32)
     target = Target(
         torch.from_numpy(boxes),
         torch.from_numpy(rng.integers(0, classes, len(outlines))),
@@ -87,7 +87,7 @@ def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: 
 
 
 def _outline(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Return points (P, 2) around a center: a polygon that does not cross itself."""
+    """Return the points (P, 2) of a random polygon that does not intersect itself."""
     low, high = np.log(SIDES)
     sides = np.exp(rng.uniform(low, high, 2)) * side
     corner = rng.uniform(0, 1, 2) * (side - sides)

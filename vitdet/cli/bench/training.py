@@ -1,9 +1,9 @@
-"""Speed of training steps: the loop of `vitdet train` on synthetic images.
+"""Speed of training steps, measured in the loop of `vitdet train` on synthetic images.
 
-The loop takes batches from a stream instead of the loader, which records the time of each request.
-The time of a step is the time between two requests (on a GPU, between events in its stream): it
-includes copying the batch, the optimizer and weight averaging, but no evaluation, saving or
-logging. All steps use the same batch.
+The loop reads batches from a `Stream` instead of the loader; the stream records the time of each
+request. The time of a step is the time between two requests (on a GPU, between events in its CUDA
+stream). It includes copying the batch, the optimizer step and weight averaging, but no evaluation,
+saving or logging. All steps use the same batch.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from vitdet.training.trainer import Loop
 from vitdet.training.watchdog import Watchdog
 from vitdet.types import Batch
 
-# warm-up steps, in which memory is allocated and kernels are chosen and compiled
+# device type -> warm-up steps, in which memory is allocated and kernels are chosen and compiled
 WARM = {"cuda": 12, "cpu": 2}
-# Logging, saving and evaluating are not measured: their intervals exceed the number of steps.
+# settings that exclude logging, saving and evaluation: the intervals exceed the number of steps
 RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
 
 
 class Measured(Exception):
-    """Ends the loop after the last step."""
+    """Raised by `Stream` to end the loop after the last step."""
 
 
 class Stream:
-    """Yields a batch for the measurement of `steps` steps of `parts` batches each."""
+    """Yield the same batch repeatedly and measure `steps` steps of `parts` micro-batches each."""
 
     def __init__(self, batch: Batch, device: torch.device, steps: int, parts: int) -> None:
         self.step, self.device, self.steps = [batch] * parts, device, steps
@@ -74,7 +74,7 @@ class Stream:
 def measure_training(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """Return `measurement.measured` of training steps."""
+    """Measure training steps at these batch sizes and precisions; see `measurement.measured`."""
     needed = WARM[device.type] + steps + COUNTED + 1
     config = override(config, [f"optim.steps={max(config.optim.steps, needed)}", *RARELY])
 
@@ -86,8 +86,9 @@ def measure_training(
 
 
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
-    """Return the row of one batch size and precision: the keys of `measurement.call_row`, and
-    reserved_gib and warm_up_s.
+    """Return the table row for one batch size and precision: see `measurement.call_row`.
+
+    Additional keys are reserved_gib, the GPU memory reserved by the allocator, and warm_up_s.
     """
     detector = new_detector(config, device).train()
     parts = config.train.accumulate
@@ -95,7 +96,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     lay_on_objects(detector, batch, device)
     stream, stop = Stream(batch, device, steps, parts), Stop()
     peak = peak_memory(device)
-    saver = Saver(Checkpoints(Path(), 1))  # nothing is saved
+    saver = Saver(Checkpoints(Path(), 1))  # required by the loop, but never saves
     loop = Loop(
         config, detector, stream, Tracker(), saver, {}, device, stop, Watchdog(stop), Path()
     )
@@ -105,7 +106,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     row: dict[str, Any] = {}
     try:
         loop.meter.state()
-    except ValueError as error:  # ignore losses that are not finite; the times are valid
+    except ValueError as error:  # the losses are not finite; the times are valid nevertheless
         row["error"] = str(error)
     return {
         **row,
@@ -119,21 +120,22 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
 
 
 def training_flops(config: Config, device: torch.device) -> float:
-    """Return FLOPs per image of a training step; the backward pass has twice the forward's."""
+    """Return a training step's FLOPs per image; the backward pass counts as two forward passes."""
     detector, batch = new_detector(config, device).train(), images_for(config, 1)
     lay_on_objects(detector, batch, device)
-    one = batch.to(device)
+    sample = batch.to(device)
+    inputs = sample.images, sample.targets, sample.sizes
     with autocast(chosen(config.train.precision, device), device):
-        return 3 * forward_flops(detector, lambda: detector(one.images, one.targets, one.sizes))
+        return 3 * forward_flops(detector, lambda: detector(*inputs))
 
 
 def new_detector(config: Config, device: torch.device) -> Detector:
-    """Return the recipe's detector with random weights, drawn on the device."""
+    """Return the recipe's detector with random weights, which are generated on the device."""
     torch.manual_seed(config.train.seed)
     with device:
         return build_detector(config.model, config.evaluate).to(device)
 
 
 def images_for(config: Config, size: int) -> Batch:
-    """Return a batch of synthetic images of the recipe's size and number of classes."""
+    """Return a batch of synthetic images with the recipe's image size and number of classes."""
     return make_images(size, config.data.image_size, config.model.roi_heads.num_classes)

@@ -1,10 +1,10 @@
-"""`vitdet compare`: whether one detector is better than another, and what differs between them."""
+"""`vitdet compare`: test whether detectors differ in AP, and show how their runs differ."""
 
 from __future__ import annotations
 
 import argparse
 
-from vitdet.cli.paths import add_file
+from vitdet.cli.arguments import add_file
 
 
 def add_compare(verb: argparse.ArgumentParser) -> None:
@@ -13,30 +13,28 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RUN|CHECKPOINT|RESULTS.json",
-        help=(
-            "MLflow run (id or unique name), checkpoint, output folder of a training run, or COCO "
-            "results file; the first is the baseline"
-        ),
+        help="MLflow run (ID or unique name), checkpoint, output folder of a training run, or COCO "
+        "results file; the first input is the baseline",
     )
-    add_file(verb, "--annotations", "ground truth of results files")
+    add_file(verb, "--annotations", "for results files: annotation file with the ground truth")
     verb.add_argument(
         "--dataset",
         choices=("coco", "lvis"),
-        help="evaluation protocol of results files (default: coco)",
+        help="for results files: evaluation protocol (default: coco)",
     )
     verb.add_argument(
         "--tracking-uri",
         default="",
         metavar="URI",
-        help="MLflow server, unless MLFLOW_TRACKING_URI is set (default: mlflow.db in the current "
-        "folder)",
+        help="URI of the MLflow server; the environment variable MLFLOW_TRACKING_URI takes "
+        "precedence (default: mlflow.db in the current folder)",
     )
     verb.add_argument(
         "--resamples",
         type=_count,
         default=1000,
         metavar="N",
-        help="bootstrap resamples of the images (default: %(default)s)",
+        help="number of bootstrap resamples of the images (default: %(default)s)",
     )
     add_file(verb, "--output", "also write the comparison to this Markdown file")
     verb.set_defaults(run=run_compare)
@@ -56,15 +54,18 @@ def run_compare(args: argparse.Namespace) -> int:
     from vitdet.files import atomic_write
 
     if len(args.results) < 2:
-        raise ValueError("give at least two results to compare")
+        raise ValueError(f"expected at least two results to compare, got {len(args.results)}")
     reader = Reader(args.tracking_uri, args.annotations, args.dataset or "coco")
     compared = [reader.read(name) for name in args.results]
     check_comparable(compared)
-    kinds = [kind for kind in compared[0].matches if all(kind in one.matches for one in compared)]
+    matches = [found.matches for found in compared]
+    kinds = [kind for kind in matches[0] if all(kind in by_kind for by_kind in matches)]
     if not kinds:
-        raise ValueError("some results have boxes only and others masks only: nothing to compare")
+        raise ValueError(
+            "some results have only boxes and others only masks; expected boxes or masks in all"
+        )
     resampled = {
-        kind: bootstrap([one.matches[kind] for one in compared], args.resamples) for kind in kinds
+        kind: bootstrap([by_kind[kind] for by_kind in matches], args.resamples) for kind in kinds
     }
     text = comparison_text(compared, resampled)
     print(text, end="")

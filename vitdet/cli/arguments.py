@@ -1,15 +1,20 @@
-"""Arguments that are paths."""
+"""Parts of the command line that several verbs share: kinds of a verb, and arguments for paths."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-# what `vitdet evaluate` and `vitdet register` take
 CHECKPOINT = (
-    "checkpoint of a detector, or output folder of a training run (its best.pt, or else its "
-    "model.pt)"
+    "checkpoint of a detector, or output folder of a training run (best.pt with train.keep_best, "
+    "else model.pt)"
 )
+
+
+def add_kind(kinds: Any, name: str, help: str, text: str = "") -> argparse.ArgumentParser:
+    """Add a verb or a kind of a verb; `text` is its description, by default the help text."""
+    return kinds.add_parser(name, help=help, description=text or f"{help[0].upper()}{help[1:]}.")
 
 
 def add_file(verb: argparse.ArgumentParser, name: str, help: str) -> None:
@@ -23,9 +28,9 @@ def add_folder(verb: argparse.ArgumentParser, name: str, help: str) -> None:
 
 
 def given_path(text: str) -> Path:
-    """Return a path on the command line. Raises FileNotFoundError for an empty string.
+    """Return a path given on the command line. Raises FileNotFoundError for an empty string.
 
-    pathlib treats "" as the current folder, but "" usually comes from an unset shell variable.
+    pathlib treats "" as the current folder, but "" is usually caused by an unset shell variable.
     """
     if not text.strip():
         raise FileNotFoundError(
