@@ -68,7 +68,7 @@ def test_comparing_results_files(vitdet: Run, files: list[Path], tmp_path: Path)
     ("words", "message"),
     [
         (["first.json"], "expected at least two results to compare, got 1"),
-        (["first.json", "worse.json"], "needs --annotations FILE"),
+        (["first.json", "worse.json"], "requires --annotations FILE"),
         (["first.json", "none.json", *TRUTH], "none.json: no such"),
         (["none.pt", "first.json"], "none.pt: no such checkpoint"),
         (["tiny optim.lr=0.004", "first.json"], "no such MLflow store; set MLFLOW_TRACKING_URI"),
@@ -126,8 +126,8 @@ def test_differences_over_few_images_have_no_verdict() -> None:
     both = [Compared(name, {"bbox": comparison}, None, {}, {}) for name, comparison in pairs]
     text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
     assert "not tested for significance, as only 4 images have objects (10 are needed)" in text
-    assert "0 classes have objects in 10 or more images" in text and "Significant: 0." in text
-    assert "Not corrected for multiple comparisons" in text
+    assert "0 classes have objects in 10 or more images" in text and "significant: 0." in text
+    assert "not corrected for multiple comparisons" in text
     tables = [row for row in text.splitlines() if row.startswith("| ")]
     assert not any(row.split(" | ")[-1].startswith(("yes", "no")) for row in tables)
 
@@ -183,7 +183,7 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
         assert vitdet("train", "tiny", *words, "--output", f"work/{name}")[0] == 0
     refused(
         vitdet("compare", "work/a/model.pt", "work/b/model.pt"),
-        "work/a/model.pt: its matches are not stored; run `vitdet evaluate work/a/model.pt --plots work/a/plots`",
+        "work/a/model.pt: no matches are stored for this checkpoint; run `vitdet evaluate work/a/model.pt --plots work/a/plots`",
     )
     for name in "abc":
         code, *_ = vitdet("evaluate", f"work/{name}/model.pt", "--plots", f"work/{name}/plots")

@@ -10,16 +10,12 @@ from vitdet.cli.overrides import add_set, log_resolved
 
 def add_config(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb `config`."""
-    verb.add_argument(
-        "recipe", nargs="?", help="name of a recipe, or a YAML file (default: list the recipes)"
-    )
+    help = "name of a recipe, or a YAML file (default: list the recipes)"
+    verb.add_argument("recipe", nargs="?", help=help)
     add_set(verb)
     add_file(verb, "--output", "write the settings to this file (default: standard output)")
-    add_file(
-        verb,
-        "--training",
-        "also write the settings that affect the trained weights to this JSON file",
-    )
+    help = "also write the settings that affect the trained weights to this JSON file"
+    add_file(verb, "--training", help)
     verb.set_defaults(run=run_config)
 
 

@@ -44,7 +44,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     add_folder(kind, "folder", "folder of the data set")
     help = "HTML file to write (default: NAME.html in the current folder, for a data set DIR/NAME)"
     add_file(kind, "--output", help)
-    help = "also read every image, like `vitdet data check --images`"
+    help = "also read every image, as `vitdet data check` does with --images"
     kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
@@ -68,13 +68,8 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         help="download from URL/PATH, where PATH is the path in the published URL; for COCO, e.g., "
         "https://s3.amazonaws.com/images.cocodataset.org",
     )
-    kind.add_argument(
-        "--from",
-        type=given_path,
-        metavar="DIR",
-        dest="local",
-        help="use the archives in this folder instead of downloading them",
-    )
+    help = "use the archives in this folder instead of downloading them"
+    add_folder(kind, "--from", help, dest="local")
     help = "keep the archives in DIR/archives, which doubles the required disk space"
     kind.add_argument("--keep-archives", action="store_true", help=help)
     kind.set_defaults(run=run_data_fetch, dataset=dataset)
@@ -90,42 +85,19 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
         "data.yaml, JSON or XML file",
     )
     kind.add_argument("target", type=given_path, metavar="DST", help="folder to create")
-    kind.add_argument(
-        "--format",
-        choices=("yolo", "voc", "coco", "labelme", "cvat"),
-        help="format of SRC (default: detected automatically)",
-    )
-    kind.add_argument(
-        "--splits",
-        type=_names,
-        default=(),
-        metavar="A,B",
-        help="convert only these splits (default: all)",
-    )
-    kind.add_argument(
-        "--val-share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the images to use as val if SRC has no val split, e.g. 0.1 (default: "
-        "%(default)s)",
-    )
-    kind.add_argument(
-        "--seed", type=int, default=0, help="random seed of --val-share (default: %(default)s)"
-    )
-    add_file(
-        kind,
-        "--rename",
-        "YAML or JSON file that maps old to new class names; classes with the same new name are "
-        "merged",
-    )
-    kind.add_argument(
-        "--classes",
-        type=_names,
-        default=(),
-        metavar="A,B",
-        help="keep only these classes, by new name and in this order (default: all)",
-    )
+    help = "format of SRC (default: detected automatically)"
+    formats = ("yolo", "voc", "coco", "labelme", "cvat")
+    kind.add_argument("--format", choices=formats, help=help)
+    help = "convert only these splits (default: all)"
+    kind.add_argument("--splits", type=_names, default=(), metavar="A,B", help=help)
+    help = "share of images to use as val if SRC has no val split, e.g. 0.1 (default: %(default)s)"
+    kind.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=help)
+    help = "random seed of --val-share (default: %(default)s)"
+    kind.add_argument("--seed", type=int, default=0, help=help)
+    help = "YAML or JSON file that maps old to new class names; classes with equal names are merged"
+    add_file(kind, "--rename", help)
+    help = "keep only these classes, by new name and in this order (default: all)"
+    kind.add_argument("--classes", type=_names, default=(), metavar="A,B", help=help)
     help = "copy the images instead of creating hard links"
     kind.add_argument("--copy", action="store_true", help=help)
     help = "if an object has no mask, use its box as its mask"

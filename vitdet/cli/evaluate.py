@@ -13,37 +13,22 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb `evaluate`."""
     verb.add_argument("checkpoint", type=given_path, nargs="?", help=CHECKPOINT)
     add_set(verb)
-    add_file(
-        verb,
-        "--config",
-        "YAML file with the data and evaluate settings (default: the checkpoint's settings)",
-    )
-    add_file(
-        verb,
-        "--output",
+    help = "YAML file with the data and evaluate settings (default: the checkpoint's settings)"
+    add_file(verb, "--config", help)
+    help = (
         "write the metrics and the AP of each class to this JSON file; NAME.measured.json next to "
-        "it describes the data and settings",
+        "it describes the data and settings"
     )
+    add_file(verb, "--output", help)
     add_folder(verb, "--pictures", "folder for pictures of the ground truth next to detections")
-    add_folder(
-        verb,
-        "--plots",
-        "folder for report.html, plot data, results.json, and the matches that `vitdet "
-        "compare` reads",
-    )
-    add_file(
-        verb,
-        "--report",
-        "write an HTML report to this file: curves, classes, errors, confusion matrix, worst and "
-        "best images",
-    )
+    help = "folder for report.html, plot data, results.json, and the matches for `vitdet compare`"
+    add_folder(verb, "--plots", help)
+    help = "HTML report to write: curves, classes, errors, confusion matrix, worst and best images"
+    add_file(verb, "--report", help)
     add_file(verb, "--results", "evaluate this file of COCO results instead of a checkpoint")
     add_file(verb, "--annotations", "with --results: annotation file with the ground truth")
-    verb.add_argument(
-        "--dataset",
-        choices=("coco", "lvis"),
-        help="with --results: evaluation protocol (default: coco)",
-    )
+    help = "with --results: evaluation protocol (default: coco)"
+    verb.add_argument("--dataset", choices=("coco", "lvis"), help=help)
     verb.set_defaults(run=run_evaluate)
 
 

@@ -6,24 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitdet.cli.arguments import add_file, given_path
+from vitdet.cli.arguments import add_file, add_folder
 
 
 def add_promote(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb `promote`."""
     _add_model(verb)
-    verb.add_argument(
-        "--version",
-        type=_number,
-        metavar="N",
-        help="version to promote (default: the version with the alias candidate)",
-    )
-    verb.add_argument(
-        "--force",
-        metavar="REASON",
-        type=_reason,
-        help="skip the gate; REASON is stored as a tag of the model version",
-    )
+    help = "version to promote (default: the version with the alias candidate)"
+    verb.add_argument("--version", type=_number, metavar="N", help=help)
+    help = "skip the gate; REASON is stored as a tag of the model version"
+    verb.add_argument("--force", metavar="REASON", type=_reason, help=help)
     verb.set_defaults(run=run_promote)
 
 
@@ -59,19 +51,10 @@ def run_rollback(args: argparse.Namespace) -> int:
 
 def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("name", help="name of the registered model (setting tracking.model_name)")
-    verb.add_argument(
-        "--runs",
-        type=given_path,
-        default=Path("runs"),
-        metavar="DIR",
-        help="folder of mlflow.db, if there is no MLflow server (default: %(default)s)",
-    )
-    add_file(
-        verb,
-        "--config",
-        "YAML file with the tracking, gate, data and evaluate settings (default: the settings of "
-        "the model version)",
-    )
+    help = "folder of mlflow.db, if there is no MLflow server (default: %(default)s)"
+    add_folder(verb, "--runs", help, default=Path("runs"))
+    settings = "tracking, gate, data and evaluate settings"
+    add_file(verb, "--config", f"YAML file with the {settings} (default: the version's settings)")
 
 
 def _read_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

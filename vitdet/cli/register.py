@@ -10,30 +10,19 @@ from vitdet.cli.arguments import CHECKPOINT, add_file, add_folder, given_path
 def add_register(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb `register`."""
     verb.add_argument("checkpoint", type=given_path, help=CHECKPOINT)
-    verb.add_argument(
-        "--alias",
-        metavar="NAME",
-        default="candidate",
-        help="alias to set in addition to `candidate`; `champion` is set only if the model version "
-        "passes the gate, which re-evaluates the champion if necessary (default: %(default)s)",
+    help = (
+        "alias to set in addition to `candidate`; `champion` is set only if the model version "
+        "passes the gate, which re-evaluates the champion if necessary (default: %(default)s)"
     )
+    verb.add_argument("--alias", metavar="NAME", default="candidate", help=help)
+    settings = "tracking, gate, data and evaluate settings"
     add_file(
-        verb,
-        "--config",
-        "YAML file with the tracking, gate, data and evaluate settings (default: the checkpoint's "
-        "settings)",
+        verb, "--config", f"YAML file with the {settings} (default: the checkpoint's settings)"
     )
-    add_file(
-        verb,
-        "--metrics",
-        "JSON file from `vitdet evaluate --output`, whose metrics become tags of the model version",
-    )
-    add_folder(
-        verb,
-        "--plots",
-        "folder from `vitdet evaluate --plots` of the same evaluation, whose report and matches "
-        "are stored with the model version",
-    )
+    help = "JSON file written by `vitdet evaluate`, whose metrics become tags of the model version"
+    add_file(verb, "--metrics", help)
+    help = "folder of plots from the same evaluation: report and matches to store with the version"
+    add_folder(verb, "--plots", help)
     add_file(verb, "--output", "write the model name, version and alias to this JSON file")
     verb.set_defaults(run=run_register)
 

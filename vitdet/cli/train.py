@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vitdet import torchrun
-from vitdet.cli.arguments import add_folder, given_path
+from vitdet.cli.arguments import add_folder
 from vitdet.cli.overrides import add_set, log_resolved
 from vitdet.config import load_config
 
@@ -16,32 +16,19 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb `train`."""
     verb.add_argument("recipe", help="name of a recipe, or a YAML file")
     add_set(verb)
-    verb.add_argument(
-        "--output",
-        metavar="DIR",
-        type=given_path,
-        required=True,
-        help="output folder, for model.pt, best.pt, config.yaml and checkpoints/",
-    )
-    add_folder(
-        verb,
-        "--checkpoints",
+    help = "output folder, for model.pt, best.pt, config.yaml and checkpoints/"
+    add_folder(verb, "--output", help, required=True)
+    help = (
         "folder for the training states from which a training run resumes, with a subfolder for "
-        "each config and data set (default: --output)",
+        "each config and data set (default: --output)"
     )
+    add_folder(verb, "--checkpoints", help)
     help = "folder with the fetched weights for train.init (default: ~/.cache/vitdet)"
     add_folder(verb, "--weights", help)
-    verb.add_argument(
-        "--group",
-        default="",
-        metavar="RUN",
-        help="ID of a pipeline run, whose MLflow run becomes the parent of this MLflow run",
-    )
-    verb.add_argument(
-        "--profile",
-        action="store_true",
-        help="profile a few steps: write a trace to OUTPUT/profile, log the time of each part",
-    )
+    help = "ID of a pipeline run, whose MLflow run becomes the parent of this MLflow run"
+    verb.add_argument("--group", default="", metavar="RUN", help=help)
+    help = "profile a few steps: write a trace to OUTPUT/profile, log the time of each part"
+    verb.add_argument("--profile", action="store_true", help=help)
     verb.set_defaults(run=run_train)
 
 

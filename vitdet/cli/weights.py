@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.cli.arguments import add_folder, add_kind, given_path
+from vitdet.cli.arguments import add_file, add_folder, add_kind, given_path
 from vitdet.cli.progress_bar import Bar
 
 if TYPE_CHECKING:
@@ -34,24 +34,12 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     kind = add_kind(kinds, "fetch", "download, verify and convert published weights", FETCH)
     help = "name in `vitdet weights list`, or a config file whose train.init is to be fetched"
     kind.add_argument("name", help=help)
-    add_folder(
-        kind,
-        "--output",
-        "folder for the weights (default: ~/.cache/vitdet, where train.init finds them)",
-    )
-    kind.add_argument(
-        "--mirror",
-        default="",
-        metavar="URL",
-        help="download from URL/PATH, where PATH is the path in the published URL",
-    )
-    kind.add_argument(
-        "--from",
-        type=given_path,
-        metavar="FILE",
-        dest="local",
-        help="use this copy of the published file instead of downloading it",
-    )
+    help = "folder for the weights (default: ~/.cache/vitdet, where train.init finds them)"
+    add_folder(kind, "--output", help)
+    help = "download from URL/PATH, where PATH is the path in the published URL"
+    kind.add_argument("--mirror", default="", metavar="URL", help=help)
+    help = "use this copy of the published file instead of downloading it"
+    add_file(kind, "--from", help, dest="local")
     kind.set_defaults(run=run_fetch)
 
     kind = add_kind(kinds, "convert", "convert weights from or to another format")
@@ -63,11 +51,8 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
         help="output file: .safetensors for weights, or .pt for a detector, which needs --recipe; "
         "with --reverse, .pkl or .pth",
     )
-    kind.add_argument(
-        "--format",
-        required=True,
-        help="format of SRC, or of DST with --reverse: detectron2, mmdet, mae, vitae, ...",
-    )
+    help = "format of SRC, or of DST with --reverse: detectron2, mmdet, mae, vitae, ..."
+    kind.add_argument("--format", required=True, help=help)
     help = "config of the weights' model: name of a recipe, or a YAML file"
     kind.add_argument("--recipe", help=help)
     help = "convert to --format instead of from --format"

@@ -17,25 +17,15 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "results file; the first input is the baseline",
     )
     add_file(verb, "--annotations", "for results files: annotation file with the ground truth")
-    verb.add_argument(
-        "--dataset",
-        choices=("coco", "lvis"),
-        help="for results files: evaluation protocol (default: coco)",
+    help = "for results files: evaluation protocol (default: coco)"
+    verb.add_argument("--dataset", choices=("coco", "lvis"), help=help)
+    help = (
+        "URI of the MLflow server; the environment variable MLFLOW_TRACKING_URI takes precedence "
+        "(default: mlflow.db in the current folder)"
     )
-    verb.add_argument(
-        "--tracking-uri",
-        default="",
-        metavar="URI",
-        help="URI of the MLflow server; the environment variable MLFLOW_TRACKING_URI takes "
-        "precedence (default: mlflow.db in the current folder)",
-    )
-    verb.add_argument(
-        "--resamples",
-        type=_count,
-        default=1000,
-        metavar="N",
-        help="number of bootstrap resamples of the images (default: %(default)s)",
-    )
+    verb.add_argument("--tracking-uri", default="", metavar="URI", help=help)
+    help = "number of bootstrap resamples of the images (default: %(default)s)"
+    verb.add_argument("--resamples", type=_count, default=1000, metavar="N", help=help)
     add_file(verb, "--output", "also write the comparison to this Markdown file")
     verb.set_defaults(run=run_compare)
 

@@ -1,4 +1,4 @@
-"""The inputs of a comparison, read from an MLflow run, a checkpoint or a COCO results file."""
+"""Read the inputs of a comparison from MLflow runs, checkpoints and COCO results files."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 class Compared:
     """An input of a comparison.
 
-    matches: by kind (bbox, segm). protocol: None for a results file, whose settings are unknown.
-    settings: settings of the training run, as text. metrics: the last values of its MLflow run.
+    Attributes:
+        matches: matches by kind ("bbox", "segm").
+        protocol: None for a results file, whose evaluation settings are unknown.
+        settings: settings of the training run as text, by key.
+        metrics: last values of the MLflow run's metrics.
     """
 
     name: str
@@ -40,13 +43,13 @@ class Compared:
 
 
 class Reader:
-    """Reads the inputs. uri: URI of the MLflow server; annotations, dataset: for results files."""
+    """Read inputs; `uri` is the MLflow server's, annotations and dataset are for results files."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
 
     def read(self, name: str) -> Compared:
-        """Read an MLflow run, a checkpoint, the folder of a training run or a results file.
+        """Read an MLflow run, a checkpoint, the output folder of a training run or a results file.
 
         Raises ValueError, OSError or LookupError if the input cannot be read or has no matches.
         """
@@ -55,14 +58,14 @@ class Reader:
             return self._results(path)
         if (path / "config.yaml").is_file():
             return self._checkpoint(result(path))
-        if path.suffix == ".pt" or path.is_file():  # names of runs contain dots too
+        if path.suffix == ".pt" or path.is_file():  # other suffixes occur in names of runs, too
             return self._checkpoint(path)
         return self._run(name)
 
     @cached_property
     def _truth(self) -> Truth:
         if self.annotations is None:
-            raise ValueError("a file of results needs --annotations FILE")
+            raise ValueError("a results file requires --annotations FILE")
         return read_truth(self.annotations, self.dataset == "lvis")
 
     def _results(self, path: Path) -> Compared:
@@ -71,7 +74,7 @@ class Reader:
             finished = OF_FILES[self.dataset](truth, found, kinds_of(found))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        matches = {kind: one.matches for kind, one in finished.items()}
+        matches = {kind: comparison.matches for kind, comparison in finished.items()}
         return Compared(str(path), matches, None, {}, {})
 
     def _checkpoint(self, path: Path) -> Compared:
@@ -80,17 +83,14 @@ class Reader:
         metrics: Mapping[str, float] = {}
         problem = ""
         with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
-            candidates = [
-                *(parent / one for one in ("", "plots", "evaluation")),
-                parent.parent / "plots",
-            ]
+            candidates = [parent, parent / "plots", parent / "evaluation", parent.parent / "plots"]
             if stored["run_id"] and has_mlflow():
                 uri, folder = self.uri or config.tracking.uri, default_folder(path.parent)
                 try:
                     run, downloaded = _fetch(stored["run_id"], uri, folder, Path(work), tries=1)
                     metrics, candidates = run.metrics, [*candidates, downloaded]
-                except (OSError, LookupError, ValueError) as error:  # the local files may suffice
-                    problem = f" and its run could not be read ({error})"
+                except (OSError, LookupError, ValueError) as error:  # local files may suffice
+                    problem = f", and its MLflow run could not be read ({error})"
             for candidate in candidates:
                 measured = _read_measured(candidate / MATCHES)
                 if measured and measured.checkpoint_sha256 == digest:
@@ -98,8 +98,8 @@ class Reader:
                     settings = {key: str(value) for key, value in flatten(config).items()}
                     return Compared(str(path), matches, measured.protocol, settings, metrics)
         raise ValueError(
-            f"{path}: its matches are not stored{problem}; run `vitdet evaluate {path} --plots "
-            f"{path.parent / 'plots'}`"
+            f"{path}: no matches are stored for this checkpoint{problem}; run `vitdet evaluate "
+            f"{path} --plots {path.parent / 'plots'}`"
         )
 
     def _run(self, name: str) -> Compared:
@@ -110,7 +110,7 @@ class Reader:
             if measured is None:
                 raise ValueError(
                     f"{run.name} ({run.run_id}): the run has no matches; run `vitdet evaluate "
-                    "CHECKPOINT --plots FOLDER` with its checkpoint, which logs them"
+                    "CHECKPOINT --plots FOLDER` with the run's checkpoint to log them"
                 )
             matches = load_matches(downloaded / MATCHES)
         return Compared(run.name, matches, measured.protocol, run.params, run.metrics)
@@ -118,7 +118,7 @@ class Reader:
 
 def check_comparable(compared: Sequence[Compared]) -> None:
     """Raise ValueError if inputs have different validation data or evaluation settings."""
-    known = [(one.name, one.protocol) for one in compared if one.protocol is not None]
+    known = [(item.name, item.protocol) for item in compared if item.protocol is not None]
     for name, protocol in known[1:]:
         first, expected = known[0]
         for what, ours, theirs in (
@@ -128,14 +128,14 @@ def check_comparable(compared: Sequence[Compared]) -> None:
             if ours != theirs:
                 raise ValueError(
                     f"{name} and {first} have different {what}: {theirs}, not {ours}; evaluate "
-                    "both with the same settings"
+                    "both on the same data with the same settings"
                 )
 
 
 def _fetch(
     name: str, uri: str, folder: Path, target: Path, tries: int | None = None
 ) -> tuple[StoredRun, Path]:
-    """Return the run and the folder with its matches, if it has any: `target` or a subfolder."""
+    """Download a run's matches, if any, to `target`; return the run and the folder of the files."""
     from vitdet.tracking.lookup import download_file, find_run, open_store
 
     client = open_store(uri, folder, tries)

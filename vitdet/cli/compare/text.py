@@ -1,4 +1,4 @@
-"""The text of a comparison in Markdown: conclusion, AP, classes, seeds, speed, settings."""
+"""Markdown text of a comparison: conclusions, AP, classes, seeds, speed, settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vitdet.evaluation.coco import NAMES
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.table import markdown_table, mean_deviation
 
-CHANGES = 10  # number of classes shown for each result
+CHANGES = 10  # maximum number of classes shown for each result
 AP_HEADS = [metric.replace("ap", "AP") for metric in METRICS]
-# column -> metric of the training run
+# column -> MLflow metric of the training run
 RESOURCES = {
     "training images/s": "images_per_second",
     "evaluation s/image": "seconds_per_image",
@@ -27,20 +27,20 @@ RESOURCES = {
 def comparison_text(
     compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> str:
-    """Return the comparison of all inputs with the first; resampled: bootstrap results by kind."""
+    """Return the comparison of all inputs with the first, given the bootstrap results by kind."""
     names, matches = _names(compared), next(iter(compared[0].matches.values()))
     resamples = len(next(iter(resampled.values()))[0].resampled)
-    protocol = next((one.protocol for one in compared if one.protocol), None)
+    protocol = next((item.protocol for item in compared if item.protocol), None)
     data = f", data {protocol.fingerprint}" if protocol and protocol.fingerprint else ""
     heads = ["result", "kind", *AP_HEADS, "AP - first", "p", "significant"]
     sections = [
         "# Comparison\n",
         "".join(f"- {sentence}\n" for sentence in _conclusions(names, resampled)),
-        f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: "
-        f"95% bootstrap confidence intervals, {resamples} resamples of the images, paired. A "
-        "difference is significant at the 5% level if its interval excludes 0; p: two-sided. "
-        f"Differences over {MIN_IMAGES} or more images with objects are tested. Training noise is "
-        "not included: compare several seeds.\n",
+        f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets "
+        f"contain 95% confidence intervals from a paired bootstrap with {resamples} resamples of "
+        "the images. A difference is significant at the 5% level if its interval excludes 0; p is "
+        f"two-sided. A difference is tested if {MIN_IMAGES} or more images have objects. Training "
+        "noise is not included: compare several seeds.\n",
         "## AP\n",
         markdown_table(heads, [*_ap_rows(names, resampled)], padded=True),
     ]
@@ -48,19 +48,19 @@ def comparison_text(
         for name, result in zip(names[1:], results[1:], strict=True):
             sections += _classes(name, kind, results[0], result)
     sections += _seeds(names, compared, resampled)
-    if any(one.metrics.get(key) is not None for one in compared for key in RESOURCES.values()):
+    if any(item.metrics.get(key) is not None for item in compared for key in RESOURCES.values()):
         sections += ["## Speed and memory\n", _resources(names, compared)]
-    if sum(bool(one.settings) for one in compared) > 1:
+    if sum(bool(item.settings) for item in compared) > 1:
         sections += ["## Settings that differ\n", _settings(names, compared)]
     return "\n".join(sections)
 
 
 def _names(compared: Sequence[Compared]) -> list[str]:
-    """Return the names, numbered if several are equal."""
+    """Return the names of the inputs; equal names are numbered."""
     names = [result.name for result in compared]
     return [
-        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
-        for place, name in enumerate(names)
+        f"{name} ({names[: index + 1].count(name)})" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
     ]
 
 
@@ -68,9 +68,9 @@ def _conclusions(
     names: Sequence[str], resampled: Mapping[str, Sequence[Resampled]]
 ) -> Iterator[str]:
     first = names[0]
-    for place, name in enumerate(names[1:], start=1):
+    for index, name in enumerate(names[1:], start=1):
         for kind, results in resampled.items():
-            found = results[place].difference(results[0])
+            found = results[index].difference(results[0])
             if found is None:
                 continue
             ap, value = f"{NAMES[kind]} AP", found.value
@@ -103,12 +103,12 @@ def _ap_rows(
 
 
 def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[str]:
-    """The classes whose AP differs most from the first result."""
+    """Return the section on the classes whose AP differs most from the first result."""
     found = []
-    for place, label in enumerate(result.class_names):
-        difference = result.difference(first, "ap", place)
+    for index, label in enumerate(result.class_names):
+        difference = result.difference(first, "ap", index)
         if difference is not None:
-            found.append((label, difference, first.value[0, place + 1], result.value[0, place + 1]))
+            found.append((label, difference, first.value[0, index + 1], result.value[0, index + 1]))
     found.sort(key=lambda row: -abs(row[1].value))
     flags = [row[1].is_significant for row in found if row[1].is_significant is not None]
     rows = [
@@ -116,9 +116,9 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
         for label, difference, before, after in found[:CHANGES]
     ]
     note = (
-        f"The {len(rows)} largest changes of {len(found)} classes; {len(flags)} classes have "
-        f"objects in {MIN_IMAGES} or more images and are tested. Significant: {sum(flags)}. Not "
-        "corrected for multiple comparisons: about 1 in 20 of the classes that did not change is "
+        f"The {len(rows)} largest changes of {len(found)} classes. {len(flags)} classes have "
+        f"objects in {MIN_IMAGES} or more images and are tested; significant: {sum(flags)}. The "
+        "tests are not corrected for multiple comparisons: about 1 in 20 unchanged classes is "
         "significant at the 5% level by chance.\n"
     )
     heads = ["class", "images", "first", "AP", "AP - first", "p", "significant"]
@@ -129,30 +129,29 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Return mean and standard deviation of training runs that differ only in the seed.
-
-    Settings that do not affect training may differ, too.
+    """Return the section with mean and standard deviation of training runs that differ only in the
+    seed, or in settings that do not affect training.
     """
     groups = defaultdict(list)
-    for place, one in enumerate(compared):
-        if training := _training(one.settings):
-            groups[training].append(place)
+    for index, item in enumerate(compared):
+        if training := _training(item.settings):
+            groups[training].append(index)
     rows = []
-    for places in groups.values():
-        seeds = {compared[place].settings["train.seed"] for place in places}
-        if not len(seeds) == len(places) > 1:  # two checkpoints of one training run
+    for group in groups.values():
+        seeds = {compared[index].settings["train.seed"] for index in group}
+        if not len(seeds) == len(group) > 1:  # equal seeds: checkpoints of the same training run
             continue
-        group = ", ".join(names[place] for place in places)
+        members = ", ".join(names[index] for index in group)
         for kind, results in resampled.items():
-            values = [results[place].value[:, 0].tolist() for place in places]
+            values = [results[index].value[:, 0].tolist() for index in group]
             cells = [mean_deviation(column) for column in zip(*values, strict=True)]
-            rows.append([group, str(len(places)), NAMES[kind], *cells])
+            rows.append([members, str(len(group)), NAMES[kind], *cells])
     title, heads = "## Over seeds: mean ± standard deviation\n", ["results", "number", "kind"]
     return [title, markdown_table([*heads, *AP_HEADS], rows, padded=True)] if rows else []
 
 
 def _training(settings: Mapping[str, str]) -> tuple:
-    """Return the settings that affect the result of training, except the seed; () if unknown."""
+    """Return the settings that affect training, except the seed; () if they are unknown."""
     try:
         config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
     except ValueError:  # the settings are from another version
@@ -171,7 +170,8 @@ def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
 
 
 def _settings(names: Sequence[str], compared: Sequence[Compared]) -> str:
-    known = {name: one.settings for name, one in zip(names, compared, strict=True) if one.settings}
+    pairs = zip(names, compared, strict=True)
+    known = {name: item.settings for name, item in pairs if item.settings}
     rows = []
     for key in dict.fromkeys(key for settings in known.values() for key in settings):
         values = [settings.get(key, "-") for settings in known.values()]
