@@ -17,14 +17,14 @@ def add_kind(kinds: Any, name: str, help: str, text: str = "") -> argparse.Argum
     return kinds.add_parser(name, help=help, description=text or f"{help[0].upper()}{help[1:]}.")
 
 
-def add_file(verb: argparse.ArgumentParser, name: str, help: str, **options: Any) -> None:
+def add_file(verb: argparse.ArgumentParser, name: str, help: str) -> None:
     """Add an argument or option that is the path of a file."""
-    verb.add_argument(name, type=given_path, metavar="FILE", help=help, **options)
+    verb.add_argument(name, type=given_path, metavar="FILE", help=help)
 
 
-def add_folder(verb: argparse.ArgumentParser, name: str, help: str, **options: Any) -> None:
+def add_folder(verb: argparse.ArgumentParser, name: str, help: str) -> None:
     """Add an argument or option that is the path of a folder."""
-    verb.add_argument(name, type=given_path, metavar="DIR", help=help, **options)
+    verb.add_argument(name, type=given_path, metavar="DIR", help=help)
 
 
 def given_path(text: str) -> Path:

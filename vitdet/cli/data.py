@@ -69,7 +69,7 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "https://s3.amazonaws.com/images.cocodataset.org",
     )
     help = "use the archives in this folder instead of downloading them"
-    add_folder(kind, "--from", help, dest="local")
+    kind.add_argument("--from", metavar="DIR", type=given_path, dest="local", help=help)
     help = "keep the archives in DIR/archives, which doubles the required disk space"
     kind.add_argument("--keep-archives", action="store_true", help=help)
     kind.set_defaults(run=run_data_fetch, dataset=dataset)

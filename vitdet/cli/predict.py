@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitdet.cli.arguments import add_folder, given_path
+from vitdet.cli.arguments import given_path
 from vitdet.cli.overrides import add_reading, reading_with
 from vitdet.files import atomic_write, write_jpeg, write_json
 
@@ -16,7 +16,7 @@ def add_predict(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoint", type=given_path, help="checkpoint of a detector")
     verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE", help="image file")
     help = "folder for the drawn images and detections.json"
-    add_folder(verb, "--output", help, required=True)
+    verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
     help = "minimum score of a detection (default: %(default)s)"
     verb.add_argument("--threshold", metavar="SCORE", type=float, default=0.5, help=help)
     add_reading(verb)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vitdet.cli.arguments import add_file, add_folder
+from vitdet.cli.arguments import add_file, given_path
 
 
 def add_promote(verb: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def run_rollback(args: argparse.Namespace) -> int:
 def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("name", help="name of the registered model (setting tracking.model_name)")
     help = "folder of mlflow.db, if there is no MLflow server (default: %(default)s)"
-    add_folder(verb, "--runs", help, default=Path("runs"))
+    verb.add_argument("--runs", metavar="DIR", type=given_path, default=Path("runs"), help=help)
     settings = "tracking, gate, data and evaluate settings"
     add_file(verb, "--config", f"YAML file with the {settings} (default: the version's settings)")
 

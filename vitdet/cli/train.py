@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vitdet import torchrun
-from vitdet.cli.arguments import add_folder
+from vitdet.cli.arguments import add_folder, given_path
 from vitdet.cli.overrides import add_set, log_resolved
 from vitdet.config import load_config
 
@@ -17,7 +17,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="name of a recipe, or a YAML file")
     add_set(verb)
     help = "output folder, for model.pt, best.pt, config.yaml and checkpoints/"
-    add_folder(verb, "--output", help, required=True)
+    verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
     help = (
         "folder for the training states from which a training run resumes, with a subfolder for "
         "each config and data set (default: --output)"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.cli.arguments import add_file, add_folder, add_kind, given_path
+from vitdet.cli.arguments import add_folder, add_kind, given_path
 from vitdet.cli.progress_bar import Bar
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     help = "download from URL/PATH, where PATH is the path in the published URL"
     kind.add_argument("--mirror", default="", metavar="URL", help=help)
     help = "use this copy of the published file instead of downloading it"
-    add_file(kind, "--from", help, dest="local")
+    kind.add_argument("--from", metavar="FILE", type=given_path, dest="local", help=help)
     kind.set_defaults(run=run_fetch)
 
     kind = add_kind(kinds, "convert", "convert weights from or to another format")

@@ -149,7 +149,7 @@ def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
 
 def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray]:
     """Return each detection's error type (N,) as an index into TYPES, and the object (N,) of a
-    localization or classification error; -1 stands for no error and no object.
+    localization or classification error; -1 means no error or no object.
     """
     same = matches.category[overlaps.detection] == matches.object_category[overlaps.target]
     used = np.isin(overlaps.target, matches.found)
