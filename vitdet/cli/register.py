@@ -19,9 +19,9 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb, "--config", f"YAML file with the {settings} (default: the checkpoint's settings)"
     )
-    help = "JSON file written by `vitdet evaluate`, whose metrics become tags of the model version"
+    help = "JSON file from --output of `vitdet evaluate`; its metrics become tags of the version"
     add_file(verb, "--metrics", help)
-    help = "folder of plots from the same evaluation: report and matches to store with the version"
+    help = "folder from --plots of that evaluation; its report and matches are added to the version"
     add_folder(verb, "--plots", help)
     add_file(verb, "--output", "write the model name, version and alias to this JSON file")
     verb.set_defaults(run=run_register)
