@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.client import Server
 from pipeline.connection import LOGIN, connect, credentials, in_cluster_address, server_address
 from pipeline.versions import Version, read_version
+
+
+def add_command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
+    """Add a command; its description is the help text."""
+    text = f"{help[0].upper()}{help[1:]}."
+    return commands.add_parser(name, allow_abbrev=False, help=help, description=text)
 
 
 def add_text(group: argparse._ActionsContainer, name: str, metavar: str, help: str) -> None:
@@ -68,7 +75,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_version(command: argparse.ArgumentParser, default: str) -> None:
+def add_version(command: argparse._ActionsContainer, default: str) -> None:
     """Add --kfp."""
     command.add_argument(
         "--kfp",

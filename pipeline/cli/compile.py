@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.cli.arguments import add_parallel, add_text, add_version, read_job_file, remark
+from pipeline.cli.arguments import (
+    add_command,
+    add_parallel,
+    add_text,
+    add_version,
+    read_job_file,
+    remark,
+)
 from pipeline.request import default_image_warning, fit_package, load_package
 from pipeline.versions import NEWEST, text
 
 
 def add_compile(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "compile",
-        allow_abbrev=False,
-        help="write the pipeline to a file, for `submit` or Kubeflow's web interface",
+        "write the pipeline to a file, for `submit` or Kubeflow's web interface",
     )
     command.add_argument("file", type=Path, metavar="FILE", help="the YAML file to write")
     add_text(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.cli.arguments import add_experiment, add_parallel
+from pipeline.cli.arguments import add_command, add_experiment, add_parallel
 from pipeline.request import check_recipes, is_file
 
 
 def add_run(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
-    command = commands.add_parser(
-        "run", allow_abbrev=False, help="run the pipeline on this machine, without a cluster"
-    )
+    command = add_command(commands, "run", "run the pipeline on this machine, without a cluster")
     command.add_argument(
         "recipes",
         nargs="+",

@@ -6,16 +6,14 @@ import argparse
 
 from kfp_server_api import V2beta1RecurringRun
 
-from pipeline.cli.arguments import add_server, connect_server, run_id_of
+from pipeline.cli.arguments import add_command, add_server, connect_server, run_id_of
 from pipeline.cli.report import print_run
 from pipeline.client import RECURRING
 
 
 def add_status(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
-    command = commands.add_parser(
-        "status", allow_abbrev=False, help="show the state of a run or schedule"
-    )
+    command = add_command(commands, "status", "show the state of a run or schedule")
     command.add_argument("run_id", metavar="RUN", help="id or link of a run or schedule")
     add_server(command)
     command.set_defaults(run=run_status)

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from components.launcher.templates import KINDS
 from pipeline.cli.arguments import (
+    add_command,
     add_experiment,
     add_parallel,
     add_server,
@@ -42,9 +43,7 @@ ACCOUNT = "vitdet-pipeline"  # may create training jobs
 
 def add_submit(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
-    command = commands.add_parser(
-        "submit", allow_abbrev=False, help="train, evaluate and compare recipes on a cluster"
-    )
+    command = add_command(commands, "submit", "train, evaluate and compare recipes on a cluster")
     command.add_argument(
         "recipes",
         nargs="+",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from kfp_server_api import V2beta1RecurringRun, V2beta1Run
 
-from pipeline.cli.arguments import add_server, connect_server, remark, run_id_of
+from pipeline.cli.arguments import add_command, add_server, connect_server, remark, run_id_of
 from pipeline.cli.report import job_kind, print_run
 from pipeline.client import ENDED, Server
 from pipeline.connection import ServerError
@@ -23,10 +23,8 @@ class StillEnding(Exception):
 
 def add_terminate(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
-    command = commands.add_parser(
-        "terminate",
-        allow_abbrev=False,
-        help="end a run and delete its training jobs; delete a schedule",
+    command = add_command(
+        commands, "terminate", "end a run and delete its training jobs; delete a schedule"
     )
     command.add_argument("run_id", metavar="RUN", help="id or link of a run or schedule")
     add_server(command)

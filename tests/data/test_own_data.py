@@ -260,7 +260,9 @@ def test_evaluation_refuses_other_class_names(
     other_classes(own_tiny, rename(load_model_file(trained / "model.pt")["class_names"]))
     words = ["evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}"]
     code, _, err = vitdet(*words, "--output", "m.json")
-    assert code == 1 and says in err and "the classes of this data set differ from those of" in err, err
+    assert (
+        code == 1 and says in err and "the classes of this data set differ from those of" in err
+    ), err
     assert not Path("m.json").exists()
 
 

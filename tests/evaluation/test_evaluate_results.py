@@ -101,7 +101,10 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
         ({"image_id": 7}, "contains no image 7, for which there are results .1 such images"),
         ({"image_id": None}, "contains no image None"),
         ({"image_id": [7]}, "image_id: expected a number for each result"),
-        ({"category_id": 4}, "contains no category 4, for which there are results .1 such categories"),
+        (
+            {"category_id": 4},
+            "contains no category 4, for which there are results .1 such categories",
+        ),
         ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
         ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
         ({"bbox": [1, 2, 3]}, "result 2: bbox must be 4 finite numbers x, y, .*, got .1, 2, 3."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "TrainData": "vitdet.data.dataset",
     "ValData": "vitdet.data.dataset",
     "read_split": "vitdet.data.dataset",
@@ -19,6 +19,6 @@ __all__ = ["TrainData", "ValData", "read_split", "train_loader", "val_loader"]  
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'vitdet.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
