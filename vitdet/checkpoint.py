@@ -1,5 +1,4 @@
-"""Checkpoints, consisting only of plain data and tensors: training states, and trained
-detectors."""
+"""Checkpoints of training runs and detectors; they contain only plain data and tensors."""
 
 from __future__ import annotations
 
@@ -36,12 +35,12 @@ from vitdet.models import Detector, build_detector
 FORMAT = "vitdet detector, version 1"
 STATE = "vitdet training state, version 4"
 STATE_3 = "vitdet training state, version 3"  # without the best evaluation
-STATE_2 = "vitdet training state, version 2"  # without the gradient scaler of fp16
-STATE_1 = "vitdet training state, version 1"  # as version 2, with other random numbers per step
+STATE_2 = "vitdet training state, version 2"  # without the fp16 gradient scaler
+STATE_1 = "vitdet training state, version 1"  # version 2 with other random numbers
 STATES = (STATE, STATE_3, STATE_2, STATE_1)
 # torch's messages after an incomplete write
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
-# required keys and their types
+# required keys of a detector's file and their types
 MODEL = {
     "config": dict,
     "class_names": list | tuple,
@@ -49,19 +48,19 @@ MODEL = {
     "run_id": str | None,
     "step": int,
 }
-OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for third-party files
+OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for files of other programs
 TRAINING = {
     **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
     **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
 }
-HEADER = "vitdet_detector"  # key in a .safetensors file's metadata: all but the weights, as JSON
+HEADER = "vitdet_detector"  # .safetensors metadata key of everything but the weights
 MISSING = object()
 MODIFIED = "the file was modified after `vitdet train` wrote it, or written by another program"
 log = logging.getLogger(__name__)
 
 
 class DamagedError(ValueError):
-    """A truncated file, or one that differs from its checksums."""
+    """Raised for a file that is truncated or does not match its checksums."""
 
 
 def save(path: Path, content: dict) -> None:
@@ -80,12 +79,12 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path, *expected: str, verify: bool = True) -> dict:
     """Read a checkpoint without running code from it; tensors are memory-mapped.
 
-    expected: accepted values of its key `format`. verify: compare the content with its checksums.
+    expected: accepted values of the key `format`. verify: whether to compare the checksums.
 
     Raises:
-        FileNotFoundError: no such file.
-        DamagedError: truncated or damaged.
-        ValueError: a different kind of file.
+        FileNotFoundError: the file does not exist.
+        DamagedError: the file is truncated or damaged.
+        ValueError: the file is of a different kind.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -120,8 +119,8 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
 def load_model_file(path: str | Path) -> dict:
     """Return {config, class_names, model, run_id, step, fingerprints} of a trained detector.
 
-    Reads .pt files, and .safetensors files of `save_safetensors`. Files of version 0.1 contain a
-    dataset_digest instead of fingerprints. Raises the errors of `load`.
+    Reads .pt files, and .safetensors files that `save_safetensors` wrote. Files of version 0.1
+    contain a dataset_digest instead of fingerprints. Raises the errors of `load`.
     """
     read = _load_safetensors if Path(path).suffix == ".safetensors" else load
     content = OPTIONAL | read(Path(path), FORMAT)
@@ -141,9 +140,9 @@ def save_safetensors(path: Path, content: dict) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a .safetensors file: the same bytes for the same tensors and metadata.
+    """Write a .safetensors file whose bytes depend only on the tensors and the metadata.
 
-    safetensors writes the metadata in random order; they are sorted, which keeps their length.
+    safetensors writes the metadata in random order; sorting it does not change its length.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, metadata=metadata)
@@ -175,7 +174,7 @@ def _load_safetensors(path: Path, expected: str) -> dict:
 
 
 def _remove_credentials(path: Path, content: dict) -> None:
-    """Remove the user and password of the tracking server from a config that version 0.1 stored."""
+    """Remove the tracking server's user name and password, which version 0.1 stored."""
     match content:
         case {"config": {"tracking": {"uri": str(uri)} as tracking} as config}:
             if (kept := without_credentials(uri)) != uri:
@@ -201,8 +200,7 @@ def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> 
 
 
 def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
-    """Return the weights, config and class names of a trained detector; raises the errors of
-    `load`."""
+    """Return a trained detector's weights, config and class names; raises the errors of `load`."""
     content = load_model_file(path)
     try:
         return content["model"], from_dict(content["config"]), tuple(content["class_names"])
@@ -219,11 +217,11 @@ def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...
 
 
 def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load the weights of a file into its detector; raises ValueError on a mismatch."""
+    """Load weights read from `path` into a detector; raises ValueError if they do not match."""
     invalid = [
         name
-        for name, one in weights.items()
-        if not (isinstance(name, str) and isinstance(one, Tensor)) or one.is_complex()
+        for name, weight in weights.items()
+        if not (isinstance(name, str) and isinstance(weight, Tensor)) or weight.is_complex()
     ]
     if invalid:
         found = (
@@ -239,9 +237,9 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
 
 
 class Checkpoints:
-    """The training states in a folder, of which the last `keep` are kept.
+    """A folder of training states; only the last `keep` states are kept.
 
-    damaged: files that `latest` skipped, with the reasons.
+    damaged: the files that `latest` skipped, with the reasons.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -250,23 +248,23 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for writing states; raises ValueError if another process holds it."""
+        """Lock the folder for writing states; raises ValueError if another process has done so."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
+        with ExitStack() as stack:
             try:
-                held.enter_context(locked(self.folder / ".lock"))
+                stack.enter_context(locked(self.folder / ".lock"))
             except BlockingIOError as error:
                 raise ValueError(
-                    f"{self.folder}: another training run is writing to this folder; wait until it "
-                    "ends or choose another --output"
+                    f"{self.folder}: another training run is writing to this folder; wait until "
+                    "that run ends, or choose another --output"
                 ) from error
             remove_abandoned(self.folder)
             yield
 
     def save(self, step: int, content: dict) -> Path:
-        """Write the state after `step` steps and remove all but the last `keep`."""
+        """Write the state after `step` steps and remove all but the last `keep` states."""
         path = self.folder / f"step_{step:08d}.pt"
-        _evaluation_of(path).unlink(missing_ok=True)  # the evaluation of a removed state
+        _evaluation_of(path).unlink(missing_ok=True)  # left by a removed state
         save(path, {"format": STATE, "step": step, **content})
         # .step_*.tmp: left by a killed process of version 0.1
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:
@@ -277,8 +275,8 @@ class Checkpoints:
     def save_evaluation(self, step: int, content: dict) -> None:
         """Write the entries that an evaluation adds to the state after `step` steps.
 
-        They are stored in a small JSON file next to the state, so that the state is not rewritten;
-        `latest` merges both.
+        They are stored in a small JSON file next to the state, which is not rewritten; `latest`
+        merges the two files.
         """
         path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
         try:
@@ -297,8 +295,8 @@ class Checkpoints:
     def latest(self, verify: bool = True, up_to: int | None = None) -> dict | None:
         """Return the newest state that is not damaged; None if there are no states.
 
-        up_to: ignore states after more steps. Damaged states are skipped (`set_aside` renames
-        them), damaged evaluations ignored. Raises DamagedError if all states are damaged."""
+        up_to: ignore states after more steps. Skips damaged states, which `set_aside` renames, and
+        ignores damaged evaluations. Raises DamagedError if all states are damaged."""
         states = [path for path in self.all() if up_to is None or _step_of(path) <= up_to]
         for path in reversed(states):
             try:
@@ -314,9 +312,8 @@ class Checkpoints:
                 return state
         if not states:
             return None
-        others = len(states) - 1
-        which = f"it and the {others} earlier states, which are damaged too," if others else "it"
-        raise DamagedError(f"{self.damaged[states[-1]]}; remove {which} to start over")
+        earlier = " and all earlier states, which are damaged too," if len(states) > 1 else ""
+        raise DamagedError(f"{self.damaged[states[-1]]}; remove it{earlier} to start over")
 
     def set_aside(self, start: int) -> None:
         """Rename the damaged files and log what is lost when training resumes from step `start`.
@@ -349,7 +346,7 @@ def _step_of(path: Path) -> int:
 
 
 def _evaluation_of(state: Path) -> Path:
-    """Return the path of the state's evaluation (`Checkpoints.save_evaluation`)."""
+    """Return the path of the file that `Checkpoints.save_evaluation` writes."""
     return state.with_suffix(".json")
 
 
@@ -375,6 +372,6 @@ def _write_error(path: Path, cause: Exception) -> OSError:
     full = _is_torn(cause) or (isinstance(cause, OSError) and cause.errno in FULL)
     advice = "; free some space and run the same command again" if full else ""
     reason = first_line(cause)
-    if isinstance(cause, OSError) and cause.strerror:  # the error message without the file name
+    if isinstance(cause, OSError) and cause.strerror:  # the system's message without the file name
         reason = f"[Errno {cause.errno}] {cause.strerror}"
     return OSError(f"{path}: could not be written ({reason}){advice}")

@@ -1,7 +1,8 @@
 """Process groups: setup, teardown, rank, and collectives.
 
-Configured by torchrun's environment variables, which only this module and `vitdet.torchrun` (which
-does not import torch) read. Without torchrun there is one process and no communication.
+The process group is configured by torchrun's environment variables. Only this module and
+`vitdet.torchrun`, which does not import torch, read them. Without torchrun there is one process
+and no communication.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from vitdet import torchrun
 
 Store = dist.Store
 T = TypeVar("T")
-# Timeout of a collective: rank 0 may check a million files, or evaluate LVIS.
+# Timeout of a collective, in which ranks may wait while rank 0 checks files or evaluates LVIS.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Timeout for joining: all processes have been started, none has read any data yet.
+# Timeout for joining the process group, which happens before any data is read.
 JOIN_TIMEOUT = timedelta(minutes=5)
 EXCHANGE = 2**26  # bytes of gradients averaged per collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
 
-_joined = False  # whether `process_group`, not a caller of the package, initialized it
+_joined = False  # whether `process_group` initialized torch's process group, not the caller
 _collective = ""  # name of the collective that the main thread is in
 _changed = 0.0  # time.monotonic() when the main thread last entered or left a collective
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if any, and yield the device of this one."""
+    """Join the process group if torchrun started this process; yield the device of this process."""
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
@@ -48,21 +49,21 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    # NCCL's record of recent collectives is written to a file when one of them times out
-    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
+    # when a collective times out, NCCL writes its record of recent collectives to a file
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # older name of the variable
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    # gloo transfers host memory: the results of LVIS are gigabytes, too large for GPU memory
+    # gloo gathers objects in host memory: LVIS results are gigabytes, too large for a GPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    store, number, count = _join()
-    # NCCL and gloo connect here: after the timeout, faulthandler writes the stacks and exits
+    store, this_rank, size = _join()
+    # NCCL and gloo connect here; if that hangs, faulthandler writes the stacks and exits
     faulthandler.dump_traceback_later(JOIN_TIMEOUT.total_seconds(), exit=True, file=2)
     try:
         dist.init_process_group(
             backend,
             store=store,
-            rank=number,
-            world_size=count,
+            rank=this_rank,
+            world_size=size,
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if cuda else None,
         )
@@ -71,13 +72,13 @@ def process_group() -> Iterator[torch.device]:
     global _joined
     _joined = True
     yield device
-    # Skipped after an error: NCCL would wait for ranks that wait for this one, hiding the error.
+    # Skipped after an error: NCCL would wait for ranks that wait for this rank, hiding the error.
     dist.destroy_process_group()
     _joined = False
 
 
 def _join() -> tuple[dist.Store, int, int]:
-    """Wait for all processes; return the store, the rank and the number of processes.
+    """Wait for all processes; return the store, the rank and the world size.
 
     Raises TimeoutError if some ranks do not join within JOIN_TIMEOUT, ConnectionError if torchrun
     has ended.
@@ -87,76 +88,76 @@ def _join() -> tuple[dist.Store, int, int]:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     limit = f"within {JOIN_TIMEOUT.total_seconds():g} seconds"
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store, this_rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     except dist.DistError as error:
         raise TimeoutError(
             f"rank {rank()} of {torchrun.world_size()} could not connect to the other ranks at "
-            f"{address} {limit}; is the network between the nodes open, and are all of them up?"
+            f"{address} {limit}; check that all nodes are up and can reach this address"
         ) from error
     try:
-        launch_id, missing = _synchronize_launch(store, number, count)
+        launch_id, missing = _synchronize_launch(store, this_rank, size)
     except dist.DistError as error:
         raise ConnectionError(
-            f"rank {number} of {count} lost the connection to the store at {address} while the "
-            "ranks joined; see the log of rank 0's node"
+            f"rank {this_rank} of {size} lost the connection to the store at {address} while the "
+            "ranks were joining; see the log of rank 0's node"
         ) from error
     if missing:
         missed = ", ".join(map(str, missing))
         earlier = "; rank 0 joined an earlier launch and did not start again"
         raise TimeoutError(
-            f"rank {missed} of {count} did not join {limit}; see its log"
+            f"rank {missed} of {size} did not join {limit}; see its log"
             f"{earlier if launch_id and 0 in missing else ''}"
         )
     store = dist.PrefixStore(f"launch {launch_id}", store)
     store.set_timeout(COLLECTIVE_TIMEOUT)
-    return store, number, count
+    return store, this_rank, size
 
 
-def _synchronize_launch(store: dist.Store, number: int, count: int) -> tuple[str, list[int]]:
+def _synchronize_launch(store: dist.Store, this_rank: int, size: int) -> tuple[str, list[int]]:
     """Synchronize all ranks of one launch; return its ID and the ranks that did not join in time.
 
-    The store may hold keys of earlier launches: torchrun serves one store for all of its restarts,
-    and counts restarts per node, so that TORCHELASTIC_RESTART_COUNT differs between nodes. Rank 0
-    publishes a random launch ID. Each other rank writes a random ID of its own under that key and
-    proceeds once rank 0 lists it in `<launch>/all`; keys of earlier launches are therefore ignored.
-    While rank 0 waits, it increments `<launch>/polls`: the last launch is an earlier one if this
-    stays the same.
+    torchrun serves one store for all restarts, so the store may contain keys of earlier launches.
+    TORCHELASTIC_RESTART_COUNT does not identify a launch, since torchrun counts restarts per node.
+    Rank 0 publishes a random launch ID. Every other rank writes a random ID under
+    `<launch>/rank <rank>` and proceeds once rank 0 lists that ID in `<launch>/all`, so keys of
+    earlier launches are ignored. While rank 0 waits, it increments `<launch>/polls`: if this
+    counter does not change, the published launch is an earlier one.
     """
     deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
-    own, launch_id, polls = uuid.uuid4().hex, "", 0
-    if number == 0:
-        store.set("launch", own)
-        keys = [f"{own}/rank {other}" for other in range(1, count)]
-        while keys and not store.check(keys):  # one request, however many ranks there are
-            if time.monotonic() > deadline and (missing := _missing(store, own, count)):
-                return own, missing
-            store.add(f"{own}/polls", 1)
+    own_id, launch_id, polls = uuid.uuid4().hex, "", 0
+    if this_rank == 0:
+        store.set("launch", own_id)
+        keys = [f"{own_id}/rank {other}" for other in range(1, size)]
+        while keys and not store.check(keys):  # a single request for all ranks
+            if time.monotonic() > deadline and (missing := _missing(store, own_id, size)):
+                return own_id, missing
+            store.add(f"{own_id}/polls", 1)
             time.sleep(POLL)
-        store.set(f"{own}/all", json.dumps([store.get(key).decode() for key in keys]))
-        return own, []
+        store.set(f"{own_id}/all", json.dumps([store.get(key).decode() for key in keys]))
+        return own_id, []
     while True:
         published = store.get("launch").decode() if store.check(["launch"]) else ""
         if published != launch_id:
             launch_id = published
-            store.set(f"{launch_id}/rank {number}", own)
+            store.set(f"{launch_id}/rank {this_rank}", own_id)
             polls = store.add(f"{launch_id}/polls", 0)
         complete = f"{launch_id}/all"
-        if launch_id and store.check([complete]) and own in json.loads(store.get(complete)):
+        if launch_id and store.check([complete]) and own_id in json.loads(store.get(complete)):
             return launch_id, []
         if time.monotonic() > deadline:
             break
         time.sleep(POLL)
     if not launch_id:
         return "", [0]
-    missing = _missing(store, launch_id, count)
+    missing = _missing(store, launch_id, size)
     if store.add(f"{launch_id}/polls", 0) == polls:
         missing = [0, *missing]
-    return launch_id, missing or [0]  # rank 0 polled for a while and then stopped
+    return launch_id, missing or [0]  # rank 0 polled at first, but has stopped
 
 
-def _missing(store: dist.Store, launch_id: str, count: int) -> list[int]:
+def _missing(store: dist.Store, launch: str, size: int) -> list[int]:
     """Return the ranks other than 0 that have not joined this launch."""
-    return [one for one in range(1, count) if not store.check([f"{launch_id}/rank {one}"])]
+    return [other for other in range(1, size) if not store.check([f"{launch}/rank {other}"])]
 
 
 def has_joined() -> bool:
@@ -165,10 +166,10 @@ def has_joined() -> bool:
 
 
 def connect(prefix: str, limit: timedelta) -> dist.Store:
-    """Return a separate connection to the store of all processes, with its own keys, for a thread.
+    """Return a new connection to torchrun's store, whose keys start with `prefix`, for a thread.
 
-    Each operation takes at most `limit`. A connection serves one operation at a time: on the
-    connection of the process group, a thread might wait for a collective.
+    Each operation times out after `limit`. A connection serves one operation at a time: on the
+    process group's connection, a thread might have to wait for a collective.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -189,16 +190,15 @@ def flight_record() -> str:
     try:
         module = importlib.import_module("torch._C._distributed_c10d")
         return bytes(module._dump_nccl_trace_json(onlyActive=True)).decode(errors="replace")
-    except (ImportError, AttributeError, RuntimeError, TypeError) as error:  # private to torch
+    except (ImportError, AttributeError, RuntimeError, TypeError) as error:  # private in torch
         return f"not available ({error})"
 
 
 def collective() -> tuple[str, float]:
-    """Return the collective that the main thread is executing ('' for none), and the time of the
-    last change.
+    """Return the main thread's current collective ('' for none), and the time of the last change.
 
-    Only collectives in which a rank waits for the computation of another rank are reported. The
-    time is that of `time.monotonic`.
+    Only reports collectives in which a rank waits for another rank's computation. The time is a
+    value of `time.monotonic`.
     """
     return _collective, _changed
 
@@ -224,7 +224,7 @@ def world_size() -> int:
 
 
 def by_torchrun() -> bool:
-    """Return whether torchrun started this process; it restarts all of them if one is lost."""
+    """Return whether torchrun started this process; it restarts all processes if one is lost."""
     return dist.is_torchelastic_launched()
 
 
@@ -243,7 +243,7 @@ def average(tensors: Sequence[Tensor]) -> None:
         return
     parts: list[list[Tensor]] = [[]]
     for tensor in tensors:
-        if sum(one.nbytes for one in parts[-1]) > EXCHANGE:
+        if sum(t.nbytes for t in parts[-1]) > EXCHANGE:
             parts.append([])
         parts[-1].append(tensor)
     for part in parts:
@@ -257,7 +257,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite the tensors of all ranks with those of rank 0."""
+    """Overwrite the tensors on all ranks with the tensors of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
@@ -266,7 +266,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def async_max(value: int) -> Callable[[], int]:
     """Start a reduction to the largest value over all ranks; return a function that waits for it.
 
-    It runs on the CPU with gloo, concurrently with the main thread and the GPU.
+    The reduction runs on the CPU with gloo, concurrently with the main thread and the GPU.
     """
     if world_size() == 1:
         return lambda: value
@@ -304,7 +304,8 @@ def all_gather_objects(value: T) -> list[T]:
 def reraise_on_all_ranks(make: Callable[[], T]) -> T:
     """Run `make` on every rank; if it raises on any rank, raise the first error on all ranks.
 
-    This avoids a deadlock. Covers the errors that a user can fix: OSError, ValueError, LookupError.
+    Otherwise the other ranks would wait for the failed rank in their next collective. Only covers
+    errors that a user can fix: OSError, ValueError and LookupError.
     """
     results: list[T] = []
     failure: Exception | None = None
@@ -312,9 +313,9 @@ def reraise_on_all_ranks(make: Callable[[], T]) -> T:
         results.append(make())
     except (OSError, ValueError, LookupError) as error:
         failure = error
-    for one in all_gather_objects(failure):
-        if one is not None:
-            raise one
+    for raised in all_gather_objects(failure):
+        if raised is not None:
+            raise raised
     return results[0]
 
 

@@ -1,4 +1,4 @@
-"""torchrun's environment, readable before torch is imported, which takes seconds."""
+"""torchrun's environment, read without importing torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def world_size() -> int:
 def end_with_torchrun() -> None:
     """Have the kernel send SIGTERM to this process when torchrun is killed (prctl, Linux only).
 
-    Without a handler SIGTERM ends the process, even while it imports torch or joins the others;
-    with the handler of `vitdet.training.stop` training saves its state. The signal is sent when
-    the thread that started this process ends; torchrun starts its processes in its main thread. On
-    other systems `vitdet.training.watchdog` detects a changed parent later.
+    Without a handler, SIGTERM ends the process, even while it imports torch or joins the process
+    group; with the handler of `vitdet.training.stop`, training first saves its state. The kernel
+    sends the signal when the thread that started this process ends, which is torchrun's main
+    thread. On other systems, `vitdet.training.watchdog` detects a changed parent later.
 
     A torchrun that ended before this call is detected by `has_ended`.
     """
@@ -49,6 +49,6 @@ def has_ended() -> bool:
         socket.create_connection(address, timeout=10).close()
     except ConnectionRefusedError:
         return True
-    except OSError:  # a network problem: joining has its own timeout
+    except OSError:  # a network problem, for which joining has a timeout
         return False
     return False
