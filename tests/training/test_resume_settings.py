@@ -133,7 +133,7 @@ def test_a_scaled_rate_applies_to_the_whole_run(
     half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
     with caplog.at_level(logging.INFO, "vitdet"):
         stop_at(2, tiny, tmp_path / "run", **half)
-    note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr scales it to 0.0005"
+    note = "optim.lr=0.001 is for steps of 4 images, but train.batch_size is 2: optim.scale_lr scales it to 0.0005"
     assert caplog.messages.count(note) == 1
     with refused("different config .optim.lr_batch_size: 8, not 4"):
         go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})

@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 
 class Best:
-    """The highest value of a metric over the evaluations of a run; in a tie, the first one.
+    """The highest value of a metric over a run's evaluations; the earliest one in a tie.
 
     All ranks have the same metrics and come to the same decisions; only rank 0 writes files.
 
     Attributes:
-        metric: its name.
+        metric: name of the metric.
         value: the highest value; None before the first evaluation.
-        step: the step of its evaluation.
-        stale: number of evaluations since.
+        step: the step of the evaluation with this value.
+        stale: number of evaluations since then.
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
-        """output: folder of best.pt; states: folder of the training states, with a copy."""
+        """output: folder of best.pt; states: folder of the training states, for a copy of it."""
         self.keeps, self.patience = bool(settings.keep_best), settings.patience
         self.metric = settings.keep_best or "box_ap"
         self.path, self._stored = output / NAME, states / NAME
@@ -62,8 +62,7 @@ class Best:
         return {f"best_{self.metric}": self.value, "best_step": self.step}
 
     def keep(self, content: dict) -> None:
-        """Write a trained detector to best.pt atomically; raises the errors of
-        `vitdet.checkpoint.save`."""
+        """Write a trained detector to best.pt atomically; raises OSError if that fails."""
         save(self._stored, content)
         self._publish()
 
@@ -72,7 +71,7 @@ class Best:
         if self.is_final() and done < steps:
             log.info(
                 f"train.patience={self.patience}: {self.metric} has not exceeded "
-                f"{self.value or 0.0:.4g} of step {self.step} in the last {self.stale} "
+                f"{self.value or 0.0:.4g} (step {self.step}) in the last {self.stale} "
                 f"evaluations: training ends at step {done} of {steps}"
             )
 
@@ -100,8 +99,7 @@ class Best:
         """Return whether best.pt is unavailable; otherwise copy it to the output folder."""
         try:
             found = load_model_file(self._stored)["step"]
-            # a later best.pt was written after the state was saved: that evaluation will be
-            # repeated
+            # a newer best.pt is from an evaluation after this state, which will be repeated
             if found != self.step and found < start:
                 raise ValueError(f"{self._stored}: written at step {found}")
         except (FileNotFoundError, ValueError) as error:

@@ -23,7 +23,7 @@ from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
 SLOTS, EDGES = 16, 2**12  # minimum padding: objects per image, edges per batch
-CLEARINGS = 8  # times that graphs are cleared for memory and recorded again between two evaluations
+CLEARINGS = 8  # how often graphs may be cleared to free memory between two evaluations
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
@@ -35,19 +35,19 @@ class GraphedGradients:
 
     If `run` cannot be recorded, for these shapes or at all, it runs without a graph, which is
     logged for each size of targets. A size that did not fit in memory is tried again after
-    `release`, unless it has run out of memory twice. Steps of such a size may use the memory of all
-    graphs.
+    `release`, unless it has run out of memory twice. All graphs may be cleared to run a step of
+    such a size.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
-        self.parameters = [one for one in detector.parameters() if one.requires_grad]
+        self.parameters = [p for p in detector.parameters() if p.requires_grad]
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.run = run
         self.graph: CudaGraph[Losses] = CudaGraph()
         # sizes of targets that could not be recorded, and whether to retry them after `release`
         self.refused: dict[tuple[int, int], bool] = {}
-        self.large: set[tuple[int, int]] = set()  # the subset of these sizes that ran out of memory
+        self.large: set[tuple[int, int]] = set()  # refused sizes that ran out of memory
         self.clearings = 0  # since `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
@@ -109,7 +109,7 @@ class GraphedGradients:
 def can_be_graphed(detector: nn.Module) -> bool:
     """Return whether a forward and backward pass changes only the gradients.
 
-    BatchNorm also changes statistics, and activation checkpointing the random state.
+    BatchNorm also changes its statistics, activation checkpointing the random state.
     """
     return not any(
         isinstance(module, nn.modules.batchnorm._BatchNorm)

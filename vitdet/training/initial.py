@@ -1,4 +1,4 @@
-"""Initialization of the detector of a training run."""
+"""Initialization of a training run's detector."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 def fresh_detector(
     config: Config, split: CocoSplit, source: str | Path | None, device: torch.device
 ) -> Detector:
-    """Build the detector with random weights from train.seed, or the weights in the file `source`.
+    """Build the detector with the weights in `source`, or random weights from train.seed if None.
 
     The class weights of the federated loss are computed from the training images.
     """
     torch.manual_seed(config.train.seed)
-    # image_count ** 0.5, as in Detectron2
+    # class weights: image_count ** 0.5, as in Detectron2
     odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()
     detector = build_detector(config.model, config.evaluate, odds.clone()).to(device)
     if source is not None:
@@ -34,6 +34,6 @@ def fresh_detector(
             log.info("%s: %s", source, note)
     classification = detector.roi_heads.classification
     if isinstance(classification, FederatedClassification):
-        # the class weights in a file are from different training images
+        # the class weights in the file were computed from different images
         classification.class_weights.copy_(odds)
     return detector

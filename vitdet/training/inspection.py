@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the class names of the validation split and the fingerprints of both splits.
 
-    Warns if there are no outlines for masks. Raises ValueError if evaluations on this data do not
-    measure the metric that train.keep_best and train.patience need.
+    Warns if a split has no outlines for the mask head. Raises ValueError if evaluations on this
+    data do not measure the metric that train.keep_best and train.patience need.
     """
     data = config.data
     validation = read_split(data, data.val_split)
@@ -38,7 +38,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if evaluations measure no AP, or not the one of keep_best or patience."""
+    """Raise ValueError if evaluations measure no AP, or not the one for keep_best or patience."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
         read_validation(config.data, config.evaluate)

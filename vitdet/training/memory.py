@@ -2,12 +2,12 @@
 
 `train.activation_checkpointing=auto` estimates the memory of a step without it. The constants were
 measured with images of 1024 pixels: without the Triton kernels on an H100 (ViT-B, L and H, batches
-of 1 to 8 images: within 15%), with them on an H200 (ViT-B and L, batches of 1, 4 and 8, as CUDA
-graphs: within 5%):
+of 1 to 8 images; the error is at most 15%), and with the kernels on an H200 (ViT-B and L, batches
+of 1, 4 and 8 images, as CUDA graphs; the error is at most 5%).
 
-16 bytes per weight, for its value, its gradient and AdamW's two moments; 4 more with weight
-averaging. 50 bytes (with the kernels 35) per output value of a block in bf16 or fp16; twice as many
-in fp32. 1,300 bytes (with the kernels 1,230) per pixel of the images for everything else.
+- per weight: 16 bytes for its value, its gradient and AdamW's two moments; 20 with weight averaging
+- per output value of a block: 50 bytes (with the kernels 35) in bf16 or fp16, twice that in fp32
+- per pixel of the images, for everything else: 1,300 bytes (with the kernels 1,230)
 
 Blocks recompute their activations if the estimate exceeds nine tenths of the GPU's memory.
 """
@@ -25,7 +25,7 @@ from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision, with and without the kernels
+BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; key: with kernels
 BYTES_PER_PIXEL = {False: 1300, True: 1230}
 SHARE = 0.9  # share of the GPU's memory; the rest is for CUDA and fragmentation
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def checkpoint_activations(
     detector: Detector, config: Config, images: int, precision: str, device: torch.device
 ) -> None:
-    """Turn activation checkpointing of the blocks on or off; images: per micro-batch."""
+    """Turn the blocks' activation checkpointing on or off; images: images per micro-batch."""
     setting = config.train.activation_checkpointing
     needed = setting == "blocks"
     if setting == "auto" and device.type == "cuda":
@@ -45,7 +45,7 @@ def checkpoint_activations(
         if needed and distributed.rank() == 0:
             log.info(
                 "the backbone's blocks recompute their activations in the backward pass: "
-                f"{images} images per micro-batch would take about {estimate / 2**30:.1f} GiB, "
+                f"{images} images per micro-batch would need about {estimate / 2**30:.1f} GiB, "
                 f"and the GPU has {total / 2**30:.1f} GiB (train.activation_checkpointing=auto)"
             )
     for module in detector.modules():
@@ -56,7 +56,7 @@ def checkpoint_activations(
 def step_bytes(
     detector: Detector, config: Config, images: int, precision: str, fused: bool
 ) -> float:
-    """Estimate the bytes of a step without activation checkpointing; fused: by Triton kernels."""
+    """Estimate the bytes of a step without activation checkpointing; fused: with kernels."""
     backbone, side = detector.backbone, config.data.image_size
     weights = sum(parameter.numel() for parameter in detector.parameters())
     averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0

@@ -1,4 +1,4 @@
-"""Training metrics between two readings: means of the losses, speed, memory."""
+"""Training metrics between two readings: mean losses, speed and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitdet import distributed
 
 
 class Meter:
-    """Means of the metrics between two readings; they remain on the device until they are read."""
+    """Sums the metrics on the device; `read` returns their means since the last reading."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -27,7 +27,7 @@ class Meter:
         """Reset all sums and the clock."""
         self.sums: dict[str, Tensor | float] = {}
         self.count = 0  # steps in the sums
-        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # of this process
+        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # not restored
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -38,7 +38,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time within the context."""
+        """Exclude the time within the context from the speed."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
@@ -46,7 +46,7 @@ class Meter:
     def add(
         self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: Tensor | None = None
     ) -> None:
-        """Add the metrics of one step; they are ignored if the step was skipped (bool tensor)."""
+        """Add the metrics of one step, unless the bool tensor `skipped` is true."""
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
         metrics = {**losses, "loss": total, "grad_norm": grad_norm}
         if skipped is not None:
@@ -62,7 +62,7 @@ class Meter:
 
         Synchronizes all processes once. Raises ValueError if a metric is not finite.
         """
-        if not self.timed:  # without steps in this process, return the restored state, if any
+        if not self.timed:  # no steps in this process: return the restored state, if any
             return {"sums": dict(self.sums), "count": self.count}
         values = torch.stack([torch.as_tensor(value) for value in self.sums.values()])
         sums = dict(zip(self.sums, distributed.mean(values).tolist(), strict=True))
@@ -70,7 +70,7 @@ class Meter:
             raise ValueError(
                 f"{', '.join(broken)} not finite: training has diverged; try a smaller "
                 "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint was "
-                "saved before that"
+                "saved before the divergence"
             )
         return {"sums": sums, "count": self.count}
 
@@ -79,10 +79,10 @@ class Meter:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Return the means since the last reading, images/s, wait for data (s) and memory (GB).
+        """Return the mean metrics, the images/s, the data wait (s) and the memory (GB).
 
         skipped_steps is the number of skipped steps; if all steps were skipped, there are no means.
-        Restarts the meter afterwards. Synchronizes, and raises the errors of `state`.
+        Restarts the meter. Synchronizes all processes, and raises the errors of `state`.
         """
         sums = self.state()["sums"]
         skipped = sums.pop("skipped_steps", None)
@@ -101,7 +101,7 @@ class Meter:
 
 
 def memory(device: torch.device) -> float:
-    """Return the peak memory in bytes: of the GPU, or of this process."""
+    """Return the peak memory of the GPU, or of this process on a CPU, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

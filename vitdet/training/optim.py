@@ -20,12 +20,11 @@ from vitdet.models import Detector
 
 
 def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
-    """Return groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in
-    exactly one.
+    """Return groups {params, names, lr, lr_scale, weight_decay} of all trainable parameters.
 
-    Block i of n has the learning rate lr * layer_decay ** (n - i), layers before the blocks have lr
-    * layer_decay ** (n + 1), all others have lr; the backbone's `layer_of` assigns parameters to
-    layers. `settings.undecayed` selects the parameters without weight decay.
+    The learning rate of block i of n is lr * layer_decay ** (n - i). For layers before the blocks
+    it is lr * layer_decay ** (n + 1), for all other layers lr. The backbone's `layer_of` assigns
+    parameters to layers; `settings.undecayed` selects the parameters without weight decay.
     """
     last, layer_of = detector.backbone.num_layers + 1, detector.backbone.layer_of
     exempt = _undecayed(detector, settings.undecayed)
@@ -54,7 +53,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # exactly nn.LayerNorm, as in Detectron2: the channel norms of pyramid and heads decay
+    # not its subclasses, as in Detectron2: the channel norms of pyramid and heads are decayed
     norms = {
         name
         for name, module in detector.named_modules()
@@ -78,7 +77,7 @@ def build_optimizer(detector: Detector, settings: OptimConfig) -> torch.optim.Ad
 
 
 def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
-    """Clip the norm of the gradients to `largest` (0: no clipping); return the norm before."""
+    """Clip the gradient norm to `largest` (0: no clipping); return the norm before clipping."""
     parameters = list(detector.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if largest:
@@ -97,23 +96,23 @@ def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
 
 
 def rate_note(settings: OptimConfig, batch_size: int) -> str:
-    """Return a note if the learning rate is meant for a different batch size, else ''."""
-    meant = settings.lr_batch_size
-    if batch_size == meant:
+    """Return a note if the learning rate is for a different batch size, else ''."""
+    expected = settings.lr_batch_size
+    if batch_size == expected:
         return ""
     fitting = scaled(replace(settings, scale_lr=True), batch_size).lr
-    steps = f"optim.lr={settings.lr:g} is meant for steps of {meant} images, and "
+    steps = f"optim.lr={settings.lr:g} is for steps of {expected} images, but "
     steps += f"train.batch_size is {batch_size}"
     if settings.scale_lr:
         return f"{steps}: optim.scale_lr scales it to {fitting:g}"
     return (
         f"{steps}: optim.lr is not scaled; optim.scale_lr=true scales it to {fitting:g}, "
-        f"optim.lr_batch_size={batch_size} declares that it is meant for this size"
+        f"optim.lr_batch_size={batch_size} declares that it is for this batch size"
     )
 
 
 def lr_factor(step: int, settings: OptimConfig) -> float:
-    """Return the factor of the learning rate at a step (0-based): warm-up, drops or a cosine."""
+    """Return a step's learning-rate factor (0-based): warm-up, then step decay or cosine decay."""
     warmup, first = 1.0, settings.warmup_factor
     if step < settings.warmup_steps:
         warmup = first + (1 - first) * step / settings.warmup_steps
@@ -134,7 +133,7 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Return the running statistics of all BatchNorms by name."""
     ends = (".running_mean", ".running_var")
-    return {name: one for name, one in model.named_buffers() if name.endswith(ends)}
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(ends)}
 
 
 class WeightAverage:
@@ -148,19 +147,19 @@ class WeightAverage:
         self.decay = decay
         self.source = {**dict(model.named_parameters()), **running_statistics(model)}
         averaged = self.source if decay > 0 else {}
-        self.weights = {name: one.detach().clone() for name, one in averaged.items()}
+        self.weights = {name: tensor.detach().clone() for name, tensor in averaged.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average after step `step` (0-based)."""
         if self.weights:
             decay = min(self.decay, (1 + step) / (10 + step))
-            source = [one.detach() for one in self.source.values()]
+            source = [tensor.detach() for tensor in self.source.values()]
             torch._foreach_lerp_(list(self.weights.values()), source, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Use the averaged weights within the context; restore the model's own afterwards."""
+        """Use the averaged weights within the context; restore the trained weights afterwards."""
         self.swap()
         try:
             yield
@@ -172,9 +171,9 @@ class WeightAverage:
         """Exchange the average and the model's weights."""
         for name, average in self.weights.items():
             weight = self.source[name]
-            held = weight.detach().clone()
+            trained = weight.detach().clone()
             weight.copy_(average)
-            average.copy_(held)
+            average.copy_(trained)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average by parameter name."""

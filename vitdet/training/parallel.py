@@ -1,8 +1,8 @@
 """Distributed data parallelism for the single-device detector.
 
-BatchNorm (in ViTAE) uses the statistics of the images of all processes on GPUs, as in the published
-ViTAE-B run. torch has no synchronized BatchNorm for CPUs: there each process uses its own images,
-and checkpoints and evaluations use the running statistics of rank 0.
+On GPUs, BatchNorm (in ViTAE) computes statistics over the images of all processes, as in the
+published ViTAE-B run. torch has no synchronized BatchNorm for CPUs, where each process uses only
+its own images; checkpoints and evaluations use the running statistics of rank 0.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) -> nn.Module:
-    """Wrap the detector to average gradients over the processes; checkpoints use the unwrapped one.
+    """Wrap the detector so that the backward pass averages gradients over the processes.
 
-    Its BatchNorms are replaced by synchronized ones on GPUs, in place and with the same names.
-    accumulate: micro-batches per step.
+    On GPUs, the detector's BatchNorms are replaced in place by synchronized ones with the same
+    names. Checkpoints contain the unwrapped detector. accumulate: micro-batches per step.
     """
     has_norms = any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
     if has_norms and accumulate > 1 and distributed.rank() == 0:
@@ -56,10 +56,10 @@ def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) 
 
 
 def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context of forward and backward in which `parallelize` averages no gradients."""
+    """Return a context in which the model's backward pass does not average the gradients."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def share_statistics(detector: nn.Module) -> None:
-    """Broadcast the running statistics of rank 0, so that all ranks evaluate with the same ones."""
+    """Broadcast rank 0's running statistics, so that all ranks evaluate the same model."""
     distributed.broadcast(running_statistics(detector).values())

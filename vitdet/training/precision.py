@@ -41,9 +41,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @contextmanager
 def tf32(precision: str, device: torch.device) -> Iterator[None]:
-    """Context in which fp32 matrix products on a GPU use TF32 if the precision is fp32.
+    """Use TF32 for matrix products on a GPU within the context, if the precision is fp32.
 
-    TF32 has 10 bits of fraction and is 8 times as fast. It is enabled only here: evaluation and
+    TF32 has a 10-bit mantissa and is 8 times as fast. Training alone uses it: evaluation and
     comparisons with published results use full fp32. Convolutions always use TF32, torch's default.
     """
     if device.type != "cuda" or precision != "fp32":

@@ -29,9 +29,9 @@ from vitdet.types import Batch
 log = logging.getLogger(__name__)
 
 WARM = 5  # warm-up steps: memory is allocated, kernels are selected
-TIMED = 3  # steps after these that are timed without the profiler, which delays the host
-TRACED = 3  # steps after these in the trace
-STEPS = WARM + TIMED + TRACED + 1  # the last one only ends the trace
+TIMED = 3  # following steps, timed without the profiler, which delays the host
+TRACED = 3  # following steps, which are in the trace
+STEPS = WARM + TIMED + TRACED + 1  # the last step only ends the trace
 DATA, OTHER, IDLE = "data", "other", "idle"
 PARTS = (
     "attention", "MLP", "backbone, rest", "pyramid", "RPN", "NMS", "RoI pooling", "box head",
@@ -53,7 +53,7 @@ BACKWARD = "autograd::engine::evaluate_function: "
 
 
 class ProfiledBatches:
-    """The batches of a loader; the first steps computed from them are profiled.
+    """The batches of a loader; profiles the first steps that use them.
 
     step: the training step whose parts are profiled. Writes folder/trace.json, for chrome://tracing
     or Perfetto, and folder/parts.json, and logs a table.
@@ -69,9 +69,9 @@ class ProfiledBatches:
         self._wait()
         start, waited = time.perf_counter(), 0.0
         for _ in range(TIMED * self.step.accumulate):
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - requested
             yield batch
         self._wait()
         wall, waited = (time.perf_counter() - start) / TIMED, waited / TIMED
@@ -128,14 +128,14 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, of sum `wall`; waited: seconds waiting for the loader."""
+    """Return seconds per step by part, which sum to `wall`; waited: seconds waiting for data."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = belongings(host), {event.name for event in host}
     found = dict.fromkeys(PARTS, 0.0)
     for event in host:
         for kernel in event.kernels:
-            if kernel.name not in names:  # otherwise the event is the GPU's span of a scope
+            if kernel.name not in names:  # otherwise it is the time span of a scope on the GPU
                 found[part_of(event)] += kernel.duration / 1e6 / TRACED
     spans = [
         (event.time_range.start, event.time_range.end)
@@ -163,7 +163,7 @@ def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
 def belongings(events: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
     """Return a function that maps an event to its part."""
     scoped = {**OPERATORS, **{part: part for part in PARTS}}
-    forward: dict[int, str] = {}  # number of an operator in the graph of gradients -> its part
+    forward: dict[int, str] = {}  # autograd sequence number of an operator -> its part
 
     def part_of(event: FunctionEvent | None) -> str:
         while event is not None:
@@ -192,7 +192,7 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def table(times: dict[str, float]) -> str:
-    """Format one line per part: milliseconds per step, and share."""
+    """Return a table with the milliseconds per step and the share of each part."""
     total = sum(times.values())
     rows = [f"{part:<15}{1e3 * t:9.2f} ms {t / total:6.1%}" for part, t in times.items()]
     return "\n".join([*rows, f"{'step':<15}{1e3 * total:9.2f} ms"])

@@ -29,19 +29,18 @@ def states_folder(
     prints: dict[str, str],
     source: str | Path | None,
 ) -> Path:
-    """Return the folder of the training states: `output`/checkpoints, or a subfolder of
-    `checkpoints`.
+    """Return the folder of the training states: a subfolder of `checkpoints`, if given.
 
     The name of the subfolder is a digest of everything that determines the weights. If it does not
-    exist, a folder of the same training run with different operational settings, with a different
-    valid optim.steps, or named by version 0.1 is used.
+    exist, an existing folder of the same run is used: one with different operational settings, with
+    a different valid optim.steps, or named by version 0.1.
 
     Args:
-        config: the config.
-        output: the output folder.
-        checkpoints: the folder of the states of several training runs, or None.
-        prints: the fingerprints of the data.
-        source: the file of initial weights.
+        config: the settings of the run.
+        output: the output folder; its subfolder `checkpoints` is used by default.
+        checkpoints: the parent folder for the states of several training runs, or None.
+        prints: the data fingerprint of each split.
+        source: the file of initial weights, or None.
     """
     if checkpoints is None:
         return output / "checkpoints"
@@ -92,12 +91,12 @@ def state_to_resume(
     different files.
     """
     newest = distributed.all_gather_objects(states.newest())
-    # a local folder on each machine, or a shared folder with delayed updates
+    # possible causes: a local folder on each machine, or a shared folder with delayed updates
     if len(set(newest)) > 1:
         raise ValueError(
             f"{states.folder}: the processes found states from different steps "
-            f"({', '.join(map(str, newest))}); --output must be one folder that all processes "
-            "share; if it is, start again"
+            f"({', '.join(map(str, newest))}); --output must be a folder that all processes "
+            "share; if it is, run the same command again"
         )
     state = _agreed_state(states)
     distributed.reraise_on_all_ranks(
@@ -107,9 +106,9 @@ def state_to_resume(
 
 
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
-    """Return the newest state that is intact on all ranks, of at most `up_to` steps.
+    """Return the newest state up to step `up_to` that is intact on all ranks.
 
-    Adds the states that any rank found damaged to `states.damaged`. Evaluations come from rank 0.
+    Adds the states that any rank found damaged to `states.damaged`. Evaluations are rank 0's.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
@@ -159,9 +158,9 @@ def is_complete(
 ) -> bool:
     """Return whether `output` contains the result of this training run.
 
-    If so, `close_tracking(fingerprint of the data, run_id, step)` is called, as the process may
-    have been killed before it had sent all metrics. False also if the finished run can continue to
-    more steps, or lacks its best.pt. Raises ValueError for any other finished run.
+    If so, calls `close_tracking(data fingerprint, run_id, step)`, because the process may have been
+    killed before it had sent all metrics. Also returns False if the finished run can be extended or
+    lacks its best.pt. Raises ValueError for any other finished run.
     """
     finished = output / "model.pt"
     if not finished.exists():
@@ -213,9 +212,7 @@ def _same_but_for_length(config: Config, stored: Config) -> bool:
 
 
 def _with_patience(stored: Config, config: Config) -> Config:
-    """Return the stored config with the train.patience of `config` if that value is larger or 0,
-    which does not affect the completed steps.
-    """
+    """Return `stored`, with the train.patience of `config` if a run may be resumed with it."""
     ours, theirs = config.train.patience, stored.train.patience
     if theirs and (ours == 0 or ours > theirs):
         return replace(stored, train=replace(stored.train, patience=ours))
@@ -223,8 +220,8 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Return as text the first of the `done` steps with a different learning rate, or ''."""
-    ours, theirs = (scaled(one.optim, one.train.batch_size) for one in (config, stored))
+    """Describe the first of `done` steps with a different learning rate; '' if there is none."""
+    ours, theirs = (scaled(c.optim, c.train.batch_size) for c in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)
         if new != old:

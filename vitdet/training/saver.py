@@ -17,13 +17,13 @@ ABANDONED = 5.0  # seconds to wait for a write after a second Ctrl-C
 class Saver:
     """Writes states in a thread, one at a time.
 
-    `save` copies the tensors to host memory, so that the next step may change them, and returns.
-    The copies are reused: they take as much memory as a state (16 bytes per trained weight with
-    AdamW and weight averaging), pinned if the tensors are on a GPU. On a GPU, the copies are
+    `save` copies the tensors to host memory, so that the next step can change them, and returns.
+    The copies are reused. They need as much host memory as a state (16 bytes per trained weight
+    with AdamW and weight averaging), pinned if the tensors are on a GPU. Copies from a GPU are
     enqueued after the step, and only the thread waits for them.
 
-    An error of the thread is raised by the next call of `check`, `save` or `wait`. On exit from the
-    context a pending write is completed.
+    An error in the thread is raised by the next call of `check`, `save` or `wait`. On exit from the
+    context, a pending write is completed.
     """
 
     def __init__(self, states: Checkpoints) -> None:
@@ -33,7 +33,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, content: dict) -> None:
-        """Start to write the state after `step` steps, after the previous one is written."""
+        """Start to write the state after `step` steps, once the previous state is written."""
         self.wait()
         host = self._host(content, ())
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
@@ -52,7 +52,7 @@ class Saver:
             raise error
 
     def wait(self) -> None:
-        """Wait until a pending state is written; raises its error."""
+        """Wait until a pending state is written; raises the error of a failed write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -81,16 +81,16 @@ class Saver:
         except BaseException as error:  # raised in the main thread
             self._error = error
 
-    def _host(self, value: Any, place: tuple) -> Any:
-        """Copy tensors in nested dicts and lists to host memory; place: their path of keys."""
+    def _host(self, value: Any, path: tuple) -> Any:
+        """Copy tensors in nested dicts and lists to host memory; path: the keys of `value`."""
         if isinstance(value, dict):
-            return {key: self._host(one, (*place, key)) for key, one in value.items()}
+            return {key: self._host(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._host(one, (*place, i)) for i, one in enumerate(value))
+            return type(value)(self._host(item, (*path, i)) for i, item in enumerate(value))
         if not isinstance(value, Tensor):
             return value
-        copy = self._copies.get(place)
+        copy = self._copies.get(path)
         if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
             copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self._copies[place] = copy
+            self._copies[path] = copy
         return copy.copy_(value.detach(), non_blocking=True)

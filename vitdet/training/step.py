@@ -1,13 +1,13 @@
 """One optimizer step: forward, backward, clipping, update of the weights and their average.
 
-A step has `train.accumulate` micro-batches. Micro-batch k of rank r draws random numbers and
-normalizes as rank r * accumulate + k of a run with accumulate times as many processes; gradients
-are averaged over all micro-batches of all processes, with one exchange in the last one.
+A step has `train.accumulate` micro-batches. Micro-batch k of rank r uses the random numbers and the
+normalization of rank r * accumulate + k in a run with accumulate times as many processes. Gradients
+are averaged over all micro-batches of all processes, with one all-reduce in the last micro-batch.
 
 In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
 overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not
-change. A skipped step counts as a step: the learning rate, data and random numbers advance, and the
-average of the weights is updated.
+change. A skipped step still advances the learning rate, data and random numbers, and updates the
+weight average.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from vitdet.types import Batch, Target, Targets
 
 log = logging.getLogger(__name__)
 
-LONG_RUN = 1000  # steps from which train.compile=auto compiles, which takes about 90 s
+LONG_RUN = 1000  # minimum steps for train.compile=auto to compile, which takes about 90 s
 # smallest loss scale; the scale starts at 2 ** 16 and is halved in each skipped step
 LEAST_SCALE = 2.0**-14
 
@@ -50,8 +50,8 @@ LEAST_SCALE = 2.0**-14
 class Figures(NamedTuple):
     """The result of a step.
 
-    losses and grad_norm (of all gradients) are on the device; lr: learning rate; skipped: bool
-    tensor on the device, whether the step was skipped, or None if the precision never skips steps.
+    losses and grad_norm, the norm of all gradients, are on the device. skipped is a bool tensor on
+    the device, or None if the precision never skips steps.
     """
 
     losses: dict[str, Tensor]
@@ -94,10 +94,10 @@ class TrainingStep:
                 )
 
     def distribute(self) -> None:
-        """Average the gradients over all ranks from now on; broadcasts rank 0's weights."""
+        """Broadcast rank 0's weights; from now on, average the gradients over all ranks."""
         # initial weights differ in their last bits between CPU models
         weights = (*self.detector.parameters(), *self.detector.buffers())
-        distributed.broadcast(one.detach() for one in (*weights, *self.average.weights.values()))
+        distributed.broadcast(t.detach() for t in (*weights, *self.average.weights.values()))
         if self.graphed is None:
             self.model = parallelize(self.detector, self.device, self.accumulate)
 
@@ -162,7 +162,7 @@ class TrainingStep:
     def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
         """Clip the gradients, update weights and average; return the norm before clipping.
 
-        statistics: those of BatchNorm before the step, restored if the step is skipped.
+        statistics: BatchNorm statistics before the step, restored if the step is skipped.
         """
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.detector, self.optim.clip)
@@ -188,7 +188,7 @@ class TrainingStep:
             )
 
     def state_dict(self) -> dict[str, dict]:
-        """Return the state to resume from, besides the weights; scaler: {} if there is none."""
+        """Return the state to resume from, without the weights; `scaler` is {} except in fp16."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
@@ -201,12 +201,11 @@ class TrainingStep:
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
             slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
-        # missing in states before version 3, and from machines where `auto` selects a different
-        # precision
+        # missing in states before version 3, and empty in states of other precisions
         if scaler := state.get("scaler"):
             self.scaler.load_state_dict(scaler)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the random seed of one micro-batch; rank: the virtual rank."""
+    """Return the random seed of a micro-batch; rank: the virtual rank."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])

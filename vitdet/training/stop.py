@@ -47,7 +47,7 @@ class Stop:
         return distributed.async_max(self.received)
 
     def check(self, message: str) -> None:
-        """Raise Stopped on all ranks if one of them has received a signal; waits for all."""
+        """Raise Stopped on all ranks if one of them has received a signal; waits for all ranks."""
         if signum := self.ask()():
             raise Stopped(message, signum)
 
@@ -67,7 +67,7 @@ def stop_signals() -> Iterator[Stop]:
     stop, previous = Stop(), {}
     try:
         for signum in SIGNALS:
-            # ignored under nohup and in background jobs; torchrun forwards only its own signals
+            # ignored under nohup and in background jobs; torchrun decides which signals it forwards
             if signal.getsignal(signum) != signal.SIG_IGN or distributed.by_torchrun():
                 previous[signum] = signal.signal(signum, stop.handle)
     except ValueError:  # not the main thread: the caller handles signals

@@ -1,9 +1,9 @@
 """Training a detector.
 
-The result of a step depends on (config, data, step) only: the batch on its position in the stream,
-random numbers on a seed derived from train.seed, step and micro-batch. A resumed run needs no
-random state and computes the same numbers: bit for bit on a CPU, and also on a GPU except in
-kernels that add in a nondeterministic order.
+The result of a step depends only on the config, the data and the step: the step determines the
+batch, and a seed derived from train.seed, step and micro-batch determines the random numbers.
+Therefore a resumed run needs no random state and computes the same numbers: bit for bit on a CPU,
+and also on a GPU except in kernels that add in a nondeterministic order.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from vitdet.weights import resolve
 
 log = logging.getLogger(__name__)
 
-# (fingerprint of the data, run ID of the interrupted run or None, step to resume from) -> tracker
+# (data fingerprint, run ID of the interrupted run or None, step to resume from) -> tracker
 StartTracking = Callable[[str, str | None, int], Tracker]
 
 
@@ -61,24 +61,24 @@ def train(
 ) -> Path:
     """Train a detector and return the path of output/model.pt; resumes an interrupted run.
 
-    A resumed run may change operational settings (see `vitdet.config.sections.operational`),
-    optim.steps if the learning rate of the completed steps does not change, and train.patience to a
-    larger value or 0; a finished run with its last state can be extended in this way. If `output`
-    contains the finished run of this config and data, nothing is done. Calls
+    A resumed run may change operational settings (see `vitdet.config.sections.operational`). It may
+    change optim.steps if the learning rate of the completed steps stays the same, and increase
+    train.patience or set it to 0. A finished run can be extended in this way if its last state
+    exists. If `output` contains the finished run of this config and data, nothing is done. Calls
     `vitdet.data.loader.configure_process`, which changes settings of the process.
 
     Args:
-        config: the config.
+        config: the settings of the run.
         output: folder of the results.
-        checkpoints: the training states are written to a subfolder of this folder, named by a
+        checkpoints: folder in which the training states are written to a subfolder named by a
             digest of settings, data and initial weights; default: output/checkpoints.
-        weights: a local file for train.init.
+        weights: local file to use for train.init.
         start_tracking: see `StartTracking`.
         profile: write a trace of a few steps to output/profile; disables train.compile.
 
     Raises:
         ValueError: `output` contains another run, or the data is invalid.
-        Stopped: after SIGTERM, SIGINT or SIGHUP; the state is saved.
+        Stopped: on SIGTERM, SIGINT or SIGHUP, after the state is saved.
     """
     check_tracking(config.tracking)
     configure_process()
@@ -113,7 +113,7 @@ def train(
         start, steps = state["step"] if state else 0, config.optim.steps
         if profile and steps - start < STEPS:
             raise ValueError(
-                f"a profile takes {STEPS} steps, but only {steps - start} are left: "
+                f"a profile needs {STEPS} steps, but only {steps - start} are left: "
                 "start another training run with a larger optim.steps"
             )
         settings, ranks = config.train, (distributed.rank(), distributed.world_size())
@@ -122,7 +122,7 @@ def train(
             lambda: train_loader(config.data, *batches, *ranks, split, settings.accumulate)
         )
         check_classes(config, split.class_names, val_classes)
-        # a synchronization too: no rank writes before all have checked
+        # also synchronizes the ranks: none writes before all have finished their checks
         stop.check(f"stopped at step {start} of {steps}, before the detector was built")
 
         detector = fresh_detector(config, split, None if state else source, device)
@@ -179,11 +179,11 @@ class Loop:
         self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
         self.metrics: dict[str, float] = {}  # metrics of the last evaluation
-        self.evaluated = 0  # its step
+        self.evaluated = 0  # step of the last evaluation
         self.best = Best(config.train, output, saver.states.folder)
 
     def begin(self, state: dict | None) -> None:
-        """Restore a state; without one, save the first."""
+        """Restore a state, or save the first state if `state` is None."""
         if state is None:
             self.save(0)  # fails early on a full disk or read-only folder; stores the run ID
             self.saver.wait()
@@ -192,20 +192,19 @@ class Loop:
         self.training_step.load_state_dict(state)
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
-        # states written before commit 29b381b do not have it: they were saved after evaluations
+        # missing in states written before commit 29b381b, which were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
             self.metrics, self.evaluated = {}, 0  # computed with different settings
         if "best" in state:  # not in states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:
-            self.evaluated = 0  # best.pt is lost, and no evaluation may follow this step
+            self.evaluated = 0  # best.pt is lost: evaluate this step again if it is due
 
     def run(self, start: int) -> int:
-        """Run steps start..steps-1, or until train.patience ends the run; return the completed
-        steps.
+        """Run the steps from `start` until the end or train.patience; return the completed steps.
 
-        Raises Stopped, and ValueError for a loss that is not finite.
+        Raises Stopped, and ValueError if a loss is not finite.
         """
         steps, settings = self.config.optim.steps, self.config.train
         self.training_step.distribute()
@@ -266,7 +265,7 @@ class Loop:
 
         The metrics are written next to the saved state after `step` steps. Raises Stopped.
         """
-        self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
+        self.watchdog.at(step, Stage.EVALUATING, LONG)  # may read large annotation files
         self.training_step.release()
         # code compiled for training is specialized to its sizes and precision
         with self.meter.paused(), torch.compiler.set_stance("force_eager"):

@@ -53,7 +53,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Beat:
-    """The published progress of a rank: stage, seconds in this stage, and their limit."""
+    """The published progress of a rank: its stage, the seconds in this stage, and the limit."""
 
     step: int
     stage: int
@@ -61,15 +61,15 @@ class Beat:
     limit: float
     host: str = ""
     pid: int = 0
-    number: int = 0  # number of the publication
-    received: int = 0  # signal
+    number: int = 0  # sequence number of the publication
+    received: int = 0  # signal, or 0
     doing: str = ""
     done: bool = False
-    silent: float = 0.0  # seconds since the publication, by the clock of the reader
+    silent: float = 0.0  # seconds since the publication, by the reader's clock
 
     @property
     def place(self) -> tuple[int, int]:
-        """Sort key of the ranks: the smallest is furthest behind."""
+        """Return the sort key of this rank; the rank with the smallest key is furthest behind."""
         return self.step, self.stage
 
     def __str__(self) -> str:
@@ -91,14 +91,12 @@ def stalled(beats: Mapping[int, Beat]) -> list[int]:
 
 
 class Watchdog:
-    """See the module docstring. `at` is called by the main thread; everything else runs in the
-    watchdog's thread.
-    """
+    """Watches all ranks from a thread; the main thread calls `start`, `at` and `finish`."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop, self._parent = stop, os.getppid()
         self._place = (0, Stage.PREPARING, LONG, time.monotonic())
-        self._round = (Stage.PREPARING, time.monotonic())  # the repeated stage and its start
+        self._round = (Stage.PREPARING, time.monotonic())  # stage that began the round, and when
         self._paces: dict[Stage, float] = {}  # last duration of each stage in seconds
         self._beats: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}  # time of the last new publication of each rank
@@ -118,9 +116,9 @@ class Watchdog:
         self._thread.start()
 
     def at(self, step: int, stage: Stage, limit: float = 0.0) -> None:
-        """Record progress of the main thread; limit: seconds, if it may take longer than LIMIT."""
+        """Record the main thread's progress. limit: seconds, if the stage may exceed LIMIT."""
         now = time.monotonic()
-        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # these stages are parts of a step
+        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # not the start of a round
             before, began = self._round
             self._paces[before] = now - began
             self._round = stage, now
@@ -149,7 +147,7 @@ class Watchdog:
         answered = last
         while not self._end.wait(INTERVAL):
             now = time.monotonic()
-            if now - last > LIMIT / 2:  # this process was frozen, maybe with all others
+            if now - last > LIMIT / 2:  # this process was frozen, possibly with all others
                 answered = now
                 self._heard = dict.fromkeys(self._heard, now)
             self._watch_parent(now)
@@ -172,7 +170,7 @@ class Watchdog:
                 self._publish(store)
 
     def _watch_parent(self, now: float) -> None:
-        """Treat the death of torchrun as SIGTERM: after a SIGKILL it cannot forward a signal."""
+        """Treat the end of torchrun as SIGTERM: a killed torchrun cannot forward a signal."""
         # a single process without torchrun may outlive its parent
         started = distributed.world_size() > 1 or distributed.by_torchrun()
         if not started or os.getppid() == self._parent:
@@ -182,7 +180,7 @@ class Watchdog:
         if now - self._orphaned > LIMIT:
             self._give_up(
                 None,
-                "torchrun has ended, and this training did not reach a point at which it can stop",
+                "torchrun has ended, but this training run has not reached a point to stop at",
             )
 
     def _publish(self, store: distributed.Store) -> None:
@@ -216,7 +214,7 @@ class Watchdog:
         return "\n".join([f"no progress: {names}; ending all ranks; {restart}", *others])
 
     def _give_up(self, store: distributed.Store | None, message: str) -> None:
-        """Write the message and this rank's stacks, wait for the others to do so, and exit."""
+        """Write the message and this rank's stacks, wait for the other ranks to do so, and exit."""
         lines = [f"vitdet: {message}\n"] if message else []
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file)
