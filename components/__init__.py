@@ -1,7 +1,7 @@
 """The pipeline's steps: thin wrappers around `vitdet.stages`, one KFP component each.
 
-KFP embeds the source of a component in the compiled pipeline; everything that it calls is in the
-image. A component's body therefore only imports from vitdet or components, calls, and prints.
+KFP embeds the source of a component in the compiled pipeline; the code that it calls is in the
+image. Therefore a component's body only imports from vitdet or components, calls, and prints.
 """
 
 from __future__ import annotations

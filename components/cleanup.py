@@ -14,10 +14,10 @@ def clean_up(
     status: dsl.PipelineTaskFinalStatus,
     table: dsl.Output[dsl.HTML],
 ) -> None:
-    """End the jobs of this run (job_kind "": it has none) and its MLflow parent run.
+    """End this run's jobs, unless `job_kind` is "", and its MLflow parent run.
 
-    After a failure, creates the comparison table in place of `compare`: which training runs
-    finished, and why the others did not.
+    After a failure, creates the comparison table that `compare` did not create. It shows which
+    training runs finished, and why the others did not.
     """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs

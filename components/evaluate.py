@@ -17,11 +17,11 @@ def evaluate(
 ) -> str:
     """Evaluate a checkpoint; log box and mask AP in percent and the other metrics, also to MLflow.
 
-    report: precision-recall curves, classes, errors, worst and best images on one page; its
-    metadata has the address of the MLflow run.
+    report: a page with precision-recall curves, AP by class, errors, and the best and worst images.
+    Its metadata contains the URL of the MLflow run.
 
-    Returns "known" if the registry has the champion's AP on this data with these settings, else
-    "unknown".
+    Returns "known" if the registry contains the champion's AP on this data with these settings,
+    else "unknown".
     """
     from components import run_id
     from vitdet import stages
@@ -29,7 +29,7 @@ def evaluate(
     found = stages.evaluate_recipe(
         checkpoint.path, resolved.path, name, data, workspace, run_id(), figures.path, report.path
     )
-    # AP of single classes is in the report and in MLflow
+    # the AP of each class is only in the report and in MLflow
     for key in [metric for metric in found.metrics if "/" not in metric]:
         figures.log_metric(key, found.metrics[key])
     report.metadata["mlflow_run"] = found.page

@@ -13,7 +13,7 @@ def gate(
     workspace: str,
     verdict: Output[Artifact],
 ) -> str:
-    """Compare AP on the same validation data by the settings of the gate.
+    """Compare the detector's AP with the champion's on the same data, by the gate's settings.
 
     Returns "passed" or "stopped". The first model passes; a tie does not.
     """

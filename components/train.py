@@ -12,8 +12,8 @@ from kfp.dsl import Artifact, Input, Model, Output
 from components.decorator import component
 
 # Task settings that are passed on to the job's pods. RESOURCES is included because kfp otherwise
-# rejects resources on the task; they apply to the launcher; the resources of the job are set in its
-# manifest.
+# rejects resources on the task. They apply to the launcher's pod; the job's resources are set in
+# its manifest.
 PASSED_ON = [
     dsl.TaskConfigField.KUBERNETES_AFFINITY,
     dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,

@@ -34,12 +34,12 @@ class Timeouts:
 
     poll: float = 5
     api: float = 600  # the API server does not respond
-    # it rejects requests that it allowed before, e.g. after a restart until the roles are loaded
+    # the API server rejects requests that it allowed before, e.g. until it has loaded all Roles
     forbidden: float = 60
     operator: float = 300  # the operator does not react to a new job
     start: float = 300  # a pod cannot start: image, Secret, command
-    # a pod waits for a node, quota, volume or init container; the operator's init container waits
-    # for the Master and fails every 200 s
+    # a pod waits for a node, quota, volume or init container (the operator's init container waits
+    # for the Master and fails every 200 s)
     schedule: float = 3600
     deletion: float = 120  # a job of an earlier attempt is still being deleted
 
@@ -48,8 +48,7 @@ def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     """Return an API client and the namespace, from the service account or else the kubeconfig.
 
     retries: number of retries of requests without a response; default: urllib3's, each of which
-    waits for the full timeout. Raises RuntimeError if neither configuration exists, or if it is not
-    valid.
+    waits for the full timeout. Raises RuntimeError if there is no valid configuration.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     settings.retries = retries
@@ -72,7 +71,7 @@ def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
 
 
 def in_cluster() -> bool:
-    """Whether this process runs in a pod and uses the cluster of that pod."""
+    """Return whether this process runs in a pod and uses that pod's cluster."""
     return not os.environ.get("KUBECONFIG") and (SERVICE_ACCOUNT / "namespace").exists()
 
 
@@ -85,7 +84,7 @@ def describe_namespace(namespace: str) -> str:
     """Describe the namespace and cluster of the requests, for messages.
 
     Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
-    It is not an error if the account may not read namespaces.
+    An account that may not read namespaces is not an error.
     """
     api, _ = connect()
     context = "" if in_cluster() else active_context()["name"]
@@ -95,8 +94,8 @@ def describe_namespace(namespace: str) -> str:
     except ApiException as error:
         if error.status == 404:
             raise ValueError(
-                f"{name} has no namespace {namespace}; give that of the run's pods with "
-                "--namespace, or set KUBECONFIG or its current context to the pipeline's cluster"
+                f"{name} has no namespace {namespace}; set --namespace to the namespace of the "
+                "run's pods, or KUBECONFIG or its current context to the pipeline's cluster"
             ) from None
     except HTTPError as error:
         raise RuntimeError(f"{name} {describe_outage(error)}") from None
@@ -119,7 +118,7 @@ def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> 
 def release_job(
     api: client.ApiClient, kind: Kind, namespace: str, name: str, owners: list[dict]
 ) -> None:
-    """Replace the owners of a job, if it exists. Raises the same errors as `list_jobs`."""
+    """Replace a job's owner references, if it exists. Raises the same errors as `list_jobs`."""
     change = {"metadata": {"ownerReferences": owners or None}}
     _request_once(api, kind, namespace, "patch", name, change)
 
@@ -127,7 +126,7 @@ def release_job(
 def _request_once(
     api: client.ApiClient, kind: Kind, namespace: str, verb: str, *args: object, **options: str
 ) -> dict:
-    """Send a request about jobs once; {} on 404. Raises the same errors as `list_jobs`."""
+    """Send a request about jobs once; return {} on 404. Raises the errors of `list_jobs`."""
     call = getattr(client.CustomObjectsApi(api), f"{verb}_namespaced_custom_object")
     resource = (kind.group, kind.version, namespace, kind.plural)
     try:
@@ -160,7 +159,7 @@ class JobClient:
         self.out, self.timeouts = out, timeouts
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self.watcher = watch.Watch(return_type=object)  # pods as dictionaries
-        self.allowed: set[str] = set()  # verbs of requests that were answered
+        self.allowed: set[str] = set()  # verbs of requests that have succeeded
         self.reported: set[str] = set()  # optional requests whose missing permission was reported
 
     def request(
@@ -174,11 +173,12 @@ class JobClient:
         options: dict[str, object] | None = None,
         once: bool = False,
     ) -> dict | None:
-        """Return the response; None for a status in `none_if`.
+        """Send a request; return the response, or None for a status in `none_if`.
 
-        forbidden: seconds for which status 401 and 403 are treated as temporary if this verb was
-        allowed before. refused: seconds to wait for a quota or an admission webhook. once: fail
-        within 2.5 s instead of retrying.
+        Args:
+            forbidden: seconds for which 401 and 403 are retried if `verb` was allowed before.
+            refused: seconds for which a rejection by a quota or an admission webhook is retried.
+            once: fail within 2.5 s instead of retrying.
         """
         start, reported = time.monotonic(), False
         timeout = (1, 1.5) if once else REQUEST_TIMEOUT
@@ -187,13 +187,13 @@ class JobClient:
                 raw = call(
                     *args, _preload_content=False, _request_timeout=timeout, **(options or {})
                 )
-                answer = json.loads(raw.data)
+                response = json.loads(raw.data)
                 if reported:
                     self.out("launcher: the API server is responding again")
                 self.allowed.add(verb)
-                return answer
+                return response
             except ApiException as error:
-                # a starting API server has not registered the custom resources yet
+                # a starting API server may not have registered the custom resources yet
                 unknown = error.status == 404 and not server_message(error)
                 if error.status in none_if and not unknown:
                     return None
@@ -217,7 +217,7 @@ class JobClient:
             time.sleep(min(self.timeouts.poll, 2))
 
     def _job_request(self, verb: str, *args: object, **limits: Any) -> dict | None:
-        """Send a request about jobs of this kind; limits: keywords of `request`."""
+        """Send a request about jobs of this kind; limits: keyword arguments of `request`."""
         call = getattr(self.objects, f"{verb}_namespaced_custom_object")
         resource = (self.kind.group, self.kind.version, self.namespace, self.kind.plural)
         return self.request(f"{verb} {self.kind.plural}", call, *resource, *args, **limits)
@@ -225,7 +225,7 @@ class JobClient:
     def create(self, job: dict, refused: float = 0) -> dict | None:
         """Create the job and return it as stored; None if a job with this name exists.
 
-        refused: seconds to wait for a quota or an admission webhook.
+        refused: as for `request`.
         """
         return self._job_request("create", job, none_if=(409,), refused=refused)
 
@@ -244,7 +244,7 @@ class JobClient:
         self._job_request("patch", self.name, change, none_if=(404,))
 
     def adopt(self, owners: list[dict]) -> None:
-        """Replace the owners of the job."""
+        """Replace the job's owner references."""
         self.patch({"metadata": {"ownerReferences": owners}})
 
     def annotate(self, annotations: dict[str, str]) -> None:
@@ -252,7 +252,7 @@ class JobClient:
         self.patch({"metadata": {"annotations": annotations}})
 
     def mark(self, failure: str, spec: dict | None) -> None:
-        """Annotate the job with its failure; spec: a patch that ends it (see `Kind`)."""
+        """Annotate the job with its failure; spec: a patch that ends the job (see `Kind`)."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": spec} if spec else change)
 
@@ -321,9 +321,13 @@ class JobClient:
     ) -> list[str]:
         """Return the lines of a container's log, each prefixed with its timestamp and a space.
 
-        since: only the last `since` seconds. tail: only the last `tail` lines. previous: the log of
-        the previous container instance. container: "" is the training container. Returns [] if
-        there is no log.
+        Returns [] if there is no log.
+
+        Args:
+            since: return only the lines of the last `since` seconds.
+            tail: return only the last `tail` lines.
+            previous: whether to read the log of the previous container instance.
+            container: name of the container; "" for the training container.
         """
         options = {"since_seconds": since, "tail_lines": tail, "previous": previous or None}
         try:

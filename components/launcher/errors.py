@@ -1,10 +1,10 @@
 """A rejected request to the Kubernetes API in one line: the request, the reason, the remedy.
 
-Three causes share status 403. RBAC names the account, the verb and the resource of the missing rule
-(apiserver, pkg/endpoints/handlers/responsewriters/errors.go); it is not fixed by waiting. A
-ResourceQuota names the exhausted resource (apiserver, plugin/resourcequota/controller.go) and an
-admission webhook is named by the API server (pkg/admission/plugin/webhook/errors/statuserror.go,
-with any status from 400); both may allow the same request later.
+Three causes share status 403. An RBAC error names the account, the verb and the resource of the
+missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help. An
+exceeded ResourceQuota (apiserver, plugin/resourcequota/controller.go) and an admission webhook
+(pkg/admission/plugin/webhook/errors/statuserror.go, with any status from 400) are also named in the
+message; they may allow the same request later.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INVALID_FIELD = re.compile(
 
 
 def server_message(error: ApiException) -> str:
-    """Return the API server's message on one line; "" for an unknown path."""
+    """Return the API server's message on one line; "" if it sent none, as for an unknown path."""
     try:
         return " ".join(json.loads(error.body)["message"].split())
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -38,12 +38,12 @@ def server_message(error: ApiException) -> str:
 
 
 def describe_outage(error: Exception) -> str:
-    """Return the kind of a failed connection, e.g. SSLError, for messages."""
+    """Describe a failed connection by its kind, e.g. SSLError, for messages."""
     return f"does not respond ({type(getattr(error, 'reason', None) or error).__name__})"
 
 
 def may_be_admitted_later(error: ApiException) -> bool:
-    """Whether a quota or an admission webhook rejected the request, so that a retry may succeed."""
+    """Return whether a quota or an admission webhook rejected the request; a retry may succeed."""
     message = server_message(error)
     if not 400 <= (error.status or 0) < 500 or INVALID_FIELD.search(message):
         return False
@@ -62,9 +62,9 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
     if rule:
         resource = f"{rule['resource']}.{rule['group']}".rstrip(".")
         return (
-            f"{what}: account {rule['account']} has no Role for verb {rule['verb']} of {resource}; "
-            "apply manifests/shared (Role vitdet-pipeline) or run the steps as an account that has "
-            "it"
+            f"{what}: account {rule['account']} has no Role that allows {rule['verb']} on "
+            f"{resource}; apply manifests/shared (Role vitdet-pipeline), or run the steps as an "
+            "account with this Role"
         )
     reason = message or error.reason
     if error.status == 401:

@@ -15,7 +15,7 @@ SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
 class Failures:
     """The failures of a job's pods, including those of pods that are gone.
 
-    found: name of a pod -> its last failure and the last lines of its log.
+    found: maps a pod's name to its last failure and the last lines of its log.
     """
 
     def __init__(self, client: JobClient, ranks: RankLogs) -> None:
@@ -38,8 +38,8 @@ class Failures:
                 )
             if any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
                 return cause, (
-                    "too many images for the memory of a GPU: the last line of its log names the "
-                    "settings that need less; or use more or larger GPUs"
+                    "too many images for the GPU memory: the last line of the log names settings "
+                    "that need less memory; or use more or larger GPUs"
                 )
         return None
 
@@ -48,7 +48,7 @@ class Failures:
         cause = (
             cause
             or root_cause(found for pod in pods if (found := failure_reason(pod)))
-            or root_cause(one for one, _ in self.found.values())
+            or root_cause(failure for failure, _ in self.found.values())
         )
         if cause is None:
             return ""

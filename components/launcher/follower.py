@@ -46,11 +46,11 @@ class Follower:
     Failed jobs are kept and annotated with the cause; a retried step re-raises it instead of
     training again.
 
-    finished: returns whether the training is complete; called if the job is gone or has failed.
-    end_reason: returns why the job must end if this process is stopped; "": it is left running.
-    first_attempt: whether this is the first attempt of the step, so that an existing failed job is
-    left over from before the user retried the run.
-    keep_logs: called with files of the last lines of each rank, by name, when the job has ended.
+    finished: returns whether training is complete; called if the job is gone or has failed.
+    end_reason: returns why the job must end if this process is stopped; "" leaves it running.
+    first_attempt: whether this is the first attempt of the step. An existing failed job then dates
+    from before the user retried the run.
+    keep_logs: called when the job has ended, with the last lines of each rank by file name.
     """
 
     def __init__(
@@ -100,8 +100,7 @@ class Follower:
     def stopped(self) -> None:
         """Delete the job if its run is ending, otherwise leave it to the next attempt of the step.
 
-        The pod of a step can be evicted, drained or lost like any other pod; the training run
-        continues.
+        The step's pod may be evicted or lost like any other pod, while the training run continues.
         """
         stopping = "launcher: this step is being stopped"
         if reason := self.end_reason():
@@ -114,20 +113,20 @@ class Follower:
             )
 
     def report(self, topic: str, text: str) -> None:
-        """Write `text` to the step's log unless it was the last one of this topic."""
+        """Write `text` to the step's log unless it repeats the last text of this topic."""
         if text and self.reported.get(topic) != text:
             self.out(f"launcher: {text}")
         self.reported[topic] = text
 
     def persists(self, topic: str, holds: bool, limit: float) -> bool:
-        """Whether a condition has held continuously for `limit` seconds."""
+        """Return whether a condition, now `holds`, has held continuously for `limit` seconds."""
         if not holds:
             self.since.pop(topic, None)
             return False
         return time.monotonic() - self.since.setdefault(topic, time.monotonic()) >= limit
 
     def create_or_adopt(self) -> None:
-        """Create the job, or follow the one that an earlier attempt of this step created."""
+        """Create the job, or follow the job that an earlier attempt of this step created."""
         wanted = self.job["metadata"]
         while (created := self.client.create(self.job, self.limits["schedule"])) is None:
             existing = self.client.get()
@@ -162,7 +161,7 @@ class Follower:
             raise RuntimeError(f"{self.name} was deleted: {error}")
 
     def adopt(self, existing: dict, failure: str) -> None:
-        """Become the owner of an earlier attempt's job. Raises RuntimeError with its failure."""
+        """Take over an earlier attempt's job; raises RuntimeError if that job has failed."""
         meaning = "it has failed and is not recreated" if failure else "following it"
         self.report(
             "created", f"{self.name} exists from an earlier attempt of this step: {meaning}"
@@ -178,14 +177,14 @@ class Follower:
         self.started = STARTED in annotations
 
     def poll(self) -> bool:
-        """Report changes; return whether the job has succeeded. RuntimeError: it has failed."""
+        """Report changes; return whether the job succeeded, raise RuntimeError if it failed."""
         job = self.client.get()
         if job is None:
             return self.handle_missing()
         self.current, (phase, message) = job, job_phase(self.kind, job)
         pods, version = self.client.pods()
         # pods of a deleted job with this name may still exist for a moment
-        pods = [one for one in pods if creation_time(one) >= creation_time(job)]
+        pods = [pod for pod in pods if creation_time(pod) >= creation_time(job)]
         ended = phase in ("succeeded", "failed")
         meaning = phase
         if phase == "suspended":
@@ -263,15 +262,15 @@ class Follower:
             self.give_up(f"{self.name} has been suspended for {limit:.0f} s: {text}")
 
     def publish_progress(self, final: bool) -> None:
-        """Annotate the job with the step, the speed and the expected end of its training."""
+        """Annotate the job with the step, the speed and the expected end of its training run."""
         if value := self.progress.due(time.monotonic(), final):
             try:
                 self.client.annotate({PROGRESS: value})
             except RuntimeError as error:
-                self.report("progress", f"{self.name} is not annotated with its progress: {error}")
+                self.report("progress", f"cannot annotate {self.name} with its progress: {error}")
 
     def handle_missing(self) -> bool:
-        """Return True if the training was complete before the job was deleted; raise otherwise."""
+        """Return True if training was complete before the job was deleted; otherwise raise."""
         self.stream_held_lines()
         if self.finished():
             self.report("phase", f"{self.name} is gone, and its training is complete")
@@ -282,7 +281,7 @@ class Follower:
         )
 
     def record_failures(self, pods: list[dict]) -> None:
-        """Report failed pods and keep the end of their logs, as the pods may be deleted soon."""
+        """Report failed pods and store the ends of their logs, as the pods may be deleted soon."""
         for pod in pods:
             cause = failure_reason(pod)
             if cause is None:
@@ -305,17 +304,16 @@ class Follower:
             self.progress.read(line)
 
     def stream_held_lines(self) -> None:
-        """Read the lines that are held back when the job ends."""
+        """Read the lines that are still held back, as the job ends (see `PodLog.new_lines`)."""
         for pod in self.pods:
             log = self.pod_logs.get(pod["metadata"]["uid"])
             if log is not None and log.held_since is not None:
                 self.stream_log(pod, final=True)
 
     def count_failures(self) -> None:
-        """End the job if it runs out of memory, or after more errors than its manifest allows
-        restarts.
+        """End the job if it is out of memory or has had more errors than its manifest allows.
 
-        The number of disruptions is not limited. For a TrainJob, its runtime defines these rules.
+        The number of disruptions is not limited. A TrainJob's runtime defines its own rules.
         """
         now = time.monotonic()
         for pod in self.pods:
@@ -323,8 +321,8 @@ class Follower:
         elastic = self.job["spec"].get("elasticPolicy") or {}
         needed = elastic.get("minReplicas", expected_pods(self.job))
         self.restarts.complete_poll(self.pods, needed, now)
-        if self.restarts.disruptions:
-            self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
+        if count := self.restarts.disruptions:
+            self.report("disruptions", f"disruptions so far, not counted as errors: {count}")
         if found := self.failures.out_of_memory():
             cause, advice = found
             self.give_up(f"{self.name} ran out of memory: {advice}", cause)
@@ -365,7 +363,7 @@ class Follower:
                 if cause and (cause.reason in BROKEN) == (topic == "start")
             ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
-            # the image name is correct if the image could be pulled before
+            # after a start, the image name is known to be correct: wait longer
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue
@@ -391,7 +389,7 @@ class Follower:
         raise RuntimeError(text)
 
     def delete_failed(self) -> None:
-        """Delete a job that could not be suspended. Only reports an error: the cause is raised."""
+        """Delete a job that could not be ended; report errors only, as the caller raises."""
         try:
             self.client.delete()
         except RuntimeError as error:

@@ -1,12 +1,12 @@
 """Start and delete training jobs: what a pipeline step and `python -m pipeline terminate` call.
 
-A job belongs to its pipeline run, not to the pod of the step, which may be evicted or lost: the API
-server deletes it together with the run's Workflow (ownerReference), the step deletes it if it is
-stopped because the run is ended, `delete_jobs` deletes the jobs of a run, and the operator ends it
-after its deadline (for a TrainJob, without delay). The training operator 1.9 checks the deadline
-only when the job or one of its pods changes, and every 10 hours (its work queue for delayed checks
-is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run that much longer. It deletes
-a finished PyTorchJob after its time to live; a TrainJob has none.
+A job belongs to its pipeline run, not to the step's pod, which may be evicted or lost. The API
+server deletes the job together with the run's Workflow (ownerReference). The step deletes it when
+the step is stopped because the run is ending, and `delete_jobs` deletes all jobs of a run. The
+operator ends a job after its deadline (a TrainJob without delay). The training operator 1.9 checks
+the deadline only when the job or one of its pods changes, and every 10 hours (its work queue for
+delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run that much
+longer. This operator deletes a finished PyTorchJob after its time to live; a TrainJob has none.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from components.launcher.templates import (
 )
 from components.launcher.workflow import without_run
 
-# Given a job, returns "" if it is to be deleted, otherwise one line with the reason why not
+# Returns "" if a job is to be deleted, otherwise one line with the reason to keep it
 Keep = Callable[[Kind, dict], str]
 
 
@@ -74,9 +74,9 @@ def launch(
         name: The recipe.
         task_config: The fields of kfp's dsl.TaskConfig.
         out: Called with each line of rank 0's log and of the job's progress.
-        finished: Returns whether the training is complete; called if the job is gone or has failed.
+        finished: Returns whether training is complete; called if the job is gone or has failed.
         check_processes: Raises ValueError if this number of processes cannot train.
-        keep_logs: Called with files of the last lines of each rank, by name, after the job's end.
+        keep_logs: Called after the job's end with the last lines of each rank, by file name.
 
     Raises:
         RuntimeError: The job fails, cannot start, is deleted, or its creation is forbidden.
@@ -114,14 +114,13 @@ def launch(
 
 
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
-    """End the training jobs of a run in its exit handler; returns and raises the same as
-    `delete_jobs`.
+    """End a run's training jobs in its exit handler; returns and raises what `delete_jobs` does.
 
-    A job that has started and is still training after a failed run, e.g. because its step was
-    evicted too often, is left running, so that a retry of the run can follow it. It is released
-    from the Workflow, whose deletion would delete it. All other unfinished jobs are deleted. Raises
-    RuntimeError if it is unknown whether a user ended the run, so that no job is deleted by
-    mistake; the step is then retried.
+    A job that is still training after a failed run, e.g. because its step was evicted too often, is
+    left running, so that a retry of the run can follow it. Its owner reference to the Workflow is
+    removed, since deleting the Workflow would delete the job. All other unfinished jobs are
+    deleted. Raises RuntimeError if it is unknown whether a user ended the run, so that no job is
+    deleted by mistake; the step is then retried.
     """
     api, namespace = connect()
     step = Step(JobClient(api, KINDS["pytorchjob"], "", namespace, print, Timeouts()))
@@ -134,8 +133,8 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
         release_job(api, kind, namespace, name, without_run(job))
         phase = job_phase(kind, job)[0] or "created"
         return (
-            f"{name}: {phase}, is left running. Retrying the run follows it again; otherwise it "
-            f"ends at its deadline ({deadline(job)}), or with `python -m pipeline terminate "
+            f"{name} ({phase}) is left running. Retrying the run follows the job again; otherwise "
+            f"the job ends at its deadline ({deadline(job)}) or with `python -m pipeline terminate "
             f"{run_id}`"
         )
 
@@ -148,18 +147,17 @@ def delete_jobs(
     """Delete the unfinished training jobs of a pipeline run.
 
     Args:
-        namespace: "" is the current namespace.
+        namespace: The jobs' namespace; "" for the current namespace.
         own: The kind of the run's jobs; "" if unknown.
-        keep: Called for each unfinished job; decides whether it is deleted.
+        keep: Called for each unfinished job; decides whether the job is deleted.
 
     Returns:
-        The names of the deleted jobs, and one line for each job that is not deleted: a finished
-        job, with how long it and its pods' logs are kept, or a job that is already being deleted;
-        and one line for each kind that may not be listed, e.g. if the account may use only one
-        operator.
+        The names of the deleted jobs, and one line for each job that was not deleted and each kind
+        that may not be listed, e.g. because the account may use only one operator. The line of a
+        finished job says how long the job and its pods' logs are kept.
 
     Raises:
-        PermissionError: Listing `own`, or every kind, or a deletion is forbidden.
+        PermissionError: Listing `own` or all kinds, or deleting a job, is forbidden.
         RuntimeError: The API server does not respond.
     """
     api, current = connect()

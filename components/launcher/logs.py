@@ -1,5 +1,4 @@
-"""The logs of a job's pods: each is read once and split by rank, to find the first rank that
-failed.
+"""The logs of a job's pods, split by rank to find the first rank that failed.
 
 torchrun prefixes the lines of its processes with `[rank3]:` (PET_TEE and
 TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest); its own lines have no prefix. Without
@@ -20,8 +19,8 @@ from components.launcher.status import container_statuses, restart_count
 TAIL = 200  # lines of each rank that are kept
 MAX_PODS = 256  # pods whose lines are kept; a preempted TrainJob gets pods with new names
 MAX_FIRST_LINES = 1000  # log lines of an existing job
-# How long the lines of a restarted container are held back while its previous log cannot be read:
-# they are later than the missing ones
+# seconds for which a restarted container's lines are held back while the log of its previous
+# instance, whose lines precede them, cannot be read
 HOLD_SECONDS = 15.0
 PREFIX = re.compile(r"\[rank(\d+)\]:")
 # The start of an error: an exception, the command line's message, a crash of the interpreter or C++
@@ -36,7 +35,7 @@ OUT_OF_GPU_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
 
 
 class Line(NamedTuple):
-    """A line of a log, with its time as text that sorts by time."""
+    """A line of a log, with its time as text whose order is chronological."""
 
     time: str
     text: str
@@ -48,10 +47,10 @@ class PodLog:
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
         self.last_time, self.last_read, self.restarts = "", 0.0, 0
-        self.held_since: float | None = None  # since when lines are held back
+        self.held_since: float | None = None  # time since which lines are held back
 
     def new_lines(self, pod: dict, final: bool = False) -> list[Line]:
-        """Return the lines since the last call; final: there is no later call."""
+        """Return the lines since the last call; final: whether this is the last call."""
         name, restarts = pod["metadata"]["name"], restart_count(pod, self.container)
         start = time.monotonic()
         since = round(start - self.last_read) + 2 if self.last_read else None
@@ -77,7 +76,7 @@ class PodLog:
 
 
 def can_be_read_later(pod: dict, container: str) -> bool:
-    """Whether this container is running and its pod is not being deleted."""
+    """Return whether this container is running and its pod is not being deleted."""
     statuses = [status for status in container_statuses(pod) if status.get("name") == container]
     running = any("running" in (status.get("state") or {}) for status in statuses)
     return running and "deletionTimestamp" not in pod["metadata"]
@@ -91,7 +90,7 @@ def comparable_time(text: str) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure of a rank. `signal`: the number of the signal that ended it, or 0."""
+    """The first failure of a rank. signal: number of the signal that ended the rank, or 0."""
 
     rank: str
     pod: str
@@ -130,7 +129,7 @@ class RankLogs:
         return shown
 
     def tails(self) -> dict[str, list[str]]:
-        """Return the last lines by rank, then by pod."""
+        """Return the last lines of each rank and pod, ordered by rank, then by pod."""
         ordered = sorted(self.lines, key=source_order)
         return {source: [line.text for line in self.lines[source]] for source in ordered}
 
@@ -146,12 +145,12 @@ class RankLogs:
     def first_failure(self, since: str = "") -> Failure | None:
         """Return the first failure after the time `since`; None if no log has one.
 
-        The other ranks fail soon afterwards because of it, often within the same second in
+        This failure makes the other ranks fail soon afterwards, often within the same second in
         torchrun's summary. A rank that was killed by a signal precedes the ranks that lost the
         connection to it; SIGTERM is torchrun's own signal to the remaining ranks.
         """
         found = [*self.errors(since), *self.summaries(since)]
-        return min(found, key=lambda one: (not one.signal, one.time), default=None)
+        return min(found, key=lambda failure: (not failure.signal, failure.time), default=None)
 
     def errors(self, since: str) -> list[Failure]:
         """Return the first error of each rank, and of each pod whose lines have no prefix."""
@@ -196,7 +195,7 @@ def keep_newest(entries: dict, most: int) -> None:
 
 
 def source_order(source: str) -> tuple[bool, int, str]:
-    """Return the sort key of `rank 3` or `pod NAME`: ranks by number, then pods by name."""
+    """Return a sort key: ranks by number (`rank 3`), then pods by name (`pod NAME`)."""
     kind, _, name = source.partition(" ")
     return kind == "pod", int(name) if kind == "rank" else 0, name
 

@@ -21,8 +21,8 @@ LINE = re.compile(
 def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
     """Return the progress in a line of rank 0's log, or None.
 
-    {step, steps, images_per_second, eta, time}; the times are UTC in RFC 3339. `time` is the time
-    at which the line was read, `eta` the expected end of the training run.
+    The progress is {step, steps, images_per_second, eta, time}. `time` is when the line was read,
+    `eta` the expected end of the training run; both are UTC times in RFC 3339.
     """
     found = LINE.match(line)
     if found is None:
@@ -56,10 +56,10 @@ class Progress:
 
     def __init__(self) -> None:
         self.latest = self.published = ""
-        self.next = 0.0  # same clock as `now` in `due`
+        self.next = 0.0  # earliest time of the next publication, as `now` in `due`
 
     def read(self, line: str) -> None:
-        """Remember the progress if this line has one."""
+        """Store the progress if this line reports it."""
         found = parse(line, datetime.now(UTC))
         if found:
             self.latest = json.dumps(found)

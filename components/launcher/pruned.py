@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from components.launcher.templates import Kind
 
-# Fields without which a job still trains in the same way -> the consequence
+# Fields that do not change how a job trains -> the consequence of dropping them
 NO_DEADLINE = "the job has no deadline, so a forgotten job does not end by itself"
 SAFETY = {
     "spec.activeDeadlineSeconds": NO_DEADLINE,
@@ -19,14 +19,14 @@ SAFETY = {
 }
 # Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
 SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
-KEYS = ("manager", "name", "mountPath", "key")  # the first key identifies an entry of a list
+KEYS = ("manager", "name", "mountPath", "key")  # the first key of an entry identifies it
 
 
 def dropped_fields(sent: object, received: object, path: str) -> list[str]:
     """Return the paths of the fields of `sent` that `received` lacks.
 
-    Values are not compared, as the API server normalizes them; webhooks may add fields and entries
-    of lists. An empty value is the same as an absent one.
+    Values are not compared, as the API server normalizes them; webhooks may add fields and list
+    entries. An empty value is equivalent to an absent value.
     """
     if isinstance(sent, dict):
         if not isinstance(received, dict):
@@ -41,19 +41,19 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
     if isinstance(sent, list) and any(isinstance(entry, dict) for entry in sent):
         found = received if isinstance(received, list) else []
         return [
-            one
-            for place, value in enumerate(sent)
-            for one in dropped_fields(value, counterpart(value, place, found), f"{path}[{place}]")
+            field
+            for i, value in enumerate(sent)
+            for field in dropped_fields(value, counterpart(value, i, found), f"{path}[{i}]")
         ]
     return []
 
 
-def counterpart(entry: object, place: int, entries: list) -> object:
+def counterpart(entry: object, index: int, entries: list) -> object:
     """Return the list entry with the same identity, otherwise at the same index, or None."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
-        same = (one for one in entries if isinstance(one, dict) and one.get(key) == entry[key])
-        return next(same, None)
-    return entries[place] if place < len(entries) else None
+        dicts = (other for other in entries if isinstance(other, dict))
+        return next((other for other in dicts if other.get(key) == entry[key]), None)
+    return entries[index] if index < len(entries) else None
 
 
 def pod_settings(spec: dict) -> list[str]:
@@ -87,6 +87,6 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
         elif settings:
             lost.append(f"{path}, which sets {', '.join(settings)} of the pods ({remedy})")
         else:
-            warnings.append(f"{missing}{path}: the pods lack the labels of the run; {remedy}")
+            warnings.append(f"{missing}{path}: the pods lack the run's labels; {remedy}")
     error = f"{missing}{'; no '.join(lost)}; the job would train differently" if lost else ""
     return warnings, error

@@ -1,9 +1,9 @@
 """Why Kueue does not admit a job, from the conditions of its Workload.
 
 Kueue creates a Workload (kueue.x-k8s.io/v1beta2, as of Kueue 0.15) for a job with a queue's label
-and labels it with the job's uid (pkg/controller/constants). Its condition QuotaReserved has the
-reason why it waits, e.g. `WaitingForQuota` with the missing quota, `Misconfigured` for a LocalQueue
-that does not exist; before Kueue 0.19 it is `Pending` or `Inadmissible` with the same message
+and labels it with the job's uid (pkg/controller/constants). Its condition QuotaReserved contains
+the reason why it waits, e.g. `WaitingForQuota` with the missing quota, `Misconfigured` for a
+missing LocalQueue. Before Kueue 0.19 the reason is `Pending` or `Inadmissible`, with this message
 (apis/kueue/v1beta2/workload_types.go).
 
 A job without a Workload waits forever: since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
@@ -35,7 +35,7 @@ def queue_name(job: dict) -> str:
 
 
 def is_suspended(job: dict) -> bool:
-    """Whether the job's spec is suspended."""
+    """Return whether the job's spec is suspended."""
     spec = job["spec"]
     return bool((spec.get("runPolicy") or spec).get("suspend"))
 
@@ -51,13 +51,13 @@ def waiting_reason(workload: dict) -> str:
     reserved = conditions.get("QuotaReserved")
     parts = [f"queue {spec.get('queueName')}"]
     if is_true(conditions.get("Evicted")):
-        parts.append(f"taken back: {describe(conditions['Evicted'])}")
+        parts.append(f"evicted: {describe(conditions['Evicted'])}")
     if is_true(reserved):
         parts.append("quota is reserved")
         parts += [
-            f"admission check {one['name']} is {one.get('state')}: {one_line(one.get('message'))}"
-            for one in status.get("admissionChecks") or []
-            if one.get("state") != "Ready"
+            f"admission check {c['name']} is {c.get('state')}: {one_line(c.get('message'))}"
+            for c in status.get("admissionChecks") or []
+            if c.get("state") != "Ready"
         ]
     elif reserved:
         parts.append(f"no quota yet: {describe(reserved)}")
@@ -67,12 +67,12 @@ def waiting_reason(workload: dict) -> str:
 
 
 def is_true(condition: dict | None) -> bool:
-    """Whether a condition exists with status True."""
+    """Return whether a condition exists with status True."""
     return condition is not None and condition.get("status") == "True"
 
 
 def describe(condition: dict) -> str:
-    """Return a condition's reason and message, and how to fix the queue if it is invalid."""
+    """Return a condition's reason and message, and how to fix an invalid queue."""
     message = one_line(condition.get("message"))
     remedy = next((text for part, text in REMEDIES.items() if part in message), "")
     return f"{condition.get('reason')}: {message}" + (f" ({remedy})" if remedy else "")
@@ -90,5 +90,5 @@ def no_workload(kind: Kind, queue: str) -> str:
     return (
         f"Kueue has no Workload for it, so the label {QUEUE}: {queue} has no effect. {integration} "
         "must be in integrations.frameworks of Kueue's configuration (ConfigMap "
-        f"kueue-manager-config){default}; if it is, the job's events have the reason"
+        f"kueue-manager-config){default}; if it is, see the job's events for the reason"
     )

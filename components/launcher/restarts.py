@@ -1,11 +1,11 @@
-"""Counts the failures of a PyTorchJob by their cause: disruptions, errors, out of memory.
+"""Counting the failures of a PyTorchJob by cause: disruptions, errors, out of memory.
 
 The training operator adds up the restarts of all containers, whatever the cause, so a job would end
 after a few evictions. A failure of one pod makes all others fail, so failures are grouped into
 incidents: the failures of different pods within `WINDOW` are one. An incident with a disruption is
-a disruption, even if the other pods failed first: a lost node is reported minutes later.
+a disruption, even if other pods failed first, since a lost node is reported minutes later.
 
-TrainJobs are not counted: JobSet's failure policy does this (manifests/trainjob/runtime.yaml).
+The failures of a TrainJob are counted by JobSet's failure policy (manifests/trainjob/runtime.yaml).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from datetime import datetime, timedelta
 from components.launcher.status import Cause, container_statuses, failure_reason, restart_count
 from components.launcher.workflow import has_disruption_target
 
-# Failures within this time may be reported in any order: by two nodes, or in one poll
+# seconds within which failures may be reported in any order, by two nodes or in one poll
 SIMULTANEOUS = 5.0
-# Longer than it takes until the other ranks fail (the limit of a collective operation that waits)
-# and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
+# seconds of an incident: longer than it takes until a waiting rank gives up (4 minutes) and until
+# Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
-EVICTION = 360.0  # seconds until the pods of a lost node are evicted: 40 s, 5 minutes, and a margin
+EVICTION = 360.0  # seconds until a lost node's pods are evicted: 40 s, 5 minutes and a margin
 OUT_OF_MEMORY = "OOMKilled"
 # Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
 OWN_LIMITS = re.compile(
@@ -42,8 +42,8 @@ DISRUPTIONS = re.compile(
 class Incident:
     """Failures with one cause.
 
-    causes: name of a pod -> cause of its failure. failures: uid of a pod -> its failures when the
-    incident started.
+    causes: maps a pod's name to the cause of its failure. failures: maps a pod's uid to its number
+    of failures at the start of the incident.
     """
 
     start: float
@@ -58,27 +58,27 @@ class Restarts:
     def __init__(self, errors: int = 0) -> None:
         self.previous = errors
         self.incidents: list[Incident] = []
-        self.failures: dict[str, int] = {}  # uid of a pod -> its failures so far
-        self.disrupted: set[str] = set()  # uids
-        self.unresponsive: set[str] = set()  # uids
+        self.failures: dict[str, int] = {}  # uid of a pod -> number of its failures
+        self.disrupted: set[str] = set()  # uids of pods
+        self.unresponsive: set[str] = set()  # uids of pods on a node that does not respond
         self.backing_off: set[str] = set()  # uids of pods whose container waits for its restart
         self.pods: dict[str, str] = {}  # name -> uid, at the last poll
         self.initialized = self.incomplete = False
 
     @property
     def errors(self) -> int:
-        """The number of incidents that are not disruptions."""
+        """Return the number of incidents that are not disruptions."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
-        """The number of errors, without the last incident while it may still be a disruption."""
+        """Return the number of errors, without the last incident if it may become a disruption."""
         last = self.incidents[-1] if self.incidents else None
         undecided = last is not None and not last.disrupted and not self.is_decided(now)
         return self.errors - undecided
 
     @property
     def disruptions(self) -> int:
-        """The number of disruptions."""
+        """Return the number of disruptions."""
         return sum(incident.disrupted for incident in self.incidents)
 
     def observe(self, pod: dict, container: str, now: float) -> None:
@@ -104,8 +104,7 @@ class Restarts:
             self.add(name, Cause(name, "NodeNotReady"), now, True)
         if cause is None:
             return
-        # while a pod is waiting for a node or for its restart, the others fail because they time
-        # out waiting for it
+        # while a pod waits for a node or its restart, other pods fail by timeouts waiting for it
         for _ in range(count - before):
             if not self.join_last(name, uid, cause, now):
                 self.add(name, cause, now, self.incomplete)
@@ -114,10 +113,10 @@ class Restarts:
             self.add(name, cause, now, True)
 
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
-        """Compare all pods with those of the last poll: a pod that no longer exists was deleted.
+        """Compare all pods with the last poll's: a pod that no longer exists was deleted.
 
-        The operator deletes failed pods, which `observe` has seen, and those of a suspended job.
-        needed: how many pods must run for the job to train.
+        The operator deletes failed pods, which `observe` has seen, and the pods of a suspended job.
+        needed: number of running pods that the job needs to train.
         """
         current = {pod["metadata"]["name"]: uid_of(pod) for pod in pods}
         for name, uid in self.pods.items():
@@ -129,21 +128,21 @@ class Restarts:
         self.pods, self.initialized = current, True
 
     def is_decided(self, now: float) -> bool:
-        """Whether the last incident is an error, because no node can still be reported as lost.
+        """Return whether the last incident cannot become a disruption by a report of a lost node.
 
-        The pod on a lost node does not fail by itself, and is evicted after minutes.
+        The pod on a lost node does not fail by itself; it is evicted after minutes.
         """
         last = self.incidents[-1] if self.incidents else None
         return last is None or set(last.causes) >= set(self.pods) or now - last.start > EVICTION
 
     def forget_pods(self) -> None:
-        """Do not count pods that are missing at the next poll, since the job was suspended."""
+        """Ignore pods that are missing at the next poll, since the job was suspended."""
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
         """Add a failure to the first incident after the pod's last one, or start an incident."""
         recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
-        last = max((n for n, one in enumerate(recent) if name in one.causes), default=-1)
+        last = max((i for i, entry in enumerate(recent) if name in entry.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)
         if incident is None and disrupted and recent:
             incident = recent[-1]  # the pod's error was the first sign of its disruption
@@ -173,15 +172,14 @@ class Restarts:
 
 
 def uid_of(pod: dict) -> str:
-    """Return the uid of a pod."""
+    """Return the uid of a pod, or its name if it has no uid."""
     return pod["metadata"].get("uid") or pod["metadata"]["name"]
 
 
 def is_disruption(cause: Cause, pod: dict) -> bool:
-    """Whether the node or an eviction ended this pod, not its own process.
+    """Return whether this pod was ended by its node or an eviction, not by its own process.
 
-    A pod that exceeds the size limit of a volume is evicted as well, but would exceed the limit
-    again.
+    A pod that exceeds a volume's size limit is evicted as well, but would exceed the limit again.
     """
     if cause.reason == OUT_OF_MEMORY:
         return False
@@ -196,7 +194,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Whether a pod was deleted before it ended at this time; the operator deletes failed pods."""
+    """Return whether a pod was deleted before it ended at `time`: operators delete failed pods."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False
@@ -206,13 +204,13 @@ def is_deleted_before(pod: dict, time: str) -> bool:
 
 
 def can_run(pod: dict) -> bool:
-    """Whether this pod takes part in training, or will as soon as its container is restarted."""
+    """Return whether this pod trains, or will train when its container has been restarted."""
     running = (pod.get("status") or {}).get("phase") == "Running"
     return running and "deletionTimestamp" not in pod["metadata"] and not node_is_unresponsive(pod)
 
 
 def failure_count(pod: dict, cause: Cause, container: str) -> int:
-    """Return how many times the container of this failure has failed; default: `container`.
+    """Return how many times the cause's container, or `container` by default, has failed.
 
     The kubelet counts a restart when the new instance is created, after the back-off.
     """
@@ -222,7 +220,7 @@ def failure_count(pod: dict, cause: Cause, container: str) -> int:
 
 
 def is_backing_off(pod: dict, container: str) -> bool:
-    """Whether this container has failed and waits until the kubelet restarts it."""
+    """Return whether this container has failed and waits until the kubelet restarts it."""
     return any(
         ((status.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff"
         for status in container_statuses(pod)
@@ -231,17 +229,17 @@ def is_backing_off(pod: dict, container: str) -> bool:
 
 
 def node_is_unresponsive(pod: dict) -> bool:
-    """Whether the node of this running pod does not respond.
+    """Return whether the node of this running pod does not respond.
 
-    The node controller then sets the condition Ready of its pods to False; the statuses of the
-    containers do not change (pkg/controller/util/node/controller_utils.go, MarkPodsNotReady).
+    The node controller sets the condition Ready of such a node's pods to False; the containers'
+    statuses do not change (pkg/controller/util/node/controller_utils.go, MarkPodsNotReady).
     """
     status = pod.get("status") or {}
-    ready = {one["type"]: one.get("status") for one in status.get("conditions") or []}
+    conditions = {c["type"]: c.get("status") for c in status.get("conditions") or []}
     containers = status.get("containerStatuses") or []
     return (
         status.get("phase") == "Running"
-        and ready.get("Ready") == "False"
+        and conditions.get("Ready") == "False"
         and bool(containers)
-        and all(one.get("ready") and "running" in (one.get("state") or {}) for one in containers)
+        and all(c.get("ready") and "running" in (c.get("state") or {}) for c in containers)
     )

@@ -1,5 +1,4 @@
-"""Schema of the job fields that this package reads; errors in the YAML are reported with their
-path.
+"""Schema of the job fields that this package reads, which reports YAML errors with their path.
 
 The API server validates all other fields. A field with the value null is treated as absent, as in
 Kubernetes.
@@ -22,7 +21,7 @@ class _GpuCount:
 def _fields(name: str, required: dict[str, Any] | None = None, /, **optional: Any) -> Any:
     """Return a type with these fields of the Kubernetes API; it ignores all others."""
     fields: list[Any] = list((required or {}).items())
-    return defstruct(name, fields + [(key, one | None, None) for key, one in optional.items()])
+    return defstruct(name, fields + [(key, kind | None, None) for key, kind in optional.items()])
 
 
 def _list(kind: Any) -> Any:
@@ -75,7 +74,7 @@ _PYTORCHJOB = _fields(
     elasticPolicy=_fields("ElasticPolicy", minReplicas=int, maxReplicas=int),
     nprocPerNode=Scalar,
 )
-# a TrainJob's pods: in a runtime and in a patch of one
+# the pods of a TrainJob, in its runtime and in runtimePatches
 _PODS = _fields(
     "JobPodTemplate",
     spec=_fields("JobPodSpec", containers=_list(_CONTAINER), **_POD_FIELDS),
@@ -122,22 +121,22 @@ def validate(document: dict) -> dict:
     if not isinstance(document.get("spec"), dict):
         raise ValueError(f"the job's file: its {kind} has no spec")
     _check(document["spec"], spec, f"{kind}: spec")
-    # One by one, because msgspec does not report the keys of a mapping: `pytorchReplicaSpecs[...]`
+    # separately, because msgspec does not report the keys of a mapping: `pytorchReplicaSpecs[...]`
     for name, replica in document["spec"].get("pytorchReplicaSpecs", {}).items():
         _check(replica, _REPLICA, f"{kind}: spec.pytorchReplicaSpecs.{name}")
     return without_nulls(document)
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a copy in which no mapping has a value of null."""
+    """Return a copy without the mapping entries whose value is null."""
     if isinstance(value, dict):
-        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [without_nulls(entry) for entry in value]
     return value
 
 
-def _check(value: object, kind: Any, place: str) -> None:
+def _check(value: object, kind: Any, name: str) -> None:
     try:
         convert(value, kind, dec_hook=_gpu_count)
     except ValidationError as error:
@@ -149,12 +148,12 @@ def _check(value: object, kind: Any, place: str) -> None:
         elif inside.endswith("[...]"):
             inside = inside.removesuffix("[...]")
             entries = _mapping_at(value, inside).items()
-            name = next(key for key, one in entries if not isinstance(one, Scalar | None))
-            inside = f"{inside}.{name}"
+            wrong = next(key for key, item in entries if not isinstance(item, Scalar | None))
+            inside = f"{inside}.{wrong}"
         message = re.sub(r"^Object missing required field", "missing", message)
         message = message[0].lower() + message[1:]
         raise ValueError(
-            f"the job's file: its {place}{inside}: {message.replace('`', '')}"
+            f"the job's file: its {name}{inside}: {message.replace('`', '')}"
         ) from None
 
 

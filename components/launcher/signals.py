@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_stop(stopped: Callable[[], None]) -> Iterator[None]:
-    """Raise SystemExit on SIGTERM; call `stopped` before it or KeyboardInterrupt propagates."""
+    """Raise SystemExit on SIGTERM; call `stopped` on SystemExit and KeyboardInterrupt."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)

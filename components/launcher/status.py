@@ -9,10 +9,10 @@ Unschedulable.
 
 Two problems are reported only by events (core/v1 Event). A pod whose creation the API server
 rejects (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator
-1.9 creates the event FailedCreatePod of the job and returns before it writes the job's status
-(pkg/controller.v1/control/pod_control.go); Kubernetes' Job, which Trainer's JobSet creates, has the
-event FailedCreate. A volume or network that cannot be set up: the kubelet creates the events
-FailedMount and FailedCreatePodSandBox of the pod, whose status stays ContainerCreating.
+1.9 creates the event FailedCreatePod for the job and returns before it writes the job's status
+(pkg/controller.v1/control/pod_control.go); for Kubernetes' Job, which Trainer's JobSet creates, the
+event is FailedCreate. A volume or network that cannot be set up: the kubelet creates the events
+FailedMount and FailedCreatePodSandBox for the pod, whose status stays ContainerCreating.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
     Does not depend on the order of the conditions: controllers keep old ones and do not sort them.
     """
     status = job.get("status") or {}
-    true = {
-        one["type"]: one for one in status.get("conditions") or [] if one.get("status") == "True"
-    }
+    true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
     for condition, phase in kind.phases:
         if condition in true:
             return phase, true[condition].get("message") or true[condition].get("reason") or ""
@@ -59,7 +57,7 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
 
 
 def deadline_exceeded(job: dict, message: str) -> str:
-    """Describe the deadline if the job failed because of it; else "".
+    """Describe the deadline if the job failed because it was exceeded; else "".
 
     Only the message identifies this case: the training operator's is "... active longer than
     specified deadline" (common/job.go, ReconcileJobs, with the same reason as every failure),
@@ -77,7 +75,7 @@ def deadline(job: dict) -> str:
 
 
 def retention(kind: Kind, job: dict) -> str:
-    """Describe the phase of a finished job and how long it and its pods are kept; otherwise ""."""
+    """Describe a finished job's phase and how long the job and its pods are kept; else ""."""
     phase, spec, status = job_phase(kind, job)[0], job["spec"], job.get("status") or {}
     if phase not in ("failed", "succeeded"):
         return ""
@@ -109,8 +107,9 @@ def creation_time(resource: dict) -> str:
 class Cause:
     """Why a pod failed or does not start; `str()` formats it as one line for the user.
 
-    previous: the container was restarted, so the failure is in the log of its previous instance.
-    init: `container` is an init container. subject: "pod", or "job" for a job without pods.
+    previous: whether the container was restarted, so that the log of its previous instance contains
+    the failure. init: whether `container` is an init container. subject: "pod", or "job" if the job
+    has no pods.
     """
 
     pod: str
@@ -126,7 +125,7 @@ class Cause:
 
     @property
     def specific(self) -> bool:
-        """Whether the reason explains the failure; an exit code may be caused by another pod."""
+        """Return whether the reason explains the failure; another pod may cause an exit code."""
         return self.reason not in ("Error", "Completed", "")
 
     def __str__(self) -> str:
@@ -159,35 +158,35 @@ def failure_reason(pod: dict) -> Cause | None:
     name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName") or ""
     inits = [init.get("name") for init in status.get("initContainerStatuses") or []]
     terminated = (
-        ((one.get(key) or {}).get("terminated") or {}, one.get("name") or "", key == "lastState")
+        ((part.get(key) or {}).get("terminated") or {}, part.get("name") or "", key == "lastState")
         for key in ("state", "lastState")
-        for one in container_statuses(pod)
+        for part in container_statuses(pod)
     )
     first = next(
         (
             Cause(
                 name,
-                part.get("reason") or "Error",
-                part["exitCode"],
-                part.get("message") or "",
-                part.get("finishedAt") or "",
+                state.get("reason") or "Error",
+                state["exitCode"],
+                state.get("message") or "",
+                state.get("finishedAt") or "",
                 node,
                 previous,
                 container,
                 container in inits,
             )
-            for part, container, previous in terminated
-            if part.get("exitCode")
+            for state, container, previous in terminated
+            if state.get("exitCode")
         ),
         None,
     )
     if first and first.reason != "Error":
         return first  # OOMKilled is more specific than the status of the pod
     code, time = (first.exit_code, first.time) if first else (None, "")
-    for one in status.get("conditions") or []:
-        if one["type"] == "DisruptionTarget" and one.get("status") == "True":
-            reason, message = one.get("reason") or "Disrupted", one.get("message") or ""
-            return Cause(name, reason, code, message, one.get("lastTransitionTime") or "", node)
+    for entry in status.get("conditions") or []:
+        if entry["type"] == "DisruptionTarget" and entry.get("status") == "True":
+            reason, message = entry.get("reason") or "Disrupted", entry.get("message") or ""
+            return Cause(name, reason, code, message, entry.get("lastTransitionTime") or "", node)
     if status.get("phase") == "Failed" and status.get("reason"):
         return Cause(name, status["reason"], code, status.get("message") or "", time, node)
     return first
@@ -199,36 +198,34 @@ def root_cause(causes: Iterable[Cause]) -> Cause | None:
     When one process of a distributed training run dies, all others fail soon after. Prefers causes
     that a restart did not fix, then specific causes, then the earliest cause.
     """
-    return min(
-        causes, key=lambda one: (one.previous, not one.specific, one.time or "9"), default=None
-    )
+    return min(causes, key=lambda c: (c.previous, not c.specific, c.time or "9"), default=None)
 
 
 def blocking_reason(pod: dict) -> Cause | None:
     """Return why this pod does not start; None if it has started or is starting."""
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
-    for one in status.get("conditions") or []:
-        if one["type"] == "PodScheduled" and one.get("status") == "False":
-            reason = one.get("reason") or "Unschedulable"
-            return Cause(name, reason, message=one.get("message") or "")
-    for one in container_statuses(pod):
-        waiting = (one.get("state") or {}).get("waiting") or {}
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition.get("status") == "False":
+            reason = condition.get("reason") or "Unschedulable"
+            return Cause(name, reason, message=condition.get("message") or "")
+    for container in container_statuses(pod):
+        waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in BROKEN:
             return Cause(name, waiting["reason"], message=waiting.get("message") or "")
     # the operators count only the restarts of running pods
-    for one in status.get("initContainerStatuses") or []:
-        last = (one.get("lastState") or {}).get("terminated") or {}
-        done = ((one.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
-        if one.get("restartCount") and last.get("exitCode") and not done and not one.get("ready"):
-            container = one.get("name") or ""
-            return Cause(name, "CrashLoopBackOff", last["exitCode"], container=container, init=True)
+    for init in status.get("initContainerStatuses") or []:
+        last = (init.get("lastState") or {}).get("terminated") or {}
+        done = ((init.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
+        if init.get("restartCount") and last.get("exitCode") and not done and not init.get("ready"):
+            code, failed = last["exitCode"], init.get("name") or ""
+            return Cause(name, "CrashLoopBackOff", code, container=failed, init=True)
     return None
 
 
 def restart_count(pod: dict, container: str) -> int:
     """Return how often the kubelet has restarted this container."""
     found = container_statuses(pod)
-    return next((one.get("restartCount", 0) for one in found if one.get("name") == container), 0)
+    return next((c.get("restartCount", 0) for c in found if c.get("name") == container), 0)
 
 
 def expected_pods(job: dict) -> int:
@@ -244,7 +241,7 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]
-    # the events of a TrainJob are those of its JobSet's Jobs, whose names begin with its name
+    # a TrainJob's events are events of its JobSet's Jobs, whose names begin with the TrainJob's
     own = f"involvedObject.uid={job['metadata'].get('uid')}"
     if "pytorchReplicaSpecs" not in job["spec"]:
         own = "involvedObject.kind=Job"
@@ -259,7 +256,7 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
 
 
 def startup_warning(pod: dict, events: EventQuery) -> Cause | None:
-    """Return the last event of a scheduled pod that does not start, if it is a warning."""
+    """Return the last event of a scheduled pod that does not start, if that event is a warning."""
     scheduled = (pod.get("spec") or {}).get("nodeName")
     if (pod.get("status") or {}).get("phase") != "Pending" or not scheduled:
         return None
@@ -269,7 +266,7 @@ def startup_warning(pod: dict, events: EventQuery) -> Cause | None:
 
 
 def event_time(event: dict) -> str:
-    """Return the time of the last occurrence, to the second."""
+    """Return the time of the event's last occurrence, to the second; "" if unknown."""
     series = event.get("series") or {}
     time = (
         event.get("lastTimestamp")
@@ -282,6 +279,6 @@ def event_time(event: dict) -> str:
 
 
 def event_cause(event: dict, name: str, subject: str = "pod") -> Cause:
-    """Return the event's reason and message on one line."""
+    """Return a cause with the event's reason and message."""
     message = " ".join((event.get("message") or "").split())
     return Cause(name, event["reason"], message=message, subject=subject)

@@ -1,4 +1,4 @@
-"""This step: its pod, and whether its pipeline run continues."""
+"""The step that this process runs: its pod, and whether its pipeline run continues."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ POD = "KFP_POD_NAME"  # `commonEnvs` in the backend's argocompiler/common.go
 class Step:
     """The step that this process runs.
 
-    owner: an ownerReference to the Workflow of its run; None outside a pipeline.
-    first_attempt: whether this is not a retry of the step; also true after the run was retried.
+    owner: an ownerReference to the run's Workflow; None outside a pipeline.
+    first_attempt: whether this is the first attempt of the step since the run (re)started.
     """
 
     def __init__(self, client: JobClient) -> None:
@@ -29,11 +29,11 @@ class Step:
     def end_reason(self) -> str:
         """Return why the job must end together with this step; "" if the run continues.
 
-        Takes at most 5 s. A step that is stopped although its run cannot be read is assumed to be
-        stopped by the run, unless its pod is being deleted. Kubernetes sends SIGKILL 30 s after
-        SIGTERM; but when Argo itself ends a step, KFP's launcher process exits at once and SIGKILL
-        may follow within a second. Remaining jobs are then deleted by the exit handler after
-        Kubeflow's Terminate, by `python -m pipeline terminate`, or together with the Workflow.
+        Takes at most 5 s. If the run cannot be read, it is assumed to be ending, unless this step's
+        pod is being deleted. Kubernetes sends SIGKILL 30 s after SIGTERM; but when Argo itself ends
+        a step, KFP's launcher process exits at once and SIGKILL may follow within a second. The
+        remaining jobs are then deleted by the exit handler after Kubeflow's Terminate, by
+        `python -m pipeline terminate`, or together with the Workflow.
         """
         if self.owner is None:
             return "it does not belong to a pipeline run"
@@ -44,12 +44,12 @@ class Step:
         return end_of_run(found, self.owner["uid"])
 
     def run_ended(self) -> bool:
-        """Whether the run has ended or is ending. Raises RuntimeError if this is unknown."""
+        """Return whether the run has ended or is ending; raises RuntimeError if this is unknown."""
         owner = self.owner
         return owner is None or bool(end_of_run(self.client.workflow(owner["name"]), owner["uid"]))
 
     def is_disrupted(self) -> bool:
-        """Whether this pod is being deleted or evicted; False if that is unknown."""
+        """Return whether this pod is being deleted or evicted; False if this is unknown."""
         try:
             pod = self.client.pod(self.name, once=True)
         except RuntimeError:

@@ -18,17 +18,17 @@ import yaml
 
 from components.launcher.schema import GPU, validate
 
-POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provider
+POOL = "vitdet/pool"  # label of node pools, independent of the cloud provider
 # the label on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 # annotation of a template: for how many seconds its pods may wait for a node
 SCHEDULE = "vitdet/schedule-seconds"
-# annotations set by the launcher: why the job failed or was aborted; how many restarts after errors
-# (not disruptions) are allowed, and how many errors there were; whether all pods have run together
-FAILURE, RESTARTS = "vitdet/failure", "vitdet/restarts"
-ERRORS, STARTED = "vitdet/errors", "vitdet/started"
-# defaults in seconds: maximum run time, and how long a finished job is kept
+# annotations that the launcher sets on a job
+FAILURE = "vitdet/failure"  # why the job failed or was aborted
+RESTARTS = "vitdet/restarts"  # how many restarts are allowed after errors (not disruptions)
+ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # error count; whether all pods ran together
+# default seconds of a job's maximum run time, and for which a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
 
@@ -65,7 +65,7 @@ class Kind:
     phases: (condition type, phase), highest priority first.
     rank0: returns the labels of the pods of a job that may have rank 0.
     halt: a patch of the spec that makes the operator delete the pods but keep the job.
-    expire: the same for a job that Kueue manages, which would resume it: its deadline has passed.
+    expire: a patch that does this by the deadline, as Kueue would resume a suspended job.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Kind:
     expire: dict
 
     def selector(self, name: str) -> str:
-        """Label selector of a job's pods."""
+        """Return the label selector of a job's pods."""
         return f"{self.job_label}={name}"
 
 
@@ -102,7 +102,7 @@ def label(text: str) -> str:
 
 
 def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
-    """The job of a YAML template, filled in.
+    """Return a template's job, with the request's values filled in.
 
     Raises ValueError if the template is not one job of this kind or does not fit the request.
     """
@@ -136,15 +136,15 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
 
 
 def process_counts(kind: Kind, job: dict) -> range:
-    """Return the numbers of training processes that this job can have; empty if unknown.
+    """Return the possible numbers of training processes of this job; empty if unknown.
 
-    torchrun starts `nprocPerNode` (`numProcPerNode`) processes on a node; `gpu`: one for each GPU.
+    torchrun starts `nprocPerNode` (`numProcPerNode`) processes on a node; `gpu`: one per GPU.
     """
     spec = job["spec"]
     if replicas := spec.get("pytorchReplicaSpecs"):
         pod = next(iter(replicas.values()))["template"]["spec"]
         resources = main_container(pod, kind.container).get("resources") or {}
-        local, most = spec.get("nprocPerNode"), sum(one["replicas"] for one in replicas.values())
+        local, most = spec.get("nprocPerNode"), sum(r["replicas"] for r in replicas.values())
     else:
         trainer = spec["trainer"]
         resources = trainer.get("resourcesPerNode") or {}
@@ -213,7 +213,7 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
 
 
 def fill_trainjob(job: dict, request: JobRequest) -> None:
-    """Fill in spec.trainer, and settings of pods as runtimePatches (Trainer 2.2)."""
+    """Fill in spec.trainer, and pod settings as runtimePatches (Trainer 2.2 and later)."""
     spec = job["spec"]
     spec.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)  # a TrainJob has no time to live
     trainer = spec.setdefault("trainer", {})
@@ -234,16 +234,16 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
         "manager": "vitdet/launcher",
         "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [nodes]}}},
     }
-    others = [one for one in spec.get("runtimePatches") or [] if one["manager"] != patch["manager"]]
-    spec["runtimePatches"] = [*others, patch]  # the last one wins
+    others = [p for p in spec.get("runtimePatches") or [] if p["manager"] != patch["manager"]]
+    spec["runtimePatches"] = [*others, patch]  # the last patch takes precedence
 
 
 def add_to_container(container: dict, task: dict) -> None:
     """Merge the task's env, mounts and resources into a container; they take precedence."""
-    # KFP_* variables refer to the pod of the step
-    own = [one for one in task.get("env") or [] if not one["name"].startswith("KFP_")]
+    # without KFP_* variables, which refer to the step's pod
+    env = [v for v in task.get("env") or [] if not v["name"].startswith("KFP_")]
     for key, added, by in (
-        ("env", own, "name"),
+        ("env", env, "name"),
         ("volumeMounts", task.get("volume_mounts"), "mountPath"),
     ):
         if added:
@@ -263,7 +263,7 @@ def add_to_pod(pod: dict, request: JobRequest) -> None:
     if task.get("affinity"):
         pod["affinity"] = task["affinity"]
     existing = pod.get("tolerations") or []
-    if added := [one for one in task.get("tolerations") or [] if one not in existing]:
+    if added := [t for t in task.get("tolerations") or [] if t not in existing]:
         pod["tolerations"] = [*existing, *added]
     if task.get("volumes"):
         pod["volumes"] = merge_by_key(pod.get("volumes"), task["volumes"], "name")
@@ -280,9 +280,9 @@ def reuse_claim_volumes(pod: dict, task: dict) -> dict:
     def claim(volume: dict) -> str:
         return (volume.get("persistentVolumeClaim") or {}).get("claimName") or ""
 
-    existing = {claim(one): one["name"] for one in pod.get("volumes") or [] if claim(one)}
+    existing = {claim(v): v["name"] for v in pod.get("volumes") or [] if claim(v)}
     volumes = task.get("volumes") or []
-    names = {one["name"]: existing[claim(one)] for one in volumes if claim(one) in existing}
+    names = {v["name"]: existing[claim(v)] for v in volumes if claim(v) in existing}
     return {
         **task,
         "volumes": [volume for volume in volumes if volume["name"] not in names],
@@ -300,14 +300,14 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests; added values take precedence, an added limit drops the request."""
+    """Merge limits and requests; added values take precedence, and a limit removes the request."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):
         requests.pop(key, None)
     limits |= added.get("limits", {})
     requests |= added.get("requests", {})
-    return {key: one for key, one in (("limits", limits), ("requests", requests)) if one}
+    return {key: part for key, part in (("limits", limits), ("requests", requests)) if part}
 
 
 def pytorchjob_rank0_labels(job: dict) -> dict[str, str]:

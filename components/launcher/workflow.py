@@ -32,8 +32,8 @@ def retry_index(pod: dict) -> int | None:
     """Return 0 for the first attempt of a step, also after the run was retried; None if unknown.
 
     Argo names the attempts of a node NODE(0), NODE(1), ... (workflow/controller/operator.go,
-    executeTemplate of v3.7). Kubeflow Pipelines sets no variable before KFP_RETRY_INDEX, which is
-    not in 2.17.
+    executeTemplate of v3.7). Kubeflow Pipelines up to 2.17 does not
+    set KFP_RETRY_INDEX.
     """
     found = re.search(r"\((\d+)\)$", (pod["metadata"].get("annotations") or {}).get(NODE, ""))
     return int(found[1]) if found else None
@@ -44,7 +44,7 @@ def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> 
 
     Kubeflow's Terminate sets spec.activeDeadlineSeconds to 0 (backend/src/common/util/
     execution_spec.go of 2.17), `argo terminate` and `argo stop` set spec.shutdown. If the uid
-    differs, this Workflow was deleted and a new one was created under the same name.
+    differs, the run's Workflow was deleted and another one was created with the same name.
     """
     if workflow is None or workflow["metadata"]["uid"] != uid:
         return "its run has been deleted"
@@ -66,16 +66,14 @@ def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> 
 
 
 def is_disrupted(pod: dict) -> bool:
-    """Whether this pod is being deleted, or ended by its node or an eviction."""
+    """Return whether this pod is being deleted, or was ended by its node or an eviction."""
     return "deletionTimestamp" in pod["metadata"] or has_disruption_target(pod)
 
 
 def has_disruption_target(pod: dict) -> bool:
-    """Whether Kubernetes (as of 1.26) has marked this pod as evicted, preempted or lost."""
+    """Return whether Kubernetes (as of 1.26) marked this pod as evicted, preempted or lost."""
     conditions = (pod.get("status") or {}).get("conditions") or []
-    return any(
-        one["type"] == "DisruptionTarget" and one.get("status") == "True" for one in conditions
-    )
+    return any(c["type"] == "DisruptionTarget" and c.get("status") == "True" for c in conditions)
 
 
 def without_run(job: dict) -> list[dict]:

@@ -270,9 +270,9 @@ def test_the_role_of_the_manifests_is_sufficient_and_necessary(live: Scene, acco
         kubectl(f"delete rolebindings --all -n {live.namespace}")
 
     # which of the requests is sent first is not fixed
-    text = "vitdet-pipeline has no Role for verb (get of pytorchjobs.kubeflow.org|list of pods)"
+    text = "vitdet-pipeline has no Role that allows (get on pytorchjobs.kubeflow.org|list on pods)"
     with meanwhile(revoke), pytest.raises(RuntimeError, match=text):
         live.launch(script(), ["echo on; sleep 60"], "revoked")
-    with pytest.raises(RuntimeError, match="has no Role for verb create of pytorchjobs") as raised:
+    with pytest.raises(RuntimeError, match="has no Role that allows create on pytorchjobs") as raised:
         live.launch(script(), ["true"], "refused")
     assert "\n" not in str(raised.value)

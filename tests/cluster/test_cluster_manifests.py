@@ -149,7 +149,7 @@ def exercise_launcher(kind: str, accounts: str, account: str) -> None:
     assert cluster.workloads(owner["uid"]) == []
     cluster.delete()
     assert cluster.get() is None and said == []
-    with pytest.raises(RuntimeError, match=f"{account} has no Role for verb create"):
+    with pytest.raises(RuntimeError, match=f"{account} has no Role that allows create"):
         JobClient(api, KINDS[kind], "vitdet-train", "default", said.append, QUICK).create(job)
 
 

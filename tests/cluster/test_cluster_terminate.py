@@ -65,6 +65,6 @@ def test_terminate(
         code, _, said = pipeline("terminate", PIPELINE_RUN)
         assert code == 1
         assert (
-            f"the cluster of context {context} has no namespace of-another-cluster; give that of the "
-            "run's pods with --namespace"
+            f"the cluster of context {context} has no namespace of-another-cluster; set --namespace to "
+            "the namespace of the run's pods"
         ) in said

@@ -82,7 +82,7 @@ def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
     with pytest.raises(RuntimeError, match="has had no status"):
         timeouts = replace(QUICK, operator=3)
         still.launch(old_job(), ["true"], "warned", kind="trainjob", timeouts=timeouts)
-    assert any("the pods lack the labels of the run" in line for line in still.lines)
+    assert any("the pods lack the run's labels" in line for line in still.lines)
     assert still.job("warned", "trainjob") is not None
 
 

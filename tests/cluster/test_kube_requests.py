@@ -73,8 +73,8 @@ NO_ROLE = (
     [
         (
             refused(403, f'{NO_ROLE} in API group "kubeflow.org" in the namespace "ours"'),
-            "^cannot create in namespace ours: account system:serviceaccount:ours:u has no Role for verb create "
-            "of pytorchjobs.kubeflow.org; apply manifests/shared",
+            "^cannot create in namespace ours: account system:serviceaccount:ours:u has no Role that allows create "
+            "on pytorchjobs.kubeflow.org; apply manifests/shared",
         ),
         (refused(403, 'namespace "ours" is being terminated'), "is being terminated .HTTP 403.$"),
         (

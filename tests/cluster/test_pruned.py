@@ -40,7 +40,7 @@ def test_the_loss_of_a_limit_is_a_warning() -> None:
     assert error == "" and warnings == [
         "the cluster's TrainJob has no spec.activeDeadlineSeconds: the job has no deadline, so a forgotten job does "
         "not end by itself; upgrade Kubeflow Trainer to 2.2 or later",
-        "the cluster's TrainJob has no spec.runtimePatches: the pods lack the labels of the run; upgrade Kubeflow "
+        "the cluster's TrainJob has no spec.runtimePatches: the pods lack the run's labels; upgrade Kubeflow "
         "Trainer to 2.2 or later",
     ]
 

@@ -53,7 +53,7 @@ ADMITTED = (("QuotaReserved", "True", "QuotaReserved", ""), ("Admitted", "True",
                 ("QuotaReserved", "False", "Pending", "insufficient unused quota"),
                 ("Admitted", "False", "NoReservation", ""),
             ),
-            "queue vitdet; taken back: Preempted: Preempted to accommodate a workload; no quota yet: Pending: "
+            "queue vitdet; evicted: Preempted: Preempted to accommodate a workload; no quota yet: Pending: "
             "insufficient unused quota",
         ),
         (

@@ -291,7 +291,7 @@ def test_pods_of_a_deleted_job_with_the_same_name_are_ignored() -> None:
         (
             crashed("w", 1),
             "[rank3]:torch.OutOfMemoryError: CUDA out of memory.",
-            "too many images for the memory of a GPU",
+            "too many images for the GPU memory",
         ),
     ],
 )
