@@ -119,7 +119,7 @@ class Follower:
         self.reported[topic] = text
 
     def persists(self, topic: str, holds: bool, limit: float) -> bool:
-        """Return whether a condition, now `holds`, has held continuously for `limit` seconds."""
+        """Return whether `holds` has been true in every call for this topic for `limit` seconds."""
         if not holds:
             self.since.pop(topic, None)
             return False
@@ -311,9 +311,9 @@ class Follower:
                 self.stream_log(pod, final=True)
 
     def count_failures(self) -> None:
-        """End the job if it is out of memory or has had more errors than its manifest allows.
+        """End the job if it is out of memory or has had more errors than the allowed restarts.
 
-        The number of disruptions is not limited. A TrainJob's runtime defines its own rules.
+        Disruptions are not limited. For a TrainJob, the runtime defines these rules instead.
         """
         now = time.monotonic()
         for pod in self.pods:
@@ -363,7 +363,7 @@ class Follower:
                 if cause and (cause.reason in BROKEN) == (topic == "start")
             ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
-            # after a start, the image name is known to be correct: wait longer
+            # after a start, the image name is known to be correct: allow more time
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue

@@ -3,7 +3,7 @@
 Kueue creates a Workload (kueue.x-k8s.io/v1beta2, as of Kueue 0.15) for a job with a queue's label
 and labels it with the job's uid (pkg/controller/constants). Its condition QuotaReserved contains
 the reason why it waits, e.g. `WaitingForQuota` with the missing quota, `Misconfigured` for a
-missing LocalQueue. Before Kueue 0.19 the reason is `Pending` or `Inadmissible`, with this message
+missing LocalQueue. Kueue before 0.19 has the same message with `Pending` or `Inadmissible`
 (apis/kueue/v1beta2/workload_types.go).
 
 A job without a Workload waits forever: since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of

@@ -104,7 +104,7 @@ class Restarts:
             self.add(name, Cause(name, "NodeNotReady"), now, True)
         if cause is None:
             return
-        # while a pod waits for a node or its restart, other pods fail by timeouts waiting for it
+        # while a pod waits for a node or its restart, the other pods fail because they time out
         for _ in range(count - before):
             if not self.join_last(name, uid, cause, now):
                 self.add(name, cause, now, self.incomplete)
@@ -113,7 +113,7 @@ class Restarts:
             self.add(name, cause, now, True)
 
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
-        """Compare all pods with the last poll's: a pod that no longer exists was deleted.
+        """Compare all pods with the pods of the last poll: a pod that is missing was deleted.
 
         The operator deletes failed pods, which `observe` has seen, and the pods of a suspended job.
         needed: number of running pods that the job needs to train.

@@ -16,7 +16,7 @@ class Step:
     """The step that this process runs.
 
     owner: an ownerReference to the run's Workflow; None outside a pipeline.
-    first_attempt: whether this is the first attempt of the step since the run (re)started.
+    first_attempt: whether this is the step's first attempt since the run was started or retried.
     """
 
     def __init__(self, client: JobClient) -> None:

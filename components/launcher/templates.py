@@ -28,7 +28,7 @@ SCHEDULE = "vitdet/schedule-seconds"
 FAILURE = "vitdet/failure"  # why the job failed or was aborted
 RESTARTS = "vitdet/restarts"  # how many restarts are allowed after errors (not disruptions)
 ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # error count; whether all pods ran together
-# default seconds of a job's maximum run time, and for which a finished job is kept
+# defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
 
@@ -65,7 +65,7 @@ class Kind:
     phases: (condition type, phase), highest priority first.
     rank0: returns the labels of the pods of a job that may have rank 0.
     halt: a patch of the spec that makes the operator delete the pods but keep the job.
-    expire: a patch that does this by the deadline, as Kueue would resume a suspended job.
+    expire: a patch with an expired deadline instead, for jobs that Kueue manages and would resume.
     """
 
     name: str

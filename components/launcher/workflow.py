@@ -32,8 +32,7 @@ def retry_index(pod: dict) -> int | None:
     """Return 0 for the first attempt of a step, also after the run was retried; None if unknown.
 
     Argo names the attempts of a node NODE(0), NODE(1), ... (workflow/controller/operator.go,
-    executeTemplate of v3.7). Kubeflow Pipelines up to 2.17 does not
-    set KFP_RETRY_INDEX.
+    executeTemplate of v3.7). Kubeflow Pipelines sets KFP_RETRY_INDEX only after version 2.17.
     """
     found = re.search(r"\((\d+)\)$", (pod["metadata"].get("annotations") or {}).get(NODE, ""))
     return int(found[1]) if found else None

@@ -247,7 +247,7 @@ def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
     for weights in (state["model"], state["average"]):
         assert all(tensor.isfinite().all() for tensor in weights.values())
     assert state["model"]["norm.running_mean"] == 1.0
-    with refused("not finite: training has diverged"):
+    with refused(r"training has diverged \(not finite: "):
         go(tiny, tmp_path / "b", train__precision="fp32", **changes)
     monkeypatch.setattr(Spoiled, "scale", 2.0**-14)
     recorder = Recorder()
@@ -264,7 +264,7 @@ def test_a_meter_of_only_skipped_steps_has_no_means() -> None:
     values = meter.read(CPU)
     assert values["skipped_steps"] == 2 and not {"loss", "loss_a", "grad_norm"} & values.keys()
     meter.add({"loss_a": torch.tensor(torch.nan)}, torch.tensor(1.0), torch.tensor(False))
-    with refused("loss_a, loss not finite: training has diverged"):
+    with refused(r"training has diverged \(not finite: loss_a, loss\)"):
         meter.read(CPU)
     meter.restart()
     meter.add({"loss_a": torch.tensor(2.0)}, torch.tensor(torch.nan))

@@ -14,7 +14,7 @@ from torch.profiler import profile, record_function
 from tests.conftest import minimal
 from vitdet.config import load_config
 from vitdet.training import train
-from vitdet.training.profile import IDLE, OPERATORS, PARTS, STEPS, belongings, union
+from vitdet.training.profile import IDLE, OPERATORS, PARTS, STEPS, part_lookup, union
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -61,7 +61,7 @@ def test_a_gradient_belongs_to_the_part_of_its_operator() -> None:
                 hidden = second(hidden)
         hidden.exp().sum().backward()
     events = list(trace.events())
-    part_of = belongings(events)
+    part_of = part_lookup(events)
     found = {(event.name, part_of(event)) for event in events}
     products = {part for name, part in found if name == "aten::addmm"}
     assert products == {"MLP", "attention"}

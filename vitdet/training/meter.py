@@ -68,7 +68,7 @@ class Meter:
         sums = dict(zip(self.sums, distributed.mean(values).tolist(), strict=True))
         if broken := [name for name, value in sums.items() if not math.isfinite(value)]:
             raise ValueError(
-                f"{', '.join(broken)} not finite: training has diverged; try a smaller "
+                f"training has diverged (not finite: {', '.join(broken)}); try a smaller "
                 "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint was "
                 "saved before the divergence"
             )

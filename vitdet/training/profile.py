@@ -131,7 +131,7 @@ def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[
     """Return seconds per step by part, which sum to `wall`; waited: seconds waiting for data."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
-    part_of, names = belongings(host), {event.name for event in host}
+    part_of, names = part_lookup(host), {event.name for event in host}
     found = dict.fromkeys(PARTS, 0.0)
     for event in host:
         for kernel in event.kernels:
@@ -151,7 +151,7 @@ def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[
 def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
     """Return seconds per step by part, which sum to `wall`."""
     events = list(events)
-    part_of, scoped = belongings(events), set(PARTS)
+    part_of, scoped = part_lookup(events), set(PARTS)
     found = dict.fromkeys(PARTS, 0.0)
     for event in events:
         if event.name not in scoped or event.name == DATA:
@@ -160,7 +160,7 @@ def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
     return found
 
 
-def belongings(events: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
+def part_lookup(events: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
     """Return a function that maps an event to its part."""
     scoped = {**OPERATORS, **{part: part for part in PARTS}}
     forward: dict[int, str] = {}  # autograd sequence number of an operator -> its part

@@ -2,7 +2,7 @@
 
 A step has `train.accumulate` micro-batches. Micro-batch k of rank r uses the random numbers and the
 normalization of rank r * accumulate + k in a run with accumulate times as many processes. Gradients
-are averaged over all micro-batches of all processes, with one all-reduce in the last micro-batch.
+are averaged over all micro-batches of all processes, and exchanged only in the last micro-batch.
 
 In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
 overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not
@@ -130,7 +130,7 @@ class TrainingStep:
     def forward_backward(self, batch: Batch, at: Callable[[Stage], None]) -> dict[str, Tensor]:
         """Add a micro-batch's share of the gradients; return the detached losses.
 
-        `at` is called before the backward pass, in which other ranks may wait for this one.
+        `at` is called before the backward pass, in which other ranks may wait for this rank.
         """
         if self.device.type != "cuda":
             batch = batch.to(self.device)
@@ -152,7 +152,7 @@ class TrainingStep:
         sizes: Tensor,
         at: Callable[[Stage], None] = lambda _: None,
     ) -> dict[str, Tensor]:
-        """Like `forward_backward`, for tensors on the device."""
+        """Do the same as `forward_backward`, for tensors that are already on the device."""
         with autocast(self.precision, self.device):
             losses = self.model(images, targets, sizes)
         at(Stage.EXCHANGING)
@@ -160,7 +160,7 @@ class TrainingStep:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
-        """Clip the gradients, update weights and average; return the norm before clipping.
+        """Clip the gradients, update the weights and average; return the norm before clipping.
 
         statistics: BatchNorm statistics before the step, restored if the step is skipped.
         """

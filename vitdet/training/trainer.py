@@ -85,7 +85,7 @@ def train(
     output = Path(output)
     if profile and config.train.compile != "never":
         log.info(
-            "train.compile=never: compiled kernels cannot be assigned to parts of the detector"
+            "profiling without compilation: compiled kernels cannot be assigned to detector parts"
         )
         config = replace(config, train=replace(config.train, compile="never"))
     with (
