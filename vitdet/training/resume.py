@@ -95,7 +95,7 @@ def state_to_resume(
     if len(set(newest)) > 1:
         raise ValueError(
             f"{states.folder}: the processes found states from different steps "
-            f"({', '.join(map(str, newest))}); --output must be a folder that all processes "
+            f"({', '.join(map(str, newest))}); --output must be one folder that all processes "
             "share; if it is, run the same command again"
         )
     state = _agreed_state(states)
