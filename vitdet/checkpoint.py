@@ -36,7 +36,7 @@ FORMAT = "vitdet detector, version 1"
 STATE = "vitdet training state, version 4"
 STATE_3 = "vitdet training state, version 3"  # without the best evaluation
 STATE_2 = "vitdet training state, version 2"  # without the fp16 gradient scaler
-STATE_1 = "vitdet training state, version 1"  # version 2 with other random numbers
+STATE_1 = "vitdet training state, version 1"  # like version 2, with other random numbers
 STATES = (STATE, STATE_3, STATE_2, STATE_1)
 # torch's messages after an incomplete write
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
@@ -48,7 +48,7 @@ MODEL = {
     "run_id": str | None,
     "step": int,
 }
-OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for files of other programs
+OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for third-party files
 TRAINING = {
     **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
     **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),

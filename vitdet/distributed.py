@@ -56,7 +56,7 @@ def process_group() -> Iterator[torch.device]:
     # gloo gathers objects in host memory: LVIS results are gigabytes, too large for a GPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store, this_rank, size = _join()
-    # NCCL and gloo connect here; if that hangs, faulthandler writes the stacks and exits
+    # NCCL and gloo connect here; on a timeout, faulthandler writes the stacks and exits
     faulthandler.dump_traceback_later(JOIN_TIMEOUT.total_seconds(), exit=True, file=2)
     try:
         dist.init_process_group(

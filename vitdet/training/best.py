@@ -30,7 +30,7 @@ class Best:
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
-        """output: folder of best.pt; states: folder of the training states, for a copy of it."""
+        """output: folder of best.pt; states: folder of the training states and of its copy."""
         self.keeps, self.patience = bool(settings.keep_best), settings.patience
         self.metric = settings.keep_best or "box_ap"
         self.path, self._stored = output / NAME, states / NAME

@@ -43,7 +43,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def tf32(precision: str, device: torch.device) -> Iterator[None]:
     """Use TF32 for matrix products on a GPU within the context, if the precision is fp32.
 
-    TF32 has a 10-bit mantissa and is 8 times as fast. Training alone uses it: evaluation and
+    TF32 has a 10-bit mantissa and is 8 times as fast. Only training uses it: evaluation and
     comparisons with published results use full fp32. Convolutions always use TF32, torch's default.
     """
     if device.type != "cuda" or precision != "fp32":

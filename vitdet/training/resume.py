@@ -108,7 +108,7 @@ def state_to_resume(
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     """Return the newest state up to step `up_to` that is intact on all ranks.
 
-    Adds the states that any rank found damaged to `states.damaged`. Evaluations are rank 0's.
+    Adds the states that any rank found damaged to `states.damaged`. Evaluations come from rank 0.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
