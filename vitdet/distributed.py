@@ -224,7 +224,7 @@ def world_size() -> int:
 
 
 def by_torchrun() -> bool:
-    """Return whether torchrun started this process; it restarts all processes if one is lost."""
+    """Return whether torchrun, which restarts all processes if one fails, started this one."""
     return dist.is_torchelastic_launched()
 
 
@@ -264,7 +264,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def async_max(value: int) -> Callable[[], int]:
-    """Start a reduction to the largest value over all ranks; return a function that waits for it.
+    """Start a maximum reduction over all ranks; return a function that waits for the result.
 
     The reduction runs on the CPU with gloo, concurrently with the main thread and the GPU.
     """

@@ -118,7 +118,7 @@ def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> 
 def release_job(
     api: client.ApiClient, kind: Kind, namespace: str, name: str, owners: list[dict]
 ) -> None:
-    """Replace a job's owner references, if it exists. Raises the same errors as `list_jobs`."""
+    """Replace a job's owner references, if the job exists. Raises the errors of `list_jobs`."""
     change = {"metadata": {"ownerReferences": owners or None}}
     _request_once(api, kind, namespace, "patch", name, change)
 

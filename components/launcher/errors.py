@@ -22,7 +22,7 @@ MISSING_RULE = re.compile(
 )
 QUOTA = re.compile(r"exceeded quota: |status unknown for quota: ")
 WEBHOOK = re.compile(r'admission webhook "[^"]+" denied the request')
-# A field that the operator's own webhook rejects is not accepted later either
+# A field that the operator's webhook rejects is never accepted later
 # (apimachinery, pkg/util/validation/field/errors.go)
 INVALID_FIELD = re.compile(
     r": (Invalid|Required|Unsupported|Duplicate) value|: (Forbidden|Too long|Too many): "

@@ -13,7 +13,7 @@ SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
 
 
 class Failures:
-    """The failures of a job's pods, including those of pods that are gone.
+    """The failures of a job's pods, including pods that no longer exist.
 
     found: maps a pod's name to its last failure and the last lines of its log.
     """

@@ -43,7 +43,7 @@ NO_WORKLOAD = 30.0  # seconds after which Kueue should have created a job's Work
 class Follower:
     """One job, from its creation to its end.
 
-    Failed jobs are kept and annotated with the cause; a retried step re-raises it instead of
+    Failed jobs are kept and annotated with the cause; a retried step raises this cause instead of
     training again.
 
     finished: returns whether training is complete; called if the job is gone or has failed.
@@ -119,7 +119,7 @@ class Follower:
         self.reported[topic] = text
 
     def persists(self, topic: str, holds: bool, limit: float) -> bool:
-        """Return whether `holds` has been true in every call for this topic for `limit` seconds."""
+        """Return whether `holds` has been true in all calls for this topic for `limit` seconds."""
         if not holds:
             self.since.pop(topic, None)
             return False
@@ -379,7 +379,7 @@ class Follower:
         self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)
 
     def fail(self, text: str, spec: dict | None) -> NoReturn:
-        """Annotate the job with the cause; spec: a patch that ends it. Raises RuntimeError."""
+        """Annotate the job with the cause; spec: a patch that ends the job. Raises RuntimeError."""
         try:
             self.client.mark(text[:MAX_ANNOTATION], spec)
         except RuntimeError as error:

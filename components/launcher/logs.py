@@ -111,7 +111,7 @@ class RankLogs:
         self.pods: dict[str, str] = {}  # "rank 3" -> the name of its pod
 
     def add(self, pod: str, lines: list[Line], main: bool) -> list[str]:
-        """Store new lines of a pod; return those of rank 0, and of torchrun in the main pod."""
+        """Store a pod's new lines; return the lines of rank 0, and of torchrun in the main pod."""
         shown = []
         for when, text in lines:
             prefix = PREFIX.match(text)
@@ -143,7 +143,7 @@ class RankLogs:
         return files
 
     def first_failure(self, since: str = "") -> Failure | None:
-        """Return the first failure after the time `since`; None if no log has one.
+        """Return the first failure after the time `since`; None if no log contains a failure.
 
         This failure makes the other ranks fail soon afterwards, often within the same second in
         torchrun's summary. A rank that was killed by a signal precedes the ranks that lost the
@@ -164,7 +164,7 @@ class RankLogs:
             if start is None:
                 continue
             error = error_text([line.text for line in texts[start:]])
-            # any rank may write that another one does not respond
+            # any rank may report that another rank does not respond
             stalled = STALLED.search(error)
             rank = f"rank {stalled[1]}" if stalled else source
             pod = self.pods.get(rank, self.pods[source])

@@ -49,7 +49,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, index: int, entries: list) -> object:
-    """Return the list entry with the same identity, otherwise at the same index, or None."""
+    """Return the entry with the same identity, else the entry at this index, else None."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         dicts = (other for other in entries if isinstance(other, dict))
         return next((other for other in dicts if other.get(key) == entry[key]), None)

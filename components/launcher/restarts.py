@@ -2,8 +2,8 @@
 
 The training operator adds up the restarts of all containers, whatever the cause, so a job would end
 after a few evictions. A failure of one pod makes all others fail, so failures are grouped into
-incidents: the failures of different pods within `WINDOW` are one. An incident with a disruption is
-a disruption, even if other pods failed first, since a lost node is reported minutes later.
+incidents: failures of different pods within `WINDOW` form one incident. An incident with a
+disruption is a disruption, even if other pods failed first: lost nodes are reported minutes later.
 
 The failures of a TrainJob are counted by JobSet's failure policy (manifests/trainjob/runtime.yaml).
 """
@@ -153,7 +153,7 @@ class Restarts:
         incident.disrupted |= disrupted
 
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
-        """Add a failure to the last incident if that incident caused it; return whether it did.
+        """Add a failure to the last incident if this incident caused it; return whether it did.
 
         This is the case while another pod is waiting for its first restart since the incident
         started. In a crash loop all pods are waiting most of the time, but have failed again since

@@ -15,11 +15,11 @@ GPU = "nvidia.com/gpu"
 
 
 class _GpuCount:
-    """Quantity of a resource that is counted in whole numbers, as 8 or "8"."""
+    """Quantity of a resource that is a whole number, such as 8 or "8"."""
 
 
 def _fields(name: str, required: dict[str, Any] | None = None, /, **optional: Any) -> Any:
-    """Return a type with these fields of the Kubernetes API; it ignores all others."""
+    """Return a type with these fields of the Kubernetes API, which ignores all other fields."""
     fields: list[Any] = list((required or {}).items())
     return defstruct(name, fields + [(key, kind | None, None) for key, kind in optional.items()])
 

@@ -43,7 +43,7 @@ BROKEN = (
 def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
     """Return (phase, message) from the job's conditions with status True, or ("", "").
 
-    Does not depend on the order of the conditions: controllers keep old ones and do not sort them.
+    Ignores the order of the conditions, as controllers keep old conditions and do not sort them.
     """
     status = job.get("status") or {}
     true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
@@ -195,7 +195,7 @@ def failure_reason(pod: dict) -> Cause | None:
 def root_cause(causes: Iterable[Cause]) -> Cause | None:
     """Return the most likely root cause, or None for no causes.
 
-    When one process of a distributed training run dies, all others fail soon after. Prefers causes
+    When a process of a distributed run dies, all other processes fail soon after. Prefers causes
     that a restart did not fix, then specific causes, then the earliest cause.
     """
     return min(causes, key=lambda c: (c.previous, not c.specific, c.time or "9"), default=None)
@@ -212,7 +212,7 @@ def blocking_reason(pod: dict) -> Cause | None:
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in BROKEN:
             return Cause(name, waiting["reason"], message=waiting.get("message") or "")
-    # the operators count only the restarts of running pods
+    # reported here because the operators count only the restarts of running pods
     for init in status.get("initContainerStatuses") or []:
         last = (init.get("lastState") or {}).get("terminated") or {}
         done = ((init.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
@@ -237,7 +237,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return the reason why pods are missing; None if all exist or no event gives a reason."""
+    """Return the reason why pods are missing; None if all exist or no event has a reason."""
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]

@@ -39,7 +39,7 @@ class JobRequest:
     task: settings of the pipeline's task, as the fields of kfp's dsl.TaskConfig: affinity,
     tolerations, node_selector, env, volumes, volume_mounts, resources; each None or in the format
     of the Kubernetes API.
-    owner: an ownerReference; the job is deleted together with it.
+    owner: an ownerReference; the job is deleted together with this owner.
     """
 
     name: str
@@ -54,7 +54,7 @@ class JobRequest:
 
     @property
     def program(self) -> dict[str, Any]:
-        """The container's arguments, and its image if it replaces the template's."""
+        """Return the container's arguments, and its image if the request sets one."""
         return {"args": self.args, **({"image": self.image} if self.image else {})}
 
 
@@ -63,7 +63,7 @@ class Kind:
     """A kind of job: its API resource, the labels of its pods, how its template is filled in.
 
     phases: (condition type, phase), highest priority first.
-    rank0: returns the labels of the pods of a job that may have rank 0.
+    rank0: returns the labels of a job's pods that may run rank 0.
     halt: a patch of the spec that makes the operator delete the pods but keep the job.
     expire: a patch with an expired deadline instead, for jobs that Kueue manages and would resume.
     """
@@ -239,7 +239,7 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
 
 
 def add_to_container(container: dict, task: dict) -> None:
-    """Merge the task's env, mounts and resources into a container; they take precedence."""
+    """Merge the task's env, mounts and resources into a container; the task takes precedence."""
     # without KFP_* variables, which refer to the step's pod
     env = [v for v in task.get("env") or [] if not v["name"].startswith("KFP_")]
     for key, added, by in (
@@ -274,7 +274,7 @@ def reuse_claim_volumes(pod: dict, task: dict) -> dict:
 
     A pod with two volumes for one claim stays in ContainerCreating forever (kubernetes/kubernetes,
     issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,
-    so those volumes are merged.
+    so the volumes of a TrainJob are merged.
     """
 
     def claim(volume: dict) -> str:
@@ -294,7 +294,7 @@ def reuse_claim_volumes(pod: dict, task: dict) -> dict:
 
 
 def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> list[dict]:
-    """Concatenate two lists; an added entry replaces one with the same key."""
+    """Concatenate two lists; an added entry replaces an existing entry with the same key."""
     names = {entry[key] for entry in added}
     return [*(entry for entry in existing or [] if entry[key] not in names), *added]
 

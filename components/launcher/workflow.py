@@ -1,6 +1,6 @@
 """The Argo Workflow of a pipeline run, as seen by one of its steps.
 
-The Workflow owns the training jobs of its run: they outlive the pods of the steps, which may be
+The Workflow owns the training jobs of its run: these jobs outlive the steps' pods, which may be
 evicted, and are deleted together with the Workflow. The functions interpret objects as returned by
 the Kubernetes API.
 """
@@ -76,6 +76,6 @@ def has_disruption_target(pod: dict) -> bool:
 
 
 def without_run(job: dict) -> list[dict]:
-    """Return a job's ownerReferences without those to its run."""
+    """Return a job's ownerReferences without the references to its run."""
     owners = job["metadata"].get("ownerReferences") or []
     return [owner for owner in owners if owner["kind"] not in OWNERS]

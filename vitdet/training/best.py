@@ -67,7 +67,7 @@ class Best:
         self._publish()
 
     def report(self, done: int, steps: int) -> None:
-        """Log that train.patience ended a run of `steps` steps after `done` steps, if it did."""
+        """If train.patience ended a run of `steps` steps after `done` steps, log this."""
         if self.is_final() and done < steps:
             log.info(
                 f"train.patience={self.patience}: {self.metric} has not exceeded "

@@ -1,9 +1,9 @@
 """The forward and backward pass of a training step as CUDA graphs (`vitdet.kernels.cuda_graph`).
 
 A graph has fixed sizes, so targets are padded: the number of objects per image and the number of
-edges per batch to a power of two. Only a few combinations of these sizes occur; each has its own
-graph. All graphs add to the same gradient tensors, so that micro-batches accumulate; after the last
-one the gradients are averaged over all processes.
+edges per batch to a power of two. Only a few combinations of these sizes occur; each has a graph.
+All graphs add to the same gradient tensors, so that micro-batches accumulate. After the last
+micro-batch, the gradients are averaged over all processes.
 """
 
 from __future__ import annotations

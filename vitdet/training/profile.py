@@ -37,7 +37,7 @@ PARTS = (
     "attention", "MLP", "backbone, rest", "pyramid", "RPN", "NMS", "RoI pooling", "box head",
     "mask head", "losses", "optimizer", OTHER, DATA, IDLE,
 )  # fmt: skip
-# operators that are assigned to a part wherever they are called
+# operators that belong to a part regardless of their scope
 OPERATORS = {
     "torchvision::nms": "NMS",
     "vitdet::nms": "NMS",

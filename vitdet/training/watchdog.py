@@ -80,7 +80,7 @@ class Beat:
 
 
 def stalled(beats: Mapping[int, Beat]) -> list[int]:
-    """Return the ranks that exceed their limit and that the others wait for."""
+    """Return the ranks that exceed their limit and for which the other ranks wait."""
     running = {rank: beat for rank, beat in beats.items() if not beat.done}
     if silent := [rank for rank, beat in running.items() if beat.silent > LIMIT]:
         return silent
