@@ -104,7 +104,7 @@ class Follower:
         """
         stopping = "launcher: this step is being stopped"
         if reason := self.end_reason():
-            self.out(f"{stopping}, {reason}: deleting {self.name}")
+            self.out(f"{stopping} ({reason}); deleting {self.name}")
             self.client.delete()
         else:
             self.out(

@@ -131,12 +131,12 @@ def failed_and_collected(training: Training) -> None:
 
 def terminated(training: Training) -> None:
     training.patch("workflow", training.run, {"spec": {"activeDeadlineSeconds": 0}})
-    assert "its run has been terminated: deleting" in training.end(signal.SIGTERM)
+    assert "(its run has been terminated); deleting" in training.end(signal.SIGTERM)
 
 
 def terminated_by_argo(training: Training) -> None:
     training.patch("workflow", training.run, {"spec": {"shutdown": "Terminate"}})
-    assert "its run is being shut down: deleting" in training.end(signal.SIGTERM)
+    assert "(its run is being shut down); deleting" in training.end(signal.SIGTERM)
 
 
 def deleted_while_it_runs(training: Training) -> None:

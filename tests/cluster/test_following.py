@@ -265,8 +265,8 @@ def test_a_stopped_step_deletes_its_job_if_its_run_ends(
         Follower(*given, end_reason=lambda: reason).run()
     assert record.asked == (["create", "delete"] if reason else ["create"])
     assert signal.getsignal(signal.SIGTERM) is before
-    text = "its run has been terminated: deleting " if reason else "but its run continues: "
-    assert f"this step is being stopped, {text}PyTorchJob vitdet-tiny-1" in lines[-1]
+    text = " (its run has been terminated); deleting " if reason else ", but its run continues: "
+    assert f"this step is being stopped{text}PyTorchJob vitdet-tiny-1" in lines[-1]
 
 
 def test_invalid_arguments_are_rejected_first(
