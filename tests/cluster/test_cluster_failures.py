@@ -273,6 +273,8 @@ def test_the_role_of_the_manifests_is_sufficient_and_necessary(live: Scene, acco
     text = "vitdet-pipeline has no Role that allows (get on pytorchjobs.kubeflow.org|list on pods)"
     with meanwhile(revoke), pytest.raises(RuntimeError, match=text):
         live.launch(script(), ["echo on; sleep 60"], "revoked")
-    with pytest.raises(RuntimeError, match="has no Role that allows create on pytorchjobs") as raised:
+    with pytest.raises(
+        RuntimeError, match="has no Role that allows create on pytorchjobs"
+    ) as raised:
         live.launch(script(), ["true"], "refused")
     assert "\n" not in str(raised.value)
