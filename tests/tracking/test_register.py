@@ -110,7 +110,7 @@ def test_a_version_has_the_config_at_registration(work: Path, tmp_path: Path) ->
     assert load_config(path) == expected
 
 
-def test_a_password_in_a_checkpoint_is_dropped(
+def test_a_checkpoint_drops_its_stored_password(
     work: Path,
     tiny: Path,
     tmp_path: Path,
