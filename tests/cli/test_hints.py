@@ -194,7 +194,7 @@ def test_the_suggested_option_sets_the_format_of_a_folder(vitdet: Run, own_tiny:
     (own_tiny / "data.yaml").write_text("names: [a]\ntrain: train\nval: val\n")
     _, _, said = vitdet("data", "convert", own_tiny, "made")
     (flag,), (kinds,) = (
-        re.findall(r"choose with (--\w+)", said),
-        re.findall(r"looks like (.*);", said),
+        re.findall(r"choose one with (--\w+)", said),
+        re.findall(r"could be (.*);", said),
     )
     assert "coco" in kinds and vitdet("data", "convert", own_tiny, "made", flag, "coco")[0] == 0

@@ -177,7 +177,7 @@ def test_no_job_is_created_on_changed_data(step: Step, monkeypatch: pytest.Monke
         step("changed.pt")
     file.write_text(before)
     (step.made.volume / "tiny").rename(step.made.volume / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="removed since the data was verified"):
+    with pytest.raises(FileNotFoundError, match="removed after the data was verified"):
         step("wiped.pt")
     (step.made.volume / "elsewhere").rename(step.made.volume / "tiny")
     assert step.made.job(step.name, run=OTHER) is None and not step.made.pods(step.name, OTHER)

@@ -184,7 +184,7 @@ def test_a_job_gets_the_training_command_line(prepared: Prepared, jobs: Jobs) ->
 
 def test_no_gpu_is_requested_without_the_data(prepared: Prepared, jobs: Jobs) -> None:
     shutil.rmtree(prepared.root)
-    with pytest.raises(FileNotFoundError, match="removed since the data was verified"):
+    with pytest.raises(FileNotFoundError, match="removed after the data was verified"):
         prepared.train_job(dsl.TaskConfig())
     assert jobs.asked == []
 
