@@ -98,12 +98,12 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 7}, "contains no image 7, for which there are results .1 such images"),
+        ({"image_id": 7}, "contains no image 7, for which there are results .unknown images: 1"),
         ({"image_id": None}, "contains no image None"),
         ({"image_id": [7]}, "image_id: expected a number for each result"),
         (
             {"category_id": 4},
-            "contains no category 4, for which there are results .1 such categories",
+            "contains no category 4, for which there are results .unknown categories: 1",
         ),
         ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
         ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),

@@ -106,7 +106,7 @@ def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_
     before = (
         r"contains a finished run with a different config \(optim.steps: 12, not 8\); the learning"
     )
-    rates = "rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove it"
+    rates = "rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove "
     with refused(f"step: {before} {rates}"):
         go(tiny, tmp_path / "step", optim__steps=12, **dropped)
 

@@ -117,7 +117,7 @@ def test_a_detector_converts_to_mmdet_and_back(tiny: Path, tmp_path: Path) -> No
     torch.testing.assert_close(rescaled, table * 32**-0.5)
     torch.testing.assert_close(features["mixed"], features["fork"], atol=1e-5, rtol=1e-5)
     text = refused(ours, tmp_path / "x.pkl", "detectron2", reverse=True)
-    says = "not a detector of detectron2: model.norm_eps is 1e-05, detectron2 uses 1e-06; model"
+    says = "cannot be converted to detectron2: model.norm_eps is 1e-05, detectron2 uses 1e-06;"
     assert f"ours.pt: {says}" in text
 
 
@@ -156,7 +156,7 @@ def test_pretrained_weights_are_converted_to_tensors(tmp_path: Path) -> None:
     assert "does not fit this backbone: " in text
     assert "missing tensors (108): backbone.blocks.0.pcm.0.weight" in text
     text = refused(mae, other, "vitae_cls")
-    assert "read as vitae_cls: 150 tensors are unknown to this format, such as cls_token" in text
+    assert "read as vitae_cls: tensors unknown to this format (150): cls_token" in text
     assert not list(tmp_path.glob("*x.safetensors*"))
 
 
@@ -175,7 +175,7 @@ def test_invalid_combinations_are_one_line(model: Path, recipe: Path, tmp_path: 
     for given, says in (
         ((model, pth, "mae"), "writes detectron2 and mmdet, not mae"),
         ((model, pkl, "mmdet"), f"{ends} .pth (for mmdet)"),
-        ((model, pth, "mmdet"), "not a detector of mmdet: "),
+        ((model, pth, "mmdet"), "cannot be converted to mmdet: "),
         ((recipe, pth, "mmdet"), "small.yaml: not a complete vitdet checkpoint"),
     ):
         assert says in refused(*given, reverse=True), says

@@ -74,7 +74,7 @@ def evaluate_detector(
     device: torch.device | str = "cpu",
     advance: Advance = lambda batch: False,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Return the metrics on the validation split in percent, and the COCO results by image id.
+    """Return the validation metrics in percent, and the COCO results in order of image id.
 
     The detector must be on `device`; its mode is restored. With several processes, each evaluates a
     part of the images. All ranks return the metrics, but only rank 0 the results (5 GB for LVIS).
@@ -115,7 +115,7 @@ def detect(
     split: CocoSplit | None = None,
     advance: Advance = lambda batch: False,
 ) -> tuple[list[dict], list[int]]:
-    """Return the COCO results on the validation split by image id, and the evaluated image ids.
+    """Return the COCO results on the validation split and the image ids, in order of image id.
 
     The split is read unless given. With several processes, rank 0 returns the results of all ranks;
     the other ranks return empty lists. Raises Cancelled like `evaluate_detector`.
@@ -184,7 +184,7 @@ def evaluate(
     device: torch.device | str | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
-    """Return a checkpoint's metrics on its validation split in percent: {"box_ap": 51.6, ...}.
+    """Return a checkpoint's metrics in percent on its validation split: {"box_ap": 51.6, ...}.
 
     Under torchrun, each process evaluates a part of the images; all return the same metrics.
     Changes process settings as described in `vitdet.data.loader.configure_process`.
@@ -292,7 +292,7 @@ def evaluate_results(
     report: str | Path | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
-    """Return the metrics of a COCO results file against an annotation file in percent.
+    """Return the metrics, in percent, of a COCO results file against an annotation file.
 
     Args:
         dataset: evaluation protocol, "coco" or "lvis".

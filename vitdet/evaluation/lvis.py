@@ -4,7 +4,7 @@ An LVIS image is annotated only for some categories. Detections of a category th
 annotated in the image nor listed as absent (neg_category_ids) are excluded. Where not every object
 of a category is annotated (not_exhaustive_category_ids), detections that match no object are
 ignored. In each image, the 300 detections with the highest scores are evaluated, over all
-categories together. There are no crowds, and objects and detections without an area are excluded.
+categories together. iscrowd is ignored, and objects and detections with zero area are excluded.
 
 If masks are compared, the area of a detection is the area of its mask in `compare`, as in the
 metrics published with Detectron2, which removes the boxes from its results. In `compare_file` it is
@@ -98,7 +98,7 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
 
 
 def best(results: Sequence[dict]) -> list[dict]:
-    """Return the LIMIT results with the highest scores in each image, in a tie the first ones."""
+    """Return the LIMIT results with the highest scores in each image; in a tie, the first."""
     images = defaultdict(list)
     for item in results:
         images[item["image_id"]].append(item)

@@ -122,7 +122,7 @@ def match(
         kind: "bbox" or "segm".
         limits: maximum numbers of detections per class and image, ascending.
         crowds: respect iscrowd; otherwise, crowds are normal objects.
-        empty: include objects and results without an area.
+        empty: include objects and results with zero area.
         unsure: pairs (image id, category id) that are not exhaustively annotated: detections of the
             category that match no object in the image are ignored.
         boxed: use the area of a detection's box as the area of its mask.

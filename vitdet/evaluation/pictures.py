@@ -112,8 +112,8 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 @dataclass(frozen=True)
 class Images:
-    """The image files of a `Truth`: the folder to which their names are relative, whether the names
-    are LVIS's, and the settings for reading the files.
+    """The image files of a `Truth`: the folder to which their names are relative, whether coco_url
+    contains the names, as in LVIS, and the settings for reading the files.
     """
 
     folder: Path

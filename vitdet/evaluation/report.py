@@ -87,8 +87,8 @@ def write_reports(
     facts: Callable[[Matches], Facts],
     images: Images | None,
 ) -> None:
-    """Write the folder `plots` (files of `write_report`, report.html) and the page `report`, if
-    given.
+    """Write the files of `write_report` and report.html to the folder `plots`, and the same page to
+    the path `report`; None: not written.
 
     `facts` is called with the matches and returns the page's facts. For `images`, see `write_page`.
     """

@@ -153,7 +153,7 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
         if unknown:
             raise ValueError(
                 f"{truth.path}: contains no {name} {show(unknown[0])}, for which there are results "
-                f"({len(unknown)} such {names}); expected results for the same data set"
+                f"(unknown {names}: {len(unknown)}); expected results for the same data set"
             )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:

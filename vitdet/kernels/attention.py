@@ -42,7 +42,7 @@ def attention(
         rel_h, rel_w: (2 K - 1, d) each; K is the window's side, or the grid's height or width. Row
             r is for queries r - K + 1 tokens after the key. The dtype may differ from qkv's.
         sizes: height and width of the grid, heads, side of the windows in tokens (0: attention
-            among all tokens), and 1 to apply the tables to the scaled query, else 0.
+            over all tokens), and 1 to apply the tables to the scaled query, else 0.
 
     Returns:
         The heads' output (B, N, h d), and log2 of the softmax's sums for the backward pass.

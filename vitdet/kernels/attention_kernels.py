@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
     """Options of a kernel launch."""
 
     queries: int  # per block
-    keys: int  # per block, which contains at least one row of them
+    keys: int  # per block; a block contains at least one row of keys
     warps: int  # per program
     stages: int  # of the pipeline
     registers: int | None = None  # maximum per thread, for higher occupancy

@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 
 
 def tile(size: int) -> int:
-    """Return the smallest tile size for `size` elements that tensor cores support."""
+    """Return the smallest tile size that tensor cores support and that fits `size` elements."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -179,7 +179,7 @@ def table_rows(table, i, side, L, KEYS: tl.constexpr):
 
 @triton.jit
 def place_of(group, i, key, L, AXIS, KEYS):
-    """Return the offset of q . R for query i and a key in a tensor of `Layout.products`."""
+    """Return the offset in a tensor of `Layout.products` of q . R for query i and a key."""
     group, area = tl.cast(group, tl.int64), L.rows * L.columns
     return (group * L.rows + key) * area + i if AXIS == 0 else (group * area + i) * KEYS + key
 

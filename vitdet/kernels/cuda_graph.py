@@ -76,14 +76,14 @@ class CudaGraph(Generic[Output]):
         return _shapes(tensors) in self.graphs
 
     def record(self, function: Callable[..., Output], *tensors: Tensor) -> None:
-        """Record function(*tensors), which is called several times, for tensors of these shapes.
+        """Record function(*tensors) for tensors of these shapes; calls `function` several times.
 
         The state of the device's random generator does not change.
 
         Raises:
             NotRecorded: the function synchronizes with the GPU.
             NoRoom: LIMIT graphs exist.
-            OutOfMemory: the GPU memory does not suffice; all graphs are cleared.
+            OutOfMemory: there is not enough GPU memory; all graphs are cleared.
         """
         if len(self.graphs) == LIMIT:
             raise NoRoom(f"{LIMIT} graphs are already recorded, for other shapes")

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 BITS = tl.constexpr(64)  # bits of a word
-MEMORY = 2**28  # maximum bytes of all words at a time; 40 groups of 2,000 boxes need 20 MB
+MEMORY = 2**28  # maximum bytes of words in memory at a time; 40 groups of 2,000 boxes need 20 MB
 TILE = 2**11  # words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes
 
 
@@ -49,7 +49,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
 
 
 def below(number: float) -> float:
-    """Return the largest float32 up to `number`, so that any float32 exceeds both or neither."""
+    """Return the largest float32 <= `number`; a float32 exceeds either both of them or neither."""
     single = torch.tensor(number, dtype=torch.float32)
     if single.item() > number:
         single = single.nextafter(torch.tensor(-math.inf))

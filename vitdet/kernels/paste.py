@@ -35,7 +35,7 @@ def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def bytes_of(regions: Tensor) -> Tensor:
-    """Return the bytes (N,) int64 per region, including the zero after each column."""
+    """Return the number of bytes (N,) int64 of each region, with the zero after each column."""
     return regions[:, 2] * (regions[:, 3] + 1)
 
 
@@ -84,6 +84,6 @@ def _centers(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor
     low (N,) and high (N,) have the coordinates -1 and 1.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
-    sides = (high - low).clamp(min=1e-9)  # an empty box has no pixel center
+    sides = (high - low).clamp(min=1e-9)  # an empty box contains no pixel center
     centers = ((first[:, None] + steps).float() + 0.5 - low[:, None]) / sides[:, None] * 2 - 1
     return centers.where(steps < counts[:, None], OUTSIDE)

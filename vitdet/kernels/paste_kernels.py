@@ -26,7 +26,7 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
 
 @triton.jit
 def cell_of(first, step, low, side, M: tl.constexpr):
-    """Return the cell of a pixel's center on one axis and the remainder, as `grid_sample` does."""
+    """Return a pixel center's cell and fraction along an axis, computed as in `grid_sample`."""
     center = tl.div_rn((first + step).to(tl.float32) + 0.5 - low, side) * 2.0 - 1.0
     center = tl.fma(center + 1.0, M / 2, -0.5)
     cell = tl.floor(center)
@@ -62,7 +62,7 @@ def paste_kernel(MASKS, BOXES, REGIONS, ENDS, PIXELS, M: tl.constexpr):
         east = (a >= -1) & (a < M - 1) & inside
         north = (b >= 0) & (b < M)
         south = (b >= -1) & (b < M - 1)
-        # a cell far outside is not a valid index
+        # the index of a cell far outside the mask may exceed int32
         a = tl.where(west | east, a, 0.0).to(tl.int32)
         b = tl.where(north | south, b, 0.0).to(tl.int32)
         cell = mask + b * M + a

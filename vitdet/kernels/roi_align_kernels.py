@@ -82,7 +82,7 @@ def backward(
 
 
 def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
-    """Return maps, heights, widths and 1 / strides, filled up to LEVELS each, and their number."""
+    """Return maps, heights, widths and 1 / strides, padded to LEVELS each, and the level count."""
     rows = [(x, *x.shape[1:3], 1 / stride) for x, stride in zip(maps, strides, strict=True)]
     rows += rows[:1] * (LEVELS - len(rows))
     return [value for column in zip(*rows, strict=True) for value in column] + [len(maps)]

@@ -70,7 +70,7 @@ def _by_threshold(found: _Overlaps, low: float, high: float) -> Tensor:
 
 
 def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
-    """Reduce all blocks (..., G, N); `favorite` ignores IoUs below `least`."""
+    """Reduce all blocks of IoUs (..., G, N) over G; `favorite` ignores IoUs below `least`."""
     found, start = None, 0
     for block in iou:
         # without ground truths, use a dummy that overlaps no box

@@ -148,7 +148,7 @@ class Attention(nn.Module):
         return self.proj(y.unflatten(1, (height, width)))
 
     def attend_widened(self, x: Tensor) -> Tensor:
-        """Attend among all tokens, in plain torch."""
+        """Attend over all tokens, in plain torch."""
         height, width = x.shape[1:3]
         q, k, v = split_heads(self.qkv(x), self.heads)
         tables = self.rel_pos_h, self.rel_pos_w

@@ -1,4 +1,4 @@
-"""Box arithmetic on boxes (..., 4) xyxy in float pixels, half-open.
+"""Arithmetic on half-open boxes (..., 4), xyxy in float pixels.
 
 The box transform is that of R-CNN (arXiv:1311.2524), with the clamps of Detectron2 and mmdet. Its
 weights are numbers, not a tensor, to avoid a copy to the GPU in every step.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # maximum growth of a side's logarithm in `decode`
+MAX_LOG_SCALE = math.log(1000 / 16)  # maximum log side ratio in `decode`
 PAIRS = 2**22  # pairs of boxes compared at a time (130 MB)
 
 
@@ -31,7 +31,7 @@ def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
 def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scale: float) -> Tensor:
     """Apply deltas (..., 4) or (..., K, 4) to boxes (..., 4), in at least float32: invert `encode`.
 
-    The change of a side's logarithm is clamped to min_log_scale..MAX_LOG_SCALE.
+    The log side ratios are clamped to min_log_scale..MAX_LOG_SCALE.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     columns = zip(deltas.to(boxes.dtype).unbind(-1), weights, strict=True)

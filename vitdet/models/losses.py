@@ -32,7 +32,7 @@ def federated_classes(
     odds = F.pad(weights.float(), (0, 1))
     present = torch.zeros_like(odds).index_add(0, labels, here.to(odds.dtype)) > 0
     odds = torch.where(present, 0.0, odds)
-    # the largest odds / exponential noise are a draw without replacement, as in torch.multinomial
+    # the largest quotients are a sample without replacement, as in torch.multinomial
     keys = odds / torch.empty_like(odds).exponential_() if draw else odds
     rank = keys.argsort(descending=True, stable=True).argsort()
     return present | ((rank < num - present.sum()) & (odds > 0))

@@ -59,8 +59,8 @@ def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
 def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
     """Return which cells (R, size, size) of boxes (R, 4) have their center inside the mask.
 
-    A cell is inside if the directions of the edges that cross its row to its left do not cancel.
-    Each edge adds its direction at the first cell right of its crossing, for a cumulative sum.
+    A cell is inside if the directions of the edges that cross its row to the left of its center do
+    not cancel: each edge adds its direction to all cells to the right of the crossing.
     """
     first, last = masks.spans.unbind(1)
     ends = (last - first).cumsum(0)

@@ -16,7 +16,7 @@ from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Maps (B, C, h, w) of stride `stride` to p2..p5 at the scales, and to p6 at half p5's scale.
+    """One map (B, C, h, w) of stride `stride` -> p2..p5 at `scales`, and p6 at half p5's scale.
 
     `self.strides` are the strides of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2.
     With `halve_channels`, each deconvolution halves the channels. `eps` is the epsilon of the LNs

@@ -214,7 +214,7 @@ class RoIHeads(nn.Module):
     def box_loss(
         self, stage: int, deltas: Tensor, labels: Tensor, assigned: Assigned, targets: Targets
     ) -> Tensor:
-        """Return the L1 loss of the foreground's deltas, divided by the number of all boxes."""
+        """Return the L1 loss of the foreground deltas, divided by the total number of boxes."""
         number, most = assigned.filled.sum(), assigned.most
         rows = assigned.boxes, assigned.matched, labels, deltas
         boxes, matched, labels, deltas = (row[:, :most] for row in rows)

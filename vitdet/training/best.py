@@ -101,7 +101,7 @@ class Best:
             found = load_model_file(self._stored)["step"]
             # a newer best.pt is from an evaluation after this state, which will be repeated
             if found != self.step and found < start:
-                raise ValueError(f"{self._stored}: written at step {found}")
+                raise ValueError(f"{self._stored} is from step {found}")
         except (FileNotFoundError, ValueError) as error:
             text = (
                 "the best detector (step %d) was lost (%s): the next evaluation counts as the best"

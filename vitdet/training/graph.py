@@ -22,8 +22,8 @@ from vitdet.models import Detector
 from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
-SLOTS, EDGES = 16, 2**12  # minimum padding: objects per image, edges per batch
-CLEARINGS = 8  # how often graphs may be cleared to free memory between two evaluations
+SLOTS, EDGES = 16, 2**12  # minimum padded sizes: objects per image, edges per batch
+CLEARINGS = 8  # maximum number of times graphs are cleared for memory between two evaluations
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
@@ -90,9 +90,9 @@ class GraphedGradients:
         self.graph.clear()
         self.clearings += 1
         if self.clearings == CLEARINGS and distributed.rank() == 0:
-            until = "until the next evaluation"
             log.info(
-                f"steps run without CUDA graphs {until}: {CLEARINGS} steps needed their memory"
+                "steps run without CUDA graphs until the next evaluation: "
+                f"{CLEARINGS} steps needed the memory of the graphs"
             )
 
     def release(self) -> None:

@@ -38,7 +38,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if evaluations measure no AP, or not the one for keep_best or patience."""
+    """Raise ValueError if evaluations measure no AP, or not the metric of keep_best or patience."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
         read_validation(config.data, config.evaluate)
@@ -53,7 +53,7 @@ def check_metric(config: Config) -> None:
 
 
 def check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
-    """Raise ValueError if the splits' classes differ, or their number differs from the config."""
+    """Raise ValueError if the splits' classes differ, or their number is not the config's."""
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         raise ValueError(

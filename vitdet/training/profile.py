@@ -1,10 +1,10 @@
 """Profile of a training step: a trace of a few steps, and their time by part of the detector.
 
-While the steps are profiled, methods of the parts are wrapped in named scopes. An operator belongs
-to the innermost enclosing scope, a gradient to the part of its operator. On a GPU, the time of a
-part is the time of its kernels, "data" is the time that the GPU waits for the loader, and "idle" is
-all other waiting; on a CPU, the time of a part is the time of its operators, and "idle" is the time
-between operators.
+While the steps are profiled, methods of the parts are wrapped in named scopes. A forward operator
+belongs to the innermost enclosing scope, a backward operator to the part of its forward operator.
+On a GPU, the time of a part is the time of its kernels, "data" is the time that the GPU waits for
+the loader, and "idle" is all other waiting. On a CPU, the time of a part is the time of its
+operators, and "idle" is the time between operators.
 """
 
 from __future__ import annotations

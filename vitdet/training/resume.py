@@ -87,8 +87,7 @@ def state_to_resume(
 ) -> dict | None:
     """Return the newest state that is intact on all ranks, or None; must be called on all ranks.
 
-    Raises ValueError if the state does not match this config and data, or if the ranks find
-    different files.
+    Raises ValueError if the state does not match config and data, or ranks find different files.
     """
     newest = distributed.all_gather_objects(states.newest())
     # possible causes: a local folder on each machine, or a shared folder with delayed updates
@@ -131,7 +130,8 @@ def _check_resumable(
             lacking = "" if _has_best(config, output) else " without its best.pt"
             raise ValueError(
                 f"{output}: contains a finished run of {steps} steps{lacking}, but there is no "
-                f"training state to resume from in {folder}; choose another --output or remove it"
+                f"training state to resume from in {folder}; choose another --output or "
+                f"remove {output}"
             )
         return
     step, remedy = state["step"], "choose another --output"
@@ -170,7 +170,7 @@ def is_complete(
     except DamagedError as error:
         raise DamagedError(f"{error}; remove it and run the same command again") from error
     stored = from_dict(done["config"])
-    remedy = "choose another --output or remove it"
+    remedy = f"choose another --output or remove {output}"
     patient = _with_patience(stored, config)
     more = config.optim.steps > stored.optim.steps
     more |= patient != stored and done["step"] < config.optim.steps

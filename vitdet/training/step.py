@@ -201,7 +201,7 @@ class TrainingStep:
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
             slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
-        # missing in states before version 3, and empty in states of other precisions
+        # missing from states before version 3, and empty in states of other precisions
         if scaler := state.get("scaler"):
             self.scaler.load_state_dict(scaler)
 

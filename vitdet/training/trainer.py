@@ -192,7 +192,7 @@ class Loop:
         self.training_step.load_state_dict(state)
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
-        # missing in states written before commit 29b381b, which were saved after evaluations
+        # missing from states written before commit 29b381b, which were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
             self.metrics, self.evaluated = {}, 0  # computed with different settings
@@ -267,7 +267,7 @@ class Loop:
         """
         self.watchdog.at(step, Stage.EVALUATING, LONG)  # may read large annotation files
         self.training_step.release()
-        # code compiled for training is specialized to its sizes and precision
+        # compiled code is specialized to the sizes and precision of training
         with self.meter.paused(), torch.compiler.set_stance("force_eager"):
             with self.average.applied():
                 share_statistics(self.detector)
@@ -315,7 +315,7 @@ class Loop:
             self.tracker.artifact(path, f"pictures/{folder.name}")
 
     def save(self, step: int) -> None:
-        """Start to write the state after `step` steps, on rank 0.
+        """Start writing the state after `step` steps, on rank 0.
 
         Raises ValueError if a loss is not finite.
         """
@@ -332,7 +332,7 @@ class Loop:
             self.saver.save(step, content | self.evaluation())
 
     def evaluation(self) -> dict:
-        """Return the entries of a training state that an evaluation changes."""
+        """Return the entries of a training state that are written again after an evaluation."""
         return {
             "config": to_dict(self.config),
             "metrics": self.metrics,

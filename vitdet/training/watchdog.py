@@ -38,7 +38,7 @@ ANSWER = 15.0  # seconds for the other ranks to write their stacks
 
 
 class Stage(IntEnum):
-    """What a rank is doing, in the order of the stages of a step."""
+    """What a rank is doing; the values increase in the order of a step's stages."""
 
     PREPARING = 0  # reading the data, building the model
     LOADING = 1
@@ -152,7 +152,7 @@ class Watchdog:
                 self._heard = dict.fromkeys(self._heard, now)
             self._watch_parent(now)
             try:
-                if self._shared and not self._orphaned:  # the store ends together with torchrun
+                if self._shared and not self._orphaned:  # without torchrun, there is no store
                     faulthandler.dump_traceback_later(LIMIT, file=2)
                     timeout = timedelta(seconds=3 * INTERVAL)
                     store = store or distributed.connect(self._prefix, timeout)
@@ -165,7 +165,7 @@ class Watchdog:
             last = time.monotonic()
         if self._shared:
             faulthandler.cancel_dump_traceback_later()
-        with suppress(RuntimeError):  # the store of another node may have ended
+        with suppress(RuntimeError):  # rank 0's node may have shut down the store
             if store is not None and not self._orphaned:
                 self._publish(store)
 

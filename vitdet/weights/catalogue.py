@@ -75,7 +75,7 @@ CATALOGUE = load_catalogue(PACKAGED / "catalogue.yaml")
 
 
 def find(name: str) -> Entry:
-    """Return the entry of a name. Raises ValueError, with the nearest name, if there is none."""
+    """Return the entry `name`. Raises ValueError, with the nearest name, if it does not exist."""
     if name not in CATALOGUE:
         closest = nearest(name, list(CATALOGUE))
         raise ValueError(f"no weights named {name!r}; {closest} (or specify a .safetensors file)")
@@ -95,7 +95,7 @@ def cache_folder() -> Path:
 
 
 def fetched(name: str, folder: Path | None = None) -> Path:
-    """Return the file of a name in `folder`, by default in the package or the cache.
+    """Return the file of the entry `name` in `folder`, by default in the package or the cache.
 
     Raises ValueError for an unknown name, and FileNotFoundError with the command that fetches it.
     """

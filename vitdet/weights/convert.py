@@ -172,7 +172,7 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
             raise ValueError("; ".join(others))
         theirs = to_theirs(weights, table)
     except ValueError as error:
-        raise ValueError(f"{source}: not a detector of {layout}: {error}") from error
+        raise ValueError(f"{source}: cannot be converted to {layout}: {error}") from error
     if destination.suffix == ".pth":
         meta = {"meta": {"CLASSES": names, "author": AUTHOR}} if layout == "mmdet" else {}
         save(destination, {**meta, table.wrappers[0]: theirs})

@@ -56,7 +56,7 @@ class Loaded:
 
 
 def read_source(path: Path, layout: str) -> Source:
-    """Read a file of a format in FORMATS. Raises ValueError or FileNotFoundError."""
+    """Read a file in format `layout`, a key of FORMATS; raises ValueError or FileNotFoundError."""
     table, content = FORMATS[layout], read_file(path)
     try:
         theirs, notes = unwrap(content, table, path)
@@ -164,7 +164,7 @@ def has_mask_head(source: Source) -> bool:
 
 
 def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
-    """Return the names of a mask head that only the file or only the detector has, and a note."""
+    """Return the tensor names of a mask head that only the file or the detector has, and a note."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, state)
     )

@@ -225,7 +225,7 @@ def _scalar(kind: object, raw: object) -> object:
 
 def _encode(text: object, encoding: object) -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise ValueError("a text has an unexpected encoding")
+        raise ValueError("a string has an unexpected encoding")
     return text.encode("latin1")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 HEAD = 512  # bytes read to identify a file
 LIMIT = 100 << 20  # maximum length of a safetensors header, as in the library
 PAGE = "an HTML page; the download may require a login or a different URL"
-# What a file is, and what to do, by its first bytes (of texts: stripped and in lower case)
+# What a file is, and what to do, by its first bytes (for TEXTS: stripped and in lower case)
 TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its "
     "repository",

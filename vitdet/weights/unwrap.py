@@ -1,4 +1,4 @@
-"""Extract the state dict from a checkpoint: nested dictionaries and parameter-name prefixes.
+"""Extract the state dict from nested checkpoint dictionaries; remove parameter-name prefixes.
 
 DistributedDataParallel and AveragedModel prefix names with `module.`, torch.compile with
 `_orig_mod.`, Lightning modules with `model.`; checkpoints also contain the optimizer state and
@@ -43,7 +43,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     prefixes = {found[0] for name in plain for found in PREFIX.finditer(name)}
     removed = " and ".join(sorted(prefixes))
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{path}: contains the same names with and without {removed}")
+        raise ValueError(f"{path}: contains the same names with and without the prefix {removed}")
     if removed:
         notes.append(f"names: removed the prefix {removed}")
     weights = {short: inside[name] for name, short in plain.items()}
@@ -54,7 +54,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
             rest = {name: x for name, x in weights.items() if not name.startswith(part)}
             heads = {name: x for name, x in rest.items() if known(name, layout.heads)}
             others = len(rest) - len(heads)
-            ignored = f"; {others} other tensors ignored" if others else ""
+            ignored = f"; other tensors ignored: {others}" if others else ""
             notes.append(f"names: removed the prefix {part}{ignored}")
             weights = heads | {name.removeprefix(part): weights[name] for name in names}
     return weights, notes
@@ -66,7 +66,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
     broken = [name for name, x in floats.items() if not torch.isfinite(x).all()]
     if broken:
         raise ValueError(
-            f"{path}: {len(broken)} tensors contain NaN or infinite values, e.g. {broken[0]}; "
+            f"{path}: tensors with NaN or infinite values ({len(broken)}): {broken[0]}; "
             "use an earlier checkpoint"
         )
 
@@ -111,8 +111,8 @@ def _check_tensors(inside: Mapping, content: Mapping, path: Path) -> None:
             f"{path}: expected tensors by name, or a dict of them under a key such as state_dict "
             f"or model; found {listed}"
         )
-    entries = f"{len(strange)} entries are not complete tensors, such as {strange[0]}"
-    raise ValueError(f"{path}: {entries}")
+    few = ", ".join(strange[:3])
+    raise ValueError(f"{path}: entries that are not complete tensors ({len(strange)}): {few}")
 
 
 def _is_whole(value: object) -> bool:

@@ -45,7 +45,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
     """
 
     def parts(size: int) -> Tensor:
-        # only an axis's last windows contain tokens from both ends
+        # only the last window along an axis contains tokens from both ends
         steps = torch.arange(size, device=device)
         return (steps >= size - window).long() + (steps >= size - shift).long()
 

@@ -68,7 +68,7 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions, in windows of side `window` or among all tokens (0).
+    """Attention without positions, in windows of side `window` or over all tokens (0).
 
     E may differ from C. With `keep_values`, the values are added to the result.
     """
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return x[:, top : top + height, left : left + width]
 
     def mix(self, x: Tensor) -> Tensor:
-        """Attend among all tokens of a map or window."""
+        """Attend over all tokens of a map or window."""
         q, k, v = split_heads(self.qkv(x), self.heads)
         y = attend(q * q.shape[-1] ** -0.5, k, v)
         y, v = (join_heads(tokens, x.shape[1]) for tokens in (y, v))

@@ -137,7 +137,7 @@ def mmdet_format(
         wide: indices of this model's global blocks. The original implementation sizes both of their
             position tables by the height. If w < h, the unused end of rel_pos_w is removed.
         split: indices of the blocks in which q_bias and v_bias are separate (ViTAE-B's global
-            blocks), for the conversion back.
+            blocks), for converting back.
     """
     height, width = grid or (0, 0)
 

@@ -18,9 +18,9 @@ Weights = Mapping[str, Tensor]
 
 
 class Row(NamedTuple):
-    """Their name and our name of one kind of tensor.
+    """The names of one kind of tensor in the third-party format and in vitdet.
 
-    In the conversion back, the row applies only if one of our names begins with `given`: a format
+    When converting back, the row applies only if one of our names begins with `given`: a format
     may name the same part differently in different models, e.g. the first of three stages and the
     only stage.
     """
@@ -50,7 +50,7 @@ class Format(NamedTuple):
     dropped: tuple[str, ...] = ()  # their names that have no counterpart
     heads: tuple[str, ...] = ()  # their classifier heads, which are ignored but reported
     before: Callable[[Weights], Weights] = same  # applied to their names, before the rows
-    after: Callable[[Weights], Weights] = same  # its inverse, in the conversion back
+    after: Callable[[Weights], Weights] = same  # its inverse, when converting back
     wrappers: tuple[str, ...] = ()  # keys of the weights in the trainer's files, by precedence
     parts: tuple[str, ...] = ()  # prefixes of the names in a file with other weights
     # A pre-trained backbone may lack the parameters `fresh` and have the surplus parameters `spare`
@@ -87,7 +87,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
             ours[renamed] = change.to_ours(tensor) if change else tensor
     if unknown:
         few = ", ".join(unknown[:3])
-        raise ValueError(f"{len(unknown)} tensors are unknown to this format, such as {few}")
+        raise ValueError(f"tensors unknown to this format ({len(unknown)}): {few}")
     return ours
 
 
@@ -103,7 +103,7 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
             theirs[renamed] = change.to_theirs(tensor) if change else tensor
     if unknown:
         few = ", ".join(unknown[:3])
-        raise ValueError(f"{len(unknown)} tensors have no name in this format, such as {few}")
+        raise ValueError(f"tensors without a name in this format ({len(unknown)}): {few}")
     return dict(layout.after(theirs))
 
 
