@@ -94,7 +94,7 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
 
 
 def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return each code's sum of all runs and of runs inside the mask; None if one is invalid."""
+    """Return each code's sum of all runs and of runs inside the mask; None if any is invalid."""
     ends = np.cumsum([len(text) for text in texts])
     codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
     final = (codes & 32) == 0  # whether a character is the last of its number

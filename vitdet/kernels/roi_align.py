@@ -43,7 +43,7 @@ def roi_align(
         level: (R,) int64, the map to read; -1 yields zeros and no gradient.
         strides: strides of the maps.
         bins: number of bins per side.
-        ratio: points per bin and axis; 0 adapts them to the RoI's size (none if it is negative).
+        ratio: points per bin and axis; 0: depends on the RoI's size (none if negative).
     """
     from vitdet.kernels.roi_align_kernels import forward
 

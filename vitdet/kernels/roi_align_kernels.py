@@ -65,7 +65,7 @@ def backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Return all maps' gradients (B, H, W, C), given a contiguous one (R, bins, bins, C)."""
+    """Return the maps' gradients (B, H, W, C) for a contiguous gradient (R, bins, bins, C)."""
     bins, channels = gradient.shape[2:]
     found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
     # group RoIs by image and level, so that a program iterates only over those of its map
@@ -151,7 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the number of points along an axis of a bin of this size; 0 if it is negative."""
+    """Return the number of points along an axis of a bin; 0 for a negative size."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:
@@ -252,7 +252,7 @@ def roi_align_backward(
 ):  # fmt: skip
     """Compute CHANNELS channels of a tile of a map's gradient.
 
-    order (R,): RoIs sorted by image and level; first (B L + 1,): where each of them starts in it.
+    order (R,): RoIs sorted by image and level; first (B L + 1,): index in `order` of each group.
     """
     # tile, image and level of this program
     tile = tl.program_id(0)

@@ -91,7 +91,7 @@ class Detector(nn.Module):
         return features, *self.roi_heads.find(features, proposals, sizes)
 
     def limits(self) -> tuple[float, ...]:
-        """Return the settings that limit the detections, which may change between calls."""
+        """Return the settings that limit the detections; the settings may change between calls."""
         rpn, heads = self.rpn, self.roi_heads
         most = (*rpn.top_test, heads.max_detections)
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold
