@@ -131,7 +131,7 @@ def load_model_file(path: str | Path) -> dict:
 def save_safetensors(path: Path, content: dict) -> None:
     """Write a trained detector as safetensors: the weights, and the rest as JSON in the metadata.
 
-    content: as returned by `load_model_file`, which also reads the file.
+    content: as returned by `load_model_file`, which can also read the written file.
     """
     header = {key: value for key, value in content.items() if key != "model"}
     with atomic_write(path) as temporary:

@@ -102,10 +102,10 @@ def _join() -> tuple[dist.Store, int, int]:
             "ranks were joining; see the log of rank 0's node"
         ) from error
     if missing:
-        missed = ", ".join(map(str, missing))
+        who, logs = ("ranks", "their logs") if len(missing) > 1 else ("rank", "its log")
         earlier = "; rank 0 joined an earlier launch and did not start again"
         raise TimeoutError(
-            f"rank {missed} of {size} did not join {limit}; see its log"
+            f"{who} {', '.join(map(str, missing))} of {size} did not join {limit}; see {logs}"
             f"{earlier if launch_id and 0 in missing else ''}"
         )
     store = dist.PrefixStore(f"launch {launch_id}", store)

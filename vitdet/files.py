@@ -305,9 +305,9 @@ def _warn_unsupported(folder: Path, error: OSError) -> None:
         return
     _warned.add(str(folder))
     log.warning(
-        "%s: this file system does not support locks (%s); concurrent processes that write the "
-        "same output, send the same run to MLflow, download the same file or promote a champion "
-        "are not detected: do not start the same command twice",
+        "%s: this file system does not support locks (%s); vitdet cannot detect concurrent "
+        "processes that write the same output, send the same run to MLflow, download the same file "
+        "or promote a champion: do not start the same command twice",
         folder,
         error.strerror or error,
     )

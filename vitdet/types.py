@@ -52,7 +52,7 @@ class Polygons(Record):
     spans: Tensor
 
     def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
-        """Without spans, edges must be (G, E, 4); zero edges are padding and have no effect."""
+        """Without spans, edges must be (G, E, 4); all-zero edges are padding, without effect."""
         if spans is None:
             length = edges.shape[1]
             first = torch.arange(len(edges), device=edges.device) * length

@@ -55,11 +55,11 @@ def test_lost_files_are_fetched_again_and_changed_files_are_named(
     web.asked.clear()
     assert get() is True and asked(web) == [BOTH, VAL]
     assert "annotations/instances_val2017.json: missing; downloading it again" in caplog.text
-    assert "val2017: 11 files of " in caplog.text
+    assert "val2017: 11 files, " in caplog.text
     check(root, web)
     with open(root / "val2017" / "000000000003.jpg", "ab") as image:
         image.write(b"?")
-    with pytest.raises(ValueError, match="val2017: 12 files of .*; move it away and repeat the"):
+    with pytest.raises(ValueError, match="val2017: 12 files, .*; move it away and repeat the"):
         get()
 
 
@@ -83,7 +83,7 @@ def test_existing_images_are_compared_and_completed(get: Fetch, web: Web, root: 
         get()
     assert web.asked == [] and (train / "000000000099.jpg").read_bytes() == b"mine"
     (train / "000000000098.jpg").unlink()
-    says = "train2017.*/000000000099.jpg and 0 more files: not in train2017.zip"
+    says = "train2017.*/000000000099.jpg: not in train2017.zip .unexpected files: 1."
     with pytest.raises(ValueError, match=says):
         get()
 

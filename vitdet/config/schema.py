@@ -76,7 +76,7 @@ class RPNConfig(Section, prefix="model.rpn."):
     samples: Amount = 256  # anchors per image in the loss
     positive_fraction: Fraction = 0.5
     iou_low: float = 0.3  # background below this IoU
-    iou_high: float = 0.7  # foreground from this IoU
+    iou_high: float = 0.7  # foreground at or above this IoU
     pre_nms_train: Amount = 2000  # best anchors per level before NMS
     pre_nms_test: Amount = 1000
     post_nms_train: Amount = 1000  # proposals per image after NMS, over all levels
@@ -150,12 +150,12 @@ class DataConfig(Section, prefix="data."):
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
     flip: Fraction = 0.5  # probability of a horizontal flip
     diagonal_crop: bool = True  # one random number for both crop offsets; two in mmdet
-    transpose: Fraction = 0.0  # probability of exchanging the axes
+    transpose: Fraction = 0.0  # probability of swapping the axes
     color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
     antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
     keep_empty: bool = False  # also train on images without objects, as background
     redraw_empty: bool = False  # replace a crop without objects with one of another image (mmdet)
-    repeat_threshold: Fraction = 0.0  # repeat images with classes in less than this share of images
+    repeat_threshold: Fraction = 0.0  # oversample classes in less than this fraction of images
     # larger image files are rejected before decoding; the upper bound is Pillow's own
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")
@@ -270,7 +270,7 @@ class GateConfig(Section, prefix="gate."):
     )
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
     min_class_ap: Percent = 0.0  # minimum of the metric for each class; 0: no limit
-    max_class_loss: Percent = 100.0  # maximum loss of any class against the champion; 100: no limit
+    max_class_loss: Percent = 100.0  # maximum AP drop of a class vs. the champion; 100: no limit
     # the gain's paired bootstrap interval at this level must exceed min_gain; 0: not checked
     confidence: Confidence = 0.0
 

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-ONLY = "default"  # the split of an export without splits, as CVAT calls it
+ONLY = "default"  # CVAT's name for the split of an export without splits
 SNIFFED = 1 << 14  # bytes read from the start of a JSON file
 TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
 
@@ -81,7 +81,7 @@ def _images_of(root: Path, files: SplitFiles, split: str) -> SplitFiles:
 
 
 def _is_coco(path: Path) -> bool:
-    """Return whether a JSON file begins like COCO's and unlike LabelMe's."""
+    """Return whether the start of a JSON file resembles COCO's format, not LabelMe's."""
     try:
         with open(path, "rb") as file:
             start = file.read(SNIFFED)

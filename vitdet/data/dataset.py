@@ -42,7 +42,7 @@ def read_split(
 ) -> CocoSplit:
     """Read a split, limited to the data.max_images images with the lowest ids.
 
-    Only images with objects count toward the limit, or all training images with data.keep_empty.
+    Only images with objects count toward the limit; with data.keep_empty, all training images do.
 
     Args:
         tree: content of the annotation file, if it was already read.
@@ -73,7 +73,7 @@ def read_split(
     paths = found.records.paths() if check_files else ()
     if absent := [path for path in paths if not os.path.isfile(path)]:
         raise FileNotFoundError(
-            f"{absent[0]}: no such file, {len(absent) - 1} more images are missing; "
+            f"{absent[0]}: no such file (missing images: {len(absent):,}); "
             f"`vitdet data check {data.root}` lists all problems"
         )
     return found

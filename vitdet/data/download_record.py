@@ -157,8 +157,8 @@ def compare(
         downloaded = _downloaded(found, images, used)
         if downloaded is None:
             raise ValueError(
-                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, but "
-                f"{images.count:,} of {images.size:,} when downloaded; names or sizes differ"
+                f"{folder}: {len(found):,} files, {sum(found.values()):,} bytes, but {images.count:,} "
+                f"files, {images.size:,} bytes when downloaded; names or sizes differ"
             )
         if contents and images.content != digest(
             f"{name} {size} {crc32(folder / name):08x}" for name, size in downloaded.items()

@@ -81,7 +81,7 @@ def find_flawless(
                 ids.append(item.id)
                 image_ids.append(item.image_id)
                 category_ids.append(item.category_id)
-        except OverflowError:  # a coordinate too large for a float, an id for 64 bits
+        except OverflowError:  # a coordinate exceeds the range of float, or an id int64
             return NONE
     if not rows or len(set(every)) < len(every) or not seen.isdisjoint(every):
         return NONE

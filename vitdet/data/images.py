@@ -150,7 +150,7 @@ def examine(content: bytes, reading: Reading = DEFAULT) -> Examined:
 
 
 def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
-    """Return a hint for size errors if height and width are exchanged, otherwise ""."""
+    """Return a hint for size errors if height and width are swapped, otherwise ""."""
     hint = "; annotations must refer to the upright image, after its EXIF orientation is applied"
     return hint if found == annotated[::-1] else ""
 
@@ -207,7 +207,7 @@ def _highest(image: Image.Image) -> int:
     pixels = np.asarray(image)
     low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
     if low < 0 or high > 65535:
-        raise ValueError(f"the pixel values are {low} to {high}; save them with 8 or 16 bits")
+        raise ValueError(f"pixel values range from {low} to {high}; save them with 8 or 16 bits")
     return high
 
 

@@ -23,7 +23,7 @@ SPLITS = {  # setting -> common names of the split, in order of preference
 }
 CLASSES = "model.roi_heads.num_classes"
 MASKS = "model.mask.enabled"
-# start of the first line that `vitdet config` writes, before the settings read from data.root
+# prefix of the first line of `vitdet config`; the settings read from data.root follow
 FROM_DATA = "# from data.root: "
 
 

@@ -64,7 +64,7 @@ def train_loader(
 ) -> DataLoader:
     """Create a loader of this rank's batches for steps start_step..steps-1.
 
-    `batch_size` is the total of all ranks. `split` is the training split, if it was already read.
+    `batch_size` is the total over all ranks. `split` is the training split, if it was already read.
     The loader yields `accumulate` micro-batches per step, one at a time (see `StepSampler`). Raises
     the errors of `read_split` (only rank 0 checks the files), and ValueError if batch_size is not
     divisible by the total number of micro-batches per step. Iteration raises ValueError for

@@ -43,7 +43,7 @@ def signed_area(points: np.ndarray) -> float:
 
 
 def following(points: np.ndarray) -> np.ndarray:
-    """Return the successor of each point of a closed line (P, 2)."""
+    """Return the successor of each point of a closed polyline (P, 2)."""
     return np.concatenate([points[1:], points[:1]])
 
 

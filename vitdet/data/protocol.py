@@ -53,7 +53,7 @@ class Protocol:
         return f"{metric}_{self.digest}"
 
     def tags(self) -> dict[str, str]:
-        """Return the tags of a model version that is registered with AP under this protocol.
+        """Return the tags of a model version whose AP was measured under this protocol.
 
         There are none if the data is unknown, since AP is then not comparable.
         """

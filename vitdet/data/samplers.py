@@ -33,7 +33,7 @@ class InfiniteSampler:
         self.size = size
         self.seed = seed
         self.repeats = repeats
-        # with repeat factors: start of each epoch counted so far, and end of the last
+        # with repeat factors: start positions of the epochs so far, and the end of the last epoch
         self._ends = [0]
         self._epoch = -1
         self._order = np.arange(0)
@@ -99,7 +99,7 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
 class StepSampler:
     """Sampler of one rank's positions for steps start_step..steps-1, one list per micro-batch.
 
-    batch_size is the total of all ranks. Micro-batch k of rank r contains the positions of rank
+    batch_size is the total over all ranks. Micro-batch k of rank r contains the positions of rank
     r * accumulate + k in a group of accumulate * world_size ranks. Raises the ValueError of
     `check_batch_size`.
     """

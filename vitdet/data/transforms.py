@@ -2,7 +2,7 @@
 
 Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop) in order and
 rounding, and draws one random number for both crop offsets. Two crop offsets and resizing without
-antialiasing, as in mmdet, are options. Axes are exchanged first; colors are changed last. Notation:
+antialiasing, as in mmdet, are options. Axes are swapped first; colors are changed last. Notation:
 G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width)."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS = 16  # rows per block in `resize_bilinear`, to fit in the cache
 
 @dataclass(frozen=True)
 class Affine:
-    """Exchange of axes -> flip -> resize to `scaled` -> crop of `size` at `offset` (top, left)."""
+    """Swap of axes -> flip -> resize to `scaled` -> crop of `size` at `offset` (top, left)."""
 
     source: tuple[int, int]  # size of the original image
     scaled: tuple[int, int]  # size of the resized image
@@ -192,7 +192,7 @@ def resize_and_pad(
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
     """Write an RGB image to the top-left corner of a black canvas (3, S, S) uint8."""
-    # takes a third of the time of transposing an array
+    # three times as fast as transposing an array
     for plane, band in zip(canvas, image.split(), strict=True):
         plane[: image.height, : image.width] = band
 

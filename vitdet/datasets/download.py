@@ -241,12 +241,12 @@ class _Attempt:
         if needed > free:
             what = "the file" if self.copies == 1 else f"{self.copies} files of this size"
             raise OSError(
-                f"{self.path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are "
-                "free; free some space or choose another folder"
+                f"{self.path.parent}: {_bytes(needed)} is needed for {what}, but only "
+                f"{_bytes(free)} is free; free some space or choose another folder"
             )
 
     def receive(self, response: http.client.HTTPResponse, start: int, total: int | None) -> None:
-        """Append the body to the first `start` bytes of the file."""
+        """Append the body to the file, which already contains `start` bytes."""
         done, most = start, LARGEST if self.size is None else self.size
         with open(self.path, "ab", buffering=0) as file:  # a killed process loses no bytes
             try:
@@ -265,14 +265,14 @@ class _Attempt:
                 raise OSError(f"{self.path}: {text}") from error
         if chunk:
             discard(self.path)
-            most_bytes = f"{'' if self.size is None else 'expected '}{most:,} bytes"
+            most_bytes = f"{'' if self.size is None else 'the expected '}{most:,} bytes"
             raise ValueError(
-                f"{response.url}: the server sends more than the {most_bytes}: not the published "
+                f"{response.url}: the server sends more than {most_bytes}: not the published "
                 "file; nothing was kept"
             )
 
     def read(self, response: http.client.HTTPResponse, most: int) -> bytes:
-        """Read some bytes of the body."""
+        """Read up to `most` bytes of the body."""
         try:
             return response.read1(most)  # read() would lose the last bytes of a broken connection
         except (OSError, http.client.HTTPException) as error:

@@ -185,7 +185,7 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     try:
         with opened.open(info) as source, open(os.open(temporary, flags, 0o644), "wb") as target:
-            while chunk := source.read(CHUNK):  # zipfile compares the checksum at the end
+            while chunk := source.read(CHUNK):  # zipfile verifies the checksum at the end
                 done += len(chunk)
                 if done > declared:
                     more = f"more bytes than declared ({declared:,})"

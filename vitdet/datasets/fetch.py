@@ -143,7 +143,7 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
 
 
 def _used(path: Path) -> int:
-    """Return the bytes of a (partial) file, or the disk space of the files in a folder."""
+    """Return the size of a (partial) file, or the disk space of the files in a folder, in bytes."""
     if path.is_dir():
         with os.scandir(path) as listed:
             return sum(entry.stat(follow_symlinks=False).st_size + BLOCK for entry in listed)
@@ -166,7 +166,7 @@ def _local(todo: Sequence[Archive], local: Path) -> list[Path]:
 def _downloaded(
     todo: Sequence[Archive], root: Path, bar: Watcher, mirror: str, patience: Patience
 ) -> list[Path]:
-    """Download and verify the archives that do not exist yet; return the paths of all."""
+    """Verify kept archives, download and verify missing ones; return the paths of all."""
     urls = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
     stop = threading.Event()
@@ -245,8 +245,8 @@ def _extract(archive: Archive, path: Path, root: Path, seen: Callable[[int], Non
         raise ValueError(f"{path}: contains {parts}")
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
-        files = f"{work / min(foreign)} and {len(foreign) - 1} more files"
-        raise ValueError(f"{files}: not in {archive.name}; move them away and repeat the command")
+        files = f"not in {archive.name} (unexpected files: {len(foreign):,})"
+        raise ValueError(f"{work / min(foreign)}: {files}; move them away and repeat the command")
     if not there:
         work.rename(folder)
     return entries

@@ -23,9 +23,9 @@ class Archive:
     """A zip archive of which the files `members`, or all files if empty, are extracted."""
 
     url: str
-    size: int  # bytes of the archive
+    size: int  # size of the archive in bytes
     sha256: str  # '' if unknown
-    unpacked: int  # approximate bytes of the extracted files
+    unpacked: int  # approximate total size of the extracted files in bytes
     prefix: str  # folder of these files in the archive
     folder: str  # folder to extract to, below the root
     count: int  # number of extracted files
@@ -42,7 +42,7 @@ class Archive:
         return tuple(f"{self.folder}/{member}" for member in self.members) or (self.folder,)
 
     def choose(self, member: str) -> str | None:
-        """Return the name to which a file of the archive is extracted, or None to skip the file.
+        """Return the name under which an archive's file is extracted, or None to skip the file.
 
         Raises ValueError if all files are to be extracted and this file is not in `prefix`.
         """

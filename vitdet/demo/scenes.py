@@ -196,7 +196,7 @@ class _Canvas:
     def _crowd_region(self, number: int, owner: _Owner) -> SceneObject:
         region = _sums((self.owner == number).astype(np.int64)) >= 2
         rows, columns = (np.flatnonzero(region.any(axis)).tolist() for axis in (1, 0))
-        flat = region.ravel(order="F")  # COCO's run lengths are by column, background first
+        flat = region.ravel(order="F")  # COCO's RLE is column-major and starts with background
         changes = np.flatnonzero(np.diff(flat, prepend=False))
         counts = np.diff(changes, prepend=0, append=flat.size).tolist()
         x, y = float(columns[0]), float(rows[0])

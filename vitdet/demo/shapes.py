@@ -60,7 +60,7 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
         angle = np.arange(10) * (2 * math.pi / 10)
         radius = np.array([1, dice.uniform(0.4, 0.5)] * 5)
         return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], axis=1)
-    if kind == 4:  # crescent: most of a circle, and back along the half of an ellipse
+    if kind == 4:  # crescent: most of a circle, and back along half of an ellipse
         tip, depth = dice.uniform(0.7, 1.1), dice.uniform(0.25, 0.45)
         outer = tip + np.arange(21) / 20 * (2 * math.pi - 2 * tip)
         inner = (0.5 - np.arange(1, 14) / 14) * -math.pi

@@ -94,7 +94,7 @@ class _File:
     used: set[int] = field(default_factory=set)  # category ids of the objects
 
     def folders(self) -> list[Path]:
-        """Return the folders in which the images may be."""
+        """Return the folders that may contain the images."""
         parents = (self.path.parent, self.path.parent.parent)
         below = (self.split, f"images/{self.split}", "images", "data", "")
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]

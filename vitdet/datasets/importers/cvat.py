@@ -37,7 +37,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 1 << 30  # maximum bytes of an XML file, which describes all images of a task
+LARGEST = 1 << 30  # maximum size of an XML file in bytes; it describes all images of a task
 SHAPES = ("box", "polygon", "mask")
 
 
@@ -48,7 +48,7 @@ def annotation_files(source: Path) -> list[Path]:
 
 
 def read_cvat(dataset: ImportedDataset) -> None:
-    """Read a folder or file, with the task's labels as classes, then other labels by name."""
+    """Read a folder or file. Classes: the task's labels, then other labels alphabetically."""
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(dataset.source):
@@ -79,7 +79,7 @@ def read_cvat(dataset: ImportedDataset) -> None:
 
 
 def _folders(path: Path, element: Element) -> list[Path]:
-    """Return the folders in which an image may be."""
+    """Return the folders that may contain an image."""
     subset = element.get("subset") or "default"
     below = (f"images/{subset}", "images", subset, "")
     return [folder for name in below if (folder := path.parent / name).is_dir()]

@@ -127,8 +127,8 @@ class ImportedDataset:
     reading: Reading  # how image files are read
     class_names: tuple[str, ...] = ()
     splits: dict[str, Iterator[ImportedImage]] = field(default_factory=dict)
-    notes: Counter[str] = field(default_factory=Counter)  # messages with a number of occurrences
-    remarks: list[str] = field(default_factory=list)  # messages without a number
+    notes: Counter[str] = field(default_factory=Counter)  # message -> number of occurrences
+    remarks: list[str] = field(default_factory=list)  # messages without a count
     problems: Problems = field(default_factory=Problems)
 
     def select(self, items: dict[str, Item]) -> dict[str, Item]:
@@ -162,7 +162,7 @@ class ImportedDataset:
         self.splits = {split: images(listed) for split, listed in items.items()}
 
     def keep(self, obj: ImportedObject | None) -> tuple[ImportedObject, ...]:
-        """Return the object in a tuple, which is empty for None; update the notes."""
+        """Count the object in the notes; return it as a tuple, empty for None."""
         if obj is None:
             self.notes[EMPTY] += 1
             return ()
@@ -248,7 +248,7 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
         text = f"{where}: expected a relative image path without .., got {show(name)}"
-        raise Unusable("image name outside its folder", text)
+        raise Unusable("image path outside its folder", text)
     for folder in folders:
         path = folder / existing_name(folder, name)
         if name and os.path.isfile(path):
@@ -296,7 +296,7 @@ def object_from_mask(
 
 
 def pixels_of(where: object, words: Iterable[object], size: Size) -> list[float]:
-    """Return words as pixel coordinates. Raises Unusable if invalid or far outside the image."""
+    """Parse words as pixel coordinates. Raises Unusable if invalid or far outside the image."""
     words = list(words)
     try:
         values = [float(word) for word in words]  # type: ignore[arg-type]

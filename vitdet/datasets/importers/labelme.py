@@ -35,7 +35,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 MOST = 20  # maximum number of JSON files that are read to detect the format
-LARGEST = 1 << 28  # maximum bytes of a JSON file, which may contain the image
+LARGEST = 1 << 28  # maximum size of a JSON file in bytes; it may contain the image
 
 
 class Shape(msgspec.Struct):
@@ -141,7 +141,7 @@ def _read_image(item: Item, label_of: Mapping[str, int], dataset: ImportedDatase
     path, image, content, shapes = item
     size = dataset.check_size(path, image, (content.imageHeight, content.imageWidth))
     objects: list[ImportedObject] = []
-    # object -> outlines; an object is identified by label and group, or a number without a group
+    # object -> outlines; the key is label, group and, for an object without a group, a number
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
         where = f"{path}: shape {number}"

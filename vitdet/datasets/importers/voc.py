@@ -51,10 +51,10 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 4 << 20  # maximum bytes of an XML file; VOC's files have a few thousand
+LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files have a few thousand
 BORDER = 255  # value of the pixels between objects
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
-# an ID, possibly quoted; in a list of one class also -1 (absent), 0 (difficult) or 1 (present)
+# an ID, possibly quoted; lists of one class add -1 (absent), 0 (difficult) or 1 (present)
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
 
 Item = tuple[Path, Element, Path]  # XML file, its root element, and the image
@@ -312,8 +312,8 @@ def _corners(path: Path, element: Element, size: Size) -> Box:
         raise Unusable("box without four numbers", expected) from None
     height, width = size
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
-        expected = f"{where} expected xmin <= xmax and ymin <= ymax, got {got}"
-        raise Unusable("box with exchanged corners", expected)
+        expected = f"{where} expected finite xmin <= xmax and ymin <= ymax, got {got}"
+        raise Unusable("box with invalid corners", expected)
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
         text = f"{where} {got} is outside the image of {width} x {height} pixels"
         raise Unusable("box outside its image", text)

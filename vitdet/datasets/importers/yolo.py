@@ -1,11 +1,11 @@
 """Reader of Ultralytics' YOLO format: data.yaml and one text file per image.
 
 See https://docs.ultralytics.com/datasets/detect/ and /segment/; details follow
-ultralytics/data/utils.py. `names` is a list or a map 0: name; it may be missing if there is `nc`.
+ultralytics/data/utils.py. `names` is a list or a map of labels to names, optional if there is `nc`.
 `train`, `val` (or `validation`) and `test` name a folder, a text file of paths, or a list of these,
 below `path`; a "../" is removed if the path does not exist. The labels of .../images/x.jpg are in
 .../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows are
-removed. Coordinates are relative to the upright image, and at most 1% outside. A row of 5 numbers
+removed. Coordinates are relative to the upright image, at most 1% outside it. A row of 5 numbers
 is class, center x, center y, width and height; a row of 7, 9, ... numbers is class and outline.
 
 CVAT's exports list images in train.txt, with or without the prefix "data/", and have no `val`:

@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     name: str
     path: str  # SVG path of the mask
     box: tuple[float, float, float, float]  # x, y, width, height
-    label: tuple[float, float, float]  # x, y, width of the class name; the height is 1.25 letters
+    label: tuple[float, float, float]  # x, y, width of the class name; the height is 1.25 * letter
 
 
 class Portrait(NamedTuple):
