@@ -156,10 +156,9 @@ def compare(
             found = {entry.name: entry.stat().st_size for entry in listed}
         downloaded = _downloaded(found, images, used)
         if downloaded is None:
-            raise ValueError(
-                f"{folder}: {len(found):,} files, {sum(found.values()):,} bytes, but {images.count:,} "
-                f"files, {images.size:,} bytes when downloaded; names or sizes differ"
-            )
+            then = f"{images.count:,} files, {images.size:,} bytes"
+            now = f"{len(found):,} files, {sum(found.values()):,} bytes"
+            raise ValueError(f"{folder}: {now}, but {then} when downloaded; names or sizes differ")
         if contents and images.content != digest(
             f"{name} {size} {crc32(folder / name):08x}" for name, size in downloaded.items()
         ):
