@@ -79,7 +79,7 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path, *expected: str, verify: bool = True) -> dict:
     """Read a checkpoint without running code from it; tensors are memory-mapped.
 
-    expected: accepted values of the key `format`. verify: whether to compare the checksums.
+    expected: accepted values of the key `format`. verify: whether to verify the checksums.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -216,8 +216,8 @@ def wrong(*values: object) -> str:
         (ONE, "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
         (ONE, "<a>" * (1 << 21), "6,291,456 bytes, expected at most 4,194,304"),
         (ONE, wrong("a", 1, 1, "x", 1), "bndbox: expected numbers"),
-        (ONE, wrong("a", 1, 9, 5, 1), "expected xmin <= xmax"),
-        (ONE, wrong("a", 1, "nan", 5, 1), "expected xmin <= xmax"),
+        (ONE, wrong("a", 1, 9, 5, 1), "expected finite xmin <= xmax"),
+        (ONE, wrong("a", 1, "nan", 5, 1), "expected finite xmin <= xmax"),
         (ONE, wrong("a", 1, 101, 105, 9), "is outside the image of 100 x 50"),
         (ONE, wrong(" ", 1, 1, 5, 9), "an object without <name>"),
         (

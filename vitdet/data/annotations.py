@@ -29,7 +29,7 @@ from vitdet.data.segmentation import (
 
 OUTSIDE = 1.0  # tolerance in pixels for boxes that exceed their image due to rounding
 BLOCK = 1024  # annotations per block of the vectorized check
-MOST = 0.5  # if this share of objects has the same warning, the whole export is an error
+MOST = 0.5  # a warning about at least this fraction of objects also causes an error
 # Reasons for dropping an object from training
 CROWD, EMPTY, OUTSIDER = "crowd", "of zero size", "outside their images"
 NO_IMAGE, NO_CATEGORY = "of unknown images", "of unknown categories"

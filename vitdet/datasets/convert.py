@@ -38,8 +38,8 @@ class Converted:
 
     splits: dict[str, tuple[int, int]]  # number of images and of objects
     class_names: tuple[str, ...]
-    notes: dict[str, int]  # messages for the user, with the number of occurrences
-    remarks: tuple[str, ...] = ()  # messages without a number
+    notes: dict[str, int]  # message for the user -> number of occurrences
+    remarks: tuple[str, ...] = ()  # messages without a count
 
 
 def convert(
