@@ -17,16 +17,16 @@ RUN_ID = "KFP_RUN_ID"
 
 
 def run_id() -> str:
-    """Return the id of the pipeline run. Raises RuntimeError outside a step."""
+    """Return the ID of the pipeline run. Raises RuntimeError outside a step."""
     found = os.environ.get(RUN_ID, "")
     if not found:
-        raise RuntimeError(f"{RUN_ID} is not set: the id of the pipeline run is unknown")
+        raise RuntimeError(f"{RUN_ID} is not set: the ID of the pipeline run is unknown")
     return found
 
 
 @contextmanager
 def afterwards(call: Callable[[], None]) -> Iterator[None]:
-    """Call `call` on exit, also after an error; replaces `try` in the bodies of steps."""
+    """Call `call` on exit, even after an error; replaces `try` in the bodies of steps."""
     try:
         yield
     finally:

@@ -15,13 +15,13 @@ def evaluate(
     figures: Output[Metrics],
     report: Output[HTML],
 ) -> str:
-    """Evaluate a checkpoint; log box and mask AP in percent and the other metrics, also to MLflow.
+    """Evaluate a checkpoint; log the metrics, with AP in percent, to KFP and MLflow.
 
     report: a page with precision-recall curves, AP by class, errors, and the best and worst images.
     Its metadata contains the URL of the MLflow run.
 
-    Returns "known" if the registry contains the champion's AP on this data with these settings,
-    else "unknown".
+    Returns "unknown" if there is a champion whose AP on this data with these settings is not in the
+    registry, else "known".
     """
     from components import run_id
     from vitdet import stages

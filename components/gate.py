@@ -13,7 +13,7 @@ def gate(
     workspace: str,
     verdict: Output[Artifact],
 ) -> str:
-    """Compare the detector's AP with the champion's on the same data, by the gate's settings.
+    """Compare the detector with the champion on the same data, as the gate's settings specify.
 
     Returns "passed" or "stopped". The first model passes; a tie does not.
     """

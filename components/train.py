@@ -2,7 +2,7 @@
 
 Both components have the same inputs and outputs. `data` is the fingerprint of the data, `initial` a
 digest of the initial weights; both are part of the step's cache key. KFP's cache compares
-parameters by value and artifacts by id, so the configs come from the step `configs`, which is
+parameters by value and artifacts by ID, so the configs come from the step `configs`, which is
 cached, and not from `data`, which is not.
 """
 

@@ -23,8 +23,8 @@ from pipeline.versions import Version, server_version
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client would wait forever on CANCELED
 RECURRING = "recurringrun"  # the web interface's name of a schedule, in links
-# Tasks that Argo adds to the steps: groups of steps, drivers, pods. "(0)" marks an attempt of a
-# retried step. Names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go.
+# Argo's tasks other than steps: groups of steps, drivers, pods. The suffix "(0)" marks an attempt
+# of a retried step (kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
 ATTEMPT = re.compile(r"\(\d+\)$")
 ARGO_TASK = re.compile(
     r"(root|executor|iteration.*|(for-loop|condition|condition-branches|exit-handler)-\d+.*)(-driver)?$"
@@ -93,7 +93,7 @@ class Server:
         return asked if multi_user else ""
 
     def experiment(self, name: str, namespace: str) -> str:
-        """Return the id of an experiment; create it if it does not exist."""
+        """Return the ID of an experiment; create it if it does not exist."""
         by_name = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
         scope = {"namespace": namespace} if namespace else {}
 
@@ -113,7 +113,7 @@ class Server:
     def start(
         self, request: RunRequest, namespace: str = "", schedule: Schedule | None = None
     ) -> str:
-        """Start a run, or a recurring run if a schedule is given, and return its id."""
+        """Start a run, or a recurring run if a schedule is given, and return its ID."""
         experiment = self.experiment(request.experiment, namespace)
         marker = f"submission {uuid4().hex}"
         body = {
@@ -246,7 +246,7 @@ class Server:
             time.sleep(every)
 
     def terminate(self, found: api.V2beta1Run | api.V2beta1RecurringRun) -> None:
-        """Terminate a run unless it has ended; delete a schedule."""
+        """Terminate a run unless it has ended, or delete a schedule."""
         if isinstance(found, api.V2beta1RecurringRun):
             self.recurring.recurring_run_service_delete_recurring_run(found.recurring_run_id)
         elif found.state not in (*ENDED, "CANCELING"):

@@ -1,7 +1,7 @@
 """The connection to Kubeflow Pipelines: credentials, timeouts, retries, errors.
 
 Requests are sent with kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
-itself is not used: its constructor requests /healthz without a timeout, repeats this every 5 s with
+itself is not used: its constructor requests /healthz without a timeout, retries every 5 s with
 a traceback, reads cookies from ~/.config/kfp and, if an environment variable is set, prompts. It
 waits forever on a server that stalls and on a canceled run, does not retry after a 5xx, and prints
 an error's headers including cookies. Its `enable_caching=False` has no effect on steps inside an
@@ -107,7 +107,7 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Return the token and the cookie from their files, KFP_TOKEN and KFP_COOKIE, or the pod.
+    """Return the token and cookie from files, else KFP_TOKEN and KFP_COOKIE, else from the pod.
 
     The pod's token is sent only to the cluster's services, unless KF_PIPELINES_SA_TOKEN_PATH is
     set. Raises ValueError for invalid values.
@@ -203,7 +203,7 @@ class Transport(RESTClientObject):
         self.report = report
         self.token, self.cookie = token, cookie
         self.login = [secret for secret in (token, cookie) if secret]
-        # whether a request may succeed after a 401
+        # whether a retry may succeed after a 401
         self.renewed = any(secret.renewed for secret in self.login)
 
     def request(

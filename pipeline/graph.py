@@ -17,7 +17,7 @@ The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `par
 Argo template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
 v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the others
 (dag.go: assessDAGPhase waits for every node; template.failFast is not set), but `compare` depends
-on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler then creates the table
+on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler creates the table
 of the finished training runs from the workspace, as it cannot use outputs of other steps.
 `ignore_upstream_failure` is no alternative: the backend compiles it to an exit hook, which
 iteratorTask does not pass on. When a run is retried, the backend repeats `compare`, but not an exit
@@ -249,14 +249,14 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
     def configure(task: PipelineTask, size: str) -> PipelineTask:
         processor, memory, memory_limit, retries = sizes[size]
         task.set_container_image(image)
-        task.set_env_variable("VITDET_IMAGE", image)  # logged to MLflow, also by the training jobs
+        task.set_env_variable("VITDET_IMAGE", image)  # logged to MLflow by steps and jobs
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(memory_limit)
         if retries:
             task.set_retry(
                 retries,
                 backoff_duration="30s",
-                # a failed training run fails again immediately, so the back-off before its last
-                # retry must not take hours
+                # a retry of a failed training run fails immediately: with exponential back-off,
+                # the step would take hours to fail
                 backoff_factor=1 if size == "launcher" else 2,
                 backoff_max_duration=MAX_RETRY_TIME,
             )

@@ -156,7 +156,7 @@ def server_version(health: dict) -> tuple[Version, str]:
     version = (2, 15, 0) if store else OLDEST
     return version, (
         f"the server does not report its version; treated as Pipelines {text(version)} "
-        f"({SERVERS[version]}), pass --kfp VERSION if this is wrong"
+        f"({SERVERS[version]}); pass --kfp VERSION if this is wrong"
     )
 
 
@@ -181,8 +181,8 @@ def fit(documents: list[dict], version: Version) -> list[str]:
         for parent, key in found:
             del parent[key]
         lines.append(
-            f"Pipelines {text(version)} does not support {field.name} ({text(field.since)} does), "
-            f"left out {len(found)} times: {field.loss}"
+            f"Pipelines {text(version)} does not support {field.name} ({text(field.since)} does); "
+            f"left out in {len(found)} place(s): {field.loss}"
         )
     return lines
 

@@ -34,7 +34,7 @@ class Timeouts:
 
     poll: float = 5
     api: float = 600  # the API server does not respond
-    # the API server rejects requests that it allowed before, e.g. until it has loaded all Roles
+    # the API server denies requests that it allowed before, e.g. until it has reloaded all Roles
     forbidden: float = 60
     operator: float = 300  # the operator does not react to a new job
     start: float = 300  # a pod cannot start: image, Secret, command

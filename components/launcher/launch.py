@@ -154,7 +154,7 @@ def delete_jobs(
     Returns:
         The names of the deleted jobs, and one line for each job that was not deleted and each kind
         that may not be listed, e.g. because the account may use only one operator. The line of a
-        finished job says how long the job and its pods' logs are kept.
+        finished job states how long the job and its pods' logs are kept.
 
     Raises:
         PermissionError: Listing `own` or all kinds, or deleting a job, is forbidden.

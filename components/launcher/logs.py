@@ -145,15 +145,15 @@ class RankLogs:
     def first_failure(self, since: str = "") -> Failure | None:
         """Return the first failure after the time `since`; None if no log contains a failure.
 
-        This failure makes the other ranks fail soon afterwards, often within the same second in
-        torchrun's summary. A rank that was killed by a signal precedes the ranks that lost the
-        connection to it; SIGTERM is torchrun's own signal to the remaining ranks.
+        The other ranks fail soon afterwards, often in the same second, which is the resolution of
+        torchrun's summary. A rank that was killed by a signal is therefore returned first: the
+        other ranks lost their connection to it. Torchrun itself sends SIGTERM, which is ignored.
         """
         found = [*self.errors(since), *self.summaries(since)]
         return min(found, key=lambda failure: (not failure.signal, failure.time), default=None)
 
     def errors(self, since: str) -> list[Failure]:
-        """Return the first error of each rank, and of each pod whose lines have no prefix."""
+        """Return the first error of each rank, and of each pod whose lines have no rank prefix."""
         failures = []
         split = {pod for source, pod in self.pods.items() if source.startswith("rank ")}
         for source, lines in self.lines.items():

@@ -28,10 +28,10 @@ OUT_OF_MEMORY = "OOMKilled"
 OWN_LIMITS = re.compile(
     "exceeds the limit|exceeds the total limit|exceeded its local ephemeral storage"
 )
-# Values of status.reason of pods that were terminated or rejected by their node, for versions and
-# cases without the condition DisruptionTarget: pkg/kubelet (eviction, nodeshutdown, preemption,
-# lifecycle) and pkg/controller/nodelifecycle. The last two mean that the kubelet or the runtime did
-# not see the container exit, because its node was restarted.
+# Reasons of pods that were terminated or rejected by their node, if Kubernetes does not set the
+# condition DisruptionTarget: pkg/kubelet (eviction, nodeshutdown, preemption, lifecycle) and
+# pkg/controller/nodelifecycle. ContainerStatusUnknown and Unknown mean that the kubelet or the
+# runtime did not see the container exit, because its node was restarted.
 DISRUPTIONS = re.compile(
     "Evicted|NodeLost|NodeShutdown|Shutdown|Terminated|Preempting|NodeAffinity|OutOf.*"
     "|UnexpectedAdmissionError|Deleted|NodeNotReady|ContainerStatusUnknown|Unknown"
@@ -104,7 +104,7 @@ class Restarts:
             self.add(name, Cause(name, "NodeNotReady"), now, True)
         if cause is None:
             return
-        # while a pod waits for a node or its restart, the other pods fail because they time out
+        # while a pod waits for a node or for its restart, the other pods time out and fail
         for _ in range(count - before):
             if not self.join_last(name, uid, cause, now):
                 self.add(name, cause, now, self.incomplete)
@@ -153,11 +153,10 @@ class Restarts:
         incident.disrupted |= disrupted
 
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
-        """Add a failure to the last incident if this incident caused it; return whether it did.
+        """Add a failure to the last incident if it is a consequence; return whether it was added.
 
-        This is the case while another pod is waiting for its first restart since the incident
-        started. In a crash loop all pods are waiting most of the time, but have failed again since
-        then.
+        A failure is a consequence while another pod waits for its first restart since the incident
+        started. In a crash loop, all pods wait most of the time, but after further failures.
         """
         last = self.incidents[-1] if self.incidents else None
         if last is None or now - last.start > WINDOW:

@@ -28,7 +28,7 @@ def _list(kind: Any) -> Any:
     return list[kind]
 
 
-# YAML reads unquoted numbers; the API server validates the type
+# YAML parses an unquoted 8 as a number, not a string; the API server validates the type
 Scalar = str | int | float | bool
 _MAP = dict[str, Scalar | None]
 _METADATA = _fields("Metadata", name=str, labels=_MAP, annotations=_MAP)

@@ -212,7 +212,7 @@ def blocking_reason(pod: dict) -> Cause | None:
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in BROKEN:
             return Cause(name, waiting["reason"], message=waiting.get("message") or "")
-    # reported here because the operators count only the restarts of running pods
+    # failing init containers, as the operators count only the restarts of running pods
     for init in status.get("initContainerStatuses") or []:
         last = (init.get("lastState") or {}).get("terminated") or {}
         done = ((init.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
@@ -237,7 +237,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return the reason why pods are missing; None if all exist or no event has a reason."""
+    """Return the reason why pods are missing; None if none is missing or no event explains it."""
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]

@@ -22,7 +22,7 @@ POOL = "vitdet/pool"  # label of node pools, independent of the cloud provider
 # the label on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
-# annotation of a template: for how many seconds its pods may wait for a node
+# annotation of a template: maximum time in seconds that its pods may wait for a node
 SCHEDULE = "vitdet/schedule-seconds"
 # annotations that the launcher sets on a job
 FAILURE = "vitdet/failure"  # why the job failed or was aborted

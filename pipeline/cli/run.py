@@ -25,7 +25,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("work/pipeline"),
         metavar="DIR",
-        help="folder for data, runs and models, to which relative paths in recipes refer "
+        help="folder for data, runs and models; base of relative paths in recipes "
         "(default: work/pipeline)",
     )
     command.set_defaults(run=run_run)

@@ -14,7 +14,7 @@ from pipeline.client import RECURRING
 def add_status(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
     command = add_command(commands, "status", "show the state of a run or schedule")
-    command.add_argument("run_id", metavar="RUN", help="id or link of a run or schedule")
+    command.add_argument("run_id", metavar="RUN", help="ID or link of a run or schedule")
     add_server(command)
     command.set_defaults(run=run_status)
 

@@ -80,7 +80,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"service account of the steps (default: {ACCOUNT}, see manifests/; '': the server's)",
     )
-    add_text(cluster, "--pipeline-root", "URL", "storage of the steps' artifacts")
+    add_text(cluster, "--pipeline-root", "URL", "URL of the storage for the steps' artifacts")
     run = command.add_argument_group("the run")
     run.add_argument(
         "--experiment",
@@ -92,7 +92,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--no-cache", action="store_true", help="do not reuse cached results of steps")
     source = run.add_mutually_exclusive_group()
     source.add_argument(
-        "--package", type=Path, metavar="FILE", help="a compiled pipeline (default: compile it now)"
+        "--package", type=Path, metavar="FILE", help="compiled pipeline (default: compiled now)"
     )
     add_text(
         source,
@@ -125,7 +125,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
 
 
 def run_submit(args: argparse.Namespace) -> int:
-    """Start the run or schedule and print its id and link; with --wait, follow it."""
+    """Start the run or schedule and print its ID and link; with --wait, follow it."""
     schedule = None
     if [args.job, args.token_file, args.cookie_file].count("-") > 1:
         raise ValueError(
@@ -163,7 +163,7 @@ def run_submit(args: argparse.Namespace) -> int:
     except ServerError as error:
         raise refused(error, server) from None
     print(
-        f"{'when' if schedule else 'run '} {name}\nid   {run_id}\n"
+        f"{'name' if schedule else 'run '} {name}\nid   {run_id}\n"
         f"link {server.link(run_id, RECURRING if schedule else 'runs')}",
         flush=True,
     )

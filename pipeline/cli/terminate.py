@@ -24,9 +24,9 @@ class StillEnding(Exception):
 def add_terminate(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
     command = add_command(
-        commands, "terminate", "end a run and delete its training jobs; delete a schedule"
+        commands, "terminate", "end a run and delete its training jobs, or delete a schedule"
     )
-    command.add_argument("run_id", metavar="RUN", help="id or link of a run or schedule")
+    command.add_argument("run_id", metavar="RUN", help="ID or link of a run or schedule")
     add_server(command)
     command.set_defaults(run=run_terminate)
 

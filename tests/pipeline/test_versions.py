@@ -99,7 +99,7 @@ def test_an_unsupported_version_is_one_line(
         ({"apiServerTagName": "2.17.0", "frontendTagName": "2.5.0"}, (2, 17, 0), ""),
         ({"tag_name": "2.18.0"}, NEWEST, "the server runs Pipelines 2.18.0; treated as 2.17.0"),
         # as images before 2.16 report it, directly and through the web interface
-        ({"tag_name": "unknown"}, (2, 5, 0), "Pipelines 2.5.0 (Kubeflow 1.10), pass --kfp VERSION"),
+        ({"tag_name": "unknown"}, (2, 5, 0), "Pipelines 2.5.0 (Kubeflow 1.10); pass --kfp VERSION"),
         ({"tag_name": "unknown", "pipeline_store": "database"}, (2, 15, 0), "Pipelines 2.15.0 ("),
         ({"apiServerTagName": "unknown", "pipelineStore": "database"}, (2, 15, 0), "2.15.0 ("),
     ],
@@ -116,8 +116,8 @@ def test_submit_omits_unsupported_fields(kubeflow: Kubeflow, cli: Run) -> None:
     kubeflow.health = {"tag_name": "unknown", "pipeline_store": "database"}
     code, _, said = cli(*words)
     doubt, line = said.splitlines()
-    assert code == 0 and "treated as Pipelines 2.15.0 (Kubeflow 1.11), pass --kfp" in doubt
-    assert "securityContext (2.16.0 does), left out" in line and "Pod Security `restricted`" in line
+    assert code == 0 and "treated as Pipelines 2.15.0 (Kubeflow 1.11); pass --kfp" in doubt
+    assert "securityContext (2.16.0 does); left out" in line and "Pod Security `restricted`" in line
     assert not any(
         "securityContext" in executor for executor in executors(sent(kubeflow)[1]).values()
     )

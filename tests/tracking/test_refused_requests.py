@@ -131,7 +131,7 @@ def test_a_hanging_artifact_store_delays_nothing(
     assert points(store, run_id, "box_ap") == [(2, 1.0)]
     assert tracking.open_client(store).get_run(run_id).info.status == "FINISHED"
     assert len(find(tmp_path, run_id).entries()) == 2
-    assert "files are not uploaded after 0.3 s" in caplog.text
+    assert "files were not uploaded within 0.3 s" in caplog.text
     answered.set()
     for thread in threading.enumerate():  # otherwise it uploads during the next test
         if thread.name == "uploads":

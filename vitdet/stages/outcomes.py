@@ -20,7 +20,7 @@ VERDICT, FAILURE = "verdict.json", "failure.json"
 
 @contextmanager
 def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None]:
-    """Record the error that a step raises in this context, else remove an earlier attempt's."""
+    """Record the step's error, if any, on exit; else remove the record of an earlier attempt."""
     file = training_folder(workspace, name, run_id) / FAILURE
     try:
         yield

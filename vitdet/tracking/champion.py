@@ -1,16 +1,16 @@
 """The champion: the version of a model with the alias `champion`, which the gate protects.
 
 Metrics are comparable only if they were measured on the same validation data with the same
-settings. If the champion's were not, it is evaluated again, as the candidate was, and the result is
-stored with its version.
+settings. Otherwise, the champion is evaluated again, as the candidate was, and the result is stored
+with the champion's version.
 
 Processes that share a folder promote one at a time. Processes without a shared folder can promote
 at the same time, as MLflow cannot set an alias conditionally. Each process records its promotion in
 a tag, sets the alias and then reads all records. If another version that replaced the same champion
 is better, or was forced or restored by a user, the process sets the alias to that version and reads
 the records again. Whichever process sets the alias last therefore sets it to the best version.
-Until then, the alias may briefly refer to another version. It remains there if the process dies
-between these requests or loses the connection; in this case, promote the better version again.
+Until then, the alias may briefly refer to another version. If the process dies or loses the
+connection between these requests, the alias is not corrected: promote the better version again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protoc
 def is_known(
     protocol: Protocol, gate: GateConfig, *, uri: str, folder: Path, model_name: str
 ) -> bool:
-    """Return whether the evaluation of the champion, if there is one, is stored for this protocol.
+    """Return whether the champion's evaluation is stored for this protocol; True for no champion.
 
     Raises ConnectionError if MLflow does not respond, like all functions of this module.
     """

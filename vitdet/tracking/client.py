@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from vitdet.tracking.address import hide_credentials
 
-# Attempts, with pauses of 0, 2, 4, ... seconds: about a minute in total, enough for a restart.
+# Attempts, with pauses of 0, 2, 4, ... seconds: about a minute, enough for a server restart.
 TRIES = 7
 BACK_OFF = "1"
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
@@ -112,7 +112,7 @@ def open_client(uri: str) -> Client:
 def _cached_client(uri: str) -> Client:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # log every migration of a new SQLite file
+    for name in ("alembic", "mlflow.store.db.utils"):  # would log a new SQLite file's migrations
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return Client(MlflowClient(uri, uri), uri, retries=False)

@@ -55,7 +55,7 @@ class MLflowTracker(Tracker):
         self._closing, self._tried = threading.Event(), threading.Event()
         self._limit = CLOSE_SECONDS
         self.refusal = ""
-        # imports MLflow, which takes seconds, before START_SECONDS begin
+        # imports MLflow, which takes seconds, before the wait of START_SECONDS begins
         self._system = SystemMetrics(points.get("gpu_hours", (0, 0.0))[1])
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class MLflowTracker(Tracker):
         if self._closing.is_set():
             return
         last, _ = self._journal.state()
-        had_ended = last.get("end") == status  # nothing was added since: keep the time of that end
+        had_ended = last.get("end") == status  # nothing was added since: keep that time
         ended = {"ended": last.get("ended", last["time"])} if had_ended else {}
         self._journal.append({"end": status, **ended})
         finishes = self._is_file and status == "FINISHED"
@@ -239,7 +239,7 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
             check_server(client)
     except RefusedError:
         raise
-    except Exception as error:  # of MLflow, its HTTP client or a database
+    except Exception as error:  # raised by MLflow, its HTTP client or a database
         if uri.startswith("sqlite:"):
             problem = "the file cannot be used"
             advice = "check its path, its permissions and the free disk space"

@@ -41,7 +41,7 @@ COLUMNS = {
     **dict.fromkeys(("x0", "y0", "x1", "y1"), "double"),
     **{"height": "long", "width": "long", "mask": "string"},
 }
-TIMEOUT_SECONDS = 900.0  # of `try_model`: imports from a network file system can take minutes
+TIMEOUT_SECONDS = 900.0  # for `try_model`; imports from a network file system can take minutes
 PROGRAM = """
 import sys
 wheel, path = sys.argv[1:]

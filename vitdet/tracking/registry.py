@@ -288,7 +288,7 @@ class _Entry:
             client.log_inputs(run_id, [dataset])
         now, metrics = int(time.time() * 1000), []
         for key, value in values.items():
-            # a model's metric also appears in its run: an equal value there keeps its timestamp
+            # these points also enter the run's history: reuse the timestamp of an equal value
             same = [
                 point.timestamp
                 for point in client.get_metric_history(run_id, key)

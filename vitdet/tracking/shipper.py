@@ -90,7 +90,7 @@ class Shipper:
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 log.warning(
-                    f"tracking: files are not uploaded after {seconds:g} s; they are kept in "
+                    f"tracking: files were not uploaded within {seconds:g} s; they are kept in "
                     f"{self.journal.files}, and the next command that uses this run uploads them"
                 )
                 break
@@ -144,8 +144,8 @@ class Shipper:
                 if key not in self._failed:
                     log.warning(
                         f"tracking: {path and path.name} cannot be uploaded ({first_line(error)}); "
-                        f"the file is kept in {self.journal.files}, and the upload is retried, "
-                        "also by the next command that uses this run"
+                        f"the file is kept in {self.journal.files}, and this process or the next "
+                        "command that uses this run retries the upload"
                     )
                 self._failed.add(key)
                 self._next_upload = time.monotonic() + UPLOAD_SECONDS

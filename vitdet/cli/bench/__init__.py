@@ -13,7 +13,7 @@ from vitdet.files import write_json
 def add_bench(verb: argparse.ArgumentParser) -> None:
     """Add the kinds of the verb `bench`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
-    help = "time the evaluation of synthetic results, and pycocotools' evaluation (about 3 minutes)"
+    help = "time vitdet's and pycocotools' evaluation of synthetic results (about 3 minutes)"
     kind = add_kind(kinds, "evaluate", help)
     _add_number(kind, "--images", 5000, "number of images")
     _add_number(kind, "--detections", 100, "number of detections per image")

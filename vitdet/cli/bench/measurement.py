@@ -26,7 +26,7 @@ PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # CUDA calls in which the host waits; cudaDeviceSynchronize is only called by the measurement itself
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-COUNTED = 2  # number of steps after the timed steps, whose kernels are counted
+COUNTED = 2  # number of steps for counting kernels, after the timed steps
 GIB = 2**30
 # column of the report -> format of its values
 SHOWN = {

@@ -58,7 +58,7 @@ class Reader:
             return self._results(path)
         if (path / "config.yaml").is_file():
             return self._checkpoint(result(path))
-        if path.suffix == ".pt" or path.is_file():  # other suffixes occur in names of runs, too
+        if path.suffix == ".pt" or path.is_file():  # a run's name may contain other suffixes
             return self._checkpoint(path)
         return self._run(name)
 
