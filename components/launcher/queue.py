@@ -2,9 +2,9 @@
 
 Kueue creates a Workload (kueue.x-k8s.io/v1beta2, as of Kueue 0.15) for a job with a queue label
 and labels it with the job's uid (pkg/controller/constants). The Workload's condition QuotaReserved
-contains the reason why the job waits, e.g. `WaitingForQuota` with the missing quota, `Misconfigured`
-for a missing LocalQueue. Kueue before 0.19 has the same message with `Pending` or `Inadmissible`
-(apis/kueue/v1beta2/workload_types.go).
+contains the reason why the job waits, e.g. `WaitingForQuota` with the missing quota, or
+`Misconfigured` for a missing LocalQueue. Kueue before 0.19 has the same message with `Pending` or
+`Inadmissible` (apis/kueue/v1beta2/workload_types.go).
 
 A job without a Workload waits forever: since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
 2026-06-29) the default configuration does not enable the integration of PyTorchJobs.
