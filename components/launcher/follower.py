@@ -36,7 +36,7 @@ from components.launcher.status import (
 from components.launcher.templates import ERRORS, FAILURE, RESTARTS, SCHEDULE, STARTED, Kind
 from components.launcher.workflow import without_run
 
-MAX_ANNOTATION = 32_000  # length of FAILURE; the API server allows 256 KiB of annotations
+MAX_ANNOTATION = 32_000  # characters of FAILURE; the API server allows 256 KiB of annotations
 NO_WORKLOAD = 30.0  # seconds after which Kueue should have created a job's Workload
 
 

@@ -146,8 +146,8 @@ class RankLogs:
         """Return the first failure after the time `since`; None if no log contains a failure.
 
         The other ranks fail soon afterwards, often in the same second, which is the resolution of
-        torchrun's summary. A rank that was killed by a signal is therefore returned first: the
-        other ranks lost their connection to it. Torchrun itself sends SIGTERM, which is ignored.
+        torchrun's summary. A rank that was killed by a signal therefore takes precedence: the
+        other ranks lost their connection to it. SIGTERM is ignored, as torchrun itself sends it.
         """
         found = [*self.errors(since), *self.summaries(since)]
         return min(found, key=lambda failure: (not failure.signal, failure.time), default=None)

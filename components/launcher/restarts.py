@@ -156,7 +156,7 @@ class Restarts:
         """Add a failure to the last incident if it is a consequence; return whether it was added.
 
         A failure is a consequence while another pod waits for its first restart since the incident
-        started. In a crash loop, all pods wait most of the time, but after further failures.
+        started. In a crash loop, all pods wait most of the time, but they have failed again since.
         """
         last = self.incidents[-1] if self.incidents else None
         if last is None or now - last.start > WINDOW:

@@ -29,7 +29,7 @@ def workflow_owner(pod: dict) -> dict | None:
 
 
 def retry_index(pod: dict) -> int | None:
-    """Return a step's attempt, from 0 in each start or retry of the run; None if unknown.
+    """Return the index of a step's attempt, 0 again after a retry of the run; None if unknown.
 
     Argo names the attempts of a node NODE(0), NODE(1), ... (workflow/controller/operator.go,
     executeTemplate of v3.7). Kubeflow Pipelines sets KFP_RETRY_INDEX only after version 2.17.

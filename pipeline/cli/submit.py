@@ -92,7 +92,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--no-cache", action="store_true", help="do not reuse cached results of steps")
     source = run.add_mutually_exclusive_group()
     source.add_argument(
-        "--package", type=Path, metavar="FILE", help="compiled pipeline (default: compiled now)"
+        "--package", type=Path, metavar="FILE", help="compiled pipeline (default: compile one now)"
     )
     add_text(
         source,

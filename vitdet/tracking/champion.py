@@ -71,7 +71,7 @@ def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protoc
 def is_known(
     protocol: Protocol, gate: GateConfig, *, uri: str, folder: Path, model_name: str
 ) -> bool:
-    """Return whether the champion's evaluation is stored for this protocol; True for no champion.
+    """Return True if there is no champion or its evaluation is stored for this protocol.
 
     Raises ConnectionError if MLflow does not respond, like all functions of this module.
     """

@@ -85,7 +85,7 @@ class MLflowTracker(Tracker):
         if self._closing.is_set():
             return
         last, _ = self._journal.state()
-        had_ended = last.get("end") == status  # nothing was added since: keep that time
+        had_ended = last.get("end") == status  # nothing was added since: keep the end time
         ended = {"ended": last.get("ended", last["time"])} if had_ended else {}
         self._journal.append({"end": status, **ended})
         finishes = self._is_file and status == "FINISHED"
