@@ -28,7 +28,8 @@ demo: check-git $(READY)
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
-# DVC records the demo's experiment in Git. Checked before the installation, which takes minutes, also with --jobs=2.
+# DVC records the demo's experiment in Git. $(READY) depends on this check, so that it also precedes the installation,
+# which takes minutes, with --jobs=2.
 check-git:
 	@git rev-parse --verify HEAD >/dev/null || { echo "make demo needs a Git repository with a commit, as DVC records the experiment in Git (see Git's message above); \
 	use git clone, or run here: git init && git add --all && git commit --message start" >&2; exit 1; }
@@ -57,7 +58,7 @@ ui: $(READY)
 
 ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-# docker finds this file by its name and always caches layers
+# docker finds the ignore file by its name and always caches layers
 LAYERS := --layers --ignorefile manifests/image/Dockerfile.dockerignore
 
 image:

@@ -2,7 +2,7 @@
 
 The events are those of Argo (workflow/controller of v3.7) and of Kubeflow's Terminate and Retry
 (backend/src/common/util of Pipelines 2.17). Pod conditions that the tests' API server is too old for
-are written as by pkg/kubelet/nodeshutdown of 1.31.
+are written as in pkg/kubelet/nodeshutdown of 1.31.
 """
 
 from __future__ import annotations

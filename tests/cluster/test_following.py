@@ -224,7 +224,7 @@ CREATED = conditions("Created=True")
         ((CREATED, [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
     ],
 )
-def test_a_job_that_never_starts_is_suspended_and_an_error(poll: tuple, text: str) -> None:
+def test_a_job_that_never_starts_is_suspended_and_reported(poll: tuple, text: str) -> None:
     record = Record(poll)
     lines, error = follow(record)
     assert text in error and error.endswith("it is suspended")

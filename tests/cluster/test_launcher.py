@@ -168,7 +168,7 @@ def test_a_claim_mounted_by_task_and_template_is_one_volume() -> None:
     runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"]
     (node,) = runtime["template"]["spec"]["replicatedJobs"]
     volumes = node["template"]["spec"]["template"]["spec"]["volumes"]
-    assert task["volumes"][0] in volumes  # the controller merges by name there
+    assert task["volumes"][0] in volumes  # where the controller merges by name
 
 
 def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -> None:

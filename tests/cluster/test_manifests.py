@@ -236,7 +236,7 @@ def test_both_kinds_run_the_same_container(name: str) -> None:
     master, worker = (replicas[role]["template"] for role in ("Master", "Worker"))
     assert master == worker
     ((_, node),) = pods([runtime])
-    # the volume with this claim
+    # the runtime's volume has the name of its claim
     node = json.loads(
         json.dumps(node)
         .replace('"name": "vitdet-data"', '"name": "data"')

@@ -229,7 +229,7 @@ def test_the_next_launcher_continues_the_count() -> None:
     assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
 
 
-def test_an_error_is_stored_once_no_lost_node_can_explain_it() -> None:
+def test_an_error_is_stored_when_no_lost_node_can_explain_it() -> None:
     """If stored earlier, a replaced launcher would pass it on as a permanent error."""
     undecided = (RUNNING, [crashed("m", 1), pod("w")])
     record = Record((RUNNING, HEALTHY), undecided, undecided, SUCCEEDED)

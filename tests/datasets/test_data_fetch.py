@@ -196,7 +196,7 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def test_a_rerun_after_a_kill_at_any_point(web: Web, root: Path) -> None:
+def test_a_rerun_continues_after_a_kill_at_any_point(web: Web, root: Path) -> None:
     web.plans = {TRAIN: [file(cut=9_000, stall=True)]}
     process = start(web, root)
     part, val = (root / ".archives" / name for name in ("train2017.zip.part", "val2017.zip"))

@@ -54,7 +54,7 @@ def seconds(duration: str) -> str:
 
 
 def retry_arguments(task: dict) -> dict[str, str]:
-    """container.go, getTaskRetryParametersWithValues."""
+    """Return the arguments of a retryStrategy (container.go, getTaskRetryParametersWithValues)."""
     policy = task.get("retryPolicy")
     if policy is None:
         return {}
@@ -82,13 +82,13 @@ class Compiler:
         self.add_dag("root", pipeline["root"]["dag"])
 
     def add_dag(self, name: str, dag: dict) -> None:
-        """dag.go, DAG."""
+        """Add a DAG template and those of its tasks (dag.go, DAG)."""
         tasks = self.templates[name] = Template()
         for key, task in dag["tasks"].items():
             tasks.tasks += self.compile_task(key, task)
 
     def compile_task(self, name: str, task: dict, iteration: bool = False) -> list[Task]:
-        """dag.go, task and iteratorTask."""
+        """Return a task and its driver (dag.go, task and iteratorTask)."""
         component = task["componentRef"]["name"]
         if "parameterIterator" in task and not iteration:
             return self.iterator_task(name, task)
@@ -99,7 +99,7 @@ class Compiler:
         return [Task(f"{name}-driver", "system-container-driver"), self.executor_task(name, task)]
 
     def iterator_task(self, name: str, task: dict) -> list[Task]:
-        """dag.go, iteratorTask and iterationItemTask."""
+        """Return a loop and add its templates (dag.go, iteratorTask and iterationItemTask)."""
         component = task["componentRef"]["name"]
         items = f"{component}-iteration"
         self.templates[items] = Template(self.compile_task("iteration-item", task, iteration=True))
@@ -108,9 +108,10 @@ class Compiler:
         return [Task(name, f"{component}-{name}-iterator")]
 
     def executor_task(self, name: str, task: dict) -> Task:
-        """container.go, containerExecutorTask and addContainerExecutorTemplate.
+        """Return a pod and add its templates.
 
-        The pod's template has the retryStrategy, whose numbers are template inputs.
+        The pod's template has the retryStrategy, whose numbers are template inputs: container.go,
+        containerExecutorTask and addContainerExecutorTemplate.
         """
         component = self.components[task["componentRef"]["name"]]
         metadata = self.executors.get(component["executorLabel"], {}).get("podMetadata")
@@ -170,7 +171,7 @@ def failed_reason(pod: dict | None, argo: tuple[int, int, int]) -> str:
 
 
 def retry_policy(strategy: dict) -> str:
-    """workflow_types.go, RetryPolicyActual."""
+    """Return the effective retry policy (workflow_types.go, RetryPolicyActual)."""
     if strategy.get("retryPolicy"):
         return strategy["retryPolicy"]
     return "Always" if strategy.get("expression") else "OnFailure"
@@ -214,7 +215,7 @@ class Run:
             self.clock += wait
 
     def once(self, template: Template, arguments: dict[str, str], within: bool) -> str:
-        """Run a pod, or a DAG, whose phase is that of its failed task: dag.go, assessDAGPhase."""
+        """Run a pod or a DAG; a DAG has the phase of its failed task (dag.go, assessDAGPhase)."""
         for task in template.tasks:
             phase = self.execute(task, arguments, within)
             if phase != "Succeeded":

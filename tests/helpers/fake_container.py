@@ -59,7 +59,7 @@ class Container:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process; SIGKILL reaches all descendants in any session, as with torchrun."""
-        # also if the process ID was reused meanwhile
+        # psutil also raises NoSuchProcess if the process ID has been reused
         gone, found = (suppress(psutil.NoSuchProcess), set())
         with gone:
             while new := {self.root, *self.root.children(recursive=True)} - found:

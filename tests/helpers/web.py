@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self, data: bytes) -> None:
         for start in range(0, len(data), 1000):
-            with self.server.lock:  # counted before sending: a test reads it right after the client
+            with self.server.lock:  # before sending: tests read it as soon as the client returns
                 self.server.sent += len(data[start : start + 1000])
             self.wfile.write(data[start : start + 1000])
         self.wfile.flush()

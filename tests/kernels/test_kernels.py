@@ -213,7 +213,7 @@ def test_graphs_are_captured_on_their_device_in_one_stream(second_gpu):
 
 
 def test_a_graphs_inputs_can_be_written_outside_of_inference_mode(second_gpu):
-    """Inference tensors cannot be; inference mode is a state of each thread."""
+    """Inference tensors cannot be written there; inference mode is a state of each thread."""
     graphs, inference = CudaGraph(), []
     with torch.inference_mode():
         graphs.record(lambda tensor: inference.append(tensor.inference), OnSecondGpu(1))

@@ -187,7 +187,7 @@ def test_the_next_stage_trains_on_boxes_clipped_to_the_image():
 
 
 @torch.no_grad()
-def test_every_stage_gets_the_previous_stage_s_clipped_boxes(monkeypatch):
+def test_each_stage_gets_the_clipped_boxes_of_the_previous_stage(monkeypatch):
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     for stage in heads.stages:
         # every stage at least doubles the boxes

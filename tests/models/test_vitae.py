@@ -199,8 +199,8 @@ def test_features_beyond_the_range_of_half_precision():
 @pytest.mark.parametrize(
     ("name", "parameters", "buffers"),
     [
-        # The published backbone, without its deconvolutions (the pyramid's here) and 2 random
-        # matrices (buffers here), with the bias of the keys of 4 blocks.
+        # Counts of the published backbones, except that deconvolutions are part of the pyramid,
+        # ViTAE-S's random matrices are buffers, and the keys of 4 ViTAE-B blocks have a bias.
         ("vit_b", 95_966_720 - 7_081_728, 0),
         ("vitae_b", 98_737_664 - 7_081_728 + 4 * 768, 73_740),
         ("vitae_s", 25_518_880 - 1_771_392 - 23_040, 43_294 + 23_040),

@@ -140,7 +140,7 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
     assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
 
 
-def test_the_kind_of_job_is_that_of_the_job_and_no_other_is_accepted(
+def test_job_kind_defaults_to_that_of_the_file_and_must_be_in_it(
     kubeflow: Kubeflow, cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()

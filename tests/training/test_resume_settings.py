@@ -173,7 +173,7 @@ def test_a_folder_of_states_is_found_with_more_steps(tiny: Path, pair: Pair) -> 
     assert min(go(tiny, pair.output, **given, optim__steps=12).points) in (8, 9)
     assert len(pair.names()) == 1
     shutil.rmtree(pair.output)
-    # its steps have other learning rates, so it starts at step 1
+    # with a different schedule, the states cannot be used: training starts at step 1
     changes = {"optim__steps": 12, "optim__schedule": "cosine"}
     cut_at(1, tiny, pair.output, states=pair.states, **changes)
     assert len(pair.names()) == 2

@@ -154,7 +154,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, packed: bool) -> None
     assert not (tmp_path / "proof").exists()
     if packed:
         torch.load(path, weights_only=False)
-        assert (tmp_path / "proof").exists()  # without the protection the command runs
+        assert (tmp_path / "proof").exists()  # without the protection, the code runs
 
 
 def test_a_detector_is_loaded_unchanged(trained: Path) -> None:

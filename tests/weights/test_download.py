@@ -118,7 +118,7 @@ def test_parts_of_two_files_are_never_joined(load: Load, then: Answer) -> None:
     assert load(file(cut=30_000), changed(OTHER, then)).read_bytes() == OTHER
 
 
-def test_another_or_an_invalid_range_starts_again(web: Web, load: Load) -> None:
+def test_a_wrong_or_invalid_range_restarts_the_download(web: Web, load: Load) -> None:
     assert load(file(cut=30_000), file(shift=7)).read_bytes() == CONTENT
     (web.content, web.tag) = (OTHER, '"three"')
     assert load().read_bytes() == CONTENT  # the file is complete: no request is sent

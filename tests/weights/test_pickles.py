@@ -23,7 +23,7 @@ from vitdet.weights.unwrap import unwrap
 
 
 class Call:
-    """Its pickle is a function call."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Callable, *values: object) -> None:
         self.what = function, values
@@ -33,7 +33,7 @@ class Call:
 
 
 class Late:
-    """Its call happens when its state is set: an exploit in the fields of a harmless class."""
+    """An exploit in the state of a harmless class: unpickling the state calls a function."""
 
     def __init__(self, function: Callable, *values: object) -> None:
         self.what = function, values

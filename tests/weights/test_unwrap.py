@@ -87,7 +87,7 @@ def test_ambiguous_and_incomplete_weights_are_rejected(content: dict, says: str)
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_layout_is_read_through_the_same_wrappers(layout: str, tmp_path: Path) -> None:
-    """Names of no layout reach the table without their wrappers."""
+    """The error names an unknown tensor without its prefix: wrappers are removed first."""
     path = tmp_path / "w.pth"
     torch.save({"ema": prefixed("module._orig_mod.", {"zzz.w": torch.ones(2)})}, path)
     if layout == "vitdet":  # accepts any name
