@@ -28,8 +28,7 @@ demo: check-git $(READY)
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
-# DVC records the demo's experiment in Git. $(READY) depends on this check, so that it also precedes the installation,
-# which takes minutes, with --jobs=2.
+# DVC records the demo's experiment in Git. Also checked before the slow installation, which depends on this target.
 check-git:
 	@git rev-parse --verify HEAD >/dev/null || { echo "make demo needs a Git repository with a commit, as DVC records the experiment in Git (see Git's message above); \
 	use git clone, or run here: git init && git add --all && git commit --message start" >&2; exit 1; }

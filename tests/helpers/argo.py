@@ -108,10 +108,9 @@ class Compiler:
         return [Task(name, f"{component}-{name}-iterator")]
 
     def executor_task(self, name: str, task: dict) -> Task:
-        """Return a pod and add its templates.
+        """Return a pod; in its template, the numbers of the retryStrategy are inputs.
 
-        The pod's template has the retryStrategy, whose numbers are template inputs: container.go,
-        containerExecutorTask and addContainerExecutorTemplate.
+        container.go, containerExecutorTask and addContainerExecutorTemplate.
         """
         component = self.components[task["componentRef"]["name"]]
         metadata = self.executors.get(component["executorLabel"], {}).get("podMetadata")
