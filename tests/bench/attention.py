@@ -1,8 +1,8 @@
-"""Times the attention kernels with other blocks on a GPU: `python -m tests.bench.attention [HEADS DEPTH]`.
+"""Time the attention kernels with other block sizes: `python -m tests.bench.attention [HEADS DEPTH]`.
 
 Forward and backward passes at 64 x 64 tokens and batch 8, over the grid and in windows of 14; ViT-B's heads by default.
-The constants of `vitdet.kernels.attention_kernels` are replaced one at a time; processes compile them beforehand. The
-first of each list are the ones in use.
+The constants of `vitdet.kernels.attention_kernels` are replaced one at a time; processes compile them beforehand. Each
+list starts with the value in use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRIED = {
 
 
 class Trial(NamedTuple):
-    """A constant of the kernels with the blocks that it has instead, or None for those in use."""
+    """A constant of the kernels and the block sizes that replace it (None: the sizes in use)."""
 
     name: str
     window: int
@@ -42,7 +42,7 @@ class Trial(NamedTuple):
 
 
 def passes(heads: int, depth: int, window: int):
-    """Functions that run the forward and the backward pass."""
+    """Return functions that run the forward and the backward pass."""
     layout = Layout.of(SIDE, SIDE, heads, depth, window)
     case = Case(BATCH, SIDE, SIDE, heads, depth, window)
     (qkv, bias, *tables), gradient = inputs(case, torch.bfloat16, "cuda")
@@ -55,7 +55,7 @@ def passes(heads: int, depth: int, window: int):
 
 
 def timed(trial: Trial, heads: int, depth: int, repeats: int) -> float | str:
-    """Milliseconds of the pass to which the constant belongs, or why it cannot run."""
+    """Return the milliseconds of the constant's pass, or the reason why it cannot run."""
     used = getattr(kernels, trial.name)
     blocks = Blocks(*trial.blocks) if trial.blocks else used[trial.window == 0]
     try:

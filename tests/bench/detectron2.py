@@ -1,4 +1,4 @@
-"""A recipe's training step and inference compared with Detectron2's, on the same images in the same process.
+"""Compare the training step and inference of a recipe with Detectron2's, on the same images in the same process.
 
     python -m tests.bench.detectron2 FOLDER --batch 8,1 --output figures.json
 
@@ -83,14 +83,14 @@ def beside(
     theirs: Callable[..., dict],
     path: str,
 ) -> dict:
-    """The figures of both implementations as rows of one table; the column `who` names the implementation."""
+    """Return the measurements of both implementations as rows; the column `who` names the implementation."""
     figures: dict = {"product_tflops": {}, "tflop_per_image": 0.0}
     rows: list[dict] = []
     for size in sizes:
         try:
             figures = ours(config, [size], [config.train.precision], given.steps, device)
             rows.append({"who": "vitdet", **figures["rows"][0]})
-        except Exception as error:  # what is measured so far, and theirs, is not lost
+        except Exception as error:  # keep the other measurements
             traceback.print_exc()
             rows.append({"who": "vitdet", "batch": size, "error": str(error).splitlines()[0]})
         row = fitting(
@@ -104,7 +104,7 @@ def beside(
 
 
 def fitting(size: int, measure: Callable[[int], dict]) -> dict:
-    """The row of the largest batch of size, size / 2, ... that fits into memory."""
+    """Return the row of the largest batch of size, size / 2, ... that fits into memory."""
     precision = "fp16" if torch.cuda.is_available() else "fp32"
     row: dict[str, Any] = {"who": "detectron2", "precision": precision}
     while size:
@@ -117,7 +117,7 @@ def fitting(size: int, measure: Callable[[int], dict]) -> dict:
 
 
 def ratios(rows: list[dict]) -> Iterator[str]:
-    """A line for each batch size: how many times as fast ours is, at whatever batch theirs fits."""
+    """Yield a line for each batch size with the ratios of speed and memory, vitdet to detectron2."""
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         speeds = [row.get("images_per_second") for row in (ours, theirs)]
         if all(speeds):
@@ -128,7 +128,7 @@ def ratios(rows: list[dict]) -> Iterator[str]:
 
 
 def load_sources(folder: Path) -> None:
-    """Makes `import detectron2` work without its compiled extension and without setuptools' pkg_resources."""
+    """Make `import detectron2` work without its compiled extension and without setuptools' pkg_resources."""
     folder = folder.resolve()
     if not (folder / "detectron2").is_dir():
         raise SystemExit(f"{folder}: no folder detectron2/ in it; expected a checkout of it")
@@ -145,7 +145,7 @@ def load_sources(folder: Path) -> None:
 
 
 def build(sources: Path, path: str, config: Config, device: torch.device) -> tuple[Any, Any]:
-    """Their model with random weights, and the config that it is from, with our sizes of the image and its samples."""
+    """Return Detectron2's model with random weights, and its config, both with the recipe's image size and samples."""
     from detectron2.config import LazyConfig, instantiate
 
     theirs = LazyConfig.load(str(sources / "projects/ViTDet/configs" / path))
@@ -163,7 +163,7 @@ def build(sources: Path, path: str, config: Config, device: torch.device) -> tup
 def training_row(
     sources: Path, path: str, config: Config, size: int, steps: int, device: torch.device
 ) -> dict:
-    """Their figures of a training step: their trainer's, in fp16 on a GPU."""
+    """Measure a training step of Detectron2's trainer, in fp16 on a GPU."""
     from detectron2.config import instantiate
     from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer
     from detectron2.utils.events import EventStorage
@@ -190,7 +190,7 @@ def training_row(
 def inference_row(
     sources: Path, path: str, config: Config, size: int, steps: int, device: torch.device
 ) -> dict:
-    """Their figures of detection, and of results with masks as run lengths."""
+    """Measure Detectron2's detection, and evaluation results with masks as run lengths."""
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
     model = build(sources, path, config, device)[0].eval()
@@ -215,7 +215,7 @@ def inference_row(
 
 
 def their_batch(batch: Batch) -> list[dict]:
-    """Our batch as their mapper makes one: uint8 images, polygons."""
+    """Convert a batch to the format of Detectron2's mapper: uint8 images, polygons."""
     from detectron2.structures import Boxes, Instances, PolygonMasks
 
     found = []
@@ -236,7 +236,7 @@ def their_batch(batch: Batch) -> list[dict]:
 
 
 def lay_on_objects(model: Any, batch: Batch, device: torch.device) -> None:
-    """The proposals that `vitdet.cli.bench.synthetic.lay_on_objects` gives ours."""
+    """Place proposals on objects, as `vitdet.cli.bench.synthetic.lay_on_objects` does."""
     from detectron2.structures import Boxes
 
     generator, side = model.proposal_generator, batch.images.shape[-1]
@@ -256,7 +256,7 @@ def lay_on_objects(model: Any, batch: Batch, device: torch.device) -> None:
 
 
 def let_detect(model: Any, data: list[dict]) -> None:
-    """Scales the class logits as `vitdet.cli.bench.inference.let_detect` does."""
+    """Scale the class logits as `vitdet.cli.bench.inference.let_detect` does."""
     predictors = model.roi_heads.box_predictor
     layers = (
         [predictor.cls_score for predictor in predictors]

@@ -1,7 +1,7 @@
-"""Times of the detection kernels on this GPU compared with the plain paths: python -m tests.bench.kernels
+"""Time the detection kernels and the code without Triton on this GPU: python -m tests.bench.kernels
 
-Median milliseconds at the sizes of ViT-B at 1024 pixels and batch 8 (and 1), as called and as part of a CUDA graph;
-`plain` is torchvision, called as by the plain path: image after image, level after level, maps in float32.
+Median milliseconds at the sizes of ViT-B at 1024 pixels and batch 8 (and 1), called directly and in a CUDA graph;
+`plain` is torchvision, called for one image and one level at a time, with maps in float32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vitdet.models.mask_head import rasterize as plain_rasterize
 from vitdet.types import Polygons
 
 SIDE, STRIDES = 1024, [4, 8, 16, 32]
-OBJECTS = 8  # of an image: most boxes are on one, as in a trained detector
+OBJECTS = 8  # per image; most boxes are near an object, as in a trained detector
 
 
 def boxes_on_objects(images: int, count: int) -> Tensor:
-    """Boxes (images, count, 4) around random objects, cut to the image."""
+    """Return boxes (images, count, 4) around random objects, clipped to the image."""
     center = torch.rand(images, OBJECTS, 2, device="cuda") * SIDE
     size = 16 * 32 ** torch.rand(images, OBJECTS, 2, device="cuda")
     chosen = torch.randint(OBJECTS, (images, count), device="cuda")[..., None].expand(-1, -1, 2)
@@ -36,7 +36,7 @@ def boxes_on_objects(images: int, count: int) -> Tensor:
 
 
 def nms_case(images: int, groups: int, labels: int, limit: int) -> tuple[Callable, Callable]:
-    """NMS of 2,000 boxes in each of an image's groups (RPN: levels), or with labels."""
+    """Return NMS functions for 2,000 boxes per group (RPN: level) of an image, or with labels."""
     boxes = boxes_on_objects(images * groups, 2000)
     label = torch.randint(labels, boxes.shape[:2], device="cuda") if labels else None
     iou = 0.5 if labels else 0.7
@@ -53,7 +53,7 @@ def nms_case(images: int, groups: int, labels: int, limit: int) -> tuple[Callabl
 
 
 def roi_case(images: int, rois: int, bins: int, backward: bool) -> tuple[Callable, Callable]:
-    """RoIs of every image, maps in bfloat16."""
+    """Return RoIAlign functions for `rois` boxes per image, with maps in bfloat16."""
     shape = (images, 256)
     maps = [
         torch.randn(*shape, SIDE // stride, SIDE // stride, device="cuda", dtype=torch.bfloat16)
@@ -80,7 +80,7 @@ def roi_case(images: int, rois: int, bins: int, backward: bool) -> tuple[Callabl
 
 
 def rasterize_case(rois: int, edges: int) -> tuple[Callable, Callable]:
-    """128 outlines of so many edges."""
+    """Return mask target functions for up to 128 outlines with `edges` edges each."""
     angle = torch.linspace(0, 2 * torch.pi, edges + 1, device="cuda")
     corners = 500 + 400 * torch.stack([angle.cos(), angle.sin()], dim=1)
     outline = torch.cat([corners[:-1], corners[1:]], dim=1)

@@ -1,9 +1,9 @@
-"""Trains a detector on a small data set in COCO's format and compares what it finds in fp32 and in half precision.
+"""Train a detector on a small data set in COCO's format and compare its detections in fp32 and half precision.
 
     python -m tests.bench.precision FOLDER --steps 2000 --output figures.json
 
-Each detection of at least the threshold's score is matched to that of its class in the other precision which it
-overlaps most. Those without a match are counted from both sides.
+Each detection with at least the threshold's score is matched to the detection of the same class in the other precision
+with the highest IoU. Detections without a match are counted for both precisions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vitdet.predictor import PRECISIONS, autocast
 from vitdet.training import train
 from vitdet.types import Detections
 
-SAME = 0.5  # least IoU of a match
+SAME = 0.5  # minimum IoU of a match
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
 def detect(
     detector: nn.Module, config: Config, precision: str, device: torch.device
 ) -> list[Detections]:
-    """What the detector finds in the images of both splits."""
+    """Return the detections in the images of both splits."""
     found: list[Detections] = []
     for split in (config.data.train_split, config.data.val_split):
         data = replace(config.data, val_split=split)
@@ -71,7 +71,7 @@ def detect(
 
 
 def compare(exact: Sequence[Detections], other: Sequence[Detections], threshold: float) -> dict:
-    """The figures of the same images' detections in fp32 and in another precision."""
+    """Compare detections of the same images in fp32 and in another precision."""
     ious, differences, alone = matches(exact, other, threshold)
     _, _, theirs = matches(other, exact, threshold)
     if not len(ious):
@@ -93,16 +93,16 @@ def compare(exact: Sequence[Detections], other: Sequence[Detections], threshold:
 def matches(
     ours: Sequence[Detections], theirs: Sequence[Detections], threshold: float
 ) -> tuple[Tensor, Tensor, int]:
-    """IoUs and differences of scores (M,) of matched detections, and how many of ours have no match.
+    """Return IoUs and score differences (M,) of matched detections, and the number in `ours` without a match.
 
-    Ours have at least the threshold's score; theirs may have less, as a score near to it may fall on either side.
+    The threshold applies to `ours` only, as the score of the match in `theirs` may be slightly lower.
     """
     ious, differences, alone = [torch.zeros(0)], [torch.zeros(0)], 0
     for image, other in zip(ours, theirs, strict=True):
         image = image[image.scores >= threshold]
         overlap = box_iou(image.boxes.float(), other.boxes.float())
         overlap[image.labels[:, None] != other.labels] = 0.0
-        best, partner = F.pad(overlap, (0, 1)).max(dim=1)  # one that is never a match
+        best, partner = F.pad(overlap, (0, 1)).max(dim=1)  # the added column never matches
         paired = best >= SAME
         ious.append(best[paired])
         differences.append(image.scores[paired] - other.scores[partner[paired]])

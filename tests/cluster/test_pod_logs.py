@@ -67,7 +67,7 @@ def test_the_last_lines_of_a_container_are_not_held_back(state: str) -> None:
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "gone", "given up", "out of memory"])
 def test_lines_held_back_at_the_end_of_the_job_are_returned(end: str) -> None:
-    """Those of a running container whose previous log cannot be read."""
+    """Lines of a running container are held back while its previous log cannot be read."""
     again, failed = restarted(1), pod("w", container=ended(137, "OOMKilled", key="lastState"))
     last = {
         "succeeded": [(DONE, [again])],

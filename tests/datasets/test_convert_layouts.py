@@ -33,7 +33,7 @@ def images(folder: Path, *names: str) -> None:
 
 
 def coco(*names: str, prefix: str = "", root: bool = False) -> dict:
-    """Return an annotation file with categories 1 and 2, or as by Roboflow with an additional root category 0."""
+    """Return an annotation file with categories 1 and 2, or with Roboflow's additional root category 0."""
     ball = {"category_id": 2, "bbox": [50.0, 20.0, 31.0, 31.0], "segmentation": [DIAMOND]}
     box = {"category_id": 1, "bbox": BOX, "segmentation": []}
     annotations = [

@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
     silent = False
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def answer(self) -> None:
         self.close_connection = True

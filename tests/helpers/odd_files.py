@@ -96,7 +96,7 @@ def turned(orientation: int, name: str) -> Make:
 
 
 def printed(mark: int, adobe: bool = True) -> Make:
-    """A CMYK JPEG of inverted inks, as Adobe writes it; mark 2: its first three are YCbCr. Or one without its name."""
+    """Return a writer of CMYK JPEGs with inverted inks; mark 2: YCbCr instead of CMY; `adobe`: with Adobe's marker."""
 
     def make(path: Path) -> tuple[np.ndarray, int]:
         # 255 is no ink

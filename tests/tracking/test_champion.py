@@ -67,7 +67,7 @@ def test_the_champion_is_evaluated_again_on_other_data_or_settings(
         Path("champion.pt"), ANY
     )  # its AP is stored in the registry now
     assert gated.is_known(protocol)
-    assert not gated.judge(40.0, DATA).passed  # in addition to that of its registration
+    assert not gated.judge(40.0, DATA).passed  # the AP of its registration is still known
 
 
 @pytest.mark.parametrize("tags", [{}, {"dataset_digest": "0123456789abcdef"}])

@@ -220,7 +220,7 @@ def test_an_object_is_created_again_only_if_it_does_not_exist() -> None:
 def test_the_tracker_of_a_training_run_does_not_repeat_requests_itself(
     tmp_path: Path, answers: Server
 ) -> None:
-    """Its thread sends everything again; a hanging request would delay the end of training."""
+    """The shipper's thread sends everything again; a hanging request would delay the end of training."""
     answers.plan["experiments/get-by-name"] = [(503, {}, {})] * 99
     shipper = tracking.Shipper(tracking.find(tmp_path, None), answers.uri)
     shipper.journal.append({"start": START})

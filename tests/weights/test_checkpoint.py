@@ -48,7 +48,7 @@ for size in (1_000_000, 24_900):  # the disk fills in the middle; with the very 
 
 
 class Exploit:
-    """Its pickle runs a command when it is read."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof

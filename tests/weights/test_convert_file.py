@@ -91,7 +91,7 @@ def test_a_detector_converts_to_detectron2_and_back(
 
 
 def test_a_detector_converts_to_mmdet_and_back(tiny: Path, tmp_path: Path) -> None:
-    """It may then have relative positions for unscaled queries, with the same function."""
+    """The new detector may apply relative positions to unscaled queries, with the same output."""
     configs = {"fork": FORK, "mixed": [*FORK, "model.backbone.scaled_rel_pos=false"]}
     paths = {
         name: write_config(tiny, tmp_path / f"{name}.yaml", changes)
@@ -122,7 +122,7 @@ def test_a_detector_converts_to_mmdet_and_back(tiny: Path, tmp_path: Path) -> No
 
 
 def test_files_of_tensors_only(model: Path, recipe: Path, tmp_path: Path) -> None:
-    """Their metadata names the layout, so they can be loaded and converted to a detector later."""
+    """The metadata names the layout, so the files can be loaded and converted to a detector later."""
     convert_file(model, tmp_path / "theirs.pkl", "detectron2", reverse=True)
     convert_file(tmp_path / "theirs.pkl", tmp_path / "ours.safetensors", "detectron2")
     expected = {"format": "pt", "layout": "detectron2", "scaled_rel_pos": "false"}
