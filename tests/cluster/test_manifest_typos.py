@@ -27,7 +27,11 @@ SECRETS = (
 TYPOS = {
     "a type": ("pytorchjob/pytorchjob.yaml", "Links: false", 'Links: "no"'),
     "the container's name": ("pytorchjob/pytorchjob.yaml", "name: pytorch ", "name: torch "),
-    "the master's count": ("pytorchjob/pytorchjob.yaml", "replicas: 1  # required", "replicas: 2  #"),
+    "the master's count": (
+        "pytorchjob/pytorchjob.yaml",
+        "replicas: 1  # required",
+        "replicas: 2  #",
+    ),
     "the account": ("pytorchjob/pytorchjob.yaml", "Name: vitdet-train", "Name: vitdet-trains"),
     "the claim": ("shared/volume.yaml", "name: vitdet-data", "name: vitdet-date"),
     "the secret": ("pytorchjob/pytorchjob.yaml", "name: vitdet-mlflow", "name: vitdet-mflow"),
