@@ -254,9 +254,9 @@ def test_a_batch_that_cannot_be_recorded_keeps_other_graphs(
         wanted = detect.detector(images(count), None, SIZES.repeat(count, 1))
         assert all(same(detections, other) for detections, other in zip(found, wanted, strict=True))
     (line,) = caplog.messages
-    sizes = "batches of 2 images (128 x 128 pixels)"
+    size = "batch size 2 (128 x 128 pixels)"
     assert tries == [2, 1]
-    assert line == f"detection in {sizes} runs without a CUDA graph: out of memory"
+    assert line == f"detection with {size} runs without a CUDA graph: out of memory"
 
 
 @needs_gpu
@@ -270,4 +270,4 @@ def test_models_that_wait_for_the_gpu_run_without_a_graph(caplog: pytest.LogCapt
     for _ in range(2):
         assert same(detect(images(1).cuda(), sizes)[0], wanted)
     (line,) = caplog.messages
-    assert "batches of 1 images (128 x 128 pixels) runs without a CUDA graph: " in line
+    assert "batch size 1 (128 x 128 pixels) runs without a CUDA graph: " in line

@@ -45,7 +45,7 @@ def attention(
             over all tokens), and 1 to apply the tables to the scaled query, else 0.
 
     Returns:
-        The heads' output (B, N, h d), and log2 of the softmax's sums for the backward pass.
+        The heads' output (B, N, h d), and log2 of the softmax denominators for the backward pass.
     """
     from vitdet.kernels.attention_kernels import forward
 

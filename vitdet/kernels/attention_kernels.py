@@ -59,7 +59,7 @@ BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}
 def forward(
     layout: Layout, qkv: Tensor, bias: Tensor, tables: tuple[Tensor, Tensor], factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the heads' output (B, N, h d) and log2 of the softmax's sums (B groups, area).
+    """Return the heads' output (B, N, h d) and log2 of the softmax denominators (B groups, area).
 
     The arguments are qkv (B, N, 3 h d), its bias (3 h d), and the tables of relative positions
     (2 K - 1, d), which are multiplied by `factor`.

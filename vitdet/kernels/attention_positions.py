@@ -4,8 +4,8 @@ A line is a row (axis 0) or a column (axis 1) of an area. All of its queries use
 table (2 K - 1, d), so that each line needs one matrix product with a slice of the table. Plain
 torch would copy the queries and expand the table to (K, K, d).
 
-Notation: B images, h heads, d channels of a head, K tokens along an axis of an area, L the
-`Layout`, which is a compile-time constant of the kernels.
+Notation: B images, d channels of a head, K tokens along an axis of an area, L the `Layout`, which
+is a compile-time constant of the kernels.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
-# Number of programs that share a line's images and heads, by whether the area is the whole grid.
+# Maximum number of programs that share a line's groups, by whether the area is the whole grid.
 PARTS = {True: 16, False: 96}
 
 
@@ -56,12 +56,12 @@ class Layout(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Tokens of an area."""
+        """Number of tokens in an area."""
         return self.rows * self.columns
 
     @property
     def groups(self) -> int:
-        """Independent attentions per image: areas times heads."""
+        """Number of independent attentions per image: areas times heads."""
         down, across = triton.cdiv(self.height, self.rows), triton.cdiv(self.width, self.columns)
         return down * across * self.heads
 
@@ -179,7 +179,7 @@ def table_rows(table, i, side, L, KEYS: tl.constexpr):
 
 @triton.jit
 def place_of(group, i, key, L, AXIS, KEYS):
-    """Return the offset in a tensor of `Layout.products` of q . R for query i and a key."""
+    """Return the offset of q . R for query i and a key in a tensor of `Layout.products`."""
     group, area = tl.cast(group, tl.int64), L.rows * L.columns
     return (group * L.rows + key) * area + i if AXIS == 0 else (group * area + i) * KEYS + key
 

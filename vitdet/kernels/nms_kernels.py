@@ -68,7 +68,7 @@ def corners(boxes, index, inside):
 
 @triton.jit(do_not_specialize=["count", "words"])
 def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
-    """Write bits (G, 64 W, W): bit k of a box's word w is set if it suppresses box 64 w + k.
+    """Write bits (G, 64 W, W): bit k of word w is set if the row's box suppresses box 64 w + k.
 
     Only bits of later boxes are set, except that an empty box, or a box with an index of at least
     N, sets its own bit. Words that contain only earlier boxes are not written.

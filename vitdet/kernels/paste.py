@@ -6,7 +6,7 @@ bytes change (`vitdet.evaluation.run_lengths` computes COCO's strings from them)
 
 `grid_sample` needs one launch per mask, writes a grid of 8 bytes per pixel first, and rounds
 differently on a GPU. The kernel needs one launch for all masks of a batch and writes one byte per
-pixel. It performs the operations of `grid_sample` on an x86 CPU in the same order (fused
+pixel. It performs the same operations in the same order as `grid_sample` on an x86 CPU (fused
 multiply-adds where used there, correctly rounded division), so that the bytes, and thus AP, are
 identical.
 
@@ -26,7 +26,7 @@ PIXELS = 2**18  # pixels sampled at a time on the CPU (3 MB)
 def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Return the regions (N, 4) int64 xywh outside which masks in boxes (N, 4) xyxy are zero.
 
-    `sizes` (N, 2) int64 are the images' (height, width). Regions of boxes outside are empty.
+    `sizes` (N, 2) int64: the images' (height, width). Boxes outside the image have empty regions.
     """
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
     high = torch.minimum(boxes[:, 2:].ceil().long() + 1, sizes.flip(1))

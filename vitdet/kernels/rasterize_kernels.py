@@ -33,7 +33,7 @@ def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
 def rasterize_kernel(
     edges, spans, boxes, inside, SIZE: tl.constexpr, COLUMNS: tl.constexpr, EDGES: tl.constexpr
 ):
-    """Process a row of cells: sum the directions of the edges that cross it left of each cell."""
+    """Process a row: sum the directions of the edges that cross it left of each cell's center."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)

@@ -39,7 +39,7 @@ def roi_align(
         features: 1 to 5 maps (B, C, h, w) of bfloat16, float16 or float32 (channels last is
             fastest), all of one dtype.
         boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates yield zeros and no gradient.
-        image: (R,) int64, index of the image, in 0..B-1.
+        image: (R,) int64, index of the image, in 0..B-1 (ignored if the level is -1).
         level: (R,) int64, the map to read; -1 yields zeros and no gradient.
         strides: strides of the maps.
         bins: number of bins per side.

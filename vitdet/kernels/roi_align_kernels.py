@@ -31,7 +31,7 @@ ROIS = 256  # RoIs that a program of the backward kernel processes at a time
 WIDE = 256  # maximum channels per program with 16-bit maps
 # arguments that vary between batches and must not trigger recompilation
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
-# largest coordinate in pixels; a RoI with a larger coordinate, or with NaN, is empty
+# a RoI is empty unless the sum of its absolute coordinates in cells is below this (NaN: empty)
 LARGEST = tl.constexpr(2.0**30)
 
 
@@ -113,7 +113,7 @@ def choose(level, v0, v1, v2, v3, v4):
 
 @triton.jit
 def extent(boxes, roi, exists, scale):
-    """Return start and end of RoIs in cells: x0, y0, x1, y1."""
+    """Return the start and end of RoIs in cells: x0, y0, x1, y1."""
     x0 = tl.load(boxes + roi * 4, mask=exists, other=0.0) * scale - 0.5
     x1 = tl.load(boxes + roi * 4 + 2, mask=exists, other=0.0) * scale - 0.5
     y0 = tl.load(boxes + roi * 4 + 1, mask=exists, other=0.0) * scale - 0.5
@@ -189,7 +189,7 @@ def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
 
 @triton.jit
 def add_product(total, matrix, values):
-    """Return total + matrix (float32) @ values (any dtype), without rounding the matrix."""
+    """Return total + matrix (float32) @ values (any dtype), at the precision of the matrix."""
     if values.dtype == tl.float32:
         return tl.dot(matrix, values, total, input_precision="tf32x3")
     else:
@@ -228,7 +228,7 @@ def roi_align_forward(
             vertical = weights((y + side)[None, None, :, None], rows, y0, bin_height, height, RATIO)
             for x in range(left, right + 1, SIDE):
                 cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
-                # loaded before the weights are computed, to hide the latency
+                # load before computing the weights, to hide the latency
                 at_cells = places(pixels, cell_y * width + cell_x, channel, channels)
                 mask = ((cell_y <= bottom) & (cell_x <= right))[:, None]
                 values = tl.load(at_cells, mask=mask & (channel < channels)[None, :], other=0.0)
@@ -252,7 +252,7 @@ def roi_align_backward(
 ):  # fmt: skip
     """Compute CHANNELS channels of a tile of a map's gradient.
 
-    order (R,): RoIs sorted by image and level; first (B L + 1,): index in `order` of each group.
+    order (R,): RoIs sorted by image and level; first (B L + 1,): start of each group in `order`.
     """
     # tile, image and level of this program
     tile = tl.program_id(0)

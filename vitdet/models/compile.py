@@ -1,4 +1,4 @@
-"""Compilation of a detector's parts with torch.compile, which fuses the operations between kernels.
+"""Compilation of a detector's parts with torch.compile, which fuses operations into fewer kernels.
 
 Parts are compiled in place, so that names of parameters and modules do not change. Parts of the
 same kind and shape, such as a backbone's blocks, share compiled code.

@@ -76,13 +76,13 @@ class GraphedDetector:
                 self.graph.record(self.find, images, sizes)
             except NotRecorded as error:
                 self.refused.add(shape)
-                batch = f"{shape[0]} images ({shape[2]} x {shape[3]} pixels)"
-                log.info("detection in batches of %s runs without a CUDA graph: %s", batch, error)
+                batch = f"{shape[0]} ({shape[2]} x {shape[3]} pixels)"
+                log.info("detection with batch size %s runs without a CUDA graph: %s", batch, error)
                 return None
         features, scored, found, masks = self.graph(images, sizes)
         if not bool(found.exact.all()):
             with self.context():
                 return detector.roi_heads.finish(features, scored, found)
         copies = Found(*(tensor.clone() for tensor in found))
-        # waits for the copies, so that the next call, in any stream, may overwrite the originals
+        # `detections` waits for the copies: a call in any stream may then overwrite the originals
         return detections(copies, None if masks is None else masks.clone())

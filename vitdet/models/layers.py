@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-NORM_EPS = 1e-6  # epsilon of the LayerNorms in backbones and between the pyramid's deconvolutions
+NORM_EPS = 1e-6  # epsilon of LayerNorms in ViT and ViTAE, and between the pyramid's deconvolutions
 
 
 class ConvNorm(nn.Module):
@@ -41,8 +41,8 @@ class ConvNorm(nn.Module):
 class Deconv2x2(nn.ConvTranspose2d):
     """Transposed convolution with kernel 2 and stride 2: (B, C, H, W) -> (B, C', 2H, 2W).
 
-    Its windows do not overlap, so it is one matrix product per pixel, which is several times faster
-    on a CPU than the general transposed convolution.
+    Its windows do not overlap, so it is a linear layer applied to each pixel, which is several
+    times faster on a CPU than the general transposed convolution.
     """
 
     bias: Tensor
@@ -78,9 +78,9 @@ class Blocks(nn.ModuleList):
 
 
 class DropPath(nn.Module):
-    """Drop an image's residual path with probability `rate` in training, else scale it.
+    """In training, drop an image's residual path with probability `rate`, or else scale it.
 
-    The scale is 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382). The rate is a
+    The scale is 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382). `keep` is a
     tensor: with a number, as in timm, torch.compile would compile each block separately.
     """
 

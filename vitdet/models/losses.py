@@ -22,7 +22,7 @@ def classification(logits: Tensor, labels: Tensor, counts: Tensor | None = None)
 def federated_classes(
     labels: Tensor, weights: Tensor, num: int, draw: bool = True, counts: Tensor | None = None
 ) -> Tensor:
-    """Return the classes (K + 1,) bool in a batch's loss, as in Zhou et al. (arXiv:2103.07461).
+    """Return which classes (K + 1,) a batch's loss includes, as in Zhou et al. (arXiv:2103.07461).
 
     These are all classes in `labels` (including the background) and, up to a total of `num`, others
     sampled by `weights` (K,) without replacement. With draw=False, the classes with the largest
@@ -41,7 +41,7 @@ def federated_classes(
 def federated_classification(
     logits: Tensor, labels: Tensor, classes: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Return the mean over R of the sigmoid cross-entropy of logits (R, K + 1) over `classes`."""
+    """Return the sigmoid cross-entropy of logits (R, K + 1): sum over `classes`, mean over R."""
     logits = at_least_float32(logits[:, :-1])
     truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")

@@ -2,7 +2,7 @@
 
 He et al. (arXiv:1703.06870); Cai & Vasconcelos (arXiv:1712.00726). Hyperparameters as in
 Detectron2's ViTDet configs. Notation: B images, S slots for an image's boxes, R RoIs of all images,
-N proposals, D detections, K classes, G ground truths.
+N proposals, D detections, K classes, C channels.
 """
 
 from __future__ import annotations
@@ -252,8 +252,9 @@ class RoIHeads(nn.Module):
         return mask_targets(masks, boxes)
 
     def select(self, boxes: Tensor, scores: Tensor, filled: Tensor, candidates: int) -> Found:
-        """Return the detections after class-wise NMS of each image's best `candidates` pairs of
-        box and class; boxes (B, N, K or 1, 4), scores (B, N, K) and filled are those of `Scored`.
+        """Return detections after class-wise NMS of each image's `candidates` best box-class pairs.
+
+        `boxes`, `scores` and `filled` are those of `Scored`.
         """
         finite = boxes.isfinite().flatten(2).all(dim=2) & scores.isfinite().all(dim=2)
         passed = (scores > self.score_threshold) & (finite & filled)[..., None]
@@ -283,7 +284,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) of (B, S) to compute: on a GPU all of them, to avoid synchronizing."""
+    """Return the slots (R,) to compute: the filled ones; on a GPU all, to avoid synchronizing."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()

@@ -21,7 +21,7 @@ from vitdet.models.layers import at_least_float32
 
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
     """Return each box's level (R,); 0 is the finest."""
-    canonical = 56 * finest_stride  # side of a box on level 2
+    canonical = 56 * finest_stride  # smallest side of a square box on level 2
     # as in Detectron2, with an epsilon in the logarithm
     level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
     return level.clamp(0, num_levels - 1).long()
@@ -69,7 +69,7 @@ def _pool_by_products(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """Pool with a fixed number of points, so that RoIAlign is separable: two matrix products.
+    """Pool with a fixed number of points, by two matrix products, as RoIAlign is separable.
 
     The gradient is two products as well, instead of scattered additions, which are slow on a CPU.
     """

@@ -1,8 +1,8 @@
 """Region proposal network: objectness and box deltas for every anchor, proposals, and losses.
 
 Ren et al., Faster R-CNN (arXiv:1506.01497); hyperparameters as in Detectron2's ViTDet configs.
-Notation: B images, L levels, A anchors per cell, N = h w A anchors of a level or N slots for
-proposals, G ground truths.
+Notation: B images, C channels, h x w cells of a level, A anchors per cell, N anchors (of a level:
+h w A) or slots for proposals.
 """
 
 from __future__ import annotations

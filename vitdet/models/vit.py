@@ -54,7 +54,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvBottleneck(nn.Module):
-    """Residual convolutions between windows: the paper's alternative to global attention."""
+    """Residual convolutions across windows: the paper's alternative to global attention."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

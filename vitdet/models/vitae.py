@@ -1,7 +1,7 @@
 """ViTAE as a detection backbone: a plain ViT with convolutions parallel to its attention.
 
 Xu et al., ViTAE (arXiv:2106.03348), Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in
-ViTAE-Transformer/ViTDet. ViTAE-B is the `ViT` with `wide_branch` in each block. ViTAE-S,
+ViTAE-Transformer/ViTDet. ViTAE-B is a `ViT` with `wide_branch` in each block. ViTAE-S,
 `ViTAESmall`, computes its tokens in three reduction cells of dilated convolutions, two of them with
 linear attention (Performer: Choromanski et al., arXiv:2009.14794, in the form of T2T-ViT: Yuan et
 al., arXiv:2101.11986), and has no absolute positions.
@@ -167,7 +167,7 @@ class ReductionCell(nn.Module):
 class ViTAESmall(nn.Module):
     """ViTAE-S: images (B, 3, H, W) -> one map (B, C, H / 16, W / 16).
 
-    Other arguments are those of `ViT`.
+    Arguments that are not listed are those of `ViT`.
 
     Args:
         widths: channels of each dilated convolution in the three cells; C is twice the last.

@@ -1,1 +1,1 @@
-"""Hierarchical detectors to which the ViTAE papers compare: Swin or ViTAEv2 with an FPN."""
+"""Hierarchical detectors for comparison with plain ones: Swin or ViTAEv2 with an FPN."""

@@ -3,8 +3,7 @@
 Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in ViTAE-Transformer/ViTAE-Transformer
 (Object-Detection). The first two stages use window attention without shifts or relative positions,
 the last two global attention. In each cell, convolutions run in parallel to the attention.
-Notation: B images, C channels, H x W tokens, N = H W, E output channels of a cell, h heads, s
-stage.
+Notation: B images, C channels, H x W tokens, E output channels of a cell, s stage.
 """
 
 from __future__ import annotations
@@ -170,7 +169,7 @@ class Stage(nn.Module):
 class ViTAEv2(nn.Module):
     """ViTAEv2: images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, without a final norm.
 
-    H and W must be multiples of 32. `drop_path` is the largest rate in `drop_rates`.
+    H and W must be multiples of 32. `drop_path` is the argument `largest` of `drop_rates`.
     """
 
     def __init__(
@@ -226,9 +225,9 @@ class ViTAEv2(nn.Module):
 def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
     """Return each stage's drop path rates, one per normal cell, as in the published run.
 
-    The rates increase linearly over all cells, but stage s uses those from index depths[s - 1] on
-    instead of the sum of all previous depths: with depths (2, 2, 8, 2), the last stage has the
-    rates of cells 8 and 9.
+    The rates increase linearly to `largest` over all cells, but stage s uses those from index
+    depths[s - 1] on instead of the sum of all previous depths: with depths (2, 2, 8, 2), the last
+    stage has the rates of cells 8 and 9, so that no cell has the rate `largest`.
     """
     rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
     starts = [0, *depths[:-1]]
