@@ -135,12 +135,12 @@ def test_an_invalid_result_is_named_in_one_line(files, change, message):
     ("text", "message"),
     [
         ("[]", "list of results is empty"),
-        ("{}", "expected a list of results, got a dict"),
+        ("{}", "expected a list of results, got dict"),
         ("[{", "not readable as JSON"),
         ("\xff", "not readable as JSON"),
         ("[3]", "expected a bbox and/or"),
         ('[{"image_id": 1}]', "expected a bbox and/or"),
-        ('[{"bbox": [1, 2, 3, 4]}, 5]', "result 2: expected an object, got a int"),
+        ('[{"bbox": [1, 2, 3, 4]}, 5]', "result 2: expected an object, got int"),
     ],
     ids=str,
 )

@@ -155,7 +155,7 @@ def test_evaluate_max_images_limits_only_validation(spots, caplog):
     assert (figures, results) == by_data
     assert [result["image_id"] for result in results] == [1, 2]
     assert figures["box_ap50"] == pytest.approx(100)
-    assert "evaluate.max_images=2: AP is computed on 2 of the 5 images in val" in caplog.messages
+    assert "evaluate.max_images=2: AP is computed on 2 of 5 images in val" in caplog.messages
     assert len(TrainData(read_split(spots, "val"), spots, 0).records) == 4
     more = evaluate_detector(BrightSpot(), spots, EvalConfig(max_images=9))[1]
     assert [result["image_id"] for result in more] == [1, 2, 3, 4]

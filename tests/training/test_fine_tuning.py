@@ -59,7 +59,7 @@ def test_another_set_of_classes(
     assert {name for name, new in weights.items() if not torch.equal(new, old[name])} == LAYERS
     said = {record.message for record in caplog.records if "newly initialized" in record.message}
     why = (
-        f"{count} classes in the file, 2 here"
+        f"number of classes: {count} in the file, 2 here"
         if len(names) == 2
         else f"other classes, such as {before['class_names'][-1]!r} in the file and 'pentagon' here"
     )
@@ -116,7 +116,7 @@ def test_class_agnostic_box_layers_of_a_cascade_are_kept(tmp_path: Path) -> None
     layers = ("mask.logits", *(f"stages.{stage}.logits" for stage in range(3)))
     fresh = [f"roi_heads.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     assert sorted(loaded.fresh) == sorted(fresh)
-    counts = f"{CLASSES + 1} classes in the file, {CLASSES} here"
+    counts = f"number of classes: {CLASSES + 1} in the file, {CLASSES} here"
     assert all(counts in note for note in loaded.notes)
 
 

@@ -108,7 +108,7 @@ def test_auto_enables_checkpointing_above_90_percent_of_gpu_memory(
         assert decide("blocks", CPU, 1e15) and decide("blocks", GPU, 1e15)
         assert not caplog.messages
         assert decide("auto", GPU, needed / 0.91)
-    assert len(caplog.messages) == 1 and "8 images per micro-batch would need about" in caplog.text
+    assert len(caplog.messages) == 1 and "micro-batches of size 8 would need about" in caplog.text
 
 
 # GiB without checkpointing, bf16: recipe, images, with the kernels (H200, a CUDA graph) or without (H100), measured

@@ -69,12 +69,12 @@ def test_the_learning_rate_is_scaled_by_the_batch_only_on_request() -> None:
 
 def test_another_batch_size_is_explained_in_one_line() -> None:
     assert rate_note(OptimConfig(), 64) == rate_note(OptimConfig(scale_lr=True), 64) == ""
-    size = "optim.lr=0.0001 is for steps of 64 images, but train.batch_size is 16"
+    size = "optim.lr=0.0001 is for a batch size of 64, but train.batch_size is 16"
     scaling = f"{size}: optim.scale_lr scales it to 2.5e-05"
     assert rate_note(OptimConfig(scale_lr=True), 16) == scaling
     assert rate_note(OptimConfig(), 16) == (
-        f"{size}: optim.lr is not scaled; optim.scale_lr=true scales it to 2.5e-05, "
-        "optim.lr_batch_size=16 declares that it is for this batch size"
+        f"{size}: optim.lr is not scaled; set optim.scale_lr=true to scale it to 2.5e-05, or "
+        "optim.lr_batch_size=16 if it is for this batch size"
     )
 
 

@@ -122,7 +122,7 @@ def test_extending_a_finished_run_needs_its_last_state(tiny: Path, tmp_path: Pat
     go(tiny, tmp_path, optim__milestones="[]", optim__steps=1)
     before = (tmp_path / "model.pt").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
-    with refused("contains a finished run of 1 steps, but there is no training state to"):
+    with refused("contains a finished run .step 1., but there is no training state to"):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=2)
     assert (tmp_path / "model.pt").read_bytes() == before
 
@@ -133,7 +133,7 @@ def test_a_scaled_rate_applies_to_the_whole_run(
     half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
     with caplog.at_level(logging.INFO, "vitdet"):
         stop_at(2, tiny, tmp_path / "run", **half)
-    note = "optim.lr=0.001 is for steps of 4 images, but train.batch_size is 2: optim.scale_lr scales it to 0.0005"
+    note = "optim.lr=0.001 is for a batch size of 4, but train.batch_size is 2: optim.scale_lr scales it to 0.0005"
     assert caplog.messages.count(note) == 1
     with refused("different config .optim.lr_batch_size: 8, not 4"):
         go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})

@@ -83,7 +83,7 @@ def test_a_size_without_memory_is_retried_once_after_the_next_evaluation(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert steps(16) and not steps(128) and not steps(128) and steps(16)
-    text = "steps with 128 objects per image and 4 edges run without a CUDA graph"
+    text = "steps padded to 128 objects per image and 4 edges run without a CUDA graph"
     assert caplog.messages == [f"{text} until the next evaluation: out of memory"]
     steps.graphed.release()
     assert not steps(128) and caplog.messages[1:] == [f"{text}: out of memory"]
@@ -130,7 +130,7 @@ def test_steps_that_wait_for_the_gpu_are_not_retried(
     steps.graphed.release()
     assert not steps(16)
     assert caplog.messages == [
-        "steps with 16 objects per image and 4 edges run without a CUDA graph: operation not permitted"
+        "steps padded to 16 objects per image and 4 edges run without a CUDA graph: operation not permitted"
     ]
 
 
@@ -154,7 +154,7 @@ def test_a_step_that_waits_runs_without_a_graph_on_a_gpu(caplog: pytest.LogCaptu
         assert all(loss.isfinite() for loss in graphed(pixels, targets, sizes).values())
     (line,) = caplog.messages
     assert line.startswith(
-        "steps with 16 objects per image and 4096 edges run without a CUDA graph"
+        "steps padded to 16 objects per image and 4096 edges run without a CUDA graph"
     )
     assert not graphed.graph.graphs
 

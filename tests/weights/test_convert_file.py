@@ -80,7 +80,7 @@ def test_a_detector_converts_to_detectron2_and_back(
         assert not content["model"]["backbone.net.pos_embed"][:, 0].any()
     notes = convert_file(theirs, back, "detectron2", recipe)
     count = len(load_model_file(back)["class_names"])
-    unknown = f"class names: unknown for {count} classes of coco"
+    unknown = f"class names: unknown for num_classes={count} (coco)"
     assert notes == [f"{unknown}; named class 0, class 1, ..."]
     before, after = (restore_detector(path)[0].state_dict() for path in (model, back))
     assert before.keys() == after.keys()
@@ -117,7 +117,7 @@ def test_a_detector_converts_to_mmdet_and_back(tiny: Path, tmp_path: Path) -> No
     torch.testing.assert_close(rescaled, table * 32**-0.5)
     torch.testing.assert_close(features["mixed"], features["fork"], atol=1e-5, rtol=1e-5)
     text = refused(ours, tmp_path / "x.pkl", "detectron2", reverse=True)
-    says = "cannot be converted to detectron2: model.norm_eps is 1e-05, detectron2 uses 1e-06;"
+    says = "cannot be converted to detectron2: model.norm_eps is 1e-05, but detectron2 uses 1e-06;"
     assert f"ours.pt: {says}" in text
 
 
@@ -181,10 +181,7 @@ def test_invalid_combinations_are_one_line(model: Path, recipe: Path, tmp_path: 
         assert says in refused(*given, reverse=True), says
     save_config(load_config(recipe, ["model.roi_heads.num_classes=80"]), tmp_path / "coco.yaml")
     text = refused(model, pt, "vitdet", tmp_path / "coco.yaml")
-    assert (
-        "the recipe's model has 80; to train it on other classes, set train.init to this file"
-        in text
-    )
+    assert "but 80 in the recipe; to train on other classes, set train.init to this file" in text
     assert not list(tmp_path.glob("*x.p*"))
 
 

@@ -42,8 +42,8 @@ class Threshold:
 class ClassResult:
     """The results of one class.
 
-    Metrics are None if the class has no objects, or none of that size. If it has no objects,
-    `curve` and `errors` are empty.
+    A metric is None if the class has no objects, or none of the metric's size. `curve` and `errors`
+    are empty if the class has no objects.
 
     Attributes:
         objects: number of objects.

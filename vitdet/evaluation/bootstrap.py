@@ -236,7 +236,7 @@ def _cumulative(values: np.ndarray) -> np.ndarray:
 def _needed(objects: np.ndarray) -> np.ndarray:
     """Return the number of true positives needed for each recall, (K, 101) int32, at least 1.
 
-    It is the smallest number with which the recall that pycocotools computes is reached in float64.
+    It is the smallest n for which n / objects, in float64 as in pycocotools, reaches the recall.
     """
     count = np.maximum(objects, 1.0)[:, None]
     needed = np.ceil(RECALLS * count)

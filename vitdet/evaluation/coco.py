@@ -43,7 +43,7 @@ def compare(
 
 
 def counts(item: Annotation) -> bool:
-    """Return whether AP includes an object."""
+    """Return whether an object is included in AP."""
     return not item.iscrowd
 
 

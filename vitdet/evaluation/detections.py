@@ -141,7 +141,7 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; pad a smaller batch to `slots` images, as each batch size is compiled."""
+    """Detect objects; pad a smaller batch to `slots` images: each new size would be compiled."""
     # `sizes` is not in pinned memory: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
@@ -185,7 +185,7 @@ def _segmentations(
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:
-    """Yield slices of at most BYTES in total, or of one larger mask."""
+    """Yield slices of masks with at most BYTES in total, or with a single larger mask."""
     start = total = 0
     for index, size in enumerate(sizes):
         if total + size > BYTES and index > start:

@@ -15,7 +15,7 @@ An object is missed if it has no matching detection and no localization or class
 dAP is the increase of AP50 if all errors of one type are fixed. To fix a localization or
 classification error, the detection becomes a true positive of its object. If the object is already
 matched, or another such detection of the object has a higher score, the detection is removed.
-Detections with errors of the other types and missed objects are removed, too. The fix of
+Detections with errors of the other types are removed, as are missed objects. The fix of
 false_positive ranks all true positives before all false positives; the fix of false_negative
 removes all objects without a true positive.
 

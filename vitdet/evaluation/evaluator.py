@@ -197,7 +197,7 @@ def evaluate(
         report: additional path for the same page.
         device: default: a GPU if there is one.
         detailed: also return `vitdet.evaluation.report.details` and seconds_per_image, the wall
-            time from reading an image to its detections.
+            time of reading and detection divided by the number of images.
 
     Raises:
         ValueError: the classes of the data set differ from the checkpoint's, or an override changes
@@ -313,7 +313,7 @@ def evaluate_results(
         raise ValueError(f"{results}: {error}") from error
     metrics = METRICS_OF[dataset].summary(finished)
     if not metrics:
-        raise ValueError(f"{annotations}: contains no objects; AP is undefined")
+        raise ValueError(f"{annotations}: contains no objects that AP includes; AP is undefined")
     facts = partial(results_facts, Path(results), truth.path, len(found))
     images = images_of(truth.path, dataset)
     write_reports(plots, report, finished, metrics, truth, found, facts, images)
@@ -362,7 +362,7 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
         full, split = split, with_objects(split, settings.max_images)
         if distributed.rank() == 0:
             log.info(
-                "evaluate.max_images=%d: AP is computed on %d of the %d images in %s",
+                "evaluate.max_images=%d: AP is computed on %d of %d images in %s",
                 settings.max_images,
                 len(split.records),
                 len(full.records),
@@ -375,8 +375,8 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
     objects = (target for target in truth.objects if target.image_id in image_ids)
     if not any(item.category_id in truth.categories and rules.counts(item) for item in objects):
         raise ValueError(
-            f"{path}: AP is undefined, because it includes none of the objects in the "
-            f"{len(image_ids)} images to evaluate: {rules.UNCOUNTED}"
+            f"{path}: AP is undefined, because it includes none of the objects in the images to "
+            f"evaluate ({len(image_ids)}): {rules.UNCOUNTED}"
         )
     return truth, split
 
@@ -387,7 +387,7 @@ def _check_classes(
     if tuple(trained) == tuple(present):
         return
     pairs = enumerate(zip(trained, present, strict=False))
-    counts = f"{len(present)} classes, not {len(trained)}"
+    counts = f"their number is {len(present)}, not {len(trained)}"
     differs = next((f"class {i} is {b!r}, not {a!r}" for i, (a, b) in pairs if a != b), counts)
     raise ValueError(
         f"{data.root}: the classes of this data set differ from those of {checkpoint}: {differs}; "

@@ -80,7 +80,7 @@ def check(truth: Truth) -> None:
 
 
 def counts(item: Annotation) -> bool:
-    """Return whether AP includes an object."""
+    """Return whether an object is included in AP."""
     return item.area != 0
 
 

@@ -49,7 +49,7 @@ class Matches:
         score: (N,) float64.
         matched: (N, T) bool, true positives.
         ignored: (N, T) bool, detections that are neither true nor false positives: of a crowd, of a
-            class that is not exhaustively annotated in the image, or of an object without outline.
+            class not exhaustively annotated in the image, or of an object without an outline.
         found: (N,) int32, index of the object that is matched at IoU 0.5; -1 if there is none.
         object_image, object_category: (G,) int32, indices of each object that is not ignored,
             sorted by class.
@@ -126,9 +126,8 @@ def _checked(kind: str, file: Mapping[str, np.ndarray]) -> Matches:
     for name, (shape, type_, indexed) in COLUMNS.items():
         column, expected = columns[name], tuple(lengths.get(letter) for letter in shape)
         if column.dtype.kind != type_ or column.shape != expected:
-            raise ValueError(
-                f"{kind}.{name}: {column.dtype} of shape {column.shape}, expected {expected}"
-            )
+            found = f"{column.dtype} of shape {column.shape}"
+            raise ValueError(f"{kind}.{name}: {found}, expected kind {type_!r} of shape {expected}")
         least = -1 if name == "found" else 0
         if indexed and column.size and not least <= column.min() <= column.max() < lengths[indexed]:
             raise ValueError(f"{kind}.{name}: index out of range")

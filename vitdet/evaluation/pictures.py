@@ -122,7 +122,7 @@ class Images:
 
 
 class _Item(NamedTuple):
-    """An object or a detection. The box is x, y, width, height in pixels; None if only masked."""
+    """An object or a detection; box: x, y, width, height in pixels, None if it has only a mask."""
 
     category_id: int
     box: Sequence[float] | None
@@ -151,7 +151,7 @@ def draw_pairs(
     """Return (image with its objects, image with its detections) by image id.
 
     Detections with a score of at least `threshold` are drawn; `results` must have been validated.
-    Images that cannot be read are omitted.
+    Images that cannot be read, or whose size is not the annotated size, are omitted.
     """
     names = {number: str(category["name"]) for number, category in truth.categories.items()}
     labels = {category_id: label for label, category_id in enumerate(names)}

@@ -103,7 +103,7 @@ def read_results(path: Path | str) -> list[dict]:
             f"{path}: not readable as JSON ({error}); write or download the file again"
         ) from error
     if not isinstance(results, list):
-        raise ValueError(f"{path}: expected a list of results, got a {type(results).__name__}")
+        raise ValueError(f"{path}: expected a list of results, got {type(results).__name__}")
     if not results:
         raise ValueError(f"{path}: the list of results is empty; there is nothing to evaluate")
     return results
@@ -137,7 +137,7 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
     """Raise ValueError, in one line, for the first result that cannot be compared."""
     for number, item in enumerate(results, start=1):
         if not isinstance(item, dict):
-            raise ValueError(f"result {number}: expected an object, got a {type(item).__name__}")
+            raise ValueError(f"result {number}: expected an object, got {type(item).__name__}")
     for key in ("image_id", "category_id", "score", *(KINDS[kind] for kind in kinds)):
         for number, item in enumerate(results, start=1):
             if key not in item:

@@ -78,8 +78,8 @@ def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
 
 
 def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the areas (int64) of compressed codes, and whether each code is valid, i.e. the sum of
-    its runs equals its number of pixels.
+    """Return the areas (int64) of compressed codes, and whether each code is valid, i.e. its
+    runs add up to the image's number of pixels.
 
     pycocotools and faster-coco-eval hang on invalid codes. Codes are processed in groups of
     AT_ONCE; if one code contains invalid characters, the whole group is reported as invalid.

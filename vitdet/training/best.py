@@ -30,7 +30,7 @@ class Best:
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
-        """output: folder of best.pt; states: folder of the training states and of its copy."""
+        """output: folder of best.pt; states: folder of training states and a copy of best.pt."""
         self.keeps, self.patience = bool(settings.keep_best), settings.patience
         self.metric = settings.keep_best or "box_ap"
         self.path, self._stored = output / NAME, states / NAME
@@ -69,10 +69,11 @@ class Best:
     def report(self, done: int, steps: int) -> None:
         """If train.patience ended a run of `steps` steps after `done` steps, log this."""
         if self.is_final() and done < steps:
+            last = f"{self.stale} evaluations" if self.stale > 1 else "evaluation"
             log.info(
                 f"train.patience={self.patience}: {self.metric} has not exceeded "
-                f"{self.value or 0.0:.4g} (step {self.step}) in the last {self.stale} "
-                f"evaluations: training ends at step {done} of {steps}"
+                f"{self.value or 0.0:.4g} (step {self.step}) in the last {last}: "
+                f"training ends at step {done} of {steps}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,8 +83,8 @@ class Best:
     def restore(self, state: dict[str, Any], start: int) -> None:
         """Restore the state saved after `start` steps; must be called on all ranks.
 
-        If best.pt is missing or damaged, `value` becomes None, with a warning: the next evaluation
-        counts as the best.
+        If best.pt is missing, damaged or outdated, `value` becomes None, with a warning: the next
+        evaluation counts as the best.
         """
         if not self._is_needed():  # train.patience was set to 0 after this state was saved
             return
@@ -103,10 +104,8 @@ class Best:
             if found != self.step and found < start:
                 raise ValueError(f"{self._stored} is from step {found}")
         except (FileNotFoundError, ValueError) as error:
-            text = (
-                "the best detector (step %d) was lost (%s): the next evaluation counts as the best"
-            )
-            log.warning(text, self.step, error)
+            effect = "the next evaluation counts as the best"
+            log.warning("the best detector (step %d) was lost (%s): %s", self.step, error, effect)
             return True
         self._publish()
         return False

@@ -33,7 +33,7 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 class GraphedGradients:
     """CUDA graphs of `run`, which adds to the gradients and returns the losses of a batch.
 
-    If `run` cannot be recorded, for these shapes or at all, it runs without a graph, which is
+    If `run` cannot be recorded, for some shapes or at all, it runs without a graph, which is
     logged for each size of targets. A size that did not fit in memory is tried again after
     `release`, unless it has run out of memory twice. All graphs may be cleared to run a step of
     such a size.
@@ -81,7 +81,7 @@ class GraphedGradients:
             self.refused[shape] = again
             if distributed.rank() == 0:
                 until = " until the next evaluation" if again else ""
-                steps = f"steps with {shape[0]} objects per image and {shape[1]} edges"
+                steps = f"steps padded to {shape[0]} objects per image and {shape[1]} edges"
                 log.info(f"{steps} run without a CUDA graph{until}: {error}")
         torch._foreach_copy_(gradients, kept)
 

@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the class names of the validation split and the fingerprints of both splits.
 
-    Warns if a split has no outlines for the mask head. Raises ValueError if evaluations on this
-    data do not measure the metric that train.keep_best and train.patience need.
+    Warns if a split has no outlines for the mask head. Raises the errors of `check_metric`.
     """
     data = config.data
     validation = read_split(data, data.val_split)
@@ -56,8 +55,9 @@ def check_classes(config: Config, trained: Sequence[str], validated: Sequence[st
     """Raise ValueError if the splits' classes differ, or their number is not the config's."""
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
+        found = f"{len(trained)} class{'es' if len(trained) != 1 else ''}"
         raise ValueError(
-            f"{data.root}: {data.train_split} has {len(trained)} classes, but "
+            f"{data.root}: {data.train_split} has {found}, but "
             f"model.roi_heads.num_classes is {expected}; set it to {len(trained)}"
         )
     if tuple(validated) != tuple(trained):

@@ -1,9 +1,9 @@
 """Activation checkpointing: whether the backbone's blocks store or recompute their activations.
 
 `train.activation_checkpointing=auto` estimates the memory of a step without it. The constants were
-measured with images of 1024 pixels: without the Triton kernels on an H100 (ViT-B, L and H, batches
-of 1 to 8 images; the error is at most 15%), and with the kernels on an H200 (ViT-B and L, batches
-of 1, 4 and 8 images, as CUDA graphs; the error is at most 5%).
+measured with images of 1024 x 1024 pixels: without the Triton kernels on an H100 (ViT-B, L and H,
+batches of 1 to 8 images; the error is at most 15%), and with the kernels on an H200 (ViT-B and L,
+batches of 1, 4 and 8 images, as CUDA graphs; the error is at most 5%).
 
 - per weight: 16 bytes for its value, its gradient and AdamW's two moments; 20 with weight averaging
 - per output value of a block: 50 bytes (with the kernels 35) in bf16 or fp16, twice that in fp32
@@ -45,7 +45,7 @@ def checkpoint_activations(
         if needed and distributed.rank() == 0:
             log.info(
                 "the backbone's blocks recompute their activations in the backward pass: "
-                f"{images} images per micro-batch would need about {estimate / 2**30:.1f} GiB, "
+                f"micro-batches of size {images} would need about {estimate / 2**30:.1f} GiB, "
                 f"and the GPU has {total / 2**30:.1f} GiB (train.activation_checkpointing=auto)"
             )
     for module in detector.modules():
@@ -56,7 +56,7 @@ def checkpoint_activations(
 def step_bytes(
     detector: Detector, config: Config, images: int, precision: str, fused: bool
 ) -> float:
-    """Estimate a step's bytes without activation checkpointing; fused: whether kernels run."""
+    """Estimate a step's memory in bytes without checkpointing; fused: whether kernels run."""
     backbone, side = detector.backbone, config.data.image_size
     weights = sum(parameter.numel() for parameter in detector.parameters())
     averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0

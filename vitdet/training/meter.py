@@ -101,7 +101,7 @@ class Meter:
 
 
 def memory(device: torch.device) -> float:
-    """Return the peak memory of the GPU, or of this process on a CPU, in bytes."""
+    """Return this process's peak memory in bytes: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -22,9 +22,9 @@ from vitdet.models import Detector
 def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
     """Return groups {params, names, lr, lr_scale, weight_decay} of all trainable parameters.
 
-    The learning rate of block i of n is lr * layer_decay ** (n - i). For layers before the blocks
-    it is lr * layer_decay ** (n + 1), for all other layers lr. The backbone's `layer_of` assigns
-    parameters to layers; `settings.undecayed` selects the parameters without weight decay.
+    The learning rate of block i of n (0-based) is lr * layer_decay ** (n - i). For layers before
+    the blocks it is lr * layer_decay ** (n + 1), for all other layers lr. The backbone's `layer_of`
+    assigns parameters to layers; `settings.undecayed` selects those without weight decay.
     """
     last, layer_of = detector.backbone.num_layers + 1, detector.backbone.layer_of
     exempt = _undecayed(detector, settings.undecayed)
@@ -101,18 +101,18 @@ def rate_note(settings: OptimConfig, batch_size: int) -> str:
     if batch_size == expected:
         return ""
     fitting = scaled(replace(settings, scale_lr=True), batch_size).lr
-    steps = f"optim.lr={settings.lr:g} is for steps of {expected} images, but "
-    steps += f"train.batch_size is {batch_size}"
+    sizes = f"optim.lr={settings.lr:g} is for a batch size of {expected}, but "
+    sizes += f"train.batch_size is {batch_size}"
     if settings.scale_lr:
-        return f"{steps}: optim.scale_lr scales it to {fitting:g}"
+        return f"{sizes}: optim.scale_lr scales it to {fitting:g}"
     return (
-        f"{steps}: optim.lr is not scaled; optim.scale_lr=true scales it to {fitting:g}, "
-        f"optim.lr_batch_size={batch_size} declares that it is for this batch size"
+        f"{sizes}: optim.lr is not scaled; set optim.scale_lr=true to scale it to {fitting:g}, or "
+        f"optim.lr_batch_size={batch_size} if it is for this batch size"
     )
 
 
 def lr_factor(step: int, settings: OptimConfig) -> float:
-    """Return a step's learning-rate factor (0-based): warm-up, then step decay or cosine decay."""
+    """Return the learning-rate factor of a step (0-based): warm-up, then step or cosine decay."""
     warmup, first = 1.0, settings.warmup_factor
     if step < settings.warmup_steps:
         warmup = first + (1 - first) * step / settings.warmup_steps

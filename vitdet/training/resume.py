@@ -32,8 +32,8 @@ def states_folder(
     """Return the folder of the training states: a subfolder of `checkpoints`, if given.
 
     The name of the subfolder is a digest of everything that determines the weights. If it does not
-    exist, an existing folder of the same run is used: one with different operational settings, with
-    a different valid optim.steps, or named by version 0.1.
+    exist, an existing folder of the same run is used: one with a different optim.steps or
+    train.patience that this run can resume, or one named by version 0.1.
 
     Args:
         config: the settings of the run.
@@ -94,7 +94,7 @@ def state_to_resume(
     if len(set(newest)) > 1:
         raise ValueError(
             f"{states.folder}: the processes found states from different steps "
-            f"({', '.join(map(str, newest))}); --output must be one folder that all processes "
+            f"({', '.join(map(str, newest))}); this must be one folder that all processes "
             "share; if it is, run the same command again"
         )
     state = _agreed_state(states)
@@ -107,7 +107,7 @@ def state_to_resume(
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     """Return the newest state up to step `up_to` that is intact on all ranks.
 
-    Adds the states that any rank found damaged to `states.damaged`. Evaluations come from rank 0.
+    Adds the states that any rank found damaged to `states.damaged`. The evaluation is rank 0's.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
@@ -116,7 +116,7 @@ def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     for _, _, damaged in found:
         states.damaged |= {path: why for path, why in damaged.items() if path.suffix == ".pt"}
     least = min(step for step, _, _ in found)
-    if any(step > least for step, _, _ in found):  # damaged on only one machine
+    if any(step > least for step, _, _ in found):  # damaged on only some machines
         return _agreed_state(states, least)
     return None if state is None else state | found[0][1]
 
@@ -127,9 +127,9 @@ def _check_resumable(
     if state is None:
         if (output / "model.pt").exists():  # `is_complete` returned False
             steps = load_model_file(output / "model.pt")["step"]
-            lacking = "" if _has_best(config, output) else " without its best.pt"
+            lacking = "" if _has_best(config, output) else ", without best.pt"
             raise ValueError(
-                f"{output}: contains a finished run of {steps} steps{lacking}, but there is no "
+                f"{output}: contains a finished run (step {steps}{lacking}), but there is no "
                 f"training state to resume from in {folder}; choose another --output or "
                 f"remove {output}"
             )
@@ -205,7 +205,7 @@ def _has_best(config: Config, output: Path) -> bool:
 
 
 def _same_but_for_length(config: Config, stored: Config) -> bool:
-    """Return whether only optim.steps, increased patience and operational settings differ."""
+    """Return whether only optim.steps, a permitted patience and operational settings differ."""
     optim = replace(stored.optim, steps=config.optim.steps)
     stored = replace(_with_patience(stored, config), optim=optim)
     return not difference(config, stored, affecting_weights=True)

@@ -82,7 +82,7 @@ class Saver:
             self._error = error
 
     def _host(self, value: Any, path: tuple) -> Any:
-        """Copy tensors in nested dicts and lists to host memory; path: the keys of `value`."""
+        """Copy tensors in nested dicts and lists to host memory; path: the keys down to `value`."""
         if isinstance(value, dict):
             return {key: self._host(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -160,7 +160,7 @@ class TrainingStep:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
-        """Clip the gradients, update the weights and average; return the norm before clipping.
+        """Clip gradients, update the weights and their average; return the norm before clipping.
 
         statistics: BatchNorm statistics before the step, restored if the step is skipped.
         """

@@ -113,7 +113,7 @@ def train(
         start, steps = state["step"] if state else 0, config.optim.steps
         if profile and steps - start < STEPS:
             raise ValueError(
-                f"a profile needs {STEPS} steps, but only {steps - start} are left: "
+                f"a profile needs {STEPS} steps, more than the remaining {steps - start}: "
                 "start another training run with a larger optim.steps"
             )
         settings, ranks = config.train, (distributed.rank(), distributed.world_size())
@@ -202,7 +202,7 @@ class Loop:
             self.evaluated = 0  # best.pt is lost: evaluate this step again if it is due
 
     def run(self, start: int) -> int:
-        """Run the steps from `start` until the end or train.patience; return the completed steps.
+        """Run from step `start` to the end or early stopping; return the number of steps completed.
 
         Raises Stopped, and ValueError if a loss is not finite.
         """

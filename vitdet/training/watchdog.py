@@ -97,7 +97,7 @@ class Watchdog:
         self._stop, self._parent = stop, os.getppid()
         self._place = (0, Stage.PREPARING, LONG, time.monotonic())
         self._round = (Stage.PREPARING, time.monotonic())  # stage that began the round, and when
-        self._paces: dict[Stage, float] = {}  # last duration of each stage in seconds
+        self._paces: dict[Stage, float] = {}  # stage -> seconds of its last round
         self._beats: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}  # time of the last new publication of each rank
         self._number, self._orphaned = 0, 0.0
@@ -108,7 +108,7 @@ class Watchdog:
     def start(self) -> None:
         """Start watching, on all ranks."""
         self._rank, self._shared = distributed.rank(), distributed.has_joined()
-        # torchrun's store keeps the keys of processes before a restart
+        # after a restart, torchrun's store still contains the keys of the previous processes
         self._prefix = distributed.rank0_result(lambda: uuid.uuid4().hex)
         ranks, starting = range(distributed.world_size()), Beat(0, 0, 0.0, LONG, doing="starting")
         self._beats = dict.fromkeys(ranks, starting)

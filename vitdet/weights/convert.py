@@ -123,7 +123,7 @@ def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str
     names = stored or tuple((PACKAGED / "labels" / f"{dataset}.txt").read_text().splitlines())
     if len(names) == count:
         return names, []
-    unknown = f"class names: unknown for {count} classes of {dataset}"
+    unknown = f"class names: unknown for num_classes={count} ({dataset})"
     line = f"{unknown}; named class 0, class 1, ..."
     return tuple(f"class {i}" for i in range(count)), [line]
 
@@ -137,7 +137,7 @@ def _check_whole(found: Source, weights: Weights, config: Config, source: Path) 
     if LOGITS not in weights:
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
         raise ValueError(
-            f"{source}: has {theirs} classes, but the recipe's model has {ours}; to train it on "
+            f"{source}: the number of classes is {theirs}, but {ours} in the recipe; to train on "
             "other classes, set train.init to this file"
         )
 
@@ -187,7 +187,7 @@ def _other_settings(config: Config, layout: str) -> list[str]:
     """Return one line per setting that differs from what the format requires."""
     ours, theirs = flatten(config), FIXED.get(layout, {})
     return [
-        f"{key} is {ours[key]}, {layout} uses {value}"
+        f"{key} is {ours[key]}, but {layout} uses {value}"
         for key, value in theirs.items()
         if ours[key] != value
     ]

@@ -151,8 +151,8 @@ def fitted(
         skipped = layers | mask_head
         if not skipped and class_names and not source.class_names:
             notes.append(
-                f"{len(class_names)} classes, the same number as in the file, which does not name "
-                "them: their layers are loaded"
+                f"the number of classes ({len(class_names)}) is that of the file, which does not "
+                "name the classes: their layers are loaded"
             )
     weights, lines = _fit(weights, state, source, skipped, path)
     return weights, [*notes, *lines]
@@ -184,7 +184,7 @@ def _other_classes(
     there, here = len(weights[LOGITS]) - 1, len(state[LOGITS]) - 1
     layers = class_layers(state) | class_layers(weights)
     if there != here:
-        return layers, f"{there} classes in the file, {here} here"
+        return layers, f"number of classes: {there} in the file, {here} here"
     if theirs and ours and theirs != ours:
         first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
         return layers, f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"

@@ -83,7 +83,7 @@ def read_file(path: Path) -> dict:
         whole = f"not a complete {kind.get(path.suffix, 'weights file')}"
         raise ValueError(f"{path}: {whole} ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of weights, got a {type(content).__name__}")
+        raise ValueError(f"{path}: expected a dict of weights, got {type(content).__name__}")
     return content
 
 
@@ -211,10 +211,9 @@ def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray
         raise ValueError(f"an array has the invalid order {order!r}")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(f"an array has the invalid shape {shape!r}")
-    dtype, length = kind.dtype(), len(raw)
-    if math.prod(shape) * dtype.itemsize != length:
-        has = f"{dtype.itemsize} bytes per number has {length} bytes"
-        raise ValueError(f"an array of shape {shape} with {has}")
+    dtype = kind.dtype()
+    if (size := math.prod(shape) * dtype.itemsize) != len(raw):
+        raise ValueError(f"the size of an array of shape {shape}: {len(raw)} bytes, not {size}")
     array = np.frombuffer(raw, dtype).reshape(shape, order=order)
     return np.asarray(array, dtype.newbyteorder("="), order="C")
 

@@ -1,4 +1,4 @@
-"""Detectron2's names of a ViTDet detector (projects/ViTDet, .pkl), COCO and LVIS."""
+"""Detectron2's names of a ViTDet detector (projects/ViTDet, .pkl) for COCO or LVIS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the MAE pre-trained backbones (He et al., 2111.06377; facebookresearch/mae).
+"""Names of the MAE pre-trained backbones (He et al., arXiv:2111.06377; facebookresearch/mae).
 
 A pre-trained backbone has no relative positions, which start at zero, and no part of a detector.
 """

@@ -1,7 +1,7 @@
 """Names of Swin-T, as a backbone and in a Mask R-CNN with FPN.
 
-Covers mmdet 2.18, Microsoft's Swin-Transformer-Object-Detection, and its ImageNet classifier
-(Swin-Transformer). The FPN and the heads have mmdet's names in both detectors.
+Covers mmdet 2.18, Microsoft's Swin-Transformer-Object-Detection, and Microsoft's ImageNet
+classifier (Swin-Transformer). The FPN and the heads have mmdet's names in both detectors.
 """
 
 from __future__ import annotations

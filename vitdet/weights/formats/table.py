@@ -108,7 +108,7 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
 
 
 def rename(name: str, layout: Format) -> str | None:
-    """Return our name of their tensor, or None if it matches no row."""
+    """Return our name of their tensor `name`, or None if the name matches no row."""
     names = (_fill(name, row.theirs, row.ours) for row in layout.rows)
     return next((ours for ours in names if ours is not None), None)
 
