@@ -134,7 +134,7 @@ def test_a_pickle_cannot_change_its_reader(tmp_path: Path) -> None:
         path.write_bytes(b"cnumpy\ndtype\n" + state + b"b.")
         assert "not a complete weights file" in one_line(path)
     path.write_bytes(b"cnumpy\ndtype\n).")  # the reader's own class instead of weights
-    assert "weights, got " in one_line(path) or "not a complete" in one_line(path)
+    assert "weights, got " in one_line(path)
     path.write_bytes(b"cnumpy\ndtype\n)\x81.")
     assert "not a complete weights file" in one_line(path)
 
