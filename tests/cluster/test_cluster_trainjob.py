@@ -128,8 +128,12 @@ def test_the_launcher_waits_for_a_job_that_kueue_suspends_and_preempts(live: Sce
     name = job_name(PIPELINE_RUN, "queued")
 
     def suspend(value: bool) -> None:
-        words = f"patch trainjob -n {live.namespace} {name} --type=merge -p"
-        kubectl(words, json.dumps({"spec": {"suspend": value}}))
+        # with its API group: test_cluster_versions installs a second kind of this name meanwhile
+        job = f"trainjobs.trainer.kubeflow.org/{name}"
+        kubectl(
+            f"patch {job} -n {live.namespace} --type=merge -p",
+            json.dumps({"spec": {"suspend": value}}),
+        )
 
     def told(times: int) -> bool:
         return (
