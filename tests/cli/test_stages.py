@@ -235,7 +235,7 @@ def test_the_data_is_fetched_to_the_volume_on_request(
 ) -> None:
     shutil.copytree(tiny, tmp_path / "space" / "export")
     resolve(["tiny"], ["data.root=sets/mine"], tmp_path)
-    with pytest.raises(ValueError, match="fetch convert absent: .*absent: no such folder"):
+    with pytest.raises(ValueError, match="fetch convert absent: .*absent: no such file or folder"):
         prepare(tmp_path, "convert absent")
     data = prepare(tmp_path, "convert export --format coco")
     assert "6 classes; train 12 images" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_a_test_split_is_not_skipped_silently(vitdet: Run, yolo: Path) -> None:
     head = (yolo / "data.yaml").read_text()
     write(yolo / "data.yaml", head + "test: ../test/images\n")
     _, output, _ = vitdet("data", "convert", yolo, "one")
-    assert "  split test skipped: ../test/images does not exist" in output.splitlines()
+    assert "  split test skipped: ../test/images not found" in output.splitlines()
     image(yolo / "images/test/t.png")
     write(yolo / "data.yaml", head + "test: images/test\n")
     _, output, _ = vitdet("data", "convert", yolo, "two")
@@ -126,7 +126,7 @@ def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
     assert f"val.txt:3: {voc}/Annotations/none.xml: no such annotation file" in errors
     assert "val.txt:4: /p1: expected the name of an image" in errors
     write(voc / "ImageSets/Main/val.txt", "p3\np2 1\n")
-    assert "val.txt: 1 of 2 lines are rows" in vitdet("data", "convert", voc, "out")[2]
+    assert "val.txt: contains IDs (1) and rows" in vitdet("data", "convert", voc, "out")[2]
 
 
 def test_two_lists_with_the_same_name_keep_their_images(vitdet: Run, voc: Path) -> None:
@@ -242,7 +242,7 @@ def test_only_a_single_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path)
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 0.5)
     assert code == 1 and "splits the images of a single split, but there are train, val" in errors
     code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 1.5)
-    assert code == 1 and "--val-share: expected a number from 0 to 1, got 1.5" in errors
+    assert code == 1 and "--val-share: expected at least 0 and less than 1, got 1.5" in errors
     words = ("--val-share", 0.5, "--splits", "train")
     code, output, _ = vitdet("data", "convert", yolo, "out", *words)
     assert code == 0 and "  split val skipped, not requested" in output.splitlines()
@@ -277,8 +277,8 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--classes", "cat,cow"), "--classes: no class 'cow'; the classes are cat, dog, bus"),
-        (("--rename", "wrong.yaml"), "--rename: no class 'cow'; the classes are cat, dog, bus"),
+        (("--classes", "cat,cow"), "--classes: no class 'cow'; available: cat, dog, bus"),
+        (("--rename", "wrong.yaml"), "--rename: no class 'cow'; available: cat, dog, bus"),
         (("--rename", "list.yaml"), "list.yaml: expected a map of class names, old: new, got"),
         (("--rename", "none.yaml"), "none.yaml: no such file"),
         (("--rename", "bad.yaml"), "bad.yaml: not YAML or JSON"),

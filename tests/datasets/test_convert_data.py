@@ -109,7 +109,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     # another file with that name
     assert [image["file_name"] for image in tree(out, "val")["images"]] == ["a_2.jpg"]
     _, output, _ = vitdet("data", "convert", yolo, "asked", "--boxes-as-masks")
-    assert "  3 x boxes are used as masks" in output.splitlines()
+    assert "  3 x boxes used as masks" in output.splitlines()
     box, *_ = tree(tmp_path / "asked", "train")["annotations"]
     assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]]
     original = yolo / "images/train/a.jpg"
@@ -158,7 +158,7 @@ ROWS, HEAD = "labels/train/a.txt", "data.yaml"
         (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v does not exist in"),
         (HEAD, "test: images/train\nnames: [a, b]", "expected the keys train and val"),
         (HEAD, "train: images\nnames: {1: a}", "names: expected a list of class names"),
-        (HEAD, "train: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
+        (HEAD, "train: images\nnames: [a]\nnc: 2", "names has length 1, but nc is '2'"),
         (HEAD, "train: images\nnames: [a]\nkpt_shape: [17, 3]", "got keypoints"),
         (HEAD, "train: [", "data.yaml: not YAML"),
         (HEAD, "train: {a: b}\nnames: [a]", "train: expected a folder, a text file or a list of"),
@@ -173,8 +173,8 @@ def test_labels_in_the_wrong_folder_are_an_error(vitdet: Run, yolo: Path) -> Non
     (yolo / "labels").rename(yolo / "label")
     code, output, errors = vitdet("data", "convert", yolo, "out")
     assert (code, output) == (1, "") and not Path("out").exists()
-    assert "train: none of 4 images has a label file; expected" in errors
-    assert "val: none of 1 images has a label file; expected" in errors
+    assert "train: no image has a label file (images: 4); expected" in errors
+    assert "val: no image has a label file (images: 1); expected" in errors
 
 
 def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_the_format_of_the_source_is_detected(vitdet: Run, voc: Path, tmp_path: 
     write(voc / "data.yaml", "names: [a]")
     for source, says in (
         ("empty", "empty: matches none of yolo, voc, coco, labelme, cvat; found nothing"),
-        ("none", "none: no such folder"),
+        ("none", "none: no such file or folder"),
         (voc, "could be yolo or voc"),
     ):
         refused(vitdet("data", "convert", source, "out"), says)

@@ -324,12 +324,13 @@ def test_skipped_coco_objects_are_counted(vitdet: Run, tmp_path: Path) -> None:
     tree["annotations"][0]["bbox"] = [10, 10, 0, 5]
     tree["annotations"][1]["category_id"] = 9
     tree["annotations"][2]["iscrowd"] = 1
+    tree["annotations"].append(tree["annotations"][0] | {"id": 99, "iscrowd": 1})
     write(tmp_path / "source/labels.json", tree)
     images(tmp_path / "source/data", "p9")
     output = vitdet("data", "convert", "source", "out")[1].splitlines()
-    assert "  1 x objects of zero size skipped" in output
+    assert "  2 x objects of zero size skipped" in output
     assert "  1 x objects of unknown categories skipped" in output
-    assert "  1 x images without annotation file skipped" in output
+    assert "  1 x images skipped (not in any converted split)" in output
     annotations = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())
     assert [annotation["iscrowd"] for annotation in annotations["annotations"]] == [1, 0]
 
@@ -345,7 +346,7 @@ def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", "source", "out")
     assert (code, errors) == (0, "")
     assert {
-        "  2 x shapes of the type 'circle' skipped",
+        "  2 x shapes of type 'circle' skipped",
         "  1 x JSON files without shapes ignored",
         "  1 x images without a JSON file skipped",
     } <= {*output.splitlines()}

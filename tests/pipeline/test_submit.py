@@ -237,7 +237,7 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
         ),
         (
             ["tiny", "--sweep", "optim.lr=1,2", "--sweep", "optim.steps=1,2,3", "--seeds", 20],
-            "120 training runs (1 recipes x 6 x 20 seeds), expected at most 64; submit several pipeline runs",
+            "120 training runs (recipes x combinations x seeds: 1 x 6 x 20), expected at most 64; submit several pipeline runs",
         ),
         (
             ["tiny", "mask_rcnn_vitdet_b_coco"],

@@ -33,7 +33,7 @@ def select_classes(
         missing = [name for name in given if name not in known]
         if missing:
             classes = ", ".join(dict.fromkeys(known))
-            text = f"no class {show(missing[0])}; the classes are {classes}"
+            text = f"no class {show(missing[0])}; available: {classes}"
             raise ValueError(f"{source}: {option}: {text}")
     kept = tuple(dict.fromkeys(keep or renamed))
     return kept, [kept.index(name) if name in kept else None for name in renamed]

@@ -1,8 +1,8 @@
 """Conversion of a data set in another format to COCO's layout, atomically.
 
-Images are hard links to the source images, which use no space and remain if the source is deleted.
-They are copied if the file system does not support links, e.g. to another disk. As in COCO, image
-ids are unique; file names are unique except for the same file in several splits.
+Images are hard links, which use no space and remain valid if the source is deleted. They are
+copied if the file system does not support links, e.g. to another disk. As in COCO, image ids are
+unique; file names are unique except for the same file in several splits.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def convert(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target}: already exists; choose a new folder")
     if not source.exists():
-        raise FileNotFoundError(f"{source}: no such folder")
+        raise FileNotFoundError(f"{source}: no such file or folder")
     if not 0 <= val_share < 1:
-        raise ValueError(f"--val-share: expected a number from 0 to 1, got {val_share}")
+        raise ValueError(f"--val-share: expected at least 0 and less than 1, got {val_share}")
     dataset = ImportedDataset(source, splits, reading)
     FORMATS[kind or detect(source)].read(dataset)
     names: tuple[str, ...] = ()
@@ -94,12 +94,12 @@ def convert(
         counts = {split: writer.write(split, listed) for split, listed in images.items()}
         dataset.problems.raise_if_any(source)
         if not counts:
-            raise ValueError(f"{source}: nothing to convert; {'; '.join(dataset.remarks)}")
+            raise ValueError(f"{source}: {'; '.join(['nothing to convert', *dataset.remarks])}")
     if not any(split.startswith("val") for split in counts):
         dataset.remarks.append(UNDIVIDED)
     notes = {note: count for note, count in dataset.notes.items() if count}
     if boxes_as_masks and BOX_ONLY in notes:
-        notes["boxes are used as masks"] = notes.pop(BOX_ONLY)
+        notes["boxes used as masks"] = notes.pop(BOX_ONLY)
     if writer.other_classes:
         notes["objects of other classes dropped (--classes)"] = writer.other_classes
     return Converted(counts, names, notes, tuple(dataset.remarks))
@@ -186,7 +186,7 @@ class _Writer:
         return {"id": self.images, "file_name": name, **size}
 
     def _unique(self, name: str) -> str:
-        """Append a number to a file name that another file has."""
+        """Return the file name, with a number appended if another file has the same name."""
         stem, suffix = os.path.splitext(name)
         while name in self.taken:
             self.taken[stem + suffix] += 1

@@ -2,9 +2,9 @@
 
 All entries are checked before anything is written. The whole archive is rejected if it contains a
 name outside the folder, a link, a device, names that are equal on case-insensitive disks, an
-encrypted file, a compression method of unbounded memory, or more files or bytes than allowed. A
-file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are written
-atomically, and complete files are not written again, so that an interrupted extraction resumes.
+encrypted file, a compression method that may use unbounded memory, or more files or bytes than
+allowed. A file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are
+written atomically, and only if not yet complete, so that an interrupted extraction resumes.
 """
 
 from __future__ import annotations
@@ -195,5 +195,5 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
         resume = "free some space and run the same command to resume"
         raise OSError(f"{path}: could not be extracted ({error}); {resume}") from error
     if done != declared:
-        raise _Refused(f"{info.filename} has {done:,} bytes but declares {declared:,}: damaged")
+        raise _Refused(f"{info.filename} has size {done:,}, expected {declared:,} (bytes): damaged")
     temporary.replace(path)

@@ -59,7 +59,7 @@ def fetch(
 
     Raises:
         FileNotFoundError: an archive is not in `local`.
-        ValueError: an archive is not the published one, or an existing file differs from it.
+        ValueError: an archive is not the published one, or an existing file has other content.
         OSError: not enough space, or the folder is not writable; also the errors of `download`.
     """
     if not (root / ".archives").exists() and not _missing(archives, root):
@@ -203,7 +203,7 @@ def _verify(path: Path, archive: Archive) -> None:
     if archive.sha256 and (found := sha256(path)) != archive.sha256:
         raise ValueError(f"{path}: sha256 {found}, expected {archive.sha256}: {other}")
     if not archive.sha256:
-        log.warning("%s: no checksum is published; only its size was verified", archive.name)
+        log.warning("%s: no checksum is published; only the size was verified", archive.name)
 
 
 def _unpacked(
@@ -245,8 +245,8 @@ def _extract(archive: Archive, path: Path, root: Path, seen: Callable[[int], Non
         raise ValueError(f"{path}: contains {parts}")
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
-        files = f"not in {archive.name} (unexpected files: {len(foreign):,})"
-        raise ValueError(f"{work / min(foreign)}: {files}; move them away and repeat the command")
+        files = f"not in {archive.name} (unexpected files: {len(foreign):,}); move such files away"
+        raise ValueError(f"{work / min(foreign)}: {files} and repeat the command")
     if not there:
         work.rename(folder)
     return entries

@@ -37,7 +37,7 @@ FORMATS = {
 
 
 def detect(source: Path) -> str:
-    """Return the format of a folder. Raises ValueError if it matches none or several."""
+    """Return the format of a folder or file. Raises ValueError if it matches none or several."""
     kinds = [name for name, kind in FORMATS.items() if kind.matches(source)]
     if len(kinds) > 1:
         raise ValueError(f"{source}: could be {' or '.join(kinds)}; choose one with --format")

@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class SharedProgress:
-    """One progress display for several files of `total` bytes. Raises Stopped if `stop` is set."""
+    """Progress display for files of `total` bytes together. Raises Stopped if `stop` is set."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop
@@ -50,7 +50,7 @@ class _FileProgress:
 def run_parallel(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     """Run all tasks in parallel.
 
-    If a task fails, set `stop`, so that the other tasks end at the next read, and raise its error.
+    If a task fails, set `stop`, so that others end at their next progress report; raise its error.
     """
 
     def run(task: Callable[[], None], future: Future[None]) -> None:
@@ -69,6 +69,6 @@ def run_parallel(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> 
     finally:
         stop.set()
         wait(futures, SHORT)
-    wait(others, LINGER)  # a thread may be blocked in a connection; it writes nothing afterwards
+    wait(others, LINGER)  # a thread may be blocked in a read; it ends at its next progress report
     for future in done:
         future.result()

@@ -5,7 +5,7 @@ processes a quarter of the patches, and a small decoder reconstructs half of the
 are drawn from a seed that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT`
 produced the weights in the package.
 
-Notation: B images, N tokens, V visible tokens, C channels.
+Notation: B images, S image side, N tokens, V visible tokens, C channels.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class MaskedAutoencoder(nn.Module):
         self.to_pixels = nn.Sequential(nn.LayerNorm(decoder_dim), pixels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the mean squared error of hidden patches of normalized images (B, 3, S, S).
+        """Return the mean squared error of the reconstructed patches of images (B, 3, S, S).
 
-        The target of each patch is its pixels with zero mean and unit standard deviation.
+        Images are normalized. The target of a patch is its pixels with zero mean and unit variance.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
@@ -117,14 +117,14 @@ def draw(index: int, side: int) -> np.ndarray:
 
 
 def pictures(count: int, side: int) -> Tensor:
-    """Draw (count, 3, side, side) uint8 images on all processors."""
+    """Draw images (count, 3, side, side) uint8, using all processors."""
     with multiprocessing.get_context("fork").Pool() as pool:
         drawn = pool.map(partial(draw, side=side), range(count), chunksize=64)
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Normalize images (B, 3, S, S); shift, flip and transpose all by the same random choice."""
+    """Shift, flip and transpose images (B, 3, S, S) at random, all alike, and normalize them."""
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images
@@ -181,7 +181,7 @@ def pretrain(
 
 
 def export(encoder: ViT, output: Path) -> None:
-    """Write the backbone's weights with a detector's names, without relative positions."""
+    """Write the backbone's weights under a detector's keys, without relative positions."""
     weights = {
         f"backbone.{name}": tensor.detach().half()
         for name, tensor in encoder.state_dict().items()

@@ -220,7 +220,7 @@ class _Canvas:
         return random_color(self.dice, self.palette[:2], 60)
 
     def _unlike(self, others: list[Color]) -> Color:
-        """Return a color that contrasts with `others`, and most with the palette."""
+        """Return the one of 4 colors unlike `others` that contrasts most with the palette."""
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
         return max(choices, key=lambda color: min(math.dist(color, used) for used in self.palette))
 

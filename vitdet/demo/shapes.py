@@ -1,6 +1,6 @@
 """Building blocks of the tiny data set's scenes: random numbers, colors, silhouettes, textures.
 
-Notation: V vertices, H and W fine pixels.
+Notation: V vertices.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Color = tuple[float, float, float]
 
 
 class Dice:
-    """Random numbers that only use `random()`, whose stream NumPy is least likely to change."""
+    """Random numbers from `Generator.random`, whose stream NumPy is least likely to change."""
 
     def __init__(self, seed: int, index: int) -> None:
         bits = np.random.PCG64(np.random.SeedSequence([seed, index]))
         self._generator = np.random.Generator(bits)
 
     def numbers(self, shape: int | tuple[int, int]) -> np.ndarray:
-        """Return independent numbers from 0 to 1."""
+        """Return independent uniform numbers in [0, 1)."""
         return self._generator.random(shape)
 
     def uniform(self, low: float, high: float) -> float:
@@ -39,7 +39,7 @@ class Dice:
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """Return a random color (0..255) at an RGB distance of apart..at_most from the others."""
+    """Return a random color (0..255) at an RGB distance of apart..at_most from each of `others`."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):

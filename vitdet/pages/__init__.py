@@ -21,7 +21,7 @@ def render(template: str, values: Mapping[str, object]) -> str:
 
 
 def data_uri(image: Image.Image, quality: int) -> str:
-    """Return the data URI of an image in JPEG format."""
+    """Encode an image as JPEG and return it as a data URI."""
     content = io.BytesIO()
     image.save(content, "JPEG", quality=quality, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
@@ -56,6 +56,6 @@ def _count(value: int, noun: str = "") -> str:
 
 
 def _path(values: Sequence[float], width: float, height: float) -> str:
-    """Return the points of an SVG polyline through evenly spaced values from 0 (bottom) to 1."""
+    """Return the points of an SVG polyline through evenly spaced values in 0 (bottom)..1 (top)."""
     step = width / max(len(values) - 1, 1)
     return " ".join(f"{i * step:.1f},{height * (1 - value):.1f}" for i, value in enumerate(values))

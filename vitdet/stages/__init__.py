@@ -14,7 +14,7 @@ are the steps of a pipeline run, in this order (`pipeline/graph.py`):
     gate                Decide whether the detector is better than the champion.
     register_recipe     Register the detector as a new version, and promote it if it is better.
     compare             Create a table of all training runs.
-    compare_finished    After a failure, create a table of finished runs and reasons for the others.
+    compare_finished    After a failure, create a table that also lists failed training runs.
     end_parent_run      End the MLflow run with the status of the pipeline run.
 
 The steps exchange results as return values, as files and in a workspace, a folder that all steps
@@ -25,7 +25,7 @@ share (`vitdet.stages.workspace`). Common arguments are:
     settings, configs   Folders with NAME.yaml from `resolve_configs` and `prepare_data`.
     data                The fingerprint of the data, as `prepare_data` returns it.
     checkpoint          The file of a detector.
-    figures, verdict    JSON files that `evaluate_recipe` and `gate` write.
+    figures, verdict    JSON files that `evaluate_recipe` and `gate` write, respectively.
 
 A repeated step keeps existing results; training resumes from the last checkpoint. The steps import
 torch, MLflow and other slow packages when they are called.

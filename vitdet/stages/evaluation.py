@@ -65,7 +65,7 @@ def evaluate(
 class Evaluation(NamedTuple):
     """The evaluation of a detector in a pipeline run.
 
-    known: whether there is no champion or it was evaluated on the same data with the same settings.
+    known: whether the champion, if any, was evaluated on the same data with the same settings.
     page: the URL of the detector's MLflow run, "" if there is no such page.
     """
 
@@ -121,7 +121,7 @@ def evaluate_champion(
 ) -> str:
     """Evaluate the champion as the detector in `checkpoint` was evaluated, for the step `gate`.
 
-    Returns one line with the AP, or with the reason why the champion cannot be evaluated.
+    Returns one line: the metric, why the champion cannot be evaluated, or that there is none.
     """
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations

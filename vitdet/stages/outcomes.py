@@ -1,7 +1,6 @@
 """The outcome (verdict or error) of each training run, as files in the workspace.
 
-The comparison also reads the outcomes after a failure, when the pipeline does not pass on the
-outputs of steps.
+After a failure, KFP does not pass on outputs of steps; the comparison reads these files instead.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _check_count(recipes: int, values: Sequence[int], seeds: int) -> None:
         raise ValueError(f"seeds: expected a number of at least 1, got {seeds}")
     count = recipes * math.prod(values) * seeds
     if count > MAX_TRAININGS:
-        factors = " x ".join([f"{recipes} recipes", *map(str, values), f"{seeds} seeds"])
+        factors = f"recipes x combinations x seeds: {recipes} x {math.prod(values)} x {seeds}"
         raise ValueError(
             f"got {count} training runs ({factors}), expected at most {MAX_TRAININGS}; submit "
             "several pipeline runs"

@@ -66,7 +66,7 @@ def prepare_data(
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}; to fetch the data, set the pipeline's parameter `fetch` (--fetch) to "
-            "coco, lvis or 'convert SOURCE', or on a cluster apply the Job in manifests/data"
+            "coco, lvis or 'convert SOURCE', or, on a cluster, apply the Job in manifests/data"
         ) from error
     for name, config in loaded.items():
         expected, count = config.model.roi_heads.num_classes, len(described["classes"])
@@ -141,7 +141,7 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
 
 
 def fetch_weights(configs: str, workspace: str) -> str:
-    """Fetch the weights in `train.init` of each config; return a digest of all their files.
+    """Fetch the weights that each config names in `train.init`; return a digest of the files.
 
     Raises the errors of `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
     """

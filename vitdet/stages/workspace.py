@@ -1,12 +1,12 @@
 """The folders of a workspace, which all steps of a pipeline run share.
 
-WORKSPACE/...                data sets and files of weights, at the recipes' relative paths
+WORKSPACE/...                data sets and weights files, at the relative paths in the recipes
 WORKSPACE/weights/           initial weights (`train.init`)
 WORKSPACE/runs/NAME-RUN/     a training run: config, checkpoints, model.pt, best.pt
 WORKSPACE/runs/pipeline-RUN/ a pipeline run: configs of its training runs, and their comparison
 WORKSPACE/runs/mlflow.db     MLflow's store, if there is no tracking server
 
-NAME is a recipe and the digest of its config. RUN is the start of the pipeline run's ID.
+NAME is RECIPE-DIGEST, with the digest of the config. RUN is the start of the pipeline run's ID.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run_folder(workspace: str, run_id: str) -> Path:
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
     """Return the folder of a training run, which is the same for a repeated step.
 
-    If vitdet 0.1 started the training run, the folder's name contains vitdet 0.1's config digest.
+    If vitdet 0.1 started the training run, the folder's name contains that version's config digest.
     """
     run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
     folder = runs_folder(workspace) / f"{name}-{run}"
@@ -53,7 +53,7 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
 
 
 def champion_file(workspace: str, name: str, run_id: str) -> Path:
-    """Return the JSON file for the champion's evaluation in the comparison with a training run."""
+    """Return the JSON file of the champion's evaluation, for the gate of a training run."""
     return training_folder(workspace, name, run_id) / "champion.json"
 
 
@@ -78,6 +78,6 @@ def resolve_paths(config: Config, workspace: Path) -> Config:
 
 
 def registry(config: Config, workspace: str) -> dict[str, Any]:
-    """Return the keyword arguments that select the model registry in `vitdet.tracking`."""
+    """Return the keyword arguments of `vitdet.tracking` that select the model registry."""
     tracking, folder = config.tracking, runs_folder(workspace)
     return {"uri": tracking.uri, "folder": folder, "model_name": tracking.model_name}

@@ -25,6 +25,7 @@ from vitdet.data.shared_memory import PackedList
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
     BROKEN,
+    EMPTY,
     SPLIT_NAMES,
     ImportedDataset,
     ImportedImage,
@@ -100,7 +101,7 @@ class _File:
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
     def root(self) -> set[int]:
-        """Return {0} if category 0 is an unused parent or Roboflow's root, else an empty set."""
+        """Return {0} if category 0 is a parent or Roboflow's root, without objects; else set()."""
         name = self.validator.categories.get(0)
         if name is None or 0 in self.used or len(self.validator.categories) < 2:
             return set()
@@ -166,7 +167,7 @@ def _read(name: str, path: Path, dataset: ImportedDataset) -> _File:
         crowd = checked.dropped == CROWD
         file.used.add(annotation.category_id)
         if (checked.dropped and not crowd) or min(annotation.bbox[2:]) <= 0:
-            dataset.notes[f"objects {checked.dropped} skipped"] += 1
+            dataset.notes[EMPTY if crowd else f"objects {checked.dropped} skipped"] += 1
             continue
         if checked.unmasked and checked.unmasked != NO_OUTLINE and not crowd:
             dataset.notes[f"objects {checked.unmasked}: outline skipped"] += 1

@@ -1,11 +1,11 @@
 """Reader of CVAT's XML for images: annotations.xml, and the images in images/ or next to it.
 
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
-<box label xtl ytl xbr ybr>, rotated by `rotation` degrees about its center if present; <polygon
-label points="x,y;x,y;..."> and <mask label rle left top width height>, run lengths of the rows of
-that rectangle. Coordinates are in pixels from 0. `subset` is the split, which may be a folder in
-images/ or next to the file. Other elements (polyline, points, ellipse, cuboid, skeleton, tag) are
-counted and ignored. The format for videos has <track> instead of <image>.
+<box label xtl ytl xbr ybr>, with an optional `rotation` in degrees about its center; <polygon
+label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle is the row-major
+run lengths of that rectangle. Coordinates are in pixels from 0. `subset` is the split, which may be
+a folder in images/ or next to the file. Other elements (polyline, points, ellipse, cuboid,
+skeleton, tag) are counted and ignored. The format for videos has <track> instead of <image>.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _mask(where: str, shape: Element, label: int, size: Size) -> ImportedObject 
     if not fits or min(runs) < 0 or sum(runs) != width * height:
         rectangle = f"{width} x {height} pixels at {left}, {top}"
         image = f"an image of {size[1]} x {size[0]}"
-        text = f"run lengths of {sum(runs)} pixels do not fit {rectangle} in {image}"
+        text = f"run lengths with the sum {sum(runs)} do not fit {rectangle} in {image}"
         raise Unusable(kind, f"{where}: {text}")
     pixels = np.zeros(size, bool)
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)

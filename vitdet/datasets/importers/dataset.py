@@ -74,7 +74,7 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Add the error raised in the block, if any; `Unusable` overrides the kind."""
+        """Add an error of the block instead of raising it; `Unusable` overrides the kind."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -119,7 +119,7 @@ class ImportedImage:
 class ImportedDataset:
     """A data set in another format; label k is class_names[k].
 
-    Each split can be iterated once; this reads the images and adds to `notes` and `problems`.
+    Each split can be iterated once; iteration reads the images and adds to `notes` and `problems`.
     """
 
     source: Path
@@ -162,7 +162,7 @@ class ImportedDataset:
         self.splits = {split: images(listed) for split, listed in items.items()}
 
     def keep(self, obj: ImportedObject | None) -> tuple[ImportedObject, ...]:
-        """Count the object in the notes; return it as a tuple, empty for None."""
+        """Count special cases in the notes; return the object in a tuple, or () for None."""
         if obj is None:
             self.notes[EMPTY] += 1
             return ()
@@ -171,7 +171,7 @@ class ImportedDataset:
         return (obj,)
 
     def is_image(self, path: Path) -> bool:
-        """Return whether a file is an image, judged by suffix, or by content if unknown."""
+        """Return whether a file is an image, by its suffix or, if that is unknown, its content."""
         suffix = path.suffix.lower()
         if suffix in image_suffixes() or suffix in DOCUMENTS:
             return suffix in image_suffixes()
@@ -207,7 +207,7 @@ class ImportedDataset:
         return size
 
     def count_left_out(self, files: Iterable[Path], is_labeled: Callable[[Path], bool]) -> None:
-        """Count the files of image folders that are not readable images, by suffix."""
+        """Count, by suffix, files that are in image folders but not readable as images."""
         by_suffix: dict[str, list[Path]] = defaultdict(list)
         for path in files:
             by_suffix[path.suffix.lower()].append(path)
@@ -218,9 +218,9 @@ class ImportedDataset:
             self.notes[f"{name} skipped, not a supported image format{also}"] += len(paths)
 
     def count_unnamed(self, folders: Iterable[Path], used: Iterable[Path]) -> None:
-        """Count the files in these folders that no annotation file refers to."""
+        """Count the files in these folders that the converted splits do not use."""
         images, others = self.images_below(*folders)
-        self.notes["images without annotation file skipped"] += len({*images}.difference(used))
+        self.notes["images skipped (not in any converted split)"] += len({*images}.difference(used))
         self.count_left_out(others, lambda path: False)
 
 
@@ -238,13 +238,13 @@ def image_suffixes() -> frozenset[str]:
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return the non-hidden files below folders, only those with `suffix` if given, by path."""
+    """Return the non-hidden files below folders (if given, with this suffix), sorted by path."""
     paths = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
     return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 
 
 def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
-    """Return the first folder that contains this image, and the path. Raises Unusable if none."""
+    """Return the first folder with this image, and the image's path. Raises Unusable if none."""
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
         text = f"{where}: expected a relative image path without .., got {show(name)}"
@@ -253,14 +253,14 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
         path = folder / existing_name(folder, name)
         if name and os.path.isfile(path):
             return folder, path
-    looked = ", ".join(map(str, folders)) or "no folder"
-    raise Unusable("missing image file", f"{where}: no image file {show(name)}, looked in {looked}")
+    looked = ", ".join(map(str, folders)) or "any image folder"
+    raise Unusable("missing image file", f"{where}: no image file {show(name)} in {looked}")
 
 
 def object_from_box(
     label: int, corners: Sequence[float], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with a box x0, y0, x1, y1 only, clipped to the image; None if empty."""
+    """Return an object with only a box x0, y0, x1, y1, clipped to the image; None if empty."""
     box = _clipped(corners, size)[1]
     if min(box[2:]) <= 0:
         return None

@@ -3,8 +3,8 @@
 https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in
 pixels of the upright image and a shape_type. A polygon is an outline; polygons with the same label
 and group_id are one object, as in LabelMe's examples/instance_segmentation/labelme2coco.py. A
-rectangle is a box with two opposite corners. Other shapes (circle, line, linestrip, point, points,
-mask) are counted and ignored. The folders train/, valid/ and test/ are splits.
+rectangle is a box, given by two opposite corners. Other shapes (circle, line, linestrip, point,
+points, mask) are counted and ignored. The folders train/, valid/ and test/ are splits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Shape(msgspec.Struct):
 
 
 class LabelFile(msgspec.Struct):
-    """The used content of a JSON file, without imageData, the image in base64."""
+    """The entries of a JSON file that are used; imageData, the image in base64, is skipped."""
 
     shapes: list[msgspec.Raw]
     imagePath: str = ""  # noqa: N815
@@ -111,7 +111,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image at imagePath if inside the source, else next to the JSON file `path`."""
+    """Return the image at imagePath if in `source`, else the one next to the JSON file."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
@@ -133,7 +133,7 @@ def _shapes(path: Path, content: LabelFile, dataset: ImportedDataset) -> list[Sh
             if shape.shape_type in ("polygon", "rectangle", None):
                 shapes.append(shape)
             else:
-                dataset.notes[f"shapes of the type {show(shape.shape_type)} skipped"] += 1
+                dataset.notes[f"shapes of type {show(shape.shape_type)} skipped"] += 1
     return shapes
 
 

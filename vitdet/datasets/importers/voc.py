@@ -13,7 +13,7 @@ Annotation tools differ. CVAT quotes IDs that contain a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
 ImageSets/Segmentation. Without ImageSets, XML files are next to the images in train/, valid/ and
 test/ (https://roboflow.com/formats/pascal-voc-xml) or in one folder. <polygon> is an outline of x1,
-y1, x2, y2, ... or of points <pt> in pixels from 0, whose bounding box replaces <bndbox>.
+y1, x2, y2, ... or of points <pt>, in pixels from 0; its bounding box replaces <bndbox>.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Item = tuple[Path, Element, Path]  # XML file, its root element, and the image
 
 
 def is_voc(source: Path) -> bool:
-    """Return whether a folder contains Annotations/*.xml, or XML files of images."""
+    """Return whether a folder contains Annotations/, or XML files of images."""
     if (source / "Annotations").is_dir():
         return True
     if not source.is_dir():
@@ -140,8 +140,7 @@ class _Folders:
         for other in self.others:
             if self.image_stem(other) == stem:
                 raise Unusable("image that cannot be read", f"{other}: not a known image format")
-        text = f"{path}: no image {self.images / stem}.jpg (.png, ...)"
-        raise Unusable("missing image file", text)
+        raise Unusable("missing image file", f"{path}: no image {self.images / stem}.jpg (.png, ...)")
 
     def xml(self, image_id: str) -> Path:
         """Return the XML file of an ID, which may have the suffix of the image."""
@@ -150,7 +149,7 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return the XML files of each split, mapped to the location of their IDs in the list.
+        """Return the XML files of each split, mapped to the location of each ID ("" without lists).
 
         trainval is skipped if train and val exist.
         """
@@ -160,7 +159,7 @@ class _Folders:
             if not paths:
                 raise FileNotFoundError(f"{self.annotations}: no XML file")
             firsts = {path: self.stem(path).parts[0].lower() for path in paths}
-            # otherwise the names are those of files, or of folders that are not splits
+            # otherwise, some of these are names of files, or of folders that are not splits
             divided = {*firsts.values()} <= SPLIT_NAMES.keys()
             for path, first in firsts.items():
                 splits[split_of(first) if divided else "train"][path] = ""
@@ -180,7 +179,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files of a list, mapped to their locations; none for a list of one class.
+        """Return the XML files of a list, mapped to the IDs' locations; {} for a list of one class.
 
         Lines that are neither an ID nor a row of a list of one class are added to the problems.
         """
@@ -208,7 +207,7 @@ class _Folders:
             else:
                 ids[self.xml(known or name)] = f"{path}:{number}: "
         if rows and ids:
-            text = f"{rows} of {rows + len(ids)} lines are rows 'ID -1|0|1' of a list of one class"
+            text = f"contains IDs ({len(ids)}) and rows 'ID -1|0|1' of a list of one class ({rows})"
             dataset.problems.add("list of both kinds", f"{path}: {text}")
         elif rows:
             dataset.notes["lists of one class (ID and a second column) ignored"] += 1
@@ -245,7 +244,7 @@ class _Folders:
             raise ValueError(f"{file}: {error}") from error
         largest = int(numbers.max(where=numbers != BORDER, initial=0))
         if largest > objects:
-            text = f"contains object number {largest}, but {path} lists {objects} objects"
+            text = f"contains object number {largest}, but {path} lists only {objects}"
             raise ValueError(f"{file}: {text}")
         return numbers
 

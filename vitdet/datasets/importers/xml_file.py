@@ -11,7 +11,7 @@ from vitdet.datasets.importers.dataset import BROKEN, Unusable
 
 
 def read_xml(path: Path, largest: int) -> Element:
-    """Return the root element of a file. Raises Unusable if invalid or above `largest` bytes.
+    """Return the root element of a file. Raises Unusable if invalid or larger than `largest` bytes.
 
     A DOCTYPE is rejected, since it could define entities that expand to huge strings.
     """
@@ -38,6 +38,6 @@ def has_root(path: Path, name: str) -> bool:
 
 
 def start_of(path: Path) -> bytes:
-    """Return the first bytes of a file, up to its root element."""
+    """Return the first bytes of a file, which usually include the root element's start tag."""
     with open(path, "rb") as file:
         return file.read(4096)

@@ -3,10 +3,10 @@
 See https://docs.ultralytics.com/datasets/detect/ and /segment/; details follow
 ultralytics/data/utils.py. `names` is a list or a map of labels to names, optional if there is `nc`.
 `train`, `val` (or `validation`) and `test` name a folder, a text file of paths, or a list of these,
-below `path`; a "../" is removed if the path does not exist. The labels of .../images/x.jpg are in
-.../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows are
-removed. Coordinates are relative to the upright image, at most 1% outside it. A row of 5 numbers
-is class, center x, center y, width and height; a row of 7, 9, ... numbers is class and outline.
+below `path`; a leading "../" is removed if the path does not exist. The labels of .../images/x.jpg
+are in .../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows
+are removed. Coordinates are relative to the upright image, at most 1% outside it. A row of 5
+numbers is class, center x, center y, width and height; 7, 9, ... numbers are class and outline.
 
 CVAT's exports list images in train.txt, with or without the prefix "data/", and have no `val`:
 https://docs.cvat.ai/docs/dataset_management/formats/.
@@ -52,7 +52,7 @@ def description(source: Path) -> Path | None:
 
 
 def read_yolo(dataset: ImportedDataset) -> None:
-    """Read a data.yaml file, or that of a folder. Label files and images are read on iteration.
+    """Read a data.yaml file, or the one in a folder. Label files and images are read on iteration.
 
     Raises FileNotFoundError or ValueError if data.yaml is unusable or has neither train nor val.
     """
@@ -86,7 +86,7 @@ def read_yolo(dataset: ImportedDataset) -> None:
         elif chosen:
             dataset.problems.add(
                 "split without label files",
-                f"{path}: {name}: none of {len(chosen)} images has a label file; expected "
+                f"{path}: {name}: no image has a label file (images: {len(chosen):,}); expected "
                 f"{_label_file(chosen[0])} for {chosen[0]}",
             )
     dataset.define(names, labeled, _read_image)
@@ -124,7 +124,7 @@ class _Head:
                 f"...; got {show(names)}"
             )
         if count is not None and count != str(len(names)):
-            raise ValueError(f"{self.path}: {len(names)} names, but nc: {show(count)}")
+            raise ValueError(f"{self.path}: names has length {len(names)}, but nc is {show(count)}")
         return tuple(names)
 
     def entries(self, key: str) -> list[str]:
@@ -140,7 +140,7 @@ class _Head:
         """Return the unique images of a split. Raises ValueError if the training split has none."""
         name, named, dataset = SPLITS[key], ", ".join(entries), self.dataset
         if name == "test" and not any(map(self.place, entries)):
-            dataset.remarks.append(f"split test skipped: {named} does not exist")
+            dataset.remarks.append(f"split test skipped: {named} not found")
             return []
         listed = dict.fromkeys(image for entry in entries for image in self.images(key, entry))
         if not listed and not dataset.problems.counts:
@@ -243,7 +243,7 @@ def _row(where: str, line: str, classes: int) -> tuple[float, ...]:
         raise Unusable(
             "row of the wrong length",
             f"{where}: expected 'class x y width height' or 'class x y x y x y ...', got "
-            f"{len(words)} numbers: {show(' '.join(words))}",
+            f"a row of length {len(words)}: {show(' '.join(words))}",
         )
     try:
         row = tuple(map(float, words))

@@ -28,7 +28,7 @@ class Histogram(NamedTuple):
     title: str
     unit: str
     bars: list[Bar]
-    marks: list[tuple[float, str]]  # center x and text of the labels below the axis
+    marks: list[tuple[float, str]]  # center x and text of each label below the axis
 
 
 def histogram(
@@ -51,7 +51,7 @@ def histogram(
         x = MARGIN + index * step + step * 0.08
         for number, ((name, counts), share) in enumerate(zip(series, shares, strict=True)):
             height = (HEIGHT - FOOT - 14) * float(share[index]) / top
-            tip = f"{name}, {label} {unit}: {int(counts[index]):,} ({100 * share[index]:.1f}%)"
+            tip = f"{name}, {label} ({unit}): {int(counts[index]):,} ({100 * share[index]:.1f}%)"
             y = HEIGHT - FOOT - height
             bars.append(Bar(x + number * width, y, width * 0.92, height, number, tip))
     positions = [(float(index), str(edge)) for index, edge in enumerate(edges, 1)]

@@ -1,6 +1,6 @@
 """The report of a data set: one HTML page with counts, classes, sizes, some images and problems.
 
-Only objects that training can use are counted; crowds and boxes of zero size are listed separately.
+Tables and charts count only objects that training can use; others are in the column `skipped`.
 Size classes are COCO's, by the area of the box: small below 32 x 32 pixels, large from 96 x 96.
 """
 
@@ -41,7 +41,7 @@ class _Split:
 
     @property
     def counts(self) -> np.ndarray:
-        """(N,) objects of each image."""
+        """Number of objects in each image (N,)."""
         return self.found.records.counts()
 
 
@@ -50,8 +50,8 @@ def write_page(
 ) -> tuple[int, int, Report]:
     """Write the page of a folder in COCO's or LVIS's layout; files that cannot be read are listed.
 
-    With `images`, every image file is read, as by `check`. Returns the number of images, the number
-    of objects, and the report of `check`. Raises FileNotFoundError if there is no annotation file,
+    With `images`, `check` reads every image file. Returns the number of images, the number of
+    annotations, and the report of `check`. Raises FileNotFoundError if there is no annotation file,
     OSError if `output` cannot be written.
     """
     report = check(folder, images=images, reading=reading)
@@ -103,7 +103,7 @@ def _read(folder: Path, name: str) -> _Split:
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Return (name, value, CSS class) of the key figures at the top."""
+    """Return (name, value, CSS class) of each key figure at the top."""
     images, objects = _sums(report)
     errors, warnings = (
         sum(finding.count for finding in found) for found in (report.errors, report.warnings)

@@ -1,4 +1,4 @@
-"""Example images of a data set's report: a small JPEG with the objects drawn on top as SVG."""
+"""Example images in a data set's report: small JPEGs with the objects drawn on top as SVG."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Portrait(NamedTuple):
 def portrait(
     record: Record, class_names: Sequence[str], split: str, reading: Reading = DEFAULT
 ) -> Portrait:
-    """Return the image of a record in a split, with its objects."""
+    """Return the image of a record with its objects; `split` is the split's name, for the title."""
     title, letter = f"{split}: {record.path.name}", max(record.width, record.height) / 34
     try:
         picture = read_image(record.path, (record.height, record.width), reading)
