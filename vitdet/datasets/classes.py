@@ -32,8 +32,7 @@ def select_classes(
     for option, given, known in (("--rename", rename, names), ("--classes", keep, renamed)):
         missing = [name for name in given if name not in known]
         if missing:
-            classes = ", ".join(dict.fromkeys(known))
-            text = f"no class {show(missing[0])}; available: {classes}"
-            raise ValueError(f"{source}: {option}: {text}")
+            valid = ", ".join(dict.fromkeys(known))
+            raise ValueError(f"{source}: {option}: no class {show(missing[0])}; available: {valid}")
     kept = tuple(dict.fromkeys(keep or renamed))
     return kept, [kept.index(name) if name in kept else None for name in renamed]

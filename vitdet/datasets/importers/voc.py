@@ -140,7 +140,8 @@ class _Folders:
         for other in self.others:
             if self.image_stem(other) == stem:
                 raise Unusable("image that cannot be read", f"{other}: not a known image format")
-        raise Unusable("missing image file", f"{path}: no image {self.images / stem}.jpg (.png, ...)")
+        text = f"{path}: no image {self.images / stem}.jpg (.png, ...)"
+        raise Unusable("missing image file", text)
 
     def xml(self, image_id: str) -> Path:
         """Return the XML file of an ID, which may have the suffix of the image."""
