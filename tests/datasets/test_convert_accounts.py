@@ -132,8 +132,8 @@ def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
 def test_two_lists_with_the_same_name_keep_their_images(vitdet: Run, voc: Path) -> None:
     write(voc / "ImageSets/Main/valid.txt", "p1\n")
     output = vitdet("data", "convert", voc, "out")[1]
-    splits = "train 2 images, 2 objects; val 2 images, 2 objects; valid 1 images"
-    assert output.startswith(f"out: 1 classes; {splits}")
+    splits = "train 2 images, 2 objects; val 2 images, 2 objects; valid 1 image"
+    assert output.startswith(f"out: 1 class; {splits}")
 
 
 def test_an_unreadable_image_of_voc_is_named(vitdet: Run, voc: Path) -> None:

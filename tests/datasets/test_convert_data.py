@@ -88,7 +88,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", yolo, "out")
     assert (code, errors) == (0, "")
     assert output.splitlines() == [
-        "out: 2 classes; train 4 images, 4 objects; val 1 images, 0 objects",
+        "out: 2 classes; train 4 images, 4 objects; val 1 image, 0 objects",
         "  3 x objects with a box but no mask (--boxes-as-masks converts boxes to masks)",
         "  1 x duplicate rows removed",
         "  1 x images without a label file (no objects)",
@@ -137,7 +137,7 @@ def test_roboflows_split_paths_start_outside_of_the_folder(vitdet: Run, tmp_path
         image(tmp_path / "r" / split / "images" / f"{split}.jpg", value=number)
         write(tmp_path / "r" / split / "labels" / f"{split}.txt", "0 .5 .5 .5 .5")
     output = vitdet("data", "convert", "r", "out")[1]
-    assert output.startswith("out: 1 classes; train 1 images, 1 objects; val 1 im")
+    assert output.startswith("out: 1 class; train 1 image, 1 object; val 1 im")
 
 
 ROWS, HEAD = "labels/train/a.txt", "data.yaml"
@@ -180,7 +180,7 @@ def test_labels_in_the_wrong_folder_are_an_error(vitdet: Run, yolo: Path) -> Non
 def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", voc, "out")
     assert (code, errors) == (0, "") and output.splitlines()[0] == (
-        "out: 2 classes; train 1 images, 2 objects; val 1 images, 1 objects"
+        "out: 2 classes; train 1 image, 2 objects; val 1 image, 1 object"
     )
     assert "1 x difficult objects" in output and "2 x objects with a box but no mask" in output
     train, val = tree(tmp_path / "out", "train"), tree(tmp_path / "out", "val")

@@ -125,8 +125,8 @@ def test_differences_over_few_images_have_no_verdict() -> None:
     pairs = (("a", matches), ("b", none))
     both = [Compared(name, {"bbox": comparison}, None, {}, {}) for name, comparison in pairs]
     text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
-    assert "not tested for significance, as only 4 images have objects (10 are needed)" in text
-    assert "0 classes have objects in 10 or more images" in text and "significant: 0." in text
+    assert "not tested for significance, which needs 10 images with objects (found: 4)" in text
+    assert "(objects in 10 or more images): 0; significant: 0." in text
     assert "not corrected for multiple comparisons" in text
     tables = [row for row in text.splitlines() if row.startswith("| ")]
     assert not any(row.split(" | ")[-1].startswith(("yes", "no")) for row in tables)
@@ -159,7 +159,7 @@ def test_a_folder_without_config_is_a_run_name(vitdet: Run, tmp_path: Path) -> N
     ("protocol", "message"),
     [
         (Protocol("e" * 16, "x=1"), "b and a have different validation data"),
-        (Protocol("f" * 16, "x=2"), "b and a have different evaluate settings: x=2, not x=1"),
+        (Protocol("f" * 16, "x=2"), "b and a have different evaluate settings: x=2 and x=1"),
     ],
 )
 def test_other_data_or_settings_are_refused(protocol: Protocol, message: str) -> None:

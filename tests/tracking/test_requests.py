@@ -63,7 +63,7 @@ def parent(uri: str, folder: Path) -> str:
 
 
 def waits(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [text for text in caplog.messages if "more attempts" in text]
+    return [text for text in caplog.messages if "attempts left" in text]
 
 
 @pytest.mark.parametrize("answer", [CUT, *((code, {}, {}) for code in (503, 500, 502, 429, 408))])
@@ -73,7 +73,7 @@ def test_transient_errors_are_retried_and_each_wait_is_logged(
     answers.plan["runs/search"] = [answer] * 3
     assert parent(answers.uri, tmp_path) == RUN_ID
     assert answers.asked.count("runs/search") == 4 and answers.asked.count("runs/create") == 1
-    assert len(waits(caplog)) == 3 and "6 more attempts" in waits(caplog)[0]
+    assert len(waits(caplog)) == 3 and "attempts left: 6" in waits(caplog)[0]
     assert len(slept) == 2  # the first retry is immediate
 
 

@@ -28,7 +28,7 @@ def run_config(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         if args.overrides or args.output or args.training:
-            raise ValueError("--set and --output need a recipe; run `vitdet config` to list them")
+            raise ValueError("--set, --output and --training need a recipe; see `vitdet config`")
         print("\n".join(recipes()))
         return 0
     config, found = resolve_config(args.recipe, args.overrides)

@@ -152,7 +152,7 @@ def run_data_fetch(args: argparse.Namespace) -> int:
     made = fetch(wanted, args.folder, Bar, args.mirror, args.local, args.keep_archives)
     paths = {path for archive in wanted for path in archive.paths}
     here = download_record.read(args.folder).only((), paths)
-    parts = [f"{folder.path} {folder.count:,} images" for folder in here.folders]
+    parts = [f"{folder.path} {_count(folder.count, 'image')}" for folder in here.folders]
     parts += [file.path for file in here.files]
     print(f"{args.folder}: {', '.join(parts)}{'' if made else ', already there'}")
     return 0
@@ -182,11 +182,10 @@ def run_data_convert(args: argparse.Namespace) -> int:
     except SourceError as error:
         print(f"vitdet: {error}", file=sys.stderr)  # one line per problem
         return 1
-    splits = [
-        f"{split} {images:,} images, {objects:,} objects"
-        for split, (images, objects) in made.splits.items()
-    ]
-    print(f"{args.target}: {'; '.join([f'{len(made.class_names)} classes', *splits])}")
+    counts = [_count(len(made.class_names), "class", "classes")]
+    for split, (images, objects) in made.splits.items():
+        counts.append(f"{split} {_count(images, 'image')}, {_count(objects, 'object')}")
+    print(f"{args.target}: {'; '.join(counts)}")
     for remark in made.remarks:
         print(f"  {remark}")
     for note, count in made.notes.items():
@@ -204,8 +203,10 @@ def run_data_report(args: argparse.Namespace) -> int:
     images, objects, report = write_page(args.folder, output, args.images, reading)
     errors = sum(error.count for error in report.errors)
     warnings = sum(warning.count for warning in report.warnings)
-    print(
-        f"{output}: {images:,} images, {objects:,} annotations, {errors:,} errors, "
-        f"{warnings:,} warnings"
-    )
+    counted = {"image": images, "annotation": objects, "error": errors, "warning": warnings}
+    print(f"{output}: {', '.join(_count(number, noun) for noun, number in counted.items())}")
     return 0
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

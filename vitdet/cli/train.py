@@ -25,7 +25,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     add_folder(verb, "--checkpoints", help)
     help = "folder with the fetched weights for train.init (default: ~/.cache/vitdet)"
     add_folder(verb, "--weights", help)
-    help = "ID of a pipeline run, whose MLflow run becomes the parent of this MLflow run"
+    help = "ID of a pipeline run, whose MLflow run becomes the parent of the new MLflow run"
     verb.add_argument("--group", default="", metavar="RUN", help=help)
     help = "profile a few steps: write a trace to OUTPUT/profile and log the time of each part"
     verb.add_argument("--profile", action="store_true", help=help)

@@ -53,7 +53,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     )
     help = "format of SRC, or of DST with --reverse: detectron2, mmdet, mae, vitae, ..."
     kind.add_argument("--format", required=True, help=help)
-    help = "config of the weights' model: name of a recipe, or a YAML file"
+    help = "config of the model with these weights: name of a recipe, or a YAML file"
     kind.add_argument("--recipe", help=help)
     help = "convert to --format instead of from --format"
     kind.add_argument("--reverse", action="store_true", help=help)
@@ -80,8 +80,8 @@ def run_list(args: argparse.Namespace) -> int:
             if bool(entry.recipe) == is_detector:
                 print(*_lines(entry), sep="\n", end="\n\n")
     print(
-        "`vitdet weights fetch NAME` downloads and converts a file to ~/.cache/vitdet; --output "
-        "selects another folder."
+        "`vitdet weights fetch NAME` downloads and converts weights, and stores them in "
+        "~/.cache/vitdet; --output selects another folder."
     )
     return 0
 
@@ -115,7 +115,7 @@ def _lines(entry: Entry) -> Iterator[str]:
     if entry.state != "packaged":
         size = f"{entry.size:,} bytes" if entry.size else NOT_PUBLISHED
         cut = "..." if 0 < len(entry.sha256) < 64 else ""
-        by_name = " by its name" if entry.md5_of_name else ""
+        by_name = " (from the file name)" if entry.md5_of_name else ""
         md5 = [f"md5 {entry.md5}...{by_name}"] if entry.md5 else []
         sha256 = f"{entry.sha256 or NOT_PUBLISHED}{cut}"
         facts = [f"size {size}", f"sha256 {sha256}", *md5, *facts]

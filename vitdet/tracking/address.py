@@ -43,9 +43,9 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def _use_step_secret() -> None:
-    """Set MLflow's variables from the pipeline step's Secret unless they are already set.
+    """Set MLflow's variables from the pipeline step's Secret unless MLFLOW_TRACKING_URI is set.
 
-    The Secret is in VITDET_MLFLOW_* because the MLflow plugin of Kubeflow Pipelines 2.17 sets
+    The step has the Secret in VITDET_MLFLOW_*, as the MLflow plugin of Kubeflow Pipelines 2.17 sets
     MLFLOW_*, and the API server rejects a pod or PyTorchJob that defines a variable twice.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):

@@ -6,11 +6,11 @@ with the champion's version.
 
 Processes that share a folder promote one at a time. Processes without a shared folder can promote
 at the same time, as MLflow cannot set an alias conditionally. Each process records its promotion in
-a tag, sets the alias and then reads all records. If another version that replaced the same champion
-is better, or was forced or restored by a user, the process sets the alias to that version and reads
-the records again. Whichever process sets the alias last therefore sets it to the best version.
-Until then, the alias may briefly refer to another version. If the process dies or loses the
-connection between these requests, the alias is not corrected: promote the better version again.
+a tag, sets the alias and then reads all records. If a version promoted at about the same time is
+better, or if a user forced or restored a version in place of the same champion, the process sets
+the alias to that version and reads the records again. Whichever process sets the alias last
+therefore sets it to the best version; until then, the alias may refer to another version. If the
+process dies or loses the connection in between, promote the better version again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protoc
 def is_known(
     protocol: Protocol, gate: GateConfig, *, uri: str, folder: Path, model_name: str
 ) -> bool:
-    """Return True if there is no champion or its evaluation is stored for this protocol.
+    """Return True if the champion's evaluation under this protocol is stored or no champion exists.
 
     Raises ConnectionError if MLflow does not respond, like all functions of this module.
     """
@@ -89,7 +89,7 @@ def evaluate_champion(
     folder: Path,
     model_name: str,
 ) -> Evaluated | None:
-    """Evaluate the champion's checkpoint and store the result under this protocol in the registry.
+    """Evaluate the champion under this protocol and store the result, unless it is already stored.
 
     Returns None if there is no champion. An exception during the download or in `evaluate` becomes
     the result's `failure`; unexpected exceptions are also logged with their traceback.
@@ -122,8 +122,8 @@ def judge(
 
     Args:
         evaluated: An earlier result of `evaluate_champion`.
-        evaluate: Evaluates the champion if no evaluation of it is stored. Without this function and
-            `evaluated`, the candidate is then rejected.
+        evaluate: Evaluates the champion if no evaluation of it is stored. If neither this function
+            nor `evaluated` is passed, the candidate is rejected in that case.
         version: The candidate's version; "" if it is not registered.
     """
     model = _Model(connect(uri, folder), model_name, protocol, gate)
@@ -166,7 +166,7 @@ def promote(
         event = history.record(client, model_name, version, PROMOTED, before, verdict.reason)
         ap = float(tags_of(candidate.metrics)[gate.metric])
         best = model.best(event, ap)
-        # the process that promotes a better version sets the alias to it
+        # if another version is better, the process that promotes it sets the alias
         previous = None if best[1] == version else best
         while best != previous:
             client.set_registered_model_alias(model_name, ALIAS, best[1])
@@ -189,8 +189,8 @@ def update_tags(
     """Update a version's tags with metrics that were measured under this protocol.
 
     Metrics of a different protocol are moved to the tags for that protocol. Nothing changes if the
-    protocol's data is unknown, or if the version is the champion and already has an AP under this
-    protocol. Returns whether the tags were updated.
+    protocol's data or the box AP is unknown, or if the version is the champion and already has a
+    box AP under this protocol. Returns whether the tags were updated.
     """
     if not protocol.fingerprint or metrics.get("box_ap") is None:
         return False
@@ -256,7 +256,7 @@ class _Model:
                 if ap is None or not 0 <= ap <= 100:
                     raise ValueError(f"{label(self.gate)} is {ap}")
                 save_evaluation(self.client, champion, self.protocol, metrics, plots)
-        except Exception as error:  # includes errors of storage clients, and out of memory
+        except Exception as error:  # includes errors of storage clients and out-of-memory errors
             check_server(self.client)  # raises if the server, not the champion, is the cause
             line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
             expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
@@ -284,7 +284,7 @@ class _Model:
         model, number = champion.name, str(champion.version)
         name = f"the champion, version {number}"
         if number == version:
-            return Verdict(True, f"{shown} is already {name}")
+            return Verdict(True, f"{shown}: already {name}")
         if undone := history.rolled_back(events(client, model), version):
             because = undone.reason and f" ({undone.reason})"
             return Verdict(

@@ -139,7 +139,7 @@ def translated(uri: str) -> Iterator[None]:
         if _is_denied(error, uri):
             line = (
                 f"{shown} denies access ({line}); set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account with permission"
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for an account with permission"
             )
             # the exception's context contains the address with the password
             raise RefusedError(line) from None
@@ -185,7 +185,7 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
     if history := getattr(retry, "history", ()):
         last = history[-1]
         reason = f"HTTP status {last.status}" if last.status else first_line(last.error)
-        log.warning("%s: %s; %d more attempts", shown, reason, retry.total + 1)
+        log.warning("%s: %s; attempts left: %d", shown, reason, retry.total + 1)
     return False
 
 

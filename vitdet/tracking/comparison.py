@@ -79,7 +79,7 @@ def compare(
     experiment: str,
     model_name: str,
 ) -> tuple[str, str, str]:
-    """Compare a group's training runs, best box AP first, and log the table to the parent run.
+    """Compare a group's training runs, best box AP first, and log the tables to the parent run.
 
     Args:
         rows: For each training run with a verdict, its name, val_fingerprint, evaluate_settings,

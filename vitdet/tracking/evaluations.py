@@ -111,8 +111,8 @@ def add_matches(
     if not model:
         reason = "the version has no logged model"
     elif not known or known != tags_of(metrics):
-        shown = f"{known}, not {tags_of(metrics)}"
-        reason = f"the version's metrics are from a different evaluation: {shown}"
+        shown = f"({tags_of(metrics)}, not {known or 'unknown'})"
+        reason = f"they are from a different evaluation than the version's metrics {shown}"
     elif _has_matches(client, version, protocol):
         reason = "the version already has matches of this evaluation"
     else:
@@ -148,9 +148,9 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
         expected = metrics.get(key)
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
             raise ValueError(
-                f"{path}: from a different evaluation than the metrics ({key} {ap:.6g}, "
-                f"not {expected}); run `vitdet evaluate` with --output and --plots and register "
-                "both results"
+                f"{path}: from a different evaluation than the metrics ({key} {ap:.6g}, not "
+                f"{'unknown' if expected is None else f'{expected:.6g}'}); run `vitdet evaluate` "
+                "with --output and --plots and register both results"
             )
     return Evaluation(metrics, matches)
 

@@ -58,7 +58,7 @@ def compares_matches(gate: GateConfig) -> bool:
 
 
 def missing(gate: GateConfig, champion: Evaluation) -> str:
-    """Return what the champion's evaluation lacks that the gate needs; "" if it is complete."""
+    """Return what the gate needs but the champion's evaluation lacks; "" if it is complete."""
     if champion.metrics.get(gate.metric) is None:
         return "AP"
     return "per-image matches" if compares_matches(gate) and not _matches(gate, champion) else ""

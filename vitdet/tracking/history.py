@@ -65,7 +65,7 @@ def set_champion(
 def record(
     client: Client, model_name: str, version: str, action: str, before: str, reason: str
 ) -> Event:
-    """Record that a version becomes champion now, before its alias is set; return the event."""
+    """Record that a version becomes champion, before its alias is set; return the event."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     event = Event(now, version, action, before, reason)
     value = asdict(event)
@@ -83,9 +83,9 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
     """Return the versions that were champion before the current one, most recent first.
 
     Events are followed from each version to the one that it replaced; a rollback undoes all
-    promotions since its version was last champion. Times come from several machines' clocks, so
-    they are used only to order the events of one version, and to find the predecessor of a version
-    without events, i.e. one that was deleted or made champion in MLflow's UI.
+    promotions since the restored version was last champion. Times come from several machines'
+    clocks, so they are used only to order the events of one version, and to find the predecessor
+    of a version without events, i.e. one that was deleted or made champion in MLflow's UI.
     """
     remaining, found, version = sorted(recorded, key=lambda event: event.time), [], current
     while version:
@@ -110,7 +110,7 @@ def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return other versions' events at about the same time, which `own`'s process may have missed.
+    """Return other versions' events at about the time of `own`, whose process may have missed them.
 
     Events that a user has since undone, by a rollback or by forcing another version, are excluded.
     """

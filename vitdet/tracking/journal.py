@@ -69,7 +69,7 @@ class Journal:
             log.warning("tracking: %s was not logged: %s", path, error)
 
     def adopt(self, record: dict) -> None:
-        """Move a file that an earlier version of vitdet stored elsewhere to KEY.files/."""
+        """Move a file, stored elsewhere by an earlier version of vitdet, to KEY.files/."""
         copy = self.path.parent / record["file"]
         if copy.exists():
             self._copy(copy, record["folder"])
@@ -98,7 +98,7 @@ class Journal:
         }
 
     def state(self) -> tuple[dict, str]:
-        """Return the last start, resume or end record, and the changes of the last resume."""
+        """Return the last start, resume or end record, and `changed` of the last resume record."""
         last, changed = {}, ""
         for record, _ in self.records():
             if record.keys() & {"start", "resume", "end"}:
@@ -197,7 +197,7 @@ def journals(folder: Path) -> list[Journal]:
 def unfinished(folder: Path, output: str, params: dict) -> str | None:
     """Return the pending ID of an earlier run with this output and params but no metrics, if any.
 
-    Ends other runs with this output that have no end record as KILLED.
+    Marks other runs with this output as KILLED if they have no end record.
     """
     found = None
     for journal in journals(folder):

@@ -25,8 +25,7 @@ class StoredRun:
 def open_store(uri: str, folder: Path, tries: int | None = None) -> Client:
     """Return a client of the server that `tracking_uri` returns. tries: as in `connect`.
 
-    Raises the errors of `connect`. An SQLite file that does not exist is not created, but raises
-    FileNotFoundError.
+    Raises the errors of `connect`, and FileNotFoundError instead of creating an SQLite file.
     """
     server = tracking_uri(uri, folder)
     kind, _, path = server.partition(":///")

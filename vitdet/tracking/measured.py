@@ -61,7 +61,7 @@ def write_evaluation(
     output: Path | None,
     plots: Path | None,
 ) -> None:
-    """Write metrics to the file `output`, and provenance files for them and matches in `plots`.
+    """Write metrics to the file `output`, and provenance files for them and for matches in `plots`.
 
     overrides, config: the arguments of `vitdet.evaluate` in this evaluation.
     """

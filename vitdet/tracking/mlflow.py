@@ -33,11 +33,11 @@ from vitdet.tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 SHIP_SECONDS = 3.0  # pause between deliveries
-# Maximum times that a training run waits for a server: before the first step, and at the end.
+# Maximum seconds that a training run waits for a server, before the first step and at the end.
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
-CREATE_SECONDS = 60.0  # START_SECONDS of an SQLite file, whose tables may have to be created
-CLOSE_SECONDS = 20.0  # STOP_SECONDS of an SQLite file, of `log_metrics` and of `connect_run`
+CREATE_SECONDS = 60.0  # START_SECONDS for an SQLite file, whose tables may have to be created
+CLOSE_SECONDS = 20.0  # STOP_SECONDS for an SQLite file, `log_metrics` and `connect_run`
 
 
 class MLflowTracker(Tracker):

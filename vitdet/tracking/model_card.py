@@ -107,12 +107,12 @@ def initial_weights(init: str) -> list[InitialWeights]:
     if "NC" in entry.license.replace("-", " ").split():
         warning = (
             f"the initial weights ({name}) are licensed under {entry.license}, which excludes "
-            "commercial use; weights trained from them may be subject to it."
+            "commercial use; weights trained from them may be subject to this license."
         )
     elif entry.license == NOT_PUBLISHED:
         warning = (
-            f"the authors of the initial weights ({name}) published no license for them; ask them "
-            "before you use this model commercially."
+            f"no license is published for the initial weights ({name}); ask their authors before "
+            "you use this model commercially."
         )
     before = load_config(entry.recipe).train.init if entry.recipe else ""
     return [InitialWeights(name, entry.what, entry.license, warning), *initial_weights(before)]

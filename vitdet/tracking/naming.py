@@ -24,7 +24,7 @@ RESOLVED = "config"  # stem of a resolved config's file, which is not a recipe's
 
 
 def recipe_of(config: Config, name: str) -> tuple[str, str]:
-    """Return (name of the recipe, built-in recipe from which the config is described).
+    """Return (name of the recipe, built-in recipe relative to which the config is described).
 
     name: the given recipe, or the stem of the config file. The built-in recipe is the one with this
     name or, if there is none, the one from which the fewest settings differ. A resolved config is

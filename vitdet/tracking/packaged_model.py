@@ -55,7 +55,7 @@ if outside or not modules:
     raise ImportError(f"the package is not imported from the wheel of the model: {outside}")
 expected = [column.name for column in loaded.metadata.get_output_schema()]
 if list(found.columns) != expected:
-    raise ValueError(f"the result has columns {list(found.columns)}, but expected {expected}")
+    raise ValueError(f"expected a result with columns {expected}, got {list(found.columns)}")
 """
 
 
@@ -105,7 +105,7 @@ class DetectorModel(PythonModel):
 
 
 def download(uri: str, artifact: str, folder: Path) -> Path:
-    """Download an artifact, given as `models:/NAME/VERSION/FILE`; return its path in `folder`."""
+    """Download an artifact, given as `models:/NAME/VERSION[/FILE]`; return its path in `folder`."""
     with repeating(uri):
         return Path(
             download_artifacts(artifact, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)

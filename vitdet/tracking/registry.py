@@ -85,7 +85,7 @@ def register_checkpoint(
         RejectedError: The gate rejects the candidate, which is registered.
         ConnectionError: The server does not respond.
         ValueError: The packaged model cannot be run, the metrics belong to a different checkpoint,
-            or the gate lacks the data that the metrics were measured on.
+            or the gate is applied but the data that the metrics were measured on is unknown.
     """
     check("the alias", Alias, alias)
     stored = load_model_file(checkpoint)
@@ -145,7 +145,7 @@ def register_checkpoint(
 
 @dataclass(frozen=True)
 class _Entry:
-    """A checkpoint that is registered, and its evaluation.
+    """A checkpoint to register, and its evaluation.
 
     run_id: the training run's ID if the server has this run. stored: the content of the checkpoint.
     protocol, used, plots: the protocol, config and files of the evaluation.
@@ -268,7 +268,7 @@ class _Entry:
     def log_metrics(self, model_id: str) -> None:
         """Log the metrics to the model, linked to the validation data.
 
-        MLflow cannot store metrics of a model without a run. The report contains per-class metrics.
+        MLflow stores no metrics of a model without a run. Per-class metrics are not logged.
         """
         client, run_id, step = self.client, self.run_id, self.stored["step"]
         values = {
@@ -288,7 +288,7 @@ class _Entry:
             client.log_inputs(run_id, [dataset])
         now, metrics = int(time.time() * 1000), []
         for key, value in values.items():
-            # these points also enter the run's history: reuse the timestamp of an equal value
+            # these points also enter the run's history: an equal timestamp avoids duplicates
             same = [
                 point.timestamp
                 for point in client.get_metric_history(run_id, key)

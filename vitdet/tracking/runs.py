@@ -1,6 +1,6 @@
 """The MLflow run of a training run: start the run, and add files and evaluations later.
 
-All functions also work without MLflow, i.e. if the extra `tracking` is not installed. mlflow is
+Without MLflow, i.e. if the extra `tracking` is not installed, nothing is logged. mlflow is
 imported inside the functions, so that commands without tracking do not wait for the import.
 """
 

@@ -34,7 +34,7 @@ BATCH = 1000  # metrics per request: MLflow's limit
 
 
 class Shipper:
-    """A sender of a journal's records, each once, and files to the server at `uri`."""
+    """Sends a journal's records, each once, and its files to the server at `uri`."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri, self._shown = journal, uri, hide_credentials(uri)
@@ -143,9 +143,9 @@ class Shipper:
                     continue
                 if key not in self._failed:
                     log.warning(
-                        f"tracking: {path and path.name} cannot be uploaded ({first_line(error)}); "
-                        f"the file is kept in {self.journal.files}, and this process or the next "
-                        "command that uses this run retries the upload"
+                        f"tracking: {(path or entry).name} cannot be uploaded "
+                        f"({first_line(error)}); the file is kept in {self.journal.files}, and "
+                        "this process or the next command that uses this run retries the upload"
                     )
                 self._failed.add(key)
                 self._next_upload = time.monotonic() + UPLOAD_SECONDS

@@ -2,8 +2,8 @@
 
 With random weights, no score is above `evaluate.score_threshold`. Therefore the class logits are
 scaled up until an image has `evaluate.max_detections` detections; the workload of the mask head and
-of the conversion is then similar to LVIS. The time of a row is the time from one call to the next
-(on a GPU, measured with events in its stream); it includes copying the images to the device.
+of the conversion is then similar to that on LVIS. The time of a row is the time from one call to
+the next (on a GPU, measured with events in its stream), including copying images to the device.
 """
 
 from __future__ import annotations

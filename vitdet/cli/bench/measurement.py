@@ -96,8 +96,8 @@ def call_row(
     warm: int,
     peak: Callable[[], float],
 ) -> dict:
-    """Return the median ms, mean images_per_second, peak_gib and `counted` of calls that process
-    `images` images each.
+    """Return the median ms, mean images_per_second, peak_gib and the values of `counted` for calls
+    that process `images` images each.
     """
     times = timed(call, device, steps, warm)
     with counted(device, COUNTED) as counts:
@@ -161,9 +161,9 @@ def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
 def forward_flops(detector: Detector, call: Callable[[], object]) -> float:
     """Return the FLOPs of matrix products and convolutions in a forward pass.
 
-    The FLOPs of attention in the plain backbones are computed by its definition, from the numbers
-    of image tokens and keys. Padding, copies and the addition of relative positions are excluded,
-    because they differ between implementations.
+    The FLOPs of attention in the plain backbones are computed from the numbers of image tokens and
+    keys. Padding, copies and the addition of relative positions are excluded, because they differ
+    between implementations.
     """
     within: Counter = Counter()
 

@@ -43,7 +43,7 @@ class Compared:
 
 
 class Reader:
-    """Read inputs; `uri` is the MLflow server's, annotations and dataset are for results files."""
+    """Reads inputs. uri: the MLflow server. annotations, dataset: for results files."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
@@ -127,7 +127,7 @@ def check_comparable(compared: Sequence[Compared]) -> None:
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"{name} and {first} have different {what}: {theirs}, not {ours}; evaluate "
+                    f"{name} and {first} have different {what}: {theirs} and {ours}; evaluate "
                     "both on the same data with the same settings"
                 )
 

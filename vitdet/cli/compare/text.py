@@ -36,7 +36,7 @@ def comparison_text(
     sections = [
         "# Comparison\n",
         "".join(f"- {sentence}\n" for sentence in _conclusions(names, resampled)),
-        f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets "
+        f"Images: {len(matches.image_ids)}, classes: {len(matches.category_ids)}{data}. Brackets "
         f"contain 95% confidence intervals from a paired bootstrap with {resamples} resamples of "
         "the images. A difference is significant at the 5% level if its interval excludes 0; p is "
         f"two-sided. A difference is tested if {MIN_IMAGES} or more images have objects. Training "
@@ -78,8 +78,8 @@ def _conclusions(
             if found.is_significant is None:
                 yield (
                     f"{name} and {first} differ by {value:+.2f} {ap}; not tested for "
-                    f"significance, as only {found.images} images have objects ({MIN_IMAGES} are "
-                    "needed)."
+                    f"significance, which needs {MIN_IMAGES} images with objects (found: "
+                    f"{found.images})."
                 )
             elif found.is_significant:
                 yield (
@@ -116,10 +116,10 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
         for label, difference, before, after in found[:CHANGES]
     ]
     note = (
-        f"The {len(rows)} largest changes of {len(found)} classes. {len(flags)} classes have "
-        f"objects in {MIN_IMAGES} or more images and are tested; significant: {sum(flags)}. The "
-        "tests are not corrected for multiple comparisons: about 1 in 20 unchanged classes is "
-        "significant at the 5% level by chance.\n"
+        f"Classes shown (largest changes): {len(rows)} of {len(found)}. Classes tested (objects in "
+        f"{MIN_IMAGES} or more images): {len(flags)}; significant: {sum(flags)}. The tests are not "
+        "corrected for multiple comparisons: about 1 in 20 unchanged classes is significant by "
+        "chance.\n"
     )
     heads = ["class", "images", "first", "AP", "AP - first", "p", "significant"]
     title = f"## Classes: {name}, {NAMES[kind]} AP\n"
