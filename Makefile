@@ -7,7 +7,7 @@
 #              ENGINE=podman); make image REGISTRY=registry.example.com/ TAG=0.2.0 OPTIONS="--build-arg BASE=..."
 # make lint    run ruff and mypy
 # make lock    update requirements.lock to the newest versions that pyproject.toml allows
-# make clean   remove everything that the other targets create: the environment, the work folder, DVC's cache and lock
+# make clean   remove the files that the other targets create: the environment, the work folder, DVC's cache and lock
 #
 # All targets except image and clean first create the environment (.venv) if it is missing or older than requirements.lock
 # or pyproject.toml. To use another interpreter: make demo PYTHON=python3.12
@@ -28,7 +28,7 @@ demo: check-git $(READY)
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
-# DVC records the demo's experiment in Git. Also checked before the slow installation, which depends on this target.
+# DVC records the demo's experiment in Git. The slow installation depends on this target, so that it does not run first.
 check-git:
 	@git rev-parse --verify HEAD >/dev/null || { echo "make demo needs a Git repository with a commit, as DVC records the experiment in Git (see Git's message above); \
 	use git clone, or run here: git init && git add --all && git commit --message start" >&2; exit 1; }

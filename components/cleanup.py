@@ -14,10 +14,10 @@ def clean_up(
     status: dsl.PipelineTaskFinalStatus,
     table: dsl.Output[dsl.HTML],
 ) -> None:
-    """End this run's jobs, unless `job_kind` is "", and its MLflow parent run.
+    """End the MLflow parent run of this run and, unless `job_kind` is "", its training jobs.
 
-    After a failure, creates the comparison table that `compare` did not create. It shows which
-    training runs finished, and why the others did not.
+    If `compare` did not create the comparison table because of a failure, creates a table of the
+    training runs that finished, with the reasons why the others did not.
     """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs

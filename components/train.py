@@ -12,8 +12,8 @@ from kfp.dsl import Artifact, Input, Model, Output
 from components.decorator import component
 
 # Task settings that are passed on to the job's pods. RESOURCES is included because kfp otherwise
-# rejects resources on the task. They apply to the launcher's pod; the job's resources are set in
-# its manifest.
+# rejects resources on the task, which apply to the launcher's pod only: the job's resources are
+# set in its manifest.
 PASSED_ON = [
     dsl.TaskConfigField.KUBERNETES_AFFINITY,
     dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
@@ -38,7 +38,7 @@ def train(
     image: str,
     checkpoint: Output[Model],
 ) -> None:
-    """Train in this process. `nodes`, `pool`, `job_kind` and `job` are not used."""
+    """Train in this process. `nodes`, `pool`, `job_kind`, `job` and `image` are not used."""
     from components import run_id
     from vitdet import stages
 

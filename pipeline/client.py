@@ -37,7 +37,7 @@ class Server:
     """The runs of a Kubeflow Pipelines server. All methods raise ServerError.
 
     Args:
-        ui: URL for links, by default the URL of the API.
+        ui: URL for links, by default the API's URL if it is not a service in the cluster.
         report: Called with progress messages.
     """
 
@@ -52,7 +52,7 @@ class Server:
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
     def link(self, run_id: str, kind: str = "runs") -> str:
-        """Return a run's link in the web interface, without a host if only the API's is known."""
+        """Return a run's link in the web interface; without a host if `ui` is unknown."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
     @cached_property
@@ -279,9 +279,9 @@ def steps(run: api.V2beta1Run) -> list[tuple[str, str, str]]:
 def failed_steps(run: api.V2beta1Run) -> list[tuple[str, str]]:
     """Return (step, message) of the failed steps in order of time.
 
-    Servers up to 2.17 return no messages. On older servers, a run whose steps failed inside an
-    ExitHandler ends as SUCCEEDED, because the exit handler succeeded (kubeflow/pipelines #9577), so
-    the run's state alone is not reliable.
+    Servers up to 2.17 return no messages. On servers affected by kubeflow/pipelines #9577, a run
+    whose steps failed inside an ExitHandler ends as SUCCEEDED, because the exit handler succeeded,
+    so the run's state alone is not reliable.
     """
     tasks = run.run_details.task_details if run.run_details else None
     failed = [

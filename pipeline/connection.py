@@ -181,7 +181,7 @@ class Transport(RESTClientObject):
     Args:
         timeout: Seconds to connect, and between two parts of the response.
         retries: Number of further attempts. A request that changes something is retried only if it
-            cannot have reached the server.
+            cannot have taken effect.
         report: Called with the reason for each retry.
     """
 

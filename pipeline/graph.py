@@ -27,7 +27,7 @@ Workarounds for kfp 2.17:
 
 * The local runner skips an If on an output that is not named `Output`, and compares values other
   than strings incorrectly, so `gate` returns one string.
-* In a ParallelFor, the local runner replaces every output parameter of a step outside the loop by
+* In a ParallelFor, the local runner replaces every output parameter of a step outside the loop with
   the value of the loop's item, so the fingerprint is part of the item.
 * The local runner does not support container components and CreatePVC, so every step is a Python
   component. With `set_retry` it sleeps between attempts, so local runs have no retries.
@@ -80,8 +80,8 @@ SECRET = {
 # Longer than any training run. Argo counts from the start of the first attempt; after this time
 # there are no more retries and the running attempt is terminated (argo-workflows, operator.go:
 # processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py)
-# does not repeat a training run that a retry cannot fix. Whether Argo retries after exit codes and
-# deleted pods is a setting of the cluster that a compiled pipeline cannot contain:
+# does not repeat a training run that a retry cannot fix. Whether Argo retries after nonzero exit
+# codes and deleted pods is a setting of the cluster that a compiled pipeline cannot contain:
 # manifests/pipelines.
 MAX_RETRY_TIME = "1296000s"
 # Autoscalers do not evict the launcher to free or replace its node.
@@ -148,12 +148,12 @@ def build(
                 of YAML files on the shared volume. All are trained on the same data and compared.
             overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
             sweep: Settings to vary, as SECTION.KEY=VALUE,VALUE; every combination is trained.
-            seeds: Training runs of each recipe and combination, with consecutive seeds; the table
-                has mean and standard deviation.
+            seeds: Number of training runs of each recipe and combination, with consecutive seeds;
+                the table has mean and standard deviation.
             fetch: How to fetch the data to the recipe's folder on the volume first: `coco`, `lvis`
                 or `convert SOURCE`, with options of `vitdet data`. Empty: the data already exists.
             workspace: Folder on the shared volume for data, weights and training runs.
-            nodes: Nodes of each training run.
+            nodes: Number of nodes of each training run.
             pool: Node pool for training (label vitdet/pool). Empty: the one in the job's manifest.
             job_kind: Kind of the training job, `pytorchjob` or `trainjob`.
         """

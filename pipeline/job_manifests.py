@@ -1,9 +1,9 @@
 """Read the YAML of the training jobs: kinds, nodes, image, GPUs, tolerations and node selector.
 
 Step `evaluate` needs the same GPUs and nodes as training. A PyTorchJob specifies them in its pod
-template. For a TrainJob they are merged from its runtime (another document), spec.trainer and its
-runtimePatches; later ones take precedence (Trainer 2.2: maps are merged, a list of tolerations is
-replaced).
+template. For a TrainJob they are merged from its runtime (another document) and its runtimePatches,
+of which later ones take precedence (Trainer 2.2: maps are merged, a list of tolerations is
+replaced); the resources of spec.trainer override those of the runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KUEUE = "kueue.x-k8s.io/"
 
 
 def training_jobs(text: str) -> str:
-    """Return a YAML stream's training jobs as text, as kfp converts integers in dicts to floats.
+    """Return a YAML stream's training jobs as text: kfp converts integers in dicts to floats.
 
     Raises ValueError for no training job, two of the same kind, or invalid YAML, and the errors of
     `validate`.
@@ -43,7 +43,7 @@ def training_jobs(text: str) -> str:
             found[kind] = part
     if not found:
         raise ValueError(
-            f"no {' or '.join(KINDS)} among the {len(parts)} documents; pass the output of "
+            f"the YAML contains no {' or '.join(KINDS)}; pass the output of "
             "`kubectl kustomize manifests/overlays/NAME`"
         )
     return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
@@ -82,7 +82,7 @@ def job_image(jobs: str) -> str:
     if len(found) != 1 or "" in found:
         raise ValueError(
             "the training jobs must use the same image, but they use "
-            f"{', '.join(sorted(found)) or 'none'}"
+            f"{', '.join(image or 'none' for image in sorted(found)) or 'none'}"
             "; set the image in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()

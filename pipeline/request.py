@@ -26,7 +26,7 @@ DEFAULT_IMAGE_WARNING = (
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run to start. `pipeline`: see `load_package`; an empty account or root is the server's."""
+    """A run to start. pipeline: see `load_package`. account, root: "" for the server's default."""
 
     pipeline: dict
     parameters: dict[str, object]
@@ -55,7 +55,7 @@ def load_package(
     Without caching, no step reuses results, including the steps of nested pipelines. With caching,
     step `configs` does not reuse results if a recipe is a file, whose content may have changed.
 
-    Raises ValueError if the file is not a pipeline or does not have these parameters.
+    Raises FileNotFoundError, or ValueError if the file is not a pipeline with these parameters.
     """
     spec, *platforms = read_package(package)
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
@@ -154,9 +154,9 @@ def check_recipes(
 ) -> bool:
     """Raise ValueError for settings the first step would reject; return whether all were checked.
 
-    The settings are checked by vitdet in a new process, as pipeline/ does not require vitdet's
-    dependencies, which the container image contains. Without these dependencies, the first step
-    rejects invalid settings before data is prepared or GPUs are requested.
+    vitdet checks the settings in a new process, as pipeline/ does not import vitdet's dependencies.
+    Recipes whose files exist only on the cluster are checked by the first step, before data is
+    prepared or GPUs are requested.
     """
     from vitdet.config.credentials import has_credentials
 

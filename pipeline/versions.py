@@ -1,9 +1,9 @@
 """Versions of Kubeflow Pipelines: the fields of a compiled pipeline that each server supports.
 
-All servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for its
+Servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for its
 Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
-v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Pipelines 2.5 ignores unknown
-fields of the Kubernetes part, but then also ignores the annotations and labels of the step. `fit`
+v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Only Pipelines 2.5 ignores
+unknown fields of the Kubernetes part, but then also the annotations and labels of the step. `fit`
 removes the fields that a server does not support.
 """
 
@@ -182,7 +182,7 @@ def fit(documents: list[dict], version: Version) -> list[str]:
             del parent[key]
         lines.append(
             f"Pipelines {text(version)} does not support {field.name} ({text(field.since)} does); "
-            f"left out in {len(found)} place(s): {field.loss}"
+            f"left out (occurrences: {len(found)}): {field.loss}"
         )
     return lines
 

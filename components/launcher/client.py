@@ -45,9 +45,9 @@ class Timeouts:
 
 
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
-    """Return an API client and the namespace, from the service account or else the kubeconfig.
+    """Return an API client and its namespace, from the pod's account or the kubeconfig.
 
-    retries: number of retries of requests without a response; default: urllib3's, each of which
+    retries: number of retries of requests without a response; default: as in urllib3. Each retry
     waits for the full timeout. Raises RuntimeError if there is no valid configuration.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
@@ -84,7 +84,7 @@ def describe_namespace(namespace: str) -> str:
     """Describe the namespace and cluster of the requests, for messages.
 
     Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
-    An account that may not read namespaces is not an error.
+    A missing permission to read namespaces is not an error.
     """
     api, _ = connect()
     context = "" if in_cluster() else active_context()["name"]
@@ -143,7 +143,8 @@ def _request_once(
 class JobClient:
     """API requests for one job, retried while the API server does not respond or fails.
 
-    All methods raise RuntimeError (one line) on timeout or if the request is rejected.
+    All methods except `watch`, `log` and `workloads` raise RuntimeError (one line) on timeout or if
+    the request is rejected.
     """
 
     def __init__(
@@ -360,7 +361,7 @@ class JobClient:
             )["items"]
         except ApiException as error:
             self.report_forbidden("list workloads", error)
-            return [] if error.status == 404 else None  # Kueue is not installed
+            return [] if error.status == 404 else None  # 404: Kueue is not installed
         except HTTPError:
             return None
 

@@ -167,7 +167,7 @@ class Follower:
             "created", f"{self.name} exists from an earlier attempt of this step: {meaning}"
         )
         owners = self.job["metadata"].get("ownerReferences") or []
-        if owners:  # the exit handler removes the owner of a job that outlives a failed run
+        if owners:  # the exit handler removes the run from the owners of a job that outlives it
             self.client.adopt([*without_run(existing), *owners])
         if failure:
             raise RuntimeError(failure)
@@ -203,7 +203,7 @@ class Follower:
         if phase == "failed":
             # after the deadline the operator deletes the pods, which makes them fail as well
             deadline = deadline_exceeded(job, message)
-            cause = f"\ncause: {deadline}; its checkpoints are kept" if deadline else ""
+            cause = f"\ncause: {deadline}; the checkpoints are kept" if deadline else ""
             why = cause or self.failures.explain(pods, None)
             self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", None)
         if phase == "suspended":
@@ -313,7 +313,7 @@ class Follower:
     def count_failures(self) -> None:
         """End the job if it is out of memory or has had more errors than the allowed restarts.
 
-        Disruptions are not limited. For a TrainJob, the runtime defines these rules instead.
+        Disruptions are not limited. The errors of a TrainJob are limited by its runtime instead.
         """
         now = time.monotonic()
         for pod in self.pods:
@@ -343,7 +343,7 @@ class Follower:
     def check_start(self, phase: str, missing: Cause | None) -> None:
         """Report why pods do not start; give up if the problem persists.
 
-        A training run that has started waits for a lost node until the deadline of the job.
+        A job that has started waits for the replacement of a lost node until its deadline.
         """
         running = sum((pod.get("status") or {}).get("phase") == "Running" for pod in self.pods)
         if not self.started and running >= expected_pods(self.job):
@@ -375,7 +375,7 @@ class Follower:
         self.stream_held_lines()
         explained = self.failures.explain(self.pods, cause)
         queued = queue_name(self.current)
-        ending = "its deadline is set to now" if queued else "it is suspended"
+        ending = "the job's deadline is set to now" if queued else "the job is suspended"
         self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)
 
     def fail(self, text: str, spec: dict | None) -> NoReturn:
@@ -389,7 +389,7 @@ class Follower:
         raise RuntimeError(text)
 
     def delete_failed(self) -> None:
-        """Delete a job that could not be ended; report errors only, as the caller raises."""
+        """Delete a failed job; errors are only reported, as the caller raises its own error."""
         try:
             self.client.delete()
         except RuntimeError as error:

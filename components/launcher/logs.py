@@ -35,7 +35,7 @@ OUT_OF_GPU_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
 
 
 class Line(NamedTuple):
-    """A line of a log, with its time as text whose order is chronological."""
+    """A line of a log, with its time as text that sorts chronologically."""
 
     time: str
     text: str

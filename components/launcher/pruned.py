@@ -19,7 +19,7 @@ SAFETY = {
 }
 # Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
 SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
-KEYS = ("manager", "name", "mountPath", "key")  # the first key of an entry identifies it
+KEYS = ("manager", "name", "mountPath", "key")  # the first one in an entry identifies it
 
 
 def dropped_fields(sent: object, received: object, path: str) -> list[str]:
@@ -77,7 +77,7 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
     missing = f"the cluster's {kind.name} has no "
     for path in dropped_fields(sent["spec"], received.get("spec"), "spec"):
         since = SINCE.get(path.split(".")[1].partition("[")[0]) if kind.name == "TrainJob" else ""
-        remedy = f"see {kind.operator}"
+        remedy = f"install {kind.operator}"
         if since:
             remedy = f"upgrade Kubeflow Trainer to {since} or later"
         if path in SAFETY:

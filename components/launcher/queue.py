@@ -6,7 +6,7 @@ contains the reason why the job waits, e.g. `WaitingForQuota` with the missing q
 `Misconfigured` for a missing LocalQueue. Kueue before 0.19 has the same message with `Pending` or
 `Inadmissible` (apis/kueue/v1beta2/workload_types.go).
 
-A job without a Workload waits forever: since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
+A suspended job without a Workload waits forever. Since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
 2026-06-29) the default configuration does not enable the integration of PyTorchJobs.
 """
 
@@ -79,8 +79,8 @@ def describe(condition: dict) -> str:
 
 
 def one_line(text: str | None) -> str:
-    """Return text without line breaks."""
-    return " ".join((text or "").split())
+    """Return a message without line breaks."""
+    return " ".join((text or "").split()) or "no message"
 
 
 def no_workload(kind: Kind, queue: str) -> str:

@@ -40,7 +40,7 @@ DISRUPTIONS = re.compile(
 
 @dataclass
 class Incident:
-    """Failures with one cause.
+    """Failures with a common root cause.
 
     causes: maps a pod's name to the cause of its failure. failures: maps a pod's uid to its number
     of failures at the start of the incident.
@@ -115,7 +115,8 @@ class Restarts:
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
         """Compare all pods with the pods of the last poll: a pod that is missing was deleted.
 
-        The operator deletes failed pods, which `observe` has seen, and the pods of a suspended job.
+        Ignores failed pods, which `observe` has counted, and the pods of a suspended job (see
+        `forget_pods`): the operator deletes them.
         needed: number of running pods that the job needs to train.
         """
         current = {pod["metadata"]["name"]: uid_of(pod) for pod in pods}
@@ -128,7 +129,7 @@ class Restarts:
         self.pods, self.initialized = current, True
 
     def is_decided(self, now: float) -> bool:
-        """Return whether the last incident cannot become a disruption by a report of a lost node.
+        """Return whether a lost node can no longer turn the last incident into a disruption.
 
         The pod on a lost node does not fail by itself; it is evicted after minutes.
         """
@@ -193,7 +194,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Return whether a pod was deleted before it ended at `time`: operators delete failed pods."""
+    """Return whether a pod was deleted before it ended at `time`, not because it had failed."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False

@@ -1,4 +1,4 @@
-"""Schema of the job fields that this package reads, which reports YAML errors with their path.
+"""Schema of the job fields that this package reads; errors contain the path of the field.
 
 The API server validates all other fields. A field with the value null is treated as absent, as in
 Kubernetes.
@@ -15,11 +15,11 @@ GPU = "nvidia.com/gpu"
 
 
 class _GpuCount:
-    """Quantity of a resource that is a whole number, such as 8 or "8"."""
+    """A number of GPUs: a whole number such as 8 or "8"."""
 
 
 def _fields(name: str, required: dict[str, Any] | None = None, /, **optional: Any) -> Any:
-    """Return a type with these fields of the Kubernetes API, which ignores all other fields."""
+    """Return a type with these fields of the Kubernetes API; other fields are ignored."""
     fields: list[Any] = list((required or {}).items())
     return defstruct(name, fields + [(key, kind | None, None) for key, kind in optional.items()])
 

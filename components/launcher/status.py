@@ -63,9 +63,7 @@ def deadline_exceeded(job: dict, message: str) -> str:
     specified deadline" (common/job.go, ReconcileJobs, with the same reason as every failure),
     Trainer's "... exceeded its active deadline".
     """
-    return (
-        f"activeDeadlineSeconds, {deadline(job)} in the job's file" if "deadline" in message else ""
-    )
+    return f"the deadline (activeDeadlineSeconds: {deadline(job)})" if "deadline" in message else ""
 
 
 def deadline(job: dict) -> str:
@@ -75,7 +73,7 @@ def deadline(job: dict) -> str:
 
 
 def retention(kind: Kind, job: dict) -> str:
-    """Describe a finished job's phase and how long the job and its pods are kept; else ""."""
+    """Return the phase of a finished job and how long it is kept; "" for an unfinished job."""
     phase, spec, status = job_phase(kind, job)[0], job["spec"], job.get("status") or {}
     if phase not in ("failed", "succeeded"):
         return ""
@@ -125,7 +123,7 @@ class Cause:
 
     @property
     def specific(self) -> bool:
-        """Return whether the reason explains the failure; another pod may cause an exit code."""
+        """Return whether the reason explains the failure, which an exit code alone does not."""
         return self.reason not in ("Error", "Completed", "")
 
     def __str__(self) -> str:
@@ -196,7 +194,7 @@ def root_cause(causes: Iterable[Cause]) -> Cause | None:
     """Return the most likely root cause, or None for no causes.
 
     When a process of a distributed run dies, all other processes fail soon after. Prefers causes
-    that a restart did not fix, then specific causes, then the earliest cause.
+    without a restart since then, then specific causes, then the earliest cause.
     """
     return min(causes, key=lambda c: (c.previous, not c.specific, c.time or "9"), default=None)
 

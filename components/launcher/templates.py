@@ -19,7 +19,7 @@ import yaml
 from components.launcher.schema import GPU, validate
 
 POOL = "vitdet/pool"  # label of node pools, independent of the cloud provider
-# the label on GKE, where the node label of a pool cannot contain a slash
+# its replacement on GKE, where a ComputeClass rejects node labels with a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 # annotation of a template: maximum time in seconds that its pods may wait for a node
@@ -97,7 +97,7 @@ def job_name(run_id: str, recipe: str) -> str:
 
 
 def label(text: str) -> str:
-    """Convert text to a label value: replace invalid characters with `-`, truncate to 63."""
+    """Convert text to a label value: replace invalid characters with `-`, keep 63 characters."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:63].strip("-._")
 
 
@@ -191,7 +191,8 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
     workers = request.nodes - ("Master" in replicas)
     if workers and "Worker" not in replicas:
         raise ValueError(
-            f"{request.nodes} nodes are requested, but the job's template has no Worker"
+            "the job's template has no Worker, which the requested number of nodes "
+            f"({request.nodes}) needs"
         )
     if workers:
         replicas["Worker"]["replicas"] = workers

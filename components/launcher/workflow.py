@@ -42,7 +42,7 @@ def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> 
     """Return why this run is over or is being ended; "" if it continues.
 
     Kubeflow's Terminate sets spec.activeDeadlineSeconds to 0 (backend/src/common/util/
-    execution_spec.go of 2.17), `argo terminate` and `argo stop` set spec.shutdown. If the uid
+    execution_spec.go of 2.17); `argo terminate` and `argo stop` set spec.shutdown. If the uid
     differs, the run's Workflow was deleted and another one was created with the same name.
     """
     if workflow is None or workflow["metadata"]["uid"] != uid:

@@ -138,7 +138,7 @@ def run_submit(args: argparse.Namespace) -> int:
             raise ValueError("--wait follows one run, but --cron starts many; see `status`")
     check_pool(args.pool)
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
-        remark("recipes and settings are not validated here, but by the first step")
+        remark("the first step validates the recipes and settings that are not validated here")
     title = " + ".join(Path(recipe).stem for recipe in args.recipes)[:100]
     name = args.name or (title if schedule else f"{title} {time.strftime('%Y-%m-%d %H-%M-%S')}")
     cluster = {key: getattr(args, key) for key in ("nodes", "pool", "job_kind", "workspace")}
@@ -202,8 +202,8 @@ def check_pool(name: str | None) -> None:
     """Raise ValueError if the pool's name is not a valid label value, which no pod could select."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
-            f"--pool {name!r}: expected a label value: at most 63 letters and digits, with - _ . "
-            "between them"
+            f"--pool {name!r}: expected a label value: at most 63 characters: letters, digits, and "
+            "- _ . between them"
         )
 
 

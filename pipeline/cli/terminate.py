@@ -79,7 +79,7 @@ def delete_run_jobs(
     yield from (f"deleted {name}" for name in deleted)
     doubt = ""
     if found.state not in ENDED:
-        yield f"checking again after the run has ended, for up to about {END_TIMEOUT:.0f} s"
+        yield f"waiting up to about {END_TIMEOUT:.0f} s for the run to end, then checking again"
         try:
             ended = server.wait_until_ended(found.run_id, every, END_TIMEOUT)
             doubt = "" if ended else "the run is still ending"

@@ -47,7 +47,7 @@ def test_the_training_operator_ends_a_job_at_the_next_event_after_its_deadline(l
     assert quiet == ["running"]  # past its deadline, but the operator has received no event yet
     assert str(raised.value) == (
         f"PyTorchJob {name} failed: Job {name} has failed because it was active longer than specified deadline\n"
-        "cause: activeDeadlineSeconds, 10 s in the job's file; its checkpoints are kept"
+        "cause: the deadline (activeDeadlineSeconds: 10 s); the checkpoints are kept"
     )
     wait_until(lambda: not live.pods("late"))
 
@@ -58,7 +58,7 @@ def test_trainer_ends_a_job_at_its_deadline(live: Scene) -> None:
     with pytest.raises(RuntimeError) as raised:
         live.launch(yaml.safe_dump(job), ["echo on; sleep 60"], "late", kind="trainjob")
     assert str(raised.value).split(" failed: ")[1] == (
-        "TrainJob exceeded its active deadline\ncause: activeDeadlineSeconds, 2 s in the job's file; its checkpoints are kept"
+        "TrainJob exceeded its active deadline\ncause: the deadline (activeDeadlineSeconds: 2 s); the checkpoints are kept"
     )
     wait_until(lambda: not live.pods("late", kind="trainjob"))
 

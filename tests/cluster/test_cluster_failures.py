@@ -161,7 +161,7 @@ def test_a_container_that_keeps_failing_ends_the_job_after_its_restarts(live: Sc
     # at the fourth failure at the latest: the Master has not failed and could be on a lost node
     with pytest.raises(RuntimeError, match="has failed [34] times") as raised:
         live.launch(script(backoffLimit=2), [failing], "failing")
-    assert "no such image; it is suspended" in str(raised.value)
+    assert "no such image; the job is suspended" in str(raised.value)
     annotations = live.job("failing")["metadata"]["annotations"]
     assert annotations[ERRORS] in ("3", "4") and annotations[FAILURE] == str(raised.value)
 
@@ -212,13 +212,13 @@ def test_a_pod_that_cannot_start_fails_the_step(
     write = meanwhile(lambda: write_status(still, worker(still, recipe), status))
     with write, pytest.raises(RuntimeError) as raised:
         still.launch(script(), ["true"], recipe)
-    assert f"-worker-0: {text}; it is suspended" in str(raised.value)
+    assert f"-worker-0: {text}; the job is suspended" in str(raised.value)
     assert any(text in line and "waiting" in line for line in still.lines)
     wait_until(lambda: not still.pods(recipe))
 
 
 def test_a_missing_operator_is_reported(tmp_path: Path) -> None:
-    text = "the Kubeflow training operator .v1.9. is not running; it is suspended"
+    text = "the Kubeflow training operator .v1.9. is not running; the job is suspended"
     with scene(tmp_path, node=False, operator=False) as empty:
         with pytest.raises(RuntimeError, match=text):
             empty.launch(script(), ["true"], "nobody", timeouts=replace(PATIENT, operator=3))

@@ -85,7 +85,7 @@ def test_a_job_that_could_not_start_is_kept_until_the_run_ends(
         step = still.step_pod("step")
         with meanwhile(lambda: write_status(still, worker(still, "image"), IMAGE)):
             error = refused(still, "image", script(), ["true"], step, monkeypatch)
-        assert error.endswith('Back-off pulling image "vitdet:typo"; it is suspended')
+        assert error.endswith('Back-off pulling image "vitdet:typo"; the job is suspended')
         wait_until(lambda: not still.pods("image"))
         retry = still.step_pod("retry", attempt=1)
         again = refused(still, "image", script(), ["true"], retry, monkeypatch)

@@ -56,7 +56,7 @@ def test_terminate(
         assert "state RUNNING, now ending\n" in out
         assert out.endswith(
             f"{place}deleted a\ndeleted b\n"
-            "checking again after the run has ended, for up to about 300 s\ndeleted late, created in the meantime\n"
+            "waiting up to about 300 s for the run to end, then checking again\ndeleted late, created in the meantime\n"
         )
         assert jobs(made.namespace) == [OF_THE_OTHER]
         code, out, _ = pipeline("terminate", PIPELINE_RUN)

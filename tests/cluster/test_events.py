@@ -35,7 +35,7 @@ def test_a_rejected_pod_is_logged_and_then_an_error(look: tuple) -> None:
     said = f"job {NAME}: FailedCreatePod: {text}"
     assert lines.count(f"launcher: waiting: {said}") == 1
     assert f"{NAME} has not been able to start for 0 s\ncause: {said}" in error
-    assert error.endswith("; it is suspended")
+    assert error.endswith("; the job is suspended")
     assert "is not running" not in error and record.asked == ["create", "halt"]
 
 

@@ -203,8 +203,8 @@ def test_the_deadline_is_the_cause_and_not_the_pods_that_it_ended() -> None:
         job = conditions("Failed=True", message=message, reason=reason)
         _, error = follow(Record((job, [pod(container=ended(143))])))
         assert error == (
-            f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
-            "job's file; its checkpoints are kept"
+            f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: the deadline "
+            "(activeDeadlineSeconds: 1209600 s); the checkpoints are kept"
         )
 
 
@@ -227,7 +227,7 @@ CREATED = conditions("Created=True")
 def test_a_job_that_never_starts_is_suspended_and_reported(poll: tuple, text: str) -> None:
     record = Record(poll)
     lines, error = follow(record)
-    assert text in error and error.endswith("it is suspended")
+    assert text in error and error.endswith("the job is suspended")
     assert record.asked == ["create", "halt"]
     assert sum("waiting" in line for line in lines) == bool(
         poll[1]

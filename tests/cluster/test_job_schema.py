@@ -19,11 +19,11 @@ from tests.conftest import ROOT
 VALUES: tuple[Any, ...] = (None, "text", [None])
 # Rejected because of what the fields mean together, not because of a type
 MEANING = (
-    "no PyTorchJob or TrainJob among the",
+    "the YAML contains no PyTorchJob or TrainJob",
     "the job's template must contain one ",
     "the job's template has no container named 'pytorch'",
     "the training jobs must use the same image",
-    "2 nodes are requested, but the job's template has no Worker",
+    "no Worker, which the requested number of nodes (2) needs",
     "a PyTorchJob without a Master needs an elasticPolicy",
     "is not among the documents",
 )

@@ -61,7 +61,7 @@ def test_a_job_that_would_train_differently_is_deleted(field: str) -> None:
     _, error = follow(record)
     assert record.asked == ["create", "delete"]
     assert error == (
-        f"PyTorchJob vitdet-tiny-1 was deleted: the cluster's PyTorchJob has no spec.{field} (see the Kubeflow training "
+        f"PyTorchJob vitdet-tiny-1 was deleted: the cluster's PyTorchJob has no spec.{field} (install the Kubeflow training "
         "operator (v1.9)); the job would train differently"
     )
     assert field in filled()["spec"]

@@ -207,7 +207,7 @@ def test_a_job_ends_after_its_files_limit_of_errors() -> None:
     record.logs["m previous"] = ["2026-01-01T00:00:00Z ValueError: bad image"]
     lines, error = follow(record, limited())
     assert error.startswith("PyTorchJob vitdet-tiny-1 has failed 3 times\ncause: pod m on node n1")
-    assert error.endswith("ValueError: bad image; it is suspended")
+    assert error.endswith("ValueError: bad image; the job is suspended")
     assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
     assert [line for line in lines if "errors" in line] == [
         "launcher: errors: 1 of at most 2",

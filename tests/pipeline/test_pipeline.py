@@ -96,7 +96,7 @@ def test_the_jobs_in_manifests_compile_unchanged(tmp_path: Path) -> None:
     ("stdin", "message"),
     [
         ("", "--job -: the file is empty"),
-        ("kind: Service\n", "no PyTorchJob or TrainJob among the 1 documents"),
+        ("kind: Service\n", "the YAML contains no PyTorchJob or TrainJob"),
         (
             "kind: TrainJob\nspec: {runtimeRef: {name: a}}\n---\nkind: TrainJob\nspec: {}\n",
             "two documents of kind TrainJob",

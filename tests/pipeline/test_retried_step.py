@@ -92,7 +92,7 @@ def test_a_job_that_a_queue_would_restart_is_ended_by_its_deadline() -> None:
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
     record = Record(({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE]))
     _, error = follow(record, job)
-    assert error.endswith("ImagePullBackOff: no tag; its deadline is set to now")
+    assert error.endswith("ImagePullBackOff: no tag; the job's deadline is set to now")
     assert record.asked == ["create", "halt"] and record.told == error
     assert record.spec == {"runPolicy": {"activeDeadlineSeconds": 1}}
 

@@ -299,7 +299,7 @@ def test_recipes_are_not_checked_without_vitdet(
     )
     code, _, said = submit("tinyy")
     assert code == 0 and said == (
-        "pipeline: recipes and settings are not validated here, but by the first step\n"
+        "pipeline: the first step validates the recipes and settings that are not validated here\n"
     )
     monkeypatch.undo()
     assert request.check_recipes(["/data/recipes/mine.yaml"], []) is False

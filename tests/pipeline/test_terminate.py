@@ -126,7 +126,7 @@ def test_jobs_of_a_run_are_deleted_twice(
     assert f"state {state}, now ending" in out and out.splitlines()[4:] == [
         PLACE.format("kubeflow"),
         "deleted vitdet-1",
-        "checking again after the run has ended, for up to about 300 s",
+        "waiting up to about 300 s for the run to end, then checking again",
         "deleted vitdet-3, created in the meantime",
         KEPT,
     ]
