@@ -115,7 +115,7 @@ class Restarts:
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
         """Compare all pods with the pods of the last poll: a pod that is missing was deleted.
 
-        Failed pods are ignored, as `observe` has counted them; for a suspended job see `forget_pods`.
+        Ignores failed pods, which `observe` has counted; for a suspended job see `forget_pods`.
         needed: number of running pods that the job needs to train.
         """
         current = {pod["metadata"]["name"]: uid_of(pod) for pod in pods}
