@@ -100,8 +100,8 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: not a vitdet checkpoint (it contains objects other than numbers and text, "
-            "which could run code)"
+            f"{path}: not a vitdet checkpoint (it contains objects other than tensors and plain "
+            "data, which could run code)"
         ) from error
     except OSError:
         raise  # e.g. too many open files: unrelated to the content
@@ -157,7 +157,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def _load_safetensors(path: Path, expected: str) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; expected a detector in safetensors")
+        raise FileNotFoundError(f"{path}: no such checkpoint; expected a .safetensors detector")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
@@ -195,7 +195,7 @@ def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> 
     """Raise ValueError if a key of a checkpoint is missing or its value has the wrong type."""
     for key, kind in kinds.items():
         if not isinstance(content.get(key, MISSING), kind):
-            found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+            found = f"has type {type(content[key]).__name__}" if key in content else "is missing"
             raise ValueError(f"{path}: {key!r} {found}; {MODIFIED}")
 
 
@@ -224,11 +224,8 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
         if not (isinstance(name, str) and isinstance(weight, Tensor)) or weight.is_complex()
     ]
     if invalid:
-        found = (
-            f"{len(invalid)} of its weights are not real-valued tensors with a name, such as "
-            f"{invalid[0]!r}"
-        )
-        raise ValueError(f"{path}: {found}; {MODIFIED}")
+        found = f"weights that are not real-valued tensors with a name: {len(invalid)}"
+        raise ValueError(f"{path}: {found} (the first is {invalid[0]!r}); {MODIFIED}")
     try:
         detector.load_state_dict(weights)
     except RuntimeError as error:
@@ -325,7 +322,7 @@ class Checkpoints:
             lost = f"the metrics after step {step} are lost; they are computed again when due"
             path.replace(kept)
             if path.suffix == ".pt":
-                lost = f"resuming from step {start}, repeating steps {start + 1} to {step}"
+                lost = f"resuming from step {start}; the steps up to {step} are repeated"
                 _evaluation_of(path).unlink(missing_ok=True)
             log.warning("%s; renamed to %s; %s", reason, kept.name, lost)
         self.damaged.clear()

@@ -33,7 +33,7 @@ JOIN_TIMEOUT = timedelta(minutes=5)
 EXCHANGE = 2**26  # bytes of gradients averaged per collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
 
-_joined = False  # whether `process_group` initialized torch's process group, not the caller
+_joined = False  # whether `process_group`, not the caller, initialized torch's process group
 _collective = ""  # name of the collective that the main thread is in
 _changed = 0.0  # time.monotonic() when the main thread last entered or left a collective
 
@@ -166,7 +166,7 @@ def has_joined() -> bool:
 
 
 def connect(prefix: str, limit: timedelta) -> dist.Store:
-    """Return a new connection to torchrun's store, whose keys start with `prefix`, for a thread.
+    """Return a new connection to torchrun's store for a thread; all keys start with `prefix`.
 
     Each operation times out after `limit`. A connection serves one operation at a time: on the
     process group's connection, a thread might have to wait for a collective.
@@ -224,7 +224,7 @@ def world_size() -> int:
 
 
 def by_torchrun() -> bool:
-    """Return whether torchrun, which restarts all processes if one fails, started this one."""
+    """Return whether torchrun, which restarts all processes if one fails, started this process."""
     return dist.is_torchelastic_launched()
 
 

@@ -210,7 +210,7 @@ def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = 
 
 
 def damaged_record(path: Path) -> str | None:
-    """Return the first record of a zip archive whose content differs from its CRC-32, or None.
+    """Return the name of a zip archive's first record that does not match its CRC-32, or None.
 
     Also returns None if no record matches, since the archive was then written without checksums
     (torch.serialization.set_crc32_options). Raises ValueError if the archive is incomplete.
@@ -337,5 +337,5 @@ def read_yaml(path: Path, expected: str = "YAML") -> Any:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's message, or the error's type if the message is empty."""
+    """Return the first line of an error's message, cut to 120 characters, or its type if empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:120]

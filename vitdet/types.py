@@ -41,7 +41,7 @@ class Polygons(Record):
     """Outlines of G objects as directed edges.
 
     Attributes:
-        edges: (E, 4) float x0, y0, x1, y1 in canvas pixels. Indexing objects does not copy them.
+        edges: (E, 4) float x0, y0, x1, y1 in canvas pixels; not copied by indexing.
         spans: (G, 2) int64; object i consists of edges[spans[i, 0] : spans[i, 1]].
 
     A point is inside an object if the winding number of the object's edges around the point is not
@@ -186,11 +186,11 @@ class Detections(Record):
 
 @dataclass(frozen=True)
 class Batch(Record):
-    """A batch of B images with ground truth.
+    """A batch of B images.
 
     Attributes:
         images: (B, 3, S, S) uint8, padded to a square canvas.
-        targets: ground truth of each image.
+        targets: ground truth of each image; empty for validation images.
         sizes: (B, 2) int64 (height, width) without padding.
         image_ids: ids in the annotation file.
         originals: (B, 2) int64 (height, width) before resizing.

@@ -49,8 +49,8 @@ def test_a_valid_folder_has_warnings_for_objects_that_training_omits(sound: Path
     left_out = ("crowd region (ignored in training)", "box of zero size (ignored in training)")
     assert kinds(report) == ({}, dict.fromkeys(("image without objects", *left_out), 2))
     lines = report.lines()
-    counts = "3 images, 5 annotations, 2 categories"
-    assert lines[1:4] == [f"  train: {counts}", f"  val: {counts}", "errors: none"]
+    counts = "(images: 3, annotations: 5, categories: 2)"
+    assert lines[1:4] == [f"  train {counts}", f"  val {counts}", "errors: none"]
     assert "      instances_train.json: annotation 2 (image 2)" in lines
 
 
@@ -88,10 +88,10 @@ FAULTS = [  # test_odd_annotations.py covers all kinds
     (outline(0, [5]), "polygon that is not a list x, y, x, y, ...", "5"),
     (outline(0, [[[1, 2]] * 6]), "polygon with coordinates that are not", "annotation 1"),
     (outline(1, {"size": [64, 48], "counts": [3072]}), "RLE whose size differs", "[64, 48]"),
-    (outline(1, {"size": [48, 64], "counts": [5, 6]}), "RLE whose counts do not", "11 of 3072"),
+    (outline(1, {"size": [48, 64], "counts": [5, 6]}), "RLE whose counts do not", "11 instead of"),
     (outline(1, {"counts": [1]}), "RLE without size [height, width]", "None"),
     (delete("annotations", 0, "image_id"), "annotation without 'image_id'", "annotation 1"),
-    (delete("annotations", 0, "id"), "annotation without 'id'", "entry 0"),
+    (delete("categories", 0, "id"), "category without 'id'", "category entry 0"),
     (lambda tree: tree["images"].append("x"), "image that is not an object", "'x'"),
     (lambda tree: tree.pop("images"), "no 'images' in the file", "annotations"),
     (lambda tree: tree.update(categories={}), "'categories' is not a list", "{}"),

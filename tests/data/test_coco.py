@@ -48,7 +48,7 @@ def test_records_contain_usable_objects_in_order(tmp_path: Path) -> None:
     assert full.boxes.tolist() == [[2, 3, 12, 8], [0, 0, 40, 15]] and full.boxes.dtype == np.float32
     assert full.labels.tolist() == [1, 0] and full.labels.dtype == np.int64
     assert full.segmentations[0] == [TRIANGLE]
-    assert split.dropped == {"crowd": 1, "of zero size": 1}
+    assert split.dropped == {"marked as crowd": 1, "of zero size": 1}
 
 
 def _damage(where: str, **values: object) -> dict:
@@ -65,7 +65,7 @@ def _damage(where: str, **values: object) -> dict:
         (_damage("annotations", bbox=[500, 3, 10, 5]), "box far outside .*on 40 x 30 pixels"),
         (_damage("images", height=0), "image 20: image height that is not a whole number from 1"),
         ({"images": [], "annotations": []}, "no 'categories' in the file"),
-        ([1, 2], "expected an object with images, annotations, categories; got a list"),
+        ([1, 2], "expected an object with images, annotations, categories; got list"),
     ],
 )
 def test_an_annotation_error_is_one_line(tmp_path: Path, content: object, expected: str) -> None:
@@ -104,6 +104,6 @@ def test_real_coco_annotations() -> None:
     objects = 0
     for split, crowd in (("train2017", 1), ("val2017", 5)):
         found = read_coco(SAMPLE / "annotations" / f"instances_{split}.json", SAMPLE / split)
-        assert len(found.class_names) == 80 and found.dropped == {"crowd": crowd}
+        assert len(found.class_names) == 80 and found.dropped == {"marked as crowd": crowd}
         objects += sum(map(len, found.records))
     assert objects == 514 - 6

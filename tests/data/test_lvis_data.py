@@ -149,7 +149,7 @@ def test_coco_and_lvis_may_share_a_folder(lvis: Path, tiny: Path, tmp_path: Path
     ("table", "key", "value", "kind"),
     [
         ("images", "coco_url", ..., "image without 'file_name'"),
-        ("images", "coco_url", 3, "file name that is not text"),
+        ("images", "coco_url", 3, "file name that is not one line of text"),
         ("images", "neg_category_ids", ..., "image without 'neg_category_ids'"),
         ("images", "neg_category_ids", [99], "'neg_category_ids' that is not a list of categories"),
         ("images", UNSURE, None, f"'{UNSURE}' that is not a list of categories"),

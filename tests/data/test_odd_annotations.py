@@ -36,7 +36,8 @@ ELSEWHERE = "box that does not fit its outline (used for box and class only)"
 DIFFERS = "box that differs from the one around its outline (training uses the box)"
 NO_PIXELS = "outline without pixels in its image (used for box and class only)"
 NO_OUTLINE = "object without an outline (used for box and class only)"
-PARTS = "outline with parts of fewer than 3 points (ignored)"
+PARTS = "outline with parts of fewer than 3 points or an odd length (ignored)"
+LINE = "name that is not one line of text"
 NUMBER = "number stored as a different type (read as an integer)"
 NO_IMAGE = "annotation of an unknown image (dropped)"
 NO_CATEGORY = "annotation of an unknown category (dropped)"
@@ -119,7 +120,7 @@ ERRORS = [
     (changed("annotations", "id", 2**63), "annotation id of more than 64 bits"),
     *each("annotations", "iscrowd", (2, 0.5, "no", [0]), "iscrowd that is neither 0 nor 1"),
     *run_lengths(BROKEN_RUNS, "RLE whose counts are not run lengths"),
-    *run_lengths(SHORT_RUNS, "RLE whose counts do not fill its size"),
+    *run_lengths(SHORT_RUNS, "RLE whose counts do not add up to its size"),
     *outlines([COMPRESSED | {"size": SIZE[::-1]}], "RLE whose size differs from its image"),
     *outlines([COMPRESSED | {"size": [48.5, 64]}], "RLE without size [height, width]"),
     *outlines(("x", 5, True), "segmentation that is neither polygons nor RLE"),
@@ -134,8 +135,8 @@ ERRORS = [
     *each("annotations", "bbox", BOXES, "bbox that is not four finite numbers"),
     *each("annotations", "bbox", FAR, "box far outside its image"),
     *each("annotations", "area", AREAS, "area that is not a number of pixels"),
-    *each("categories", "name", (None, ["a"], "\ud800", "a\nb"), "category name that is not text"),
-    *each("images", "file_name", ("", None, "x\ny", "a\0b"), "file name that is not text"),
+    *each("categories", "name", (None, ["a"], "\ud800", "a\nb"), f"category {LINE}"),
+    *each("images", "file_name", ("", None, "x\ny", "a\0b"), f"file {LINE}"),
     *each("images", "file_name", LEAVING, "file name that leaves its folder"),
     *each("images", "file_name", ["none.png"], "missing image file"),
     *each("images", "file_name", ("é" * 300, "\ud800"), "image file that cannot be read"),
@@ -237,8 +238,8 @@ def test_objects_with_outlines_outside_the_image_keep_their_boxes(
     batch = next(iter(train_loader(replace(data, scale_range=(1.0, 1.0), workers=0), 2, 0, 0, 1)))
     assert any(len(target) for target in batch.targets)
     assert not any(target.has_mask.any() for target in batch.targets)
-    assert "box and class only: 3 with an outline that has no pixels in its image" in caplog.text
-    assert "objects ignored in training: 1 crowd" in caplog.text
+    assert "box and class only: 3 with an outline that has no pixels in the image" in caplog.text
+    assert "objects ignored in training: 1 marked as crowd" in caplog.text
 
 
 def test_boxes_given_as_corners_are_recognized_without_outlines(data: DataConfig) -> None:

@@ -96,7 +96,7 @@ def test_all_readers_return_the_same_upright_pixels(make: Make, tmp_path: Path) 
             assert np.abs(seen.astype(int) - expected).max() <= near, reader
         assert image_size(path) == examine(path.read_bytes()).size == expected.shape[:2]
         assert check(tmp_path, images=True).lines()[1:] == [
-            "  odd: 1 images, 1 annotations, 1 categories",
+            "  odd (images: 1, annotations: 1, categories: 1)",
             *(DARK if expected.max() == 0 else CLEAN),
         ]
         record = read_split(data, "odd").records[0]

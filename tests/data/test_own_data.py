@@ -206,7 +206,10 @@ UNKNOWN = "no such file or folder; the splits are day, night; set data.train_spl
         (lambda root: renamed(root, train="day", val="night"), UNKNOWN),
         (lambda root: renamed(root, val="holdout"), "the splits are holdout, train;"),
         (lambda root: shutil.rmtree(root / "val"), "/val: no such file or folder; expected the im"),
-        (lambda root: shutil.rmtree(root / "annotations"), "expected instances_SPLIT.js"),
+        (
+            lambda root: shutil.rmtree(root / "annotations"),
+            "expected annotations/instances_SPLIT.js",
+        ),
         (named_lvis, "have a different format; set data.dataset=lvis"),
         (broken, "invalid JSON"),
     ],
@@ -289,5 +292,5 @@ def test_json_files_without_a_known_layout_are_named(own_tiny: Path) -> None:
     shutil.move(own_tiny / "annotations", own_tiny / "json")
     data = load_config("tiny", [f"data.root={own_tiny}"]).data
     assert str(missing(split_files(data, "train")[0], data)).endswith(
-        "in COCO's layout under data.root, found json/instances_train.json, json/instances_val.json"
+        "under data.root for each split, found json/instances_train.json, json/instances_val.json"
     )

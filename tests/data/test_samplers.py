@@ -57,7 +57,7 @@ def test_ranks_split_the_batch_of_a_single_process(world_size: int, accumulate: 
 
 
 def test_indivisible_batches_and_empty_splits_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of the 4 processes, got 6"):
+    with pytest.raises(ValueError, match=r"multiple of 4 \(the number of processes\), got 6"):
         StepSampler(6, 0, 1, 0, 4)
     with pytest.raises(ValueError, match="no image"):
         InfiniteSampler(0, 0)
@@ -68,7 +68,7 @@ def test_indivisible_batches_and_empty_splits_are_refused() -> None:
 @pytest.mark.parametrize(
     ("batch", "processes", "accumulate", "parts", "sizes"),
     [
-        (3, 2, 1, "the 2 processes", "2 or 4"),
+        (3, 2, 1, "2 (the number of processes)", "2 or 4"),
         (12, 2, 4, "8 (2 processes x train.accumulate=4)", "8 or 16"),
         (2, 1, 3, "3 (1 process x train.accumulate=3)", "3"),
     ],

@@ -110,7 +110,7 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
         ({"bbox": [1, 2, 3]}, "result 2: bbox must be 4 finite numbers x, y, .*, got .1, 2, 3."),
         ({"bbox": [1, 2, 3, float("inf")]}, "result 2: bbox must be 4 finite"),
         ({"segmentation": BROKEN}, "category \\d+: RLE whose counts"),
-        ({"segmentation": SHORT}, "category \\d+: RLE whose counts do not fill its size"),
+        ({"segmentation": SHORT}, "category \\d+: RLE whose counts do not add up to its size"),
         ({"segmentation": OTHER_SIZE}, "category \\d+: RLE whose size differs from its image"),
         ({"segmentation": NO_RUNS}, "category \\d+: RLE whose counts are not run lengths"),
         ({"segmentation": 3}, "category \\d+: segmentation that is neither"),

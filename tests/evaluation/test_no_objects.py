@@ -53,7 +53,7 @@ def as_lvis(root: Path, empty: int) -> None:
     ("change", "cause"),
     [
         (lambda tree: tree["annotations"].clear(), "no annotations"),
-        (crowds, "22 crowd"),
+        (crowds, "22 marked as crowd"),
         (no_images, "no annotations"),
     ],
 )

@@ -27,7 +27,7 @@ FILES = {
 }
 NAMES = {
     "image without 'file_name'",
-    "file name that is not text",
+    "file name that is not one line of text",
     "file name that leaves its folder",
 }
 EMPTY = "no objects"

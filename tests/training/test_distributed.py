@@ -378,6 +378,6 @@ def test_an_indivisible_batch_is_refused_first(tmp_path: Path, batch: int, fitti
     )
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert done.stderr == (
-        f"vitdet: train.batch_size must be a multiple of the 8 processes, got {batch}; "
+        f"vitdet: train.batch_size must be a multiple of 8 (the number of processes), got {batch}; "
         f"set it to {fitting}, or start a different number of processes\n"
     )

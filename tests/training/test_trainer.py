@@ -148,7 +148,7 @@ def test_an_indivisible_batch_is_refused(
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, value])
-    with refused("train.batch_size must be a multiple of the 2 processes, got 3"):
+    with refused(r"train.batch_size must be a multiple of 2 \(the number of processes\), got 3"):
         go(tiny, tmp_path / "run", train__batch_size=3)
     assert not (tmp_path / "run").exists()
 

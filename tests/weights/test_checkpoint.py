@@ -207,6 +207,6 @@ def test_weights_that_are_not_named_real_tensors_are_rejected(name: object, valu
     layer = torch.nn.Linear(2, 2)
     weights = dict(layer.state_dict()) | {name: value}
     with pytest.raises(
-        ValueError, match="^x.pt: 1 of its weights are not real-valued tensors with a name"
+        ValueError, match="^x.pt: weights that are not real-valued tensors with a name: 1 "
     ):
         load_weights(layer, weights, "x.pt")

@@ -51,7 +51,7 @@ def test_training_resumes_from_the_state_before_a_damaged_one(
     assert min(go(tiny, tmp_path).points) == 7
     (said,) = (message for message in caplog.messages if "damaged" in message)
     assert said.startswith(f"{newest}: not a complete vitdet checkpoint (") and said.endswith(
-        "; renamed to step_00000007.pt.damaged; resuming from step 6, repeating steps 7 to 7"
+        "; renamed to step_00000007.pt.damaged; resuming from step 6; the steps up to 7 are repeated"
     )
     same_bits(tmp_path, trained)
     files = ("6.pt", "7.pt.damaged", "8.json", "8.pt")

@@ -26,7 +26,7 @@ Depth = Annotated[int, between(0, 1024)]  # number of layers
 Workers = Annotated[int, between(0, 1024)]  # number of processes
 NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
 Positive = Annotated[float, Meta(gt=0, description="be above 0")]
-Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
+Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be numbers above 0")]
 Fraction = Annotated[float, Meta(ge=0, le=1, description="be between 0 and 1")]
 Percent = Annotated[float, Meta(ge=0, le=100, description="be between 0 and 100")]
 # with 1,000 bootstrap resamples, a tail below 1 / 1,001 contains no resample
@@ -34,7 +34,7 @@ Confidence = Annotated[
     float,
     Meta(ge=0, le=0.998, description="be between 0 and 0.998, the limit of 1,000 resamples"),
 ]
-Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="be between 0 and 1")]
+Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="be numbers in 0..1")]
 # MLflow accepts these names (mlflow.utils.validation; its databases store 256 characters). Quotes
 # and backslashes would break the filter strings of model searches.
 ModelName = Annotated[

@@ -121,8 +121,8 @@ class ModelConfig(Section, prefix="model."):
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     norm_eps: Positive = 1e-6  # epsilon of the LayerNorms in pyramid and heads; 1e-5 in mmdet
-    # object assigned in a low-quality match. own: the object with the highest IoU for the box, only
-    # in the RPN (Detectron2); best: the object for which the box has the highest IoU (mmdet)
+    # object assigned in a low-quality match. own: the object that overlaps the box most, in the RPN
+    # only (Detectron2); best: the object that overlaps no other box more than this one (mmdet)
     low_quality: Literal["own", "best"] = "own"
     clamp_shrinking: bool = False  # limit the shrinking of a box to 16 / 1000 too (mmdet)
 
@@ -263,7 +263,7 @@ class TrackingConfig(Section, prefix="tracking."):
 class GateConfig(Section, prefix="gate."):
     """Conditions under which a registered detector replaces the champion.
 
-    Values are percentage points of AP on the same validation data."""
+    Limits are in percentage points of AP on the same validation data."""
 
     metric: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = (
         "box_ap"
@@ -303,7 +303,7 @@ class Config(Section):
             f"got {backbone.rel_pos_size}",
         )
         low, high = data.scale_range
-        _require(low <= high, f"data.scale_range must be low <= high, got {[low, high]}")
+        _require(low <= high, f"data.scale_range must have low <= high, got {[low, high]}")
         hierarchical = backbone.name in ("swin_t", "vitaev2_s")
         kind = "fpn" if hierarchical else "simple"
         _require(

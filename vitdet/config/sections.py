@@ -79,7 +79,7 @@ def merge(tree: dict, kind: Any, changes: Mapping) -> None:
 def convert_section(kind: Any, value: Any) -> Any:
     """Convert a YAML value to the type of a setting or section.
 
-    Returns a value that cannot be converted unchanged; creating the section then rejects it."""
+    A value that cannot be converted stays unchanged; creating the section then rejects it."""
     if hints := getattr(kind, "hints", None):  # a section
         items = (value or {}).items()
         return kind(**{name: convert_section(hints[name], content) for name, content in items})

@@ -104,7 +104,7 @@ def read_entries(path: Path, mapped: bool = True) -> object:
         raise ValueError("the file is compressed with gzip; decompress it")
     try:
         found = msgspec.json.decode(content, type=_Layout)
-    except (ValueError, RecursionError):  # Python's json accepts NaN and has better error messages
+    except (ValueError, RecursionError):  # another layout, NaN or an error that json explains
         return parse(bytes(content))
     return {table: Entries(getattr(found, table)) for table in _Layout.__struct_fields__}
 

@@ -31,13 +31,13 @@ OUTSIDE = 1.0  # tolerance in pixels for boxes that exceed their image due to ro
 BLOCK = 1024  # annotations per block of the vectorized check
 MOST = 0.5  # a warning about at least this fraction of objects also causes an error
 # Reasons for dropping an object from training
-CROWD, EMPTY, OUTSIDER = "crowd", "of zero size", "outside their images"
-NO_IMAGE, NO_CATEGORY = "of unknown images", "of unknown categories"
+CROWD, EMPTY, OUTSIDER = "marked as crowd", "of zero size", "outside the image"
+NO_IMAGE, NO_CATEGORY = "without a known image", "without a known category"
 # Reasons for using only the box and class of an object in training
 NO_OUTLINE, NO_PIXELS, OTHER_PLACE = (
     "without an outline",
-    "with an outline that has no pixels in its image",
-    "with an outline that does not match their box",
+    "with an outline that has no pixels in the image",
+    "with an outline that does not match the box",
 )
 WITHOUT_AREA = "annotation without 'area' (the area of its mask or box is used)"
 CORNERS = "bbox that looks like corners"
@@ -91,7 +91,7 @@ class AnnotationValidator(HeaderValidator):
     def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
         """Check each annotation, then the whole file; yield the annotations without errors.
 
-        If `flawless`, also yields annotations without any warning, which are the majority.
+        flawless: whether to include those that `find_flawless` finds, which are the majority.
         """
         seen: set[int] = set()
         images = image_table(self.sizes)
@@ -248,7 +248,8 @@ class AnnotationValidator(HeaderValidator):
         """Return `Validated.unmasked` and `Validated.own_box`."""
         if outline.left_out:
             text = f"{outline.left_out} of {len(annotation.segmentation or ())}"
-            self._warn("outline with parts of fewer than 3 points (ignored)", annotation, text)
+            kind = "outline with parts of fewer than 3 points or an odd length (ignored)"
+            self._warn(kind, annotation, text)
         if outline.shape is None:
             self._warn("object without an outline (used for box and class only)", annotation)
             return NO_OUTLINE, True

@@ -62,7 +62,7 @@ class Report:
         """Return the lines of the report: splits, errors and warnings, with counts and examples."""
         text = [str(self.folder)]
         for split, counts in self.splits.items():
-            text.append("  {}: {} images, {} annotations, {} categories".format(split, *counts))
+            text.append("  {} (images: {}, annotations: {}, categories: {})".format(split, *counts))
         for title, findings in (("errors", self.errors), ("warnings", self.warnings)):
             text.append(f"{title}: {sum(finding.count for finding in findings) or 'none'}")
             for finding in findings:
@@ -136,7 +136,7 @@ def check(
         else:
             split.find_images()
     for first, second in combinations(checked, 2):
-        if first.lvis == second.lvis:  # COCO and LVIS share images
+        if first.lvis == second.lvis:  # LVIS's splits contain COCO's images
             _compare(report, first, second)
     return report
 

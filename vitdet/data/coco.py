@@ -1,8 +1,8 @@
 """Reading of COCO and LVIS annotation files into records of images and their training objects.
 
 The formats are described in Lin et al. 2014, https://cocodataset.org/#format-data, and Gupta et al.
-2019, https://www.lvisdataset.org/dataset. LVIS locates COCO's images by coco_url. Crowd regions and
-boxes of zero size are dropped and counted. Errors of `AnnotationValidator` raise ValueError.
+2019, https://www.lvisdataset.org/dataset. LVIS locates COCO's images by coco_url. Objects that
+cannot be used are dropped and counted. Errors of `AnnotationValidator` raise ValueError.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 * CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: as COCO, or with the
   images in images/SPLIT/ or images/
 * Roboflow, https://roboflow.com/formats/coco-json: SPLIT/_annotations.coco.json, SPLIT/
-* Label Studio, https://labelstud.io/guide/export: result.json, whose file names begin with images/
+* Label Studio, https://labelstud.io/guide/export: result.json, with file names in images/
 * FiftyOne, https://docs.voxel51.com (COCODetectionDataset): labels.json, data/
 * labelme2coco and others: JSON files next to the images
 * LVIS, https://www.lvisdataset.org/dataset: annotations/lvis_v1_SPLIT.json, images by coco_url
@@ -40,7 +40,7 @@ def lvis_files(root: Path, split: str) -> SplitFiles:
 
 
 def find_splits(root: Path, dataset: str = "coco") -> dict[str, SplitFiles]:
-    """Return the files of each split in a folder by name, using the first layout that matches."""
+    """Return the files of the splits in a folder, by split name; uses the first matching layout."""
     if dataset == "lvis":
         names = _split_names(root / "annotations", "lvis_v1_")
         return {name: lvis_files(root, name) for name in names}
@@ -91,7 +91,7 @@ def _is_coco(path: Path) -> bool:
 
 
 def image_name(head: dict, lvis: bool) -> str:
-    """Return an image's path: file_name, or for LVIS the last two parts of coco_url."""
+    """Return an image's path: file_name, or for LVIS the last two parts of coco_url if set."""
     url = head.get("coco_url") if lvis else None
     return "/".join(url.split("/")[-2:]) if url else head["file_name"]
 

@@ -161,7 +161,7 @@ class TrainData(Dataset):
 
 
 class ValData(Dataset):
-    """Maps record indices to batches of images, with longest side = canvas, without targets."""
+    """Maps record indices to batches of images (longest side = canvas) without targets."""
 
     def __init__(
         self, records: Records, image_size: int, antialias: bool, reading: Reading = DEFAULT

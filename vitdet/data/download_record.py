@@ -1,7 +1,7 @@
-"""Record of the files that `vitdet data coco|lvis` downloaded to a folder, ROOT/manifest.json.
+"""ROOT/manifest.json, the record of the files that `vitdet data coco|lvis` downloaded to ROOT.
 
 The record lists every archive (URL, size, sha256), every annotation file (size, sha256) and every
-image folder (count, bytes, sha256 of the sorted lines "NAME SIZE" and of "NAME SIZE CRC32").
+image folder (count, size, sha256 of the sorted lines "NAME SIZE" and of "NAME SIZE CRC32").
 `vitdet.datasets.fetch` writes the record; training, evaluation and `vitdet data check` compare the
 files with it. Since the record of a download is the same on every machine, version control of the
 record and the annotations identifies the data without storing 118,000 images.
@@ -168,7 +168,7 @@ def compare(
 def _downloaded(
     found: dict[str, int], images: Images, used: Collection[str]
 ) -> dict[str, int] | None:
-    """Return the downloaded files in a folder, or None if files or sizes have changed."""
+    """Return the size of each downloaded file in a folder, or None if names or sizes differ."""
 
     def is_complete(part: dict[str, int]) -> bool:
         lines = (f"{name} {size}" for name, size in part.items())

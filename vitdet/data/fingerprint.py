@@ -119,8 +119,8 @@ def describe(data: DataConfig) -> dict:
 def verify(data: DataConfig, expected: str) -> dict[str, str]:
     """Verify that the data has the `expected` fingerprints (see `combined`); return them.
 
-    Raises ValueError that names a split whose fingerprint differs, FileNotFoundError for missing
-    files.
+    Raises ValueError, which names the split, for a fingerprint that differs, and FileNotFoundError
+    for missing files.
     """
     try:
         found = fingerprints(data)
@@ -140,7 +140,7 @@ def verify(data: DataConfig, expected: str) -> dict[str, str]:
 
 
 def legacy_dataset_digest(data: DataConfig) -> str:
-    """Return the digest of both splits that version 0.1 stored, only for comparison with it.
+    """Return the digest of both splits as in version 0.1, for comparison with a stored digest.
 
     The digest covers all files in a split's folder; for LVIS, the files in the coco_urls.
     """

@@ -34,7 +34,7 @@ NONE = Flawless([], [], [], [])
 
 
 def image_table(sizes: Mapping[int, tuple[int, int] | None]) -> np.ndarray:
-    """Return ascending ids, heights and widths (3, N) int64; the last column is a sentinel."""
+    """Return ids (ascending), heights and widths (3, N) int64; the last column is a sentinel."""
     known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
     return np.array(list(zip(*known, (2**63 - 1, 0, 0), strict=True)))
 
@@ -81,7 +81,7 @@ def find_flawless(
                 ids.append(item.id)
                 image_ids.append(item.image_id)
                 category_ids.append(item.category_id)
-        except OverflowError:  # a coordinate exceeds the range of float, or an id int64
+        except OverflowError:  # a coordinate is too large for a float, or an id for int64
             return NONE
     if not rows or len(set(every)) < len(every) or not seen.isdisjoint(every):
         return NONE

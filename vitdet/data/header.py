@@ -13,7 +13,7 @@ from vitdet.data.segmentation import show, whole_number
 
 # exclusive limit of image sides in pixels, as in JPEG; RLEs count pixels in 32 bits
 MAX_SIDE = 2**16
-# fields of LVIS images that list categories annotated as absent or not exhaustively
+# fields of LVIS images that list categories that are absent or not exhaustively annotated
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 COCO_HINT = "required by LVIS; for COCO's annotations set data.dataset=coco"
 
@@ -80,7 +80,7 @@ class HeaderValidator:
     def _tables(self, content: object) -> dict[str, Table]:
         tables: dict[str, Table] = {"images": [], "annotations": [], "categories": []}
         if not isinstance(content, dict):
-            text = f"expected an object with {', '.join(tables)}; got a {type(content).__name__}"
+            text = f"expected an object with {', '.join(tables)}; got {type(content).__name__}"
             self.error("not COCO's layout", "top level", text)
             return tables
         for key in tables:
@@ -115,7 +115,7 @@ class HeaderValidator:
 
     def _invalid(self, item: object, what: str, index: int) -> None:
         """Report an entry without a valid, unique id."""
-        where = f"{what}s, entry {index}"
+        where = f"{what} entry {index}"
         if isinstance(item, InvalidEntry):
             self.error("invalid JSON", where, item.reason)
         elif not isinstance(item, dict):
@@ -141,7 +141,7 @@ class HeaderValidator:
         number, name = category["id"], category.get("name")
         where = f"category {number}"
         if self._has(category, "name", where) and not is_text(name):
-            self.error("category name that is not text", where, show(name))
+            self.error("category name that is not one line of text", where, show(name))
         elif name in self.categories.values():
             self.warning("duplicate category name", where, show(name))
         if self.lvis and category.get("frequency") not in ("r", "c", "f"):
@@ -178,7 +178,7 @@ class HeaderValidator:
         if not self._has(image, key, where):
             return
         if not is_line(image[key]) or not image[key]:
-            self.error("file name that is not text", where, show(image[key]))
+            self.error("file name that is not one line of text", where, show(image[key]))
             return
         name = image_name(image, self.lvis)
         if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):

@@ -84,7 +84,7 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def find_image(path: Path) -> None:
-    """Raise the errors of `open_image` if `path` is not a non-empty file."""
+    """Raise the errors of `open_image` if `path` is missing, empty or not a regular file."""
     with _named(path):
         check_file(path)
 
@@ -156,7 +156,7 @@ def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
 
 
 def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
-    """Convert an image to upright RGB; return an image that already is upright RGB unchanged.
+    """Convert an image to upright RGB; an image that is already upright RGB is returned unchanged.
 
     Raises ValueError for pixel values outside 0..65535 or beyond the bit depth of `reading`.
     """
@@ -269,7 +269,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def check_file(path: Path) -> None:
-    """Raise an error, without the file name, if `path` is not a non-empty regular file."""
+    """Raise an error, without the file name, if a file is missing, empty or not regular."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise ValueError("the path is a folder")

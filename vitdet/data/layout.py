@@ -2,7 +2,7 @@
 
 A recipe specifies a data set by its folder, splits and number of classes. If a user sets only
 data.root, the splits, the number of classes and whether there are masks are read from the folder.
-The command line and Python call `resolve_config`; the pipeline calls `resolve`, since its first
+The command line and scripts call `resolve_config`; the pipeline calls `resolve`, since its first
 step resolves the recipes before the data exists.
 """
 
@@ -63,8 +63,8 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
         hint = f"the annotations have a different format; set data.dataset={other.dataset}"
     else:
         hint = (
-            f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, "
-            "in COCO's layout under data.root"
+            f"expected annotations/{path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} "
+            "under data.root for each split"
         )
         other_files = sorted(
             str(file.relative_to(data.root)) for file in Path(data.root).glob("*/*.json")

@@ -81,7 +81,7 @@ def train_loader(
             _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:
             done = "trained as background" if data.keep_empty else "ignored"
-            log.info("%s: %d images without objects are %s", path, dataset.without_objects, done)
+            log.info("%s: images without objects, %s: %d", path, done, dataset.without_objects)
     sampler = StepSampler(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 
@@ -117,8 +117,8 @@ def val_loader(
 def _keep_memory() -> None:
     """Make glibc reuse freed memory; returning it to the kernel takes a fifth of the loading time.
 
-    glibc raises its mmap threshold when a large allocation is freed. The array's pages are never
-    touched, so it occupies no memory.
+    glibc raises its mmap threshold when a large allocation is freed. The pages of the array
+    below are never touched, so it occupies no memory.
     """
     np.empty(KEPT_BYTES, np.uint8)
 

@@ -123,7 +123,7 @@ def _closed(part: Sequence[float]) -> np.ndarray:
     flat = np.asarray(part, np.float64)
     x, y = flat[0::2], flat[1::2]
     next_x, next_y = np.append(x[1:], x[0]), np.append(y[1:], y[0])
-    forward = np.dot(x - x[0], next_y) >= np.dot(next_x - x[0], y)  # twice the signed area
+    forward = np.dot(x - x[0], next_y) >= np.dot(next_x - x[0], y)  # signed area >= 0
     return np.stack([x, y, next_x, next_y] if forward else [next_x, next_y, x, y], axis=1)
 
 

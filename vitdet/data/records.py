@@ -71,7 +71,7 @@ class _Columns:
     folder: Path
     names: PackedList[str]
     heads: Shared  # (N, 3) int64: image id, height, width
-    starts: Shared  # (N + 1,) int64: image n contains objects starts[n] to starts[n + 1]
+    starts: Shared  # (N + 1,) int64: objects of image n: starts[n] : starts[n + 1]
     boxes: Shared  # (M, 4) float32
     labels: Shared  # (M,) int64
     own_boxes: Shared  # (M,) bool

@@ -18,11 +18,11 @@ import numpy as np
 
 
 class InfiniteSampler:
-    """Maps a position to an index of `size` images, shuffled by `seed` and epoch.
+    """Maps a position to the index of one of `size` images, shuffled by `seed` and epoch.
 
     repeats (N,) float, at least 1, is the average number of occurrences of each image per epoch;
-    None means 1. With repeats, epochs differ in length, so that all epochs up to a position must be
-    counted (1 ms per epoch of 100,000 images).
+    None means 1. With repeats, epochs differ in length, so that the lengths of all epochs up to
+    a position must be computed (1 ms per epoch of 100,000 images).
     """
 
     def __init__(self, size: int, seed: int, repeats: np.ndarray | None = None) -> None:
@@ -84,7 +84,7 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
     if batch_size % parts:
         lower = batch_size - batch_size % parts
         fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
-        divisor = f"the {processes} processes"
+        divisor = f"{processes} (the number of processes)"
         other = "or start a different number of processes"
         if accumulate > 1:
             count = "1 process" if processes == 1 else f"{processes} processes"

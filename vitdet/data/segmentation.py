@@ -1,7 +1,8 @@
 """Validation of an annotation's segmentation, and comparison of the box around it with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
-mmdet, parts of fewer than 3 points are ignored; an object with no other part has no outline.
+mmdet, parts of fewer than 3 points or an odd length are ignored; an object without other parts
+has no outline.
 Detectron2 trains on the box around the visible outline, whereas COCO's evaluation uses `bbox`. If
 the boxes differ, training and evaluation therefore use different boxes.
 """
@@ -18,7 +19,7 @@ from pycocotools import mask as rle
 
 # tolerance of each side of a box: pixels, plus a fraction of the side length
 ROUNDING, SHARE = 1.5, 0.05
-LEAST_IOU = 0.5  # below, the outline and the box do not describe the same object
+LEAST_IOU = 0.5  # below this, outline and box describe different objects
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Fit = Literal["fits", "differs", "elsewhere", "empty"]
@@ -30,7 +31,7 @@ class Outline(NamedTuple):
 
     Attributes:
         shape: usable polygons or RLE, or None.
-        left_out: number of ignored parts of fewer than 3 points.
+        left_out: number of ignored parts (fewer than 3 points or an odd length).
         box: box around the outline, or None if the outline is empty or invalid.
         problem: (kind, text) of an error, or None.
     """
@@ -101,8 +102,8 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
 def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fit:
     """Compare a `bbox` (left, top, width, height) with the box around its outline.
 
-    `size` is (height, width) of the image. Returns "empty" if no part of the outline is in the
-    image, and "elsewhere" if the IoU is below LEAST_IOU.
+    `size` is (height, width) of the image. Returns "fits" within the tolerances, "elsewhere"
+    below LEAST_IOU, otherwise "differs"; "empty" if no part of the outline is in the image.
     """
     if outline is None:
         return "empty"
@@ -144,7 +145,7 @@ def _iou(first: Box, second: Box) -> float:
 
 
 def compressed(shape: list | dict, height: int, width: int) -> dict:
-    """Convert a usable outline to pycocotools' RLE, with counts in bytes."""
+    """Convert a usable outline to pycocotools' RLE, with counts of type bytes."""
     if isinstance(shape, list):
         return rle.merge(rle.frPyObjects(shape, height, width))
     counts = shape["counts"]
@@ -159,7 +160,7 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a value as an integer, also 96.0 and "96", or None for other values."""
+    """Return a whole number, also 96.0 or "96", as an int, and None for other values."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():
@@ -182,8 +183,8 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
     if runs is None:
         return _problem("RLE whose counts are not run lengths", show(counts))
     if sum(runs) != height * width:
-        text = f"{sum(runs)} of {height * width} pixels"
-        return _problem("RLE whose counts do not fill its size", text)
+        text = f"{sum(runs)} instead of {height * width} pixels"
+        return _problem("RLE whose counts do not add up to its size", text)
     whole = {"size": sides, "counts": runs if isinstance(counts, list) else counts}
     if size is None or not boxed:  # with an unknown size, the RLE may be too large to decode
         return Outline(whole)

@@ -1,9 +1,9 @@
-"""Augmentation by one affine map per image, applied to outlines, and to pixels as resize and crop.
+"""Augmentation by one affine map per image, which resizes and crops pixels and moves outlines.
 
 Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop) in order and
-rounding, and draws one random number for both crop offsets. Two crop offsets and resizing without
-antialiasing, as in mmdet, are options. Axes are swapped first; colors are changed last. Notation:
-G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width)."""
+rounding, and draws one random number for both crop offsets. Independent offsets and resizing
+without antialiasing, as in mmdet, are options. Axes are swapped first; colors are changed last.
+Notation: G objects, E edges of all objects, S canvas side. Sizes are (height, width)."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def resize_bilinear(
 ) -> np.ndarray:
     """Resize an image (H, W, 3) uint8 to `scaled` (height, width) without antialiasing; crop it.
 
-    Only the crop of (height, width) `size` at `offset` (top, left) is computed; all if None.
+    Only the crop of (height, width) `size` at `offset` (top, left) is computed; None: all.
     Bit-exact to OpenCV's INTER_LINEAR (mmdet): four neighbors per output pixel at any scale,
     half-pixel centers, border replication, 11-bit weights; columns first, then rows with products
     truncated to 16 bits.
@@ -168,7 +168,7 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
 def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) -> np.ndarray:
     """Resize an RGB image or array (H, W, 3) uint8 bilinearly to longest side `size`.
 
-    With antialiasing as in PIL, without as in OpenCV."""
+    As in PIL with antialiasing, as in OpenCV without."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     height, width = fit((image.height, image.width), size)
     if not antialias:
