@@ -206,10 +206,7 @@ UNKNOWN = "no such file or folder; the splits are day, night; set data.train_spl
         (lambda root: renamed(root, train="day", val="night"), UNKNOWN),
         (lambda root: renamed(root, val="holdout"), "the splits are holdout, train;"),
         (lambda root: shutil.rmtree(root / "val"), "/val: no such file or folder; expected the im"),
-        (
-            lambda root: shutil.rmtree(root / "annotations"),
-            "expected annotations/instances_SPLIT.js",
-        ),
+        (lambda root: shutil.rmtree(root / "annotations"), "expected annotations/inst"),
         (named_lvis, "have a different format; set data.dataset=lvis"),
         (broken, "invalid JSON"),
     ],

@@ -1,8 +1,7 @@
 """Validation of an annotation's segmentation, and comparison of the box around it with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
-mmdet, parts of fewer than 3 points or an odd length are ignored; an object without other parts
-has no outline.
+mmdet, parts of fewer than 3 points or odd length are ignored; without others, there is no outline.
 Detectron2 trains on the box around the visible outline, whereas COCO's evaluation uses `bbox`. If
 the boxes differ, training and evaluation therefore use different boxes.
 """
