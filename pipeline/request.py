@@ -158,17 +158,17 @@ def check_recipes(
     Recipes whose files exist only on the cluster are checked by the first step, before data is
     prepared or GPUs are requested.
     """
-    from vitdet.config.credentials import has_credentials
+    from vitdet.config.credentials import has_credentials, hide_credentials
 
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")
-    for option, texts in (("--set", overrides), ("--sweep", sweep), ("--fetch", [fetch])):
-        for text in texts:
-            if has_credentials(text.partition("=")[2] or text):
-                raise ValueError(
-                    f"{option} {text.partition('=')[0]}: the user name and password would be "
-                    "visible in the run's parameters; store them in the cluster's Secret"
-                )
+    settings = [f"--set {text}" for text in overrides] + [f"--sweep {text}" for text in sweep]
+    for text in [*settings, f"--fetch={fetch}"]:
+        if has_credentials(text):
+            raise ValueError(
+                f"{hide_credentials(text.partition('=')[0])}: the user name and password would be "
+                "visible in the run's parameters; store them in the cluster's Secret"
+            )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
         return False

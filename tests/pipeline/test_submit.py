@@ -254,6 +254,11 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
             ["tiny", "--set", "data.root=https://store/data?sig=hunter2"],
             "--set data.root: the user name and password would be visible in",
         ),
+        (["tiny", "--set", "https://me:hunter2@mlflow"], "--set https://***@mlflow: the user name"),
+        (
+            ["tiny", "--fetch", "convert https://me:hunter2@store --set data.max_pixels=9"],
+            "--fetch: the user name and password would be visible in",
+        ),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
         (["tiny", "--cron", "@daily", "--wait"], "--wait follows one run"),
         (["tiny", "--package", ROOT / "dvc.yaml"], "not a compiled pipeline"),
