@@ -76,7 +76,7 @@ def test_data(vitdet: Run, tmp_path: Path) -> None:
     assert vitdet(*words) == (0, "made: 3 + 2 images, already there\n", "")
     refused(vitdet(*words[:-1], "6"), "contains something other than the tiny data set")
     code, output, _ = vitdet("data", "check", "made")
-    assert code == 0 and "train: 3 images" in output and "errors: none" in output
+    assert code == 0 and "train (images: 3," in output and "errors: none" in output
     next((tmp_path / "made" / "train").glob("*.jpg")).unlink()
     code, output, _ = vitdet("data", "check", "made")
     assert code == 1 and "errors: 1" in output

@@ -329,7 +329,7 @@ def test_skipped_coco_objects_are_counted(vitdet: Run, tmp_path: Path) -> None:
     images(tmp_path / "source/data", "p9")
     output = vitdet("data", "convert", "source", "out")[1].splitlines()
     assert "  2 x objects of zero size skipped" in output
-    assert "  1 x objects of unknown categories skipped" in output
+    assert "  1 x objects without a known category skipped" in output
     assert "  1 x images skipped (not in any converted split)" in output
     annotations = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())
     assert [annotation["iscrowd"] for annotation in annotations["annotations"]] == [1, 0]
