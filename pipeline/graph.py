@@ -69,8 +69,8 @@ from pipeline.request import MOUNT
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
 CLAIM = "vitdet-data"
-# Key of the Secret -> environment variable. The names are not MLflow's, as the MLflow plugin of
-# Kubeflow Pipelines sets those (vitdet/tracking/address.py).
+# Key of the Secret -> environment variable. MLflow's own variables are not used, as the MLflow
+# plugin of Kubeflow Pipelines sets them (vitdet/tracking/address.py).
 SECRET = {
     "MLFLOW_TRACKING_URI": "VITDET_MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME": "VITDET_MLFLOW_TRACKING_USERNAME",

@@ -124,7 +124,7 @@ class ModelConfig(Section, prefix="model."):
     # object assigned in a low-quality match. own: the object that overlaps the box most, in the RPN
     # only (Detectron2); best: the object that overlaps no other box more than this one (mmdet)
     low_quality: Literal["own", "best"] = "own"
-    clamp_shrinking: bool = False  # limit the shrinking of a box to 16 / 1000 too (mmdet)
+    clamp_shrinking: bool = False  # also clamp dw and dh from below, at log(16 / 1000) (mmdet)
 
     @property
     def architecture(self) -> str:

@@ -197,7 +197,7 @@ class AnnotationValidator(HeaderValidator):
         return bool(crowd)
 
     def _box(self, annotation: Annotation, size: tuple[int, int] | None, crowd: bool) -> str | None:
-        """Check box and area; return the reason for dropping the object, "", or None if invalid."""
+        """Check box and area; return why the object is dropped, "" if kept, None if invalid."""
         area, bbox = annotation.area, annotation.bbox
         if area is None:
             self._warn(WITHOUT_AREA, annotation)

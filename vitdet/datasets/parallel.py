@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class SharedProgress:
-    """Progress display for files of `total` bytes together. Raises Stopped if `stop` is set."""
+    """Progress display for several files, `total` bytes in all. Raises Stopped if `stop` is set."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop

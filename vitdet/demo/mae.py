@@ -80,7 +80,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean squared error of the reconstructed patches of images (B, 3, S, S).
 
-        Images are normalized. The target of a patch is its pixels with zero mean and unit variance.
+        Expects normalized images. A patch's target is its pixels with zero mean and unit variance.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
@@ -124,7 +124,7 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, flip and transpose images (B, 3, S, S) at random, all alike, and normalize them."""
+    """Apply the same random shift, flip and transpose to images (B, 3, S, S); normalize them."""
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images

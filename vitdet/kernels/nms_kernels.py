@@ -116,7 +116,7 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
     keep += group * count
     bit = tl.arange(0, BITS)
     word = tl.arange(0, WORDS)
-    # bits of the boxes that kept boxes suppress
+    # bits of the boxes suppressed by kept boxes
     gone = tl.zeros((WORDS,), tl.int64)
     kept_count = 0
     block = 0

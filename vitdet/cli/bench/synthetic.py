@@ -24,7 +24,7 @@ OBJECTS = 8.0  # mean number of objects per image
 SIDES = (0.04, 0.5)  # range of an object's side length, relative to the image side
 ORIGINAL = 0.54  # relative side of the original image: 553 pixels for 1024, the area of 640 x 480
 CELL = 32  # side of a cell of the noise, in pixels
-SHARE = 0.2  # share of proposals on objects, which exceeds the share sampled as foreground
+SHARE = 0.2  # share of proposals on objects: more than enough for the foreground samples
 SHIFT = 0.09  # relative standard deviation of a proposal's coordinates; IoUs are 0.6 to 0.9
 
 
