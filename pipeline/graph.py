@@ -260,8 +260,8 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
                 backoff_factor=1 if size == "launcher" else 2,
                 backoff_max_duration=MAX_RETRY_TIME,
             )
-        # The image's user, explicit because Pod Security `restricted` requires it; KFP sets the
-        # other fields.
+        # Pod Security `restricted` requires runAsNonRoot; user and group are the image's. KFP sets
+        # the other fields.
         kubernetes.set_security_context(
             task, run_as_user=1000, run_as_group=1000, run_as_non_root=True
         )

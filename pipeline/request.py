@@ -63,7 +63,7 @@ def load_package(
         raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
     optional = [name for name, p in known.items() if "defaultValue" in p or p.get("isOptional")]
     if missing := known.keys() - {*optional, *parameters}:
-        raise ValueError(f"{package}: the pipeline also needs {', '.join(sorted(missing))}")
+        raise ValueError(f"{package}: missing pipeline parameters: {', '.join(sorted(missing))}")
     recipes = parameters.get("recipes")
     files = isinstance(recipes, list) and any(is_file(str(recipe)) for recipe in recipes)
     for group in (spec["root"], *spec.get("components", {}).values()):

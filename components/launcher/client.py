@@ -95,7 +95,7 @@ def describe_namespace(namespace: str) -> str:
         if error.status == 404:
             raise ValueError(
                 f"{name} has no namespace {namespace}; set --namespace to the namespace of the "
-                "run's pods, or KUBECONFIG or its current context to the pipeline's cluster"
+                "run's pods, or select the pipeline's cluster by KUBECONFIG or its current context"
             ) from None
     except HTTPError as error:
         raise RuntimeError(f"{name} {describe_outage(error)}") from None

@@ -18,7 +18,7 @@ from components.launcher.status import container_statuses, restart_count
 
 TAIL = 200  # lines of each rank that are kept
 MAX_PODS = 256  # pods whose lines are kept; a preempted TrainJob gets pods with new names
-MAX_FIRST_LINES = 1000  # log lines of an existing job
+MAX_FIRST_LINES = 1000  # in the first read of a pod's log, which is long if the job is adopted
 # seconds for which a restarted container's lines are held back while the log of its previous
 # instance, whose lines precede them, cannot be read
 HOLD_SECONDS = 15.0

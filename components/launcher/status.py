@@ -194,7 +194,7 @@ def root_cause(causes: Iterable[Cause]) -> Cause | None:
     """Return the most likely root cause, or None for no causes.
 
     When a process of a distributed run dies, all other processes fail soon after. Prefers causes
-    without a restart since then, then specific causes, then the earliest cause.
+    without a later restart of the container, then specific causes, then the earliest cause.
     """
     return min(causes, key=lambda c: (c.previous, not c.specific, c.time or "9"), default=None)
 

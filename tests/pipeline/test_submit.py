@@ -291,7 +291,7 @@ def test_an_invalid_option_is_a_usage_error(kubeflow: Kubeflow, submit: Run, wor
 def test_a_pipeline_with_other_parameters_is_rejected(package: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the pipeline has no parameter color"):
         load_package(package, {"recipes": [], "overrides": [], "color": "red"}, True)
-    with pytest.raises(ValueError, match="the pipeline also needs overrides, recipes"):
+    with pytest.raises(ValueError, match="missing pipeline parameters: overrides, recipes"):
         load_package(package, {}, True)
 
 

@@ -61,7 +61,7 @@ def write_page(
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics at the top of the page by title: all AP, and AR with the largest limit."""
+    """Return the top of the page, title -> value: every AP, and AR with the largest limit."""
     titles = {key: key.replace("ap", "AP", 1).replace("_", " ") for key in metrics}
     tiles = {titles[key]: value for key, value in metrics.items() if key.startswith("ap")}
     limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]

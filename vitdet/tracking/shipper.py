@@ -67,7 +67,7 @@ class Shipper:
                 is_refused = isinstance(error, RefusedError)
                 if self._is_accepting:
                     self._is_accepting = False
-                    what = "rejects" if is_refused else "does not accept"
+                    what = "rejects" if is_refused else "is not accepting"
                     reason = first_line(error).removeprefix(f"{self._shown}: ")
                     kept = f"({reason}); they are kept in {self.journal.path}"
                     log.warning("tracking: %s %s the run's metrics %s", self._shown, what, kept)
