@@ -46,7 +46,7 @@ def output_is_closed() -> bool:
 def parser() -> argparse.ArgumentParser:
     """Return the parser with all commands."""
     root = argparse.ArgumentParser(
-        prog="python -m pipeline", description="The experiment as a Kubeflow pipeline."
+        prog="python -m pipeline", description="Run experiments as a Kubeflow pipeline."
     )
     commands = root.add_subparsers(required=True, metavar="VERB")
     add_compile(commands)
