@@ -1,4 +1,4 @@
-"""Renaming and selection of the classes of a data set that is converted."""
+"""Renaming and selection of classes in the conversion of a data set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_names(path: Path) -> dict[str, str]:
 def select_classes(
     source: Path, names: Sequence[str], keep: Sequence[str], rename: Mapping[str, str]
 ) -> tuple[tuple[str, ...], list[int | None]]:
-    """Return the classes to write, and the new label of each source class (None if dropped).
+    """Return the classes to write, and the new label (None if dropped) of each source class.
 
     `rename` maps old to new names; classes with the same new name are merged. `keep` lists the new
     names to write, in order; if empty, all classes are kept in source order. Raises ValueError for

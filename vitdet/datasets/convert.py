@@ -1,8 +1,8 @@
 """Conversion of a data set in another format to COCO's layout, atomically.
 
 Images are hard links, which use no space and remain valid if the source is deleted. They are
-copied if the file system does not support links, e.g. to another disk. As in COCO, image ids are
-unique; file names are unique except for the same file in several splits.
+copied if hard links are not possible, e.g. to another disk. As in COCO, image ids are unique in the
+data set; file names are unique except for the same file in several splits.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def convert(
         kind: a key of FORMATS; detected if empty.
         copy: copy images instead of linking them.
         boxes_as_masks: use the box of an object without a mask as its mask.
-        splits, classes: convert only these; classes are numbered in the given order.
+        splits, classes: convert only these, by default all; `classes` also sets the label order.
         rename: new names of classes, applied before `classes`.
-        val_share: fraction (0 to 1) of a single split that becomes `val`, drawn with `seed`.
+        val_share: fraction of a single split that becomes `val`, drawn with `seed`; 0: none.
         reading: how image files are read.
 
     Raises:
@@ -83,7 +83,7 @@ def convert(
     FORMATS[kind or detect(source)].read(dataset)
     names: tuple[str, ...] = ()
     labels: list[int | None] = []
-    if dataset.class_names:  # otherwise nothing could be read
+    if dataset.class_names:  # empty if the source could not be read
         names, labels = select_classes(source, dataset.class_names, classes, rename or {})
     with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
@@ -186,7 +186,7 @@ class _Writer:
         return {"id": self.images, "file_name": name, **size}
 
     def _unique(self, name: str) -> str:
-        """Return the file name, with a number appended if another file has the same name."""
+        """Return the file name or, if it is taken, the name with a number before the suffix."""
         stem, suffix = os.path.splitext(name)
         while name in self.taken:
             self.taken[stem + suffix] += 1

@@ -1,10 +1,10 @@
 """Download of one file over unreliable connections.
 
-PATH contains the bytes received so far. PATH.json identifies the file to which these bytes belong
-by URL, length and the validator that the server sent (a strong ETag, else Last-Modified). The next
-attempt requests the rest with Range, on the condition (If-Range) that the file has not changed. If
-the server sends the whole file nevertheless, the download starts over. A download fails after
-`tries` consecutive attempts without progress. See RFC 9110, sections 8.8, 13.1.5 and 14.
+PATH contains the bytes received so far. PATH.json describes their file: the URL, the length and the
+validator that the server sent (a strong ETag, else Last-Modified). The next attempt requests the
+rest with Range, on the condition (If-Range) that the file has not changed. If the server sends the
+whole file nevertheless, the download starts over. A download fails after `Patience.tries`
+consecutive attempts without progress. See RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class _Attempt:
     def extent(
         self, response: http.client.HTTPResponse, received: int, origin: _Origin | None
     ) -> tuple[int, int | None]:
-        """Return the offset of the body in the file, and the file's length."""
+        """Return the offset of the body in the file, and the file's length (None if unknown)."""
         headers = response.headers
         if response.status != 206 or origin is None:
             length = headers.get("Content-Length", "")
@@ -257,7 +257,7 @@ class _Attempt:
                         break
                     view = memoryview(chunk)
                     while view:
-                        count = file.write(view)  # a partial write on a nearly full disk
+                        count = file.write(view)  # less than all if the disk is nearly full
                         view, done = view[count:], done + count
                     self.watcher.at(done, total)
             except OSError as error:

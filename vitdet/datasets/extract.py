@@ -1,10 +1,10 @@
 """Safe extraction of zip archives into one folder.
 
 All entries are checked before anything is written. The whole archive is rejected if it contains a
-name outside the folder, a link, a device, names that are equal on case-insensitive disks, an
+name outside the folder, a link, a device, names that are the same on some file systems, an
 encrypted file, a compression method that may use unbounded memory, or more files or bytes than
 allowed. A file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are
-written atomically, and only if not yet complete, so that an interrupted extraction resumes.
+written atomically, and only if not yet complete, so that the next run can resume.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Reject names that some operating system resolves to a path outside the folder."""
+    """Reject invalid names, and names that some operating systems resolve outside the folder."""
     parts = name.split("/")
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
@@ -152,7 +152,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_parents(path: Path, folder: Path) -> None:
-    """Raise OSError if a folder between `folder` and the file is a link."""
+    """Create the folders of a file in `folder`; raise OSError if one of them is a link."""
     for parent in path.parents:
         if parent.is_symlink():
             raise OSError(

@@ -46,7 +46,7 @@ def fetch(
     keep: bool = False,
     patience: Patience = PATIENT,
 ) -> bool:
-    """Download and extract the archives below `root`; return False if everything exists.
+    """Download the archives and extract them below `root`; return False if nothing was missing.
 
     Args:
         archives: the archives to fetch.
@@ -67,7 +67,7 @@ def fetch(
     root.mkdir(parents=True, exist_ok=True)
     waiting = f"{root}: another process is downloading; waiting"
     with locked(root / ".fetching", waiting=waiting, remove=True):
-        todo = _missing(archives, root)  # a concurrent process may have fetched some
+        todo = _missing(archives, root)  # a concurrent process may have fetched some archives
         if todo:
             _check_places(todo, root)
             _check_space(todo, root, local)

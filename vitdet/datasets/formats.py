@@ -1,4 +1,4 @@
-"""The formats of data sets that can be converted, and their detection."""
+"""Data set formats that can be converted, and detection of a data set's format."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
 from vitdet.datasets.download import Watcher
 
-LINGER = 10.0  # seconds to wait for the other tasks after a failure
-SHORT = 0.2  # seconds to wait for the tasks after Ctrl-C
+LINGER = 10.0  # further seconds to wait for the other tasks after a failure
+SHORT = 0.2  # seconds to wait for the tasks after a failure or Ctrl-C
 
 
 class Stopped(Exception):
@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class SharedProgress:
-    """Progress display for several files, `total` bytes in all. Raises Stopped if `stop` is set."""
+    """Common progress display of several files (`total` bytes); raises Stopped if `stop` is set."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop
@@ -50,7 +50,7 @@ class _FileProgress:
 def run_parallel(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     """Run all tasks in parallel.
 
-    If a task fails, set `stop`, so that others end at their next progress report; raise its error.
+    If a task fails, raise its error; `stop` is set to end the others at their next progress report.
     """
 
     def run(task: Callable[[], None], future: Future[None]) -> None:

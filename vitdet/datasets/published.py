@@ -4,8 +4,8 @@ The URLs are those of cocodataset.org/#download and lvisdataset.org/dataset. ima
 does not support TLS (the server sends the certificate of s3.amazonaws.com); the same bucket with
 TLS is https://s3.amazonaws.com/images.cocodataset.org. Neither project publishes checksums. Sizes
 and SHA-256 checksums are those that TensorFlow Datasets recorded for the same URLs
-(github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/coco2017.txt at 2282548 and
-tensorflow_datasets/object_detection/lvis/checksums.tsv at 8be2f33).
+(github.com/tensorflow/datasets, commit 2282548, tensorflow_datasets/url_checksums/coco2017.txt;
+commit 8be2f33, tensorflow_datasets/object_detection/lvis/checksums.tsv).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip archive of which the files `members`, or all files if empty, are extracted."""
+    """A zip archive; the files `members` are extracted, or all files if `members` is empty."""
 
     url: str
     size: int  # size of the archive in bytes
     sha256: str  # '' if unknown
     unpacked: int  # approximate total size of the extracted files in bytes
-    prefix: str  # folder of these files in the archive
+    prefix: str  # folder of the extracted files in the archive
     folder: str  # folder to extract to, below the root
     count: int  # number of extracted files
     members: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Archive:
         return tuple(f"{self.folder}/{member}" for member in self.members) or (self.folder,)
 
     def choose(self, member: str) -> str | None:
-        """Return the name under which an archive's file is extracted, or None to skip the file.
+        """Return the name under which to extract a file of the archive, or None to skip the file.
 
         Raises ValueError if all files are to be extracted and this file is not in `prefix`.
         """
@@ -108,7 +108,7 @@ def instances(*splits: str) -> Archive:
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:
-    """Return the archives of "coco" or "lvis", of both splits or only of "train" or "val".
+    """Return the archives of "coco" or "lvis" for "train" or "val"; for both if `split` is empty.
 
     LVIS needs both image folders, since its val split contains images of train2017.
     """

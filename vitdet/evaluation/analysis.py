@@ -53,7 +53,7 @@ class ClassResult:
         best_threshold: score threshold with the best F1; None without objects or detections.
         curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as for AP and rounded
             to 3 digits.
-        errors, error_counts: see `Analysis`. A missed object belongs to its own class, any other
+        errors, error_counts: see `Analysis`. A missed object is assigned to its class, any other
             error to the class of the detection.
         main_error: the error type with the largest dAP; None if no dAP is above 0.
     """
@@ -107,7 +107,7 @@ class Confusion:
         names: the classes of the matrix, then "background".
         matrix: matrix[i][j] is the number of objects of class i that were detected as class j. The
             last column counts missed objects, the last row detections without an object.
-        classes: number of all classes.
+        classes: total number of classes.
     """
 
     score: float
@@ -126,17 +126,17 @@ class Analysis:
             "ap_small", "ar_100", ...). A metric without objects is omitted.
         classes: all classes of the annotation file, in file order.
         curves: precision at recall 0, 0.01, ..., 1, averaged over the classes with objects, for
-            IoU "0.5", "0.75" and the "mean" over all IoU thresholds.
-        thresholds: results of all classes together at scores 0.01, 0.02, ..., 0.99; empty without
+            IoU "0.5", "0.75" and the "mean" over all IoU thresholds; empty without objects.
+        thresholds: results pooled over all classes at scores 0.01, 0.02, ..., 0.99; empty without
             objects.
-        best_threshold: the threshold with the best F1, the highest one in a tie; None without true
-            positives. The confusion matrix and the images use this threshold, or else 0.5.
+        best_threshold: the threshold with the best F1; in a tie, the highest; None without true
+            positives. The confusion matrix and the images use this threshold, or 0.5 if None.
         errors: dAP of each error type (`vitdet.evaluation.errors`), including "false_positive" and
             "false_negative".
         error_counts: number of errors of each of the six types.
         worst: up to 6 images with the lowest F1; in a tie, images with more errors come first.
         best: up to 4 images with the highest F1; in a tie, images with more objects come first.
-            Neither list has images without objects and detections.
+            Images with neither objects nor detections are in neither list.
     """
 
     kind: str
@@ -195,7 +195,7 @@ def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
 
 
 def _thresholds(matches: Matches) -> list[Threshold]:
-    """Return the results of all classes together at each of SCORES; [] if there are no objects."""
+    """Return the results pooled over all classes at each of SCORES; [] if there are no objects."""
     objects = len(matches.object_image)
     counted = ~matches.ignored[:, 0]
     score, true = matches.score[counted], matches.matched[counted, 0]
@@ -207,7 +207,7 @@ def _thresholds(matches: Matches) -> list[Threshold]:
 
 
 def _best_threshold(matches: Matches, category: int) -> Threshold | None:
-    """Return the threshold with the best F1 of a class, the highest one in a tie.
+    """Return the threshold with the best F1 of a class; in a tie, the highest.
 
     The candidates are the scores of the detections. Return None without objects or detections.
     """

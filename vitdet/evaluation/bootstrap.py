@@ -62,7 +62,7 @@ class WeightedAP:
         self._segment_start = self._starts[segment]
         # added to precision, so that one maximum.accumulate processes all segments separately
         self._offset = 2.0 * (segments - segment)
-        # images of ignored detections, and how many precede each true positive and its class
+        # ignored detections: their images, and how many precede each true positive and its class
         ignored_level, ignored = np.nonzero(matches.ignored[order].T)
         self._ignored_image = self._image[ignored]
         keys, start = ignored_level * len(order) + ignored, level * len(order)
@@ -153,11 +153,11 @@ class Resampled:
         *,
         confidence: float = CONFIDENCE,
     ) -> Difference | None:
-        """Return this result minus `first`; None for a class without objects.
+        """Return this result minus `first`; None without objects.
 
         The interval is the percentile interval of the paired differences, over the resamples with
-        objects. p is twice the smaller of the shares of differences <= 0 and >= 0, limited to 1
-        (Davison & Hinkley 1997, eq. 4.11).
+        objects. For d differences, p = min(1, 2 (n + 1) / (d + 1)), where n is the smaller of the
+        numbers of differences <= 0 and >= 0 (Davison & Hinkley 1997, eq. 4.11).
         """
         column = _column(metric, class_index)
         if np.isnan(self.value[column]):
@@ -252,7 +252,7 @@ def _column(metric: str, class_index: int | None) -> tuple[int, int]:
 def _limits(samples: np.ndarray, confidence: float) -> tuple[float, float]:
     """Return the percentile interval of the samples, ignoring NaN."""
     known = samples[~np.isnan(samples)]
-    if not len(known):  # no resample has any of the class's few images
+    if not len(known):  # no resample contains an image with objects of the class
         return -np.inf, np.inf
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     # with few samples, the intervals of numpy's default method are too narrow

@@ -4,8 +4,8 @@ A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, seg
 pixels of the original image. The segmentation is a compressed RLE; it is omitted for detectors
 without a mask head.
 
-On a GPU, a thread converts the detections of a batch while the detector computes the next batch,
-on a CUDA stream that waits only for the batch being converted. Boxes are copied to the CPU first;
+On a GPU, a thread converts the detections of a batch while the detector computes the next batch.
+The thread's CUDA stream waits only for the batch to convert. Boxes are copied to the CPU first;
 masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
 """
 
@@ -60,7 +60,7 @@ def batch_to_results(
     image_ids: Sequence[int],
     category_ids: Sequence[int],
 ) -> list[list[dict]]:
-    """Return `detections_to_results` of each image of a batch."""
+    """Return the COCO results of each image in a batch, like `detections_to_results`."""
     found = [
         to_image(_to_cpu(canvas), size, original)
         for canvas, size, original in zip(detections, sizes, originals, strict=True)
@@ -141,7 +141,7 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; pad a smaller batch to `slots` images: each new size would be compiled."""
+    """Detect objects; pad smaller batches to `slots` images, as each new size would be compiled."""
     # `sizes` is not in pinned memory: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
@@ -168,7 +168,7 @@ def _to_cpu(found: Detections) -> Detections:
 def _segmentations(
     found: Sequence[Detections], originals: Sequence[tuple[int, int]]
 ) -> Iterator[dict]:
-    """Yield the RLE of each mask; boxes are on the CPU, masks on a device."""
+    """Yield the RLE of each mask. Boxes must be on the CPU; masks may be on any device."""
     masks = torch.cat([image.masks.float() for image in found if image.masks is not None])
     boxes = torch.cat([detections.boxes.float() for detections in found])
     counts = torch.tensor([len(detections) for detections in found])

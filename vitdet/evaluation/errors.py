@@ -12,8 +12,8 @@ with t_f = 0.5 and t_b = 0.1:
 
 An object is missed if it has no matching detection and no localization or classification error.
 
-dAP is the increase of AP50 if all errors of one type are fixed. To fix a localization or
-classification error, the detection becomes a true positive of its object. If the object is already
+dAP is the increase of AP50 if all errors of one type are fixed. The fix of a localization or
+classification error makes the detection a true positive of its object. If the object is already
 matched, or another such detection of the object has a higher score, the detection is removed.
 Detections with errors of the other types are removed, as are missed objects. The fix of
 false_positive ranks all true positives before all false positives; the fix of false_negative
@@ -37,8 +37,8 @@ from vitdet.evaluation.matching import Comparison
 FOREGROUND, BACKGROUND = 0.5, 0.1  # t_f, t_b
 TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
 SPECIAL = ("false_positive", "false_negative")
-# As in tidecv: some differ in the last bit from COCO's thresholds (np.linspace), so that a recall
-# of exactly 0.07, for example, reaches one threshold but not the other.
+# As in tidecv. Some values differ in the last bit from COCO's thresholds (np.linspace), so that a
+# recall of exactly 0.07, for example, reaches one threshold but not the other.
 RECALLS = np.arange(101) / 100
 
 
@@ -189,11 +189,11 @@ def _best(overlaps: Overlaps, chosen: np.ndarray, count: int) -> tuple[np.ndarra
 def _ap50(
     category: np.ndarray, score: np.ndarray, true: np.ndarray, objects: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Return AP50 of each class (K,) in percent, NaN without objects; and the mean over classes
-    that `Errors.total` describes.
+    """Return AP50 of each class (K,) in percent, NaN without objects, and the mean over classes as
+    described in `Errors.total`.
 
     Args:
-        category, score, true: class, score and whether it is a true positive, per detection.
+        category, score, true: each detection's class, score, and whether it is a true positive.
         objects: (K,), number of objects of each class.
     """
     order = np.lexsort((-score, category))

@@ -50,7 +50,7 @@ from vitdet.types import Batch
 log = logging.getLogger(__name__)
 
 METRICS_OF = {"coco": coco, "lvis": lvis}  # data.dataset -> module that defines its AP
-# data.dataset -> function that compares the results of a file
+# data.dataset -> function that compares results from a results file
 OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
 SECTIONS = ("data", "evaluate")  # config sections that an evaluation may change
 # `data` settings that determine which images are evaluated and how their files are read
@@ -77,7 +77,7 @@ def evaluate_detector(
     """Return the validation metrics in percent, and the COCO results in order of image id.
 
     The detector must be on `device`; its mode is restored. With several processes, each evaluates a
-    part of the images. All ranks return the metrics, but only rank 0 the results (5 GB for LVIS).
+    part of the images. All ranks return the metrics; only rank 0 returns results (5 GB for LVIS).
     Raises Cancelled on all ranks if `advance` cancels the evaluation on any rank.
     """
     truth, split = read_validation(data, settings)
@@ -117,7 +117,7 @@ def detect(
 ) -> tuple[list[dict], list[int]]:
     """Return the COCO results on the validation split and the image ids, in order of image id.
 
-    The split is read unless given. With several processes, rank 0 returns the results of all ranks;
+    If `split` is None, it is read. With several processes, rank 0 returns the results of all ranks;
     the other ranks return empty lists. Raises Cancelled like `evaluate_detector`.
     """
     split = split or read_split(data, data.val_split)
@@ -141,7 +141,7 @@ def detect(
         cancelled = True
     finally:
         detector.train(was_training)
-    # all ranks must stop together: otherwise the others would wait in the next collective
+    # all ranks must stop: a rank that continued would wait for the others in the next collective
     if distributed.async_max(int(cancelled))():
         raise Cancelled
     found: dict[int, list[dict]] = {}
@@ -154,12 +154,12 @@ def detect(
 def evaluation_config(
     stored: Config, overrides: Sequence[str] = (), config: Config | None = None
 ) -> tuple[Config, dict[str, str | int]]:
-    """Return the config for evaluating a checkpoint, and the settings that data.root determined.
+    """Return the config for evaluating a checkpoint, and the settings changed to match data.root.
 
-    The data and evaluate settings of `config`, if given, replace those in the checkpoint's config
-    `stored`; then the overrides are applied. As in training, an override of data.root also selects
-    the splits of that folder, unless they are overridden, too. Raises ValueError for overrides of
-    other sections.
+    If `config` is given, its data and evaluate settings replace those of `stored`, the checkpoint's
+    config; then the overrides are applied. As in training, an override of data.root also selects
+    the splits of that folder, unless the overrides set the splits. Raises ValueError for overrides
+    of other sections.
     """
     for setting in overrides:
         if setting.split(".")[0].strip() not in SECTIONS:
@@ -167,7 +167,7 @@ def evaluation_config(
                 f"override {setting!r}: only data.* and evaluate.* settings of a trained "
                 "checkpoint can be overridden"
             )
-    # the data does not determine the classes and the mask head of a trained detector; different
+    # the data determines neither the classes nor the mask head of a trained detector; different
     # classes are rejected when the data is read
     explicit = overridden_settings(overrides) | {CLASSES, MASKS}
     return resolve(override(stored, overrides, config, SECTIONS), explicit)
@@ -191,10 +191,10 @@ def evaluate(
 
     Args:
         overrides: data and evaluate settings to change, as "SECTION.KEY=VALUE".
-        config: its data and evaluate settings replace the checkpoint's, before overrides apply.
+        config: its data and evaluate settings replace the checkpoint's before overrides apply.
         pictures: folder for `write_pictures`.
         plots: folder for `write_report` and for report.html (`vitdet.evaluation.page`).
-        report: additional path for the same page.
+        report: additional path for report.html.
         device: default: a GPU if there is one.
         detailed: also return `vitdet.evaluation.report.details` and seconds_per_image, the wall
             time of reading and detection divided by the number of images.
@@ -296,8 +296,8 @@ def evaluate_results(
 
     Args:
         dataset: evaluation protocol, "coco" or "lvis".
-        plots, report, detailed: see `evaluate`. The page has pictures if the images are found next
-            to the annotations.
+        plots, report, detailed: see `evaluate`; seconds_per_image is not returned. The page has
+            pictures if the images are in a known layout next to the annotations.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -328,9 +328,9 @@ def _compare(
     settings: EvalConfig,
     image_ids: Sequence[int],
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
-    """Return the comparison of each kind and the metrics, with the data set's protocol.
+    """Return the comparison of each kind, and the metrics according to the data set's protocol.
 
-    If the detector's detection limit is above COCO's, COCO's metrics are computed with that limit.
+    COCO's metrics use the detector's detection limit if it is above COCO's limit.
     """
     if data.dataset == "lvis":
         finished = lvis.compare(truth, results, kinds, image_ids)

@@ -3,12 +3,12 @@
 An LVIS image is annotated only for some categories. Detections of a category that is neither
 annotated in the image nor listed as absent (neg_category_ids) are excluded. Where not every object
 of a category is annotated (not_exhaustive_category_ids), detections that match no object are
-ignored. In each image, the 300 detections with the highest scores are evaluated, over all
-categories together. iscrowd is ignored, and objects and detections with zero area are excluded.
+ignored. In each image, only the 300 detections with the highest scores over all categories are
+evaluated. iscrowd is ignored, and objects and detections with zero area are excluded.
 
 If masks are compared, the area of a detection is the area of its mask in `compare`, as in the
-metrics published with Detectron2, which removes the boxes from its results. In `compare_file` it is
-the area of the box, as in the package lvis for a file with boxes and masks. Only AP and AR of
+metrics published with Detectron2, which removes the boxes from its results. In `compare_file`, it
+is the area of the box, as in the package lvis for a file with boxes and masks. Only AP and AR of
 small, medium and large masks depend on this difference.
 """
 
@@ -27,7 +27,7 @@ from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # maximum number of detections per image
 UNCOUNTED = "all have an area of 0, which LVIS ignores"  # reason why AP is undefined
-# frequency of classes: they occur in at most 10, at most 100, or more training images
+# frequency of classes: in at most 10, in 11 to 100, and in more than 100 training images
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 
 
@@ -98,7 +98,7 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
 
 
 def best(results: Sequence[dict]) -> list[dict]:
-    """Return the LIMIT results with the highest scores in each image; in a tie, the first."""
+    """Return up to LIMIT results per image, those with the highest scores; in a tie, the first."""
     images = defaultdict(list)
     for item in results:
         images[item["image_id"]].append(item)

@@ -18,7 +18,7 @@ from vitdet.files import atomic_write
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MATCHES = "matches.npz"
-# array -> its shape in the notation above, its dtype.kind, and the axis that its values index
+# array -> shape in the notation above, dtype.kind, axis that the values index ("" if none)
 COLUMNS = {
     "image_ids": ("I", "i", ""),
     "category_ids": ("K", "i", ""),
@@ -51,8 +51,8 @@ class Matches:
         ignored: (N, T) bool, detections that are neither true nor false positives: of a crowd, of a
             class not exhaustively annotated in the image, or of an object without an outline.
         found: (N,) int32, index of the object that is matched at IoU 0.5; -1 if there is none.
-        object_image, object_category: (G,) int32, indices of each object that is not ignored,
-            sorted by class.
+        object_image, object_category: (G,) int32, indices into image_ids and category_ids of each
+            object that is not ignored, sorted by class.
     """
 
     kind: str
@@ -102,7 +102,7 @@ def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
 def load_matches(path: str | Path) -> dict[str, Matches]:
     """Return the matches in a file written by `save_matches`, by kind.
 
-    Raises FileNotFoundError for a missing file and ValueError, in one line, for any other file.
+    Raises FileNotFoundError for a missing file and ValueError, in one line, for an invalid file.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -1,8 +1,8 @@
 """Match detections with objects, and compute the resulting precision and recall.
 
-The matching rules are pycocotools' rules. faster-coco-eval (C++) applies them to one class at a
-time and only to the images in which the class occurs: it keeps a record for every image, class and
-size range, which would take about 15 GB for all classes of LVIS at once.
+The matching rules are those of pycocotools, implemented by faster-coco-eval (C++). It is called for
+each class separately, with only the images in which the class occurs, because it keeps a record for
+every image, class and size range: about 15 GB for all classes of LVIS at once.
 
 If masks are compared, objects without an outline are excluded. A detection that matches no mask is
 ignored if its box overlaps the box of such an object with an IoU of at least the threshold. Like a
@@ -43,8 +43,8 @@ class Comparison:
     """The comparison of results with an annotation file.
 
     Attributes:
-        precision: (T, R, K, A, M), in 0..1; -1 for classes without objects.
-        recall: (T, K, A, M), in 0..1; -1 for classes without objects.
+        precision: (T, R, K, A, M), in 0..1; -1 for classes without objects of the size.
+        recall: (T, K, A, M), in 0..1; -1 for classes without objects of the size.
         categories: the K categories of the annotation file.
         limits: the M detection limits.
         matches: matches of N detections with G objects.
@@ -178,8 +178,8 @@ def match(
 def _objects(
     truth: Truth, index_of: Mapping[int, int], kind: str, crowds: bool, empty: bool
 ) -> tuple[ByClass, dict[tuple[int, int], list[Sequence[float]]]]:
-    """Return the objects; for masks, also the boxes of objects without an outline, by (image index,
-    category id).
+    """Return the objects by category id and, for masks, the boxes of objects without an outline by
+    (image index, category id).
     """
     objects: ByClass = defaultdict(list)
     bare: dict[tuple[int, int], list[Sequence[float]]] = defaultdict(list)
@@ -251,7 +251,7 @@ def _found(
 
 
 def _masks(results: Sequence[dict], truth: Truth) -> tuple[list[dict], list[float]]:
-    """Return the results' masks as compressed RLE, whose counts are bytes, and their areas."""
+    """Return the results' masks as compressed RLE with counts as bytes, and their areas."""
     codes = []
     for item in results:
         code, size = item["segmentation"], truth.sides(item["image_id"])
@@ -281,7 +281,7 @@ def _ranked(found: list[dict], limit: int) -> list[dict]:
 
 
 def _counts(item: dict) -> bool:
-    """Return whether an object is not ignored: not a crowd, and its area within size "all"."""
+    """Return whether an object counts: it is not a crowd, and its area is within size "all"."""
     return not item["iscrowd"] and 0 <= item["area"] <= LARGEST
 
 
@@ -289,7 +289,7 @@ def _match_class(
     objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int]
 ) -> list[np.ndarray]:
     """Return precision (T, R, A, M) and recall (T, A, M) of a class with n detections, the id of
-    the object that each detection matches (T, n), 0 if none, and whether it is ignored (T, n).
+    each detection's object (T, n), 0 if none, and whether the detection is ignored (T, n).
     """
     if not any(item.get("overlap", 0) for item in found):
         return _run(objects, found, category, kind, limits, IOUS)

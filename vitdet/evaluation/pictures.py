@@ -1,4 +1,4 @@
-"""Pictures of images with their objects next to the same images with their detections."""
+"""Pictures that show an image with its objects next to the same image with its detections."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def write_pictures(
     split: CocoSplit | None = None,
     precision: str = EvalConfig.precision,
 ) -> list[Path]:
-    """Write `count` pictures of the validation split, FOLDER/<image id>.jpg; return their paths.
+    """Write up to `count` pictures of validation images to FOLDER/<image id>.jpg; return the paths.
 
     The images are evenly spaced in the split, so every call draws the same images. Detections with
-    a score of at least `threshold` are drawn. The split is read unless given. For `precision`, see
+    a score of at least `threshold` are drawn. If `split` is None, it is read. For `precision`, see
     the setting evaluate.precision. The detector's mode is restored.
     """
     split = split or read_split(data, data.val_split)
@@ -84,7 +84,7 @@ def draw_truth(
 def enlarged(
     segmentation: list | dict | None, size: tuple[int, int], scale: float
 ) -> torch.Tensor | None:
-    """Return the mask (H, W) bool of an object in an image that is drawn `scale` times larger.
+    """Return an object's mask (H, W) bool in an image resized by `scale`; None without a mask.
 
     size: (height, width) of the original image.
     """
@@ -131,7 +131,7 @@ class _Item(NamedTuple):
 
 
 def images_of(annotations: Path, dataset: str) -> Images | None:
-    """Return the images of an annotation file, or None if it is in none of the known layouts.
+    """Return the images of an annotation file, or None if they are in none of the known layouts.
 
     dataset: "coco" or "lvis".
     """
@@ -172,7 +172,7 @@ def draw_pairs(
         try:
             name = existing_name(images.folder, image_name(truth.images[image_id], images.lvis))
             picture = read_image(images.folder / name, images.reading)
-        except (OSError, ValueError, KeyError):  # KeyError: the file name, which AP does not need
+        except (OSError, ValueError, KeyError):  # KeyError: no file name (AP does not need it)
             continue
         if (picture.height, picture.width) == truth.sides(image_id):
             left, right = (_draw(picture, side[image_id], labels) for side in (objects, found))

@@ -46,7 +46,7 @@ def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
 
 
 def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
-    """Return precision, recall and F1 of all classes together at each score threshold, as rows
+    """Return precision, recall and F1, pooled over all classes, at each score threshold, as rows
     {threshold, box_precision, box_recall, box_f1, mask_precision, ...}.
     """
     rows: dict[float, dict[str, float]] = {}
@@ -88,7 +88,7 @@ def write_reports(
     images: Images | None,
 ) -> None:
     """Write the files of `write_report` and report.html to the folder `plots`, and the same page to
-    the path `report`; None: not written.
+    the path `report`. A path that is None is skipped.
 
     `facts` is called with the matches and returns the page's facts. For `images`, see `write_page`.
     """
@@ -113,7 +113,7 @@ def write_report(
     analyses: Sequence[Analysis],
 ) -> None:
     """Write classes.json (AP of each class), curve.json (precision over recall), thresholds.json
-    (precision, recall and F1 over the score), results.json (in COCO's format) and matches.npz
+    (precision, recall and F1 by score), results.json (in COCO's format) and matches.npz
     (`vitdet.evaluation.matches`).
     """
     for name, value in (

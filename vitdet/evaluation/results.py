@@ -98,7 +98,7 @@ def read_results(path: Path | str) -> list[dict]:
     try:
         with uncollected():
             results = parse(path.read_bytes())
-    except ValueError as error:  # JSON, or not UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(
             f"{path}: not readable as JSON ({error}); write or download the file again"
         ) from error

@@ -1,10 +1,10 @@
-"""Encode many masks as COCO's run lengths at once, and compute the areas of many such codes.
+"""Encode many masks as COCO's run lengths at once, and compute the areas of many codes.
 
 A code contains the lengths of runs of equal pixels, column by column; the runs alternate between
 background and mask, background first. COCO's compressed text (maskApi.c) stores a number in
 characters of 5 bits from '0' on, lowest bits first. Bit 5 of a character marks that the number
 continues; bit 4 of its last character is the sign. From the fourth number on, each number is the
-difference from the length of the run two before.
+difference between the length of its run and that of the second run before it.
 
 Notation: N masks, R runs inside masks, C counts, U numbers of all codes.
 """
@@ -69,7 +69,7 @@ def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
     begin = (x + column) * sizes[owner, 0] + y + offset - column * (height + 1)
     bounds = torch.stack([begin, begin + end - start], dim=1).flatten()
     owner = owner.repeat_interleave(2)
-    # where a mask extends to the bottom and to the top of the next column, their runs are one run
+    # if a mask reaches the bottom of a column and the top of the next, the two runs are one run
     meets = (bounds[1:] == bounds[:-1]) & (owner[1:] == owner[:-1])
     apart = torch.ones_like(bounds, dtype=torch.bool)
     apart[1:] &= ~meets
@@ -94,7 +94,7 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
 
 
 def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return each code's sum of all runs and of runs inside the mask; None if any is invalid."""
+    """Return each code's sum of all runs, and of runs in the mask; None if any code is invalid."""
     ends = np.cumsum([len(text) for text in texts])
     codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
     final = (codes & 32) == 0  # whether a character is the last of its number
@@ -102,7 +102,7 @@ def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     stops = np.flatnonzero(final)
     lengths = np.diff(stops, prepend=-1)
-    if (longest := int(lengths.max())) > 7:  # 35 bits
+    if (longest := int(lengths.max())) > 7:  # more than 35 bits
         return None
     numbers = ((codes[stops] & 31).astype(np.int64) ^ 16) - 16  # (U,)
     for back in range(1, longest):
@@ -111,8 +111,8 @@ def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
     counts = np.add.reduceat(final, np.append(0, ends[:-1]), dtype=np.int64)  # numbers per code
     starts = np.cumsum(counts) - counts
     index = np.arange(len(numbers)) - np.repeat(starts, counts)
-    # as a difference, a number contributes to its run and to every second run after it, except the
-    # first number of a code
+    # because of the differences, each number contributes to its run and to every second run after
+    # it; the first number of a code contributes only to its run
     weights = (np.repeat(counts, counts) - 1 - index) // 2 + 1
     weights[starts] = 1
     numbers *= weights

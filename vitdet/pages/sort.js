@@ -9,7 +9,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const column = title.cellIndex;
       const numeric = title.classList.contains("n");
       const before = title.getAttribute("aria-sort");
-      // sort in ascending order first, as it shows the weakest classes at the top
+      // sort in ascending order first, so that the weakest classes are at the top
       const sign = before === "ascending" ? -1 : 1;
       for (const other of table.tHead.querySelectorAll("th")) other.removeAttribute("aria-sort");
       title.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");

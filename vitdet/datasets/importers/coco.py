@@ -6,8 +6,8 @@ categories, not a class. CVAT: annotations/instances_default.json and images/, o
 (https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
 images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
 (https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
-and SPLIT/. Any other JSON file in COCO's format is accepted, too, if the images are next to the
-file or in a folder with one of these names.
+and SPLIT/. Any other JSON file in COCO's format is also accepted if the images are next to the file
+or in a folder with one of the names above.
 """
 
 from __future__ import annotations

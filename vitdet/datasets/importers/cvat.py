@@ -2,8 +2,8 @@
 
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
 <box label xtl ytl xbr ybr>, with an optional `rotation` in degrees about its center; <polygon
-label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle is the row-major
-run lengths of that rectangle. Coordinates are in pixels from 0. `subset` is the split, which may be
+label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle lists row-major
+run lengths in the rectangle. Coordinates are in pixels from 0. `subset` is the split, which may be
 a folder in images/ or next to the file. Other elements (polyline, points, ellipse, cuboid,
 skeleton, tag) are counted and ignored. The format for videos has <track> instead of <image>.
 """
@@ -42,13 +42,13 @@ SHAPES = ("box", "polygon", "mask")
 
 
 def annotation_files(source: Path) -> list[Path]:
-    """Return the XML files of this format in a folder, or the file itself if in this format."""
+    """Return the XML files of this format in a folder, or `source` if it is such a file."""
     paths = [source] if source.is_file() else sorted(source.glob("*.xml"))
     return [path for path in paths if path.suffix == ".xml" and has_root(path, "annotations")]
 
 
 def read_cvat(dataset: ImportedDataset) -> None:
-    """Read a folder or file. Classes: the task's labels, then other labels alphabetically."""
+    """Read a folder or file. Classes: the task's labels, then others in alphabetical order."""
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(dataset.source):

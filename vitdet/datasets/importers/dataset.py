@@ -1,7 +1,7 @@
 """Common representation of data sets in other formats: the images of each split and their objects.
 
 Boxes and outlines are in pixels of the upright image, as in COCO. Readers count dropped entries in
-`notes`, and unusable ones in `problems`.
+`notes`, and unusable entries in `problems`.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class ImportedDataset:
         return (obj,)
 
     def is_image(self, path: Path) -> bool:
-        """Return whether a file is an image, by its suffix or, if that is unknown, its content."""
+        """Return whether a file is an image: by suffix or, if the suffix is unknown, by content."""
         suffix = path.suffix.lower()
         if suffix in image_suffixes() or suffix in DOCUMENTS:
             return suffix in image_suffixes()
@@ -207,7 +207,7 @@ class ImportedDataset:
         return size
 
     def count_left_out(self, files: Iterable[Path], is_labeled: Callable[[Path], bool]) -> None:
-        """Count, by suffix, files that are in image folders but not readable as images."""
+        """Count the files in image folders that cannot be read as images, by suffix."""
         by_suffix: dict[str, list[Path]] = defaultdict(list)
         for path in files:
             by_suffix[path.suffix.lower()].append(path)
@@ -225,7 +225,7 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the standard name of a split; if unknown, `otherwise` or else the given name."""
+    """Return the standard name of a split; for other names, `otherwise` or, if empty, the name."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
@@ -238,13 +238,13 @@ def image_suffixes() -> frozenset[str]:
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return the non-hidden files below folders (if given, with this suffix), sorted by path."""
+    """Return the non-hidden files below folders, sorted by path; an empty suffix means any."""
     paths = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
     return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 
 
 def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
-    """Return the first folder with this image, and the image's path. Raises Unusable if none."""
+    """Return the first folder with this image, and the image's path. Raises Unusable if missing."""
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
         text = f"{where}: expected a relative image path without .., got {show(name)}"

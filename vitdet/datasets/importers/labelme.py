@@ -111,7 +111,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image at imagePath if in `source`, else the one next to the JSON file."""
+    """Return the image at imagePath if it is in `source`, else the one next to the JSON file."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
@@ -141,7 +141,7 @@ def _read_image(item: Item, label_of: Mapping[str, int], dataset: ImportedDatase
     path, image, content, shapes = item
     size = dataset.check_size(path, image, (content.imageHeight, content.imageWidth))
     objects: list[ImportedObject] = []
-    # object -> outlines; the key is label, group and, for an object without a group, a number
+    # (label, group id, shape number if there is no group id, else 0) -> outlines of the object
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
         where = f"{path}: shape {number}"

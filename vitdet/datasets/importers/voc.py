@@ -51,7 +51,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files have a few thousand
+LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files have a few kilobytes
 BORDER = 255  # value of the pixels between objects
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
 # an ID, possibly quoted; lists of one class add -1 (absent), 0 (difficult) or 1 (present)
@@ -129,7 +129,7 @@ class _Folders:
         return path.relative_to(self.images).with_suffix("")
 
     def image(self, path: Path, tree: Element) -> Path:
-        """Return the image of an XML file: with the same ID, else the one named by <filename>."""
+        """Return the image with the ID of an XML file, or else the image that <filename> names."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
         stem = self.stem(path)
         if same := self.by_stem.get(stem):

@@ -1,7 +1,7 @@
 """Reader of Ultralytics' YOLO format: data.yaml and one text file per image.
 
 See https://docs.ultralytics.com/datasets/detect/ and /segment/; details follow
-ultralytics/data/utils.py. `names` is a list or a map of labels to names, optional if there is `nc`.
+ultralytics/data/utils.py. `names` (a list, or a map of labels to names) is optional if `nc` exists.
 `train`, `val` (or `validation`) and `test` name a folder, a text file of paths, or a list of these,
 below `path`; a leading "../" is removed if the path does not exist. The labels of .../images/x.jpg
 are in .../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows
@@ -42,7 +42,7 @@ KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
-    """Return the data.yaml file of a folder, or the file itself; None if missing or ambiguous."""
+    """Return data.yaml of a folder, or `source` if a YAML file; None if missing or ambiguous."""
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     paths = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
@@ -52,7 +52,7 @@ def description(source: Path) -> Path | None:
 
 
 def read_yolo(dataset: ImportedDataset) -> None:
-    """Read a data.yaml file, or the one in a folder. Label files and images are read on iteration.
+    """Read data.yaml or a folder that contains it. Label files and images are read on iteration.
 
     Raises FileNotFoundError or ValueError if data.yaml is unusable or has neither train nor val.
     """
@@ -75,7 +75,7 @@ def read_yolo(dataset: ImportedDataset) -> None:
         keys = ", ".join(map(str, head.values))
         raise ValueError(f"{path}: expected the keys train and val, got {keys}")
     if not names:
-        return  # otherwise each row would be reported, too
+        return  # otherwise, each row would also be reported
     head.count_others({image for listed in images.values() for image in listed})
     labeled: dict[str, list[Path]] = {}
     for name, chosen in dataset.select(images).items():

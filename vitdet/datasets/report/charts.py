@@ -40,7 +40,7 @@ def histogram(
 ) -> Histogram:
     """Return a histogram of relative frequencies, with a bar per bin and series (name, counts).
 
-    If given, `edges` are written below the borders of the bins, instead of `labels` below the bins.
+    `edges` are written below the borders of the bins or, if empty, `labels` below the bins.
     """
     shares = [counts / max(counts.sum(), 1) for _, counts in series]
     top = max((float(share.max(initial=0)) for share in shares), default=0) or 1
@@ -67,7 +67,7 @@ def count_bins(values: np.ndarray, edges: Sequence[int]) -> np.ndarray:
 
 
 def ranges(edges: Sequence[int]) -> list[str]:
-    """Return the labels of the bins of `count_bins`: a range, or the only integer of the bin."""
+    """Return the label of each bin of `count_bins`: a range, or the only integer in the bin."""
     pairs = zip(edges[:-1], edges[1:], strict=True)
     between = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairs]
     first = "0" if edges[0] == 1 else f"<{edges[0]}"

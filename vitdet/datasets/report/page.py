@@ -1,4 +1,4 @@
-"""The report of a data set: one HTML page with counts, classes, sizes, some images and problems.
+"""The report of a data set: one page with counts, classes, sizes, example images and problems.
 
 Tables and charts count only objects that training can use; others are in the column `skipped`.
 Size classes are COCO's, by the area of the box: small below 32 x 32 pixels, large from 96 x 96.
@@ -48,7 +48,7 @@ class _Split:
 def write_page(
     folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
 ) -> tuple[int, int, Report]:
-    """Write the page of a folder in COCO's or LVIS's layout; files that cannot be read are listed.
+    """Write the page of a folder in COCO's or LVIS's layout; it lists files that cannot be read.
 
     With `images`, `check` reads every image file. Returns the number of images, the number of
     annotations, and the report of `check`. Raises FileNotFoundError if there is no annotation file,

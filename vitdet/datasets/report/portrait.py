@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 class Portrait(NamedTuple):
-    """An image with its objects, small ones last, or only the reason why it cannot be read."""
+    """An image with its objects, largest first, or only the reason why it cannot be read."""
 
     title: str
     record: Record
