@@ -88,7 +88,7 @@ def test_a_checkpoint_with_a_bad_entry(
 ) -> None:
     content, path = load_model_file(trained / "model.pt"), tmp_path / "model.pt"
     lacking = {name: value for name, value in content.items() if name != key}
-    changes = [(content | {key: 3.5}, "is a float")]
+    changes = [(content | {key: 3.5}, "has type float")]
     for changed, message in changes + [(lacking, "is missing")] * (key not in OPTIONAL):
         torch.save(changed, path)
         for verb in ("evaluate", "register"):
@@ -104,7 +104,7 @@ def test_a_training_state_with_a_bad_entry(tmp_path: Path, key: str) -> None:
     content = torch.load(path)
     for changed, message in (
         ({name: value for name, value in content.items() if name != key}, "is missing"),
-        (content | {key: 3.5}, "is a float"),
+        (content | {key: 3.5}, "has type float"),
     ):
         torch.save(changed, path)
         with pytest.raises(ValueError, match=f"{path.name}: '{key}' {message}; the file was modi"):
