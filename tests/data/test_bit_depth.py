@@ -125,7 +125,7 @@ def test_colors_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None
     path = tmp_path / "odd" / "odd.jpg"
     pixels = MANY[..., : 3 if kind == 2 else 4] >> 4
     drawn(kind, pixels.astype(">u2"), rgb(GRAY))(path)
-    says = "data.bit_depth=12 applies to gray images; save the image with 8 bits"
+    says = "data.bit_depth=12 is only for gray images; save the image with 8 bits"
     for reader in (
         lambda: open_image(path, TWELVE),
         lambda: examine(path.read_bytes(), TWELVE),

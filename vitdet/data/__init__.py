@@ -1,6 +1,6 @@
 """Data sets in COCO's or LVIS's layout: validation, data loaders, augmentation.
 
-Names are imported on first use, so that `vitdet.data.layout` does not import torch.
+Names are imported on first use, so that importing `vitdet.data.layout` does not import torch.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import msgspec
 from vitdet.data.segmentation import Box, show, whole_number
 
 GZIP = b"\x1f\x8b"  # magic number
-UNKNOWN = -(2**63)  # replaces an id that is not a number; never a valid id
+UNKNOWN = -(2**63)  # replaces an id that is not a whole number
 
 
 class Annotation(msgspec.Struct, gc=False):
@@ -133,8 +133,8 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
     """Convert an entry whose values do not have the declared types.
 
     Returns:
-        The annotation, or None after an error; the errors as (kind, text); and the converted values
-        as text, such as 96.0 or "96" for a whole number, which pycocotools and Detectron2 accept.
+        The annotation, or None after an error; the errors as (kind, text); and, as text, the
+        values read as whole numbers, such as 96.0 or "96" (pycocotools and Detectron2 accept them).
     """
     ids = {key: whole_number(item.get(key)) for key in ("id", "image_id", "category_id")}
     errors = [(f"annotation without {key!r}", "") for key in ids if key not in item]

@@ -29,7 +29,7 @@ from vitdet.data.segmentation import (
 
 OUTSIDE = 1.0  # tolerance in pixels for boxes that exceed their image due to rounding
 BLOCK = 1024  # annotations per block of the vectorized check
-MOST = 0.5  # a warning about at least this fraction of objects also causes an error
+MOST = 0.5  # minimum fraction of objects at which a problem in `suspects` is an error
 # Reasons for dropping an object from training
 CROWD, EMPTY, OUTSIDER = "marked as crowd", "of zero size", "outside the image"
 NO_IMAGE, NO_CATEGORY = "without a known image", "without a known category"

@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """Result of a check; `splits` maps a name to the numbers of images, annotations, categories."""
+    """Result of a check; `splits` maps names to numbers of images, annotations and categories."""
 
     folder: Path
     splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from vitdet.data.records import Objects, Records
 class ImageError(ValueError):
     """Error of an unusable image file.
 
-    Only the last line is used as the message, since DataLoader adds the worker's traceback to it.
+    Only the last line is used as the message, since DataLoader prepends the worker's traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -62,7 +62,7 @@ def read_coco(
     """Read an annotation file. No image is opened.
 
     Args:
-        by_url: locate images by the last two parts of coco_url if present (LVIS), else file_name.
+        by_url: whether the format is LVIS's; images are at the last 2 parts of coco_url, if set.
         tree: content of the file, if it was already read.
 
     Raises:
@@ -107,9 +107,9 @@ def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
 def read_image(
     path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT
 ) -> Image.Image:
-    """Read a file as an upright RGB image of (height, width) `size`.
+    """Read a file as an upright RGB image of (height, width) `size` (None: any size).
 
-    Raises ImageError if the file is missing, not an image, truncated or has a different size.
+    Raises ImageError if the file is missing, truncated or not an image, or its size differs.
     """
     try:
         image = open_image(path, reading)

@@ -32,7 +32,7 @@ from vitdet.types import Batch, Polygons, Target
 log = logging.getLogger(__name__)
 
 CACHE = 1 << 28  # bytes; decoded training images are cached if all of them fit
-REDRAWS = 100  # attempts at a crop with an object (data.redraw_empty)
+REDRAWS = 100  # maximum attempts at a crop with an object (data.redraw_empty)
 # a sample without its pixels: target, size on the canvas, image id, original size
 Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 
@@ -40,9 +40,9 @@ Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 def read_split(
     data: DataConfig, split: str, tree: dict | None = None, check_files: bool = True
 ) -> CocoSplit:
-    """Read a split, limited to the data.max_images images with the lowest ids.
+    """Read a split, limited to the data.max_images images with the lowest ids (0: all images).
 
-    Only images with objects count toward the limit; with data.keep_empty, all training images do.
+    A limit excludes images without objects, except from the training split with data.keep_empty.
 
     Args:
         tree: content of the annotation file, if it was already read.
@@ -50,7 +50,7 @@ def read_split(
             `vitdet data coco|lvis`; only rank 0 needs to.
 
     Raises:
-        FileNotFoundError, ValueError: the errors of `read_coco`, and missing or modified files.
+        FileNotFoundError, ValueError: as `read_coco`; missing or modified files; no usable object.
     """
     root, (annotations, images) = Path(data.root), split_files(data, split)
     for path in (annotations, images):
@@ -82,8 +82,8 @@ def read_split(
 class TrainData(Dataset):
     """Maps positions of the infinite training stream to batches of augmented samples.
 
-    Images without a usable object are excluded, or used as background with data.keep_empty. With
-    data.redraw_empty, a crop without objects is replaced by a crop of another image, as in mmdet.
+    Excludes images without a usable object, or uses them as background (data.keep_empty). With
+    data.redraw_empty, replaces a crop that misses all objects with one of a random image (mmdet).
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
@@ -161,7 +161,7 @@ class TrainData(Dataset):
 
 
 class ValData(Dataset):
-    """Maps record indices to batches of images (longest side = canvas) without targets."""
+    """Maps record indices to batches of images with longest side `image_size`, without targets."""
 
     def __init__(
         self, records: Records, image_size: int, antialias: bool, reading: Reading = DEFAULT
@@ -214,6 +214,6 @@ def make_batch(
 
 
 def with_objects(split: CocoSplit, most: int | None = None) -> CocoSplit:
-    """Return the split with only its images with objects, limited to the first `most` of them."""
+    """Return a split of only the first `most` images with objects (None: all such images)."""
     nonempty = np.flatnonzero(split.records.counts())[:most]
     return replace(split, records=split.records.select(nonempty))

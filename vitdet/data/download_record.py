@@ -65,7 +65,7 @@ class DownloadRecord:
     folders: tuple[Images, ...] = ()
 
     def with_(self, other: DownloadRecord) -> DownloadRecord:
-        """Return both records merged; entries of `other` replace entries with the same name."""
+        """Return both records merged; entries of `other` replace those of equal name or path."""
         return DownloadRecord(
             *(
                 tuple(sorted({_key(entry): entry for entry in (*ours, *theirs)}.values(), key=_key))

@@ -1,8 +1,8 @@
 """Fingerprints, which identify the data in a split.
 
-A fingerprint covers the bytes of the annotation file and the names and sizes of the images that the
-annotations list. It changes if an image is added, an annotation is edited or an image file's size
-changes. It does not depend on the data set's location or on other files in the folders.
+A fingerprint covers the bytes of the annotation file, and the names and file sizes of the images
+that it lists. The fingerprint changes if an image is added, an annotation is edited or an image
+file's size changes. It does not depend on the data set's location or on other files in the folders.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def combined(prints: Mapping[str, str]) -> str:
 def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
     """Describe how the data differs from that of a checkpoint or training state; "" if equal.
 
-    `stored` is the file's content, with a dataset_digest instead of fingerprints in version 0.1;
-    `found` are the current fingerprints.
+    `stored` is the content of that file, in which version 0.1 stored a dataset_digest instead of
+    fingerprints; `found` are the current fingerprints.
     """
     before = stored.get("fingerprints")
     if before is None:
@@ -142,7 +142,7 @@ def verify(data: DataConfig, expected: str) -> dict[str, str]:
 def legacy_dataset_digest(data: DataConfig) -> str:
     """Return the digest of both splits as in version 0.1, for comparison with a stored digest.
 
-    The digest covers all files in a split's folder; for LVIS, the files in the coco_urls.
+    The digest covers annotations and image folders (for LVIS, only the images in a coco_url).
     """
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):

@@ -49,8 +49,8 @@ def find_flawless(
     """Find annotations with a known category, a plausible box and area, and matching polygons.
 
     `images` is the result of `image_table`; `seen` contains the ids of earlier annotations. With
-    `lvis`, iscrowd may be missing. Finds none if an entry is not an `Annotation`, an id is repeated
-    or a number is too large.
+    `lvis`, iscrowd may be missing. Finds none if any entry is not an `Annotation`, any id is
+    repeated or any number is too large.
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block
@@ -102,7 +102,7 @@ def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np
 
 
 def _fit(numbers: np.ndarray, points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return whether each box, area and outline match and are inside the image, (N,) bool.
+    """Return whether each box is in its image and matches its area and outline, (N,) bool.
 
     Rows of numbers (7, N): left, top, width, height, area, image height, image width. points (2, P)
     are the x and y of all outlines, counts (N,) the number of points per outline.

@@ -50,7 +50,7 @@ class HeaderValidator:
         files: whether each image needs a valid file name.
 
     Attributes:
-        sizes: (height, width) of each image by id; None for an image with an error.
+        sizes: (height, width) of each image by id; None if a side is missing or invalid.
         names: file name of each image by id.
         categories: name of each category by id.
         stated: `image_count` of each category by id, as in the file.
@@ -68,7 +68,7 @@ class HeaderValidator:
     root: int | None = field(default=None, init=False)
 
     def read_header(self, content: object) -> dict[str, Table]:
-        """Check layout, categories and images; return the tables, empty for missing ones."""
+        """Check layout, categories and images; return the tables (empty if missing or invalid)."""
         tables = self._tables(content)
         self.root = root_category(tables["categories"])
         for category in self._items(tables["categories"], "category"):
@@ -94,7 +94,7 @@ class HeaderValidator:
         return tables
 
     def _items(self, table: Table, what: str) -> Iterator[dict]:
-        """Yield the entries that are objects with a unique id, which is converted to int."""
+        """Yield the entries that are JSON objects with a unique id, which is converted to int."""
         seen: set[int] = set()
         for index, item in enumerate(table):
             number = whole_number(item.get("id")) if type(item) is dict else None

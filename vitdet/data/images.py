@@ -74,8 +74,8 @@ class Examined(NamedTuple):
 def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     """Read a file as an upright RGB image.
 
-    Raises FileNotFoundError, and ValueError if the file is damaged, is not an image, or has more
-    pixels than `reading.max_pixels`. Larger images are not decoded.
+    Raises FileNotFoundError, and ValueError if the file is damaged or not an image, has more pixels
+    than `reading.max_pixels` (it is then not decoded), or has values that `upright` rejects.
     """
     with _named(path):
         check_file(path)
@@ -158,7 +158,7 @@ def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
 def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
     """Convert an image to upright RGB; an image that is already upright RGB is returned unchanged.
 
-    Raises ValueError for pixel values outside 0..65535 or beyond the bit depth of `reading`.
+    Raises ValueError for pixels that are floats, outside 0..65535 or beyond the bit depth.
     """
     stated = _stated_depth(image)
     if _has_deep_colors(image):
@@ -253,7 +253,7 @@ def _check_colors(reading: Reading) -> None:
     if reading.bit_depth not in (0, 16):
         raise ValueError(
             "only the upper 8 bits of 16-bit colors are read, and data.bit_depth="
-            f"{reading.bit_depth} applies to gray images; save the image with 8 bits per channel"
+            f"{reading.bit_depth} is only for gray images; save the image with 8 bits per channel"
         )
 
 
@@ -261,7 +261,7 @@ def _over_white(image: Image.Image) -> Image.Image:
     """Blend with white, to hide the arbitrary colors of transparent pixels."""
     image = image.convert("RGBA")
     opacity = image.getchannel("A")
-    if opacity.getextrema()[1] == 0:  # fully transparent: the fourth channel is not opacity
+    if opacity.getextrema()[1] == 0:  # if all pixels are 0, the channel is not opacity
         return image
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=opacity)

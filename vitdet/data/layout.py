@@ -3,7 +3,7 @@
 A recipe specifies a data set by its folder, splits and number of classes. If a user sets only
 data.root, the splits, the number of classes and whether there are masks are read from the folder.
 The command line and scripts call `resolve_config`; the pipeline calls `resolve`, since its first
-step resolves the recipes before the data exists.
+step reads the recipes before the data exists.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ KEPT_BYTES = 31 << 20  # just below the maximum of glibc's dynamic mmap threshol
 def configure_process() -> None:
     """Set process-wide options for loading with workers; called by `vitdet.train` and `evaluate`.
 
-    Raises the soft limit of open files to 65,536 (or the hard limit) and makes multiprocessing's
-    fork server, if used, import torch once instead of in each worker. Also keeps freed memory for
-    the next images (see `_keep_memory`).
+    Raises the soft limit of open files to 65,536 (or a lower hard limit) and makes
+    multiprocessing's fork server, if used, import torch once instead of in each worker. Also keeps
+    freed memory for the next images (see `_keep_memory`).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
@@ -76,7 +76,7 @@ def train_loader(
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
         _warn(path, "objects ignored in training", found.dropped)
-        # not a problem if no object has an outline
+        # expected if no object of the data set has an outline
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:
             _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:

@@ -19,10 +19,10 @@ from torch import Tensor
 def edges_of(
     segmentations: Sequence[list | dict | None], height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Convert COCO polygons or RLEs to edges, the arguments of `types.Polygons.of`.
+    """Convert COCO polygons or RLEs to edges and counts, as `types.Polygons.of` expects them.
 
     Args:
-        segmentations: one per object; None has no edges.
+        segmentations: one per object; None yields no edges.
 
     Returns:
         Edges (E, 4) float32 x0, y0, x1, y1 in pixels, which form closed outlines of the same

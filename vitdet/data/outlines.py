@@ -1,8 +1,8 @@
 """Rasterization of polygons and polygonization of bitmaps.
 
-Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside if its center is
-(even-odd rule). Tracing follows the cracks between inside and outside pixels and joins their
-midpoints, so that a staircase becomes a slanted line; Douglas-Peucker then simplifies the line.
+Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside a polygon
+if its center is (even-odd rule). Tracing follows the cracks between inside and outside pixels and
+joins their midpoints, so that a staircase becomes a slanted line, which Douglas-Peucker simplifies.
 Notation: V vertices, P points, E cracks.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the pixels (height, width) bool inside the polygon vertices (V, 2) xy, clipped."""
+    """Return which pixels (height, width) bool are inside the polygon with vertices (V, 2) xy."""
     x0, y0 = vertices.T
     x1, y1 = following(vertices).T
     centers = np.arange(height)[:, None] + 0.5

@@ -21,8 +21,8 @@ class Record:
     """An image with its objects.
 
     boxes (G, 4) are float32 xyxy in pixels, labels (G,) contiguous int64. A segmentation is a list
-    of COCO polygons (flat x, y lists), an RLE dict or None. own_box (G,) bool marks objects to
-    train on the annotated box instead of the box around the outline."""
+    of COCO polygons (flat x, y lists), an RLE dict or None. own_box (G,) bool marks objects
+    whose training target is the annotated box instead of the box around the outline."""
 
     image_id: int
     path: Path
@@ -71,11 +71,11 @@ class _Columns:
     folder: Path
     names: PackedList[str]
     heads: Shared  # (N, 3) int64: image id, height, width
-    starts: Shared  # (N + 1,) int64: objects of image n: starts[n] : starts[n + 1]
+    starts: Shared  # (N + 1,) int64: image n has the objects starts[n] : starts[n + 1]
     boxes: Shared  # (M, 4) float32
     labels: Shared  # (M,) int64
     own_boxes: Shared  # (M,) bool
-    shapes: Shared  # (M,) int64: index of the object's segmentation
+    shapes: Shared  # (M,) int64: index of each object in `segmentations`
     segmentations: PackedList[list | dict | None]
 
 
@@ -162,7 +162,7 @@ class Records(Sequence[Record]):
         return [labels[starts[row] : starts[row + 1]] for row in self._rows]
 
     def names(self) -> Iterator[str]:
-        """Yield the path of each image, relative to the split's folder."""
+        """Yield the path of each image, relative to the split's image folder."""
         return (self._columns.names[row] for row in self._rows)
 
     def paths(self) -> Iterator[Path]:

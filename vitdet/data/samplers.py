@@ -5,7 +5,7 @@ The stream is a sequence of epochs, each in a different random order. A step use
 therefore depend neither on the number of processes or workers nor on restarts.
 
 Repeat factors follow Gupta et al. (LVIS, 1908.03195) and Detectron2's RepeatFactorTrainingSampler:
-an image with factor 2.3 is repeated twice or, in 30% of the epochs, three times.
+an image with factor 2.3 occurs twice or, in 30% of the epochs, three times.
 Notation: N images, K classes.
 """
 

@@ -1,7 +1,7 @@
 """Validation of an annotation's segmentation, and comparison of the box around it with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
-mmdet, parts of fewer than 3 points or odd length are ignored; without others, there is no outline.
+mmdet, parts of fewer than 3 points or odd length are ignored; if none remains, there is no outline.
 Detectron2 trains on the box around the visible outline, whereas COCO's evaluation uses `bbox`. If
 the boxes differ, training and evaluation therefore use different boxes.
 """
@@ -31,7 +31,7 @@ class Outline(NamedTuple):
     Attributes:
         shape: usable polygons or RLE, or None.
         left_out: number of ignored parts (fewer than 3 points or an odd length).
-        box: box around the outline, or None if the outline is empty or invalid.
+        box: box around the outline; None if the outline is empty or invalid, or if not computed.
         problem: (kind, text) of an error, or None.
     """
 
@@ -75,7 +75,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
     if not shape:
         return Outline(None, left_out)
     box = low_x, low_y, high_x, high_y
-    # pycocotools would rasterize all of the polygon; `inside` is checked first for speed
+    # pycocotools would rasterize the whole polygon; `inside` is checked first for speed
     if size is not None and not inside(box, size) and reaches_far(box, size):
         text = f"{show(box)} on {size[1]} x {size[0]} pixels"
         return _problem("polygon far outside its image", text)
@@ -159,7 +159,7 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a whole number, also 96.0 or "96", as an int, and None for other values."""
+    """Return a whole number, including 96.0 or "96", as an int; None for other values."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():

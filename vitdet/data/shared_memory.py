@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """Read-only array. Do not keep references to `array`, which is replaced when first sent."""
+    """Read-only array. Keep no reference to `array`: its first pickling replaces it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array

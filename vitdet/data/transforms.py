@@ -43,7 +43,7 @@ class Affine:
         return matrix
 
     def seen(self, image: Image.Image, antialias: bool) -> Image.Image:
-        """Apply the map to an RGB image with bilinear resizing; only the crop is computed."""
+        """Apply the map (bilinear) and color factors to an RGB image; computes only the crop."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
@@ -115,10 +115,10 @@ def resize_bilinear(
 ) -> np.ndarray:
     """Resize an image (H, W, 3) uint8 to `scaled` (height, width) without antialiasing; crop it.
 
-    Only the crop of (height, width) `size` at `offset` (top, left) is computed; None: all.
-    Bit-exact to OpenCV's INTER_LINEAR (mmdet): four neighbors per output pixel at any scale,
-    half-pixel centers, border replication, 11-bit weights; columns first, then rows with products
-    truncated to 16 bits.
+    Computes only the crop of (height, width) `size` (None: no crop) at `offset` (top, left).
+    Bit-identical to OpenCV's INTER_LINEAR (mmdet): four neighbors per output pixel at any scale,
+    half-pixel centers, border replication, 11-bit weights; columns first, then rows, with products
+    truncated to their upper 16 bits.
     """
     height, width = size or scaled
     top, bottom, down = _neighbors(image.shape[0], scaled[0], offset[0], height)
@@ -168,7 +168,7 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
 def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) -> np.ndarray:
     """Resize an RGB image or array (H, W, 3) uint8 bilinearly to longest side `size`.
 
-    As in PIL with antialiasing, as in OpenCV without."""
+    The result equals PIL's with antialiasing, and OpenCV's without."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     height, width = fit((image.height, image.width), size)
     if not antialias:
@@ -200,7 +200,7 @@ def pad(image: Image.Image, canvas: np.ndarray) -> None:
 def visible_boxes(
     edges: np.ndarray, counts: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes around the outlines, clipped to an image of (height, width) `size`.
+    """Return the boxes around the parts of outlines inside an image of (height, width) `size`.
 
     Args:
         edges: (E, 4), ordered by object.
@@ -255,8 +255,8 @@ def _clipped(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the minimum and maximum corners (G, 2) of each outline's intersection with the window.
 
-    Vertices of the intersection are the ends of the edges clipped to the window and the window's
-    corners inside the outline.
+    The intersection's vertices are the ends of the clipped edges, and those corners of the window
+    that are inside the outline.
     """
     start, along = edges[:, :2], edges[:, 2:] - edges[:, :2]
     along = np.where(along == 0, 1e-12, along)

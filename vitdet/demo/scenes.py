@@ -2,8 +2,8 @@
 
 Every class has a silhouette and a preferred texture, which 70% of its instances use. Colors are
 random, backgrounds have the same textures on a larger scale, and untextured fragments and lines are
-distractors. A scene depends only on its seed and index. Change the drawing only together with
-VERSION.
+distractors. A scene depends only on its seed and index. Any change to the drawing requires a
+new VERSION.
 
 Scenes are painted without anti-aliasing on a canvas of twice the size ("fine" pixels) as indices
 into a palette. A second array contains the owner of each fine pixel, from which the visible outline
@@ -220,7 +220,7 @@ class _Canvas:
         return random_color(self.dice, self.palette[:2], 60)
 
     def _unlike(self, others: list[Color]) -> Color:
-        """Return the one of 4 colors unlike `others` that contrasts most with the palette."""
+        """Return the one of 4 colors (unlike `others`) that contrasts most with the palette."""
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
         return max(choices, key=lambda color: min(math.dist(color, used) for used in self.palette))
 
@@ -263,7 +263,7 @@ class _Canvas:
         pattern: str = "",
         side: float = 0.0,
     ) -> None:
-        """Paint a polygon in one color, or in two with a pattern scaled to its longer side."""
+        """Paint a polygon in one color, or in two with a pattern whose period depends on `side`."""
         window, stencil, covered = self._stencil(vertices)
         index = np.full(stencil.shape, len(self.palette), dtype=np.uint8)
         if pattern:

@@ -4,8 +4,8 @@ Tokens attend to each other within an area: a window, or the whole grid. A block
 rows of the area, each padded to a power of 2. The bias along the height is then one number per
 query and row of keys, and the bias along the width is the same tile for every row, kept in
 registers. Their gradients are sums of the logits' gradient within and over rows. Positions thus
-need no matrix product, and queries and keys are not widened. Windows are read from and written to
-the grid; tokens beyond the grid equal the projection's bias.
+need no matrix product in these kernels, and queries and keys are not widened. Windows are read from
+and written to the grid; tokens beyond the grid equal the projection's bias.
 
 The backward pass computes the logits twice, for blocks of queries and for blocks of keys (7
 products instead of 5), so that it needs no atomics and is deterministic.
@@ -195,7 +195,7 @@ def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
 def backward_queries_kernel(
     qkv, bias, rows, columns, out, gradient, sums, delta, dqkv, drows, dcolumns, L: tl.constexpr
 ):
-    """Compute the gradients of a block of queries and its positions, and `delta` for the keys."""
+    """Compute `delta` (for the keys) and the gradients of a block of queries and its positions."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile

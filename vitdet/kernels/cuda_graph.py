@@ -21,7 +21,7 @@ _recording = Lock()  # torch allows one recording at a time per process
 
 
 class NotRecorded(Exception):
-    """A function cannot be recorded (for these shapes); the message is the reason."""
+    """A function is not, or cannot be, recorded for these shapes; the message is the reason."""
 
 
 class NoRoom(NotRecorded):
@@ -29,7 +29,7 @@ class NoRoom(NotRecorded):
 
 
 class OutOfMemory(NoRoom):
-    """Out of GPU memory although all graphs were cleared."""
+    """Out of GPU memory during a recording; all graphs were cleared."""
 
 
 class _Graph(NamedTuple, Generic[Output]):
@@ -81,7 +81,7 @@ class CudaGraph(Generic[Output]):
         The state of the device's random generator does not change.
 
         Raises:
-            NotRecorded: the function synchronizes with the GPU.
+            NotRecorded: the function failed, e.g. because it synchronizes with the GPU.
             NoRoom: LIMIT graphs exist.
             OutOfMemory: there is not enough GPU memory; all graphs are cleared.
         """

@@ -2,7 +2,7 @@
 
 torchvision reads float32 NCHW maps one point, RoI and channel at a time, and accumulates the
 gradient with atomics. With the copies for its layout and precision, this took 28 ms of a ViT-B
-training step (batch size 8, H100). The kernels read channels-last maps in their own precision;
+training step (batch size 8, H100). The kernels read channels-last maps of any precision;
 coordinates, weights and sums are float32, and the gradient is deterministic.
 
 The relative error of features and gradients against float64 (in the L2 norm) is below 1e-6 with
@@ -43,7 +43,7 @@ def roi_align(
         level: (R,) int64, the map to read; -1 yields zeros and no gradient.
         strides: strides of the maps.
         bins: number of bins per side.
-        ratio: points per bin and axis; 0: depends on the RoI's size (none if negative).
+        ratio: points per bin and axis; 0: the bin's size in cells, rounded up, but at least 0.
     """
     from vitdet.kernels.roi_align_kernels import forward
 
@@ -73,7 +73,7 @@ def roi_align_backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Return the maps' gradients (B, C, h, w), given the features' gradient."""
+    """Return the gradients (B, C, h, w) of the maps, given that of `roi_align`'s result."""
     from vitdet.kernels.roi_align_kernels import backward
 
     given = gradient.permute(0, 2, 3, 1).contiguous()

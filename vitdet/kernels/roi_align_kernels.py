@@ -105,7 +105,7 @@ def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
 
 @triton.jit
 def choose(level, v0, v1, v2, v3, v4):
-    """Return the value of each level among v0 to v4."""
+    """Return the value of `level` among v0 to v4."""
     low = tl.where(level == 1, v1, v0)
     high = tl.where(level == 3, v3, tl.where(level == 4, v4, v2))
     return tl.where(level < 2, low, high)
