@@ -96,7 +96,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the number of images per category: `stated` if complete, otherwise counted."""
+    """Return the number of images per category: `stated` if all are valid, else counted."""
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)

@@ -113,7 +113,7 @@ def write(root: Path, record: DownloadRecord) -> None:
 
 
 def verify(root: Path, contents: bool = False) -> str:
-    """Compare all files in a folder with its record; return the record's sha256.
+    """Compare a folder's recorded files with its record; return the record's sha256.
 
     If `contents`, also reads every image. Raises FileNotFoundError or ValueError (one line) for the
     first difference.
@@ -137,8 +137,8 @@ def compare(
 ) -> None:
     """Compare names and sizes with a record, and if `contents`, also image checksums.
 
-    `used` are the paths, relative to root, of the images in use. Files in an image folder that were
-    not downloaded are ignored. Raises the errors of `verify`.
+    `used` are the paths, relative to root, of the images in use. Ignores files that were added to
+    an image folder. Raises the errors of `verify`.
     """
     for file in record.files:
         path = root / file.path

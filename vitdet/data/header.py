@@ -13,7 +13,7 @@ from vitdet.data.segmentation import show, whole_number
 
 # exclusive limit of image sides in pixels, as in JPEG; RLEs count pixels in 32 bits
 MAX_SIDE = 2**16
-# fields of LVIS images that list categories that are absent or not exhaustively annotated
+# fields of LVIS images with the categories that are absent or not exhaustively annotated
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 COCO_HINT = "required by LVIS; for COCO's annotations set data.dataset=coco"
 

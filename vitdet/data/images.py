@@ -62,7 +62,7 @@ class Examined(NamedTuple):
 
     Attributes:
         size: (height, width) of the upright image.
-        highest: largest value of pixels with more than 8 bits and no declared bit depth, else None.
+        highest: largest pixel value if there are more than 8 bits and no declared depth, else None.
         colors: whether the file contains 16-bit colors.
     """
 

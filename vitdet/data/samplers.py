@@ -99,9 +99,9 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
 class StepSampler:
     """Sampler of one rank's positions for steps start_step..steps-1, one list per micro-batch.
 
-    batch_size is the total over all ranks. Micro-batch k of rank r contains the positions of rank
-    r * accumulate + k in a group of accumulate * world_size ranks. Raises the ValueError of
-    `check_batch_size`.
+    batch_size is the total over all ranks. Micro-batch k of rank r contains the positions that
+    rank r * accumulate + k would process with accumulate * world_size ranks. Raises the ValueError
+    of `check_batch_size`.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ VERSION = 1
 # the preferred texture of a class is at the same index of TEXTURES
 CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: "cross"}
 FINE = 2  # fine pixels per pixel along each axis
-SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
+SIDES = (14.0, 80.0)  # range of the longer side of an object's box in pixels, log-uniform
 TOLERANCE = 0.45  # maximum distance in pixels between a traced outline and its polygon
 SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
 VISIBLE = 0.45  # fraction of an object's area that must remain visible
