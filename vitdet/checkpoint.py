@@ -36,7 +36,7 @@ FORMAT = "vitdet detector, version 1"
 STATE = "vitdet training state, version 4"
 STATE_3 = "vitdet training state, version 3"  # without the best evaluation
 STATE_2 = "vitdet training state, version 2"  # without the fp16 gradient scaler
-STATE_1 = "vitdet training state, version 1"  # like version 2, with other random numbers
+STATE_1 = "vitdet training state, version 1"  # like version 2, but with different random numbers
 STATES = (STATE, STATE_3, STATE_2, STATE_1)
 # torch's messages after an incomplete write
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
@@ -245,7 +245,7 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for writing states; raises ValueError if another process has done so."""
+        """Lock the folder for writing states; raises ValueError if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Timeout for joining the process group, which happens before any data is read.
 JOIN_TIMEOUT = timedelta(minutes=5)
-EXCHANGE = 2**26  # bytes of gradients averaged per collective
+EXCHANGE = 2**26  # approximate bytes of gradients averaged per collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
 
 _joined = False  # whether `process_group`, not the caller, initialized torch's process group
@@ -81,7 +81,7 @@ def _join() -> tuple[dist.Store, int, int]:
     """Wait for all processes; return the store, the rank and the world size.
 
     Raises TimeoutError if some ranks do not join within JOIN_TIMEOUT, ConnectionError if torchrun
-    has ended.
+    has ended or the connection to its store is lost.
     """
     if torchrun.has_ended():
         raise ConnectionError("the torchrun that started this process has ended")
@@ -238,7 +238,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors of one dtype by their means over all processes, in place, 64 MB at a time."""
+    """Average tensors of one dtype over all processes in place, in parts of about 64 MB."""
     if world_size() == 1:
         return
     parts: list[list[Tensor]] = [[]]

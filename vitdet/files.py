@@ -175,7 +175,7 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Return a process's start time, "" if it has ended, or "0" if the system has no /proc."""
+    """Return a process's start time, "" if it has ended, or "0" if it runs but /proc is missing."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]  # a zombie cannot write
@@ -337,5 +337,5 @@ def read_yaml(path: Path, expected: str = "YAML") -> Any:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's message, cut to 120 characters, or its type if empty."""
+    """Return the first line of an error, cut to 120 characters; its type if there is no message."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:120]

@@ -109,7 +109,7 @@ class Predictor:
     def __call__(
         self, image: ImageInput | list[ImageInput], threshold: float = 0.5
     ) -> Detections | list[Detections]:
-        """Return the detections in an image on the CPU, in pixels of the upright image.
+        """Return an image's detections, in pixels of the upright image, as tensors on the CPU.
 
         Args:
             image: path of a file, PIL image, uint8 RGB array (H, W, 3) or uint8 RGB tensor

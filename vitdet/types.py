@@ -178,7 +178,7 @@ class Detections(Record):
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def draw(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
-        """Return the image, any input of `Predictor`, with boxes, masks, names and scores drawn."""
+        """Return `image` (any input of `Predictor`) with boxes, masks, names and scores drawn."""
         from vitdet.visualize import draw
 
         return draw(image, self)

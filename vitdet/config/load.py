@@ -64,7 +64,7 @@ def check_names(tracking: TrackingConfig) -> None:
 def override(
     config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
 ) -> Config:
-    """Return `config` with the given sections replaced by those of `other`, then with overrides.
+    """Return `config` with the given sections of `other`, and then with the overrides.
 
     Raises the errors of `load_config`."""
     theirs = to_dict(other) if other else {}
@@ -98,7 +98,7 @@ def from_dict(tree: Mapping) -> Config:
 
 
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
-    """Return all values by override key, as in {'optim.lr': 0.0001}, with lists as JSON text."""
+    """Return all values by override key, e.g. {'optim.lr': 0.0001}, with lists as JSON text."""
     values = {key: value for key, (value, _) in list_settings(config).items()}
     return {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in values.items()}
 

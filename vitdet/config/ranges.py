@@ -41,15 +41,15 @@ ModelName = Annotated[
     str,
     Meta(
         pattern=r"^(?=.*\S)(?!\.\Z|\.\.)[^/:'\"\\\x00-\x1f\x7f]{1,256}\Z",
-        description="have 1 to 256 characters, none of them / : ' \" \\ or a line break, and not "
-        "be . or begin with ..",
+        description="have 1 to 256 characters, not only spaces and none of them / : ' \" \\ or a "
+        "control character, and not be . or begin with ..",
     ),
 ]
 ExperimentName = Annotated[
     str,
     Meta(
         pattern=r"^(?=.*\S)[^\x00-\x1f\x7f]{1,256}\Z",
-        description="have 1 to 256 characters and no line break",
+        description="have 1 to 256 characters, not only spaces, and no control character",
     ),
 ]
 # MLflow would read localhost:5000 as a folder or as the URI scheme localhost

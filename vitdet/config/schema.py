@@ -31,7 +31,7 @@ from vitdet.config.suggestions import nearest
 # by data.dataset: the AP metrics, measured for boxes and masks, that train.keep_best accepts
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
-# if either is enabled, the evaluations during training affect its result
+# if either is enabled, the evaluations during training affect the trained detector
 SELECTING = ("train.keep_best", "train.patience")
 
 
@@ -144,7 +144,7 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # per split, use only the first images by id that contain an object; 0: all
+    # use only this many images per split: the first by id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
@@ -154,9 +154,11 @@ class DataConfig(Section, prefix="data."):
     color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
     antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
     keep_empty: bool = False  # also train on images without objects, as background
-    redraw_empty: bool = False  # replace a crop without objects with one of another image (mmdet)
-    repeat_threshold: Fraction = 0.0  # oversample classes in less than this fraction of images
-    # larger image files are rejected before decoding; the upper bound is Pillow's own
+    redraw_empty: bool = False  # replace a crop without objects by another image's crop (mmdet)
+    repeat_threshold: Fraction = (
+        0.0  # oversample classes found in less than this fraction of images
+    )
+    # larger images are rejected before decoding; the upper bound is Pillow's limit
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")
     )
@@ -215,7 +217,7 @@ class TrainConfig(Section, prefix="train."):
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the gradients are the same")
     )
-    # use torch.compile and CUDA graphs on a GPU; auto: if training takes at least 1000 steps
+    # on a GPU, use CUDA graphs and torch.compile (auto: only if optim.steps is at least 1000)
     compile: Literal["auto", "never", "always"] = field(
         default="auto", metadata=operational("the step is the same up to rounding")
     )
@@ -246,7 +248,7 @@ class EvalConfig(Section, prefix="evaluate."):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # use torch.compile on a GPU, which takes a minute and pays off after a few thousand images
     compile: bool = False
-    # use only the first validation images by id that contain an object; 0: all
+    # use only this many validation images: the first by id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 

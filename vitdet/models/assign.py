@@ -133,5 +133,5 @@ def _largest(keys: Tensor, candidates: Tensor, num: int) -> Tensor:
 
 
 def choose_randomly(candidates: Tensor, num: Tensor) -> Tensor:
-    """Return random keys: every subset of the candidates is equally likely."""
+    """Return random keys: every subset of `num` candidates is equally likely."""
     return torch.rand(candidates.shape, device=candidates.device)

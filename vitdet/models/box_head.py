@@ -46,7 +46,7 @@ class BoxHead(nn.Module):
         init_predictor(self.deltas, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (R, C, 7, 7) to logits (R, K + 1) and deltas (R, K, 4), class-agnostic (R, 1, 4)."""
+        """Map (R, C, 7, 7) to logits (R, K + 1) and deltas (R, K, 4) or (R, 1, 4)."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
         hidden = pooled.flatten(1)

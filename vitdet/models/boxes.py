@@ -87,7 +87,7 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
 def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Return the `num` largest of scores (B, N), sorted, and their indices, (B, num) each.
 
-    Ties are ordered by index; which of several scores equal to the last one are included may vary.
+    Ties are ordered by index; which of the scores tied for the last place are included may vary.
     """
     index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
     best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)

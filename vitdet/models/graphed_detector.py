@@ -1,4 +1,4 @@
-"""Detection with CUDA graphs (`vitdet.kernels.cuda_graph`), if detector and device support it."""
+"""Detection with CUDA graphs (`vitdet.kernels.cuda_graph`), if detector and device support them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class GraphedDetector:
         return GraphedDetector, (self.detector, self.context)
 
     def find(self, images: Tensor, sizes: Tensor) -> Output:
-        """Return the pyramid's maps, scored proposals, slots of detections, and their masks."""
+        """Return the pyramid's maps, scored proposals, detections and, with a mask head, masks."""
         assert isinstance(self.detector, Detector)
         with self.context():
             features, scored, found = self.detector.find(images, sizes)

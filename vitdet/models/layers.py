@@ -23,7 +23,7 @@ NORM_EPS = 1e-6  # epsilon of LayerNorms in ViT and ViTAE, and between the pyram
 class ConvNorm(nn.Module):
     """Convolution without bias, then LayerNorm over the channels: (B, C, H, W) -> (B, C', H, W).
 
-    Without `norm`, only a convolution with bias.
+    Without `norm`, the layer is only a convolution with bias.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Blocks(nn.ModuleList):
 
 
 class DropPath(nn.Module):
-    """In training, drop an image's residual path with probability `rate`, or else scale it.
+    """In training, drop an image's residual path with probability `rate`; otherwise, scale it.
 
     The scale is 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382). `keep` is a
     tensor: with a number, as in timm, torch.compile would compile each block separately.

@@ -60,7 +60,7 @@ def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
     """Return which cells (R, size, size) of boxes (R, 4) have their center inside the mask.
 
     A cell is inside if the directions of the edges that cross its row to the left of its center do
-    not cancel: each edge adds its direction to all cells to the right of the crossing.
+    not cancel out: each edge adds its direction to all cells to the right of the crossing.
     """
     first, last = masks.spans.unbind(1)
     ends = (last - first).cumsum(0)

@@ -141,7 +141,7 @@ class RoIHeads(nn.Module):
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """Return the detections, sorted by score, from more candidates if there were too few."""
+        """Return the detections, sorted by score; select again if the candidates were too few."""
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -187,7 +187,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
         """Sample foreground and background from proposals (B, N, 4) and ground-truth boxes."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
-        # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
+        # Match proposals and GT boxes separately; otherwise each GT box would match itself best.
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
@@ -199,7 +199,7 @@ class RoIHeads(nn.Module):
     def reassign(
         self, stage: int, refined: Tensor, filled: Tensor, targets: Targets, sizes: Tensor
     ) -> Assigned:
-        """Clip the previous stage's boxes, and assign ground truths by this stage's IoU."""
+        """Clip the previous stage's boxes; assign ground truths by this stage's IoU threshold."""
         boxes = clip(refined, sizes)
         filled = filled & nonempty(boxes)
         boxes = torch.where(filled[..., None], boxes, 0.0)
@@ -284,7 +284,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) to compute: the filled ones; on a GPU all, to avoid synchronizing."""
+    """Return the slots (R,) to compute: the filled on a CPU; else all, to avoid synchronizing."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()

@@ -37,8 +37,8 @@ def pool(
 ) -> Tensor:
     """Pool features (R, C, bins, bins) of boxes (R, 4) in image (R,) from maps (B, C, h, w).
 
-    A bin has `sampling_ratio` points per axis; 0 adapts them to the RoI's size, as in the published
-    models. Image -1 marks an empty slot, whose features are finite but undefined.
+    A bin has `sampling_ratio` points per axis; if 0, their number depends on the RoI's size, as in
+    the published models. Image -1 marks an empty slot, whose features are finite but undefined.
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])

@@ -1,8 +1,8 @@
 """Region proposal network: objectness and box deltas for every anchor, proposals, and losses.
 
 Ren et al., Faster R-CNN (arXiv:1506.01497); hyperparameters as in Detectron2's ViTDet configs.
-Notation: B images, C channels, h x w cells of a level, A anchors per cell, N anchors (of a level:
-h w A) or slots for proposals.
+Notation: B images, C channels, h x w cells of a level, A anchors per cell, N anchors (h w A on
+a level) or slots for proposals.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (B, N, 4) sorted by their objectness logits (B, N), and the filled slots (B, N)."""
+    """Boxes (B, N, 4) by descending objectness logit (B, N), and which slots are filled (B, N)."""
 
     boxes: Tensor
     logits: Tensor
@@ -49,7 +49,7 @@ class RPN(nn.Module):
     Args:
         strides: the levels' strides.
         anchor_scale: side of a square anchor, in strides of its level.
-        norm, eps: whether an LN follows each convolution, and its epsilon.
+        norm, eps: whether a LayerNorm follows each convolution, and the LayerNorms' epsilon.
         match: assigns ground truths to anchors.
         min_log_scale: limits how much a box can shrink.
         divide_by_sampled: divide the losses by the number of sampled anchors instead of `samples`
@@ -110,7 +110,7 @@ class RPN(nn.Module):
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Map one level (B, C, h, w) to logits (B, A, h, w) and deltas (B, 4 A, h, w).
 
-        One product computes both; its width is padded to a multiple of 8 for tensor cores.
+        One matrix product computes both; its width is padded to a multiple of 8 for tensor cores.
         """
         for block in self.convs:
             feature = F.relu(block(feature))
@@ -123,7 +123,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(self, found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
-        """Return the best boxes of each image after level-wise NMS, clipped to its size.
+        """Return each image's best boxes after level-wise NMS, clipped to the image.
 
         `sizes` (B, 2) are the unpadded (height, width). `top` limits the boxes per level before
         NMS, and per image after NMS.
@@ -154,7 +154,7 @@ class RPN(nn.Module):
         return matched, sample(matched, self.samples, self.positive_fraction, self.choose)
 
     def losses(self, found: Anchored, targets: Targets) -> dict[str, Tensor]:
-        """Return loss_rpn_cls over the sampled and loss_rpn_loc over the foreground anchors."""
+        """Return loss_rpn_cls (sampled anchors) and loss_rpn_loc (sampled foreground anchors)."""
         anchors = torch.cat(found.anchors)
         logits, deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
         matched, sampled = self.sample(anchors, targets)
@@ -162,7 +162,7 @@ class RPN(nn.Module):
         if self.divide_by_sampled:
             background = sampled.filled & ~sampled.foreground
             kinds = torch.stack([sampled.foreground.sum(1), background.sum(1)])
-            number = kinds.clamp(min=1).sum()  # at least one each, as in mmdet
+            number = kinds.clamp(min=1).sum()  # at least 1 of each kind per image, as in mmdet
         index, foreground = sampled.chosen[:, : sampled.most], sampled.foreground[:, : sampled.most]
         chosen = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))

@@ -53,7 +53,7 @@ def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """Create ViTAE-B's parallel convolutions, 4 channels per group; they keep (B, C, H, W)."""
+    """Create ViTAE-B's parallel convolutions, with C / 4 groups; they keep (B, C, H, W)."""
     return nn.Sequential(*_two_convs(dim, hidden, dim // 4))
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Best:
     """The highest value of a metric over a run's evaluations; the earliest one in a tie.
 
-    All ranks have the same metrics and come to the same decisions; only rank 0 writes files.
+    All ranks have the same metrics and make the same decisions; only rank 0 writes files.
 
     Attributes:
         metric: name of the metric.

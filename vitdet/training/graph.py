@@ -86,7 +86,7 @@ class GraphedGradients:
         torch._foreach_copy_(gradients, kept)
 
     def make_room(self) -> None:
-        """Clear the graphs for a step that may not fit into memory together with them."""
+        """Clear the graphs for a step that may not fit into memory alongside them."""
         self.graph.clear()
         self.clearings += 1
         if self.clearings == CLEARINGS and distributed.rank() == 0:
@@ -109,7 +109,7 @@ class GraphedGradients:
 def can_be_graphed(detector: nn.Module) -> bool:
     """Return whether a forward and backward pass changes only the gradients.
 
-    BatchNorm also changes its statistics, activation checkpointing the random state.
+    BatchNorm also changes its statistics; activation checkpointing changes the random state.
     """
     return not any(
         isinstance(module, nn.modules.batchnorm._BatchNorm)

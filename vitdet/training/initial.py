@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def fresh_detector(
     config: Config, split: CocoSplit, source: str | Path | None, device: torch.device
 ) -> Detector:
-    """Build the detector with the weights in `source`, or random weights from train.seed if None.
+    """Build the detector with the weights in `source`; None: random weights from train.seed.
 
     The class weights of the federated loss are computed from the training images.
     """
@@ -34,6 +34,6 @@ def fresh_detector(
             log.info("%s: %s", source, note)
     classification = detector.roi_heads.classification
     if isinstance(classification, FederatedClassification):
-        # the class weights in the file were computed from different images
+        # the class weights in the file may have been computed from different images
         classification.class_weights.copy_(odds)
     return detector

@@ -37,7 +37,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if evaluations measure no AP, or not the metric of keep_best or patience."""
+    """Raise ValueError unless evaluations measure AP and the metric of keep_best or patience."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
         read_validation(config.data, config.evaluate)

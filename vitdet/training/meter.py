@@ -79,7 +79,7 @@ class Meter:
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Return the mean metrics, the images/s, the data wait (s) and the memory (GB).
+        """Return the mean metrics, the images/s, the data wait (s/step) and the memory (GB).
 
         skipped_steps is the number of skipped steps; if all steps were skipped, there are no means.
         Restarts the meter. Synchronizes all processes, and raises the errors of `state`.

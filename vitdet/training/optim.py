@@ -53,7 +53,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # not LayerNorm's subclasses, as in Detectron2: channel norms of pyramid and heads are decayed
+    # not LayerNorm's subclasses, as in Detectron2: norms of pyramid and heads are decayed
     norms = {
         name
         for name, module in detector.named_modules()

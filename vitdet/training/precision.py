@@ -1,6 +1,6 @@
 """Precision of training: bf16, fp16 or fp32, and TF32 on GPUs.
 
-fp16, with which the published ViTDet was trained, is for GPUs without bf16: it needs a gradient
+fp16, with which the published ViTDet was trained, is for GPUs without bf16; it needs a gradient
 scaler (`vitdet.training.step`).
 """
 

@@ -29,11 +29,11 @@ def states_folder(
     prints: dict[str, str],
     source: str | Path | None,
 ) -> Path:
-    """Return the folder of the training states: a subfolder of `checkpoints`, if given.
+    """Return the folder of the training states: output/checkpoints or a subfolder of `checkpoints`.
 
-    The name of the subfolder is a digest of everything that determines the weights. If it does not
-    exist, an existing folder of the same run is used: one with a different optim.steps or
-    train.patience that this run can resume, or one named by version 0.1.
+    The subfolder's name is a digest of everything that determines the weights. If this subfolder
+    has no states, an existing folder of the same run is used: one named by version 0.1, or one
+    with a different optim.steps or train.patience whose states this run can resume.
 
     Args:
         config: the settings of the run.
@@ -94,8 +94,8 @@ def state_to_resume(
     if len(set(newest)) > 1:
         raise ValueError(
             f"{states.folder}: the processes found states from different steps "
-            f"({', '.join(map(str, newest))}); this must be one folder that all processes "
-            "share; if it is, run the same command again"
+            f"({', '.join(map(str, newest))}); all processes must share one folder; "
+            "if they do, run the same command again"
         )
     state = _agreed_state(states)
     distributed.reraise_on_all_ranks(
@@ -107,7 +107,7 @@ def state_to_resume(
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     """Return the newest state up to step `up_to` that is intact on all ranks.
 
-    Adds the states that any rank found damaged to `states.damaged`. The evaluation is rank 0's.
+    Adds the states that any rank found damaged to `states.damaged`. The evaluation is from rank 0.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0

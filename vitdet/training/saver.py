@@ -23,7 +23,7 @@ class Saver:
     enqueued after the step, and only the thread waits for them.
 
     An error in the thread is raised by the next call of `check`, `save` or `wait`. On exit from the
-    context, a pending write is completed.
+    context, a pending write is completed; KeyboardInterrupt limits the wait to ABANDONED seconds.
     """
 
     def __init__(self, states: Checkpoints) -> None:

@@ -95,7 +95,7 @@ class TrainingStep:
 
     def distribute(self) -> None:
         """Broadcast rank 0's weights; from now on, average the gradients over all ranks."""
-        # initial weights differ in their last bits between CPU models
+        # initial weights may differ in their last bits between CPU models
         weights = (*self.detector.parameters(), *self.detector.buffers())
         distributed.broadcast(t.detach() for t in (*weights, *self.average.weights.values()))
         if self.graphed is None:

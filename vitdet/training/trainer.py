@@ -77,7 +77,7 @@ def train(
         profile: write a trace of a few steps to output/profile; disables train.compile.
 
     Raises:
-        ValueError: `output` contains another run, or the data is invalid.
+        ValueError: `output` contains another run, the data is invalid, or training diverges.
         Stopped: on SIGTERM, SIGINT or SIGHUP, after the state is saved.
     """
     check_tracking(config.tracking)
@@ -199,7 +199,7 @@ class Loop:
         if "best" in state:  # not in states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:
-            self.evaluated = 0  # best.pt is lost: evaluate this step again if it is due
+            self.evaluated = 0  # best.pt is lost: repeat this step's evaluation, if due
 
     def run(self, start: int) -> int:
         """Run from step `start` to the end or early stopping; return the number of steps completed.
@@ -246,7 +246,7 @@ class Loop:
         return step == self.config.optim.steps or step % self.config.train.eval_every == 0
 
     def train_step(self, step: int, limit: float = 0.0) -> float:
-        """Run one step; return its learning rate. limit: the watchdog's, in seconds."""
+        """Run one step; return its learning rate. limit: for the watchdog, in seconds."""
 
         def at(stage: Stage) -> None:
             self.watchdog.at(step + 1, stage, limit)

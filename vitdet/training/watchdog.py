@@ -53,7 +53,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Beat:
-    """The published progress of a rank: its stage, the seconds in this stage, and the limit."""
+    """The published progress of a rank: step, stage, seconds in this stage, and their limit."""
 
     step: int
     stage: int
@@ -62,7 +62,7 @@ class Beat:
     host: str = ""
     pid: int = 0
     number: int = 0  # sequence number of the publication
-    received: int = 0  # signal, or 0
+    received: int = 0  # the signal that the rank received, or 0
     doing: str = ""
     done: bool = False
     silent: float = 0.0  # seconds since the publication, by the reader's clock
@@ -243,5 +243,5 @@ def watching(stop: Stop) -> Iterator[Watchdog]:
     except Stopped:
         watchdog.finish()
         raise
-    # Not after another error: the watchdogs of the other ranks must notice that this rank stopped
+    # Not called after other errors: the other ranks' watchdogs must notice that this rank ended
     watchdog.finish()

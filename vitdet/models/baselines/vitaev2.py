@@ -67,7 +67,7 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions, in windows of side `window` or over all tokens (0).
+    """Attention without positions, in windows of side `window` or, if 0, over all tokens.
 
     E may differ from C. With `keep_values`, the values are added to the result.
     """
