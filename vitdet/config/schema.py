@@ -155,9 +155,7 @@ class DataConfig(Section, prefix="data."):
     antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
     keep_empty: bool = False  # also train on images without objects, as background
     redraw_empty: bool = False  # replace a crop without objects by another image's crop (mmdet)
-    repeat_threshold: Fraction = (
-        0.0  # oversample classes found in less than this fraction of images
-    )
+    repeat_threshold: Fraction = 0.0  # oversample classes in less than this fraction of all images
     # larger images are rejected before decoding; the upper bound is Pillow's limit
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")

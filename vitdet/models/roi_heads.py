@@ -284,7 +284,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) to compute: the filled on a CPU; else all, to avoid synchronizing."""
+    """Return the slots (R,) to compute: filled slots on a CPU; else all, to avoid synchronizing."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()
