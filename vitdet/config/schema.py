@@ -144,7 +144,7 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # use only this many images per split: the first by id that contain an object; 0: all
+    # images per split: the first by id with an object (keep_empty: any training images); 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
@@ -163,7 +163,7 @@ class DataConfig(Section, prefix="data."):
     # bit depth of gray images with more than 8 bits (cameras store 12 bits in 16); 0: from the file
     bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
-    workers: Workers = field(default=4, metadata=operational("samples depend on seed, position"))
+    workers: Workers = field(default=4, metadata=operational("the samples are the same"))
 
 
 @dataclass(frozen=True)
