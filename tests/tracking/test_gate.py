@@ -134,7 +134,7 @@ def test_confidence_ignores_resamples_without_objects_and_needs_ten_images() -> 
     gate = GateConfig(confidence=0.95)
     assert decide(gate, among_empty(10, 10), among_empty(10, 1)).passed
     found = decide(gate, among_empty(9, 9), among_empty(9, 1))
-    reason = "needs 10 images with objects, and the validation data has 9"
+    reason = "needs at least 10 images with objects, and the validation data has 9"
     assert not found.passed and reason in found.reason
 
 

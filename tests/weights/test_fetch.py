@@ -126,7 +126,7 @@ def test_a_checksum_prefix_is_verified_and_one_in_the_name_is_a_hint(
 @pytest.mark.parametrize(
     ("size", "says"),
     [
-        (len(CONTENT), "some: no checksum is published; only its size was verified"),
+        (len(CONTENT), "some: no checksum is published; only the size was verified"),
         (None, "some: neither a checksum nor a size is published; nothing was verified"),
     ],
 )

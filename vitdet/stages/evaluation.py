@@ -65,8 +65,8 @@ def evaluate(
 class Evaluation(NamedTuple):
     """The evaluation of a detector in a pipeline run.
 
-    known: whether the champion, if any, was evaluated on the same data with the same settings.
-    page: the URL of the detector's MLflow run, "" if there is no such page.
+    known: True if the champion was evaluated on the same data with the same settings, or if there
+    is no champion. page: the URL of the detector's MLflow run; "" if there is no such page.
     """
 
     metrics: dict[str, float]

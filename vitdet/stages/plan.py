@@ -128,7 +128,7 @@ def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[s
         if key in axes or key in fixed:
             raise ValueError(f"sweep {text!r}: {key} is set twice; set it only once")
         if repeated := next((value for value in values if values.count(value) > 1), ""):
-            raise ValueError(f"sweep {text!r}: {repeated} is given twice")
+            raise ValueError(f"sweep {text!r}: {repeated} is repeated; list each value once")
         axes[key] = [f"{key}={value}" for value in values]
     _check_count(1, [len(values) for values in axes.values()], 1)
     return [list(chosen) for chosen in itertools.product(*axes.values())]

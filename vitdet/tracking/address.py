@@ -33,7 +33,7 @@ def tracking_uri(uri: str, folder: Path) -> str:
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:
     """Return the URL of a run in MLflow's UI; "" if the store has no UI.
 
-    The environment variable MLFLOW_UI_URL replaces `uri` if browsers use a different address.
+    The environment variable MLFLOW_UI_URL, if set, is the address for browsers instead of `uri`.
     """
     base = os.environ.get("MLFLOW_UI_URL", "") or uri
     if not re.match(r"https?://", base, re.IGNORECASE):
@@ -45,8 +45,8 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 def _use_step_secret() -> None:
     """Set MLflow's variables from the pipeline step's Secret unless MLFLOW_TRACKING_URI is set.
 
-    The step has the Secret in VITDET_MLFLOW_*, as the MLflow plugin of Kubeflow Pipelines 2.17 sets
-    MLFLOW_*, and the API server rejects a pod or PyTorchJob that defines a variable twice.
+    The step has the Secret in VITDET_MLFLOW_*, as the API server rejects a pod or PyTorchJob that
+    defines a variable twice, and the MLflow plugin of Kubeflow Pipelines 2.17 sets MLFLOW_*.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return
@@ -73,7 +73,7 @@ class HidingFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = hide_credentials(record.getMessage()), ()
-        if record.exc_info:  # formatters print exc_text instead if it is set
+        if record.exc_info:  # formatters print exc_text, if set, instead of exc_info
             text = record.exc_text or logging.Formatter().formatException(record.exc_info)
             record.exc_text = hide_credentials(text)
         return True

@@ -6,11 +6,12 @@ with the champion's version.
 
 Processes that share a folder promote one at a time. Processes without a shared folder can promote
 at the same time, as MLflow cannot set an alias conditionally. Each process records its promotion in
-a tag, sets the alias and then reads all records. If a version promoted at about the same time is
-better, or if a user forced or restored a version in place of the same champion, the process sets
-the alias to that version and reads the records again. Whichever process sets the alias last
-therefore sets it to the best version; until then, the alias may refer to another version. If the
-process dies or loses the connection in between, promote the better version again.
+a tag and reads all records; if its version is the best, it sets the alias and reads them again. If
+a version promoted in the meantime is better, or if a user forced or restored a version in place of
+the same champion, the process sets the alias to that version and reads the records again. Whichever
+process sets the alias last therefore sets it to the best version; until then, the alias may refer
+to another version. If a process dies or loses its connection before it has finished, promote the
+better version again.
 """
 
 from __future__ import annotations
@@ -58,10 +59,7 @@ class Evaluated:
 
 
 def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protocol) -> Evaluate:
-    """Return a function that evaluates a champion as this candidate was evaluated.
-
-    config, class_names, protocol: those of the candidate's evaluation.
-    """
+    """Return a function that evaluates a champion with a candidate's config, classes and data."""
     from vitdet.evaluation.evaluator import evaluate_alike
 
     data = protocol.fingerprint
@@ -118,10 +116,11 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the champion under the same protocol.
 
-    The first candidate and the champion itself pass. A tie and a rolled-back version do not.
+    The first candidate and the champion itself pass unless `flaw` returns a reason. A tie or a
+    rolled-back version does not pass.
 
     Args:
-        evaluated: An earlier result of `evaluate_champion`.
+        evaluated: An earlier result of `evaluate_champion`, used if `evaluate` is not passed.
         evaluate: Evaluates the champion if no evaluation of it is stored. If neither this function
             nor `evaluated` is passed, the candidate is rejected in that case.
         version: The candidate's version; "" if it is not registered.

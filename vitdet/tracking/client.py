@@ -3,7 +3,7 @@
 MLflow's HTTP client (urllib3) retries requests after a lost connection and after status 408, 429
 and 5xx, with a back-off or after the time in Retry-After. It reads the number of retries from the
 environment for each request. During training, requests are not retried, as
-`vitdet.tracking.shipper` sends everything again later. Commands enable retries with `repeating`.
+`vitdet.tracking.shipper` sends the records again later. Commands enable retries with `repeating`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
-# SQLAlchemy's exceptions for a URI that is not a database; an OperationalError may be temporary.
+# SQLAlchemy's exceptions for a URI that is not a database's; an OperationalError may be temporary.
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # All threads share the environment and the loggers, so only one thread at a time may change them.
 LOCK = threading.RLock()
@@ -112,7 +112,7 @@ def open_client(uri: str) -> Client:
 def _cached_client(uri: str) -> Client:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # would log a new SQLite file's migrations
+    for name in ("alembic", "mlflow.store.db.utils"):  # they log a new SQLite file's migrations
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return Client(MlflowClient(uri, uri), uri, retries=False)
@@ -192,7 +192,7 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
 def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
     """Return the object that `find` returns or, if that is None, the one that `make` creates.
 
-    After a lost response, `find` is called again, so that the object is not created twice.
+    If `make` raises ConnectionError or FileExistsError, `find` checks whether the object exists.
     """
     for last in (False, False, True):
         if (found := find()) is not None:
@@ -212,7 +212,7 @@ def _is_denied(error: Exception, uri: str) -> bool:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of `requests`
+    status = getattr(getattr(error, "response", None), "status_code", None)  # errors of `requests`
     if getattr(error, "error_code", "") in DENIED or status in (401, 403):
         return True
     if not isinstance(error, RestException) or "error_code" in error.json:

@@ -14,8 +14,8 @@ from vitdet.tracking.history import champion_of
 from vitdet.tracking.mlflow import connect
 from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 
-# MLflow's status for KFP's final state of a run. KFP servers report COMPLETE or SUCCEEDED. Some
-# report RUNNING while the exit handler runs; the tag `best` then shows whether the run succeeded.
+# MLflow's status for KFP's final state of a run. KFP reports success as SUCCEEDED or COMPLETE. Some
+# servers report RUNNING while the exit handler runs; the tag `best` then indicates success.
 ENDS = {
     **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED"), "FINISHED"),
     **dict.fromkeys(("CANCELLED", "CANCELED"), "KILLED"),
@@ -84,7 +84,7 @@ def compare(
     Args:
         rows: For each training run with a verdict, its name, val_fingerprint, evaluate_settings,
             run_id, passed, reason and metrics.
-        failures: {name: reason} of the training runs with a failed step.
+        failures: {name: reason} of the training runs that did not succeed.
         settings: {name: {setting: value}} of the settings that vary among a recipe's training runs.
 
     Returns the tables as Markdown, as Markdown with links to MLflow, and as an HTML page. Raises

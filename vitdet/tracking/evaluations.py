@@ -103,15 +103,15 @@ def add_matches(
 ) -> None:
     """Store the matches of an evaluation whose metrics are already stored with a version.
 
-    metrics: metrics of the evaluation in `plots`. If these metrics differ from the stored ones, or
-    if matches are already stored, logs a warning and stores nothing.
+    metrics: metrics of the evaluation in `plots`. Logs a warning and stores nothing if they differ
+    from the stored ones, if matches are already stored, or if the version has no logged model.
     """
     model, reason = model_id_of(version), ""
     known = tags_of(known_metrics(version, protocol))
     if not model:
         reason = "the version has no logged model"
     elif not known or known != tags_of(metrics):
-        shown = f"({tags_of(metrics)}, not {known or 'unknown'})"
+        shown = f"({tags_of(metrics)}; stored: {known or 'none'})"
         reason = f"they are from a different evaluation than the version's metrics {shown}"
     elif _has_matches(client, version, protocol):
         reason = "the version already has matches of this evaluation"
@@ -148,8 +148,8 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
         expected = metrics.get(key)
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
             raise ValueError(
-                f"{path}: from a different evaluation than the metrics ({key} {ap:.6g}, not "
-                f"{'unknown' if expected is None else f'{expected:.6g}'}); run `vitdet evaluate` "
+                f"{path}: from a different evaluation than the metrics ({key} {ap:.6g}; metrics: "
+                f"{'none' if expected is None else f'{expected:.6g}'}); run `vitdet evaluate` "
                 "with --output and --plots and register both results"
             )
     return Evaluation(metrics, matches)

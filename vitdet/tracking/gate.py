@@ -20,7 +20,7 @@ from vitdet.evaluation.matches import Matches
 class Evaluation:
     """Metrics by name (AP in percent), and per-image matches by kind ("bbox", "segm").
 
-    `matches` is empty if they were not stored; `remedy` is the advice if the gate needs them.
+    `matches` is empty if none were stored; `remedy` is the advice for a gate that needs matches.
     """
 
     metrics: Mapping[str, float | None]
@@ -127,8 +127,8 @@ def compare(
     if found is None or found.is_significant is None:
         return Verdict(
             False,
-            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, and the "
-            f"validation data has {found.images if found else 0}",
+            f"{reason}, but gate.confidence needs at least {MIN_IMAGES} images with objects, "
+            f"and the validation data has {found.images if found else 0}",
         )
     certain = found.low > gate.min_gain
     return Verdict(

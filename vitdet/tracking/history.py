@@ -23,7 +23,7 @@ RECENT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Event:
-    """A version became champion at `time` (ISO 8601, UTC) and replaced version `before` (or "")."""
+    """A version became champion at `time` (ISO 8601, UTC). before: the previous one; "": none."""
 
     time: str
     version: str
@@ -110,7 +110,7 @@ def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return other versions' events at about the time of `own`, whose process may have missed them.
+    """Return other versions' events within RECENT of `own` that its process may have missed.
 
     Events that a user has since undone, by a rollback or by forcing another version, are excluded.
     """

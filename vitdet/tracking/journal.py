@@ -29,8 +29,8 @@ PENDING = "pending-"  # prefix of the run's ID until a server has assigned an ID
 class Journal:
     """The records of one run, each with its `time` in milliseconds since 1970.
 
-    A record has the key `start`, `tags` or `end`, the keys `points` ({metric: value}) and `step`,
-    or the keys `resume` and `changed`. Earlier versions also wrote the keys `file` and `folder`.
+    A record has the key `start`, `tags` or `end` (optionally `ended`), `points` ({metric: value})
+    and `step` (optionally `renew`), or `resume` and `changed`; in old files, `file` and `folder`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -124,8 +124,8 @@ class Journal:
     def batches(self, max_points: int) -> Iterator[tuple[list[dict], int]]:
         """Yield batches of the records to send, each with the offset of the next line.
 
-        Consecutive records of metrics share a batch of up to `max_points` values; every other
-        record is a separate batch.
+        Consecutive records of metrics share a batch of up to `max_points` values. Each record with
+        `renew` or without metrics is a separate batch.
         """
         batch: list[dict] = []
         size, offset = 0, self.cursor()[1]
@@ -195,9 +195,9 @@ def journals(folder: Path) -> list[Journal]:
 
 
 def unfinished(folder: Path, output: str, params: dict) -> str | None:
-    """Return the pending ID of an earlier run with this output and params but no metrics, if any.
+    """Return the pending ID of an unfinished run with this output and params but no metrics.
 
-    Marks other runs with this output as KILLED if they have no end record.
+    Returns None if there is none. Marks other runs with this output as KILLED unless they ended.
     """
     found = None
     for journal in journals(folder):

@@ -98,7 +98,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_measured(path: Path) -> Measured | None:
-    """Return the provenance of the metrics or matches in this file; None if it is unknown."""
+    """Return the provenance of the metrics or matches in a file; None if missing or outdated."""
     file = beside(path)
     try:
         content = json.loads(file.read_text())
@@ -167,7 +167,7 @@ def _agree(ours: Config, theirs: Config) -> bool:
 
 
 def _fingerprint_now(config: Config, own: Config, stored: Mapping) -> str:
-    """Return the validation split's current fingerprint; if data is missing, the stored one."""
+    """Return the current fingerprint; if data is missing, the stored one for the same settings."""
     try:
         return fingerprint(config.data, config.data.val_split)
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 Every record is first written to a journal on disk (`vitdet.tracking.journal`), which takes
 microseconds; a thread sends the records in batches (`vitdet.tracking.shipper`). A server that is
-slow or unavailable therefore costs training no time: the records are sent when it responds again,
+slow or unavailable therefore hardly delays training: the records are sent when it responds again,
 at the end, or by the next process that opens the run. Nothing is logged twice.
 """
 
@@ -207,8 +207,8 @@ def log_metrics(
 ) -> str | None:
     """Add values, files ({path: artifact folder}) and tags to an ended run; return the run's ID.
 
-    Values that the run already has are not added again. Logs a warning and returns None if the
-    server does not have the run.
+    Values that the run already has are not added again. Logs a warning and returns None if neither
+    the server nor the journal has the run.
     """
     server, journal = tracking_uri(uri, folder), find(folder, run_id)
     points = {key: float(value) for key, value in values.items()}
@@ -254,8 +254,8 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
 def connect_run(run_id: str | None, uri: str, folder: Path) -> tuple[Client, str | None]:
     """Send the remaining records of a run; return a client, and the run's ID in MLflow.
 
-    Raises the errors of `connect`, and UnknownRunError, a LookupError, if the server does not have
-    the run.
+    Raises the errors of `connect`, and UnknownRunError, a LookupError, if neither the server
+    nor the journal has the run.
     """
     client = connect(uri, folder)
     if not run_id:

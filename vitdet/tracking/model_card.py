@@ -25,7 +25,7 @@ WORST = 5
 
 
 class InitialWeights(NamedTuple):
-    """Initial weights of a training run. warning: license terms that restrict use, or ""."""
+    """Initial weights of a training run. warning: a problem with the license, or ""."""
 
     name: str
     what: str

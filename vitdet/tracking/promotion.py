@@ -38,10 +38,10 @@ def promote_version(
         uri, folder: The MLflow store, as for `tracking_uri`.
         config: The gate, and the data and settings of the evaluation. Default: the config with
             which the version was registered.
-        force: The reason for skipping the gate, which is stored. Default: the gate is applied.
+        force: The reason, to be stored, for skipping the gate. Default: the gate is applied.
 
     Raises LookupError if the model or version does not exist, and ValueError if the gate rejects
-    the version or cannot be applied.
+    the version or cannot be applied, or if a version to be forced is already the champion.
     """
     client = open_store(uri, folder)
     number = version or _alias(client, model_name, CANDIDATE, "select a version with --version N")
@@ -105,8 +105,8 @@ def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[
         existing = [number for number in earlier if number in numbers]
         if not existing:
             raise ValueError(
-                f"{model_name}: no existing version was champion before version {current}; choose "
-                f"one with `vitdet promote {model_name} --version N`"
+                f"{model_name}: no existing version was champion before version {current}; select "
+                f"a version with `vitdet promote {model_name} --version N`"
             )
         event = existing[0], history.ROLLED_BACK, current, reason
         history.set_champion(client, model_name, *event)

@@ -116,8 +116,8 @@ def log_evaluation(
 ) -> str | None:
     """Log an evaluation to the MLflow run that trained the checkpoint; return the run's ID.
 
-    Returns None if nothing is logged: without MLflow, or if the run or its store does not exist,
-    e.g. because the checkpoint was copied from another machine.
+    Returns None if nothing is logged: without MLflow, if the server's address is invalid, or if the
+    run or its store does not exist, e.g. for a checkpoint from another machine.
 
     Args:
         config: The config with the server's address. Default: the config in the checkpoint.

@@ -87,7 +87,7 @@ def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]])
 
 
 def mean_deviation(values: Sequence[float]) -> str:
-    """Format mean and sample standard deviation, or a single value without a deviation."""
+    """Format mean and sample standard deviation, `1.00 ± 0.10`; one value: `1.00`; none: `-`."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"

@@ -21,9 +21,7 @@ class Entry:
     name: str
     what: str
     url: str = ""
-    format: str = (
-        ""  # a name of vitdet.weights.formats.FORMATS; "" if the file ships with the package
-    )
+    format: str = ""  # a key of vitdet.weights.formats.FORMATS; "" if packaged
     license: str = NOT_PUBLISHED
     recipe: str = ""  # detectors: the recipe that builds the model and trains it
     ap: tuple[float, float] | None = None  # detectors: published box AP, mask AP
@@ -32,7 +30,8 @@ class Entry:
     md5: str = ""
     md5_of_name: bool = False  # the md5 is inferred from the file name, not published as such
     other: str = ""  # name of an alternative, if pre-trained weights cannot be downloaded
-    # file: direct download; page: download in a browser; dead: broken link; none: never published
+    # packaged: included in this package; file: direct download; page: download in a browser;
+    # dead: broken link; none: never published
     state: Literal["packaged", "file", "page", "dead", "none"] = "file"
 
     @property

@@ -42,7 +42,7 @@ def fetch_published(
     mirror: str = "",
     local: Path | None = None,
 ) -> Path:
-    """Fetch a file in the catalog to a folder, by default the cache; a cached file is copied.
+    """Fetch an entry's file to a folder, by default the cache; copy a packaged or cached file.
 
     `show` creates the progress display of a download. Raises the errors of `fetch`.
     """
@@ -87,8 +87,8 @@ def fetch(
     """Download, verify and convert an entry's file, unless it exists in the folder.
 
     `local` is a copy of the published file to use instead of a download. Raises the errors of
-    `download`, and ValueError if the file is not the published one, cannot be converted, or cannot
-    be downloaded.
+    `download`, FileNotFoundError if `local` does not exist, and ValueError if the file is not the
+    published one, cannot be converted, or cannot be downloaded.
     """
     target = folder / entry.file
     if target.is_file():
@@ -139,7 +139,7 @@ def verify(path: Path, entry: Entry) -> bool:
             entry.name,
             "neither a checksum nor a size is published; nothing was verified"
             if entry.size is None
-            else "no checksum is published; only its size was verified",
+            else "no checksum is published; only the size was verified",
         )
     return bool(entry.sha256 or (entry.md5 and not entry.md5_of_name))
 
@@ -160,7 +160,7 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
 
 
 def _convert_atomically(source: Path, target: Path, convert: Convert) -> None:
-    """Convert in a temporary folder; if the process is killed, the next process removes it."""
+    """Convert in a temporary folder, which the next process removes if this one is killed."""
     temporary = target.with_name(f".{target.stem}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

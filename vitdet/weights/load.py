@@ -1,8 +1,7 @@
-"""Loading of weights into a detector, in which only declared parameters keep their initial values.
+"""Loading of weights into a detector.
 
-A file contains a pre-trained backbone or a complete detector. If its classes differ, a detector's
-layers with one row per class are not loaded. Position embeddings and patch kernels of a different
-size are resized.
+A file contains a pre-trained backbone or a complete detector, and may lack only the parameters that
+`load_pretrained` lists. Position embeddings and patch kernels of a different size are resized.
 """
 
 from __future__ import annotations
@@ -103,9 +102,9 @@ def load_pretrained(
 ) -> Loaded:
     """Load the weights of a file into a detector.
 
-    Every tensor must match a parameter in shape, after resizing if possible. Every parameter of the
-    backbone (of the detector, if the file contains one) must be in the file, except those that the
-    format declares as missing and, if the classes differ, the layers with one row per class.
+    Every tensor must match a parameter in shape, after resizing if possible. A backbone's file may
+    lack parameters that its format declares as missing. A detector's file may lack the mask head or
+    have a surplus one; if its classes differ, its layers with one row per class are not loaded.
 
     Args:
         detector: the detector, changed in place.
@@ -151,8 +150,8 @@ def fitted(
         skipped = layers | mask_head
         if not skipped and class_names and not source.class_names:
             notes.append(
-                f"the number of classes ({len(class_names)}) is that of the file, which does not "
-                "name the classes: their layers are loaded"
+                "the file contains no class names, but the same number of classes "
+                f"({len(class_names)}): their layers are loaded"
             )
     weights, lines = _fit(weights, state, source, skipped, path)
     return weights, [*notes, *lines]
@@ -164,7 +163,7 @@ def has_mask_head(source: Source) -> bool:
 
 
 def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
-    """Return the tensor names of a mask head that only the file or the detector has, and a note."""
+    """Return the tensor names of a mask head in only the file or only the detector, and a note."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, state)
     )
@@ -178,7 +177,7 @@ def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
 def _other_classes(
     weights: Weights, state: Weights, theirs: tuple[str, ...], ours: tuple[str, ...]
 ) -> tuple[set[str], str]:
-    """Return the layers that are not loaded because the classes differ, and the reason."""
+    """Return the layers that are not loaded because classes or losses differ, and the reason."""
     if LOGITS not in weights or LOGITS not in state:
         return set(), ""
     there, here = len(weights[LOGITS]) - 1, len(state[LOGITS]) - 1

@@ -1,8 +1,8 @@
 """Reading of third-party weights files without running code from them.
 
 A .pkl may reference only the functions that create numeric arrays; they are replaced by our own,
-which check shape, type and length. A .pth is read with torch.load(weights_only=True); objects other
-than the weights (options, configs, scores) become `Inert`.
+which check shape, type and length. A .pth is read with torch.load(weights_only=True); other known
+objects (options, configs, scores) become `Inert` or an OrderedDict.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
 
 
 class Inert:
-    """Replaces any object other than the weights."""
+    """A placeholder for an object of a class in OBJECTS, whose content is not needed."""
 
     def __init__(self, *values: object) -> None:
         """Ignore the arguments."""
@@ -61,7 +61,7 @@ class _ForbiddenError(Exception):
 
 
 def read_file(path: Path) -> dict:
-    """Read a weights file: tensors by name from .safetensors and .npz, data from .pth and .pkl.
+    """Read a weights file: tensors by name from .safetensors and .npz, any dict from .pth and .pkl.
 
     Raises FileNotFoundError, and ValueError if the file is truncated, is of a different kind, or
     could run code.

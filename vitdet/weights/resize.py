@@ -14,7 +14,7 @@ RELATIVE = re.compile(r"backbone\.blocks\.\d+\.attn\.rel_pos_[hw]")
 
 
 def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Resize the tensor with vitdet's `name` to `shape`; None if it cannot be resized."""
+    """Resize a tensor to `shape`; None if it cannot be resized. name: its name in vitdet."""
     if name == "backbone.pos_embed" and tensor.dim() == 4 and tensor.shape[3] == shape[3]:
         return resize_grid(tensor, (shape[1], shape[2]))
     if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:
@@ -41,9 +41,9 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
 def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
     """Resize a patch embedding (C, 3, P, P) to (C, 3, patch, patch), bicubic.
 
-    MAE's ViT-H has patches of 14 pixels, ViTDet's of 16. This is the interpolation that the authors
-    of ViTDet used, according to R. Hu in facebookresearch/long_seq_mae, issue 2; their converted
-    file, mae_pretrain_vit_huge_p14to16.pth, was published without a script.
+    MAE's ViT-H has 14 x 14 pixel patches, ViTDet's has 16 x 16. This is the interpolation that the
+    authors of ViTDet used, according to R. Hu in facebookresearch/long_seq_mae, issue 2; their
+    converted file, mae_pretrain_vit_huge_p14to16.pth, was published without a script.
     """
     return _bicubic(kernel.float(), (patch, patch))
 
@@ -51,10 +51,10 @@ def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
 def rescale_relative_positions(
     weights: dict[str, Tensor], scaled: bool, wanted: bool
 ) -> dict[str, Tensor]:
-    """Rescale relative positions between models that apply them to the scaled or unscaled query.
+    """Rescale relative positions for a model that applies them to the scaled or unscaled query.
 
-    The function does not change, as q d^-0.5 . R = q . (d^-0.5 R). `scaled` is whether the weights
-    were trained with the scaled query, `wanted` whether the model uses it.
+    The attention logits do not change, as q d^-0.5 . R = q . (d^-0.5 R). `scaled` is whether the
+    weights were trained with the scaled query, `wanted` whether the model uses the scaled query.
     """
     if scaled == wanted:
         return weights

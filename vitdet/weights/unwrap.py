@@ -41,11 +41,11 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     plain = {name: PREFIX.sub("", name) for name in inside}
     plain = {name: short for name, short in plain.items() if short != COUNTER}
     prefixes = {found[0] for name in plain for found in PREFIX.finditer(name)}
-    removed = " and ".join(sorted(prefixes))
+    removed = f"prefix{'es' if len(prefixes) > 1 else ''} {' and '.join(sorted(prefixes))}"
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{path}: contains the same names with and without the prefix {removed}")
-    if removed:
-        notes.append(f"names: removed the prefix {removed}")
+        raise ValueError(f"{path}: contains the same names with and without the {removed}")
+    if prefixes:
+        notes.append(f"names: removed the {removed}")
     weights = {short: inside[name] for name, short in plain.items()}
     for part in layout.parts:
         names = [name for name in weights if name.startswith(part)]

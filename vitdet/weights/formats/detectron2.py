@@ -40,7 +40,7 @@ def _repeat_class_weights(weights: Weights) -> Weights:
 def _convs(
     theirs: str, ours: str, numbers: Iterable[tuple[int, int]], given: str = ""
 ) -> list[Row]:
-    """Return the rows of convolutions with norms, given their numbers in Detectron2 and vitdet."""
+    """Return the rows of convolutions with norms. numbers: those in Detectron2 and in vitdet."""
     return [
         Row(f"{theirs}{there}.{left}", f"{ours}{here}.{right}", given)
         for there, here in numbers

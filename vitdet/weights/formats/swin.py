@@ -30,7 +30,7 @@ def channels_first(tensor: Tensor) -> Tensor:
 
 def _swin(stages: str, text: str, prefix: str = "backbone.") -> tuple[Row, ...]:
     """Return the backbone's rows, given the name of its stages and the rows that differ."""
-    # Patch merging is at the end of a stage in mmdet, at the start of the next one in vitdet
+    # Patch merging ends a stage in both third-party formats; in vitdet, it starts the next stage
     lines = [f"{stages}.{s}.downsample.{{*}} layers.{s + 1}.downsample.{{*}}" for s in range(3)]
     lines += [f"norm{s}.{{}} norms.{s}.{{}}" for s in range(4)]
     lines += ["patch_embed.norm.{} patch_embed.norm.{}"]

@@ -49,15 +49,15 @@ class Format(NamedTuple):
     changes: Mapping[str, Change] = {}  # by our names
     dropped: tuple[str, ...] = ()  # their names that have no counterpart
     heads: tuple[str, ...] = ()  # their classifier heads, which are ignored but reported
-    before: Callable[[Weights], Weights] = same  # applied to their names, before the rows
+    before: Callable[[Weights], Weights] = same  # applied to their weights, before the rows
     after: Callable[[Weights], Weights] = same  # its inverse, when converting back
     wrappers: tuple[str, ...] = ()  # keys of the weights in the trainer's files, by precedence
-    parts: tuple[str, ...] = ()  # prefixes of the names in a file with other weights
+    parts: tuple[str, ...] = ()  # prefixes of the backbone's names in a larger model
     # A pre-trained backbone may lack the parameters `fresh` and have the surplus parameters `spare`
     # (our names). For a complete detector, neither is allowed.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    # whether relative positions apply to the scaled query; None: no positions, or see the file
+    # whether relative positions apply to the scaled query; None: no positions, or set in the file
     scaled: bool | None = None
 
 
