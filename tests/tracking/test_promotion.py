@@ -110,7 +110,7 @@ def test_without_a_shared_folder_the_better_of_two_keeps_the_alias(
     monkeypatch.setattr(history, "record", meanwhile)
     verdict = model.promote("3", 41.0, folder=tmp_path / "a")
     assert not verdict.passed
-    assert "version 2 with 42 was promoted at the same time" in verdict.reason
+    assert "version 2 with box AP 42 was promoted at the same time" in verdict.reason
     assert model.champion == "2"
     recorded = history.events(model.client, model.name)
     assert [event.version for event in recorded] == ["1", "2"]

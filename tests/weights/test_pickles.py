@@ -155,7 +155,7 @@ def test_invalid_arrays(tmp_path: Path) -> None:
     assert read_file(path)["w"].tolist() == [0, 0]
     path.write_bytes(array(b"(I1\nI1\nt", b"i2", b"\x01\x02", b">"))
     assert read_file(path)["w"].tolist() == [[258]]
-    huge = "the size of an array of shape (1000000000000000,): 8 bytes, not 4000000000000000"
+    huge = "an array of shape (1000000000000000,) has 8 bytes, expected 4000000000000000"
     made = b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     for content, says in (
         (array(b"(L1000000000000000L\nt"), huge),

@@ -172,8 +172,8 @@ def promote(
             previous, best = best, model.best(event, ap)
         if best[1] != version and all(e.before != version for e in events(client, model_name)):
             history.withdraw(client, model_name, event)
-            by_ap = best[0] <= 100
-            shown = f"with {best[0]:.4g} was promoted" if by_ap else "was made the champion"
+            shown = f"with {label(gate)} {best[0]:.4g} was promoted"
+            shown = shown if best[0] <= 100 else "was made the champion"
             return Verdict(False, f"{verdict.reason}; version {best[1]} {shown} at the same time")
     return verdict
 

@@ -213,7 +213,7 @@ def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray
         raise ValueError(f"an array has the invalid shape {shape!r}")
     dtype = kind.dtype()
     if (size := math.prod(shape) * dtype.itemsize) != len(raw):
-        raise ValueError(f"the size of an array of shape {shape}: {len(raw)} bytes, not {size}")
+        raise ValueError(f"an array of shape {shape} has {len(raw)} bytes, expected {size}")
     array = np.frombuffer(raw, dtype).reshape(shape, order=order)
     return np.asarray(array, dtype.newbyteorder("="), order="C")
 
