@@ -54,7 +54,7 @@ def run_name(config: Config, recipe: str, builtin: str) -> str:
 
 
 def description(config: Config, builtin: str, output: Path) -> str:
-    """Return this training run's command line as a Markdown code block.
+    """Return a command line that repeats this training run, as a Markdown code block.
 
     `tracking.uri` is omitted, as it may contain a password.
     """
