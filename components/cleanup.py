@@ -14,10 +14,10 @@ def clean_up(
     status: dsl.PipelineTaskFinalStatus,
     table: dsl.Output[dsl.HTML],
 ) -> None:
-    """End the MLflow parent run of this run and, unless `job_kind` is "", its training jobs.
+    """End this run's MLflow parent run and, unless `job_kind` is "" (local run), its training jobs.
 
-    If `compare` did not create the comparison table because of a failure, creates a table of the
-    training runs that finished, with the reasons why the others did not.
+    If `compare` did not create the comparison table because of a failure, create a table of the
+    finished training runs, with the reasons why the others did not finish.
     """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs

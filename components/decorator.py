@@ -1,8 +1,8 @@
 """The decorator of all components: no packages are installed when a pod starts.
 
-If VITDET_IMAGE is not set, the pipeline sets the image of the training job. The decorator is not in
-`components/__init__.py` because the steps import that package in pods, where kfp provides no
-decorators.
+If VITDET_IMAGE is not set, the pipeline runs the steps in the training job's image. The decorator
+is not in `components/__init__.py` because the steps import that package in pods, where kfp provides
+no decorators.
 """
 
 from functools import partial

@@ -15,7 +15,7 @@ def gate(
 ) -> str:
     """Compare the detector with the champion on the same data, as the gate's settings specify.
 
-    Returns "passed" or "stopped". The first model passes; a tie does not.
+    Returns "passed" or "stopped". The first model passes; a tie with the champion does not pass.
     """
     from components import run_id
     from vitdet import stages

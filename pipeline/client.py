@@ -82,7 +82,7 @@ class Server:
         return server_version(self.health)
 
     def namespace(self, asked: str) -> str:
-        """Return the namespace for requests; "" for a single-user server, which rejects any."""
+        """Return the namespace for requests; "" for a single-user server, which rejects others."""
         multi_user = bool(self.health.get("multi_user"))
         if multi_user and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
@@ -193,7 +193,7 @@ class Server:
         raise ServerError(f"{self.host} has no run or schedule {some_id}", 404)
 
     def pod_namespace(self, run: api.V2beta1Run) -> str:
-        """Return the namespace of a run's pods; a single-user server starts them in its own."""
+        """Return the namespace of a run's pods; a single-user server uses its own namespace."""
         experiment = self.experiments.experiment_service_get_experiment(
             experiment_id=run.experiment_id
         )
@@ -260,7 +260,7 @@ class Server:
 
 
 def find_marked(listed: Sequence[Any] | None, marker: str) -> Any | None:
-    """Return the run that was submitted with this marker as its description."""
+    """Return the run that was submitted with this marker as its description, or None."""
     return next((item for item in listed or () if item.description == marker), None)
 
 

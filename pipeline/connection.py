@@ -165,7 +165,7 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """Return the secret's value; an invalid one is rejected here, as http.client would print it."""
+    """Return a secret's value; raise ValueError if it is invalid, as http.client would print it."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         found = "other content" if text else "nothing"

@@ -84,7 +84,7 @@ SECRET = {
 # codes and deleted pods is a setting of the cluster that a compiled pipeline cannot contain:
 # manifests/pipelines.
 MAX_RETRY_TIME = "1296000s"
-# Autoscalers do not evict the launcher to free or replace its node.
+# Annotations with which autoscalers do not evict the launcher to free or replace its node.
 DO_NOT_DISRUPT = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
     "karpenter.sh/do-not-disrupt": "true",
@@ -267,7 +267,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
         )
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
-        # From the label: passed as an argument, the run ID would change the cache key in each run.
+        # From the label: as an argument, the run ID would change the cache key in each run.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
             kubernetes.add_pod_annotation(task, key, value)
@@ -280,7 +280,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
             if needs.gpus:
                 task.set_accelerator_type(GPU).set_accelerator_limit(1)
-                # on GKE a pod must select the pool to be scheduled to its nodes
+                # on GKE a pod must select the pool to be scheduled on its nodes
                 for key, value in needs.selector.items():
                     kubernetes.add_node_selector(task, key, value)
             keys = ("key", "operator", "value", "effect", "tolerationSeconds")

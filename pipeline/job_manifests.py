@@ -1,9 +1,9 @@
 """Read the YAML of the training jobs: kinds, nodes, image, GPUs, tolerations and node selector.
 
 Step `evaluate` needs the same GPUs and nodes as training. A PyTorchJob specifies them in its pod
-template. For a TrainJob they are merged from its runtime (another document) and its runtimePatches,
-of which later ones take precedence (Trainer 2.2: maps are merged, a list of tolerations is
-replaced); the resources of spec.trainer override those of the runtime.
+template. For a TrainJob they are merged from its runtime (another document) and its runtimePatches;
+later patches take precedence (Trainer 2.2: maps are merged, a list of tolerations is replaced), and
+the resources of spec.trainer override those of the runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KUEUE = "kueue.x-k8s.io/"
 
 
 def training_jobs(text: str) -> str:
-    """Return a YAML stream's training jobs as text: kfp converts integers in dicts to floats.
+    """Return a YAML stream's training jobs, as text because kfp would turn integers into floats.
 
     Raises ValueError for no training job, two of the same kind, or invalid YAML, and the errors of
     `validate`.
@@ -112,7 +112,7 @@ class Accelerators(NamedTuple):
 def accelerators(text: str) -> Accelerators:
     """Return the accelerators of the training job in a YAML stream.
 
-    If there are jobs of both kinds, uses the PyTorchJob, as overlays configure both alike. Raises
+    If there are jobs of both kinds, uses the PyTorchJob, as overlays configure both equally. Raises
     ValueError if a TrainJob sets no resources and its runtime is not among the documents.
     """
     documents = documents_of(text)

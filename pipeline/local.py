@@ -32,7 +32,7 @@ class Screen:
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self.screen, self.log = screen, log
-        self.line, self.depth = "", -1  # depth: indentation of a traceback that is being skipped
+        self.line, self.depth = "", -1  # depth: indentation of a traceback to skip, or -1
         self.in_outputs = False  # inside an output value, which kfp prints on several lines
 
     def write(self, text: str) -> int:

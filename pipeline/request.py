@@ -38,7 +38,7 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start runs (see `kubeflow_cron`), with up to `max_concurrency` (1..10) at a time."""
+    """When to start runs (see `kubeflow_cron`), and how many may run concurrently (1..10)."""
 
     expression: str
     max_concurrency: int = 1
@@ -76,7 +76,7 @@ def load_package(
 
 
 def read_package(package: Path) -> list[dict]:
-    """Return the pipeline and any Kubernetes part of it. Raises the errors of `load_package`."""
+    """Return the pipeline and, if any, its Kubernetes part. Raises the errors of `load_package`."""
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -90,7 +90,7 @@ def read_package(package: Path) -> list[dict]:
 
 
 def fit_package(package: Path, version: Version) -> list[str]:
-    """Remove the fields that this server version does not support; see `versions.fit`."""
+    """Remove the fields that this server version does not support; returns as `versions.fit`."""
     documents = read_package(package)
     lines = fit(documents, version)
     if lines:
@@ -117,8 +117,8 @@ def kubeflow_cron(expression: str) -> str:
     """Convert a schedule to Kubeflow's notation, whose first field is seconds.
 
     Kubeflow interprets the five fields of a crontab as seconds..months, so "0 3 * * *" would start
-    a run every hour; second 0 is therefore prepended. Six fields and @daily, @every 12h are kept.
-    Raises ValueError for anything else.
+    a run every hour; second 0 is therefore prepended. Six fields and expressions such as @daily or
+    @every 12h are kept. Raises ValueError for anything else.
     """
     if re.fullmatch(r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression):
         return expression
@@ -152,7 +152,7 @@ def check_recipes(
     seeds: int = 1,
     fetch: str = "",
 ) -> bool:
-    """Raise ValueError for settings the first step would reject; return whether all were checked.
+    """Raise ValueError for what the first step would reject; return whether it checked all recipes.
 
     vitdet checks the settings in a new process, as pipeline/ does not import vitdet's dependencies.
     Recipes whose files exist only on the cluster are checked by the first step, before data is

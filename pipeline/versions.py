@@ -3,8 +3,8 @@
 Servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for its
 Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
 v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Only Pipelines 2.5 ignores
-unknown fields of the Kubernetes part, but then also the annotations and labels of the step. `fit`
-removes the fields that a server does not support.
+unknown fields of the Kubernetes part, but then it also ignores the step's annotations and labels.
+`fit` removes the fields that a server does not support.
 """
 
 from __future__ import annotations

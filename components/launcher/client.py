@@ -81,7 +81,7 @@ def active_context() -> dict:
 
 
 def describe_namespace(namespace: str) -> str:
-    """Describe the namespace and cluster of the requests, for messages.
+    """Return text for messages that names this namespace and the cluster of the requests.
 
     Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
     A missing permission to read namespaces is not an error.
@@ -141,7 +141,7 @@ def _request_once(
 
 
 class JobClient:
-    """API requests for one job, retried while the API server does not respond or fails.
+    """API requests for one job, retried while the API server fails or does not respond.
 
     All methods except `watch`, `log` and `workloads` raise RuntimeError (one line) on timeout or if
     the request is rejected.
@@ -286,7 +286,7 @@ class JobClient:
     def watch(self, version: str, seconds: float) -> Iterator[dict]:
         """Yield the job's pods as they change, for `seconds`; ends early if the connection drops.
 
-        Also ends if the resource version is too old: the next list returns a new one.
+        Also ends if the resource version is too old: the next `pods` call returns a newer one.
         """
         try:
             for event in self.watcher.stream(

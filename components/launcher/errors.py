@@ -1,4 +1,4 @@
-"""A rejected request to the Kubernetes API in one line: the request, the reason, the remedy.
+"""Describe a rejected Kubernetes API request in one line: the request, the reason, the remedy.
 
 Three causes share status 403. An RBAC error names the account, the verb and the resource of the
 missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help. An
@@ -30,7 +30,7 @@ INVALID_FIELD = re.compile(
 
 
 def server_message(error: ApiException) -> str:
-    """Return the API server's message on one line; "" if it sent none, as for an unknown path."""
+    """Return the API server's message on one line; "" if it has none, e.g. for an unknown path."""
     try:
         return " ".join(json.loads(error.body)["message"].split())
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -43,7 +43,7 @@ def describe_outage(error: Exception) -> str:
 
 
 def may_be_admitted_later(error: ApiException) -> bool:
-    """Return whether a quota or an admission webhook rejected the request; a retry may succeed."""
+    """Return whether a quota or an admission webhook rejected the request: a retry may succeed."""
     message = server_message(error)
     if not 400 <= (error.status or 0) < 500 or INVALID_FIELD.search(message):
         return False

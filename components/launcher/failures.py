@@ -29,7 +29,7 @@ class Failures:
         self.found[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def out_of_memory(self) -> tuple[Cause, str] | None:
-        """Return an out-of-memory failure and the remedy, since a restart would not help."""
+        """Return an out-of-memory failure, which no restart can fix, and the remedy; else None."""
         for cause, lines in self.found.values():
             if cause.reason == OUT_OF_MEMORY and not cause.init:
                 return cause, (
@@ -38,13 +38,13 @@ class Failures:
                 )
             if any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
                 return cause, (
-                    "too many images for the GPU memory: the last line of the log names settings "
-                    "that need less memory; or use more or larger GPUs"
+                    "too many images for the GPU memory: change the settings that the last line "
+                    "of the log names, or use more or larger GPUs"
                 )
         return None
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
-        """Return the cause of a failure and the last log lines of the pod; "" if unknown."""
+        """Return the cause of a failure and the pod's last log lines; "" if the cause is unknown."""
         cause = (
             cause
             or root_cause(found for pod in pods if (found := failure_reason(pod)))

@@ -1,4 +1,4 @@
-"""Follow one job to its end: forward its log, detect why it does not start or fails.
+"""Follow one job to its end: forward its log, detect why it fails or does not start.
 
 The job is polled every few seconds rather than watched: a poll needs no state that a dropped
 connection or a restarted API server could lose. Between two polls the pods are watched, so that a
@@ -47,7 +47,7 @@ class Follower:
     training again.
 
     finished: returns whether training is complete; called if the job is gone or has failed.
-    end_reason: returns why the job must end if this process is stopped; "" leaves it running.
+    end_reason: returns why the job must end if this process is stopped; "": keep the job.
     first_attempt: whether this is the first attempt of the step. An existing failed job then dates
     from before the user retried the run.
     keep_logs: called when the job has ended, with the last lines of each rank by file name.
@@ -167,7 +167,7 @@ class Follower:
             "created", f"{self.name} exists from an earlier attempt of this step: {meaning}"
         )
         owners = self.job["metadata"].get("ownerReferences") or []
-        if owners:  # the exit handler removes the run from the owners of a job that outlives it
+        if owners:  # an exit handler removes the run from the owners of a job that outlives the run
             self.client.adopt([*without_run(existing), *owners])
         if failure:
             raise RuntimeError(failure)
@@ -241,7 +241,7 @@ class Follower:
                 self.stream_log(pod, final)
 
     def check_queue(self, job: dict, phase: str) -> None:
-        """Report why Kueue does not admit the job; give up if Kueue has no Workload for it."""
+        """Report why Kueue does not admit the job; give up if it stays suspended without one."""
         queue = queue_name(job)
         if not queue or (self.admitted and phase != "suspended"):
             return
@@ -311,7 +311,7 @@ class Follower:
                 self.stream_log(pod, final=True)
 
     def count_failures(self) -> None:
-        """End the job if it is out of memory or has had more errors than the allowed restarts.
+        """End the job if it ran out of memory or has had more errors than the allowed restarts.
 
         Disruptions are not limited. The errors of a TrainJob are limited by its runtime instead.
         """
@@ -334,7 +334,7 @@ class Follower:
             self.errors = errors
             self.client.annotate({ERRORS: str(errors)})
             if errors <= limit:
-                last = "; the next one ends the job" if errors == limit else ""
+                last = "; the next error ends the job" if errors == limit else ""
                 self.report("errors", f"errors: {errors} of at most {limit}{last}")
         if errors > limit:
             times = "1 time" if errors == 1 else f"{errors} times"

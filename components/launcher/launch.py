@@ -1,12 +1,12 @@
 """Start and delete training jobs: what a pipeline step and `python -m pipeline terminate` call.
 
 A job belongs to its pipeline run, not to the step's pod, which may be evicted or lost. The API
-server deletes the job together with the run's Workflow (ownerReference). The step deletes it when
-the step is stopped because the run is ending, and `delete_jobs` deletes all jobs of a run. The
-operator ends a job after its deadline (a TrainJob without delay). The training operator 1.9 checks
+server deletes the job together with the run's Workflow (ownerReference). A step that is stopped
+because the run is ending deletes its job, and `delete_jobs` deletes all jobs of a run. The operator
+ends a job after its deadline (a TrainJob without delay). The training operator 1.9 checks
 the deadline only when the job or one of its pods changes, and every 10 hours (its work queue for
-delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run that much
-longer. This operator deletes a finished PyTorchJob after its time to live; a TrainJob has none.
+delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run up to 10
+hours longer. This operator deletes a finished PyTorchJob after its time to live; TrainJobs have none.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def launch(
 ) -> None:
     """Train in a job of `nodes` pods; block until it has succeeded.
 
-    An existing job of the same run and recipe is followed, so that a step can be retried; if it has
-    failed, the retried step fails immediately with the same message.
+    An existing job of the same run and recipe is followed, so that a step can be retried; if that
+    job has failed, the retried step fails immediately with the same message.
 
     Args:
         template: YAML of the job.
@@ -153,7 +153,7 @@ def delete_jobs(
 
     Returns:
         The names of the deleted jobs, and one line for each job that was not deleted and each kind
-        that may not be listed, e.g. because the account may use only one operator. The line of a
+        that could not be listed, e.g. because the account may use only one operator. The line of a
         finished job states how long the job and its pods' logs are kept.
 
     Raises:

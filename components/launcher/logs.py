@@ -16,8 +16,8 @@ from typing import NamedTuple
 from components.launcher.client import JobClient
 from components.launcher.status import container_statuses, restart_count
 
-TAIL = 200  # lines of each rank that are kept
-MAX_PODS = 256  # pods whose lines are kept; a preempted TrainJob gets pods with new names
+TAIL = 200  # last lines of each rank that are kept
+MAX_PODS = 256  # number of pods whose lines are kept; a preempted TrainJob gets pods with new names
 MAX_FIRST_LINES = 1000  # in the first read of a pod's log, which is long if the job is adopted
 # seconds for which a restarted container's lines are held back while the log of its previous
 # instance, whose lines precede them, cannot be read

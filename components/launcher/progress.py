@@ -1,4 +1,4 @@
-"""The progress of a training run, from the lines that rank 0 writes, as an annotation of its job.
+"""The progress of a training run: parsed from rank 0's log, published as an annotation of the job.
 
 `vitdet.tracking.tracker.Progress` writes these lines: the step, the time left and images/s.
 """
@@ -56,7 +56,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.latest = self.published = ""
-        self.next = 0.0  # earliest time of the next publication, as `now` in `due`
+        self.next = 0.0  # earliest time of the next publication, on the clock of `now` in `due`
 
     def read(self, line: str) -> None:
         """Store the progress if this line reports it."""

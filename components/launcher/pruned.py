@@ -15,11 +15,16 @@ NO_DEADLINE = "the job has no deadline, so a forgotten job does not end by itsel
 SAFETY = {
     "spec.activeDeadlineSeconds": NO_DEADLINE,
     "spec.runPolicy.activeDeadlineSeconds": NO_DEADLINE,
-    "spec.runPolicy.ttlSecondsAfterFinished": "the job is not deleted some time after its end",
+    "spec.runPolicy.ttlSecondsAfterFinished": "the job is not deleted automatically after its end",
 }
 # Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
 SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
-KEYS = ("manager", "name", "mountPath", "key")  # the first one in an entry identifies it
+KEYS = (
+    "manager",
+    "name",
+    "mountPath",
+    "key",
+)  # the first of these keys in an entry identifies the entry
 
 
 def dropped_fields(sent: object, received: object, path: str) -> list[str]:
@@ -49,7 +54,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, index: int, entries: list) -> object:
-    """Return the entry with the same identity, else the entry at this index, else None."""
+    """Return the entry with the same key of KEYS, or without one at this index; None if absent."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         dicts = (other for other in entries if isinstance(other, dict))
         return next((other for other in dicts if other.get(key) == entry[key]), None)

@@ -3,8 +3,8 @@
 Kueue creates a Workload (kueue.x-k8s.io/v1beta2, as of Kueue 0.15) for a job with a queue label
 and labels it with the job's uid (pkg/controller/constants). The Workload's condition QuotaReserved
 contains the reason why the job waits, e.g. `WaitingForQuota` with the missing quota, or
-`Misconfigured` for a missing LocalQueue. Kueue before 0.19 has the same message with `Pending` or
-`Inadmissible` (apis/kueue/v1beta2/workload_types.go).
+`Misconfigured` for a missing LocalQueue. Kueue before 0.19 has the same message with the reason
+`Pending` or `Inadmissible` (apis/kueue/v1beta2/workload_types.go).
 
 A suspended job without a Workload waits forever. Since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
 2026-06-29) the default configuration does not enable the integration of PyTorchJobs.
@@ -23,7 +23,7 @@ REMEDIES = {
     "unavailable in ClusterQueue": "add the resource to coveredResources of the ClusterQueue",
     "doesn't exist": "create it (manifests/components/kueue-queues)",
     "terminating or missing": "create it (manifests/components/kueue-queues)",
-    "is stopped": "its stopPolicy must be None",
+    "is stopped": "the queue's stopPolicy must be None",
     "namespace doesn't match": "the ClusterQueue's namespaceSelector must match the namespace",
     "maximum capacity": "the job is larger than the quota: raise it, or request fewer nodes",
 }
@@ -79,7 +79,7 @@ def describe(condition: dict) -> str:
 
 
 def one_line(text: str | None) -> str:
-    """Return a message without line breaks."""
+    """Return a message without line breaks; "no message" if it is empty."""
     return " ".join((text or "").split()) or "no message"
 
 

@@ -22,7 +22,7 @@ SIMULTANEOUS = 5.0
 # seconds of an incident: longer than it takes until a waiting rank gives up (4 minutes) and until
 # Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
-EVICTION = 360.0  # seconds until a lost node's pods are evicted: 40 s, 5 minutes and a margin
+EVICTION = 360.0  # seconds until a lost node's pods are evicted: detection 40 s, 5 minutes, margin
 OUT_OF_MEMORY = "OOMKilled"
 # Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
 OWN_LIMITS = re.compile(
@@ -130,7 +130,7 @@ class Restarts:
     def is_decided(self, now: float) -> bool:
         """Return whether a lost node can no longer turn the last incident into a disruption.
 
-        The pod on a lost node does not fail by itself; it is evicted after minutes.
+        The pod on a lost node does not fail by itself; it is evicted minutes later.
         """
         last = self.incidents[-1] if self.incidents else None
         return last is None or set(last.causes) >= set(self.pods) or now - last.start > EVICTION
@@ -140,7 +140,7 @@ class Restarts:
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
-        """Add a failure to the first incident after the pod's last one, or start an incident."""
+        """Add a failure to the first incident since the pod's last incident, or start a new one."""
         recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
         last = max((i for i, entry in enumerate(recent) if name in entry.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)
@@ -193,7 +193,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Return whether a pod was deleted before it ended at `time`, not because it had failed."""
+    """Return whether a pod was deleted before it ended at `time` ("": unknown), not due to it."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False

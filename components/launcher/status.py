@@ -41,7 +41,7 @@ BROKEN = (
 
 
 def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
-    """Return (phase, message) from the job's conditions with status True, or ("", "").
+    """Return (phase, message) from the job's status; ("", "") if the operator has not set it.
 
     Ignores the order of the conditions, as controllers keep old conditions and do not sort them.
     """
@@ -235,7 +235,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return the reason why pods are missing; None if none is missing or no event explains it."""
+    """Return why pods are missing; None if no pod is missing or no event explains the reason."""
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]

@@ -9,7 +9,7 @@ from components.launcher.workflow import end_of_run, is_disrupted, retry_index, 
 
 # "0" in the first pod of a step; set by servers after 2.17 only (argocompiler/common.go)
 RETRY_INDEX = "KFP_RETRY_INDEX"
-POD = "KFP_POD_NAME"  # `commonEnvs` in the backend's argocompiler/common.go
+POD = "KFP_POD_NAME"  # set by `commonEnvs` in the backend's argocompiler/common.go
 
 
 class Step:

@@ -13,14 +13,14 @@ from datetime import UTC, datetime, timedelta
 GROUP, VERSION, PLURAL = "argoproj.io", "v1alpha1", "workflows"
 NODE = "workflows.argoproj.io/node-name"  # annotation of a step's pod
 FINISHED = ("Succeeded", "Failed", "Error")  # values of status.phase
-OWNERS = ("Workflow", "Pod")  # kinds of owner that a launcher sets; "Pod" until version 0.1
+OWNERS = ("Workflow", "Pod")  # kinds of owner that a launcher sets; "Pod" up to version 0.1
 
 
 def workflow_owner(pod: dict) -> dict | None:
     """Return an ownerReference to the Workflow of this pod; None if no Workflow owns the pod.
 
-    `controller` is not set, as Kueue would then treat the Workflow as the job's controller, and
-    neither is `blockOwnerDeletion`, which needs an additional permission.
+    `controller` is not set, as Kueue would then treat the Workflow as the job's controller;
+    `blockOwnerDeletion` is not set, as it needs an additional permission.
     """
     for owner in pod["metadata"].get("ownerReferences") or []:
         if owner["kind"] == "Workflow":

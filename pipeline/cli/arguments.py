@@ -185,7 +185,7 @@ def remark(line: str) -> None:
 
 
 def read_job_file(file: str) -> str:
-    """Return the text of a --job file ("-": standard input). Raises ValueError if it is empty."""
+    """Return the text of a --job FILE; "-": standard input, "": no file. Rejects an empty file."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
     if file and not text.strip():
         raise ValueError(f"--job {file}: the file is empty; expected YAML with a training job")

@@ -38,7 +38,7 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
 
 
 def run_compile(args: argparse.Namespace) -> int:
-    """Compile the pipeline; warn if its image has no registry."""
+    """Compile the pipeline; warn if it uses the placeholder image."""
     from pipeline.graph import compile_pipeline
 
     if args.file.suffix not in (".yaml", ".yml"):

@@ -32,7 +32,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
 
 def run_run(args: argparse.Namespace) -> int:
-    """Run all steps as processes and print the path of the log."""
+    """Run all steps as processes; print the run's ID and the path of its log."""
     from pipeline.local import run_locally
 
     recipes = [

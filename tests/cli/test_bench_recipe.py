@@ -54,7 +54,7 @@ def test_on_a_gpu_kernels_and_host_waits_are_counted(
 
 
 def test_bad_arguments_are_one_line(vitdet: Run) -> None:
-    message = "positive integers, as in 1,8; got '0'"
+    message = "positive integers, e.g. 1,8; got '0'"
     refused(vitdet("bench", "train", "tiny", "--batch", "0"), message)
     refused(vitdet("bench", "train", "tiny", "--batch", "1,x"), "got '1,x'")
     refused(vitdet("bench", "infer", "tiny", "--steps", "0"), "--steps must be at least 1, got 0")

@@ -211,7 +211,7 @@ def test_a_job_ends_after_its_files_limit_of_errors() -> None:
     assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
     assert [line for line in lines if "errors" in line] == [
         "launcher: errors: 1 of at most 2",
-        "launcher: errors: 2 of at most 2; the next one ends the job",
+        "launcher: errors: 2 of at most 2; the next error ends the job",
     ]
 
 

@@ -1,7 +1,8 @@
 """The command line. Each verb has a module that adds the verb's arguments and runs the verb.
 
-The function that runs a verb returns the exit code. It imports slow packages, e.g. torch, so
-that `vitdet --help` and `vitdet config` are fast. `main` prints a user error in one line.
+The function that runs a verb returns the exit code. Slow packages, e.g. torch, are imported only in
+this function, so that `vitdet --help` and `vitdet config` are fast. `main` prints a user error in
+one line.
 """
 
 from __future__ import annotations

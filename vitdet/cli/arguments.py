@@ -8,7 +8,7 @@ from typing import Any
 
 CHECKPOINT = (
     "checkpoint of a detector, or output folder of a training run (best.pt with train.keep_best, "
-    "else model.pt)"
+    "otherwise model.pt)"
 )
 
 
@@ -28,7 +28,7 @@ def add_folder(verb: argparse.ArgumentParser, name: str, help: str) -> None:
 
 
 def given_path(text: str) -> Path:
-    """Return a path given on the command line. Raises FileNotFoundError for an empty string.
+    """Return a path given on the command line. Raises FileNotFoundError for a blank string.
 
     pathlib treats "" as the current folder, but "" is usually caused by an unset shell variable.
     """

@@ -16,7 +16,7 @@ FETCH = (
     "are neither downloaded again nor overwritten. The proxies in http_proxy and https_proxy are "
     "used."
 )
-# image settings for a conversion, which reads the sizes of images but not their pixels
+# image settings of a conversion, which reads the sizes of images but not their pixels
 LARGEST_IMAGE = ("max_pixels",)
 
 

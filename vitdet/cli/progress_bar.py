@@ -11,12 +11,12 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Show a download's progress: redraw a line on a terminal, print a line per 10% elsewhere."""
+    """Show a download's progress: one line, redrawn, on a terminal; else one per 10% or 100 MB."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
-        self._first: tuple[float, int] | None = None  # start of this attempt: time, bytes
-        self._shown = (0.0, -1)  # last printed line: time, tenths of the file
+        self._first: tuple[float, int] | None = None  # at the start of this attempt: time, bytes
+        self._shown = (0.0, -1)  # last printed line: time, tenths of the file or units of 100 MB
 
     def at(self, done: int, total: int | None) -> None:
         """Show that `done` bytes of `total` have been downloaded; `total` may be unknown."""

@@ -62,7 +62,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     help = "train mae_vit_tiny, a masked autoencoder, on generated images without labels"
     kind = add_kind(kinds, "pretrain", help)
     kind.add_argument("output", type=given_path, help="output file (.safetensors)")
-    help = "training steps of 64 images each (default: %(default)s)"
+    help = "number of training steps, with 64 images each (default: %(default)s)"
     kind.add_argument("--steps", metavar="N", type=int, default=6000, help=help)
     kind.set_defaults(run=run_pretrain)
 

@@ -13,13 +13,13 @@ from vitdet.files import write_json
 def add_bench(verb: argparse.ArgumentParser) -> None:
     """Add the kinds of the verb `bench`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
-    help = "time vitdet's and pycocotools' evaluation of synthetic results (about 3 minutes)"
+    help = "measure the CPU time of evaluation by vitdet and by pycocotools (about 3 minutes)"
     kind = add_kind(kinds, "evaluate", help)
     _add_number(kind, "--images", 5000, "number of images")
     _add_number(kind, "--detections", 100, "number of detections per image")
-    _add_number(kind, "--rounds", 1, "number of repetitions, of which the fastest is reported")
+    _add_number(kind, "--rounds", 1, "number of repetitions; the fastest is reported")
     kind.set_defaults(run=run_bench_evaluate)
-    help = "time reading and augmenting training images, and Detectron2's mapper if installed"
+    help = "measure the CPU time of data loading by vitdet and, if installed, Detectron2"
     kind = add_kind(kinds, "data", help)
     add_folder(kind, "folder", "folder of a data set in COCO's layout")
     help = "name of a split; may be repeated (default: train2017 and val2017)"
@@ -59,7 +59,7 @@ def run_bench_recipe(args: argparse.Namespace) -> int:
     measure = measure_training if args.section == "train" else measure_inference
     numbers = [int(size) if size.isdecimal() else 0 for size in args.batch.split(",")]
     if min(numbers) < 1:
-        raise ValueError(f"--batch: expected positive integers, as in 1,8; got {args.batch!r}")
+        raise ValueError(f"--batch: expected positive integers, e.g. 1,8; got {args.batch!r}")
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
     config = load_config(args.recipe, args.overrides)
@@ -88,7 +88,7 @@ def run_bench_evaluate(args: argparse.Namespace) -> int:
     for name, seconds in measured["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
     print(
-        f"pycocotools takes {measured['ratio']:.2f} times as long; the largest difference of a "
+        f"pycocotools takes {measured['ratio']:.2f} times as long; the largest difference in a "
         f"metric is {measured['largest_difference']:.0e} percentage points"
     )
     return _written(measured, args.output)

@@ -3,9 +3,9 @@
 All three process the same images alternately, in one process. vitdet and Detectron2's
 DatasetMapper, if installed, read an image, apply large-scale jitter (0.1 to 2.0 of 1024), crop,
 flip, and transform boxes and masks. The mapper has the augmentations of Detectron2's ViTDet configs
-(RandomFlip, ResizeScale, FixedSizeCrop without padding), with polygons as in these configs and with
-bitmasks. Pillow only reads, resizes to 1024 and copies into an array, as a reference for the speed
-of the machine. Times are user and system CPU time.
+(RandomFlip, ResizeScale, FixedSizeCrop without padding) and is measured with polygons, which these
+configs use, and with bitmasks. Pillow only reads, resizes to 1024 and copies into an array, as a
+reference for the speed of the machine. Times are user and system CPU time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def measure(
     folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5
 ) -> dict:
     """Return CPU milliseconds per image, as mean and minimum over `rounds` passes through all
-    images with objects, and the ratio of vitdet's mean to each other mean.
+    images with objects, and the ratio of vitdet's mean to that of each other reader.
 
     The splits are read from a folder in COCO's layout. Raises the errors of `read_split`, and
     ValueError for rounds below 1.

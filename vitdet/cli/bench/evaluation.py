@@ -1,10 +1,10 @@
 """CPU time of vitdet's and pycocotools' evaluation of the same synthetic files.
 
 The files resemble COCO's validation split and a detector's results. The images have 640 x 480
-pixels and 7.3 objects on average, of at most three of 80 classes; objects have polygons, and some
-are crowds. The detections have boxes and masks (RLE of ellipses); most are moved and scaled
-objects, with scores that decrease with the distance. Times are user and system CPU time of this
-process. The two evaluations alternate.
+pixels and 7.3 objects on average; an image has at most three of the 80 classes. Objects have
+polygons, and some are crowds. The detections have boxes and masks (RLE of ellipses); most are moved
+and scaled copies of objects, with scores that decrease with the distance. Times are user and system
+CPU time of this process. The two evaluations alternate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
 def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: int = 0) -> dict:
     """Return the CPU seconds of each step for vitdet and pycocotools in their fastest round, the
-    ratio of the totals, and the largest difference of a metric in percentage points.
+    ratio of the totals, and the largest difference in a metric, in percentage points.
     """
     if min(images, detections, rounds) < 1:
         raise ValueError(
@@ -143,7 +143,7 @@ def write_set(annotations: Path, results: Path, images: int, detections: int, se
 
 
 def _shapes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return random ellipses (count, 4): center x, y and semi-axes, 12 to 380 pixels in size."""
+    """Return random ellipses (count, 4) of about 12 to 380 pixels: center x, y and semi-axes."""
     side = np.exp(rng.uniform(np.log(12), np.log(380), count))
     aspect = np.exp(rng.normal(0, 0.4, count))
     x, y = rng.uniform(0, WIDTH, count), rng.uniform(0, HEIGHT, count)

@@ -46,8 +46,8 @@ def measure_inference(
 
 @torch.no_grad()
 def let_detect(detector: Detector, batch: Batch) -> int:
-    """Scale the class logits until the image of `batch` has the maximum number of detections;
-    return the number reached.
+    """Scale the class logits by the smallest of SCALES with which the image of `batch` has the
+    maximum number of detections, or by the largest; return the number of detections.
     """
     layers = [stage.get_submodule("logits") for stage in detector.roi_heads.stages]
     drawn = [layer.get_parameter("weight").clone() for layer in layers]
@@ -65,10 +65,10 @@ def let_detect(detector: Detector, batch: Batch) -> int:
 def measure_calls(
     detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
 ) -> dict:
-    """Return the table row for one batch size and precision: see `measurement.call_row`.
+    """Return the table row for one batch size and precision; see `measurement.call_row`.
 
-    The additional key results_per_second is the number of images per second that are converted to
-    COCO results; it excludes reading images and comparing results with the ground truth.
+    The additional key results_per_second is the number of images per second for detection and the
+    conversion to COCO results, without reading images or comparing results with the ground truth.
     """
     peak = peak_memory(device)
     find = GraphedDetector(detector, lambda: autocast(precision, device))

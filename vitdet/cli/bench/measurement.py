@@ -24,7 +24,7 @@ from vitdet.training.precision import chosen, tf32
 # device type -> side of the square matrices whose product is timed (0.1 s on a CPU)
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# CUDA calls in which the host waits; cudaDeviceSynchronize is only called by the measurement itself
+# CUDA calls in which the host waits, without cudaDeviceSynchronize: only the measurement calls it
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 COUNTED = 2  # number of steps for counting kernels, after the timed steps
 GIB = 2**30
@@ -112,7 +112,7 @@ def call_row(
 
 
 def product_rate(precision: str, device: torch.device) -> float:
-    """Return the FLOP/s of the product of large square random matrices in this precision."""
+    """Return the FLOP/s of multiplying large random square matrices in this precision."""
     side = PRODUCT[device.type]
     left, right = torch.randn(2, side, side, device=device, dtype=DTYPES[precision])
     milliseconds = statistics.median(timed(lambda: left @ right, device, 10, warm=3))
@@ -132,7 +132,7 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
-    """Count kernels (including copies), launches and host waits per step on a GPU.
+    """Count kernels (including copies), launches, host waits and busy ms per step on a GPU.
 
     The dictionary is filled at the end of the context; on a CPU, it remains empty.
     """

@@ -22,7 +22,7 @@ from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number of objects per image
 SIDES = (0.04, 0.5)  # range of an object's side length, relative to the image side
-ORIGINAL = 0.54  # relative side of the original image: 553 pixels for 1024, the area of 640 x 480
+ORIGINAL = 0.54  # relative side of the original image: 553 pixels for 1024, in area like 640 x 480
 CELL = 32  # side of a cell of the noise, in pixels
 SHARE = 0.2  # share of proposals on objects: more than enough for the foreground samples
 SHIFT = 0.09  # relative standard deviation of a proposal's coordinates; IoUs are 0.6 to 0.9
@@ -39,7 +39,7 @@ def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
 
 
 def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Tensor:
-    """Return boxes (count, 4) that overlap G boxes (G, 4) like a trained detector's proposals."""
+    """Return boxes (count, 4) that overlap `boxes` (G, 4) as a trained detector's proposals do."""
     generator = torch.Generator().manual_seed(seed)
     chosen = boxes[torch.arange(count) % len(boxes)]
     sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)

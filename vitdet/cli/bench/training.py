@@ -38,7 +38,7 @@ from vitdet.training.trainer import Loop
 from vitdet.training.watchdog import Watchdog
 from vitdet.types import Batch
 
-# device type -> warm-up steps, in which memory is allocated and kernels are chosen and compiled
+# device type -> number of warm-up steps, which allocate memory, and choose and compile kernels
 WARM = {"cuda": 12, "cpu": 2}
 # settings that exclude logging, saving and evaluation: the intervals exceed the number of steps
 RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
@@ -86,7 +86,7 @@ def measure_training(
 
 
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
-    """Return the table row for one batch size and precision: see `measurement.call_row`.
+    """Return the table row for one batch size and precision; see `measurement.call_row`.
 
     Additional keys are reserved_gib, the GPU memory reserved by the allocator, and warm_up_s.
     """

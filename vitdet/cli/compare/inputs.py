@@ -31,8 +31,8 @@ class Compared:
     Attributes:
         matches: matches by kind ("bbox", "segm").
         protocol: None for a results file, whose evaluation settings are unknown.
-        settings: settings of the training run as text, by key.
-        metrics: last values of the MLflow run's metrics.
+        settings: settings of the training run as text, by key; {} for a results file.
+        metrics: last values of the MLflow run's metrics; {} if the run cannot be read.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Compared:
 
 
 class Reader:
-    """Reads inputs. uri: the MLflow server. annotations, dataset: for results files."""
+    """Reads inputs. uri: the MLflow server's. annotations, dataset: used only for results files."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
 
     def read(self, name: str) -> Compared:
-        """Read an MLflow run, a checkpoint, the output folder of a training run or a results file.
+        """Read an MLflow run, a checkpoint, a training run's output folder or a results file.
 
         Raises ValueError, OSError or LookupError if the input cannot be read or has no matches.
         """
@@ -58,7 +58,7 @@ class Reader:
             return self._results(path)
         if (path / "config.yaml").is_file():
             return self._checkpoint(result(path))
-        if path.suffix == ".pt" or path.is_file():  # a run's name may contain other suffixes
+        if path.suffix == ".pt" or path.is_file():  # other suffixes may be part of a run's name
             return self._checkpoint(path)
         return self._run(name)
 

@@ -78,7 +78,7 @@ def _conclusions(
             if found.is_significant is None:
                 yield (
                     f"{name} and {first} differ by {value:+.2f} {ap}; not tested for "
-                    f"significance, which needs {MIN_IMAGES} images with objects (found: "
+                    f"significance, which needs at least {MIN_IMAGES} images with objects (found: "
                     f"{found.images})."
                 )
             elif found.is_significant:
@@ -129,8 +129,8 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Return the section with mean and standard deviation of training runs that differ only in the
-    seed, or in settings that do not affect training.
+    """Return the section with mean and standard deviation over training runs that differ only in
+    the seed or in settings that do not affect training; [] if there are no such runs.
     """
     groups = defaultdict(list)
     for index, item in enumerate(compared):
