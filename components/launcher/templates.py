@@ -138,8 +138,7 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
 def process_counts(kind: Kind, job: dict) -> range:
     """Return the possible numbers of training processes of this job; empty if unknown.
 
-    torchrun starts `nprocPerNode` (TrainJob: `numProcPerNode`) processes per node; `gpu`: one per
-    GPU.
+    torchrun starts `nprocPerNode` (TrainJob: `numProcPerNode`) processes per node; `gpu`: 1 per GPU.
     """
     spec = job["spec"]
     if replicas := spec.get("pytorchReplicaSpecs"):
@@ -302,7 +301,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests; added values take precedence, and an added limit removes a request."""
+    """Merge limits and requests; added values take precedence; an added limit removes a request."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):

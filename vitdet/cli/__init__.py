@@ -1,8 +1,7 @@
 """The command line. Each verb has a module that adds the verb's arguments and runs the verb.
 
-The function that runs a verb returns the exit code. Slow packages, e.g. torch, are imported only in
-this function, so that `vitdet --help` and `vitdet config` are fast. `main` prints a user error in
-one line.
+The function that runs a verb returns the exit code. Slow packages, e.g. torch, are
+imported there, so that `vitdet --help` is fast. `main` prints a user error in one line.
 """
 
 from __future__ import annotations
