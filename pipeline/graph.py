@@ -84,7 +84,7 @@ SECRET = {
 # codes and deleted pods is a setting of the cluster that a compiled pipeline cannot contain:
 # manifests/pipelines.
 MAX_RETRY_TIME = "1296000s"
-# Annotations with which autoscalers do not evict the launcher to free or replace its node.
+# Annotations that keep autoscalers from evicting the launcher to free or replace its node.
 DO_NOT_DISRUPT = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
     "karpenter.sh/do-not-disrupt": "true",

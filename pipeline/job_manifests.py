@@ -112,7 +112,7 @@ class Accelerators(NamedTuple):
 def accelerators(text: str) -> Accelerators:
     """Return the accelerators of the training job in a YAML stream.
 
-    If there are jobs of both kinds, uses the PyTorchJob, as overlays configure both equally. Raises
+    If there are jobs of both kinds, uses the PyTorchJob: overlays give both the same GPUs. Raises
     ValueError if a TrainJob sets no resources and its runtime is not among the documents.
     """
     documents = documents_of(text)

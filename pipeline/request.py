@@ -90,7 +90,7 @@ def read_package(package: Path) -> list[dict]:
 
 
 def fit_package(package: Path, version: Version) -> list[str]:
-    """Remove the fields that this server version does not support; returns as `versions.fit`."""
+    """Apply `versions.fit` to a package file; return its messages."""
     documents = read_package(package)
     lines = fit(documents, version)
     if lines:
@@ -152,11 +152,11 @@ def check_recipes(
     seeds: int = 1,
     fetch: str = "",
 ) -> bool:
-    """Raise ValueError for what the first step would reject; return whether it checked all recipes.
+    """Raise ValueError for settings the first step would reject; return whether all were checked.
 
     vitdet checks the settings in a new process, as pipeline/ does not import vitdet's dependencies.
     Recipes whose files exist only on the cluster are checked by the first step, before data is
-    prepared or GPUs are requested.
+    prepared or GPUs are requested; the result is then False.
     """
     from vitdet.config.credentials import has_credentials, hide_credentials
 

@@ -94,8 +94,8 @@ def describe_namespace(namespace: str) -> str:
     except ApiException as error:
         if error.status == 404:
             raise ValueError(
-                f"{name} has no namespace {namespace}; pass the "
-                "namespace of the run's pods with --namespace, or select the cluster with KUBECONFIG"
+                f"{name} has no namespace {namespace}; pass the namespace of the run's "
+                "pods with --namespace, or select the pipeline's cluster with KUBECONFIG"
             ) from None
     except HTTPError as error:
         raise RuntimeError(f"{name} {describe_outage(error)}") from None

@@ -241,7 +241,7 @@ class Follower:
                 self.stream_log(pod, final)
 
     def check_queue(self, job: dict, phase: str) -> None:
-        """Report why Kueue does not admit the job; give up if it stays suspended without one."""
+        """Report why Kueue does not admit the job; give up if a suspended job has no Workload."""
         queue = queue_name(job)
         if not queue or (self.admitted and phase != "suspended"):
             return

@@ -1,12 +1,12 @@
 """Start and delete training jobs: what a pipeline step and `python -m pipeline terminate` call.
 
 A job belongs to its pipeline run, not to the step's pod, which may be evicted or lost. The API
-server deletes the job together with the run's Workflow (ownerReference). A step that is stopped
-because the run is ending deletes its job, and `delete_jobs` deletes all jobs of a run. The operator
-ends a job after its deadline (a TrainJob without delay). The training operator 1.9 checks
-the deadline only when the job or one of its pods changes, and every 10 hours (its work queue for
-delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run 10 hours
-longer. This operator deletes a finished PyTorchJob after its time to live; a TrainJob has none.
+server deletes the job with the run's Workflow (ownerReference). A step that is stopped because the
+run is ending deletes its job, and `delete_jobs` deletes all jobs of a run. The operator ends a job
+after its deadline (a TrainJob without delay). The training operator 1.9 checks the deadline only
+when the job or one of its pods changes, and every 10 hours (its work queue for delayed checks is a
+FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run up to 10 hours longer. This
+operator deletes a finished PyTorchJob after its time to live; a TrainJob has none.
 """
 
 from __future__ import annotations

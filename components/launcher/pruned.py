@@ -19,8 +19,7 @@ SAFETY = {
 }
 # Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
 SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
-# The first of these keys in an entry identifies the entry
-KEYS = ("manager", "name", "mountPath", "key")
+KEYS = ("manager", "name", "mountPath", "key")  # keys that identify an entry, by priority
 
 
 def dropped_fields(sent: object, received: object, path: str) -> list[str]:
@@ -50,7 +49,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, index: int, entries: list) -> object:
-    """Return the entry with the same key of KEYS, or if there is no key, at this index; else None."""
+    """Return the entry with the same key, or without a key the entry at `index`; else None."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         dicts = (other for other in entries if isinstance(other, dict))
         return next((other for other in dicts if other.get(key) == entry[key]), None)

@@ -22,7 +22,7 @@ SIMULTANEOUS = 5.0
 # seconds of an incident: longer than it takes until a waiting rank gives up (4 minutes) and until
 # Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
-EVICTION = 360.0  # seconds until a lost node's pods are evicted: detection 40 s, 5 minutes, margin
+EVICTION = 360.0  # seconds until a lost node's pods are evicted: 40 s + 5 minutes + margin
 OUT_OF_MEMORY = "OOMKilled"
 # Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
 OWN_LIMITS = re.compile(
@@ -193,7 +193,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Return whether a pod was deleted before it ended at `time` ("": unknown), not due to it."""
+    """Return whether a pod was deleted before it ended at `time`, not because it had failed."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False

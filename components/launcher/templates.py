@@ -104,7 +104,7 @@ def label(text: str) -> str:
 def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
     """Return a template's job, with the request's values filled in.
 
-    Raises ValueError if the template has not exactly one job of this kind or does not fit.
+    Raises ValueError unless the template has exactly one job of this kind and fits the request.
     """
     if request.nodes < 1:
         raise ValueError(f"a job needs at least 1 node, got {request.nodes}")
@@ -138,7 +138,7 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
 def process_counts(kind: Kind, job: dict) -> range:
     """Return the possible numbers of training processes of this job; empty if unknown.
 
-    torchrun starts `nprocPerNode` (TrainJob: `numProcPerNode`) processes per node; `gpu`: 1 per GPU.
+    A node has `nprocPerNode` (TrainJob: `numProcPerNode`) processes; `gpu` means one per GPU.
     """
     spec = job["spec"]
     if replicas := spec.get("pytorchReplicaSpecs"):
@@ -301,7 +301,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests; added values take precedence; an added limit removes a request."""
+    """Merge limits and requests. Added values take precedence; an added limit removes a request."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):

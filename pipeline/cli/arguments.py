@@ -185,7 +185,7 @@ def remark(line: str) -> None:
 
 
 def read_job_file(file: str) -> str:
-    """Return the text of a --job FILE; "-": standard input, "": no file. Rejects an empty file."""
+    """Return a --job file's text ("-": stdin, "": no file). Raises ValueError for an empty file."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
     if file and not text.strip():
         raise ValueError(f"--job {file}: the file is empty; expected YAML with a training job")

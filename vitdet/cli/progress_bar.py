@@ -11,7 +11,7 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Show a download's progress: one line, redrawn, on a terminal; else one per 10% or 100 MB."""
+    """Show a download's progress: redraw a line on a terminal, else print one per 10% or 100 MB."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr

@@ -43,7 +43,7 @@ class Compared:
 
 
 class Reader:
-    """Reads inputs. uri: the MLflow server's. annotations, dataset: used only for results files."""
+    """Reads inputs. uri: URI of the MLflow server. annotations, dataset: for results files only."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
