@@ -60,7 +60,7 @@ def load_package(
     spec, *platforms = read_package(package)
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
-        raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
+        raise ValueError(f"{package}: the pipeline has no parameter {' or '.join(sorted(wrong))}")
     optional = [name for name, p in known.items() if "defaultValue" in p or p.get("isOptional")]
     if missing := known.keys() - {*optional, *parameters}:
         raise ValueError(f"{package}: missing pipeline parameters: {', '.join(sorted(missing))}")

@@ -56,7 +56,7 @@ class Failures:
         first = self.ranks.first_failure(time_before(cause.time))
         parts = [str(first)] if first else []
         killed = any("Signal 9 (SIGKILL)" in line for line in lines)
-        hint = " (the system killed a process, most likely out of memory)" if killed else ""
+        hint = " (the system killed a process, most likely for lack of memory)" if killed else ""
         parts.append(f"cause: {cause}{hint}")
         if lines:
             parts.append("\n  ".join(["last lines of its log:", *lines]))

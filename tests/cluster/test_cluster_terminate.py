@@ -65,6 +65,6 @@ def test_terminate(
         code, _, said = pipeline("terminate", PIPELINE_RUN)
         assert code == 1
         assert (
-            f"the cluster of context {context} has no namespace of-another-cluster; set --namespace to "
-            "the namespace of the run's pods"
+            f"the cluster of context {context} has no namespace of-another-cluster; pass the "
+            "namespace of the run's pods with --namespace"
         ) in said

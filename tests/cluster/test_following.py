@@ -175,7 +175,7 @@ def test_a_process_killed_under_torchrun_is_reported_as_out_of_memory() -> None:
     record = Record((conditions("Failed=True"), [pod(phase="Failed", container=ended(1))]))
     line = "error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"
     record.logs["w-0"] = [f"2026-01-01T00:00:00Z   {line}"]
-    text = "exit code 1 (the system killed a process, most likely out of memory)"
+    text = "exit code 1 (the system killed a process, most likely for lack of memory)"
     assert text in follow(record)[1]
 
 

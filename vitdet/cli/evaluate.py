@@ -98,7 +98,7 @@ def _evaluate_results(args: argparse.Namespace) -> int:
 
 
 def table(metrics: dict[str, float]) -> str:
-    """Return the metrics as a text table with a row for boxes and a row for masks."""
+    """Return the metrics as a text table with a row for boxes and a row for masks, if any."""
     shown = [key.split("_", 1) for key in metrics if key.startswith(("box_", "mask_"))]
     columns = list(dict.fromkeys(column for _, column in shown))
     rows = [["", *columns]]

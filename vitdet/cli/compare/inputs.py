@@ -32,7 +32,7 @@ class Compared:
         matches: matches by kind ("bbox", "segm").
         protocol: None for a results file, whose evaluation settings are unknown.
         settings: settings of the training run as text, by key; {} for a results file.
-        metrics: last values of the MLflow run's metrics; {} if the run cannot be read.
+        metrics: last values of the MLflow run's metrics; {} without a readable run.
     """
 
     name: str
