@@ -71,9 +71,9 @@ def prepare_data(
     for name, config in loaded.items():
         expected, count = config.model.roi_heads.num_classes, len(described["classes"])
         if expected != count:
-            found = f"{count} class{'es' if count != 1 else ''}"
+            classes = f"{count} class{'es' if count != 1 else ''}"
             raise ValueError(
-                f"{root} has {found}, but model.roi_heads.num_classes is {expected}; "
+                f"{root} has {classes}, but model.roi_heads.num_classes is {expected}; "
                 f"set it to {count}"
             )
         save_config(config, Path(configs) / f"{name}.yaml")
