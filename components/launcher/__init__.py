@@ -2,6 +2,6 @@
 
 `launch` starts a job and follows it, `client` sends the requests to the Kubernetes API, `errors`
 describes rejected requests, `templates` fills in the two kinds of job, `pruned` finds fields that
-the cluster does not support, `status` interprets what the API server reports of jobs, pods and
+the cluster does not support, `status` interprets what the API server reports about jobs, pods and
 events, `queue` what Kueue reports, `follower` waits for the end, and `failures` explains a failure.
 """

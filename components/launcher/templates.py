@@ -2,7 +2,7 @@
 
 PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
 (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3). Everything that is specific to a kind is in
-its entry of KINDS; the rest of the launcher does not depend on the kind.
+its entry in KINDS; the rest of the launcher does not depend on the kind.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from vitdet.weights.convert import save_tensors
 
 log = logging.getLogger(__name__)
 
-# fractions of the patches; only half of the hidden patches are reconstructed, to save time
+# fractions of the patches; only half of the masked patches are reconstructed, to save time
 VISIBLE, RECONSTRUCTED = (0.25, 0.375)
 
 
@@ -50,7 +50,7 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT's embedding and blocks as the encoder, and a small decoder of hidden patches."""
+    """A ViT's embedding and blocks as the encoder, and a small decoder of masked patches."""
 
     def __init__(self, encoder: ViT, decoder_dim: int = 96, decoder_depth: int = 2) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training runs of a pipeline run: all combinations of recipes, a sweep's values and seeds."""
+"""The training runs of a pipeline run: all combinations of recipes, sweep values and seeds."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ def find_experiment(
 ) -> str:
     """Return the ID of the experiment; create the experiment if it does not exist.
 
-    folder: an SQLite store keeps artifacts in its subfolder mlartifacts. setting: the setting that
-    contains the name, for messages. Raises RefusedError if the experiment was deleted, or if the
-    service is not MLflow.
+    folder: its subfolder mlartifacts holds the artifacts of an SQLite store. setting: the setting
+    that contains the name, for messages. Raises RefusedError if the experiment was deleted, or if
+    the service is not MLflow.
     """
     is_file = client.uri.startswith("sqlite:")
     artifacts = (Path(folder).resolve() / "mlartifacts").as_uri() if is_file else None

@@ -166,7 +166,7 @@ class TrainingStep:
         """
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.detector, self.optim.clip)
-        self.scaler.step(self.optimizer)  # skipped if a gradient is not finite
+        self.scaler.step(self.optimizer)  # fp16: skipped if a gradient is not finite
         self.scaler.update()
         for buffer, before in zip(self.statistics, statistics, strict=True):
             buffer.copy_(buffer.where(norm.isfinite(), before))
