@@ -119,7 +119,7 @@ def validate(document: dict) -> dict:
     metadata, spec = TYPES[kind]
     _check(document.get("metadata"), metadata, f"{kind}: metadata")
     if not isinstance(document.get("spec"), dict):
-        raise ValueError(f"the job's file: its {kind} has no spec")
+        raise ValueError(f"job manifest: the {kind} has no spec")
     _check(document["spec"], spec, f"{kind}: spec")
     # separately, because msgspec does not report the keys of a mapping: `pytorchReplicaSpecs[...]`
     for name, replica in document["spec"].get("pytorchReplicaSpecs", {}).items():
@@ -152,9 +152,7 @@ def _check(value: object, kind: Any, name: str) -> None:
             inside = f"{inside}.{wrong}"
         message = re.sub(r"^Object missing required field", "missing", message)
         message = message[0].lower() + message[1:]
-        raise ValueError(
-            f"the job's file: its {name}{inside}: {message.replace('`', '')}"
-        ) from None
+        raise ValueError(f"job manifest: {name}{inside}: {message.replace('`', '')}") from None
 
 
 def _mapping_at(value: Any, path: str) -> dict:

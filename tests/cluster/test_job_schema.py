@@ -125,7 +125,7 @@ def test_a_rejected_field_is_named_by_its_path(kind: str, number: int) -> None:
 def test_an_invalid_spec_is_rejected_with_its_path(spec: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         validate(yaml.safe_load(f"kind: PyTorchJob\nspec: {{pytorchReplicaSpecs: {spec}}}\n"))
-    where = "the job's file: its PyTorchJob: spec.pytorchReplicaSpecs"
+    where = "job manifest: PyTorchJob: spec.pytorchReplicaSpecs"
     assert str(error.value) == f"{where}.{message}"
 
 
@@ -145,7 +145,7 @@ def test_an_invalid_number_of_gpus_is_rejected_with_its_path(gpus: str) -> None:
     with pytest.raises(ValueError) as error:
         validate(job)
     assert str(error.value) == (
-        f"the job's file: its PyTorchJob: {POD}.containers[0].resources.limits.nvidia.com/gpu: "
+        f"job manifest: PyTorchJob: {POD}.containers[0].resources.limits.nvidia.com/gpu: "
         f"expected a whole number, got {yaml.safe_load(gpus)!r}"
     )
 
@@ -170,7 +170,7 @@ def test_a_number_of_gpus_may_be_text_or_null(gpus: str, found: dict) -> None:
 def test_an_entry_of_a_mapping_is_named_by_its_key(pod: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         validate(pytorchjob(pod=f", {pod}"))
-    assert str(error.value).startswith(f"the job's file: its PyTorchJob: {POD}.{message}")
+    assert str(error.value).startswith(f"job manifest: PyTorchJob: {POD}.{message}")
     assert validate(pytorchjob(pod=", nodeSelector: {b: }"))["kind"] == "PyTorchJob"
 
 
@@ -192,7 +192,7 @@ def test_a_runtime_needs_a_name(kind: str, metadata: dict, message: str) -> None
     text = yaml.safe_dump_all([job, {**runtime, **metadata, "kind": kind}])
     with pytest.raises(ValueError) as error:
         accelerators(text)
-    assert str(error.value) == f"the job's file: its {kind}: {message}"
+    assert str(error.value) == f"job manifest: {kind}: {message}"
 
 
 def test_an_empty_patch_is_valid() -> None:

@@ -103,7 +103,7 @@ def test_the_jobs_in_manifests_compile_unchanged(tmp_path: Path) -> None:
         ),
         ("a: [", "invalid YAML"),
         ("- a list\n", "no PyTorchJob or TrainJob"),
-        ("kind: PyTorchJob\n", "its PyTorchJob has no spec"),
+        ("kind: PyTorchJob\n", "the PyTorchJob has no spec"),
         (
             "kind: TrainJob\nspec: {runtimeRef: {name: vitdet}, trainer: {image: a}}\n",
             "the TrainJob's ClusterTrainingRuntime vitdet is not among the documents",

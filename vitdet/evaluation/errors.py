@@ -12,16 +12,16 @@ with t_f = 0.5 and t_b = 0.1:
 
 An object is missed if it has no matching detection and no localization or classification error.
 
-dAP is the increase of AP50 if all errors of one type are fixed. The fix of a localization or
+dAP is the increase in AP50 if all errors of one type are fixed. Fixing a localization or
 classification error makes the detection a true positive of its object. If the object is already
 matched, or another such detection of the object has a higher score, the detection is removed.
-Detections with errors of the other types are removed, as are missed objects. The fix of
-false_positive ranks all true positives before all false positives; the fix of false_negative
-removes all objects without a true positive.
+Detections with errors of the other types are removed, as are missed objects. Fixing false_positive
+ranks all true positives before all false positives; fixing false_negative removes all objects
+without a true positive.
 
 As in the package tidecv, detections that AP ignores can have localization and classification
-errors, whose fix adds a true positive. Such errors are not counted; other fixes do not change these
-detections.
+errors, and fixing these adds a true positive. Such errors are not counted; other fixes do not
+change these detections.
 """
 
 from __future__ import annotations

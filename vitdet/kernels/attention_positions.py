@@ -67,7 +67,7 @@ class Layout(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether areas exceed the grid."""
+        """Whether areas extend beyond the grid."""
         return self.height % self.rows + self.width % self.columns > 0
 
     def products(self, qkv: Tensor) -> tuple[Tensor, Tensor]:

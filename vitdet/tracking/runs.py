@@ -89,7 +89,7 @@ def start_tracker(
 def log_files(config: Config, output: Path, files: Sequence[Path], artifact_folder: str) -> None:
     """Log files to an artifact folder of the run that was last started in `output`, if any.
 
-    The journal keeps files that the server does not accept now.
+    Files that cannot be sent now stay in the journal.
     """
     if not has_mlflow():
         return
@@ -148,7 +148,7 @@ def log_evaluation(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    # not under the names of the training run's tags: the evaluation may have run in another image
+    # not named like the training run's tags: the evaluation may use another container image
     tags = {f"evaluation.{key}": value for key, value in code_tags().items()}
     named = with_metric_names(metrics)
     return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files, tags)

@@ -101,7 +101,7 @@ class _File:
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
     def root(self) -> set[int]:
-        """Return {0} if category 0 is a parent or Roboflow's root, without objects; else set()."""
+        """Return {0} if category 0 has no object and is a parent or Roboflow's root; else set()."""
         name = self.validator.categories.get(0)
         if name is None or 0 in self.used or len(self.validator.categories) < 2:
             return set()
