@@ -260,7 +260,7 @@ def test_a_forbidden_kind_does_not_prevent_deletions_of_the_other(
         (None, "namespace team-a of the cluster of context work"),
         # the account may have permissions for jobs only
         (ApiException(status=403), "namespace team-a of the cluster of context work"),
-        (ApiException(status=404), "the cluster of context work has no namespace team-a; set"),
+        (ApiException(status=404), "the cluster of context work has no namespace team-a; pass"),
         (ReadTimeoutError(None, "/", "x"), "the cluster of context work does not respond (Read"),
     ],
 )
