@@ -24,7 +24,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-from vitdet.files import write_json
+from vitdet.files import FULL, write_json
 
 CHUNK = 1 << 18  # bytes
 LARGEST = 100 * 10**9  # bytes: limit for files of unknown size; no published file is larger
@@ -261,7 +261,8 @@ class _Attempt:
                         view, done = view[count:], done + count
                     self.watcher.at(done, total)
             except OSError as error:
-                text = f"could not be written ({error}); free some space; {_kept(done)}"
+                space = "free some space; " if error.errno in FULL else ""
+                text = f"could not be written ({error}); {space}{_kept(done)}"
                 raise OSError(f"{self.path}: {text}") from error
         if chunk:
             discard(self.path)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.data.download_record import crc32
+from vitdet.files import FULL
 
 CHUNK = 1 << 20  # bytes
 TEMPORARY = ".unpacking"  # suffix of a file that is being written
@@ -192,7 +193,8 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
                     raise _Refused(f"{info.filename} has {more}: rejected")
                 target.write(chunk)
     except OSError as error:
-        resume = "free some space and run the same command to resume"
+        space = "free some space and " if error.errno in FULL else ""
+        resume = f"{space}run the same command to resume"
         raise OSError(f"{path}: could not be extracted ({error}); {resume}") from error
     if done != declared:
         raise _Refused(f"{info.filename} has size {done:,}, expected {declared:,} (bytes): damaged")
