@@ -172,7 +172,7 @@ class Server:
             if attempt < self.transport.retries:
                 self.transport.report(f"{last}; nothing was created, retrying")
                 time.sleep(self.transport.backoff * 2**attempt)
-        doubt = "; nothing was created so far: check before you submit again"
+        doubt = "; nothing has been created so far: check before you submit again"
         if last.status:
             doubt = ""
         raise ServerError(f"{last}{doubt}", last.status)

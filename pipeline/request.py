@@ -161,7 +161,8 @@ def check_recipes(
     from vitdet.config.credentials import has_credentials, hide_credentials
 
     if len(set(recipes)) < len(recipes):
-        raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")
+        twice = next(recipe for recipe in recipes if recipes.count(recipe) > 1)
+        raise ValueError(f"a recipe is given twice: {twice}")
     settings = [f"--set {text}" for text in overrides] + [f"--sweep {text}" for text in sweep]
     for text in [*settings, f"--fetch={fetch}"]:
         if has_credentials(text):

@@ -186,6 +186,8 @@ def delete_jobs(
     if own.lower() in forbidden or len(forbidden) == len(KINDS):
         refused = forbidden.get(own.lower()) or next(iter(forbidden.values()))
         raise PermissionError(
-            f"{refused}; deleted: {', '.join(deleted)}" if deleted else str(refused)
+            f"{refused}; jobs deleted before this error: {', '.join(deleted)}"
+            if deleted
+            else str(refused)
         )
     return deleted, left

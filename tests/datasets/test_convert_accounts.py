@@ -124,7 +124,7 @@ def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
     assert (code, output) == (1, "") and not Path("out").exists()
     assert "val.txt:2: 'no pic': expected an ID, but there is no file" in errors
     assert f"val.txt:3: {voc}/Annotations/none.xml: no such annotation file" in errors
-    assert "val.txt:4: /p1: expected the name of an image" in errors
+    assert "val.txt:4: '/p1': expected the name of an image" in errors
     write(voc / "ImageSets/Main/val.txt", "p3\np2 1\n")
     assert "val.txt: contains IDs (1) and rows" in vitdet("data", "convert", voc, "out")[2]
 

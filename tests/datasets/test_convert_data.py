@@ -227,7 +227,7 @@ def wrong(*values: object) -> str:
         ),
         (ONE, "<a/>", "contains object number 1, but"),
         ("ImageSets/Main/train.txt", "three", "three.xml: no such annotation file"),
-        ("ImageSets/Main/train.txt", "../one", "../one: expected the name of an image"),
+        ("ImageSets/Main/train.txt", "../one", "'../one': expected the name of an image"),
         ("SegmentationObject/one.png", "", "one.png: the image cannot be read: the file is empty"),
     ],
 )

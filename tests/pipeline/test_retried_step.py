@@ -250,7 +250,9 @@ def test_a_forbidden_kind_does_not_prevent_deletions_of_the_other(
     text = "trainjobs could not be listed: cannot list trainjobs in namespace ours: trainjobs is"
     assert left.startswith(f"{text} forbidden")
     # jobs of the run may remain
-    with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):
+    with pytest.raises(
+        PermissionError, match="trainjobs is forbidden.*; jobs deleted before this error: runs$"
+    ):
         delete(objects, monkeypatch, "TrainJob")
 
 

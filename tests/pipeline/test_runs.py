@@ -42,7 +42,7 @@ def test_a_creation_without_a_response_is_not_repeated(
     kubeflow.plan["POST /runs"] = [trouble]
     code, _, said = run("submit", "tiny", "--timeout", 1 if trouble is stalling else 60)
     assert code == 1 and kubeflow.words().count("POST /runs") == 1
-    assert said.endswith("; nothing was created so far: check before you submit again\n")
+    assert said.endswith("; nothing has been created so far: check before you submit again\n")
 
 
 def test_no_run_is_created_during_a_permanent_server_error(kubeflow: Kubeflow, run: Run) -> None:

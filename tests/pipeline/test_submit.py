@@ -244,7 +244,7 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
             "mask_rcnn_vitdet_b_coco and tiny cannot be compared",
         ),
         (["tiny", "--fetch", "imagenet"], "fetch: expected coco, lvis or 'convert SOURCE'"),
-        (["tiny", "tiny"], "a recipe is given twice: tiny tiny"),
+        (["tiny", "tiny"], "a recipe is given twice: tiny"),
         (["mine.yaml"], "mine.yaml: a relative path; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],

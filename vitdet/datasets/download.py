@@ -222,8 +222,8 @@ class _Attempt:
         before, after = (urlsplit(url).scheme for url in (self.url, response.url))
         if before == "https" and after != "https":
             raise ValueError(
-                f"{self.url}: redirects to an unencrypted address ({response.url}); the redirect "
-                "was not followed"
+                f"{self.url}: redirects to an unencrypted address ({response.url}); its "
+                "content was not used"
             )
         if response.headers.get_content_type() == "text/html":
             raise ValueError(

@@ -107,7 +107,9 @@ def read_measured(path: Path) -> Measured | None:
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not written by `vitdet evaluate`; remove the file") from error
+        raise ValueError(
+            f"{file}: damaged, or not written by `vitdet evaluate`; remove the file"
+        ) from error
     return None
 
 

@@ -55,7 +55,7 @@ def promote_version(
         with champion.promoting(folder):
             before = history.champion_of(client, model_name)
             if before == number:
-                raise ValueError(f"{shown} is already the champion")
+                raise ValueError(f"{shown}, is already the champion")
             history.set_champion(client, model_name, number, history.FORCED, before or "", force)
         return number, f"without the gate ({force})"
     tags = found.tags

@@ -199,7 +199,7 @@ class _Folders:
                 continue
             problem = ""
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                problem = f"{line}: expected the name of an image without its extension"
+                problem = f"{show(line)}: expected the name of an image without its extension"
             elif known is None and quoted is None and len(line.split()) > 1:
                 problem = f"{show(line)}: expected an ID, but there is no file {self.xml(line)}"
             if problem:
