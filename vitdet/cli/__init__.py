@@ -1,7 +1,7 @@
 """The command line. Each verb has a module that adds the verb's arguments and runs the verb.
 
-The function that runs a verb returns the exit code. Slow packages, e.g. torch, are
-imported there, so that `vitdet --help` is fast. `main` prints a user error in one line.
+The function that runs a verb returns the exit code. It imports the packages that load slowly, such
+as torch, so that `vitdet --help` is fast. `main` prints a user error in one line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VERBS = {
     ),
     "rollback": (add_rollback, "make the previous champion the champion again"),
 }
-# verb -> advice for a GPU that runs out of memory
+# verb -> advice if the GPU runs out of memory
 MEMORY_ADVICE = {
     "train": "Raise train.accumulate (the same batch in smaller micro-batches), set "
     "train.activation_checkpointing=blocks, or lower train.batch_size, data.image_size or, for "
@@ -60,7 +60,7 @@ SIGPIPE = 141  # exit code that a shell reports for a process ended by this sign
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: with 1 after a user error, 2 for invalid arguments."""
+    """Run a command and exit: 1 after a user error, 2 for invalid arguments, 130 after Ctrl-C."""
     verb = ""
     try:
         try:

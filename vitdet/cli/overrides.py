@@ -36,7 +36,7 @@ def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -
 def reading_with(
     overrides: Sequence[str], reading: Reading, names: Sequence[str] = READING
 ) -> Reading:
-    """Return `reading` with overrides of these `data` settings; raise ValueError for others."""
+    """Return `reading` with overrides of these `data` settings; raise ValueError for any other."""
     from vitdet.config import Config, DataConfig, override
     from vitdet.data.images import Reading
     from vitdet.data.layout import overridden_settings

@@ -11,7 +11,7 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Show a download's progress: redraw a line on a terminal, else print one per 10% or 100 MB."""
+    """Redraw a line on a terminal; else print one per 10%, or 100 MB if the size is unknown."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr

@@ -58,7 +58,7 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
 
 
 def _read_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the config, or None, and the location of the MLflow store.
+    """Return the config (None without --config) and the location of the MLflow store.
 
     Raises ValueError if MLflow is not installed or the name is invalid.
     """

@@ -7,7 +7,7 @@ import re
 _TEXT = r"(?:[^\s'\"]|['\"](?=\w))"  # allows a quote in a password, but not one that ends the URL
 # USER:PASSWORD@ after ://, up to the last @, since a password may contain / and @. The lookarounds
 # exclude the port of http://HOST:PORT/PATH. Without a colon, only the part before the first / can
-# be a user, since a path may contain @, as in s3://BUCKET/a@b, and file:///PATH has no host.
+# be a user, since a path may contain @, as in s3://BUCKET/a@b and file:///a@b.
 _USER = (
     rf"(?:(?<!http)(?<!https)|(?!://[^/\s]*:\d+/))(?P<scheme>://)[^/\s'\"\[]*?:{_TEXT}*(?P<at>@)"
 )

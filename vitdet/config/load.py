@@ -54,7 +54,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
 def check_names(tracking: TrackingConfig) -> None:
     """Raise ValueError for an address or a name that MLflow rejects.
 
-    TrackingConfig does not check this, since old checkpoints may contain such names.
+    TrackingConfig does not check this, since old checkpoints may contain such values.
     """
     check_address("tracking.uri", tracking.uri)
     check("tracking.experiment", ExperimentName, tracking.experiment)
@@ -64,9 +64,9 @@ def check_names(tracking: TrackingConfig) -> None:
 def override(
     config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
 ) -> Config:
-    """Return `config` with the given sections of `other`, and then with the overrides.
+    """Return `config` with the overrides, after replacing `sections` with those of `other`, if any.
 
-    Raises the errors of `load_config`."""
+    Raises ValueError as `load_config` does."""
     theirs = to_dict(other) if other else {}
     tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
     return _apply_overrides(tree, overrides)
@@ -91,7 +91,7 @@ def to_dict(config: Config) -> dict:
 def from_dict(tree: Mapping) -> Config:
     """Build a config from the output of `to_dict`; missing settings have their default values.
 
-    Raises the errors of `load_config`."""
+    Raises ValueError as `load_config` does."""
     if unknown := list(_unknown(Config, tree)):
         raise ValueError("; ".join(unknown))
     return convert_section(Config, tree)

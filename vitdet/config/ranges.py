@@ -1,4 +1,4 @@
-"""Types of settings with a range, whose description completes the message "KEY must ..."."""
+"""Types of settings with a range or pattern; its description completes "KEY must ..."."""
 
 import math
 import re
@@ -93,7 +93,7 @@ def check(key: str, hint: Any, value: Any) -> None:
 
 
 def check_address(key: str, uri: str) -> None:
-    """Raise ValueError for an address without a scheme; credentials are hidden in the message."""
+    """Raise ValueError for HOST:PORT without a scheme; credentials are hidden in the message."""
     hidden = hide_credentials(uri) if "://" in uri else re.sub(r"^.*@", "***@", uri)
     check(key, TrackingUri, hidden)
 

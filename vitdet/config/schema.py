@@ -44,10 +44,10 @@ class BackboneConfig(Section, prefix="model.backbone."):
     ] = "vit_b"
     patch_size: Size = 16  # pixels; the stride of the feature map
     window_size: Annotated[int, between(0, 65_536)] = 14  # side of an attention window in tokens
-    drop_path: Fraction = 0.1  # rate of the last block; increases linearly from 0
+    drop_path: Fraction = 0.1  # rate of the last block; rates increase linearly from 0
     pos_embed_grid: Size = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
     global_attention: bool = True  # in some blocks; false: window attention in all blocks
-    # blocks followed by residual convolutions (ViTDet paper)
+    # indices of the blocks that are followed by residual convolutions (ViTDet paper)
     residual_blocks: tuple[Annotated[int, between(0, 1023)], ...] = ()
     rel_pos_size: Size = 1024  # image side in pixels for the global blocks' relative positions
     scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
@@ -97,7 +97,7 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
     num_fcs: Annotated[int, between(1, 1024)] = 1
     fc_dim: Size = 1024
     norm: bool = True  # LayerNorm after each convolution
-    sampling_ratio: Annotated[int, between(0, 1024)] = 0  # per RoIAlign bin and axis; 0: adaptive
+    sampling_ratio: Annotated[int, between(0, 1024)] = 0  # points per bin and axis; 0: adaptive
     federated_classes: Amount = 50  # classes per step in the federated loss
 
 
@@ -144,7 +144,7 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # images per split: the first by id with an object (keep_empty: any training images); 0: all
+    # images per split: the first by id that have objects (keep_empty: any training images); 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
@@ -178,7 +178,7 @@ class OptimConfig(Section, prefix="optim."):
     weight_decay: NonNegative = 0.1
     # parameters without weight decay. norms: the blocks' LayerNorms and the position embedding
     # (ViT-B, ViT-L); vectors: 1-D parameters, relative positions, position embedding (ViTAE);
-    # layer_norms: LayerNorms and position tables, but no BatchNorm (mmdet's Swin); nothing: ViT-H
+    # layer_norms: LayerNorms, position tables, not BatchNorm (mmdet's Swin); nothing: none (ViT-H)
     undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
     layer_decay: Positive = 0.7
     steps: Count = 184_375  # 100 epochs of COCO with batch size 64
@@ -188,7 +188,9 @@ class OptimConfig(Section, prefix="optim."):
     warmup_steps: NonNegative = 250.0
     warmup_factor: Fraction = 0.001  # learning rate at step 0, as a fraction of lr
     clip: NonNegative = 0.0  # maximum gradient norm; 0: no clipping
-    ema: Fraction = 0.0  # decay of the averaged weights that are evaluated and saved; 0: none
+    ema: Fraction = (
+        0.0  # decay of the averaged weights that are evaluated and saved; 0: no averaging
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -271,7 +273,7 @@ class GateConfig(Section, prefix="gate."):
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
     min_class_ap: Percent = 0.0  # minimum of the metric for each class; 0: no limit
     max_class_loss: Percent = 100.0  # maximum AP drop of a class vs. the champion; 100: no limit
-    # the gain's paired bootstrap interval at this level must exceed min_gain; 0: not checked
+    # lower bound of the gain's bootstrap interval at this level must exceed min_gain; 0: no check
     confidence: Confidence = 0.0
 
 

@@ -43,7 +43,7 @@ def list_settings(
 ) -> dict[str, tuple[Any, bool]]:
     """Return {key: (value, whether it is operational)} for all settings of a section.
 
-    root: outermost section, to which the keys in `unless` refer; `section` by default.
+    operational: mark all settings. root: outermost section, to which keys in `unless` refer.
     """
     found: dict[str, tuple[Any, bool]] = {}
     root = section if root is None else root

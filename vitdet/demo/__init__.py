@@ -1,1 +1,1 @@
-"""The generated data set of the demo, and a masked autoencoder that is pre-trained on it."""
+"""The generated data set of the demo, and masked-autoencoder pre-training on similar images."""

@@ -80,7 +80,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean squared error of the reconstructed patches of images (B, 3, S, S).
 
-        Expects normalized images. A patch's target is its pixels with zero mean and unit variance.
+        Expects normalized images. The target is each patch normalized to mean 0 and variance 1.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
@@ -124,7 +124,7 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply one random shift, flip and transpose to all images (B, 3, S, S); normalize them."""
+    """Apply the same random shift, flip and transpose to images (B, 3, S, S); normalize them."""
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images

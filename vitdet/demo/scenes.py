@@ -1,7 +1,7 @@
 """Scenes of the tiny data set: six classes that differ in shape and texture, not in color.
 
 Every class has a silhouette and a preferred texture, which 70% of its instances use. Colors are
-random, backgrounds have the same textures on a larger scale, and untextured fragments and lines are
+random, backgrounds have the same textures at a larger scale, and untextured fragments and lines are
 distractors. A scene depends only on its seed and index. Any change to the drawing requires a
 new VERSION.
 
@@ -106,7 +106,7 @@ class _Canvas:
         kind, period = TEXTURES[dice.integer(0, 6)], FINE * dice.uniform(12, 40)
         pattern = texture(kind, self.height, self.width, period, dice)
         self.paint = pattern.astype(np.uint8)
-        self.owner = np.zeros((self.height, self.width), dtype=np.uint8)  # index of `owners`
+        self.owner = np.zeros((self.height, self.width), dtype=np.uint8)  # index into `owners`
         self.owners = [_Owner(0, False, (slice(0, self.height), slice(0, self.width)))]
 
     def paint_scrap(self) -> None:
@@ -208,7 +208,7 @@ class _Canvas:
         return margin + self.dice.numbers(2) * (np.array([self.width, self.height]) - 2 * margin)
 
     def _preferred(self, kind: int) -> str:
-        # with probability 0.64 + 0.36 / 6 = 0.7
+        # the preferred texture has the probability 0.64 + 0.36 / 6 = 0.7
         return TEXTURES[kind if self.dice.chance(0.64) else self.dice.integer(0, 6)]
 
     def _colors(self) -> list[Color]:
@@ -229,7 +229,7 @@ class _Canvas:
         return len(self.owners) - 1
 
     def _stencil(self, vertices: np.ndarray) -> tuple[Window, np.ndarray, list[int]]:
-        """Return a polygon's window, its mask there, and the number of pixels of each owner."""
+        """Return a polygon's window, its mask there, and the number of covered pixels per owner."""
         (x0, y0), (x1, y1) = np.floor(vertices.min(axis=0)), np.ceil(vertices.max(axis=0))
         rows = slice(max(int(y0), 0), max(min(int(y1), self.height), 0))
         columns = slice(max(int(x0), 0), max(min(int(x1), self.width), 0))

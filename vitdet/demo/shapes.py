@@ -47,7 +47,7 @@ def random_color(dice: Dice, others: list[Color], apart: float, at_most: float =
 
 
 def silhouette(kind: int, dice: Dice) -> np.ndarray:
-    """Return the upright silhouette (V, 2) of a class around the origin, of any size."""
+    """Return a class's upright silhouette (V, 2) around the origin, of arbitrary size."""
     if kind == 0:  # disc
         angle = np.arange(28) * (2 * math.pi / 28)
         return np.stack([np.cos(angle), np.sin(angle) * dice.uniform(0.6, 1)], axis=1)

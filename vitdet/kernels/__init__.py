@@ -2,10 +2,10 @@
 
 Triton launches kernels on the current device, so each operator first selects its tensors' device.
 The operators do not check their arguments: `vitdet.models` and `vitdet.evaluation`, which call
-them, guarantee shapes and dtypes.
+them, guarantee valid shapes and dtypes.
 
-The kernels run on NVIDIA GPUs of the Ampere generation or later. On other devices, and with the
-environment variable VITDET_KERNELS=off, callers use plain torch.
+The kernels run on NVIDIA GPUs of the Ampere generation or later. On other devices, without Triton,
+and with the environment variable VITDET_KERNELS=off, callers use plain torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 
 def enabled(*tensors: Tensor) -> bool:
-    """Return whether the kernels run on these tensors; they do not support float64.
+    """Return whether the kernels run on these tensors; float64 is not supported.
 
     Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
     """

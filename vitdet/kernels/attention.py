@@ -24,7 +24,7 @@ LARGEST_WINDOW = 32  # maximum tokens per side of a window
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether kernels exist for a grid width, window size (0: none) and head depth."""
+    """Return whether the kernels support a grid width, window side (0: global) and head depth."""
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 
@@ -33,7 +33,7 @@ def fits(width: int, window: int, depth: int) -> bool:
 def attention(
     qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Compute softmax(s q.k + q.Rh[qh - kh] + q.Rw[qw - kw]) v of every head.
+    """Compute softmax(s q.k + q.Rh[qh - kh] + q.Rw[qw - kw]) v for every head.
 
     Args:
         qkv: (B, N, 3 h d), queries, keys and values, of sizes that `fits` accepts.
@@ -41,8 +41,8 @@ def attention(
             are zeros before the projection, and therefore equal the bias after it.
         rel_h, rel_w: (2 K - 1, d) each; K is the window's side, or the grid's height or width. Row
             r is for queries r - K + 1 tokens after the key. The dtype may differ from qkv's.
-        sizes: height and width of the grid, heads, side of the windows in tokens (0: attention
-            over all tokens), and 1 to apply the tables to the scaled query, else 0.
+        sizes: height and width of the grid, number of heads, side of the windows in tokens (0:
+            attention over all tokens), and 1 to apply the tables to the scaled query, else 0.
 
     Returns:
         The heads' output (B, N, h d), and log2 of the softmax denominators for the backward pass.

@@ -3,9 +3,9 @@
 Tokens attend to each other within an area: a window, or the whole grid. A block of keys consists of
 rows of the area, each padded to a power of 2. The bias along the height is then one number per
 query and row of keys, and the bias along the width is the same tile for every row, kept in
-registers. Their gradients are sums of the logits' gradient within and over rows. Positions thus
-need no matrix product in these kernels, and queries and keys are not widened. Windows are read from
-and written to the grid; tokens beyond the grid equal the projection's bias.
+registers. Their gradients are sums of the logits' gradient, within rows and over rows. Thus,
+positions need no matrix product in these kernels, and queries and keys are not widened. Windows are
+read from and written to the grid; tokens beyond the grid equal the projection's bias.
 
 The backward pass computes the logits twice, for blocks of queries and for blocks of keys (7
 products instead of 5), so that it needs no atomics and is deterministic.
@@ -84,7 +84,7 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv and, in float32, bias (of tokens beyond the grid) and tables."""
+    """Return the gradients of qkv and, in float32, of bias (tokens beyond the grid) and tables."""
     products = positions(layout, qkv, tables, factor)  # recomputed, to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
@@ -112,7 +112,7 @@ def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> tuple[Layout, dict[st
 
 
 def launch(kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any]) -> None:
-    """Launch a kernel, with fewer stages if a GPU has less shared memory than an H100 (227 KiB)."""
+    """Launch a kernel, with fewer stages if the GPU has too little shared memory for `options`."""
     try:
         kernel[(programs,)](*given, **options)
     except triton.runtime.errors.OutOfResources:
@@ -133,7 +133,7 @@ def load_keys(x, bias, token, exists, inside, step, L):
 
 @triton.jit
 def load_rows(rows, group, row, i, exists, L, LINES):
-    """Load q . R of queries i and rows of keys, which are broadcast; -inf beyond the last row."""
+    """Load q . R of queries i and rows of keys (broadcastable); -inf beyond the last row."""
     at = rows + (group.to(tl.int64) * L.rows + row) * (L.rows * L.columns) + i
     if L.rows % LINES == 0:
         found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
@@ -195,7 +195,7 @@ def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
 def backward_queries_kernel(
     qkv, bias, rows, columns, out, gradient, sums, delta, dqkv, drows, dcolumns, L: tl.constexpr
 ):
-    """Compute `delta` (for the keys) and the gradients of a block of queries and its positions."""
+    """Compute `delta` (for the next kernel) and the gradients of a block's queries and q . R."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile
@@ -250,7 +250,7 @@ def backward_queries_kernel(
 def backward_keys_kernel(
     qkv, bias, rows, columns, gradient, sums, delta, dqkv, beyond, L: tl.constexpr
 ):
-    """Compute the gradients of a block of keys; logits are transposed to remain in registers."""
+    """Compute the gradients of a block of keys and values; transposed logits stay in registers."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, height: int, width: int, heads: int, depth: int, window: int) -> Layout:
-        """Create the layout of windows of `window` tokens per side, or of the whole grid (0)."""
+        """Create the layout of windows of `window` tokens per side (0: of the whole grid)."""
         rows, columns = window or height, window or width
         tiles = (tile(size) for size in (depth, rows, columns))
         return cls(height, width, heads, depth, rows, columns, not window, *tiles)
@@ -61,13 +61,13 @@ class Layout(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Number of independent attentions per image: areas times heads."""
+        """Number of independent attention computations per image: areas times heads."""
         down, across = triton.cdiv(self.height, self.rows), triton.cdiv(self.width, self.columns)
         return down * across * self.heads
 
     @property
     def padded(self) -> bool:
-        """Whether areas extend beyond the grid."""
+        """Whether some areas extend beyond the grid."""
         return self.height % self.rows + self.width % self.columns > 0
 
     def products(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def positions_backward(
 
 
 def diagonal_sums(x: Tensor) -> Tensor:
-    """Sum (K, K, d) to (2 K - 1, d): row r is the sum over all i - j + K - 1 = r."""
+    """Sum (K, K, d) to (2 K - 1, d): row r is the sum over all (i, j) with i - j + K - 1 = r."""
     size, _, depth = x.shape
     # padding rows to 2 K and cutting them at 2 K - 1 shifts each by one more than the row above
     skewed = F.pad(x.flip(1), (0, 0, 0, size)).view(-1, depth)[: size * (2 * size - 1)]
@@ -159,7 +159,7 @@ def store(to, token, inside, x, step, L):
 
 @triton.jit
 def line_of(i, top, left, L, AXIS, QUERIES: tl.constexpr):
-    """Return the indices of line i's queries in the area, and their `tokens`."""
+    """Return the indices of line i's queries in the area, and the result of `tokens` for them."""
     j = tl.arange(0, QUERIES)
     row = i + j * 0 if AXIS == 0 else j
     column = j if AXIS == 0 else i + j * 0

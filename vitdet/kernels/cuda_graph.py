@@ -21,7 +21,7 @@ _recording = Lock()  # torch allows one recording at a time per process
 
 
 class NotRecorded(Exception):
-    """A function is not, or cannot be, recorded for these shapes; the message is the reason."""
+    """A function is not, or cannot be, recorded for these shapes; the message states the reason."""
 
 
 class NoRoom(NotRecorded):
@@ -42,9 +42,9 @@ class CudaGraph(Generic[Output]):
     """A function of tensors on a GPU, recorded for each set of input shapes.
 
     The function must not synchronize with the GPU, and tensors that it reads besides its arguments,
-    such as weights, must not move in memory. The next call with the same shapes overwrites the
-    results. Random numbers are drawn from the device's generator, as without a graph. No reference
-    to the function is kept, so that no reference cycle delays freeing the graphs' memory.
+    such as weights, must not move in memory. Any later call may overwrite the results. Random
+    numbers are drawn from the device's generator, as without a graph. No reference to the function
+    is kept, so that no reference cycle delays freeing the graphs' memory.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class CudaGraph(Generic[Output]):
                     function(*inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
             torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()  # release cached memory, as the graph allocates its own
+            torch.cuda.empty_cache()  # release cached memory, which a graph cannot use
             with torch.cuda.graph(graph, **options):
                 output = function(*inputs)
         except RuntimeError as error:

@@ -30,7 +30,7 @@ def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
         labels: (G, N) int64, or None. With labels, groups of more than TOGETHER boxes require a
             synchronization.
         iou: the threshold.
-        limit: only the first `limit` kept boxes of a group need to be marked.
+        limit: the first `limit` kept boxes of a group are marked; the others may be unmarked.
     """
     if boxes.dtype != torch.float32 or not enabled(boxes):
         return reference(boxes, labels, iou)

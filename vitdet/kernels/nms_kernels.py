@@ -2,8 +2,8 @@
 
 A program of `compare_boxes` compares 32 boxes with 64 others and stores one word of bits for each
 of the 32. A program of `suppress_boxes` iterates over a group, 64 boxes at a time: 64 words in
-registers determine which of them are kept, and the OR of the kept boxes' rows of words contains the
-later boxes that they suppress.
+registers determine which of the boxes are kept, and the OR of the kept boxes' rows of words
+contains the later boxes that they suppress.
 
 Notation: G groups, N boxes of a group, W words of a row.
 """
@@ -49,7 +49,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
 
 
 def below(number: float) -> float:
-    """Return the largest float32 <= `number`; a float32 exceeds either both of them or neither."""
+    """Return the largest float32 <= `number`; a float32 exceeds either both numbers or neither."""
     single = torch.tensor(number, dtype=torch.float32)
     if single.item() > number:
         single = single.nextafter(torch.tensor(-math.inf))
@@ -58,7 +58,7 @@ def below(number: float) -> float:
 
 @triton.jit
 def corners(boxes, index, inside):
-    """Load x0, y0, x1, y1 of boxes (N, 4); empty boxes where not inside."""
+    """Load x0, y0, x1, y1 of boxes (N, 4); empty boxes where `inside` is False."""
     x0 = tl.load(boxes + index * 4, mask=inside, other=0.0)
     y0 = tl.load(boxes + index * 4 + 1, mask=inside, other=0.0)
     x1 = tl.load(boxes + index * 4 + 2, mask=inside, other=0.0)

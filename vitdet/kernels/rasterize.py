@@ -2,8 +2,8 @@
 
 In plain torch (`vitdet.models.mask_head.rasterize`), the host synchronizes, and memory and launches
 grow with the number of edges. The kernel repeats the plain version's float32 arithmetic, operation
-by operation (IEEE division, no fused multiply-add), and directions are integers, so that both mark
-the same cells.
+by operation (IEEE division, no fused multiply-add), and directions are integers, so that both
+versions mark the same cells.
 
 Notation: R RoIs, E edges.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @torch.library.custom_op("vitdet::rasterize", mutates_args=())
 def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Return which cells (R, size, size) bool of RoIs have their center inside the RoI's outline.
+    """Return which cells of each RoI have centers inside its outline: (R, size, size) bool.
 
     These are the cells with a winding number other than zero. The tensors are on a GPU.
 

@@ -4,7 +4,7 @@ RoIAlign is linear and separable: a bin's value is a sum over cells, each weight
 a row weight and a column weight. The values of 64 bins are the product of a weight matrix (bins x
 cells) with a tile of 8 x 8 cells (cells x channels), summed over the tiles that the RoI touches.
 The gradient of a tile is the product of the transposed matrix with the gradients of the bins,
-summed over the RoIs that touch it: each cell is written once, by one program, in a fixed order.
+summed in a fixed order over the RoIs that touch it; a single program writes each cell, once.
 
 In products with 16-bit maps, each float32 weight is split into the sum of two 16-bit numbers, to
 preserve its precision.

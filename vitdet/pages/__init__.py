@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
-    """Render a template with escaped values; `template` is a path such as evaluation/page.html."""
+    """Render a template with escaped values; `template` is its path in the vitdet package."""
     return _environment().get_template(template).render(values)
 
 

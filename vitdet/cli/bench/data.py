@@ -1,11 +1,11 @@
 """CPU time of reading a training image with vitdet, with Detectron2's mapper and with Pillow.
 
-All three process the same images alternately, in one process. vitdet and Detectron2's
+All three read the same images in turn, in a single process. vitdet and Detectron2's
 DatasetMapper, if installed, read an image, apply large-scale jitter (0.1 to 2.0 of 1024), crop,
 flip, and transform boxes and masks. The mapper has the augmentations of Detectron2's ViTDet configs
 (RandomFlip, ResizeScale, FixedSizeCrop without padding) and is measured with polygons, which these
-configs use, and with bitmasks. Pillow only reads, resizes to 1024 and copies into an array, as a
-reference for the speed of the machine. Times are user and system CPU time.
+configs use, and with bitmasks. Pillow only reads an image, resizes it to 1024 x 1024 and copies it
+into an array, as a reference for the speed of the machine. Times are user and system CPU time.
 """
 
 from __future__ import annotations

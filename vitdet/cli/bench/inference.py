@@ -47,7 +47,7 @@ def measure_inference(
 @torch.no_grad()
 def let_detect(detector: Detector, batch: Batch) -> int:
     """Scale the class logits by the smallest of SCALES with which the image of `batch` has the
-    maximum number of detections, or by the largest; return the number of detections.
+    maximum number of detections, or by the largest if none does; return the number obtained.
     """
     layers = [stage.get_submodule("logits") for stage in detector.roi_heads.stages]
     drawn = [layer.get_parameter("weight").clone() for layer in layers]

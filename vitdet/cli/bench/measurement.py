@@ -24,7 +24,7 @@ from vitdet.training.precision import chosen, tf32
 # device type -> side of the square matrices whose product is timed (0.1 s on a CPU)
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# CUDA calls in which the host waits, except cudaDeviceSynchronize: only the measurement calls it
+# CUDA calls in which the host waits, except cudaDeviceSynchronize, which only measurements call
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 COUNTED = 2  # number of steps for counting kernels, after the timed steps
 GIB = 2**30
@@ -132,7 +132,7 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
-    """Count kernels (including copies), launches, host waits and busy ms per step on a GPU.
+    """Record kernels (including copies), launches, host waits and busy ms per step on a GPU.
 
     The dictionary is filled at the end of the context; on a CPU, it remains empty.
     """

@@ -1,9 +1,9 @@
 """Speed of training steps, measured in the loop of `vitdet train` on synthetic images.
 
-The loop reads batches from a `Stream` instead of the loader; the stream records the time of each
-request. The time of a step is the time between two requests (on a GPU, between events in its CUDA
-stream). It includes copying the batch, the optimizer step and weight averaging, but no evaluation,
-saving or logging. All steps use the same batch.
+The loop reads batches from a `Stream` instead of the loader; the stream records when each step
+requests its first batch. The time of a step is the time between two such requests (on a GPU,
+between events in its CUDA stream). It includes copying the batch, the optimizer step and weight
+averaging, but no evaluation, saving or logging. All steps use the same batch.
 """
 
 from __future__ import annotations
