@@ -188,9 +188,7 @@ class OptimConfig(Section, prefix="optim."):
     warmup_steps: NonNegative = 250.0
     warmup_factor: Fraction = 0.001  # learning rate at step 0, as a fraction of lr
     clip: NonNegative = 0.0  # maximum gradient norm; 0: no clipping
-    ema: Fraction = (
-        0.0  # decay of the averaged weights that are evaluated and saved; 0: no averaging
-    )
+    ema: Fraction = 0.0  # decay of the averaged weights (evaluated and saved); 0: no averaging
 
     def __post_init__(self) -> None:
         super().__post_init__()
