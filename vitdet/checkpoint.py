@@ -105,7 +105,7 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
         ) from error
     except OSError:
         raise  # e.g. too many open files: unrelated to the content
-    except Exception as error:  # a damaged file can raise any exception
+    except Exception as error:  # a damaged file can cause any exception
         no_memory = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)
         kind = ValueError if no_memory else DamagedError
         raise kind(f"{path}: not a complete vitdet checkpoint ({first_line(error)})") from error
@@ -272,8 +272,8 @@ class Checkpoints:
     def save_evaluation(self, step: int, content: dict) -> None:
         """Write the entries that an evaluation adds to the state after `step` steps.
 
-        They are stored in a small JSON file next to the state, which is not rewritten; `latest`
-        merges the two files.
+        They are stored in a small JSON file next to the state, so that the state is not rewritten;
+        `latest` merges the two files.
         """
         path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
         try:
@@ -292,7 +292,7 @@ class Checkpoints:
     def latest(self, verify: bool = True, up_to: int | None = None) -> dict | None:
         """Return the newest state that is not damaged; None if there are no states.
 
-        up_to: ignore states after more steps. Skips damaged states, which `set_aside` renames, and
+        up_to: ignore states of later steps. Skips damaged states, which `set_aside` renames, and
         ignores damaged evaluations. Raises DamagedError if all states are damaged."""
         states = [path for path in self.all() if up_to is None or _step_of(path) <= up_to]
         for path in reversed(states):

@@ -80,8 +80,8 @@ def process_group() -> Iterator[torch.device]:
 def _join() -> tuple[dist.Store, int, int]:
     """Wait for all processes; return the store, the rank and the world size.
 
-    Raises TimeoutError if some ranks do not join within JOIN_TIMEOUT, ConnectionError if torchrun
-    has ended or the connection to its store is lost.
+    Raises TimeoutError if some ranks do not join within JOIN_TIMEOUT, and ConnectionError if
+    torchrun has ended or the connection to its store is lost.
     """
     if torchrun.has_ended():
         raise ConnectionError("the torchrun that started this process has ended")
@@ -177,7 +177,7 @@ def connect(prefix: str, limit: timedelta) -> dist.Store:
 
 
 def has_shutdown_timeout() -> bool:
-    """Return whether this torch's torchrun can wait longer than 30 s for its processes to end."""
+    """Return whether this version of torchrun can wait more than 30 s for its processes to end."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return "shutdown_timeout" in LaunchConfig.__dataclass_fields__
@@ -190,7 +190,7 @@ def flight_record() -> str:
     try:
         module = importlib.import_module("torch._C._distributed_c10d")
         return bytes(module._dump_nccl_trace_json(onlyActive=True)).decode(errors="replace")
-    except (ImportError, AttributeError, RuntimeError, TypeError) as error:  # private in torch
+    except (ImportError, AttributeError, RuntimeError, TypeError) as error:  # a private API
         return f"not available ({error})"
 
 
@@ -219,7 +219,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes."""
+    """Return the number of processes in the group; 1 before joining and after leaving it."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -304,8 +304,8 @@ def all_gather_objects(value: T) -> list[T]:
 def reraise_on_all_ranks(make: Callable[[], T]) -> T:
     """Run `make` on every rank; if it raises on any rank, raise the first error on all ranks.
 
-    Otherwise the other ranks would wait for the failed rank in their next collective. Only covers
-    errors that a user can fix: OSError, ValueError and LookupError.
+    An error on only one rank would leave the other ranks waiting in their next collective. Only
+    covers errors that a user can fix: OSError, ValueError and LookupError.
     """
     results: list[T] = []
     failure: Exception | None = None

@@ -5,9 +5,9 @@ After an error or a kill, the previous version therefore remains, and readers ne
 file. Temporary names identify the writing process; the next writer in the folder removes the
 temporary files of processes that have ended.
 
-The kernel releases a lock when its process ends, even after SIGKILL. filelock opens the file for
-writing, as NFSv4 requires, and closes it in forked children, so data-loader workers do not keep the
-lock of a killed training run.
+The kernel releases a lock when the process that holds it ends, even after SIGKILL. filelock opens
+the file for writing, as NFSv4 requires, and closes it in forked children, so data-loader workers do
+not keep the lock of a killed training run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 UNSUPPORTED |= {errno.EINVAL, errno.EBADF, errno.ENOTTY}
 POLL_SECONDS = 0.2
-_warned: set[str] = set()  # not empty after the one warning of this process
+_warned: set[str] = set()  # not empty once this process has logged the warning
 log = logging.getLogger(__name__)
 
 
@@ -225,7 +225,7 @@ def damaged_record(path: Path) -> str | None:
             records = archive.infolist()
             descriptor = file.fileno()
             intact = list(pool.map(lambda record: _is_intact(archive, descriptor, record), records))
-    except Exception as error:  # a damaged header can raise any exception
+    except Exception as error:  # a damaged header can cause any exception
         if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EINVAL):
             raise  # e.g. too many open files: unrelated to the content
         raise ValueError(f"not a complete zip archive ({error})") from error
@@ -240,7 +240,7 @@ def _is_intact(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInf
     Reads instead of mapping the file, so that an I/O error raises OSError instead of SIGBUS.
     """
     try:
-        # also compares the name in the local header with the central directory
+        # also compares the name in the local header with that in the central directory
         with archive.open(record) as content:
             if record.compress_type != zipfile.ZIP_STORED:
                 while content.read(CRC_BLOCK):
@@ -326,7 +326,7 @@ def parse_yaml(text: str) -> object:
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
     """Read a YAML file whose scalars stay text, since a class may be named "no".
 
-    Raises FileNotFoundError, and ValueError for invalid YAML (`expected`: format in the message).
+    Raises FileNotFoundError, and ValueError for invalid YAML; its message names `expected`.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)

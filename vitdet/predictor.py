@@ -87,8 +87,8 @@ class Predictor:
         """Load a predictor from a checkpoint.
 
         Args:
-            device: default: a GPU if there is one.
-            precision: default: evaluate.precision in the checkpoint's config.
+            device: the default is a GPU if there is one.
+            precision: the default is evaluate.precision in the checkpoint's config.
 
         Raises FileNotFoundError, or ValueError for a file that is not a checkpoint.
         """

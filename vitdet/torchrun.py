@@ -26,8 +26,8 @@ def end_with_torchrun() -> None:
 
     Without a handler, SIGTERM ends the process, even while it imports torch or joins the process
     group; with the handler of `vitdet.training.stop`, training first saves its state. The kernel
-    sends the signal when the thread that started this process ends, which is torchrun's main
-    thread. On other systems, `vitdet.training.watchdog` detects a changed parent later.
+    sends the signal when the thread that started this process, torchrun's main thread, ends. On
+    other systems, `vitdet.training.watchdog` detects a changed parent later.
 
     A torchrun that ended before this call is detected by `has_ended`.
     """

@@ -52,7 +52,7 @@ class Polygons(Record):
     spans: Tensor
 
     def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
-        """Without spans, edges must be (G, E, 4); all-zero edges are padding, without effect."""
+        """Without spans, edges must be (G, E, 4), E per object; all-zero edges are padding."""
         if spans is None:
             length = edges.shape[1]
             first = torch.arange(len(edges), device=edges.device) * length
@@ -154,7 +154,7 @@ class Targets(Record):
 class Detections(Record):
     """Detections in one image, sorted by descending score.
 
-    boxes (N, 4) are xyxy in pixels, scores (N,) in 0..1, and labels (N,) int64 indices of
+    boxes (N, 4) are xyxy in pixels, scores (N,) in 0..1, and labels (N,) int64 indices into
     class_names. masks (N, 28, 28) contain probabilities on a grid over each box (see
     `vitdet.data.masks.paste`); None without a mask head."""
 
@@ -190,7 +190,7 @@ class Batch(Record):
 
     Attributes:
         images: (B, 3, S, S) uint8, padded to a square canvas.
-        targets: ground truth of each image; empty for validation images.
+        targets: ground truth of each image; an empty list for validation data.
         sizes: (B, 2) int64 (height, width) without padding.
         image_ids: ids in the annotation file.
         originals: (B, 2) int64 (height, width) before resizing.

@@ -36,8 +36,8 @@ class _Overlaps(NamedTuple):
 def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match each box to the ground truth with the largest IoU: (..., G, N) -> matched (..., N).
 
-    If this IoU is below `low`, the box is BACKGROUND, else if it is below `high`, IGNORE. `iou`
-    yields one or more blocks of rows, as from `boxes.iou_blocks`; only one is in memory at a time.
+    If this IoU is below `low`, the box is BACKGROUND; else, if it is below `high`, it is IGNORE.
+    Like `boxes.iou_blocks`, `iou` yields one or more blocks of rows; only one is in memory at a time.
     """
     return _by_threshold(_overlaps(iou, math.inf), low, high)
 
@@ -47,7 +47,7 @@ def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match like `match`, but always keep each ground truth's best box as foreground.
 
     The box is matched to its own best ground truth, as in Detectron2's RPN. There, however, a
-    ground truth that overlaps no box turns all boxes with IoU 0 into foreground.
+    ground truth that overlaps no box turns every box into foreground.
     """
     found = _overlaps(iou, 0.0)
     return torch.where(found.favorite >= 0, found.truth, _by_threshold(found, low, high))
@@ -111,7 +111,7 @@ class Sampled(NamedTuple):
 
 @torch.no_grad()
 def sample(matched: Tensor, num: int, positive_fraction: float, choose: Choose) -> Sampled:
-    """Sample `num` boxes of matched (B, N), up to num * positive_fraction of them foreground."""
+    """Sample up to `num` boxes per image, at most num * positive_fraction of them foreground."""
     most, slots = (min(size, matched.shape[1]) for size in (int(num * positive_fraction), num))
     positive, negative = matched > BACKGROUND, matched == BACKGROUND
     num_positive = positive.sum(dim=1).clamp(max=most)

@@ -4,8 +4,8 @@ Relative positions: Li et al., MViTv2 (arXiv:2112.01526); windows and padding: D
 
 With the bias q.Rh[qh - kh] + q.Rw[qw - kw], a logit is the inner product [q s, q Rh, q Rw] . [k,
 onehot(kh), onehot(kw)]. One product of widened queries and keys thus computes all logits, without
-an N x N bias. ViTAE-Transformer/ViTDet also uses q s in the bias: this is the same function with
-tables 1 / s times as large, which are learned more slowly.
+an N x N bias. In ViTAE-Transformer/ViTDet, the bias has q s instead of q: this is the same function
+with tables 1 / s times as large, which are learned more slowly.
 
 On a GPU, the widths of queries and keys are zero-padded to a multiple of 8, which fused kernels
 require in half precision (PyTorch's sdp_utils.cpp). The half-precision kernels in `vitdet.kernels`

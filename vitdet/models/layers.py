@@ -78,7 +78,7 @@ class Blocks(nn.ModuleList):
 
 
 class DropPath(nn.Module):
-    """In training, drop an image's residual path with probability `rate`; otherwise, scale it.
+    """In training, drop an image's residual path with probability `rate` and scale kept paths.
 
     The scale is 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382). `keep` is a
     tensor: with a number, as in timm, torch.compile would compile each block separately.

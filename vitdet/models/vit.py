@@ -179,8 +179,8 @@ class ViT(nn.Module):
 
     The stored position embedding has `pos_embed_grid` tokens per side. The relative positions of
     the global blocks are stored for images of `rel_pos_size` pixels per side. Both arguments may be
-    (rows, columns); the positions are resized to an image's grid. `branch` creates the module that
-    runs in parallel to a block's attention.
+    pairs, height first; the positions are resized to an image's grid. `branch` creates the module
+    that runs in parallel to a block's attention.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""MLflow: tracking, registry and comparison of training runs; mlflow is imported only here."""
+"""MLflow: tracking, registry and comparison of training runs; only this package imports mlflow."""

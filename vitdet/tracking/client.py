@@ -74,7 +74,7 @@ KINDS: dict[str, type[Exception]] = {
 
 
 class Client:
-    """An MlflowClient of the server `uri`, which optionally retries requests (see `repeating`).
+    """A wrapper of MlflowClient for the server `uri`, optionally with retries (see `repeating`).
 
     Its methods raise LookupError if an object does not exist on the server, FileExistsError if it
     already exists, RefusedError if the server rejects the request permanently or denies access, and

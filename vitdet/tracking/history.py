@@ -23,7 +23,7 @@ RECENT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Event:
-    """A version became champion at `time` (ISO 8601, UTC). before: the previous one; "": none."""
+    """A version became champion at `time` (ISO 8601, UTC). before: the previous champion or ""."""
 
     time: str
     version: str
@@ -65,7 +65,7 @@ def set_champion(
 def record(
     client: Client, model_name: str, version: str, action: str, before: str, reason: str
 ) -> Event:
-    """Record that a version becomes champion, before its alias is set; return the event."""
+    """Record that a version becomes champion, before the alias is set; return the event."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     event = Event(now, version, action, before, reason)
     value = asdict(event)

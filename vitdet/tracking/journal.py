@@ -1,8 +1,8 @@
 """The journal of a run on disk: its records for the tracking server, and which of them were sent.
 
-FOLDER/journal/KEY.jsonl contains one record per line: the start of the run, values of metrics, the
-end of the run. KEY.json is the cursor: the run's ID on the server and the offset of the first line
-that has not been sent. KEY.files/ contains copies of the files that have not been uploaded. Each
+FOLDER/journal/KEY.jsonl contains one record per line, such as the start or the end of the run or
+values of metrics. KEY.json is the cursor: the run's ID on the server and the offset of the first
+line that has not been sent. KEY.files/ contains copies of files that have not been uploaded. Each
 line is one unbuffered write, so that a killed process loses no line, unlike with MLflow's own
 asynchronous logging, whose queue is in memory.
 """
@@ -76,7 +76,7 @@ class Journal:
             shutil.rmtree(copy.parent)
 
     def entries(self) -> list[Path]:
-        """Return the subfolders of KEY.files/, each with one file below its artifact folder."""
+        """Return the subfolders of KEY.files/, each with one file in its artifact folder."""
         for record in self._read_cursor().get("uploads", ()):  # of earlier versions of vitdet
             with suppress(OSError):
                 self.adopt(record)

@@ -153,8 +153,8 @@ def start_run(
         uri: The server; "": an SQLite file in `folder`. MLFLOW_TRACKING_URI takes precedence.
         folder: The folder of the journal.
         what: The experiment, name, params, tags and dataset (name, digest and source) of a new run.
-            Optionally, `group` is the value of the tag `group` of the parent run, and `output` is
-            the name of the output folder, by which a run without a checkpoint is continued.
+            Optionally, `group` is the parent run's tag of this name, and `output` is the name of
+            the output folder, by which a run without a checkpoint is found and continued.
         run_id: An MLflow ID or a pending ID. If the server does not have this run, a new run is
             created from all records of the journal.
 

@@ -1,8 +1,8 @@
 """The registered model: a detector that MLflow loads and serves without this repository.
 
 A version contains the detector's weights (in safetensors, or in a checkpoint of plain tensors if
-vitdet 0.1 registered it), this package as a wheel, and a code file that imports the class below. As
-nothing is pickled, MLflow loads it with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
+vitdet 0.1 registered it), this package as a wheel, and a code file that imports `DetectorModel`.
+As nothing is pickled, MLflow loads it with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
 requirements.txt lists the wheel by its path in the model, which MLflow resolves when it creates an
 environment. To install the requirements yourself, run
 `cd MODEL && pip install -r requirements.txt`.

@@ -1,4 +1,4 @@
-"""Registration of checkpoints in the model registry; the alias `champion` requires the gate."""
+"""Registration of checkpoints in the model registry; the gate protects the alias `champion`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def register_checkpoint(
     measured: Measured | None = None,
     plots: Path | None = None,
 ) -> Registered:
-    """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
+    """Add a checkpoint to the model registry under an alias; `champion` requires passing the gate.
 
     The version always becomes `candidate`. The data is read only for the gate. The packaged model
     is tested before any upload. If the server does not have the training run, e.g. for a checkpoint

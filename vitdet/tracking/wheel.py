@@ -55,7 +55,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def requirements(extra: tuple[str, ...] = ()) -> list[str]:
-    """Return the dependencies and `extra`, pinned to the installed versions: `torch==2.15.0`."""
+    """Return the dependencies and `extra`, pinned to installed versions, e.g. `torch==2.15.0`."""
     _, description = _metadata()
     names = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)[^;\n]*$", description)
     # without the local version (+cpu, +cu132), which public indexes do not offer

@@ -54,7 +54,7 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Create a cell's parallel convolutions; `channels` are the widths before and after each."""
+    """Create a cell's parallel convolutions; `channels`: widths before and after each one."""
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -67,7 +67,7 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions, in windows of side `window` or, if 0, over all tokens.
+    """Attention without positions, in windows of side `window`, or over all tokens if it is 0.
 
     E may differ from C. With `keep_values`, the values are added to the result.
     """
@@ -226,7 +226,7 @@ def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
     """Return each stage's drop path rates, one per normal cell, as in the published run.
 
     The rates increase linearly to `largest` over all cells, but stage s uses those from index
-    depths[s - 1] on instead of the sum of all previous depths: with depths (2, 2, 8, 2), the last
+    depths[s - 1] on, not from the sum of all previous depths: with depths (2, 2, 8, 2), the last
     stage has the rates of cells 8 and 9, so that no cell has the rate `largest`.
     """
     rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
