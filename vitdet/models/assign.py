@@ -37,7 +37,7 @@ def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match each box to the ground truth with the largest IoU: (..., G, N) -> matched (..., N).
 
     If this IoU is below `low`, the box is BACKGROUND; else, if it is below `high`, it is IGNORE.
-    Like `boxes.iou_blocks`, `iou` yields one or more blocks of rows; only one is in memory at a time.
+    `iou` yields one or more blocks of rows, like `boxes.iou_blocks`; only one block is in memory.
     """
     return _by_threshold(_overlaps(iou, math.inf), low, high)
 

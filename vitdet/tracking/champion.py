@@ -310,7 +310,7 @@ class _Model:
     def best(self, event: Event, ap: float) -> tuple[float, str]:
         """Return (AP, version) of the best version among this promotion and its rivals.
 
-        In a tie, the older version is the best. A version that a user forced or restored in place
+        In a tie, the oldest version is the best. A version that a user forced or restored in place
         of the same champion gets an infinite AP.
         """
         found = [(ap, event.version)]

@@ -44,7 +44,7 @@ LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
-# SQLAlchemy's exceptions for a URI that is not a database's; an OperationalError may be temporary.
+# SQLAlchemy's exceptions for an invalid database URI; an OperationalError may be temporary.
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # All threads share the environment and the loggers, so only one thread at a time may change them.
 LOCK = threading.RLock()

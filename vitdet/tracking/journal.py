@@ -77,7 +77,7 @@ class Journal:
 
     def entries(self) -> list[Path]:
         """Return the subfolders of KEY.files/, each with one file in its artifact folder."""
-        for record in self._read_cursor().get("uploads", ()):  # of earlier versions of vitdet
+        for record in self._read_cursor().get("uploads", ()):  # written by earlier versions
             with suppress(OSError):
                 self.adopt(record)
         return sorted(self.files.glob("[!.]*"))

@@ -89,7 +89,7 @@ def description_of(card: str) -> str:
 
 
 def initial_weights(init: str) -> list[InitialWeights]:
-    """Return the weights of `train.init`, followed by those that they were trained from, if any.
+    """Return the weights of `train.init`, then the weights that these were trained from, if any.
 
     A file with the name of published weights is assumed to contain them.
     """

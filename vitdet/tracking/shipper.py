@@ -86,7 +86,7 @@ class Shipper:
         An artifact store that hangs therefore delays neither metrics nor the end of the process.
         """
         deadline = time.monotonic() + seconds
-        while (thread := self._start_upload()) and seconds:  # again for files that were added
+        while (thread := self._start_upload()) and seconds:  # repeat for files added since
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 log.warning(
@@ -189,7 +189,7 @@ class Shipper:
             tags["pipeline_run"] = group
             if parents:
                 tags[PARENT] = parents[0].info.run_id
-        # a run exists if only the response to an earlier request was lost
+        # the run exists already if only the response to an earlier request was lost
         found = client.search_runs([experiment], f"tags.journal = '{key}'")
         new = experiment, start["time"], tags, start["name"]
         run_id = (found[0] if found else client.create_run(*new)).info.run_id

@@ -1,6 +1,6 @@
 """Trackers of a training run's metrics, and the display of its progress.
 
-On a terminal, the progress line is updated in place; otherwise, each update is printed on a new line.
+On a terminal, the progress line is updated in place; otherwise, each update is a separate line.
 """
 
 from __future__ import annotations
