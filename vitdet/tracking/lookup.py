@@ -23,7 +23,7 @@ class StoredRun:
 
 
 def open_store(uri: str, folder: Path, tries: int | None = None) -> Client:
-    """Return a client of the server that `tracking_uri` returns. tries: as in `connect`.
+    """Return a client for the address that `tracking_uri` returns. tries: as in `connect`.
 
     Raises the errors of `connect`, and FileNotFoundError instead of creating an SQLite file.
     """

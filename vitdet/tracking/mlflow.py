@@ -226,7 +226,7 @@ def log_metrics(
 
 
 def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
-    """Return a client, with retries, of the server that `tracking_uri` returns.
+    """Return a client with retries for the address that `tracking_uri` returns.
 
     tries: attempts for the first requests; default: the same number as for later requests. Raises
     ConnectionError if the server does not respond, and ValueError if the store can never be used.
