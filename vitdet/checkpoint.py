@@ -245,7 +245,7 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for writing states; raises ValueError if another process holds it."""
+        """Lock the folder for writing states; raises ValueError if it is already locked."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:

@@ -184,7 +184,7 @@ def has_shutdown_timeout() -> bool:
 
 
 def flight_record() -> str:
-    """Return NCCL's record of the collectives that have not finished, as JSON; '' without NCCL."""
+    """Return NCCL's record of unfinished collectives as JSON or an error text; '' without NCCL."""
     if not dist.is_initialized() or "nccl" not in dist.get_backend_config():
         return ""
     try:

@@ -173,7 +173,7 @@ class RoIHeads(nn.Module):
     def pool(
         self, features: Sequence[Tensor], boxes: Tensor, filled: Tensor, slots: Tensor, bins: int
     ) -> Tensor:
-        """Return the features (R, C, bins, bins) of the slots (R,) of boxes (B, S, 4)."""
+        """Return the features (R, C, bins, bins) of the boxes (B, S, 4) in the slots (R,)."""
         images = torch.arange(len(boxes), device=boxes.device)[:, None]
         image = torch.where(filled, images, -1).flatten()[slots]
         rows = boxes.flatten(0, 1)[slots]

@@ -65,7 +65,7 @@ def register_checkpoint(
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias; `champion` requires passing the gate.
 
-    The version always becomes `candidate`. The data is read only for the gate. The packaged model
+    The version always becomes `candidate`. Without the gate, no data is read. The packaged model
     is tested before any upload. If the server does not have the training run, e.g. for a checkpoint
     from another machine, the version has no run, but the tag `training_run` contains the run's ID.
 

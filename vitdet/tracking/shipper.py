@@ -109,7 +109,7 @@ class Shipper:
         return ""
 
     def attach(self, client: Client) -> str:
-        """Find or create the run on the server; return its ID. Raises the errors of `client`."""
+        """Find or create the run; return its ID. Raises UnknownRunError and errors of `client`."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
         return self._run_id
