@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 # The image of all steps, read when a pipeline is compiled; "": the image of the training job
 IMAGE = os.environ.get("VITDET_IMAGE", "")
-# Set from a label in pods, and by `python -m pipeline run` in local runs
+# Environment variable: in pods set from a label, in local runs by `python -m pipeline run`
 RUN_ID = "KFP_RUN_ID"
 
 

@@ -1,9 +1,9 @@
 """Step `train`: in this process (`train`) or in a distributed training job (`train_job`).
 
-Both components have the same inputs and outputs. `data` is the fingerprint of the data, `initial` a
-digest of the initial weights; both are part of the step's cache key. KFP's cache compares
-parameters by value and artifacts by ID, so the configs come from the step `configs`, which is
-cached, and not from `data`, which is not.
+Both components have the same outputs and, except for `task_config`, the same inputs. `data` is the
+fingerprint of the data, `initial` a digest of the initial weights; both are part of the step's
+cache key. KFP's cache compares parameters by value and artifacts by ID, so the configs come from
+the step `configs`, which is cached, and not from the step `data`, which is never cached.
 """
 
 from kfp import dsl

@@ -34,7 +34,7 @@ Created = TypeVar("Created")
 
 
 class Server:
-    """The runs of a Kubeflow Pipelines server. All methods raise ServerError.
+    """The runs of a Kubeflow Pipelines server. Methods raise ServerError if a request fails.
 
     Args:
         ui: URL for links, by default the API's URL if it is not a service in the cluster.
@@ -57,7 +57,7 @@ class Server:
 
     @cached_property
     def health(self) -> dict:
-        """Return the server's health response, which verifies that the host serves the API.
+        """Return the health response; raise ServerError if the host does not serve the API.
 
         The generated class has no field for the version, so the response is read as JSON.
         """
@@ -82,7 +82,7 @@ class Server:
         return server_version(self.health)
 
     def namespace(self, asked: str) -> str:
-        """Return the namespace for requests; "" for a single-user server, which rejects others."""
+        """Return the namespace for requests; "" for single-user servers, which reject any other."""
         multi_user = bool(self.health.get("multi_user"))
         if multi_user and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
@@ -193,7 +193,7 @@ class Server:
         raise ServerError(f"{self.host} has no run or schedule {some_id}", 404)
 
     def pod_namespace(self, run: api.V2beta1Run) -> str:
-        """Return the namespace of a run's pods; a single-user server uses its own namespace."""
+        """Return the namespace of a run's pods, which is `kubeflow` on a single-user server."""
         experiment = self.experiments.experiment_service_get_experiment(
             experiment_id=run.experiment_id
         )
@@ -254,13 +254,13 @@ class Server:
                 self.runs.run_service_terminate_run(found.run_id)
             except ServerError:
                 state = self.runs.run_service_get_run(found.run_id).state
-                # the run may have ended, or an earlier attempt of the request succeeded
+                # the run may have ended, or an earlier attempt of the request may have succeeded
                 if state not in (*ENDED, "CANCELING"):
                     raise
 
 
 def find_marked(listed: Sequence[Any] | None, marker: str) -> Any | None:
-    """Return the run that was submitted with this marker as its description, or None."""
+    """Return the run or schedule whose description is this marker, or None."""
     return next((item for item in listed or () if item.description == marker), None)
 
 

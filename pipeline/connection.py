@@ -165,7 +165,7 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """Return a secret's value; raise ValueError if it is invalid, as http.client would print it."""
+    """Return a secret's value; raise ValueError if invalid, before http.client's error shows it."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         found = "other content" if text else "nothing"
@@ -217,7 +217,7 @@ class Transport(RESTClientObject):
         _preload_content: bool = True,
         _request_timeout: object = None,
     ) -> RESTResponse:
-        """Send a request; the base class expects a pair of timeouts and ignores a float."""
+        """Send a request with retries; timeouts are a pair, as the base class ignores a float."""
         timeouts = (self.timeout, self.timeout)
         attempt, read_again = 0, False
         while True:

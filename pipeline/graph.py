@@ -1,11 +1,11 @@
 """The pipeline graph.
 
-recipes -> configs -> data, weights -> for each recipe: train -> evaluate -> champion (if its AP on
-this data is unknown) -> gate -> register; then the comparison table and an exit handler.
+recipes -> configs -> data, weights, announce -> for each training run: train -> evaluate ->
+champion (if its AP on this data is unknown) -> gate -> register; then compare and an exit handler.
 
-The cluster's pipeline and the local one differ only in the arguments of `build`. Recipes and
-overrides describe the experiment; nodes, pool, job_kind and workspace describe the cluster. Neither
-depends on the other.
+The cluster's pipeline and the local one differ only in the arguments of `build`. Recipes,
+overrides, sweep, seeds and fetch describe the experiment; nodes, pool, job_kind and workspace
+describe the cluster. The experiment does not depend on the cluster.
 
 Step `configs` resolves the settings that do not depend on the data, step `data` the others. Step
 `data` is never cached, as the data may change in place. The data's fingerprint is an input of the
@@ -106,8 +106,8 @@ def build(
 
     Args:
         train: The component that trains.
-        job: YAML of the training jobs that this component may start.
-        image: The image of these jobs.
+        job, image: YAML of the training jobs that this component may start, and their image.
+        configure: Applies the cluster's settings to each task; by default none.
         parallel: Number of concurrent training runs, including evaluation; 0 for no limit.
         shape: Defaults of the parameters nodes and job_kind.
     """

@@ -1,9 +1,9 @@
 """Read the YAML of the training jobs: kinds, nodes, image, GPUs, tolerations and node selector.
 
-Step `evaluate` needs the same GPUs and nodes as training. A PyTorchJob specifies them in its pod
-template. For a TrainJob they are merged from its runtime (another document) and its runtimePatches;
-later patches take precedence (Trainer 2.2: maps are merged, a list of tolerations is replaced), and
-the resources of spec.trainer override those of the runtime.
+Step `evaluate` needs the same kind of GPU and node as training. A PyTorchJob specifies them in its
+pod template. For a TrainJob they are merged from its runtime (another document) and its
+runtimePatches; later patches take precedence (Trainer 2.2: maps are merged, a list of tolerations
+is replaced), and the resources of spec.trainer override the runtime's resources.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def documents_of(text: str) -> list[dict]:
 
 
 def job_image(jobs: str) -> str:
-    """Return the jobs' image. Raises ValueError if they use none or several."""
+    """Return the jobs' image. Raises ValueError if they use different images or no image."""
     found = set()
     for job in documents_of(jobs):
         for replica in job["spec"].get("pytorchReplicaSpecs", {}).values():

@@ -52,7 +52,7 @@ def load_package(
 
     parallel: number of concurrent training runs; None for the compiled number.
 
-    Without caching, no step reuses results, including the steps of nested pipelines. With caching,
+    Without caching, no step reuses results, not even in nested pipelines. With caching,
     step `configs` does not reuse results if a recipe is a file, whose content may have changed.
 
     Raises FileNotFoundError, or ValueError if the file is not a pipeline with these parameters.
@@ -156,7 +156,7 @@ def check_recipes(
 
     vitdet checks the settings in a new process, as pipeline/ does not import vitdet's dependencies.
     Recipes whose files exist only on the cluster are checked by the first step, before data is
-    prepared or GPUs are requested; the result is then False.
+    prepared or GPUs are requested; the result is then False, as it is without vitdet.
     """
     from vitdet.config.credentials import has_credentials, hide_credentials
 

@@ -163,7 +163,7 @@ def server_version(health: dict) -> tuple[Version, str]:
 def fit(documents: list[dict], version: Version) -> list[str]:
     """Remove, in place, the fields of a pipeline that this server version does not support.
 
-    Returns one line per removed kind of field, with what the user loses. Raises ValueError for a
+    Returns one line per kind of removed field, with what the user loses. Raises ValueError for a
     field without which the pipeline would behave differently.
     """
     lines = []

@@ -81,7 +81,7 @@ def active_context() -> dict:
 
 
 def describe_namespace(namespace: str) -> str:
-    """Return text for messages that names this namespace and the cluster of the requests.
+    """Describe, for messages, a namespace and the cluster that receives the requests.
 
     Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
     A missing permission to read namespaces is not an error.
@@ -177,7 +177,7 @@ class JobClient:
         """Send a request; return the response, or None for a status in `none_if`.
 
         Args:
-            forbidden: seconds for which 401 and 403 are retried if `verb` was allowed before.
+            forbidden: seconds to retry 401, 403 and unknown paths, if `verb` was allowed before.
             refused: seconds for which a rejection by a quota or an admission webhook is retried.
             once: fail within 2.5 s instead of retrying.
         """

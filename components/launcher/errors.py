@@ -1,10 +1,10 @@
 """Describe a rejected Kubernetes API request in one line: the request, the reason, the remedy.
 
-Three causes share status 403. An RBAC error names the account, the verb and the resource of the
-missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help. An
-exceeded ResourceQuota (apiserver, plugin/resourcequota/controller.go) and an admission webhook
-(pkg/admission/plugin/webhook/errors/statuserror.go, with any status from 400) are also named in the
-message; they may allow the same request later.
+Three causes can have status 403. An RBAC error names the account, the verb and the resource of the
+missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help. The
+message also names an exceeded ResourceQuota (apiserver, plugin/resourcequota/controller.go) or an
+admission webhook (pkg/admission/plugin/webhook/errors/statuserror.go, with a status of at least
+400); the same request may be admitted later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MISSING_RULE = re.compile(
 )
 QUOTA = re.compile(r"exceeded quota: |status unknown for quota: ")
 WEBHOOK = re.compile(r'admission webhook "[^"]+" denied the request')
-# A field that the operator's webhook rejects is never accepted later
+# Errors of a webhook about an invalid field: the request is never admitted later
 # (apimachinery, pkg/util/validation/field/errors.go)
 INVALID_FIELD = re.compile(
     r": (Invalid|Required|Unsupported|Duplicate) value|: (Forbidden|Too long|Too many): "
@@ -30,7 +30,7 @@ INVALID_FIELD = re.compile(
 
 
 def server_message(error: ApiException) -> str:
-    """Return the API server's message on one line; "" if it has none, e.g. for an unknown path."""
+    """Return the response's message on one line; "" if there is none, e.g. for an unknown path."""
     try:
         return " ".join(json.loads(error.body)["message"].split())
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -38,12 +38,12 @@ def server_message(error: ApiException) -> str:
 
 
 def describe_outage(error: Exception) -> str:
-    """Describe a failed connection by its kind, e.g. SSLError, for messages."""
+    """Describe a failed connection, for messages, by the type of its error, e.g. SSLError."""
     return f"does not respond ({type(getattr(error, 'reason', None) or error).__name__})"
 
 
 def may_be_admitted_later(error: ApiException) -> bool:
-    """Return whether a quota or an admission webhook rejected the request: a retry may succeed."""
+    """Return whether a quota or admission webhook rejected the request: a retry may succeed."""
     message = server_message(error)
     if not 400 <= (error.status or 0) < 500 or INVALID_FIELD.search(message):
         return False

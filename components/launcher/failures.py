@@ -44,7 +44,7 @@ class Failures:
         return None
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
-        """Return the cause of a failure and the pod's last log lines; "" without a cause."""
+        """Explain a failure: first failed rank, cause, last log lines; "" without a known cause."""
         cause = (
             cause
             or root_cause(found for pod in pods if (found := failure_reason(pod)))

@@ -37,7 +37,7 @@ from components.launcher.templates import ERRORS, FAILURE, RESTARTS, SCHEDULE, S
 from components.launcher.workflow import without_run
 
 MAX_ANNOTATION = 32_000  # characters of FAILURE; the API server allows 256 KiB of annotations
-NO_WORKLOAD = 30.0  # seconds after which Kueue should have created a job's Workload
+NO_WORKLOAD = 30.0  # seconds within which Kueue should have created a job's Workload
 
 
 class Follower:
@@ -113,7 +113,7 @@ class Follower:
             )
 
     def report(self, topic: str, text: str) -> None:
-        """Write `text` to the step's log unless it repeats the last text of this topic."""
+        """Write `text` to the step's log unless it is empty or repeats the topic's last text."""
         if text and self.reported.get(topic) != text:
             self.out(f"launcher: {text}")
         self.reported[topic] = text
@@ -177,7 +177,7 @@ class Follower:
         self.started = STARTED in annotations
 
     def poll(self) -> bool:
-        """Report changes; return whether the job succeeded, raise RuntimeError if it failed."""
+        """Report changes; return whether training is complete. Raises RuntimeError on failure."""
         job = self.client.get()
         if job is None:
             return self.handle_missing()
@@ -257,7 +257,7 @@ class Follower:
         text, limit = no_workload(self.kind, queue), self.timeouts.operator
         if self.persists("no Workload", not workloads, min(NO_WORKLOAD, limit)):
             self.report("queue", f"{self.name}: {text}")
-            self.admitted = not is_suspended(job)  # the job trains without the queue
+            self.admitted = not is_suspended(job)  # an unsuspended job ignores the queue
         if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
             self.give_up(f"{self.name} has been suspended for {limit:.0f} s: {text}")
 
@@ -304,7 +304,7 @@ class Follower:
             self.progress.read(line)
 
     def stream_held_lines(self) -> None:
-        """Read the lines that are still held back, as the job ends (see `PodLog.new_lines`)."""
+        """Read the lines that are still held back when the job ends (see `PodLog.new_lines`)."""
         for pod in self.pods:
             log = self.pod_logs.get(pod["metadata"]["uid"])
             if log is not None and log.held_since is not None:
@@ -389,7 +389,7 @@ class Follower:
         raise RuntimeError(text)
 
     def delete_failed(self) -> None:
-        """Delete a failed job; errors are only reported, as the caller raises its own error."""
+        """Delete a failed job; errors are only reported, as the caller raises the job's error."""
         try:
             self.client.delete()
         except RuntimeError as error:

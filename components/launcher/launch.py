@@ -1,12 +1,12 @@
-"""Start and delete training jobs: what a pipeline step and `python -m pipeline terminate` call.
+"""Start and delete training jobs, for pipeline steps and `python -m pipeline terminate`.
 
-A job belongs to its pipeline run, not to the step's pod, which may be evicted or lost. The API
-server deletes the job with the run's Workflow (ownerReference). A step that is stopped because the
-run is ending deletes its job, and `delete_jobs` deletes all jobs of a run. The operator ends a job
-after its deadline (a TrainJob without delay). The training operator 1.9 checks the deadline only
-when the job or one of its pods changes, and every 10 hours (its work queue for delayed checks is a
-FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run up to 10 hours longer. This
-operator deletes a finished PyTorchJob after its time to live; a TrainJob has none.
+A job belongs to its pipeline run, not to the step's pod, which may be evicted or lost. Kubernetes
+deletes the job together with the run's Workflow (ownerReference). A step that is stopped because
+the run is ending deletes its job; `delete_jobs` deletes all unfinished jobs of a run. The operator
+ends a job after its deadline: a TrainJob without delay; for a PyTorchJob, the training operator 1.9
+checks the deadline only when the job or one of its pods changes, and every 10 hours (its work queue
+for delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run up to 10
+hours longer. A finished PyTorchJob is deleted after its time to live; a TrainJob has none.
 """
 
 from __future__ import annotations
@@ -65,22 +65,22 @@ def launch(
 ) -> None:
     """Train in a job of `nodes` pods; block until it has succeeded.
 
-    An existing job of the same run and recipe is followed, so that a step can be retried; if that
-    job has failed, the retried step fails immediately with the same message.
+    An existing job of this run and name is followed. If it has failed, a retried step fails
+    immediately with the same message, while the first attempt in a retried run recreates the job.
 
     Args:
         template: YAML of the job.
         kind: A key of KINDS.
-        name: The recipe.
+        name: The name of the training run.
         task_config: The fields of kfp's dsl.TaskConfig.
-        out: Called with each line of rank 0's log and of the job's progress.
+        out: Called with each line of rank 0's log, and with messages about the job.
         finished: Returns whether training is complete; called if the job is gone or has failed.
         check_processes: Raises ValueError if this number of processes cannot train.
         keep_logs: Called after the job's end with the last lines of each rank, by file name.
 
     Raises:
         RuntimeError: The job fails, cannot start, is deleted, or its creation is forbidden.
-        ValueError: The template does not fit the request.
+        ValueError: The kind is unknown, or the template does not fit the request.
     """
     job_kind = KINDS.get(kind.lower())
     if job_kind is None:
@@ -157,8 +157,8 @@ def delete_jobs(
         finished job states how long the job and its pods' logs are kept.
 
     Raises:
-        PermissionError: Listing `own` or all kinds, or deleting a job, is forbidden.
-        RuntimeError: The API server does not respond.
+        PermissionError: Listing the jobs of `own` or of all kinds, or deleting a job, is forbidden.
+        RuntimeError: The API server does not respond or rejects a request.
     """
     api, current = connect()
     namespace = namespace or current

@@ -1,8 +1,8 @@
 """The logs of a job's pods, split by rank to find the first rank that failed.
 
-torchrun prefixes the lines of its processes with `[rank3]:` (PET_TEE and
-TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest); its own lines have no prefix. Without
-these settings, all lines of a pod belong to the pod.
+torchrun prefixes the lines of its processes with their rank, e.g. `[rank3]:` (PET_TEE and
+TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest), but not the lines that it writes
+itself. Without these settings, no line has a prefix, and lines are assigned to pods only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from components.launcher.status import container_statuses, restart_count
 
 TAIL = 200  # last lines of each rank that are kept
 MAX_PODS = 256  # number of pods whose lines are kept; a preempted TrainJob gets pods with new names
-MAX_FIRST_LINES = 1000  # in the first read of a pod's log, which is long if the job is adopted
+MAX_FIRST_LINES = 1000  # in the first read of a pod's log; the log of an adopted job is long
 # seconds for which a restarted container's lines are held back while the log of its previous
 # instance, whose lines precede them, cannot be read
 HOLD_SECONDS = 15.0
@@ -111,7 +111,7 @@ class RankLogs:
         self.pods: dict[str, str] = {}  # "rank 3" -> the name of its pod
 
     def add(self, pod: str, lines: list[Line], main: bool) -> list[str]:
-        """Store a pod's new lines; return the lines of rank 0, and of torchrun in the main pod."""
+        """Store a pod's lines; return rank 0's, and torchrun's if the pod may run rank 0 (main)."""
         shown = []
         for when, text in lines:
             prefix = PREFIX.match(text)
@@ -189,7 +189,7 @@ class RankLogs:
 
 
 def keep_newest(entries: dict, most: int) -> None:
-    """Remove the oldest entries beyond `most`."""
+    """Remove the oldest entries until at most `most` entries remain."""
     for key in list(entries)[: max(0, len(entries) - most)]:
         del entries[key]
 
@@ -201,7 +201,7 @@ def source_order(source: str) -> tuple[bool, int, str]:
 
 
 def error_text(lines: list[str]) -> str:
-    """Return the message of an error: the last line of a traceback, otherwise the first line."""
+    """Return the message of an error: the line after a traceback's frames, else the first line."""
     if lines[0].startswith("Traceback"):
         for line in lines[1:]:
             if line and not line.startswith(" "):

@@ -1,6 +1,6 @@
 """The progress of a training run: parsed from rank 0's log, published as an annotation of the job.
 
-`vitdet.tracking.tracker.Progress` writes these lines: the step, the time left and images/s.
+`vitdet.tracking.tracker.Progress` writes log lines with the step, the time left and images/s.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def describe(annotation: str) -> str:
 
 
 class Progress:
-    """The latest progress of one training run, and when it was published."""
+    """The latest progress of one training run, and the progress that was published last."""
 
     def __init__(self) -> None:
         self.latest = self.published = ""

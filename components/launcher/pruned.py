@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from components.launcher.templates import Kind
 
-# Fields that do not change how a job trains -> the consequence of dropping them
 NO_DEADLINE = "the job has no deadline, so a forgotten job does not end by itself"
+# Fields that do not change how a job trains -> the consequence of dropping them
 SAFETY = {
     "spec.activeDeadlineSeconds": NO_DEADLINE,
     "spec.runPolicy.activeDeadlineSeconds": NO_DEADLINE,
@@ -49,7 +49,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, index: int, entries: list) -> object:
-    """Return the entry with the same key, or without a key the entry at `index`; else None."""
+    """Return the entry with the same key (see KEYS) or, without a key, at `index`; else None."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         dicts = (other for other in entries if isinstance(other, dict))
         return next((other for other in dicts if other.get(key) == entry[key]), None)

@@ -1,9 +1,9 @@
 """Why Kueue does not admit a job, from the conditions of its Workload.
 
-Kueue creates a Workload (kueue.x-k8s.io/v1beta2, as of Kueue 0.15) for a job with a queue label
-and labels it with the job's uid (pkg/controller/constants). The Workload's condition QuotaReserved
+Kueue creates a Workload (kueue.x-k8s.io/v1beta2, since Kueue 0.15) for a job with a queue label;
+the Workload has a label with the job's uid (pkg/controller/constants). Its condition QuotaReserved
 contains the reason why the job waits, e.g. `WaitingForQuota` with the missing quota, or
-`Misconfigured` for a missing LocalQueue. Kueue before 0.19 has the same message with the reason
+`Misconfigured` for a missing LocalQueue. Before 0.19, the same messages have the reason
 `Pending` or `Inadmissible` (apis/kueue/v1beta2/workload_types.go).
 
 A suspended job without a Workload waits forever. Since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of

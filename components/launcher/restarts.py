@@ -67,7 +67,7 @@ class Restarts:
 
     @property
     def errors(self) -> int:
-        """Return the number of incidents that are not disruptions."""
+        """Return the number of errors, i.e. incidents without a disruption, of all launchers."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
@@ -115,7 +115,7 @@ class Restarts:
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
         """Compare all pods with the pods of the last poll: a pod that is missing was deleted.
 
-        Ignores failed pods, which `observe` has counted; for a suspended job see `forget_pods`.
+        Ignores failed pods, which `observe` has counted. For a suspended job, see `forget_pods`.
         needed: number of running pods that the job needs to train.
         """
         current = {pod["metadata"]["name"]: uid_of(pod) for pod in pods}
@@ -136,7 +136,7 @@ class Restarts:
         return last is None or set(last.causes) >= set(self.pods) or now - last.start > EVICTION
 
     def forget_pods(self) -> None:
-        """Ignore pods that are missing at the next poll, since the job was suspended."""
+        """Count no pods as deleted at the next poll: suspending a job deletes its pods."""
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
@@ -153,7 +153,7 @@ class Restarts:
         incident.disrupted |= disrupted
 
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
-        """Add a failure to the last incident if it is a consequence; return whether it was added.
+        """Add a failure to the last incident if that incident caused it; return whether it did.
 
         A failure is a consequence while another pod waits for its first restart since the incident
         started. In a crash loop, all pods wait most of the time, but they have failed again since.
@@ -178,7 +178,7 @@ def uid_of(pod: dict) -> str:
 def is_disruption(cause: Cause, pod: dict) -> bool:
     """Return whether this pod was ended by its node or an eviction, not by its own process.
 
-    A pod that exceeds a volume's size limit is evicted as well, but would exceed the limit again.
+    An eviction for exceeding a volume's size limit does not count: a restart would not help.
     """
     if cause.reason == OUT_OF_MEMORY:
         return False

@@ -121,7 +121,7 @@ def validate(document: dict) -> dict:
     if not isinstance(document.get("spec"), dict):
         raise ValueError(f"job manifest: the {kind} has no spec")
     _check(document["spec"], spec, f"{kind}: spec")
-    # separately, because msgspec does not report the keys of a mapping: `pytorchReplicaSpecs[...]`
+    # one by one, because msgspec reports no keys of mappings, only `pytorchReplicaSpecs[...]`
     for name, replica in document["spec"].get("pytorchReplicaSpecs", {}).items():
         _check(replica, _REPLICA, f"{kind}: spec.pytorchReplicaSpecs.{name}")
     return without_nulls(document)
@@ -163,7 +163,7 @@ def _mapping_at(value: Any, path: str) -> dict:
 
 
 def _gpu_count(kind: type, value: object) -> object:
-    """Convert to _GpuCount, the only type that msgspec does not support itself."""
+    """Convert to _GpuCount, the only type in this schema that msgspec does not support."""
     if not re.fullmatch("[0-9]+", str(value)):
         raise ValueError(f"expected a whole number, got {value!r}")
     return kind()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C of this process."""
+"""Handling of SIGTERM and Ctrl-C in this process."""
 
 from __future__ import annotations
 

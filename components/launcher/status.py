@@ -57,11 +57,11 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
 
 
 def deadline_exceeded(job: dict, message: str) -> str:
-    """Describe the deadline if the job failed because it was exceeded; else "".
+    """Describe the deadline if the job failed by exceeding the deadline; else "".
 
-    Only the message identifies this case: the training operator's is "... active longer than
-    specified deadline" (common/job.go, ReconcileJobs, with the same reason as every failure),
-    Trainer's "... exceeded its active deadline".
+    Only the message identifies this case, as the training operator uses one reason for all failures
+    (common/job.go, ReconcileJobs): "... active longer than specified deadline", or for a TrainJob
+    "... exceeded its active deadline".
     """
     return f"the deadline (activeDeadlineSeconds: {deadline(job)})" if "deadline" in message else ""
 
@@ -106,8 +106,8 @@ class Cause:
     """Why a pod failed or does not start; `str()` formats it as one line for the user.
 
     previous: whether the container was restarted, so that the log of its previous instance contains
-    the failure. init: whether `container` is an init container. subject: "pod", or "job" if the job
-    has no pods.
+    the failure. init: whether `container` is an init container. subject: "pod", or "job" if `pod`
+    is the name of a job whose pods cannot be created.
     """
 
     pod: str
@@ -137,7 +137,7 @@ class Cause:
 
 
 def signal_name(code: int) -> str:
-    """Return ` (SIGKILL)` for exit code 137 etc.: a shell adds 128 to the signal's number."""
+    """Return e.g. ` (SIGKILL)` for exit code 137, i.e. 128 + the signal's number; else ""."""
     try:
         return f" ({signal.Signals(code - 128).name})" if code > 128 else ""
     except ValueError:
@@ -191,7 +191,7 @@ def failure_reason(pod: dict) -> Cause | None:
 
 
 def root_cause(causes: Iterable[Cause]) -> Cause | None:
-    """Return the most likely root cause, or None for no causes.
+    """Return the most likely root cause, or None if there are no causes.
 
     When a process of a distributed run dies, all other processes fail soon after. Prefers causes
     without a later restart of the container, then specific causes, then the earliest cause.
@@ -210,7 +210,7 @@ def blocking_reason(pod: dict) -> Cause | None:
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in BROKEN:
             return Cause(name, waiting["reason"], message=waiting.get("message") or "")
-    # failing init containers, as the operators count only the restarts of running pods
+    # an init container that keeps failing: the operators count only restarts of running pods
     for init in status.get("initContainerStatuses") or []:
         last = (init.get("lastState") or {}).get("terminated") or {}
         done = ((init.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
@@ -239,7 +239,7 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]
-    # a TrainJob's events are events of its JobSet's Jobs, whose names begin with the TrainJob's
+    # a TrainJob's events belong to the Jobs of its JobSet, whose names begin with its name
     own = f"involvedObject.uid={job['metadata'].get('uid')}"
     if "pytorchReplicaSpecs" not in job["spec"]:
         own = "involvedObject.kind=Job"

@@ -7,7 +7,7 @@ import os
 from components.launcher.client import JobClient
 from components.launcher.workflow import end_of_run, is_disrupted, retry_index, workflow_owner
 
-# "0" in the first pod of a step; set by servers after 2.17 only (argocompiler/common.go)
+# "0" in the first pod of a step; set only by servers after 2.17 (argocompiler/common.go)
 RETRY_INDEX = "KFP_RETRY_INDEX"
 POD = "KFP_POD_NAME"  # set by `commonEnvs` in the backend's argocompiler/common.go
 
@@ -30,7 +30,7 @@ class Step:
         """Return why the job must end together with this step; "" if the run continues.
 
         Takes at most 5 s. If the run cannot be read, it is assumed to be ending, unless this step's
-        pod is being deleted. Kubernetes sends SIGKILL 30 s after SIGTERM; but when Argo itself ends
+        pod is disrupted. Kubernetes sends SIGKILL 30 s after SIGTERM; but when Argo itself ends
         a step, KFP's launcher process exits at once and SIGKILL may follow within a second. The
         remaining jobs are then deleted by the exit handler after Kubeflow's Terminate, by
         `python -m pipeline terminate`, or together with the Workflow.

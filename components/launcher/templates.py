@@ -19,7 +19,7 @@ import yaml
 from components.launcher.schema import GPU, validate
 
 POOL = "vitdet/pool"  # label of node pools, independent of the cloud provider
-# its replacement on GKE, where a ComputeClass rejects node labels with a slash
+# replaces POOL on GKE, where a ComputeClass rejects node labels with a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 # annotation of a template: maximum time in seconds that its pods may wait for a node
@@ -27,7 +27,7 @@ SCHEDULE = "vitdet/schedule-seconds"
 # annotations that the launcher sets on a job
 FAILURE = "vitdet/failure"  # why the job failed or was aborted
 RESTARTS = "vitdet/restarts"  # how many restarts are allowed after errors (not disruptions)
-ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # error count; whether all pods ran together
+ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # error count; whether all pods were running
 # defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
@@ -87,9 +87,9 @@ class Kind:
 
 
 def job_name(run_id: str, recipe: str) -> str:
-    """Return the job's name, unique per run and recipe: a DNS-1035 label, at most 40 characters.
+    """Return a job's name: a DNS-1035 label of at most 40 characters, unique for these arguments.
 
-    Pod names add a suffix and must be labels of at most 63 characters.
+    recipe: the training run's name. Pod names add a suffix and must be at most 63 characters long.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")[:22].strip("-")
     mark = hashlib.sha256(f"{run_id}/{recipe}".encode()).hexdigest()[:10]
@@ -97,7 +97,7 @@ def job_name(run_id: str, recipe: str) -> str:
 
 
 def label(text: str) -> str:
-    """Convert text to a label value: replace invalid characters with `-`, keep 63 characters."""
+    """Convert text to a label value: replace invalid characters with `-`, keep at most 63."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:63].strip("-._")
 
 
@@ -127,7 +127,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
 
 
 def mount_paths(kind: Kind, job: dict) -> list[str]:
-    """Return the training container's mount paths; [] for a TrainJob (set by its runtime)."""
+    """Return the training container's mount paths; [] for a TrainJob, whose runtime sets them."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if not replicas:
         return []
@@ -275,7 +275,7 @@ def reuse_claim_volumes(pod: dict, task: dict) -> dict:
 
     A pod with two volumes for one claim stays in ContainerCreating forever (kubernetes/kubernetes,
     issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,
-    so the volumes of a TrainJob are merged.
+    so the volumes of a TrainJob are merged by name.
     """
 
     def claim(volume: dict) -> str:
@@ -301,7 +301,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests. Added values take precedence; an added limit removes a request."""
+    """Merge limits and requests; added values replace existing values, a limit also the request."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):

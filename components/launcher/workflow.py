@@ -70,7 +70,7 @@ def is_disrupted(pod: dict) -> bool:
 
 
 def has_disruption_target(pod: dict) -> bool:
-    """Return whether Kubernetes (as of 1.26) marked this pod as evicted, preempted or lost."""
+    """Return whether Kubernetes (1.26 or later) marked this pod as evicted, preempted or lost."""
     conditions = (pod.get("status") or {}).get("conditions") or []
     return any(c["type"] == "DisruptionTarget" and c.get("status") == "True" for c in conditions)
 

@@ -180,7 +180,7 @@ def fit_pipeline(pipeline: dict, server: Server, asked: Version | None) -> None:
 
 
 def refused(error: ServerError, server: Server) -> ServerError:
-    """Return the error of a run that was not started, with advice for an unknown field."""
+    """Return the error of a request that the server refused, with advice for an unknown field."""
     if not error.field:
         return error
     version, doubt = server.version()
@@ -217,7 +217,7 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.job_manifests import job_kinds
 
     text, wanted = read_job_file(args.job), args.job_kind
-    if text and wanted and wanted not in job_kinds(text):  # would fail in the training step
+    if text and wanted and wanted not in job_kinds(text):  # the training step would fail
         found = " and ".join(sorted(job_kinds(text)))
         raise ValueError(f"--job {args.job}: contains no {wanted}, only {found}; see --job-kind")
     with TemporaryDirectory() as folder:

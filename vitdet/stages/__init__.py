@@ -1,7 +1,7 @@
 """The steps of an experiment as functions, called by the command line and pipeline components.
 
-`train`, `evaluate` and `register` do the same as the commands of these names. The other functions
-are the steps of a pipeline run, in this order (`pipeline/graph.py`):
+`train`, `evaluate` and `register` do the same as the commands with these names. The steps of a
+pipeline run call the following functions, in this order (`pipeline/graph.py`):
 
     resolve_configs     Write a config for each training run from recipes, overrides, sweep, seeds.
     start_parent_run    Create the MLflow run that groups the training runs.
@@ -27,8 +27,8 @@ share (`vitdet.stages.workspace`). Common arguments are:
     checkpoint          The file of a detector.
     figures, verdict    JSON files that `evaluate_recipe` and `gate` write, respectively.
 
-A repeated step keeps existing results; training resumes from the last checkpoint. The steps import
-torch, MLflow and other slow packages when they are called.
+A repeated step reuses existing data, weights and detectors; training resumes from the last
+checkpoint. torch, MLflow and other packages that are slow to import are imported on first use.
 """
 
 from vitdet.stages.comparison import (

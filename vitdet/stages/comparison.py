@@ -80,7 +80,7 @@ def end_parent_run(
     try:
         settings = load_config(recipes[0], overrides).tracking
     except (ValueError, FileNotFoundError, IndexError):
-        return  # for the same reason, the first step failed and created no parent run
+        return  # the first step failed with this error, so there is no parent run
     folder = runs_folder(workspace)
     comparison.end_parent_run(
         run_id, state, uri=settings.uri, folder=folder, experiment=settings.experiment

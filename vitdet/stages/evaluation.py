@@ -27,7 +27,7 @@ def evaluate(
     plots: Path | None = None,
     report: Path | None = None,
 ) -> tuple[dict[str, float], str | None]:
-    """Evaluate a checkpoint; log metrics and files to the MLflow run that trained it.
+    """Evaluate a checkpoint; log metrics and files to the checkpoint's MLflow run.
 
     Args:
         checkpoint: The file of a detector.
@@ -36,7 +36,7 @@ def evaluate(
         config: The config with `data` and `evaluate`. Default: the config in the checkpoint.
         output, pictures, plots, report: Files and folders to write, as for `vitdet evaluate`.
 
-    Returns the metrics and the ID of the MLflow run, None if there is no run or no store. Raises
+    Returns the metrics and the MLflow run's ID (None if this process logs nothing). Raises
     the errors of `vitdet.evaluate` and `vitdet.tracking.address.tracking_uri`.
     """
     from vitdet import distributed
@@ -121,7 +121,7 @@ def evaluate_champion(
 ) -> str:
     """Evaluate the champion as the detector in `checkpoint` was evaluated, for the step `gate`.
 
-    Returns one line: the metric, why the champion cannot be evaluated, or that there is none.
+    Returns one line: the metric, why the evaluation failed, or that there is no champion.
     """
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations

@@ -1,6 +1,6 @@
 """The outcome (verdict or error) of each training run, as files in the workspace.
 
-After a failure, KFP does not pass on outputs of steps; the comparison reads these files instead.
+KFP passes no outputs of steps to the exit handler, so `compare_finished` reads these files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ VERDICT, FAILURE = "verdict.json", "failure.json"
 
 @contextmanager
 def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None]:
-    """Record the step's error, if any, on exit; else remove the record of an earlier attempt."""
+    """Record an error of the step; on success, remove the record of an earlier attempt."""
     file = training_folder(workspace, name, run_id) / FAILURE
     try:
         yield
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        with suppress(OSError):  # must not replace the step's error
+        with suppress(OSError):  # which must not replace the step's error
             write_json(file, {"step": step, "reason": lines[0]})
         raise
     with suppress(OSError):
@@ -33,14 +33,14 @@ def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None
 
 
 def write_verdict(workspace: str, name: str, run_id: str, verdict: dict[str, Any]) -> None:
-    """Store a training run's row of the comparison, with its metrics and the gate's verdict."""
+    """Store a training run's row of the comparison table: its metrics and the gate's verdict."""
     write_json(training_folder(workspace, name, run_id) / VERDICT, verdict)
 
 
 def read_outcomes(
     workspace: str, names: Sequence[str], run_id: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the existing verdicts, and {name: reason} of training runs that did not succeed."""
+    """Return the existing verdicts, and {name: reason} for training runs that did not succeed."""
     verdicts, failures = [], {}
     for name in names:
         folder = training_folder(workspace, name, run_id)

@@ -15,7 +15,7 @@ from vitdet.files import write_json
 from vitdet.stages.workspace import resolve_paths
 
 SEED = "train.seed"
-# A training run adds about 12 nodes to the Workflow's status, and Argo limits that object to 1 MiB.
+# A training run adds about 12 nodes to the Workflow's status, whose size Argo limits to 1 MiB.
 MAX_TRAININGS = 64
 EXPLICIT = "explicit.json"  # next to the configs: {name: settings that the user set}
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
@@ -53,10 +53,10 @@ def plan_trainings(
     sweep: Sequence[str] = (),
     seeds: int = 1,
 ) -> dict[str, tuple[Config, list[str]]]:
-    """Return {name: (config, the settings that the user set)} of each training run.
+    """Return {name: (config, the settings that the user set)} for all training runs.
 
     sweep: strings such as `optim.lr=1e-4,2e-4`; each recipe is trained with each combination of
-    their values. seeds: each combination is trained with this many consecutive seeds, starting with
+    these values. seeds: each combination is trained with this many consecutive seeds, starting with
     the seed in its config.
 
     Raises ValueError or FileNotFoundError for an invalid recipe, setting or sweep, for two equal
@@ -122,7 +122,7 @@ def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[s
     fixed = {text.partition("=")[0] for text in overrides}
     for text in sweep:
         key, _, listed = text.partition("=")
-        values = re.split(r",(?![^\[]*\])", listed)  # not at commas inside brackets
+        values = re.split(r",(?![^\[]*\])", listed)  # commas outside brackets
         if not key or not all(values):
             raise ValueError(f"sweep {text!r}: expected SECTION.KEY=VALUE,VALUE,...")
         if key in axes or key in fixed:

@@ -31,16 +31,16 @@ class Data(NamedTuple):
 def prepare_data(
     settings: str, workspace: str, configs: str, manifest: str, fetch: str = ""
 ) -> Data:
-    """Verify the data set; write configs with its splits and classes, and a description of it.
+    """Verify the data set; write its description, and configs with its splits and classes.
 
     Args:
         settings: The folder that `resolve_configs` wrote.
         configs: The folder of the configs to write.
         manifest: The JSON file for the description.
-        fetch: How to fetch the data set, as in `fetch_words`; "": use existing data. The demo's
+        fetch: How to fetch the data set, as for `fetch_words`; "": use existing data. The demo's
             data set is generated if it does not exist.
 
-    Raises FileNotFoundError or ValueError for data that is missing or unusable.
+    Raises FileNotFoundError or ValueError if data is missing, unusable or does not fit the configs.
     """
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text
@@ -82,7 +82,7 @@ def prepare_data(
 
 
 def verified_config(folder: str, name: str, data: str) -> Config:
-    """Return a config of `resolve_configs` or `prepare_data`, with the data's splits and classes.
+    """Return a config written by `resolve_configs` or `prepare_data`, with splits and classes.
 
     Raises the errors of `vitdet.data.fingerprint.verify` if the data's fingerprint is not `data`.
     """
@@ -117,10 +117,10 @@ def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
 
 
 def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
-    """Run `vitdet data` with `fetch_words` and forward its output to stdout.
+    """Run `vitdet data` with the arguments of `fetch_words`; forward its output to stdout.
 
     A repeated download resumes; a conversion is skipped if the folder is not empty. Raises
-    ValueError with the command's last line if the command fails.
+    ValueError with the last line of the output if the command fails.
     """
     words = fetch_words(fetch, root, workspace)
     if words[0] == "convert" and root.is_dir() and any(root.iterdir()):
@@ -142,7 +142,7 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
 
 
 def fetch_weights(configs: str, workspace: str) -> str:
-    """Fetch the weights that each config names in `train.init`; return a digest of the files.
+    """Fetch the published weights named in `train.init`; return a digest of all initial weights.
 
     Raises the errors of `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
     """

@@ -58,7 +58,7 @@ def champion_file(workspace: str, name: str, run_id: str) -> Path:
 
 
 def result(checkpoint: Path) -> Path:
-    """Return the detector in a training folder: best.pt with `train.keep_best`, else model.pt.
+    """Return the detector's file in a folder: best.pt with `train.keep_best`, else model.pt.
 
     If `checkpoint` is a file, it is returned unchanged.
     """
