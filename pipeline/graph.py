@@ -7,10 +7,10 @@ The cluster's pipeline and the local one differ only in the arguments of `build`
 overrides, sweep, seeds and fetch describe the experiment; nodes, pool, job_kind and workspace
 describe the cluster. The experiment does not depend on the cluster.
 
-Step `configs` resolves the settings that do not depend on the data, step `data` the others. Step
-`data` is never cached, as the data may change in place. The data's fingerprint is an input of the
-training runs, which are cached. The cache compares artifacts by ID, so a training run does not use
-artifacts of `data`: it reads the splits and classes itself, from data with that fingerprint.
+Step `configs` resolves the settings that do not depend on the data; step `data` resolves the other
+settings and is never cached, as the data may change in place. The data's fingerprint is an input of
+the training runs, which are cached. The cache compares artifacts by ID, so a training run does not
+use artifacts of `data`: it reads the splits and classes itself, from data with that fingerprint.
 
 ParallelFor's parallelism, a constant of the compiled pipeline, limits concurrent training runs.
 The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
@@ -261,7 +261,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
                 backoff_max_duration=MAX_RETRY_TIME,
             )
         # Pod Security `restricted` requires runAsNonRoot; user and group are the image's. KFP sets
-        # the other fields.
+        # the other required fields.
         kubernetes.set_security_context(
             task, run_as_user=1000, run_as_group=1000, run_as_non_root=True
         )

@@ -24,8 +24,8 @@ KUEUE = "kueue.x-k8s.io/"
 def training_jobs(text: str) -> str:
     """Return a YAML stream's training jobs, as text because kfp would turn integers into floats.
 
-    Raises ValueError for no training job, two of the same kind, or invalid YAML, and the errors of
-    `validate`.
+    Raises ValueError if there is no training job, two have the same kind, or the YAML is invalid,
+    and the errors of `validate`.
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}

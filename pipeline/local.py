@@ -91,7 +91,7 @@ def run_locally(
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
     os.environ[RUN_ID] = run_id
-    # kfp warns that this is not an official Python image
+    # kfp warns that the components' base image is not an official Python image
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp.local")
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
     original_print = builtins.print

@@ -295,7 +295,7 @@ class Follower:
                 self.failures.add(cause, container)
 
     def stream_log(self, pod: dict, final: bool = False) -> None:
-        """Read the new lines of a pod and write those of rank 0; final: the job has ended."""
+        """Read the new lines of a pod and write rank 0's lines; final: the job has ended."""
         metadata = pod["metadata"]
         log = self.pod_logs.setdefault(metadata["uid"], PodLog(self.client, self.kind.container))
         main = self.kind.rank0(self.current).items() <= (metadata.get("labels") or {}).items()

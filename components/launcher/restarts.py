@@ -19,8 +19,8 @@ from components.launcher.workflow import has_disruption_target
 
 # seconds within which failures may be reported in any order, by two nodes or in one poll
 SIMULTANEOUS = 5.0
-# seconds of an incident: longer than it takes until a waiting rank gives up (4 minutes) and until
-# Kubernetes evicts the pods of a node that does not respond (5 minutes)
+# maximum duration of an incident in seconds: longer than it takes until a waiting rank gives up (4
+# minutes) and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
 EVICTION = 360.0  # seconds until a lost node's pods are evicted: 40 s + 5 minutes + margin
 OUT_OF_MEMORY = "OOMKilled"

@@ -239,7 +239,7 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]
-    # a TrainJob's events belong to the Jobs of its JobSet, whose names begin with its name
+    # a TrainJob's events belong to its JobSet's Jobs, whose names begin with the TrainJob's name
     own = f"involvedObject.uid={job['metadata'].get('uid')}"
     if "pytorchReplicaSpecs" not in job["spec"]:
         own = "involvedObject.kind=Job"

@@ -11,7 +11,7 @@ def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "")
     """Print a run, its steps, and its training jobs with their progress.
 
     Args:
-        namespace: Namespace of the jobs; if empty, that of the run's pods.
+        namespace: Namespace of the jobs; if empty, the namespace of the run's pods.
         remark: Text that is printed after the state.
     """
     failed = dict(failed_steps(run))

@@ -20,7 +20,7 @@ def add_status(commands: argparse._SubParsersAction) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print the state of a run, its steps and its training jobs, or of a schedule."""
+    """Print the state of a schedule, or of a run with its steps and training jobs."""
     server = connect_server(args)
     found = server.find(run_id_of(args.run_id))
     if isinstance(found, V2beta1RecurringRun):
