@@ -47,7 +47,7 @@ class Timeouts:
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     """Return an API client and its namespace, from the pod's account or the kubeconfig.
 
-    retries: how often a request without a response is retried; default: as in urllib3. Each retry
+    retries: maximum retries of a request without a response; default: as in urllib3. Each retry
     waits for the full timeout. Raises RuntimeError if there is no valid configuration.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")

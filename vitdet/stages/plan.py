@@ -101,7 +101,7 @@ def check_comparable(
 ) -> None:
     """Raise ValueError if two training runs cannot be compared in one table.
 
-    The settings of data, evaluation and MLflow must be equal, except settings in `unresolved`.
+    The settings of data, evaluation and MLflow must be equal, except for settings in `unresolved`.
     """
     ours, theirs = flatten(first), flatten(other)
     differing = [
