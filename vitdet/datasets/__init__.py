@@ -1,3 +1,3 @@
-"""Preparation of data sets: downloads, conversion from other formats, reports. Not used by the
-detector.
+"""Preparation of data sets: downloads, conversion from other formats, reports. Training and
+inference do not use this package.
 """

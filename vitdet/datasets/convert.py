@@ -1,4 +1,4 @@
-"""Conversion of a data set in another format to COCO's layout, atomically.
+"""Atomic conversion of data sets in other formats to COCO's layout.
 
 Images are hard links, which use no space and remain valid if the source is deleted. They are
 copied if hard links are not possible, e.g. to another disk. As in COCO, image ids are unique in the
@@ -66,7 +66,7 @@ def convert(
         boxes_as_masks: use the box of an object without a mask as its mask.
         splits, classes: convert only these, by default all; `classes` also sets the label order.
         rename: new names of classes, applied before `classes`.
-        val_share: fraction of a single split that becomes `val`, drawn with `seed`; 0: none.
+        val_share: fraction of the only split's images to use as `val`, drawn with `seed`; 0: none.
         reading: how image files are read.
 
     Raises:

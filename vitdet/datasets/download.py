@@ -1,10 +1,10 @@
 """Download of one file over unreliable connections.
 
-PATH contains the bytes received so far. PATH.json describes their file: the URL, the length and the
-validator that the server sent (a strong ETag, else Last-Modified). The next attempt requests the
-rest with Range, on the condition (If-Range) that the file has not changed. If the server sends the
-whole file nevertheless, the download starts over. A download fails after `Patience.tries`
-consecutive attempts without progress. See RFC 9110, sections 8.8, 13.1.5 and 14.
+PATH contains the bytes received so far. PATH.json describes the file on the server: its URL, length
+and validator (a strong ETag, else Last-Modified). The next attempt requests the rest with Range, on
+the condition (If-Range) that the file has not changed. If the server sends the whole file
+nevertheless, the download starts over. A download fails after `Patience.tries` failed attempts in a
+row; progress restarts the count. See RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ log = logging.getLogger(__name__)
 class Patience:
     """Retry policy."""
 
-    tries: int = 5  # consecutive attempts without progress
-    pause: float = 1.0  # seconds before the second attempt; doubles each time
-    longest_pause: float = 60.0
+    tries: int = 5  # failed attempts in a row; progress restarts the count
+    pause: float = 1.0  # seconds after the first failed attempt; doubles with each further one
+    longest_pause: float = 60.0  # seconds
     stall: float = 30.0  # seconds without data before an attempt fails
 
 
@@ -60,7 +60,7 @@ class Watcher(Protocol):
 
 
 class _Broken(Exception):
-    """A failed attempt that may be retried, after `pause` seconds if requested by the server."""
+    """A failed attempt that may be retried. pause: seconds that the server asks to wait, or 0."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -134,7 +134,7 @@ def mirrored(url: str, mirror: str) -> str:
 
 
 def discard(path: Path) -> None:
-    """Empty the file without removing it, so that a lock on it remains valid."""
+    """Remove PATH.json and empty the file; the file remains, so that a lock on it stays valid."""
     note(path).unlink(missing_ok=True)
     if path.exists():
         os.truncate(path, 0)

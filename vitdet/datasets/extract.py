@@ -65,7 +65,7 @@ def unpack(
     seen: Callable[[int], None],
     ours: bool,
 ) -> list[Entry]:
-    """Extract the selected files of an archive.
+    """Extract the selected files of an archive; return an entry for each of them.
 
     Args:
         archive: the zip archive.
@@ -166,7 +166,7 @@ def _check_parents(path: Path, folder: Path) -> None:
 
 
 def _is_complete(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
-    """Return whether the file is complete. Raises ValueError if it must not be replaced."""
+    """Return whether the file is complete. Raises ValueError if it differs but must be kept."""
     try:
         found = path.lstat()
     except FileNotFoundError:

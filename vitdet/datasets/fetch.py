@@ -7,8 +7,8 @@
 
 All archives are downloaded in parallel, verified, then extracted in parallel. An interrupted run
 leaves DIR/.archives/NAME.part (partial downloads), DIR/.archives/NAME (verified archives) and
-DIR/.train2017.part (incomplete folders), from which the next run resumes. An image folder gets its
-final name when it is complete. Existing files are never overwritten.
+DIR/.FOLDER.part (incomplete image folders), from which the next run resumes. An image folder gets
+its final name when it is complete. Existing files are never overwritten.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to root/archives or remove them, without touching other archives."""
+    """Move the given archives to root/archives if `keep`, else remove them; other archives remain."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

@@ -108,9 +108,9 @@ def instances(*splits: str) -> Archive:
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:
-    """Return the archives of "coco" or "lvis" for "train" or "val"; for both if `split` is empty.
+    """Return the archives of "coco" or "lvis" for "train" or "val", by default for both splits.
 
-    LVIS needs both image folders, since its val split contains images of train2017.
+    LVIS always includes both image folders, since its val split contains images of train2017.
     """
     splits = (split,) if split else SPLITS
     if dataset == "lvis":

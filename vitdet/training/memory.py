@@ -1,9 +1,9 @@
 """Activation checkpointing: whether the backbone's blocks store or recompute their activations.
 
-`train.activation_checkpointing=auto` estimates the memory of a step without it. The constants were
-measured with images of 1024 x 1024 pixels: without the Triton kernels on an H100 (ViT-B, L and H,
-batches of 1 to 8 images; the error is at most 15%), and with the kernels on an H200 (ViT-B and L,
-batches of 1, 4 and 8 images, as CUDA graphs; the error is at most 5%).
+`train.activation_checkpointing=auto` estimates a step's memory without checkpointing. The constants
+were measured with images of 1024 x 1024 pixels: without the Triton kernels on an H100 (ViT-B, L and
+H, batches of 1 to 8 images; the error is at most 15%), and with the kernels on an H200 (ViT-B and
+L, batches of 1, 4 and 8 images, as CUDA graphs; the error is at most 5%).
 
 - per weight: 16 bytes for its value, its gradient and AdamW's two moments; 20 with weight averaging
 - per output value of a block: 50 bytes (with the kernels 35) in bf16 or fp16, twice that in fp32

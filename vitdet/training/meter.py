@@ -62,7 +62,7 @@ class Meter:
 
         Synchronizes all processes once. Raises ValueError if a metric is not finite.
         """
-        if not self.timed:  # no steps in this process: return the restored state, if any
+        if not self.timed:  # no steps since `restart`: the sums are empty or restored
             return {"sums": dict(self.sums), "count": self.count}
         values = torch.stack([torch.as_tensor(value) for value in self.sums.values()])
         sums = dict(zip(self.sums, distributed.mean(values).tolist(), strict=True))

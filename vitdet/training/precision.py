@@ -44,7 +44,7 @@ def tf32(precision: str, device: torch.device) -> Iterator[None]:
     """Use TF32 for matrix products on a GPU within the context, if the precision is fp32.
 
     TF32 has a 10-bit mantissa and is about 8 times as fast as fp32. In evaluations and comparisons
-    with published results, matrix products use fp32. Convolutions use TF32, torch's default.
+    with published results, matrix products use fp32. Convolutions always use TF32, torch's default.
     """
     if device.type != "cuda" or precision != "fp32":
         yield

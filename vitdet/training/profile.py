@@ -56,7 +56,7 @@ class ProfiledBatches:
     """The batches of a loader; profiles the first steps that use them.
 
     step: the training step whose parts are profiled. Writes folder/trace.json, for chrome://tracing
-    or Perfetto, and folder/parts.json, and logs a table.
+    or Perfetto, and folder/parts.json, in ms per step, and logs a table.
     """
 
     def __init__(self, loader: Iterable[Batch], step: TrainingStep, folder: Path) -> None:
@@ -128,7 +128,7 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, which sum to `wall`; waited: seconds waiting for data."""
+    """Return seconds per step by part, in total about `wall`; waited: seconds waiting for data."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = part_lookup(host), {event.name for event in host}
@@ -149,7 +149,7 @@ def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[
 
 
 def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
-    """Return seconds per step by part, which sum to `wall`."""
+    """Return seconds per step by part, which sum to at least `wall`."""
     events = list(events)
     part_of, scoped = part_lookup(events), set(PARTS)
     found = dict.fromkeys(PARTS, 0.0)

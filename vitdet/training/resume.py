@@ -32,7 +32,7 @@ def states_folder(
     """Return the folder of the training states: output/checkpoints or a subfolder of `checkpoints`.
 
     The subfolder's name is a digest of everything that determines the weights. If this subfolder
-    has no states, an existing folder of the same run is used: one named by version 0.1, or one
+    has no states, an existing folder of the same run is used: a folder named by version 0.1, or one
     with a different optim.steps or train.patience whose states this run can resume.
 
     Args:

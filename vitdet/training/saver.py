@@ -33,7 +33,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, content: dict) -> None:
-        """Start writing the state after `step` steps, once the previous state is written."""
+        """Wait for the previous write, then start to write the state after `step` steps."""
         self.wait()
         host = self._host(content, ())
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None

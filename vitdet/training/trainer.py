@@ -1,9 +1,9 @@
 """Training a detector.
 
-The result of a step depends only on the config, the data and the step: the step determines the
-batch, and a seed derived from train.seed, step and micro-batch determines the random numbers.
-Therefore a resumed run needs no random state and computes the same numbers: bit for bit on a CPU,
-and also on a GPU except in kernels that add in a nondeterministic order.
+The number of a step determines its batch; a seed derived from train.seed, step and micro-batch
+determines its random numbers. Therefore a resumed run needs no random state and computes the same
+values: bit for bit on a CPU, and also on a GPU except in kernels that add in a nondeterministic
+order.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """Evaluate the (averaged) weights on the validation split, and write pictures.
 
-        The metrics are written next to the saved state after `step` steps. Raises Stopped.
+        The metrics are written next to the state saved after `step` steps. Raises Stopped.
         """
         self.watchdog.at(step, Stage.EVALUATING, LONG)  # may read large annotation files
         self.training_step.release()

@@ -80,7 +80,7 @@ class Beat:
 
 
 def stalled(beats: Mapping[int, Beat]) -> list[int]:
-    """Return the ranks that exceed their limit and for which the other ranks wait."""
+    """Return the silent ranks; if none, the ranks furthest behind once all of these are late."""
     running = {rank: beat for rank, beat in beats.items() if not beat.done}
     if silent := [rank for rank, beat in running.items() if beat.silent > LIMIT]:
         return silent
@@ -118,7 +118,7 @@ class Watchdog:
     def at(self, step: int, stage: Stage, limit: float = 0.0) -> None:
         """Record the main thread's progress. limit: seconds, if the stage may exceed LIMIT."""
         now = time.monotonic()
-        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # not the start of a round
+        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # a new round: a step or batch
             before, began = self._round
             self._paces[before] = now - began
             self._round = stage, now

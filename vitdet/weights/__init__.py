@@ -31,7 +31,7 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
     """Return the file that `train.init` refers to, or None for ''.
 
     A name in the catalog is looked up in `folder`, by default in the package or the cache. Raises
-    ValueError for an unknown name, and FileNotFoundError with the command that fetches the file.
+    ValueError for an unknown name, and FileNotFoundError for a missing file.
     """
     if not name_or_path:
         return None

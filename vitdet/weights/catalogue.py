@@ -96,7 +96,7 @@ def cache_folder() -> Path:
 def fetched(name: str, folder: Path | None = None) -> Path:
     """Return the file of the entry `name` in `folder`, by default in the package or the cache.
 
-    Raises ValueError for an unknown name, and FileNotFoundError with the command that fetches it.
+    Raises ValueError for an unknown name, FileNotFoundError (with the remedy) for a missing file.
     """
     entry = find(name)
     home = PACKAGED if entry.state == "packaged" else cache_folder()

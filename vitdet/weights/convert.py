@@ -58,7 +58,7 @@ def convert_file(
         One line for each change.
 
     Raises:
-        ValueError, OSError: the message is one line.
+        ValueError, OSError: a file or an option is unusable; the message is one line.
     """
     source, destination = Path(source), Path(destination)
     if layout not in FORMATS:

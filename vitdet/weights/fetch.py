@@ -42,7 +42,7 @@ def fetch_published(
     mirror: str = "",
     local: Path | None = None,
 ) -> Path:
-    """Fetch an entry's file to a folder, by default the cache; copy a packaged or cached file.
+    """Fetch an entry's file to a folder, by default the cache; a packaged or cached file is copied.
 
     `show` creates the progress display of a download. Raises the errors of `fetch`.
     """
@@ -105,7 +105,7 @@ def fetch(
     with _locked(part):
         if not target.is_file():  # otherwise a concurrent process has fetched the file
             if address:
-                # copies, for which there must be space: the download and the converted file
+                # the disk must have space for two files: the download and the converted file
                 download(address, part, watcher, patience, entry.size, copies=2)
                 log.info("%s: verifying and converting", entry.name)
             _finish(local or part, target, entry, convert, address)
@@ -116,7 +116,7 @@ def fetch(
 def verify(path: Path, entry: Entry) -> bool:
     """Check a file's size and published checksums; return whether a checksum verifies its content.
 
-    Raises ValueError if the size or a checksum does not match.
+    Raises ValueError if the size or a checksum differs; an `md5_of_name` only causes a warning.
     """
     size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:

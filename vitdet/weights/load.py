@@ -103,14 +103,14 @@ def load_pretrained(
     """Load the weights of a file into a detector.
 
     Every tensor must match a parameter in shape, after resizing if possible. A backbone's file may
-    lack parameters that its format declares as missing. A detector's file may lack the mask head or
-    have a surplus one; if its classes differ, its layers with one row per class are not loaded.
+    lack its format's `fresh` parameters and have `spare` ones. A detector's file may lack the mask
+    head or have a surplus one; if its classes differ, layers with a row per class are skipped.
 
     Args:
         detector: the detector, changed in place.
         path: the file.
         layout: the file's format, a key of FORMATS.
-        class_names: the detector's classes.
+        class_names: the detector's classes; empty: unknown.
 
     Raises:
         ValueError: tensors do not match; nothing is loaded.
@@ -163,7 +163,7 @@ def has_mask_head(source: Source) -> bool:
 
 
 def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
-    """Return the tensor names of a mask head in only the file or only the detector, and a note."""
+    """Return a mask head's tensor names if only the file or the detector has one, and a note."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, state)
     )

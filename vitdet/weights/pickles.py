@@ -1,7 +1,7 @@
 """Reading of third-party weights files without running code from them.
 
-A .pkl may reference only the functions that create numeric arrays; they are replaced by our own,
-which check shape, type and length. A .pth is read with torch.load(weights_only=True); other known
+A .pkl may reference only the functions that create numeric arrays; they are replaced by functions
+that check shape, type and length. A .pth is read with torch.load(weights_only=True); other known
 objects (options, configs, scores) become `Inert` or an OrderedDict.
 """
 

@@ -1,6 +1,6 @@
 """Resizing of position embeddings and patch kernels to another image or patch size.
 
-Notation: C channels, P patch, K tokens per axis.
+Notation: C channels, d channels per attention head, P patch size, K tokens per axis.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from vitdet.datasets.importers.dataset import (
 ROBOFLOW = "_annotations.coco.json"
 NAMES = (ROBOFLOW, "result.json", "labels.json")
 STEM = re.compile(rf"(?:^|[_.-])({'|'.join(SPLIT_NAMES)})(?:$|[_.-])", re.IGNORECASE)
-MOST = 20  # maximum number of JSON files that are read to detect the format
+MOST = 20  # maximum number of JSON files per folder that are read to detect the format
 
 
 def annotation_files(source: Path) -> list[tuple[str, Path]]:

@@ -5,7 +5,7 @@ https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name wi
 label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle lists row-major
 run lengths in the rectangle. Coordinates are in pixels from 0. `subset` is the split, which may be
 a folder in images/ or next to the file. Other elements (polyline, points, ellipse, cuboid,
-skeleton, tag) are counted and ignored. The format for videos has <track> instead of <image>.
+skeleton, tag) are counted and ignored. The format for videos, which has <track>, is rejected.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 1 << 30  # maximum size of an XML file in bytes; it describes all images of a task
+LARGEST = 1 << 30  # maximum size of an XML file in bytes; one file describes all images of a task
 SHAPES = ("box", "polygon", "mask")
 
 

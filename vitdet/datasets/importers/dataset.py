@@ -132,7 +132,7 @@ class ImportedDataset:
     problems: Problems = field(default_factory=Problems)
 
     def select(self, items: dict[str, Item]) -> dict[str, Item]:
-        """Keep the requested splits. Raises ValueError for an unknown split."""
+        """Return the items of the requested splits. Raises ValueError for an unknown split."""
         missing = [name for name in self.only if name not in items]
         if missing:
             splits = ", ".join(items) or "none"
@@ -194,7 +194,7 @@ class ImportedDataset:
     def check_size(self, where: object, image: Path, stated: Sequence[object] = ()) -> Size:
         """Return the size of an image. Raises Unusable if the annotations state a different size.
 
-        `stated` is the height and width according to the annotations, zero or None if missing.
+        `stated` is the height and width according to the annotations; empty, 0 or None if missing.
         """
         size = image_size(image, self.reading)
         words = [str(side or 0) for side in stated]
@@ -225,7 +225,7 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return the standard name of a split; for other names, `otherwise` or, if empty, the name."""
+    """Return a split's standard name; for an unknown name, `otherwise` or, by default, the name."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 

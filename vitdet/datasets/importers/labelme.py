@@ -35,7 +35,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 MOST = 20  # maximum number of JSON files that are read to detect the format
-LARGEST = 1 << 28  # maximum size of a JSON file in bytes; it may contain the image
+LARGEST = 1 << 28  # maximum bytes of a JSON file read to detect the format; it may contain an image
 
 
 class Shape(msgspec.Struct):

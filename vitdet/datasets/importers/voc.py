@@ -150,7 +150,7 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return the XML files of each split, mapped to the location of each ID ("" without lists).
+        """Return the XML files of each split, mapped to the lines that list them ("" without lists).
 
         trainval is skipped if train and val exist.
         """
@@ -180,7 +180,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files of a list, mapped to the IDs' locations; {} for a list of one class.
+        """Return the XML files of a list, mapped to their lines in the list; {} for a list of one class.
 
         Lines that are neither an ID nor a row of a list of one class are added to the problems.
         """
@@ -276,7 +276,7 @@ def _object(
     pixels: np.ndarray | None,
     dataset: ImportedDataset,
 ) -> ImportedObject | None:
-    """Return an element's object; pixels (H, W) bool is the mask in SegmentationObject."""
+    """Return an element's object; pixels: its mask (H, W) bool in SegmentationObject, if any."""
     crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
     parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
     whole = [part for part in parts if len(part) >= 6]

@@ -42,7 +42,7 @@ KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
-    """Return data.yaml of a folder, or `source` if a YAML file; None if missing or ambiguous."""
+    """Return a folder's data.yaml, or a YAML file itself; None if missing or ambiguous."""
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     paths = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])

@@ -18,7 +18,7 @@ class Bar(NamedTuple):
     y: float
     width: float
     height: float
-    series: int  # index
+    series: int  # index of the series
     tip: str  # text of the tooltip
 
 

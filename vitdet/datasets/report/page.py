@@ -37,7 +37,7 @@ class _Split:
 
     name: str
     found: CocoSplit
-    areas: np.ndarray  # (M,) pixels of each object's box
+    areas: np.ndarray  # (M,) area of each object's box in pixels
 
     @property
     def counts(self) -> np.ndarray:
@@ -48,7 +48,7 @@ class _Split:
 def write_page(
     folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
 ) -> tuple[int, int, Report]:
-    """Write the page of a folder in COCO's or LVIS's layout; it lists files that cannot be read.
+    """Write the page of a folder in COCO's or LVIS's layout; the page lists unreadable files.
 
     With `images`, `check` reads every image file. Returns the number of images, the number of
     annotations, and the report of `check`. Raises FileNotFoundError if there is no annotation file,

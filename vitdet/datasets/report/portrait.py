@@ -36,7 +36,7 @@ class Portrait(NamedTuple):
     title: str
     record: Record
     letter: float  # font size in image pixels
-    source: str = ""
+    source: str = ""  # data URI of the JPEG
     shapes: Sequence[Shape] = ()
     error: str = ""
 

@@ -16,7 +16,7 @@ _FROM_ONE = [(n, n - 1) for n in range(1, 5)]  # Detectron2 counts convolutions 
 
 
 def drop_class_token(pos_embed: Tensor) -> Tensor:
-    """Convert (1, 1 + n n, C), class token first, to (1, n, n, C)."""
+    """Convert (1, 1 + n * n, C), class token first, to (1, n, n, C)."""
     side = round(max(pos_embed.shape[1] - 1, 0) ** 0.5) if pos_embed.dim() == 3 else 0
     if side == 0 or side * side + 1 != pos_embed.shape[1]:
         shape = tuple(pos_embed.shape)
@@ -25,7 +25,7 @@ def drop_class_token(pos_embed: Tensor) -> Tensor:
 
 
 def add_class_token(pos_embed: Tensor) -> Tensor:
-    """Convert (1, n, n, C) to (1, 1 + n n, C); the row of the class token is zero (unused)."""
+    """Convert (1, n, n, C) to (1, 1 + n * n, C); the row of the class token is zero (unused)."""
     tokens = rearrange(pos_embed, "b h w c -> b (h w) c")
     return torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1)
 
@@ -40,7 +40,7 @@ def _repeat_class_weights(weights: Weights) -> Weights:
 def _convs(
     theirs: str, ours: str, numbers: Iterable[tuple[int, int]], given: str = ""
 ) -> list[Row]:
-    """Return the rows of convolutions with norms. numbers: those in Detectron2 and in vitdet."""
+    """Return the rows of convolutions with norms. numbers: pairs (in Detectron2, in vitdet)."""
     return [
         Row(f"{theirs}{there}.{left}", f"{ours}{here}.{right}", given)
         for there, here in numbers

@@ -17,7 +17,7 @@ from vitdet.weights.formats.table import Change, Format, Weights, rows
 
 
 def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """Convert (1, h w, C), without a class token, to (1, h, w, C); by default, h = w."""
+    """Convert (1, h * w, C), without a class token, to (1, h, w, C); by default, h = w."""
     side = round(pos_embed.shape[1] ** 0.5) if pos_embed.dim() == 3 else 0
     height, width = grid or (side, side)
     if pos_embed.dim() != 3 or height * width != pos_embed.shape[1]:
@@ -29,7 +29,7 @@ def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 def to_tokens(pos_embed: Tensor) -> Tensor:
-    """Convert (1, h, w, C) to (1, h w, C)."""
+    """Convert (1, h, w, C) to (1, h * w, C)."""
     return rearrange(pos_embed, "b h w c -> b (h w) c")
 
 
@@ -134,8 +134,8 @@ def mmdet_format(
 
     Args:
         grid: (h, w) tokens of a model for non-square images.
-        wide: indices of this model's global blocks. The original implementation sizes both of their
-            position tables by the height. If w < h, the unused end of rel_pos_w is removed.
+        wide: indices of this model's global blocks. The original implementation sizes both position
+            tables of these blocks by the height. If w < h, the unused end of rel_pos_w is removed.
         split: indices of the blocks in which q_bias and v_bias are separate (ViTAE-B's global
             blocks), for converting back.
     """

@@ -15,10 +15,10 @@ from vitdet.weights.formats.table import Change, Format, Row, rows
 
 
 def slices_first(tensor: Tensor) -> Tensor:
-    """Reorder the input of patch merging, (..., C 2 2) to (..., 2 2 C).
+    """Reorder the input channels of patch merging, (..., C 2 2) to (..., 2 2 C).
 
     mmdet unfolds a 2 x 2 neighborhood channel by channel; vitdet and Microsoft pixel by pixel,
-    columns first.
+    column by column.
     """
     return rearrange(tensor, "... (c h w) -> ... (w h c)", h=2, w=2)
 
