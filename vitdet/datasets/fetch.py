@@ -268,7 +268,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move the given archives to root/archives if `keep`, else remove them; other archives remain."""
+    """Move archives to root/archives if `keep`, else remove them; other archives remain."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

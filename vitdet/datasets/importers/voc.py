@@ -129,7 +129,7 @@ class _Folders:
         return path.relative_to(self.images).with_suffix("")
 
     def image(self, path: Path, tree: Element) -> Path:
-        """Return the image with the ID of an XML file, or else the image that <filename> names."""
+        """Return the image with an XML file's ID, otherwise the image that its <filename> names."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
         stem = self.stem(path)
         if same := self.by_stem.get(stem):
@@ -150,7 +150,7 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return the XML files of each split, mapped to the lines that list them ("" without lists).
+        """Return each split's XML files, mapped to the lines that list them ("" without lists).
 
         trainval is skipped if train and val exist.
         """
@@ -180,7 +180,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files of a list, mapped to their lines in the list; {} for a list of one class.
+        """Return the XML files in a list, mapped to their lines; {} for a list of one class.
 
         Lines that are neither an ID nor a row of a list of one class are added to the problems.
         """
