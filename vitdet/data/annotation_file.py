@@ -67,9 +67,9 @@ class Entries:
 
 
 def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
-    """Yield the entries of a table, each as `Annotation` if its values have the declared types.
+    """Yield each entry of a table as `Annotation`, or as decoded if its values have other types.
 
-    rows: indices of the entries, all by default; the table must then be a list or `Entries`.
+    rows: indices of the entries (default: all); requires a table that is a list or `Entries`.
     """
     items: Any = table
     convert: Callable[[Any], object] = _convert
@@ -104,7 +104,7 @@ def read_entries(path: Path, mapped: bool = True) -> object:
         raise ValueError("the file is compressed with gzip; decompress it")
     try:
         found = msgspec.json.decode(content, type=_Layout)
-    except (ValueError, RecursionError):  # another layout, NaN or an error that json explains
+    except (ValueError, RecursionError):  # another layout, NaN, or an error for `parse` to report
         return parse(bytes(content))
     return {table: Entries(getattr(found, table)) for table in _Layout.__struct_fields__}
 
@@ -133,8 +133,8 @@ def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, s
     """Convert an entry whose values do not have the declared types.
 
     Returns:
-        The annotation, or None after an error; the errors as (kind, text); and, as text, the
-        values read as whole numbers, such as 96.0 or "96" (pycocotools and Detectron2 accept them).
+        The annotation, or None after an error; the errors as (kind, text); and a text that lists
+        values converted to int, such as 96.0 or "96", which pycocotools and Detectron2 accept.
     """
     ids = {key: whole_number(item.get(key)) for key in ("id", "image_id", "category_id")}
     errors = [(f"annotation without {key!r}", "") for key in ids if key not in item]

@@ -1,6 +1,6 @@
 """Validation of annotation files for `vitdet data check`, training, evaluation and the report.
 
-All of these reject a file with errors, since their results would be wrong. Objects with a warning
+All of these reject a file with errors, since the results would be wrong. Objects with a warning
 are skipped and counted, or accepted, as in pycocotools, Detectron2 and mmdet. A file may contain
 values of any type; values that pass the validation cannot crash pycocotools.
 """
@@ -91,7 +91,7 @@ class AnnotationValidator(HeaderValidator):
     def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
         """Check each annotation, then the whole file; yield the annotations without errors.
 
-        flawless: whether to include those that `find_flawless` finds, which are the majority.
+        flawless: whether to also yield those that `find_flawless` finds, usually the majority.
         """
         seen: set[int] = set()
         images = image_table(self.sizes)

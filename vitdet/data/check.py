@@ -105,8 +105,8 @@ def check(
 
     Args:
         splits: names of the splits; all that `find_splits` finds if omitted.
-        images: whether to decode every image file, which takes most of the time, or only to check
-            that it exists.
+        images: whether to decode every image file, which takes most of the time; otherwise,
+            only their existence is checked.
     """
     report = Report(Path(folder))
     found = [
@@ -238,7 +238,7 @@ class _Split:
             content = path.read_bytes()
         except FileNotFoundError:
             return _Outcome("missing image file", _backslash_hint(name))
-        except (OSError, ValueError) as error:  # ValueError: an invalid file name
+        except (OSError, ValueError) as error:  # ValueError: empty file, folder, invalid name
             return _Outcome("image file that cannot be read", f": {error}")
         digest = hashlib.sha256(content).hexdigest()
         try:

@@ -62,7 +62,7 @@ def read_coco(
     """Read an annotation file. No image is opened.
 
     Args:
-        by_url: whether the format is LVIS's; images are at the last 2 parts of coco_url, if set.
+        by_url: whether the format is LVIS's, in which coco_url, if set, ends with the image's path.
         tree: content of the file, if it was already read.
 
     Raises:

@@ -4,7 +4,7 @@
 * CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: as COCO, or with the
   images in images/SPLIT/ or images/
 * Roboflow, https://roboflow.com/formats/coco-json: SPLIT/_annotations.coco.json, SPLIT/
-* Label Studio, https://labelstud.io/guide/export: result.json, with file names in images/
+* Label Studio, https://labelstud.io/guide/export: result.json; file names start with images/
 * FiftyOne, https://docs.voxel51.com (COCODetectionDataset): labels.json, data/
 * labelme2coco and others: JSON files next to the images
 * LVIS, https://www.lvisdataset.org/dataset: annotations/lvis_v1_SPLIT.json, images by coco_url

@@ -47,7 +47,7 @@ def read_split(
     Args:
         tree: content of the annotation file, if it was already read.
         check_files: whether to check that the files exist and match the record of
-            `vitdet data coco|lvis`; only rank 0 needs to.
+            `vitdet data coco|lvis`; only rank 0 needs to check.
 
     Raises:
         FileNotFoundError, ValueError: as `read_coco`; missing or modified files; no usable object.
@@ -83,7 +83,7 @@ class TrainData(Dataset):
     """Maps positions of the infinite training stream to batches of augmented samples.
 
     Excludes images without a usable object, or uses them as background (data.keep_empty). With
-    data.redraw_empty, replaces a crop that misses all objects with one of a random image (mmdet).
+    data.redraw_empty, replaces a crop that misses all objects by a random image's crop (mmdet).
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:

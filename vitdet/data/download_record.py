@@ -47,7 +47,7 @@ class File:
 
 @dataclass(frozen=True)
 class Images:
-    """Image folder; `names` is a digest of names and sizes, `content` also of checksums."""
+    """Image folder; `names` is a digest of names and sizes; `content` also covers checksums."""
 
     path: str
     count: int
@@ -106,7 +106,7 @@ def read(root: Path) -> DownloadRecord:
 
 
 def write(root: Path, record: DownloadRecord) -> None:
-    """Write the record atomically, after syncing all files that it lists to disk."""
+    """Write the record atomically, once all files listed in it are synced to disk."""
     with atomic_write(root / NAME) as temporary:
         temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
         os.sync()

@@ -59,8 +59,8 @@ def combined(prints: Mapping[str, str]) -> str:
 def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
     """Describe how the data differs from that of a checkpoint or training state; "" if equal.
 
-    `stored` is the content of that file, in which version 0.1 stored a dataset_digest instead of
-    fingerprints; `found` are the current fingerprints.
+    `stored` is the content of the checkpoint or training state; version 0.1 stored a dataset_digest
+    instead of fingerprints. `found` are the current fingerprints.
     """
     before = stored.get("fingerprints")
     if before is None:
@@ -142,7 +142,7 @@ def verify(data: DataConfig, expected: str) -> dict[str, str]:
 def legacy_dataset_digest(data: DataConfig) -> str:
     """Return the digest of both splits as in version 0.1, for comparison with a stored digest.
 
-    The digest covers annotations and image folders (for LVIS, only the images in a coco_url).
+    Covers annotations, and names and sizes of image files (LVIS: those that a coco_url names).
     """
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):

@@ -1,8 +1,8 @@
 """Reading images as upright 8-bit RGB.
 
 As in Detectron2, the EXIF orientation is applied, since annotations refer to the upright image. In
-addition, 16 bits are scaled to 8, transparent pixels are blended with white, and animations are
-reduced to their first frame. Pixel values of unknown range are rejected.
+addition, 16-bit values are scaled to 8 bits, transparent pixels are blended with white, and
+animations are reduced to their first frame. Pixel values of unknown range are rejected.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _highest(image: Image.Image) -> int:
 
 
 def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
-    """Return the bit depth of gray values; `stated` is the depth that the file declares, or 0."""
+    """Return the bit depth of gray values; `stated` is the result of `_stated_depth`."""
     default = 16 if image.mode != "I" or image.format in SIXTEEN or high > 255 else 8
     depth = stated or reading.bit_depth or default
     if high >= 1 << depth:
@@ -224,7 +224,7 @@ def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
 
 
 def _stated_depth(image: Image.Image) -> int:
-    """Return the declared bit depth of gray values, or 0. Call before loading the image."""
+    """Return the gray depth if the file states it unambiguously, else 0. Call before loading."""
     if image.format == "TIFF":
         (bits, *_) = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) or (0,)
         return bits if 8 < bits < 16 else 0
@@ -261,7 +261,7 @@ def _over_white(image: Image.Image) -> Image.Image:
     """Blend with white, to hide the arbitrary colors of transparent pixels."""
     image = image.convert("RGBA")
     opacity = image.getchannel("A")
-    if opacity.getextrema()[1] == 0:  # if all pixels are 0, the channel is not opacity
+    if opacity.getextrema()[1] == 0:  # a channel of zeros does not contain opacity
         return image
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=opacity)

@@ -173,7 +173,7 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 
 def _tables(annotations: Path) -> dict[str, Any]:
-    """Return the tables of an annotation file, or none if the file is not usable."""
+    """Return the tables of an annotation file; {} if the file is not usable."""
     # imported here, so that `vitdet config` starts fast
     from vitdet.data.annotation_file import Entries, read_entries
 

@@ -65,7 +65,7 @@ def train_loader(
     """Create a loader of this rank's batches for steps start_step..steps-1.
 
     `batch_size` is the total over all ranks. `split` is the training split, if it was already read.
-    The loader yields `accumulate` micro-batches per step, one at a time (see `StepSampler`). Raises
+    The loader yields `accumulate` separate micro-batches per step (see `StepSampler`). Raises
     the errors of `read_split` (only rank 0 checks the files), and ValueError if batch_size is not
     divisible by the total number of micro-batches per step. Iteration raises ValueError for
     unusable image files.
@@ -76,7 +76,7 @@ def train_loader(
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
         _warn(path, "objects ignored in training", found.dropped)
-        # expected if no object of the data set has an outline
+        # a data set in which no object has an outline needs no warning
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:
             _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:

@@ -3,7 +3,7 @@
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
 mmdet, parts of fewer than 3 points or odd length are ignored; if none remains, there is no outline.
 Detectron2 trains on the box around the visible outline, whereas COCO's evaluation uses `bbox`. If
-the boxes differ, training and evaluation therefore use different boxes.
+these boxes differ by more than the tolerances, training uses `bbox` (`Validated.own_box`).
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
 def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fit:
     """Compare a `bbox` (left, top, width, height) with the box around its outline.
 
-    `size` is (height, width) of the image. Returns "fits" within the tolerances, "elsewhere"
-    below LEAST_IOU, otherwise "differs"; "empty" if no part of the outline is in the image.
+    `size` is (height, width) of the image. Returns "fits" within the tolerances, "elsewhere" for an
+    IoU below LEAST_IOU, otherwise "differs"; "empty" if no part of the outline is in the image.
     """
     if outline is None:
         return "empty"

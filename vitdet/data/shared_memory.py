@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """Read-only array. Keep no reference to `array`: its first pickling replaces it."""
+    """Read-only array. Keep no reference to `array`, which the first pickling replaces."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array

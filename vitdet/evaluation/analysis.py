@@ -29,7 +29,7 @@ SHOWN = 30  # maximum number of classes in a confusion matrix
 class Threshold:
     """The results of detections with at least this score.
 
-    The precision is 1 if there are none. F1 is 2 true positives / (detections + objects).
+    The precision is 1 without such detections. F1 is 2 true positives / (detections + objects).
     """
 
     score: float
@@ -124,7 +124,7 @@ class Analysis:
         kind: "box" or "mask".
         metrics: COCO's or LVIS's metrics, named as in metrics.json without the kind ("ap",
             "ap_small", "ar_100", ...). A metric without objects is omitted.
-        classes: all classes of the annotation file, in file order.
+        classes: all classes of the annotation file, in order of category id.
         curves: precision at recall 0, 0.01, ..., 1, averaged over the classes with objects, for
             IoU "0.5", "0.75" and the "mean" over all IoU thresholds; empty without objects.
         thresholds: results pooled over all classes at scores 0.01, 0.02, ..., 0.99; empty without
@@ -218,7 +218,7 @@ def _best_threshold(matches: Matches, category: int) -> Threshold | None:
     rows = rows[np.argsort(-matches.score[rows], kind="stable")]
     score = matches.score[rows]
     hits, counts = matches.matched[rows, 0].cumsum(), np.arange(1, len(rows) + 1)
-    # detections with equal scores are added together
+    # a threshold includes either all or none of the detections with equal scores
     ends = np.flatnonzero(np.append(score[1:] != score[:-1], True))
     best = ends[np.argmax(2 * hits[ends] / (counts[ends] + objects))]
     return _threshold(float(score[best]), int(hits[best]), int(counts[best]), objects)

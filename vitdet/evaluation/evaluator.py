@@ -195,13 +195,13 @@ def evaluate(
         pictures: folder for `write_pictures`.
         plots: folder for `write_report` and for report.html (`vitdet.evaluation.page`).
         report: additional path for report.html.
-        device: default: a GPU if there is one.
+        device: by default, a GPU if there is one.
         detailed: also return `vitdet.evaluation.report.details` and seconds_per_image, the wall
             time of reading and detection divided by the number of images.
 
     Raises:
         ValueError: the classes of the data set differ from the checkpoint's, or an override changes
-            another section; nothing has been written.
+            a setting other than data.* and evaluate.*; nothing has been written.
     """
     configure_process()
     detector, stored, class_names = restore_detector(checkpoint)

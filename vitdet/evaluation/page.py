@@ -37,7 +37,7 @@ def write_page(
     results: Sequence[dict],
     images: Images | None,
 ) -> None:
-    """Write the page of an evaluation; the first analysis is selected and determines the images.
+    """Write the page of an evaluation; it opens with the first analysis and contains its images.
 
     Without `images`, the page has no pictures. Images that cannot be read are omitted.
     """
@@ -61,7 +61,7 @@ def write_page(
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the top of the page, title -> value: every AP, and AR with the largest limit."""
+    """Return the headline metrics by title: every AP, and AR with the largest limit."""
     titles = {key: key.replace("ap", "AP", 1).replace("_", " ") for key in metrics}
     tiles = {titles[key]: value for key, value in metrics.items() if key.startswith("ap")}
     limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]

@@ -44,7 +44,7 @@ def _counts(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
     """Return the counts (C,) of all masks in sequence, and the index (N,) of each last count."""
     owner, bounds = _bounds(pixels, regions, ends, sizes)
     area = sizes.prod(dim=1)
-    inner = bounds < area[owner]  # a mask that reaches the last pixel has no count after it
+    inner = bounds < area[owner]  # no count follows a run that ends at the last pixel
     owner, bounds = owner[inner], bounds[inner]
     last = (torch.bincount(owner, minlength=len(regions)) + 1).cumsum(0) - 1
     # a count ends at each start and end of a run, and at the end of the image
@@ -82,7 +82,7 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
     runs add up to the image's number of pixels.
 
     pycocotools and faster-coco-eval hang on invalid codes. Codes are processed in groups of
-    AT_ONCE; if one code contains invalid characters, the whole group is reported as invalid.
+    AT_ONCE; if one code is malformed, the whole group is reported as invalid.
     """
     sizes, valid = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for start in range(0, len(texts), AT_ONCE):
@@ -94,7 +94,7 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
 
 
 def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return each code's sum of all runs, and of runs in the mask; None if any code is invalid."""
+    """Return each code's sum of all runs, and of runs in the mask; None if a code is malformed."""
     ends = np.cumsum([len(text) for text in texts])
     codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
     final = (codes & 32) == 0  # whether a character is the last of its number
