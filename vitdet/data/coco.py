@@ -169,7 +169,7 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
     sizes = sorted(validator.sizes.items())  # a size of None would have raised an error
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]
     names = [existing_name(images, validator.names[image_id]) for image_id in image_ids]
-    category_ids = sorted(validator.categories)  # after the loop: it may remove the root category
+    category_ids = sorted(validator.categories)  # the loop above may remove the root category
     records = Records.of(images, names, heads, objects, category_ids)
     outlines = unmasked.pop("", 0)
     return CocoSplit(

@@ -20,8 +20,8 @@ from vitdet.data.shared_memory import PackedList, Shared
 class Record:
     """An image with its objects.
 
-    boxes (G, 4) are float32 xyxy in pixels, labels (G,) contiguous int64. A segmentation is a list
-    of COCO polygons (flat x, y lists), an RLE dict or None. own_box (G,) bool marks objects
+    boxes (G, 4) are float32 xyxy in pixels, labels (G,) int64 class indices. A segmentation is a
+    list of COCO polygons (flat x, y lists), an RLE dict or None. own_box (G,) bool marks objects
     whose training target is the annotated box instead of the box around the outline."""
 
     image_id: int
