@@ -64,7 +64,7 @@ def compare_file(
 
 
 def check(truth: Truth) -> None:
-    """Raise ValueError, in one line, for an annotation file without LVIS's additional fields."""
+    """Raise ValueError with a one-line message if LVIS's additional fields are missing."""
     image_keys = ("neg_category_ids", "not_exhaustive_category_ids")
     for what, items, keys in (
         ("image", truth.images, image_keys),

@@ -102,7 +102,7 @@ def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
 def load_matches(path: str | Path) -> dict[str, Matches]:
     """Return the matches in a file written by `save_matches`, by kind.
 
-    Raises FileNotFoundError for a missing file and ValueError, in one line, for an invalid file.
+    Raises FileNotFoundError if it is missing; ValueError with a one-line message if it is invalid.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

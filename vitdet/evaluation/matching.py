@@ -30,7 +30,7 @@ from vitdet.evaluation.results import Truth, check_code, check_results, uncollec
 from vitdet.evaluation.run_lengths import areas
 
 SIZES = ("all", "small", "medium", "large")  # small: up to 32 x 32 pixels; medium: up to 96 x 96
-LARGEST = 1e5**2  # pycocotools' upper limit of size "all", in pixels
+LARGEST = 1e5**2  # upper limit of pycocotools' area range "all", in pixels
 
 # category id -> its objects or results, in faster-coco-eval's format
 ByClass = defaultdict[int, list[dict]]
@@ -281,7 +281,7 @@ def _ranked(found: list[dict], limit: int) -> list[dict]:
 
 
 def _counts(item: dict) -> bool:
-    """Return whether an object counts: it is not a crowd, and its area is within size "all"."""
+    """Return whether an object counts: it is not a crowd, and its area is in COCO's range "all"."""
     return not item["iscrowd"] and 0 <= item["area"] <= LARGEST
 
 

@@ -47,8 +47,8 @@ class Truth:
 def read_truth(path: Path | str, lvis: bool = False) -> Truth:
     """Read an annotation file in the format of COCO or LVIS.
 
-    Raises FileNotFoundError, and ValueError, in one line, for errors that `vitdet data check`
-    reports.
+    Raises FileNotFoundError, and ValueError with a one-line message for errors that
+    `vitdet data check` reports.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,7 +134,7 @@ def kinds_of(results: Sequence[dict]) -> list[str]:
 
 
 def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -> None:
-    """Raise ValueError, in one line, for the first result that cannot be compared."""
+    """Raise ValueError with a one-line message for the first result that cannot be compared."""
     for number, item in enumerate(results, start=1):
         if not isinstance(item, dict):
             raise ValueError(f"result {number}: expected an object, got {type(item).__name__}")

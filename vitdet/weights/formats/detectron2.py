@@ -105,7 +105,7 @@ DETECTRON2 = Format(
         *_OTHERS,
     ),
     changes={"backbone.pos_embed": Change(drop_class_token, add_class_token)},
-    # copies of a buffer for the later stages, and buffers of old files that follow from the config
+    # the later stages' copies of a buffer, and old buffers whose values the config determines
     dropped=(
         _CLASS_WEIGHTS.format("1."),
         _CLASS_WEIGHTS.format("2."),
