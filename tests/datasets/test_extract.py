@@ -79,7 +79,7 @@ def device(kind: int, content: bytes = b"") -> bytes:
     return zipped({"p": content}, kinds={"p": kind})
 
 
-SAME = "which are the same file on some disks"
+SAME = "which are the same file on some file systems"
 EVIL = {
     "link": (zipped({"good": b"1", "l": b"/etc/passwd"}, kinds={"l": stat.S_IFLNK}), "l is a link"),
     "device": (device(stat.S_IFBLK), "p is not a regular file"),

@@ -122,7 +122,7 @@ def _checked(
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
             both = f"contains both {other} and {name}"
-            raise _Refused(f"{both}, which are the same file on some disks: rejected")
+            raise _Refused(f"{both}, which are the same file on some file systems: rejected")
     return chosen
 
 
