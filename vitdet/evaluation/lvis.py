@@ -1,4 +1,4 @@
-"""LVIS's average precision (Gupta et al. 2019, lvisdataset.org), as in the package lvis 0.5.3.
+"""LVIS's average precision (Gupta et al. 2019, lvisdataset.org), as in lvis 0.5.3 (PyPI).
 
 An LVIS image is annotated only for some categories. Detections of a category that is neither
 annotated in the image nor listed as absent (neg_category_ids) are excluded. Where not every object
@@ -8,7 +8,7 @@ evaluated. iscrowd is ignored, and objects and detections with zero area are exc
 
 If masks are compared, the area of a detection is the area of its mask in `compare`, as in the
 metrics published with Detectron2, which removes the boxes from its results. In `compare_file`, it
-is the area of the box, as in the package lvis for a file with boxes and masks. Only AP and AR of
+is the area of the box, as in the lvis package for a file with boxes and masks. Only AP and AR of
 small, medium and large masks depend on this difference.
 """
 
@@ -59,7 +59,7 @@ def compare(
 def compare_file(
     truth: Truth, results: Sequence[dict], kinds: Sequence[str]
 ) -> dict[str, Comparison]:
-    """Return the comparison of a results file, with areas as in the package lvis."""
+    """Return the comparison of a results file, with areas as computed by the lvis package."""
     return compare(truth, results, kinds, boxed=bool(results) and "bbox" in kinds_of(results))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # maximum log side ratio in `decode`
-PAIRS = 2**22  # maximum pairs of boxes per block of IoUs (130 MB)
+PAIRS = 2**22  # maximum number of box pairs per block of IoUs (130 MB)
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:

@@ -17,7 +17,7 @@ from vitdet.types import Polygons
 
 BINS = 14
 SIZE = 2 * BINS
-PAIRS = 2**16  # maximum pairs of a RoI and an edge per iteration (150 MB)
+PAIRS = 2**16  # maximum number of (RoI, edge) pairs per iteration (150 MB)
 
 
 class MaskHead(nn.Module):

@@ -187,7 +187,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
         """Sample foreground and background from proposals (B, N, 4) and ground-truth boxes."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
-        # Match GT boxes separately from proposals; otherwise, each GT's best box would be its own.
+        # Match GT boxes separately from proposals; else each GT box would be its own best box.
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)

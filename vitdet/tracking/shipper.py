@@ -164,7 +164,7 @@ class Shipper:
         try:
             if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
                 return run_id
-        except (LookupError, InvalidRequestError):  # the latter: not an ID that MLflow assigns
+        except (LookupError, InvalidRequestError):  # the latter: run_id is not a valid MLflow ID
             pass
         return None
 

@@ -22,7 +22,7 @@ KEYS = """
 teacher state_dict_ema model_ema ema_state_dict ema
 state_dict model_state_dict model_state model module weights params
 """.split()
-# Prefixes at the start of a name, or within it if only a part of the model was wrapped
+# Prefixes at the start of a name, and torch.compile's within it if only a part was compiled
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 COUNTER = "n_averaged"  # step counter of torch.optim.swa_utils.AveragedModel
 DEPTH = 4  # maximum depth of nested dictionaries

@@ -3,7 +3,7 @@
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
 <box label xtl ytl xbr ybr>, with an optional `rotation` in degrees about its center; <polygon
 label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle lists row-major
-run lengths in the rectangle. Coordinates are in pixels from 0. `subset` is the split, which may be
+run lengths in the rectangle. Pixel coordinates are 0-based. `subset` is the split, which may be
 a folder in images/ or next to the file. Other elements (polyline, points, ellipse, cuboid,
 skeleton, tag) are counted and ignored. The format for videos, which has <track>, is rejected.
 """

@@ -13,7 +13,7 @@ Annotation tools differ. CVAT quotes IDs that contain a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
 ImageSets/Segmentation. Without ImageSets, XML files are next to the images in train/, valid/ and
 test/ (https://roboflow.com/formats/pascal-voc-xml) or in one folder. <polygon> is an outline of x1,
-y1, x2, y2, ... or of points <pt>, in pixels from 0; its bounding box replaces <bndbox>.
+y1, x2, y2, ... or of points <pt>, in 0-based pixel coordinates; its bounding box replaces <bndbox>.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def _polygon(path: Path, polygon: Element, size: Size) -> list[float]:
 
 
 def _corners(path: Path, element: Element, size: Size) -> Box:
-    """Return the box x0, y0, x1, y1 in pixels from 0."""
+    """Return the box x0, y0, x1, y1 in 0-based pixel coordinates."""
     words = [element.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
     where, got = f"{path}: bndbox:", show(words)
     try:
