@@ -60,7 +60,7 @@ SIGPIPE = 141  # exit code that a shell reports for a process ended by this sign
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 1 after a user error, 2 for invalid arguments, 130 after Ctrl-C."""
+    """Run a command; exit with 1 after a user error, 2 for invalid arguments, 130 after Ctrl-C."""
     verb = ""
     try:
         try:

@@ -11,7 +11,7 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Redraw a line on a terminal; else print one per 10%, or 100 MB if the size is unknown."""
+    """Redraw a line on a terminal; otherwise, print one per 10% (per 100 MB for unknown sizes)."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
@@ -19,7 +19,7 @@ class Bar:
         self._shown = (0.0, -1)  # last printed line: time, tenths of the file or units of 100 MB
 
     def at(self, done: int, total: int | None) -> None:
-        """Show that `done` bytes of `total` have been downloaded; `total` may be unknown."""
+        """Show that `done` bytes of `total` have been downloaded; `total` is None if unknown."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)

@@ -29,7 +29,7 @@ SHOWN = 30  # maximum number of classes in a confusion matrix
 class Threshold:
     """The results of detections with at least this score.
 
-    The precision is 1 without such detections. F1 is 2 true positives / (detections + objects).
+    The precision is 1 without such detections. F1 is 2 * true positives / (detections + objects).
     """
 
     score: float

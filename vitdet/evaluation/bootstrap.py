@@ -38,10 +38,10 @@ class WeightedAP:
 
     The detections are sorted once, by class and descending score. For given weights, the precision
     at a detection is the cumulative weight of its class's true positives up to this detection,
-    divided by the cumulative weight of all detections of the class. COCO's interpolation uses the
-    highest precision at each recall or above, which always occurs at a true positive. Precision is
-    therefore computed only at true positives, in arrays (P,) with a segment for each IoU threshold
-    and class.
+    divided by the cumulative weight of all detections of the class that are not ignored. COCO's
+    interpolation uses the highest precision at each recall or above, which always occurs at a true
+    positive. Precision is therefore computed only at true positives, in arrays (P,) with a segment
+    for each IoU threshold and class.
     """
 
     def __init__(self, matches: Matches) -> None:
@@ -62,7 +62,7 @@ class WeightedAP:
         self._segment_start = self._starts[segment]
         # added to precision, so that one maximum.accumulate processes all segments separately
         self._offset = 2.0 * (segments - segment)
-        # ignored detections: images, and counts before each true positive and before its class
+        # ignored detections: images; counts before each true positive and before its class starts
         ignored_level, ignored = np.nonzero(matches.ignored[order].T)
         self._ignored_image = self._image[ignored]
         keys, start = ignored_level * len(order) + ignored, level * len(order)

@@ -5,7 +5,7 @@ pixels of the original image. The segmentation is a compressed RLE; it is omitte
 without a mask head.
 
 On a GPU, a thread converts the detections of a batch while the detector computes the next batch.
-The thread's CUDA stream waits only until its batch is computed. Boxes are copied to the CPU first;
+The thread's CUDA stream does not wait for the next batch. Boxes are copied to the CPU first;
 masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
 """
 
@@ -141,8 +141,8 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; pad to `slots` images (0: no padding), as each new size would be compiled."""
-    # `sizes` is not in pinned memory: a blocking copy would wait for the previous batch
+    """Detect objects; pad to `slots` images (0: no padding), as each new batch size is compiled."""
+    # non_blocking although `sizes` is not pinned: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
         images, sizes = F.pad(images, (0,) * 7 + (spare,)), F.pad(sizes, (0, 0, 0, spare))

@@ -12,14 +12,14 @@ with t_f = 0.5 and t_b = 0.1:
 
 An object is missed if it has no matching detection and no localization or classification error.
 
-dAP is the increase in AP50 if all errors of one type are fixed. Fixing a localization or
-classification error makes the detection a true positive of its object. If the object is already
-matched, or another such detection of the object has a higher score, the detection is removed.
-Detections with errors of the other types are removed, as are missed objects. Fixing false_positive
-ranks all true positives before all false positives; fixing false_negative removes all objects
-without a true positive.
+dAP is the increase in AP50 if all errors of one type are fixed. Fixing a localization
+(classification) error makes the detection a true positive of the object of its class (of another
+class) with the highest IoU. If this object is already matched, or would also be matched by fixing a
+detection with a higher score, the detection is removed. Detections with errors of the other types
+are removed, as are missed objects. Fixing false_positive ranks all true positives before all false
+positives; fixing false_negative removes all objects without a true positive.
 
-As in the package tidecv, detections that AP ignores can have localization and classification
+As in the tidecv package, detections that AP ignores can have localization and classification
 errors, and fixing these adds a true positive. Such errors are not counted; other fixes do not
 change these detections.
 """
@@ -44,9 +44,9 @@ RECALLS = np.arange(101) / 100
 
 @dataclass(frozen=True)
 class Overlaps:
-    """P pairs of a detection and an object of any class in the same image, with IoU >= t_b.
+    """P (detection, object) pairs in the same image, of any classes, with IoU >= t_b.
 
-    All arrays have the shape (P,); `detection` and `target` are indices into `Matches`.
+    All arrays are (P,); `detection` and `target` index the detections and objects of `Matches`.
     """
 
     detection: np.ndarray
@@ -63,8 +63,8 @@ class Errors:
             class of the detection or of the missed object.
         gains: dAP per class (K,) in percent, by type in `TYPES` and `SPECIAL`; NaN for classes
             without objects. The AP of a class is 100 if the fix removes all its objects.
-        total: dAP of the mean over classes. As in tidecv, the mean includes a class without objects
-            as AP 0 if it has detections; COCO's AP50 excludes such classes.
+        total: dAP of the mean over classes, by type. As in tidecv, the mean includes classes that
+            have detections but no objects, with an AP of 0; COCO's AP50 excludes such classes.
     """
 
     counts: dict[str, np.ndarray]

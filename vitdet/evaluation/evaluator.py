@@ -115,7 +115,7 @@ def detect(
     split: CocoSplit | None = None,
     advance: Advance = lambda batch: False,
 ) -> tuple[list[dict], list[int]]:
-    """Return the COCO results on the validation split and the image ids, in order of image id.
+    """Return the validation split's COCO results in order of image id, and the sorted image ids.
 
     If `split` is None, it is read. With several processes, rank 0 returns the results of all ranks;
     the other ranks return empty lists. Raises Cancelled like `evaluate_detector`.

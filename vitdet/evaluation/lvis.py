@@ -41,8 +41,8 @@ def compare(
 ) -> dict[str, Comparison]:
     """Return the comparison of each kind; see `coco.compare` for the arguments and errors.
 
-    With `boxed`, the area of a detection's mask is the area of its box. Raises ValueError also for
-    an annotation file without LVIS's additional fields.
+    With `boxed`, the area of a detection's box is used as the area of its mask. Also raises
+    ValueError for an annotation file without LVIS's additional fields.
     """
     check(truth)
     image_ids, results = choose(truth, results, {*kinds, *(["bbox"] if boxed else [])}, image_ids)

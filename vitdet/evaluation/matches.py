@@ -49,7 +49,7 @@ class Matches:
         score: (N,) float64.
         matched: (N, T) bool, true positives.
         ignored: (N, T) bool, neither true nor false positives: matched with a crowd or an object
-            without an outline, or of a class that is not exhaustively annotated in the image.
+            without an outline, or unmatched and of a class not exhaustively annotated in the image.
         found: (N,) int32, index of the object that is matched at IoU 0.5; -1 if there is none.
         object_image, object_category: (G,) int32, indices into image_ids and category_ids of each
             object that is not ignored, sorted by class.

@@ -5,8 +5,8 @@ each class separately, with only the images in which the class occurs, because i
 every image, class and size range: about 15 GB for all classes of LVIS at once.
 
 If masks are compared, objects without an outline are excluded. A detection that matches no mask is
-ignored if its box overlaps the box of such an object with an IoU of at least the threshold. Like a
-crowd, such an object can match any number of detections.
+ignored if its box overlaps the box of such an object of the same class with an IoU of at least the
+threshold. Like a crowd, such an object can match any number of detections.
 
 Notation, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M detection
 limits.
@@ -48,7 +48,7 @@ class Comparison:
         categories: the K categories of the annotation file.
         limits: the M detection limits.
         matches: matches of N detections with G objects.
-        detections, objects: these detections and objects, in the same order.
+        detections, objects: these detections and objects, in the order of `matches`.
     """
 
     precision: np.ndarray
@@ -71,7 +71,7 @@ class Comparison:
         return _mean(table if chosen is None else table[:, :, chosen])
 
     def ar(self, size: str = "all", limit: int = -1) -> float | None:
-        """Return AR in percent with `self.limits[limit]` detections; None without objects."""
+        """Return AR in percent with up to `self.limits[limit]` detections; None without objects."""
         return _mean(self.recall[..., SIZES.index(size), limit])
 
     def aps(self, chosen: Sequence[int] | None = None) -> dict[str, float | None]:
@@ -328,7 +328,7 @@ def _run(
     work.accumulate()
     # The matches of an image are only accessible in its pickled state: item 0 contains the object
     # ids and item 4 the ignore flags, per threshold and detection, by descending score. The first
-    # len(images) states are of size range "all".
+    # len(images) states belong to size range "all".
     states = [image.__getstate__() for image in work._evalImgs_cpp[: len(images)]]
     partners, ignored = (
         np.hstack([np.array(state[part], kind).reshape(len(ious), -1) for state in states])

@@ -37,7 +37,7 @@ def write_page(
     results: Sequence[dict],
     images: Images | None,
 ) -> None:
-    """Write the page of an evaluation; it opens with the first analysis and contains its images.
+    """Write the page of an evaluation; the first analysis is shown first and determines the images.
 
     Without `images`, the page has no pictures. Images that cannot be read are omitted.
     """

@@ -114,7 +114,7 @@ def write_report(
 ) -> None:
     """Write classes.json (AP of each class), curve.json (precision over recall), thresholds.json
     (precision, recall and F1 by score), results.json (in COCO's format) and matches.npz
-    (`vitdet.evaluation.matches`).
+    (`vitdet.evaluation.matches`) to `folder`.
     """
     for name, value in (
         ("classes", class_rows(finished)),

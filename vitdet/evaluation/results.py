@@ -35,11 +35,11 @@ class Truth:
     path: Path
     images: dict[int, dict]
     categories: dict[int, dict]
-    # decoded from the file in each pass: as Python objects, the annotations of LVIS would take 3 GB
+    # decoded from JSON in each pass: as Python objects, the annotations of LVIS would take 3 GB
     objects: Iterable[Annotation]
 
     def sides(self, image_id: int) -> tuple[int, int]:
-        """Return height and width of an image."""
+        """Return the height and width of an image in pixels."""
         image = self.images[image_id]
         return image["height"], image["width"]
 
@@ -111,7 +111,7 @@ def read_results(path: Path | str) -> list[dict]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Suspend garbage collection, which would take a quarter of the time for 500,000 dicts."""
+    """Suspend garbage collection, which would take a quarter of the run time with 500,000 dicts."""
     enabled = gc.isenabled()
     gc.disable()
     try:

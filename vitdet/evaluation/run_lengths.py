@@ -1,10 +1,10 @@
 """Encode many masks as COCO's run lengths at once, and compute the areas of many codes.
 
 A code contains the lengths of runs of equal pixels, column by column; the runs alternate between
-background and mask, background first. COCO's compressed text (maskApi.c) stores a number in
-characters of 5 bits from '0' on, lowest bits first. Bit 5 of a character marks that the number
-continues; bit 4 of its last character is the sign. From the fourth number on, each number is the
-difference between the length of its run and that of the second run before it.
+background and mask, background first. COCO's compressed text (maskApi.c) stores each number in
+groups of 5 bits, lowest bits first, as characters from '0' on. Bit 5 of a character marks that the
+number continues; bit 4 of the last character is the sign. From the fourth number on, each number is
+the difference between the length of its run and that of the second run before it.
 
 Notation: N masks, R runs inside masks, C counts, U numbers of all codes.
 """
@@ -41,7 +41,7 @@ def encode_columns(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor)
 
 
 def _counts(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the counts (C,) of all masks in sequence, and the index (N,) of each last count."""
+    """Return all masks' counts (C,) in sequence, and the index (N,) of each mask's last count."""
     owner, bounds = _bounds(pixels, regions, ends, sizes)
     area = sizes.prod(dim=1)
     inner = bounds < area[owner]  # no count follows a run that ends at the last pixel

@@ -86,7 +86,7 @@ def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[
             truth, found = COCO(annotations), json.loads(results.read_bytes())
         for kind, key in KINDS.items():
             with _step(seconds, "compare"):
-                # without boxes: otherwise, loadRes would use a box's area as the area of its mask
+                # without boxes: otherwise, loadRes would use the box's area as the mask's area
                 others = set(KINDS.values()) - {key}
                 index = truth.loadRes(
                     [{name: item[name] for name in item if name not in others} for item in found]
@@ -143,7 +143,7 @@ def write_set(annotations: Path, results: Path, images: int, detections: int, se
 
 
 def _shapes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return random ellipses (count, 4) of about 12 to 380 pixels: center x, y and semi-axes."""
+    """Return random ellipses (count, 4), about 12 to 380 pixels across: center and semi-axes."""
     side = np.exp(rng.uniform(np.log(12), np.log(380), count))
     aspect = np.exp(rng.normal(0, 0.4, count))
     x, y = rng.uniform(0, WIDTH, count), rng.uniform(0, HEIGHT, count)

@@ -3,7 +3,7 @@
 With random weights, no score is above `evaluate.score_threshold`. Therefore the class logits are
 scaled up until an image has `evaluate.max_detections` detections; the workload of the mask head and
 of the conversion is then similar to that on LVIS. The time of a row is the time from one call to
-the next (on a GPU, measured with events in its stream), including copying images to the device.
+the next (on a GPU, measured with CUDA events), including copying images to the device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure_inference(
 @torch.no_grad()
 def let_detect(detector: Detector, batch: Batch) -> int:
     """Scale the class logits by the smallest of SCALES with which the image of `batch` has the
-    maximum number of detections, or by the largest if none does; return the number obtained.
+    maximum number of detections, or by the largest if none suffices; return the resulting number.
     """
     layers = [stage.get_submodule("logits") for stage in detector.roi_heads.stages]
     drawn = [layer.get_parameter("weight").clone() for layer in layers]

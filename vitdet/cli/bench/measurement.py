@@ -24,7 +24,7 @@ from vitdet.training.precision import chosen, tf32
 # device type -> side of the square matrices whose product is timed (0.1 s on a CPU)
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# CUDA calls in which the host waits, except cudaDeviceSynchronize, which only measurements call
+# CUDA calls in which the host waits, except cudaDeviceSynchronize, which only the benchmark calls
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 COUNTED = 2  # number of steps for counting kernels, after the timed steps
 GIB = 2**30
@@ -204,7 +204,7 @@ def measured(
     Args:
         section: config section whose precision is set, "train" or "evaluate".
         flops: FLOPs per image.
-        measure: called with the config, the precision on this device and the batch size; returns a
+        measure: called with the config, the resolved precision and the batch size; returns a
             row with images_per_second. If memory runs out, the row contains an error instead.
     """
     rows: list[dict] = []

@@ -22,7 +22,7 @@ from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number of objects per image
 SIDES = (0.04, 0.5)  # range of an object's side length, relative to the image side
-ORIGINAL = 0.54  # relative side of the original image: 553 of 1024, the same area as 640 x 480
+ORIGINAL = 0.54  # relative side of the original image: 553 of 1024, about the area of 640 x 480
 CELL = 32  # side of a cell of the noise, in pixels
 SHARE = 0.2  # share of proposals on objects: more than enough for the foreground samples
 SHIFT = 0.09  # relative standard deviation of a proposal's coordinates; IoUs are 0.6 to 0.9

@@ -2,8 +2,8 @@
 
 The loop reads batches from a `Stream` instead of the loader; the stream records when each step
 requests its first batch. The time of a step is the time between two such requests (on a GPU,
-between events in its CUDA stream). It includes copying the batch, the optimizer step and weight
-averaging, but no evaluation, saving or logging. All steps use the same batch.
+between CUDA events). It includes copying the batch, the optimizer step and weight averaging, but no
+evaluation, saving or logging. All steps use the same batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vitdet.types import Batch
 
 # device type -> number of warm-up steps, which allocate memory, and choose and compile kernels
 WARM = {"cuda": 12, "cpu": 2}
-# settings that exclude logging, saving and evaluation: the intervals exceed the number of steps
+# settings that disable logging, saving and evaluation: the intervals exceed the number of steps
 RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
 
 

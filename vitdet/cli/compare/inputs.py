@@ -43,7 +43,7 @@ class Compared:
 
 
 class Reader:
-    """Reads inputs. uri: URI of the MLflow server. annotations, dataset: for results files only."""
+    """Reads inputs. uri: MLflow server ("": default). annotations, dataset: for results files."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset

@@ -154,7 +154,7 @@ def _training(settings: Mapping[str, str]) -> tuple:
     """Return the settings that affect training, except the seed; () if they are unknown."""
     try:
         config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
-    except ValueError:  # the settings are from another version
+    except ValueError:  # the settings are from another version of vitdet
         return ()
     affecting = training_settings(config) if settings else {}
     return tuple((key, value) for key, value in affecting.items() if key != "train.seed")
