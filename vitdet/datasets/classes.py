@@ -1,4 +1,4 @@
-"""Renaming and selection of classes in the conversion of a data set."""
+"""Renaming and selection of classes during the conversion of a data set."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Atomic conversion of data sets in other formats to COCO's layout.
 
 Images are hard links, which use no space and remain valid if the source is deleted. They are
-copied if hard links are not possible, e.g. to another disk. As in COCO, image ids are unique in the
-data set; file names are unique except for the same file in several splits.
+copied if hard links are not possible, e.g. to another file system. As in COCO, image ids are unique
+in the data set; file names are unique, except that a file in several splits keeps the same name.
 """
 
 from __future__ import annotations
@@ -203,5 +203,5 @@ def _link_or_copy(source: str, target: Path, copy: bool) -> None:
             os.link(source, target)
             return
         except OSError:
-            pass  # a different disk, or a file system without hard links
+            pass  # a different file system, or one without hard links
     shutil.copyfile(source, target)

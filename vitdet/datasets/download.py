@@ -53,14 +53,14 @@ class Watcher(Protocol):
     """Progress display of a download."""
 
     def at(self, done: int, total: int | None) -> None:
-        """Report the number of bytes received, and the total or None if unknown."""
+        """Report the number of bytes received, and the total number (None if unknown)."""
 
     def end(self) -> None:
         """Report the end of an attempt; may be called twice."""
 
 
 class _Broken(Exception):
-    """A failed attempt that may be retried. pause: seconds that the server asks to wait, or 0."""
+    """A failed attempt that may be retried. pause: Retry-After in seconds, 0 if not sent."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -83,7 +83,7 @@ def download(
     size: int | None = None,
     copies: int = 1,
 ) -> None:
-    """Download a file to `path`, resuming a previous download.
+    """Download a file to `path`, resuming a previous download if possible.
 
     Args:
         url: the HTTP URL of the file.
@@ -235,7 +235,7 @@ class _Attempt:
             raise ValueError(f"{self.url}: {sizes}: not the published file")
 
     def check_space(self, total: int | None, received: int) -> None:
-        """Raise OSError if the rest of the file and further copies of it do not fit on the disk."""
+        """Raise OSError if the disk lacks space for `copies` files, less the bytes received."""
         needed = self.copies * (total or 0) - received
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
@@ -257,7 +257,7 @@ class _Attempt:
                         break
                     view = memoryview(chunk)
                     while view:
-                        count = file.write(view)  # less than all if the disk is nearly full
+                        count = file.write(view)  # a short write if the disk is nearly full
                         view, done = view[count:], done + count
                     self.watcher.at(done, total)
             except OSError as error:

@@ -1,9 +1,9 @@
 """Safe extraction of zip archives into one folder.
 
 All entries are checked before anything is written. The whole archive is rejected if it contains a
-name outside the folder, a link, a device, names that are the same on some file systems, an
-encrypted file, a compression method that may use unbounded memory, or more files or bytes than
-allowed. A file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are
+name outside the folder, a link, a device, names that some file systems treat as equal, an encrypted
+file, a compression method that may use unbounded memory, or more files or bytes than allowed. Each
+file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are
 written atomically, and only if not yet complete, so that the next run can resume.
 """
 
@@ -39,7 +39,7 @@ ZIP_ERRORS = (
 
 
 class Limits(NamedTuple):
-    """Upper limits of an archive's content."""
+    """Upper limits on an archive's content."""
 
     files: int
     size: int  # bytes
@@ -70,8 +70,8 @@ def unpack(
     Args:
         archive: the zip archive.
         folder: the target folder.
-        choose: maps a name in the archive to the name in the folder, or None to skip the file.
-        limits: upper limits of the content.
+        choose: maps a name in the archive to the name in the folder, or to None to skip the file.
+        limits: upper limits on the content.
         seen: called with the size in bytes of each complete file.
         ours: replace existing files that differ, instead of raising ValueError.
 

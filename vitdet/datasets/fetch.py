@@ -106,7 +106,7 @@ def _is_extracted(archive: Archive, root: Path, record: DownloadRecord) -> bool:
 
 
 def _check_places(todo: Sequence[Archive], root: Path) -> None:
-    """Raise OSError or ValueError for an image folder that cannot be completed."""
+    """Raise OSError or ValueError for a target folder that cannot be completed."""
     for archive in todo:
         folder = root / archive.folder
         if folder.is_symlink():
@@ -268,7 +268,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move archives to root/archives if `keep`, else remove them; other archives remain."""
+    """Move these archives to root/archives if `keep`, else remove them; other archives remain."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

@@ -20,7 +20,7 @@ SHOWN = 6  # maximum number of a folder's entries in a message
 class Format(NamedTuple):
     """A data set format."""
 
-    expected: str  # description of the files for messages
+    expected: str  # description of the expected files, for messages
     matches: Callable[[Path], object]  # whether a folder or file has this format
     read: Callable[[ImportedDataset], None]
 
@@ -37,7 +37,7 @@ FORMATS = {
 
 
 def detect(source: Path) -> str:
-    """Return the format of a folder or file. Raises ValueError if it matches none or several."""
+    """Return the format of a folder or file. Raises ValueError if none or several match."""
     kinds = [name for name, kind in FORMATS.items() if kind.matches(source)]
     if len(kinds) > 1:
         raise ValueError(f"{source}: could be {' or '.join(kinds)}; choose one with --format")

@@ -14,7 +14,7 @@ SHORT = 0.2  # seconds to wait for the tasks after a failure or Ctrl-C
 
 
 class Stopped(Exception):
-    """Raised in the remaining tasks after a task has failed."""
+    """Raised in the tasks that are still running after another task has failed."""
 
 
 class SharedProgress:

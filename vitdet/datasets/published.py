@@ -26,7 +26,7 @@ class Archive:
     size: int  # size of the archive in bytes
     sha256: str  # '' if unknown
     unpacked: int  # approximate total size of the extracted files in bytes
-    prefix: str  # folder of the extracted files in the archive
+    prefix: str  # folder of the files in the archive, e.g. "train2017/"; '' for its top level
     folder: str  # folder to extract to, below the root
     count: int  # number of extracted files
     members: tuple[str, ...] = ()

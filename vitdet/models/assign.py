@@ -36,7 +36,7 @@ class _Overlaps(NamedTuple):
 def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match each box to the ground truth with the largest IoU: (..., G, N) -> matched (..., N).
 
-    If this IoU is below `low`, the box is BACKGROUND; else, if it is below `high`, it is IGNORE.
+    If this IoU is below `low`, the box is BACKGROUND; from `low` to below `high`, it is IGNORE.
     `iou` yields one or more blocks of rows, like `boxes.iou_blocks`; only one block is in memory.
     """
     return _by_threshold(_overlaps(iou, math.inf), low, high)
@@ -46,8 +46,8 @@ def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match like `match`, but always keep each ground truth's best box as foreground.
 
-    The box is matched to its own best ground truth, as in Detectron2's RPN. There, however, a
-    ground truth that overlaps no box turns every box into foreground.
+    That box is matched to the ground truth that it overlaps most, as in Detectron2's RPN. There,
+    however, a ground truth that overlaps no box turns every box into foreground.
     """
     found = _overlaps(iou, 0.0)
     return torch.where(found.favorite >= 0, found.truth, _by_threshold(found, low, high))
@@ -57,7 +57,7 @@ def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 def match_keeping_best(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match like `match`, but match each ground truth's best box to that ground truth, as in mmdet.
 
-    This requires an IoU of at least `low`. A box that is the best of several ground truths is
+    This requires an IoU of at least `low`. A box that is the best box of several ground truths is
     matched to the last of them.
     """
     found = _overlaps(iou, low)

@@ -7,10 +7,10 @@ onehot(kh), onehot(kw)]. One product of widened queries and keys thus computes a
 an N x N bias. In ViTAE-Transformer/ViTDet, the bias has q s instead of q: this is the same function
 with tables 1 / s times as large, which are learned more slowly.
 
-On a GPU, the widths of queries and keys are zero-padded to a multiple of 8, which fused kernels
+On a GPU, queries and keys are zero-padded to a width that is a multiple of 8, as fused kernels
 require in half precision (PyTorch's sdp_utils.cpp). The half-precision kernels in `vitdet.kernels`
-need neither widening nor copies of windows.
-Notation: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
+need neither widening nor copies of windows. Notation: B images (or windows), H x W tokens, N = H W,
+C channels, h heads, d = C / h, s = d^-1/2, K tokens per side for which a table is stored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The mask head and its training targets.
 
 He et al. (arXiv:1703.06870); convolutions with LN and one deconvolution, as in Detectron2's ViTDet.
-Notation: R RoIs, C channels, P pairs of a RoI and an edge of its outline, K classes.
+Notation: R RoIs, C channels, P pairs (RoI, edge of its outline), K classes.
 """
 
 from __future__ import annotations

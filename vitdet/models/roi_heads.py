@@ -29,7 +29,7 @@ from vitdet.types import Detections, Polygons, Targets
 
 Classification = SoftmaxClassification | FederatedClassification
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # box transform of stage 0; multiplied by s + 1 in stage s
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform in stage 0; times s + 1 in stage s
 # box-class pairs before NMS; more are used if too few detections remain
 CANDIDATES = 2000
 
@@ -187,7 +187,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
         """Sample foreground and background from proposals (B, N, 4) and ground-truth boxes."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
-        # Match GT boxes separately from proposals; else each GT box would be its own best box.
+        # Match GT boxes separately from proposals; else each GT's best box would be its GT box.
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
@@ -219,7 +219,7 @@ class RoIHeads(nn.Module):
         rows = assigned.boxes, assigned.matched, labels, deltas
         boxes, matched, labels, deltas = (row[:, :most] for row in rows)
         foreground = (matched > BACKGROUND)[..., None]
-        unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # for slots without foreground
+        unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # for slots without a foreground box
         truth = torch.where(foreground, pick(targets.boxes, matched.clamp(min=0)), unit)
         wanted = encode(torch.where(foreground, boxes, unit), truth, self.weights[stage])
         column = labels.clamp(max=deltas.shape[2] - 1)  # one column if class-agnostic

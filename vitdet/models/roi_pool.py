@@ -95,8 +95,8 @@ def _pool_by_products(
 def interpolation(spans: Tensor, length: int, bins: int, ratio: int) -> Tensor:
     """Return the weights (R, bins, length) with which an axis's cells contribute to each bin.
 
-    A bin is the mean of `ratio` points. `spans` (R, 2) are the RoIs' ends in cells. Points more
-    than one cell outside the map have the value 0, as in torchvision.
+    A bin is the mean of `ratio` points. `spans` (R, 2) are each RoI's start and end along the axis,
+    in cells. Points more than one cell outside the map have the value 0, as in torchvision.
     """
     low, high = spans[:, :1] - 0.5, spans[:, 1:] - 0.5
     number = bins * ratio

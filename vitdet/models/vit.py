@@ -76,7 +76,7 @@ class ConvBottleneck(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C); paths are dropped independently.
 
-    `window` is the side of the attention windows in tokens, or 0 for attention over `grid`.
+    `window` is the windows' side in tokens; 0: global attention, with position tables for `grid`.
     `branch` maps the block's input (B, C, H, W) to the same shape, in parallel to the attention.
     """
 
@@ -234,7 +234,7 @@ def layer_of_block(name: str, first: int, rest: int) -> int:
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize (1, h, w, C) to (1, *grid, C), bicubic without antialiasing (Detectron2: get_abs_pos).
 
-    As the interpolation is linear, it is computed as two small matrix products: F.interpolate took
+    As the result is linear in `pos_embed`, two small matrix products compute it: F.interpolate took
     6 ms per step of ViT-B on an H100. Neither autocast nor TF32 affects products in float64.
     """
     if tuple(pos_embed.shape[1:3]) == grid:

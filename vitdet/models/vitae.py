@@ -43,7 +43,7 @@ class SmallSize(NamedTuple):
 SIZES = {"vitae_b": Size(768, 12, 12, (2, 5, 8, 11), 4.0)}
 SMALL_SIZES = {"vitae_s": SmallSize(384, 14, 6, (2, 5, 8, 13), 3.0, (64, 64, 192), (96, 192), 96)}
 CELL_NORM_EPS = 1e-5  # epsilon of the LayerNorms in the reduction cells
-DROPOUT = 0.1  # in the reduction cells; hard-coded in the published implementation as well
+DROPOUT = 0.1  # rate in the reduction cells; hard-coded in the published implementation as well
 EPSILON = 1e-8  # epsilon in the denominator of the linear attention
 
 
@@ -53,12 +53,12 @@ def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """Create ViTAE-B's parallel convolutions, with C / 4 groups; they keep (B, C, H, W)."""
+    """Create ViTAE-B's branch of two convolutions with C / 4 groups; it keeps (B, C, H, W)."""
     return nn.Sequential(*_two_convs(dim, hidden, dim // 4))
 
 
 def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
-    """Create ViTAE-S's parallel convolutions; they keep (B, C, H, W)."""
+    """Create ViTAE-S's branch of three convolutions; it keeps (B, C, H, W)."""
     layers = _two_convs(dim, hidden, groups)
     layers += [nn.BatchNorm2d(dim), nn.SiLU(), conv(dim, dim, groups=groups), nn.SiLU()]
     return nn.Sequential(*layers)
@@ -211,7 +211,7 @@ class ViTAESmall(nn.Module):
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def layer_of(self, name: str) -> int:
-        """Return a parameter's layer for layer-wise decay, as in the published run.
+        """Return a parameter's layer for layer-wise learning-rate decay, as in the published run.
 
         It is s in reduction cell s, 3 + j in block j, and 18 otherwise. The published config
         specifies 12 layers, with which the last blocks would learn faster than the heads.

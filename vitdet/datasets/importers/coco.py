@@ -41,7 +41,7 @@ MOST = 20  # maximum number of JSON files per folder that are read to detect the
 
 
 def annotation_files(source: Path) -> list[tuple[str, Path]]:
-    """Return (split name, path) of each annotation file in a folder, or of the file itself."""
+    """Return (split name, path) of a folder's annotation files, or of `source` if it is a file."""
     if source.is_file():
         return [(_split_in(source.stem), source)] if source.suffix == ".json" else []
     folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
@@ -110,7 +110,7 @@ class _File:
 
 
 def read_coco_folder(dataset: ImportedDataset) -> None:
-    """Read a folder or file, with classes in category order. Images are read on iteration."""
+    """Read a folder or file, with classes ordered by category id. Images are read on iteration."""
     source, named = dataset.source, dict[str, tuple[str, Path]]()
     for name, path in annotation_files(source):
         split = split_of(name)

@@ -1,4 +1,4 @@
-"""Reader of CVAT's XML for images: annotations.xml, and the images in images/ or next to it.
+"""Reader of CVAT's XML for images: annotations.xml, and the images in images/ or next to the file.
 
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
 <box label xtl ytl xbr ybr>, with an optional `rotation` in degrees about its center; <polygon
@@ -48,7 +48,7 @@ def annotation_files(source: Path) -> list[Path]:
 
 
 def read_cvat(dataset: ImportedDataset) -> None:
-    """Read a folder or file. Classes: the task's labels, then others in alphabetical order."""
+    """Read a folder or file. Classes: the task's labels, then any other labels alphabetically."""
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(dataset.source):

@@ -37,7 +37,7 @@ STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
 DOCUMENTS = frozenset(
     ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
 )
-# common split names -> names in vitdet; "default" is the only split of a CVAT task
+# common split names -> names in vitdet; "default" is CVAT's split if no subset is set
 SPLIT_NAMES = (
     dict.fromkeys(("train", "training", "default"), "train")
     | dict.fromkeys(("val", "valid", "validation"), "val")
@@ -74,7 +74,7 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Add an error of the block instead of raising it; `Unusable` overrides the kind."""
+        """Add a ValueError or OSError instead of raising it; `Unusable` overrides the kind."""
         try:
             yield
         except (ValueError, OSError) as error:

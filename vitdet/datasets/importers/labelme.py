@@ -35,7 +35,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 MOST = 20  # maximum number of JSON files that are read to detect the format
-LARGEST = 1 << 28  # maximum bytes of a JSON file read to detect the format; it may contain an image
+LARGEST = 1 << 28  # bytes: larger JSON files, e.g. with an image, are not read to detect the format
 
 
 class Shape(msgspec.Struct):

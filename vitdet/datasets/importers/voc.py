@@ -51,7 +51,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files have a few kilobytes
+LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files have a few kilobytes each
 BORDER = 255  # value of the pixels between objects
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
 # an ID, possibly quoted; lists of one class add -1 (absent), 0 (difficult) or 1 (present)
@@ -61,7 +61,7 @@ Item = tuple[Path, Element, Path]  # XML file, its root element, and the image
 
 
 def is_voc(source: Path) -> bool:
-    """Return whether a folder contains Annotations/, or XML files of images."""
+    """Return whether a folder contains Annotations/, or XML files with the root <annotation>."""
     if (source / "Annotations").is_dir():
         return True
     if not source.is_dir():
@@ -150,7 +150,7 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return each split's XML files, mapped to the lines that list them ("" without lists).
+        """Return each split's XML files, mapped to "LIST:LINE: " for messages ("" without lists).
 
         trainval is skipped if train and val exist.
         """
@@ -180,7 +180,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files in a list, mapped to their lines; {} for a list of one class.
+        """Return the XML files in a list, mapped to "LIST:LINE: "; {} for a list of one class.
 
         Lines that are neither an ID nor a row of a list of one class are added to the problems.
         """
@@ -227,7 +227,7 @@ class _Folders:
         self.dataset.count_left_out(self.others, lambda path: self.image_stem(path) in stems)
 
     def numbers(self, path: Path, size: Size, objects: int) -> np.ndarray | None:
-        """Return the object number of each pixel (H, W), from 1; None if there is no file."""
+        """Return each pixel's object number (H, W), 0 or BORDER if none; None without a file."""
         file = self.dataset.source / "SegmentationObject" / f"{self.stem(path)}.png"
         if not os.path.isfile(file):
             return None

@@ -5,8 +5,8 @@ ultralytics/data/utils.py. `names` (a list, or a map of labels to names) is opti
 `train`, `val` (or `validation`) and `test` name a folder, a text file of paths, or a list of these,
 below `path`; a leading "../" is removed if the path does not exist. The labels of .../images/x.jpg
 are in .../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows
-are removed. Coordinates are relative to the upright image, at most 1% outside it. A row of 5
-numbers is class, center x, center y, width and height; 7, 9, ... numbers are class and outline.
+are removed. Coordinates are fractions of the upright image's sides, from -0.01 to 1.01. A row of 5
+numbers is class, center x, center y, width and height; a row of 7, 9, ... is class and outline.
 
 CVAT's exports list images in train.txt, with or without the prefix "data/", and have no `val`:
 https://docs.cvat.ai/docs/dataset_management/formats/.
@@ -35,14 +35,14 @@ from vitdet.datasets.importers.dataset import (
 from vitdet.files import read_yaml
 
 HEAD = "entry of data.yaml that cannot be used"
-TOLERANCE = 0.01  # fraction of the image by which coordinates may be outside
+TOLERANCE = 0.01  # fraction of the image's sides by which coordinates may be outside it
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
-    """Return a folder's data.yaml, or a YAML file itself; None if missing or ambiguous."""
+    """Return a folder's data.yaml, or `source` if it is a YAML file; None if none or ambiguous."""
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     paths = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])

@@ -17,7 +17,7 @@ from vitdet.visualize import class_color
 
 SIDE = 560  # pixels of the longer side
 QUALITY = 84  # JPEG quality
-TOLERANCE = 0.5  # maximum distance in pixels between an RLE and its outline
+TOLERANCE = 0.5  # maximum deviation in pixels of an outline traced from an RLE
 
 
 class Shape(NamedTuple):

@@ -121,7 +121,7 @@ class Swin(nn.Module):
         super().__init__()
         self.out_channels = tuple(dim * 2**i for i in range(len(depths)))
         self.strides = tuple(4 * 2**i for i in range(len(depths)))
-        self.num_layers = 0  # no layer-wise decay, see `layer_of`
+        self.num_layers = 0  # no layer-wise learning-rate decay, see `layer_of`
         layout: dict[str, Any] = {"output_fmt": "NHWC", "strict_img_size": False}
         self.patch_embed = PatchEmbed(None, 4, embed_dim=dim, norm_layer=nn.LayerNorm, **layout)
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))

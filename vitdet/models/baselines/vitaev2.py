@@ -2,7 +2,7 @@
 
 Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in ViTAE-Transformer/ViTAE-Transformer
 (Object-Detection). The first two stages use window attention without shifts or relative positions,
-the last two global attention. In each cell, convolutions run in parallel to the attention.
+the last two use global attention. In each cell, convolutions run in parallel to the attention.
 Notation: B images, C channels, H x W tokens, E output channels of a cell, s stage.
 """
 
@@ -54,7 +54,7 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Create a cell's parallel convolutions; `channels`: widths before and after each one."""
+    """Create a branch of three convolutions; `channels`: widths before and after each one."""
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -67,7 +67,7 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions, in windows of side `window`, or over all tokens if it is 0.
+    """Attention without positions, in windows of side `window`, or over all tokens for window 0.
 
     E may differ from C. With `keep_values`, the values are added to the result.
     """
@@ -188,7 +188,7 @@ class ViTAEv2(nn.Module):
         super().__init__()
         self.out_channels = tuple(dims)
         self.strides = tuple(math.prod(STRIDES[: s + 1]) for s in range(len(dims)))
-        self.num_layers = 0  # no layer-wise decay, see `layer_of`
+        self.num_layers = 0  # no layer-wise learning-rate decay, see `layer_of`
         self.stages = nn.ModuleList()
         for s, rates in enumerate(drop_rates(depths, drop_path)):
             shared = {"dim": dims[s], "window": window_size if WINDOWED[s] else 0}
