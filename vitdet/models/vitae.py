@@ -127,8 +127,8 @@ class Performer(nn.Module):
 class ReductionCell(nn.Module):
     """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
-    With `dim`, a Performer maps the concatenated channels to E = dim, in parallel to convolutions
-    of the cell's input with `strides`.
+    If `dim` is not 0, a Performer maps the concatenated channels to E = dim, in parallel to
+    convolutions of the cell's input with `strides`.
     """
 
     def __init__(

@@ -84,12 +84,12 @@ def _is_coco_file(path: Path) -> bool:
 
 @dataclass
 class _File:
-    """An annotation file; `objects` contains tuples (category id, bbox, segmentation, crowd)."""
+    """An annotation file; `objects` contains rows (category id, bbox, segmentation, crowd)."""
 
     path: Path
     split: str
     validator: AnnotationValidator
-    children: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    children: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # by parent
     objects: PackedList = field(default_factory=PackedList)
     rows: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # by image id
     used: set[int] = field(default_factory=set)  # category ids of the objects

@@ -2,8 +2,8 @@
 
 Liu et al. (arXiv:2103.14030); hyperparameters as in mmdet. The layers are timm's, except the block:
 timm rolls a map before padding it to multiples of the window, while the published detectors were
-trained with padding first. The results agree only if no padding is needed, which is not the case in
-detection (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
+trained with padding first. The results agree only if no padding is needed, but detection needs it:
+at 1024 pixels, maps have 256, 128, 64 and 32 cells per side, which are not multiples of 7.
 Notation: B images, C channels, H x W tokens, K windows of N tokens.
 """
 
