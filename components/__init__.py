@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 # The image of all steps, read when a pipeline is compiled; "": the image of the training job
 IMAGE = os.environ.get("VITDET_IMAGE", "")
-# Environment variable: in pods set from a label, in local runs by `python -m pipeline run`
+# Environment variable with the run ID; set from a label in pods, by `pipeline.local` in local runs
 RUN_ID = "KFP_RUN_ID"
 
 

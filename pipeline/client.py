@@ -37,7 +37,7 @@ class Server:
     """The runs of a Kubeflow Pipelines server. Methods raise ServerError if a request fails.
 
     Args:
-        ui: URL for links, by default the API's URL if it is not a service in the cluster.
+        ui: URL for links; by default the API's URL, unless that is a service in the cluster.
         report: Called with progress messages.
     """
 
@@ -52,7 +52,7 @@ class Server:
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
     def link(self, run_id: str, kind: str = "runs") -> str:
-        """Return a run's link in the web interface; without a host if `ui` is unknown."""
+        """Return the web interface's link of a run or schedule; without a host if `ui` is empty."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
     @cached_property
@@ -152,7 +152,7 @@ class Server:
     def create_once(
         self, create: Callable[[], Created], find: Callable[[], Created | None]
     ) -> Created:
-        """Return the result of `create`, retried after transient errors.
+        """Call `create`, with retries after transient HTTP errors, and return its result.
 
         If a request may have taken effect, `find` looks for its result before each retry, so that
         a retry does not start a second run.

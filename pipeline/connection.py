@@ -2,10 +2,10 @@
 
 Requests are sent with kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
 itself is not used: its constructor requests /healthz without a timeout, retries every 5 s with
-a traceback, reads cookies from ~/.config/kfp and, if an environment variable is set, prompts. It
-waits forever on a server that stalls and on a canceled run, does not retry after a 5xx, and prints
-an error's headers including cookies. Its `enable_caching=False` has no effect on steps inside an
-ExitHandler, a loop or a condition, i.e. on all steps of this pipeline.
+a traceback, reads cookies from ~/.config/kfp and, if an environment variable is set, prompts the
+user. It waits forever on a server that stalls and on a canceled run, does not retry after a 5xx,
+and prints an error's headers including cookies. Its `enable_caching=False` has no effect on steps
+inside an ExitHandler, a loop or a condition, i.e. on all steps of this pipeline.
 
 Secrets are read from a file, the environment or the pod, never from the command line, which every
 user of the machine can read. No message contains a secret.
@@ -42,7 +42,7 @@ class ServerError(OSError):
         status: HTTP status; 0 without a response.
         transient: Whether a retry may succeed.
         sent: Whether the request may have taken effect.
-        field: Field of the pipeline that the server does not support.
+        field: Field of the pipeline that the server does not support; "" for other errors.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ServerError(OSError):
 class Secret:
     """A token or cookie, with its source for messages.
 
-    It is read for every request, as token files of pods and login helpers are rewritten in place.
+    It is read for every request, as pods and login helpers rewrite their token files in place.
     renewed: whether a later read may return a different value.
     """
 
@@ -74,7 +74,7 @@ class Secret:
 def server_address(host: str) -> str:
     """Return the API's URL: `host`, KF_PIPELINES_ENDPOINT, or in a pod the cluster's service.
 
-    Raises ValueError if no URL is known, or if it is not http(s)://NAME[/PATH].
+    Raises ValueError if the URL is unknown, has credentials or is not http(s)://NAME[/PATH].
     """
     host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
     if not host and "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -107,7 +107,7 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Return the token and cookie from files, else KFP_TOKEN and KFP_COOKIE, else from the pod.
+    """Return the token and cookie from files or KFP_TOKEN and KFP_COOKIE, else the pod's token.
 
     The pod's token is sent only to the cluster's services, unless KF_PIPELINES_SA_TOKEN_PATH is
     set. Raises ValueError for invalid values.
@@ -165,7 +165,7 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """Return a secret's value; raise ValueError if invalid, before http.client's error shows it."""
+    """Return the value; raise ValueError if it is invalid, as http.client's error would show it."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         found = "other content" if text else "nothing"

@@ -29,12 +29,12 @@ Workarounds for kfp 2.17:
   than strings incorrectly, so `gate` returns one string.
 * In a ParallelFor, the local runner replaces every output parameter of a step outside the loop with
   the value of the loop's item, so the fingerprint is part of the item.
-* The local runner does not support container components and CreatePVC, so every step is a Python
+* The local runner does not support container components or CreatePVC, so every step is a Python
   component. With `set_retry` it sleeps between attempts, so local runs have no retries.
 * On a cluster, a task that depends on a skipped If does not run (Argo: `depends: X.Succeeded`), and
   outputs of an If require dsl.OneOf and an Else, whose step would be an additional pod. The If
   around `evaluate_champion` is therefore in a nested pipeline, `champion`, which always succeeds.
-  The step's result is passed through the registry and the workspace.
+  The result of `evaluate_champion` is passed through the registry and the workspace.
 """
 
 from collections.abc import Callable

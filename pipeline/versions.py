@@ -143,8 +143,8 @@ def server_version(health: dict) -> tuple[Version, str]:
 
     The API server reports it as tag_name, the web interface in front of it as apiServerTagName.
     Images before 2.16 were built without it and report "unknown"
-    (.github/workflows/build-and-push.yml at the tags); pipeline_store is reported since 2.14.
-    Raises ValueError for a server that is too old.
+    (.github/workflows/build-and-push.yml at the tags); those since 2.14 report pipeline_store.
+    Raises ValueError for an unsupported version that is not newer than NEWEST.
     """
     given = str(health.get("tag_name") or health.get("apiServerTagName") or "unknown")
     if match := re.match(r"v?(\d+)\.(\d+)", given):

@@ -161,7 +161,7 @@ def _missing(store: dist.Store, launch: str, size: int) -> list[int]:
 
 
 def has_joined() -> bool:
-    """Return whether `process_group` has joined several processes."""
+    """Return whether `process_group` has joined a group of several processes."""
     return _joined and world_size() > 1
 
 

@@ -51,7 +51,7 @@ FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 UNSUPPORTED |= {errno.EINVAL, errno.EBADF, errno.ENOTTY}
 POLL_SECONDS = 0.2
-_warned: set[str] = set()  # not empty once this process has logged the warning
+_warned: set[str] = set()  # not empty once this process has warned of missing locks
 log = logging.getLogger(__name__)
 
 
@@ -237,7 +237,7 @@ def damaged_record(path: Path) -> str | None:
 def _is_intact(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo) -> bool:
     """Return whether the content of a record matches its CRC-32.
 
-    Reads instead of mapping the file, so that an I/O error raises OSError instead of SIGBUS.
+    Reads the file instead of mapping it, so that an I/O error raises OSError, not SIGBUS.
     """
     try:
         # also compares the name in the local header with that in the central directory
@@ -326,7 +326,7 @@ def parse_yaml(text: str) -> object:
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
     """Read a YAML file whose scalars stay text, since a class may be named "no".
 
-    Raises FileNotFoundError, and ValueError for invalid YAML; its message names `expected`.
+    Raises FileNotFoundError, and for invalid YAML a ValueError whose message names `expected`.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)

@@ -32,7 +32,7 @@ class Predictor:
         detector: detector for square canvases of `image_size`; its mode and device are not changed.
         class_names: the name of each label.
         image_size: side of the canvas in pixels.
-        antialias: resize with antialiasing, as in training.
+        antialias: whether to resize with antialiasing, as in training.
         reading: settings for reading image files.
         precision: 'fp32', 'bf16', 'fp16' or 'auto'; see the setting evaluate.precision.
     """

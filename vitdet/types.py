@@ -192,7 +192,7 @@ class Batch(Record):
         images: (B, 3, S, S) uint8, padded to a square canvas.
         targets: ground truth of each image; an empty list for validation data.
         sizes: (B, 2) int64 (height, width) without padding.
-        image_ids: ids in the annotation file.
+        image_ids: IDs in the annotation file.
         originals: (B, 2) int64 (height, width) before resizing.
     """
 

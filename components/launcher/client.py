@@ -47,8 +47,8 @@ class Timeouts:
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     """Return an API client and its namespace, from the pod's account or the kubeconfig.
 
-    retries: maximum retries of a request without a response; default: as in urllib3. Each retry
-    waits for the full timeout. Raises RuntimeError if there is no valid configuration.
+    retries: maximum number of retries of a request without a response; None: urllib3's default.
+    Each retry waits for the full timeout. Raises RuntimeError without a valid configuration.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     settings.retries = retries
@@ -143,8 +143,8 @@ def _request_once(
 class JobClient:
     """API requests for one job, retried while the API server fails or does not respond.
 
-    All methods except `watch`, `log` and `workloads` raise RuntimeError (one line) on timeout or if
-    the request is rejected.
+    All methods except `watch`, `log` and `workloads` raise RuntimeError with a one-line message on
+    a timeout or if the request is rejected.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class JobClient:
         """Send a request; return the response, or None for a status in `none_if`.
 
         Args:
-            forbidden: seconds to retry 401, 403 and unknown paths, if `verb` was allowed before.
+            forbidden: seconds of retries after 401, 403 or unknown paths, if `verb` has succeeded.
             refused: seconds for which a rejection by a quota or an admission webhook is retried.
             once: fail within 2.5 s instead of retrying.
         """

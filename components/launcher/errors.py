@@ -1,10 +1,10 @@
 """Describe a rejected Kubernetes API request in one line: the request, the reason, the remedy.
 
-Three causes can have status 403. An RBAC error names the account, the verb and the resource of the
-missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help. The
-message also names an exceeded ResourceQuota (apiserver, plugin/resourcequota/controller.go) or an
+Status 403 has three possible causes. An RBAC error names the account, the verb and the resource of
+the missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help.
+Other messages name an exceeded ResourceQuota (apiserver, plugin/resourcequota/controller.go) or an
 admission webhook (pkg/admission/plugin/webhook/errors/statuserror.go, with a status of at least
-400); the same request may be admitted later.
+400); the same request may then be admitted later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def describe_outage(error: Exception) -> str:
 
 
 def may_be_admitted_later(error: ApiException) -> bool:
-    """Return whether a quota or admission webhook rejected the request: a retry may succeed."""
+    """Return whether a quota or admission webhook rejected the request but may admit it later."""
     message = server_message(error)
     if not 400 <= (error.status or 0) < 500 or INVALID_FIELD.search(message):
         return False

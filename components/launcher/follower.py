@@ -226,7 +226,7 @@ class Follower:
         return False
 
     def read_logs(self, final: bool) -> None:
-        """Read the new lines of all pods; final: the job has ended."""
+        """Read the new lines of all pods whose node responds; final: the job has ended."""
         present = {pod["metadata"]["uid"] for pod in self.pods}
         self.pod_logs = {uid: log for uid, log in self.pod_logs.items() if uid in present}
         for pod in self.pods:
@@ -311,7 +311,7 @@ class Follower:
                 self.stream_log(pod, final=True)
 
     def count_failures(self) -> None:
-        """End the job if it ran out of memory or has had more errors than the allowed restarts.
+        """End the job if it ran out of memory or has had more errors than allowed restarts.
 
         Disruptions are not limited. The errors of a TrainJob are limited by its runtime instead.
         """
@@ -363,7 +363,7 @@ class Follower:
                 if cause and (cause.reason in BROKEN) == (topic == "start")
             ]
             self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
-            # after a start, the image name is known to be correct: allow more time
+            # once the job has started, its image name is known to be correct: allow more time
             limit = self.limits["schedule" if self.started else topic]
             if self.started and topic == "schedule":
                 continue

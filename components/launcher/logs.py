@@ -23,7 +23,7 @@ MAX_FIRST_LINES = 1000  # in the first read of a pod's log; the log of an adopte
 # instance, whose lines precede them, cannot be read
 HOLD_SECONDS = 15.0
 PREFIX = re.compile(r"\[rank(\d+)\]:")
-# The start of an error: an exception, the command line's message, a crash of the interpreter or C++
+# Start of an error: an exception, a message of the CLI, a crash of the interpreter or of C++ code
 ERROR = re.compile(
     r"Traceback \(most recent call last\)|vitdet: |Fatal Python error|terminate called"
 )

@@ -49,7 +49,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, index: int, entries: list) -> object:
-    """Return the entry with the same key (see KEYS) or, without a key, at `index`; else None."""
+    """Return the entry that corresponds to `entry`: by key (see KEYS), else by index; or None."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         dicts = (other for other in entries if isinstance(other, dict))
         return next((other for other in dicts if other.get(key) == entry[key]), None)

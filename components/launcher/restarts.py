@@ -19,8 +19,8 @@ from components.launcher.workflow import has_disruption_target
 
 # seconds within which failures may be reported in any order, by two nodes or in one poll
 SIMULTANEOUS = 5.0
-# maximum duration of an incident in seconds: longer than it takes until a waiting rank gives up (4
-# minutes) and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
+# maximum duration of an incident in seconds: longer than it takes a waiting rank to give up (4
+# minutes) and Kubernetes to evict the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
 EVICTION = 360.0  # seconds until a lost node's pods are evicted: 40 s + 5 minutes + margin
 OUT_OF_MEMORY = "OOMKilled"
@@ -178,7 +178,7 @@ def uid_of(pod: dict) -> str:
 def is_disruption(cause: Cause, pod: dict) -> bool:
     """Return whether this pod was ended by its node or an eviction, not by its own process.
 
-    An eviction for exceeding a volume's size limit does not count: a restart would not help.
+    An eviction of a pod that exceeded its own limits does not count: a restart would not help.
     """
     if cause.reason == OUT_OF_MEMORY:
         return False
@@ -193,7 +193,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Return whether a pod was deleted before it ended at `time`, not because it had failed."""
+    """Return whether a pod was deleted before it ended at `time`, not because of its failure."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False

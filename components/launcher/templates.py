@@ -1,6 +1,6 @@
 """The two kinds of training job as plain dictionaries, and how to fill in their templates.
 
-PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
+The kinds are PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
 (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3). Everything that is specific to a kind is in
 its entry in KINDS; the rest of the launcher does not depend on the kind.
 """
@@ -97,7 +97,7 @@ def job_name(run_id: str, recipe: str) -> str:
 
 
 def label(text: str) -> str:
-    """Convert text to a label value: replace invalid characters with `-`, keep at most 63."""
+    """Convert text to a label value: invalid characters become `-`; at most 63 characters."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:63].strip("-._")
 
 
@@ -301,7 +301,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests; added values replace existing values, a limit also the request."""
+    """Merge limits and requests; added values take precedence; a limit drops the old request."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):

@@ -225,7 +225,7 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def follow(server: Server, run_id: str, every: float) -> int:
-    """Wait for the end of a run, print why it failed and return the exit code."""
+    """Wait for the end of a run, print the reasons if it failed, and return the exit code."""
     try:
         run = server.follow(run_id, every)
     except KeyboardInterrupt:

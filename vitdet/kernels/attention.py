@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_DEPTH = 128  # maximum channels of a head, whose tiles must fit into registers
-LARGEST_SIDE = 128  # maximum tokens in a row of the grid, which is a tile of keys
-LARGEST_WINDOW = 32  # maximum tokens per side of a window
+LARGEST_DEPTH = 128  # maximum number of channels of a head, whose tiles must fit into registers
+LARGEST_SIDE = 128  # maximum number of tokens in a row of the grid; a row is a tile of keys
+LARGEST_WINDOW = 32  # maximum number of tokens per side of a window
 
 
 def fits(width: int, window: int, depth: int) -> bool:
@@ -37,8 +37,8 @@ def attention(
 
     Args:
         qkv: (B, N, 3 h d), queries, keys and values, of sizes that `fits` accepts.
-        bias: (3 h d), bias of the projection. Windows may exceed the grid: tokens beyond the grid
-            are zeros before the projection, and therefore equal the bias after it.
+        bias: (3 h d), bias of the projection. Windows may extend beyond the grid: tokens there are
+            zeros before the projection, and therefore equal the bias after it.
         rel_h, rel_w: (2 K - 1, d) each; K is the window's side, or the grid's height or width. Row
             r is for queries r - K + 1 tokens after the key. The dtype may differ from qkv's.
         sizes: height and width of the grid, number of heads, side of the windows in tokens (0:

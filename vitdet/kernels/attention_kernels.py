@@ -3,9 +3,9 @@
 Tokens attend to each other within an area: a window, or the whole grid. A block of keys consists of
 rows of the area, each padded to a power of 2. The bias along the height is then one number per
 query and row of keys, and the bias along the width is the same tile for every row, kept in
-registers. Their gradients are sums of the logits' gradient, within rows and over rows. Thus,
-positions need no matrix product in these kernels, and queries and keys are not widened. Windows are
-read from and written to the grid; tokens beyond the grid equal the projection's bias.
+registers. Their gradients are sums of the logits' gradient within rows and over rows, respectively.
+Thus, positions need no matrix product in these kernels, and queries and keys are not widened.
+Windows are read from and written to the grid; tokens beyond it equal the projection's bias.
 
 The backward pass computes the logits twice, for blocks of queries and for blocks of keys (7
 products instead of 5), so that it needs no atomics and is deterministic.
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
 
 # Keyed by whether the area is the whole grid. These are among the fastest options for 64 x 64
 # tokens, windows of 14 x 14 and d = 64 on an H200 (`tests/bench/attention.py`). Limiting registers
-# gains another 5 to 9%, but would cause spilling with wider heads.
+# would gain another 5 to 9%, but cause spilling with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}
@@ -84,7 +84,7 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv and, in float32, of bias (tokens beyond the grid) and tables."""
+    """Return gradients of qkv and, in float32, bias (from tokens beyond the grid) and tables."""
     products = positions(layout, qkv, tables, factor)  # recomputed, to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)

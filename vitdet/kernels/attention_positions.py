@@ -118,7 +118,7 @@ def positions_backward(
 def diagonal_sums(x: Tensor) -> Tensor:
     """Sum (K, K, d) to (2 K - 1, d): row r is the sum over all (i, j) with i - j + K - 1 = r."""
     size, _, depth = x.shape
-    # padding rows to 2 K and cutting them at 2 K - 1 shifts each by one more than the row above
+    # rows padded to 2 K but read as rows of 2 K - 1: each is shifted by 1 more than the one above
     skewed = F.pad(x.flip(1), (0, 0, 0, size)).view(-1, depth)[: size * (2 * size - 1)]
     return skewed.view(size, 2 * size - 1, depth).sum(dim=0)
 

@@ -49,7 +49,7 @@ class CudaGraph(Generic[Output]):
 
     def __init__(self) -> None:
         self.graphs: dict[tuple, _Graph[Output]] = {}
-        self.pool: Any = None  # memory pool shared by the graphs, of which one runs at a time
+        self.pool: Any = None  # memory pool that the graphs share, as only one runs at a time
         # one stream for all recordings: a pool's memory belongs to one stream
         self.stream: torch.cuda.Stream | None = None
 

@@ -16,7 +16,7 @@ from torchvision.ops import nms as torchvision_nms
 
 from vitdet.kernels import enabled
 
-TOGETHER = 46_000  # maximum boxes of a group (256 MB of bits); larger groups are split by label
+TOGETHER = 46_000  # number of boxes (256 MB of bits) above which a group is split by label
 
 
 def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
@@ -54,7 +54,7 @@ def _(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 
 def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> Tensor:
-    """Run `suppress` with one group per label, so that pairs of different labels use no memory."""
+    """Run `suppress` with one group per label, so that pairs across labels use no memory."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     for group_boxes, group_labels, kept in zip(boxes, labels, keep, strict=True):
         found, order = group_labels.sort(stable=True)

@@ -1,6 +1,6 @@
 """The two Triton kernels of `vitdet.kernels.nms`, and their launch.
 
-A program of `compare_boxes` compares 32 boxes with 64 others and stores one word of bits for each
+A program of `compare_boxes` compares 32 boxes with 64 boxes and stores one word of bits for each
 of the 32. A program of `suppress_boxes` iterates over a group, 64 boxes at a time: 64 words in
 registers determine which of the boxes are kept, and the OR of the kept boxes' rows of words
 contains the later boxes that they suppress.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 BITS = tl.constexpr(64)  # bits of a word
-MEMORY = 2**28  # maximum bytes of words in memory at a time; 40 groups of 2,000 boxes need 20 MB
+MEMORY = 2**28  # maximum size of a launch's words in bytes; 40 groups of 2,000 boxes need 20 MB
 TILE = 2**11  # words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes
 
 

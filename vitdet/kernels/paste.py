@@ -6,8 +6,8 @@ bytes change (`vitdet.evaluation.run_lengths` computes COCO's strings from them)
 
 `grid_sample` needs one launch per mask, writes a grid of 8 bytes per pixel first, and rounds
 differently on a GPU. The kernel needs one launch for all masks of a batch and writes one byte per
-pixel. It performs the same operations in the same order as `grid_sample` on an x86 CPU (fused
-multiply-adds where used there, correctly rounded division), so that the bytes, and thus AP, are
+pixel. It performs the same operations in the same order as `grid_sample` on an x86 CPU (including
+fused multiply-adds and correctly rounded division), so that the bytes, and thus AP, are
 identical.
 
 Notation: N masks of M x M cells.

@@ -1,4 +1,4 @@
-"""Rasterization of outlines into boxes: the training targets of masks.
+"""Rasterization of outlines into boxes: the training targets of the mask head.
 
 In plain torch (`vitdet.models.mask_head.rasterize`), the host synchronizes, and memory and launches
 grow with the number of edges. The kernel repeats the plain version's float32 arithmetic, operation

@@ -73,7 +73,7 @@ def roi_align_backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Return the gradients (B, C, h, w) of the maps, given that of `roi_align`'s result."""
+    """Return the gradients (B, C, h, w) of the maps, given the gradient of `roi_align`'s result."""
     from vitdet.kernels.roi_align_kernels import backward
 
     given = gradient.permute(0, 2, 3, 1).contiguous()

@@ -28,7 +28,7 @@ LEVELS = 5
 SIDE = tl.constexpr(8)  # side of a tile of cells
 TILE = 64  # bins per matrix product
 ROIS = 256  # RoIs that a program of the backward kernel processes at a time
-WIDE = 256  # maximum channels per program with 16-bit maps
+WIDE = 256  # maximum number of channels per program with 16-bit maps
 # arguments that vary between batches and must not trigger recompilation
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
 # a RoI is empty unless the sum of its absolute coordinates in cells is below this (NaN: empty)
@@ -151,7 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the number of points along an axis of a bin; 0 for a negative size."""
+    """Return the number of points along an axis of a bin; if RATIO is 0, none for size <= 0."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:
