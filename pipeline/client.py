@@ -23,8 +23,8 @@ from pipeline.versions import Version, server_version
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client would wait forever on CANCELED
 RECURRING = "recurringrun"  # the web interface's name of a schedule, in links
-# Argo's tasks other than steps: groups of steps, drivers, pods. The suffix "(0)" marks an attempt
-# of a retried step (kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
+# Argo's tasks other than steps: groups of steps, drivers, pods. A suffix such as "(0)" marks an
+# attempt of a retried step (kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
 ATTEMPT = re.compile(r"\(\d+\)$")
 ARGO_TASK = re.compile(
     r"(root|executor|iteration.*|(for-loop|condition|condition-branches|exit-handler)-\d+.*)(-driver)?$"

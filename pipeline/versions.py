@@ -61,7 +61,7 @@ _JOB = (
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(
-        # supported before, but 2.5 looks up retries among the steps of the outermost group
+        # older than 2.14, but 2.5 looks up retries among the steps of the outermost group
         # (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),

@@ -18,7 +18,7 @@ from components.launcher.status import container_statuses, restart_count
 
 TAIL = 200  # last lines of each rank that are kept
 MAX_PODS = 256  # number of pods whose lines are kept; a preempted TrainJob gets pods with new names
-MAX_FIRST_LINES = 1000  # in the first read of a pod's log; the log of an adopted job is long
+MAX_FIRST_LINES = 1000  # in the first read of a pod's log, as an adopted job's log may be long
 # seconds for which a restarted container's lines are held back while the log of its previous
 # instance, whose lines precede them, cannot be read
 HOLD_SECONDS = 15.0
