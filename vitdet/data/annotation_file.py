@@ -130,7 +130,7 @@ def _decode(encoded: Any) -> object:
 
 
 def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, str]], str]:
-    """Convert an entry whose values do not have the declared types.
+    """Convert an entry whose values do not have the types declared in `Annotation`.
 
     Returns:
         The annotation, or None after an error; the errors as (kind, text); and a text that lists

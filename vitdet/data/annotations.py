@@ -27,7 +27,7 @@ from vitdet.data.segmentation import (
     whole_number,
 )
 
-OUTSIDE = 1.0  # tolerance in pixels for boxes that exceed their image due to rounding
+OUTSIDE = 1.0  # tolerance in pixels for boxes that extend beyond their image due to rounding
 BLOCK = 1024  # annotations per block of the vectorized check
 MOST = 0.5  # minimum fraction of objects at which a problem in `suspects` is an error
 # Reasons for dropping an object from training
@@ -78,7 +78,7 @@ class AnnotationValidator(HeaderValidator):
         instances: number of objects that training uses, by category id.
         objects: number of annotations by image id.
         outlines: number of objects with a usable outline.
-        suspects: number of objects by potentially systematic problem.
+        suspects: number of objects with each potentially systematic problem.
         count: number of annotations that are not crowds.
     """
 
@@ -267,7 +267,7 @@ class AnnotationValidator(HeaderValidator):
             self._warn(kind, annotation, text)
             return "", True
         x, y, width, height = annotation.bbox
-        # `_outside` has already counted boxes that exceed the image
+        # `_outside` has already counted boxes that extend beyond the image
         if inside((x, y, x + width, y + height), size) and are_corners(
             annotation.bbox, outline.box
         ):

@@ -24,7 +24,7 @@ from vitdet.data.images import DEFAULT, Examined, Reading, check_file, examine, 
 from vitdet.data.segmentation import show
 
 DEPTHS = (8, 10, 12, 14)  # bit depths that cameras store in 16-bit files
-EXAMPLES = 3  # locations listed per kind of problem
+EXAMPLES = 3  # maximum number of locations listed per kind of problem
 
 
 @dataclass
@@ -106,7 +106,7 @@ def check(
     Args:
         splits: names of the splits; all that `find_splits` finds if omitted.
         images: whether to decode every image file, which takes most of the time; otherwise,
-            only their existence is checked.
+            only the files' existence is checked.
     """
     report = Report(Path(folder))
     found = [
@@ -136,7 +136,7 @@ def check(
         else:
             split.find_images()
     for first, second in combinations(checked, 2):
-        if first.lvis == second.lvis:  # LVIS's splits contain COCO's images
+        if first.lvis == second.lvis:  # LVIS's splits overlap COCO's by design
             _compare(report, first, second)
     return report
 

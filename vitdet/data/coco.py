@@ -24,7 +24,7 @@ from vitdet.data.records import Objects, Records
 
 
 class ImageError(ValueError):
-    """Error of an unusable image file.
+    """Error for an unusable image file.
 
     Only the last line is used as the message, since DataLoader prepends the worker's traceback.
     """
@@ -109,7 +109,7 @@ def read_image(
 ) -> Image.Image:
     """Read a file as an upright RGB image of (height, width) `size` (None: any size).
 
-    Raises ImageError if the file is missing, truncated or not an image, or its size differs.
+    Raises ImageError if the file is missing, truncated, not an image or of a different size.
     """
     try:
         image = open_image(path, reading)

@@ -32,7 +32,7 @@ from vitdet.types import Batch, Polygons, Target
 log = logging.getLogger(__name__)
 
 CACHE = 1 << 28  # bytes; decoded training images are cached if all of them fit
-REDRAWS = 100  # maximum attempts at a crop with an object (data.redraw_empty)
+REDRAWS = 100  # maximum number of attempts to draw a crop with an object (data.redraw_empty)
 # a sample without its pixels: target, size on the canvas, image id, original size
 Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 
@@ -42,7 +42,7 @@ def read_split(
 ) -> CocoSplit:
     """Read a split, limited to the data.max_images images with the lowest ids (0: all images).
 
-    A limit excludes images without objects, except from the training split with data.keep_empty.
+    A limit excludes images without objects, except in the training split with data.keep_empty.
 
     Args:
         tree: content of the annotation file, if it was already read.
@@ -83,7 +83,7 @@ class TrainData(Dataset):
     """Maps positions of the infinite training stream to batches of augmented samples.
 
     Excludes images without a usable object, or uses them as background (data.keep_empty). With
-    data.redraw_empty, replaces a crop that misses all objects by a random image's crop (mmdet).
+    data.redraw_empty, replaces a crop without objects with a random image's crop, as in mmdet.
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
@@ -214,6 +214,6 @@ def make_batch(
 
 
 def with_objects(split: CocoSplit, most: int | None = None) -> CocoSplit:
-    """Return a split of only the first `most` images with objects (None: all such images)."""
+    """Return the split with only the first `most` images that have objects (None: all of these)."""
     nonempty = np.flatnonzero(split.records.counts())[:most]
     return replace(split, records=split.records.select(nonempty))

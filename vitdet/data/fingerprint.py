@@ -1,7 +1,7 @@
 """Fingerprints, which identify the data in a split.
 
 A fingerprint covers the bytes of the annotation file, and the names and file sizes of the images
-that it lists. The fingerprint changes if an image is added, an annotation is edited or an image
+listed there. The fingerprint changes if an image is added, an annotation is edited or an image
 file's size changes. It does not depend on the data set's location or on other files in the folders.
 """
 
@@ -119,8 +119,8 @@ def describe(data: DataConfig) -> dict:
 def verify(data: DataConfig, expected: str) -> dict[str, str]:
     """Verify that the data has the `expected` fingerprints (see `combined`); return them.
 
-    Raises ValueError, which names the split, for a fingerprint that differs, and FileNotFoundError
-    for missing files.
+    Raises ValueError with the split's name if a fingerprint differs, and FileNotFoundError for
+    missing files.
     """
     try:
         found = fingerprints(data)

@@ -13,7 +13,7 @@ from vitdet.data.segmentation import show, whole_number
 
 # exclusive limit of image sides in pixels, as in JPEG; RLEs count pixels in 32 bits
 MAX_SIDE = 2**16
-# fields of LVIS images with the categories that are absent or not exhaustively annotated
+# LVIS image fields that list the categories that are absent or not exhaustively annotated
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 COCO_HINT = "required by LVIS; for COCO's annotations set data.dataset=coco"
 
@@ -193,7 +193,7 @@ class HeaderValidator:
 
 
 def is_line(value: object) -> bool:
-    """Return whether a value is text of at most one line, such as a file name."""
+    """Return whether a value is text of at most one line without NUL, such as a file name."""
     return isinstance(value, str) and len(value.splitlines()) < 2 and "\0" not in value
 
 

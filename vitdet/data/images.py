@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ImageInput: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
 
-# EXIF orientation -> transposition to upright
+# EXIF orientation -> transposition that makes the image upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -131,7 +131,7 @@ def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
 def examine(content: bytes, reading: Reading = DEFAULT) -> Examined:
     """Examine the bytes of an image file; JPEGs are decoded at an eighth of their resolution.
 
-    Raises ValueError, without a file name, for files that `open_image` rejects.
+    Raises ValueError (message without a file name) for files that `open_image` rejects.
     """
     with _one_line(), _opened(io.BytesIO(content), reading) as file:
         colors, stated = _has_deep_colors(file), _stated_depth(file)
@@ -158,8 +158,8 @@ def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
 def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
     """Convert an image to upright RGB; an image that is already upright RGB is returned unchanged.
 
-    Raises ValueError for pixels that are floats, outside 0..65535 or beyond the bit depth.
-    """
+    Raises ValueError for pixel values that are floats, outside 0..65535 or beyond the bit depth,
+    and for 16-bit colors if `reading.bit_depth` is set to less than 16."""
     stated = _stated_depth(image)
     if _has_deep_colors(image):
         _check_colors(reading)
@@ -299,7 +299,7 @@ def _opened(file: Path | io.BytesIO, reading: Reading) -> Iterator[Image.Image]:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Convert any exception of a decoder to a ValueError with a one-line message."""
+    """Convert any exception except FileNotFoundError to ValueError, with a one-line message."""
     try:
         yield
     except FileNotFoundError:

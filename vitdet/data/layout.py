@@ -76,7 +76,7 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
 def resolve_config(
     recipe: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Config, dict[str, str | int]]:
-    """Return a config with the splits and classes of data.root, and the settings read from there.
+    """Return a config with the splits, classes and masks of data.root, and the changed settings.
 
     Raises the errors of `load_config`. Missing or unreadable data is ignored, since it is reported
     when the data is loaded.
@@ -105,7 +105,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
 
 
 def overridden_settings(overrides: Sequence[str]) -> set[str]:
-    """Return the settings in overrides, including all settings of an overridden section."""
+    """Return the settings in overrides, including those in the value of an overridden section."""
     found: set[str] = set()
     for override in overrides:
         key, _, text = override.partition("=")

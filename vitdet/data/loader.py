@@ -34,7 +34,7 @@ KEPT_BYTES = 31 << 20  # just below the maximum of glibc's dynamic mmap threshol
 def configure_process() -> None:
     """Set process-wide options for loading with workers; called by `vitdet.train` and `evaluate`.
 
-    Raises the soft limit of open files to 65,536 (or a lower hard limit) and makes
+    Raises the soft limit on open files to 65,536 (or to the hard limit, if lower) and makes
     multiprocessing's fork server, if used, import torch once instead of in each worker. Also keeps
     freed memory for the next images (see `_keep_memory`).
     """
@@ -67,8 +67,7 @@ def train_loader(
     `batch_size` is the total over all ranks. `split` is the training split, if it was already read.
     The loader yields `accumulate` separate micro-batches per step (see `StepSampler`). Raises
     the errors of `read_split` (only rank 0 checks the files), and ValueError if batch_size is not
-    divisible by the total number of micro-batches per step. Iteration raises ValueError for
-    unusable image files.
+    divisible by world_size * accumulate. Iteration raises ValueError for unusable image files.
     """
     dataset = TrainData(
         split or read_split(data, data.train_split, check_files=rank == 0), data, seed
@@ -147,7 +146,7 @@ def _start_worker(worker: int) -> None:
     """Set up a worker process.
 
     The worker leaves the training process's group, so that a signal to the group does not end the
-    worker before the next batch; the training process ends its workers itself. The garbage
+    worker before training stops; the training process ends its workers itself. The garbage
     collector ignores objects of the parent process, since a collection would copy their pages.
     """
     os.setpgrp()

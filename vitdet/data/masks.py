@@ -2,7 +2,7 @@
 
 Edges are transformed like points and stay exact at any scale. `paste` follows Detectron2's
 `paste_masks_in_image`: bilinear at pixel centers, zero outside the grid.
-Notation: G objects, E edges, N detections, H, W pixels of the image.
+Notation: G objects, E edges, N detections, M side of the mask grid, H, W pixels of the image.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _closed(part: Sequence[float]) -> np.ndarray:
 def _steps(pixels: np.ndarray) -> np.ndarray:
     """Return the vertical borders of pixels (H, W) bool as edges (E, 4).
 
-    The edges point down where the mask begins and up where it ends; adjacent unit edges are merged.
+    The edges point down at left borders and up at right borders; adjacent unit edges are merged.
     """
     height, _ = pixels.shape
     change = np.diff(np.pad(pixels, ((0, 0), (1, 1))).astype(np.int8), axis=1)

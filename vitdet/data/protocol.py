@@ -55,7 +55,7 @@ class Protocol:
     def tags(self) -> dict[str, str]:
         """Return the tags of a model version whose AP was measured under this protocol.
 
-        There are none if the data is unknown, since AP is then not comparable.
+        Returns {} if the fingerprint is unknown, since AP is then not comparable.
         """
         if not self.fingerprint:
             return {}

@@ -93,7 +93,7 @@ def inside(box: Box, size: tuple[int, int]) -> bool:
 
 
 def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
-    """Return whether a coordinate exceeds a (height, width) image by more than its longer side."""
+    """Return whether a coordinate is below -L or above 2 L, where L is the image's longer side."""
     side = max(size)
     return min(coordinates) < -side or max(coordinates) > 2 * side
 

@@ -43,7 +43,7 @@ class Affine:
         return matrix
 
     def seen(self, image: Image.Image, antialias: bool) -> Image.Image:
-        """Apply the map (bilinear) and color factors to an RGB image; computes only the crop."""
+        """Apply the map (bilinear) and color factors to an RGB image; compute only the crop."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
@@ -200,7 +200,7 @@ def pad(image: Image.Image, canvas: np.ndarray) -> None:
 def visible_boxes(
     edges: np.ndarray, counts: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes around the parts of outlines inside an image of (height, width) `size`.
+    """Return the box around the part of each outline inside an image of (height, width) `size`.
 
     Args:
         edges: (E, 4), ordered by object.
@@ -242,7 +242,7 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
 
 
 def _reduce(ufunc: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: float) -> np.ndarray:
-    """Reduce edge values (E, D) to objects (G, D); `empty` is the result without edges."""
+    """Reduce edge values (E, D) to objects (G, D); `empty` is the result for no edges."""
     found = np.full((len(counts), values.shape[1]), empty, values.dtype)
     some = counts > 0
     if some.any():

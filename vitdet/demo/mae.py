@@ -124,7 +124,7 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply the same random shift, flip and transpose to images (B, 3, S, S); normalize them."""
+    """Apply one random shift, flip and transposition to all images (B, 3, S, S); normalize them."""
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images

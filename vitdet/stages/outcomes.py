@@ -25,7 +25,7 @@ def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None
         yield
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        with suppress(OSError):  # which must not replace the step's error
+        with suppress(OSError):  # a failed write must not replace the step's error
             write_json(file, {"step": step, "reason": lines[0]})
         raise
     with suppress(OSError):

@@ -60,7 +60,7 @@ def plan_trainings(
     the seed in its config.
 
     Raises ValueError or FileNotFoundError for an invalid recipe, setting or sweep, for two equal
-    training runs, for more than MAX_TRAININGS training runs, and for recipes with different data,
+    training runs, for more than MAX_TRAININGS training runs, and for runs with different data,
     evaluation settings or MLflow settings, which cannot be compared in one table.
     """
     from vitdet.data.layout import SPLITS, explicit_settings

@@ -19,8 +19,8 @@ from vitdet.stages.workspace import weights_folder
 class Data(NamedTuple):
     """The verified data of a pipeline run.
 
-    names: the names of the training runs. notes: a line for each training run whose splits or
-    classes were read from the data.
+    names: the names of the training runs. notes: a line for each training run whose splits,
+    classes or masks were read from the data.
     """
 
     fingerprint: str

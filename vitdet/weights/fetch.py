@@ -42,10 +42,10 @@ def fetch_published(
     mirror: str = "",
     local: Path | None = None,
 ) -> Path:
-    """Fetch an entry's file to a folder, by default the cache; a packaged or cached file is copied.
+    """Fetch an entry's file; return its path in `folder`, by default in the package or the cache.
 
-    `show` creates the progress display of a download. Raises the errors of `fetch`.
-    """
+    Without `local`, a packaged or cached file is copied to `folder` instead of downloaded. `show`
+    creates the progress display of a download. Raises the errors of `fetch`."""
 
     def convert(source: Path, target: Path) -> None:
         from vitdet.weights.convert import convert_file

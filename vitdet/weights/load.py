@@ -104,7 +104,7 @@ def load_pretrained(
 
     Every tensor must match a parameter in shape, after resizing if possible. A backbone's file may
     lack its format's `fresh` parameters and have `spare` ones. A detector's file may lack the mask
-    head or have a surplus one; if its classes differ, layers with a row per class are skipped.
+    head or have a surplus one; if its classes differ, class-specific layers are skipped.
 
     Args:
         detector: the detector, changed in place.
@@ -192,7 +192,7 @@ def _other_classes(
 
 
 def class_layers(weights: Weights) -> set[str]:
-    """Return the layers with one row per class; a cascade's box deltas are class-agnostic."""
+    """Return the class-specific parameters; a cascade's box deltas are class-agnostic."""
     patterns = ["roi_heads.stages.{}.logits.{}", "roi_heads.mask.logits.{}", _CLASS_WEIGHTS]
     if not any(name.startswith("roi_heads.stages.1.") for name in weights):
         patterns.append("roi_heads.stages.0.deltas.{}")

@@ -38,7 +38,7 @@ class Inert:
         """Ignore the state."""
 
 
-# Classes of the options of MAE, ViTAE and timm, and of the scores of mmcv, mmengine and timm
+# Classes of options saved by MAE, ViTAE and timm, and of scores saved by mmcv, mmengine and timm
 OBJECTS = """
 argparse.Namespace datetime.datetime
 pathlib.PosixPath pathlib.WindowsPath pathlib._local.PosixPath pathlib._local.WindowsPath
@@ -57,7 +57,7 @@ INERT: list[Any] = [*((Inert, name) for name in OBJECTS), *((OrderedDict, name) 
 
 
 class _ForbiddenError(Exception):
-    """A pickle references a global, named in the message, that is not allowed."""
+    """A pickle references a forbidden global, which the message names."""
 
 
 def read_file(path: Path) -> dict:
@@ -155,7 +155,7 @@ class _Maker:
 
 
 class _Table(dict):
-    """A dict without other attributes."""
+    """A dict without instance attributes."""
 
     __slots__ = ()
 

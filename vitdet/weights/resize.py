@@ -14,7 +14,7 @@ RELATIVE = re.compile(r"backbone\.blocks\.\d+\.attn\.rel_pos_[hw]")
 
 
 def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Resize a tensor to `shape`; None if it cannot be resized. name: its name in vitdet."""
+    """Resize a tensor to `shape`; return None if it cannot be resized. name: its name in vitdet."""
     if name == "backbone.pos_embed" and tensor.dim() == 4 and tensor.shape[3] == shape[3]:
         return resize_grid(tensor, (shape[1], shape[2]))
     if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:

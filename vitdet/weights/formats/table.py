@@ -21,8 +21,8 @@ class Row(NamedTuple):
     """The names of one kind of tensor in the third-party format and in vitdet.
 
     When converting back, the row applies only if one of our names begins with `given`: a format
-    may name the same part differently in different models, e.g. the first of three stages and the
-    only stage.
+    may name the same part differently in different models, e.g. the first box stage with and
+    without further stages.
     """
 
     theirs: str
@@ -50,7 +50,7 @@ class Format(NamedTuple):
     dropped: tuple[str, ...] = ()  # their names that have no counterpart
     heads: tuple[str, ...] = ()  # their classifier heads, which are ignored but reported
     before: Callable[[Weights], Weights] = same  # applied to their weights, before the rows
-    after: Callable[[Weights], Weights] = same  # its inverse, when converting back
+    after: Callable[[Weights], Weights] = same  # applied when converting back, after the rows
     wrappers: tuple[str, ...] = ()  # keys of the weights in the trainer's files, by precedence
     parts: tuple[str, ...] = ()  # prefixes of the backbone's names in a larger model
     # A pre-trained backbone may lack the parameters `fresh` and have the surplus parameters `spare`
