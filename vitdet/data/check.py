@@ -23,7 +23,7 @@ from vitdet.data.coco_layouts import SplitFiles, coco_files, existing_name, find
 from vitdet.data.images import DEFAULT, Examined, Reading, check_file, examine, exchanged
 from vitdet.data.segmentation import show
 
-DEPTHS = (8, 10, 12, 14)  # bit depths that cameras store in 16-bit files
+DEPTHS = (8, 10, 12, 14)  # common bit depths of values in 16-bit files
 EXAMPLES = 3  # maximum number of locations listed per kind of problem
 
 
@@ -104,7 +104,7 @@ def check(
     """Check the annotation files and images of a data set.
 
     Args:
-        splits: names of the splits; all that `find_splits` finds if omitted.
+        splits: names of the splits; by default, all that `find_splits` finds.
         images: whether to decode every image file, which takes most of the time; otherwise,
             only the files' existence is checked.
     """

@@ -11,7 +11,7 @@ from vitdet.data.annotation_file import Entries, InvalidEntry
 from vitdet.data.coco_layouts import image_name
 from vitdet.data.segmentation import show, whole_number
 
-# exclusive limit of image sides in pixels, as in JPEG; RLEs count pixels in 32 bits
+# exclusive limit on image sides in pixels, as in JPEG; RLEs count pixels in 32 bits
 MAX_SIDE = 2**16
 # LVIS image fields that list the categories that are absent or not exhaustively annotated
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")

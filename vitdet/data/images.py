@@ -97,7 +97,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image, reading)
-    import torch  # takes seconds, and checking a data set does not need it
+    import torch  # the import takes seconds, and checking a data set does not need it
 
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:

@@ -23,7 +23,7 @@ SPLITS = {  # setting -> common names of the split, in order of preference
 }
 CLASSES = "model.roi_heads.num_classes"
 MASKS = "model.mask.enabled"
-# prefix of the first line of `vitdet config`; the settings read from data.root follow
+# first line of the output of `vitdet config`: this prefix, then the settings read from data.root
 FROM_DATA = "# from data.root: "
 
 

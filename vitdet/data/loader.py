@@ -27,7 +27,7 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-OPEN_FILES = 1 << 16  # limit: each tensor in a worker's batch is an open file; 1,024 are too few
+OPEN_FILES = 1 << 16  # limit; 1,024 is too low, as each tensor in a worker's batch is an open file
 KEPT_BYTES = 31 << 20  # just below the maximum of glibc's dynamic mmap threshold
 
 

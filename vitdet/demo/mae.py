@@ -2,7 +2,7 @@
 
 He et al., Masked Autoencoders Are Scalable Vision Learners (arXiv:2111.06377): the encoder
 processes a quarter of the patches, and a small decoder reconstructs half of the others. The images
-are drawn from a seed that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT`
+are drawn with a seed that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT`
 produced the weights in the package.
 
 Notation: B images, S image side, N tokens, V visible tokens, C channels.

@@ -36,8 +36,8 @@ FINE = 2  # fine pixels per pixel along each axis
 SIDES = (14.0, 80.0)  # range of the longer side of an object's box in pixels, log-uniform
 TOLERANCE = 0.45  # maximum distance in pixels between a traced outline and its polygon
 SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
-VISIBLE = 0.45  # fraction of an object's area that must remain visible
-VISIBLE_AREA = 44.0  # square pixels of an object that must remain visible
+VISIBLE = 0.45  # minimum visible fraction of an object's area
+VISIBLE_AREA = 44.0  # minimum visible area of an object in square pixels
 Window = tuple[slice, slice]
 
 
@@ -91,8 +91,8 @@ class _Owner:
     category: int
     crowd: bool
     window: Window  # region that contains the object
-    full: float = 0.0  # fine pixels of the whole object
-    seen: int = 0  # fine pixels of the visible part
+    full: float = 0.0  # area of the whole object in fine pixels
+    seen: int = 0  # number of visible fine pixels
 
 
 class _Canvas:
@@ -139,7 +139,7 @@ class _Canvas:
         self.owners[number].full = float(self.owners[number].seen)
 
     def paint_object(self, side: float) -> None:
-        """Try random positions for an object with this longer side; paint it at the best valid one."""
+        """Try random positions for an object with this longer side; paint at the best valid one."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
         patience = 8 if self.dice.chance(0.75) else 1  # a few objects may hide others

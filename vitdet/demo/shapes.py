@@ -26,7 +26,7 @@ class Dice:
         return self._generator.random(shape)
 
     def uniform(self, low: float, high: float) -> float:
-        """Return a number from low to high."""
+        """Return a uniform number from low to high."""
         return low + (high - low) * float(self.numbers(1)[0])
 
     def integer(self, low: int, high: int) -> int:

@@ -60,7 +60,7 @@ def make_tiny(
 
 
 def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
-    """Return whether the folder contains this data set; False if it is missing or empty.
+    """Return whether the folder contains this data set; False if the folder is missing or empty.
 
     Raises ValueError for other content.
     """

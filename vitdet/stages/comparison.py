@@ -14,7 +14,7 @@ from vitdet.stages.outcomes import read_outcomes
 from vitdet.stages.plan import read_configs
 from vitdet.stages.workspace import registry, run_folder, runs_folder
 
-COMPARISON = "comparison.html"  # in the folder of a pipeline run whose training runs all finished
+COMPARISON = "comparison.html"  # in the folder of a pipeline run whose training runs all succeeded
 
 
 def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
@@ -53,7 +53,7 @@ def compare(
 
 
 def compare_finished(workspace: str, run_id: str, table: str) -> str:
-    """Return the table after a failure, with the reasons why training runs did not finish.
+    """Return the table after a failure, with the reasons why training runs did not succeed.
 
     Also writes the table as HTML to the file `table`. Returns "" if `compare` has already created
     the table, or if no training run was planned.

@@ -72,7 +72,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[str]]:
-    """Return the dict of weights, and one line if keys other than `keys` were read or ignored."""
+    """Return the weights' dict, and one line if any key but a single one of `keys` has tensors."""
     order = (*keys, *(key for key in KEYS if key not in keys))
     found: list[str] = []
     others: list[str] = []

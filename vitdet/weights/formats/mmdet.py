@@ -133,7 +133,7 @@ def mmdet_format(
     """Create the format.
 
     Args:
-        grid: (h, w) tokens of a model for non-square images.
+        grid: (h, w) token grid of a model for non-square images; None: square.
         wide: indices of this model's global blocks. The original implementation sizes both position
             tables of these blocks by the height. If w < h, the unused end of rel_pos_w is removed.
         split: indices of the blocks in which q_bias and v_bias are separate (ViTAE-B's global
