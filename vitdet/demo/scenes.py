@@ -139,7 +139,7 @@ class _Canvas:
         self.owners[number].full = float(self.owners[number].seen)
 
     def paint_object(self, side: float) -> None:
-        """Try random positions for an object with this longer side; paint at the best valid one."""
+        """Paint an object with this longer side at the best random position, if any is valid."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
         patience = 8 if self.dice.chance(0.75) else 1  # a few objects may hide others
