@@ -65,7 +65,7 @@ def digest(config: Config) -> str:
 def legacy_digest(config: Config) -> str | None:
     """Return the digest with which version 0.1 named the folders of this config.
 
-    Returns None if a later setting that affects the weights differs from its default.
+    Returns None if a setting in LATER affects the weights and differs from its default.
     """
     tree, settings, defaults = to_dict(config), list_settings(config), list_settings(type(config)())
     for key in LATER:

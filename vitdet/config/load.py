@@ -24,8 +24,8 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     """Return the resolved config of a recipe or YAML file with overrides `section.key=value`.
 
     Raises:
-        ValueError: for an unknown recipe, setting or choice (the message suggests the nearest
-            known name), a value of the wrong type, and a value out of range.
+        ValueError: for an unknown recipe or setting (the message suggests known names), for a value
+            of the wrong type or out of range, and for any that `check_tracking` rejects.
         FileNotFoundError: if the file does not exist.
     """
     config = _apply_overrides(_read(name_or_path), overrides)
@@ -64,9 +64,9 @@ def check_names(tracking: TrackingConfig) -> None:
 def override(
     config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
 ) -> Config:
-    """Return `config` with the overrides, after replacing `sections` with those of `other`, if any.
+    """Return `config` with the overrides applied.
 
-    Raises ValueError as `load_config` does."""
+    Takes `sections` from `other` unless it is None. Raises ValueError as `load_config` does."""
     theirs = to_dict(other) if other else {}
     tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
     return _apply_overrides(tree, overrides)
@@ -144,7 +144,7 @@ def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
 
 
 def _parse(key: str, text: str) -> object:
-    """Parse the value of an override as YAML; text settings stay literal, e.g. `a #1`."""
+    """Parse an override's value as YAML; an unquoted value of a text setting is literal: `a #1`."""
     default, _ = list_settings(Config()).get(key, (None, False))
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text

@@ -1,4 +1,4 @@
-"""Types of settings with a range or pattern; its description completes "KEY must ..."."""
+"""Types of settings with a range or pattern, whose description completes "KEY must ..."."""
 
 import math
 import re

@@ -28,7 +28,7 @@ from vitdet.config.ranges import (
 from vitdet.config.sections import Section, operational
 from vitdet.config.suggestions import nearest
 
-# by data.dataset: the AP metrics, measured for boxes and masks, that train.keep_best accepts
+# AP metrics by data.dataset; train.keep_best accepts them with the prefix box_ or mask_
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
 # if either is enabled, the evaluations during training affect the trained detector
@@ -144,18 +144,18 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # images per split: the first by id that have objects (keep_empty: any training images); 0: all
+    # maximum images per split: the first by id that have objects (but see keep_empty); 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
     flip: Fraction = 0.5  # probability of a horizontal flip
     diagonal_crop: bool = True  # one random number for both crop offsets; two in mmdet
     transpose: Fraction = 0.0  # probability of swapping the axes
-    color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
+    color_jitter: Fraction = 0.0  # largest relative change in brightness, contrast, saturation
     antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
     keep_empty: bool = False  # also train on images without objects, as background
     redraw_empty: bool = False  # replace a crop without objects by another image's crop (mmdet)
-    repeat_threshold: Fraction = 0.0  # oversample classes in less than this fraction of all images
+    repeat_threshold: Fraction = 0.0  # oversample classes found in a smaller fraction of images
     # larger images are rejected before decoding; the upper bound is Pillow's limit
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")
@@ -215,7 +215,7 @@ class TrainConfig(Section, prefix="train."):
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the gradients are the same")
     )
-    # on a GPU, use CUDA graphs and torch.compile (auto: only if optim.steps is at least 1000)
+    # on a GPU: CUDA graphs and torch.compile (auto: torch.compile only if optim.steps >= 1000)
     compile: Literal["auto", "never", "always"] = field(
         default="auto", metadata=operational("the step is the same up to rounding")
     )
@@ -228,7 +228,7 @@ class TrainConfig(Section, prefix="train."):
     )
     save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
-    # save the detector with the highest value of this metric, e.g. box_ap, as best.pt; '': none
+    # save the detector with the highest value of this metric, e.g. box_ap, as best.pt; '': no file
     keep_best: str = ""
     # stop after this many evaluations without a higher value of keep_best (or box_ap); 0: never
     patience: Annotated[int, between(0, 1_000_000)] = 0
@@ -242,7 +242,7 @@ class EvalConfig(Section, prefix="evaluate."):
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
-    # precision of the detector; auto: bf16 or fp16 if the device supports it natively
+    # precision of the detector; auto: bf16 or fp16 if the device supports it natively, else fp32
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # use torch.compile on a GPU, which takes a minute and pays off after a few thousand images
     compile: bool = False

@@ -43,7 +43,7 @@ def list_settings(
 ) -> dict[str, tuple[Any, bool]]:
     """Return {key: (value, whether it is operational)} for all settings of a section.
 
-    operational: mark all settings. root: outermost section, to which keys in `unless` refer.
+    operational: mark all as operational. root: outermost section, to which `unless` keys refer.
     """
     found: dict[str, tuple[Any, bool]] = {}
     root = section if root is None else root
@@ -86,7 +86,7 @@ def convert_section(kind: Any, value: Any) -> Any:
     hint = without_ranges(kind)
     if hint is str and isinstance(value, int | float | None):
         return "" if value is None else str(value)
-    with suppress(ValueError):  # also ValidationError
+    with suppress(ValueError):  # includes msgspec.ValidationError
         # YAML reads 1e-4 as text; 1e3 is accepted as a whole number, true is not accepted as 1
         number = float(value) if hint in (int, float) and isinstance(value, str) else value
         if not isinstance(number, float) or math.isfinite(number):

@@ -13,7 +13,7 @@ from vitdet.config.credentials import without_credentials
 from vitdet.config.ranges import check_address
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-STEP = "VITDET_"  # prefix of these variables in a pipeline step, set by pipeline/graph.py
+STEP = "VITDET_"  # prefix of these variables in a pipeline step; pipeline/graph.py sets them
 
 
 def tracking_uri(uri: str, folder: Path) -> str:
@@ -45,8 +45,8 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 def _use_step_secret() -> None:
     """Set MLflow's variables from the pipeline step's Secret unless MLFLOW_TRACKING_URI is set.
 
-    The step has the Secret in VITDET_MLFLOW_*, as the API server rejects a pod or PyTorchJob that
-    defines a variable twice, and the MLflow plugin of Kubeflow Pipelines 2.17 sets MLFLOW_*.
+    The Secret is in the variables VITDET_MLFLOW_*, as the API server rejects a pod or PyTorchJob
+    that defines a variable twice, and the MLflow plugin of Kubeflow Pipelines 2.17 sets MLFLOW_*.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return

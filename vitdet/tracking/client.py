@@ -1,4 +1,4 @@
-"""An MLflow client with retries that raises built-in exceptions with one-line messages.
+"""An MLflow client that can retry requests; it raises built-in exceptions with one-line messages.
 
 MLflow's HTTP client (urllib3) retries requests after a lost connection and after status 408, 429
 and 5xx, with a back-off or after the time in Retry-After. It reads the number of retries from the
@@ -74,11 +74,11 @@ KINDS: dict[str, type[Exception]] = {
 
 
 class Client:
-    """A wrapper of MlflowClient for the server `uri`, optionally with retries (see `repeating`).
+    """Wraps MlflowClient for the server `uri`, optionally with retries (see `repeating`).
 
     Its methods raise LookupError if an object does not exist on the server, FileExistsError if it
     already exists, RefusedError if the server rejects the request permanently or denies access, and
-    ConnectionError for all other errors of the libraries, e.g. if the server does not respond.
+    ConnectionError for all other errors of LIBRARIES, e.g. if the server does not respond.
     """
 
     def __init__(self, client: Any, uri: str, retries: bool = True) -> None:
@@ -152,7 +152,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
     """Allow up to `tries` attempts (default: TRIES) for each MLflow request in this context.
 
     MLflow functions without a client argument use the server `uri`. Only one thread at a time can
-    be in such a context. Raises the errors of `Client`.
+    be in such a context. USER_SETTINGS override a `tries` above 1. Raises the errors of `Client`.
     """
     tries = TRIES if tries is None else tries
     settings = {"MLFLOW_TRACKING_URI": uri, RETRIES: str(tries - 1), FACTOR: BACK_OFF}

@@ -65,7 +65,7 @@ def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]
 def read_evaluation(
     client: Client, version: ModelVersion, protocol: Protocol, matches: bool
 ) -> Evaluation:
-    """Return a version's evaluation under this protocol, without metrics if none is stored.
+    """Return a version's evaluation under this protocol; an empty one if none is stored.
 
     matches: whether to download the per-image matches, if they are stored.
     """

@@ -1,8 +1,8 @@
 """The experiment and the parent run of a new MLflow run.
 
 The MLflow plugin of Kubeflow Pipelines (since 2.17, with its setting `injectUserEnvVars`) creates
-an MLflow run for the pipeline run, with a nested run for each step. It sets MLFLOW_TRACKING_URI,
-MLFLOW_EXPERIMENT_ID and, for the step's run, MLFLOW_RUN_ID in each step (kubeflow/pipelines 2.17.0,
+an MLflow run for the pipeline run, with a nested run for each step. In each step, it sets
+MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_ID and the step's MLFLOW_RUN_ID (kubeflow/pipelines 2.17.0,
 backend/src/v2/common/plugins/mlflow/handler.go). The training runs become children of the pipeline
 run's MLflow run, in the same experiment, so that MLflow shows one tree. The plugin ends that run.
 """

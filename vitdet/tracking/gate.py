@@ -1,6 +1,6 @@
 """The gate: compares two evaluations on the same data to decide whether to replace the champion.
 
-Metrics are compared with four significant digits, the precision of the tags in the registry.
+For the comparison, metrics are rounded to four significant digits, like the registry's tags.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitdet.evaluation.matches import Matches
 class Evaluation:
     """Metrics by name (AP in percent), and per-image matches by kind ("bbox", "segm").
 
-    `matches` is empty if none were stored; `remedy` is the advice for a gate that needs matches.
+    `matches` is empty if none were stored; `remedy` is the advice in case the gate needs matches.
     """
 
     metrics: Mapping[str, float | None]
@@ -53,7 +53,7 @@ def label(gate: GateConfig) -> str:
 
 
 def compares_matches(gate: GateConfig) -> bool:
-    """Return whether the gate also needs the champion's per-image matches."""
+    """Return whether the gate needs the champion's per-image matches, not only its metric."""
     return gate.confidence > 0 or gate.max_class_loss < 100
 
 

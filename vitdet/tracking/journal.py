@@ -29,8 +29,8 @@ PENDING = "pending-"  # prefix of the run's ID until a server has assigned an ID
 class Journal:
     """The records of one run, each with its `time` in milliseconds since 1970.
 
-    A record has the key `start`, `tags` or `end` (optionally `ended`), `points` ({metric: value})
-    and `step` (optionally `renew`), or `resume` and `changed`; in old files, `file` and `folder`.
+    The other keys are `start`; `tags`; `end` (optionally `ended`); `points` ({metric: value}) and
+    `step` (optionally `renew`); `resume` and `changed`; or, in old files, `file` and `folder`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -62,7 +62,7 @@ class Journal:
             log.warning("tracking: cannot write %s; a record was lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
-        """Copy a file, to be uploaded to this folder of the run's artifacts."""
+        """Copy a file to KEY.files/, to be uploaded to this folder of the run's artifacts."""
         try:
             self._copy(path, folder)
         except OSError as error:
@@ -76,7 +76,7 @@ class Journal:
             shutil.rmtree(copy.parent)
 
     def entries(self) -> list[Path]:
-        """Return the subfolders of KEY.files/, each with one file in its artifact folder."""
+        """Return the folders KEY.files/*, each with one file at its path in the run's artifacts."""
         for record in self._read_cursor().get("uploads", ()):  # written by earlier versions
             with suppress(OSError):
                 self.adopt(record)
@@ -178,7 +178,7 @@ class Journal:
 
 
 def find(folder: Path, run_id: str | None) -> Journal:
-    """Return the journal of the run with this ID (of the server, or pending), or a new journal."""
+    """Return the journal of the run with this (server or pending) ID, or a new journal."""
     for journal in journals(folder) if run_id else ():
         if run_id in (PENDING + journal.key, journal.cursor()[0]):
             return journal

@@ -169,7 +169,7 @@ def _agree(ours: Config, theirs: Config) -> bool:
 
 
 def _fingerprint_now(config: Config, own: Config, stored: Mapping) -> str:
-    """Return the current fingerprint; if data is missing, the stored one for the same settings."""
+    """Return the current fingerprint; without data, the stored one if settings match, else ""."""
     try:
         return fingerprint(config.data, config.data.val_split)
     except FileNotFoundError:

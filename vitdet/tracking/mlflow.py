@@ -41,7 +41,7 @@ CLOSE_SECONDS = 20.0  # STOP_SECONDS for an SQLite file, `log_metrics` and `conn
 
 
 class MLflowTracker(Tracker):
-    """A tracker that writes to a journal and sends in a thread; server errors are only logged.
+    """A tracker that writes to a journal, which a thread sends; server errors are only logged.
 
     resume: a record that is written before the next metric or artifact. The attribute `refusal` is
     the reason why the server will never accept the run, "" if no such reason is known.
@@ -153,8 +153,8 @@ def start_run(
         uri: The server; "": an SQLite file in `folder`. MLFLOW_TRACKING_URI takes precedence.
         folder: The folder of the journal.
         what: The experiment, name, params, tags and dataset (name, digest and source) of a new run.
-            Optionally, `group` is the parent run's tag of this name, and `output` is the name of
-            the output folder, by which a run without a checkpoint is found and continued.
+            Optionally, `group` is the parent run's tag `group`, and `output` is the name of the
+            output folder, by which a run without a checkpoint is found and continued.
         run_id: An MLflow ID or a pending ID. If the server does not have this run, a new run is
             created from all records of the journal.
 

@@ -65,7 +65,7 @@ def description(config: Config, builtin: str, output: Path) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Return the tags `hostname`, `device`, `torch` and `vitdet` (the versions)."""
+    """Return the tags `hostname` and `device`, and the versions `torch` and `vitdet`."""
     device = "CPU"
     if torch.cuda.is_available():
         count, name = distributed.world_size(), torch.cuda.get_device_name()
@@ -107,7 +107,7 @@ def code_tags() -> dict[str, str]:
 
 
 def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
-    """Yield (setting, override) of each setting that differs from the built-in recipe."""
+    """Yield (setting, override) for each setting that differs from the built-in recipe."""
     defaults = flatten(load_config(builtin))
     sections = list(dict.fromkeys((*FIRST, *type(config).hints)))
     # the stable sort keeps the order within sections

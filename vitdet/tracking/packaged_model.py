@@ -2,7 +2,7 @@
 
 A version contains the detector's weights (in safetensors, or in a checkpoint of plain tensors if
 vitdet 0.1 registered it), this package as a wheel, and a code file that imports `DetectorModel`.
-As nothing is pickled, MLflow loads it with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
+As nothing is pickled, a version can be loaded with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
 requirements.txt lists the wheel by its path in the model, which MLflow resolves when it creates an
 environment. To install the requirements yourself, run
 `cd MODEL && pip install -r requirements.txt`.
@@ -85,8 +85,8 @@ class DetectorModel(PythonModel):
         """Return a table with one row per detection, highest score first.
 
         Its columns are name, label, score, x0, y0, x1, y1 (the box in pixels), height and width (of
-        the image) and, if the detector predicts masks, mask (COCO's compressed RLE of a bitmap of
-        the image's size).
+        the image) and, if the detector predicts masks, mask (COCO's compressed RLE of an
+        image-sized bitmap).
         """
         from vitdet.data.masks import encode, paste
 

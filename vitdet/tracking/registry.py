@@ -74,15 +74,15 @@ def register_checkpoint(
         folder: The folder of the default MLflow store.
         alias: An alias for the version, in addition to `candidate`.
         config: The server, model name and gate, and the data and settings with which `metrics` were
-            measured, which `vitdet promote` then uses. Default: the config in the checkpoint.
+            measured; `vitdet promote` uses gate, data and settings. Default: the stored config.
         metrics: Metrics of the detector. Default: the metrics in the checkpoint.
         protocol: The protocol of the metrics, if known.
         measured: The provenance of the metrics that `vitdet evaluate` wrote.
-        plots: The folder that the same evaluation wrote with `vitdet evaluate --plots`. The matches
+        plots: The folder that `vitdet evaluate --plots` wrote in the same evaluation. The matches
             are stored with the version, and also the report if the provenance is known.
 
     Raises:
-        RejectedError: The gate rejects the candidate, which is registered.
+        RejectedError: The gate rejects the candidate, which remains registered.
         ConnectionError: The server does not respond.
         ValueError: The packaged model cannot be run, the metrics belong to a different checkpoint,
             or the gate is applied but the data that the metrics were measured on is unknown.

@@ -96,7 +96,7 @@ class Shipper:
                 break
 
     def refusal(self) -> str:
-        """Find or create the run; return why the server will never accept it, "" if it may."""
+        """Find or create the run; return why the server will never accept it, or "" if it might."""
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
@@ -109,13 +109,13 @@ class Shipper:
         return ""
 
     def attach(self, client: Client) -> str:
-        """Find or create the run; return its ID. Raises UnknownRunError and errors of `client`."""
+        """Find or create the run; return its ID. Raises UnknownRunError and `client`'s errors."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
         return self._run_id
 
     def _start_upload(self) -> threading.Thread | None:
-        """Return the running upload thread; start one if files are pending and a run exists."""
+        """Return the upload thread, started if files are pending and the run exists; else None."""
         if self._uploading is not None and self._uploading.is_alive():
             return self._uploading
         if time.monotonic() < self._next_upload or not self.journal.entries():

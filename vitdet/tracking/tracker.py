@@ -13,7 +13,7 @@ from typing import TextIO
 
 
 class Tracker:
-    """A tracker that records nothing, for ranks other than 0 or without MLflow; the base class."""
+    """Base class of trackers, which records nothing: for ranks other than 0 or without MLflow."""
 
     @property
     def run_id(self) -> str | None:

@@ -114,5 +114,5 @@ class Best:
         with atomic_write(self.path, sync=True) as temporary:
             try:
                 os.link(self._stored, temporary)
-            except OSError:  # a different disk, or a file system without hard links
+            except OSError:  # a different file system, or one without hard links
                 shutil.copyfile(self._stored, temporary)

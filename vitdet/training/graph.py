@@ -51,7 +51,7 @@ class GraphedGradients:
         self.clearings = 0  # since `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
-        """Return the losses of a batch with `padded` targets; the next call may overwrite them."""
+        """Return a batch's losses, which the next call may overwrite; targets: from `padded`."""
         tensors = (images, sizes, *targets.tensors())
         shape = (targets.boxes.shape[1], len(targets.masks.edges))
         known = self.graph.has(*tensors) or shape in self.refused

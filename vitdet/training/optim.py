@@ -53,7 +53,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # not LayerNorm's subclasses, as in Detectron2: norms of pyramid and heads are decayed
+    # not LayerNorm's subclasses: as in Detectron2, the norms in pyramid and heads are decayed
     norms = {
         name
         for name, module in detector.named_modules()
@@ -176,7 +176,7 @@ class WeightAverage:
             average.copy_(trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average by parameter name."""
+        """Return the averages by name of the parameter or BatchNorm statistic."""
         return self.weights
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, content: dict) -> None:
-        """Wait for the previous write, then start to write the state after `step` steps."""
+        """Wait for the previous write, then start writing the state reached after `step` steps."""
         self.wait()
         host = self._host(content, ())
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None

@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """Raised after the signal `signum`; the state is saved; the same command resumes the run."""
+    """Raised after signal `signum`, once the state is saved; the same command resumes the run."""
 
     def __init__(self, message: str, signum: int = signal.SIGTERM) -> None:
         super().__init__(message)

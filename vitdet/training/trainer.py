@@ -315,7 +315,7 @@ class Loop:
             self.tracker.artifact(path, f"pictures/{folder.name}")
 
     def save(self, step: int) -> None:
-        """Start writing the state after `step` steps, on rank 0.
+        """Start writing the state reached after `step` steps, on rank 0.
 
         Raises ValueError if a loss is not finite.
         """

@@ -7,8 +7,8 @@ rank writes its Python stacks and exits. A rank that stops publishing (a lost no
 process, a call that holds the GIL) is reported with its last progress; faulthandler, which does not
 need the GIL, writes the stacks of that rank.
 
-A limit is at least three times the duration of the previous step or batch, and LONG for stages that
-may take long, such as the first step or the evaluation of LVIS.
+A limit is LIMIT or, if longer, three times the duration of the previous step or batch. It is at
+least LONG for stages that may take long, such as the first step or the evaluation of LVIS.
 """
 
 from __future__ import annotations
