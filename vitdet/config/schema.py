@@ -270,7 +270,7 @@ class GateConfig(Section, prefix="gate."):
     )
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
     min_class_ap: Percent = 0.0  # minimum of the metric for each class; 0: no limit
-    max_class_loss: Percent = 100.0  # maximum AP drop of a class vs. the champion; 100: no limit
+    max_class_loss: Percent = 100.0  # maximum drop in a class's AP vs. the champion; 100: no limit
     # lower bound of the gain's bootstrap interval at this level must exceed min_gain; 0: no check
     confidence: Confidence = 0.0
 

@@ -25,7 +25,7 @@ from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; key: with kernels
+BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; key: whether kernels are used
 BYTES_PER_PIXEL = {False: 1300, True: 1230}
 SHARE = 0.9  # share of the GPU's memory; the rest is for CUDA and fragmentation
 log = logging.getLogger(__name__)
