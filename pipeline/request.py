@@ -176,7 +176,7 @@ def check_recipes(
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
-                f"{recipe}: a relative path; pass a recipe's name, or the absolute path of "
+                f"{recipe} is a relative path; pass a recipe's name, or the absolute path of "
                 "a file on the cluster's shared volume"
             )
     here = [recipe for recipe in recipes if not is_file(recipe) or Path(recipe).exists()]

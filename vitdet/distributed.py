@@ -84,7 +84,7 @@ def _join() -> tuple[dist.Store, int, int]:
     torchrun has ended or the connection to its store is lost.
     """
     if torchrun.has_ended():
-        raise ConnectionError("the torchrun that started this process has ended")
+        raise ConnectionError("the torchrun process that started this rank has ended")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     limit = f"within {JOIN_TIMEOUT.total_seconds():g} seconds"
     try:

@@ -39,7 +39,7 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE,VALUE,...",
-        help="train with each of these values; if repeated, with every combination",
+        help="train with each of these values; repeat the option to train with every combination",
     )
     command.add_argument(
         "--seeds",

@@ -202,7 +202,7 @@ def check_pool(name: str | None) -> None:
     """Raise ValueError if the pool's name is not a valid label value: no pod could select it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
-            f"--pool {name!r}: expected a label value: at most 63 letters, digits and - _ . , "
+            f"--pool {name!r}: expected a label value: at most 63 letters, digits, -, _ or ., "
             "beginning and ending with a letter or digit"
         )
 

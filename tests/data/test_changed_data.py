@@ -153,7 +153,7 @@ def test_after_an_added_image_a_new_run_trains_again(own_tiny: Path, tmp_path: P
     changed = Run(tmp_path / "space", tmp_path, "3" * 16).prepare(own_tiny)
     assert changed.name == first.name and changed.data != first.data
     assert changed.data.split("-")[1] == first.data.split("-")[1]  # the validation split is equal
-    with pytest.raises(ValueError, match="train is no longer the split that was verified"):
+    with pytest.raises(ValueError, match="train has changed since it was verified"):
         first.train()
     changed.train()
     stored = load_model_file(changed.path("model.pt"))

@@ -141,7 +141,7 @@ def test_an_unreadable_image_of_voc_is_named(vitdet: Run, voc: Path) -> None:
     (voc / "JPEGImages/p1.heic").write_bytes(b"\0\0\0\x18ftypheic")
     code, _, errors = vitdet("data", "convert", voc, "out")
     assert code == 1 and errors.count("\n") == 1
-    assert "JPEGImages/p1.heic: not a known image format" in errors
+    assert "JPEGImages/p1.heic: not a supported image format" in errors
 
 
 def test_voc_counts_skipped_objects_and_files(vitdet: Run, voc: Path) -> None:

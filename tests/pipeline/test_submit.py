@@ -245,7 +245,7 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
         ),
         (["tiny", "--fetch", "imagenet"], "fetch: expected coco, lvis or 'convert SOURCE'"),
         (["tiny", "tiny"], "a recipe is given twice: tiny"),
-        (["mine.yaml"], "mine.yaml: a relative path; pass a recipe's name"),
+        (["mine.yaml"], "mine.yaml is a relative path; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
             "--set tracking.uri: the user name and password would be visible in",

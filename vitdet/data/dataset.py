@@ -117,7 +117,7 @@ class TrainData(Dataset):
                 return sample
             index = int(rng.integers(len(self.records)))
         raise ValueError(
-            f"{self.data.root}: {REDRAWS} consecutive crops without objects, since objects are too "
+            f"{self.data.root}: {REDRAWS} consecutive crops without objects; objects are too "
             "rare or have no area; set data.redraw_empty=false to train on crops without objects"
         )
 

@@ -133,7 +133,7 @@ def verify(data: DataConfig, expected: str) -> dict[str, str]:
         if found[key] != before:
             split = data.train_split if key == "train" else data.val_split
             raise ValueError(
-                f"{data.root}: {split} is no longer the split that was verified (fingerprint "
+                f"{data.root}: {split} has changed since it was verified (fingerprint "
                 f"{found[key]}, was {before}); start a new run"
             )
     return found

@@ -79,7 +79,7 @@ def train_loader(
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:
             _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:
-            done = "trained as background" if data.keep_empty else "ignored"
+            done = "used as background" if data.keep_empty else "ignored"
             log.info("%s: images without objects, %s: %d", path, done, dataset.without_objects)
     sampler = StepSampler(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))

@@ -117,7 +117,9 @@ def _divided(dataset: ImportedDataset, share: float, seed: int) -> dict[str, lis
         )
     images = [image for split in dataset.splits.values() for image in split]
     if len(images) < 2 and not dataset.problems.counts:
-        raise ValueError(f"{dataset.source}: --val-share needs 2 or more images, got {len(images)}")
+        raise ValueError(
+            f"{dataset.source}: --val-share needs at least 2 images, got {len(images)}"
+        )
     count = min(max(round(share * len(images)), 1), len(images) - 1)
     chosen = set(random.Random(seed).sample(range(len(images)), max(count, 0)))
     dataset.remarks.append(f"val: {count:,} of {len(images):,} images, drawn with seed {seed}")

@@ -245,7 +245,7 @@ def _extract(archive: Archive, path: Path, root: Path, seen: Callable[[int], Non
         raise ValueError(f"{path}: contains {parts}")
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
-        files = f"not in {archive.name} (unexpected files: {len(foreign):,}); move such files away"
+        files = f"not in {archive.name} (unexpected files: {len(foreign):,}); move these files away"
         raise ValueError(f"{work / min(foreign)}: {files} and repeat the command")
     if not there:
         work.rename(folder)

@@ -387,7 +387,7 @@ def _check_classes(
     if tuple(trained) == tuple(present):
         return
     pairs = enumerate(zip(trained, present, strict=False))
-    counts = f"their number is {len(present)}, not {len(trained)}"
+    counts = f"there are {len(present)}, not {len(trained)}"
     differs = next((f"class {i} is {b!r}, not {a!r}" for i, (a, b) in pairs if a != b), counts)
     raise ValueError(
         f"{data.root}: the classes of this data set differ from those of {checkpoint}: {differs}; "

@@ -147,10 +147,11 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
         ap = float(WeightedAP(found)(np.ones(len(found.image_ids), int))[0, 0])
         expected = metrics.get(key)
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
+            known = "none" if expected is None else f"{expected:.6g}"
             raise ValueError(
-                f"{path}: from a different evaluation than the metrics ({key} {ap:.6g}; metrics: "
-                f"{'none' if expected is None else f'{expected:.6g}'}); run `vitdet evaluate` "
-                "with --output and --plots and register both results"
+                f"{path}: matches of a different evaluation than the metrics ({key} {ap:.6g}; "
+                f"metrics: {known}); run `vitdet evaluate` with --output and --plots and register "
+                "both results"
             )
     return Evaluation(metrics, matches)
 

@@ -104,7 +104,7 @@ def register_checkpoint(
     of_plots = read_measured(plots / MATCHES) if plots else None
     if of_plots and of_plots.checkpoint_sha256 != sha256(checkpoint):
         raise ValueError(
-            f"{plots}: from a different checkpoint than {checkpoint}; run `vitdet evaluate "
+            f"{plots}: results of a different checkpoint than {checkpoint}; run `vitdet evaluate "
             f"{checkpoint} --plots {plots}` again"
         )
     if is_gated and not protocol.fingerprint:

@@ -65,7 +65,7 @@ class Progress(Tracker):
             parts = [
                 f"{clock(pace * (self.steps - step))} left",
                 f"{values['images_per_second']:.1f} images/s",
-                f"loss {values['loss']:.3f} ({losses})" if losses else "every step skipped",
+                f"loss {values['loss']:.3f} ({losses})" if losses else "all steps skipped",
             ]
         self.line("  ".join([f"step {step}/{self.steps}", *parts]), keep=bool(kinds))
 

@@ -44,7 +44,7 @@ def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) 
         elif distributed.rank() == 0:
             log.warning(
                 "without GPUs, BatchNorm statistics are per process: results with %d processes "
-                "differ from results with one process",
+                "may differ from results with one process",
                 distributed.world_size(),
             )
     known = inspect.signature(DistributedDataParallel).parameters

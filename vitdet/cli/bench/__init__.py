@@ -19,7 +19,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     _add_number(kind, "--detections", 100, "number of detections per image")
     _add_number(kind, "--rounds", 1, "number of repetitions; the fastest is reported")
     kind.set_defaults(run=run_bench_evaluate)
-    help = "measure the CPU time of data loading by vitdet and, if installed, Detectron2"
+    help = "measure the CPU time of data loading by vitdet and, if installed, by Detectron2"
     kind = add_kind(kinds, "data", help)
     add_folder(kind, "folder", "folder of a data set in COCO's layout")
     help = "name of a split; may be repeated (default: train2017 and val2017)"

@@ -137,7 +137,7 @@ def _mask(where: str, shape: Element, label: int, size: Size) -> ImportedObject 
     if not fits or min(runs) < 0 or sum(runs) != width * height:
         rectangle = f"{width} x {height} pixels at {left}, {top}"
         image = f"an image of {size[1]} x {size[0]}"
-        text = f"run lengths with the sum {sum(runs)} do not fit {rectangle} in {image}"
+        text = f"run lengths that sum to {sum(runs)} do not fit {rectangle} in {image}"
         raise Unusable(kind, f"{where}: {text}")
     pixels = np.zeros(size, bool)
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)

@@ -139,7 +139,9 @@ class _Folders:
                 return image
         for other in self.others:
             if self.image_stem(other) == stem:
-                raise Unusable("image that cannot be read", f"{other}: not a known image format")
+                raise Unusable(
+                    "image that cannot be read", f"{other}: not a supported image format"
+                )
         text = f"{path}: no image {self.images / stem}.jpg (.png, ...)"
         raise Unusable("missing image file", text)
 
@@ -245,7 +247,7 @@ class _Folders:
             raise ValueError(f"{file}: {error}") from error
         largest = int(numbers.max(where=numbers != BORDER, initial=0))
         if largest > objects:
-            text = f"contains object number {largest}, but {path} lists only {objects}"
+            text = f"contains object number {largest}, but {path} lists only {objects} objects"
             raise ValueError(f"{file}: {text}")
         return numbers
 
