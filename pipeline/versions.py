@@ -45,7 +45,7 @@ class Field:
 
     @property
     def name(self) -> str:
-        """Return the name that a server's error contains."""
+        """Return the field or value that a server's error reports as unknown."""
         return self.value[1] or self.path.rpartition(".")[2]
 
 

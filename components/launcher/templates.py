@@ -27,7 +27,7 @@ SCHEDULE = "vitdet/schedule-seconds"
 # annotations that the launcher sets on a job
 FAILURE = "vitdet/failure"  # why the job failed or was aborted
 RESTARTS = "vitdet/restarts"  # how many restarts are allowed after errors (not disruptions)
-ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # error count; whether all pods were running
+ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # error count; set once all pods run
 # defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 

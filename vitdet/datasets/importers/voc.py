@@ -162,7 +162,7 @@ class _Folders:
             if not paths:
                 raise FileNotFoundError(f"{self.annotations}: no XML file")
             firsts = {path: self.stem(path).parts[0].lower() for path in paths}
-            # otherwise, some of these are names of files, or of folders that are not splits
+            # False if some are names of files, or of folders that are not splits
             divided = {*firsts.values()} <= SPLIT_NAMES.keys()
             for path, first in firsts.items():
                 splits[split_of(first) if divided else "train"][path] = ""
