@@ -45,7 +45,7 @@ class Timeouts:
 
 
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
-    """Return an API client and its namespace, from the pod's account or the kubeconfig.
+    """Return an API client and its namespace, from the pod's service account or the kubeconfig.
 
     retries: maximum number of retries of a request without a response; None: urllib3's default.
     Each retry waits for the full timeout. Raises RuntimeError without a valid configuration.

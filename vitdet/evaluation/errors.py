@@ -107,7 +107,7 @@ def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
     counted, matched = ~matches.ignored[:, 0], matches.matched[:, 0]
     used = np.zeros(len(matches.object_image), bool)
     used[matches.found[matches.found >= 0]] = True
-    # for each unmatched object, the detection that would become its true positive
+    # for each unmatched object, the detection that, if corrected, would become its true positive
     fixable = np.flatnonzero(target >= 0)
     fixable = fixable[~used[target[fixable]]]
     order = fixable[np.lexsort((rank[fixable], -matches.score[fixable], target[fixable]))]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
-# Maximum number of programs that share a line's groups, by whether the area is the whole grid.
+# Whether the area is the whole grid -> maximum number of programs that share a line's groups
 PARTS = {True: 16, False: 96}
 
 
@@ -135,7 +135,7 @@ def origin(group, L):
 
 @triton.jit
 def tokens(row, column, top, left, L):
-    """Return an area's tokens as grid indices, and whether they are in the area and in the grid."""
+    """Return the tokens' grid indices, a mask of the area, and a mask of its part in the grid."""
     exists = (row < L.rows) & (column < L.columns)
     inside = exists & (top + row < L.height) & (left + column < L.width)
     return (top + row) * L.width + left + column, exists, inside

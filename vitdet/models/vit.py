@@ -77,7 +77,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C); paths are dropped independently.
 
     `window` is the windows' side in tokens; 0: global attention, with position tables for `grid`.
-    `branch` maps the block's input (B, C, H, W) to the same shape, in parallel to the attention.
+    `branch` maps the block's input (B, C, H, W) to the same shape, in parallel with the attention.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class ViT(nn.Module):
     The stored position embedding has `pos_embed_grid` tokens per side. The relative positions of
     the global blocks are stored for images of `rel_pos_size` pixels per side. Both arguments may be
     pairs, height first; the positions are resized to an image's grid. `branch` creates the module
-    that runs in parallel to a block's attention.
+    that runs in parallel with a block's attention.
     """
 
     def __init__(

@@ -127,7 +127,7 @@ class Performer(nn.Module):
 class ReductionCell(nn.Module):
     """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
-    If `dim` is not 0, a Performer maps the concatenated channels to E = dim, in parallel to
+    If `dim` is not 0, a Performer maps the concatenated channels to E = dim and adds the output of
     convolutions of the cell's input with `strides`.
     """
 

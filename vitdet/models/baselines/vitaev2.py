@@ -2,7 +2,7 @@
 
 Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in ViTAE-Transformer/ViTAE-Transformer
 (Object-Detection). The first two stages use window attention without shifts or relative positions,
-the last two use global attention. In each cell, convolutions run in parallel to the attention.
+the last two use global attention. In each cell, convolutions run in parallel with the attention.
 Notation: B images, C channels, H x W tokens, E output channels of a cell, s stage.
 """
 
