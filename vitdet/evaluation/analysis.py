@@ -1,6 +1,6 @@
 """Analysis of an evaluation for the report: curves, thresholds, errors, confusion matrix, images.
 
-All values are plain Python values, so that `dataclasses.asdict` of an `Analysis` is valid JSON.
+All values are plain Python values: `dataclasses.asdict` of an `Analysis` can be written as JSON.
 AP, AR and dAP are in percent; scores, precision, recall and F1 are in 0..1. Unless stated
 otherwise, detections are matched at IoU 0.5 with objects of all sizes, up to the largest detection
 limit. Detections and objects that COCO or LVIS ignore (crowds, classes that are not exhaustively
@@ -184,7 +184,7 @@ def analyse(
 
 
 def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
-    """Return the unrounded curves (R,) of `Analysis` by name; {} if there are no objects."""
+    """Return `Analysis.curves`, unrounded, as arrays (101,); {} if there are no objects."""
     precision = comparison.precision[:, :, :, 0, -1]
     known = (precision >= 0).all((0, 1))
     if not known.any():

@@ -1,15 +1,15 @@
 """Confidence intervals of AP by the bootstrap (Efron 1979).
 
-A resample of I evaluated images is I of these images, drawn with replacement. The spread of AP over
-many resamples shows how much AP depends on the choice of images. Detections are matched within
-images, so a resample needs no new matching: it only changes the weights of the images. `WeightedAP`
-computes AP for given weights, `bootstrap` for random resamples.
+A resample consists of I images, drawn with replacement from the I evaluated images. The spread of
+AP over many resamples shows how much AP depends on the choice of images. Detections are matched
+within images, so a resample needs no new matching: it only changes the images' weights.
+`WeightedAP` computes AP for given weights, `bootstrap` for random resamples.
 
 Several results are evaluated on the same resamples (paired bootstrap). Images that are difficult
-for all detectors lower the AP of each detector but not the differences between detectors, which
-therefore have narrower intervals.
+for all detectors lower the AP of each detector but hardly change the differences between detectors,
+which therefore have narrower intervals.
 
-Notation: I images, N detections, K classes, T IoU thresholds, P true positives of all thresholds,
+Notation: I images, N detections, K classes, T IoU thresholds, P true positives over all thresholds,
 R resamples, M = 3 metrics.
 """
 
@@ -62,7 +62,7 @@ class WeightedAP:
         self._segment_start = self._starts[segment]
         # added to precision, so that one maximum.accumulate processes all segments separately
         self._offset = 2.0 * (segments - segment)
-        # ignored detections: images; counts before each true positive and before its class starts
+        # ignored detections: their images, and how many precede each true positive and its class
         ignored_level, ignored = np.nonzero(matches.ignored[order].T)
         self._ignored_image = self._image[ignored]
         keys, start = ignored_level * len(order) + ignored, level * len(order)
@@ -85,7 +85,7 @@ class WeightedAP:
         counted -= ignored[self._ignored_before] - ignored[self._ignored_first]
         precision = (found[1:] - found[self._segment_start]) / np.maximum(counted, 1)
         envelope = np.maximum.accumulate((precision + self._offset)[::-1])[::-1] - self._offset
-        # index of the true positive that reaches each recall, (T, K, 101)
+        # index of the first true positive that reaches each recall, (T, K, 101)
         starts = self._starts[:-1].reshape(len(IOUS), self._classes, 1)
         ends = self._starts[1:].reshape(starts.shape)
         index = np.searchsorted(found[1:], found[starts] + _needed(objects))

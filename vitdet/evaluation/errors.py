@@ -101,7 +101,7 @@ def overlaps_of(comparison: Comparison) -> Overlaps:
 
 
 def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
-    """Return the errors; detections (N,) of equal score are ordered by `rank` (N,)."""
+    """Return the errors; detections of equal score are sorted by ascending `rank` (N,)."""
     classes = len(matches.category_ids)
     types, target = _types(matches, overlaps)
     counted, matched = ~matches.ignored[:, 0], matches.matched[:, 0]

@@ -117,8 +117,8 @@ def detect(
 ) -> tuple[list[dict], list[int]]:
     """Return the validation split's COCO results in order of image id, and the sorted image ids.
 
-    If `split` is None, it is read. With several processes, rank 0 returns the results of all ranks;
-    the other ranks return empty lists. Raises Cancelled like `evaluate_detector`.
+    By default, the split is read from `data`. With several processes, rank 0 returns the results of
+    all ranks; the other ranks return empty lists. Raises Cancelled like `evaluate_detector`.
     """
     split = split or read_split(data, data.val_split)
 
@@ -191,7 +191,7 @@ def evaluate(
 
     Args:
         overrides: data and evaluate settings to change, as "SECTION.KEY=VALUE".
-        config: its data and evaluate settings replace the checkpoint's before overrides apply.
+        config: its data and evaluate settings replace the checkpoint's; then overrides apply.
         pictures: folder for `write_pictures`.
         plots: folder for `write_report` and for report.html (`vitdet.evaluation.page`).
         report: additional path for report.html.
@@ -264,7 +264,7 @@ def evaluate_alike(
 
     Args:
         plots: see `evaluate`.
-        config, class_names: of the detector in the other evaluation.
+        config, class_names: the detector's config and classes in the other evaluation.
         val_fingerprint: fingerprint of the validation split in the other evaluation.
     """
     stored = load_model_file(checkpoint)
@@ -296,8 +296,8 @@ def evaluate_results(
 
     Args:
         dataset: evaluation protocol, "coco" or "lvis".
-        plots, report, detailed: see `evaluate`; seconds_per_image is not returned. The page has
-            pictures if the images are in a known layout next to the annotations.
+        plots, report, detailed: see `evaluate`; seconds_per_image is not returned. report.html
+            has pictures if the images are in a known layout next to the annotations.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -349,7 +349,7 @@ def _compare(
 
 
 def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """Read the validation split once; return it as needed for the comparison and for the detector.
+    """Read the validation split once; return it in the forms that comparison and detection need.
 
     Raises ValueError if AP includes no object of the split, i.e. if AP is undefined.
     """

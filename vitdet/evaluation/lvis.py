@@ -1,10 +1,10 @@
 """LVIS's average precision (Gupta et al. 2019, lvisdataset.org), as in lvis 0.5.3 (PyPI).
 
 An LVIS image is annotated only for some categories. Detections of a category that is neither
-annotated in the image nor listed as absent (neg_category_ids) are excluded. Where not every object
-of a category is annotated (not_exhaustive_category_ids), detections that match no object are
-ignored. In each image, only the 300 detections with the highest scores over all categories are
-evaluated. iscrowd is ignored, and objects and detections with zero area are excluded.
+annotated in the image nor listed as absent (neg_category_ids) are excluded. If a category is not
+exhaustively annotated in the image (not_exhaustive_category_ids), its detections that match no
+object are ignored. In each image, only the 300 detections with the highest scores over all
+categories are evaluated. iscrowd is ignored; objects and detections with zero area are excluded.
 
 If masks are compared, the area of a detection is the area of its mask in `compare`, as in the
 metrics published with Detectron2, which removes the boxes from its results. In `compare_file`, it

@@ -50,9 +50,9 @@ class Matches:
         matched: (N, T) bool, true positives.
         ignored: (N, T) bool, neither true nor false positives: matched with a crowd or an object
             without an outline, or unmatched and of a class not exhaustively annotated in the image.
-        found: (N,) int32, index of the object that is matched at IoU 0.5; -1 if there is none.
-        object_image, object_category: (G,) int32, indices into image_ids and category_ids of each
-            object that is not ignored, sorted by class.
+        found: (N,) int32, index (0..G-1) of the object matched at IoU 0.5; -1 if there is none.
+        object_image, object_category: (G,) int32, each object's indices into image_ids and
+            category_ids. Objects are sorted by class; ignored objects are excluded.
     """
 
     kind: str
@@ -72,8 +72,8 @@ class Matches:
 def precisions(
     true: np.ndarray, false: np.ndarray, objects: float, recalls: np.ndarray = RECALLS
 ) -> np.ndarray:
-    """Return the precision (T, R) at R recalls, interpolated as in COCO: the best precision at that
-    recall or above, 0 if the recall is not reached.
+    """Return the precision (T, R) at R recalls, interpolated as in COCO: the highest precision at
+    that recall or above, 0 if the recall is not reached.
 
     Args:
         true, false: (N, T), weights of true and false positives by descending score.
@@ -102,7 +102,7 @@ def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
 def load_matches(path: str | Path) -> dict[str, Matches]:
     """Return the matches in a file written by `save_matches`, by kind.
 
-    Raises FileNotFoundError if it is missing; ValueError with a one-line message if it is invalid.
+    Raises FileNotFoundError, or ValueError with a one-line message if the file is invalid.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -1,8 +1,8 @@
 """Match detections with objects, and compute the resulting precision and recall.
 
 The matching rules are those of pycocotools, implemented by faster-coco-eval (C++). It is called for
-each class separately, with only the images in which the class occurs, because it keeps a record for
-every image, class and size range: about 15 GB for all classes of LVIS at once.
+each class separately, with only the images of its objects and detections, because it keeps a record
+for every image, class and size range: about 15 GB for all classes of LVIS at once.
 
 If masks are compared, objects without an outline are excluded. A detection that matches no mask is
 ignored if its box overlaps the box of such an object of the same class with an IoU of at least the

@@ -42,8 +42,8 @@ def write_pictures(
     """Write up to `count` pictures of validation images to FOLDER/<image id>.jpg; return the paths.
 
     The images are evenly spaced in the split, so every call draws the same images. Detections with
-    a score of at least `threshold` are drawn. If `split` is None, it is read. For `precision`, see
-    the setting evaluate.precision. The detector's mode is restored.
+    a score of at least `threshold` are drawn. By default, the split is read from `data`. For
+    `precision`, see the setting evaluate.precision. The detector's mode is restored.
     """
     split = split or read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
@@ -112,8 +112,8 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 @dataclass(frozen=True)
 class Images:
-    """The image files of a `Truth`: the folder to which their names are relative, whether coco_url
-    contains the names, as in LVIS, and the settings for reading the files.
+    """The image files of a `Truth`: the folder to which their names are relative, whether the
+    names are taken from coco_url, as in LVIS, and the settings for reading the files.
     """
 
     folder: Path

@@ -2,11 +2,11 @@
 
 A code contains the lengths of runs of equal pixels, column by column; the runs alternate between
 background and mask, background first. COCO's compressed text (maskApi.c) stores each number in
-groups of 5 bits, lowest bits first, as characters from '0' on. Bit 5 of a character marks that the
-number continues; bit 4 of the last character is the sign. From the fourth number on, each number is
-the difference between the length of its run and that of the second run before it.
+groups of 5 bits, lowest bits first, one character per group, offset by '0'. Bit 5 marks that the
+number continues; bit 4 of the last group is the sign. From the fourth number on, each number is the
+difference between the length of its run and that of the second run before it.
 
-Notation: N masks, R runs inside masks, C counts, U numbers of all codes.
+Notation: N masks, R runs inside masks, C counts, U numbers in all codes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 SWITCH = "VITDET_KERNELS"
-CAPABILITY = (8, 0)  # asynchronous copies and bf16 products need Ampere
+CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix products need Ampere
 NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 

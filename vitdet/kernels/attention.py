@@ -6,7 +6,7 @@ tokens, 12 heads of 64 channels and 8 images, the forward pass takes 1.22 ms and
 4.3 ms; with windows of 14 x 14 tokens, they take 0.24 and 0.93 ms (H200, bf16; `python -m
 tests.bench.attention`). Relative positions: Li et al., MViTv2 (arXiv:2112.01526).
 
-Notation: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along
+Notation: B images, H x W tokens, N = H W, h heads, d channels per head, s = d^-1/2, K tokens along
 an axis.
 """
 

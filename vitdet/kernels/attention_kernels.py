@@ -8,9 +8,9 @@ Thus, positions need no matrix product in these kernels, and queries and keys ar
 Windows are read from and written to the grid; tokens beyond it equal the projection's bias.
 
 The backward pass computes the logits twice, for blocks of queries and for blocks of keys (7
-products instead of 5), so that it needs no atomics and is deterministic.
+matrix products instead of 5), so that it needs no atomics and is deterministic.
 
-Notation: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of
+Notation: B images, h heads, d channels per head, N tokens of the grid, K tokens along an axis of
 an area.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
     queries: int  # per block
     keys: int  # per block; a block contains at least one row of keys
     warps: int  # per program
-    stages: int  # of the pipeline
+    stages: int  # of the software pipeline
     registers: int | None = None  # maximum per thread, for higher occupancy
 
 

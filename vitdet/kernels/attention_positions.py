@@ -4,7 +4,7 @@ A line is a row (axis 0) or a column (axis 1) of an area. All of its queries use
 table (2 K - 1, d), so that each line needs one matrix product with a slice of the table. Plain
 torch would copy the queries and expand the table to (K, K, d).
 
-Notation: B images, d channels of a head, K tokens along an axis of an area, L the `Layout`, which
+Notation: B images, d channels per head, K tokens along an axis of an area, L the `Layout`, which
 is a compile-time constant of the kernels.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
-# Whether the area is the whole grid -> maximum number of programs that share a line's groups
+# Whether the area is the whole grid -> maximum number of programs per line; they share its groups
 PARTS = {True: 16, False: 96}
 
 

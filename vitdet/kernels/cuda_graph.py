@@ -16,7 +16,7 @@ from torch import Tensor
 Output = TypeVar("Output")
 
 LIMIT = 6  # maximum number of graphs, one per set of shapes; each keeps its activations
-WARM_UPS = 2  # calls before the recording, which compile and select kernels
+WARM_UPS = 2  # calls that compile and select kernels before the recording
 _recording = Lock()  # torch allows one recording at a time per process
 
 
@@ -54,7 +54,7 @@ class CudaGraph(Generic[Output]):
         self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor) -> Output:
-        """Replay the graph for tensors on the GPU or in pinned memory.
+        """Copy tensors from the GPU or pinned memory to their graph's inputs, and replay the graph.
 
         Raises NotRecorded for shapes that are not recorded.
         """

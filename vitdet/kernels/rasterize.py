@@ -2,7 +2,7 @@
 
 In plain torch (`vitdet.models.mask_head.rasterize`), the host synchronizes, and memory and launches
 grow with the number of edges. The kernel repeats the plain version's float32 arithmetic, operation
-by operation (IEEE division, no fused multiply-add), and directions are integers, so that both
+by operation (IEEE division, no fused multiply-add), and winding numbers are integers, so that both
 versions mark the same cells.
 
 Notation: R RoIs, E edges.

@@ -6,8 +6,8 @@ cells) with a tile of 8 x 8 cells (cells x channels), summed over the tiles that
 The gradient of a tile is the product of the transposed matrix with the gradients of the bins,
 summed in a fixed order over the RoIs that touch it; a single program writes each cell, once.
 
-In products with 16-bit maps, each float32 weight is split into the sum of two 16-bit numbers, to
-preserve its precision.
+In products with 16-bit maps, each float32 weight is represented as the sum of two 16-bit numbers,
+to preserve its precision.
 
 Notation: B images, R RoIs, C channels, H x W cells of a map, L levels.
 """

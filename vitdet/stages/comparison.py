@@ -42,8 +42,8 @@ def compare(
 ) -> str:
     """Return the table of all training runs in Markdown, and log it to the parent run.
 
-    Also writes the table as HTML to the file `table`, and in Markdown with links to MLflow to
-    `links`.
+    Also writes the table as HTML to the file `table`, and as Markdown with links to MLflow pages to
+    the file `links`.
     """
     rows = [json.loads(Path(path).read_text()) for path in verdicts]
     text, linked = _compare(read_configs(configs), rows, {}, workspace, run_id, table)
@@ -55,8 +55,8 @@ def compare(
 def compare_finished(workspace: str, run_id: str, table: str) -> str:
     """Return the table after a failure, with the reasons why training runs did not succeed.
 
-    Also writes the table as HTML to the file `table`. Returns "" if `compare` has already created
-    the table, or if no training run was planned.
+    Also writes the table as HTML to the file `table`. Returns "" if all training runs succeeded and
+    `compare` has created the table, or if no training run was planned.
     """
     folder = run_folder(workspace, run_id)
     configs = read_configs(folder)
@@ -114,7 +114,7 @@ def _compare(
 
 
 def _varied_settings(configs: dict[str, Config]) -> dict[str, dict[str, str]]:
-    """Return, by name, the settings that differ between the training runs of the same recipe.
+    """Return each training run's values of settings that differ among the runs of its recipe.
 
     Settings that do not affect the result of a training run are omitted.
     """

@@ -40,7 +40,7 @@ def prepare_data(
         fetch: How to fetch the data set, as for `fetch_words`; "": use existing data. The demo's
             data set is generated if it does not exist.
 
-    Raises FileNotFoundError or ValueError if data is missing, unusable or does not fit the configs.
+    Raises FileNotFoundError or ValueError if data is missing, is unusable or does not fit a config.
     """
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text

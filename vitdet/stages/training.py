@@ -96,7 +96,7 @@ def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str)
 
 
 def check_processes(settings: str, name: str, processes: int) -> None:
-    """Raise ValueError if the training run's batch cannot be split among this many processes."""
+    """Raise ValueError if the training run's batch cannot be divided evenly among the processes."""
     from vitdet.data.samplers import check_batch_size
 
     train = load_config(Path(settings) / f"{name}.yaml").train
