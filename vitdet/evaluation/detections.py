@@ -31,7 +31,7 @@ from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
 Result = TypeVar("Result")
-BYTES = 2**25  # maximum size of the masks that are pasted at once
+BYTES = 2**25  # maximum total size of the masks that are pasted at once
 
 
 def detections_to_results(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_DEPTH = 128  # maximum number of channels of a head, whose tiles must fit into registers
+LARGEST_DEPTH = 128  # maximum number of channels per head; tiles of a head must fit into registers
 LARGEST_SIDE = 128  # maximum number of tokens in a row of the grid; a row is a tile of keys
 LARGEST_WINDOW = 32  # maximum number of tokens per side of a window
 
