@@ -84,7 +84,7 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
     Raises:
         FileNotFoundError: the file does not exist.
         DamagedError: the file is truncated or damaged.
-        ValueError: the file is of a different kind.
+        ValueError: the file has another format, could run code, or does not fit in memory.
     """
     if not path.is_file():
         raise FileNotFoundError(

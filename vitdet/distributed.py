@@ -26,7 +26,7 @@ from vitdet import torchrun
 
 Store = dist.Store
 T = TypeVar("T")
-# Timeout of a collective, in which ranks may wait while rank 0 checks files or evaluates LVIS.
+# Timeout of a collective, in which ranks may wait while rank 0 checks files or evaluates on LVIS.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Timeout for joining the process group, which happens before any data is read.
 JOIN_TIMEOUT = timedelta(minutes=5)
@@ -184,7 +184,7 @@ def has_shutdown_timeout() -> bool:
 
 
 def flight_record() -> str:
-    """Return NCCL's record of unfinished collectives as JSON or an error text; '' without NCCL."""
+    """Return NCCL's record of unfinished collectives as JSON, or an error text; '' without NCCL."""
     if not dist.is_initialized() or "nccl" not in dist.get_backend_config():
         return ""
     try:
@@ -302,7 +302,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def reraise_on_all_ranks(make: Callable[[], T]) -> T:
-    """Run `make` on every rank; if it raises on any rank, raise the first error on all ranks.
+    """Run `make` on every rank; if any rank fails, raise the lowest such rank's error on all ranks.
 
     An error on only one rank would leave the other ranks waiting in their next collective. Only
     covers errors that a user can fix: OSError, ValueError and LookupError.

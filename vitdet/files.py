@@ -119,7 +119,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files that killed processes left in a folder."""
+    """Remove temporary files and folders that killed processes left in a folder."""
     try:
         with os.scandir(folder) as entries:
             found = [Path(entry.path) for entry in entries if TEMPORARY.fullmatch(entry.name)]

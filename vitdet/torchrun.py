@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+PR_SET_PDEATHSIG = 1  # an option of prctl(2)
 
 
 def is_worker() -> bool:

@@ -131,7 +131,7 @@ def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: Color, width: int) -
 
 
 def _shrunk(shape: Image.Image, width: int) -> Image.Image:
-    """Apply a minimum filter of 2 * width + 1 pixels to both axes in O(log width) passes."""
+    """Apply a minimum filter of 2 * width + 1 pixels along both axes in O(log width) passes."""
     pixels, side = np.pad(np.asarray(shape), width, "edge"), 2 * width + 1
     for _ in range(2):
         reach, low = 1, pixels.T

@@ -56,7 +56,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Return the path of each image's drawing: folder/NAME.jpg, or NAME_2.jpg if NAME.jpg is used.
+    """Return the path of each image's drawing: folder/NAME.jpg, or NAME_2.jpg if NAME.jpg is taken.
 
     Raises ValueError if a drawing would overwrite one of the images.
     """

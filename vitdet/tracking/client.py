@@ -103,7 +103,7 @@ class Client:
 
 def open_client(uri: str) -> Client:
     """Return a client without retries. Raises RefusedError if the store can never be used."""
-    for name, value in DEFAULTS.items():  # not cached: MLflow reads them for every request
+    for name, value in DEFAULTS.items():  # on every call: MLflow reads them for every request
         os.environ.setdefault(name, value)
     return _cached_client(uri)
 

@@ -104,7 +104,7 @@ def add_matches(
     """Store the matches of an evaluation whose metrics are already stored with a version.
 
     metrics: metrics of the evaluation in `plots`. Logs a warning and stores nothing if they differ
-    from the stored ones, if matches are already stored, or if the version has no logged model.
+    from the stored metrics, if matches are already stored, or if the version has no logged model.
     """
     model, reason = model_id_of(version), ""
     known = tags_of(known_metrics(version, protocol))

@@ -110,7 +110,7 @@ def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return other versions' events within RECENT of `own` that its process may have missed.
+    """Return other versions' events within RECENT of `own` that this process may have missed.
 
     Events that a user has since undone, by a rollback or by forcing another version, are excluded.
     """

@@ -3,8 +3,8 @@
 FOLDER/journal/KEY.jsonl contains one record per line, such as the start or the end of the run or
 values of metrics. KEY.json is the cursor: the run's ID on the server and the offset of the first
 line that has not been sent. KEY.files/ contains copies of files that have not been uploaded. Each
-line is one unbuffered write, so that a killed process loses no line, unlike with MLflow's own
-asynchronous logging, whose queue is in memory.
+line is one unbuffered write, so that a killed process loses no line, whereas MLflow's asynchronous
+logging would lose its in-memory queue.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PENDING = "pending-"  # prefix of the run's ID until a server has assigned an ID
 class Journal:
     """The records of one run, each with its `time` in milliseconds since 1970.
 
-    The other keys are `start`; `tags`; `end` (optionally `ended`); `points` ({metric: value}) and
+    A record also has `start`; `tags`; `end` (optionally `ended`); `points` ({metric: value}) and
     `step` (optionally `renew`); `resume` and `changed`; or, in old files, `file` and `folder`.
     """
 

@@ -64,7 +64,7 @@ def find_run(client: Client, name: str) -> StoredRun:
 def download_file(
     client: Client, uri: str, folder: Path, run_id: str, path: str, target: Path
 ) -> Path | None:
-    """Download a run's artifact to the folder `target`; return its path, None if it is missing."""
+    """Download a run's artifact to folder `target`; return its path, or None if it is missing."""
     parent = path.rpartition("/")[0]
     if all(artifact.path != path for artifact in client.list_artifacts(run_id, parent or None)):
         return None

@@ -41,7 +41,7 @@ def run_name(config: Config, recipe: str, builtin: str) -> str:
     """Return the recipe and the settings that affect the weights and differ from the recipe.
 
     For example, `tiny optim.lr=0.0002 train.seed=1`. To stay within LONGEST characters, the last
-    settings are replaced by their number, as in `+2 more`.
+    settings are replaced by their number, e.g. `+2 more`.
     """
     affecting = {key for key, (_, operational) in list_settings(config).items() if not operational}
     changes = [text for key, text in _changes(config, builtin) if key in affecting]

@@ -51,7 +51,7 @@ class Shipper:
     def deliver(self, seconds: float = 0.0) -> bool:
         """Send the pending records, with retries for this many seconds.
 
-        Returns whether all were sent. Until all were sent, only the first failure is logged.
+        Returns whether all records were sent. Until then, only the first failure is logged.
         """
         deadline, pause = time.monotonic() + seconds, 0.5
         while self.journal.waiting():

@@ -13,7 +13,7 @@ from typing import TextIO
 
 
 class Tracker:
-    """Base class of trackers, which records nothing: for ranks other than 0 or without MLflow."""
+    """Base tracker, which records nothing; used on ranks other than 0 and without MLflow."""
 
     @property
     def run_id(self) -> str | None:

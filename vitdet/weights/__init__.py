@@ -28,7 +28,7 @@ def __getattr__(name: str) -> object:
 
 
 def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
-    """Return the file that `train.init` refers to, or None for ''.
+    """Return the file that `train.init` refers to, or None for '' (no initial weights).
 
     A name in the catalog is looked up in `folder`, by default in the package or the cache. Raises
     ValueError for an unknown name, and FileNotFoundError for a missing file.

@@ -59,7 +59,7 @@ def fetch_published(
 
 
 def is_here(entry: Entry) -> bool:
-    """Return whether the file is in the package or the cache."""
+    """Return whether the entry's file is in the package or the cache."""
     try:
         fetched(entry.name)
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def fetch(
 def verify(path: Path, entry: Entry) -> bool:
     """Check a file's size and published checksums; return whether a checksum verifies its content.
 
-    Raises ValueError if the size or a checksum differs; an `md5_of_name` only causes a warning.
+    Raises ValueError if the size or a checksum differs; for an `md5_of_name`, only logs a warning.
     """
     size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:

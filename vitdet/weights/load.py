@@ -1,7 +1,7 @@
 """Loading of weights into a detector.
 
 A file contains a pre-trained backbone or a complete detector, and may lack only the parameters that
-`load_pretrained` lists. Position embeddings and patch kernels of a different size are resized.
+`load_pretrained` documents. Position embeddings and patch kernels of a different size are resized.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def has_mask_head(source: Source) -> bool:
 
 
 def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
-    """Return a mask head's tensor names if only the file or the detector has one, and a note."""
+    """Return the mask head's tensor names if only one of file and detector has it, and a note."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, state)
     )
@@ -192,7 +192,7 @@ def _other_classes(
 
 
 def class_layers(weights: Weights) -> set[str]:
-    """Return the class-specific parameters; a cascade's box deltas are class-agnostic."""
+    """Return the names of class-specific parameters; a cascade's box deltas are class-agnostic."""
     patterns = ["roi_heads.stages.{}.logits.{}", "roi_heads.mask.logits.{}", _CLASS_WEIGHTS]
     if not any(name.startswith("roi_heads.stages.1.") for name in weights):
         patterns.append("roi_heads.stages.0.deltas.{}")
@@ -202,7 +202,7 @@ def class_layers(weights: Weights) -> set[str]:
 def _fit(
     weights: Weights, state: Weights, source: Source, skipped: set[str], path: Path
 ) -> tuple[Weights, list[str]]:
-    """Return the weights in the detector's shapes, and one line per kind of resized tensor."""
+    """Return the weights in the detector's shapes, and one line per change of a shape."""
     layout = FORMATS[source.layout]
     fitting: Weights = {}
     surplus: list[str] = []

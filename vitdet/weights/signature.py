@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 HEAD = 512  # bytes read to identify a file
-LIMIT = 100 << 20  # maximum length of a safetensors header, as in the library
+LIMIT = 100 << 20  # maximum length of a safetensors header in bytes, as in the safetensors library
 PAGE = "an HTML page; the download may require a login or a different URL"
 # What a file is, and what to do, by its first bytes (for TEXTS: stripped and in lower case)
 TEXTS = {

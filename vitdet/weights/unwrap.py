@@ -22,7 +22,7 @@ KEYS = """
 teacher state_dict_ema model_ema ema_state_dict ema
 state_dict model_state_dict model_state model module weights params
 """.split()
-# Prefixes at the start of a name, and torch.compile's within it if only a part was compiled
+# Prefixes at the start of a name; torch.compile's is inside it if only a submodule was compiled
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 COUNTER = "n_averaged"  # step counter of torch.optim.swa_utils.AveragedModel
 DEPTH = 4  # maximum depth of nested dictionaries
@@ -72,7 +72,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[str]]:
-    """Return the weights' dict, and one line if any key but a single one of `keys` has tensors."""
+    """Return the weights' dict; a note unless only one of `keys`, or the top level, has tensors."""
     order = (*keys, *(key for key in KEYS if key not in keys))
     found: list[str] = []
     others: list[str] = []

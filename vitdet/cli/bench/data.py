@@ -1,7 +1,7 @@
 """CPU time of reading a training image with vitdet, with Detectron2's mapper and with Pillow.
 
 All three read the same images in turn, in a single process. vitdet and Detectron2's
-DatasetMapper, if installed, read an image, apply large-scale jitter (0.1 to 2.0 of 1024), crop,
+DatasetMapper, if installed, read an image, apply large-scale jitter (0.1 to 2.0 times 1024), crop,
 flip, and transform boxes and masks. The mapper has the augmentations of Detectron2's ViTDet configs
 (RandomFlip, ResizeScale, FixedSizeCrop without padding) and is measured with polygons, which these
 configs use, and with bitmasks. Pillow only reads an image, resizes it to 1024 x 1024 and copies it

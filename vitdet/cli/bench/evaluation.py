@@ -2,9 +2,9 @@
 
 The files resemble COCO's validation split and a detector's results. The images have 640 x 480
 pixels and 7.3 objects on average; an image has at most three of the 80 classes. Objects have
-polygons, or RLE for a few crowds. The detections have boxes and masks (RLE of ellipses); most are
-moved and scaled copies of objects, with scores that decrease with the distance. Times are user and
-system CPU time of this process. The two evaluations alternate.
+polygons; a few are crowds with RLE. The detections have boxes and masks (RLE of ellipses); most are
+moved and scaled copies of objects, with scores that decrease with the displacement. Times are user
+and system CPU time of this process. The two evaluations alternate.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ SHOWN = {
 
 
 class Clock:
-    """Measure the times between marks; on a GPU, with events, which do not wait for the device."""
+    """Measure the times between marks; on a GPU, with CUDA events, which do not block the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"

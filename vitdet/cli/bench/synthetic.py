@@ -1,8 +1,8 @@
 """Synthetic training images, which make benchmarks independent of reading and decoding data.
 
 An image is smooth noise with about eight polygons. Each polygon has one color, 8 to 40 points and
-side lengths that are log-uniform between 1/25 and 1/2 of the image side. This is similar to the
-number and sizes of objects in COCO after scale jitter. With random weights, proposals miss the
+side lengths that are log-uniform between 1/25 and 1/2 of the image side. The number and sizes of
+objects are similar to those in COCO after scale jitter. With random weights, proposals miss the
 objects, and the mask head would process hardly any RoIs. `lay_on_objects` therefore makes the RPN
 return proposals that resemble a trained detector's proposals.
 """

@@ -103,7 +103,7 @@ def _ap_rows(
 
 
 def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[str]:
-    """Return the section on the classes whose AP differs most from that of the first result."""
+    """Return the section on the classes whose AP differs most from their AP in the first result."""
     found = []
     for index, label in enumerate(result.class_names):
         difference = result.difference(first, "ap", index)

@@ -72,6 +72,6 @@ SWIN_CLS = Format(
     heads=HEADS,
     wrappers=WRAPPERS,
     parts=PARTS,
-    # a classifier has a single norm, after its last map, for a different purpose
+    # a classifier has a single norm, after its last feature map, for a different purpose
     fresh=("backbone.norms.{}.{}",),
 )
