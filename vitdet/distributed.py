@@ -53,7 +53,7 @@ def process_group() -> Iterator[torch.device]:
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # older name of the variable
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    # gloo gathers objects in host memory: LVIS results are gigabytes, too large for a GPU
+    # gloo gathers objects in host memory: LVIS results take gigabytes, too large for a GPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store, this_rank, size = _join()
     # NCCL and gloo connect here; on a timeout, faulthandler writes the stacks and exits

@@ -116,7 +116,7 @@ def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: Color, width: int) -
     margin = 2 * width
     left, top = max(0, columns[0] - margin), max(0, rows[0] - margin)
     part = inside[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin]
-    # pad, so that objects at the image's edge have an outline there too
+    # pad, so that objects at the image's edge also have an outline there
     shape = ImageOps.expand(Image.fromarray((part * 255).astype(np.uint8)), margin)
     line = ImageChops.subtract(shape, _shrunk(shape, width))
     shadow = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)

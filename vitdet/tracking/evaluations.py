@@ -3,8 +3,8 @@
 A version may have been evaluated several times, on different validation data or with different
 settings (`vitdet.data.protocol.Protocol`). DIGEST, the digest of the protocol, identifies an
 evaluation: the version's tags METRIC_DIGEST contain its metrics, and the artifact
-evaluation/DIGEST/matches.npz its per-image matches. The tags METRIC, `val_fingerprint` and
-`evaluate_settings` contain the evaluation with which the version was registered or updated.
+evaluation/DIGEST/matches.npz contains its per-image matches. The tags METRIC, `val_fingerprint`
+and `evaluate_settings` contain the evaluation with which the version was registered or updated.
 """
 
 from __future__ import annotations

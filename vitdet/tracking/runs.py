@@ -89,7 +89,7 @@ def start_tracker(
 def log_files(config: Config, output: Path, files: Sequence[Path], artifact_folder: str) -> None:
     """Log files to an artifact folder of the run that was last started in `output`, if any.
 
-    Files that cannot be sent now stay in the journal.
+    Files that cannot be sent yet are kept in the journal.
     """
     if not has_mlflow():
         return

@@ -84,7 +84,7 @@ def find(name: str) -> Entry:
 def cache_folder() -> Path:
     """Return the default folder of fetched files, ~/.cache/vitdet (XDG_CACHE_HOME is not used).
 
-    Raises FileNotFoundError if the user has no home folder, as in some containers.
+    Raises FileNotFoundError if the user has no home folder, e.g. in some containers.
     """
     try:
         return Path.home() / ".cache" / "vitdet"

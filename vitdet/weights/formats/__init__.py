@@ -1,4 +1,4 @@
-"""The checkpoint formats by name, as in `train.init_format` and `--format`."""
+"""The checkpoint formats by the names that `train.init_format` and `--format` accept."""
 
 from __future__ import annotations
 
