@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 # The image of all steps, read when a pipeline is compiled; "": the image of the training job
 IMAGE = os.environ.get("VITDET_IMAGE", "")
-# Environment variable with the run ID; set from a label in pods, by `pipeline.local` in local runs
+# Environment variable with the run ID; in pods set from a label, in local runs by `pipeline.local`
 RUN_ID = "KFP_RUN_ID"
 
 

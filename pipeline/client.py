@@ -277,7 +277,7 @@ def steps(run: api.V2beta1Run) -> list[tuple[str, str, str]]:
 
 
 def failed_steps(run: api.V2beta1Run) -> list[tuple[str, str]]:
-    """Return (step, message) of the failed steps in order of time.
+    """Return (step, message) of the failed steps, ordered by end time.
 
     Servers up to 2.17 return no messages. On servers affected by kubeflow/pipelines #9577, a run
     whose steps failed inside an ExitHandler ends as SUCCEEDED, because the exit handler succeeded,

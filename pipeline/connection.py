@@ -165,7 +165,7 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """Return the value; raise ValueError if it is invalid, as http.client's error would show it."""
+    """Return the value; raise ValueError if invalid, since http.client's errors would reveal it."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         found = "other content" if text else "nothing"

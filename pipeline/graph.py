@@ -219,8 +219,8 @@ def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
 
     job: YAML of the training jobs, as printed by `kubectl kustomize`; by default the jobs in
     manifests/. parallel: as for `build`. The steps run in the image of the jobs unless the
-    environment variable VITDET_IMAGE is set. Raises ValueError if `job` contains no training job,
-    or a TrainJob without its runtime.
+    environment variable VITDET_IMAGE is set. Raises the errors of `training_jobs`, `job_image`,
+    `accelerators` and `queue_labels`.
     """
     text = job or "\n---\n".join(path.read_text() for path in JOBS)
     jobs = training_jobs(text)

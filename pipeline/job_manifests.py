@@ -102,7 +102,7 @@ def queue_labels(jobs: str) -> dict[str, str]:
 
 
 class Accelerators(NamedTuple):
-    """GPUs of a pod, and the tolerations and node selector for the GPU nodes."""
+    """Number of GPUs of a pod, and the tolerations and node selector for the GPU nodes."""
 
     gpus: int = 0
     tolerations: list[dict] = []

@@ -28,7 +28,7 @@ NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,
 
 
 class Screen:
-    """Show the output of the steps and the last line of errors; write everything to a log."""
+    """Show the steps' output and the last line of each traceback; write everything to a log."""
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self.screen, self.log = screen, log

@@ -156,7 +156,7 @@ def check_recipes(
 
     vitdet checks the settings in a new process, as pipeline/ does not import vitdet's dependencies.
     Recipes whose files exist only on the cluster are checked by the first step, before data is
-    prepared or GPUs are requested; the result is then False, as it is without vitdet.
+    prepared or GPUs are requested; the result is then False, as it is if vitdet is missing.
     """
     from vitdet.config.credentials import has_credentials, hide_credentials
 

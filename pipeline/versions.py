@@ -61,7 +61,7 @@ _JOB = (
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(
-        # older than 2.14, but 2.5 looks up retries among the steps of the outermost group
+        # an older field, but 2.5 looks it up only among the steps of the outermost group
         # (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),
@@ -163,8 +163,8 @@ def server_version(health: dict) -> tuple[Version, str]:
 def fit(documents: list[dict], version: Version) -> list[str]:
     """Remove, in place, the fields of a pipeline that this server version does not support.
 
-    Returns one line per kind of removed field, with what the user loses. Raises ValueError for a
-    field without which the pipeline would behave differently.
+    Returns one line per kind of removed field, with what the user loses. Raises ValueError for an
+    unsupported field that cannot be left out.
     """
     lines = []
     for field in FIELDS:

@@ -111,7 +111,7 @@ def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) 
 
 
 def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> None:
-    """Delete a job and its pods, if it exists. Raises the same errors as `list_jobs`."""
+    """Delete a job, if it exists, and its pods. Raises the same errors as `list_jobs`."""
     _request_once(api, kind, namespace, "delete", name, propagation_policy="Background")
 
 
@@ -177,7 +177,7 @@ class JobClient:
         """Send a request; return the response, or None for a status in `none_if`.
 
         Args:
-            forbidden: seconds of retries after 401, 403 or unknown paths, if `verb` has succeeded.
+            forbidden: seconds of retries after 401, 403 or an unknown path if `verb` has succeeded.
             refused: seconds for which a rejection by a quota or an admission webhook is retried.
             once: fail within 2.5 s instead of retrying.
         """
@@ -236,7 +236,7 @@ class JobClient:
         return self._job_request("get", self.name, none_if=(404,), forbidden=limit)
 
     def delete(self) -> None:
-        """Delete the job and its pods, if it exists."""
+        """Delete the job, if it exists, and its pods."""
         options = {"propagation_policy": "Background"}
         self._job_request("delete", self.name, none_if=(404,), options=options)
 
@@ -253,7 +253,7 @@ class JobClient:
         self.patch({"metadata": {"annotations": annotations}})
 
     def mark(self, failure: str, spec: dict | None) -> None:
-        """Annotate the job with its failure; spec: a patch that ends the job (see `Kind`)."""
+        """Annotate the job with its failure; spec: a patch that ends it (see `Kind`), or None."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": spec} if spec else change)
 

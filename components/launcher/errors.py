@@ -3,8 +3,8 @@
 Status 403 has three possible causes. An RBAC error names the account, the verb and the resource of
 the missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help.
 Other messages name an exceeded ResourceQuota (apiserver, plugin/resourcequota/controller.go) or an
-admission webhook (pkg/admission/plugin/webhook/errors/statuserror.go, with a status of at least
-400); the same request may then be admitted later.
+admission webhook (pkg/admission/plugin/webhook/errors/statuserror.go; webhooks may also return any
+other status of at least 400); the same request may then be admitted later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MISSING_RULE = re.compile(
 )
 QUOTA = re.compile(r"exceeded quota: |status unknown for quota: ")
 WEBHOOK = re.compile(r'admission webhook "[^"]+" denied the request')
-# Errors of a webhook about an invalid field: the request is never admitted later
+# Errors of a webhook about an invalid field: the same request will never be admitted
 # (apimachinery, pkg/util/validation/field/errors.go)
 INVALID_FIELD = re.compile(
     r": (Invalid|Required|Unsupported|Duplicate) value|: (Forbidden|Too long|Too many): "

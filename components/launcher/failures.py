@@ -64,7 +64,7 @@ class Failures:
 
 
 def time_before(text: str) -> str:
-    """Return the time `WINDOW` before an RFC 3339 time, in the format of `Line.time`; "" for ""."""
+    """Return the time `WINDOW` before an RFC 3339 time, comparable with `Line.time`; "" for ""."""
     if not text:
         return ""
     return f"{datetime.fromisoformat(text) - timedelta(seconds=WINDOW):%Y-%m-%dT%H:%M:%S}"

@@ -270,7 +270,7 @@ class Follower:
                 self.report("progress", f"cannot annotate {self.name} with its progress: {error}")
 
     def handle_missing(self) -> bool:
-        """Return True if training was complete before the job was deleted; otherwise raise."""
+        """Return True if the deleted job had completed its training, else raise RuntimeError."""
         self.stream_held_lines()
         if self.finished():
             self.report("phase", f"{self.name} is gone, and its training is complete")
@@ -343,7 +343,7 @@ class Follower:
     def check_start(self, phase: str, missing: Cause | None) -> None:
         """Report why pods do not start; give up if the problem persists.
 
-        A job that has started waits for the replacement of a lost node until its deadline.
+        A job that has started waits until its deadline for the replacement of a lost node.
         """
         running = sum((pod.get("status") or {}).get("phase") == "Running" for pod in self.pods)
         if not self.started and running >= expected_pods(self.job):
@@ -379,7 +379,7 @@ class Follower:
         self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)
 
     def fail(self, text: str, spec: dict | None) -> NoReturn:
-        """Annotate the job with the cause; spec: a patch that ends the job. Raises RuntimeError."""
+        """Annotate the job with the cause and raise RuntimeError; spec: see `JobClient.mark`."""
         try:
             self.client.mark(text[:MAX_ANNOTATION], spec)
         except RuntimeError as error:

@@ -80,7 +80,7 @@ def launch(
 
     Raises:
         RuntimeError: The job fails, cannot start, is deleted, or its creation is forbidden.
-        ValueError: The kind is unknown, or the template does not fit the request.
+        ValueError: The kind is unknown, or the template does not fit the other arguments.
     """
     job_kind = KINDS.get(kind.lower())
     if job_kind is None:
@@ -114,7 +114,7 @@ def launch(
 
 
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
-    """End a run's training jobs in its exit handler; returns and raises what `delete_jobs` does.
+    """End a run's training jobs in its exit handler; return and raise what `delete_jobs` does.
 
     A job that is still training after a failed run, e.g. because its step was evicted too often, is
     left running, so that a retry of the run can follow it. Its owner reference to the Workflow is

@@ -22,7 +22,7 @@ def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
     """Return the progress in a line of rank 0's log, or None.
 
     The progress is {step, steps, images_per_second, eta, time}. `time` is when the line was read,
-    `eta` the expected end of the training run; both are UTC times in RFC 3339.
+    `eta` the expected end of the training run; both are UTC in RFC 3339 format.
     """
     found = LINE.match(line)
     if found is None:

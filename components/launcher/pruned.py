@@ -2,7 +2,7 @@
 
 An API server silently drops fields that are not in the installed CustomResourceDefinition: Kubeflow
 Trainer 2.0 and 2.1 have neither `runtimePatches` nor `activeDeadlineSeconds` (manifests/base/crds
-of their tags; both were added in 2.2). Therefore the job that `create` returns is compared with the
+at these tags); 2.2 added both fields. Therefore the job that `create` returns is compared with the
 job that was sent.
 """
 

@@ -35,7 +35,7 @@ def queue_name(job: dict) -> str:
 
 
 def is_suspended(job: dict) -> bool:
-    """Return whether the job's spec is suspended."""
+    """Return whether `suspend` is set in the job's spec."""
     spec = job["spec"]
     return bool((spec.get("runPolicy") or spec).get("suspend"))
 
@@ -72,7 +72,7 @@ def is_true(condition: dict | None) -> bool:
 
 
 def describe(condition: dict) -> str:
-    """Return a condition's reason and message, and how to fix an invalid queue."""
+    """Return a condition's reason and message, with the remedy from REMEDIES if there is one."""
     message = one_line(condition.get("message"))
     remedy = next((text for part, text in REMEDIES.items() if part in message), "")
     return f"{condition.get('reason')}: {message}" + (f" ({remedy})" if remedy else "")

@@ -67,7 +67,7 @@ class Restarts:
 
     @property
     def errors(self) -> int:
-        """Return the number of errors, i.e. incidents without a disruption, of all launchers."""
+        """Return how many errors (incidents without a disruption) all launchers have counted."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
@@ -82,7 +82,7 @@ class Restarts:
         return sum(incident.disrupted for incident in self.incidents)
 
     def observe(self, pod: dict, container: str, now: float) -> None:
-        """Count the failures of a pod since the last call, at the time `now` in seconds.
+        """Count a pod's failures since the last call. now: the current time in seconds.
 
         Failures in the first poll of a job are not counted: they occurred before this launcher
         started.
@@ -193,7 +193,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Return whether a pod was deleted before it ended at `time`, not because of its failure."""
+    """Return whether a pod was deleted before, not after, its failure at `time` ("": unknown)."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False

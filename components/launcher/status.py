@@ -2,7 +2,7 @@
 
 Pure functions of dictionaries as returned by the Kubernetes API. Pod states (core/v1 PodStatus): a
 terminated container has state.terminated {exitCode, reason: OOMKilled | Error | Completed,
-finishedAt}, a restarted container has it under lastState; a pod lost with its node has status.phase
+finishedAt}, or lastState.terminated after a restart; a pod lost with its node has status.phase
 Failed and status.reason (Evicted, NodeLost, Terminated) without such a container state, or the
 condition DisruptionTarget; a pod without a node has the condition PodScheduled False with reason
 Unschedulable.
@@ -26,7 +26,7 @@ from components.launcher.templates import Kind
 
 EventQuery = Callable[[str], list[dict]]  # field selector -> matching events
 
-# Reasons of state.waiting that a user has to fix: wrong image, missing Secret, wrong command.
+# Reasons of state.waiting for which a user has to fix the image, a Secret or the command.
 BROKEN = (
     "ErrImagePull",
     "ImagePullBackOff",
@@ -57,7 +57,7 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
 
 
 def deadline_exceeded(job: dict, message: str) -> str:
-    """Describe the deadline if the job failed by exceeding the deadline; else "".
+    """Describe the deadline if the job failed because it exceeded the deadline; else "".
 
     Only the message identifies this case, as the training operator uses one reason for all failures
     (common/job.go, ReconcileJobs): "... active longer than specified deadline", or for a TrainJob
@@ -254,7 +254,7 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
 
 
 def startup_warning(pod: dict, events: EventQuery) -> Cause | None:
-    """Return the last event of a scheduled pod that does not start, if that event is a warning."""
+    """Return why a scheduled pod does not start, if its last event is a warning; else None."""
     scheduled = (pod.get("spec") or {}).get("nodeName")
     if (pod.get("status") or {}).get("phase") != "Pending" or not scheduled:
         return None

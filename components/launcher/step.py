@@ -49,7 +49,7 @@ class Step:
         return owner is None or bool(end_of_run(self.client.workflow(owner["name"]), owner["uid"]))
 
     def is_disrupted(self) -> bool:
-        """Return whether this pod is being deleted, evicted or gone; False if this is unknown."""
+        """Return whether this pod is gone, or is being deleted or evicted; False if unknown."""
         try:
             pod = self.client.pod(self.name, once=True)
         except RuntimeError:

@@ -19,7 +19,7 @@ import yaml
 from components.launcher.schema import GPU, validate
 
 POOL = "vitdet/pool"  # label of node pools, independent of the cloud provider
-# replaces POOL on GKE, where a ComputeClass rejects node labels with a slash
+# replaces POOL on GKE, where a ComputeClass cannot add node labels with a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 # annotation of a template: maximum time in seconds that its pods may wait for a node
@@ -301,7 +301,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests; added values take precedence; a limit drops the old request."""
+    """Merge limits and requests; `added` takes precedence; its limits also replace old requests."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):

@@ -14,7 +14,7 @@ from pipeline.cli.status import add_status
 from pipeline.cli.submit import add_submit
 from pipeline.cli.terminate import add_terminate
 
-SIGPIPE = 141  # 128 + SIGPIPE, as the shell reports it
+SIGPIPE = 141  # exit code: 128 + the signal's number, as in a shell
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,7 +32,7 @@ def add_terminate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_terminate(args: argparse.Namespace) -> int:
-    """End a run, then delete its jobs; errors contain a command that deletes remaining jobs."""
+    """End a run and its jobs, or delete a schedule; errors state how to delete remaining jobs."""
     server = connect_server(args)
     found = server.find(run_id_of(args.run_id))
     server.terminate(found)

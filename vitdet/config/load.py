@@ -25,7 +25,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
     Raises:
         ValueError: for an unknown recipe or setting (the message suggests known names), for a value
-            of the wrong type or out of range, and for any that `check_tracking` rejects.
+            of the wrong type or out of range, and for what `check_tracking` rejects.
         FileNotFoundError: if the file does not exist.
     """
     config = _apply_overrides(_read(name_or_path), overrides)
@@ -66,7 +66,7 @@ def override(
 ) -> Config:
     """Return `config` with the overrides applied.
 
-    Takes `sections` from `other` unless it is None. Raises ValueError as `load_config` does."""
+    Takes `sections` from `other` unless `other` is None. Raises ValueError as in `load_config`."""
     theirs = to_dict(other) if other else {}
     tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
     return _apply_overrides(tree, overrides)
@@ -144,7 +144,7 @@ def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
 
 
 def _parse(key: str, text: str) -> object:
-    """Parse an override's value as YAML; an unquoted value of a text setting is literal: `a #1`."""
+    """Parse an override as YAML; a text setting's unquoted value is literal, e.g. `a #1`."""
     default, _ = list_settings(Config()).get(key, (None, False))
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text

@@ -144,7 +144,7 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # maximum images per split: the first by id that have objects (but see keep_empty); 0: all
+    # maximum number of images per split: the first by id with objects (see keep_empty); 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
@@ -230,7 +230,7 @@ class TrainConfig(Section, prefix="train."):
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
     # save the detector with the highest value of this metric, e.g. box_ap, as best.pt; '': no file
     keep_best: str = ""
-    # stop after this many evaluations without a higher value of keep_best (or box_ap); 0: never
+    # stop after this many evaluations without a higher keep_best metric ('': box_ap); 0: never
     patience: Annotated[int, between(0, 1_000_000)] = 0
 
 
@@ -246,7 +246,7 @@ class EvalConfig(Section, prefix="evaluate."):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # use torch.compile on a GPU, which takes a minute and pays off after a few thousand images
     compile: bool = False
-    # use only this many validation images: the first by id that contain an object; 0: all
+    # maximum number of validation images: the first by id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
@@ -271,7 +271,7 @@ class GateConfig(Section, prefix="gate."):
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
     min_class_ap: Percent = 0.0  # minimum of the metric for each class; 0: no limit
     max_class_loss: Percent = 100.0  # maximum drop in a class's AP vs. the champion; 100: no limit
-    # lower bound of the gain's bootstrap interval at this level must exceed min_gain; 0: no check
+    # level of the gain's bootstrap interval, whose lower bound must exceed min_gain; 0: no check
     confidence: Confidence = 0.0
 
 

@@ -43,7 +43,7 @@ def list_settings(
 ) -> dict[str, tuple[Any, bool]]:
     """Return {key: (value, whether it is operational)} for all settings of a section.
 
-    operational: mark all as operational. root: outermost section, to which `unless` keys refer.
+    operational: mark all as operational. root: base of the `unless` keys; None: this section.
     """
     found: dict[str, tuple[Any, bool]] = {}
     root = section if root is None else root
