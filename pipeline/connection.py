@@ -176,7 +176,7 @@ def validate_secret(kind: str, text: str, source: str) -> str:
 
 
 class Transport(RESTClientObject):
-    """The generated client's transport, with timeouts, safe retries, and ServerError.
+    """The generated client's transport, with timeouts and safe retries; raises ServerError.
 
     Args:
         timeout: Seconds to connect, and between two parts of the response.

@@ -139,7 +139,7 @@ def read_version(given: str) -> Version:
 
 
 def server_version(health: dict) -> tuple[Version, str]:
-    """Return the version that a server reports at /healthz, and "" or a remark for the user.
+    """Return the version that a server reports at /healthz, and a remark for the user or "".
 
     The API server reports it as tag_name, the web interface in front of it as apiServerTagName.
     Images before 2.16 were built without it and report "unknown"

@@ -9,7 +9,7 @@ from components.launcher.logs import MAX_PODS, OUT_OF_GPU_MEMORY, TAIL, RankLogs
 from components.launcher.restarts import OUT_OF_MEMORY, WINDOW
 from components.launcher.status import Cause, failure_reason, root_cause
 
-SHOWN_LINES = 30  # last log lines of a failed pod that are shown with the cause
+SHOWN_LINES = 30  # number of last log lines of a failed pod that are shown with the cause
 
 
 class Failures:

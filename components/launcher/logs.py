@@ -16,7 +16,7 @@ from typing import NamedTuple
 from components.launcher.client import JobClient
 from components.launcher.status import container_statuses, restart_count
 
-TAIL = 200  # last lines of each rank that are kept
+TAIL = 200  # number of last lines of each rank that are kept
 MAX_PODS = 256  # number of pods whose lines are kept; a preempted TrainJob gets pods with new names
 MAX_FIRST_LINES = 1000  # in the first read of a pod's log, as an adopted job's log may be long
 # seconds for which a restarted container's lines are held back while the log of its previous

@@ -7,12 +7,12 @@ Failed and status.reason (Evicted, NodeLost, Terminated) without such a containe
 condition DisruptionTarget; a pod without a node has the condition PodScheduled False with reason
 Unschedulable.
 
-Two problems are reported only by events (core/v1 Event). A pod whose creation the API server
-rejects (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator
-1.9 creates the event FailedCreatePod for the job and returns before it writes the job's status
+Two problems are reported only by events (core/v1 Event). If the API server rejects a pod (a quota,
+a missing PriorityClass or ServiceAccount, Pod Security), the training operator 1.9 creates the
+event FailedCreatePod for the job and returns before it writes the job's status
 (pkg/controller.v1/control/pod_control.go); for Kubernetes' Job, which Trainer's JobSet creates, the
-event is FailedCreate. A volume or network that cannot be set up: the kubelet creates the events
-FailedMount and FailedCreatePodSandBox for the pod, whose status stays ContainerCreating.
+event is FailedCreate. If a volume or network cannot be set up, the kubelet creates the event
+FailedMount or FailedCreatePodSandBox for the pod, whose status stays ContainerCreating.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class TrainConfig(Section, prefix="train."):
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the gradients are the same")
     )
-    # on a GPU: CUDA graphs and torch.compile (auto: torch.compile only if optim.steps >= 1000)
+    # use CUDA graphs and torch.compile on a GPU (auto: torch.compile only if optim.steps >= 1000)
     compile: Literal["auto", "never", "always"] = field(
         default="auto", metadata=operational("the step is the same up to rounding")
     )
