@@ -151,7 +151,7 @@ def fitted(
         if not skipped and class_names and not source.class_names:
             notes.append(
                 "the file contains no class names, but the same number of classes "
-                f"({len(class_names)}): their class-specific layers are loaded"
+                f"({len(class_names)}): the class-specific layers are loaded"
             )
     weights, lines = _fit(weights, state, source, skipped, path)
     return weights, [*notes, *lines]
