@@ -2,7 +2,7 @@
 
 The formats are described in Lin et al. 2014, https://cocodataset.org/#format-data, and Gupta et al.
 2019, https://www.lvisdataset.org/dataset. LVIS locates COCO's images by coco_url. Objects that
-cannot be used are dropped and counted. Errors of `AnnotationValidator` raise ValueError.
+cannot be used are dropped and counted. Errors that `AnnotationValidator` finds raise ValueError.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CocoSplit:
         image_counts: number of images with each label, as stated by the file (LVIS) or counted.
         dropped: number of objects that are not used, by reason.
         unmasked: number of objects that are trained on box and class only, by reason.
-        outlines: number of objects with an outline.
+        outlines: number of objects with a usable outline.
     """
 
     class_names: tuple[str, ...]
@@ -96,7 +96,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the number of images per category: `stated` if all are valid, else counted."""
+    """Return the number of images per category: `stated` if all are valid, else from `records`."""
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)

@@ -99,7 +99,7 @@ def image_name(head: dict, lvis: bool) -> str:
 def existing_name(folder: Path | str, name: str) -> str:
     """Return the name under which an image exists in `folder`, or `name` if it does not exist.
 
-    A name with backslashes, as written on Windows, may exist with slashes or without its folder.
+    A name with backslashes (from Windows) may exist with forward slashes or without its folder.
     """
     slashed = name.replace("\\", "/")
     for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():

@@ -1,7 +1,7 @@
 """ROOT/manifest.json, the record of the files that `vitdet data coco|lvis` downloaded to ROOT.
 
 The record lists every archive (URL, size, sha256), every annotation file (size, sha256) and every
-image folder (count, size, sha256 of the sorted lines "NAME SIZE" and of "NAME SIZE CRC32").
+image folder (count, size, sha256 of the sorted lines "NAME SIZE", and of "NAME SIZE CRC32" lines).
 `vitdet.datasets.fetch` writes the record; training, evaluation and `vitdet data check` compare the
 files with it. Since the record of a download is the same on every machine, version control of the
 record and the annotations identifies the data without storing 118,000 images.
@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Archive:
-    """Downloaded archive; `known` states whether its sha256 was published."""
+    """Downloaded archive; `known` states whether its sha256 was known before the download."""
 
     name: str
     url: str
@@ -115,8 +115,8 @@ def write(root: Path, record: DownloadRecord) -> None:
 def verify(root: Path, contents: bool = False) -> str:
     """Compare a folder's recorded files with its record; return the record's sha256.
 
-    If `contents`, also reads every image. Raises FileNotFoundError or ValueError (one line) for the
-    first difference.
+    If `contents`, also reads every image. Raises FileNotFoundError or ValueError with a one-line
+    message for the first difference.
     """
     if not exists(root):
         raise FileNotFoundError(
@@ -135,7 +135,7 @@ def verify(root: Path, contents: bool = False) -> str:
 def compare(
     root: Path, record: DownloadRecord, used: Collection[str] = (), contents: bool = False
 ) -> None:
-    """Compare names and sizes with a record, and if `contents`, also image checksums.
+    """Compare file names and sizes with a record and, if `contents`, also image checksums.
 
     `used` are the paths, relative to root, of the images in use. Ignores files that were added to
     an image folder. Raises the errors of `verify`.

@@ -30,7 +30,7 @@ def fingerprint(data: DataConfig, split: str, records: Records | None = None) ->
     """Return 16 hex digits that identify the split, limited to data.max_images images.
 
     records: the records from `read_split`, if the split was already read. Raises FileNotFoundError
-    or ValueError (one line) if files are missing or cannot be read.
+    or ValueError with a one-line message if files are missing or cannot be read.
     """
     annotations, images = split_files(data, split)
     for path in (annotations, images):
@@ -79,8 +79,8 @@ def describe(data: DataConfig) -> dict:
     {"root", "classes", "fingerprints", "files": [{"path", "size", "sha256"}],
     "images": {split: {"count", "bytes"}}}
 
-    Reads both splits. Raises FileNotFoundError or ValueError (one line) for data that training
-    cannot use and for data that differs from the record of `vitdet data coco|lvis`.
+    Reads both splits. Raises FileNotFoundError or ValueError with a one-line message for data that
+    training cannot use and for data that differs from the record of `vitdet data coco|lvis`.
     """
     root = Path(data.root)
     recorded = {file.path: file.sha256 for file in download_record.read_if_ours(root).files}

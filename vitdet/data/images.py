@@ -234,7 +234,7 @@ def _stated_depth(image: Image.Image) -> int:
 
 
 def _has_deep_colors(image: Image.Image) -> bool:
-    """Return whether a file has 16-bit colors, of which Pillow reads the upper 8 bits.
+    """Return whether a file has 16-bit colors, of which Pillow reads only the upper 8 bits.
 
     Call before loading the image.
     """

@@ -152,7 +152,7 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
 
 
 def settings_text(found: Mapping[str, str | int]) -> str:
-    """Return the settings as text: `data.val_split=val, model.mask.enabled=false`."""
+    """Return the settings as text, e.g. `data.val_split=val, model.mask.enabled=false`."""
     return ", ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in found.items()

@@ -1,7 +1,7 @@
 """Conversion of masks: annotation -> directed edges; predicted grid -> bitmap -> RLE.
 
 Edges are transformed like points and stay exact at any scale. `paste` follows Detectron2's
-`paste_masks_in_image`: bilinear at pixel centers, zero outside the grid.
+`paste_masks_in_image`: bilinear sampling at pixel centers, zero outside the grid.
 Notation: G objects, E edges, N detections, M side of the mask grid, H, W pixels of the image.
 """
 

@@ -52,7 +52,7 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     inside = np.pad(bitmap, 1)
     core = inside[1:-1, 1:-1]
     pitch = bitmap.shape[1] + 1  # grid corners per row
-    # directions: 0 right along a pixel's top, 1 down its right, 2 left at its bottom, 3 up its left
+    # directions along a pixel's sides: 0 right (top), 1 down (right), 2 left (bottom), 3 up (left)
     neighbors = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
     starts, ends, midpoints, directions = [], [], [], []
     # (row, column) offset of the start of a crack in each direction

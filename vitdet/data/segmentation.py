@@ -194,7 +194,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
 def run_lengths(counts: object) -> list[int] | None:
     """Return run lengths from a list or COCO's compressed text; None if invalid.
 
-    Compressed text has 5 bits per character and values relative to the run two positions before.
+    Compressed text has 5 bits per character; run k > 2 (0-based) is stored relative to run k - 2.
     """
     if isinstance(counts, list):
         types = set(map(type, counts))

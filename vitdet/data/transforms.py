@@ -1,7 +1,7 @@
 """Augmentation by one affine map per image, which resizes and crops pixels and moves outlines.
 
-Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop) in order and
-rounding, and draws one random number for both crop offsets. Independent offsets and resizing
+Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop) in rounding
+and step order, and draws one random number for both crop offsets. Independent offsets and resizing
 without antialiasing, as in mmdet, are options. Axes are swapped first; colors are changed last.
 Notation: G objects, E edges of all objects, S canvas side. Sizes are (height, width)."""
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in PIL
 WEIGHT_ONE = 1 << 11  # a weight of 1 in `resize_bilinear`
-ROWS = 16  # rows per block in `resize_bilinear`, to fit in the cache
+ROWS = 16  # rows per block in `resize_bilinear`, so that a block fits in the CPU cache
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
 
 
 def _reduce(ufunc: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: float) -> np.ndarray:
-    """Reduce edge values (E, D) to objects (G, D); `empty` is the result for no edges."""
+    """Reduce edge values (E, D) by object to (G, D); an object without edges gets `empty`."""
     found = np.full((len(counts), values.shape[1]), empty, values.dtype)
     some = counts > 0
     if some.any():

@@ -1,8 +1,8 @@
 """Atomic conversion of data sets in other formats to COCO's layout.
 
-Images are hard links, which use no space and remain valid if the source is deleted. They are
-copied if hard links are not possible, e.g. to another file system. As in COCO, image ids are unique
-in the data set; file names are unique, except that a file in several splits keeps the same name.
+Images are hard links, which use no space and remain valid if the source is deleted, or copies if
+hard links are not possible, e.g. to another file system. As in COCO, image ids are unique in the
+data set; file names are unique, except that a file in several splits keeps the same name.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def fetch(
 
     Raises:
         FileNotFoundError: an archive is not in `local`.
-        ValueError: an archive is not the published one, or an existing file has other content.
+        ValueError: an archive is not the published one, or an existing file has different content.
         OSError: not enough space, or the folder is not writable; also the errors of `download`.
     """
     if not (root / ".archives").exists() and not _missing(archives, root):

@@ -44,7 +44,7 @@ class Archive:
     def choose(self, member: str) -> str | None:
         """Return the name under which to extract a file of the archive, or None to skip the file.
 
-        Raises ValueError if all files are to be extracted and this file is not in `prefix`.
+        Raises ValueError for a file that is not directly in `prefix` if all files are extracted.
         """
         inside, name = member.startswith(self.prefix), member.removeprefix(self.prefix)
         if self.members:

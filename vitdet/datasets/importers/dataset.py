@@ -33,7 +33,7 @@ CROWDS = "difficult objects: ignored in training and evaluation"
 EXAMPLES = 20  # maximum number of examples per kind of problem
 # formats that Pillow recognizes but cannot decode
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
-# suffixes of other files that are common in image folders
+# suffixes of non-image files that are common in image folders
 DOCUMENTS = frozenset(
     ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
 )

@@ -13,7 +13,7 @@ Annotation tools differ. CVAT quotes IDs that contain a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
 ImageSets/Segmentation. Without ImageSets, XML files are next to the images in train/, valid/ and
 test/ (https://roboflow.com/formats/pascal-voc-xml) or in one folder. <polygon> is an outline of x1,
-y1, x2, y2, ... or of points <pt>, in 0-based pixel coordinates; its bounding box replaces <bndbox>.
+y1, x2, y2, ... or of points <pt> (0-based); without a mask, its bounding box replaces <bndbox>.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class _Folders:
             if not paths:
                 raise FileNotFoundError(f"{self.annotations}: no XML file")
             firsts = {path: self.stem(path).parts[0].lower() for path in paths}
-            # False if some are names of files, or of folders that are not splits
+            # whether every XML file is in a folder with the name of a split
             divided = {*firsts.values()} <= SPLIT_NAMES.keys()
             for path, first in firsts.items():
                 splits[split_of(first) if divided else "train"][path] = ""

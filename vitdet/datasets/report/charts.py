@@ -12,7 +12,7 @@ SIZE = {"width": WIDTH, "height": HEIGHT, "margin": MARGIN, "foot": FOOT}  # for
 
 
 class Bar(NamedTuple):
-    """A bar in pixels of the chart."""
+    """A bar, in chart pixels."""
 
     x: float
     y: float
@@ -40,7 +40,7 @@ def histogram(
 ) -> Histogram:
     """Return a histogram of relative frequencies, with a bar per bin and series (name, counts).
 
-    `edges` are written below the borders of the bins or, if empty, `labels` below the bins.
+    `edges` are written below the bin borders; if empty, `labels` are written below the bins.
     """
     shares = [counts / max(counts.sum(), 1) for _, counts in series]
     top = max((float(share.max(initial=0)) for share in shares), default=0) or 1

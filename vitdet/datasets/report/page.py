@@ -48,7 +48,7 @@ class _Split:
 def write_page(
     folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
 ) -> tuple[int, int, Report]:
-    """Write the page of a folder in COCO's or LVIS's layout; the page lists unreadable files.
+    """Write the page of a folder in COCO's or LVIS's layout; the page lists unreadable splits.
 
     With `images`, `check` reads every image file. Returns the number of images, the number of
     annotations, and the report of `check`. Raises FileNotFoundError if there is no annotation file,
