@@ -89,7 +89,7 @@ class AnnotationValidator(HeaderValidator):
     count: int = field(default=0, init=False)
 
     def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
-        """Check each annotation, then the whole file; yield the annotations without errors.
+        """Check each annotation, then the whole file; yield the annotations that are not rejected.
 
         flawless: whether to also yield those that `find_flawless` finds, usually the majority.
         """
@@ -197,7 +197,7 @@ class AnnotationValidator(HeaderValidator):
         return bool(crowd)
 
     def _box(self, annotation: Annotation, size: tuple[int, int] | None, crowd: bool) -> str | None:
-        """Check box and area; return why the object is dropped, "" if kept, None if invalid."""
+        """Check box and area; return why to drop the object, "" to keep it, None for a bad box."""
         area, bbox = annotation.area, annotation.bbox
         if area is None:
             self._warn(WITHOUT_AREA, annotation)

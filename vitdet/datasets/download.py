@@ -275,7 +275,7 @@ class _Attempt:
     def read(self, response: http.client.HTTPResponse, most: int) -> bytes:
         """Read up to `most` bytes of the body."""
         try:
-            return response.read1(most)  # read() would lose the last bytes of a broken connection
+            return response.read1(most)  # read() would lose bytes received before an error
         except (OSError, http.client.HTTPException) as error:
             raise self.broken(error) from error
 
