@@ -6,8 +6,8 @@ distractors. A scene depends only on its seed and index. Any change to the drawi
 new VERSION.
 
 Scenes are painted without anti-aliasing on a canvas of twice the size ("fine" pixels) as indices
-into a palette. A second array contains the owner of each fine pixel, from which the visible outline
-of each object is traced.
+into a palette. A second array contains the owner of each fine pixel; the visible outlines of the
+objects are traced from this array.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: 
 FINE = 2  # fine pixels per pixel along each axis
 SIDES = (14.0, 80.0)  # range of the longer side of an object's box in pixels, log-uniform
 TOLERANCE = 0.45  # maximum distance in pixels between a traced outline and its polygon
-SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
+SLIVER = 4.0  # square pixels; smaller parts of an object, except its largest, are dropped
 VISIBLE = 0.45  # minimum visible fraction of an object's area
 VISIBLE_AREA = 44.0  # minimum visible area of an object in square pixels
 Window = tuple[slice, slice]
@@ -142,7 +142,7 @@ class _Canvas:
         """Paint an object with this longer side at the best random position, if any is valid."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
-        patience = 8 if self.dice.chance(0.75) else 1  # a few objects may hide others
+        patience = 8 if self.dice.chance(0.75) else 1  # positions to compare; 1: more occlusion
         best, least = None, math.inf
         for _ in range(16):
             vertices = outline + self._center(0.4 * FINE * side)
@@ -283,5 +283,5 @@ class _Canvas:
 
 
 def _sums(fine: np.ndarray) -> np.ndarray:
-    """Return the sum of the fine pixels of each pixel."""
+    """Return, for each pixel, the sum of its fine pixels."""
     return fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]

@@ -31,7 +31,7 @@ def grid_anchors(
 ) -> list[Tensor]:
     """Return each level's anchors (h w A, 4) in canvas pixels; `grids` are the levels' (h, w).
 
-    They are computed on the device, because a CUDA graph cannot record a copy from pageable memory.
+    The anchors are computed on the device: CUDA graphs cannot record copies from pageable memory.
     """
     levels = []
     for (height, width), stride in zip(grids, strides, strict=True):

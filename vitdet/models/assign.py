@@ -1,8 +1,8 @@
 """Assignment of ground truths to boxes by IoU, and sampling of a fixed number of boxes.
 
-`matched` (B, N) contains the index of each box's ground truth, or BACKGROUND or IGNORE. All tensor
-shapes depend only on settings, so that the host does not synchronize with the GPU; slots may
-therefore be empty.
+`matched` (B, N) contains the index of each box's ground truth, or BACKGROUND or IGNORE. No tensor's
+shape depends on the content of a tensor, so that the host does not synchronize with the GPU; slots
+may therefore be empty.
 Notation: B images, G ground truths, N boxes, S slots.
 """
 

@@ -29,7 +29,7 @@ def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scale: float) -> Tensor:
-    """Apply deltas (..., 4) or (..., K, 4) to boxes (..., 4), in at least float32: invert `encode`.
+    """Invert `encode`: apply deltas (..., 4) or (..., K, 4) to boxes (..., 4) in at least float32.
 
     The log side ratios are clamped to min_log_scale..MAX_LOG_SCALE.
     """

@@ -30,7 +30,7 @@ from vitdet.types import Detections, Polygons, Targets
 Classification = SoftmaxClassification | FederatedClassification
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform in stage 0; times s + 1 in stage s
-# box-class pairs before NMS; more are used if too few detections remain
+# number of box-class pairs per image before NMS; increased if too few detections remain
 CANDIDATES = 2000
 
 
@@ -66,7 +66,7 @@ class Scored(NamedTuple):
 
 
 class RoIHeads(nn.Module):
-    """RoI heads whose `stages` refine the boxes one after another.
+    """RoI heads whose `stages` successively refine the boxes.
 
     Args:
         stages: box heads; in stage s, boxes with an IoU of at least `ious[s]` are foreground.
@@ -187,7 +187,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
         """Sample foreground and background from proposals (B, N, 4) and ground-truth boxes."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
-        # Match GT boxes separately from proposals; else each GT's best box would be its GT box.
+        # match ground-truth boxes separately: they would be better matches than any proposal
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
@@ -292,7 +292,7 @@ def used(filled: Tensor) -> Tensor:
 
 
 def spread(rows: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
-    """Scatter the rows (R, ...) of the slots (R,) to (B, S, ...), zeros elsewhere."""
+    """Scatter the rows (R, ...) of the slots (R,) to (B, S, ...), with zeros elsewhere."""
     if len(slots) < filled.numel():
         rows = rows.new_zeros(filled.numel(), *rows.shape[1:]).index_copy(0, slots, rows)
     return rows.unflatten(0, filled.shape)

@@ -35,10 +35,10 @@ def pool(
     bins: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """Pool features (R, C, bins, bins) of boxes (R, 4) in image (R,) from maps (B, C, h, w).
+    """Pool features (R, C, bins, bins) of boxes (R, 4) from maps (B, C, h, w).
 
-    A bin has `sampling_ratio` points per axis; if 0, their number depends on the RoI's size, as in
-    the published models. Image -1 marks an empty slot, whose features are finite but undefined.
+    `image` (R,): each box's image, or -1 for an empty slot (finite, undefined features). A bin has
+    `sampling_ratio` points per axis; if it is 0, as published, their number depends on the RoI.
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])
@@ -69,9 +69,9 @@ def _pool_by_products(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """Pool with a fixed number of points, by two matrix products, as RoIAlign is separable.
+    """Pool with a fixed number of points, by two matrix products, because RoIAlign is separable.
 
-    The gradient is two products as well, instead of scattered additions, which are slow on a CPU.
+    The gradient also consists of products, without scattered additions, which are slow on a CPU.
     """
     # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]

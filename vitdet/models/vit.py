@@ -234,7 +234,7 @@ def layer_of_block(name: str, first: int, rest: int) -> int:
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize (1, h, w, C) to (1, *grid, C), bicubic without antialiasing (Detectron2: get_abs_pos).
 
-    As the result is linear in `pos_embed`, two small matrix products compute it: F.interpolate took
+    As the result is linear in `pos_embed`, two small matrix products compute it; F.interpolate took
     6 ms per step of ViT-B on an H100. Neither autocast nor TF32 affects products in float64.
     """
     if tuple(pos_embed.shape[1:3]) == grid:

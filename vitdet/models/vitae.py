@@ -53,12 +53,12 @@ def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """Create ViTAE-B's branch of two convolutions with C / 4 groups; it keeps (B, C, H, W)."""
+    """Create ViTAE-B's two convolutions with C / 4 groups; they keep the shape (B, C, H, W)."""
     return nn.Sequential(*_two_convs(dim, hidden, dim // 4))
 
 
 def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
-    """Create ViTAE-S's branch of three convolutions; it keeps (B, C, H, W)."""
+    """Create ViTAE-S's branch of three convolutions; it keeps the shape (B, C, H, W)."""
     layers = _two_convs(dim, hidden, groups)
     layers += [nn.BatchNorm2d(dim), nn.SiLU(), conv(dim, dim, groups=groups), nn.SiLU()]
     return nn.Sequential(*layers)
@@ -127,8 +127,8 @@ class Performer(nn.Module):
 class ReductionCell(nn.Module):
     """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
-    If `dim` is not 0, a Performer maps the concatenated channels to E = dim and adds the output of
-    convolutions of the cell's input with `strides`.
+    If `dim` is 0, E is the number of concatenated channels. Otherwise, a Performer maps these to
+    E = dim and adds the output of convolutions with `strides`, applied to the cell's input.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Best:
-    """The highest value of a metric over a run's evaluations; the earliest one in a tie.
+    """The highest value of a metric over a run's evaluations; in a tie, the earliest counts.
 
     All ranks have the same metrics and make the same decisions; only rank 0 writes files.
 

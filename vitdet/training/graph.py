@@ -34,9 +34,9 @@ class GraphedGradients:
     """CUDA graphs of `run`, which adds to the gradients and returns the losses of a batch.
 
     If `run` cannot be recorded, for some shapes or at all, it runs without a graph, which is
-    logged for each size of targets. A size that did not fit in memory is tried again after
-    `release`, unless it has run out of memory twice. All graphs may be cleared to run a step of
-    such a size.
+    logged for each size of targets. After `release`, sizes that ran out of memory or would have
+    exceeded the maximum number of graphs are tried again, unless they have run out of memory twice.
+    All graphs may be cleared to run a step of a size that ran out of memory.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:

@@ -46,7 +46,7 @@ class Meter:
     def add(
         self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: Tensor | None = None
     ) -> None:
-        """Add the metrics of one step, unless the bool tensor `skipped` is true."""
+        """Add one step's metrics; if the bool tensor `skipped` is true, only count the step."""
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
         metrics = {**losses, "loss": total, "grad_norm": grad_norm}
         if skipped is not None:

@@ -22,9 +22,9 @@ from vitdet.models import Detector
 def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
     """Return groups {params, names, lr, lr_scale, weight_decay} of all trainable parameters.
 
-    The learning rate of block i of n (0-based) is lr * layer_decay ** (n - i). For layers before
-    the blocks it is lr * layer_decay ** (n + 1), for all other layers lr. The backbone's `layer_of`
-    assigns parameters to layers; `settings.undecayed` selects those without weight decay.
+    The learning rate of a backbone parameter is lr * layer_decay ** (n + 1 - layer), where layer is
+    the result of the backbone's `layer_of` and n its `num_layers`; for other parameters, it is lr.
+    `settings.undecayed` selects the parameters without weight decay.
     """
     last, layer_of = detector.backbone.num_layers + 1, detector.backbone.layer_of
     exempt = _undecayed(detector, settings.undecayed)
@@ -139,8 +139,8 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 class WeightAverage:
     """Exponential moving average of the weights and BatchNorm statistics (Polyak).
 
-    decay: 0 disables averaging. The decay increases to this value, so that the first steps have
-    little influence.
+    decay: the maximum decay; 0 disables averaging. The decay increases to this maximum, so that the
+    first steps have little influence.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

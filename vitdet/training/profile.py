@@ -4,7 +4,7 @@ While the steps are profiled, methods of the parts are wrapped in named scopes. 
 belongs to the innermost enclosing scope, a backward operator to the part of its forward operator.
 On a GPU, the time of a part is the time of its kernels, "data" is the time that the GPU waits for
 the loader, and "idle" is all other waiting. On a CPU, the time of a part is the time of its
-operators, and "idle" is the time between operators.
+operators, "data" is the time spent waiting for the loader, and "idle" is the remaining time.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, in total about `wall`; waited: seconds waiting for data."""
+    """Return seconds per step by part, about `wall` in total; waited: seconds waiting for data."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = part_lookup(host), {event.name for event in host}

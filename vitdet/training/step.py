@@ -1,8 +1,8 @@
 """One optimizer step: forward, backward, clipping, update of the weights and their average.
 
 A step has `train.accumulate` micro-batches. Micro-batch k of rank r uses the random numbers and the
-normalization of rank r * accumulate + k in a run with accumulate times as many processes. Gradients
-are averaged over all micro-batches of all processes, and exchanged only in the last micro-batch.
+loss normalization of rank r * accumulate + k in a run with accumulate times as many processes. The
+gradients are averaged over all micro-batches of all processes, and exchanged only in the last one.
 
 In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
 overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not
@@ -42,7 +42,7 @@ from vitdet.types import Batch, Target, Targets
 
 log = logging.getLogger(__name__)
 
-LONG_RUN = 1000  # minimum steps for train.compile=auto to compile, which takes about 90 s
+LONG_RUN = 1000  # minimum number of steps for train.compile=auto to compile (takes about 90 s)
 # smallest loss scale; the scale starts at 2 ** 16 and is halved in each skipped step
 LEAST_SCALE = 2.0**-14
 

@@ -204,7 +204,7 @@ class Loop:
     def run(self, start: int) -> int:
         """Run from step `start` to the end or early stopping; return the number of steps completed.
 
-        Raises Stopped, and ValueError if a loss is not finite.
+        Raises Stopped, and ValueError if training has diverged.
         """
         steps, settings = self.config.optim.steps, self.config.train
         self.training_step.distribute()
@@ -317,7 +317,7 @@ class Loop:
     def save(self, step: int) -> None:
         """Start writing the state reached after `step` steps, on rank 0.
 
-        Raises ValueError if a loss is not finite.
+        Raises ValueError if training has diverged.
         """
         meter = self.meter.state()  # before writing: a diverged state must not be saved
         self.training_step.check()

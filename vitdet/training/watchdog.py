@@ -80,7 +80,7 @@ class Beat:
 
 
 def stalled(beats: Mapping[int, Beat]) -> list[int]:
-    """Return the silent ranks; if none, the ranks furthest behind once all of these are late."""
+    """Return the silent ranks; if none, the ranks furthest behind, provided that all are late."""
     running = {rank: beat for rank, beat in beats.items() if not beat.done}
     if silent := [rank for rank, beat in running.items() if beat.silent > LIMIT]:
         return silent
@@ -234,7 +234,7 @@ class Watchdog:
 
 @contextmanager
 def watching(stop: Stop) -> Iterator[Watchdog]:
-    """Watch the ranks within the context, if torchrun started them."""
+    """Watch the ranks within the context, if torchrun started them or there are several."""
     watchdog = Watchdog(stop)
     if distributed.by_torchrun() or distributed.has_joined():
         watchdog.start()

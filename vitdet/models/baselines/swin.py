@@ -55,7 +55,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with windows, on a map rolled by `shift` cells up and left."""
+    """Pre-norm block with window attention on a map rolled by `shift` cells up and left."""
 
     def __init__(self, *, dim: int, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Attend within windows, including zero padding on the right and bottom."""
+        """Attend in windows; zero padding on the right and bottom takes part in the attention."""
         height, width = x.shape[1:3]
         size, shift, mask = self.window, self.shift, None
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))

@@ -3,7 +3,7 @@
 Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in ViTAE-Transformer/ViTAE-Transformer
 (Object-Detection). The first two stages use window attention without shifts or relative positions,
 the last two use global attention. In each cell, convolutions run in parallel with the attention.
-Notation: B images, C channels, H x W tokens, E output channels of a cell, s stage.
+Notation: B images, C channels, H x W tokens, E output channels of a cell, s index of a stage.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Create a branch of three convolutions; `channels`: widths before and after each one."""
+    """Create a branch of three convolutions; `channels`: of the input and of each output."""
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -67,7 +67,7 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions, in windows of side `window`, or over all tokens for window 0.
+    """Attention without positions, in windows of side `window`, or over all tokens if it is 0.
 
     E may differ from C. With `keep_values`, the values are added to the result.
     """
@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
 
 class ReductionCell(nn.Module):
-    """Dilated convolutions, then attention with convolutions of the cell's input in parallel.
+    """Dilated convolutions, then attention, in parallel with convolutions of the cell's input.
 
     Maps (B, C, H, W) to (B, H / stride, W / stride, E).
     """
