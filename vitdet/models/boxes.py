@@ -72,7 +72,7 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
-    """Yield `pairwise_iou` in one or more blocks of rows, each of up to PAIRS pairs or one row."""
+    """Yield `pairwise_iou` in one or more blocks, each of at most PAIRS pairs or a single row."""
     images = first.shape[:-2].numel()
     for rows in first.split(max(1, PAIRS // max(images * second.shape[-2], 1)), dim=-2):
         yield pairwise_iou(rows, second)

@@ -2,7 +2,7 @@
 
 SIGTERM comes from Kubernetes, schedulers and torchrun, SIGINT from Ctrl-C, SIGHUP from a closed
 terminal; torchrun forwards all three. The handler only records the signal. All ranks agree on the
-step to stop at: before every step each rank starts a reduction of its signal, and reads the result
+step to stop at: before every step, each rank starts a reduction of its signal, and reads the result
 after the step. The reduction runs on the CPU concurrently with the step, so neither the main thread
 nor the GPU waits for it.
 """
