@@ -66,7 +66,7 @@ def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
 def build_pyramid(
     settings: ModelConfig, backbone: Plain | Hierarchical
 ) -> SimpleFeaturePyramid | FPN:
-    """Build the pyramid. Raises ValueError for a wrong scale, or a kind for other backbones."""
+    """Build the pyramid. Raises ValueError if the backbone needs a different kind."""
     pyramid = settings.pyramid
     kind = "fpn" if isinstance(backbone, Hierarchical) else "simple"
     if kind != pyramid.kind:

@@ -130,7 +130,7 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
     def forward(self, x: Tensor, window: int = 0) -> Tensor:
-        """Attend to tokens (B, H, W, C) in windows of `window` tokens per side (0: globally)."""
+        """Attend over tokens (B, H, W, C) in windows of `window` tokens per side (0: globally)."""
         height, width, channels = x.shape[1:]
         if kernels.enabled(x) and in_half(x) and fused.fits(width, window, channels // self.heads):
             return self.attend_fused(x, window)

@@ -38,7 +38,7 @@ def pool(
     """Pool features (R, C, bins, bins) of boxes (R, 4) from maps (B, C, h, w).
 
     `image` (R,): each box's image, or -1 for an empty slot (finite, undefined features). A bin has
-    `sampling_ratio` points per axis; if it is 0, as published, their number depends on the RoI.
+    `sampling_ratio` points per axis; for 0, as published, their number depends on the RoI's size.
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])

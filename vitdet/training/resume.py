@@ -205,7 +205,7 @@ def _has_best(config: Config, output: Path) -> bool:
 
 
 def _same_but_for_length(config: Config, stored: Config) -> bool:
-    """Return whether only optim.steps, a permitted patience or operational settings differ."""
+    """Return whether at most optim.steps, a permitted patience and operational settings differ."""
     optim = replace(stored.optim, steps=config.optim.steps)
     stored = replace(_with_patience(stored, config), optim=optim)
     return not difference(config, stored, affecting_weights=True)
