@@ -47,7 +47,7 @@ def installed(name: str, root: Path | None = None) -> list[dict]:
 
 
 def parts(name: str) -> list[str]:
-    """Return an overlay's PARTS; in the kind overlay, Kubeflow runs in the same namespace."""
+    """Return an overlay's PARTS; kind lacks `dedicated`, as its jobs share Kubeflow's namespace."""
     return [part for part in PARTS if (name, part) != ("kind", "dedicated")]
 
 
@@ -371,7 +371,7 @@ def test_the_operator_s_init_container_meets_restricted() -> None:
     text = re.sub(r"{{[.](\w+)}}", r"\1", template["data"]["initContainer.yaml"])
     _, pod = next(pods(overlay("kind")))
     added = yaml.safe_load(text)[0]
-    # not needed: nothing writes to its root file system
+    # only `insecure` requires this: the container writes no files
     added["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
     assert insecure("", {**pod, "spec": {**pod["spec"], "initContainers": [added]}}, set()) == []
     patch = yaml.safe_load((MANIFESTS / "training-operator" / "deployment-patch.yaml").read_text())

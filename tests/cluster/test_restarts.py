@@ -99,7 +99,7 @@ def backing_off(name: str, times: int) -> dict:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_peers_of_a_pod_in_back_off_are_not_a_second_error(reverse: bool) -> None:
-    """In either order of the two in a poll."""
+    """A poll may list the two pods in either order."""
 
     def count(*looks: list[dict]) -> Restarts:
         return counted(HEALTHY, *(look[::-1] if reverse else look for look in looks))

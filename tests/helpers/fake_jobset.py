@@ -13,7 +13,7 @@ RESTARTS_IGNORED = "RestartJobSetAndIgnoreMaxRestarts"
 
 
 def matches(rule: dict, pod: dict) -> str | None:
-    """Return the pod's match with the rule, as worded in the message of the Job's condition."""
+    """Return how the pod matches the rule, in the words of the Job's condition, else None."""
     where, status = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}", pod["status"]
     if codes := rule.get("onExitCodes"):
         for entry in status.get("containerStatuses") or []:

@@ -1,6 +1,6 @@
 """Write a data set of COCO's or LVIS's size, to measure how reading scales.
 
-    python tests/helpers/large.py DIR [IMAGES OBJECTS]     118,287 and 860,001, a file of 450 MB; no data set for training
+    python tests/helpers/large.py DIR [IMAGES OBJECTS]     default 118,287 860,001: a file of 450 MB; train split only
     python tests/helpers/large.py DIR lvis                 both splits of LVIS v1 (100,170 images, 1,270,141 objects of 1,203
                                                    classes; 19,809 and 244,707), files of 1 and 0.2 GB
 

@@ -17,9 +17,9 @@ UNTRACKED = "from vitdet.tracking import runs\nruns.has_mlflow = lambda: False\n
 def start_ranks(
     patch: str, tiny: Path, folder: Path, *torchrun: str, **changes: object
 ) -> subprocess.Popen:
-    """Start `vitdet train` of `minimal` in folder/run by two processes; both run `patch` first.
+    """Start `vitdet train` with the `minimal` settings in two processes; both run `patch` first.
 
-    Standard error goes to folder/log, since the processes may outlive torchrun.
+    The run is folder/run. Output goes to folder/log, since the processes may outlive torchrun.
     """
     script = folder / "patched.py"
     script.write_text(f"import os, time\n{patch}\nfrom vitdet.cli import main\nmain()\n")

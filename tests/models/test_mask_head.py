@@ -111,7 +111,7 @@ def test_outside_and_empty_outlines():
 
 @pytest.mark.parametrize("pairs", [1, 7, 64, 1000])
 def test_edges_are_processed_in_blocks_of_any_size(pairs, monkeypatch):
-    """The outlines differ much in length, one has no edge, and two RoIs share an outline."""
+    """The outlines differ greatly in length, one has no edge, and two RoIs share an outline."""
     generator = torch.Generator().manual_seed(5)
     lines = [outline(star(32.0, 28.0, count, generator)) for count in (3, 90, 12)]
     lines.insert(1, torch.zeros(0, 4))

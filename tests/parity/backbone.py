@@ -230,7 +230,7 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
 
 
 def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
-    """Compare every array of io.npz, and config.json's statements on them."""
+    """Compare every array of io.npz, and config.json's statements about them."""
     stored = load(folder / "io.npz")
     report.skip("backbone.img", "an input: it shows in the maps")
     for name, ours in found.items():

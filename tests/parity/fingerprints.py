@@ -41,7 +41,7 @@ def drawn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the tensor with this name in the reference, scaled to keep the activations in range."""
+    """Return random values for a tensor of the reference, scaled to keep activations in range."""
     r = drawn(crc32(name.encode()), shape)
     if name.endswith("running_var"):
         return 0.3 * np.abs(r) + 0.6

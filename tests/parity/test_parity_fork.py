@@ -38,7 +38,7 @@ def computed():
 def case(altered):
     """Return case(file, content): the exit code for a copy of the case with one changed file.
 
-    The computed results are those of the unchanged case, unless `recompute`; the code must come from a comparison.
+    Results are computed for the unchanged case unless `recompute`; an exception fails the test.
     """
 
     def check(file, content, recompute=False):

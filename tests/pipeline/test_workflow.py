@@ -1,4 +1,4 @@
-"""Whether a stopped step deletes its training job, by the state of the run's Workflow."""
+"""Whether a stopped step deletes its training job, depending on the state of the run's Workflow."""
 
 from __future__ import annotations
 

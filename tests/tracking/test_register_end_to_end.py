@@ -42,7 +42,7 @@ def fresh_environment(model: Path, folder: Path) -> Path:
     install = [*pip, "install", "-q", "--no-index", "--no-deps", wheel]
     # requirements.txt has the wheel's relative path, as for MLflow's installation
     subprocess.run(install, cwd=model, check=True, env=plain_environment())
-    # reuses this environment's packages (torch has gigabytes); its .pth files, and thus editable installs, are ignored
+    # use this environment's packages (torch is large), not its .pth files (editable installs)
     (site,) = (folder / "lib").glob("python*/site-packages")
     others = [path for path in sys.path if path.endswith("-packages")]
     (site / "others.pth").write_text("\n".join(others))
