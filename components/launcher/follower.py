@@ -98,9 +98,9 @@ class Follower:
         self.keep_logs(self.ranks.files())
 
     def stopped(self) -> None:
-        """Delete the job if its run is ending, otherwise leave it to the next attempt of the step.
+        """Delete the job if its pipeline run is ending, else leave it to the step's next attempt.
 
-        The step's pod may be evicted or lost like any other pod, while the training run continues.
+        The step's pod may be evicted or lost like any other pod, while the pipeline run continues.
         """
         stopping = "launcher: this step is being stopped"
         if reason := self.end_reason():

@@ -37,7 +37,7 @@ SHIP_SECONDS = 3.0  # pause between deliveries
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
 CREATE_SECONDS = 60.0  # START_SECONDS for an SQLite file, whose tables may have to be created
-CLOSE_SECONDS = 20.0  # STOP_SECONDS for an SQLite file, `log_metrics` and `connect_run`
+CLOSE_SECONDS = 20.0  # STOP_SECONDS for an SQLite file; also for `log_metrics` and `connect_run`
 
 
 class MLflowTracker(Tracker):

@@ -100,7 +100,7 @@ class Shipper:
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
-        except InvalidRequestError as error:  # possibly a temporary response of a proxy
+        except InvalidRequestError as error:  # possibly a temporary response from a proxy
             log.debug("tracking: %s", error)
         except RefusedError as error:
             return str(error)
