@@ -85,7 +85,7 @@ def test_objects_without_area_are_refused_by_evaluation_and_training(
         metrics, _ = evaluated()
         assert "box_ap" in metrics and report.is_file()
         return
-    message = f"undefined, because it includes none of the objects in the images .* .{most or 4}.: all have"
+    message = f"undefined, as no object in the images .* .images: {most or 4}. is counted: all have"
     with pytest.raises(ValueError, match=message) as caught:
         evaluated()
     assert "\n" not in str(caught.value) and not report.exists()

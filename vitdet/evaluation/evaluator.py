@@ -375,8 +375,8 @@ def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, Coco
     objects = (target for target in truth.objects if target.image_id in image_ids)
     if not any(item.category_id in truth.categories and rules.counts(item) for item in objects):
         raise ValueError(
-            f"{path}: AP is undefined, because it includes none of the objects in the images to "
-            f"evaluate ({len(image_ids)}): {rules.UNCOUNTED}"
+            f"{path}: AP is undefined, as no object in the images to evaluate (images: "
+            f"{len(image_ids)}) is counted: {rules.UNCOUNTED}"
         )
     return truth, split
 
