@@ -1,8 +1,8 @@
 """Other versions of the operator, quotas and policies of a cluster, on a real API server.
 
-An older Kubeflow Trainer is represented by a definition without its missing fields, in an API group of its own since
-other tests use the current one: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides instead of runtimePatches,
-and no activeDeadlineSeconds.
+To imitate an older Kubeflow Trainer, the tests install a TrainJob definition without the fields that it lacks. It has its
+own API group, since other tests use the current definition: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides
+instead of runtimePatches, and no activeDeadlineSeconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`vitdet data convert`: a data set in the formats of all annotation tools gives equal records."""
+"""`vitdet data convert`: the formats of all annotation tools are converted to the same records."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framewo
 torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
 (ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/
 trainjob_controller.go, of its JobSet 0.12 tests/helpers/fake_jobset.py. Deadlines: pkg/core/job.go
-(PastActiveDeadline), which is evaluated only after an event, as pytorchjob_controller.go gives the
-controller a FakeWorkQueue; the evaluation of all jobs every 10 hours (controller-runtime's
+(PastActiveDeadline), evaluated only after an event, as pytorchjob_controller.go passes a FakeWorkQueue
+to the controller; the evaluation of all jobs every 10 hours (controller-runtime's
 SyncPeriod) is not simulated. Trainer: reconcileDeadline, to the second. Services, webhooks, gang
 scheduling and the workers' init container are omitted.
 """
