@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_run_killed_after_its_last_value_is_sent_and_ended(tmp_path: Path, sto
     assert tracking.open_client(store).get_run(again.run_id).info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("value", [40.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [40.0, float("nan"), float("inf"), -float("inf")])
 def test_a_delayed_value_is_not_sent_twice(
     tmp_path: Path, store: str, monkeypatch: Patch, value: float
 ) -> None:
@@ -121,14 +122,19 @@ def test_a_delayed_value_is_not_sent_twice(
         assert len(points(store, run_id, "box_ap")) == len(points(store, run_id, "mask_ap")) == 1
 
 
-def test_metrics_of_alternating_evaluations_are_not_lost(tmp_path: Path, store: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [(35.0, 36.0), (sys.float_info.max, -sys.float_info.max)]
+)
+def test_metrics_of_alternating_evaluations_are_not_lost(
+    tmp_path: Path, store: str, first: float, second: float
+) -> None:
     tracker = start(tmp_path, store)
     tracker.close()
-    for value in (35.0, 36.0, 36.0, 35.0):
+    for value in (first, second, second, first):
         tracking.log_metrics(tracker.run_id, store, tmp_path, {"ap": value}, 100)
     history = tracking.open_client(store).get_metric_history(tracker.run_id, "ap")
     history.sort(key=lambda point: point.timestamp)
-    assert [point.value for point in history] == [35.0, 36.0, 35.0]
+    assert [point.value for point in history] == [first, second, first]
 
 
 @pytest.mark.parametrize(

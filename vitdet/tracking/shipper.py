@@ -277,4 +277,4 @@ def same_number(ours: float, theirs: float) -> bool:
     """Return whether two values are equal in MLflow, which stores infinity as the largest float."""
     largest = sys.float_info.max
     both_nan = ours != ours and theirs != theirs
-    return ours == theirs or both_nan or abs(ours) >= largest <= abs(theirs)
+    return both_nan or min(max(ours, -largest), largest) == min(max(theirs, -largest), largest)
