@@ -1,13 +1,13 @@
 """Atomic writes, exclusive locks and checksums of files.
 
 Files and folders are written under a temporary name in the same folder and renamed when complete.
-After an error or a kill, the previous version therefore remains, and readers never see a partial
+The previous version therefore remains after an error or a kill, and readers never see a partial
 file. Temporary names identify the writing process; the next writer in the folder removes the
 temporary files of processes that have ended.
 
 The kernel releases a lock when the process that holds it ends, even after SIGKILL. filelock opens
-the file for writing, as NFSv4 requires, and closes it in forked children, so data-loader workers do
-not keep the lock of a killed training run.
+the file for writing, as NFSv4 requires, and closes the file in forked processes, so that workers of
+a data loader do not keep the lock of a killed training run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 if TYPE_CHECKING:
     from PIL import Image
 
-# .NAME.MACHINE-PID-START[.RANDOM].tmp; version 0.1 used .NAME.PID.tmp
+# temporary name: .NAME.MACHINE-PID-START[.RANDOM].tmp; in version 0.1: .NAME.PID.tmp
 TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp")
 # a process on another machine is assumed to have ended this many seconds after its last write
 DEAD_SECONDS = 3600
@@ -51,7 +51,7 @@ FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 UNSUPPORTED |= {errno.EINVAL, errno.EBADF, errno.ENOTTY}
 POLL_SECONDS = 0.2
-_warned: set[str] = set()  # not empty once this process has warned of missing locks
+_warned: set[str] = set()  # not empty after this process has warned about missing locks
 log = logging.getLogger(__name__)
 
 
@@ -80,7 +80,7 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Add the file name to full-disk errors, which do not contain it."""
+    """Add the file name to errors due to a full disk, which lack the name."""
     try:
         yield
     except OSError as error:
@@ -144,7 +144,7 @@ def writer() -> str:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Return whether the process that a temporary name identifies has ended.
+    """Return whether the process that wrote a temporary file or folder has ended.
 
     Processes on other machines or in other containers are not visible; they are assumed to have
     ended an hour after their last write.
@@ -202,7 +202,7 @@ def write_json(
 def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = -1) -> None:
     """Write an image as JPEG. Raises OSError on failure.
 
-    Encodes in memory first, since Pillow truncates the file without an error on a full disk.
+    Encodes in memory first, since on a full disk, Pillow truncates the file without an error.
     """
     content = io.BytesIO()
     image.save(content, "JPEG", quality=quality, subsampling=subsampling)
@@ -227,7 +227,7 @@ def damaged_record(path: Path) -> str | None:
             intact = list(pool.map(lambda record: _is_intact(archive, descriptor, record), records))
     except Exception as error:  # a damaged header can cause any exception
         if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EINVAL):
-            raise  # e.g. too many open files: unrelated to the content
+            raise  # an error unrelated to the content, e.g. too many open files
         raise ValueError(f"not a complete zip archive ({error})") from error
     if not any(intact):
         return None
@@ -240,7 +240,7 @@ def _is_intact(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInf
     Reads the file instead of mapping it, so that an I/O error raises OSError, not SIGBUS.
     """
     try:
-        # also compares the name in the local header with that in the central directory
+        # `open` also compares the names in the local header and the central directory
         with archive.open(record) as content:
             if record.compress_type != zipfile.ZIP_STORED:
                 while content.read(CRC_BLOCK):
@@ -274,9 +274,9 @@ def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iter
 
     If another process holds the lock, logs the message `waiting` and waits, or raises
     BlockingIOError if `waiting` is None. If `remove`, removes the file afterwards. On file systems
-    without locks, the body runs without a lock, after one warning per process.
+    without locks, logs one warning per process and continues without a lock.
     """
-    # the soft fallback would leave a killed process's lock file behind
+    # filelock's soft fallback would leave the lock file of a killed process behind
     lock = FileLock(path, fallback_to_soft=False, poll_interval=POLL_SECONDS)
     try:
         try:
@@ -293,7 +293,7 @@ def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iter
     try:
         yield
     finally:
-        # remove before releasing, so that a waiting process locks a new file
+        # remove the file before releasing the lock, so that a waiting process locks a new file
         if remove:
             path.unlink(missing_ok=True)
         if lock.is_locked:
@@ -314,19 +314,19 @@ def _warn_unsupported(folder: Path, error: OSError) -> None:
 
 
 def parse_yaml(text: str) -> object:
-    """Parse YAML text to plain data. Raises ValueError with a one-line message."""
+    """Parse YAML text. Raises ValueError with a one-line message for invalid YAML."""
     try:
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("invalid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: e.g. an invalid date, !!int abc
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: e.g. an invalid date
         raise ValueError(f"invalid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
-    """Read a YAML file whose scalars stay text, since a class may be named "no".
+    """Read a YAML file without converting scalars, since a class may be named "no".
 
-    Raises FileNotFoundError, and for invalid YAML a ValueError whose message names `expected`.
+    Raises FileNotFoundError, or ValueError for invalid YAML; the message contains `expected`.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
@@ -337,5 +337,5 @@ def read_yaml(path: Path, expected: str = "YAML") -> Any:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error, cut to 120 characters; its type if there is no message."""
+    """Return the first line of an error's message, or the error's type; at most 120 characters."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:120]

@@ -24,15 +24,15 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Predictor:
-    """A detector with its preprocessing and class names: predictor(image, threshold) -> Detections.
+    """A detector with preprocessing and class names; `predictor(image, threshold)` detects objects.
 
     A predictor may be called from several threads.
 
     Args:
-        detector: detector for square canvases of `image_size`; its mode and device are not changed.
+        detector: model for square canvases of `image_size`; its mode and device are not changed.
         class_names: the name of each label.
         image_size: side of the canvas in pixels.
-        antialias: whether to resize with antialiasing, as in training.
+        antialias: whether to resize with antialiasing; must be the same as in training.
         reading: settings for reading image files.
         precision: 'fp32', 'bf16', 'fp16' or 'auto'; see the setting evaluate.precision.
     """
@@ -54,7 +54,7 @@ class Predictor:
 
     @property
     def detector(self) -> nn.Module:
-        """The detector; can be set."""
+        """The detector, which can be replaced by assignment."""
         return self.detect.detector
 
     @detector.setter
@@ -63,7 +63,7 @@ class Predictor:
 
     @property
     def precision(self) -> str:
-        """The precision of the computation; can be set. An unknown precision raises ValueError."""
+        """The precision, which can be assigned. An unknown precision raises ValueError."""
         return self._precision
 
     @precision.setter
@@ -87,10 +87,10 @@ class Predictor:
         """Load a predictor from a checkpoint.
 
         Args:
-            device: the default is a GPU if there is one.
+            device: the default is a GPU if one is available, otherwise the CPU.
             precision: the default is evaluate.precision in the checkpoint's config.
 
-        Raises FileNotFoundError, or ValueError for a file that is not a checkpoint.
+        Raises FileNotFoundError for a missing file, ValueError for a file that is no checkpoint.
         """
         detector, config, class_names = restore_detector(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,11 +113,11 @@ class Predictor:
 
         Args:
             image: path of a file, PIL image, uint8 RGB array (H, W, 3) or uint8 RGB tensor
-                (3, H, W); the EXIF orientation is applied. For a list of these, the result is a
-                list of detections.
+                (3, H, W); the EXIF orientation is applied. For a list of images, the result is a
+                list of `Detections`.
             threshold: minimum score of a detection, 0..1.
 
-        Raises FileNotFoundError, or ValueError for a file that is not an image.
+        Raises FileNotFoundError for a missing file, ValueError for an image that cannot be read.
         """
         if isinstance(image, list):
             return [self(item, threshold) for item in image]
@@ -146,8 +146,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def fastest(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device supports it natively, float16 on older GPUs with tensor cores,
-    else float32.
+    """Return bfloat16 if the device supports bfloat16 natively, float16 on older GPUs with tensor
+    cores, else float32.
     """
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -160,10 +160,10 @@ def fastest(device: torch.device) -> torch.dtype:
 
 
 def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
-    """Return detections in pixels of the original image, clipped and without empty boxes.
+    """Return detections in pixels of the original image; clip boxes and remove empty boxes.
 
-    As in Detectron2's `detector_postprocess`, each axis has its own factor, because the sides of a
-    resized image are rounded independently.
+    As in Detectron2's `detector_postprocess`, x and y have separate scale factors, because the
+    sides of a resized image are rounded independently.
 
     Args:
         found: detections in pixels of the canvas.

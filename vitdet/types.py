@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Record:
-    """Dataclass whose fields may be tensors, records and lists of records."""
+    """Base class of dataclasses whose fields may be tensors, records and lists of records."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return a copy with all tensors on a device."""
+        """Return a copy with all tensors moved to `device`."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -41,18 +41,18 @@ class Polygons(Record):
     """Outlines of G objects as directed edges.
 
     Attributes:
-        edges: (E, 4) float x0, y0, x1, y1 in canvas pixels; not copied by indexing.
+        edges: (E, 4) float x0, y0, x1, y1 in canvas pixels; indexing does not copy the edges.
         spans: (G, 2) int64; object i consists of edges[spans[i, 0] : spans[i, 1]].
 
     A point is inside an object if the winding number of the object's edges around the point is not
-    zero. All parts of an object have the same orientation, so that the interior is their union.
+    zero. All parts of an object have the same orientation; the interior is the union of the parts.
     """
 
     edges: Tensor
     spans: Tensor
 
     def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
-        """Without spans, edges must be (G, E, 4), E per object; all-zero edges are padding."""
+        """If `spans` is None, `edges` must be (G, E, 4); all-zero edges are padding."""
         if spans is None:
             length = edges.shape[1]
             first = torch.arange(len(edges), device=edges.device) * length
@@ -62,13 +62,13 @@ class Polygons(Record):
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
-        """Build outlines from edges (E, 4) in object order and edge counts (G,) int64."""
+        """Build outlines from edges (E, 4) in object order and edges per object (G,) int64."""
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 
     @classmethod
     def batch(cls, images: Sequence[Polygons], slots: int) -> Polygons:
-        """Concatenate outlines, padding each image with empty objects to `slots` objects."""
+        """Concatenate the outlines of images, each padded with empty objects to `slots` objects."""
         starts, spans = 0, []
         for image in images:
             spans.append(F.pad(image.spans + starts, (0, 0, 0, slots - len(image))))
@@ -87,7 +87,7 @@ class Target(Record):
     """Ground truth of one image.
 
     boxes (G, 4) are xyxy in canvas pixels, labels (G,) are int64, and masks are G outlines.
-    has_mask (G,) bool marks the objects whose outline is annotated and used; None marks all.
+    has_mask (G,) bool marks the objects whose outline is annotated and used; None: all.
     """
 
     boxes: Tensor
@@ -108,7 +108,7 @@ class Targets(Record):
     """Ground truth of B images, padded to G objects per image.
 
     boxes are (B, G, 4), labels (B, G), present and has_mask (B, G) bool; masks are B * G outlines
-    in image order. Padding has present = False, a zero box (IoU 0 with any box) and no outline.
+    in image order. Padding has present=False, a zero box (IoU 0 with any box), no outline.
     """
 
     boxes: Tensor
@@ -119,7 +119,7 @@ class Targets(Record):
 
     @classmethod
     def of(cls, targets: Sequence[Target], slots: int = 1) -> Targets:
-        """Pad a batch's targets to the largest number of objects, but at least to `slots`."""
+        """Pad targets to the largest number of objects per image, but at least to `slots`."""
         slots = max(slots, *(len(target) for target in targets))
 
         def stacked(images: Sequence[Tensor]) -> Tensor:
@@ -139,13 +139,13 @@ class Targets(Record):
         return len(self.boxes)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors, in the order of the arguments of `from_tensors`."""
+        """Return all tensors in the order that `from_tensors` expects."""
         masks = (self.masks.edges, self.masks.spans)
         return (self.boxes, self.labels, self.present, self.has_mask, *masks)
 
     @classmethod
     def from_tensors(cls, *tensors: Tensor) -> Targets:
-        """Rebuild the targets from the return values of `tensors`."""
+        """Rebuild the targets from the tensors that the method `tensors` returned."""
         boxes, labels, present, has_mask, edges, spans = tensors
         return cls(boxes, labels, present, has_mask, Polygons(edges, spans))
 
@@ -156,7 +156,7 @@ class Detections(Record):
 
     boxes (N, 4) are xyxy in pixels, scores (N,) in 0..1, and labels (N,) int64 indices into
     class_names. masks (N, 28, 28) contain probabilities on a grid over each box (see
-    `vitdet.data.masks.paste`); None without a mask head."""
+    `vitdet.data.masks.paste`), or are None if the model has no mask head."""
 
     boxes: Tensor
     scores: Tensor
@@ -178,7 +178,7 @@ class Detections(Record):
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def draw(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
-        """Return `image` (any input of `Predictor`) with boxes, masks, names and scores drawn."""
+        """Draw masks, boxes, names and scores on a copy of `image` (any input of `Predictor`)."""
         from vitdet.visualize import draw
 
         return draw(image, self)
@@ -191,9 +191,9 @@ class Batch(Record):
     Attributes:
         images: (B, 3, S, S) uint8, padded to a square canvas.
         targets: ground truth of each image; an empty list for validation data.
-        sizes: (B, 2) int64 (height, width) without padding.
+        sizes: (B, 2) int64 (height, width) of each resized image, without padding.
         image_ids: IDs in the annotation file.
-        originals: (B, 2) int64 (height, width) before resizing.
+        originals: (B, 2) int64 (height, width) of each image before resizing.
     """
 
     images: Tensor

@@ -14,7 +14,7 @@ from vitdet.data.images import ImageInput, read_image
 from vitdet.data.masks import paste
 from vitdet.types import Detections
 
-LEGIBLE = 768  # approximate longest side in pixels to which small images are enlarged for captions
+LEGIBLE = 768  # small images are enlarged to about this longest side, so that captions fit
 # shadow color of lines, for contrast on a similar background; opacities of masks and shadows
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
 GOLDEN = 0.618034  # hue step (golden ratio), which gives consecutive labels distant colors
@@ -32,10 +32,10 @@ def class_color(label: int) -> Color:
 
 
 def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Image.Image:
-    """Return the image with the masks, boxes, names and scores of its detections.
+    """Draw the masks, boxes, names and scores of detections on a copy of their image.
 
-    Boxes are in pixels of the input image. `scale` is the enlargement factor; the default is that
-    of `legible_scale`.
+    Boxes are in pixels of the input image. `scale` is the enlargement factor; by default, it is the
+    result of `legible_scale`.
     """
     picture = read_image(image)
     scale = legible_scale(picture.size) if scale is None else scale
@@ -83,8 +83,8 @@ def paint(
     """Enlarge an image by `scale` and draw N objects on it, small objects on top.
 
     boxes (N, 4) are xyxy in pixels of the original image; labels determine the colors. bitmap(i)
-    returns the mask (H, W) bool of object i in the enlarged image, or None, and is called for one
-    object at a time, since all bitmaps of a large image may not fit in memory.
+    returns the mask (H, W) bool of object i in the enlarged image, or None for an object without a
+    mask. Bitmaps are computed one by one, since together, they may exceed the memory.
     """
     size = scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)

@@ -185,7 +185,7 @@ def test_the_suggested_command_lists_a_damaged_image(vitdet: Run, tmp_path: Path
     (tmp_path / "odd" / "odd.jpg").write_bytes(b"no image")
     with pytest.raises(ImageError) as caught:
         read_image(tmp_path / "odd" / "odd.jpg")
-    (command,) = re.findall(r"`vitdet ([^`]+)` lists all such files", str(caught.value))
+    (command,) = re.findall(r"`vitdet ([^`]+)` lists all problems", str(caught.value))
     code, output, _ = vitdet(*shlex.split(command.replace("ROOT", str(tmp_path))))
     assert code == 1 and "truncated or invalid image file" in output
 

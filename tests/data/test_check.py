@@ -92,7 +92,7 @@ FAULTS = [  # test_odd_annotations.py covers all kinds
     (outline(1, {"counts": [1]}), "RLE without size [height, width]", "None"),
     (delete("annotations", 0, "image_id"), "annotation without 'image_id'", "annotation 1"),
     (delete("categories", 0, "id"), "category without 'id'", "category entry 0"),
-    (lambda tree: tree["images"].append("x"), "image that is not an object", "'x'"),
+    (lambda tree: tree["images"].append("x"), "image that is not a JSON object", "'x'"),
     (lambda tree: tree.pop("images"), "no 'images' in the file", "annotations"),
     (lambda tree: tree.update(categories={}), "'categories' is not a list", "{}"),
 ]

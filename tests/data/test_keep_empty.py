@@ -64,7 +64,7 @@ def test_images_without_objects_are_omitted_or_background(
     loader = train_loader(data, len(every), 0, 0, 1)
     path = Path(data.root) / "annotations" / "instances_train.json"
     done = "used as background" if keep else "ignored"
-    assert f"{path}: images without objects, {done}: 2" in caplog.messages
+    assert f"{path}: images without objects ({done}): 2" in caplog.messages
     batch = next(iter(loader))
     if keep:
         assert sorted(batch.image_ids) == every

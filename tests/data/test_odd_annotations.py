@@ -32,9 +32,9 @@ from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import read_truth
 
 SIZE = [HEIGHT, WIDTH]
-ELSEWHERE = "box that does not fit its outline (used for box and class only)"
-DIFFERS = "box that differs from the one around its outline (training uses the box)"
-NO_PIXELS = "outline without pixels in its image (used for box and class only)"
+ELSEWHERE = "object whose box does not fit its outline (used for box and class only)"
+DIFFERS = "bbox that differs from the box around its outline (training uses bbox)"
+NO_PIXELS = "object whose outline has no pixels in its image (used for box and class only)"
 NO_OUTLINE = "object without an outline (used for box and class only)"
 PARTS = "outline with parts of fewer than 3 points or an odd length (ignored)"
 LINE = "name that is not one line of text"
@@ -148,7 +148,7 @@ ERRORS = [
         for key in keys
     ),
     (document() | {"annotations": None}, "'annotations' is not a list"),
-    (document() | {"annotations": [None]}, "annotation that is not an object"),
+    (document() | {"annotations": [None]}, "annotation that is not a JSON object"),
     (document() | {"annotations": []}, "no objects"),
 ]
 

@@ -20,12 +20,12 @@ import msgspec
 
 from vitdet.data.segmentation import Box, show, whole_number
 
-GZIP = b"\x1f\x8b"  # magic number
+GZIP = b"\x1f\x8b"  # magic number of gzip
 UNKNOWN = -(2**63)  # replaces an id that is not a whole number
 
 
 class Annotation(msgspec.Struct, gc=False):
-    """Annotation as in the file; `bbox` is (left, top, width, height) in pixels."""
+    """Annotation with the values in the file; `bbox` is (left, top, width, height) in pixels."""
 
     id: int
     image_id: int
@@ -67,7 +67,7 @@ class Entries:
 
 
 def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
-    """Yield each entry of a table as `Annotation`, or as decoded if its values have other types.
+    """Yield each entry of a table as `Annotation`, or as plain JSON if its values have other types.
 
     rows: indices of the entries (default: all); requires a table that is a list or `Entries`.
     """
@@ -104,7 +104,7 @@ def read_entries(path: Path, mapped: bool = True) -> object:
         raise ValueError("the file is compressed with gzip; decompress it")
     try:
         found = msgspec.json.decode(content, type=_Layout)
-    except (ValueError, RecursionError):  # another layout, NaN, or an error for `parse` to report
+    except (ValueError, RecursionError):  # another layout, a NaN, or an error that `parse` reports
         return parse(bytes(content))
     return {table: Entries(getattr(found, table)) for table in _Layout.__struct_fields__}
 

@@ -1,8 +1,8 @@
 """Validation of annotation files for `vitdet data check`, training, evaluation and the report.
 
-All of these reject a file with errors, since the results would be wrong. Objects with a warning
-are skipped and counted, or accepted, as in pycocotools, Detectron2 and mmdet. A file may contain
-values of any type; values that pass the validation cannot crash pycocotools.
+A file with errors is rejected, since the results would be wrong. An object with a warning is either
+skipped and counted, or accepted, as in pycocotools, Detectron2 and mmdet. A file may contain values
+of any type; values that pass the validation cannot crash pycocotools.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vitdet.data.segmentation import (
 
 OUTSIDE = 1.0  # tolerance in pixels for boxes that extend beyond their image due to rounding
 BLOCK = 1024  # annotations per block of the vectorized check
-MOST = 0.5  # minimum fraction of objects at which a problem in `suspects` is an error
+MOST = 0.5  # a problem in `suspects` is an error if at least this fraction of objects has it
 # Reasons for dropping an object from training
 CROWD, EMPTY, OUTSIDER = "marked as crowd", "of zero size", "outside the image"
 NO_IMAGE, NO_CATEGORY = "without a known image", "without a known category"
@@ -53,7 +53,7 @@ class Validated(NamedTuple):
     Attributes:
         segmentation: usable polygons or RLE, or None.
         dropped: reason for dropping the object from training, or "".
-        unmasked: reason for training on its box and class only, or "".
+        unmasked: reason for using only the box and class of the object, or "".
         own_box: whether to train on `bbox` instead of the box around the outline.
     """
 
@@ -72,7 +72,7 @@ def explain_dropped(dropped: Mapping[str, int]) -> str:
 
 @dataclass
 class AnnotationValidator(HeaderValidator):
-    """Validates one annotation file: call `read_header`, then exhaust `annotations`.
+    """Validates one annotation file: call `read_header`, then iterate over `annotations`.
 
     Attributes:
         instances: number of objects that training uses, by category id.
@@ -89,9 +89,9 @@ class AnnotationValidator(HeaderValidator):
     count: int = field(default=0, init=False)
 
     def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
-        """Check each annotation, then the whole file; yield the annotations that are not rejected.
+        """Validate each annotation, then the whole file; yield the annotations without errors.
 
-        flawless: whether to also yield those that `find_flawless` finds, usually the majority.
+        flawless: whether to also yield the annotations that `find_flawless` returns, usually most.
         """
         seen: set[int] = set()
         images = image_table(self.sizes)
@@ -197,7 +197,7 @@ class AnnotationValidator(HeaderValidator):
         return bool(crowd)
 
     def _box(self, annotation: Annotation, size: tuple[int, int] | None, crowd: bool) -> str | None:
-        """Check box and area; return why to drop the object, "" to keep it, None for a bad box."""
+        """Validate box and area; return `Validated.dropped`, or None if the box is invalid."""
         area, bbox = annotation.area, annotation.bbox
         if area is None:
             self._warn(WITHOUT_AREA, annotation)
@@ -245,7 +245,7 @@ class AnnotationValidator(HeaderValidator):
     def _compare(
         self, annotation: Annotation, outline: Outline, size: tuple[int, int]
     ) -> tuple[str, bool]:
-        """Return `Validated.unmasked` and `Validated.own_box`."""
+        """Compare box and outline; return `Validated.unmasked` and `Validated.own_box`."""
         if outline.left_out:
             text = f"{outline.left_out} of {len(annotation.segmentation or ())}"
             kind = "outline with parts of fewer than 3 points or an odd length (ignored)"
@@ -257,13 +257,13 @@ class AnnotationValidator(HeaderValidator):
         if found == "fits":
             return "", False
         if found == "empty" or outline.box is None:
-            kind = "outline without pixels in its image (used for box and class only)"
+            kind = "object whose outline has no pixels in its image (used for box and class only)"
             self._warn(kind, annotation, show(outline.box))
             return NO_PIXELS, True
         x0, y0, x1, y1 = (round(value, 2) for value in outline.box)
         text = f"{show(annotation.bbox)}, outline in {show([x0, y0, x1 - x0, y1 - y0])}"
         if found == "differs":
-            kind = "box that differs from the one around its outline (training uses the box)"
+            kind = "bbox that differs from the box around its outline (training uses bbox)"
             self._warn(kind, annotation, text)
             return "", True
         x, y, width, height = annotation.bbox
@@ -272,7 +272,7 @@ class AnnotationValidator(HeaderValidator):
             annotation.bbox, outline.box
         ):
             self.suspects[CORNERS] += 1
-        kind = "box that does not fit its outline (used for box and class only)"
+        kind = "object whose box does not fit its outline (used for box and class only)"
         self._suspect(kind, annotation, text)
         return OTHER_PLACE, True
 

@@ -1,8 +1,8 @@
-"""`vitdet data check`, which finds all problems of a data set in COCO's or LVIS's format.
+"""`vitdet data check`, which reports all problems of a data set in COCO's or LVIS's format.
 
-Errors stop training or evaluation, or make the metrics meaningless. Warnings do not; the affected
-entries are dropped or accepted. `AnnotationValidator` validates annotation files for all readers;
-this module also checks the image files and overlaps between splits.
+Errors stop training or evaluation, or make the metrics meaningless. After a warning, the affected
+entry is dropped or accepted. `AnnotationValidator` validates the annotation files, as in training;
+this module also checks the image files and whether the splits overlap.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from vitdet.data.images import DEFAULT, Examined, Reading, check_file, examine, 
 from vitdet.data.segmentation import show
 
 DEPTHS = (8, 10, 12, 14)  # common bit depths of values in 16-bit files
-EXAMPLES = 3  # maximum number of locations listed per kind of problem
+EXAMPLES = 3  # maximum number of locations that are listed for each kind of problem
 
 
 @dataclass
 class Finding:
-    """Kind of problem, with the number of occurrences and the locations of the first few."""
+    """A kind of problem, its number of occurrences and the locations of the first occurrences."""
 
     kind: str
     count: int = 0
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """Result of a check; `splits` maps names to numbers of images, annotations and categories."""
+    """Result of a check; `splits` maps a name to numbers of images, annotations and categories."""
 
     folder: Path
     splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -46,11 +46,11 @@ class Report:
     warnings: list[Finding] = field(default_factory=list)
 
     def error(self, kind: str, example: str) -> None:
-        """Add an error."""
+        """Count an error of this kind; keep the first examples."""
         _count(self.errors, kind, example)
 
     def warning(self, kind: str, example: str) -> None:
-        """Add a warning."""
+        """Count a warning of this kind; keep the first examples."""
         _count(self.warnings, kind, example)
 
     @property
@@ -151,7 +151,7 @@ class _Outcome(NamedTuple):
 
 
 class _Split:
-    """Check of one split; `digests` maps image ids to the checksums of the files that were read."""
+    """Checks one split; `digests` maps image ids to the checksums of the files that were read."""
 
     def __init__(
         self, report: Report, name: str, files: SplitFiles, lvis: bool, reading: Reading
@@ -165,7 +165,7 @@ class _Split:
         self.digests: dict[int, str] = {}
 
     def check(self) -> None:
-        """Check everything except the image files."""
+        """Check the annotation file and count its entries."""
         try:
             content = read_entries(self.path)
         except FileNotFoundError:
@@ -182,7 +182,7 @@ class _Split:
                 dropped = Counter(validated.dropped for validated in found)
                 counts = len(tables["images"]), len(tables["annotations"])
                 self.report.splits[self.name] = *counts, len(self.validator.categories)
-                # other errors already explain missing objects
+                # an earlier error explains why there are no objects
                 if not self.validator.instances and kinds == len(self.report.errors):
                     # a test split may have no annotations
                     add = self._warning if "test" in self.name else self._error
@@ -196,7 +196,7 @@ class _Split:
     def read_images(self) -> None:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            maxima = dict[bool, dict[int, int]]()  # has 16-bit colors -> image id -> largest value
+            maxima = dict[bool, dict[int, int]]()  # whether in color -> image id -> largest value
             for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
                 if outcome.kind:
                     self._image_error(outcome.kind, image_id, outcome.text)
@@ -208,7 +208,7 @@ class _Split:
             self._check_bit_depth(colors, highest)
 
     def _check_bit_depth(self, colors: bool, highest: dict[int, int]) -> None:
-        """Warn about 16-bit files with values of fewer bits, which would appear nearly black."""
+        """Warn about 16-bit images whose values have fewer bits and would appear nearly black."""
         bits = max(highest.values()).bit_length()
         depth = next((depth for depth in DEPTHS if bits <= depth), 16)
         if self.reading.bit_depth or depth == 16:
@@ -238,7 +238,7 @@ class _Split:
             content = path.read_bytes()
         except FileNotFoundError:
             return _Outcome("missing image file", _backslash_hint(name))
-        except (OSError, ValueError) as error:  # ValueError: empty file, folder, invalid name
+        except (OSError, ValueError) as error:  # ValueError: e.g. empty file, folder
             return _Outcome("image file that cannot be read", f": {error}")
         digest = hashlib.sha256(content).hexdigest()
         try:
@@ -255,7 +255,7 @@ class _Split:
 
 
 def _compare(report: Report, first: _Split, second: _Split) -> None:
-    """Report differing categories, and images that are in both splits.
+    """Report categories that differ between two splits, and images that are in both splits.
 
     Images are compared by content if they were read, otherwise by id and name."""
     ours, theirs = first.validator, second.validator
@@ -279,7 +279,7 @@ def _compare(report: Report, first: _Split, second: _Split) -> None:
     ]
     for kind, value, key, other in same_id + same_name:
         digests = first.digests.get(key), second.digests.get(other)
-        if None in digests:  # not read, so possibly the same image
+        if None in digests:  # an image was not read; the images may be the same
             report.error(kind, f"{pair}: {value}")
-        elif digests[0] != digests[1]:  # different images, which training accepts
+        elif digests[0] != digests[1]:  # training accepts different images with the same id or name
             report.warning(kind, f"{pair}: {value}")

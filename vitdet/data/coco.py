@@ -1,4 +1,4 @@
-"""Reading of COCO and LVIS annotation files into records of images and their training objects.
+"""Read COCO and LVIS annotation files as records of images and their training objects.
 
 The formats are described in Lin et al. 2014, https://cocodataset.org/#format-data, and Gupta et al.
 2019, https://www.lvisdataset.org/dataset. LVIS locates COCO's images by coco_url. Objects that
@@ -26,7 +26,7 @@ from vitdet.data.records import Objects, Records
 class ImageError(ValueError):
     """Error for an unusable image file.
 
-    Only the last line is used as the message, since DataLoader prepends the worker's traceback.
+    Only the last line of `message` is kept, since DataLoader prepends the worker's traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -43,7 +43,7 @@ class CocoSplit:
         records: images with their objects, in order of image id.
         image_counts: number of images with each label, as stated by the file (LVIS) or counted.
         dropped: number of objects that are not used, by reason.
-        unmasked: number of objects that are trained on box and class only, by reason.
+        unmasked: number of objects used for box and class only, by reason.
         outlines: number of objects with a usable outline.
     """
 
@@ -59,10 +59,10 @@ class CocoSplit:
 def read_coco(
     annotations: Path | str, images: Path | str, by_url: bool = False, tree: dict | None = None
 ) -> CocoSplit:
-    """Read an annotation file. No image is opened.
+    """Read an annotation file without opening its images.
 
     Args:
-        by_url: whether the format is LVIS's, in which coco_url, if set, ends with the image's path.
+        by_url: whether the file has LVIS's format, in which coco_url ends with the image's path.
         tree: content of the file, if it was already read.
 
     Raises:
@@ -76,7 +76,7 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Raise the ValueError of `read_coco`, if any; file names of images are not checked."""
+    """Raise the ValueError of `read_coco` for an invalid `tree`; ignores the images' file names."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]
@@ -86,7 +86,7 @@ def validate_tree(path: Path, tree: object, lvis: bool) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Add the file name and the remedy to errors."""
+    """Add the path of the annotation file and a remedy to a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -96,7 +96,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the number of images per category: `stated` if all are valid, else from `records`."""
+    """Return the images per category: `stated` if all values are valid, else those in `records`."""
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)
@@ -107,7 +107,7 @@ def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
 def read_image(
     path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT
 ) -> Image.Image:
-    """Read a file as an upright RGB image of (height, width) `size` (None: any size).
+    """Read a file as an upright RGB image; `size` is the expected (height, width), None for any.
 
     Raises ImageError if the file is missing, truncated, not an image or of a different size.
     """
@@ -115,21 +115,21 @@ def read_image(
         image = open_image(path, reading)
     except (FileNotFoundError, ValueError) as error:
         raise ImageError(
-            f"{error}; `vitdet data check ROOT --images` lists all such files"
+            f"{error}; `vitdet data check ROOT --images` lists all problems"
         ) from error
     if size is not None and (image.height, image.width) != size:
         raise ImageError(
-            f"{path}: {image.width} x {image.height} pixels, annotated {size[1]} x {size[0]}"
-            f"{exchanged((image.height, image.width), size)}; `vitdet data check ROOT --images` "
-            "lists all such files"
+            f"{path}: {image.width} x {image.height} pixels, annotated {size[1]} x {size[0]} "
+            f"(width x height){exchanged((image.height, image.width), size)}; "
+            "`vitdet data check ROOT --images` lists all problems"
         )
     return image
 
 
 def read_tree(path: Path) -> Any:
-    """Read an annotation file into memory, with its tables as `Entries`.
+    """Read an annotation file into memory; its tables are returned as `Entries`.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError for a missing file and ValueError for invalid JSON.
     """
     return _read(path, mapped=False)
 
@@ -140,7 +140,7 @@ def _read(path: Path, mapped: bool = True) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json "
-            "(data.dataset=lvis: lvis_v1_SPLIT.json); check data.root and data.*_split"
+            "(lvis_v1_SPLIT.json if data.dataset=lvis); check data.root and the names of the splits"
         ) from None
     except ValueError as error:
         raise ValueError(
@@ -166,10 +166,10 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
             validated.segmentation,
             validated.own_box,
         )
-    sizes = sorted(validator.sizes.items())  # a size of None would have raised an error
+    sizes = sorted(validator.sizes.items())  # an invalid size has raised an error
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]
     names = [existing_name(images, validator.names[image_id]) for image_id in image_ids]
-    category_ids = sorted(validator.categories)  # the loop above may remove the root category
+    category_ids = sorted(validator.categories)  # the loop above removes an unused root category
     records = Records.of(images, names, heads, objects, category_ids)
     outlines = unmasked.pop("", 0)
     return CocoSplit(

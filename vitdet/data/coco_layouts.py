@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-ONLY = "default"  # CVAT's name for the split of an export without splits
+ONLY = "default"  # name of the split if an export has no splits, as in CVAT
 SNIFFED = 1 << 14  # bytes read from the start of a JSON file
 TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
 
@@ -30,7 +30,7 @@ class SplitFiles(NamedTuple):
 
 
 def coco_files(root: Path, split: str) -> SplitFiles:
-    """Return the files of a split in COCO's own layout."""
+    """Return the files of a split in COCO's layout."""
     return SplitFiles(root / "annotations" / f"instances_{split}.json", root / split)
 
 
@@ -99,7 +99,7 @@ def image_name(head: dict, lvis: bool) -> str:
 def existing_name(folder: Path | str, name: str) -> str:
     """Return the name under which an image exists in `folder`, or `name` if it does not exist.
 
-    A name with backslashes (from Windows) may exist with forward slashes or without its folder.
+    If the name has backslashes (from Windows), also tries forward slashes and the bare file name.
     """
     slashed = name.replace("\\", "/")
     for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():

@@ -31,7 +31,7 @@ from vitdet.types import Batch, Polygons, Target
 
 log = logging.getLogger(__name__)
 
-CACHE = 1 << 28  # bytes; decoded training images are cached if all of them fit
+CACHE = 1 << 28  # bytes; training images are cached if all decoded images fit
 REDRAWS = 100  # maximum number of attempts to draw a crop with an object (data.redraw_empty)
 # a sample without its pixels: target, size on the canvas, image id, original size
 Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
@@ -50,7 +50,7 @@ def read_split(
             `vitdet data coco|lvis`; only rank 0 needs to check.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_coco`; missing or modified files; no usable object.
+        FileNotFoundError, ValueError: for missing, invalid or modified files, or no usable object.
     """
     root, (annotations, images) = Path(data.root), split_files(data, split)
     for path in (annotations, images):
@@ -83,7 +83,7 @@ class TrainData(Dataset):
     """Maps positions of the infinite training stream to batches of augmented samples.
 
     Excludes images without a usable object, or uses them as background (data.keep_empty). With
-    data.redraw_empty, replaces a crop that misses all objects with a random image's crop (mmdet).
+    data.redraw_empty, replaces a crop without objects with a crop of a random image (as in mmdet).
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
@@ -108,7 +108,7 @@ class TrainData(Dataset):
         return self.__getitems__([position])
 
     def draw(self, position: int, canvas: np.ndarray) -> Sample:
-        """Return the sample at a position; write the image to a black `canvas` (3, S, S) uint8."""
+        """Return the sample at a position; write its pixels to a black `canvas` (3, S, S) uint8."""
         index = self.sampler[position]
         rng = np.random.default_rng((self.seed, position))
         for _ in range(REDRAWS):
@@ -181,7 +181,7 @@ class ValData(Dataset):
         return self.__getitems__([index])
 
     def draw(self, index: int, canvas: np.ndarray) -> Sample:
-        """Return the sample of an image; write the image to a black `canvas` (3, S, S) uint8."""
+        """Return the sample of an image; write its pixels to a black `canvas` (3, S, S) uint8."""
         record = self.records[index]
         source = (record.height, record.width)
         image = read_image(record.path, source, self.reading)
@@ -192,14 +192,14 @@ class ValData(Dataset):
 def make_batch(
     draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int], size: int
 ) -> Batch:
-    """Collate the samples at `indices`, whose images `draw` writes directly into the batch.
+    """Collate the samples at `indices`; `draw` writes the images directly into the batch.
 
-    Without ground truth, the batch's targets are an empty list.
+    If the samples have no ground truth, the targets of the batch are an empty list.
     """
     shape = (len(indices), 3, size, size)
     if get_worker_info() is None:
         images = torch.zeros(shape, dtype=torch.uint8)
-    else:  # zero-initialized shared memory, which saves a copy, as in `default_collate`
+    else:  # shared memory (zero-initialized) saves a copy, as in `default_collate`
         shared = torch.UntypedStorage._new_shared(math.prod(shape))
         images = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
     samples = [draw(index, canvas) for index, canvas in zip(indices, images.numpy(), strict=True)]
@@ -214,6 +214,6 @@ def make_batch(
 
 
 def with_objects(split: CocoSplit, most: int | None = None) -> CocoSplit:
-    """Return the split with only the first `most` images that have objects (None: all of these)."""
+    """Limit a split to images with objects; `most` is the maximum number of images (None: all)."""
     nonempty = np.flatnonzero(split.records.counts())[:most]
     return replace(split, records=split.records.select(nonempty))

@@ -1,10 +1,10 @@
 """ROOT/manifest.json, the record of the files that `vitdet data coco|lvis` downloaded to ROOT.
 
 The record lists every archive (URL, size, sha256), every annotation file (size, sha256) and every
-image folder (count, size, sha256 of the sorted lines "NAME SIZE", and of "NAME SIZE CRC32" lines).
-`vitdet.datasets.fetch` writes the record; training, evaluation and `vitdet data check` compare the
-files with it. Since the record of a download is the same on every machine, version control of the
-record and the annotations identifies the data without storing 118,000 images.
+image folder (count, size, sha256 of the sorted lines "NAME SIZE", sha256 of the sorted lines "NAME
+SIZE CRC32"). `vitdet.datasets.fetch` writes the record; training, evaluation and `vitdet data
+check` compare the files with the record. The record of a download is the same on every machine, so
+that version control of the record and the annotation files is enough to identify the data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class File:
-    """Downloaded file; `path` is relative to the root folder."""
+    """Downloaded annotation file; `path` is relative to the folder of the data set."""
 
     path: str
     size: int
@@ -47,7 +47,7 @@ class File:
 
 @dataclass(frozen=True)
 class Images:
-    """Image folder; `names` is a digest of names and sizes; `content` also covers checksums."""
+    """Image folder; `names` is a digest of file names and sizes, `content` also of CRC-32s."""
 
     path: str
     count: int
@@ -65,7 +65,7 @@ class DownloadRecord:
     folders: tuple[Images, ...] = ()
 
     def with_(self, other: DownloadRecord) -> DownloadRecord:
-        """Return both records merged; entries of `other` replace those of equal name or path."""
+        """Merge two records; an entry of `other` replaces the entry with the same name or path."""
         return DownloadRecord(
             *(
                 tuple(sorted({_key(entry): entry for entry in (*ours, *theirs)}.values(), key=_key))
@@ -74,7 +74,7 @@ class DownloadRecord:
         )
 
     def only(self, archives: Collection[str], paths: Collection[str]) -> DownloadRecord:
-        """Return the entries for these archives and paths."""
+        """Return a record that is limited to the archives, files and folders listed here."""
         return DownloadRecord(
             tuple(archive for archive in self.archives if archive.name in archives),
             tuple(file for file in self.files if file.path in paths),
@@ -83,12 +83,12 @@ class DownloadRecord:
 
 
 def exists(root: Path) -> bool:
-    """Return whether the folder has a record."""
+    """Return whether a folder contains a download record."""
     return (root / NAME).is_file()
 
 
 def read(root: Path) -> DownloadRecord:
-    """Return the record of a folder, empty if missing. Raises ValueError for an invalid record."""
+    """Read a folder's record; empty if there is none. Raises ValueError for an invalid record."""
     try:
         stored = json.loads((root / NAME).read_text())
         return DownloadRecord(
@@ -106,17 +106,17 @@ def read(root: Path) -> DownloadRecord:
 
 
 def write(root: Path, record: DownloadRecord) -> None:
-    """Write the record atomically, once all files listed in it are synced to disk."""
+    """Write a record atomically, after the files listed in the record are synced to disk."""
     with atomic_write(root / NAME) as temporary:
         temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
         os.sync()
 
 
 def verify(root: Path, contents: bool = False) -> str:
-    """Compare a folder's recorded files with its record; return the record's sha256.
+    """Compare downloaded files with the record in their folder; return the record's sha256.
 
-    If `contents`, also reads every image. Raises FileNotFoundError or ValueError with a one-line
-    message for the first difference.
+    If `contents`, also compares the checksum of every image. Raises FileNotFoundError or ValueError
+    with a one-line message for the first difference.
     """
     if not exists(root):
         raise FileNotFoundError(
@@ -137,8 +137,8 @@ def compare(
 ) -> None:
     """Compare file names and sizes with a record and, if `contents`, also image checksums.
 
-    `used` are the paths, relative to root, of the images in use. Ignores files that were added to
-    an image folder. Raises the errors of `verify`.
+    An image folder may also contain other files than the downloaded images. `used` are the paths of
+    the images in use, relative to root. Raises the errors of `verify`.
     """
     for file in record.files:
         path = root / file.path
@@ -168,7 +168,7 @@ def compare(
 def _downloaded(
     found: dict[str, int], images: Images, used: Collection[str]
 ) -> dict[str, int] | None:
-    """Return the size of each downloaded file in a folder, or None if names or sizes differ."""
+    """Return the downloaded files with their sizes, or None if they differ from the record."""
 
     def is_complete(part: dict[str, int]) -> bool:
         lines = (f"{name} {size}" for name, size in part.items())
@@ -188,7 +188,7 @@ def _downloaded(
 
 
 def check_split(root: Path, annotations: Path) -> None:
-    """Compare the size of a split's annotation file with the record, if there is one.
+    """Compare the size of a split's annotation file with the download record, if there is one.
 
     Raises the errors of `compare` with a remedy. Ignores a manifest.json of another program.
     """
@@ -196,9 +196,9 @@ def check_split(root: Path, annotations: Path) -> None:
 
 
 def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
-    """Compare the image folders of a split with the record, if there is one.
+    """Compare the image folders of a split with the download record, if there is one.
 
-    `names` are the names of the split's images, relative to the folder `images`. Raises the errors
+    `names` are the paths of the split's images, relative to the folder `images`. Raises the errors
     of `check_split`.
     """
     if exists(root):
@@ -213,13 +213,13 @@ def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
         compare(root, read_if_ours(root).only((), paths), used)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(
-            f"{error}. `vitdet data coco|lvis {root}` restores missing files; if the change is "
-            f"intended, remove {root / NAME}"
+            f"{error}. To restore files, remove the changed ones and run "
+            f"`vitdet data coco|lvis {root}`; if the change is intended, remove {root / NAME}"
         ) from error
 
 
 def read_if_ours(root: Path) -> DownloadRecord:
-    """Return the record of a folder, empty if missing or from another program."""
+    """Read a folder's record; empty if there is none or the file is from another program."""
     try:
         return read(root)
     except ValueError:
@@ -227,7 +227,7 @@ def read_if_ours(root: Path) -> DownloadRecord:
 
 
 def digest(lines: Iterable[str]) -> str:
-    """Return the SHA-256 of the sorted lines in hexadecimal."""
+    """Return the SHA-256 digest of the sorted lines in hexadecimal."""
     return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest()
 
 

@@ -1,8 +1,8 @@
 """Fingerprints, which identify the data in a split.
 
 A fingerprint covers the bytes of the annotation file, and the names and file sizes of the images
-listed there. The fingerprint changes if an image is added, an annotation is edited or an image
-file's size changes. It does not depend on the data set's location or on other files in the folders.
+in this file. The fingerprint changes if an image is added, an annotation is edited or the size of
+an image file changes, but does not depend on the data set's location or on unlisted files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def fingerprints(data: DataConfig) -> dict[str, str]:
 
 
 def combined(prints: Mapping[str, str]) -> str:
-    """Return the fingerprints of both splits as one string."""
+    """Return the fingerprints of both splits as one string, joined by a hyphen."""
     return f"{prints['train']}-{prints['val']}"
 
 
@@ -142,7 +142,7 @@ def verify(data: DataConfig, expected: str) -> dict[str, str]:
 def legacy_dataset_digest(data: DataConfig) -> str:
     """Return the digest of both splits as in version 0.1, for comparison with a stored digest.
 
-    Covers annotations, and names and sizes of image files (LVIS: those that a coco_url names).
+    Covers annotations, and names and sizes of image files (LVIS: the images listed by coco_url).
     """
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):

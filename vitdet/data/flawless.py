@@ -22,7 +22,7 @@ LEAST_AREA, MOST_AREA, SPARE_AREA = 0.005, 1.1, 4
 
 
 class Flawless(NamedTuple):
-    """Flawless annotations of a block: indices in the block, ascending, and ids."""
+    """Flawless annotations of a block: ascending indices in the block, and ids."""
 
     rows: list[int]
     ids: list[int]
@@ -49,7 +49,7 @@ def find_flawless(
     """Find annotations with a known category, a plausible box and area, and matching polygons.
 
     `images` is the result of `image_table`; `seen` contains the ids of earlier annotations. With
-    `lvis`, iscrowd may be missing. Finds none if any entry is not an `Annotation`, any id is
+    `lvis`, iscrowd may be missing. Returns `NONE` if any entry is not an `Annotation`, any id is
     repeated or any number is too large.
     """
     no_crowd = (0, None) if lvis else (0,)
@@ -104,8 +104,8 @@ def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np
 def _fit(numbers: np.ndarray, points: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return whether each box is in its image and matches its area and outline, (N,) bool.
 
-    Rows of numbers (7, N): left, top, width, height, area, image height, image width. points (2, P)
-    are the x and y of all outlines, counts (N,) the number of points per outline.
+    numbers (7, N) has the rows left, top, width, height, area, image height, image width. points
+    (2, P) are the x and y of all outlines, counts (N,) the number of points per outline.
     """
     corner, sides, area, image = numbers[:2], numbers[2:4], numbers[4], numbers[:4:-1]
     starts = np.cumsum(counts) - counts

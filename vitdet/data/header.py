@@ -11,14 +11,14 @@ from vitdet.data.annotation_file import Entries, InvalidEntry
 from vitdet.data.coco_layouts import image_name
 from vitdet.data.segmentation import show, whole_number
 
-# exclusive limit on image sides in pixels, as in JPEG; RLEs count pixels in 32 bits
+# image sides must be below this number of pixels, as in JPEG; RLEs count pixels in 32 bits
 MAX_SIDE = 2**16
 # LVIS image fields that list the categories that are absent or not exhaustively annotated
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 COCO_HINT = "required by LVIS; for COCO's annotations set data.dataset=coco"
 
 Table: TypeAlias = list | Entries
-# (kind of problem, location in the file, value or '') -> None
+# called with the kind of problem, its location in the file, and the invalid value or ''
 Handler: TypeAlias = Callable[[str, str, str], None]
 
 
@@ -32,7 +32,7 @@ def ignore_warning(kind: str, where: str, what: str) -> None:
 
 
 def root_category(categories: Iterable[object]) -> int | None:
-    """Return 0 if category 0 is Roboflow's supercategory of all others, else None."""
+    """Return 0 if category 0 is Roboflow's supercategory of all other categories, else None."""
     items = [item for item in categories if isinstance(item, dict)]
     names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
     others = [item for item in items if whole_number(item.get("id")) != 0]
@@ -46,7 +46,7 @@ class HeaderValidator:
 
     Args:
         lvis: whether the file has LVIS's format, not COCO's.
-        error, warning: functions that are called for each problem.
+        error, warning: functions that are called with each problem.
         files: whether each image needs a valid file name.
 
     Attributes:
@@ -54,7 +54,7 @@ class HeaderValidator:
         names: file name of each image by id.
         categories: name of each category by id.
         stated: `image_count` of each category by id, as in the file.
-        root: result of `root_category`; None once an annotation uses this category.
+        root: result of `root_category`; None once an annotation uses the category.
     """
 
     lvis: bool
@@ -68,7 +68,7 @@ class HeaderValidator:
     root: int | None = field(default=None, init=False)
 
     def read_header(self, content: object) -> dict[str, Table]:
-        """Check layout, categories and images; return the tables (empty if missing or invalid)."""
+        """Validate layout, categories and images; return the tables; a missing table is empty."""
         tables = self._tables(content)
         self.root = root_category(tables["categories"])
         for category in self._items(tables["categories"], "category"):
@@ -94,7 +94,7 @@ class HeaderValidator:
         return tables
 
     def _items(self, table: Table, what: str) -> Iterator[dict]:
-        """Yield the entries that are JSON objects with a unique id, which is converted to int."""
+        """Yield the JSON objects that have a unique id; convert the ids to int."""
         seen: set[int] = set()
         for index, item in enumerate(table):
             number = whole_number(item.get("id")) if type(item) is dict else None
@@ -107,7 +107,7 @@ class HeaderValidator:
 
     @staticmethod
     def _add_id(number: int, seen: set[int]) -> bool:
-        """Add an id to `seen`; return False if the id is invalid or was already there."""
+        """Add an id to `seen`; return False for a duplicate id or an id of more than 64 bits."""
         is_new = number not in seen and -(2**63) <= number < 2**63
         if is_new:
             seen.add(number)
@@ -119,7 +119,7 @@ class HeaderValidator:
         if isinstance(item, InvalidEntry):
             self.error("invalid JSON", where, item.reason)
         elif not isinstance(item, dict):
-            self.error(f"{what} that is not an object", where, show(item))
+            self.error(f"{what} that is not a JSON object", where, show(item))
         elif "id" not in item:
             self.error(f"{what} without 'id'", where, show(item))
         elif (number := whole_number(item["id"])) is None:
@@ -193,10 +193,10 @@ class HeaderValidator:
 
 
 def is_line(value: object) -> bool:
-    """Return whether a value is text of at most one line without NUL, such as a file name."""
+    """Return whether a value is a string of at most one line without NUL characters."""
     return isinstance(value, str) and len(value.splitlines()) < 2 and "\0" not in value
 
 
 def is_text(value: object) -> bool:
-    """Return whether a value is text of at most one line without lone surrogates."""
+    """Return whether a value satisfies `is_line` and can be encoded as UTF-8."""
     return is_line(value) and not re.search("[\ud800-\udfff]", str(value))

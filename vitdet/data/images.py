@@ -62,7 +62,7 @@ class Examined(NamedTuple):
 
     Attributes:
         size: (height, width) of the upright image.
-        highest: largest pixel value if there are more than 8 bits and no declared depth, else None.
+        highest: largest value of pixels with more than 8 bits and no declared depth, else None.
         colors: whether the file contains 16-bit colors.
     """
 
@@ -75,7 +75,7 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     """Read a file as an upright RGB image.
 
     Raises FileNotFoundError, and ValueError if the file is damaged or not an image, has more pixels
-    than `reading.max_pixels` (it is then not decoded), or has values that `upright` rejects.
+    than `reading.max_pixels` (checked before decoding), or has values that `upright` rejects.
     """
     with _named(path):
         check_file(path)
@@ -97,7 +97,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image, reading)
-    import torch  # the import takes seconds, and checking a data set does not need it
+    import torch  # imported here, since it takes seconds and `vitdet data check` does not need it
 
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
@@ -108,7 +108,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
         image = image.permute(1, 2, 0).cpu().numpy()
     if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"expected an image as a file, PIL image, array or tensor, got {type(image).__name__}"
+            f"expected an image as a path, PIL image, array or tensor, got {type(image).__name__}"
         )
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(
@@ -118,7 +118,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
-    """Return the height and width of the upright image; of a JPEG, only the header is read.
+    """Return the height and width of the upright image; only the header of a JPEG is read.
 
     Raises the errors of `open_image`.
     """
@@ -163,7 +163,7 @@ def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
     stated = _stated_depth(image)
     if _has_deep_colors(image):
         _check_colors(reading)
-    image.load()  # applies the orientation of a TIFF
+    image.load()  # also applies the orientation of a TIFF
     turn = _turn(image)
     if image.mode[0] in "IF":
         image = _eight_bits(image, stated, reading)
@@ -178,7 +178,7 @@ def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:
-    # other formats may store EXIF at the end; Pillow applies the orientation of a TIFF on loading
+    # outside JPEGs, EXIF may follow the pixels; on loading, Pillow applies a TIFF's orientation
     if file.format not in JPEGS:
         file.load()
     rotated = _turn(file) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
@@ -193,7 +193,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bits(image: Image.Image, stated: int, reading: Reading) -> Image.Image:
-    """Scale gray values of up to 16 bits to 8 bits; Pillow would clip at 255."""
+    """Scale gray values of up to 16 bits to 8 bits; Pillow would clip values at 255."""
     depth = _depth(image, _highest(image), stated, reading)
     return Image.fromarray((np.asarray(image) >> (depth - 8)).astype(np.uint8))
 
@@ -224,12 +224,12 @@ def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
 
 
 def _stated_depth(image: Image.Image) -> int:
-    """Return the gray depth if the file states it unambiguously, else 0. Call before loading."""
+    """Return the gray depth that the file states unambiguously, or 0. Call before loading."""
     if image.format == "TIFF":
         (bits, *_) = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) or (0,)
         return bits if 8 < bits < 16 else 0
     decoder, arguments = _decoder(image)
-    # Pillow scales from 0..maxval to 0..65535
+    # Pillow scales PPM values from 0..maxval to 0..65535
     return 16 if decoder in ("ppm", "ppm_plain") and arguments[1] < 65535 else 0
 
 
@@ -243,7 +243,7 @@ def _has_deep_colors(image: Image.Image) -> bool:
 
 
 def _decoder(image: Image.Image) -> tuple[str, tuple]:
-    """Return the name and arguments of the decoder of an image that is not loaded yet."""
+    """Return the decoder (name, arguments) of an image that is not loaded; ("", ()) if unknown."""
     for decoder, _, _, arguments in getattr(image, "tile", ())[:1]:
         return decoder, arguments if isinstance(arguments, tuple) else (arguments,)
     return "", ()
@@ -261,7 +261,7 @@ def _over_white(image: Image.Image) -> Image.Image:
     """Blend with white, to hide the arbitrary colors of transparent pixels."""
     image = image.convert("RGBA")
     opacity = image.getchannel("A")
-    if opacity.getextrema()[1] == 0:  # a channel of zeros does not contain opacity
+    if opacity.getextrema()[1] == 0:  # an alpha channel of zeros is ignored
         return image
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=opacity)
@@ -269,7 +269,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def check_file(path: Path) -> None:
-    """Raise an error, without the file name, if a file is missing, empty or not regular."""
+    """Raise FileNotFoundError for a missing file, ValueError for an empty or irregular file."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise ValueError("the path is a folder")
@@ -280,7 +280,7 @@ def check_file(path: Path) -> None:
 
 
 class _TooLarge(ValueError):
-    """The image has more pixels than allowed."""
+    """Error for an image with more pixels than `Reading.max_pixels`."""
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 A recipe specifies a data set by its folder, splits and number of classes. If a user sets only
 data.root, the splits, the number of classes and whether there are masks are read from the folder.
-The command line and scripts call `resolve_config`; the pipeline calls `resolve`, since its first
-step reads the recipes before the data exists.
+The command line and scripts call `resolve_config`. The first step of the pipeline reads recipes
+before the data exists; the second step calls `resolve`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPLITS = {  # setting -> common names of the split, in order of preference
 }
 CLASSES = "model.roi_heads.num_classes"
 MASKS = "model.mask.enabled"
-# first line of the output of `vitdet config`: this prefix, then the settings read from data.root
+# `vitdet config` writes this prefix and the names of the settings read from data.root to line 1
 FROM_DATA = "# from data.root: "
 
 
@@ -39,7 +39,7 @@ def split_files(data: DataConfig, split: str) -> SplitFiles:
 
 
 def splits(data: DataConfig) -> list[str]:
-    """Return the splits that have an annotation file under data.root."""
+    """Return the names of the splits that have an annotation file under data.root."""
     return list(find_splits(Path(data.root), data.dataset))
 
 
@@ -76,7 +76,7 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
 def resolve_config(
     recipe: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Config, dict[str, str | int]]:
-    """Return a config with the splits, classes and masks of data.root, and the changed settings.
+    """Load a config and adapt it to data.root (see `resolve`); also return the changed settings.
 
     Raises the errors of `load_config`. Missing or unreadable data is ignored, since it is reported
     when the data is loaded.
@@ -85,13 +85,13 @@ def resolve_config(
 
 
 def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[str]:
-    """Return the settings that the user chose, for `resolve`.
+    """Return the names of the settings that the user chose, for `resolve`.
 
-    * The overrides.
-    * For a user's config file: all settings in the file, except those that are listed in the first
-      line of a file from `vitdet config`.
-    * For a recipe of this package given by its path, as in dvc.yaml (`dvc exp run -S` edits the
-      file): data.root.
+    * All settings in `overrides`.
+    * If `recipe` is the path of a user's config file: all settings in the file, except the settings
+      that `vitdet config` listed in the first line.
+    * If `recipe` is the path of a recipe in this package, as in dvc.yaml: data.root, since
+      `dvc exp run -S` edits the file.
     """
     explicit = overridden_settings(overrides)
     if str(recipe) in recipes():
@@ -105,7 +105,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
 
 
 def overridden_settings(overrides: Sequence[str]) -> set[str]:
-    """Return the settings in overrides, including those in the value of an overridden section."""
+    """Return the names of the settings in overrides, including those in an overridden section."""
     found: set[str] = set()
     for override in overrides:
         key, _, text = override.partition("=")
@@ -114,17 +114,17 @@ def overridden_settings(overrides: Sequence[str]) -> set[str]:
 
 
 def following(explicit: Collection[str]) -> list[str]:
-    """Return the settings that `resolve` reads from data.root, given the user's settings."""
+    """Return the names of the settings that `resolve` reads from data.root, not from the user."""
     return [
         key for key in (*SPLITS, CLASSES, MASKS) if key not in explicit and "data.root" in explicit
     ]
 
 
 def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
-    """Return the config with splits, classes and masks of data.root, and the changed settings.
+    """Adapt splits, number of classes and masks to data.root; also return the changed settings.
 
-    Changes settings only if data.root is explicit and the data is readable; never changes explicit
-    settings. Masks are turned off if no object in the training split has an outline.
+    Changes settings only if data.root is in `explicit` and the data is readable; never changes the
+    settings in `explicit`. Disables masks if no object in the training split has an outline.
     """
     if "data.root" not in explicit:
         return config, {}
@@ -163,7 +163,7 @@ def _section(text: str) -> object:
     try:
         return parse_yaml(text)
     except ValueError:
-        return None  # `load_config` reports it
+        return None  # `load_config` reports invalid YAML
 
 
 def _keys(tree: object, start: str = "") -> Iterator[str]:
@@ -173,7 +173,7 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 
 def _tables(annotations: Path) -> dict[str, Any]:
-    """Return the tables of an annotation file; {} if the file is not usable."""
+    """Return the tables of an annotation file; {} if the file cannot be read."""
     # imported here, so that `vitdet config` starts fast
     from vitdet.data.annotation_file import Entries, read_entries
 
@@ -200,7 +200,7 @@ def _count_classes(tables: Mapping[str, Any]) -> int:
 
 
 def _has_boxes_only(tables: Mapping[str, Any]) -> bool:
-    """Return whether there are objects, but none has an outline."""
+    """Return whether a split has objects, but no object has an outline."""
     from vitdet.data.annotation_file import annotations_of
     from vitdet.data.segmentation import read_outline
 

@@ -27,16 +27,16 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-OPEN_FILES = 1 << 16  # limit; 1,024 is too low, as each tensor in a worker's batch is an open file
+OPEN_FILES = 1 << 16  # 1,024 is too low, since each tensor from a worker is an open file
 KEPT_BYTES = 31 << 20  # just below the maximum of glibc's dynamic mmap threshold
 
 
 def configure_process() -> None:
-    """Set process-wide options for loading with workers; called by `vitdet.train` and `evaluate`.
+    """Set process-wide options for loading with workers; called by training and evaluation.
 
     Raises the soft limit on open files to 65,536 (or to the hard limit, if lower) and makes
-    multiprocessing's fork server, if used, import torch once instead of in each worker. Also keeps
-    freed memory for the next images (see `_keep_memory`).
+    multiprocessing's fork server, if used, import torch once instead of in each worker. Also makes
+    glibc reuse freed memory (see `_keep_memory`).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
@@ -47,7 +47,7 @@ def configure_process() -> None:
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """Return the batch unchanged: the `collate_fn` of the loaders."""
+    """Return the batch unchanged; `collate_fn` of data sets that already yield batches."""
     return batch
 
 
@@ -80,7 +80,7 @@ def train_loader(
             _warn(path, "objects used for box and class only", found.unmasked)
         if dataset.without_objects:
             done = "used as background" if data.keep_empty else "ignored"
-            log.info("%s: images without objects, %s: %d", path, done, dataset.without_objects)
+            log.info("%s: images without objects (%s): %d", path, done, dataset.without_objects)
     sampler = StepSampler(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 
@@ -116,8 +116,8 @@ def val_loader(
 def _keep_memory() -> None:
     """Make glibc reuse freed memory; returning it to the kernel takes a fifth of the loading time.
 
-    glibc raises its mmap threshold when a large allocation is freed. The pages of the array
-    below are never touched, so it occupies no memory.
+    glibc raises its mmap threshold when a large allocation is freed. Here, a large array is
+    allocated and freed; its pages are never touched, so that the array occupies no memory.
     """
     np.empty(KEPT_BYTES, np.uint8)
 
@@ -125,7 +125,7 @@ def _keep_memory() -> None:
 def release_memory() -> None:
     """Return freed memory that glibc keeps (see `_keep_memory`) to the kernel.
 
-    Needed after an evaluation, since training cannot reuse the freed blocks, which are scattered
+    Called after an evaluation: training cannot reuse the freed blocks, since these are scattered
     among blocks in use.
     """
     with suppress(OSError, AttributeError):  # a C library other than glibc
@@ -147,8 +147,8 @@ def _start_worker(worker: int) -> None:
 
     The worker leaves the training process's group, so that a signal to the group does not end the
     worker before training stops; the training process ends its workers itself. The garbage
-    collector ignores objects of the parent process, since a collection would copy their pages.
+    collector ignores objects of the parent process: a collection would copy their memory pages.
     """
     os.setpgrp()
     gc.freeze()
-    _keep_memory()  # not inherited from a fork server
+    _keep_memory()  # workers do not inherit this setting from a fork server

@@ -1,8 +1,8 @@
-"""Conversion of masks: annotation -> directed edges; predicted grid -> bitmap -> RLE.
+"""Conversion of annotated masks to directed edges, and of predicted masks to bitmaps and RLEs.
 
 Edges are transformed like points and stay exact at any scale. `paste` follows Detectron2's
 `paste_masks_in_image`: bilinear sampling at pixel centers, zero outside the grid.
-Notation: G objects, E edges, N detections, M side of the mask grid, H, W pixels of the image.
+Notation: G objects, E edges, N detections, M side of the mask grid, H and W sides of the image.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 def edges_of(
     segmentations: Sequence[list | dict | None], height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Convert COCO polygons or RLEs to edges and counts, as `types.Polygons.of` expects them.
+    """Convert COCO polygons or RLEs to the edges and counts that `types.Polygons.of` expects.
 
     Args:
         segmentations: one per object; None yields no edges.
 
     Returns:
-        Edges (E, 4) float32 x0, y0, x1, y1 in pixels, which form closed outlines of the same
-        orientation, and the number of edges of each object (G,) int64.
+        Edges (E, 4) float32 x0, y0, x1, y1 in pixels, and the number of edges of each object (G,)
+        int64. The edges form closed outlines of the same orientation.
 
     Raises:
         ValueError: if an RLE has a different size than the image.
@@ -54,16 +54,16 @@ def outline(segmentation: list | dict | None, height: int, width: int) -> np.nda
 
 
 def rectangles(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the edges (4 G, 4) of boxes (G, 4) xyxy and their number per box, as in `edges_of`."""
+    """Return the edges (4 G, 4) of boxes (G, 4) xyxy and the number of edges per box."""
     x0, y0, x1, y1 = boxes.T
     edges = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]]
     return np.moveaxis(np.array(edges), 2, 0).reshape(-1, 4), np.full(len(boxes), 4)
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Decode COCO polygons (with pycocotools) or an RLE, compressed or not, to pixels (H, W) bool.
+    """Decode COCO polygons or an RLE, compressed or not, to pixels (H, W) bool, with pycocotools.
 
-    Raises ValueError for an RLE of a different size.
+    Raises ValueError for an RLE whose size is not (height, width).
     """
     if isinstance(segmentation, list):
         return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width))).astype(bool)

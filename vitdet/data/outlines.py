@@ -28,8 +28,8 @@ def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
 def trace(bitmaps: Sequence[np.ndarray], tolerance: float) -> list[list[np.ndarray]]:
     """Return the outer outlines (V, 2) xy of the 4-connected parts of each bitmap (H, W) bool.
 
-    Outlines are clockwise on the screen; holes are filled. `tolerance` is the maximum deviation in
-    pixels of the simplified line.
+    Outlines are clockwise on the screen; holes are filled. Lines are simplified with a
+    maximum deviation of `tolerance` pixels.
     """
     loops = [[loop for loop in _crack_loops(bitmap) if signed_area(loop) > 0] for bitmap in bitmaps]
     outlines = iter(_simplify([loop for parts in loops for loop in parts], tolerance))
@@ -87,7 +87,7 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
 
 
 def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
-    """Simplify all loops at once (Douglas-Peucker); each round adds each chord's farthest point."""
+    """Simplify all loops at once (Douglas-Peucker); a round adds the farthest point per chord."""
     if not loops:
         return []
     lengths = np.array([len(loop) + 1 for loop in loops])
@@ -101,7 +101,7 @@ def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
         chord = np.diff(points[knots], axis=0, append=points[knots[-1:]])
         segment = np.cumsum(keep) - 1
         offset, along = points - points[knots[segment]], chord[segment]
-        # unlike hypot, sqrt is correctly rounded, so that all machines resolve ties equally
+        # unlike hypot, sqrt is correctly rounded, so that ties do not depend on the machine
         length = np.sqrt((along * along).sum(axis=1))
         away = np.abs(offset[:, 0] * along[:, 1] - offset[:, 1] * along[:, 0]) / np.maximum(
             length, 1e-9

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from vitdet.config import Config, flatten
 from vitdet.config.digest import LATER
 
-# Settings that affect the AP of a given checkpoint on given data. Image resizing is not among them,
-# since it is part of the detector.
+# Settings that affect the AP of a given checkpoint on given data. The image size is not listed,
+# since resizing is part of the detector.
 SETTINGS = (
     "data.dataset",
     "evaluate.score_threshold",

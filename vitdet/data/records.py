@@ -80,7 +80,7 @@ class _Columns:
 
 
 class Records(Sequence[Record]):
-    """A sequence of records, created on access; slices share the arrays."""
+    """A sequence of records, which are created on access; slices share the arrays."""
 
     def __init__(self, columns: _Columns, rows: np.ndarray) -> None:
         self._columns = columns
@@ -95,7 +95,7 @@ class Records(Sequence[Record]):
         objects: Objects,
         category_ids: Sequence[int],
     ) -> Records:
-        """Build records of images in `folder` from names, heads (id, height, width) and objects.
+        """Build records from names, heads (id, height, width) and objects of images in `folder`.
 
         An object's label is the index of its category in `category_ids`, which must be ascending.
         """

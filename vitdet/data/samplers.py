@@ -33,7 +33,7 @@ class InfiniteSampler:
         self.size = size
         self.seed = seed
         self.repeats = repeats
-        # with repeat factors: start positions of the epochs so far, and the end of the last epoch
+        # with repeat factors: start position of each epoch so far, then the end of the last epoch
         self._ends = [0]
         self._epoch = -1
         self._order = np.arange(0)
@@ -60,7 +60,7 @@ class InfiniteSampler:
         return epoch, position - self._ends[epoch]
 
     def _counts(self, repeats: np.ndarray, epoch: int) -> np.ndarray:
-        """Return how often each image occurs (N,): the stochastically rounded repeat factors."""
+        """Return the occurrences of each image (N,), i.e. stochastically rounded repeat factors."""
         whole = np.floor(repeats)
         up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < repeats - whole
         return whole.astype(np.int64) + up
@@ -97,7 +97,7 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
 
 
 class StepSampler:
-    """Sampler of one rank's positions for steps start_step..steps-1, one list per micro-batch.
+    """Yields one rank's positions for steps start_step..steps-1, as one list per micro-batch.
 
     batch_size is the total over all ranks. Micro-batch k of rank r contains the positions that
     rank r * accumulate + k would process with accumulate * world_size ranks. Raises the ValueError

@@ -1,7 +1,7 @@
 """Validation of an annotation's segmentation, and comparison of the box around it with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
-mmdet, parts of fewer than 3 points or odd length are ignored; if none remains, there is no outline.
+mmdet, parts of fewer than 3 points or odd length are ignored; an outline needs at least one part.
 Detectron2 trains on the box around the visible outline, whereas COCO's evaluation uses `bbox`. If
 these boxes differ by more than the tolerances, training uses `bbox` (`Validated.own_box`).
 """
@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 
 # tolerance of each side of a box: pixels, plus a fraction of the side length
 ROUNDING, SHARE = 1.5, 0.05
-LEAST_IOU = 0.5  # below this, outline and box describe different objects
+LEAST_IOU = 0.5  # below this IoU, outline and box belong to different objects
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Fit = Literal["fits", "differs", "elsewhere", "empty"]
@@ -31,7 +31,7 @@ class Outline(NamedTuple):
     Attributes:
         shape: usable polygons or RLE, or None.
         left_out: number of ignored parts (fewer than 3 points or an odd length).
-        box: box around the outline; None if the outline is empty or invalid, or if not computed.
+        box: box around the outline; None for an empty or invalid outline or without `boxed`.
         problem: (kind, text) of an error, or None.
     """
 
@@ -44,8 +44,8 @@ class Outline(NamedTuple):
 def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool = True) -> Outline:
     """Validate a segmentation.
 
-    `size` is (height, width) of the image, None if unknown. If `boxed`, computes the box around an
-    RLE, which takes most of the time.
+    `size` is (height, width) of the image, None if unknown. `boxed` states whether to compute the
+    box around an RLE, which is slow.
     """
     if segmentation is None:
         return Outline(None)
@@ -75,7 +75,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
     if not shape:
         return Outline(None, left_out)
     box = low_x, low_y, high_x, high_y
-    # pycocotools would rasterize the whole polygon; `inside` is checked first for speed
+    # pycocotools would rasterize all of a huge polygon; `inside` is checked first for speed
     if size is not None and not inside(box, size) and reaches_far(box, size):
         text = f"{show(box)} on {size[1]} x {size[0]} pixels"
         return _problem("polygon far outside its image", text)
@@ -101,8 +101,8 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
 def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fit:
     """Compare a `bbox` (left, top, width, height) with the box around its outline.
 
-    `size` is (height, width) of the image. Returns "fits" within the tolerances, "elsewhere" for an
-    IoU below LEAST_IOU, otherwise "differs"; "empty" if no part of the outline is in the image.
+    `size` is (height, width) of the image. Returns "empty" for an outline outside the image, "fits"
+    for a box within the tolerances, "elsewhere" for an IoU below LEAST_IOU, otherwise "differs".
     """
     if outline is None:
         return "empty"
@@ -144,7 +144,7 @@ def _iou(first: Box, second: Box) -> float:
 
 
 def compressed(shape: list | dict, height: int, width: int) -> dict:
-    """Convert a usable outline to pycocotools' RLE, with counts of type bytes."""
+    """Convert usable polygons or a usable RLE to pycocotools' RLE, with counts of type bytes."""
     if isinstance(shape, list):
         return rle.merge(rle.frPyObjects(shape, height, width))
     counts = shape["counts"]
@@ -159,7 +159,7 @@ def pixel_count(shape: list | dict, height: int, width: int) -> int:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a whole number, including 96.0 or "96", as an int; None for other values."""
+    """Convert a whole number, e.g. 96, 96.0 or "96", to int; return None for other values."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():
@@ -192,7 +192,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
 
 
 def run_lengths(counts: object) -> list[int] | None:
-    """Return run lengths from a list or COCO's compressed text; None if invalid.
+    """Return the run lengths of an RLE's counts (list or compressed text); None if invalid.
 
     Compressed text has 5 bits per character; run k > 2 (0-based) is stored relative to run k - 2.
     """

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """Read-only array. Keep no reference to `array`, which the first pickling replaces."""
+    """Read-only shared array. Do not keep references to `array`: pickling replaces `array`."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -39,7 +39,7 @@ class Shared:
             return Shared, (self.array,)
         if self._file is None:
             self._file = _file_of(self.array)
-            # replaces the original, which is freed
+            # the original array is freed
             self.array = _mapped(self._file, self.array.dtype, self.array.shape)
         return _received, (DupFd(self._file), self.array.dtype, self.array.shape)
 
@@ -70,21 +70,21 @@ def _received(sent: Any, dtype: np.dtype, shape: tuple[int, ...]) -> Shared:
 
 
 class PackedList(Generic[T]):
-    """A list of pickled values, unpickled on access.
+    """A list that keeps its values pickled and unpickles a value on access.
 
     As Python objects, LVIS's polygons occupy 6 GB in each worker, since reading them writes
     reference counts and thereby copies shared memory. Pickled, they occupy 1 GB, which all workers
-    share. Once sent to a process, the list is read-only."""
+    share. After it was sent to another process, the list is read-only."""
 
     def __init__(self, values: Iterable[T] = ()) -> None:
         self._ends = array("q", [0])
         self._bytes = bytearray()
-        self._sent: tuple[Shared, Shared] | None = None  # replaces _ends and _bytes
+        self._sent: tuple[Shared, Shared] | None = None  # after pickling; replaces _ends, _bytes
         for value in values:
             self.append(value)
 
     def append(self, value: T) -> None:
-        """Append a value. Raises TypeError after the list was sent to another process."""
+        """Append a value. Raises TypeError if the list was sent to another process."""
         if self._sent is not None:
             raise TypeError("a list that was sent to another process is read-only")
         self._bytes += pickle.dumps(value, pickle.HIGHEST_PROTOCOL)

@@ -1,8 +1,8 @@
-"""Augmentation by one affine map per image, which resizes and crops pixels and moves outlines.
+"""Augmentation by one affine map per image, which is applied to the pixels and the outlines.
 
 Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop) in rounding
 and step order, and draws one random number for both crop offsets. Independent offsets and resizing
-without antialiasing, as in mmdet, are options. Axes are swapped first; colors are changed last.
+without antialiasing, as in mmdet, are options. Axes are swapped first, and colors changed last.
 Notation: G objects, E edges of all objects, S canvas side. Sizes are (height, width)."""
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in PIL
-WEIGHT_ONE = 1 << 11  # a weight of 1 in `resize_bilinear`
+WEIGHT_ONE = 1 << 11  # fixed-point weight of 1 in `resize_bilinear`
 ROWS = 16  # rows per block in `resize_bilinear`, so that a block fits in the CPU cache
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Swap of axes -> flip -> resize to `scaled` -> crop of `size` at `offset` (top, left)."""
+    """Swap axes -> flip -> resize to `scaled` -> crop `size` at `offset` (top, left)."""
 
     source: tuple[int, int]  # size of the original image
     scaled: tuple[int, int]  # size of the resized image
@@ -31,7 +31,7 @@ class Affine:
     colors: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def matrix(self) -> np.ndarray:
-        """Return the matrix (2, 3) float64: new (x, y) = matrix @ (x, y, 1)."""
+        """Return the matrix (2, 3) float64: output (x, y) = matrix @ input (x, y, 1)."""
         height, width = self.source[::-1] if self.transpose else self.source
         matrix = np.eye(2, 3)[::-1].copy() if self.transpose else np.eye(2, 3)
         if self.flip:
@@ -43,7 +43,7 @@ class Affine:
         return matrix
 
     def seen(self, image: Image.Image, antialias: bool) -> Image.Image:
-        """Apply the map (bilinear) and color factors to an RGB image; compute only the crop."""
+        """Apply the map and the color factors to an RGB image; only the crop is computed."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
@@ -61,7 +61,7 @@ class Affine:
         return change_colors(image, *self.colors)
 
     def edges(self, edges: np.ndarray) -> np.ndarray:
-        """Transform edges (E, 4) x0, y0, x1, y1 to the canvas, float32; zero edges stay zero."""
+        """Transform edges (E, 4) x0, y0, x1, y1 to canvas pixels, float32; zero edges stay zero."""
         matrix = self.matrix()
         linear, shift = np.zeros((4, 4)), np.concatenate([matrix[:, 2], matrix[:, 2]])
         linear[:2, :2] = linear[2:, 2:] = matrix[:, :2].T
@@ -87,7 +87,7 @@ def jitter(
         source: (height, width) of the image.
         canvas: side of the square canvas in pixels.
         scale_range: the image is resized to fit a square of side s * canvas, s ~ U(scale_range).
-        flip, transpose: probabilities.
+        flip, transpose: probabilities of a horizontal flip and of swapping the axes.
         color_jitter: factors of brightness, contrast, saturation ~ U(1 - color_jitter, 1 +
             color_jitter).
         diagonal: whether to draw one number for both crop offsets (Detectron2) or two (mmdet).
@@ -113,7 +113,7 @@ def resize_bilinear(
     offset: tuple[int, int] = (0, 0),
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Resize an image (H, W, 3) uint8 to `scaled` (height, width) without antialiasing; crop it.
+    """Resize an image (H, W, 3) uint8 to `scaled` (height, width) without antialiasing, and crop.
 
     Computes only the crop of (height, width) `size` (None: no crop) at `offset` (top, left).
     Bit-identical to OpenCV's INTER_LINEAR (mmdet): four neighbors per output pixel at any scale,
@@ -147,7 +147,7 @@ def resize_bilinear(
 def _neighbors(
     source: int, scaled: int, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return both neighbors (count,) of output pixels from `start` on, and the second's weight."""
+    """Return the input pixels before and after output pixels (count,), and the latter's weight."""
     center = ((np.arange(start, start + count) + 0.5) * (source / scaled) - 0.5).astype(np.float32)
     low = np.floor(center)
     weight = np.rint((center - low) * np.float32(WEIGHT_ONE)).astype(np.int32)
@@ -156,7 +156,7 @@ def _neighbors(
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return the size with longest side `size`, rounded as in Detectron2's ResizeShortestEdge."""
+    """Scale (height, width) to longest side `size`; round as Detectron2's ResizeShortestEdge."""
     scale = size / min(source)
     height, width = scale * source[0], scale * source[1]
     shrink = size / max(height, width)
@@ -168,7 +168,7 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
 def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) -> np.ndarray:
     """Resize an RGB image or array (H, W, 3) uint8 bilinearly to longest side `size`.
 
-    The result equals PIL's with antialiasing, and OpenCV's without."""
+    The result equals PIL's with antialiasing, and OpenCV's without antialiasing."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     height, width = fit((image.height, image.width), size)
     if not antialias:
@@ -181,8 +181,8 @@ def resize_and_pad(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Resize an RGB image or array (H, W, 3) uint8 to longest side `size` on a canvas.
 
-    `canvas` is a black canvas (3, size, size) to write to, a new one by default. Returns the canvas
-    and the (height, width) without padding.
+    `canvas` is a black canvas (3, size, size) uint8; by default, a canvas is created. Returns the
+    canvas and the (height, width) without padding.
     """
     resized = resize_longest(image, size, antialias)
     canvas = np.zeros((3, size, size), np.uint8) if canvas is None else canvas
@@ -192,7 +192,7 @@ def resize_and_pad(
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
     """Write an RGB image to the top-left corner of a black canvas (3, S, S) uint8."""
-    # three times as fast as transposing an array
+    # copying planes is three times as fast as transposing an array
     for plane, band in zip(canvas, image.split(), strict=True):
         plane[: image.height, : image.width] = band
 
@@ -200,7 +200,7 @@ def pad(image: Image.Image, canvas: np.ndarray) -> None:
 def visible_boxes(
     edges: np.ndarray, counts: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the box around the part of each outline inside an image of (height, width) `size`.
+    """Return the box around the visible part of each outline in an image of (height, width) `size`.
 
     Args:
         edges: (E, 4), ordered by object.
@@ -255,7 +255,7 @@ def _clipped(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the minimum and maximum corners (G, 2) of each outline's intersection with the window.
 
-    The intersection's vertices are the ends of the clipped edges, and those corners of the window
+    The vertices of the intersection are the ends of the clipped edges and the corners of the window
     that are inside the outline.
     """
     start, along = edges[:, :2], edges[:, 2:] - edges[:, :2]
