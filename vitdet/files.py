@@ -146,8 +146,8 @@ def writer() -> str:
 def is_abandoned(path: Path) -> bool:
     """Return whether the process that wrote a temporary file or folder has ended.
 
-    Processes on other machines or in other containers are not visible; they are assumed to have
-    ended an hour after their last write.
+    A process on another machine or in another container is not visible, and is assumed to have
+    ended an hour after its last write.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match and match[1] == _machine():
@@ -326,7 +326,7 @@ def parse_yaml(text: str) -> object:
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
     """Read a YAML file without converting scalars, since a class may be named "no".
 
-    Raises FileNotFoundError, or ValueError for invalid YAML; the message contains `expected`.
+    Raises FileNotFoundError, or ValueError for invalid YAML; `expected` names the expected file.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
@@ -337,5 +337,5 @@ def read_yaml(path: Path, expected: str = "YAML") -> Any:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's message, or the error's type; at most 120 characters."""
+    """Return the first line of an error's message, cut to 120 characters; if empty, its type."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:120]

@@ -63,7 +63,7 @@ class Predictor:
 
     @property
     def precision(self) -> str:
-        """The precision, which can be assigned. An unknown precision raises ValueError."""
+        """The precision of the computation. Assigning an unknown precision raises ValueError."""
         return self._precision
 
     @precision.setter
@@ -90,7 +90,7 @@ class Predictor:
             device: the default is a GPU if one is available, otherwise the CPU.
             precision: the default is evaluate.precision in the checkpoint's config.
 
-        Raises FileNotFoundError for a missing file, ValueError for a file that is no checkpoint.
+        Raises FileNotFoundError for a missing file, ValueError for a file that is not a checkpoint.
         """
         detector, config, class_names = restore_detector(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

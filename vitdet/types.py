@@ -62,7 +62,7 @@ class Polygons(Record):
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
-        """Build outlines from edges (E, 4) in object order and edges per object (G,) int64."""
+        """Build outlines from edges (E, 4) in object order and edge counts (G,) of the objects."""
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 

@@ -32,7 +32,7 @@ def class_color(label: int) -> Color:
 
 
 def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Image.Image:
-    """Draw the masks, boxes, names and scores of detections on a copy of their image.
+    """Draw the masks, boxes, names and scores of detections on a copy of the image.
 
     Boxes are in pixels of the input image. `scale` is the enlargement factor; by default, it is the
     result of `legible_scale`.
@@ -84,7 +84,7 @@ def paint(
 
     boxes (N, 4) are xyxy in pixels of the original image; labels determine the colors. bitmap(i)
     returns the mask (H, W) bool of object i in the enlarged image, or None for an object without a
-    mask. Bitmaps are computed one by one, since together, they may exceed the memory.
+    mask. Masks of large images need much memory, so that only one mask exists at a time.
     """
     size = scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)

@@ -85,7 +85,7 @@ FAULTS = [  # test_odd_annotations.py covers all kinds
     (set_value("images", 1, "width", 63), "image size that differs", "64 x 48, annotated 63 x 48"),
     (set_value("images", 1, "file_name", "none.png"), "missing image file", "train/'none.png'"),
     (set_value("annotations", 0, "bbox", [1, 2, 3]), "bbox that is not four", "[1, 2, 3]"),
-    (outline(0, [5]), "polygon that is not a list x, y, x, y, ...", "5"),
+    (outline(0, [5]), "polygon that is not a list [x, y, x, y, ...]", "5"),
     (outline(0, [[[1, 2]] * 6]), "polygon with coordinates that are not", "annotation 1"),
     (outline(1, {"size": [64, 48], "counts": [3072]}), "RLE whose size differs", "[64, 48]"),
     (outline(1, {"size": [48, 64], "counts": [5, 6]}), "RLE whose counts do not", "11 instead of"),

@@ -121,10 +121,10 @@ ERRORS = [
     *each("annotations", "iscrowd", (2, 0.5, "no", [0]), "iscrowd that is neither 0 nor 1"),
     *run_lengths(BROKEN_RUNS, "RLE whose counts are not run lengths"),
     *run_lengths(SHORT_RUNS, "RLE whose counts do not add up to its size"),
-    *outlines([COMPRESSED | {"size": SIZE[::-1]}], "RLE whose size differs from its image"),
+    *outlines([COMPRESSED | {"size": SIZE[::-1]}], "RLE whose size differs from the image size"),
     *outlines([COMPRESSED | {"size": [48.5, 64]}], "RLE without size [height, width]"),
     *outlines(("x", 5, True), "segmentation that is neither polygons nor RLE"),
-    *outlines([[5]], "polygon that is not a list x, y, x, y, ..."),
+    *outlines([[5]], "polygon that is not a list [x, y, x, y, ...]"),
     *outlines(
         ([[*SQUARE[:-1], value]] for value in NOT_FINITE),
         "polygon with coordinates that are not finite numbers",

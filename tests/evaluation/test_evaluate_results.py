@@ -111,7 +111,7 @@ OTHER_SIZE = {"size": [5, 5], "counts": "i0"}
         ({"bbox": [1, 2, 3, float("inf")]}, "result 2: bbox must be 4 finite"),
         ({"segmentation": BROKEN}, "category \\d+: RLE whose counts"),
         ({"segmentation": SHORT}, "category \\d+: RLE whose counts do not add up to its size"),
-        ({"segmentation": OTHER_SIZE}, "category \\d+: RLE whose size differs from its image"),
+        ({"segmentation": OTHER_SIZE}, "category \\d+: RLE whose size differs from the image size"),
         ({"segmentation": NO_RUNS}, "category \\d+: RLE whose counts are not run lengths"),
         ({"segmentation": 3}, "category \\d+: segmentation that is neither"),
         *(({key: ...}, f"result 2: {key} is missing") for key in ("image_id", "score", "bbox")),

@@ -67,7 +67,7 @@ class Entries:
 
 
 def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
-    """Yield each entry of a table as `Annotation`, or as plain JSON if its values have other types.
+    """Yield each entry of a table as `Annotation`, or as decoded JSON if a value has another type.
 
     rows: indices of the entries (default: all); requires a table that is a list or `Entries`.
     """

@@ -78,7 +78,7 @@ class AnnotationValidator(HeaderValidator):
         instances: number of objects that training uses, by category id.
         objects: number of annotations by image id.
         outlines: number of objects with a usable outline.
-        suspects: number of objects with each potentially systematic problem.
+        suspects: number of objects with a problem that may be systematic, by problem.
         count: number of annotations that are not crowds.
     """
 
@@ -91,7 +91,7 @@ class AnnotationValidator(HeaderValidator):
     def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
         """Validate each annotation, then the whole file; yield the annotations without errors.
 
-        flawless: whether to also yield the annotations that `find_flawless` returns, usually most.
+        flawless: whether to also yield the annotations that `find_flawless` returns (usually most).
         """
         seen: set[int] = set()
         images = image_table(self.sizes)

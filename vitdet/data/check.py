@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """Result of a check; `splits` maps a name to numbers of images, annotations and categories."""
+    """Result of a check; `splits` has the numbers of images, annotations, categories by split."""
 
     folder: Path
     splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -196,7 +196,7 @@ class _Split:
     def read_images(self) -> None:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            maxima = dict[bool, dict[int, int]]()  # whether in color -> image id -> largest value
+            maxima = dict[bool, dict[int, int]]()  # largest value by is-color and image id
             for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
                 if outcome.kind:
                     self._image_error(outcome.kind, image_id, outcome.text)

@@ -2,7 +2,7 @@
 
 The formats are described in Lin et al. 2014, https://cocodataset.org/#format-data, and Gupta et al.
 2019, https://www.lvisdataset.org/dataset. LVIS locates COCO's images by coco_url. Objects that
-cannot be used are dropped and counted. Errors that `AnnotationValidator` finds raise ValueError.
+cannot be used are dropped and counted. An error in a file raises ValueError.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Raise the ValueError of `read_coco` for an invalid `tree`; ignores the images' file names."""
+    """Validate the content of a file as `read_coco` does, except for the images' file names."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]
@@ -96,7 +96,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """Return the images per category: `stated` if all values are valid, else those in `records`."""
+    """Return the number of images per category: `stated` if valid, else counted in `records`."""
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)

@@ -91,7 +91,7 @@ def _is_coco(path: Path) -> bool:
 
 
 def image_name(head: dict, lvis: bool) -> str:
-    """Return an image's path: file_name, or for LVIS the last two parts of coco_url if set."""
+    """Return an image's path: file_name; for LVIS, the last two parts of coco_url if it is set."""
     url = head.get("coco_url") if lvis else None
     return "/".join(url.split("/")[-2:]) if url else head["file_name"]
 

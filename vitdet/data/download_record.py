@@ -1,10 +1,10 @@
 """ROOT/manifest.json, the record of the files that `vitdet data coco|lvis` downloaded to ROOT.
 
 The record lists every archive (URL, size, sha256), every annotation file (size, sha256) and every
-image folder (count, size, sha256 of the sorted lines "NAME SIZE", sha256 of the sorted lines "NAME
-SIZE CRC32"). `vitdet.datasets.fetch` writes the record; training, evaluation and `vitdet data
-check` compare the files with the record. The record of a download is the same on every machine, so
-that version control of the record and the annotation files is enough to identify the data.
+image folder (number of files, total size, sha256 of the sorted lines "NAME SIZE", sha256 of the
+sorted lines "NAME SIZE CRC32"). `vitdet.datasets.fetch` writes the record; training, evaluation and
+`vitdet data check` compare the files with the record. The record of a download is the same on every
+machine; version control of the record and the annotation files is enough to identify the data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Archive:
-    """Downloaded archive; `known` states whether its sha256 was known before the download."""
+    """Downloaded archive; `known` states whether the sha256 was known before the download."""
 
     name: str
     url: str
@@ -74,7 +74,7 @@ class DownloadRecord:
         )
 
     def only(self, archives: Collection[str], paths: Collection[str]) -> DownloadRecord:
-        """Return a record that is limited to the archives, files and folders listed here."""
+        """Return a record limited to archives with these names and entries with these paths."""
         return DownloadRecord(
             tuple(archive for archive in self.archives if archive.name in archives),
             tuple(file for file in self.files if file.path in paths),
@@ -137,8 +137,8 @@ def compare(
 ) -> None:
     """Compare file names and sizes with a record and, if `contents`, also image checksums.
 
-    An image folder may also contain other files than the downloaded images. `used` are the paths of
-    the images in use, relative to root. Raises the errors of `verify`.
+    An image folder may contain additional files. `used` are the paths, relative to root, of the
+    images in use. Raises the errors of `verify`.
     """
     for file in record.files:
         path = root / file.path
@@ -162,7 +162,7 @@ def compare(
         if contents and images.content != digest(
             f"{name} {size} {crc32(folder / name):08x}" for name, size in downloaded.items()
         ):
-            raise ValueError(f"{folder}: the content of a file has changed")
+            raise ValueError(f"{folder}: the content of a file has changed since the download")
 
 
 def _downloaded(
@@ -232,7 +232,7 @@ def digest(lines: Iterable[str]) -> str:
 
 
 def crc32(path: Path) -> int:
-    """Return the CRC-32 of a file, as in zip archives."""
+    """Return the CRC-32 checksum of a file."""
     value = 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):

@@ -1,8 +1,8 @@
 """Fingerprints, which identify the data in a split.
 
 A fingerprint covers the bytes of the annotation file, and the names and file sizes of the images
-in this file. The fingerprint changes if an image is added, an annotation is edited or the size of
-an image file changes, but does not depend on the data set's location or on unlisted files.
+that the file lists. The fingerprint changes if an image is added, an annotation is edited or the
+size of an image file changes, but does not depend on the data set's location or on other files.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class HeaderValidator:
 
     Args:
         lvis: whether the file has LVIS's format, not COCO's.
-        error, warning: functions that are called with each problem.
+        error, warning: functions that are called for each problem (see `Handler`).
         files: whether each image needs a valid file name.
 
     Attributes:
@@ -54,7 +54,7 @@ class HeaderValidator:
         names: file name of each image by id.
         categories: name of each category by id.
         stated: `image_count` of each category by id, as in the file.
-        root: result of `root_category`; None once an annotation uses the category.
+        root: result of `root_category`, or None if an annotation uses this category.
     """
 
     lvis: bool
@@ -68,7 +68,7 @@ class HeaderValidator:
     root: int | None = field(default=None, init=False)
 
     def read_header(self, content: object) -> dict[str, Table]:
-        """Validate layout, categories and images; return the tables; a missing table is empty."""
+        """Validate layout, categories and images; return the tables ([] if missing or invalid)."""
         tables = self._tables(content)
         self.root = root_category(tables["categories"])
         for category in self._items(tables["categories"], "category"):

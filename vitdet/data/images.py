@@ -97,7 +97,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image, reading)
-    import torch  # imported here, since it takes seconds and `vitdet data check` does not need it
+    import torch  # here, since importing takes seconds and `vitdet data check` does not need torch
 
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
@@ -224,7 +224,7 @@ def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
 
 
 def _stated_depth(image: Image.Image) -> int:
-    """Return the gray depth that the file states unambiguously, or 0. Call before loading."""
+    """Return the gray bit depth if the file states it unambiguously, or 0. Call before loading."""
     if image.format == "TIFF":
         (bits, *_) = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) or (0,)
         return bits if 8 < bits < 16 else 0
@@ -269,7 +269,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def check_file(path: Path) -> None:
-    """Raise FileNotFoundError for a missing file, ValueError for an empty or irregular file."""
+    """Raise FileNotFoundError for a missing file, ValueError for an empty or non-regular file."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise ValueError("the path is a folder")

@@ -1,9 +1,9 @@
 """Files of a data set, and settings that are read from its folder.
 
 A recipe specifies a data set by its folder, splits and number of classes. If a user sets only
-data.root, the splits, the number of classes and whether there are masks are read from the folder.
+data.root, the splits, the number of classes and the use of masks are read from the folder.
 The command line and scripts call `resolve_config`. The first step of the pipeline reads recipes
-before the data exists; the second step calls `resolve`.
+before the data exists; a later step calls `resolve`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPLITS = {  # setting -> common names of the split, in order of preference
 }
 CLASSES = "model.roi_heads.num_classes"
 MASKS = "model.mask.enabled"
-# `vitdet config` writes this prefix and the names of the settings read from data.root to line 1
+# `vitdet config` starts its output with this prefix and the settings read from data.root
 FROM_DATA = "# from data.root: "
 
 
@@ -114,7 +114,7 @@ def overridden_settings(overrides: Sequence[str]) -> set[str]:
 
 
 def following(explicit: Collection[str]) -> list[str]:
-    """Return the names of the settings that `resolve` reads from data.root, not from the user."""
+    """Return the names of the settings that `resolve` may read from the folder data.root."""
     return [
         key for key in (*SPLITS, CLASSES, MASKS) if key not in explicit and "data.root" in explicit
     ]

@@ -27,7 +27,7 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-OPEN_FILES = 1 << 16  # 1,024 is too low, since each tensor from a worker is an open file
+OPEN_FILES = 1 << 16  # the usual 1,024 is too low: each tensor from a worker is an open file
 KEPT_BYTES = 31 << 20  # just below the maximum of glibc's dynamic mmap threshold
 
 
@@ -145,9 +145,9 @@ def _processes(workers: int) -> dict:
 def _start_worker(worker: int) -> None:
     """Set up a worker process.
 
-    The worker leaves the training process's group, so that a signal to the group does not end the
-    worker before training stops; the training process ends its workers itself. The garbage
-    collector ignores objects of the parent process: a collection would copy their memory pages.
+    The worker leaves the process group of the parent process, so that a signal to the group does
+    not end the worker before training stops; the parent process ends its workers itself. The
+    garbage collector ignores objects of the parent process, to avoid copies of their memory.
     """
     os.setpgrp()
     gc.freeze()

@@ -1,8 +1,8 @@
 """Rasterization of polygons and polygonization of bitmaps.
 
-Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside a polygon
-if its center is (even-odd rule). Tracing follows the cracks between inside and outside pixels and
-joins their midpoints, so that a staircase becomes a slanted line, which Douglas-Peucker simplifies.
+Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1). A pixel is inside a polygon
+if its center is inside (even-odd rule). Tracing follows the cracks between inside and outside
+pixels and joins the midpoints, so that a staircase becomes a line, which is then simplified.
 Notation: V vertices, P points, E cracks.
 """
 

@@ -60,7 +60,7 @@ class InfiniteSampler:
         return epoch, position - self._ends[epoch]
 
     def _counts(self, repeats: np.ndarray, epoch: int) -> np.ndarray:
-        """Return the occurrences of each image (N,), i.e. stochastically rounded repeat factors."""
+        """Return the number of occurrences of each image (N,): randomly rounded repeat factors."""
         whole = np.floor(repeats)
         up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < repeats - whole
         return whole.astype(np.int64) + up

@@ -1,4 +1,4 @@
-"""Validation of an annotation's segmentation, and comparison of the box around it with `bbox`.
+"""Validation of an annotation's outline, and comparison of the box around the outline with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
 mmdet, parts of fewer than 3 points or odd length are ignored; an outline needs at least one part.
@@ -31,7 +31,7 @@ class Outline(NamedTuple):
     Attributes:
         shape: usable polygons or RLE, or None.
         left_out: number of ignored parts (fewer than 3 points or an odd length).
-        box: box around the outline; None for an empty or invalid outline or without `boxed`.
+        box: box around the outline; None if not computed, or for an empty or invalid outline.
         problem: (kind, text) of an error, or None.
     """
 
@@ -58,7 +58,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
     high_x = high_y = -math.inf
     for part in segmentation:
         if type(part) is not list:
-            return _problem("polygon that is not a list x, y, x, y, ...", show(part))
+            return _problem("polygon that is not a list [x, y, x, y, ...]", show(part))
         if len(part) < 6 or len(part) % 2:
             continue
         try:
@@ -177,7 +177,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
     height, width = sides
     if size is not None and (height, width) != size:
         text = f"{shape} instead of {list(size)} (height, width)"
-        return _problem("RLE whose size differs from its image", text)
+        return _problem("RLE whose size differs from the image size", text)
     runs = run_lengths(counts)
     if runs is None:
         return _problem("RLE whose counts are not run lengths", show(counts))

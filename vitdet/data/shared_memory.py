@@ -39,7 +39,7 @@ class Shared:
             return Shared, (self.array,)
         if self._file is None:
             self._file = _file_of(self.array)
-            # the original array is freed
+            # the mapped array replaces the original, which is freed
             self.array = _mapped(self._file, self.array.dtype, self.array.shape)
         return _received, (DupFd(self._file), self.array.dtype, self.array.shape)
 
@@ -74,12 +74,12 @@ class PackedList(Generic[T]):
 
     As Python objects, LVIS's polygons occupy 6 GB in each worker, since reading them writes
     reference counts and thereby copies shared memory. Pickled, they occupy 1 GB, which all workers
-    share. After it was sent to another process, the list is read-only."""
+    share. The list is read-only after it was sent to another process."""
 
     def __init__(self, values: Iterable[T] = ()) -> None:
         self._ends = array("q", [0])
         self._bytes = bytearray()
-        self._sent: tuple[Shared, Shared] | None = None  # after pickling; replaces _ends, _bytes
+        self._sent: tuple[Shared, Shared] | None = None  # replaces _ends and _bytes after pickling
         for value in values:
             self.append(value)
 

@@ -19,11 +19,11 @@ ROWS = 16  # rows per block in `resize_bilinear`, so that a block fits in the CP
 
 @dataclass(frozen=True)
 class Affine:
-    """Swap axes -> flip -> resize to `scaled` -> crop `size` at `offset` (top, left)."""
+    """Affine map of an image: swap axes, flip, resize to `scaled`, crop to `size` at `offset`."""
 
     source: tuple[int, int]  # size of the original image
     scaled: tuple[int, int]  # size of the resized image
-    offset: tuple[int, int]
+    offset: tuple[int, int]  # top and left of the crop
     size: tuple[int, int]  # size of the crop
     flip: bool = False
     transpose: bool = False
@@ -61,7 +61,7 @@ class Affine:
         return change_colors(image, *self.colors)
 
     def edges(self, edges: np.ndarray) -> np.ndarray:
-        """Transform edges (E, 4) x0, y0, x1, y1 to canvas pixels, float32; zero edges stay zero."""
+        """Transform edges (E, 4) x0, y0, x1, y1 to the canvas (float32); zero edges stay zero."""
         matrix = self.matrix()
         linear, shift = np.zeros((4, 4)), np.concatenate([matrix[:, 2], matrix[:, 2]])
         linear[:2, :2] = linear[2:, 2:] = matrix[:, :2].T
@@ -147,7 +147,7 @@ def resize_bilinear(
 def _neighbors(
     source: int, scaled: int, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the input pixels before and after output pixels (count,), and the latter's weight."""
+    """Return the two input pixels next to each output pixel (count,), and the second's weight."""
     center = ((np.arange(start, start + count) + 0.5) * (source / scaled) - 0.5).astype(np.float32)
     low = np.floor(center)
     weight = np.rint((center - low) * np.float32(WEIGHT_ONE)).astype(np.int32)
@@ -156,7 +156,7 @@ def _neighbors(
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
-    """Scale (height, width) to longest side `size`; round as Detectron2's ResizeShortestEdge."""
+    """Scale (height, width) to longest side `size`; round as in Detectron2's ResizeShortestEdge."""
     scale = size / min(source)
     height, width = scale * source[0], scale * source[1]
     shrink = size / max(height, width)
@@ -179,7 +179,7 @@ def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) 
 def resize_and_pad(
     image: Image.Image | np.ndarray, size: int, antialias: bool, canvas: np.ndarray | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size` on a canvas.
+    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size` and pad it.
 
     `canvas` is a black canvas (3, size, size) uint8; by default, a canvas is created. Returns the
     canvas and the (height, width) without padding.
