@@ -80,7 +80,7 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Add the file name to errors due to a full disk, which lack the name."""
+    """Add the file name to errors due to a full disk, which do not contain the name."""
     try:
         yield
     except OSError as error:
@@ -326,7 +326,7 @@ def parse_yaml(text: str) -> object:
 def read_yaml(path: Path, expected: str = "YAML") -> Any:
     """Read a YAML file without converting scalars, since a class may be named "no".
 
-    Raises FileNotFoundError, or ValueError for invalid YAML; `expected` names the expected file.
+    Raises FileNotFoundError, or ValueError with the text "not {expected}" for invalid YAML.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)

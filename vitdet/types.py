@@ -108,7 +108,7 @@ class Targets(Record):
     """Ground truth of B images, padded to G objects per image.
 
     boxes are (B, G, 4), labels (B, G), present and has_mask (B, G) bool; masks are B * G outlines
-    in image order. Padding has present=False, a zero box (IoU 0 with any box), no outline.
+    in image order. Padding has present=False, a zero box (IoU 0 with any box) and no outline.
     """
 
     boxes: Tensor

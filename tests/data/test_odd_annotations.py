@@ -137,7 +137,7 @@ ERRORS = [
     *each("annotations", "area", AREAS, "area that is not a number of pixels"),
     *each("categories", "name", (None, ["a"], "\ud800", "a\nb"), f"category {LINE}"),
     *each("images", "file_name", ("", None, "x\ny", "a\0b"), f"file {LINE}"),
-    *each("images", "file_name", LEAVING, "file name that leaves its folder"),
+    *each("images", "file_name", LEAVING, "file name that points outside its folder"),
     *each("images", "file_name", ["none.png"], "missing image file"),
     *each("images", "file_name", ("é" * 300, "\ud800"), "image file that cannot be read"),
     *each("images", "height", SIDES, "image height that is not a whole number from 1 to 65535"),

@@ -28,7 +28,7 @@ FILES = {
 NAMES = {
     "image without 'file_name'",
     "file name that is not one line of text",
-    "file name that leaves its folder",
+    "file name that points outside its folder",
 }
 EMPTY = "no objects"
 

@@ -219,7 +219,7 @@ class AnnotationValidator(HeaderValidator):
         ):
             dropped = self._outside(annotation, size, empty)
         if area is not None and not empty and not area_fits(area, width * height) and not crowd:
-            text = f"{area:g} in {width:g} x {height:g}"
+            text = f"area {area:g}, box {width:g} x {height:g}"
             self._warn("area that does not fit its box", annotation, text)
         return dropped
 
@@ -247,7 +247,7 @@ class AnnotationValidator(HeaderValidator):
     ) -> tuple[str, bool]:
         """Compare box and outline; return `Validated.unmasked` and `Validated.own_box`."""
         if outline.left_out:
-            text = f"{outline.left_out} of {len(annotation.segmentation or ())}"
+            text = f"{outline.left_out} of {len(annotation.segmentation or ())} parts"
             kind = "outline with parts of fewer than 3 points or an odd length (ignored)"
             self._warn(kind, annotation, text)
         if outline.shape is None:

@@ -196,7 +196,7 @@ class _Split:
     def read_images(self) -> None:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            maxima = dict[bool, dict[int, int]]()  # largest value by is-color and image id
+            maxima = dict[bool, dict[int, int]]()  # is color -> image id -> largest value
             for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
                 if outcome.kind:
                     self._image_error(outcome.kind, image_id, outcome.text)

@@ -54,7 +54,7 @@ class HeaderValidator:
         names: file name of each image by id.
         categories: name of each category by id.
         stated: `image_count` of each category by id, as in the file.
-        root: result of `root_category`, or None if an annotation uses this category.
+        root: result of `root_category`, or None if an annotation uses the root category.
     """
 
     lvis: bool
@@ -80,7 +80,7 @@ class HeaderValidator:
     def _tables(self, content: object) -> dict[str, Table]:
         tables: dict[str, Table] = {"images": [], "annotations": [], "categories": []}
         if not isinstance(content, dict):
-            text = f"expected an object with {', '.join(tables)}; got {type(content).__name__}"
+            text = f"expected a JSON object with {', '.join(tables)}; got {type(content).__name__}"
             self.error("not COCO's layout", "top level", text)
             return tables
         for key in tables:
@@ -182,7 +182,7 @@ class HeaderValidator:
             return
         name = image_name(image, self.lvis)
         if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
-            self.error("file name that leaves its folder", where, show(name))
+            self.error("file name that points outside its folder", where, show(name))
         else:
             self.names[image["id"]] = name
 

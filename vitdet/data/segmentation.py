@@ -1,8 +1,8 @@
 """Validation of an annotation's outline, and comparison of the box around the outline with `bbox`.
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
-mmdet, parts of fewer than 3 points or odd length are ignored; an outline needs at least one part.
-Detectron2 trains on the box around the visible outline, whereas COCO's evaluation uses `bbox`. If
+mmdet, parts of fewer than 3 points or odd length are ignored. If no part remains, the object has no
+outline. Detectron2 trains on the box around the visible outline; COCO's evaluation uses `bbox`. If
 these boxes differ by more than the tolerances, training uses `bbox` (`Validated.own_box`).
 """
 

@@ -179,7 +179,7 @@ def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) 
 def resize_and_pad(
     image: Image.Image | np.ndarray, size: int, antialias: bool, canvas: np.ndarray | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size` and pad it.
+    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size`; pad to a square.
 
     `canvas` is a black canvas (3, size, size) uint8; by default, a canvas is created. Returns the
     canvas and the (height, width) without padding.
