@@ -210,9 +210,9 @@ def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = 
 
 
 def damaged_record(path: Path) -> str | None:
-    """Return the name of a zip archive's first record that does not match its CRC-32, or None.
+    """Return the name of the first record in a zip archive that does not match its CRC-32.
 
-    Also returns None if no record matches, since the archive was then written without checksums
+    Returns None if all records match, and if none matches: then, the archive has no checksums
     (torch.serialization.set_crc32_options). Raises ValueError if the archive is incomplete.
     """
     workers = min(CRC_THREADS, os.cpu_count() or 1)

@@ -23,7 +23,7 @@ TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
 
 
 class SplitFiles(NamedTuple):
-    """An annotation file and the folder that its image names are relative to."""
+    """An annotation file and the folder to which its image names are relative."""
 
     annotations: Path
     images: Path

@@ -108,7 +108,7 @@ class TrainData(Dataset):
         return self.__getitems__([position])
 
     def draw(self, position: int, canvas: np.ndarray) -> Sample:
-        """Return the sample at a position; write its pixels to a black `canvas` (3, S, S) uint8."""
+        """Return the sample at a position; write the pixels to a black `canvas` (3, S, S) uint8."""
         index = self.sampler[position]
         rng = np.random.default_rng((self.seed, position))
         for _ in range(REDRAWS):
@@ -181,7 +181,7 @@ class ValData(Dataset):
         return self.__getitems__([index])
 
     def draw(self, index: int, canvas: np.ndarray) -> Sample:
-        """Return the sample of an image; write its pixels to a black `canvas` (3, S, S) uint8."""
+        """Return the sample of an image; write the pixels to a black `canvas` (3, S, S) uint8."""
         record = self.records[index]
         source = (record.height, record.width)
         image = read_image(record.path, source, self.reading)

@@ -47,7 +47,7 @@ class File:
 
 @dataclass(frozen=True)
 class Images:
-    """Image folder; `names`: digest of names and sizes; `content`: digest of names, sizes and CRC-32s."""
+    """Image folder; `names` is a digest of names and sizes, `content` of names, sizes, CRC-32s."""
 
     path: str
     count: int

@@ -57,10 +57,10 @@ def combined(prints: Mapping[str, str]) -> str:
 
 
 def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
-    """Describe how the data differs from that of a checkpoint or training state; "" if equal.
+    """Describe how the data differs from the data of a checkpoint or training state.
 
     `stored` is the content of the checkpoint or training state; version 0.1 stored a dataset_digest
-    instead of fingerprints. `found` are the current fingerprints.
+    instead of fingerprints. `found` are the current fingerprints. Returns "" if equal.
     """
     before = stored.get("fingerprints")
     if before is None:
@@ -117,10 +117,10 @@ def describe(data: DataConfig) -> dict:
 
 
 def verify(data: DataConfig, expected: str) -> dict[str, str]:
-    """Verify that the data has the `expected` fingerprints (see `combined`); return them.
+    """Verify that the data has the `expected` fingerprints (see `combined`).
 
-    Raises ValueError with the split's name if a fingerprint differs, and FileNotFoundError for
-    missing files.
+    Returns the result of `fingerprints`. Raises ValueError with the name of the split if a
+    fingerprint differs, and FileNotFoundError for missing files.
     """
     try:
         found = fingerprints(data)

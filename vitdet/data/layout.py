@@ -28,7 +28,7 @@ FROM_DATA = "# from data.root: "
 
 
 def split_files(data: DataConfig, split: str) -> SplitFiles:
-    """Return the annotation file of a split and the folder that its image names are relative to.
+    """Return the annotation file and the image folder of a split.
 
     For a split that does not exist, returns the paths that COCO's or LVIS's layout specifies.
     """
@@ -105,7 +105,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
 
 
 def overridden_settings(overrides: Sequence[str]) -> set[str]:
-    """Return the names of the settings in overrides, including those in an overridden section."""
+    """Return the names of the settings in overrides, including the keys of overridden sections."""
     found: set[str] = set()
     for override in overrides:
         key, _, text = override.partition("=")

@@ -72,7 +72,7 @@ def _received(sent: Any, dtype: np.dtype, shape: tuple[int, ...]) -> Shared:
 class PackedList(Generic[T]):
     """A list that keeps its values pickled and unpickles a value on access.
 
-    As Python objects, LVIS's polygons occupy 6 GB in each worker, since reading them writes
+    As Python objects, LVIS's polygons occupy 6 GB in each worker, since reading writes
     reference counts and thereby copies shared memory. Pickled, they occupy 1 GB, which all workers
     share. The list is read-only after it was sent to another process."""
 
