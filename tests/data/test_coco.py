@@ -65,7 +65,7 @@ def _damage(where: str, **values: object) -> dict:
         (_damage("annotations", bbox=[500, 3, 10, 5]), "box far outside .*on 40 x 30 pixels"),
         (_damage("images", height=0), "image 20: image height that is not a whole number from 1"),
         ({"images": [], "annotations": []}, "no 'categories' in the file"),
-        ([1, 2], "expected an object with images, annotations, categories; got list"),
+        ([1, 2], "expected a JSON object with images, annotations, categories; got list"),
     ],
 )
 def test_an_annotation_error_is_one_line(tmp_path: Path, content: object, expected: str) -> None:
