@@ -32,9 +32,9 @@ from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import read_truth
 
 SIZE = [HEIGHT, WIDTH]
-ELSEWHERE = "object whose box does not fit its outline (used for box and class only)"
+ELSEWHERE = "box that does not fit its outline (object used for box and class only)"
 DIFFERS = "bbox that differs from the box around its outline (training uses bbox)"
-NO_PIXELS = "object whose outline has no pixels in its image (used for box and class only)"
+NO_PIXELS = "outline without pixels in its image (object used for box and class only)"
 NO_OUTLINE = "object without an outline (used for box and class only)"
 PARTS = "outline with parts of fewer than 3 points or an odd length (ignored)"
 LINE = "name that is not one line of text"

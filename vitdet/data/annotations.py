@@ -257,7 +257,7 @@ class AnnotationValidator(HeaderValidator):
         if found == "fits":
             return "", False
         if found == "empty" or outline.box is None:
-            kind = "object whose outline has no pixels in its image (used for box and class only)"
+            kind = "outline without pixels in its image (object used for box and class only)"
             self._warn(kind, annotation, show(outline.box))
             return NO_PIXELS, True
         x0, y0, x1, y1 = (round(value, 2) for value in outline.box)
@@ -272,7 +272,7 @@ class AnnotationValidator(HeaderValidator):
             annotation.bbox, outline.box
         ):
             self.suspects[CORNERS] += 1
-        kind = "object whose box does not fit its outline (used for box and class only)"
+        kind = "box that does not fit its outline (object used for box and class only)"
         self._suspect(kind, annotation, text)
         return OTHER_PLACE, True
 
