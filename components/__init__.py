@@ -1,7 +1,7 @@
 """The pipeline's steps: thin wrappers around `vitdet.stages`, one KFP component each.
 
-KFP embeds the source of a component in the compiled pipeline; the code that it calls is in the
-image. Therefore a component's body only imports from vitdet or components, calls, and prints.
+KFP embeds the source of a component in the compiled pipeline; the code that the component calls is
+in the image. The body of a component therefore only calls functions and prints their results.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 # The image of all steps, read when a pipeline is compiled; "": the image of the training job
 IMAGE = os.environ.get("VITDET_IMAGE", "")
-# Environment variable with the run ID; in pods set from a label, in local runs by `pipeline.local`
+# Variable with the pipeline run's ID; set from a label in pods, by `pipeline.local` in local runs
 RUN_ID = "KFP_RUN_ID"
 
 
@@ -26,7 +26,7 @@ def run_id() -> str:
 
 @contextmanager
 def afterwards(call: Callable[[], None]) -> Iterator[None]:
-    """Call `call` on exit, even after an error; replaces `try` in the bodies of steps."""
+    """Call `call` on exit, even after an error."""
     try:
         yield
     finally:

@@ -14,10 +14,10 @@ def clean_up(
     status: dsl.PipelineTaskFinalStatus,
     table: dsl.Output[dsl.HTML],
 ) -> None:
-    """End this run's MLflow parent run and, unless `job_kind` is "" (local run), its training jobs.
+    """End the MLflow parent run and, unless `job_kind` is "" (a local run), the training jobs.
 
-    If `compare` did not create the comparison table because of a failure, create a table of the
-    finished training runs, with the reasons why the others did not finish.
+    If a failure prevented `compare` from creating its table, create a table of the finished
+    training runs, with the reasons why the other training runs did not finish.
     """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs

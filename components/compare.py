@@ -7,7 +7,7 @@ from components.decorator import component
 
 @component
 def announce(settings: Input[Artifact], workspace: str) -> None:
-    """Create the MLflow parent run; fail before GPUs are requested if MLflow does not respond."""
+    """Create the MLflow parent run. If MLflow does not respond, the step fails before training."""
     from components import run_id
     from vitdet import stages
 

@@ -13,9 +13,9 @@ def data(
     resolved: Output[Artifact],
     manifest: Output[Dataset],
 ) -> list[dict[str, str]]:
-    """Fetch the data if `fetch` is set, verify it and add its splits and classes to the configs.
+    """Fetch the data if `fetch` is set; verify the data; write configs with its splits and classes.
 
-    The demo's data set is generated.
+    The demo's data set is generated if it does not exist.
 
     Returns {"training": name, "data": fingerprint} for each training run. The fingerprint is part
     of the cache key of the training run.

@@ -45,7 +45,7 @@ def evaluate_champion(
     resolved: Input[Artifact],
     workspace: str,
 ) -> None:
-    """Evaluate the champion with the data and settings of `checkpoint`; store that AP as a tag."""
+    """Evaluate the champion as `checkpoint` was evaluated; store the metrics in the registry."""
     from components import run_id
     from vitdet import stages
 

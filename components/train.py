@@ -1,4 +1,4 @@
-"""Step `train`: in this process (`train`) or in a distributed training job (`train_job`).
+"""Step `train`: trains in its process (`train`) or in a distributed training job (`train_job`).
 
 Both components have the same outputs and, except for `task_config`, the same inputs. `data` is the
 fingerprint of the data, `initial` a digest of the initial weights; both are part of the step's
@@ -60,7 +60,7 @@ def train_job(
     checkpoint: Output[Model],
     task_config: dsl.TaskConfig,
 ) -> None:
-    """Verify the data, then train in a job on the cluster; an existing job is followed."""
+    """Verify the data, then train in a job on the cluster, or follow an earlier attempt's job."""
     from components import run_id
     from components.launcher.launch import launch
     from vitdet import stages

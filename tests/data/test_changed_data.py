@@ -203,7 +203,7 @@ def test_a_champion_with_other_classes_is_not_replaced(again: Run) -> None:
     run = again.prepare(again.folder / "own").train()
     assert not run.evaluate()
     run.better(99.0)
-    assert "the model has different classes (" in run.evaluate_champion()
+    assert "the classes of this model (" in run.evaluate_champion()
     passed, reason = run.gate()
     assert not passed and "register the candidate under another tracking.model_name" in reason
     assert len(reason.splitlines()) == 1

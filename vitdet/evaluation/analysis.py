@@ -20,16 +20,16 @@ from vitdet.evaluation.matches import IOUS, Matches
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.results import Truth
 
-WORST, BEST = 6, 4  # maximum numbers of images
+WORST, BEST = 6, 4  # maximum numbers of images in the report
 SCORES = tuple(step / 100 for step in range(1, 100))
 SHOWN = 30  # maximum number of classes in a confusion matrix
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The results of detections with at least this score.
+    """The results of the detections with a score of at least `score`.
 
-    The precision is 1 without such detections. F1 is 2 * true positives / (detections + objects).
+    Without detections, the precision is 1. F1 is 2 * true positives / (detections + objects).
     """
 
     score: float
@@ -96,7 +96,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class Confusion:
-    """The confusion matrix of detections with at least this score.
+    """The confusion matrix of the detections with a score of at least `score`.
 
     True positives are on the diagonal. The remaining detections and objects with an IoU of at least
     0.5 are paired across classes in descending order of IoU; each occurs in at most one pair. If
@@ -122,8 +122,8 @@ class Analysis:
 
     Attributes:
         kind: "box" or "mask".
-        metrics: COCO's or LVIS's metrics, named as in metrics.json without the kind ("ap",
-            "ap_small", "ar_100", ...). A metric without objects is omitted.
+        metrics: COCO's or LVIS's metrics, named as in metrics.json without "box_" or
+            "mask_" ("ap", "ap_small", "ar_100", ...). Metrics without objects are omitted.
         classes: all classes of the annotation file, in order of category id.
         curves: precision at recall 0, 0.01, ..., 1, averaged over the classes with objects, for
             IoU "0.5", "0.75" and the "mean" over all IoU thresholds; empty without objects.
@@ -155,7 +155,7 @@ class Analysis:
 def analyse(
     kind: str, comparison: Comparison, metrics: Mapping[str, float], truth: Truth
 ) -> Analysis:
-    """Return the analysis of a kind, "bbox" or "segm", given the metrics from `summary`."""
+    """Return the analysis of boxes ("bbox") or masks ("segm"). metrics: result of `summary`."""
     matches, prefix = comparison.matches, f"{NAMES[kind]}_"
     overlaps = overlaps_of(comparison)
     rank = np.array([item["id"] for item in comparison.detections], int)
@@ -260,7 +260,7 @@ def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
 def _images(
     matches: Matches, score: float, truth: Truth
 ) -> tuple[list[ImageResult], list[ImageResult]]:
-    """Return the worst and the best images at this score threshold."""
+    """Return the worst and the best images at the score threshold `score`."""
     count = len(matches.image_ids)
     shown = (matches.score >= score) & ~matches.ignored[:, 0]
     objects = np.bincount(matches.object_image, minlength=count)
@@ -289,7 +289,7 @@ def _images(
 
 
 def _confusion(matches: Matches, overlaps: Overlaps, score: float) -> Confusion:
-    classes = len(matches.category_ids)  # also the index of background
+    classes = len(matches.category_ids)  # also the matrix index of background
     shown = (matches.score >= score) & ~matches.ignored[:, 0]
     found = np.where(shown, matches.found, -1)
     actual = np.full(len(found), classes)  # the class of each detection's object

@@ -62,7 +62,7 @@ class WeightedAP:
         self._segment_start = self._starts[segment]
         # added to precision, so that one maximum.accumulate processes all segments separately
         self._offset = 2.0 * (segments - segment)
-        # ignored detections: their images, and how many precede each true positive and its `_first`
+        # ignored detections: their images, and the count before each true positive and its `_first`
         ignored_level, ignored = np.nonzero(matches.ignored[order].T)
         self._ignored_image = self._image[ignored]
         keys, start = ignored_level * len(order) + ignored, level * len(order)
@@ -109,7 +109,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """The difference between two results with its paired interval and two-sided bootstrap p-value.
+    """A difference between two results, its paired interval and two-sided bootstrap p-value.
 
     images: number of images with objects.
     """
@@ -139,7 +139,7 @@ class Resampled:
     resampled: np.ndarray
 
     def interval(self, metric: str = "ap", class_index: int | None = None) -> Interval | None:
-        """Return the interval of a metric, by default over all classes; None without objects."""
+        """Return a metric with its interval, by default over all classes; None without objects."""
         column = _column(metric, class_index)
         if np.isnan(self.value[column]):
             return None
@@ -153,7 +153,7 @@ class Resampled:
         *,
         confidence: float = CONFIDENCE,
     ) -> Difference | None:
-        """Return this result minus `first`; None without objects.
+        """Return the metric of this result minus that of `first`; None without objects.
 
         The interval is the percentile interval of the paired differences, over the resamples with
         objects. For d differences, p = min(1, 2 (n + 1) / (d + 1)), where n is the smaller of the

@@ -30,8 +30,8 @@ def compare(
     Args:
         kinds: "bbox" and/or "segm".
         image_ids: images to evaluate; default: all images in the file.
-        most: maximum number of detections per class and image. If it is above COCO's 100, the
-            metrics are not comparable with published values.
+        most: maximum number of detections per class and image. If it is above COCO's limit of
+            100, the metrics are not comparable with published values.
 
     Raises:
         ValueError: unknown images or categories, missing keys, values that are not numbers, or

@@ -4,7 +4,7 @@ A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, seg
 pixels of the original image. The segmentation is a compressed RLE; it is omitted for detectors
 without a mask head.
 
-On a GPU, a thread converts the detections of a batch while the detector computes the next batch.
+On a GPU, a thread converts the detections of a batch while the detector processes the next batch.
 The thread's CUDA stream does not wait for the next batch. Boxes are copied to the CPU first;
 masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
 """
@@ -60,7 +60,7 @@ def batch_to_results(
     image_ids: Sequence[int],
     category_ids: Sequence[int],
 ) -> list[list[dict]]:
-    """Return the COCO results of each image in a batch, like `detections_to_results`."""
+    """Return the COCO results of each image; see `detections_to_results` for the arguments."""
     found = [
         to_image(_to_cpu(canvas), size, original)
         for canvas, size, original in zip(detections, sizes, originals, strict=True)
@@ -141,7 +141,7 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; pad to `slots` images (0: no padding), as each new batch size is compiled."""
+    """Detect objects; pad to `slots` images (0: no padding), since each batch size is compiled."""
     # non_blocking although `sizes` is not pinned: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:

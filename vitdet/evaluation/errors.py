@@ -12,16 +12,16 @@ with t_f = 0.5 and t_b = 0.1:
 
 An object is missed if it has no matching detection and no localization or classification error.
 
-dAP is the increase in AP50 if all errors of one type are fixed. Fixing a localization
-(classification) error makes the detection a true positive of the object of its class (of another
-class) with the highest IoU. If this object is already matched, or would also be matched by fixing a
-detection with a higher score, the detection is removed. Detections with errors of the other types
-are removed, as are missed objects. Fixing false_positive ranks all true positives before all false
-positives; fixing false_negative removes all objects without a true positive.
+dAP is the increase in AP50 if all errors of one type are fixed. Fixing a localization or
+classification error makes the detection a true positive of the object with the highest IoU among
+those of its class or of other classes, respectively. If this object is already matched, or would
+also be matched by fixing a detection with a higher score, the detection is removed. Fixing another
+error removes the detection or the missed object. Fixing false_positive ranks all true positives
+before all false positives; fixing false_negative removes all objects without a true positive.
 
 As in the tidecv package, detections that AP ignores can have localization and classification
-errors, and fixing these adds a true positive. Such errors are not counted; other fixes do not
-change these detections.
+errors. These errors are not counted, but fixing them can add true positives. Fixing errors of
+other types does not change ignored detections.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RECALLS = np.arange(101) / 100
 
 @dataclass(frozen=True)
 class Overlaps:
-    """P (detection, object) pairs in the same image, of any classes, with IoU >= t_b.
+    """P pairs of a detection and an object of any classes in the same image, with IoU >= 0.1.
 
     All arrays are (P,); `detection` and `target` index the detections and objects of `Matches`.
     """
@@ -149,7 +149,7 @@ def errors_of(matches: Matches, overlaps: Overlaps, rank: np.ndarray) -> Errors:
 
 def _types(matches: Matches, overlaps: Overlaps) -> tuple[np.ndarray, np.ndarray]:
     """Return each detection's error type (N,) as an index into TYPES, and the object (N,) of a
-    localization or classification error; -1 means no error or no object.
+    localization or classification error; -1 means no error or no object, respectively.
     """
     same = matches.category[overlaps.detection] == matches.object_category[overlaps.target]
     used = np.isin(overlaps.target, matches.found)

@@ -93,7 +93,7 @@ def measured_metrics(config: Config) -> list[str]:
     """Return the names of the metrics that `evaluate_detector` would return for this config.
 
     Metrics for which the validation split has no objects are omitted. The function runs a
-    comparison without detections and raises the same errors as `evaluate_detector`.
+    comparison without detections and raises the errors of `read_validation`.
     """
     truth, split = read_validation(config.data, config.evaluate)
     kinds = ("bbox", "segm") if config.model.mask.enabled else ("bbox",)
@@ -159,7 +159,7 @@ def evaluation_config(
     If `config` is given, its data and evaluate settings replace those of `stored`, the checkpoint's
     config; then the overrides are applied. As in training, an override of data.root also selects
     the splits of that folder, unless the overrides set the splits. Raises ValueError for overrides
-    of other sections.
+    of settings other than data.* and evaluate.*.
     """
     for setting in overrides:
         if setting.split(".")[0].strip() not in SECTIONS:
@@ -272,11 +272,11 @@ def evaluate_alike(
     if names != list(class_names):
         shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         raise ValueError(
-            f"the model has different classes ({shown}); register the candidate under another "
-            "tracking.model_name"
+            f"the classes of this model ({shown}) differ from the candidate's; register the "
+            "candidate under another tracking.model_name"
         )
     if fingerprint(config.data, config.data.val_split) != val_fingerprint:
-        raise ValueError(f"{config.data.root} has changed since the candidate was evaluated")
+        raise ValueError(f"{config.data.root} has changed; evaluate the candidate again")
     own = from_dict(stored["config"])
     changes = {key: getattr(config.data, key) for key in IMAGE_SETTINGS}
     same = replace(own, data=replace(own.data, **changes), evaluate=config.evaluate)
@@ -292,7 +292,7 @@ def evaluate_results(
     report: str | Path | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
-    """Return the metrics, in percent, of a COCO results file against an annotation file.
+    """Evaluate a COCO results file against an annotation file; return the metrics in percent.
 
     Args:
         dataset: evaluation protocol, "coco" or "lvis".
@@ -301,7 +301,7 @@ def evaluate_results(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file has an error. The message is one line.
+        ValueError: `dataset` or a file is invalid. The message is one line.
     """
     if dataset not in METRICS_OF:
         raise ValueError(f"dataset must be {' or '.join(METRICS_OF)}, got {dataset!r}")
@@ -330,7 +330,7 @@ def _compare(
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
     """Return the comparison of each kind, and the metrics according to the data set's protocol.
 
-    COCO's metrics use the detector's detection limit if it is above COCO's limit.
+    For COCO, the detection limit is the larger of 100 and evaluate.max_detections.
     """
     if data.dataset == "lvis":
         finished = lvis.compare(truth, results, kinds, image_ids)
@@ -349,9 +349,9 @@ def _compare(
 
 
 def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """Read the validation split once; return it in the forms that comparison and detection need.
+    """Read the validation split once; return it for the comparison and for detection.
 
-    Raises ValueError if AP includes no object of the split, i.e. if AP is undefined.
+    Raises FileNotFoundError, and ValueError if AP is undefined because it includes no object.
     """
     path = split_files(data, data.val_split)[0]
     if not path.exists():
@@ -387,7 +387,7 @@ def _check_classes(
     if tuple(trained) == tuple(present):
         return
     pairs = enumerate(zip(trained, present, strict=False))
-    counts = f"there are {len(present)}, not {len(trained)}"
+    counts = f"number of classes is {len(present)}, not {len(trained)}"
     differs = next((f"class {i} is {b!r}, not {a!r}" for i, (a, b) in pairs if a != b), counts)
     raise ValueError(
         f"{data.root}: the classes of this data set differ from those of {checkpoint}: {differs}; "

@@ -27,7 +27,7 @@ from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # maximum number of detections per image
 UNCOUNTED = "all have an area of 0, which LVIS ignores"  # reason why AP is undefined
-# frequency of classes: in at most 10, in 11 to 100, and in more than 100 training images
+# rare: classes in at most 10 training images; common: in 11 to 100; frequent: in more than 100
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 
 
@@ -75,7 +75,7 @@ def check(truth: Truth) -> None:
             if lacking is not None:
                 raise ValueError(
                     f"{truth.path}: {what} {lacking} has no {key}, which LVIS requires; for "
-                    "annotations in COCO's format, set dataset to coco"
+                    "annotations in COCO's format, set data.dataset or --dataset to coco"
                 )
 
 
@@ -109,7 +109,7 @@ def best(results: Sequence[dict]) -> list[dict]:
 
 
 def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:
-    """Return the results whose category is annotated in the image or listed as absent from it."""
+    """Return the results whose category is annotated in the image or listed as absent."""
     known = {(item.image_id, item.category_id) for item in truth.objects if counts(item)}
     for image_id, image in truth.images.items():
         known |= {(image_id, category) for category in image["neg_category_ids"]}

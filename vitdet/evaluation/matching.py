@@ -1,12 +1,12 @@
 """Match detections with objects, and compute the resulting precision and recall.
 
-The matching rules are those of pycocotools, implemented by faster-coco-eval (C++). It is called for
-each class separately, with only the images of its objects and detections, because it keeps a record
-for every image, class and size range: about 15 GB for all classes of LVIS at once.
+faster-coco-eval (C++) implements the matching rules of pycocotools. It is called for each class
+separately, with only the images that contain objects or detections of the class, because it keeps a
+record for every image, class and size range: about 15 GB for all classes of LVIS at once.
 
 If masks are compared, objects without an outline are excluded. A detection that matches no mask is
-ignored if its box overlaps the box of such an object of the same class with an IoU of at least the
-threshold. Like a crowd, such an object can match any number of detections.
+ignored if its box and the box of an excluded object of the same class have an IoU of at least the
+threshold. Like a crowd, an excluded object can match any number of detections.
 
 Notation, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M detection
 limits.
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of results with an annotation file.
+    """The comparison of results with an annotation file; notation as in pycocotools.
 
     Attributes:
         precision: (T, R, K, A, M), in 0..1; -1 for classes without objects of the size.
@@ -64,7 +64,7 @@ class Comparison:
     ) -> float | None:
         """Return AP in percent with the largest detection limit; None without objects.
 
-        Default: the mean over all IoU thresholds and classes. `chosen` are indices of classes.
+        Default: the mean over all IoU thresholds and classes. chosen: indices of classes.
         """
         table = self.precision[..., SIZES.index(size), -1]
         table = table if iou is None else table[[int(np.abs(IOUS - iou).argmin())]]
@@ -75,7 +75,7 @@ class Comparison:
         return _mean(self.recall[..., SIZES.index(size), limit])
 
     def aps(self, chosen: Sequence[int] | None = None) -> dict[str, float | None]:
-        """Return AP, AP50, AP75 and AP of each size; `chosen` are indices of classes."""
+        """Return AP, AP50, AP75 and AP of each size; chosen: indices of classes, by default all."""
         aps = {"ap": self.ap(chosen=chosen)}
         aps |= {f"ap{100 * iou:.0f}": self.ap(iou, chosen=chosen) for iou in (0.5, 0.75)}
         return aps | {f"ap_{size}": self.ap(None, size, chosen) for size in SIZES[1:]}
@@ -98,7 +98,7 @@ def choose(
         return sorted(truth.images), list(results)
     chosen = set(image_ids)
     if unknown := chosen - truth.images.keys():
-        raise ValueError(f"{truth.path}: contains no image {min(unknown)}")
+        raise ValueError(f"{truth.path}: contains no image with id {min(unknown)}")
     return sorted(chosen), [item for item in results if item["image_id"] in chosen]
 
 
@@ -115,14 +115,14 @@ def match(
     unsure: Collection[tuple[int, int]] = (),
     boxed: bool = False,
 ) -> Comparison:
-    """Compare results with the objects of these images.
+    """Compare results with the objects of the images `image_ids`.
 
     Args:
         truth, image_ids, results: as returned by `choose`.
         kind: "bbox" or "segm".
         limits: maximum numbers of detections per class and image, ascending.
-        crowds: respect iscrowd; otherwise, crowds are normal objects.
-        empty: include objects and results with zero area.
+        crowds: respect iscrowd; if False, crowds are normal objects.
+        empty: include objects and results with an area of 0.
         unsure: pairs (image id, category id) that are not exhaustively annotated: detections of the
             category that match no object in the image are ignored.
         boxed: use the area of a detection's box as the area of its mask.
@@ -183,7 +183,7 @@ def _objects(
     """
     objects: ByClass = defaultdict(list)
     bare: dict[tuple[int, int], list[Sequence[float]]] = defaultdict(list)
-    # new ids: pycocotools and similar packages treat a match with object id 0 as no match
+    # new ids from 1: pycocotools and similar packages treat a match with object id 0 as no match
     for number, item in enumerate(truth.objects, start=1):
         if item.image_id not in index_of:
             continue
@@ -281,7 +281,7 @@ def _ranked(found: list[dict], limit: int) -> list[dict]:
 
 
 def _counts(item: dict) -> bool:
-    """Return whether an object counts: it is not a crowd, and its area is in COCO's range "all"."""
+    """Return whether an object is not a crowd and its area is in COCO's range "all"."""
     return not item["iscrowd"] and 0 <= item["area"] <= LARGEST
 
 
@@ -289,7 +289,7 @@ def _match_class(
     objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int]
 ) -> list[np.ndarray]:
     """Return precision (T, R, A, M) and recall (T, A, M) of a class with n detections, the id of
-    each detection's object (T, n), 0 if none, and whether the detection is ignored (T, n).
+    each detection's matched object (T, n), 0 if none, and whether the detection is ignored (T, n).
     """
     if not any(item.get("overlap", 0) for item in found):
         return _run(objects, found, category, kind, limits, IOUS)

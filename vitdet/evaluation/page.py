@@ -22,7 +22,7 @@ QUALITY = 75  # JPEG quality; the page for COCO's val2017 is smaller than 2 MB
 
 @dataclass(frozen=True)
 class Facts:
-    """The title of the page, and facts about the data and the model by name."""
+    """The title of the page, and facts about the data and the model as {name: value}."""
 
     title: str
     data: Mapping[str, str]
@@ -37,7 +37,7 @@ def write_page(
     results: Sequence[dict],
     images: Images | None,
 ) -> None:
-    """Write the page of an evaluation; the first analysis is shown first and determines the images.
+    """Write the page of an evaluation; its images are the worst and best of the first analysis.
 
     Without `images`, the page has no pictures. Images that cannot be read are omitted.
     """
@@ -61,7 +61,7 @@ def write_page(
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the headline metrics by title: every AP, and AR with the largest limit."""
+    """Return the headline metrics by title: every AP, and AR with the largest detection limit."""
     titles = {key: key.replace("ap", "AP", 1).replace("_", " ") for key in metrics}
     tiles = {titles[key]: value for key, value in metrics.items() if key.startswith("ap")}
     limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]

@@ -67,7 +67,7 @@ def write_pictures(
 def draw_truth(
     record: Record, class_names: tuple[str, ...], reading: Reading = DEFAULT
 ) -> Image.Image:
-    """Return a record's image with its objects drawn in the style of `draw`."""
+    """Return a record's image with its objects drawn in the style of `vitdet.visualize.draw`."""
     picture = read_image(record.path, reading)
     scale = legible_scale(picture.size)
     labels = record.labels.tolist()
@@ -112,8 +112,8 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 @dataclass(frozen=True)
 class Images:
-    """The image files of a `Truth`: the folder to which their names are relative, whether the
-    names are taken from coco_url, as in LVIS, and the settings for reading the files.
+    """The image files of a `Truth`. The file names are relative to `folder`. If `lvis` is True,
+    they are taken from coco_url.
     """
 
     folder: Path
@@ -131,7 +131,7 @@ class _Item(NamedTuple):
 
 
 def images_of(annotations: Path, dataset: str) -> Images | None:
-    """Return the images of an annotation file, or None if they are in none of the known layouts.
+    """Return the images of an annotation file, or None if they are in an unknown folder layout.
 
     dataset: "coco" or "lvis".
     """

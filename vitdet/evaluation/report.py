@@ -87,8 +87,8 @@ def write_reports(
     facts: Callable[[Matches], Facts],
     images: Images | None,
 ) -> None:
-    """Write the files of `write_report` and report.html to the folder `plots`, and the same page to
-    the path `report`. A path that is None is skipped.
+    """Write the files of `write_report` to the folder `plots`, and the report page to
+    PLOTS/report.html and to the path `report`. A path that is None is skipped.
 
     `facts` is called with the matches and returns the page's facts. For `images`, see `write_page`.
     """

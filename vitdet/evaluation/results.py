@@ -65,7 +65,7 @@ def truth_of(path: Path | str, tree: dict) -> Truth:
 
 
 def _by_id(table: Iterable[dict]) -> dict[int, dict]:
-    """Return the entries by id in ascending order, with integer ids and image sizes."""
+    """Return the entries by id in ascending order; ids and image sizes are converted to int."""
     items: Iterable[dict[str, Any]] = (
         {key: whole_number(value) if key in WHOLE else value for key, value in item.items()}
         for item in table
@@ -75,7 +75,7 @@ def _by_id(table: Iterable[dict]) -> dict[int, dict]:
 
 @dataclass(frozen=True)
 class _Objects(Iterable[Annotation]):
-    """The annotations of a validated table, decoded anew in each pass."""
+    """The annotations of a validated table, converted to `Annotation` in each iteration."""
 
     table: Iterable[object]
 
@@ -122,7 +122,7 @@ def uncollected() -> Iterator[None]:
 
 
 def kinds_of(results: Sequence[dict]) -> list[str]:
-    """Return the kinds that can be compared, "bbox" and/or "segm", given the first result's keys.
+    """Return the kinds to compare, "bbox" and/or "segm", according to the first result's keys.
 
     Raises ValueError if the first result has neither a box nor a mask.
     """
@@ -134,7 +134,7 @@ def kinds_of(results: Sequence[dict]) -> list[str]:
 
 
 def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -> None:
-    """Raise ValueError with a one-line message for the first result that cannot be compared."""
+    """Raise ValueError with a one-line message if a result cannot be compared."""
     for number, item in enumerate(results, start=1):
         if not isinstance(item, dict):
             raise ValueError(f"result {number}: expected an object, got {type(item).__name__}")
@@ -175,7 +175,7 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
 
 
 def check_code(item: dict, size: tuple[int, int]) -> list | dict:
-    """Return the usable outline of a result: an RLE, or polygons without invalid parts.
+    """Return the outline of a result: an RLE, or polygons except those of fewer than 3 points.
 
     size: (height, width) of the image. Raises ValueError for a segmentation that is not a valid
     mask in an image of this size.
@@ -184,8 +184,8 @@ def check_code(item: dict, size: tuple[int, int]) -> list | dict:
     # the position in the file is unknown, because results that are not compared were removed
     name = f"result for image {item['image_id']}, category {item['category_id']}"
     if outline.problem:
-        raise ValueError(f"{name}: {outline.problem[0]}: {outline.problem[1]}")
+        raise ValueError(f"{name}: invalid segmentation ({': '.join(outline.problem)})")
     if outline.shape is None:
         shown = show(item["segmentation"])
-        raise ValueError(f"{name}: segmentation that is neither polygons nor RLE: {shown}")
+        raise ValueError(f"{name}: expected an RLE or polygons of at least 3 points, got {shown}")
     return outline.shape

@@ -1,4 +1,4 @@
-"""Encode many masks as COCO's run lengths at once, and compute the areas of many codes.
+"""Encode many masks as COCO's run lengths (RLE) at once; compute the areas of many RLE codes.
 
 A code contains the lengths of runs of equal pixels, column by column; the runs alternate between
 background and mask, background first. COCO's compressed text (maskApi.c) stores each number in
@@ -22,7 +22,7 @@ AT_ONCE = 512  # codes per group, so that intermediate arrays fit into the proce
 
 
 def encode_columns(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> list[dict]:
-    """Return the compressed RLE of N masks, like `vitdet.data.masks.encode` for whole images.
+    """Return the compressed RLE of N pasted masks, equal to that of `vitdet.data.masks.encode`.
 
     The runs of all masks are counted at once, on the device of the tensors. pycocotools compresses
     the counts on the CPU (6 us per mask).
@@ -57,8 +57,8 @@ def _counts(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
 
 
 def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mask index and the pixel index in the image, (2 R,) each, of all starts and ends
-    of runs.
+    """Return all starts and ends of runs: their mask and their pixel index in the image, (2 R,)
+    each.
     """
     changes = (pixels != torch.cat([pixels.new_zeros(1), pixels[:-1]])).nonzero().view(-1, 2)
     start, end = changes.t().contiguous()
@@ -69,7 +69,7 @@ def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
     begin = (x + column) * sizes[owner, 0] + y + offset - column * (height + 1)
     bounds = torch.stack([begin, begin + end - start], dim=1).flatten()
     owner = owner.repeat_interleave(2)
-    # if a mask reaches the bottom of a column and the top of the next, the two runs are one run
+    # a run at the bottom of a column and a run at the top of the next column are one run
     meets = (bounds[1:] == bounds[:-1]) & (owner[1:] == owner[:-1])
     apart = torch.ones_like(bounds, dtype=torch.bool)
     apart[1:] &= ~meets
@@ -81,8 +81,8 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
     """Return the areas (int64) of compressed codes, and whether each code is valid, i.e. its
     runs add up to the image's number of pixels.
 
-    pycocotools and faster-coco-eval hang on invalid codes. Codes are processed in groups of
-    AT_ONCE; if one code is malformed, the whole group is reported as invalid.
+    The check is necessary: pycocotools and faster-coco-eval hang on invalid codes. If a code is
+    malformed, its whole group of up to AT_ONCE codes is reported as invalid.
     """
     sizes, valid = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for start in range(0, len(texts), AT_ONCE):
@@ -94,7 +94,7 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
 
 
 def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return each code's sum of all runs, and of runs in the mask; None if a code is malformed."""
+    """Return the number of pixels and of mask pixels of each code; None if a code is malformed."""
     ends = np.cumsum([len(text) for text in texts])
     codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
     final = (codes & 32) == 0  # whether a character is the last of its number

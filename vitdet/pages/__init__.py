@@ -42,7 +42,7 @@ def _environment() -> Environment:
 
 
 def _encodable(value: object) -> object:
-    """Replace lone surrogates, which names may contain and UTF-8 cannot encode."""
+    """Escape lone surrogates, which names can contain but UTF-8 cannot encode."""
     return value.encode("utf-8", "backslashreplace").decode() if type(value) is str else value
 
 
@@ -56,6 +56,6 @@ def _count(value: int, noun: str = "") -> str:
 
 
 def _path(values: Sequence[float], width: float, height: float) -> str:
-    """Return the points of an SVG polyline through evenly spaced values in 0 (bottom)..1 (top)."""
+    """Return the points of an SVG polyline through evenly spaced values from 0 (bottom) to 1."""
     step = width / max(len(values) - 1, 1)
     return " ".join(f"{i * step:.1f},{height * (1 - value):.1f}" for i, value in enumerate(values))

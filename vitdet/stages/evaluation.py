@@ -45,7 +45,7 @@ def evaluate(
     from vitdet.tracking.measured import write_evaluation
     from vitdet.tracking.runs import has_mlflow, log_evaluation
 
-    if has_mlflow():  # reject an invalid address before the evaluation
+    if has_mlflow():  # reject an invalid MLflow address before the evaluation
         tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(
         checkpoint,
@@ -66,7 +66,7 @@ class Evaluation(NamedTuple):
     """The evaluation of a detector in a pipeline run.
 
     known: True if the champion was evaluated on the same data with the same settings, or if there
-    is no champion. page: the URL of the detector's MLflow run; "" if there is no such page.
+    is no champion. page: the URL of the detector's MLflow run; "" without a run or a UI.
     """
 
     metrics: dict[str, float]
@@ -121,7 +121,7 @@ def evaluate_champion(
 ) -> str:
     """Evaluate the champion as the detector in `checkpoint` was evaluated, for the step `gate`.
 
-    Returns one line: the metric, why the evaluation failed, or that there is no champion.
+    Returns one line: the champion's metric, why its evaluation failed, or that there is none.
     """
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations

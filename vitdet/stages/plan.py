@@ -17,7 +17,7 @@ from vitdet.stages.workspace import resolve_paths
 SEED = "train.seed"
 # A training run adds about 12 nodes to the Workflow's status, whose size Argo limits to 1 MiB.
 MAX_TRAININGS = 64
-EXPLICIT = "explicit.json"  # next to the configs: {name: settings that the user set}
+EXPLICIT = "explicit.json"  # file next to the configs: {name: settings that the user set}
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
 TRACKING = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 
@@ -66,10 +66,10 @@ def plan_trainings(
     from vitdet.data.layout import SPLITS, explicit_settings
 
     if not recipes:
-        raise ValueError("no recipe; specify at least one")
+        raise ValueError("expected at least one recipe, got none")
     combinations = _combinations(sweep, overrides)
     if seeds > 1 and any(text.startswith(f"{SEED}=") for text in sweep):
-        raise ValueError(f"the sweep already contains {SEED}; omit the number of seeds")
+        raise ValueError(f"got seeds={seeds} and a sweep of {SEED}; set only one of them")
     _check_count(len(recipes), [len(combinations)] if sweep else [], seeds)
     planned: dict[str, tuple[Config, list[str]]] = {}
     labels: dict[str, str] = {}
@@ -83,8 +83,8 @@ def plan_trainings(
                 differing = "; ".join(difference(config, planned[name][0]))
                 others = f"; only other settings differ ({differing})" if differing else ""
                 raise ValueError(
-                    f"{label} is given twice with the same training settings, so there is nothing "
-                    f"to compare{others}"
+                    f"{label} is given twice with the same training settings{others}; "
+                    "specify each training run once"
                 )
             explicit = sorted(explicit_settings(recipe, [*overrides, *chosen, *seed]))
             first = next(iter(planned), name)

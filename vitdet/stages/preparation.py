@@ -99,8 +99,8 @@ def verified_config(folder: str, name: str, data: str) -> Config:
 def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
     """Return the arguments of `vitdet data` that fetch a data set to `root`.
 
-    fetch: `coco`, `lvis` or `convert SOURCE`, with that command's options. A relative SOURCE is
-    resolved in the workspace. Raises ValueError for anything else.
+    fetch: `coco`, `lvis` or `convert SOURCE`, with options of that command. A relative SOURCE is
+    resolved in the workspace. Raises ValueError for other values.
     """
     try:
         kind, *rest = shlex.split(fetch) or [""]

@@ -48,7 +48,7 @@ def train(
     from vitdet.weights import resolve
 
     if has_mlflow():
-        # reject an invalid address before training
+        # reject an invalid MLflow address before training
         tracking_uri(config.tracking.uri, default_folder(output))
 
     def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
@@ -112,7 +112,7 @@ def is_trained(workspace: str, name: str, run_id: str) -> bool:
 def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
     """Write the logs of a job, {file name: text}, to the training run's folder and its MLflow run.
 
-    A failure is logged as a warning.
+    If this fails, a warning is logged and no error is raised.
     """
     from vitdet.tracking.runs import log_files
 

@@ -6,7 +6,7 @@ WORKSPACE/runs/NAME-RUN/     a training run: config, checkpoints, model.pt, best
 WORKSPACE/runs/pipeline-RUN/ a pipeline run: configs of its training runs, and their comparison
 WORKSPACE/runs/mlflow.db     MLflow's store, if there is no tracking server
 
-NAME is RECIPE-DIGEST, with the digest of the config. RUN is the start of the pipeline run's ID.
+NAME is RECIPE-DIGEST. DIGEST and RUN are the start of the config's digest and of the run ID.
 """
 
 from __future__ import annotations
