@@ -1,4 +1,4 @@
-"""Step `train`: trains in its process (`train`) or in a distributed training job (`train_job`).
+"""Step `train`: trains in the step's process (`train`) or in a distributed job (`train_job`).
 
 Both components have the same outputs and, except for `task_config`, the same inputs. `data` is the
 fingerprint of the data, `initial` a digest of the initial weights; both are part of the step's

@@ -49,7 +49,7 @@ class ClassResult:
         objects: number of objects.
         images: number of images with at least one object.
         ap: mean over IoU thresholds 0.5, 0.55, ..., 0.95.
-        ar: recall at any score, averaged over the same IoU thresholds.
+        ar: recall without a score threshold, averaged over the same IoU thresholds.
         best_threshold: score threshold with the best F1; None without objects or detections.
         curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as for AP and rounded
             to 3 digits.
@@ -99,7 +99,7 @@ class Confusion:
     """The confusion matrix of the detections with a score of at least `score`.
 
     True positives are on the diagonal. The remaining detections and objects with an IoU of at least
-    0.5 are paired across classes in descending order of IoU; each occurs in at most one pair. If
+    0.5 are paired across classes in descending order of IoU, each in at most one pair. If
     there are more than 30 classes, the matrix is limited to background and the 30 classes that are
     confused most often with other classes.
 
@@ -130,7 +130,7 @@ class Analysis:
         thresholds: results pooled over all classes at scores 0.01, 0.02, ..., 0.99; empty without
             objects.
         best_threshold: the threshold with the best F1; in a tie, the highest; None without true
-            positives. The confusion matrix and the images use this threshold, or 0.5 if None.
+            positives. The confusion matrix and the images use this threshold (0.5 if None).
         errors: dAP of each error type (`vitdet.evaluation.errors`), including "false_positive" and
             "false_negative".
         error_counts: number of errors of each of the six types.

@@ -93,7 +93,7 @@ def results_of(
     """Yield the COCO results of each batch by image id.
 
     The detector must be on `device` and in evaluation mode. On a GPU, the results of a batch are
-    yielded after the next batch has been computed; at most two batches are in memory. For
+    yielded after the next batch has been processed; at most two batches are in memory. For
     `precision`, see the setting evaluate.precision.
     """
     device = torch.device(device)
@@ -126,7 +126,7 @@ def results_of(
 def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
     """Yield the results of jobs in order; a thread runs each job while `jobs` creates the next one.
 
-    An exception in a job is raised when its result would be yielded.
+    An exception in a job is raised when the job's result would be yielded.
     """
     pending: Future[Result] | None = None
     with ThreadPoolExecutor(1) as thread:

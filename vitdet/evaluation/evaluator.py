@@ -76,8 +76,8 @@ def evaluate_detector(
 ) -> tuple[dict[str, float], list[dict]]:
     """Return the validation metrics in percent, and the COCO results in order of image id.
 
-    The detector must be on `device`; its mode is restored. With several processes, each evaluates a
-    part of the images. All ranks return the metrics; only rank 0 returns results (5 GB for LVIS).
+    The detector must be on `device`; its mode is restored. Each process evaluates a part of the
+    images. All ranks return the metrics; only rank 0 returns results (5 GB for LVIS).
     Raises Cancelled on all ranks if `advance` cancels the evaluation on any rank.
     """
     truth, split = read_validation(data, settings)
@@ -117,8 +117,8 @@ def detect(
 ) -> tuple[list[dict], list[int]]:
     """Return the validation split's COCO results in order of image id, and the sorted image ids.
 
-    By default, the split is read from `data`. With several processes, rank 0 returns the results of
-    all ranks; the other ranks return empty lists. Raises Cancelled like `evaluate_detector`.
+    By default, the split is read from `data`. Rank 0 returns the results of all ranks; other
+    ranks return empty lists. Raises Cancelled on all ranks if `advance` cancels on any rank.
     """
     split = split or read_split(data, data.val_split)
 
@@ -186,7 +186,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return a checkpoint's metrics in percent on its validation split: {"box_ap": 51.6, ...}.
 
-    Under torchrun, each process evaluates a part of the images; all return the same metrics.
+    Under torchrun, each process evaluates a part of the images and returns the same metrics.
     Changes process settings as described in `vitdet.data.loader.configure_process`.
 
     Args:
@@ -297,7 +297,7 @@ def evaluate_results(
     Args:
         dataset: evaluation protocol, "coco" or "lvis".
         plots, report, detailed: see `evaluate`; seconds_per_image is not returned. report.html
-            has pictures if the images are in a known layout next to the annotations.
+            has pictures if the images and annotations are in a known folder layout.
 
     Raises:
         FileNotFoundError: a file is missing.

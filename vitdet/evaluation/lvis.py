@@ -6,10 +6,10 @@ exhaustively annotated in the image (not_exhaustive_category_ids), its detection
 object are ignored. In each image, only the 300 detections with the highest scores over all
 categories are evaluated. iscrowd is ignored; objects and detections with zero area are excluded.
 
-If masks are compared, the area of a detection is the area of its mask in `compare`, as in the
-metrics published with Detectron2, which removes the boxes from its results. In `compare_file`, it
-is the area of the box, as in the lvis package for a file with boxes and masks. Only AP and AR of
-small, medium and large masks depend on this difference.
+If masks are compared, `compare` uses the area of a detection's mask, as in the metrics published
+with Detectron2, which removes the boxes from its results. `compare_file` uses the area of the
+detection's box, as the lvis package does for a file with boxes and masks. Only AP and AR of small,
+medium and large masks depend on this difference.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ record for every image, class and size range: about 15 GB for all classes of LVI
 
 If masks are compared, objects without an outline are excluded. A detection that matches no mask is
 ignored if its box and the box of an excluded object of the same class have an IoU of at least the
-threshold. Like a crowd, an excluded object can match any number of detections.
+threshold. As with crowds, one excluded object can cause any number of detections to be ignored.
 
 Notation, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M detection
 limits.
@@ -64,7 +64,7 @@ class Comparison:
     ) -> float | None:
         """Return AP in percent with the largest detection limit; None without objects.
 
-        Default: the mean over all IoU thresholds and classes. chosen: indices of classes.
+        Default: the mean over all IoU thresholds and classes. chosen: class indices.
         """
         table = self.precision[..., SIZES.index(size), -1]
         table = table if iou is None else table[[int(np.abs(IOUS - iou).argmin())]]
@@ -75,13 +75,13 @@ class Comparison:
         return _mean(self.recall[..., SIZES.index(size), limit])
 
     def aps(self, chosen: Sequence[int] | None = None) -> dict[str, float | None]:
-        """Return AP, AP50, AP75 and AP of each size; chosen: indices of classes, by default all."""
+        """Return AP, AP50, AP75 and AP of each object size; chosen: class indices, by default all."""
         aps = {"ap": self.ap(chosen=chosen)}
         aps |= {f"ap{100 * iou:.0f}": self.ap(iou, chosen=chosen) for iou in (0.5, 0.75)}
         return aps | {f"ap_{size}": self.ap(None, size, chosen) for size in SIZES[1:]}
 
     def ars(self) -> dict[str, float | None]:
-        """Return AR with each detection limit, and AR of each size."""
+        """Return AR with each detection limit, and AR of each object size."""
         ars = {f"ar_{limit}": self.ar(limit=index) for index, limit in enumerate(self.limits)}
         return ars | {f"ar_{size}": self.ar(size) for size in SIZES[1:]}
 
@@ -288,8 +288,8 @@ def _counts(item: dict) -> bool:
 def _match_class(
     objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int]
 ) -> list[np.ndarray]:
-    """Return precision (T, R, A, M) and recall (T, A, M) of a class with n detections, the id of
-    each detection's matched object (T, n), 0 if none, and whether the detection is ignored (T, n).
+    """Return precision (T, R, A, M) and recall (T, A, M) of a class with n detections and, for each
+    detection (T, n), the id of the matched object (0: none) and whether the detection is ignored.
     """
     if not any(item.get("overlap", 0) for item in found):
         return _run(objects, found, category, kind, limits, IOUS)

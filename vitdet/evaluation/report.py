@@ -18,8 +18,8 @@ REPORT = "report.html"
 
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
-    """Return AP in percent of each class that has objects, as rows {class, box_ap, box_ap50,
-    mask_ap, mask_ap50}.
+    """Return rows {class, box_ap, box_ap50, mask_ap, mask_ap50}: AP in percent of each class that
+    has objects.
     """
     rows: dict[str, dict[str, str | float | None]] = {}
     for kind, comparison in finished.items():
@@ -33,8 +33,8 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
 
 
 def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
-    """Return the precision at each recall in 0..1, averaged over classes, as rows {recall,
-    box_iou50, box_iou75, mask_iou50, mask_iou75}; [] without objects.
+    """Return rows {recall, box_iou50, box_iou75, mask_iou50, mask_iou75}: the precision at each
+    recall in 0..1, averaged over classes; [] without objects.
     """
     rows: list[dict[str, float]] = [{"recall": round(float(recall), 4)} for recall in RECALLS]
     for kind, comparison in finished.items():
@@ -46,8 +46,8 @@ def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
 
 
 def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
-    """Return precision, recall and F1, pooled over all classes, at each score threshold, as rows
-    {threshold, box_precision, box_recall, box_f1, mask_precision, ...}.
+    """Return rows {threshold, box_precision, box_recall, box_f1, mask_precision, ...}: precision,
+    recall and F1 at each score threshold, pooled over all classes.
     """
     rows: dict[float, dict[str, float]] = {}
     for analysis in analyses:

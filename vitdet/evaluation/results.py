@@ -175,7 +175,7 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
 
 
 def check_code(item: dict, size: tuple[int, int]) -> list | dict:
-    """Return the outline of a result: an RLE, or polygons except those of fewer than 3 points.
+    """Return the outline of a result: an RLE, or the polygons that have at least 3 points.
 
     size: (height, width) of the image. Raises ValueError for a segmentation that is not a valid
     mask in an image of this size.

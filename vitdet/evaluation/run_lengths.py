@@ -57,9 +57,7 @@ def _counts(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tup
 
 
 def _bounds(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all starts and ends of runs: their mask and their pixel index in the image, (2 R,)
-    each.
-    """
+    """Return the mask index (2 R,) and the pixel index (2 R,) of each start and end of a run."""
     changes = (pixels != torch.cat([pixels.new_zeros(1), pixels[:-1]])).nonzero().view(-1, 2)
     start, end = changes.t().contiguous()
     owner = torch.searchsorted(ends, start, right=True)
@@ -111,8 +109,8 @@ def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
     counts = np.add.reduceat(final, np.append(0, ends[:-1]), dtype=np.int64)  # numbers per code
     starts = np.cumsum(counts) - counts
     index = np.arange(len(numbers)) - np.repeat(starts, counts)
-    # because of the differences, each number contributes to its run and to every second run after
-    # it; the first number of a code contributes only to its run
+    # from the fourth run on, a length is its number plus the length of the second run before it; so
+    # each number except the first contributes to its run and to every second run after it
     weights = (np.repeat(counts, counts) - 1 - index) // 2 + 1
     weights[starts] = 1
     numbers *= weights

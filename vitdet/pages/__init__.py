@@ -56,6 +56,6 @@ def _count(value: int, noun: str = "") -> str:
 
 
 def _path(values: Sequence[float], width: float, height: float) -> str:
-    """Return the points of an SVG polyline through evenly spaced values from 0 (bottom) to 1."""
+    """Return the points of an SVG polyline: evenly spaced values from 0 (bottom) to 1 (top)."""
     step = width / max(len(values) - 1, 1)
     return " ".join(f"{i * step:.1f},{height * (1 - value):.1f}" for i, value in enumerate(values))

@@ -14,7 +14,7 @@ from vitdet.stages.outcomes import read_outcomes
 from vitdet.stages.plan import read_configs
 from vitdet.stages.workspace import registry, run_folder, runs_folder
 
-COMPARISON = "comparison.html"  # in the folder of a pipeline run whose training runs all succeeded
+COMPARISON = "comparison.html"  # file in a pipeline run's folder if no training run failed
 
 
 def start_parent_run(configs: str, workspace: str, run_id: str) -> str:

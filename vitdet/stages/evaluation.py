@@ -121,7 +121,7 @@ def evaluate_champion(
 ) -> str:
     """Evaluate the champion as the detector in `checkpoint` was evaluated, for the step `gate`.
 
-    Returns one line: the champion's metric, why its evaluation failed, or that there is none.
+    Returns one line: the champion's metric, an evaluation error, or that there is no champion.
     """
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations

@@ -81,7 +81,7 @@ def plan_trainings(
             name = f"{Path(recipe).stem}-{digest(config)[:8]}"
             if name in planned:
                 differing = "; ".join(difference(config, planned[name][0]))
-                others = f"; only other settings differ ({differing})" if differing else ""
+                others = f", although other settings differ ({differing})" if differing else ""
                 raise ValueError(
                     f"{label} is given twice with the same training settings{others}; "
                     "specify each training run once"
