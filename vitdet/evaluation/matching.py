@@ -75,7 +75,7 @@ class Comparison:
         return _mean(self.recall[..., SIZES.index(size), limit])
 
     def aps(self, chosen: Sequence[int] | None = None) -> dict[str, float | None]:
-        """Return AP, AP50, AP75 and AP of each object size; chosen: class indices, by default all."""
+        """Return AP, AP50, AP75 and AP by object size (chosen: class indices, default: all)."""
         aps = {"ap": self.ap(chosen=chosen)}
         aps |= {f"ap{100 * iou:.0f}": self.ap(iou, chosen=chosen) for iou in (0.5, 0.75)}
         return aps | {f"ap_{size}": self.ap(None, size, chosen) for size in SIZES[1:]}
