@@ -1,4 +1,4 @@
-"""Run the command line as `python -m vitdet`, or with several processes `torchrun -m vitdet`."""
+"""The command line: `python -m vitdet`, or `torchrun -m vitdet` with several processes."""
 
 from vitdet.cli import main
 

@@ -34,7 +34,7 @@ EXCHANGE = 2**26  # approximate bytes of gradients averaged per collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
 
 _joined = False  # whether `process_group`, not the caller, initialized torch's process group
-_collective = ""  # name of the collective that the main thread is in
+_collective = ""  # name of the main thread's current collective, if any
 _changed = 0.0  # time.monotonic() when the main thread last entered or left a collective
 
 
@@ -50,13 +50,13 @@ def process_group() -> Iterator[torch.device]:
         yield device
         return
     # when a collective times out, NCCL writes its record of recent collectives to a file
-    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # older name of the variable
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # older name of TORCH_FR_BUFFER_SIZE
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    # gloo gathers objects in host memory: LVIS results take gigabytes, too large for a GPU
+    # gloo gathers objects in host memory: gigabytes of LVIS results may not fit on a GPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store, this_rank, size = _join()
-    # NCCL and gloo connect here; on a timeout, faulthandler writes the stacks and exits
+    # If NCCL and gloo do not connect in time, faulthandler prints the stacks and exits.
     faulthandler.dump_traceback_later(JOIN_TIMEOUT.total_seconds(), exit=True, file=2)
     try:
         dist.init_process_group(
@@ -128,7 +128,7 @@ def _synchronize_launch(store: dist.Store, this_rank: int, size: int) -> tuple[s
     if this_rank == 0:
         store.set("launch", own_id)
         keys = [f"{own_id}/rank {other}" for other in range(1, size)]
-        while keys and not store.check(keys):  # a single request for all ranks
+        while keys and not store.check(keys):  # one request for the keys of all ranks
             if time.monotonic() > deadline and (missing := _missing(store, own_id, size)):
                 return own_id, missing
             store.add(f"{own_id}/polls", 1)
@@ -152,7 +152,7 @@ def _synchronize_launch(store: dist.Store, this_rank: int, size: int) -> tuple[s
     missing = _missing(store, launch_id, size)
     if store.add(f"{launch_id}/polls", 0) == polls:
         missing = [0, *missing]
-    return launch_id, missing or [0]  # rank 0 polled at first, but has stopped
+    return launch_id, missing or [0]  # if no other rank is missing, rank 0 is
 
 
 def _missing(store: dist.Store, launch: str, size: int) -> list[int]:
@@ -168,8 +168,8 @@ def has_joined() -> bool:
 def connect(prefix: str, limit: timedelta) -> dist.Store:
     """Return a new connection to torchrun's store for a thread; all keys start with `prefix`.
 
-    Each operation times out after `limit`. A connection serves one operation at a time: on the
-    process group's connection, a thread might have to wait for a collective.
+    Each operation times out after `limit`. The thread does not use the process group's connection,
+    because each connection serves only one operation at a time.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -195,10 +195,10 @@ def flight_record() -> str:
 
 
 def collective() -> tuple[str, float]:
-    """Return the main thread's current collective ('' for none), and the time of the last change.
+    """Return the main thread's current collective ('': none), and when it entered or left one last.
 
-    Only reports collectives in which a rank waits for another rank's computation. The time is a
-    value of `time.monotonic`.
+    The time is a value of `time.monotonic`. Collectives in which no rank waits for the computation
+    of another rank are not tracked.
     """
     return _collective, _changed
 
@@ -264,7 +264,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def async_max(value: int) -> Callable[[], int]:
-    """Start a maximum reduction over all ranks; return a function that waits for the result.
+    """Start a maximum reduction over all ranks; return a function that waits for the maximum.
 
     The reduction runs on the CPU with gloo, concurrently with the main thread and the GPU.
     """
@@ -302,10 +302,10 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def reraise_on_all_ranks(make: Callable[[], T]) -> T:
-    """Run `make` on every rank; if any rank fails, raise the lowest such rank's error on all ranks.
+    """Run `make` on every rank; on failure, raise the error of the lowest failed rank on all ranks.
 
-    An error on only one rank would leave the other ranks waiting in their next collective. Only
-    covers errors that a user can fix: OSError, ValueError and LookupError.
+    Otherwise, the other ranks would wait in their next collective. Only errors that a user can fix
+    are covered: OSError, ValueError and LookupError.
     """
     results: list[T] = []
     failure: Exception | None = None

@@ -22,14 +22,14 @@ def world_size() -> int:
 
 
 def end_with_torchrun() -> None:
-    """Have the kernel send SIGTERM to this process when torchrun is killed (prctl, Linux only).
+    """Let the Linux kernel send SIGTERM to this process when torchrun is killed (prctl).
 
     Without a handler, SIGTERM ends the process, even while it imports torch or joins the process
-    group; with the handler of `vitdet.training.stop`, training first saves its state. The kernel
+    group; with the handler of `vitdet.training.stop`, training first saves its state. Linux
     sends the signal when the thread that started this process, torchrun's main thread, ends. On
-    other systems, `vitdet.training.watchdog` detects a changed parent later.
+    other systems, `vitdet.training.watchdog` detects later that the parent process has changed.
 
-    A torchrun that ended before this call is detected by `has_ended`.
+    `has_ended` detects whether torchrun ended before this call.
     """
     if is_worker() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -41,7 +41,7 @@ def has_ended() -> bool:
     Call this some time after `end_with_torchrun`: while a killed torchrun is being torn down, its
     socket may still accept connections.
     """
-    # without the agent's store, the store of rank 0 may not have started yet
+    # if torchrun serves no store, rank 0 does, and may not have started it yet
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
     try:
@@ -49,6 +49,6 @@ def has_ended() -> bool:
         socket.create_connection(address, timeout=10).close()
     except ConnectionRefusedError:
         return True
-    except OSError:  # a network problem, for which joining has a timeout
+    except OSError:  # network problems, for which joining has a timeout
         return False
     return False

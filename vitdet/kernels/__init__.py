@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 SWITCH = "VITDET_KERNELS"
-CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix products need Ampere
+CAPABILITY = (8, 0)  # Ampere: asynchronous copies and bf16 matrix products
 NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 
@@ -49,7 +49,7 @@ def _runs_on(device: int) -> bool:
 
 
 def _obstacle(device: int | None) -> str | None:
-    """Return why the kernels do not run on `device` (None: no GPU), or None if they run."""
+    """Return why the kernels do not run on GPU `device` (None: no GPU), or None if they run."""
     setting = os.environ.get(SWITCH, "on")
     if setting not in ("on", "off"):
         raise ValueError(f"{SWITCH} must be on or off, got {setting!r}")

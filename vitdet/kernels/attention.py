@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_DEPTH = 128  # maximum number of channels per head; tiles of a head must fit into registers
-LARGEST_SIDE = 128  # maximum number of tokens in a row of the grid; a row is a tile of keys
+LARGEST_DEPTH = 128  # maximum number of channels per head: a tile must fit into registers
+LARGEST_SIDE = 128  # maximum number of tokens in a row of the grid: a row is a tile of keys
 LARGEST_WINDOW = 32  # maximum number of tokens per side of a window
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether the kernels support a grid width, window side (0: global) and head depth."""
+    """Return whether the kernels support a grid width, window side (0: no windows) and head depth."""
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 
@@ -40,9 +40,9 @@ def attention(
         bias: (3 h d), bias of the projection. Windows may extend beyond the grid: tokens there are
             zeros before the projection, and therefore equal the bias after it.
         rel_h, rel_w: (2 K - 1, d) each; K is the window's side, or the grid's height or width. Row
-            r is for queries r - K + 1 tokens after the key. The dtype may differ from qkv's.
+            r contains Rh[r - K + 1] or Rw[r - K + 1]. The dtype may differ from the dtype of qkv.
         sizes: height and width of the grid, number of heads, side of the windows in tokens (0:
-            attention over all tokens), and 1 to apply the tables to the scaled query, else 0.
+            attention over all tokens); last, 1 to apply the tables to the scaled query, else 0.
 
     Returns:
         The heads' output (B, N, h d), and log2 of the softmax denominators for the backward pass.
@@ -76,7 +76,7 @@ def attention_backward(
     sums: Tensor,
     sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv, bias and both tables; the last three in float32."""
+    """Return the gradients of qkv and, in float32, of bias and both tables."""
     from vitdet.kernels.attention_kernels import backward
 
     given = _prepared(qkv, bias, rel_h, rel_w, sizes)
@@ -94,7 +94,7 @@ def _(_: Tensor, qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 def _prepared(
     qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
 ) -> tuple[Any, ...]:
-    """Return the arguments that `forward` and `backward` in `attention_kernels` share."""
+    """Return the arguments common to `forward` and `backward` in `attention_kernels`."""
     from vitdet.kernels.attention_positions import Layout
 
     height, width, heads, window, scaled = sizes

@@ -3,9 +3,9 @@
 Tokens attend to each other within an area: a window, or the whole grid. A block of keys consists of
 rows of the area, each padded to a power of 2. The bias along the height is then one number per
 query and row of keys, and the bias along the width is the same tile for every row, kept in
-registers. Their gradients are sums of the logits' gradient within rows and over rows, respectively.
-Thus, positions need no matrix product in these kernels, and queries and keys are not widened.
-Windows are read from and written to the grid; tokens beyond it equal the projection's bias.
+registers. The gradients of the two biases are sums of the logits' gradient within rows and over
+rows. Thus, positions need no matrix product in these kernels, and queries and keys are not widened.
+Windows are read from and written to the grid; tokens beyond the grid equal the projection's bias.
 
 The backward pass computes the logits twice, for blocks of queries and for blocks of keys (7
 matrix products instead of 5), so that it needs no atomics and is deterministic.
@@ -41,15 +41,15 @@ from vitdet.kernels.attention_positions import (
 class Blocks(NamedTuple):
     """Options of a kernel launch."""
 
-    queries: int  # per block
-    keys: int  # per block; a block contains at least one row of keys
-    warps: int  # per program
-    stages: int  # of the software pipeline
-    registers: int | None = None  # maximum per thread, for higher occupancy
+    queries: int  # queries per block
+    keys: int  # keys per block, which contains at least one row of keys
+    warps: int  # warps per program
+    stages: int  # stages of the software pipeline
+    registers: int | None = None  # maximum number of registers per thread, for higher occupancy
 
 
-# Keyed by whether the area is the whole grid. These are among the fastest options for 64 x 64
-# tokens, windows of 14 x 14 and d = 64 on an H200 (`tests/bench/attention.py`). Limiting registers
+# Keys: whether the area is the whole grid. The values are among the fastest options for 64 x 64
+# tokens, windows of 14 x 14 and d = 64 on an H200 (`tests/bench/attention.py`). A register limit
 # would gain another 5 to 9%, but cause spilling with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
@@ -84,8 +84,8 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of qkv and, in float32, bias (from tokens beyond the grid) and tables."""
-    products = positions(layout, qkv, tables, factor)  # recomputed, to save memory
+    """Return the gradients of qkv and, in float32, of bias (from tokens beyond the grid) and tables."""
+    products = positions(layout, qkv, tables, factor)  # recomputed to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
     blocks, options = _blocks(layout, BACKWARD_QUERIES)
@@ -133,7 +133,7 @@ def load_keys(x, bias, token, exists, inside, step, L):
 
 @triton.jit
 def load_rows(rows, group, row, i, exists, L, LINES):
-    """Load q . R of queries i and rows of keys (broadcastable); -inf beyond the last row."""
+    """Load q . R of queries i and rows of keys, which are broadcast; -inf beyond the last row."""
     at = rows + (group.to(tl.int64) * L.rows + row) * (L.rows * L.columns) + i
     if L.rows % LINES == 0:
         found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
@@ -145,7 +145,7 @@ def load_rows(rows, group, row, i, exists, L, LINES):
 
 @triton.jit
 def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
-    """Process a block of queries with a running maximum (FlashAttention-2, arXiv:2307.08691)."""
+    """Attend from a block of queries, with a running maximum (FlashAttention-2, arXiv:2307.08691)."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile
@@ -195,7 +195,7 @@ def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
 def backward_queries_kernel(
     qkv, bias, rows, columns, out, gradient, sums, delta, dqkv, drows, dcolumns, L: tl.constexpr
 ):
-    """Compute `delta` (for the next kernel) and the gradients of a block's queries and q . R."""
+    """Compute `delta` (output . gradient) and the gradients of a block's queries and q . R."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile
@@ -250,7 +250,7 @@ def backward_queries_kernel(
 def backward_keys_kernel(
     qkv, bias, rows, columns, gradient, sums, delta, dqkv, beyond, L: tl.constexpr
 ):
-    """Compute the gradients of a block of keys and values; transposed logits stay in registers."""
+    """Compute the gradients of a block of keys and values, with transposed logits."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile

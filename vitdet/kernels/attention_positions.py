@@ -1,7 +1,7 @@
 """Products of queries with relative positions, q . R, and helpers of the attention kernels.
 
-A line is a row (axis 0) or a column (axis 1) of an area. All of its queries use the same rows of a
-table (2 K - 1, d), so that each line needs one matrix product with a slice of the table. Plain
+A line is a row (axis 0) or a column (axis 1) of an area. All queries of a line use the same rows
+of a table (2 K - 1, d), so that each line needs one matrix product with a slice of the table. Plain
 torch would copy the queries and expand the table to (K, K, d).
 
 Notation: B images, d channels per head, K tokens along an axis of an area, L the `Layout`, which
@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
-# Whether the area is the whole grid -> maximum number of programs per line; they share its groups
+LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): exponentials are computed as powers of 2
+# Whether the area is the whole grid -> maximum number of programs that share a line's groups
 PARTS = {True: 16, False: 96}
 
 
 class Layout(NamedTuple):
-    """Sizes of one call; an area is a window, or the whole grid."""
+    """Sizes of a call; an area is a window, or the whole grid."""
 
     height: int
     width: int
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     depth: int
     rows: int
     columns: int
-    whole: bool  # whether the area is the grid
+    whole: bool  # whether the area is the whole grid
     # tile sizes of channels, rows and columns
     channels: int
     row_tile: int
@@ -44,14 +44,14 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, height: int, width: int, heads: int, depth: int, window: int) -> Layout:
-        """Create the layout of windows of `window` tokens per side (0: of the whole grid)."""
+        """Create the layout for windows of `window` tokens per side (0: for the whole grid)."""
         rows, columns = window or height, window or width
         tiles = (tile(size) for size in (depth, rows, columns))
         return cls(height, width, heads, depth, rows, columns, not window, *tiles)
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Rows and columns of an area."""
+        """Numbers of rows and columns of an area."""
         return self.rows, self.columns
 
     @property
@@ -118,14 +118,14 @@ def positions_backward(
 def diagonal_sums(x: Tensor) -> Tensor:
     """Sum (K, K, d) to (2 K - 1, d): row r is the sum over all (i, j) with i - j + K - 1 = r."""
     size, _, depth = x.shape
-    # rows padded to 2 K but read as rows of 2 K - 1: each is shifted by 1 more than the one above
+    # Rows of length 2 K are read as rows of length 2 K - 1, so that row i is shifted by i.
     skewed = F.pad(x.flip(1), (0, 0, 0, size)).view(-1, depth)[: size * (2 * size - 1)]
     return skewed.view(size, 2 * size - 1, depth).sum(dim=0)
 
 
 @triton.jit
 def origin(group, L):
-    """Return the first token of a group's image, its area's first row and column, and its head."""
+    """Return the first token of a group's image, the area's first row and column, and the head."""
     across = (L.width + L.columns - 1) // L.columns
     areas = (L.height + L.rows - 1) // L.rows * across
     area = group // L.heads
@@ -135,7 +135,7 @@ def origin(group, L):
 
 @triton.jit
 def tokens(row, column, top, left, L):
-    """Return the tokens' grid indices, a mask of the area, and a mask of its part in the grid."""
+    """Return the tokens' grid indices, whether they are in the area, and whether in area and grid."""
     exists = (row < L.rows) & (column < L.columns)
     inside = exists & (top + row < L.height) & (left + column < L.width)
     return (top + row) * L.width + left + column, exists, inside
@@ -151,7 +151,7 @@ def load(x, token, inside, step, L):
 
 @triton.jit
 def store(to, token, inside, x, step, L):
-    """Store a head's channels, as the inverse of `load`."""
+    """Store a head's channels: the inverse of `load`."""
     channel = tl.arange(0, L.channels)[None, :]
     mask = inside[:, None] & (channel < L.depth)
     tl.store(to + token[:, None] * step + channel, x.to(to.dtype.element_ty), mask=mask)
@@ -159,7 +159,7 @@ def store(to, token, inside, x, step, L):
 
 @triton.jit
 def line_of(i, top, left, L, AXIS, QUERIES: tl.constexpr):
-    """Return the indices of line i's queries in the area, and the result of `tokens` for them."""
+    """Return the indices in the area of line i's queries, and `tokens` for these queries."""
     j = tl.arange(0, QUERIES)
     row = i + j * 0 if AXIS == 0 else j
     column = j if AXIS == 0 else i + j * 0
@@ -207,7 +207,7 @@ def positions_kernel(qkv, table, product, factor, L: tl.constexpr, AXIS: tl.cons
 def positions_backward_kernel(
     qkv, table, dproduct, dqkv, sums, factor, groups, L: tl.constexpr, AXIS: tl.constexpr
 ):
-    """Process line i of several groups in sequence, so that sums over them need no atomics."""
+    """Process line i of several groups in sequence, so that sums over groups need no atomics."""
     i, part = tl.program_id(0), tl.program_id(1)
     SIDE: tl.constexpr = L.columns if AXIS else L.rows
     QUERIES: tl.constexpr = L.row_tile if AXIS else L.column_tile

@@ -1,7 +1,7 @@
-"""CUDA graphs of a function of tensors: its kernels are recorded once and launched by one call.
+"""CUDA graphs: the kernels of a function are recorded once, and later launched by one call.
 
 At small batch sizes, the host needs more time to launch a training step's thousands of kernels than
-the GPU needs to run them; with a graph, a step has about 90 launches.
+the GPU needs to run these kernels; with a graph, a step has about 90 launches.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 Output = TypeVar("Output")
 
-LIMIT = 6  # maximum number of graphs, one per set of shapes; each keeps its activations
-WARM_UPS = 2  # calls that compile and select kernels before the recording
+LIMIT = 6  # maximum number of graphs, each of which keeps its activations in memory
+WARM_UPS = 2  # calls before the recording, which compile and select kernels
 _recording = Lock()  # torch allows one recording at a time per process
 
 
 class NotRecorded(Exception):
-    """A function is not, or cannot be, recorded for these shapes; the message states the reason."""
+    """There is no graph for the shapes, or recording failed; the message states the reason."""
 
 
 class NoRoom(NotRecorded):
@@ -54,9 +54,9 @@ class CudaGraph(Generic[Output]):
         self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor) -> Output:
-        """Copy tensors from the GPU or pinned memory to their graph's inputs, and replay the graph.
+        """Copy tensors from the GPU or pinned memory to a graph's inputs, and replay the graph.
 
-        Raises NotRecorded for shapes that are not recorded.
+        Raises NotRecorded if there is no graph for the shapes of the tensors.
         """
         recorded = self.graphs.get(_shapes(tensors))
         if recorded is None:
@@ -88,7 +88,7 @@ class CudaGraph(Generic[Output]):
         if len(self.graphs) == LIMIT:
             raise NoRoom(f"{LIMIT} graphs are already recorded, for other shapes")
         device = tensors[0].device if tensors[0].is_cuda else torch.device("cuda")
-        # kernels are launched, and the recording synchronizes, on the current device
+        # launches and the recording's synchronization use the current device
         with _recording, torch.cuda.device(device):
             self._record(function, device, tensors)
 

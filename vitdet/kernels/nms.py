@@ -3,7 +3,7 @@
 torchvision processes one image after the other, each in a single thread block, which took 31 of the
 312 ms of a ViT-B training step (batch size 8, H100). The kernels repeat the arithmetic of
 torchvision's CPU version, operation by operation (IEEE division, no fused multiply-add, float32
-compared with a float64 threshold), so that they keep the same boxes.
+compared with a float64 threshold), so that the kept boxes are the same.
 
 Notation: G groups, N boxes of a group.
 """
@@ -29,8 +29,8 @@ def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
         boxes: (G, N, 4) xyxy float32, in descending order of score within each group.
         labels: (G, N) int64, or None. With labels, groups of more than TOGETHER boxes require a
             synchronization.
-        iou: the threshold.
-        limit: the first `limit` kept boxes of a group are marked; the others may be unmarked.
+        iou: threshold of the IoU.
+        limit: only the first `limit` kept boxes of each group are certain to be marked as kept.
     """
     if boxes.dtype != torch.float32 or not enabled(boxes):
         return reference(boxes, labels, iou)
@@ -54,7 +54,7 @@ def _(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 
 def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> Tensor:
-    """Run `suppress` with one group per label, so that pairs across labels use no memory."""
+    """Run `suppress` with one group per label, so that pairs of different labels use no memory."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     for group_boxes, group_labels, kept in zip(boxes, labels, keep, strict=True):
         found, order = group_labels.sort(stable=True)
@@ -67,14 +67,14 @@ def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> 
 
 
 def reference(boxes: Tensor, labels: Tensor | None, iou: float) -> Tensor:
-    """Run `nms` with torchvision, one group and label at a time, without a limit."""
+    """Run `nms` with torchvision, separately for each group and label, without a limit."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     scores = -torch.arange(boxes.shape[1], dtype=boxes.dtype, device=boxes.device)
     usable = (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
     for group, group_boxes in enumerate(boxes):
         chosen = usable[group].nonzero().flatten()
         parts = [chosen]
-        # split by label: offsetting the boxes instead would round their coordinates
+        # split by label, as offsetting the boxes by label would round their coordinates
         if labels is not None:
             found, order = labels[group, chosen].sort(stable=True)
             counts = found.unique_consecutive(return_counts=True)[1]

@@ -1,9 +1,9 @@
 """The two Triton kernels of `vitdet.kernels.nms`, and their launch.
 
-A program of `compare_boxes` compares 32 boxes with 64 boxes and stores one word of bits for each
-of the 32. A program of `suppress_boxes` iterates over a group, 64 boxes at a time: 64 words in
-registers determine which of the boxes are kept, and the OR of the kept boxes' rows of words
-contains the later boxes that they suppress.
+A program of `compare_boxes` compares 32 boxes with 64 boxes, and stores a word of 64 bits for each
+of the 32 boxes. A program of `suppress_boxes` iterates over the blocks of 64 boxes of a group. In
+each block, 64 words determine which boxes are kept; the OR of the rows of words of the kept boxes
+determines which later boxes are suppressed.
 
 Notation: G groups, N boxes of a group, W words of a row.
 """
@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 BITS = tl.constexpr(64)  # bits of a word
-MEMORY = 2**28  # maximum size of a launch's words in bytes; 40 groups of 2,000 boxes need 20 MB
-TILE = 2**11  # words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes
+MEMORY = 2**28  # maximum bytes of words per launch; 40 groups of 2,000 boxes need 20 MB
+TILE = 2**11  # words per read in `suppress_boxes`, e.g. 64 rows for 2,048 boxes
 
 
 def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """Return which boxes are kept, like `vitdet.kernels.nms.nms`; `boxes` are contiguous."""
+    """Return which boxes are kept, like `vitdet.kernels.nms.nms`; `boxes` must be contiguous."""
     groups, count, _ = boxes.shape
     keep = torch.zeros(groups, count, dtype=torch.bool, device=boxes.device)
     if not groups * count:
@@ -49,7 +49,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
 
 
 def below(number: float) -> float:
-    """Return the largest float32 <= `number`; a float32 exceeds either both numbers or neither."""
+    """Return the largest float32 <= `number`: every float32 above it is also above `number`."""
     single = torch.tensor(number, dtype=torch.float32)
     if single.item() > number:
         single = single.nextafter(torch.tensor(-math.inf))
@@ -58,7 +58,7 @@ def below(number: float) -> float:
 
 @triton.jit
 def corners(boxes, index, inside):
-    """Load x0, y0, x1, y1 of boxes (N, 4); empty boxes where `inside` is False."""
+    """Load x0, y0, x1, y1 of boxes (N, 4), or zeros where `inside` is False."""
     x0 = tl.load(boxes + index * 4, mask=inside, other=0.0)
     y0 = tl.load(boxes + index * 4 + 1, mask=inside, other=0.0)
     x1 = tl.load(boxes + index * 4 + 2, mask=inside, other=0.0)
@@ -81,7 +81,7 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
     j = block * BITS + tl.arange(0, BITS)
     ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
     bx0, by0, bx1, by1 = corners(boxes, j, j < count)
-    # Later boxes are along axis 0, which is summed below, so that a thread holds many of them.
+    # The later boxes are on axis 0, along which bits are summed: a thread holds many of them.
     width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
     height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
@@ -92,9 +92,9 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
         a = tl.load(labels + i, mask=i < count, other=0)
         b = tl.load(labels + j, mask=j < count, other=0)
         hit &= a[None, :] == b[:, None]
-    # distinct bits: their sum is their OR
+    # the sum of distinct bits is the same as their OR
     word = tl.sum(hit.to(tl.int64) << tl.arange(0, BITS).to(tl.int64)[:, None], axis=0)
-    # In the word that contains the row's own bit, only the bits above it are later boxes.
+    # In the word that contains bit i of row i, only higher bits are later boxes.
     own = i - block * BITS
     later = tl.where(own < 0, -1, tl.full((ROWS,), -2, tl.int64) << tl.maximum(own, 0))
     empty = (own >= 0) & ~((ax1 > ax0) & (ay1 > ay0))
@@ -110,7 +110,7 @@ def either(a, b):
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
 def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Write keep (G, N), the unsuppressed boxes up to the block in which `limit` is reached."""
+    """Mark unsuppressed boxes in keep (G, N), up to the block in which `limit` is reached."""
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS
     keep += group * count
@@ -124,7 +124,7 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
         lines = bits + block * BITS * words
         here = tl.sum(tl.where(word == block, gone, 0), axis=0)
         for k in tl.static_range(BITS):
-            # Only these few instructions depend on the previous box; loads do not wait for them.
+            # Only these few instructions depend on the previous box, so that loads need not wait.
             line = tl.load(lines + k * words + block)
             own = tl.full((), 1, tl.int64) << k
             here |= line & tl.where(((here | line) & own) == 0, -1, own)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 THRESHOLD = 0.5  # minimum probability of a mask pixel; repeated in paste_kernels.py
 OUTSIDE = 3.0  # coordinate outside a mask, which extends from -1 to 1
-PIXELS = 2**18  # pixels sampled at a time on the CPU (3 MB)
+PIXELS = 2**18  # pixels per call of grid_sample on the CPU (3 MB)
 
 
 def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def bytes_of(regions: Tensor) -> Tensor:
-    """Return the number of bytes (N,) int64 of each region, with the zero after each column."""
+    """Return each region's number of bytes (N,) int64, including the zero after each column."""
     return regions[:, 2] * (regions[:, 3] + 1)
 
 
@@ -44,8 +44,8 @@ def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: in
     """Return the pixels (total,) uint8, 0 or 1, of masks (N, M, M) in boxes (N, 4) xyxy.
 
     `masks` are float32 probabilities, `boxes` float32, and `regions` (N, 4) the result of
-    `regions_of`. `ends` (N,) int64 is the cumulative sum of their `bytes_of`; its last element is
-    `total`. All tensors are on one device.
+    `regions_of`. `ends` (N,) int64 is the cumulative sum of `bytes_of(regions)`; its last element
+    is `total`. All tensors are on one device.
     """
     from vitdet.kernels.paste_kernels import launch
 
@@ -84,6 +84,6 @@ def _centers(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor
     low (N,) and high (N,) have the coordinates -1 and 1.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
-    sides = (high - low).clamp(min=1e-9)  # an empty box contains no pixel center
+    sides = (high - low).clamp(min=1e-9)  # no division by 0; an empty box contains no center
     centers = ((first[:, None] + steps).float() + 0.5 - low[:, None]) / sides[:, None] * 2 - 1
     return centers.where(steps < counts[:, None], OUTSIDE)

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 THRESHOLD = tl.constexpr(0.5)
-BLOCK = tl.constexpr(1024)  # bytes that a program writes at a time
-PROGRAMS = 16  # per mask
+BLOCK = tl.constexpr(1024)  # bytes that a program writes per iteration
+PROGRAMS = 16  # programs per mask
 
 
 def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
@@ -19,14 +19,14 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
     if total:
         tensors = [tensor.contiguous() for tensor in (masks, boxes, regions, ends)]
         grid = (len(masks), PROGRAMS)
-        # no implicit fused multiply-adds
+        # fused multiply-adds only where `tl.fma` is called
         paste_kernel[grid](*tensors, pixels, M=masks.shape[-1], enable_fp_fusion=False)
     return pixels
 
 
 @triton.jit
 def cell_of(first, step, low, side, M: tl.constexpr):
-    """Return a pixel center's cell and fraction along an axis, computed as in `grid_sample`."""
+    """Return a pixel center's cell index and fraction on an axis, computed as in `grid_sample`."""
     center = tl.div_rn((first + step).to(tl.float32) + 0.5 - low, side) * 2.0 - 1.0
     center = tl.fma(center + 1.0, M / 2, -0.5)
     cell = tl.floor(center)

@@ -18,7 +18,7 @@ from torch import Tensor
 def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Return which cells of each RoI have centers inside its outline: (R, size, size) bool.
 
-    These are the cells with a winding number other than zero. The tensors are on a GPU.
+    Inside means that the winding number is not 0. The tensors are on a GPU.
 
     Args:
         edges: (E, 4) float32, x0, y0, x1, y1 in pixels.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-EDGES = 128  # edges that a program processes at a time
+EDGES = 128  # edges that a program processes per iteration
 
 
 def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -25,7 +25,7 @@ def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 @triton.jit
 def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
-    """Load a coordinate of edges and convert it to cells of the RoI."""
+    """Load one coordinate of each edge, in cells of the RoI."""
     return tl.math.div_rn(tl.load(edges + index, mask=exists, other=0.0) - low, span) * SIZE
 
 
@@ -33,12 +33,12 @@ def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
 def rasterize_kernel(
     edges, spans, boxes, inside, SIZE: tl.constexpr, COLUMNS: tl.constexpr, EDGES: tl.constexpr
 ):
-    """Process a row: sum the directions of the edges that cross it left of each cell's center."""
+    """For each cell of a row, sum the directions of edges that cross the row left of its center."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)
     left, top = tl.load(boxes + roi * 4), tl.load(boxes + roi * 4 + 1)
-    # as in Detectron2, a box side is at least a tenth of a pixel
+    # as in Detectron2, a box side is at least 0.1 pixels
     width = tl.maximum(tl.load(boxes + roi * 4 + 2) - left, 0.1)
     height = tl.maximum(tl.load(boxes + roi * 4 + 3) - top, 0.1)
     center = row.to(tl.float32) + 0.5
@@ -55,7 +55,7 @@ def rasterize_kernel(
         direction = down.to(tl.int32) - up.to(tl.int32)
         rise = tl.where(y1 == y0, 1.0, y1 - y0)
         crossing = x0 + tl.math.div_rn((center - y0) * (x1 - x0), rise)
-        # the first cell whose center is not left of the crossing
+        # first cell whose center is at or to the right of the crossing
         cell = tl.ceil(crossing - 0.5)
         winding += tl.where(cell[:, None] <= column[None, :].to(tl.float32), direction[:, None], 0)
     mask = column < SIZE

@@ -1,8 +1,8 @@
 """RoIAlign over all levels of a pyramid in one launch, forward and backward.
 
-torchvision reads float32 NCHW maps one point, RoI and channel at a time, and accumulates the
-gradient with atomics. Including the copies to this layout and precision, it took 28 ms of a ViT-B
-training step (batch size 8, H100). The kernels read channels-last maps of 16 or 32 bits;
+torchvision reads float32 NCHW maps point by point, for each RoI and channel, and accumulates the
+gradient with atomics. Including the copies to float32 NCHW, this took 28 ms of a ViT-B training
+step (batch size 8, H100). The kernels read channels-last maps of 16 or 32 bits;
 coordinates, weights and sums are float32, and the gradient is deterministic.
 
 The relative error of features and gradients against float64 (in the L2 norm) is below 1e-6 with
@@ -40,10 +40,10 @@ def roi_align(
             fastest), all of one dtype.
         boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates yield zeros and no gradient.
         image: (R,) int64, index of the image, in 0..B-1 (ignored if the level is -1).
-        level: (R,) int64, the map to read; -1 yields zeros and no gradient.
+        level: (R,) int64, index of the map to read; -1 yields zeros and no gradient.
         strides: strides of the maps.
         bins: number of bins per side.
-        ratio: points per bin and axis; 0: the bin's size in cells, rounded up, but at least 0.
+        ratio: points per bin and axis; 0: the bin's size in cells, rounded up (0 if negative).
     """
     from vitdet.kernels.roi_align_kernels import forward
 

@@ -4,7 +4,7 @@ RoIAlign is linear and separable: a bin's value is a sum over cells, each weight
 a row weight and a column weight. The values of 64 bins are the product of a weight matrix (bins x
 cells) with a tile of 8 x 8 cells (cells x channels), summed over the tiles that the RoI touches.
 The gradient of a tile is the product of the transposed matrix with the gradients of the bins,
-summed in a fixed order over the RoIs that touch it; a single program writes each cell, once.
+summed in a fixed order over the RoIs that touch the tile; each cell is written once.
 
 In products with 16-bit maps, each float32 weight is represented as the sum of two 16-bit numbers,
 to preserve its precision.
@@ -27,11 +27,11 @@ from torch import Tensor
 LEVELS = 5
 SIDE = tl.constexpr(8)  # side of a tile of cells
 TILE = 64  # bins per matrix product
-ROIS = 256  # RoIs that a program of the backward kernel processes at a time
+ROIS = 256  # RoIs that a program of the backward kernel processes per iteration
 WIDE = 256  # maximum number of channels per program with 16-bit maps
-# arguments that vary between batches and must not trigger recompilation
+# arguments that vary between batches, for which Triton must not compile specialized kernels
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
-# a RoI is empty unless the sum of its absolute coordinates in cells is below this (NaN: empty)
+# RoIs are empty unless the sum of their absolute coordinates in cells is below this limit
 LARGEST = tl.constexpr(2.0**30)
 
 
@@ -68,7 +68,7 @@ def backward(
     """Return the maps' gradients (B, H, W, C) for a contiguous gradient (R, bins, bins, C)."""
     bins, channels = gradient.shape[2:]
     found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
-    # group RoIs by image and level, so that a program iterates only over those of its map
+    # group RoIs by image and level, so that a program iterates only over RoIs on its map
     exists = (level >= 0) & (level < len(shapes))
     of, order = torch.where(exists, image * len(shapes) + level, -1).sort(stable=True)
     first = torch.searchsorted(of, torch.arange(images * len(shapes) + 1, device=of.device))
@@ -82,14 +82,14 @@ def backward(
 
 
 def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
-    """Return maps, heights, widths and 1 / strides, padded to LEVELS each, and the level count."""
+    """Return maps, heights, widths and 1 / strides, padded to LEVELS each, and the number of maps."""
     rows = [(x, *x.shape[1:3], 1 / stride) for x, stride in zip(maps, strides, strict=True)]
     rows += rows[:1] * (LEVELS - len(rows))
     return [value for column in zip(*rows, strict=True) for value in column] + [len(maps)]
 
 
 def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
-    """Return the constants of both kernels for features (R, bins, bins, C) or their gradient."""
+    """Return the kernels' constants for features, or gradients of features, (R, bins, bins, C)."""
     columns = max(4, triton.next_power_of_2(bins))
     most = WIDE if rois.element_size() == 2 else WIDE // 4
     return {
@@ -105,7 +105,7 @@ def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
 
 @triton.jit
 def choose(level, v0, v1, v2, v3, v4):
-    """Return the value of `level` among v0 to v4."""
+    """Return the value of v0 to v4 that belongs to `level`."""
     low = tl.where(level == 1, v1, v0)
     high = tl.where(level == 3, v3, tl.where(level == 4, v4, v2))
     return tl.where(level < 2, low, high)
@@ -113,7 +113,7 @@ def choose(level, v0, v1, v2, v3, v4):
 
 @triton.jit
 def extent(boxes, roi, exists, scale):
-    """Return the start and end of RoIs in cells: x0, y0, x1, y1."""
+    """Return the corners of RoIs in cells: x0, y0, x1, y1."""
     x0 = tl.load(boxes + roi * 4, mask=exists, other=0.0) * scale - 0.5
     x1 = tl.load(boxes + roi * 4 + 2, mask=exists, other=0.0) * scale - 0.5
     y0 = tl.load(boxes + roi * 4 + 1, mask=exists, other=0.0) * scale - 0.5
@@ -129,7 +129,7 @@ def places(x, row, channel, channels):
 
 @triton.jit
 def is_finite(x0, y0, x1, y1):
-    """Return whether RoIs have finite coordinates in range; False for NaN."""
+    """Return whether the coordinates of RoIs are in range; False for NaN."""
     return tl.abs(x0) + tl.abs(y0) + tl.abs(x1) + tl.abs(y1) < LARGEST
 
 
@@ -151,7 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the number of points along an axis of a bin; if RATIO is 0, none for size <= 0."""
+    """Return the points per bin on an axis: RATIO, or if this is 0, the size rounded up."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:
@@ -172,7 +172,7 @@ def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
     first = tl.zeros_like(bin + cell)
     steps = points
     if RATIO == 0:
-        # Points are at least half a cell apart, so at most 6 points of a bin can be near a cell.
+        # Points are at least half a cell apart, so that at most 6 points can be near a cell.
         before = tl.math.div_rn(at - 1 - origin, size / count) - 0.5
         first = tl.minimum(tl.maximum(tl.floor(before), 0.0), LARGEST).to(tl.int32)
         steps = tl.minimum(points, 6)

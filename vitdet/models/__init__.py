@@ -1,4 +1,4 @@
-"""Construction of a detector: the only module of this package that reads settings."""
+"""Construction of a detector from settings, which no other module of this package reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vitdet.models.rpn import RPN
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
 
-# how the RPN and the RoI heads assign ground truths to boxes, by model.low_quality
+# match functions of the RPN and of the RoI heads, for each value of model.low_quality
 MATCHES = {"own": (match_keeping_own, match), "best": (match_keeping_best, match_keeping_best)}
 
 
@@ -66,7 +66,7 @@ def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
 def build_pyramid(
     settings: ModelConfig, backbone: Plain | Hierarchical
 ) -> SimpleFeaturePyramid | FPN:
-    """Build the pyramid. Raises ValueError if the backbone needs a different kind."""
+    """Build the pyramid. Raises ValueError if `pyramid.kind` does not fit the backbone."""
     pyramid = settings.pyramid
     kind = "fpn" if isinstance(backbone, Hierarchical) else "simple"
     if kind != pyramid.kind:
@@ -93,7 +93,8 @@ def build_detector(
 ) -> Detector:
     """Build a detector with newly initialized weights.
 
-    `class_weights` (K,) are the sampling weights of the federated loss; the default is uniform.
+    `class_weights` (K,) are the sampling weights of the K classes in the federated loss; the
+    default is uniform.
     """
     backbone = build_backbone(model)
     pyramid = build_pyramid(model, backbone)
@@ -146,5 +147,4 @@ def _classification(model: ModelConfig, class_weights: Tensor | None) -> Classif
 
 
 def _select(settings: Any, *names: str) -> dict[str, Any]:
-    """Return the named settings of a section."""
     return {name: getattr(settings, name) for name in names}

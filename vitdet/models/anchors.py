@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> list[tuple[float, ...]]:
-    """Return boxes (A, 4) xyxy of area side^2 around the origin, one per ratio (height / width)."""
+    """Return boxes (A, 4) xyxy of area side^2 around the origin, one per ratio height / width."""
     boxes: list[tuple[float, ...]] = []
     for ratio in aspect_ratios:
         width = (side**2 / ratio) ** 0.5
@@ -31,7 +31,7 @@ def grid_anchors(
 ) -> list[Tensor]:
     """Return each level's anchors (h w A, 4) in canvas pixels; `grids` are the levels' (h, w).
 
-    The anchors are computed on the device: CUDA graphs cannot record copies from pageable memory.
+    The anchors are computed on the device, as CUDA graphs cannot record copies of pageable memory.
     """
     levels = []
     for (height, width), stride in zip(grids, strides, strict=True):

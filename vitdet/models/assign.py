@@ -1,8 +1,8 @@
 """Assignment of ground truths to boxes by IoU, and sampling of a fixed number of boxes.
 
-`matched` (B, N) contains the index of each box's ground truth, or BACKGROUND or IGNORE. No tensor's
-shape depends on the content of a tensor, so that the host does not synchronize with the GPU; slots
-may therefore be empty.
+`matched` (B, N) contains the index of each box's ground truth, or BACKGROUND, or IGNORE. Tensor
+shapes do not depend on tensor values, so that the host need not synchronize with the GPU. For this
+reason, slots may be empty.
 Notation: B images, G ground truths, N boxes, S slots.
 """
 
@@ -24,10 +24,10 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Overlaps(NamedTuple):
-    """Reductions of the IoUs of each box with all ground truths, (..., N) each."""
+    """For each box, reductions of its IoUs with all ground truths: (..., N) each."""
 
     best: Tensor  # the box's largest IoU
-    truth: Tensor  # the first ground truth with this IoU
+    truth: Tensor  # the first ground truth with the IoU `best`
     # the last ground truth whose largest IoU is with this box (ties included); negative if none
     favorite: Tensor
 
@@ -36,8 +36,8 @@ class _Overlaps(NamedTuple):
 def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match each box to the ground truth with the largest IoU: (..., G, N) -> matched (..., N).
 
-    If this IoU is below `low`, the box is BACKGROUND; from `low` to below `high`, it is IGNORE.
-    `iou` yields one or more blocks of rows, like `boxes.iou_blocks`; only one block is in memory.
+    Boxes whose largest IoU is below `low` are BACKGROUND. Boxes whose largest IoU is at least
+    `low` and below `high` are IGNORE. `iou` yields blocks of rows, see `boxes.iou_blocks`.
     """
     return _by_threshold(_overlaps(iou, math.inf), low, high)
 
@@ -46,8 +46,8 @@ def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match like `match`, but always keep each ground truth's best box as foreground.
 
-    That box is matched to the ground truth that it overlaps most, as in Detectron2's RPN. There,
-    however, a ground truth that overlaps no box turns every box into foreground.
+    The best box is matched to the ground truth that it overlaps most, as in Detectron2's RPN. In
+    Detectron2, however, a ground truth that overlaps no box makes every box foreground.
     """
     found = _overlaps(iou, 0.0)
     return torch.where(found.favorite >= 0, found.truth, _by_threshold(found, low, high))
@@ -57,8 +57,8 @@ def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 def match_keeping_best(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
     """Match like `match`, but match each ground truth's best box to that ground truth, as in mmdet.
 
-    This requires an IoU of at least `low`. A box that is the best box of several ground truths is
-    matched to the last of them.
+    The best box must have an IoU of at least `low`. If it is the best box of several ground truths,
+    it is matched to the last one.
     """
     found = _overlaps(iou, low)
     return torch.where(found.favorite >= 0, found.favorite, _by_threshold(found, low, high))
@@ -73,7 +73,7 @@ def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
     """Reduce all blocks of IoUs (..., G, N) over G; `favorite` ignores IoUs below `least`."""
     found, start = None, 0
     for block in iou:
-        # without ground truths, use a dummy that overlaps no box
+        # without ground truths, add a dummy ground truth with an IoU of 0
         rows = block if block.shape[-2] else F.pad(block, (0, 0, 0, 1))
         best, index = rows.max(dim=-2)
         overlaps = _Overlaps(best, index + start, _favorites(rows, start, least))
@@ -91,7 +91,7 @@ def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
 
 
 def _favorites(iou: Tensor, start: int, least: float) -> Tensor:
-    """Return `_Overlaps.favorite` (..., N) for IoUs of the ground truths from index `start` on."""
+    """Return `_Overlaps.favorite` (..., N) of IoUs whose first row is ground truth `start`."""
     if least == math.inf or iou.shape[-1] == 0:
         return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
     top = iou.amax(dim=-1, keepdim=True)
@@ -101,7 +101,7 @@ def _favorites(iou: Tensor, start: int, least: float) -> Tensor:
 
 
 class Sampled(NamedTuple):
-    """Sampled boxes in slots, foreground first, then background."""
+    """Slots of sampled boxes: foreground first, then background, then empty slots."""
 
     chosen: Tensor  # (B, S), indices of the boxes
     foreground: Tensor  # (B, S) bool
@@ -133,5 +133,5 @@ def _largest(keys: Tensor, candidates: Tensor, num: int) -> Tensor:
 
 
 def choose_randomly(candidates: Tensor, num: Tensor) -> Tensor:
-    """Return random keys: every subset of `num` candidates is equally likely."""
+    """Return random keys (B, N): all subsets of `num` candidates are equally likely."""
     return torch.rand(candidates.shape, device=candidates.device)

@@ -4,8 +4,8 @@ Relative positions: Li et al., MViTv2 (arXiv:2112.01526); windows and padding: D
 
 With the bias q.Rh[qh - kh] + q.Rw[qw - kw], a logit is the inner product [q s, q Rh, q Rw] . [k,
 onehot(kh), onehot(kw)]. One product of widened queries and keys thus computes all logits, without
-an N x N bias. In ViTAE-Transformer/ViTDet, the bias has q s instead of q: this is the same function
-with tables 1 / s times as large, which are learned more slowly.
+an N x N bias. In ViTAE-Transformer/ViTDet, the bias has q s instead of q: the function is the same,
+but needs tables 1 / s times as large, which are learned more slowly.
 
 On a GPU, queries and keys are zero-padded to a width that is a multiple of 8, as fused kernels
 require in half precision (PyTorch's sdp_utils.cpp). The half-precision kernels in `vitdet.kernels`
@@ -25,7 +25,7 @@ from vitdet import kernels
 from vitdet.kernels import attention as fused
 from vitdet.models.layers import at_least_float32
 
-WIDTH = 8  # half-precision kernels require widths that are multiples of 8 (16 bytes)
+WIDTH = 8  # half-precision kernels of PyTorch require widths that are multiples of 8
 
 
 def split_windows(x: Tensor, size: int) -> Tensor:
@@ -62,9 +62,9 @@ def table_for(table: Tensor, size: int) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Return the table's rows for each query and key of `size` tokens: (size, size, d)."""
-    # Query i uses `size` rows from row i on, the last of them for key 0. Unlike indexing, sliding
-    # windows have a backward pass that does not sort indices.
+    """Return the table's row for each pair of query and key on `size` tokens: (size, size, d)."""
+    # Query i uses rows i to i + size - 1, for the keys in reverse order. Unlike the backward pass
+    # of indexing, that of `unfold` does not sort indices.
     return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
@@ -92,7 +92,7 @@ def widen(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return the attention (B, h, N, d) of queries and keys (B, h, N, e) over values (B, h, N, d).
+    """Return the attention (B, h, N, d) for queries and keys (B, h, N, e) and values (B, h, N, d).
 
     On a GPU, a fused kernel is used, which does not store the N x N logits: the memory-efficient
     kernel if e differs from d and both are multiples of 8. On a CPU, plain products are used,
@@ -105,13 +105,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def in_half(x: Tensor) -> bool:
-    """Return whether linear layers compute x in half precision on a GPU, e.g. with autocast."""
+    """Return whether linear layers map x to half precision, e.g. with autocast on a GPU."""
     cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 
 
 class Attention(nn.Module):
-    """Attention with relative positions for grids of `size` tokens per side, or (rows, columns).
+    """Attention with relative positions, stored for `size` tokens per side, or (rows, columns).
 
     The position tables are interpolated for other grid sizes. With `scaled_rel_pos`, they are
     applied to the scaled query.
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
     def forward(self, x: Tensor, window: int = 0) -> Tensor:
-        """Attend over tokens (B, H, W, C) in windows of `window` tokens per side (0: globally)."""
+        """Attend over tokens (B, H, W, C) in windows of side `window` (0: over all tokens)."""
         height, width, channels = x.shape[1:]
         if kernels.enabled(x) and in_half(x) and fused.fits(width, window, channels // self.heads):
             return self.attend_fused(x, window)

@@ -1,7 +1,7 @@
 """Arithmetic on half-open boxes (..., 4), xyxy in float pixels.
 
-The box transform is that of R-CNN (arXiv:1311.2524), with the clamps of Detectron2 and mmdet. Its
-weights are numbers, not a tensor, to avoid a copy to the GPU in every step.
+The box transform is that of R-CNN (arXiv:1311.2524), with the clamps of Detectron2 and mmdet. The
+weights of the transform are numbers, not a tensor, to avoid a copy to the GPU in every step.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # maximum log side ratio in `decode`
-PAIRS = 2**22  # maximum number of box pairs per block of IoUs (130 MB)
+MAX_LOG_SCALE = math.log(1000 / 16)  # `decode` enlarges a side by a factor of at most 62.5
+PAIRS = 2**22  # maximum number of box pairs per block of IoUs (takes 130 MB)
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the deltas (..., 4) that transform boxes to targets.
 
-    They are the center offsets divided by the box sides, and the log side ratios, times `weights`.
+    Deltas are center offset / box side, and log(target side / box side), times `weights`.
     """
     size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     center, target_center = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
@@ -31,7 +31,7 @@ def encode(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
 def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scale: float) -> Tensor:
     """Invert `encode`: apply deltas (..., 4) or (..., K, 4) to boxes (..., 4) in at least float32.
 
-    The log side ratios are clamped to min_log_scale..MAX_LOG_SCALE.
+    log(target side / box side) is clamped to min_log_scale..MAX_LOG_SCALE.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     columns = zip(deltas.to(boxes.dtype).unbind(-1), weights, strict=True)
@@ -45,13 +45,13 @@ def decode(boxes: Tensor, deltas: Tensor, weights: Sequence[float], min_log_scal
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clip boxes (B, ..., 4) to image sizes (B, 2), (height, width)."""
+    """Clip boxes (B, ..., 4) to images of the given sizes (B, 2), which are (height, width)."""
     limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)
     return torch.minimum(boxes.clamp(min=0), limit.view(-1, *[1] * (boxes.dim() - 2), 4))
 
 
 def nonempty(boxes: Tensor) -> Tensor:
-    """Return whether boxes (..., 4) have positive width and height, (...) bool."""
+    """Return whether boxes (..., 4) have a positive width and height: (...) bool."""
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
@@ -72,14 +72,14 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
-    """Yield `pairwise_iou` in one or more blocks, each of at most PAIRS pairs or a single row."""
+    """Yield `pairwise_iou` in blocks of rows: at most PAIRS pairs, but at least one row each."""
     images = first.shape[:-2].numel()
     for rows in first.split(max(1, PAIRS // max(images * second.shape[-2], 1)), dim=-2):
         yield pairwise_iou(rows, second)
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """Return the rows (B, S, ...) of (B, N, ...) at each image's indices (B, S)."""
+    """Gather the rows (B, S, ...) with the indices (B, S) from a tensor (B, N, ...)."""
     index = index.view(*index.shape, *[1] * (rows.dim() - 2))
     return rows.gather(1, index.expand(-1, -1, *rows.shape[2:]))
 
@@ -87,7 +87,7 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
 def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Return the `num` largest of scores (B, N), sorted, and their indices, (B, num) each.
 
-    Ties are ordered by index; which of the scores tied for the last place are included may vary.
+    Equal scores are ordered by index. Any of the scores that equal the last one may be returned.
     """
     index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
     best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)

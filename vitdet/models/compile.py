@@ -1,7 +1,7 @@
 """Compilation of a detector's parts with torch.compile, which fuses operations into fewer kernels.
 
-Parts are compiled in place, so that names of parameters and modules do not change. Parts of the
-same kind and shape, such as a backbone's blocks, share compiled code.
+Parts are compiled in place, so that the names of parameters and modules do not change. Parts of
+the same class and shape, such as a backbone's blocks, share compiled code.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vitdet.models.layers import Blocks
 def compile_parts(detector: Detector) -> None:
     """Compile the backbone's blocks, the pyramid and the heads in place.
 
-    Each part is compiled at its first call, for fixed image and batch sizes. It draws the same
-    random numbers as without compilation.
+    Each part is compiled at its first call, for fixed image and batch sizes. Compiled parts draw
+    the same random numbers as uncompiled parts.
     """
     torch._inductor.config.fallback_random = True
-    # the shapes of levels and heads differ between training and evaluation
+    # allow the shapes of all levels and heads, in training and in evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     # einops caches tensor types, and a new type would trigger a recompilation
     for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1)), np.zeros(1)):

@@ -1,4 +1,4 @@
-"""The detector: maps images to losses if targets are given, else to detections.
+"""The detector, which maps images to detections, or images and targets to losses.
 
 Notation: B images, S side of the square canvas.
 """
@@ -22,7 +22,7 @@ from vitdet.types import Detections, Target, Targets
 
 Plain = ViT | ViTAESmall  # backbones with one output map
 Hierarchical = Swin | ViTAEv2  # backbones with four output maps
-# ImageNet statistics of RGB values in 0..255, as in every published model
+# mean and standard deviation of ImageNet's RGB values in 0..255, as in all published models
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -52,11 +52,11 @@ class Detector(nn.Module):
         targets: Targets | Sequence[Target] | None = None,
         sizes: Tensor | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
-        """Return losses if targets are given, else each image's detections in canvas pixels.
+        """Return losses or, without targets, each image's detections in canvas pixels.
 
         Args:
             images: (B, 3, S, S), RGB 0..255.
-            targets: ground truth in canvas pixels; None to detect.
+            targets: ground truth in canvas pixels, or None for detections.
             sizes: (B, 2) int, (height, width) of the image in each canvas's top-left corner;
                 default: the whole canvas.
         """
@@ -91,7 +91,7 @@ class Detector(nn.Module):
         return features, *self.roi_heads.find(features, proposals, sizes)
 
     def limits(self) -> tuple[float, ...]:
-        """Return the settings that limit the detections; the settings may change between calls."""
+        """Return the current limits of detection: numbers of boxes, and thresholds."""
         rpn, heads = self.rpn, self.roi_heads
         most = (*rpn.top_test, heads.max_detections)
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold

@@ -1,4 +1,4 @@
-"""Detection with CUDA graphs (`vitdet.kernels.cuda_graph`), if detector and device support them."""
+"""Detection with CUDA graphs (`vitdet.kernels.cuda_graph`), if model and device support them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Output = tuple[list[Tensor], Scored, Found, Tensor | None]
 
 
 class GraphedDetector:
-    """A detector whose inference is recorded as a CUDA graph for each batch shape on a GPU.
+    """A detector that records its inference on a GPU as one CUDA graph per batch shape.
 
     Weights may be updated in place. If they move in memory (for example, to a different device), or
     if the training mode or one of `Detector.limits` changes, all graphs are recorded again. The
     detector may be called from several threads; the graphs run one at a time. Copies and pickles
-    contain no graphs. `context` creates the context manager of the computation, e.g. autocast.
+    contain no graphs. `context` creates the context manager for inference, e.g. autocast.
     """
 
     def __init__(self, detector: nn.Module, context: Callable[[], AbstractContextManager]) -> None:
         self.detector, self.context = detector, context
         self.lock = Lock()
         self.graph: CudaGraph[Output] = CudaGraph()
-        self.state: tuple[float, ...] = ()  # mode, limits and addresses when recorded
+        self.state: tuple[float, ...] = ()  # training mode, limits and weight addresses
         self.refused: set[tuple[int, ...]] = set()  # image shapes that could not be recorded
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,7 +61,7 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Return detections from a graph, recorded if necessary; None if recording failed."""
+        """Replay a graph, recorded if necessary; return detections, or None if recording failed."""
         detector = self.detector
         assert isinstance(detector, Detector)
         addresses = (x.data_ptr() for x in chain(detector.parameters(), detector.buffers()))
@@ -84,5 +84,5 @@ class GraphedDetector:
             with self.context():
                 return detector.roi_heads.finish(features, scored, found)
         copies = Found(*(tensor.clone() for tensor in found))
-        # `detections` waits for the copies: a call in any stream may then overwrite the originals
+        # `detections` waits for these copies, so that the next replay may overwrite the originals
         return detections(copies, None if masks is None else masks.clone())

@@ -41,8 +41,8 @@ class ConvNorm(nn.Module):
 class Deconv2x2(nn.ConvTranspose2d):
     """Transposed convolution with kernel 2 and stride 2: (B, C, H, W) -> (B, C', 2H, 2W).
 
-    Its windows do not overlap, so it is a linear layer applied to each pixel, which is several
-    times faster on a CPU than the general transposed convolution.
+    The windows do not overlap, so that a linear layer applied to each pixel computes the result,
+    several times faster on a CPU than the general transposed convolution.
     """
 
     bias: Tensor
@@ -53,7 +53,7 @@ class Deconv2x2(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        # keep the channels innermost in memory, as in the tokens
+        # keep the channels last in memory, as in token tensors
         pixels = rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2)
         return pixels.permute(0, 3, 1, 2)
 
@@ -78,7 +78,7 @@ class Blocks(nn.ModuleList):
 
 
 class DropPath(nn.Module):
-    """In training, drop an image's residual path with probability `rate` and scale kept paths.
+    """In training, drop an image's residual path with probability `rate`, and scale kept paths.
 
     The scale is 1 / (1 - rate). Huang et al., stochastic depth (arXiv:1603.09382). `keep` is a
     tensor: with a number, as in timm, torch.compile would compile each block separately.
@@ -106,7 +106,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Redirect BatchNorm updates to copies, as the forward pass already updated the statistics."""
+    """Let BatchNorm update copies of its statistics, as the forward pass already updated them."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()
@@ -123,20 +123,20 @@ def _other_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Initialize with Kaiming normal (fan out) and bias 0 (Detectron2: c2_msra_fill)."""
+    """Initialize weights by Kaiming normal (fan out), bias 0 (Detectron2: c2_msra_fill)."""
     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
 def init_linear(module: nn.Linear) -> None:
-    """Initialize uniformly with variance 1 / inputs and bias 0 (Detectron2: c2_xavier_fill)."""
+    """Initialize weights uniformly, variance 1 / inputs, bias 0 (Detectron2: c2_xavier_fill)."""
     nn.init.kaiming_uniform_(module.weight, a=1)
     nn.init.zeros_(module.bias)
 
 
 def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
-    """Initialize from a normal distribution with standard deviation `std`, and bias 0."""
+    """Initialize weights from a normal distribution with standard deviation `std`, and bias 0."""
     nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -24,9 +24,9 @@ def federated_classes(
 ) -> Tensor:
     """Return which classes (K + 1,) a batch's loss includes, as in Zhou et al. (arXiv:2103.07461).
 
-    These are all classes in `labels` (including the background) and, up to a total of `num`, others
-    sampled by `weights` (K,) without replacement. With draw=False, the classes with the largest
-    weights are selected instead, for comparisons with other implementations.
+    These are all classes in `labels`, where K is the background, and classes that are sampled by
+    `weights` (K,) without replacement, up to `num` classes in total. With draw=False, the classes
+    with the largest weights replace the sample, for comparisons with other implementations.
     """
     here = torch.ones_like(labels, dtype=torch.bool) if counts is None else counts
     odds = F.pad(weights.float(), (0, 1))
@@ -41,7 +41,7 @@ def federated_classes(
 def federated_classification(
     logits: Tensor, labels: Tensor, classes: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Return the sigmoid cross-entropy of logits (R, K + 1): sum over `classes`, mean over R."""
+    """Return the sigmoid cross-entropy of logits (R, K + 1): mean over R of sums over `classes`."""
     logits = at_least_float32(logits[:, :-1])
     truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
@@ -52,7 +52,7 @@ def federated_classification(
 def objectness(
     logits: Tensor, truth: Tensor, number: int | Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Return the summed binary cross-entropy of logits and truth (...), divided by `number`."""
+    """Return the binary cross-entropy of logits and truth (...), summed and divided by `number`."""
     logits = at_least_float32(logits)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
     return _sum(loss, counts) / number

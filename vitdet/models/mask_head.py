@@ -17,11 +17,11 @@ from vitdet.types import Polygons
 
 BINS = 14
 SIZE = 2 * BINS
-PAIRS = 2**16  # maximum number of (RoI, edge) pairs per iteration (150 MB)
+PAIRS = 2**16  # maximum number of (RoI, edge) pairs per iteration (takes 150 MB)
 
 
 class MaskHead(nn.Module):
-    """Mask logits per RoI and class; each cell is an independent binary classification."""
+    """Mask logits per RoI and class, with an independent binary classification of each cell."""
 
     def __init__(
         self, *, channels: int, num_convs: int, num_classes: int, norm: bool, eps: float
@@ -59,8 +59,8 @@ def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
 def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
     """Return which cells (R, size, size) of boxes (R, 4) have their center inside the mask.
 
-    A cell is inside if the directions of the edges that cross its row to the left of its center do
-    not cancel out: each edge adds its direction to all cells to the right of the crossing.
+    A cell is inside if its winding number is not 0. The winding number is the sum of the directions
+    (down 1, up -1) of the edges that cross the cell's row to the left of its center.
     """
     first, last = masks.spans.unbind(1)
     ends = (last - first).cumsum(0)
@@ -74,17 +74,17 @@ def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
 
 
 def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None:
-    """Add the directions of edges (P, 4) to steps (R, size, size + 1); `roi` (P,): their RoIs."""
+    """Add the directions of edges (P, 4) of the RoIs `roi` (P,) to steps (R, size, size + 1)."""
     size = steps.shape[1]
     low = boxes[:, :2]
-    # as in Detectron2, a box side is at least a tenth of a pixel
+    # as in Detectron2, a box side is at least 0.1 pixels
     span, low = (boxes[:, 2:] - low).clamp(min=0.1)[roi], low[roi]
     start, end = (edges[:, :2] - low) / span * size, (edges[:, 2:] - low) / span * size
     rows = torch.arange(size, device=edges.device, dtype=edges.dtype) + 0.5
     # (P, 1) each
     (x0, y0), (x1, y1) = start[:, None].unbind(-1), end[:, None].unbind(-1)
     down, up = (y0 <= rows) & (y1 > rows), (y1 <= rows) & (y0 > rows)
-    # (P, size): 0 where the edge does not cross the row
+    # (P, size): 1 or -1 where the edge crosses the row, else 0
     direction = down.to(edges.dtype) - up.to(edges.dtype)
     crossing = x0 + (rows - y0) * (x1 - x0) / torch.where(y1 == y0, torch.ones_like(y0), y1 - y0)
     column = (crossing - 0.5).ceil().clamp(0, size).long()

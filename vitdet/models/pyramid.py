@@ -1,7 +1,7 @@
 """Simple feature pyramid: every level is computed from the backbone's last map.
 
-Li et al. (arXiv:2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid. Its
-deconvolutions halve the channels, whereas those of ViTAE-Transformer/ViTDet keep them.
+Li et al. (arXiv:2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid.
+Detectron2's deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
 Notation: B images, C channels of the backbone, D channels of the pyramid.
 """
 
@@ -19,8 +19,8 @@ class SimpleFeaturePyramid(nn.Module):
     """One map (B, C, h, w) of stride `stride` -> p2..p5 at `scales`, and p6 at half p5's scale.
 
     `self.strides` are the strides of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2.
-    With `halve_channels`, each deconvolution halves the channels. `eps` is the epsilon of the LNs
-    after the convolutions.
+    With `halve_channels`, each deconvolution halves the channels. `eps` is the epsilon of the
+    LayerNorms after the convolutions.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ def _level(
 
 
 def _resample(dim: int, scale: float, shrink: int) -> tuple[list[nn.Module], int]:
-    """Return the layers that rescale the map, and their output channels."""
+    """Return the layers that rescale the map, and the number of output channels."""
     inner, last = dim // shrink, dim // shrink**2
     if scale == 4.0:
         norm = LayerNorm2d(inner, eps=NORM_EPS)

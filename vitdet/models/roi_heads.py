@@ -29,13 +29,13 @@ from vitdet.types import Detections, Polygons, Targets
 
 Classification = SoftmaxClassification | FederatedClassification
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform in stage 0; times s + 1 in stage s
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # weights of the box transform; multiplied by s + 1 in stage s
 # number of box-class pairs per image before NMS; increased if too few detections remain
 CANDIDATES = 2000
 
 
 class Assigned(NamedTuple):
-    """Boxes with the ground truths assigned to them."""
+    """Boxes, and the ground truths that are assigned to them."""
 
     boxes: Tensor  # (B, S, 4)
     matched: Tensor  # (B, S): index of the ground truth, BACKGROUND, or IGNORE in an empty slot
@@ -43,18 +43,18 @@ class Assigned(NamedTuple):
 
     @property
     def filled(self) -> Tensor:
-        """Which slots contain a box, (B, S) bool."""
+        """Whether each slot contains a box: (B, S) bool."""
         return self.matched >= BACKGROUND
 
 
 class Found(NamedTuple):
-    """Slots of detections, sorted by score."""
+    """Slots for detections, sorted by score."""
 
     boxes: Tensor  # (B, D, 4)
     scores: Tensor  # (B, D)
     labels: Tensor  # (B, D)
     filled: Tensor  # (B, D) bool
-    exact: Tensor  # (B,) bool: whether the candidates were sufficient
+    exact: Tensor  # (B,) bool: whether there were enough candidates
 
 
 class Scored(NamedTuple):
@@ -110,7 +110,7 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Return loss_cls, loss_box_reg and, with a mask head, loss_mask.
 
-        With several stages, the first two have one entry per stage, with the suffix _stage0 etc.
+        With several stages, loss_cls and loss_box_reg become loss_cls_stage0 etc.
         """
         found = {}
         assigned = self.sample(proposals.boxes, proposals.filled, targets)
@@ -132,7 +132,7 @@ class RoIHeads(nn.Module):
     def find(
         self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
     ) -> tuple[Scored, Found]:
-        """Return the scored proposals and slots of detections, without synchronizing with the GPU.
+        """Return the scored proposals and the detections, without synchronizing with the GPU.
 
         The detections are selected from the CANDIDATES best box-class pairs. Boxes are in canvas
         pixels, clipped to sizes (B, 2).
@@ -141,7 +141,7 @@ class RoIHeads(nn.Module):
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """Return the detections, sorted by score; select again if the candidates were too few."""
+        """Return the detections, sorted by score; select from more candidates if necessary."""
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -185,9 +185,9 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
-        """Sample foreground and background from proposals (B, N, 4) and ground-truth boxes."""
+        """Sample foreground and background boxes from proposals (B, N, 4) and ground truths."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
-        # match ground-truth boxes separately: they would be better matches than any proposal
+        # match separately: ground-truth boxes would be better matches than any proposal
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
@@ -199,7 +199,7 @@ class RoIHeads(nn.Module):
     def reassign(
         self, stage: int, refined: Tensor, filled: Tensor, targets: Targets, sizes: Tensor
     ) -> Assigned:
-        """Clip the previous stage's boxes; assign ground truths by this stage's IoU threshold."""
+        """Clip the boxes of the previous stage; match them with the IoU threshold of `stage`."""
         boxes = clip(refined, sizes)
         filled = filled & nonempty(boxes)
         boxes = torch.where(filled[..., None], boxes, 0.0)
@@ -219,10 +219,10 @@ class RoIHeads(nn.Module):
         rows = assigned.boxes, assigned.matched, labels, deltas
         boxes, matched, labels, deltas = (row[:, :most] for row in rows)
         foreground = (matched > BACKGROUND)[..., None]
-        unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # for slots without a foreground box
+        unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # dummy for slots without foreground
         truth = torch.where(foreground, pick(targets.boxes, matched.clamp(min=0)), unit)
         wanted = encode(torch.where(foreground, boxes, unit), truth, self.weights[stage])
-        column = labels.clamp(max=deltas.shape[2] - 1)  # one column if class-agnostic
+        column = labels.clamp(max=deltas.shape[2] - 1)  # class-agnostic deltas have only column 0
         own = deltas.gather(2, column[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0]
         return box_l1(own, wanted, number, foreground[..., 0])
 
@@ -248,13 +248,13 @@ class RoIHeads(nn.Module):
         return mask_bce(logits, wanted, usable.flatten()[slots])
 
     def mask_targets(self, masks: Polygons, boxes: Tensor) -> Tensor:
-        """Return the target masks (R, 28, 28) bool of boxes (R, 4)."""
+        """Return the training targets (R, 28, 28) bool of R masks in boxes (R, 4)."""
         return mask_targets(masks, boxes)
 
     def select(self, boxes: Tensor, scores: Tensor, filled: Tensor, candidates: int) -> Found:
         """Return detections after class-wise NMS of each image's `candidates` best box-class pairs.
 
-        `boxes`, `scores` and `filled` are those of `Scored`.
+        `boxes`, `scores` and `filled` are the fields of `Scored`.
         """
         finite = boxes.isfinite().flatten(2).all(dim=2) & scores.isfinite().all(dim=2)
         passed = (scores > self.score_threshold) & (finite & filled)[..., None]
@@ -265,7 +265,7 @@ class RoIHeads(nn.Module):
         row = index // classes * sets + labels.clamp(max=sets - 1)
         found = torch.where(valid[..., None], pick(boxes.flatten(1, 2), row), 0.0)
         kept = nms(found, labels, self.nms_iou, self.max_detections)
-        kept = (kept | ~nonempty(found)) & valid  # empty boxes overlap no box
+        kept = (kept | ~nonempty(found)) & valid  # empty boxes overlap no other box
         order = kept.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : self.max_detections]
         complete = passed.flatten(1).sum(dim=1) <= best.shape[1]
@@ -284,7 +284,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) to compute: filled slots on a CPU; else all, to avoid synchronizing."""
+    """Return the slots (R,) to compute: the filled ones, or on a GPU all, without synchronizing."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()

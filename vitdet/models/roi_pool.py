@@ -1,6 +1,6 @@
 """RoIAlign over a pyramid: each RoI is pooled from the level that matches its size.
 
-He et al., Mask R-CNN (arXiv:1703.06870), aligned as in Detectron2; level assignment of FPN
+He et al., Mask R-CNN (arXiv:1703.06870), aligned as in Detectron2. Levels are assigned as in FPN
 (arXiv:1612.03144).
 Notation: B images, R RoIs, C channels, s x s bins.
 """
@@ -21,8 +21,8 @@ from vitdet.models.layers import at_least_float32
 
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
     """Return each box's level (R,); 0 is the finest."""
-    canonical = 56 * finest_stride  # smallest side of a square box on level 2
-    # as in Detectron2, with an epsilon in the logarithm
+    canonical = 56 * finest_stride  # smallest side, in pixels, of a square box on level 2
+    # with the epsilon of Detectron2
     level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
     return level.clamp(0, num_levels - 1).long()
 
@@ -37,8 +37,8 @@ def pool(
 ) -> Tensor:
     """Pool features (R, C, bins, bins) of boxes (R, 4) from maps (B, C, h, w).
 
-    `image` (R,): each box's image, or -1 for an empty slot (finite, undefined features). A bin has
-    `sampling_ratio` points per axis; for 0, as published, their number depends on the RoI's size.
+    `image` (R,): index of each box's image, or -1 for an empty slot, whose features are finite but
+    undefined. `sampling_ratio`: points per bin and axis; 0: the bin's size in cells, rounded up.
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])
@@ -69,9 +69,9 @@ def _pool_by_products(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """Pool with a fixed number of points, by two matrix products, because RoIAlign is separable.
+    """Pool with `ratio` points per bin and axis, by two matrix products: RoIAlign is separable.
 
-    The gradient also consists of products, without scattered additions, which are slow on a CPU.
+    The gradient consists of matrix products too; scattered additions would be slow on a CPU.
     """
     # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]

@@ -48,7 +48,7 @@ class RPN(nn.Module):
 
     Args:
         strides: the levels' strides.
-        anchor_scale: side of a square anchor, in strides of its level.
+        anchor_scale: side of a square anchor, divided by the stride of its level.
         norm, eps: whether a LayerNorm follows each convolution, and the LayerNorms' epsilon.
         match: assigns ground truths to anchors.
         min_log_scale: limits how much a box can shrink.
@@ -110,7 +110,7 @@ class RPN(nn.Module):
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Map one level (B, C, h, w) to logits (B, A, h, w) and deltas (B, 4 A, h, w).
 
-        One matrix product computes both; its width is padded to a multiple of 8 for tensor cores.
+        One matrix product computes both, padded to a multiple of 8 outputs for tensor cores.
         """
         for block in self.convs:
             feature = F.relu(block(feature))
@@ -125,8 +125,8 @@ class RPN(nn.Module):
     def propose(self, found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
         """Return each image's best boxes after level-wise NMS, clipped to the image.
 
-        `sizes` (B, 2) are the unpadded (height, width). `top` limits the boxes per level before
-        NMS, and per image after NMS.
+        `sizes` (B, 2) are the images' (height, width) without padding. `top` are the maximum
+        numbers of boxes per level before NMS, and per image after NMS.
         """
         pre_nms, post_nms = top
         boxes, scores = [], []
@@ -135,7 +135,7 @@ class RPN(nn.Module):
             decoded = decode(anchors[index], pick(deltas, index), WEIGHTS, self.min_log_scale)
             decoded = clip(decoded, sizes)
             usable = decoded.isfinite().all(dim=2) & best.isfinite() & nonempty(decoded)
-            spare = pre_nms - index.shape[1]  # empty slots of a level with fewer anchors
+            spare = pre_nms - index.shape[1]  # number of slots that a small level leaves empty
             boxes.append(F.pad(torch.where(usable[..., None], decoded, 0.0), (0, 0, 0, spare)))
             scores.append(F.pad(best, (0, spare)))
         by_level = torch.stack(boxes, dim=1)
@@ -162,7 +162,7 @@ class RPN(nn.Module):
         if self.divide_by_sampled:
             background = sampled.filled & ~sampled.foreground
             kinds = torch.stack([sampled.foreground.sum(1), background.sum(1)])
-            number = kinds.clamp(min=1).sum()  # at least 1 of each kind per image, as in mmdet
+            number = kinds.clamp(min=1).sum()  # each count is at least 1, as in mmdet
         index, foreground = sampled.chosen[:, : sampled.most], sampled.foreground[:, : sampled.most]
         chosen = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))

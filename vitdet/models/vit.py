@@ -54,7 +54,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvBottleneck(nn.Module):
-    """Residual convolutions across windows: the paper's alternative to global attention."""
+    """Residual convolutions across windows, an alternative to global attention (Li et al.)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ConvBottleneck(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C); paths are dropped independently.
+    """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C), with drop path on each path.
 
     `window` is the windows' side in tokens; 0: global attention, with position tables for `grid`.
     `branch` maps the block's input (B, C, H, W) to the same shape, in parallel with the attention.
@@ -138,7 +138,7 @@ def build_blocks(
     residual_blocks: Sequence[int],
     scaled_rel_pos: bool,
 ) -> Blocks:
-    """Build blocks with linearly increasing drop path rates, and with a new `branch()` each."""
+    """Build blocks with linearly increasing drop path rates; each has its own `branch()`."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return Blocks(
         Block(
@@ -159,8 +159,8 @@ def build_blocks(
 def init_normal(weight: Tensor) -> None:
     """Initialize from a normal distribution with standard deviation 0.02, in place.
 
-    The published code truncates at -2 and 2, which has one effect: the random number that would
-    become minus infinity (1 in 2^24) becomes -2. Here, it becomes -0.12.
+    Values are truncated to -0.12..0.12. The published code truncates to -2..2, so that 1 in 2^24
+    values, which would be minus infinity without truncation, becomes -2.
     """
     trunc_normal_(weight, std=0.02, a=-0.12, b=0.12)
 
@@ -218,7 +218,7 @@ class ViT(nn.Module):
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise decay (Detectron2: get_vit_lr_decay_rate).
 
-        It is 0 before the blocks, i + 1 in block i, else (e.g. residual convolutions) depth + 1.
+        The layer is 0 before the blocks, i + 1 in block i, depth + 1 in residual convolutions etc.
         """
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0
@@ -226,7 +226,7 @@ class ViT(nn.Module):
 
 
 def layer_of_block(name: str, first: int, rest: int) -> int:
-    """Return first + i for block i, `rest` for other parameters and residual convolutions."""
+    """Return first + i in block i; `rest` in residual convolutions and outside the blocks."""
     block = re.match(r"blocks\.(\d+)\.", name)
     return first + int(block.group(1)) if block and ".residual." not in name else rest
 
@@ -235,7 +235,7 @@ def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize (1, h, w, C) to (1, *grid, C), bicubic without antialiasing (Detectron2: get_abs_pos).
 
     As the result is linear in `pos_embed`, two small matrix products compute it; F.interpolate took
-    6 ms per step of ViT-B on an H100. Neither autocast nor TF32 affects products in float64.
+    6 ms per step of ViT-B on an H100. The products are in float64, unaffected by autocast and TF32.
     """
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed
@@ -247,7 +247,7 @@ def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def bicubic_matrix(size: int, wanted: int, device: torch.device) -> Tensor:
-    """Return the matrix (wanted, size) float64 that interpolates `size` values to `wanted`."""
+    """Return the matrix (wanted, size) float64 that interpolates `size` values to `wanted` ones."""
     # computed on the device, without synchronization
     one_hot = torch.eye(size, dtype=torch.float64, device=device)[None, :, :, None]
     resized = F.interpolate(one_hot, size=(wanted, 1), mode="bicubic", align_corners=False)

@@ -28,7 +28,7 @@ from vitdet.models.vit import BlockOptions, Size, build_blocks, init_linears, la
 
 
 class SmallSize(NamedTuple):
-    """The constructor arguments of a named `ViTAESmall`."""
+    """Constructor arguments of `ViTAESmall` for a named backbone."""
 
     dim: int
     depth: int
@@ -43,12 +43,12 @@ class SmallSize(NamedTuple):
 SIZES = {"vitae_b": Size(768, 12, 12, (2, 5, 8, 11), 4.0)}
 SMALL_SIZES = {"vitae_s": SmallSize(384, 14, 6, (2, 5, 8, 13), 3.0, (64, 64, 192), (96, 192), 96)}
 CELL_NORM_EPS = 1e-5  # epsilon of the LayerNorms in the reduction cells
-DROPOUT = 0.1  # rate in the reduction cells; hard-coded in the published implementation as well
+DROPOUT = 0.1  # dropout rate in the reduction cells; also hard-coded in the published code
 EPSILON = 1e-8  # epsilon in the denominator of the linear attention
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Create a 3 x 3 convolution that keeps the size, or divides it by the stride."""
+    """Create a 3 x 3 convolution that divides height and width by `stride`."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, groups=groups)
 
 
@@ -72,7 +72,7 @@ def _two_convs(dim: int, hidden: int, groups: int) -> list[nn.Module]:
 def dilated_convs(
     inputs: int, width: int, kernel: int, stride: int, dilations: Sequence[int]
 ) -> nn.ModuleList:
-    """Create parallel convolutions: (B, C, H, W) -> (B, width, H / stride, W / stride) each."""
+    """Create one convolution per dilation: (B, C, H, W) -> (B, width, H / stride, W / stride)."""
     paddings = [math.ceil(((kernel - 1) * dilation + 1 - stride) / 2) for dilation in dilations]
     return nn.ModuleList(
         nn.Conv2d(inputs, width, kernel, stride=stride, dilation=dilation, padding=padding)
@@ -81,7 +81,7 @@ def dilated_convs(
 
 
 class Performer(nn.Module):
-    """Linear attention and an MLP: (B, N, C) -> (B, N, E), with `mixed` added in between.
+    """Linear attention, addition of convolution outputs, and an MLP: (B, N, C) -> (B, N, E).
 
     phi(q) . phi(k) approximates exp(q . k), where phi(u) = exp(W u - |u|^2 / 2) / sqrt(M) with a
     fixed random matrix W (M, E). The rows of W are orthogonal and have the length sqrt(M), as
@@ -127,8 +127,8 @@ class Performer(nn.Module):
 class ReductionCell(nn.Module):
     """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
-    If `dim` is 0, E is the number of concatenated channels. Otherwise, a Performer maps these to
-    E = dim and adds the output of convolutions with `strides`, applied to the cell's input.
+    If `dim` is 0, E is the number of concatenated channels. Otherwise, E is `dim`: a Performer maps
+    the concatenated channels to E and adds the cell's input after convolutions with `strides`.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class ViTAESmall(nn.Module):
     Arguments that are not listed are those of `ViT`.
 
     Args:
-        widths: channels of each dilated convolution in the three cells; C is twice the last.
+        widths: channels per dilated convolution in each of the three cells; C is twice widths[2].
         cell_dims: output channels of the first two cells.
         groups: groups of the convolutions in the blocks.
     """
@@ -213,8 +213,8 @@ class ViTAESmall(nn.Module):
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise learning-rate decay, as in the published run.
 
-        It is s in reduction cell s, 3 + j in block j, and 18 otherwise. The published config
-        specifies 12 layers, with which the last blocks would learn faster than the heads.
+        The layer is s in reduction cell s, 3 + j in block j, and 18 otherwise. With the 12 layers
+        of the published config, the last blocks would learn faster than the heads.
         """
         if cell := re.match(r"reductions\.(\d+)\.", name):
             return int(cell.group(1))

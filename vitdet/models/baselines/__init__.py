@@ -1,1 +1,1 @@
-"""Hierarchical detectors for comparison with plain ones: Swin or ViTAEv2 with an FPN."""
+"""Detectors with hierarchical backbones, for comparison: Swin or ViTAEv2 with an FPN."""

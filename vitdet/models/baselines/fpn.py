@@ -1,7 +1,7 @@
 """Feature pyramid network.
 
 Lin et al. (arXiv:1612.03144); layers and initialization as in mmdet's FPN: no norm, no
-activation, nearest-neighbor upsampling; the fifth level is the fourth, subsampled by 2.
+activation, nearest-neighbor upsampling; the fifth level is the fourth level, subsampled by 2.
 Notation: B images, C channels of a backbone's map, D channels of the pyramid.
 """
 

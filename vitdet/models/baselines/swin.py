@@ -2,8 +2,8 @@
 
 Liu et al. (arXiv:2103.14030); hyperparameters as in mmdet. The layers are timm's, except the block:
 timm rolls a map before padding it to multiples of the window, while the published detectors were
-trained with padding first. The results agree only if no padding is needed, but detection needs it:
-at 1024 pixels, maps have 256, 128, 64 and 32 cells per side, which are not multiples of 7.
+trained with padding first. The results agree only without padding, but detectors need padding: at
+1024 pixels, maps have 256, 128, 64 and 32 cells per side, which are not multiples of 7.
 Notation: B images, C channels, H x W tokens, K windows of N tokens.
 """
 
@@ -38,14 +38,14 @@ SIZES = {"swin_t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24))}
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Return the mask (K, N, N) to add to the logits of a map rolled by `shift`.
+    """Return the mask (K, N, N) that is added to the attention logits of a map rolled by `shift`.
 
     The mask is 0 between tokens that were neighbors before the roll, else BLOCKED. Height and width
     are multiples of the window.
     """
 
     def parts(size: int) -> Tensor:
-        # only the last window along an axis contains tokens from both ends
+        # only the last window along an axis contains tokens from both ends of the map
         steps = torch.arange(size, device=device)
         return (steps >= size - window).long() + (steps >= size - shift).long()
 
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging (not in stage 0), then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
+    """Patch merging, (B, H, W, C) -> (B, H / 2, W / 2, 2 C), except in stage 0; then blocks."""
 
     def __init__(
         self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
@@ -142,5 +142,5 @@ class Swin(nn.Module):
         return maps
 
     def layer_of(self, name: str) -> int:
-        """Return a parameter's layer for layer-wise decay: always the last layer, i.e. no decay."""
+        """Return the last layer for every parameter: no layer-wise learning-rate decay."""
         return self.num_layers + 1

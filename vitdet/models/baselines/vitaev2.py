@@ -54,7 +54,7 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Create a branch of three convolutions; `channels`: of the input and of each output."""
+    """Create three convolutions; `channels` are those of the input and of each output."""
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -67,7 +67,7 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions, in windows of side `window`, or over all tokens if it is 0.
+    """Attention without positions, in windows of side `window` (0: over all tokens).
 
     E may differ from C. With `keep_values`, the values are added to the result.
     """
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         if self.window == 0:
             return self.mix(x)
         (height, width), size = x.shape[1:3], self.window
-        # zero padding on all sides, which takes part in the attention
+        # zero padding on all sides takes part in the attention
         top, left = (-height % size // 2, -width % size // 2)
         x = F.pad(x, (0, 0, left, -width % size - left, top, -height % size - top))
         x = join_windows(self.mix(split_windows(x, size)), (x.shape[1], x.shape[2]))
@@ -169,7 +169,7 @@ class Stage(nn.Module):
 class ViTAEv2(nn.Module):
     """ViTAEv2: images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, without a final norm.
 
-    H and W must be multiples of 32. `drop_path` is the argument `largest` of `drop_rates`.
+    H and W must be multiples of 32. For `drop_path`, see `largest` in `drop_rates`.
     """
 
     def __init__(
@@ -218,16 +218,16 @@ class ViTAEv2(nn.Module):
         return maps
 
     def layer_of(self, name: str) -> int:
-        """Return a parameter's layer for layer-wise decay: always the last layer, i.e. no decay."""
+        """Return the last layer for every parameter: no layer-wise learning-rate decay."""
         return self.num_layers + 1
 
 
 def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
     """Return each stage's drop path rates, one per normal cell, as in the published run.
 
-    The rates increase linearly to `largest` over all cells, but stage s uses those from index
-    depths[s - 1] on, not from the sum of all previous depths: with depths (2, 2, 8, 2), the last
-    stage has the rates of cells 8 and 9, so that no cell has the rate `largest`.
+    The rates increase linearly to `largest` over all cells, but stage s > 0 starts at the rate with
+    index depths[s - 1], not at the sum of all previous depths: with depths (2, 2, 8, 2), the last
+    stage has the rates 8 and 9 of 0..13, so that no cell has the rate `largest`.
     """
     rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
     starts = [0, *depths[:-1]]
