@@ -1,8 +1,8 @@
 """Process groups: setup, teardown, rank, and collectives.
 
 The process group is configured by torchrun's environment variables. Only this module and
-`vitdet.torchrun`, which does not import torch, read them. Without torchrun there is one process
-and no communication.
+`vitdet.torchrun`, which does not import torch, read these variables. Without torchrun, there is one
+process and no communication.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def flight_record() -> str:
 
 
 def collective() -> tuple[str, float]:
-    """Return the main thread's current collective ('': none), and when it entered or left one last.
+    """Return the name of the main thread's collective ('': none), and the time of the last change.
 
     The time is a value of `time.monotonic`. Collectives in which no rank waits for the computation
     of another rank are not tracked.

@@ -24,7 +24,7 @@ LARGEST_WINDOW = 32  # maximum number of tokens per side of a window
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether the kernels support a grid width, window side (0: no windows) and head depth."""
+    """Return whether the kernels support a grid width, window side (0: global) and head depth."""
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 
@@ -42,7 +42,7 @@ def attention(
         rel_h, rel_w: (2 K - 1, d) each; K is the window's side, or the grid's height or width. Row
             r contains Rh[r - K + 1] or Rw[r - K + 1]. The dtype may differ from the dtype of qkv.
         sizes: height and width of the grid, number of heads, side of the windows in tokens (0:
-            attention over all tokens); last, 1 to apply the tables to the scaled query, else 0.
+            attention over all tokens), and 1 if the tables apply to the scaled query, else 0.
 
     Returns:
         The heads' output (B, N, h d), and log2 of the softmax denominators for the backward pass.

@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
     registers: int | None = None  # maximum number of registers per thread, for higher occupancy
 
 
-# Keys: whether the area is the whole grid. The values are among the fastest options for 64 x 64
+# Options by whether the area is the whole grid. They are among the fastest options for 64 x 64
 # tokens, windows of 14 x 14 and d = 64 on an H200 (`tests/bench/attention.py`). A register limit
 # would gain another 5 to 9%, but cause spilling with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
@@ -84,7 +84,7 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv and, in float32, of bias (from tokens beyond the grid) and tables."""
+    """Return gradients of qkv and, in float32, bias (from tokens beyond the grid) and tables."""
     products = positions(layout, qkv, tables, factor)  # recomputed to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
@@ -145,7 +145,7 @@ def load_rows(rows, group, row, i, exists, L, LINES):
 
 @triton.jit
 def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
-    """Attend from a block of queries, with a running maximum (FlashAttention-2, arXiv:2307.08691)."""
+    """Compute a block's attention with a running maximum (FlashAttention-2, arXiv:2307.08691)."""
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile

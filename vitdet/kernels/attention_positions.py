@@ -135,7 +135,7 @@ def origin(group, L):
 
 @triton.jit
 def tokens(row, column, top, left, L):
-    """Return the tokens' grid indices, whether they are in the area, and whether in area and grid."""
+    """Return tokens' grid indices, whether they are in the area, and whether in area and grid."""
     exists = (row < L.rows) & (column < L.columns)
     inside = exists & (top + row < L.height) & (left + column < L.width)
     return (top + row) * L.width + left + column, exists, inside
@@ -159,7 +159,7 @@ def store(to, token, inside, x, step, L):
 
 @triton.jit
 def line_of(i, top, left, L, AXIS, QUERIES: tl.constexpr):
-    """Return the indices in the area of line i's queries, and `tokens` for these queries."""
+    """For the queries of line i, return their indices in the area and the result of `tokens`."""
     j = tl.arange(0, QUERIES)
     row = i + j * 0 if AXIS == 0 else j
     column = j if AXIS == 0 else i + j * 0

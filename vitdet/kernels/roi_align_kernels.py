@@ -82,7 +82,7 @@ def backward(
 
 
 def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
-    """Return maps, heights, widths and 1 / strides, padded to LEVELS each, and the number of maps."""
+    """Return maps, heights, widths and 1 / strides, padded to LEVELS each, and the map count."""
     rows = [(x, *x.shape[1:3], 1 / stride) for x, stride in zip(maps, strides, strict=True)]
     rows += rows[:1] * (LEVELS - len(rows))
     return [value for column in zip(*rows, strict=True) for value in column] + [len(maps)]
@@ -205,7 +205,7 @@ def roi_align_forward(
     BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute CHANNELS channels of ROWS rows of a RoI's bins; f: maps (h, w), s: 1 / stride."""
+    """Compute CHANNELS channels of ROWS rows of a RoI's bins; f0-f4: maps, s0-s4: 1 / stride."""
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)

@@ -62,7 +62,7 @@ def table_for(table: Tensor, size: int) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Return the table's row for each pair of query and key on `size` tokens: (size, size, d)."""
+    """Return the table row of each query and key on an axis of `size` tokens: (size, size, d)."""
     # Query i uses rows i to i + size - 1, for the keys in reverse order. Unlike the backward pass
     # of indexing, that of `unfold` does not sort indices.
     return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)

@@ -24,7 +24,7 @@ def compile_parts(detector: Detector) -> None:
     the same random numbers as uncompiled parts.
     """
     torch._inductor.config.fallback_random = True
-    # allow the shapes of all levels and heads, in training and in evaluation
+    # allow one compilation per shape of the levels and heads, in training and in evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     # einops caches tensor types, and a new type would trigger a recompilation
     for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1)), np.zeros(1)):

@@ -106,7 +106,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Let BatchNorm update copies of its statistics, as the forward pass already updated them."""
+    """Let BatchNorm update copies, as the forward pass already updated the statistics."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()
@@ -123,20 +123,20 @@ def _other_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Initialize weights by Kaiming normal (fan out), bias 0 (Detectron2: c2_msra_fill)."""
+    """Initialize with Kaiming normal (fan out), bias with 0 (Detectron2: c2_msra_fill)."""
     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
 def init_linear(module: nn.Linear) -> None:
-    """Initialize weights uniformly, variance 1 / inputs, bias 0 (Detectron2: c2_xavier_fill)."""
+    """Initialize uniformly with variance 1 / inputs, bias with 0 (Detectron2: c2_xavier_fill)."""
     nn.init.kaiming_uniform_(module.weight, a=1)
     nn.init.zeros_(module.bias)
 
 
 def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
-    """Initialize weights from a normal distribution with standard deviation `std`, and bias 0."""
+    """Initialize from a normal distribution with standard deviation `std`, bias with 0."""
     nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -110,7 +110,7 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Return loss_cls, loss_box_reg and, with a mask head, loss_mask.
 
-        With several stages, loss_cls and loss_box_reg become loss_cls_stage0 etc.
+        With several stages, there is one loss_cls and loss_box_reg per stage, e.g. loss_cls_stage0.
         """
         found = {}
         assigned = self.sample(proposals.boxes, proposals.filled, targets)
@@ -284,7 +284,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) to compute: the filled ones, or on a GPU all, without synchronizing."""
+    """Return the slots (R,) to compute: on a CPU filled slots, on a GPU all, to avoid a sync."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()
