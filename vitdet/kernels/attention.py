@@ -24,7 +24,7 @@ LARGEST_WINDOW = 32  # maximum number of tokens per side of a window
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether the kernels support a grid width, window side (0: global) and head depth."""
+    """Return whether kernels support `width`, `window` (0: global), `depth` channels per head."""
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 

@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
     """Options of a kernel launch."""
 
     queries: int  # queries per block
-    keys: int  # keys per block, which contains at least one row of keys
+    keys: int  # keys per block, but at least one row of keys
     warps: int  # warps per program
     stages: int  # stages of the software pipeline
     registers: int | None = None  # maximum number of registers per thread, for higher occupancy

@@ -2,7 +2,7 @@
 
 A program of `compare_boxes` compares 32 boxes with 64 boxes, and stores a word of 64 bits for each
 of the 32 boxes. A program of `suppress_boxes` iterates over the blocks of 64 boxes of a group. In
-each block, 64 words determine which boxes are kept; the OR of the rows of words of the kept boxes
+each block, 64 words determine which boxes are kept; the OR of the kept boxes' rows of words
 determines which later boxes are suppressed.
 
 Notation: G groups, N boxes of a group, W words of a row.

@@ -74,7 +74,7 @@ class RoIHeads(nn.Module):
         strides: strides of the levels from which RoIs are pooled (p2..p5).
         mask: the mask head, or None.
         match: assigns ground truths to boxes.
-        min_log_scale: limits how much a box can shrink in one stage.
+        min_log_scale: lower bound of log(new side / old side) of a box in one stage.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class RPN(nn.Module):
         anchor_scale: side of a square anchor, divided by the stride of its level.
         norm, eps: whether a LayerNorm follows each convolution, and the LayerNorms' epsilon.
         match: assigns ground truths to anchors.
-        min_log_scale: limits how much a box can shrink.
+        min_log_scale: lower bound of log(new side / old side) of a box.
         divide_by_sampled: divide the losses by the number of sampled anchors instead of `samples`
             per image.
     """

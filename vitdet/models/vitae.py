@@ -3,8 +3,8 @@
 Xu et al., ViTAE (arXiv:2106.03348), Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in
 ViTAE-Transformer/ViTDet. ViTAE-B is a `ViT` with `wide_branch` in each block. ViTAE-S,
 `ViTAESmall`, computes its tokens in three reduction cells of dilated convolutions, two of them with
-linear attention (Performer: Choromanski et al., arXiv:2009.14794, in the form of T2T-ViT: Yuan et
-al., arXiv:2101.11986), and has no absolute positions.
+linear attention (Performer: Choromanski et al., arXiv:2009.14794, as in T2T-ViT: Yuan et al.,
+arXiv:2101.11986), and has no absolute positions.
 Notation: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2
 random features.
 """
