@@ -84,6 +84,6 @@ def _centers(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor
     low (N,) and high (N,) have the coordinates -1 and 1.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
-    sides = (high - low).clamp(min=1e-9)  # no division by 0; an empty box contains no center
+    sides = (high - low).clamp(min=1e-9)  # avoid division by 0 for empty boxes
     centers = ((first[:, None] + steps).float() + 0.5 - low[:, None]) / sides[:, None] * 2 - 1
     return centers.where(steps < counts[:, None], OUTSIDE)

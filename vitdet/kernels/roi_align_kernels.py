@@ -123,7 +123,7 @@ def extent(boxes, roi, exists, scale):
 
 @triton.jit
 def places(x, row, channel, channels):
-    """Return the addresses (rows, channels) of the given rows and channels of x (., channels)."""
+    """Return the addresses (rows, channels) in x (., channels) of the given rows and channels."""
     return x + (row * channels)[:, None] + channel[None, :]
 
 
@@ -151,7 +151,7 @@ def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Return the points per bin on an axis: RATIO, or if this is 0, the size rounded up."""
+    """Return the number of points per bin and axis: RATIO or, if RATIO is 0, `size` rounded up."""
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:

@@ -106,7 +106,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Let BatchNorm update copies, as the forward pass already updated the statistics."""
+    """Let BatchNorm update copies of its buffers: the forward pass already updated the buffers."""
     statistics = [
         (module, name, buffer)
         for module in block.modules()
