@@ -48,12 +48,12 @@ MODEL = {
     "run_id": str | None,
     "step": int,
 }
-OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for third-party files
+OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for files by other programs
 TRAINING = {
     **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
     **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
 }
-HEADER = "vitdet_detector"  # .safetensors metadata key of everything but the weights
+HEADER = "vitdet_detector"  # .safetensors metadata key of all content except the weights
 MISSING = object()
 MODIFIED = "the file was modified after `vitdet train` wrote it, or written by another program"
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
 def load_model_file(path: str | Path) -> dict:
     """Return {config, class_names, model, run_id, step, fingerprints} of a trained detector.
 
-    Reads .pt files, and .safetensors files that `save_safetensors` wrote. Files of version 0.1
+    Reads .pt files, and .safetensors files that `save_safetensors` wrote. Files of vitdet 0.1
     contain a dataset_digest instead of fingerprints. Raises the errors of `load`.
     """
     read = _load_safetensors if Path(path).suffix == ".safetensors" else load
@@ -142,7 +142,7 @@ def save_safetensors(path: Path, content: dict) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a .safetensors file whose bytes depend only on the tensors and the metadata.
 
-    safetensors writes the metadata in random order; sorting it does not change its length.
+    safetensors writes the metadata in random order; sorting does not change the header's length.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, metadata=metadata)
@@ -174,7 +174,7 @@ def _load_safetensors(path: Path, expected: str) -> dict:
 
 
 def _remove_credentials(path: Path, content: dict) -> None:
-    """Remove the tracking server's user name and password, which version 0.1 stored."""
+    """Remove the tracking server's user name and password, which vitdet 0.1 stored."""
     match content:
         case {"config": {"tracking": {"uri": str(uri)} as tracking} as config}:
             if (kept := without_credentials(uri)) != uri:
@@ -217,15 +217,15 @@ def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...
 
 
 def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load weights read from `path` into a detector; raises ValueError if they do not match."""
+    """Load weights, read from `path`, into a detector; raises ValueError if they do not fit."""
     invalid = [
         name
         for name, weight in weights.items()
         if not (isinstance(name, str) and isinstance(weight, Tensor)) or weight.is_complex()
     ]
     if invalid:
-        found = f"weights that are not real-valued tensors with a name: {len(invalid)}"
-        raise ValueError(f"{path}: {found} (the first is {invalid[0]!r}); {MODIFIED}")
+        found = f"the weight {invalid[0]!r} is not a real-valued tensor with a string as name"
+        raise ValueError(f"{path}: {found} (invalid weights: {len(invalid)}); {MODIFIED}")
     try:
         detector.load_state_dict(weights)
     except RuntimeError as error:
@@ -236,7 +236,7 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
 class Checkpoints:
     """A folder of training states; only the last `keep` states are kept.
 
-    damaged: the files that `latest` skipped, with the reasons.
+    damaged: {path: reason} of the files that `latest` skipped.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -263,7 +263,7 @@ class Checkpoints:
         path = self.folder / f"step_{step:08d}.pt"
         _evaluation_of(path).unlink(missing_ok=True)  # left by a removed state
         save(path, {"format": STATE, "step": step, **content})
-        # .step_*.tmp: left by a killed process of version 0.1
+        # .step_*.tmp: left by a killed process of vitdet 0.1
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:
             old.unlink()
             _evaluation_of(old).unlink(missing_ok=True)
@@ -272,8 +272,8 @@ class Checkpoints:
     def save_evaluation(self, step: int, content: dict) -> None:
         """Write the entries that an evaluation adds to the state after `step` steps.
 
-        They are stored in a small JSON file next to the state, so that the state is not rewritten;
-        `latest` merges the two files.
+        The entries are stored in a small JSON file next to the state, so that the state is not
+        rewritten; `latest` merges the two files.
         """
         path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
         try:
@@ -282,7 +282,7 @@ class Checkpoints:
             raise _write_error(path, error) from error
 
     def all(self) -> list[Path]:
-        """Return the states, oldest first."""
+        """Return the paths of the states, oldest first."""
         return sorted(self.folder.glob(f"step_{'[0-9]' * 8}.pt"))
 
     def newest(self) -> int:
@@ -292,7 +292,7 @@ class Checkpoints:
     def latest(self, verify: bool = True, up_to: int | None = None) -> dict | None:
         """Return the newest state that is not damaged; None if there are no states.
 
-        up_to: ignore states of later steps. Skips damaged states, which `set_aside` renames, and
+        up_to: the last step to consider. Skips damaged states, which `set_aside` renames, and
         ignores damaged evaluations. Raises DamagedError if all states are damaged."""
         states = [path for path in self.all() if up_to is None or _step_of(path) <= up_to]
         for path in reversed(states):
@@ -310,7 +310,7 @@ class Checkpoints:
         if not states:
             return None
         earlier = " and all earlier states, which are damaged too," if len(states) > 1 else ""
-        raise DamagedError(f"{self.damaged[states[-1]]}; remove it{earlier} to start over")
+        raise DamagedError(f"{self.damaged[states[-1]]}; remove this file{earlier} to start over")
 
     def set_aside(self, start: int) -> None:
         """Rename the damaged files and log what is lost when training resumes from step `start`.
@@ -333,7 +333,7 @@ def _is_zip(path: Path) -> bool:
         # open first: is_zipfile(path) returns False for an unreadable file
         with open(path, "rb") as file:
             return zipfile.is_zipfile(file)
-    except zipfile.BadZipFile:  # damaged central directory
+    except zipfile.BadZipFile:  # damaged central directory of the archive
         return False
 
 
@@ -365,7 +365,6 @@ def _is_torn(cause: Exception) -> bool:
 
 
 def _write_error(path: Path, cause: Exception) -> OSError:
-    """Return the one-line error of a failed write."""
     full = _is_torn(cause) or (isinstance(cause, OSError) and cause.errno in FULL)
     advice = "; free some space and run the same command again" if full else ""
     reason = first_line(cause)

@@ -104,7 +104,7 @@ def test_classes_must_not_fall_below_the_minimum_or_lose_too_much() -> None:
     after = evaluation({"disc": hits(55), "ring": hits(20)})
     assert decide(GateConfig(), after, before).passed
     floor = decide(GateConfig(min_class_ap=40.0), after, before)
-    assert not floor.passed and "class 'ring' has 33" in floor.reason
+    assert not floor.passed and "class 'ring' has box AP 33" in floor.reason
     loss = decide(GateConfig(max_class_loss=10.0), after, before)
     assert not loss.passed and "class 'ring' lost 16" in loss.reason
     assert decide(GateConfig(min_class_ap=30.0, max_class_loss=20.0), after, before).passed

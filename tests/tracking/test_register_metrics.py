@@ -90,7 +90,7 @@ def test_metrics_on_other_data_apply_to_that_data_only(
     assert vitdet("evaluate", other, "--output", metrics)[0] == 0
     raise_ap(metrics, 99.0)
     code, _, err = vitdet("register", other, *CHAMPION, *words)
-    assert code == 1 and "matches of a different evaluation than the metrics (box_ap " in err
+    assert code == 1 and "matches and metrics are from different evaluations (box_ap: " in err
     code, out, err = vitdet("register", other, *CHAMPION, "--metrics", metrics)
     assert code == 0 and "box AP 99, above the " in out, err
     tags = client.get_model_version("vitdet", "1").tags
@@ -106,7 +106,7 @@ def test_the_gate_rejects_metrics_of_unknown_origin(
     code, _, err = vitdet("register", another(model), "--metrics", metrics, "--plots", plots)
     assert (
         code == 1
-        and f"{plots}: results of a different checkpoint than {another(model)}; run" in err
+        and f"{plots}: contains results of a different checkpoint than {another(model)}; run" in err
     )
     assert not client_of(model).search_registered_models()
     save_config(load_config("tiny", minimal(own_tiny, evaluate__max_detections=3)), config)

@@ -71,7 +71,7 @@ def test_a_damaged_only_state(tiny: Path, tmp_path: Path) -> None:
     cut_at(1, tiny, tmp_path)
     (state,) = (tmp_path / "checkpoints").glob("*.pt")
     state.write_bytes(b"")
-    with refused("step_00000000.pt: .*; remove it to start over"):
+    with refused("step_00000000.pt: .*; remove this file to start over"):
         go(tiny, tmp_path)
     state.unlink()
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1

@@ -206,7 +206,5 @@ def test_only_a_full_disk_has_the_advice_to_free_space(
 def test_weights_that_are_not_named_real_tensors_are_rejected(name: object, value: object) -> None:
     layer = torch.nn.Linear(2, 2)
     weights = dict(layer.state_dict()) | {name: value}
-    with pytest.raises(
-        ValueError, match="^x.pt: weights that are not real-valued tensors with a name: 1 "
-    ):
+    with pytest.raises(ValueError, match="^x.pt: the weight .* is not a real-valued tensor"):
         load_weights(layer, weights, "x.pt")

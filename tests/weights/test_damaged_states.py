@@ -85,7 +85,7 @@ def test_all_states_are_damaged(tmp_path: Path) -> None:
     states = Checkpoints(tmp_path, keep=3)
     for step in (1, 2, 3):
         states.save(step, {}).write_bytes(b"PK")
-    advice = "remove it and all earlier states, which are damaged too, to start over"
+    advice = "remove this file and all earlier states, which are damaged too, to start over"
     with pytest.raises(ValueError, match=f"step_00000003.pt: not a complete .*; {advice}$"):
         states.latest()
     assert len(states.all()) == 3

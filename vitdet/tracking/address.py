@@ -13,13 +13,13 @@ from vitdet.config.credentials import without_credentials
 from vitdet.config.ranges import check_address
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-STEP = "VITDET_"  # prefix of these variables in a pipeline step; pipeline/graph.py sets them
+STEP = "VITDET_"  # prefix of the Secret's variables in a pipeline step, see pipeline/graph.py
 
 
 def tracking_uri(uri: str, folder: Path) -> str:
-    """Return the server's URI: MLFLOW_TRACKING_URI, else `uri`, else sqlite:///FOLDER/mlflow.db.
+    """Return the URI of the MLflow store: MLFLOW_TRACKING_URI or, if it is not set, `uri`.
 
-    Raises ValueError for an invalid address.
+    The default is sqlite:///FOLDER/mlflow.db. Raises ValueError for an invalid address.
     """
     _use_step_secret()
     name = "MLFLOW_TRACKING_URI"
@@ -45,8 +45,8 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 def _use_step_secret() -> None:
     """Set MLflow's variables from the pipeline step's Secret unless MLFLOW_TRACKING_URI is set.
 
-    The Secret is in the variables VITDET_MLFLOW_*, as the API server rejects a pod or PyTorchJob
-    that defines a variable twice, and the MLflow plugin of Kubeflow Pipelines 2.17 sets MLFLOW_*.
+    The pipeline passes the Secret as VITDET_MLFLOW_*: the MLflow plugin of Kubeflow Pipelines
+    2.17 sets MLFLOW_*, and the API server rejects pods and jobs that set a variable twice.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return
@@ -69,7 +69,7 @@ def _check_address(name: str, uri: str) -> None:
 
 
 class HidingFilter(logging.Filter):
-    """Logging filter that hides the credentials in every address in messages and tracebacks."""
+    """Logging filter that hides the credentials of addresses in messages and tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = hide_credentials(record.getMessage()), ()

@@ -1,17 +1,16 @@
 """The champion: the version of a model with the alias `champion`, which the gate protects.
 
 Metrics are comparable only if they were measured on the same validation data with the same
-settings. Otherwise, the champion is evaluated again, as the candidate was, and the result is stored
-with the champion's version.
+settings. Otherwise, the champion is evaluated again with the candidate's data and settings, and the
+result is stored with the champion's version.
 
 Processes that share a folder promote one at a time. Processes without a shared folder can promote
 at the same time, as MLflow cannot set an alias conditionally. Each process records its promotion in
-a tag and reads all records; if its version is the best, it sets the alias and reads them again. If
-a version promoted in the meantime is better, or if a user forced or restored a version in place of
-the same champion, the process sets the alias to that version and reads the records again. Whichever
-process sets the alias last therefore sets it to the best version; until then, the alias may refer
-to another version. If a process dies or loses its connection before it has finished, promote the
-better version again.
+a tag and reads all records; if its version is the best, it sets the alias and reads the records
+again. If a version promoted in the meantime is better, or if a user forced or restored a version in
+place of the same champion, the process sets the alias to that version and reads the records again.
+The process that sets the alias last therefore sets it to the best version; until then, the alias
+may refer to another version. If a process ends too early, promote the better version again.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Evaluates a checkpoint, writes plots and matches to a folder, and returns the metrics.
+# (checkpoint, folder) -> metrics; writes the plots and matches of the evaluation to the folder.
 Evaluate = Callable[[Path, Path], Mapping[str, float | None]]
 
 
@@ -71,7 +70,7 @@ def is_known(
 ) -> bool:
     """Return True if the champion's evaluation under this protocol is stored or no champion exists.
 
-    Raises ConnectionError if MLflow does not respond, like all functions of this module.
+    Raises ConnectionError if MLflow does not respond, like the other functions that query MLflow.
     """
     model = _Model(connect(uri, folder), model_name, protocol, gate)
     champion = model.champion()
@@ -116,13 +115,14 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the champion under the same protocol.
 
-    The first candidate and the champion itself pass unless `flaw` returns a reason. A tie or a
-    rolled-back version does not pass.
+    Unless `flaw` returns a reason, the candidate passes if there is no champion or if it is the
+    champion itself. A rolled-back candidate, or a candidate with the champion's AP, does not
+    pass.
 
     Args:
         evaluated: An earlier result of `evaluate_champion`, used if `evaluate` is not passed.
-        evaluate: Evaluates the champion if no evaluation of it is stored. If neither this function
-            nor `evaluated` is passed, the candidate is rejected in that case.
+        evaluate: Evaluates the champion if no evaluation under this protocol is stored. In that
+            case, the candidate is rejected if neither `evaluate` nor `evaluated` is passed.
         version: The candidate's version; "" if it is not registered.
     """
     model = _Model(connect(uri, folder), model_name, protocol, gate)
@@ -187,7 +187,7 @@ def update_tags(
 ) -> bool:
     """Update a version's tags with metrics that were measured under this protocol.
 
-    Metrics of a different protocol are moved to the tags for that protocol. Nothing changes if the
+    Stored metrics of another protocol move to the tags for that protocol. Nothing changes if the
     protocol's data or the box AP is unknown, or if the version is the champion and already has a
     box AP under this protocol. Returns whether the tags were updated.
     """
@@ -308,7 +308,7 @@ class _Model:
         return compare(gate, candidate, before, name)
 
     def best(self, event: Event, ap: float) -> tuple[float, str]:
-        """Return (AP, version) of the best version among this promotion and its rivals.
+        """Return (AP, version) of the best version: the promoted version or one of its rivals.
 
         In a tie, the oldest version is the best. A version that a user forced or restored in place
         of the same champion gets an infinite AP.

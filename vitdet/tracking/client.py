@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from vitdet.tracking.address import hide_credentials
 
-# Attempts, with pauses of 0, 2, 4, ... seconds: about a minute, enough for a server restart.
+# Attempts. The pauses of 0, 2, 4, ... seconds last a minute in total, enough for a server restart.
 TRIES = 7
 BACK_OFF = "1"
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
@@ -97,13 +97,13 @@ class Client:
         return _call
 
     def repeating(self) -> Client:
-        """Return a client of the same server with retries."""
+        """Return a client for the same server, with retries."""
         return Client(self._client, self.uri)
 
 
 def open_client(uri: str) -> Client:
     """Return a client without retries. Raises RefusedError if the store can never be used."""
-    for name, value in DEFAULTS.items():  # on every call: MLflow reads them for every request
+    for name, value in DEFAULTS.items():  # not cached: MLflow reads the variables for every request
         os.environ.setdefault(name, value)
     return _cached_client(uri)
 
@@ -112,7 +112,7 @@ def open_client(uri: str) -> Client:
 def _cached_client(uri: str) -> Client:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # they log a new SQLite file's migrations
+    for name in ("alembic", "mlflow.store.db.utils"):  # loggers of a new SQLite file's migrations
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return Client(MlflowClient(uri, uri), uri, retries=False)
@@ -129,7 +129,7 @@ def _cached_client(uri: str) -> Client:
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Translate exceptions of MLflow and its libraries to those that `Client` documents."""
+    """Translate exceptions of MLflow and its libraries to the exceptions of `Client`."""
     try:
         yield
     except Exception as error:
@@ -152,7 +152,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
     """Allow up to `tries` attempts (default: TRIES) for each MLflow request in this context.
 
     MLflow functions without a client argument use the server `uri`. Only one thread at a time can
-    be in such a context. USER_SETTINGS override a `tries` above 1. Raises the errors of `Client`.
+    be in such a context. USER_SETTINGS take precedence over `tries` > 1. Raises `Client`'s errors.
     """
     tries = TRIES if tries is None else tries
     settings = {"MLFLOW_TRACKING_URI": uri, RETRIES: str(tries - 1), FACTOR: BACK_OFF}
@@ -167,7 +167,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
         os.environ.update(settings)
         retry.addFilter(log_wait)
         retry.setLevel(logging.DEBUG)
-        pool.setLevel(logging.ERROR)  # urllib3 itself logs some of the retries
+        pool.setLevel(logging.ERROR)  # avoids logging some of the retries twice
         try:
             with translated(uri):
                 yield
@@ -207,7 +207,7 @@ def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
 
 
 def _is_denied(error: Exception, uri: str) -> bool:
-    """Return whether an error was caused by status 401 or 403."""
+    """Return whether an error was caused by HTTP status 401 or 403."""
     from mlflow.exceptions import MlflowException, RestException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -217,7 +217,7 @@ def _is_denied(error: Exception, uri: str) -> bool:
         return True
     if not isinstance(error, RestException) or "error_code" in error.json:
         return False
-    try:  # a proxy's JSON: MLflow's exception lacks the HTTP status, so send a request to get it
+    try:  # JSON of a proxy: MLflow's exception lacks the HTTP status, so send a request to get it
         path = "/api/2.0/mlflow/experiments/search?max_results=1"
         return http_request(get_default_host_creds(uri), path, "GET").status_code in (401, 403)
     except MlflowException:
@@ -225,5 +225,5 @@ def _is_denied(error: Exception, uri: str) -> bool:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error, without credentials."""
+    """Return up to 300 characters of an error's first line, without credentials."""
     return hide_credentials((str(error).strip().splitlines() or [repr(error)])[0][:300])

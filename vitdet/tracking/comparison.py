@@ -14,8 +14,8 @@ from vitdet.tracking.history import champion_of
 from vitdet.tracking.mlflow import connect
 from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 
-# MLflow's status for KFP's final state of a run. KFP reports success as SUCCEEDED or COMPLETE. Some
-# servers report RUNNING while the exit handler runs; the tag `best` then indicates success.
+# KFP's final state of a run -> MLflow's status. Success is SUCCEEDED or COMPLETE. Some KFP servers
+# report RUNNING while the exit handler runs; the tag `best` then indicates success.
 ENDS = {
     **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED"), "FINISHED"),
     **dict.fromkeys(("CANCELLED", "CANCELED"), "KILLED"),
@@ -26,7 +26,7 @@ ENDS = {
 def start_parent_run(
     group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str
 ) -> str:
-    """Return the ID of a group's parent run in MLflow; create the run if it does not exist.
+    """Find or create the MLflow parent run of the pipeline run `group`; return its ID.
 
     With the MLflow plugin of Kubeflow Pipelines, the plugin's run is the parent run. Raises
     ConnectionError if MLflow does not respond.
@@ -47,9 +47,9 @@ def start_parent_run(
 
 
 def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """End the parent run with the MLflow status for KFP's final `state` of the pipeline run.
+    """End the MLflow parent run with the status for `state`, KFP's final state of the pipeline run.
 
-    The MLflow plugin ends its run itself. Raises the errors of `start_parent_run`.
+    The MLflow plugin ends a parent run that it created. Raises the errors of `start_parent_run`.
     """
     client = connect(uri, folder)
     if plugin_run(client, group):
@@ -79,7 +79,7 @@ def compare(
     experiment: str,
     model_name: str,
 ) -> tuple[str, str, str]:
-    """Compare a group's training runs, best box AP first, and log the tables to the parent run.
+    """Compare a pipeline's training runs, best box AP first; log the tables to the parent run.
 
     Args:
         rows: For each training run with a verdict, its name, val_fingerprint, evaluate_settings,

@@ -33,7 +33,7 @@ METRICS = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"
 
 
 def tags_of(metrics: Mapping[str, float | None]) -> dict[str, str]:
-    """Return the tags METRIC for these metrics, rounded to four significant digits."""
+    """Return the tags {METRIC: value}, with values rounded to four significant digits."""
     return {key: f"{value:.4g}" for key in METRICS if (value := metrics.get(key)) is not None}
 
 
@@ -52,7 +52,7 @@ def model_id_of(version: ModelVersion) -> str | None:
 
 
 def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]:
-    """Return a version's metrics under this protocol; empty if no such evaluation is stored."""
+    """Return a version's metrics under this protocol; {} if none are stored."""
     tags, expected = version.tags, protocol.tags()
     if not expected:
         return {}
@@ -65,7 +65,7 @@ def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]
 def read_evaluation(
     client: Client, version: ModelVersion, protocol: Protocol, matches: bool
 ) -> Evaluation:
-    """Return a version's evaluation under this protocol; an empty one if none is stored.
+    """Return a version's evaluation under this protocol, which is empty if none is stored.
 
     matches: whether to download the per-image matches, if they are stored.
     """
@@ -103,8 +103,8 @@ def add_matches(
 ) -> None:
     """Store the matches of an evaluation whose metrics are already stored with a version.
 
-    metrics: metrics of the evaluation in `plots`. Logs a warning and stores nothing if they differ
-    from the stored metrics, if matches are already stored, or if the version has no logged model.
+    metrics: the metrics of the evaluation that wrote `plots`. Logs a warning and stores nothing if
+    the stored metrics differ, if matches are already stored, or if the version has no logged model.
     """
     model, reason = model_id_of(version), ""
     known = tags_of(known_metrics(version, protocol))
@@ -131,8 +131,8 @@ def _has_matches(client: Client, version: ModelVersion, protocol: Protocol) -> b
 def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Evaluation:
     """Return an evaluation with these metrics and the matches in a folder.
 
-    plots: the folder of `vitdet evaluate --plots`; None: without matches. Raises FileNotFoundError
-    if the folder contains no matches, and ValueError if their AP differs from that in `metrics`.
+    plots: the folder of `vitdet evaluate --plots`; None: no matches. Raises FileNotFoundError if
+    the folder contains no matches, and ValueError if the AP of the matches differs from `metrics`.
     """
     if plots is None:
         return Evaluation(metrics)
@@ -149,8 +149,8 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
             known = "none" if expected is None else f"{expected:.6g}"
             raise ValueError(
-                f"{path}: matches of a different evaluation than the metrics ({key} {ap:.6g}; "
-                f"metrics: {known}); run `vitdet evaluate` with --output and --plots and register "
+                f"{path}: matches and metrics are from different evaluations ({key}: {ap:.6g} and "
+                f"{known}); run `vitdet evaluate` with --output and --plots and register "
                 "both results"
             )
     return Evaluation(metrics, matches)
@@ -162,7 +162,7 @@ def protocol_of(record: Mapping) -> Protocol:
 
 
 def plots_of(record: Mapping) -> Path | None:
-    """Return the folder of the matches in a record of the pipeline step `evaluate`.
+    """Return the folder of matches to which a record of the pipeline step `evaluate` refers.
 
     Returns None if the matches do not exist, e.g. if they were removed after the step was cached.
     """

@@ -1,10 +1,10 @@
 """The experiment and the parent run of a new MLflow run.
 
 The MLflow plugin of Kubeflow Pipelines (since 2.17, with its setting `injectUserEnvVars`) creates
-an MLflow run for the pipeline run, with a nested run for each step. In each step, it sets
+and ends an MLflow run for the pipeline run, with a nested run for each step. In each step, it sets
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_ID and the step's MLFLOW_RUN_ID (kubeflow/pipelines 2.17.0,
 backend/src/v2/common/plugins/mlflow/handler.go). The training runs become children of the pipeline
-run's MLflow run, in the same experiment, so that MLflow shows one tree. The plugin ends that run.
+run's MLflow run, in the same experiment, so that MLflow shows one tree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 # tag of the plugin: backend/src/apiserver/plugins/mlflow/run_start.go
 OWNER = "kfp.pipeline_run_id"
-DEPTH = 8  # maximum nesting of a step's run in the pipeline's run; each loop adds a level
+DEPTH = 8  # maximum levels from a step's run to the pipeline's run; each loop adds a level
 
 
 def find_experiment(
@@ -69,7 +69,7 @@ def _experiment(client: Client, name: str) -> Experiment | None:
 
 
 def plugin_run(client: Client, group: str) -> Run | None:
-    """Return the plugin's MLflow run for the pipeline run `group`; None without the plugin.
+    """Return the MLflow plugin's run for the pipeline run `group`; None without the plugin.
 
     An MLFLOW_RUN_ID from any other source, such as a shell or another pipeline run, is ignored.
     Raises ConnectionError if the server does not respond.

@@ -20,7 +20,7 @@ from vitdet.evaluation.matches import Matches
 class Evaluation:
     """Metrics by name (AP in percent), and per-image matches by kind ("bbox", "segm").
 
-    `matches` is empty if none were stored; `remedy` is the advice in case the gate needs matches.
+    `matches` is empty if none were stored; `remedy` is the advice if the gate needs matches.
     """
 
     metrics: Mapping[str, float | None]
@@ -30,7 +30,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a candidate replaces the champion, and why, in one line."""
+    """Whether a candidate replaces the champion, and the reason in one line."""
 
     passed: bool
     reason: str
@@ -81,8 +81,8 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
     if below := {key: ap for key, ap in values.items() if ap < gate.min_class_ap}:
         worst = min(below, key=below.__getitem__)
         return (
-            f"{name} {value:.4g}: class {worst!r}{_rank(below)} has {below[worst]:.4g}, less than "
-            f"gate.min_class_ap ({gate.min_class_ap:g})"
+            f"{name} {value:.4g}: class {worst!r}{_rank(below)} has {name} {below[worst]:.4g}, "
+            f"less than gate.min_class_ap ({gate.min_class_ap:g})"
         )
     return ""
 
@@ -114,8 +114,8 @@ def compare(
         worst = max(losses, key=losses.__getitem__)
         return Verdict(
             False,
-            f"{reason}, but class {worst!r}{_rank(losses)} lost {losses[worst]:.4g}, more than "
-            f"gate.max_class_loss ({gate.max_class_loss:g})",
+            f"{reason}, but class {worst!r}{_rank(losses)} lost {losses[worst]:.4g} points "
+            f"of {label(gate)}, more than gate.max_class_loss ({gate.max_class_loss:g})",
         )
     if not gate.confidence:
         return Verdict(True, reason)
@@ -149,7 +149,7 @@ def _metric(gate: GateConfig) -> str:
 
 
 def _class_values(gate: GateConfig, matches: Matches) -> dict[str, float]:
-    """Return the metric by class name, without classes that have no objects."""
+    """Return {class name: value of gate.metric} for the classes that have objects."""
     values = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))
     row = values[METRICS.index(_metric(gate)), 1:].tolist()
     named = zip(matches.class_names, row, strict=True)
@@ -157,4 +157,4 @@ def _class_values(gate: GateConfig, matches: Matches) -> dict[str, float]:
 
 
 def _rank(classes: Mapping[str, float]) -> str:
-    return f" (the worst of {len(classes)} classes)" if len(classes) > 1 else ""
+    return f" (the worst of {len(classes)} such classes)" if len(classes) > 1 else ""

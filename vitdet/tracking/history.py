@@ -82,7 +82,7 @@ def withdraw(client: Client, model_name: str, event: Event) -> None:
 def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
     """Return the versions that were champion before the current one, most recent first.
 
-    Events are followed from each version to the one that it replaced; a rollback undoes all
+    Events are followed from each version to the version that it replaced; a rollback undoes all
     promotions since the restored version was last champion. Times come from several machines'
     clocks, so they are used only to order the events of one version, and to find the predecessor
     of a version without events, i.e. one that was deleted or made champion in MLflow's UI.
@@ -103,14 +103,14 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
 
 
 def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
-    """Return the rollback that replaced this version, if it is the version's last event."""
+    """Return the rollback that replaced this version, or None if it was made champion again."""
     related = [e for e in recorded if e.version == version or e.is_rollback_from(version)]
     last = max(related, key=lambda event: event.time, default=None)
     return last if last and last.is_rollback_from(version) else None
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return other versions' events within RECENT of `own` that this process may have missed.
+    """Return other versions' events, within RECENT of the event `own`, that may have been missed.
 
     Events that a user has since undone, by a rollback or by forcing another version, are excluded.
     """

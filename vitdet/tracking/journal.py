@@ -1,10 +1,9 @@
-"""The journal of a run on disk: its records for the tracking server, and which of them were sent.
+"""The journal of a run on disk: records for the tracking server, and how many were sent.
 
-FOLDER/journal/KEY.jsonl contains one record per line, such as the start or the end of the run or
-values of metrics. KEY.json is the cursor: the run's ID on the server and the offset of the first
-line that has not been sent. KEY.files/ contains copies of files that have not been uploaded. Each
-line is one unbuffered write, so that a killed process loses no line, whereas MLflow's asynchronous
-logging would lose its in-memory queue.
+FOLDER/journal/KEY.jsonl contains one record per line, e.g. the start of the run, metrics, or the
+end of the run. KEY.json is the cursor: the run's ID on the server and the offset of the first line
+that has not been sent. KEY.files/ contains copies of files that have not been uploaded. Each line
+is written without buffering, so that a killed process loses no records, unlike MLflow's queue.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ PENDING = "pending-"  # prefix of the run's ID until a server has assigned an ID
 class Journal:
     """The records of one run, each with its `time` in milliseconds since 1970.
 
-    A record also has `start`; `tags`; `end` (optionally `ended`); `points` ({metric: value}) and
-    `step` (optionally `renew`); `resume` and `changed`; or, in old files, `file` and `folder`.
+    Each record also contains one of: `start`; `tags`; `end` (optionally `ended`); `points`
+    ({metric: value}) and `step` (optionally `renew`); `resume` and `changed`; in old files, `file`
+    and `folder`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -62,14 +62,14 @@ class Journal:
             log.warning("tracking: cannot write %s; a record was lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
-        """Copy a file to KEY.files/, to be uploaded to this folder of the run's artifacts."""
+        """Copy a file to KEY.files/ for the upload to the run's artifact folder `folder`."""
         try:
             self._copy(path, folder)
         except OSError as error:
             log.warning("tracking: %s was not logged: %s", path, error)
 
     def adopt(self, record: dict) -> None:
-        """Move a file, stored elsewhere by an earlier version of vitdet, to KEY.files/."""
+        """Move the file of a record, written by an earlier version of vitdet, to KEY.files/."""
         copy = self.path.parent / record["file"]
         if copy.exists():
             self._copy(copy, record["folder"])
@@ -77,7 +77,7 @@ class Journal:
 
     def entries(self) -> list[Path]:
         """Return the folders KEY.files/*, each with one file at its path in the run's artifacts."""
-        for record in self._read_cursor().get("uploads", ()):  # written by earlier versions
+        for record in self._read_cursor().get("uploads", ()):  # from earlier versions of vitdet
             with suppress(OSError):
                 self.adopt(record)
         return sorted(self.files.glob("[!.]*"))
@@ -107,7 +107,7 @@ class Journal:
         return last, changed
 
     def records(self, offset: int = 0) -> Iterator[tuple[dict, int]]:
-        """Yield (record, offset of the next line) for each complete line from this offset on."""
+        """Yield (record, offset of the next line) for each complete line from `offset` on."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -122,7 +122,7 @@ class Journal:
                     log.warning("tracking: %s: an unreadable line is skipped", self.path)
 
     def batches(self, max_points: int) -> Iterator[tuple[list[dict], int]]:
-        """Yield batches of the records to send, each with the offset of the next line.
+        """Yield (batch of records to send, offset of the line after the batch).
 
         Consecutive records of metrics share a batch of up to `max_points` values. Each record with
         `renew` or without metrics is a separate batch.
@@ -173,7 +173,7 @@ class Journal:
             self.path.parent.rmdir()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock the journal for sending; raises BlockingIOError if another process is sending it."""
+        """Lock the journal for sending; raises BlockingIOError while another process sends it."""
         return locked(self.path.with_suffix(".lock"))
 
 
@@ -197,7 +197,7 @@ def journals(folder: Path) -> list[Journal]:
 def unfinished(folder: Path, output: str, params: dict) -> str | None:
     """Return the pending ID of an unfinished run with this output and params but no metrics.
 
-    Returns None if there is none. Marks other runs with this output as KILLED unless they ended.
+    Returns None if no run matches. Marks other runs with this output as KILLED unless they ended.
     """
     found = None
     for journal in journals(folder):

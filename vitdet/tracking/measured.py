@@ -2,7 +2,7 @@
 
 The provenance is stored in a second file, as `dvc metrics` and other readers expect only numbers in
 the metrics file. The second file contains the sha256 of the metrics file and of the checkpoint, so
-that metrics that were edited or restored from elsewhere are not trusted.
+that a change of either file is detected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DATA = ("dataset", "val_split", "max_images")  # settings in `data` that select 
 
 @dataclass(frozen=True)
 class Measured:
-    """The provenance of metrics: checkpoint, validation split and two sections of the config."""
+    """The provenance of metrics: digests of checkpoint and data, and two sections of the config."""
 
     checkpoint_sha256: str
     val_fingerprint: str
@@ -61,9 +61,9 @@ def write_evaluation(
     output: Path | None,
     plots: Path | None,
 ) -> None:
-    """Write metrics to the file `output`, and provenance files for them and for matches in `plots`.
+    """Write metrics to `output`, and provenance files next to `output` and the matches in `plots`.
 
-    overrides, config: the arguments of `vitdet.evaluate` in this evaluation.
+    overrides, config: as passed to `vitdet.evaluate` for this evaluation.
     """
     if output is None and plots is None:
         return
@@ -98,7 +98,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_measured(path: Path) -> Measured | None:
-    """Return the provenance of the metrics or matches in a file; None if missing or outdated."""
+    """Return the provenance of a file of metrics or matches; None if missing or outdated."""
     file = beside(path)
     try:
         content = json.loads(file.read_text())
@@ -119,15 +119,15 @@ def beside(path: Path) -> Path:
 
 
 def own_protocol(stored: Mapping, may_read: bool) -> Protocol:
-    """Return the protocol of the metrics in a checkpoint; its fingerprint is "" if unknown.
+    """Return the protocol of the metrics in a checkpoint; unknown data has the fingerprint "".
 
-    stored: the content of the checkpoint. may_read: whether the data may be read, which is
-    necessary for checkpoints of version 0.1.
+    stored: the content of the checkpoint. may_read: whether the dataset may be read, which is
+    necessary for checkpoints of vitdet 0.1.
     """
     own, known = from_dict(stored["config"]), stored.get("fingerprints")
     if known or not stored.get("dataset_digest") or not may_read:
         return Protocol.of(own, (known or {}).get("val", ""))
-    try:  # version 0.1 stored a digest of both splits: compare it with the current data
+    try:  # vitdet 0.1 stored a digest of both splits: compare it with the current data
         found = fingerprints(own.data)
         return Protocol.of(own, "" if change(stored, own.data, found) else found["val"])
     except (OSError, ValueError):
@@ -169,7 +169,7 @@ def _agree(ours: Config, theirs: Config) -> bool:
 
 
 def _fingerprint_now(config: Config, own: Config, stored: Mapping) -> str:
-    """Return the current fingerprint; without data, the stored one if settings match, else ""."""
+    """Return the data's fingerprint; if the data is missing, the stored fingerprint or ""."""
     try:
         return fingerprint(config.data, config.data.val_split)
     except FileNotFoundError:

@@ -3,7 +3,7 @@
 Every record is first written to a journal on disk (`vitdet.tracking.journal`), which takes
 microseconds; a thread sends the records in batches (`vitdet.tracking.shipper`). A server that is
 slow or unavailable therefore hardly delays training: the records are sent when it responds again,
-at the end, or by the next process that opens the run. Nothing is logged twice.
+at the end of training, or by the next process that opens the run. Nothing is logged twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHIP_SECONDS = 3.0  # pause between deliveries
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
 CREATE_SECONDS = 60.0  # START_SECONDS for an SQLite file, whose tables may have to be created
-CLOSE_SECONDS = 20.0  # STOP_SECONDS for an SQLite file; also for `log_metrics` and `connect_run`
+CLOSE_SECONDS = 20.0  # STOP_SECONDS for an SQLite file, `log_metrics` and `connect_run`
 
 
 class MLflowTracker(Tracker):
@@ -92,7 +92,7 @@ class MLflowTracker(Tracker):
         self._stop(CLOSE_SECONDS if finishes else STOP_SECONDS)
         if self._thread.is_alive():
             log.warning(
-                "tracking: the last values are kept in %s; run the same command again to send them",
+                "tracking: unsent records are kept in %s; run the same command again to send them",
                 self._journal.path,
             )
 
@@ -118,7 +118,7 @@ class MLflowTracker(Tracker):
             Shipper(journal, self._shipper.uri)
             for journal in journals(self._journal.folder)
             if journal.key != self._journal.key
-            # version 0.1 did not record the server
+            # vitdet 0.1 did not record the server
             if (journal.start() or {}).get("server", server) == server
         ]
 
@@ -134,7 +134,7 @@ class MLflowTracker(Tracker):
                 continue
             pause = SHIP_SECONDS
             self._shipper.upload()
-            if others:  # one run at a time, alternating with this run
+            if others:  # send another run's records after each delivery of this run
                 other = others.pop(0)
                 if other.deliver():
                     other.upload()
@@ -147,19 +147,19 @@ class MLflowTracker(Tracker):
 def start_run(
     uri: str, folder: Path, what: dict[str, Any], run_id: str | None = None, resume_step: int = 0
 ) -> Tracker:
-    """Start a tracker of a new run, or of the run `run_id`, which continues at `resume_step`.
+    """Start a tracker for a new run, or for the run `run_id`, which continues at `resume_step`.
 
     Args:
-        uri: The server; "": an SQLite file in `folder`. MLFLOW_TRACKING_URI takes precedence.
+        uri: The store; "": an SQLite file in `folder`. MLFLOW_TRACKING_URI takes precedence.
         folder: The folder of the journal.
         what: The experiment, name, params, tags and dataset (name, digest and source) of a new run.
             Optionally, `group` is the parent run's tag `group`, and `output` is the name of the
             output folder, by which a run without a checkpoint is found and continued.
-        run_id: An MLflow ID or a pending ID. If the server does not have this run, a new run is
-            created from all records of the journal.
+        run_id: A run ID, also a pending one (see `Journal.run_id`). If the server does not have
+            this run, a new run is created from all records of the journal.
 
-    Raises ValueError at step 0 for a deleted experiment or an unsupported store; logs a warning at
-    a later step.
+    If the server will never accept the run, e.g. as the experiment was deleted, raises ValueError
+    if `resume_step` is 0, and logs a warning otherwise.
     """
     server = tracking_uri(uri, folder)
     params = {
@@ -205,7 +205,7 @@ def log_metrics(
     artifacts: dict[Path, str] | None = None,
     tags: dict[str, str] | None = None,
 ) -> str | None:
-    """Add values, files ({path: artifact folder}) and tags to an ended run; return the run's ID.
+    """Add metrics, files ({path: artifact folder}) and tags to an ended run; return its ID.
 
     Values that the run already has are not added again. Logs a warning and returns None if neither
     the server nor the journal has the run.

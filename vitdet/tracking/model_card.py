@@ -1,4 +1,4 @@
-"""The model card of a registered version: Markdown for its description and its artifacts."""
+"""The model card of a model version: Markdown text in the version's description and artifacts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def description_of(card: str) -> str:
 def initial_weights(init: str) -> list[InitialWeights]:
     """Return the weights of `train.init`, then the weights that these were trained from, if any.
 
-    A file with the name of published weights is assumed to contain them.
+    A file with the name of published weights is assumed to contain these weights.
     """
     if not init:
         return []

@@ -20,15 +20,15 @@ from vitdet.config.sections import list_settings
 
 LONGEST = 120  # maximum length of a run's name; MLflow allows 250, and its tables show about 40
 FIRST = ("train", "optim", "data")  # sections listed first, as runs usually differ in these
-RESOLVED = "config"  # stem of a resolved config's file, which is not a recipe's name
+RESOLVED = "config"  # stem of the config.yaml with all settings; not a recipe's name
 
 
 def recipe_of(config: Config, name: str) -> tuple[str, str]:
-    """Return (name of the recipe, built-in recipe relative to which the config is described).
+    """Return (name of the recipe, built-in recipe with which the config is compared).
 
     name: the given recipe, or the stem of the config file. The built-in recipe is the one with this
-    name or, if there is none, the one from which the fewest settings differ. A resolved config is
-    named after this built-in recipe.
+    name or, if there is none, the one from which the fewest settings differ. The name RESOLVED is
+    replaced by this built-in recipe.
     """
     builtin = recipes()
     if name in builtin:
@@ -38,7 +38,7 @@ def recipe_of(config: Config, name: str) -> tuple[str, str]:
 
 
 def run_name(config: Config, recipe: str, builtin: str) -> str:
-    """Return the recipe and the settings that affect the weights and differ from the recipe.
+    """Return the recipe, and the changed settings that affect the weights.
 
     For example, `tiny optim.lr=0.0002 train.seed=1`. To stay within LONGEST characters, the last
     settings are replaced by their number, e.g. `+2 more`.
@@ -65,7 +65,7 @@ def description(config: Config, builtin: str, output: Path) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Return the tags `hostname` and `device`, and the versions `torch` and `vitdet`."""
+    """Return the tags `hostname`, `device`, `torch` (version) and `vitdet` (version)."""
     device = "CPU"
     if torch.cuda.is_available():
         count, name = distributed.world_size(), torch.cuda.get_device_name()
@@ -79,7 +79,7 @@ def machine() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the working directory's commit, with the suffix `-dirty` if tracked files differ.
+    """Return the working directory's git commit, with `-dirty` if tracked files were changed.
 
     Outside a repository, return the environment variable VITDET_REVISION, which the container image
     sets, or None.

@@ -1,7 +1,7 @@
 """The registered model: a detector that MLflow loads and serves without this repository.
 
-A version contains the detector's weights (in safetensors, or in a checkpoint of plain tensors if
-vitdet 0.1 registered it), this package as a wheel, and a code file that imports `DetectorModel`.
+A version contains the detector's weights (as safetensors, or as a checkpoint if vitdet 0.1
+registered the version), this package as a wheel, and a code file that imports `DetectorModel`.
 As nothing is pickled, a version can be loaded with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
 requirements.txt lists the wheel by its path in the model, which MLflow resolves when it creates an
 environment. To install the requirements yourself, run
@@ -116,7 +116,7 @@ def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -
     """Download the checkpoint of a registered version to `folder`; return its path.
 
     Raises OSError, LookupError or ValueError if the artifacts cannot be read, and ValueError if the
-    version was not created by `register`.
+    version was not created by `vitdet register`.
     """
     model = download(uri, f"models:/{model_name}/{version}", folder)
     try:

@@ -41,7 +41,7 @@ def promote_version(
         force: The reason, to be stored, for skipping the gate. Default: the gate is applied.
 
     Raises LookupError if the model or version does not exist, and ValueError if the gate rejects
-    the version or cannot be applied, or if a version to be forced is already the champion.
+    the version or cannot be applied, or if `force` is given for the current champion.
     """
     client = open_store(uri, folder)
     number = version or _alias(client, model_name, CANDIDATE, "select a version with --version N")
@@ -93,8 +93,8 @@ def promote_version(
 def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[str, str]:
     """Restore the previous champion; return the version numbers (replaced, restored).
 
-    Raises LookupError if there is no such model or champion, and ValueError if no existing version
-    was champion before.
+    Raises LookupError if the model does not exist or has no champion, and ValueError if no version
+    that was champion before still exists.
     """
     client = open_store(uri, folder)
     with champion.promoting(folder):

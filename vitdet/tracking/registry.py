@@ -35,7 +35,7 @@ from vitdet.tracking.shipper import same_number
 from vitdet.tracking.wheel import build_wheel
 
 CANDIDATE = "candidate"
-CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, next to the report
+CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a model version
 DESCRIPTION = (  # of a registered model
     "Detectors of vitdet. `candidate`: the version that was registered last. `champion`: the best "
     "version; only a version that passes the gate replaces it (`vitdet promote`, `vitdet "
@@ -65,8 +65,8 @@ def register_checkpoint(
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias; `champion` requires passing the gate.
 
-    The version always becomes `candidate`. Without the gate, no data is read. The packaged model
-    is tested before any upload. If the server does not have the training run, e.g. for a checkpoint
+    The version always gets the alias `candidate`. No data is read without the gate. The model is
+    tested before any upload. If the server does not have the training run, e.g. for a checkpoint
     from another machine, the version has no run, but the tag `training_run` contains the run's ID.
 
     Args:
@@ -74,7 +74,7 @@ def register_checkpoint(
         folder: The folder of the default MLflow store.
         alias: An alias for the version, in addition to `candidate`.
         config: The server, model name and gate, and the data and settings with which `metrics` were
-            measured; `vitdet promote` uses gate, data and settings. Default: the stored config.
+            measured; `vitdet promote` uses gate, data and settings. Default: `checkpoint`'s config.
         metrics: Metrics of the detector. Default: the metrics in the checkpoint.
         protocol: The protocol of the metrics, if known.
         measured: The provenance of the metrics that `vitdet evaluate` wrote.
@@ -104,8 +104,8 @@ def register_checkpoint(
     of_plots = read_measured(plots / MATCHES) if plots else None
     if of_plots and of_plots.checkpoint_sha256 != sha256(checkpoint):
         raise ValueError(
-            f"{plots}: results of a different checkpoint than {checkpoint}; run `vitdet evaluate "
-            f"{checkpoint} --plots {plots}` again"
+            f"{plots}: contains results of a different checkpoint than {checkpoint}; run `vitdet "
+            f"evaluate {checkpoint} --plots {plots}` again"
         )
     if is_gated and not protocol.fingerprint:
         raise ValueError(
@@ -245,7 +245,7 @@ class _Entry:
         return card
 
     def log_model(self, folder: Path, work: Path) -> str:
-        """Package, test and upload the detector with the files in `work`; return the model's ID."""
+        """Package, test and upload the detector, with the files in WORK/files; return its ID."""
         client, run_id, packed = self.client, self.run_id, work / "model"
         model, wheel = Model(run_id=run_id), build_wheel(work)
         pack(packed, model, self.stored, wheel)
@@ -268,7 +268,7 @@ class _Entry:
     def log_metrics(self, model_id: str) -> None:
         """Log the metrics to the model, linked to the validation data.
 
-        MLflow stores no metrics of a model without a run. Per-class metrics are not logged.
+        MLflow stores no metrics for a model without a run. Per-class metrics are not logged.
         """
         client, run_id, step = self.client, self.run_id, self.stored["step"]
         values = {

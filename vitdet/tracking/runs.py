@@ -59,7 +59,7 @@ def start_tracker(
     if has_mlflow():
         from vitdet.tracking.mlflow import start_run
 
-        if group:  # the pipeline appended a digest of the config
+        if group:  # remove the config's digest, which the pipeline appended
             recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)
         recipe, builtin = recipe_of(config, recipe)
         root = Path(config.data.root)
@@ -143,7 +143,7 @@ def log_evaluation(
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
         kind, _, path = tracking_uri(uri, folder).partition(":///")
-    except ValueError as error:  # the caller must not lose the metrics
+    except ValueError as error:  # not raised, so that the caller does not lose the metrics
         log.warning("%s: the metrics are not logged", error)
         return None
     if kind == "sqlite" and not Path(path).exists():
@@ -155,7 +155,7 @@ def log_evaluation(
 
 
 def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the values under names that MLflow accepts (see `metric_name`).
+    """Return the metrics under names that MLflow accepts (see `metric_name`).
 
     The second and later values with the same name get the suffixes _2, _3 and so on.
     """
@@ -171,7 +171,7 @@ def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def metric_name(name: str) -> str:
-    """Convert a metric's name, KIND/CLASS or KIND, to one that MLflow accepts.
+    """Convert a metric's name, KIND/CLASS or KIND, to a name that MLflow accepts.
 
     MLflow accepts up to 250 letters, digits and characters of "_-. :/". As in a normalized path, no
     part between slashes may be empty, "." or "..".

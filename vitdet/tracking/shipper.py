@@ -1,7 +1,7 @@
 """Delivery of a journal to the tracking server: each record exactly once, despite failures.
 
 If it is unknown whether a request succeeded, as the response was lost or an earlier process sent
-the request, the shipper queries the server for existing data before it sends the records again.
+the request, the shipper queries the server and sends only the data that the server lacks.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Shipper:
         self.is_unknown = False  # see UnknownRunError
 
     def deliver(self, seconds: float = 0.0) -> bool:
-        """Send the pending records, with retries for this many seconds.
+        """Send the pending records; after a failure, retry for up to `seconds`.
 
-        Returns whether all records were sent. Until then, only the first failure is logged.
+        Returns whether all records were sent. Logs only the first of consecutive failures.
         """
         deadline, pause = time.monotonic() + seconds, 0.5
         while self.journal.waiting():
@@ -70,23 +70,23 @@ class Shipper:
                     what = "rejects" if is_refused else "is not accepting"
                     reason = first_line(error).removeprefix(f"{self._shown}: ")
                     kept = f"({reason}); they are kept in {self.journal.path}"
-                    log.warning("tracking: %s %s the run's metrics %s", self._shown, what, kept)
+                    log.warning("tracking: %s %s the run's records %s", self._shown, what, kept)
                 if time.monotonic() + pause > deadline or is_refused:
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._is_accepting:
             self._is_accepting = True
-            log.warning("tracking: %s is responding again; all metrics were sent", self._shown)
+            log.warning("tracking: %s is responding again; all records were sent", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
-        """Upload the pending files in a thread, and wait up to this many seconds for the thread.
+        """Upload the pending files in a thread; wait up to `seconds` for the thread to finish.
 
         An artifact store that hangs therefore delays neither metrics nor the end of the process.
         """
         deadline = time.monotonic() + seconds
-        while (thread := self._start_upload()) and seconds:  # repeat for files added since
+        while (thread := self._start_upload()) and seconds:  # again for files added later
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 log.warning(
@@ -104,18 +104,18 @@ class Shipper:
             log.debug("tracking: %s", error)
         except RefusedError as error:
             return str(error)
-        except Exception as error:  # `deliver` tries again, and warns
+        except Exception as error:  # `deliver` tries again and logs a warning
             log.debug("tracking: %s", first_line(error))
         return ""
 
     def attach(self, client: Client) -> str:
-        """Find or create the run; return its ID. Raises UnknownRunError and `client`'s errors."""
+        """Find or create the run; return its ID. Raises UnknownRunError and `Client`'s errors."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
         return self._run_id
 
     def _start_upload(self) -> threading.Thread | None:
-        """Return the upload thread, started if files are pending and the run exists; else None."""
+        """Return the running upload thread, or start one; None if nothing can be uploaded now."""
         if self._uploading is not None and self._uploading.is_alive():
             return self._uploading
         if time.monotonic() < self._next_upload or not self.journal.entries():
@@ -127,7 +127,7 @@ class Shipper:
         return self._uploading
 
     def _upload(self) -> None:
-        """Upload the files in order until an upload fails; move that file to the end."""
+        """Upload the files in order until an upload fails; move the failed file to the end."""
         run_id, client = self.journal.run_id, open_client(self.uri)
         for entry in self.journal.entries():
             path, key = None, entry.name[-8:]
@@ -139,7 +139,7 @@ class Shipper:
                 shutil.rmtree(entry)
             # an error of the server, the artifact store's client, or the disk
             except Exception as error:
-                if not entry.exists():  # another process has uploaded it
+                if not entry.exists():  # another process has uploaded the file
                     continue
                 if key not in self._failed:
                     log.warning(
@@ -164,7 +164,7 @@ class Shipper:
         try:
             if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
                 return run_id
-        except (LookupError, InvalidRequestError):  # the latter: run_id is not a valid MLflow ID
+        except (LookupError, InvalidRequestError):  # no such run, or an invalid run ID
             pass
         return None
 
@@ -175,7 +175,7 @@ class Shipper:
         if start is None:
             raise UnknownRunError(
                 f"{self._shown} has no such run ({self.journal.run_id}), and "
-                f"{self.journal.path.parent} has no journal of this run"
+                f"{self.journal.path.parent} contains no journal of this run"
             )
         group, key = start.get("group", ""), self.journal.key
         tags = {**start["tags"], "journal": key}
@@ -256,7 +256,7 @@ class Shipper:
     def _has(
         self, client: Client, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
-        """Return whether the server has a value at this step; with renew, an equal value."""
+        """Return whether a metric on the server has a value at a step; if `renew`, this value."""
         if renew:  # not from `_stored`, which lacks values that this process has sent
             stored = history(client, run_id, key)
             return step in stored and same_number(stored[step], value)

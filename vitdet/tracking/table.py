@@ -46,8 +46,8 @@ def trainings_table(
 ) -> Table:
     """Return a table with a row for each training run; runs without a verdict are last.
 
-    rows, failures and settings: as for `vitdet.tracking.comparison.compare`. versions: model
-    versions by MLflow run ID. links: URLs of MLflow runs by name of the training run.
+    rows, failures and settings: as for `vitdet.tracking.comparison.compare`. champion:
+    the champion's version. versions: {MLflow run ID: version}. links: {row's name: URL}.
     """
     cells = []
     for row in rows:
@@ -87,7 +87,7 @@ def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]])
 
 
 def mean_deviation(values: Sequence[float]) -> str:
-    """Format mean and sample standard deviation, `1.00 ± 0.10`; one value: `1.00`; none: `-`."""
+    """Return the mean ± sample standard deviation: `1.00 ± 0.10`, `1.00` (one value) or `-`."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"

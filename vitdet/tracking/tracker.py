@@ -21,10 +21,10 @@ class Tracker:
         return None
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log a step's values by name. A value that the run already has for the step is skipped."""
+        """Log metrics at a step; skip those that the run already has at this or a later step."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a copy of the file to a folder of the run's artifacts."""
+        """Log a copy of the file to an artifact folder of the run ("": the root)."""
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run with the status FINISHED, FAILED or KILLED."""
@@ -81,7 +81,7 @@ class Progress(Tracker):
         self.tracker.close(status)
 
     def line(self, text: str, keep: bool) -> None:
-        """Display a line. On a terminal, the next line replaces it unless `keep` is set."""
+        """Display a line. On a terminal, the next line replaces it unless `keep` is True."""
         if not self.stream.isatty():
             self.write(f"{text}\n")
             return

@@ -55,7 +55,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def requirements(extra: tuple[str, ...] = ()) -> list[str]:
-    """Return the dependencies and `extra`, pinned to installed versions, e.g. `torch==2.15.0`."""
+    """Pin vitdet's dependencies and `extra` to installed versions, e.g. `torch==2.15.0`."""
     _, description = _metadata()
     names = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)[^;\n]*$", description)
     # without the local version (+cpu, +cu132), which public indexes do not offer
@@ -63,7 +63,7 @@ def requirements(extra: tuple[str, ...] = ()) -> list[str]:
 
 
 def _metadata() -> tuple[str, str]:
-    """Return (version, content of METADATA) of a source tree or of the installed package."""
+    """Return (version, content of METADATA) from the source tree or the installed package."""
     project = PACKAGE.parent / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text())["project"]
