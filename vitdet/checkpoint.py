@@ -48,7 +48,7 @@ MODEL = {
     "run_id": str | None,
     "step": int,
 }
-OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for files by other programs
+OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for files of other programs
 TRAINING = {
     **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
     **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
@@ -319,7 +319,7 @@ class Checkpoints:
         """
         for path, reason in sorted(self.damaged.items()):
             kept, step = path.with_name(f"{path.name}.damaged"), _step_of(path)
-            lost = f"the metrics after step {step} are lost; they are computed again when due"
+            lost = f"the metrics after step {step} are lost; step {step} is evaluated again"
             path.replace(kept)
             if path.suffix == ".pt":
                 lost = f"resuming from step {start}; the steps up to {step} are repeated"

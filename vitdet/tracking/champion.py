@@ -10,7 +10,7 @@ a tag and reads all records; if its version is the best, it sets the alias and r
 again. If a version promoted in the meantime is better, or if a user forced or restored a version in
 place of the same champion, the process sets the alias to that version and reads the records again.
 The process that sets the alias last therefore sets it to the best version; until then, the alias
-may refer to another version. If a process ends too early, promote the better version again.
+may refer to another version. If a process is interrupted, promote the better version again.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class Journal:
             self.path.parent.rmdir()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock the journal for sending; raises BlockingIOError while another process sends it."""
+        """Lock the journal for sending; raises BlockingIOError while another process does."""
         return locked(self.path.with_suffix(".lock"))
 
 

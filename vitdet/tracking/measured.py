@@ -93,7 +93,7 @@ def read_metrics(path: Path) -> dict[str, float]:
     if not isinstance(content, dict) or not all(
         isinstance(value, int | float | None) for value in content.values()
     ):
-        raise ValueError(f"{path}: expected metrics as a map from names to numbers")
+        raise ValueError(f"{path}: expected a JSON object that maps metric names to numbers")
     return content
 
 

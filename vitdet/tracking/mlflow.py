@@ -155,8 +155,8 @@ def start_run(
         what: The experiment, name, params, tags and dataset (name, digest and source) of a new run.
             Optionally, `group` is the parent run's tag `group`, and `output` is the name of the
             output folder, by which a run without a checkpoint is found and continued.
-        run_id: A run ID, also a pending one (see `Journal.run_id`). If the server does not have
-            this run, a new run is created from all records of the journal.
+        run_id: A run ID on the server or a pending ID (see `Journal.run_id`). If the server does
+            not have this run, a new run is created from all records of the journal.
 
     If the server will never accept the run, e.g. as the experiment was deleted, raises ValueError
     if `resume_step` is 0, and logs a warning otherwise.
@@ -252,7 +252,7 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
 
 
 def connect_run(run_id: str | None, uri: str, folder: Path) -> tuple[Client, str | None]:
-    """Send the remaining records of a run; return a client, and the run's ID in MLflow.
+    """Send the remaining records of a run; return a client and the MLflow run ID, if any.
 
     Raises the errors of `connect`, and UnknownRunError, a LookupError, if neither the server
     nor the journal has the run.

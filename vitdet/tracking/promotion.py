@@ -93,8 +93,8 @@ def promote_version(
 def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[str, str]:
     """Restore the previous champion; return the version numbers (replaced, restored).
 
-    Raises LookupError if the model does not exist or has no champion, and ValueError if no version
-    that was champion before still exists.
+    Raises LookupError if the model does not exist or has no champion, and ValueError if no
+    earlier champion still exists.
     """
     client = open_store(uri, folder)
     with champion.promoting(folder):

@@ -86,7 +86,7 @@ class Shipper:
         An artifact store that hangs therefore delays neither metrics nor the end of the process.
         """
         deadline = time.monotonic() + seconds
-        while (thread := self._start_upload()) and seconds:  # again for files added later
+        while (thread := self._start_upload()) and seconds:  # repeated for files added meanwhile
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 log.warning(
@@ -268,7 +268,7 @@ class Shipper:
 
 
 def history(client: Client, run_id: str, key: str) -> dict[int, float]:
-    """Return the last value of a metric at each step."""
+    """Return {step: value} of a metric; if a step has several values, the last one."""
     points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
     return {point.step: point.value for point in points}
 

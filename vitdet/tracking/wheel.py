@@ -1,6 +1,6 @@
 """The running package as a wheel, which becomes part of a registered model.
 
-A wheel is a zip archive of the package and four text files. It is built here rather than by pip so
+A wheel is a zip archive of the package and four text files. This module builds the wheel without pip so
 that a source tree, an editable install and a regular install of the same files result in the same
 bytes, without a build backend or network access.
 """
@@ -55,7 +55,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def requirements(extra: tuple[str, ...] = ()) -> list[str]:
-    """Pin vitdet's dependencies and `extra` to installed versions, e.g. `torch==2.15.0`."""
+    """Return vitdet's dependencies and `extra`, pinned to the versions that are installed."""
     _, description = _metadata()
     names = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)[^;\n]*$", description)
     # without the local version (+cpu, +cu132), which public indexes do not offer
