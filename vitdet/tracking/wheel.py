@@ -1,8 +1,8 @@
 """The running package as a wheel, which becomes part of a registered model.
 
-A wheel is a zip archive of the package and four text files. This module builds the wheel without pip so
-that a source tree, an editable install and a regular install of the same files result in the same
-bytes, without a build backend or network access.
+A wheel is a zip archive of the package and four text files. This module builds the wheel without
+pip, so that a source tree, an editable install and a regular install of the same files result in
+the same bytes, without a build backend or network access.
 """
 
 from __future__ import annotations
