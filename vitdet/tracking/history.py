@@ -103,7 +103,7 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
 
 
 def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
-    """Return the rollback that replaced this version; None if its last event is another."""
+    """Return the last rollback that replaced this version, unless a later event restored it."""
     related = [e for e in recorded if e.version == version or e.is_rollback_from(version)]
     last = max(related, key=lambda event: event.time, default=None)
     return last if last and last.is_rollback_from(version) else None
