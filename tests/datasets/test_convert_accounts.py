@@ -126,7 +126,7 @@ def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
     assert f"val.txt:3: {voc}/Annotations/none.xml: no such annotation file" in errors
     assert "val.txt:4: '/p1': expected the name of an image" in errors
     write(voc / "ImageSets/Main/val.txt", "p3\np2 1\n")
-    assert "val.txt: contains IDs (1) and rows" in vitdet("data", "convert", voc, "out")[2]
+    assert "val.txt: expected lines 'ID' or lines" in vitdet("data", "convert", voc, "out")[2]
 
 
 def test_two_lists_with_the_same_name_keep_their_images(vitdet: Run, voc: Path) -> None:
@@ -158,7 +158,7 @@ def test_voc_counts_skipped_objects_and_files(vitdet: Run, voc: Path) -> None:
     assert {
         f"  split extra skipped: {voc}/ImageSets/Main/extra.txt contains no IDs",
         "  1 x IDs of trainval.txt skipped, in neither train.txt nor val.txt",
-        "  1 x lists of one class (ID and a second column) ignored",
+        "  1 x per-class lists (with a second column) ignored",
         "  2 x test images skipped: none has an annotation file",
         "  1 x images without an annotation file skipped",
         "  2 x annotation files skipped (not in any list)",
@@ -221,7 +221,7 @@ def test_a_single_split_is_reported_or_divided(
 ) -> None:
     write(yolo / "data.yaml", f"train: [images/train, images/val]\n{value}names: [cat, dog, bus]\n")
     code, output, _ = vitdet("data", "convert", yolo, "one")
-    assert code == 0 and "no validation split, which training needs; --val-share" in output
+    assert code == 0 and "no validation split, which training requires; --val-share" in output
     assert os.listdir("one/annotations") == ["instances_train.json"]
     share = ("--val-share", 0.25, "--seed")
     code, output, _ = vitdet("data", "convert", yolo, "two", *share, 0)
@@ -279,7 +279,7 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     [
         (("--classes", "cat,cow"), "--classes: no class 'cow'; available: cat, dog, bus"),
         (("--rename", "wrong.yaml"), "--rename: no class 'cow'; available: cat, dog, bus"),
-        (("--rename", "list.yaml"), "list.yaml: expected a map of class names, old: new, got"),
+        (("--rename", "list.yaml"), "list.yaml: expected entries 'old name: new name', got"),
         (("--rename", "none.yaml"), "none.yaml: no such file"),
         (("--rename", "bad.yaml"), "bad.yaml: not YAML or JSON"),
     ],

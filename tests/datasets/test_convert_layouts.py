@@ -210,7 +210,7 @@ def test_each_layout_gives_the_same_records(vitdet: Run, layout: Layout) -> None
     assert records(Path("out"), "train") == expected("p1", "p2")
     notes = [line for line in output.splitlines()[1:] if "root category" not in line]
     assert notes == [
-        "  no validation split, which training needs; --val-share 0.1 splits off a tenth of the images",
+        "  no validation split, which training requires; --val-share 0.1 uses 10% of the images for it",
         "  2 x objects with a box but no mask (--boxes-as-masks converts boxes to masks)",
     ]
     assert check(Path("out")).ok
@@ -385,7 +385,7 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
         "  2 x elements <tag> skipped",
         "  1 x rotated boxes replaced by their upright bounding boxes",
         "  1 x objects of zero size skipped",
-        "  1 x outlines of fewer than 3 points skipped",
+        "  1 x outlines with fewer than 3 points skipped",
     } <= {*output.splitlines()}
     found = [row[1:] for row in records(tmp_path / "out", "train")]
     (mask,) = [row for row in found if isinstance(row[2], dict)]

@@ -140,7 +140,7 @@ def test_a_weak_etag_is_ignored_but_a_date_is_used(web: Web, load: Load, tmp_pat
 
 
 PAGE = status(200, b"<html>log in</html>", Content_Type="text/html")
-LONGER = "the server's file has 100,001 bytes, expected 100,000: not the published file"
+LONGER = "the server's file has 100,001 bytes, but the published file has 100,000 bytes"
 FORBIDDEN = "the server responded with 403 Forbidden (the server denies access to this file)"
 
 

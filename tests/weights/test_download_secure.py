@@ -104,7 +104,7 @@ def test_a_redirect_from_https_to_http_is_rejected(
     with serve() as plain:
         plain.content = CONTENT
         web.plan = [status(302, Location=f"{plain.url}/a")]
-        says = "redirects to an unencrypted address .*; its content was not used"
+        says = "redirects to an unencrypted address .*, whose content was not used"
         with pytest.raises(ValueError, match=says):
             download(f"{url}/a", tmp_path / "part", Seen(), QUICK)
     assert not (tmp_path / "part").exists()

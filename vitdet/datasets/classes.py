@@ -11,11 +11,11 @@ from vitdet.files import read_yaml
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Read a map of old to new class names (YAML or JSON). Raises FileNotFoundError, ValueError."""
+    """Read a YAML or JSON map of old to new names. Raises FileNotFoundError or ValueError."""
     names = read_yaml(path, "YAML or JSON")
     texts = [name for pair in names.items() for name in pair] if isinstance(names, dict) else [""]
     if not all(name and is_text(name) for name in texts):
-        raise ValueError(f"{path}: expected a map of class names, old: new, got {show(names)}")
+        raise ValueError(f"{path}: expected entries 'old name: new name', got {show(names)}")
     return names
 
 

@@ -1,8 +1,8 @@
 """Atomic conversion of data sets in other formats to COCO's layout.
 
-Images are hard links, which use no space and remain valid if the source is deleted, or copies if
-hard links are not possible, e.g. to another file system. As in COCO, image ids are unique in the
-data set; file names are unique, except that a file in several splits keeps the same name.
+Images are hard-linked, so that they use no space and remain if the source is deleted. They are
+copied if hard links are not possible, e.g. to another file system. As in COCO, image ids and file
+names are unique across splits; only a file in several splits has the same name in each split.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vitdet.datasets.importers.dataset import (
 from vitdet.files import atomic_dir
 
 UNDIVIDED = (
-    "no validation split, which training needs; --val-share 0.1 splits off a tenth of the images"
+    "no validation split, which training requires; --val-share 0.1 uses 10% of the images for it"
 )
 
 
@@ -36,7 +36,7 @@ UNDIVIDED = (
 class Converted:
     """The result of a conversion."""
 
-    splits: dict[str, tuple[int, int]]  # number of images and of objects
+    splits: dict[str, tuple[int, int]]  # split name -> (number of images, number of objects)
     class_names: tuple[str, ...]
     notes: dict[str, int]  # message for the user -> number of occurrences
     remarks: tuple[str, ...] = ()  # messages without a count
@@ -56,7 +56,7 @@ def convert(
     seed: int = 0,
     reading: Reading = DEFAULT,
 ) -> Converted:
-    """Write target/SPLIT/* and target/annotations/instances_SPLIT.json.
+    """Convert a data set to target/SPLIT/* and target/annotations/instances_SPLIT.json.
 
     Args:
         source: the data set.
@@ -64,13 +64,14 @@ def convert(
         kind: a key of FORMATS; detected if empty.
         copy: copy images instead of linking them.
         boxes_as_masks: use the box of an object without a mask as its mask.
-        splits, classes: convert only these, by default all; `classes` also sets the label order.
+        splits, classes: names to convert; all if empty. `classes` also sets the order of labels.
         rename: new names of classes, applied before `classes`.
-        val_share: fraction of the only split's images to use as `val`, drawn with `seed`; 0: none.
-        reading: how image files are read.
+        val_share: fraction of the images to draw as `val` if there is a single split; 0 for none.
+        seed: random seed of the draw.
+        reading: settings for reading image files.
 
     Raises:
-        SourceError: a ValueError that lists all problems of the source.
+        SourceError: the source has problems, which the message lists; a ValueError.
         FileNotFoundError, ValueError: the source, the target or an option is unusable.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -83,7 +84,7 @@ def convert(
     FORMATS[kind or detect(source)].read(dataset)
     names: tuple[str, ...] = ()
     labels: list[int | None] = []
-    if dataset.class_names:  # empty if the source could not be read
+    if dataset.class_names:  # no classes if the source could not be read
         names, labels = select_classes(source, dataset.class_names, classes, rename or {})
     with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
@@ -106,10 +107,7 @@ def convert(
 
 
 def _divided(dataset: ImportedDataset, share: float, seed: int) -> dict[str, list[ImportedImage]]:
-    """Split the images of the only split into train and val.
-
-    Raises ValueError if there are several splits, or too few images.
-    """
+    """Divide a single split into train and val; raise ValueError if there are several splits."""
     if len(dataset.splits) != 1:
         raise ValueError(
             f"{dataset.source}: --val-share splits the images of a single split, but there are "
@@ -141,7 +139,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.images = self.objects = self.other_classes = 0
-        self.name_of: dict[str, str] = {}  # source file -> target name
+        self.name_of: dict[str, str] = {}  # source path -> target file name
         self.taken: Counter[str] = Counter()
 
     def write(self, split: str, images: Iterable[ImportedImage]) -> tuple[int, int]:
@@ -180,7 +178,7 @@ class _Writer:
         return [[x, y, right, y, right, bottom, x, bottom]] if self.boxes_as_masks else []
 
     def _image(self, split: str, image: ImportedImage) -> dict[str, str | int]:
-        path = os.path.realpath(image.path)  # a hard link to a symbolic link would be symbolic
+        path = os.path.realpath(image.path)  # do not hard-link symbolic links
         name = self.name_of[path] = self.name_of.get(path) or self._unique(image.path.name)
         _link_or_copy(path, self.folder / split / name, self.copy)
         self.images += 1
@@ -188,7 +186,7 @@ class _Writer:
         return {"id": self.images, "file_name": name, **size}
 
     def _unique(self, name: str) -> str:
-        """Return the file name or, if it is taken, the name with a number before the suffix."""
+        """Return the file name, with a number before the suffix if the name is already used."""
         stem, suffix = os.path.splitext(name)
         while name in self.taken:
             self.taken[stem + suffix] += 1
@@ -199,11 +197,11 @@ class _Writer:
 
 def _link_or_copy(source: str, target: Path, copy: bool) -> None:
     if target.exists():
-        return  # the same file, listed twice through two links
+        return  # the split contains two links to this file
     if not copy:
         try:
             os.link(source, target)
             return
         except OSError:
-            pass  # a different file system, or one without hard links
+            pass  # not possible, e.g. to another file system
     shutil.copyfile(source, target)

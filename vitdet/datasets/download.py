@@ -1,10 +1,10 @@
 """Download of one file over unreliable connections.
 
 PATH contains the bytes received so far. PATH.json describes the file on the server: its URL, length
-and validator (a strong ETag, else Last-Modified). The next attempt requests the rest with Range, on
-the condition (If-Range) that the file has not changed. If the server sends the whole file
-nevertheless, the download starts over. A download fails after `Patience.tries` failed attempts in a
-row; progress restarts the count. See RFC 9110, sections 8.8, 13.1.5 and 14.
+and validator (a strong ETag or, without one, Last-Modified). The next attempt requests the
+remaining bytes (Range), provided that the file has not changed (If-Range). If the server sends the
+whole file, the download starts over. The download fails after `Patience.tries` consecutive failed
+attempts; new data resets the count. See RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from urllib.request import Request, urlopen
 from vitdet.files import FULL, write_json
 
 CHUNK = 1 << 18  # bytes
-LARGEST = 100 * 10**9  # bytes: limit for files of unknown size; no published file is larger
+LARGEST = 100 * 10**9  # maximum number of bytes of a file of unknown size
 RETRIED = (408, 425, 429, 500, 502, 503, 504)  # status codes
 DENIED = "the server denies access to this file"
 REASONS = {
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 class Patience:
     """Retry policy."""
 
-    tries: int = 5  # failed attempts in a row; progress restarts the count
-    pause: float = 1.0  # seconds after the first failed attempt; doubles with each further one
+    tries: int = 5  # maximum number of consecutive failed attempts; new data resets the count
+    pause: float = 1.0  # seconds to wait after the first failed attempt; then doubles each time
     longest_pause: float = 60.0  # seconds
     stall: float = 30.0  # seconds without data before an attempt fails
 
@@ -60,7 +60,7 @@ class Watcher(Protocol):
 
 
 class _Broken(Exception):
-    """A failed attempt that may be retried. pause: Retry-After in seconds, 0 if not sent."""
+    """A failed attempt that may be retried; `pause` is Retry-After in seconds, 0 without it."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -68,7 +68,7 @@ class _Broken(Exception):
 
 
 class _Origin(NamedTuple):
-    """The file to which the bytes received so far belong."""
+    """The content of PATH.json; `total` is the length of the file in bytes, None if unknown."""
 
     url: str
     validator: str
@@ -90,12 +90,12 @@ def download(
         path: the file to write.
         watcher: progress display.
         patience: retry policy.
-        size: expected number of bytes, if known.
-        copies: number of files of this size for which the disk must have space.
+        size: expected number of bytes; None if unknown.
+        copies: number of files of the same size that must fit on the disk.
 
     Raises:
         ConnectionError, FileNotFoundError: the server does not send the file.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written or does not fit on the disk.
         ValueError: the server sends something other than the expected file.
     """
     attempt = _Attempt(url, path, watcher, patience.stall, size, copies)
@@ -134,7 +134,7 @@ def mirrored(url: str, mirror: str) -> str:
 
 
 def discard(path: Path) -> None:
-    """Remove PATH.json and empty the file; the file remains, so that a lock on it stays valid."""
+    """Remove PATH.json and truncate PATH to 0 bytes, which keeps a lock on PATH valid."""
     note(path).unlink(missing_ok=True)
     if path.exists():
         os.truncate(path, 0)
@@ -155,7 +155,7 @@ class _Attempt:
     copies: int
 
     def run(self) -> None:
-        """Receive the file, or the rest of it."""
+        """Request and receive the missing bytes of the file."""
         received, origin = _size(self.path), _origin(self.path)
         if not received or origin is None or origin.url != self.url:
             received, origin = 0, None
@@ -204,7 +204,7 @@ class _Attempt:
     def extent(
         self, response: http.client.HTTPResponse, received: int, origin: _Origin | None
     ) -> tuple[int, int | None]:
-        """Return the offset of the body in the file, and the file's length (None if unknown)."""
+        """Return the file offset of the response body, and the file's length (None if unknown)."""
         headers = response.headers
         if response.status != 206 or origin is None:
             length = headers.get("Content-Length", "")
@@ -222,7 +222,7 @@ class _Attempt:
         before, after = (urlsplit(url).scheme for url in (self.url, response.url))
         if before == "https" and after != "https":
             raise ValueError(
-                f"{self.url}: redirects to an unencrypted address ({response.url}); its "
+                f"{self.url}: redirects to an unencrypted address ({response.url}), whose "
                 "content was not used"
             )
         if response.headers.get_content_type() == "text/html":
@@ -231,8 +231,8 @@ class _Attempt:
                 "download it with a browser and pass the file with --from"
             )
         if self.size is not None and total is not None and total != self.size:
-            sizes = f"the server's file has {total:,} bytes, expected {self.size:,}"
-            raise ValueError(f"{self.url}: {sizes}: not the published file")
+            expected = f"but the published file has {self.size:,} bytes"
+            raise ValueError(f"{self.url}: the server's file has {total:,} bytes, {expected}")
 
     def check_space(self, total: int | None, received: int) -> None:
         """Raise OSError if the disk lacks space for `copies` files, less the bytes received."""
@@ -246,9 +246,9 @@ class _Attempt:
             )
 
     def receive(self, response: http.client.HTTPResponse, start: int, total: int | None) -> None:
-        """Append the body to the file, which already contains `start` bytes."""
+        """Append the response body to the file, which already contains `start` bytes."""
         done, most = start, LARGEST if self.size is None else self.size
-        with open(self.path, "ab", buffering=0) as file:  # a killed process loses no bytes
+        with open(self.path, "ab", buffering=0) as file:  # kept if the process is killed
             try:
                 self.watcher.at(done, total)
                 # read one byte more than expected, to detect a longer file
@@ -257,7 +257,7 @@ class _Attempt:
                         break
                     view = memoryview(chunk)
                     while view:
-                        count = file.write(view)  # a short write if the disk is nearly full
+                        count = file.write(view)  # fewer bytes if the disk is nearly full
                         view, done = view[count:], done + count
                     self.watcher.at(done, total)
             except OSError as error:
@@ -268,12 +268,12 @@ class _Attempt:
             discard(self.path)
             most_bytes = f"{'' if self.size is None else 'the expected '}{most:,} bytes"
             raise ValueError(
-                f"{response.url}: the server sends more than {most_bytes}: not the published "
-                "file; nothing was kept"
+                f"{response.url}: the server sends more than {most_bytes}; the received bytes "
+                "were discarded"
             )
 
     def read(self, response: http.client.HTTPResponse, most: int) -> bytes:
-        """Read up to `most` bytes of the body."""
+        """Read up to `most` bytes of the response body."""
         try:
             return response.read1(most)  # read() would lose bytes received before an error
         except (OSError, http.client.HTTPException) as error:
@@ -291,7 +291,7 @@ def _bytes(number: int) -> str:
 
 
 def _validator(response: http.client.HTTPResponse) -> str:
-    """Return the validator of the server's file, '' if the server sends none."""
+    """Return the strong ETag or, without one, Last-Modified; '' if the server sends neither."""
     tag = response.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified", "")
 
@@ -307,7 +307,7 @@ def _kept(received: int) -> str:
 
 
 def _origin(path: Path) -> _Origin | None:
-    """Read PATH.json; return None if the file is missing or insufficient to resume."""
+    """Read PATH.json; return None if it is missing, invalid or without a validator."""
     try:
         origin = _Origin(**json.loads(note(path).read_text()))
     except (FileNotFoundError, ValueError, TypeError):

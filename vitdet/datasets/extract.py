@@ -3,8 +3,8 @@
 All entries are checked before anything is written. The whole archive is rejected if it contains a
 name outside the folder, a link, a device, names that some file systems treat as equal, an encrypted
 file, a compression method that may use unbounded memory, or more files or bytes than allowed. Each
-file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are
-written atomically, and only if not yet complete, so that the next run can resume.
+file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are written
+atomically. An interrupted extraction can be repeated: complete files are not written again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def unpack(
     choose: Callable[[str], str | None],
     limits: Limits,
     seen: Callable[[int], None],
-    ours: bool,
+    overwrite: bool,
 ) -> list[Entry]:
     """Extract the selected files of an archive; return an entry for each of them.
 
@@ -72,8 +72,8 @@ def unpack(
         folder: the target folder.
         choose: maps a name in the archive to the name in the folder, or to None to skip the file.
         limits: upper limits on the content.
-        seen: called with the size in bytes of each complete file.
-        ours: replace existing files that differ, instead of raising ValueError.
+        seen: called for each file when it is complete, with its size in bytes.
+        overwrite: replace existing files that differ; if False, raise ValueError.
 
     Raises:
         ValueError: the archive is rejected or damaged, or an existing file differs.
@@ -87,14 +87,14 @@ def unpack(
             for info, name in chosen:
                 path = folder / name
                 _check_parents(path, folder)
-                if not _is_complete(path, info, ours):
+                if not _is_complete(path, info, overwrite):
                     _write(opened, info, path, temporary)
                 found.append(Entry(name, info.file_size, info.CRC))
                 seen(info.file_size)
     except ZIP_ERRORS as error:
         raise ValueError(f"{archive}: not a complete zip archive ({error})") from error
     except _Refused as error:
-        raise ValueError(f"{archive}: {error}") from error
+        raise ValueError(f"{archive}: {error}; the archive was rejected") from error
     finally:
         if not folder.is_symlink():
             temporary.unlink(missing_ok=True)
@@ -114,15 +114,15 @@ def _checked(
             chosen.append((info, name))
     count, size = len(chosen), sum(info.file_size for info, _ in chosen)
     if count > limits.files:
-        raise _Refused(f"contains {count:,} files, expected at most {limits.files:,}: rejected")
+        raise _Refused(f"contains {count:,} files, expected at most {limits.files:,}")
     if size > limits.size:
-        raise _Refused(f"unpacks to {size:,} bytes, expected at most {limits.size:,}: rejected")
+        raise _Refused(f"unpacks to {size:,} bytes, expected at most {limits.size:,}")
     first: dict[str, str] = {}
-    for _, name in chosen:  # as compared by a case-insensitive file system
+    for _, name in chosen:  # some file systems ignore case and normalize Unicode
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
             both = f"contains both {other} and {name}"
-            raise _Refused(f"{both}, which are the same file on some file systems: rejected")
+            raise _Refused(f"{both}, which are the same file on some file systems")
     return chosen
 
 
@@ -133,12 +133,12 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
     kind, name = stat.S_IFMT(info.external_attr >> 16), info.filename
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():
         what = "a link" if kind == stat.S_IFLNK else "not a regular file"
-        raise _Refused(f"{name} is {what}: rejected")
+        raise _Refused(f"{name} is {what}")
     if info.flag_bits & 0x1:
-        raise _Refused(f"{name} is encrypted: rejected")
+        raise _Refused(f"{name} is encrypted")
     if info.compress_type not in METHODS:
         method = f"compression method {info.compress_type}"
-        raise _Refused(f"{name} uses {method}, expected stored or deflated: rejected")
+        raise _Refused(f"{name} uses {method}, expected stored or deflated")
 
 
 def _check_name(name: str) -> None:
@@ -147,13 +147,13 @@ def _check_name(name: str) -> None:
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
         reason = "which is outside the folder or invalid"
-        raise _Refused(f"contains the name {name!r}, {reason}: rejected")
+        raise _Refused(f"contains the name {name!r}, {reason}")
     if max(len(part.encode()) for part in parts) > 255:
-        raise _Refused(f"contains a name of more than 255 bytes, {name[:40]!r}...: rejected")
+        raise _Refused(f"contains a name of more than 255 bytes, {name[:40]!r}...")
 
 
 def _check_parents(path: Path, folder: Path) -> None:
-    """Create the folders of a file in `folder`; raise OSError if one of them is a link."""
+    """Create the parent folders of a file; raise OSError if one of them is a symbolic link."""
     for parent in path.parents:
         if parent.is_symlink():
             raise OSError(
@@ -165,8 +165,8 @@ def _check_parents(path: Path, folder: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _is_complete(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
-    """Return whether the file is complete. Raises ValueError if it differs but must be kept."""
+def _is_complete(path: Path, info: zipfile.ZipInfo, overwrite: bool) -> bool:
+    """Return whether the file is complete. Raises ValueError if it differs."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def _is_complete(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
     regular = stat.S_ISREG(found.st_mode)
     if regular and found.st_size == info.file_size and crc32(path) == info.CRC:
         return True
-    if ours and regular:
+    if overwrite and regular:
         return False
     what = "exists and differs from the file in the archive"
     raise ValueError(f"{path}: {what}; move it away and repeat the command")
@@ -190,12 +190,12 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
                 done += len(chunk)
                 if done > declared:
                     more = f"more bytes than declared ({declared:,})"
-                    raise _Refused(f"{info.filename} has {more}: rejected")
+                    raise _Refused(f"{info.filename} has {more}")
                 target.write(chunk)
     except OSError as error:
         space = "free some space and " if error.errno in FULL else ""
         resume = f"{space}run the same command to resume"
         raise OSError(f"{path}: could not be extracted ({error}); {resume}") from error
     if done != declared:
-        raise _Refused(f"{info.filename} has size {done:,}, expected {declared:,} (bytes): damaged")
+        raise _Refused(f"{info.filename} has size {done:,}, expected {declared:,} (bytes)")
     temporary.replace(path)

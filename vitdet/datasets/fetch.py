@@ -1,9 +1,9 @@
-"""Download of COCO 2017 and LVIS v1 to the usual folders.
+"""Download of COCO 2017 and LVIS v1 to a folder DIR with this layout:
 
   DIR/train2017/*.jpg, DIR/val2017/*.jpg           images of both data sets
   DIR/annotations/instances_{train,val}2017.json   COCO
   DIR/annotations/lvis_v1_{train,val}.json         LVIS
-  DIR/manifest.json                                see `vitdet.data.download_record`
+  DIR/manifest.json                                the record (`vitdet.data.download_record`)
 
 All archives are downloaded in parallel, verified, then extracted in parallel. An interrupted run
 leaves DIR/.archives/NAME.part (partial downloads), DIR/.archives/NAME (verified archives) and
@@ -51,16 +51,16 @@ def fetch(
     Args:
         archives: the archives to fetch.
         root: the folder of the data sets.
-        show: returns the progress display of a named step.
-        mirror: base URL that replaces the host of the published URLs.
-        local: a folder that contains the archives, which are then not downloaded.
-        keep: keep the archives in root/archives.
+        show: maps the name of a step to its progress display.
+        mirror: base URL that replaces the host of the published URLs; '' for none.
+        local: folder with downloaded archives; None to download the archives.
+        keep: move the archives to root/archives instead of removing them.
         patience: retry policy.
 
     Raises:
         FileNotFoundError: an archive is not in `local`.
         ValueError: an archive is not the published one, or an existing file has different content.
-        OSError: not enough space, or the folder is not writable; also the errors of `download`.
+        OSError: a download fails, the disk is too small, or the folder is not writable.
     """
     if not (root / ".archives").exists() and not _missing(archives, root):
         return False
@@ -106,7 +106,7 @@ def _is_extracted(archive: Archive, root: Path, record: DownloadRecord) -> bool:
 
 
 def _check_places(todo: Sequence[Archive], root: Path) -> None:
-    """Raise OSError or ValueError for a target folder that cannot be completed."""
+    """Raise OSError if a target folder is a link, ValueError if it contains other files."""
     for archive in todo:
         folder = root / archive.folder
         if folder.is_symlink():
@@ -143,7 +143,7 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
 
 
 def _used(path: Path) -> int:
-    """Return the size of a (partial) file, or the disk space of the files in a folder, in bytes."""
+    """Return the bytes on disk of a file (or its partial download), or of a folder's files."""
     if path.is_dir():
         with os.scandir(path) as listed:
             return sum(entry.stat(follow_symlinks=False).st_size + BLOCK for entry in listed)
@@ -166,7 +166,7 @@ def _local(todo: Sequence[Archive], local: Path) -> list[Path]:
 def _downloaded(
     todo: Sequence[Archive], root: Path, bar: Watcher, mirror: str, patience: Patience
 ) -> list[Path]:
-    """Verify kept archives, download and verify missing ones; return the paths of all archives."""
+    """Download missing archives and verify all archives; return their paths."""
     urls = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
     stop = threading.Event()
@@ -220,7 +220,7 @@ def _unpacked(
         def seen(size: int) -> None:
             nonlocal done
             done += size
-            watcher.at(min(done, archive.unpacked - 1), None)  # the total is approximate
+            watcher.at(min(done, archive.unpacked - 1), None)  # `archive.unpacked` is approximate
 
         entries = _extract(archive, path, root, seen)
         described = _describe(archive, path, root, entries)
@@ -239,7 +239,7 @@ def _extract(archive: Archive, path: Path, root: Path, seen: Callable[[int], Non
     limits = Limits(archive.count, archive.unpacked + archive.unpacked // 10)
     there = bool(archive.members) or folder.exists()
     work = folder if there else root / f".{archive.folder}.part"
-    entries = unpack(path, work, archive.choose, limits, seen, ours=not there)
+    entries = unpack(path, work, archive.choose, limits, seen, overwrite=not there)
     if len(entries) != archive.count:
         parts = f"{len(entries):,} of the {archive.count:,} files of {archive.folder}"
         raise ValueError(f"{path}: contains {parts}")
@@ -268,7 +268,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to root/archives if `keep`, else remove them; other archives remain."""
+    """Move these archives to root/archives, or remove them without `keep`."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

@@ -14,7 +14,7 @@ from vitdet.datasets.importers import coco, cvat, labelme, voc, yolo
 from vitdet.datasets.importers.dataset import ImportedDataset, image_suffixes
 from vitdet.datasets.importers.xml_file import start_of
 
-SHOWN = 6  # maximum number of a folder's entries in a message
+SHOWN = 6  # maximum number of folder entries listed in a message
 
 
 class Format(NamedTuple):
@@ -37,7 +37,7 @@ FORMATS = {
 
 
 def detect(source: Path) -> str:
-    """Return the format of a folder or file. Raises ValueError if none or several match."""
+    """Return the format of a folder or file. Raises ValueError unless exactly one matches."""
     kinds = [name for name, kind in FORMATS.items() if kind.matches(source)]
     if len(kinds) > 1:
         raise ValueError(f"{source}: could be {' or '.join(kinds)}; choose one with --format")

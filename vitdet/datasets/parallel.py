@@ -9,16 +9,16 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
 from vitdet.datasets.download import Watcher
 
-LINGER = 10.0  # further seconds to wait for the other tasks after a failure
-SHORT = 0.2  # seconds to wait for the tasks after a failure or Ctrl-C
+LINGER = 10.0  # seconds to wait for blocked tasks after another task has failed
+SHORT = 0.2  # seconds to wait for running tasks after a failure or Ctrl-C
 
 
 class Stopped(Exception):
-    """Raised in the tasks that are still running after another task has failed."""
+    """Raised in a running task after another task has failed."""
 
 
 class SharedProgress:
-    """Common progress display of several files (`total` bytes); raises Stopped if `stop` is set."""
+    """Progress display of several files with `total` bytes. Raises Stopped once `stop` is set."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop
@@ -48,16 +48,16 @@ class _FileProgress:
 
 
 def run_parallel(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
-    """Run all tasks in parallel.
+    """Run all tasks in parallel; raise the error of a task that fails.
 
-    If a task fails, raise its error; `stop` is set to end the others at their next progress report.
+    After a failure, `stop` is set, and running tasks end at their next progress report.
     """
 
     def run(task: Callable[[], None], future: Future[None]) -> None:
         try:
             task()
             future.set_result(None)
-        except Exception as error:  # raised in the calling thread below
+        except Exception as error:  # re-raised in the calling thread
             future.set_exception(error)
 
     futures: list[Future[None]] = [Future() for _ in tasks]
@@ -69,6 +69,6 @@ def run_parallel(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> 
     finally:
         stop.set()
         wait(futures, SHORT)
-    wait(others, LINGER)  # a thread may be blocked in a read; it ends at its next progress report
+    wait(others, LINGER)  # a task blocked in a read ends at its next progress report
     for future in done:
         future.result()

@@ -20,14 +20,14 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip archive; the files `members` are extracted, or all files if `members` is empty."""
+    """A published zip archive. Only `members` are extracted, or all files if `members` is empty."""
 
     url: str
     size: int  # size of the archive in bytes
     sha256: str  # '' if unknown
     unpacked: int  # approximate total size of the extracted files in bytes
-    prefix: str  # folder of the files in the archive, e.g. "train2017/"; '' for its top level
-    folder: str  # folder to extract to, below the root
+    prefix: str  # folder in the archive with the files, e.g. "train2017/"; '' for the top level
+    folder: str  # target folder, relative to the root folder
     count: int  # number of extracted files
     members: tuple[str, ...] = ()
 
@@ -38,13 +38,13 @@ class Archive:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of the extracted files, or of their folder, below the root."""
+        """The paths of `members`, or `folder` if all files are extracted, relative to the root."""
         return tuple(f"{self.folder}/{member}" for member in self.members) or (self.folder,)
 
     def choose(self, member: str) -> str | None:
         """Return the name under which to extract a file of the archive, or None to skip the file.
 
-        Raises ValueError for a file that is not directly in `prefix` if all files are extracted.
+        Raises ValueError if `members` is empty and the file is not directly in `prefix`.
         """
         inside, name = member.startswith(self.prefix), member.removeprefix(self.prefix)
         if self.members:
@@ -90,11 +90,11 @@ LVIS_V1 = {
         "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5",
     ),
 }
-UNPACKED = {"train": 469_785_474, "val": 19_987_840}  # bytes of instances_*2017.json
+UNPACKED = {"train": 469_785_474, "val": 19_987_840}  # size of instances_SPLIT2017.json in bytes
 
 
 def instances(*splits: str) -> Archive:
-    """Return COCO's annotation archive, limited to the object instances of these splits."""
+    """Return COCO's annotation archive, limited to instances_SPLIT2017.json of these splits."""
     return Archive(
         f"{COCO}/annotations/annotations_trainval2017.zip",
         252_907_541,
@@ -108,9 +108,9 @@ def instances(*splits: str) -> Archive:
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:
-    """Return the archives of "coco" or "lvis" for "train" or "val", by default for both splits.
+    """Return the archives of "coco" or "lvis" for split "train" or "val"; for both if empty.
 
-    LVIS always includes both image folders, since its val split contains images of train2017.
+    LVIS always includes both image archives, since its val split contains images of train2017.
     """
     splits = (split,) if split else SPLITS
     if dataset == "lvis":

@@ -1,9 +1,9 @@
 """Masked-autoencoder pre-training of the tiny backbone on generated images, without labels.
 
 He et al., Masked Autoencoders Are Scalable Vision Learners (arXiv:2111.06377): the encoder
-processes a quarter of the patches, and a small decoder reconstructs half of the others. The images
-are drawn with a seed that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT`
-produced the weights in the package.
+processes a quarter of the patches, and a small decoder reconstructs half of the other patches. The
+images are drawn with a seed that neither split of the tiny data set uses. The weights in the
+package are the output of `vitdet weights pretrain OUTPUT`.
 
 Notation: B images, S image side, N tokens, V visible tokens, C channels.
 """
@@ -50,7 +50,7 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT's embedding and blocks as the encoder, and a small decoder of masked patches."""
+    """A ViT's embedding and blocks as the encoder, and a small decoder for masked patches."""
 
     def __init__(self, encoder: ViT, decoder_dim: int = 96, decoder_depth: int = 2) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def pretrain(
     lr: float = 1.5e-3,
     seed: int = 0,
 ) -> None:
-    """Train the recipe's backbone on `count` images and write its weights as float16."""
+    """Pre-train the recipe's backbone on `count` images and write its weights as float16."""
     torch.manual_seed(seed)
     config = load_config(recipe)
     encoder = build_backbone(config.model)
@@ -181,7 +181,7 @@ def pretrain(
 
 
 def export(encoder: ViT, output: Path) -> None:
-    """Write the backbone's weights under a detector's keys, without relative positions."""
+    """Write the backbone's weights with a detector's keys, without those in NOT_PRETRAINED."""
     weights = {
         f"backbone.{name}": tensor.detach().half()
         for name, tensor in encoder.state_dict().items()

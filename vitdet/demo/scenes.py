@@ -75,7 +75,7 @@ def draw_scene(seed: int, index: int) -> Scene:
         count = 1 + int((11 if crowd else 12) * dice.uniform(0, 1) ** 1.6)
         low, high = map(math.log, SIDES)
         sides = [math.exp(dice.uniform(low, high)) for _ in range(count)]
-        # draw most small objects after the large ones, so that they remain visible
+        # paint large objects first in most cases, so that small objects remain visible
         for side in sorted(sides, key=lambda side: -side * dice.uniform(0.6, 1.6)):
             canvas.paint_object(side)
         if dice.chance(0.25):
@@ -118,7 +118,7 @@ class _Canvas:
         self._apply(scrap + self._center(0), 0, [self._plain()])
 
     def paint_line(self) -> None:
-        """Paint a thin line over everything, unless it would hide too much of an object."""
+        """Paint a thin line over all objects, unless it would hide too much of an object."""
         length = FINE * self.dice.uniform(50, 110)
         line = placed(SQUARE * [1, 0.02], length, self.dice)
         line, color = line + self._center(20 * FINE), self._plain()
@@ -126,7 +126,7 @@ class _Canvas:
             self._apply(line, 0, [color])
 
     def paint_crowd(self) -> None:
-        """Paint a cluster of small objects of one class, annotated as one region."""
+        """Paint a cluster of small objects of one class, annotated as one crowd region."""
         kind, side = self.dice.integer(0, 6), FINE * self.dice.uniform(30, 46)
         center, pattern = self._center(side / 2), self._preferred(kind)
         number = self._register(kind, crowd=True)
@@ -139,10 +139,10 @@ class _Canvas:
         self.owners[number].full = float(self.owners[number].seen)
 
     def paint_object(self, side: float) -> None:
-        """Paint an object with this longer side at the best random position, if any is valid."""
+        """Paint an object with a longer side of `side` pixels at the best valid random position."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
-        patience = 8 if self.dice.chance(0.75) else 1  # positions to compare; 1: more occlusion
+        patience = 8 if self.dice.chance(0.75) else 1  # valid positions to compare
         best, least = None, math.inf
         for _ in range(16):
             vertices = outline + self._center(0.4 * FINE * side)
@@ -220,7 +220,7 @@ class _Canvas:
         return random_color(self.dice, self.palette[:2], 60)
 
     def _unlike(self, others: list[Color]) -> Color:
-        """Return the one of 4 colors (unlike `others`) that contrasts most with the palette."""
+        """Draw 4 colors unlike `others`; return the color with most contrast to the palette."""
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
         return max(choices, key=lambda color: min(math.dist(color, used) for used in self.palette))
 
@@ -229,7 +229,7 @@ class _Canvas:
         return len(self.owners) - 1
 
     def _stencil(self, vertices: np.ndarray) -> tuple[Window, np.ndarray, list[int]]:
-        """Return a polygon's window, its mask there, and the number of covered pixels per owner."""
+        """Return a polygon's window and mask, and the number of covered pixels of each owner."""
         (x0, y0), (x1, y1) = np.floor(vertices.min(axis=0)), np.ceil(vertices.max(axis=0))
         rows = slice(max(int(y0), 0), max(min(int(y1), self.height), 0))
         columns = slice(max(int(x0), 0), max(min(int(x1), self.width), 0))
@@ -263,7 +263,7 @@ class _Canvas:
         pattern: str = "",
         side: float = 0.0,
     ) -> None:
-        """Paint a polygon in one color, or in two with a pattern whose period depends on `side`."""
+        """Paint a polygon in one color, or with a two-color pattern whose period follows `side`."""
         window, stencil, covered = self._stencil(vertices)
         index = np.full(stencil.shape, len(self.palette), dtype=np.uint8)
         if pattern:
@@ -283,5 +283,5 @@ class _Canvas:
 
 
 def _sums(fine: np.ndarray) -> np.ndarray:
-    """Return, for each pixel, the sum of its fine pixels."""
+    """Return, for each pixel, the sum of its 4 fine pixels."""
     return fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]

@@ -39,7 +39,7 @@ class Dice:
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """Return a random color (0..255) at an RGB distance of apart..at_most from each of `others`."""
+    """Return a random color (0..255) at an RGB distance of `apart` to `at_most` from `others`."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):
@@ -60,7 +60,7 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
         angle = np.arange(10) * (2 * math.pi / 10)
         radius = np.array([1, dice.uniform(0.4, 0.5)] * 5)
         return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], axis=1)
-    if kind == 4:  # crescent: most of a circle, and back along half of an ellipse
+    if kind == 4:  # crescent: most of a circle, closed by half of an ellipse
         tip, depth = dice.uniform(0.7, 1.1), dice.uniform(0.25, 0.45)
         outer = tip + np.arange(21) / 20 * (2 * math.pi - 2 * tip)
         inner = (0.5 - np.arange(1, 14) / 14) * -math.pi

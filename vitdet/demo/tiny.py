@@ -1,7 +1,7 @@
 """The tiny data set: a generated data set in COCO's layout, with the same bytes for the same seed.
 
-A data set with seed s contains the scenes of seed 2 s as training images, and those of 2 s + 1 as
-validation images. The scenes of PRETRAIN_SEED are for pre-training without labels.
+In a data set with seed s, the training images are the scenes of seed 2 s, and the validation images
+are the scenes of seed 2 s + 1. The scenes of PRETRAIN_SEED are for pre-training without labels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_tiny(
 
     The result does not depend on `processes`; 0 uses all available processors. Returns False if the
     data set already exists. Raises ValueError if the counts or the seed are out of range, or if the
-    folder has other contents.
+    folder contains anything else.
     """
     folder = Path(folder)
     if not (0 < train <= LARGEST and 0 < val <= LARGEST):
@@ -96,7 +96,7 @@ def _write_split(
     processes = processes or (len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1)
     work = partial(_write_image, folder, seed, first_id)
     if min(processes, count // 16) > 1:
-        # fork does not import the package again; the workers do not use the parent's thread pools
+        # fork avoids a second import; it is safe, as workers do not use the parent's thread pools
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with context.Pool(processes) as pool:
             scenes = pool.map(work, range(count), chunksize=8)

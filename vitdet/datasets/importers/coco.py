@@ -1,4 +1,4 @@
-"""Reader of COCO's annotations in the layouts of annotation tools.
+"""Reader of COCO annotations in the folder layouts of common annotation tools.
 
 Format: https://cocodataset.org/#format-data. Roboflow: train|valid|test/_annotations.coco.json
 next to the images (https://roboflow.com/formats/coco-json); category 0 is the parent of all other
@@ -101,7 +101,7 @@ class _File:
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
     def root(self) -> set[int]:
-        """Return {0} if category 0 has no object and is a parent or Roboflow's root; else set()."""
+        """Return {0} if category 0 is a root category without objects, otherwise an empty set."""
         name = self.validator.categories.get(0)
         if name is None or 0 in self.used or len(self.validator.categories) < 2:
             return set()
@@ -117,7 +117,7 @@ def read_coco_folder(dataset: ImportedDataset) -> None:
         if split in named:
             raise ValueError(
                 f"{source}: {named[split][1]} and {path} both belong to the split {split}; pass "
-                "one of them as SRC"
+                "one of these files as SRC"
             )
         named[split] = name, path
     if not named:
@@ -150,7 +150,7 @@ def _read(name: str, path: Path, dataset: ImportedDataset) -> _File:
         dataset.problems.add(kind, f"{path}: {where}: {kind}{what and ': '}{what}")
 
     def warning(kind: str, where: str, what: str) -> None:
-        """Ignore the warning, since dropped objects are counted below."""
+        """Ignore warnings, since `_read` counts dropped objects."""
 
     file = _File(path, name, AnnotationValidator(False, error, warning))
     try:

@@ -1,11 +1,11 @@
-"""Reader of CVAT's XML for images: annotations.xml, and the images in images/ or next to the file.
+"""Reader of the format "CVAT for images": annotations.xml, with images in images/ or next to it.
 
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
 <box label xtl ytl xbr ybr>, with an optional `rotation` in degrees about its center; <polygon
 label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle lists row-major
-run lengths in the rectangle. Pixel coordinates are 0-based. `subset` is the split, which may be
-a folder in images/ or next to the file. Other elements (polyline, points, ellipse, cuboid,
-skeleton, tag) are counted and ignored. The format for videos, which has <track>, is rejected.
+run lengths in the rectangle. Pixel coordinates are 0-based. `subset` is the split, whose images may
+be in a folder of this name in images/ or next to the file. Other elements (polyline, points,
+ellipse, cuboid, skeleton, tag) are counted and ignored. Files of "CVAT for video" are rejected.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ SHAPES = ("box", "polygon", "mask")
 
 
 def annotation_files(source: Path) -> list[Path]:
-    """Return the XML files of this format in a folder, or `source` if it is such a file."""
+    """Return the files of this format in a folder, or `source` if it has this format."""
     paths = [source] if source.is_file() else sorted(source.glob("*.xml"))
     return [path for path in paths if path.suffix == ".xml" and has_root(path, "annotations")]
 
 
 def read_cvat(dataset: ImportedDataset) -> None:
-    """Read a folder or file. Classes: the task's labels, then any other labels alphabetically."""
+    """Read a folder or file. Classes are the task's labels, then other labels alphabetically."""
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(dataset.source):

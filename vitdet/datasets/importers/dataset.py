@@ -1,7 +1,7 @@
 """Common representation of data sets in other formats: the images of each split and their objects.
 
 Boxes and outlines are in pixels of the upright image, as in COCO. Readers count dropped entries in
-`notes`, and unusable entries in `problems`.
+`notes`, and record unusable entries in `problems`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vitdet.data.segmentation import pixel_count, reaches_far, show
 BROKEN = "annotation file that cannot be read"
 EMPTY = "objects of zero size skipped"
 BOX_ONLY = "objects with a box but no mask (--boxes-as-masks converts boxes to masks)"
-THIN = "outlines of fewer than 3 points skipped"
+THIN = "outlines with fewer than 3 points skipped"
 CROWDS = "difficult objects: ignored in training and evaluation"
 EXAMPLES = 20  # maximum number of examples per kind of problem
 # formats that Pillow recognizes but cannot decode
@@ -49,7 +49,7 @@ Item = TypeVar("Item")
 
 
 class Unusable(ValueError):
-    """An unusable part of the source: the kind of problem, and one line with path and reason."""
+    """Raised for an unusable entry of a data set; problems of equal `kind` are counted together."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -57,11 +57,11 @@ class Unusable(ValueError):
 
 
 class SourceError(ValueError):
-    """All problems of a source: a single problem, or counts and examples of each kind."""
+    """Raised for a data set with problems; the message has counts and examples of each kind."""
 
 
 class Problems:
-    """The problems of a source, by kind, with examples."""
+    """Counts and examples of the problems of a data set, by kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Add a ValueError or OSError instead of raising it; `Unusable` overrides the kind."""
+        """Record a ValueError or OSError as a problem of this kind, or of the kind of Unusable."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -101,7 +101,7 @@ class ImportedObject:
     label: int
     box: Box
     segmentation: list[list[float]] | dict  # COCO's polygons or RLE; empty if only a box is known
-    area: float  # pixels of the mask as rasterized by pycocotools, or of the box
+    area: float  # square pixels: area of the mask (as in pycocotools) or of the box
     crowd: bool = False  # ignored in training and evaluation
 
 
@@ -124,7 +124,7 @@ class ImportedDataset:
 
     source: Path
     only: Collection[str]  # requested splits; all if empty
-    reading: Reading  # how image files are read
+    reading: Reading  # settings for reading image files
     class_names: tuple[str, ...] = ()
     splits: dict[str, Iterator[ImportedImage]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)  # message -> number of occurrences
@@ -162,7 +162,7 @@ class ImportedDataset:
         self.splits = {split: images(listed) for split, listed in items.items()}
 
     def keep(self, obj: ImportedObject | None) -> tuple[ImportedObject, ...]:
-        """Count special cases in the notes; return the object in a tuple, or () for None."""
+        """Count special cases in `notes`; return (obj,), or () if `obj` is None."""
         if obj is None:
             self.notes[EMPTY] += 1
             return ()
@@ -225,7 +225,7 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return a split's standard name; for an unknown name, `otherwise` or, by default, the name."""
+    """Return a split's standard name; for an unknown name, `otherwise` or, if empty, `name`."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 

@@ -35,7 +35,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 MOST = 20  # maximum number of JSON files that are read to detect the format
-LARGEST = 1 << 28  # bytes: larger JSON files, e.g. with an image, are not read to detect the format
+LARGEST = 1 << 28  # bytes; larger JSON files, e.g. with an image, are not read to detect the format
 
 
 class Shape(msgspec.Struct):
@@ -111,7 +111,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image at imagePath if it is in `source`, else the one next to the JSON file."""
+    """Return the image at imagePath if it is in `source`, or the image next to the JSON file."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
@@ -141,7 +141,7 @@ def _read_image(item: Item, label_of: Mapping[str, int], dataset: ImportedDatase
     path, image, content, shapes = item
     size = dataset.check_size(path, image, (content.imageHeight, content.imageWidth))
     objects: list[ImportedObject] = []
-    # (label, group id, shape number if there is no group id, else 0) -> outlines of the object
+    # (label, group id, shape number without group id, otherwise 0) -> outlines of the object
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
         where = f"{path}: shape {number}"

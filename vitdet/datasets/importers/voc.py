@@ -6,8 +6,8 @@ ImageSets/Main/SPLIT.txt with one ID per line. The pixel at the top left is (1, 
 includes its last row and column, so that xmin..xmax spans x from xmin - 1 to xmax. `difficult`
 objects are ignored in evaluation, like COCO's crowds. In SegmentationObject/ID.png, if present, the
 value of a pixel is the object's number in the XML file, 0 for the background, or 255 for the border
-between objects, which is ignored. Lists of one class (aeroplane_train.txt) have a second column and
-are not splits.
+between objects, which is ignored. Per-class lists (e.g. aeroplane_train.txt) have a second column
+and are not splits.
 
 Annotation tools differ. CVAT quotes IDs that contain a space
 (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
@@ -52,9 +52,9 @@ from vitdet.datasets.importers.dataset import (
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
 LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files have a few kilobytes each
-BORDER = 255  # value of the pixels between objects
+BORDER = 255  # value of border pixels between objects
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
-# an ID, possibly quoted; lists of one class add -1 (absent), 0 (difficult) or 1 (present)
+# an ID, possibly quoted; per-class lists add -1 (absent), 0 (difficult) or 1 (present)
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
 
 Item = tuple[Path, Element, Path]  # XML file, its root element, and the image
@@ -78,7 +78,7 @@ def read_voc(dataset: ImportedDataset) -> None:
     items: dict[str, list[Item]] = {}
     for split, paths in dataset.select(splits).items():
         if split == "test" and not any(map(os.path.isfile, paths)):
-            # as in VOC2012, whose test annotations are not published
+            # VOC2012 does not include the annotations of its test split
             note = "test images skipped: none has an annotation file"
             dataset.notes[note] += len(paths)
             continue
@@ -129,7 +129,7 @@ class _Folders:
         return path.relative_to(self.images).with_suffix("")
 
     def image(self, path: Path, tree: Element) -> Path:
-        """Return the image with an XML file's ID, otherwise the image that its <filename> names."""
+        """Return the image with the ID of an XML file or, if missing, the image in <filename>."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
         stem = self.stem(path)
         if same := self.by_stem.get(stem):
@@ -146,15 +146,15 @@ class _Folders:
         raise Unusable("missing image file", text)
 
     def xml(self, image_id: str) -> Path:
-        """Return the XML file of an ID, which may have the suffix of the image."""
+        """Return the XML file of an ID; the ID may end with the suffix of the image."""
         stem = image_id.rpartition(".")[0]
         path, shorter = (self.annotations / f"{name}.xml" for name in (image_id, stem))
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return each split's XML files, mapped to "LIST:LINE: " for messages ("" without lists).
+        """Return {split: {XML file: prefix of messages}}; the prefix is "LIST:LINE: " or empty.
 
-        trainval is skipped if train and val exist.
+        The split trainval is skipped if train and val exist.
         """
         splits: dict[str, dict[Path, str]] = defaultdict(dict)
         if self.lists is None:
@@ -182,9 +182,9 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return the XML files in a list, mapped to "LIST:LINE: "; {} for a list of one class.
+        """Return {XML file: "LIST:LINE: "} for the IDs in a list; {} for a per-class list.
 
-        Lines that are neither an ID nor a row of a list of one class are added to the problems.
+        Lines that fit neither a list of IDs nor a per-class list are added to the problems.
         """
         dataset, ids = self.dataset, dict[Path, str]()
         rows = problems = 0
@@ -210,10 +210,10 @@ class _Folders:
             else:
                 ids[self.xml(known or name)] = f"{path}:{number}: "
         if rows and ids:
-            text = f"contains IDs ({len(ids)}) and rows 'ID -1|0|1' of a list of one class ({rows})"
-            dataset.problems.add("list of both kinds", f"{path}: {text}")
+            text = f"expected lines 'ID' or lines 'ID -1|0|1', got both ({len(ids)} and {rows})"
+            dataset.problems.add("list with and without a second column", f"{path}: {text}")
         elif rows:
-            dataset.notes["lists of one class (ID and a second column) ignored"] += 1
+            dataset.notes["per-class lists (with a second column) ignored"] += 1
         elif not ids and not problems:
             dataset.remarks.append(f"split {split_of(path.stem)} skipped: {path} contains no IDs")
         return ids
@@ -229,7 +229,7 @@ class _Folders:
         self.dataset.count_left_out(self.others, lambda path: self.image_stem(path) in stems)
 
     def numbers(self, path: Path, size: Size, objects: int) -> np.ndarray | None:
-        """Return each pixel's object number (H, W), 0 or BORDER if none; None without a file."""
+        """Return each pixel's object number (H, W), 0 or BORDER if none; None if no file exists."""
         file = self.dataset.source / "SegmentationObject" / f"{self.stem(path)}.png"
         if not os.path.isfile(file):
             return None
@@ -247,8 +247,8 @@ class _Folders:
             raise ValueError(f"{file}: {error}") from error
         largest = int(numbers.max(where=numbers != BORDER, initial=0))
         if largest > objects:
-            text = f"contains object number {largest}, but {path} lists only {objects} objects"
-            raise ValueError(f"{file}: {text}")
+            expected = f"expected at most {objects} (objects in {path})"
+            raise ValueError(f"{file}: contains object number {largest}, {expected}")
         return numbers
 
 
@@ -263,7 +263,7 @@ def _read_image(
     objects: list[ImportedObject] = []
     for number, element in enumerate(elements, 1):
         if not (name := _name(element)):
-            continue  # reported when the classes were collected
+            continue  # `read_voc` reported the missing name
         with dataset.problems.collect("object that cannot be used"):
             pixels = None if numbers is None else numbers == number
             objects += dataset.keep(_object(path, element, size, label_of[name], pixels, dataset))
@@ -278,7 +278,7 @@ def _object(
     pixels: np.ndarray | None,
     dataset: ImportedDataset,
 ) -> ImportedObject | None:
-    """Return an element's object; pixels: its mask (H, W) bool in SegmentationObject, if any."""
+    """Return an element's object; `pixels` is its mask (H, W) bool, None without masks."""
     crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
     parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
     whole = [part for part in parts if len(part) >= 6]

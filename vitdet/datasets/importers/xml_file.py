@@ -33,11 +33,11 @@ def read_xml(path: Path, largest: int) -> Element:
 
 
 def has_root(path: Path, name: str) -> bool:
-    """Return whether a file's root element has this name, judged by the first bytes."""
+    """Return whether a file's root element has this name; reads only the first bytes."""
     return re.search(rf"<{name}[\s>]".encode(), start_of(path)) is not None
 
 
 def start_of(path: Path) -> bytes:
-    """Return the first bytes of a file, which usually include the root element's start tag."""
+    """Return the first 4096 bytes of a file, which usually include the root's start tag."""
     with open(path, "rb") as file:
         return file.read(4096)

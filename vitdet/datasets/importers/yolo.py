@@ -1,8 +1,8 @@
 """Reader of Ultralytics' YOLO format: data.yaml and one text file per image.
 
-See https://docs.ultralytics.com/datasets/detect/ and /segment/; details follow
+See https://docs.ultralytics.com/datasets/detect/ and /segment/; edge cases follow
 ultralytics/data/utils.py. `names` (a list, or a map of labels to names) is optional if `nc` exists.
-`train`, `val` (or `validation`) and `test` name a folder, a text file of paths, or a list of these,
+`train`, `val` (or `validation`) and `test` are a folder, a text file of paths, or a list of these,
 below `path`; a leading "../" is removed if the path does not exist. The labels of .../images/x.jpg
 are in .../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows
 are removed. Coordinates are fractions of the upright image's sides, from -0.01 to 1.01. A row of 5
@@ -35,14 +35,14 @@ from vitdet.datasets.importers.dataset import (
 from vitdet.files import read_yaml
 
 HEAD = "entry of data.yaml that cannot be used"
-TOLERANCE = 0.01  # fraction of the image's sides by which coordinates may be outside it
+TOLERANCE = 0.01  # coordinates may be outside the image by this fraction of its width or height
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
-    """Return a folder's data.yaml, or `source` if it is a YAML file; None if none or ambiguous."""
+    """Return `source` if it is a YAML file, or the folder's data.yaml, None if not exactly one."""
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     paths = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
@@ -58,7 +58,7 @@ def read_yolo(dataset: ImportedDataset) -> None:
     """
     path = description(dataset.source)
     if path is None:
-        expected = "expected one data.yaml, which names the classes and the splits"
+        expected = "expected one data.yaml with classes and splits"
         raise FileNotFoundError(f"{dataset.source}: {expected}")
     head = _Head(path, dataset)
     names: tuple[str, ...] = ()
@@ -73,9 +73,9 @@ def read_yolo(dataset: ImportedDataset) -> None:
                     images[name] = listed
     if not images.keys() & {"train", "val"} and not dataset.problems.counts:
         keys = ", ".join(map(str, head.values))
-        raise ValueError(f"{path}: expected the keys train and val, got {keys}")
+        raise ValueError(f"{path}: expected the key train or val, got {keys}")
     if not names:
-        return  # otherwise, each row would also be reported
+        return  # without classes, every row would also be a problem
     head.count_others({image for listed in images.values() for image in listed})
     labeled: dict[str, list[Path]] = {}
     for name, chosen in dataset.select(images).items():
@@ -171,7 +171,7 @@ class _Head:
         for number, line in _lines(place):
             with self.dataset.problems.collect("line without an image file"):
                 image = self.listed(place, number, line)
-                self.places.add(image.parent)  # searched by `count_others`
+                self.places.add(image.parent)  # `count_others` searches this folder
                 if self.dataset.is_image(image):
                     yield image
 

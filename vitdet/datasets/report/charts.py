@@ -12,7 +12,7 @@ SIZE = {"width": WIDTH, "height": HEIGHT, "margin": MARGIN, "foot": FOOT}  # for
 
 
 class Bar(NamedTuple):
-    """A bar, in chart pixels."""
+    """A bar, in pixels of the chart."""
 
     x: float
     y: float

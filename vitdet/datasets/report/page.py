@@ -1,6 +1,6 @@
 """The report of a data set: one page with counts, classes, sizes, example images and problems.
 
-Tables and charts count only objects that training can use; others are in the column `skipped`.
+Objects that training cannot use are counted only in the column `skipped`.
 Size classes are COCO's, by the area of the box: small below 32 x 32 pixels, large from 96 x 96.
 """
 
@@ -22,7 +22,7 @@ from vitdet.pages import render
 from vitdet.visualize import spread
 
 PICTURES = 12
-FIRST = 30  # classes shown initially; a click shows the others
+FIRST = 30  # number of classes shown initially; a click shows all classes
 # bin edges of the histograms
 OBJECTS = (1, 2, 3, 5, 9, 17, 33)  # objects or classes per image
 SIDES = (8, 16, 32, 64, 96, 128, 256, 512)  # pixels: square root of the box area
@@ -33,7 +33,7 @@ COLUMNS = ("split", "images", "without objects", "objects", "small", "medium", "
 
 @dataclass(frozen=True)
 class _Split:
-    """A split that could be read."""
+    """A readable split."""
 
     name: str
     found: CocoSplit
@@ -48,11 +48,11 @@ class _Split:
 def write_page(
     folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
 ) -> tuple[int, int, Report]:
-    """Write the page of a folder in COCO's or LVIS's layout; the page lists unreadable splits.
+    """Write the report of a data set in COCO's or LVIS's layout as an HTML page.
 
-    With `images`, `check` reads every image file. Returns the number of images, the number of
-    annotations, and the report of `check`. Raises FileNotFoundError if there is no annotation file,
-    OSError if `output` cannot be written.
+    The page lists unreadable splits. With `images`, `check` reads every image file. Returns the
+    number of images, the number of annotations, and the report of `check`. Raises FileNotFoundError
+    if there is no annotation file, OSError if `output` cannot be written.
     """
     report = check(folder, images=images, reading=reading)
     if not report.splits:
@@ -103,7 +103,7 @@ def _read(folder: Path, name: str) -> _Split:
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Return (name, value, CSS class) of each key figure at the top."""
+    """Return (name, value, CSS class) of each key figure at the top of the page."""
     images, objects = _sums(report)
     errors, warnings = (
         sum(finding.count for finding in found) for found in (report.errors, report.warnings)
@@ -119,7 +119,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _row(split: _Split) -> list[str]:
-    """Return the values of COLUMNS."""
+    """Return a row of the table of splits, with the columns COLUMNS."""
     total, counts = len(split.areas), split.counts
     small, large = int((split.areas < SMALL).sum()), int((split.areas >= LARGE).sum())
     sizes = (small, total - small - large, large)

@@ -15,7 +15,7 @@ from vitdet.data.records import Record
 from vitdet.pages import data_uri
 from vitdet.visualize import class_color
 
-SIDE = 560  # pixels of the longer side
+SIDE = 560  # maximum length of the longer side in pixels
 QUALITY = 84  # JPEG quality
 TOLERANCE = 0.5  # maximum deviation in pixels of an outline traced from an RLE
 
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 class Portrait(NamedTuple):
-    """An image with its objects, largest first, or only the reason why it cannot be read."""
+    """An image with its objects, largest first; `error` is the reason if it cannot be read."""
 
     title: str
     record: Record
@@ -44,7 +44,7 @@ class Portrait(NamedTuple):
 def portrait(
     record: Record, class_names: Sequence[str], split: str, reading: Reading = DEFAULT
 ) -> Portrait:
-    """Return the image of a record with its objects; `split` is the split's name, for the title."""
+    """Return the image of a record with its objects; the title contains `split`."""
     title, letter = f"{split}: {record.path.name}", max(record.width, record.height) / 34
     try:
         picture = read_image(record.path, (record.height, record.width), reading)
