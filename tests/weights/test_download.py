@@ -202,7 +202,7 @@ def test_free_space_is_checked_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=199_999))
-    with pytest.raises(OSError, match="0.2 MB is needed for 2 files of this size, but only 0.2 MB"):
+    with pytest.raises(OSError, match="0.2 MB is needed for 2 files of 0.1 MB, but only 0.2 MB"):
         load(copies=2)
     assert web.sent <= 1000 * 100 and not (tmp_path / "part").exists()
 

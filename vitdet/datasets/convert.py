@@ -1,8 +1,8 @@
 """Atomic conversion of data sets in other formats to COCO's layout.
 
-Images are hard-linked, so that they use no space and remain if the source is deleted. They are
-copied if hard links are not possible, e.g. to another file system. As in COCO, image ids and file
-names are unique across splits; only a file in several splits has the same name in each split.
+Images are hard-linked, so that they use no additional space and remain if the source is deleted.
+They are copied if hard links are not possible, e.g. to another file system. As in COCO, image ids
+and file names are unique across splits; only a file in several splits has one name in all splits.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def convert(
         reading: settings for reading image files.
 
     Raises:
-        SourceError: the source has problems, which the message lists; a ValueError.
+        SourceError: a subclass of ValueError; the message lists the problems of the source.
         FileNotFoundError, ValueError: the source, the target or an option is unusable.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -203,5 +203,5 @@ def _link_or_copy(source: str, target: Path, copy: bool) -> None:
             os.link(source, target)
             return
         except OSError:
-            pass  # not possible, e.g. to another file system
+            pass  # no hard link possible, e.g. to another file system
     shutil.copyfile(source, target)

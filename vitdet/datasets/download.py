@@ -44,7 +44,7 @@ class Patience:
     """Retry policy."""
 
     tries: int = 5  # maximum number of consecutive failed attempts; new data resets the count
-    pause: float = 1.0  # seconds to wait after the first failed attempt; then doubles each time
+    pause: float = 1.0  # seconds to wait after the first failed attempt; doubles after each attempt
     longest_pause: float = 60.0  # seconds
     stall: float = 30.0  # seconds without data before an attempt fails
 
@@ -60,7 +60,7 @@ class Watcher(Protocol):
 
 
 class _Broken(Exception):
-    """A failed attempt that may be retried; `pause` is Retry-After in seconds, 0 without it."""
+    """A failed attempt that may be retried; `pause` is the Retry-After header in seconds or 0."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -221,10 +221,8 @@ class _Attempt:
         """Raise ValueError if the response cannot be the expected file."""
         before, after = (urlsplit(url).scheme for url in (self.url, response.url))
         if before == "https" and after != "https":
-            raise ValueError(
-                f"{self.url}: redirects to an unencrypted address ({response.url}), whose "
-                "content was not used"
-            )
+            address = f"an unencrypted address ({response.url}), whose content was not used"
+            raise ValueError(f"{self.url}: redirects to {address}")
         if response.headers.get_content_type() == "text/html":
             raise ValueError(
                 f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
@@ -239,7 +237,8 @@ class _Attempt:
         needed = self.copies * (total or 0) - received
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
-            what = "the file" if self.copies == 1 else f"{self.copies} files of this size"
+            size = _bytes(total or 0)
+            what = "the file" if self.copies == 1 else f"{self.copies} files of {size}"
             raise OSError(
                 f"{self.path.parent}: {_bytes(needed)} is needed for {what}, but only "
                 f"{_bytes(free)} is free; free some space or choose another folder"
@@ -248,7 +247,7 @@ class _Attempt:
     def receive(self, response: http.client.HTTPResponse, start: int, total: int | None) -> None:
         """Append the response body to the file, which already contains `start` bytes."""
         done, most = start, LARGEST if self.size is None else self.size
-        with open(self.path, "ab", buffering=0) as file:  # kept if the process is killed
+        with open(self.path, "ab", buffering=0) as file:  # no data is lost if killed
             try:
                 self.watcher.at(done, total)
                 # read one byte more than expected, to detect a longer file

@@ -1,7 +1,7 @@
 """Safe extraction of zip archives into one folder.
 
 All entries are checked before anything is written. The whole archive is rejected if it contains a
-name outside the folder, a link, a device, names that some file systems treat as equal, an encrypted
+path outside the folder, a link, a device, names that some file systems treat as equal, an encrypted
 file, a compression method that may use unbounded memory, or more files or bytes than allowed. Each
 file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are written
 atomically. An interrupted extraction can be repeated: complete files are not written again.
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 class _Refused(Exception):
-    """The reason for rejecting an archive."""
+    """Raised for an archive that is rejected."""
 
 
 def unpack(
@@ -166,7 +166,7 @@ def _check_parents(path: Path, folder: Path) -> None:
 
 
 def _is_complete(path: Path, info: zipfile.ZipInfo, overwrite: bool) -> bool:
-    """Return whether the file is complete. Raises ValueError if it differs."""
+    """Return whether the file is complete; raise ValueError if it differs but must be kept."""
     try:
         found = path.lstat()
     except FileNotFoundError:

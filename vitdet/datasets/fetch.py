@@ -3,7 +3,7 @@
   DIR/train2017/*.jpg, DIR/val2017/*.jpg           images of both data sets
   DIR/annotations/instances_{train,val}2017.json   COCO
   DIR/annotations/lvis_v1_{train,val}.json         LVIS
-  DIR/manifest.json                                the record (`vitdet.data.download_record`)
+  DIR/manifest.json                                checksums (`vitdet.data.download_record`)
 
 All archives are downloaded in parallel, verified, then extracted in parallel. An interrupted run
 leaves DIR/.archives/NAME.part (partial downloads), DIR/.archives/NAME (verified archives) and
@@ -268,7 +268,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Move these archives to root/archives, or remove them without `keep`."""
+    """If `keep`, move these archives to root/archives; otherwise, remove them."""
     waiting = root / ".archives"
     if not waiting.exists():
         return

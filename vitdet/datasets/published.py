@@ -26,7 +26,7 @@ class Archive:
     size: int  # size of the archive in bytes
     sha256: str  # '' if unknown
     unpacked: int  # approximate total size of the extracted files in bytes
-    prefix: str  # folder in the archive with the files, e.g. "train2017/"; '' for the top level
+    prefix: str  # folder of the files in the archive, e.g. "train2017/"; '' for the top level
     folder: str  # target folder, relative to the root folder
     count: int  # number of extracted files
     members: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ def instances(*splits: str) -> Archive:
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:
-    """Return the archives of "coco" or "lvis" for split "train" or "val"; for both if empty.
+    """Return the archives of data set "coco" or "lvis" for a split, or for both splits if empty.
 
     LVIS always includes both image archives, since its val split contains images of train2017.
     """

@@ -110,7 +110,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def draw(index: int, side: int) -> np.ndarray:
-    """Draw an image (side, side, 3) uint8 of the pre-training seed, with symmetric padding."""
+    """Draw scene `index` of PRETRAIN_SEED; pad it to (side, side, 3) uint8 by reflection."""
     image = draw_scene(PRETRAIN_SEED, index).image
     padding = [(0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)]
     return np.pad(image, padding, mode="symmetric")
@@ -181,7 +181,7 @@ def pretrain(
 
 
 def export(encoder: ViT, output: Path) -> None:
-    """Write the backbone's weights with a detector's keys, without those in NOT_PRETRAINED."""
+    """Write the backbone's weights, except NOT_PRETRAINED, with the keys of a detector."""
     weights = {
         f"backbone.{name}": tensor.detach().half()
         for name, tensor in encoder.state_dict().items()

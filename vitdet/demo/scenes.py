@@ -35,7 +35,7 @@ CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: 
 FINE = 2  # fine pixels per pixel along each axis
 SIDES = (14.0, 80.0)  # range of the longer side of an object's box in pixels, log-uniform
 TOLERANCE = 0.45  # maximum distance in pixels between a traced outline and its polygon
-SLIVER = 4.0  # square pixels; smaller parts of an object, except its largest, are dropped
+SLIVER = 4.0  # square pixels; smaller parts of an object are dropped, except the largest part
 VISIBLE = 0.45  # minimum visible fraction of an object's area
 VISIBLE_AREA = 44.0  # minimum visible area of an object in square pixels
 Window = tuple[slice, slice]
@@ -142,7 +142,7 @@ class _Canvas:
         """Paint an object with a longer side of `side` pixels at the best valid random position."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
-        patience = 8 if self.dice.chance(0.75) else 1  # valid positions to compare
+        patience = 8 if self.dice.chance(0.75) else 1  # number of valid positions to compare
         best, least = None, math.inf
         for _ in range(16):
             vertices = outline + self._center(0.4 * FINE * side)
@@ -220,7 +220,7 @@ class _Canvas:
         return random_color(self.dice, self.palette[:2], 60)
 
     def _unlike(self, others: list[Color]) -> Color:
-        """Draw 4 colors unlike `others`; return the color with most contrast to the palette."""
+        """Draw 4 colors unlike `others`; return the color that contrasts most with the palette."""
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
         return max(choices, key=lambda color: min(math.dist(color, used) for used in self.palette))
 
@@ -263,7 +263,7 @@ class _Canvas:
         pattern: str = "",
         side: float = 0.0,
     ) -> None:
-        """Paint a polygon in one color, or with a two-color pattern whose period follows `side`."""
+        """Paint a polygon in one color, or a two-color pattern whose period depends on `side`."""
         window, stencil, covered = self._stencil(vertices)
         index = np.full(stencil.shape, len(self.palette), dtype=np.uint8)
         if pattern:

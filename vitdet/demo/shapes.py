@@ -26,11 +26,11 @@ class Dice:
         return self._generator.random(shape)
 
     def uniform(self, low: float, high: float) -> float:
-        """Return a uniform number from low to high."""
+        """Return a uniformly distributed number from low to high."""
         return low + (high - low) * float(self.numbers(1)[0])
 
     def integer(self, low: int, high: int) -> int:
-        """Return one of low, ..., high - 1."""
+        """Return a random integer from low to high - 1."""
         return low + int(self.uniform(0, high - low))
 
     def chance(self, probability: float) -> bool:
@@ -39,7 +39,7 @@ class Dice:
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """Return a random color (0..255) at an RGB distance of `apart` to `at_most` from `others`."""
+    """Return a random RGB color (0..255) at a distance of `apart` to `at_most` from `others`."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):

@@ -31,7 +31,7 @@ def make_tiny(
 
     The result does not depend on `processes`; 0 uses all available processors. Returns False if the
     data set already exists. Raises ValueError if the counts or the seed are out of range, or if the
-    folder contains anything else.
+    folder contains other files.
     """
     folder = Path(folder)
     if not (0 < train <= LARGEST and 0 < val <= LARGEST):
@@ -62,7 +62,7 @@ def make_tiny(
 def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
     """Return whether the folder contains this data set; False if the folder is missing or empty.
 
-    Raises ValueError for other content.
+    Raises ValueError if the folder contains other files.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False

@@ -92,7 +92,7 @@ class _File:
     children: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # by parent
     objects: PackedList = field(default_factory=PackedList)
     rows: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))  # by image id
-    used: set[int] = field(default_factory=set)  # category ids of the objects
+    used: set[int] = field(default_factory=set)  # category ids that objects use
 
     def folders(self) -> list[Path]:
         """Return the folders that may contain the images."""

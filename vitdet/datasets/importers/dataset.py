@@ -74,7 +74,7 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Record a ValueError or OSError as a problem of this kind, or of the kind of Unusable."""
+        """Record a ValueError or OSError as a problem of `kind`; an Unusable overrides `kind`."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -182,7 +182,7 @@ class ImportedDataset:
         return True
 
     def images_below(self, *folders: Path) -> tuple[list[Path], list[Path]]:
-        """Return the images below folders, and the files that are neither images nor documents."""
+        """Return (images, other files) below folders; DOCUMENTS are excluded."""
         images, others = [], []
         for path in files_below(*folders):
             if self.is_image(path):
@@ -225,7 +225,7 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return a split's standard name; for an unknown name, `otherwise` or, if empty, `name`."""
+    """Return a split's standard name. An unknown name is kept, or replaced by `otherwise`."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
@@ -238,7 +238,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return the non-hidden files below folders, sorted by path; an empty suffix means any."""
+    """Return the non-hidden files below folders (with `suffix`, if not empty), sorted by path."""
     paths = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
     return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 
@@ -260,7 +260,7 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
 def object_from_box(
     label: int, corners: Sequence[float], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with only a box x0, y0, x1, y1, clipped to the image; None if empty."""
+    """Return an object with box x0, y0, x1, y1, clipped to the image, and no mask; None if empty."""
     box = _clipped(corners, size)[1]
     if min(box[2:]) <= 0:
         return None

@@ -141,7 +141,7 @@ def _read_image(item: Item, label_of: Mapping[str, int], dataset: ImportedDatase
     path, image, content, shapes = item
     size = dataset.check_size(path, image, (content.imageHeight, content.imageWidth))
     objects: list[ImportedObject] = []
-    # (label, group id, shape number without group id, otherwise 0) -> outlines of the object
+    # (label, group id, 0) or, without a group id, (label, None, shape number) -> outlines
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
         where = f"{path}: shape {number}"

@@ -129,7 +129,7 @@ class _Folders:
         return path.relative_to(self.images).with_suffix("")
 
     def image(self, path: Path, tree: Element) -> Path:
-        """Return the image with the ID of an XML file or, if missing, the image in <filename>."""
+        """Return the image with the ID of an XML file or, if missing, the image of <filename>."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
         stem = self.stem(path)
         if same := self.by_stem.get(stem):
@@ -152,7 +152,7 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return {split: {XML file: prefix of messages}}; the prefix is "LIST:LINE: " or empty.
+        """Return {split: {XML file: message prefix}}; prefix: "LIST:LINE: ", "" without lists.
 
         The split trainval is skipped if train and val exist.
         """
@@ -182,7 +182,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return {XML file: "LIST:LINE: "} for the IDs in a list; {} for a per-class list.
+        """Return {XML file: prefix "LIST:LINE: "} for the IDs in a list; {} for a per-class list.
 
         Lines that fit neither a list of IDs nor a per-class list are added to the problems.
         """
@@ -229,7 +229,7 @@ class _Folders:
         self.dataset.count_left_out(self.others, lambda path: self.image_stem(path) in stems)
 
     def numbers(self, path: Path, size: Size, objects: int) -> np.ndarray | None:
-        """Return each pixel's object number (H, W), 0 or BORDER if none; None if no file exists."""
+        """Return the object number of each pixel (H, W), 0 or BORDER; None without a PNG file."""
         file = self.dataset.source / "SegmentationObject" / f"{self.stem(path)}.png"
         if not os.path.isfile(file):
             return None
@@ -278,7 +278,7 @@ def _object(
     pixels: np.ndarray | None,
     dataset: ImportedDataset,
 ) -> ImportedObject | None:
-    """Return an element's object; `pixels` is its mask (H, W) bool, None without masks."""
+    """Return an element's object; `pixels` is its mask (H, W) bool, None without a PNG file."""
     crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
     parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
     whole = [part for part in parts if len(part) >= 6]

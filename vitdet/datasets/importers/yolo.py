@@ -42,7 +42,7 @@ KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
-    """Return `source` if it is a YAML file, or the folder's data.yaml, None if not exactly one."""
+    """Return `source` if it is a YAML file, or its data.yaml; None if missing or ambiguous."""
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     paths = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])

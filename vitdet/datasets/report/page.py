@@ -152,7 +152,7 @@ def _charts(splits: list[_Split]) -> list[charts.Histogram]:
 
 
 def _classes(splits: list[_Split]) -> list[tuple[str, list[list[int]]]]:
-    """Return the name of each class and (objects, images) per split, most frequent class first.
+    """Return (class name, [objects, images] of each split), most frequent class first.
 
     Classes are identified by name, as the splits may have different classes.
     """
