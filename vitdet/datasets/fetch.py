@@ -166,7 +166,7 @@ def _local(todo: Sequence[Archive], local: Path) -> list[Path]:
 def _downloaded(
     todo: Sequence[Archive], root: Path, bar: Watcher, mirror: str, patience: Patience
 ) -> list[Path]:
-    """Download missing archives and verify all archives; return their paths."""
+    """Download missing archives, verify downloaded and kept archives; return all paths."""
     urls = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
     stop = threading.Event()

@@ -96,7 +96,7 @@ def _write_split(
     processes = processes or (len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1)
     work = partial(_write_image, folder, seed, first_id)
     if min(processes, count // 16) > 1:
-        # fork avoids a second import; it is safe, as workers do not use the parent's thread pools
+        # fork avoids another import of the package; workers do not use the parent's thread pools
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with context.Pool(processes) as pool:
             scenes = pool.map(work, range(count), chunksize=8)

@@ -229,7 +229,7 @@ class _Folders:
         self.dataset.count_left_out(self.others, lambda path: self.image_stem(path) in stems)
 
     def numbers(self, path: Path, size: Size, objects: int) -> np.ndarray | None:
-        """Return the object number of each pixel (H, W), 0 or BORDER; None without a PNG file."""
+        """Return the object number of each pixel (H, W), or 0 or BORDER; None without mask file."""
         file = self.dataset.source / "SegmentationObject" / f"{self.stem(path)}.png"
         if not os.path.isfile(file):
             return None
@@ -278,7 +278,7 @@ def _object(
     pixels: np.ndarray | None,
     dataset: ImportedDataset,
 ) -> ImportedObject | None:
-    """Return an element's object; `pixels` is its mask (H, W) bool, None without a PNG file."""
+    """Return an element's object; `pixels` is its mask (H, W) bool, None without mask file."""
     crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
     parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
     whole = [part for part in parts if len(part) >= 6]

@@ -38,6 +38,6 @@ def has_root(path: Path, name: str) -> bool:
 
 
 def start_of(path: Path) -> bytes:
-    """Return the first 4096 bytes of a file, which usually include the root's start tag."""
+    """Return the first 4096 bytes of a file, which usually include the root element's tag."""
     with open(path, "rb") as file:
         return file.read(4096)
