@@ -82,7 +82,7 @@ def test_a_file_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path:
 @pytest.mark.parametrize(
     ("known", "says"),
     [
-        ({"size": 99_999}, "the server's file has 100,000 bytes, expected 99,999"),
+        ({"size": 99_999}, "file has 100,000 bytes, but the published file has 99,999"),
         ({"sha256": "0" * 64}, f"sha256 {SHA256}, expected {'0' * 64}: not the published some"),
         ({"sha256": "0000", "md5": MD5}, f"sha256 {SHA256[:4]}, expected 0000"),
         ({"sha256": "", "md5": "00000g"}, f"md5 {MD5[:6]}, expected 00000g: not the published "),

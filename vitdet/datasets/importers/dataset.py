@@ -260,7 +260,7 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
 def object_from_box(
     label: int, corners: Sequence[float], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with box x0, y0, x1, y1 clipped to the image, without mask; None if empty."""
+    """Return an object with box x0, y0, x1, y1 clipped to the image, no mask; None if empty."""
     box = _clipped(corners, size)[1]
     if min(box[2:]) <= 0:
         return None
