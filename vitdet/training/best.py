@@ -26,7 +26,7 @@ class Best:
         metric: name of the metric.
         value: the highest value; None before the first evaluation.
         step: the step of the evaluation with this value.
-        stale: number of evaluations since then.
+        stale: number of evaluations after this step.
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
@@ -40,7 +40,7 @@ class Best:
     def update(self, metrics: dict[str, float], step: int) -> bool:
         """Record the metrics of an evaluation; return whether they are the best so far.
 
-        Always False if neither train.keep_best nor train.patience is set.
+        Always returns False if neither train.keep_best nor train.patience is set.
         """
         if not self._is_needed():
             return False
@@ -52,7 +52,7 @@ class Best:
         return True
 
     def is_final(self) -> bool:
-        """Return whether train.patience ends the run."""
+        """Return whether train.patience ends the run now."""
         return 0 < self.patience <= self.stale
 
     def metrics(self) -> dict[str, float]:
@@ -67,7 +67,7 @@ class Best:
         self._publish()
 
     def report(self, done: int, steps: int) -> None:
-        """If train.patience ended a run of `steps` steps after `done` steps, log this."""
+        """Log early stopping if train.patience ended a run of `steps` steps after `done` steps."""
         if self.is_final() and done < steps:
             last = f"{self.stale} evaluations" if self.stale > 1 else "evaluation"
             log.info(
@@ -100,9 +100,9 @@ class Best:
         """Return whether best.pt is unavailable; otherwise copy it to the output folder."""
         try:
             found = load_model_file(self._stored)["step"]
-            # a newer best.pt is from an evaluation after this state, which will be repeated
+            # a newer best.pt is from an evaluation that will be repeated, as it follows this state
             if found != self.step and found < start:
-                raise ValueError(f"{self._stored} is from step {found}")
+                raise ValueError(f"{self._stored} is from step {found}, not from step {self.step}")
         except (FileNotFoundError, ValueError) as error:
             effect = "the next evaluation counts as the best"
             log.warning("the best detector (step %d) was lost (%s): %s", self.step, error, effect)
@@ -114,5 +114,5 @@ class Best:
         with atomic_write(self.path, sync=True) as temporary:
             try:
                 os.link(self._stored, temporary)
-            except OSError:  # a different file system, or one without hard links
+            except OSError:  # another file system, or no hard links
                 shutil.copyfile(self._stored, temporary)

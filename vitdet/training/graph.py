@@ -1,7 +1,7 @@
 """The forward and backward pass of a training step as CUDA graphs (`vitdet.kernels.cuda_graph`).
 
-A graph has fixed sizes, so targets are padded: the number of objects per image and the number of
-edges per batch to a power of two. Only a few combinations of these sizes occur; each has a graph.
+The tensors of a graph have fixed sizes. Therefore the targets are padded: the number of objects per
+image and of edges per batch becomes a power of two. Each combination that occurs has a graph.
 All graphs add to the same gradient tensors, so that micro-batches accumulate. After the last
 micro-batch, the gradients are averaged over all processes.
 """
@@ -23,7 +23,7 @@ from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
 SLOTS, EDGES = 16, 2**12  # minimum padded sizes: objects per image, edges per batch
-CLEARINGS = 8  # maximum number of times graphs are cleared for memory between two evaluations
+CLEARINGS = 8  # maximum number of times that graphs are cleared between two evaluations
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
@@ -33,10 +33,9 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 class GraphedGradients:
     """CUDA graphs of `run`, which adds to the gradients and returns the losses of a batch.
 
-    If `run` cannot be recorded, for some shapes or at all, it runs without a graph, which is
-    logged for each size of targets. After `release`, sizes that ran out of memory or would have
-    exceeded the maximum number of graphs are tried again, unless they have run out of memory twice.
-    All graphs may be cleared to run a step of a size that ran out of memory.
+    If `run` cannot be recorded for targets of some size, it runs without a graph; the size is
+    logged. Recording is tried again after `release` if it would have exceeded the maximum number of
+    graphs, or has run out of memory once. All graphs may be cleared to free memory for a step.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
@@ -45,7 +44,7 @@ class GraphedGradients:
             parameter.grad = torch.zeros_like(parameter)
         self.run = run
         self.graph: CudaGraph[Losses] = CudaGraph()
-        # sizes of targets that could not be recorded, and whether to retry them after `release`
+        # padded sizes that could not be recorded -> whether to try again after `release`
         self.refused: dict[tuple[int, int], bool] = {}
         self.large: set[tuple[int, int]] = set()  # refused sizes that ran out of memory
         self.clearings = 0  # since `release`
@@ -92,7 +91,7 @@ class GraphedGradients:
         if self.clearings == CLEARINGS and distributed.rank() == 0:
             log.info(
                 "steps run without CUDA graphs until the next evaluation: "
-                f"{CLEARINGS} steps needed the memory of the graphs"
+                f"the graphs were cleared {CLEARINGS} times to free memory for steps"
             )
 
     def release(self) -> None:
@@ -107,9 +106,9 @@ class GraphedGradients:
 
 
 def can_be_graphed(detector: nn.Module) -> bool:
-    """Return whether a forward and backward pass changes only the gradients.
+    """Return whether a training step can be a CUDA graph, i.e. changes only the gradients.
 
-    BatchNorm also changes its statistics; activation checkpointing changes the random state.
+    BatchNorm also changes its statistics; activation checkpointing also changes the random state.
     """
     return not any(
         isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -1,4 +1,4 @@
-"""Checks of the data against the config, before anything is built or written."""
+"""Checks of a training run's data against its config, before the detector is built."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
     validation = read_split(data, data.val_split)
     if config.model.mask.enabled and not split.outlines:
         effect = "the mask head is not trained; model.mask.enabled=false removes it"
-        log.warning("%s: no object of %s has an outline: %s", data.root, data.train_split, effect)
+        log.warning("%s: no object in %s has an outline: %s", data.root, data.train_split, effect)
     elif config.model.mask.enabled and not validation.outlines:
         effect = "evaluations measure box AP only"
-        log.warning("%s: no object of %s has an outline: %s", data.root, data.val_split, effect)
+        log.warning("%s: no object in %s has an outline: %s", data.root, data.val_split, effect)
     check_metric(config)
     prints = {
         "train": fingerprint.fingerprint(data, data.train_split, split.records),
@@ -37,7 +37,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError unless evaluations measure AP and the metric of keep_best or patience."""
+    """Raise ValueError if AP or the metric of keep_best or patience is undefined on val_split."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
         read_validation(config.data, config.evaluate)
@@ -46,8 +46,8 @@ def check_metric(config: Config) -> None:
     if metric not in measured:
         cause = "train.keep_best" if settings.keep_best else "train.patience"
         raise ValueError(
-            f"{cause}: evaluations on {config.data.root} do not measure {metric}: "
-            f"{config.data.val_split} has no objects for it; {nearest(metric, measured)}"
+            f"{cause}: evaluations on {config.data.root} do not measure {metric}, for "
+            f"which {config.data.val_split} has no objects; {nearest(metric, measured)}"
         )
 
 
@@ -61,7 +61,6 @@ def check_classes(config: Config, trained: Sequence[str], validated: Sequence[st
             f"model.roi_heads.num_classes is {expected}; set it to {len(trained)}"
         )
     if tuple(validated) != tuple(trained):
-        raise ValueError(
-            f"{data.root}: {data.train_split} and {data.val_split} have different classes "
-            f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in a different order'})"
-        )
+        single = ", ".join(sorted(set(trained) ^ set(validated)))
+        found = f"different classes (not in both: {single})" if single else "different class orders"
+        raise ValueError(f"{data.root}: {data.train_split} and {data.val_split} have {found}")

@@ -25,7 +25,7 @@ from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; key: whether kernels are used
+BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in bf16, fp16; key: whether Triton kernels run
 BYTES_PER_PIXEL = {False: 1300, True: 1230}
 SHARE = 0.9  # share of the GPU's memory; the rest is for CUDA and fragmentation
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def checkpoint_activations(
     detector: Detector, config: Config, images: int, precision: str, device: torch.device
 ) -> None:
-    """Turn the blocks' activation checkpointing on or off; images: images per micro-batch."""
+    """Turn the blocks' activation checkpointing on or off; images: micro-batch size."""
     setting = config.train.activation_checkpointing
     needed = setting == "blocks"
     if setting == "auto" and device.type == "cuda":
@@ -56,7 +56,7 @@ def checkpoint_activations(
 def step_bytes(
     detector: Detector, config: Config, images: int, precision: str, fused: bool
 ) -> float:
-    """Estimate a step's memory in bytes without checkpointing; fused: with Triton kernels."""
+    """Estimate a step's bytes of memory without activation checkpointing; fused: Triton kernels."""
     backbone, side = detector.backbone, config.data.image_size
     weights = sum(parameter.numel() for parameter in detector.parameters())
     averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0

@@ -1,4 +1,4 @@
-"""Training metrics between two readings: mean losses, speed and memory."""
+"""Training metrics between two log entries: mean losses, speed and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitdet import distributed
 
 
 class Meter:
-    """Sums the metrics on the device; `read` returns their means since the last reading."""
+    """Sums the metrics on the device; `read` returns their means since its last call."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size

@@ -53,7 +53,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # not LayerNorm's subclasses: as in Detectron2, the norms in pyramid and heads are decayed
+    # not subclasses of LayerNorm: as in Detectron2, norms of pyramid and heads have weight decay
     norms = {
         name
         for name, module in detector.named_modules()
@@ -107,7 +107,7 @@ def rate_note(settings: OptimConfig, batch_size: int) -> str:
         return f"{sizes}: optim.scale_lr scales it to {fitting:g}"
     return (
         f"{sizes}: optim.lr is not scaled; set optim.scale_lr=true to scale it to {fitting:g}, or "
-        f"optim.lr_batch_size={batch_size} if it is for this batch size"
+        f"optim.lr_batch_size={batch_size} if optim.lr is for this batch size"
     )
 
 

@@ -1,4 +1,4 @@
-"""Distributed data parallelism for the single-device detector.
+"""Distributed data parallel training.
 
 On GPUs, BatchNorm (in ViTAE) computes statistics over the images of all processes, as in the
 published ViTAE-B run. torch has no synchronized BatchNorm for CPUs, where each process uses only

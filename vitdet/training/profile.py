@@ -1,4 +1,4 @@
-"""Profile of a training step: a trace of a few steps, and their time by part of the detector.
+"""Profile of training steps: a trace of a few steps, and the time of each part of the detector.
 
 While the steps are profiled, methods of the parts are wrapped in named scopes. A forward operator
 belongs to the innermost enclosing scope, a backward operator to the part of its forward operator.
@@ -29,8 +29,8 @@ from vitdet.types import Batch
 log = logging.getLogger(__name__)
 
 WARM = 5  # warm-up steps: memory is allocated, kernels are selected
-TIMED = 3  # following steps, timed without the profiler, which delays the host
-TRACED = 3  # following steps, which are in the trace
+TIMED = 3  # steps after the warm-up, timed without the profiler, which delays the host
+TRACED = 3  # steps after the timed steps, recorded in the trace
 STEPS = WARM + TIMED + TRACED + 1  # the last step only ends the trace
 DATA, OTHER, IDLE = "data", "other", "idle"
 PARTS = (
@@ -53,10 +53,10 @@ BACKWARD = "autograd::engine::evaluate_function: "
 
 
 class ProfiledBatches:
-    """The batches of a loader; profiles the first steps that use them.
+    """Yields the batches of a loader, and profiles the first steps. step: the object to profile.
 
-    step: the training step whose parts are profiled. Writes folder/trace.json, for chrome://tracing
-    or Perfetto, and folder/parts.json, in ms per step, and logs a table.
+    Writes a trace for chrome://tracing or Perfetto to folder/trace.json and the ms per step of each
+    part to folder/parts.json, and logs a table.
     """
 
     def __init__(self, loader: Iterable[Batch], step: TrainingStep, folder: Path) -> None:
@@ -90,7 +90,7 @@ class ProfiledBatches:
         with atomic_write(self.folder / "trace.json") as path:
             trace.export_chrome_trace(str(path))
         write_json(self.folder / "parts.json", {name: 1e3 * value for name, value in times.items()})
-        log.info("%s: time of a step by part\n%s", self.folder, table(times))
+        log.info("%s: time per step of each part\n%s", self.folder, table(times))
         yield from batches
 
     def _wait(self) -> None:
@@ -128,14 +128,14 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return seconds per step by part, about `wall` in total; waited: seconds waiting for data."""
+    """Return {part: seconds per step}. wall, waited: a step's duration and wait for data (s)."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = part_lookup(host), {event.name for event in host}
     found = dict.fromkeys(PARTS, 0.0)
     for event in host:
         for kernel in event.kernels:
-            if kernel.name not in names:  # otherwise it is the time span of a scope on the GPU
+            if kernel.name not in names:  # scopes also have events on the GPU
                 found[part_of(event)] += kernel.duration / 1e6 / TRACED
     spans = [
         (event.time_range.start, event.time_range.end)
@@ -149,7 +149,7 @@ def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[
 
 
 def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
-    """Return seconds per step by part, which sum to at least `wall`."""
+    """Return {part: seconds per step}; the sum is at least `wall`, a step's duration (s)."""
     events = list(events)
     part_of, scoped = part_lookup(events), set(PARTS)
     found = dict.fromkeys(PARTS, 0.0)
@@ -161,7 +161,7 @@ def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
 
 
 def part_lookup(events: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
-    """Return a function that maps an event to its part."""
+    """Return a function that maps a profiler event to its part of the detector."""
     scoped = {**OPERATORS, **{part: part for part in PARTS}}
     forward: dict[int, str] = {}  # autograd sequence number of an operator -> its part
 

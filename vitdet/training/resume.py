@@ -32,7 +32,7 @@ def states_folder(
     """Return the folder of the training states: output/checkpoints or a subfolder of `checkpoints`.
 
     The subfolder's name is a digest of everything that determines the weights. If this subfolder
-    has no states, an existing folder of the same run is used: a folder named by version 0.1, or one
+    has no states, an existing folder of the same run is used: a folder named by vitdet 0.1, or one
     with a different optim.steps or train.patience whose states this run can resume.
 
     Args:
@@ -71,7 +71,7 @@ def states_folder(
             check_content(other, state, TRAINING)
             stored = from_dict(state["config"])
         except ValueError:
-            continue  # damaged, or from another version
+            continue  # a damaged state, or one from another version of vitdet
         if (
             other in names(stored)
             and _same_but_for_length(config, stored)
@@ -107,7 +107,7 @@ def state_to_resume(
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     """Return the newest state up to step `up_to` that is intact on all ranks.
 
-    Adds the states that any rank found damaged to `states.damaged`. The evaluation is from rank 0.
+    Adds the states that any rank found damaged to `states.damaged`. EVALUATION comes from rank 0.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
@@ -116,7 +116,7 @@ def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     for _, _, damaged in found:
         states.damaged |= {path: why for path, why in damaged.items() if path.suffix == ".pt"}
     least = min(step for step, _, _ in found)
-    if any(step > least for step, _, _ in found):  # damaged on only some machines
+    if any(step > least for step, _, _ in found):  # newer states are damaged on some machines
         return _agreed_state(states, least)
     return None if state is None else state | found[0][1]
 
@@ -125,12 +125,12 @@ def _check_resumable(
     config: Config, output: Path, prints: dict[str, str], state: dict | None, folder: Path
 ) -> None:
     if state is None:
-        if (output / "model.pt").exists():  # `is_complete` returned False
+        if (output / "model.pt").exists():  # to be extended, or without best.pt
             steps = load_model_file(output / "model.pt")["step"]
             lacking = "" if _has_best(config, output) else ", without best.pt"
             raise ValueError(
-                f"{output}: contains a finished run (step {steps}{lacking}), but there is no "
-                f"training state to resume from in {folder}; choose another --output or "
+                f"{output}: the folder contains a finished run (step {steps}{lacking}), but {folder} "
+                "contains no training state to resume from; choose another --output or "
                 f"remove {output}"
             )
         return
@@ -140,10 +140,10 @@ def _check_resumable(
     steps, before = config.optim.steps, stored.optim.steps
     if not _same_but_for_length(config, stored):
         differing = "; ".join(difference(config, stored, affecting_weights=True))
-        error = f"contains a run with a different config ({differing})"
+        error = f"the folder contains a run with a different config ({differing})"
         remedy += ", or resume with the same settings"
     elif steps < step:
-        error = f"contains a run of {step} steps, more than optim.steps = {steps}"
+        error = f"the folder contains a run of {step} steps, more than optim.steps = {steps}"
     elif reason := _changed_rate(config, stored, step):
         error = f"optim.steps cannot change from {before} to {steps} after step {step}: {reason}"
     elif change := fingerprint.change(state, config.data, prints):
@@ -160,7 +160,7 @@ def is_complete(
 
     If so, calls `close_tracking(data fingerprint, run_id, step)`, because the process may have been
     killed before it had sent all metrics. Also returns False if the finished run can be extended or
-    lacks its best.pt. Raises ValueError for any other finished run.
+    lacks its best.pt. Raises ValueError if `output` contains a different finished run.
     """
     finished = output / "model.pt"
     if not finished.exists():
@@ -168,7 +168,7 @@ def is_complete(
     try:
         done = load_model_file(finished)
     except DamagedError as error:
-        raise DamagedError(f"{error}; remove it and run the same command again") from error
+        raise DamagedError(f"{error}; remove the file and run the same command again") from error
     stored = from_dict(done["config"])
     remedy = f"choose another --output or remove {output}"
     patient = _with_patience(stored, config)
@@ -183,13 +183,13 @@ def is_complete(
     if reason or difference(config, patient, affecting_weights=True):
         differing = "; ".join(difference(config, stored))
         raise ValueError(
-            f"{output}: contains a finished run with a different config ({differing}); "
+            f"{output}: the folder contains a finished run with a different config ({differing}); "
             f"{reason}{remedy}"
         )
     prints = fingerprint.fingerprints(config.data)
     if change := fingerprint.change(done, config.data, prints):
         raise ValueError(
-            f"{output}: contains a finished run on different data ({change}); {remedy}"
+            f"{output}: the folder contains a finished run on different data ({change}); {remedy}"
         )
     if not _has_best(config, output):
         return False
@@ -205,14 +205,14 @@ def _has_best(config: Config, output: Path) -> bool:
 
 
 def _same_but_for_length(config: Config, stored: Config) -> bool:
-    """Return whether at most optim.steps, a permitted patience and operational settings differ."""
+    """Return whether only optim.steps, a permitted train.patience or operational settings differ."""
     optim = replace(stored.optim, steps=config.optim.steps)
     stored = replace(_with_patience(stored, config), optim=optim)
     return not difference(config, stored, affecting_weights=True)
 
 
 def _with_patience(stored: Config, config: Config) -> Config:
-    """Return `stored`, with the train.patience of `config` if a run may be resumed with it."""
+    """Return `stored`, with the train.patience of `config` if the stored run may change to it."""
     ours, theirs = config.train.patience, stored.train.patience
     if theirs and (ours == 0 or ours > theirs):
         return replace(stored, train=replace(stored.train, patience=ours))
@@ -220,7 +220,7 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Describe the first of `done` steps with a different learning rate; '' if there is none."""
+    """Describe the first of `done` steps whose learning rates differ; '' if all are equal."""
     ours, theirs = (scaled(c.optim, c.train.batch_size) for c in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)

@@ -15,7 +15,7 @@ ABANDONED = 5.0  # seconds to wait for a write after a second Ctrl-C
 
 
 class Saver:
-    """Writes states in a thread, one at a time.
+    """Writes training states in a background thread, one after the other.
 
     `save` copies the tensors to host memory, so that the next step can change them, and returns.
     The copies are reused. They need as much host memory as a state (16 bytes per trained weight
@@ -39,7 +39,7 @@ class Saver:
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if copied:
             copied.record()
-        # a daemon, so that a hanging write does not prevent the process from ending
+        # a daemon thread, so that a hanging write does not prevent the process from ending
         self._thread = threading.Thread(
             target=self._write, args=(step, host, copied), name="saver", daemon=True
         )

@@ -2,7 +2,7 @@
 
 A step has `train.accumulate` micro-batches. Micro-batch k of rank r uses the random numbers and the
 loss normalization of rank r * accumulate + k in a run with accumulate times as many processes. The
-gradients are averaged over all micro-batches of all processes, and exchanged only in the last one.
+gradients of all micro-batches and processes are averaged, and exchanged once per step.
 
 In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
 overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not
@@ -42,7 +42,7 @@ from vitdet.types import Batch, Target, Targets
 
 log = logging.getLogger(__name__)
 
-LONG_RUN = 1000  # minimum number of steps for train.compile=auto to compile (takes about 90 s)
+LONG_RUN = 1000  # minimum optim.steps with which train.compile=auto compiles (takes about 90 s)
 # smallest loss scale; the scale starts at 2 ** 16 and is halved in each skipped step
 LEAST_SCALE = 2.0**-14
 
@@ -50,8 +50,8 @@ LEAST_SCALE = 2.0**-14
 class Figures(NamedTuple):
     """The result of a step.
 
-    losses and grad_norm, the norm of all gradients, are on the device. skipped is a bool tensor on
-    the device, or None if the precision never skips steps.
+    losses and grad_norm (the norm of all gradients) are tensors on the device. skipped is a bool
+    tensor on the device, or None if the precision never skips steps.
     """
 
     losses: dict[str, Tensor]
@@ -64,7 +64,7 @@ class TrainingStep:
     """The detector with its optimizer and weight average, and the step that updates them.
 
     `forward_backward` computes the gradients of one micro-batch, `update` applies the gradients of
-    a step. Neither synchronizes with the device.
+    a step. Neither method synchronizes with the device.
     """
 
     def __init__(self, detector: Detector, config: Config, device: torch.device) -> None:
@@ -77,7 +77,7 @@ class TrainingStep:
         self.optimizer = build_optimizer(detector, self.optim)
         self.average = WeightAverage(detector, self.optim.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        fp16 = self.scaler.is_enabled()  # a forward pass that overflows corrupts the statistics
+        fp16 = self.scaler.is_enabled()  # an overflow corrupts BatchNorm's statistics
         self.statistics = list(running_statistics(detector).values()) if fp16 else []
         self.model: nn.Module = detector  # the callable module; `distribute` wraps it
         self.graphed: GraphedGradients | None = None
@@ -89,8 +89,8 @@ class TrainingStep:
                 self.graphed = GraphedGradients(detector, self.gradients)
             elif distributed.rank() == 0:
                 log.info(
-                    "training steps run without a CUDA graph: it needs the Triton kernels, and a "
-                    "detector without BatchNorm and without activation checkpointing"
+                    "training steps run without a CUDA graph: graphs need the Triton kernels and "
+                    "a detector without BatchNorm and without activation checkpointing"
                 )
 
     def distribute(self) -> None:
@@ -174,7 +174,7 @@ class TrainingStep:
         return norm
 
     def release(self) -> None:
-        """Free memory that only the next step needs."""
+        """Free the memory of the CUDA graphs, which later steps record again."""
         if self.graphed is not None:
             self.graphed.release()
 
@@ -183,12 +183,12 @@ class TrainingStep:
         if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LEAST_SCALE:
             raise ValueError(
                 f"losses or gradients overflow in fp16 at every loss scale (now {scale:.1g}): "
-                "training has diverged, or needs a larger range; try a smaller optim.lr, "
+                "training has diverged, or needs a larger numeric range; try a smaller optim.lr, "
                 "optim.clip=1, or train.precision=bf16 or fp32"
             )
 
     def state_dict(self) -> dict[str, dict]:
-        """Return the state to resume from, without the weights; `scaler` is {} except in fp16."""
+        """Return the states of optimizer, weight average and loss scaler ({} except in fp16)."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
@@ -201,11 +201,11 @@ class TrainingStep:
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
             slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
-        # missing from states before version 3, and empty in states of other precisions
+        # missing from states before version 3; {} in states of other precisions than fp16
         if scaler := state.get("scaler"):
             self.scaler.load_state_dict(scaler)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the random seed of a micro-batch; rank: the virtual rank."""
+    """Return the random seed of a micro-batch; rank: rank * accumulate + index of micro-batch."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])

@@ -38,9 +38,9 @@ class Stop:
         self.received = 0
 
     def ask(self) -> Callable[[], int]:
-        """Start a reduction of the signals of all ranks; return a function that awaits the result.
+        """Start a reduction of all ranks' signals; return a function that waits for and returns the result.
 
-        With a single rank, the function returns the signal received by the time of its call.
+        With a single rank, the function returns the signal received before it is called.
         """
         if distributed.world_size() == 1:
             return lambda: self.received
@@ -67,7 +67,7 @@ def stop_signals() -> Iterator[Stop]:
     stop, previous = Stop(), {}
     try:
         for signum in SIGNALS:
-            # ignored under nohup and in background jobs; torchrun decides which signals it forwards
+            # signals that are ignored, e.g. under nohup, stay ignored unless torchrun forwards them
             if signal.getsignal(signum) != signal.SIG_IGN or distributed.by_torchrun():
                 previous[signum] = signal.signal(signum, stop.handle)
     except ValueError:  # not the main thread: the caller handles signals
@@ -87,5 +87,5 @@ def warn_of_short_grace() -> None:
         log.warning(
             "this version of torchrun kills its processes 30 s after SIGTERM, regardless of "
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT and the pod's terminationGracePeriodSeconds: a state "
-            "that takes longer to save is lost; newer versions of torch support this timeout"
+            "that takes longer to save is lost; newer versions of torch respect this variable"
         )

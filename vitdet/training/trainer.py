@@ -59,7 +59,7 @@ def train(
     start_tracking: StartTracking = lambda *_: Tracker(),
     profile: bool = False,
 ) -> Path:
-    """Train a detector and return the path of output/model.pt; resumes an interrupted run.
+    """Train a detector, or resume an interrupted run; return the path of output/model.pt.
 
     A resumed run may change operational settings (see `vitdet.config.sections.operational`). It may
     change optim.steps if the learning rate of the completed steps stays the same, and increase
@@ -70,14 +70,14 @@ def train(
     Args:
         config: the settings of the run.
         output: folder of the results.
-        checkpoints: folder in which the training states are written to a subfolder named by a
-            digest of settings, data and initial weights; default: output/checkpoints.
-        weights: local file to use for train.init.
+        checkpoints: parent folder of the training states, whose subfolder is named by a digest of
+            settings, data and initial weights; default: the states are in output/checkpoints.
+        weights: local file with the weights of train.init.
         start_tracking: see `StartTracking`.
         profile: write a trace of a few steps to output/profile; disables train.compile.
 
     Raises:
-        ValueError: `output` contains another run, the data is invalid, or training diverges.
+        ValueError: `output` contains a different run, the data is invalid, or training diverges.
         Stopped: on SIGTERM, SIGINT or SIGHUP, after the state is saved.
     """
     check_tracking(config.tracking)
@@ -113,8 +113,8 @@ def train(
         start, steps = state["step"] if state else 0, config.optim.steps
         if profile and steps - start < STEPS:
             raise ValueError(
-                f"a profile needs {STEPS} steps, more than the remaining {steps - start}: "
-                "start another training run with a larger optim.steps"
+                f"a profile needs at least {STEPS} steps; steps left in this run: "
+                f"{steps - start}; start another training run with a larger optim.steps"
             )
         settings, ranks = config.train, (distributed.rank(), distributed.world_size())
         batches = (settings.batch_size, settings.seed, start, steps)
@@ -122,7 +122,7 @@ def train(
             lambda: train_loader(config.data, *batches, *ranks, split, settings.accumulate)
         )
         check_classes(config, split.class_names, val_classes)
-        # also synchronizes the ranks: none writes before all have finished their checks
+        # also synchronizes the ranks: no rank writes before all ranks have finished their checks
         stop.check(f"stopped at step {start} of {steps}, before the detector was built")
 
         detector = fresh_detector(config, split, None if state else source, device)
@@ -183,7 +183,7 @@ class Loop:
         self.best = Best(config.train, output, saver.states.folder)
 
     def begin(self, state: dict | None) -> None:
-        """Restore a state, or save the first state if `state` is None."""
+        """Restore training from `state`, or save the initial state if `state` is None."""
         if state is None:
             self.save(0)  # fails early on a full disk or read-only folder; stores the run ID
             self.saver.wait()
@@ -195,8 +195,8 @@ class Loop:
         # missing from states written before commit 29b381b, which were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
-            self.metrics, self.evaluated = {}, 0  # computed with different settings
-        if "best" in state:  # not in states before version 4
+            self.metrics, self.evaluated = {}, 0  # were computed with other settings
+        if "best" in state:  # missing from states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:
             self.evaluated = 0  # best.pt is lost: repeat this step's evaluation, if due
@@ -204,7 +204,7 @@ class Loop:
     def run(self, start: int) -> int:
         """Run from step `start` to the end or early stopping; return the number of steps completed.
 
-        Raises Stopped, and ValueError if training has diverged.
+        Raises Stopped after a signal, and ValueError if training has diverged.
         """
         steps, settings = self.config.optim.steps, self.config.train
         self.training_step.distribute()
@@ -246,7 +246,7 @@ class Loop:
         return step == self.config.optim.steps or step % self.config.train.eval_every == 0
 
     def train_step(self, step: int, limit: float = 0.0) -> float:
-        """Run one step; return its learning rate. limit: for the watchdog, in seconds."""
+        """Run one step; return its learning rate. limit: the watchdog's time limit in seconds."""
 
         def at(stage: Stage) -> None:
             self.watchdog.at(step + 1, stage, limit)
@@ -263,7 +263,7 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """Evaluate the (averaged) weights on the validation split, and write pictures.
 
-        The metrics are written next to the state saved after `step` steps. Raises Stopped.
+        The metrics are written next to the state saved after `step` steps. Raises Stopped after a signal.
         """
         self.watchdog.at(step, Stage.EVALUATING, LONG)  # may read large annotation files
         self.training_step.release()
@@ -288,7 +288,7 @@ class Loop:
             self.stop.check(self.stopped(step))
 
     def measure(self, step: int) -> dict[str, float]:
-        """Return the metrics of the current weights. Raises Stopped."""
+        """Return the metrics of the current weights. Raises Stopped after a signal."""
         limits = iter([LONG])  # the first batch may compile kernels
 
         def advance(batch: bool) -> bool:
@@ -319,7 +319,7 @@ class Loop:
 
         Raises ValueError if training has diverged.
         """
-        meter = self.meter.state()  # before writing: a diverged state must not be saved
+        meter = self.meter.state()  # raises if training has diverged
         self.training_step.check()
         if distributed.rank() == 0:
             content = {
@@ -341,7 +341,7 @@ class Loop:
         }
 
     def finish(self, step: int) -> None:
-        """Write the trained detector, with the averaged weights if there are any."""
+        """Write the trained detector to model.pt; its weights are the averages if optim.ema is set."""
         self.saver.wait()
         self.best.report(step, self.config.optim.steps)
         with self.average.applied():

@@ -7,8 +7,8 @@ rank writes its Python stacks and exits. A rank that stops publishing (a lost no
 process, a call that holds the GIL) is reported with its last progress; faulthandler, which does not
 need the GIL, writes the stacks of that rank.
 
-A limit is LIMIT or, if longer, three times the duration of the previous step or batch. It is at
-least LONG for stages that may take long, such as the first step or the evaluation of LVIS.
+The limit is LIMIT seconds or, if longer, three times the duration of the previous step or batch.
+It is at least LONG seconds for long stages, such as the first step or the evaluation of LVIS.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from enum import IntEnum
 from vitdet import distributed
 from vitdet.training.stop import Stop, Stopped
 
-INTERVAL = 5.0  # seconds between two publications
+INTERVAL = 5.0  # seconds between two publications of a rank's progress
 LIMIT = 240.0  # seconds without progress, or without a publication
 LONG = distributed.COLLECTIVE_TIMEOUT.total_seconds()
 ANSWER = 15.0  # seconds for the other ranks to write their stacks
@@ -46,14 +46,14 @@ class Stage(IntEnum):
     EXCHANGING = 3  # the backward pass, which averages the gradients of all ranks
     SAVING = 4
     EVALUATING = 5
-    COMPARING = 6  # detections and ground truth, by rank 0
+    COMPARING = 6  # comparing detections with the ground truth, on rank 0
     FINISHING = 7
     WAITING = 8  # waiting for other ranks, in a collective
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The published progress of a rank: step, stage, seconds in this stage, and their limit."""
+    """The published progress of a rank: step, stage, seconds in this stage, time limit."""
 
     step: int
     stage: int
@@ -80,7 +80,7 @@ class Beat:
 
 
 def stalled(beats: Mapping[int, Beat]) -> list[int]:
-    """Return the silent ranks; if none, the ranks furthest behind, provided that all are late."""
+    """Return the silent ranks; if none, the ranks furthest behind if all of them are late."""
     running = {rank: beat for rank, beat in beats.items() if not beat.done}
     if silent := [rank for rank, beat in running.items() if beat.silent > LIMIT]:
         return silent
@@ -96,17 +96,20 @@ class Watchdog:
     def __init__(self, stop: Stop) -> None:
         self._stop, self._parent = stop, os.getppid()
         self._place = (0, Stage.PREPARING, LONG, time.monotonic())
-        self._round = (Stage.PREPARING, time.monotonic())  # stage that began the round, and when
-        self._paces: dict[Stage, float] = {}  # stage -> seconds of its last round
+        self._round = (
+            Stage.PREPARING,
+            time.monotonic(),
+        )  # first stage of this step or batch, start
+        self._paces: dict[Stage, float] = {}  # first stage -> seconds of the last step or batch
         self._beats: dict[int, Beat] = {}
-        self._heard: dict[int, float] = {}  # time of the last new publication of each rank
+        self._heard: dict[int, float] = {}  # rank -> time of its last new publication
         self._number, self._orphaned = 0, 0.0
         self._rank, self._shared, self._prefix = 0, False, ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Start watching, on all ranks."""
+        """Start watching; must be called on all ranks."""
         self._rank, self._shared = distributed.rank(), distributed.has_joined()
         # after a restart, torchrun's store still contains the keys of the previous processes
         self._prefix = distributed.rank0_result(lambda: uuid.uuid4().hex)
@@ -116,9 +119,9 @@ class Watchdog:
         self._thread.start()
 
     def at(self, step: int, stage: Stage, limit: float = 0.0) -> None:
-        """Record the main thread's progress. limit: seconds, if the stage may exceed LIMIT."""
+        """Record the main thread's progress. limit: seconds, for a stage that may exceed LIMIT."""
         now = time.monotonic()
-        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # a new round: a step or batch
+        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # a new step or batch
             before, began = self._round
             self._paces[before] = now - began
             self._round = stage, now
@@ -147,7 +150,7 @@ class Watchdog:
         answered = last
         while not self._end.wait(INTERVAL):
             now = time.monotonic()
-            if now - last > LIMIT / 2:  # this process was frozen, possibly with all others
+            if now - last > LIMIT / 2:  # this process was frozen, perhaps with all other ranks
                 answered = now
                 self._heard = dict.fromkeys(self._heard, now)
             self._watch_parent(now)
@@ -161,7 +164,7 @@ class Watchdog:
             except RuntimeError as error:  # network errors in torch
                 store = None
                 if time.monotonic() - answered > LIMIT:
-                    self._give_up(None, f"the store of rank 0's node does not respond: {error}")
+                    self._give_up(None, f"torchrun's store on rank 0 does not respond: {error}")
             last = time.monotonic()
         if self._shared:
             faulthandler.cancel_dump_traceback_later()
@@ -179,8 +182,7 @@ class Watchdog:
         self._orphaned = self._orphaned or now
         if now - self._orphaned > LIMIT:
             self._give_up(
-                None,
-                "torchrun has ended, but this training run has not reached a point to stop at",
+                None, f"torchrun has ended, but this rank did not stop within {LIMIT:.0f} s"
             )
 
     def _publish(self, store: distributed.Store) -> None:
@@ -210,16 +212,16 @@ class Watchdog:
     def _verdict(self, late: list[int]) -> str:
         names = ", ".join(f"rank {rank} ({self._beats[rank]})" for rank in late)
         others = [f"rank {rank}: {beat}" for rank, beat in self._beats.items() if rank not in late]
-        restart = "torchrun restarts them from the last state if it has restarts left"
+        restart = "torchrun restarts them from the last state, unless no restarts are left"
         return "\n".join([f"no progress: {names}; ending all ranks; {restart}", *others])
 
     def _give_up(self, store: distributed.Store | None, message: str) -> None:
-        """Write the message and this rank's stacks, wait for the other ranks to do so, and exit."""
+        """Write the message and this rank's stacks, wait for the other ranks' stacks, and exit."""
         lines = [f"vitdet: {message}\n"] if message else []
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file)
             file.seek(0)
-            # prefixed as in torch: all ranks may share standard error
+            # the rank is a prefix, as in torch: all ranks may share standard error
             lines += [f"[rank{self._rank}]: {line}" for line in file]
         if record := distributed.flight_record():
             lines.append(f"[rank{self._rank}]: NCCL's collectives in flight: {record}\n")
@@ -234,7 +236,7 @@ class Watchdog:
 
 @contextmanager
 def watching(stop: Stop) -> Iterator[Watchdog]:
-    """Watch the ranks within the context, if torchrun started them or there are several."""
+    """Watch the ranks within the context, if torchrun started them or there are at least two."""
     watchdog = Watchdog(stop)
     if distributed.by_torchrun() or distributed.has_joined():
         watchdog.start()
@@ -243,5 +245,5 @@ def watching(stop: Stop) -> Iterator[Watchdog]:
     except Stopped:
         watchdog.finish()
         raise
-    # Not called after other errors: the other ranks' watchdogs must notice that this rank ended
+    # not called after other errors: the other ranks' watchdogs must notice that this rank ended
     watchdog.finish()
