@@ -74,7 +74,7 @@ def test_another_batch_size_is_explained_in_one_line() -> None:
     assert rate_note(OptimConfig(scale_lr=True), 16) == scaling
     assert rate_note(OptimConfig(), 16) == (
         f"{size}: optim.lr is not scaled; set optim.scale_lr=true to scale it to 2.5e-05, or "
-        "optim.lr_batch_size=16 if it is for this batch size"
+        "optim.lr_batch_size=16 if optim.lr is for this batch size"
     )
 
 

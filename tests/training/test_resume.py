@@ -116,6 +116,6 @@ def test_a_finished_run_is_reused_only_for_equal_config_and_data(
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
-    with refused(r"run: contains a finished run on different data \(train split \w+, now \w+\)"):
+    with refused(r"contains a finished run on different data \(train split \w+, now \w+\)"):
         again()
     assert len(heard) == 1

@@ -48,7 +48,7 @@ def test_the_profile_reports_every_part_of_a_step(
 def test_profiling_too_few_steps_is_refused_at_the_start(tiny: Path, tmp_path: Path) -> None:
     config = load_config("tiny", minimal(tiny, **{"optim.steps": STEPS - 1}))
     with pytest.raises(
-        ValueError, match=f"needs {STEPS} steps, more than the remaining {STEPS - 1}"
+        ValueError, match=f"at least {STEPS} steps; steps left in this run: {STEPS - 1}; start"
     ):
         train(config, tmp_path / "run", profile=True)
     assert not (tmp_path / "run").exists()

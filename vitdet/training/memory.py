@@ -56,7 +56,7 @@ def checkpoint_activations(
 def step_bytes(
     detector: Detector, config: Config, images: int, precision: str, fused: bool
 ) -> float:
-    """Estimate a step's bytes of memory without activation checkpointing; fused: Triton kernels."""
+    """Estimate the bytes of a step without activation checkpointing; fused: with Triton kernels."""
     backbone, side = detector.backbone, config.data.image_size
     weights = sum(parameter.numel() for parameter in detector.parameters())
     averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0

@@ -53,7 +53,7 @@ BACKWARD = "autograd::engine::evaluate_function: "
 
 
 class ProfiledBatches:
-    """Yields the batches of a loader, and profiles the first steps. step: the object to profile.
+    """Yields a loader's batches and profiles the first steps; step: the TrainingStep to profile.
 
     Writes a trace for chrome://tracing or Perfetto to folder/trace.json and the ms per step of each
     part to folder/parts.json, and logs a table.

@@ -129,8 +129,8 @@ def _check_resumable(
             steps = load_model_file(output / "model.pt")["step"]
             lacking = "" if _has_best(config, output) else ", without best.pt"
             raise ValueError(
-                f"{output}: the folder contains a finished run (step {steps}{lacking}), but {folder} "
-                "contains no training state to resume from; choose another --output or "
+                f"{output}: the folder contains a finished run (step {steps}{lacking}), but "
+                f"{folder} contains no training state to resume from; choose another --output or "
                 f"remove {output}"
             )
         return
@@ -205,7 +205,7 @@ def _has_best(config: Config, output: Path) -> bool:
 
 
 def _same_but_for_length(config: Config, stored: Config) -> bool:
-    """Return whether only optim.steps, a permitted train.patience or operational settings differ."""
+    """Return whether only optim.steps, permitted train.patience or operational settings differ."""
     optim = replace(stored.optim, steps=config.optim.steps)
     stored = replace(_with_patience(stored, config), optim=optim)
     return not difference(config, stored, affecting_weights=True)

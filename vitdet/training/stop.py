@@ -38,9 +38,9 @@ class Stop:
         self.received = 0
 
     def ask(self) -> Callable[[], int]:
-        """Start a reduction of all ranks' signals; return a function that waits for and returns the result.
+        """Start a reduction of all ranks' signals; return a function that waits for the result.
 
-        With a single rank, the function returns the signal received before it is called.
+        With a single rank, the function returns the signal received before its call.
         """
         if distributed.world_size() == 1:
             return lambda: self.received

@@ -195,7 +195,7 @@ class Loop:
         # missing from states written before commit 29b381b, which were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
-            self.metrics, self.evaluated = {}, 0  # were computed with other settings
+            self.metrics, self.evaluated = {}, 0  # of other evaluation settings
         if "best" in state:  # missing from states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:
@@ -204,7 +204,7 @@ class Loop:
     def run(self, start: int) -> int:
         """Run from step `start` to the end or early stopping; return the number of steps completed.
 
-        Raises Stopped after a signal, and ValueError if training has diverged.
+        Raises Stopped on a signal, and ValueError if training has diverged.
         """
         steps, settings = self.config.optim.steps, self.config.train
         self.training_step.distribute()
@@ -263,7 +263,7 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """Evaluate the (averaged) weights on the validation split, and write pictures.
 
-        The metrics are written next to the state saved after `step` steps. Raises Stopped after a signal.
+        Writes the metrics next to the state saved after `step` steps. Raises Stopped on a signal.
         """
         self.watchdog.at(step, Stage.EVALUATING, LONG)  # may read large annotation files
         self.training_step.release()
@@ -288,7 +288,7 @@ class Loop:
             self.stop.check(self.stopped(step))
 
     def measure(self, step: int) -> dict[str, float]:
-        """Return the metrics of the current weights. Raises Stopped after a signal."""
+        """Return the metrics of the current weights. Raises Stopped on a signal."""
         limits = iter([LONG])  # the first batch may compile kernels
 
         def advance(batch: bool) -> bool:
@@ -341,7 +341,7 @@ class Loop:
         }
 
     def finish(self, step: int) -> None:
-        """Write the trained detector to model.pt; its weights are the averages if optim.ema is set."""
+        """Write the trained detector to model.pt, with averaged weights if optim.ema is set."""
         self.saver.wait()
         self.best.report(step, self.config.optim.steps)
         with self.average.applied():

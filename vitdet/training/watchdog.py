@@ -96,10 +96,8 @@ class Watchdog:
     def __init__(self, stop: Stop) -> None:
         self._stop, self._parent = stop, os.getppid()
         self._place = (0, Stage.PREPARING, LONG, time.monotonic())
-        self._round = (
-            Stage.PREPARING,
-            time.monotonic(),
-        )  # first stage of this step or batch, start
+        # first stage and start time of the current step or evaluation batch
+        self._round = Stage.PREPARING, time.monotonic()
         self._paces: dict[Stage, float] = {}  # first stage -> seconds of the last step or batch
         self._beats: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}  # rank -> time of its last new publication
@@ -181,9 +179,8 @@ class Watchdog:
         self._stop.received = self._stop.received or signal.SIGTERM
         self._orphaned = self._orphaned or now
         if now - self._orphaned > LIMIT:
-            self._give_up(
-                None, f"torchrun has ended, but this rank did not stop within {LIMIT:.0f} s"
-            )
+            text = f"torchrun has ended, but this rank did not stop within {LIMIT:.0f} s"
+            self._give_up(None, text)
 
     def _publish(self, store: distributed.Store) -> None:
         self._number += 1
