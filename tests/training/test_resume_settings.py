@@ -107,7 +107,7 @@ def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_
         r"contains a finished run with a different config \(optim.steps: 12, not 8\); the learning"
     )
     rates = "rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove "
-    with refused(f"step: {before} {rates}"):
+    with refused(f"step: the folder {before} {rates}"):
         go(tiny, tmp_path / "step", optim__steps=12, **dropped)
 
 
@@ -122,7 +122,7 @@ def test_extending_a_finished_run_needs_its_last_state(tiny: Path, tmp_path: Pat
     go(tiny, tmp_path, optim__milestones="[]", optim__steps=1)
     before = (tmp_path / "model.pt").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
-    with refused("contains a finished run .step 1., but there is no training state to"):
+    with refused("contains a finished run .step 1., but .*contains no training state to"):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=2)
     assert (tmp_path / "model.pt").read_bytes() == before
 

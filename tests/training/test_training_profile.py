@@ -37,7 +37,7 @@ def test_the_profile_reports_every_part_of_a_step(
     events = json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
     assert set(PARTS) - {IDLE, "other", "NMS"} <= {event.get("name") for event in events}
     logged = next(
-        entry.message for entry in caplog.records if "time of a step by part" in entry.message
+        entry.message for entry in caplog.records if "time per step of each part" in entry.message
     )
     rows = [line.split() for line in logged.splitlines()[1:]]
     assert len(rows) == len(PARTS) + 1 and rows[-1][0] == "step"
