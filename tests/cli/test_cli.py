@@ -73,7 +73,7 @@ def test_config(vitdet: Run, tmp_path: Path) -> None:
 def test_data(vitdet: Run, tmp_path: Path) -> None:
     words = ("data", "tiny", "made", "--train", "3", "--val", "2", "--seed", "5")
     assert vitdet(*words) == (0, "made: 3 + 2 images\n", "")
-    assert vitdet(*words) == (0, "made: 3 + 2 images, already there\n", "")
+    assert vitdet(*words) == (0, "made: 3 + 2 images, already complete\n", "")
     refused(vitdet(*words[:-1], "6"), "contains something other than the tiny data set")
     code, output, _ = vitdet("data", "check", "made")
     assert code == 0 and "train (images: 3," in output and "errors: none" in output
@@ -190,7 +190,7 @@ def test_an_error_is_one_line_and_leaves_no_files(
     ("words", "message"),
     [
         ("trian", "invalid choice: 'trian'"),
-        ("compare a b --resamples many", "expected a number from 100 to 1000000, got 'many'"),
+        ("compare a b --resamples many", "expected an integer from 100 to 1000000, got 'many'"),
         ("promote a --version 0", "expected a version number, got '0'"),
         ("data convert a b --splits ,", "expected names separated by commas, got ','"),
     ],

@@ -196,9 +196,9 @@ def test_commands_that_read_images_accept_max_pixels(
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("optim.lr=1", "optim.lr has no effect here; --set accepts data.max_pixels and data.bit_d"),
-        ("data.root=x", "data.root has no effect here"),
-        ("data={max_pixels: 7, flip: 0.1}", "data.flip has no effect here"),
+        ("optim.lr=1", "optim.lr has no effect; --set accepts data.max_pixels and data.bit_d"),
+        ("data.root=x", "data.root has no effect"),
+        ("data={max_pixels: 7, flip: 0.1}", "data.flip has no effect"),
         ("data.bit_depth=11", "data.bit_depth: expected one of 0, 8, 10, 12, 14, 16, got 11"),
         ("data.max_pixels=0", "data.max_pixels must be between 1 and 178956970, got 0"),
     ],

@@ -285,7 +285,7 @@ def test_an_option_without_effect_is_rejected(vitdet: Run, setting: str) -> None
     coco_beside(Path("source"))
     _, _, errors = vitdet("data", "convert", "source", "out", "--set", setting)
     key = setting.partition("=")[0]
-    assert errors == f"vitdet: {key} has no effect here; --set accepts data.max_pixels\n"
+    assert errors == f"vitdet: {key} has no effect; --set accepts data.max_pixels\n"
     assert os.listdir() == ["source"]
 
 

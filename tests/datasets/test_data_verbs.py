@@ -67,7 +67,7 @@ def test_a_fetch_by_a_user(vitdet: Run, web: Web) -> None:
     files = "annotations/lvis_v1_train.json, annotations/lvis_v1_val.json"
     assert (code, output) == (0, f"d: train2017 12 images, val2017 12 images, {files}\n")
     again = vitdet("data", "lvis", "d", "--from", "nowhere")
-    assert again == (0, output.replace("\n", ", already there\n"), "")
+    assert again == (0, output.replace("\n", ", already complete\n"), "")
     assert len(web.asked) == 5
     # without COCO's annotations
     assert vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1

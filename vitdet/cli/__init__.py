@@ -1,6 +1,6 @@
-"""The command line. Each verb has a module that adds the verb's arguments and runs the verb.
+"""The command line. Each command has a module that adds its arguments and runs the command.
 
-The function that runs a verb returns the exit code. It imports the packages that load slowly, such
+The function that runs a command returns the exit code. It imports packages that load slowly, such
 as torch, so that `vitdet --help` is fast. `main` prints a user error in one line.
 """
 
@@ -31,7 +31,7 @@ from vitdet.tracking.address import HidingFilter, hide_credentials
 VERBS = {
     "config": (add_config, "print the resolved settings of a recipe, or the names of all recipes"),
     "data": (add_data, "download, generate, check, report on or convert a data set"),
-    "weights": (add_weights, "list, download or convert published weights"),
+    "weights": (add_weights, "list, download, convert or pre-train weights"),
     "train": (add_train, "train a detector, or resume an interrupted training run"),
     "evaluate": (
         add_evaluate,
@@ -47,7 +47,7 @@ VERBS = {
     ),
     "rollback": (add_rollback, "make the previous champion the champion again"),
 }
-# verb -> advice if the GPU runs out of memory
+# command -> advice if the GPU runs out of memory
 MEMORY_ADVICE = {
     "train": "Raise train.accumulate (the same batch in smaller micro-batches), set "
     "train.activation_checkpointing=blocks, or lower train.batch_size, data.image_size or, for "
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # vitdet itself logs the relevant properties of an unusual image, in one line
+    # no warnings of Pillow: vitdet itself logs the relevant properties of an unusual image
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.root.handlers:
@@ -96,7 +96,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _message(error: Exception, verb: str) -> str:
     """Return the line that reports a user error; "" for a bug in vitdet."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # avoids importing torch and mlflow
+    kinds = {
+        kind.__name__ for kind in type(error).__mro__
+    }  # names need no import of torch or mlflow
     lines = hide_credentials(error).strip().splitlines() or [type(error).__name__]
     if "OutOfMemoryError" in kinds:
         # keep the sentences on requested and available memory, not those on torch's allocator
@@ -127,12 +129,12 @@ class _Version(argparse.Action):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all verbs and their arguments."""
+    """Return the parser of all commands and their arguments."""
     description = "Train, evaluate and deploy plain Vision Transformer detectors (ViTDet)."
     root = argparse.ArgumentParser(prog="vitdet", description=description)
     help = "print the versions of vitdet, torch and Python"
     root.add_argument("--version", action=_Version, nargs=0, help=help)
-    verbs = root.add_subparsers(required=True, metavar="VERB", dest="verb")
+    verbs = root.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, (add_arguments, help) in VERBS.items():
         add_arguments(add_kind(verbs, name, help))
     return root

@@ -1,4 +1,4 @@
-"""Parts of the command line that several verbs share: kinds of a verb, and arguments for paths."""
+"""Command-line helpers that several commands share: subcommands, and arguments for paths."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ CHECKPOINT = (
 
 
 def add_kind(kinds: Any, name: str, help: str, text: str = "") -> argparse.ArgumentParser:
-    """Add a verb or a kind of a verb; `text` is its description, by default the help text."""
+    """Add a command or subcommand; text: its description, by default the help text."""
     return kinds.add_parser(name, help=help, description=text or f"{help[0].upper()}{help[1:]}.")
 
 
 def add_file(verb: argparse.ArgumentParser, name: str, help: str) -> None:
-    """Add an argument or option that is the path of a file."""
+    """Add an argument or option whose value is the path of a file."""
     verb.add_argument(name, type=given_path, metavar="FILE", help=help)
 
 
 def add_folder(verb: argparse.ArgumentParser, name: str, help: str) -> None:
-    """Add an argument or option that is the path of a folder."""
+    """Add an argument or option whose value is the path of a folder."""
     verb.add_argument(name, type=given_path, metavar="DIR", help=help)
 
 

@@ -9,7 +9,7 @@ from vitdet.cli.overrides import add_set, log_resolved
 
 
 def add_config(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `config`."""
+    """Add the arguments of `vitdet config`."""
     help = "name of a recipe, or a YAML file (default: list the recipes)"
     verb.add_argument("recipe", nargs="?", help=help)
     add_set(verb)
@@ -28,7 +28,9 @@ def run_config(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         if args.overrides or args.output or args.training:
-            raise ValueError("--set, --output and --training need a recipe; see `vitdet config`")
+            raise ValueError(
+                "--set, --output and --training need a recipe; `vitdet config` lists all"
+            )
         print("\n".join(recipes()))
         return 0
     config, found = resolve_config(args.recipe, args.overrides)

@@ -16,13 +16,13 @@ FETCH = (
     "are neither downloaded again nor overwritten. The proxies in http_proxy and https_proxy are "
     "used."
 )
-# image settings of a conversion, which reads the sizes of images but not their pixels
+# the only reading setting of a conversion, which reads sizes of images but not their pixels
 LARGEST_IMAGE = ("max_pixels",)
 
 
 def add_data(verb: argparse.ArgumentParser) -> None:
-    """Add the kinds of the verb `data`."""
-    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    """Add the subcommands of `vitdet data`."""
+    kinds = verb.add_subparsers(required=True, metavar="SUBCOMMAND")
     kind = add_kind(kinds, "tiny", "generate the small data set of the demo")
     add_folder(kind, "folder", "folder to create")
     for name, default, what in (("train", 4000, "training"), ("val", 200, "validation")):
@@ -35,7 +35,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
         _add_fetch(add_kind(kinds, name, help, FETCH.format(title)), name)
     kind = add_kind(kinds, "check", "list all problems of a data set in COCO's layout")
     add_folder(kind, "folder", "folder of the data set")
-    help = "also read every image and find images that are in two splits; uses all CPU cores"
+    help = "also read every image and report images that are in two splits; uses all CPU cores"
     kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_check)
@@ -58,8 +58,8 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "--split",
         default="",
         choices=("train", "val"),
-        help="download only the files of this split; LVIS's val split includes COCO's training "
-        "images (default: both splits)",
+        help="download only the files of this split; for LVIS, its annotations and the images of "
+        "both splits (default: both splits)",
     )
     kind.add_argument(
         "--mirror",
@@ -90,7 +90,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--format", choices=formats, help=help)
     help = "convert only these splits (default: all)"
     kind.add_argument("--splits", type=_names, default=(), metavar="A,B", help=help)
-    help = "share of images to use as val if SRC has no val split, e.g. 0.1 (default: %(default)s)"
+    help = "share of images for the val split if SRC has none, e.g. 0.1 (default: %(default)s)"
     kind.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=help)
     help = "random seed of --val-share (default: %(default)s)"
     kind.add_argument("--seed", type=int, default=0, help=help)
@@ -118,7 +118,7 @@ def run_data_tiny(args: argparse.Namespace) -> int:
     from vitdet.demo.tiny import make_tiny
 
     made = make_tiny(args.folder, args.train, args.val, args.seed)
-    suffix = "" if made else ", already there"
+    suffix = "" if made else ", already complete"
     print(f"{args.folder}: {args.train} + {args.val} images{suffix}")
     return 0
 
@@ -154,7 +154,7 @@ def run_data_fetch(args: argparse.Namespace) -> int:
     here = download_record.read(args.folder).only((), paths)
     parts = [f"{folder.path} {_count(folder.count, 'image')}" for folder in here.folders]
     parts += [file.path for file in here.files]
-    print(f"{args.folder}: {', '.join(parts)}{'' if made else ', already there'}")
+    print(f"{args.folder}: {', '.join(parts)}{'' if made else ', already complete'}")
     return 0
 
 

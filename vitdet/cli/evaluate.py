@@ -10,7 +10,7 @@ from vitdet.cli.overrides import add_set, log_resolved
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `evaluate`."""
+    """Add the arguments of `vitdet evaluate`."""
     verb.add_argument("checkpoint", type=given_path, nargs="?", help=CHECKPOINT)
     add_set(verb)
     help = "YAML file with the data and evaluate settings (default: the checkpoint's settings)"
@@ -47,7 +47,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vitdet.tracking.runs import default_folder
 
     for path in filter(None, (args.output, args.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the evaluation, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)  # otherwise, fails before the evaluation
     config = None
     if args.config:
         config, found = resolve_config(args.config)
@@ -77,8 +77,7 @@ def _evaluate_results(args: argparse.Namespace) -> int:
         )
     if not args.results or not args.annotations:
         raise ValueError(
-            "--results and --annotations must be given together; --dataset selects the evaluation "
-            "protocol (default: coco)"
+            "--results and --annotations must be given together, and --dataset only with both"
         )
     from vitdet.evaluation.evaluator import evaluate_results
     from vitdet.tracking.measured import write_metrics

@@ -16,7 +16,7 @@ READING = ("max_pixels", "bit_depth")  # settings of `data` for reading image fi
 
 
 def add_set(verb: argparse.ArgumentParser, help: str = "") -> None:
-    """Add `--set`; the default help text is for verbs that accept all settings."""
+    """Add `--set`; the default help text is for commands that accept all settings."""
     verb.add_argument(
         "--set",
         action="append",
@@ -28,7 +28,7 @@ def add_set(verb: argparse.ArgumentParser, help: str = "") -> None:
 
 
 def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -> None:
-    """Add `--set` for these `data` settings to a verb that reads images without a config."""
+    """Add `--set` for these `data` settings to a command that reads images without a config."""
     settings = " or ".join(f"data.{name}=N" for name in names)
     add_set(verb, f"override a setting for reading images, {settings}; may be repeated")
 
@@ -43,12 +43,12 @@ def reading_with(
 
     allowed = [f"data.{name}" for name in names]
     if others := sorted(overridden_settings(overrides) - {"data", *allowed}):
-        raise ValueError(f"{others[0]} has no effect here; --set accepts {' and '.join(allowed)}")
+        raise ValueError(f"{others[0]} has no effect; --set accepts {' and '.join(allowed)}")
     return Reading.of(override(Config(data=DataConfig(**vars(reading))), overrides).data)
 
 
 def log_resolved(config: Config, found: Mapping[str, str | int]) -> None:
-    """Log the settings that the data determined, if any."""
+    """Log the settings that were determined from the data, if any."""
     from vitdet.data.layout import settings_text
 
     if found:

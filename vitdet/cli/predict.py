@@ -12,10 +12,10 @@ from vitdet.files import atomic_write, write_jpeg, write_json
 
 
 def add_predict(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `predict`."""
+    """Add the arguments of `vitdet predict`."""
     verb.add_argument("checkpoint", type=given_path, help="checkpoint of a detector")
     verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE", help="image file")
-    help = "folder for the drawn images and detections.json"
+    help = "folder for the images with their detections drawn, and detections.json"
     verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
     help = "minimum score of a detection (default: %(default)s)"
     verb.add_argument("--threshold", metavar="SCORE", type=float, default=0.5, help=help)

@@ -11,12 +11,12 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Redraw a line on a terminal; otherwise, print one per 10% (per 100 MB for unknown sizes)."""
+    """Redraws a line on a terminal, else prints a line per 10% (per 100 MB for unknown sizes)."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
-        self._first: tuple[float, int] | None = None  # at the start of this attempt: time, bytes
-        self._shown = (0.0, -1)  # last printed line: time, tenths of the file or units of 100 MB
+        self._first: tuple[float, int] | None = None  # time and bytes at the start of this attempt
+        self._shown = (0.0, -1)  # of the last line: time, progress in tenths or 100 MB
 
     def at(self, done: int, total: int | None) -> None:
         """Show that `done` bytes of `total` have been downloaded; `total` is None if unknown."""
@@ -50,7 +50,7 @@ class Bar:
         return f"{self.name}  {share}{left}"
 
     def end(self) -> None:
-        """End this attempt's line and prepare for the next attempt."""
+        """End the line of this download attempt and prepare for the next attempt."""
         if self._first and self.stream.isatty():
             self._write("\n")
         self._first, self._shown = None, (0.0, -1)

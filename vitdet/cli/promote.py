@@ -10,9 +10,9 @@ from vitdet.cli.arguments import add_file, given_path
 
 
 def add_promote(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `promote`."""
+    """Add the arguments of `vitdet promote`."""
     _add_model(verb)
-    help = "version to promote (default: the version with the alias candidate)"
+    help = "version to promote (default: the version with the alias `candidate`)"
     verb.add_argument("--version", type=_number, metavar="N", help=help)
     help = "skip the gate; REASON is stored as a tag of the model version"
     verb.add_argument("--force", metavar="REASON", type=_reason, help=help)
@@ -20,7 +20,7 @@ def add_promote(verb: argparse.ArgumentParser) -> None:
 
 
 def add_rollback(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `rollback`."""
+    """Add the arguments of `vitdet rollback`."""
     _add_model(verb)
     help = "reason for the rollback, stored as a tag of the model version"
     verb.add_argument("--reason", default="", help=help)

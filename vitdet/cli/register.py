@@ -8,7 +8,7 @@ from vitdet.cli.arguments import CHECKPOINT, add_file, add_folder, given_path
 
 
 def add_register(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `register`."""
+    """Add the arguments of `vitdet register`."""
     verb.add_argument("checkpoint", type=given_path, help=CHECKPOINT)
     help = (
         "alias to set in addition to `candidate`; `champion` is set only if the model version "
@@ -21,7 +21,7 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     )
     help = "JSON file from --output of `vitdet evaluate`; its metrics become tags of the version"
     add_file(verb, "--metrics", help)
-    help = "folder from --plots of that evaluation; its report and matches are added to the version"
+    help = "folder from --plots of `vitdet evaluate`; its report and matches join the version"
     add_folder(verb, "--plots", help)
     add_file(verb, "--output", "write the model name, version and alias to this JSON file")
     verb.set_defaults(run=run_register)

@@ -13,14 +13,14 @@ from vitdet.config import load_config
 
 
 def add_train(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `train`."""
+    """Add the arguments of `vitdet train`."""
     verb.add_argument("recipe", help="name of a recipe, or a YAML file")
     add_set(verb)
     help = "output folder, for model.pt, best.pt, config.yaml and checkpoints/"
     verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
     help = (
-        "folder for the training states from which a training run resumes, with a subfolder for "
-        "each config and data set (default: --output)"
+        "parent folder of the training states to resume from, with a subfolder for each config "
+        "and data set (default: the states are in OUTPUT/checkpoints)"
     )
     add_folder(verb, "--checkpoints", help)
     help = "folder with the fetched weights for train.init (default: ~/.cache/vitdet)"

@@ -25,14 +25,14 @@ FETCH = (
 
 
 def add_weights(verb: argparse.ArgumentParser) -> None:
-    """Add the kinds of the verb `weights`."""
-    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    """Add the subcommands of `vitdet weights`."""
+    kinds = verb.add_subparsers(required=True, metavar="SUBCOMMAND")
     kind = add_kind(kinds, "list", "list the published weights: size, checksum, license, link")
     kind.add_argument("--json", action="store_true", help="print JSON instead of text")
     kind.set_defaults(run=run_list)
 
     kind = add_kind(kinds, "fetch", "download, verify and convert published weights", FETCH)
-    help = "name in `vitdet weights list`, or a config file whose train.init is to be fetched"
+    help = "name in `vitdet weights list`, or a config file, to fetch the weights in train.init"
     kind.add_argument("name", help=help)
     help = "folder for the weights (default: ~/.cache/vitdet, where train.init finds them)"
     add_folder(kind, "--output", help)
@@ -80,14 +80,14 @@ def run_list(args: argparse.Namespace) -> int:
             if bool(entry.recipe) == is_detector:
                 print(*_lines(entry), sep="\n", end="\n\n")
     print(
-        "`vitdet weights fetch NAME` downloads and converts weights, and stores them in "
+        "`vitdet weights fetch NAME` downloads and converts weights to a file in "
         "~/.cache/vitdet; --output selects another folder."
     )
     return 0
 
 
 def _record(entry: Entry) -> dict:
-    """Return an entry as JSON values; properties that are not published are null."""
+    """Return a catalogue entry as JSON values; unpublished properties are null."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
@@ -98,12 +98,12 @@ def _record(entry: Entry) -> dict:
 
 
 def _lines(entry: Entry) -> Iterator[str]:
-    """Yield the text lines of an entry: contents, source, and known properties of the file."""
+    """Yield the lines of a catalogue entry: contents, source, known properties of the file."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
     ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
-    yield f"  {entry.name:32} {entry.what}{ap}{'  [here]' if is_here(entry) else ''}"
+    yield f"  {entry.name:32} {entry.what}{ap}{'  [downloaded]' if is_here(entry) else ''}"
     remarks = {
         "page": " (a web page; open it in a browser)",
         "dead": " (dead link)",

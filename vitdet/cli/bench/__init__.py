@@ -1,4 +1,4 @@
-"""`vitdet bench`: measure the speed of training, detection, evaluation or reading data."""
+"""`vitdet bench`: measure the speed of training, detection, evaluation or data loading."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vitdet.files import write_json
 
 
 def add_bench(verb: argparse.ArgumentParser) -> None:
-    """Add the kinds of the verb `bench`."""
-    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    """Add the subcommands of `vitdet bench`."""
+    kinds = verb.add_subparsers(required=True, metavar="SUBCOMMAND")
     help = "measure the CPU time of evaluation by vitdet and by pycocotools (about 3 minutes)"
     kind = add_kind(kinds, "evaluate", help)
     _add_number(kind, "--images", 5000, "number of images")
@@ -88,8 +88,8 @@ def run_bench_evaluate(args: argparse.Namespace) -> int:
     for name, seconds in measured["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
     print(
-        f"pycocotools takes {measured['ratio']:.2f} times as long; the largest difference in a "
-        f"metric is {measured['largest_difference']:.0e} percentage points"
+        f"pycocotools takes {measured['ratio']:.2f} times as long as vitdet; the largest difference "
+        f"in a metric is {measured['largest_difference']:.0e} percentage points"
     )
     return _written(measured, args.output)
 

@@ -43,7 +43,7 @@ def measure(
         data = DataConfig(
             root=str(folder), train_split=split, val_split=split, image_size=SIDE, workers=0
         )
-        # without a cache, as for a data set that does not fit into memory
+        # cache=0, as for a data set that does not fit into memory
         stream.append(TrainData(read_split(data, split), data, seed=0, cache=0))
     records = [record for data in stream for record in data.records]
     readers: dict[str, Callable[[int], None]] = {"vitdet": lambda turn: _read_all(stream, turn)}

@@ -2,7 +2,7 @@
 
 With random weights, no score is above `evaluate.score_threshold`. Therefore the class logits are
 scaled up until an image has `evaluate.max_detections` detections; the workload of the mask head and
-of the conversion is then similar to that on LVIS. The time of a row is the time from one call to
+of the conversion is then similar to that on LVIS. The time in a row is the time from one call to
 the next (on a GPU, measured with CUDA events), including copying images to the device.
 """
 
@@ -47,7 +47,7 @@ def measure_inference(
 @torch.no_grad()
 def let_detect(detector: Detector, batch: Batch) -> int:
     """Scale the class logits by the smallest of SCALES with which the image of `batch` has the
-    maximum number of detections, or by the largest if none suffices; return the resulting number.
+    maximum number of detections, or by the largest if none suffices; return the number found.
     """
     layers = [stage.get_submodule("logits") for stage in detector.roi_heads.stages]
     drawn = [layer.get_parameter("weight").clone() for layer in layers]
@@ -67,8 +67,8 @@ def measure_calls(
 ) -> dict:
     """Return the table row for one batch size and precision; see `measurement.call_row`.
 
-    The additional key results_per_second is the number of images per second for detection and the
-    conversion to COCO results, without reading images or comparing results with the ground truth.
+    The additional key results_per_second is the speed of detection and conversion to COCO results,
+    in images per second, without reading images or comparing results with the ground truth.
     """
     peak = peak_memory(device)
     find = GraphedDetector(detector, lambda: autocast(precision, device))

@@ -56,7 +56,7 @@ class Clock:
         self._marks: list = []
 
     def mark(self) -> None:
-        """Add a mark; on a GPU, it takes effect after the work queued so far."""
+        """Add a mark for this time; on a GPU, for the time when the work queued so far is done."""
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -132,9 +132,9 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
-    """Record kernels (including copies), launches, host waits and busy ms per step on a GPU.
+    """Count kernels (including copies), launches, host waits and busy ms per step on a GPU.
 
-    The dictionary is filled at the end of the context; on a CPU, it remains empty.
+    The yielded dictionary is filled at the end of the context; on a CPU, it remains empty.
     """
     found: dict[str, float] = {}
     if device.type != "cuda":
@@ -199,13 +199,13 @@ def measured(
     flops: float,
     measure: Callable[[Config, str, int], dict],
 ) -> dict:
-    """Measure each batch size and precision; return the rows with their context (see `summary`).
+    """Measure each batch size and precision; return the results in the format of `summary`.
 
     Args:
         section: config section whose precision is set, "train" or "evaluate".
         flops: FLOPs per image.
         measure: called with the config, the resolved precision and the batch size; returns a
-            row with images_per_second. If memory runs out, the row contains an error instead.
+            row with images_per_second. If memory runs out, the row contains "error" instead.
     """
     rows: list[dict] = []
     rates: dict[str, float] = {}
@@ -228,7 +228,7 @@ def measured(
 def summary(
     device: torch.device, flops: float, rates: dict[str, float], rows: Sequence[dict]
 ) -> dict:
-    """Return the JSON content of a benchmark: rows, device, and the rates to which MFU refers."""
+    """Return the JSON content of a benchmark: rows, device, and the product rates that define MFU."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",

@@ -25,7 +25,7 @@ SIDES = (0.04, 0.5)  # range of an object's side length, relative to the image s
 ORIGINAL = 0.54  # relative side of the original image: 553 of 1024, about the area of 640 x 480
 CELL = 32  # side of a cell of the noise, in pixels
 SHARE = 0.2  # share of proposals on objects: more than enough for the foreground samples
-SHIFT = 0.09  # relative standard deviation of a proposal's coordinates; IoUs are 0.6 to 0.9
+SHIFT = 0.09  # standard deviation of coordinates / box side; IoUs with objects: 0.6 to 0.9
 
 
 def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
@@ -66,7 +66,7 @@ def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> No
 
 
 def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: int) -> Sample:
-    """Draw an image on `canvas` (3, S, S) uint8; return its sample."""
+    """Draw a random image on `canvas` (3, S, S) uint8; return its targets and sizes."""
     side = canvas.shape[1]
     cells = rng.integers(64, 192, (max(side // CELL, 1), max(side // CELL, 1), 3), np.uint8)
     picture = Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)

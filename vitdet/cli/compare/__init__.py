@@ -8,7 +8,7 @@ from vitdet.cli.arguments import add_file
 
 
 def add_compare(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of the verb `compare`."""
+    """Add the arguments of `vitdet compare`."""
     verb.add_argument(
         "results",
         nargs="+",
@@ -32,7 +32,7 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not 100 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"expected a number from 100 to 1000000, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 100 to 1000000, got {text!r}")
     return int(text)
 
 
@@ -52,7 +52,8 @@ def run_compare(args: argparse.Namespace) -> int:
     kinds = [kind for kind in matches[0] if all(kind in by_kind for by_kind in matches)]
     if not kinds:
         raise ValueError(
-            "some results have only boxes, others only masks; expected the same kind in all"
+            "some results have only boxes, others only masks; all results must have boxes, or all "
+            "must have masks"
         )
     resampled = {
         kind: bootstrap([by_kind[kind] for by_kind in matches], args.resamples) for kind in kinds

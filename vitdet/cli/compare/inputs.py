@@ -32,7 +32,7 @@ class Compared:
         matches: matches by kind ("bbox", "segm").
         protocol: None for a results file, whose evaluation settings are unknown.
         settings: settings of the training run as text, by key; {} for a results file.
-        metrics: last values of the MLflow run's metrics; {} without a readable run.
+        metrics: last values of the MLflow run's metrics; {} if no run can be read.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Reader:
             measured = _read_measured(downloaded / MATCHES)
             if measured is None:
                 raise ValueError(
-                    f"{run.name} ({run.run_id}): the run has no matches; run `vitdet evaluate "
+                    f"{run.name} ({run.run_id}): the MLflow run has no matches; use `vitdet evaluate "
                     "CHECKPOINT --plots FOLDER` with the run's checkpoint to log them"
                 )
             matches = load_matches(downloaded / MATCHES)
@@ -135,7 +135,7 @@ def check_comparable(compared: Sequence[Compared]) -> None:
 def _fetch(
     name: str, uri: str, folder: Path, target: Path, tries: int | None = None
 ) -> tuple[StoredRun, Path]:
-    """Download a run's matches, if any, to `target`; return the run and the folder of the files."""
+    """Download a run's matches, if any, to `target`; return the run and the folder with them."""
     from vitdet.tracking.lookup import download_file, find_run, open_store
 
     client = open_store(uri, folder, tries)
@@ -143,7 +143,9 @@ def _fetch(
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
         path = download_file(client, uri, folder, run.run_id, f"{MATCHES_FOLDER}/{file}", target)
-        downloaded = path.parent if path else downloaded  # the folder depends on the store
+        downloaded = (
+            path.parent if path else downloaded
+        )  # the path in `target` depends on the store
     return run, downloaded
 
 

@@ -103,7 +103,7 @@ def _ap_rows(
 
 
 def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[str]:
-    """Return the section on the classes whose AP differs most from their AP in the first result."""
+    """Return the section on the classes whose AP differs most from the first result's AP."""
     found = []
     for index, label in enumerate(result.class_names):
         difference = result.difference(first, "ap", index)
@@ -139,7 +139,7 @@ def _seeds(
     rows = []
     for group in groups.values():
         seeds = {compared[index].settings["train.seed"] for index in group}
-        if not len(seeds) == len(group) > 1:  # equal seeds: checkpoints of the same training run
+        if not len(seeds) == len(group) > 1:  # equal seeds: checkpoints of the same run
             continue
         members = ", ".join(names[index] for index in group)
         for kind, results in resampled.items():
