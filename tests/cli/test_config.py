@@ -274,5 +274,5 @@ def test_memory_settings_are_not_part_of_the_identity() -> None:
 def test_the_recipes_are_listed(vitdet: Callable[..., tuple[int, str, str]]) -> None:
     code, out, said = vitdet("config")
     assert (code, said) == (0, "") and out.splitlines() == recipes()
-    message = "vitdet: --set, --output and --training need a recipe; `vitdet config` lists all\n"
+    message = "vitdet: --set, --output and --training need a recipe; see `vitdet config`\n"
     assert vitdet("config", "--set", "optim.lr=1") == (1, "", message)

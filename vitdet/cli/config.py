@@ -28,9 +28,7 @@ def run_config(args: argparse.Namespace) -> int:
 
     if args.recipe is None:
         if args.overrides or args.output or args.training:
-            raise ValueError(
-                "--set, --output and --training need a recipe; `vitdet config` lists all"
-            )
+            raise ValueError("--set, --output and --training need a recipe; see `vitdet config`")
         print("\n".join(recipes()))
         return 0
     config, found = resolve_config(args.recipe, args.overrides)

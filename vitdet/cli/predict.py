@@ -15,7 +15,7 @@ def add_predict(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `vitdet predict`."""
     verb.add_argument("checkpoint", type=given_path, help="checkpoint of a detector")
     verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE", help="image file")
-    help = "folder for the images with their detections drawn, and detections.json"
+    help = "folder for the images with drawn detections, and for detections.json"
     verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
     help = "minimum score of a detection (default: %(default)s)"
     verb.add_argument("--threshold", metavar="SCORE", type=float, default=0.5, help=help)

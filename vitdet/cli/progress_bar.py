@@ -16,7 +16,7 @@ class Bar:
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
         self._first: tuple[float, int] | None = None  # time and bytes at the start of this attempt
-        self._shown = (0.0, -1)  # of the last line: time, progress in tenths or 100 MB
+        self._shown = (0.0, -1)  # last line: time, progress in tenths or units of 100 MB
 
     def at(self, done: int, total: int | None) -> None:
         """Show that `done` bytes of `total` have been downloaded; `total` is None if unknown."""

@@ -21,7 +21,7 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     )
     help = "JSON file from --output of `vitdet evaluate`; its metrics become tags of the version"
     add_file(verb, "--metrics", help)
-    help = "folder from --plots of `vitdet evaluate`; its report and matches join the version"
+    help = "folder from --plots of `vitdet evaluate`; the version gets its report and matches"
     add_folder(verb, "--plots", help)
     add_file(verb, "--output", "write the model name, version and alias to this JSON file")
     verb.set_defaults(run=run_register)

@@ -32,7 +32,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     kind.set_defaults(run=run_list)
 
     kind = add_kind(kinds, "fetch", "download, verify and convert published weights", FETCH)
-    help = "name in `vitdet weights list`, or a config file, to fetch the weights in train.init"
+    help = "name from `vitdet weights list`, or a config file, whose train.init is fetched"
     kind.add_argument("name", help=help)
     help = "folder for the weights (default: ~/.cache/vitdet, where train.init finds them)"
     add_folder(kind, "--output", help)

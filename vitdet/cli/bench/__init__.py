@@ -88,8 +88,8 @@ def run_bench_evaluate(args: argparse.Namespace) -> int:
     for name, seconds in measured["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
     print(
-        f"pycocotools takes {measured['ratio']:.2f} times as long as vitdet; the largest difference "
-        f"in a metric is {measured['largest_difference']:.0e} percentage points"
+        f"pycocotools takes {measured['ratio']:.2f} times as long as vitdet; the largest "
+        f"difference in a metric is {measured['largest_difference']:.0e} percentage points"
     )
     return _written(measured, args.output)
 

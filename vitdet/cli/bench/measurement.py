@@ -56,7 +56,7 @@ class Clock:
         self._marks: list = []
 
     def mark(self) -> None:
-        """Add a mark for this time; on a GPU, for the time when the work queued so far is done."""
+        """Mark the current time; on a GPU, the time when the work queued so far is complete."""
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -228,7 +228,7 @@ def measured(
 def summary(
     device: torch.device, flops: float, rates: dict[str, float], rows: Sequence[dict]
 ) -> dict:
-    """Return the JSON content of a benchmark: rows, device, and the product rates that define MFU."""
+    """Return the JSON content of a benchmark: rows, device, and the product rates used for MFU."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",

@@ -109,8 +109,8 @@ class Reader:
             measured = _read_measured(downloaded / MATCHES)
             if measured is None:
                 raise ValueError(
-                    f"{run.name} ({run.run_id}): the MLflow run has no matches; use `vitdet evaluate "
-                    "CHECKPOINT --plots FOLDER` with the run's checkpoint to log them"
+                    f"{run.name} ({run.run_id}): the MLflow run has no matches; use `vitdet "
+                    "evaluate CHECKPOINT --plots FOLDER` with the run's checkpoint to log them"
                 )
             matches = load_matches(downloaded / MATCHES)
         return Compared(run.name, matches, measured.protocol, run.params, run.metrics)
@@ -143,9 +143,7 @@ def _fetch(
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
         path = download_file(client, uri, folder, run.run_id, f"{MATCHES_FOLDER}/{file}", target)
-        downloaded = (
-            path.parent if path else downloaded
-        )  # the path in `target` depends on the store
+        downloaded = path.parent if path else downloaded  # a store may add subfolders
     return run, downloaded
 
 
