@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # no warnings of Pillow: vitdet itself logs the relevant properties of an unusual image
+    # ignore Pillow's warnings: vitdet itself logs the relevant properties of an unusual image
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.root.handlers:

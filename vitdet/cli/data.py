@@ -16,7 +16,7 @@ FETCH = (
     "are neither downloaded again nor overwritten. The proxies in http_proxy and https_proxy are "
     "used."
 )
-# the only reading setting of a conversion, which reads sizes of images but not their pixels
+# the only setting for reading images in `data convert`, which reads sizes but not pixels
 LARGEST_IMAGE = ("max_pixels",)
 
 

@@ -47,7 +47,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vitdet.tracking.runs import default_folder
 
     for path in filter(None, (args.output, args.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # may fail, so before evaluation
+        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the evaluation, not after it
     config = None
     if args.config:
         config, found = resolve_config(args.config)

@@ -87,7 +87,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def _record(entry: Entry) -> dict:
-    """Return a catalogue entry as JSON values; unpublished properties are null."""
+    """Return a catalog entry as JSON values; unpublished properties are null."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
@@ -98,7 +98,7 @@ def _record(entry: Entry) -> dict:
 
 
 def _lines(entry: Entry) -> Iterator[str]:
-    """Yield the lines of a catalogue entry: contents, source, known properties of the file."""
+    """Yield the lines of a catalog entry: contents, source, known properties of the file."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 

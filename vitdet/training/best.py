@@ -72,7 +72,7 @@ class Best:
             last = f"{self.stale} evaluations" if self.stale > 1 else "evaluation"
             log.info(
                 f"train.patience={self.patience}: {self.metric} has not exceeded "
-                f"{self.value or 0.0:.4g} (step {self.step}) in the last {last}: "
+                f"{self.value or 0.0:.4g} (step {self.step}) in the last {last}; "
                 f"training ends at step {done} of {steps}"
             )
 

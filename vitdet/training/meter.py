@@ -27,7 +27,7 @@ class Meter:
         """Reset all sums and the clock."""
         self.sums: dict[str, Tensor | float] = {}
         self.count = 0  # steps in the sums
-        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # not restored
+        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # not in `state`
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def chosen(precision: str, device: torch.device) -> str:
-    """Resolve the setting train.precision on this device: 'bf16', 'fp16' or 'fp32'.
+    """Resolve a precision setting on this device: 'bf16', 'fp16' or 'fp32'.
 
     'auto' is bf16 if the device supports it natively, else fp16 on a GPU and fp32 on a CPU.
     """

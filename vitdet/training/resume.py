@@ -125,7 +125,7 @@ def _check_resumable(
     config: Config, output: Path, prints: dict[str, str], state: dict | None, folder: Path
 ) -> None:
     if state is None:
-        if (output / "model.pt").exists():  # to be extended, or without best.pt
+        if (output / "model.pt").exists():  # a finished run that lacks best.pt or steps
             steps = load_model_file(output / "model.pt")["step"]
             lacking = "" if _has_best(config, output) else ", without best.pt"
             raise ValueError(
@@ -220,7 +220,7 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Describe the first of `done` steps whose learning rates differ; '' if all are equal."""
+    """Describe the first of `done` steps whose rate differs in the configs; '' if none does."""
     ours, theirs = (scaled(c.optim, c.train.batch_size) for c in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)

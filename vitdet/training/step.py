@@ -207,5 +207,5 @@ class TrainingStep:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the random seed of a micro-batch; rank: rank * accumulate + index of micro-batch."""
+    """Return a micro-batch's random seed; rank: process rank * accumulate + micro-batch index."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])

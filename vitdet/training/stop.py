@@ -87,5 +87,5 @@ def warn_of_short_grace() -> None:
         log.warning(
             "this version of torchrun kills its processes 30 s after SIGTERM, regardless of "
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT and the pod's terminationGracePeriodSeconds: a state "
-            "that takes longer to save is lost; newer versions of torch respect this variable"
+            "that takes longer to save is lost; newer versions of torch respect the variable"
         )

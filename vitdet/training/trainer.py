@@ -70,8 +70,8 @@ def train(
     Args:
         config: the settings of the run.
         output: folder of the results.
-        checkpoints: parent folder of the training states, whose subfolder is named by a digest of
-            settings, data and initial weights; default: the states are in output/checkpoints.
+        checkpoints: folder with a subfolder for the training states, named by a digest of settings,
+            data and initial weights; default: the states are in output/checkpoints.
         weights: local file with the weights of train.init.
         start_tracking: see `StartTracking`.
         profile: write a trace of a few steps to output/profile; disables train.compile.
@@ -195,7 +195,7 @@ class Loop:
         # missing from states written before commit 29b381b, which were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
-            self.metrics, self.evaluated = {}, 0  # of other evaluation settings
+            self.metrics, self.evaluated = {}, 0  # evaluation settings have changed
         if "best" in state:  # missing from states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:

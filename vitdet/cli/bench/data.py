@@ -30,7 +30,7 @@ def measure(
     folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5
 ) -> dict:
     """Return CPU milliseconds per image, as mean and minimum over `rounds` passes through all
-    images with objects, and the ratio of vitdet's mean to each other reader's mean.
+    images with objects, and the ratios of vitdet's mean to the means of the other readers.
 
     The splits are read from a folder in COCO's layout. Raises the errors of `read_split`, and
     ValueError for rounds below 1.

@@ -132,7 +132,7 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
-    """Count kernels (including copies), launches, host waits and busy ms per step on a GPU.
+    """Record kernels (including copies), launches, host waits and busy ms per step on a GPU.
 
     The yielded dictionary is filled at the end of the context; on a CPU, it remains empty.
     """

@@ -52,7 +52,7 @@ def run_compare(args: argparse.Namespace) -> int:
     kinds = [kind for kind in matches[0] if all(kind in by_kind for by_kind in matches)]
     if not kinds:
         raise ValueError(
-            "some results have only boxes, others only masks; expected one of these in all results"
+            "some results have only boxes, others only masks; expected boxes in all or masks in all"
         )
     resampled = {
         kind: bootstrap([by_kind[kind] for by_kind in matches], args.resamples) for kind in kinds

@@ -129,7 +129,7 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Return the section with mean and standard deviation over training runs that differ only in
+    """Return the section with the mean and standard deviation of AP over runs that differ only in
     the seed or in settings that do not affect training; [] if there are no such runs.
     """
     groups = defaultdict(list)
