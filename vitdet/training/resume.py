@@ -158,8 +158,8 @@ def is_complete(
 ) -> bool:
     """Return whether `output` contains the result of this training run.
 
-    If so, calls `close_tracking(data fingerprint, run_id, step)`, because the run may have been killed
-    before all metrics were sent. Also returns False if the finished run can be extended or
+    If so, calls `close_tracking(data fingerprint, run_id, step)`, because the run may have been
+    killed before all metrics were sent. Also returns False if the finished run can be extended or
     lacks its best.pt. Raises ValueError if `output` contains a different finished run.
     """
     finished = output / "model.pt"
