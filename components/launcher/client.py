@@ -1,4 +1,4 @@
-"""The requests to the Kubernetes API."""
+"""Requests to the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Timeouts:
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     """Return an API client and its namespace, from the pod's service account or the kubeconfig.
 
-    retries: maximum number of retries of a request without a response; None: urllib3's default.
-    Each retry waits for the full timeout. Raises RuntimeError without a valid configuration.
+    retries: maximum number of retries of a request without a response, each of which waits for the
+    full timeout; None: urllib3's default. Raises RuntimeError without a valid configuration.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     settings.retries = retries
@@ -81,7 +81,7 @@ def active_context() -> dict:
 
 
 def describe_namespace(namespace: str) -> str:
-    """Describe, for messages, a namespace and the cluster that receives the requests.
+    """Describe a namespace and the cluster that receives the requests, for messages.
 
     Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
     A missing permission to read namespaces is not an error.
@@ -161,7 +161,7 @@ class JobClient:
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self.watcher = watch.Watch(return_type=object)  # pods as dictionaries
         self.allowed: set[str] = set()  # verbs of requests that have succeeded
-        self.reported: set[str] = set()  # optional requests whose missing permission was reported
+        self.reported: set[str] = set()  # verbs of optional requests that were forbidden
 
     def request(
         self,
@@ -177,8 +177,8 @@ class JobClient:
         """Send a request; return the response, or None for a status in `none_if`.
 
         Args:
-            forbidden: seconds of retries after 401, 403 or an unknown path if `verb` has succeeded.
-            refused: seconds for which a rejection by a quota or an admission webhook is retried.
+            forbidden: seconds to retry on 401, 403 or an unknown path if `verb` succeeded before.
+            refused: seconds to retry after a rejection by a quota or an admission webhook.
             once: fail within 2.5 s instead of retrying.
         """
         start, reported = time.monotonic(), False
@@ -206,11 +206,11 @@ class JobClient:
                     limit = forbidden if verb in self.allowed else 0
                 elif error.status != 429 and error.status < 500:
                     limit = 0
-            except (HTTPError, ValueError) as error:  # no response, or a truncated one
+            except (HTTPError, ValueError) as error:  # no response, or a truncated response
                 problem = f"the API server {describe_outage(error)}"
                 limit = self.timeouts.api
             if once or time.monotonic() - start >= limit:
-                waited = f", for {limit:.0f} s" if limit and not once else ""
+                waited = f"; retried for {limit:.0f} s" if limit and not once else ""
                 raise RuntimeError(problem + waited)
             if not reported:
                 self.out(f"launcher: {problem}; retrying for up to {limit:.0f} s")
@@ -226,7 +226,7 @@ class JobClient:
     def create(self, job: dict, refused: float = 0) -> dict | None:
         """Create the job and return it as stored; None if a job with this name exists.
 
-        refused: as for `request`.
+        refused: seconds to retry after a rejection by a quota or an admission webhook.
         """
         return self._job_request("create", job, none_if=(409,), refused=refused)
 
@@ -253,18 +253,18 @@ class JobClient:
         self.patch({"metadata": {"annotations": annotations}})
 
     def mark(self, failure: str, spec: dict | None) -> None:
-        """Annotate the job with its failure; spec: a patch that ends it (see `Kind`), or None."""
+        """Annotate the job with its failure; spec: a patch that ends the job, or None."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": spec} if spec else change)
 
     def pod(self, name: str, once: bool = False) -> dict | None:
-        """Return a pod, or None if it does not exist. once: as for `request`."""
+        """Return a pod, or None if it does not exist. once: fail within 2.5 s, no retries."""
         call, limit = self.core.read_namespaced_pod, self.timeouts.forbidden
         where = (name, self.namespace)
         return self.request("get pods", call, *where, none_if=(404,), forbidden=limit, once=once)
 
     def workflow(self, name: str, once: bool = False) -> dict | None:
-        """Return a Workflow, or None if it does not exist. once: as for `request`."""
+        """Return a Workflow, or None if it does not exist. once: fail within 2.5 s, no retries."""
         call, limit = self.objects.get_namespaced_custom_object, self.timeouts.forbidden
         where = (workflow.GROUP, workflow.VERSION, self.namespace, workflow.PLURAL, name)
         return self.request(
@@ -344,7 +344,7 @@ class JobClient:
             return raw.data.decode(errors="replace").splitlines()
         except ApiException as error:
             self.report_forbidden("read logs", error)
-            return []  # also if the container has not started, or the pod or its node is gone
+            return []  # e.g. the container has not started, or the pod or its node is gone
         except HTTPError:
             return []
 

@@ -1,10 +1,10 @@
 """Describe a rejected Kubernetes API request in one line: the request, the reason, the remedy.
 
-Status 403 has three possible causes. An RBAC error names the account, the verb and the resource of
-the missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not help.
-Other messages name an exceeded ResourceQuota (apiserver, plugin/resourcequota/controller.go) or an
-admission webhook (pkg/admission/plugin/webhook/errors/statuserror.go; webhooks may also return any
-other status of at least 400); the same request may then be admitted later.
+Status 403 has three possible causes. An RBAC error contains the account, the verb and the resource
+of the missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not
+help. A request that exceeds a ResourceQuota (apiserver, plugin/resourcequota/controller.go) or is
+denied by an admission webhook (pkg/admission/plugin/webhook/errors/statuserror.go) may be admitted
+later. Webhooks may also return any other status of at least 400.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MISSING_RULE = re.compile(
 )
 QUOTA = re.compile(r"exceeded quota: |status unknown for quota: ")
 WEBHOOK = re.compile(r'admission webhook "[^"]+" denied the request')
-# Errors of a webhook about an invalid field: the same request will never be admitted
+# A webhook's errors about an invalid field: the same request will never be admitted
 # (apimachinery, pkg/util/validation/field/errors.go)
 INVALID_FIELD = re.compile(
     r": (Invalid|Required|Unsupported|Duplicate) value|: (Forbidden|Too long|Too many): "
@@ -38,7 +38,7 @@ def server_message(error: ApiException) -> str:
 
 
 def describe_outage(error: Exception) -> str:
-    """Describe a failed connection, for messages, by the type of its error, e.g. SSLError."""
+    """Describe a failed connection for a message, with the type of the error, e.g. SSLError."""
     return f"does not respond ({type(getattr(error, 'reason', None) or error).__name__})"
 
 

@@ -38,8 +38,8 @@ class Failures:
                 )
             if any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
                 return cause, (
-                    "too many images for the GPU memory: change the settings that the last line "
-                    "of the log names, or use more or larger GPUs"
+                    "too many images for the GPU memory: change the settings in the last line "
+                    "of the log, or use more or larger GPUs"
                 )
         return None
 
@@ -64,7 +64,7 @@ class Failures:
 
 
 def time_before(text: str) -> str:
-    """Return the time `WINDOW` before an RFC 3339 time, comparable with `Line.time`; "" for ""."""
+    """Return an RFC 3339 time minus `WINDOW`, as text comparable with `Line.time`; "" for ""."""
     if not text:
         return ""
     return f"{datetime.fromisoformat(text) - timedelta(seconds=WINDOW):%Y-%m-%dT%H:%M:%S}"

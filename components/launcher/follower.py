@@ -1,8 +1,8 @@
 """Follow one job to its end: forward its log, detect why it fails or does not start.
 
 The job is polled every few seconds rather than watched: a poll needs no state that a dropped
-connection or a restarted API server could lose. Between two polls the pods are watched, so that a
-short-lived cause is not missed: the operator replaces a killed pod at once.
+connection or a restarted API server could lose. Between two polls the pods are watched, so that
+no cause of a failure is missed: the operator replaces a killed pod at once.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from components.launcher.status import (
 from components.launcher.templates import ERRORS, FAILURE, RESTARTS, SCHEDULE, STARTED, Kind
 from components.launcher.workflow import without_run
 
-MAX_ANNOTATION = 32_000  # characters of FAILURE; the API server allows 256 KiB of annotations
-NO_WORKLOAD = 30.0  # seconds within which Kueue should have created a job's Workload
+MAX_ANNOTATION = 32_000  # maximum length of FAILURE; the API server allows 256 KiB of annotations
+NO_WORKLOAD = 30.0  # seconds within which Kueue should create a job's Workload
 
 
 class Follower:
@@ -68,11 +68,11 @@ class Follower:
         self.client, self.kind, self.job, self.out = client, kind, job, out
         self.timeouts, self.finished, self.end_reason = timeouts, finished, end_reason
         self.first_attempt, self.keep_logs = first_attempt, keep_logs
-        self.current = job  # as last returned by the API server
+        self.current = job  # the job as last returned by the API server
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.reported: dict[str, str] = {}
         self.since: dict[str, float] = {}
-        self.pods: list[dict] = []  # as of the last poll
+        self.pods: list[dict] = []  # the pods at the last poll
         self.pod_logs: dict[str, PodLog] = {}
         self.ranks, self.progress = RankLogs(), Progress()
         self.failures = Failures(client, self.ranks)
@@ -119,7 +119,7 @@ class Follower:
         self.reported[topic] = text
 
     def persists(self, topic: str, holds: bool, limit: float) -> bool:
-        """Return whether `holds` has been true in all calls for this topic for `limit` seconds."""
+        """Return whether `holds` has been true for `limit` seconds in all calls with this topic."""
         if not holds:
             self.since.pop(topic, None)
             return False
@@ -197,7 +197,7 @@ class Follower:
         self.publish_progress(final=ended)
         if phase == "succeeded":
             return True
-        if phase == "failed" and self.finished():  # deadline exceeded, or a pod was lost at the end
+        if phase == "failed" and self.finished():  # e.g. a pod was lost after training ended
             self.report("complete", f"{self.name} failed after its training was complete")
             return True
         if phase == "failed":
@@ -226,7 +226,7 @@ class Follower:
         return False
 
     def read_logs(self, final: bool) -> None:
-        """Read the new lines of all pods whose node responds; final: the job has ended."""
+        """Read the new lines of all pods whose node responds; final: whether the job has ended."""
         present = {pod["metadata"]["uid"] for pod in self.pods}
         self.pod_logs = {uid: log for uid, log in self.pod_logs.items() if uid in present}
         for pod in self.pods:
@@ -276,8 +276,8 @@ class Follower:
             self.report("phase", f"{self.name} is gone, and its training is complete")
             return True
         raise RuntimeError(
-            f"{self.name} was deleted before it ended: by another client, with its owner, or by "
-            f"ttlSecondsAfterFinished after a failure{self.failures.explain([], None)}"
+            f"{self.name} was deleted before training was complete: by another client, with its "
+            f"owner, or after a failure (ttlSecondsAfterFinished){self.failures.explain([], None)}"
         )
 
     def record_failures(self, pods: list[dict]) -> None:
@@ -295,7 +295,7 @@ class Follower:
                 self.failures.add(cause, container)
 
     def stream_log(self, pod: dict, final: bool = False) -> None:
-        """Read the new lines of a pod and write rank 0's lines; final: the job has ended."""
+        """Read a pod's new lines and write rank 0's lines; final: whether the job has ended."""
         metadata = pod["metadata"]
         log = self.pod_logs.setdefault(metadata["uid"], PodLog(self.client, self.kind.container))
         main = self.kind.rank0(self.current).items() <= (metadata.get("labels") or {}).items()
@@ -304,7 +304,7 @@ class Follower:
             self.progress.read(line)
 
     def stream_held_lines(self) -> None:
-        """Read the lines that are still held back when the job ends (see `PodLog.new_lines`)."""
+        """Read the lines that are still held back when the job ends (see `logs.HOLD_SECONDS`)."""
         for pod in self.pods:
             log = self.pod_logs.get(pod["metadata"]["uid"])
             if log is not None and log.held_since is not None:
@@ -337,8 +337,7 @@ class Follower:
                 last = "; the next error ends the job" if errors == limit else ""
                 self.report("errors", f"errors: {errors} of at most {limit}{last}")
         if errors > limit:
-            times = "1 time" if errors == 1 else f"{errors} times"
-            self.give_up(f"{self.name} has failed {times}")
+            self.give_up(f"{self.name} has failed (errors: {errors}, allowed restarts: {limit})")
 
     def check_start(self, phase: str, missing: Cause | None) -> None:
         """Report why pods do not start; give up if the problem persists.
@@ -371,7 +370,7 @@ class Follower:
                 self.give_up(f"{self.name} has not been able to start for {limit:.0f} s", causes[0])
 
     def give_up(self, text: str, cause: Cause | None = None) -> NoReturn:
-        """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""
+        """Stop the job but keep it: a retried step reads the cause from it. Raises RuntimeError."""
         self.stream_held_lines()
         explained = self.failures.explain(self.pods, cause)
         queued = queue_name(self.current)
@@ -379,7 +378,7 @@ class Follower:
         self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)
 
     def fail(self, text: str, spec: dict | None) -> NoReturn:
-        """Annotate the job with the cause and raise RuntimeError; spec: see `JobClient.mark`."""
+        """Annotate the job with the cause, raise RuntimeError; spec: a patch that ends the job."""
         try:
             self.client.mark(text[:MAX_ANNOTATION], spec)
         except RuntimeError as error:
@@ -389,7 +388,7 @@ class Follower:
         raise RuntimeError(text)
 
     def delete_failed(self) -> None:
-        """Delete a failed job; errors are only reported, as the caller raises the job's error."""
+        """Delete a failed job; report errors only, as the caller raises the job's error."""
         try:
             self.client.delete()
         except RuntimeError as error:

@@ -41,7 +41,7 @@ from components.launcher.templates import (
 )
 from components.launcher.workflow import without_run
 
-# Returns "" if a job is to be deleted, otherwise one line with the reason to keep it
+# Returns "" to delete a job, or one line with the reason to keep it
 Keep = Callable[[Kind, dict], str]
 
 
@@ -65,8 +65,8 @@ def launch(
 ) -> None:
     """Train in a job of `nodes` pods; block until it has succeeded.
 
-    An existing job of this run and name is followed. If it has failed, a retried step fails
-    immediately with the same message, while the first attempt in a retried run recreates the job.
+    An existing job of this run and name is followed. If the job has failed, a retried step fails
+    immediately with the same message. In a retried run, the step's first attempt recreates the job.
 
     Args:
         template: YAML of the job.
@@ -114,7 +114,7 @@ def launch(
 
 
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
-    """End a run's training jobs in its exit handler; return and raise what `delete_jobs` does.
+    """End a run's training jobs. Called by the exit handler; returns and raises as `delete_jobs`.
 
     A job that is still training after a failed run, e.g. because its step was evicted too often, is
     left running, so that a retry of the run can follow it. Its owner reference to the Workflow is
@@ -148,12 +148,12 @@ def delete_jobs(
 
     Args:
         namespace: The jobs' namespace; "" for the current namespace.
-        own: The kind of the run's jobs; "" if unknown.
-        keep: Called for each unfinished job; decides whether the job is deleted.
+        own: The job_kind of the run, a key of KINDS; "" if unknown.
+        keep: Called for each unfinished job; returns "" to delete it, else why it is kept.
 
     Returns:
-        The names of the deleted jobs, and one line for each job that was not deleted and each kind
-        that could not be listed, e.g. because the account may use only one operator. The line of a
+        The names of the deleted jobs, and one line for each job that was not deleted or kind that
+        could not be listed, e.g. because the account may use only one operator. The line of a
         finished job states how long the job and its pods' logs are kept.
 
     Raises:

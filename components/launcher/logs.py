@@ -1,7 +1,7 @@
 """The logs of a job's pods, split by rank to find the first rank that failed.
 
 torchrun prefixes the lines of its processes with their rank, e.g. `[rank3]:` (PET_TEE and
-TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest), but not the lines that it writes
+TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest), but not the lines of torchrun
 itself. Without these settings, no line has a prefix, and lines are assigned to pods only.
 """
 
@@ -18,16 +18,16 @@ from components.launcher.status import container_statuses, restart_count
 
 TAIL = 200  # number of last lines of each rank that are kept
 MAX_PODS = 256  # number of pods whose lines are kept; a preempted TrainJob gets pods with new names
-MAX_FIRST_LINES = 1000  # in the first read of a pod's log, as an adopted job's log may be long
-# seconds for which a restarted container's lines are held back while the log of its previous
-# instance, whose lines precede them, cannot be read
+MAX_FIRST_LINES = 1000  # lines in the first read of a pod's log; an adopted job's log may be long
+# seconds for which the lines of a restarted container are held back if the log of its previous
+# instance cannot be read yet, so that the lines stay in order
 HOLD_SECONDS = 15.0
 PREFIX = re.compile(r"\[rank(\d+)\]:")
 # Start of an error: an exception, a message of the CLI, a crash of the interpreter or of C++ code
 ERROR = re.compile(
     r"Traceback \(most recent call last\)|vitdet: |Fatal Python error|terminate called"
 )
-# The message of vitdet/training/watchdog.py
+# Message of vitdet/training/watchdog.py about a stalled rank
 STALLED = re.compile(r"no progress: rank (\d+)")
 # A failure in torchrun's summary (torch/distributed/elastic/multiprocessing/errors)
 SUMMARY = re.compile(r"^  (time|rank|exitcode)\s*: (\S+)")
@@ -47,7 +47,7 @@ class PodLog:
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
         self.last_time, self.last_read, self.restarts = "", 0.0, 0
-        self.held_since: float | None = None  # time since which lines are held back
+        self.held_since: float | None = None  # when holding back lines began, or None
 
     def new_lines(self, pod: dict, final: bool = False) -> list[Line]:
         """Return the lines since the last call; final: whether this is the last call."""
@@ -83,7 +83,7 @@ def can_be_read_later(pod: dict, container: str) -> bool:
 
 
 def comparable_time(text: str) -> str:
-    """Pad the fraction of an RFC 3339 time to nine digits: trailing zeros may be omitted."""
+    """Pad the fraction of an RFC 3339 time to nine digits, so that times sort as text."""
     whole, _, fraction = text.removesuffix("Z").partition(".")
     return f"{whole}.{fraction:0<9}"
 
@@ -111,7 +111,7 @@ class RankLogs:
         self.pods: dict[str, str] = {}  # "rank 3" -> the name of its pod
 
     def add(self, pod: str, lines: list[Line], main: bool) -> list[str]:
-        """Store a pod's lines; return rank 0's, and torchrun's if the pod may run rank 0 (main)."""
+        """Store a pod's lines; return rank 0's, and torchrun's if rank 0 may run here (main)."""
         shown = []
         for when, text in lines:
             prefix = PREFIX.match(text)
@@ -134,7 +134,7 @@ class RankLogs:
         return {source: [line.text for line in self.lines[source]] for source in ordered}
 
     def files(self) -> dict[str, str]:
-        """Return the last lines as files, one for each rank and pod, e.g. rank-00003.log."""
+        """Return the last lines of each rank and pod, by file name, e.g. rank-00003.log."""
         files = {}
         for source, lines in self.tails().items():
             kind, _, name = source.partition(" ")
@@ -145,7 +145,7 @@ class RankLogs:
     def first_failure(self, since: str = "") -> Failure | None:
         """Return the first failure after the time `since`; None if no log contains a failure.
 
-        The other ranks fail soon afterwards, often in the same second, which is the resolution of
+        The other ranks fail soon after the first, often within one second, the resolution of
         torchrun's summary. A rank that was killed by a signal therefore takes precedence: the
         other ranks lost their connection to it. SIGTERM is ignored, as torchrun itself sends it.
         """

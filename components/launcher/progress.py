@@ -40,7 +40,7 @@ def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
 
 
 def describe(annotation: str) -> str:
-    """Return the annotation as text for users, unchanged if this version cannot read it."""
+    """Return the annotation as text for users, unchanged if it cannot be parsed."""
     try:
         found = json.loads(annotation)
         return (

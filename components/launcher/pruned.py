@@ -2,8 +2,8 @@
 
 An API server silently drops fields that are not in the installed CustomResourceDefinition: Kubeflow
 Trainer 2.0 and 2.1 have neither `runtimePatches` nor `activeDeadlineSeconds` (manifests/base/crds
-at these tags); 2.2 added both fields. Therefore the job that `create` returns is compared with the
-job that was sent.
+of these releases); 2.2 added both fields. Therefore the job that `create` returns is compared with
+the job that was sent.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, index: int, entries: list) -> object:
-    """Return the entry that corresponds to `entry`: by key (see KEYS), else by index; or None."""
+    """Return the entry with the same key (see KEYS) as `entry`, else at the same index; or None."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         dicts = (other for other in entries if isinstance(other, dict))
         return next((other for other in dicts if other.get(key) == entry[key]), None)
@@ -70,7 +70,7 @@ def pod_settings(spec: dict) -> list[str]:
 def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], str]:
     """Return (warnings, error) about the fields of a new job that the API server dropped.
 
-    error: why the job would not train as requested; "" if there are only warnings.
+    error: why the job would not train as requested; "" if it would.
     """
     warnings, lost = [], []
     settings = pod_settings(sent["spec"])

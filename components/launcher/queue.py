@@ -67,7 +67,7 @@ def waiting_reason(workload: dict) -> str:
 
 
 def is_true(condition: dict | None) -> bool:
-    """Return whether a condition exists with status True."""
+    """Return whether this condition exists and its status is True."""
     return condition is not None and condition.get("status") == "True"
 
 

@@ -1,9 +1,9 @@
-"""Counting the failures of a PyTorchJob by cause: disruptions, errors, out of memory.
+"""Count the failures of a PyTorchJob by cause: disruptions, errors, out of memory.
 
 The training operator adds up the restarts of all containers, whatever the cause, so a job would end
-after a few evictions. A failure of one pod makes all others fail, so failures are grouped into
-incidents: failures of different pods within `WINDOW` form one incident. An incident with a
-disruption is a disruption, even if other pods failed first: lost nodes are reported minutes later.
+after a few evictions. A failure of one pod makes all other pods fail, so failures are grouped
+into incidents: failures of different pods within `WINDOW` form one incident. An incident that
+includes a disruption counts as one, even if other pods failed first: lost nodes are reported late.
 
 The failures of a TrainJob are counted by JobSet's failure policy (manifests/trainjob/runtime.yaml).
 """
@@ -19,12 +19,12 @@ from components.launcher.workflow import has_disruption_target
 
 # seconds within which failures may be reported in any order, by two nodes or in one poll
 SIMULTANEOUS = 5.0
-# maximum duration of an incident in seconds: longer than it takes a waiting rank to give up (4
-# minutes) and Kubernetes to evict the pods of a node that does not respond (5 minutes)
+# maximum duration of an incident in seconds: exceeds the timeout of a waiting rank (4 minutes) plus
+# the time until Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
 EVICTION = 360.0  # seconds until a lost node's pods are evicted: 40 s + 5 minutes + margin
 OUT_OF_MEMORY = "OOMKilled"
-# Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
+# Messages of the kubelet about pods that exceed their limits (pkg/kubelet/eviction)
 OWN_LIMITS = re.compile(
     "exceeds the limit|exceeds the total limit|exceeded its local ephemeral storage"
 )
@@ -42,8 +42,8 @@ DISRUPTIONS = re.compile(
 class Incident:
     """Failures with a common root cause.
 
-    causes: maps a pod's name to the cause of its failure. failures: maps a pod's uid to its number
-    of failures at the start of the incident.
+    causes: maps a pod's name to the cause of its failure. failures: maps a pod's uid to the number
+    of the pod's failures at the start of the incident.
     """
 
     start: float
@@ -59,30 +59,30 @@ class Restarts:
         self.previous = errors
         self.incidents: list[Incident] = []
         self.failures: dict[str, int] = {}  # uid of a pod -> number of its failures
-        self.disrupted: set[str] = set()  # uids of pods
+        self.disrupted: set[str] = set()  # uids of disrupted pods
         self.unresponsive: set[str] = set()  # uids of pods on a node that does not respond
         self.backing_off: set[str] = set()  # uids of pods whose container waits for its restart
-        self.pods: dict[str, str] = {}  # name -> uid, at the last poll
+        self.pods: dict[str, str] = {}  # name -> uid of each pod at the last poll
         self.initialized = self.incomplete = False
 
     @property
     def errors(self) -> int:
-        """Return how many errors (incidents without a disruption) all launchers have counted."""
+        """Return the number of errors (incidents without a disruption) in all launchers."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
-        """Return the number of errors, without the last incident if it may become a disruption."""
+        """Return the number of errors, without an incident that may still become a disruption."""
         last = self.incidents[-1] if self.incidents else None
         undecided = last is not None and not last.disrupted and not self.is_decided(now)
         return self.errors - undecided
 
     @property
     def disruptions(self) -> int:
-        """Return the number of disruptions."""
+        """Return the number of incidents that include a disruption."""
         return sum(incident.disrupted for incident in self.incidents)
 
     def observe(self, pod: dict, container: str, now: float) -> None:
-        """Count a pod's failures since the last call. now: the current time in seconds.
+        """Count a pod's failures since the last call. now: monotonic time in seconds.
 
         Failures in the first poll of a job are not counted: they occurred before this launcher
         started.
@@ -113,10 +113,10 @@ class Restarts:
             self.add(name, cause, now, True)
 
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
-        """Compare all pods with the pods of the last poll: a pod that is missing was deleted.
+        """Count each pod that existed at the last poll and is now missing as deleted.
 
         Ignores failed pods, which `observe` has counted. For a suspended job, see `forget_pods`.
-        needed: number of running pods that the job needs to train.
+        pods: all pods of the job. needed: number of running pods that the job needs to train.
         """
         current = {pod["metadata"]["name"]: uid_of(pod) for pod in pods}
         for name, uid in self.pods.items():
@@ -136,11 +136,11 @@ class Restarts:
         return last is None or set(last.causes) >= set(self.pods) or now - last.start > EVICTION
 
     def forget_pods(self) -> None:
-        """Count no pods as deleted at the next poll: suspending a job deletes its pods."""
+        """Forget the last poll, so that pods deleted by a suspension of the job are not counted."""
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
-        """Add a failure to the first incident since the pod's last incident, or start a new one."""
+        """Add a failure to the next incident after the pod's last one, or to a new incident."""
         recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
         last = max((i for i, entry in enumerate(recent) if name in entry.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)
@@ -153,10 +153,10 @@ class Restarts:
         incident.disrupted |= disrupted
 
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
-        """Add a failure to the last incident if that incident caused it; return whether it did.
+        """Return whether the last incident caused a failure; if so, add the failure to it.
 
-        A failure is a consequence while another pod waits for its first restart since the incident
-        started. In a crash loop, all pods wait most of the time, but they have failed again since.
+        It did if another pod still waits for its first restart since the incident started. Pods in
+        a crash loop wait most of the time as well, but have failed again since the start.
         """
         last = self.incidents[-1] if self.incidents else None
         if last is None or now - last.start > WINDOW:
@@ -178,7 +178,7 @@ def uid_of(pod: dict) -> str:
 def is_disruption(cause: Cause, pod: dict) -> bool:
     """Return whether this pod was ended by its node or an eviction, not by its own process.
 
-    An eviction of a pod that exceeded its own limits does not count: a restart would not help.
+    The eviction of a pod that exceeded its limits does not count: a restart would not help.
     """
     if cause.reason == OUT_OF_MEMORY:
         return False
@@ -193,7 +193,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Return whether a pod was deleted before, not after, its failure at `time` ("": unknown)."""
+    """Return whether a pod was deleted before its failure at `time`, or at all if `time` is ""."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False
@@ -209,7 +209,7 @@ def can_run(pod: dict) -> bool:
 
 
 def failure_count(pod: dict, cause: Cause, container: str) -> int:
-    """Return how many times the cause's container, or `container` by default, has failed.
+    """Return how often the cause's container has failed, or `container` if the cause has none.
 
     The kubelet counts a restart when the new instance is created, after the back-off.
     """

@@ -1,17 +1,17 @@
 """The state of a job: why its pods fail or do not start, how long a finished job is kept.
 
-Pure functions of dictionaries as returned by the Kubernetes API. Pod states (core/v1 PodStatus): a
+Pure functions of dictionaries as returned by the Kubernetes API. Pod states (core/v1 PodStatus): A
 terminated container has state.terminated {exitCode, reason: OOMKilled | Error | Completed,
-finishedAt}, or lastState.terminated after a restart; a pod lost with its node has status.phase
-Failed and status.reason (Evicted, NodeLost, Terminated) without such a container state, or the
-condition DisruptionTarget; a pod without a node has the condition PodScheduled False with reason
-Unschedulable.
+finishedAt}, or lastState.terminated after a restart. A pod lost with its node has status.phase
+Failed and a status.reason (Evicted, NodeLost, Terminated) without a terminated container, or the
+condition DisruptionTarget. A pod without a node has the condition PodScheduled with status False
+and reason Unschedulable.
 
 Two problems are reported only by events (core/v1 Event). If the API server rejects a pod (a quota,
 a missing PriorityClass or ServiceAccount, Pod Security), the training operator 1.9 creates the
 event FailedCreatePod for the job and returns before it writes the job's status
-(pkg/controller.v1/control/pod_control.go); for Kubernetes' Job, which Trainer's JobSet creates, the
-event is FailedCreate. If a volume or network cannot be set up, the kubelet creates the event
+(pkg/controller.v1/control/pod_control.go); for a Job of Trainer's JobSet, Kubernetes creates the
+event FailedCreate. If a volume or network cannot be set up, the kubelet creates the event
 FailedMount or FailedCreatePodSandBox for the pod, whose status stays ContainerCreating.
 """
 
@@ -41,7 +41,7 @@ BROKEN = (
 
 
 def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
-    """Return (phase, message) from the job's status; ("", "") if the operator has not set it.
+    """Return (phase, message) from the job's status; ("", "") if the operator has not set a status.
 
     Ignores the order of the conditions, as controllers keep old conditions and do not sort them.
     """
@@ -123,7 +123,7 @@ class Cause:
 
     @property
     def specific(self) -> bool:
-        """Return whether the reason explains the failure, which an exit code alone does not."""
+        """Return whether the reason explains the failure; `Error` and `Completed` do not."""
         return self.reason not in ("Error", "Completed", "")
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ class Cause:
 
 
 def signal_name(code: int) -> str:
-    """Return e.g. ` (SIGKILL)` for exit code 137, i.e. 128 + the signal's number; else ""."""
+    """Return the signal of an exit code above 128 as text, e.g. ` (SIGKILL)` for 137; else ""."""
     try:
         return f" ({signal.Signals(code - 128).name})" if code > 128 else ""
     except ValueError:
@@ -193,8 +193,8 @@ def failure_reason(pod: dict) -> Cause | None:
 def root_cause(causes: Iterable[Cause]) -> Cause | None:
     """Return the most likely root cause, or None if there are no causes.
 
-    When a process of a distributed run dies, all other processes fail soon after. Prefers causes
-    without a later restart of the container, then specific causes, then the earliest cause.
+    When a process of a distributed run dies, all other processes fail soon after. Prefers failures
+    of containers that have not been restarted, then specific reasons, then the earliest failure.
     """
     return min(causes, key=lambda c: (c.previous, not c.specific, c.time or "9"), default=None)
 

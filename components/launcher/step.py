@@ -31,9 +31,9 @@ class Step:
 
         Takes at most 5 s. If the run cannot be read, it is assumed to be ending, unless this step's
         pod is disrupted. Kubernetes sends SIGKILL 30 s after SIGTERM; but when Argo itself ends
-        a step, KFP's launcher process exits at once and SIGKILL may follow within a second. A
-        job that still exists is then deleted by the exit handler after Kubeflow's Terminate, by
-        `python -m pipeline terminate`, or together with the Workflow.
+        a step, KFP's launcher process exits at once and SIGKILL may follow within a second. If the
+        job is not deleted in this time, it is deleted by the exit handler (after Kubeflow's
+        Terminate), by `python -m pipeline terminate`, or together with the Workflow.
         """
         if self.owner is None:
             return "it does not belong to a pipeline run"

@@ -27,7 +27,7 @@ SCHEDULE = "vitdet/schedule-seconds"
 # annotations that the launcher sets on a job
 FAILURE = "vitdet/failure"  # why the job failed or was aborted
 RESTARTS = "vitdet/restarts"  # how many restarts are allowed after errors (not disruptions)
-ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # error count; set once all pods run
+ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # number of errors; set once all pods run
 # defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
@@ -63,9 +63,9 @@ class Kind:
     """A kind of job: its API resource, the labels of its pods, how its template is filled in.
 
     phases: (condition type, phase), highest priority first.
-    rank0: returns the labels of a job's pods that may run rank 0.
+    rank0: returns the labels of the pods that may run rank 0.
     halt: a patch of the spec that makes the operator delete the pods but keep the job.
-    expire: a patch with an expired deadline instead, for jobs that Kueue manages and would resume.
+    expire: a patch that sets an expired deadline, for jobs that Kueue would resume after `halt`.
     """
 
     name: str
@@ -112,7 +112,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
     jobs = [part for part in found if part.get("kind") == kind.name]
     if len(jobs) != 1:
         raise ValueError(
-            f"the job's template must contain one {kind.name}, got "
+            f"the job's template must contain exactly one {kind.name}, got "
             f"{', '.join(str(part.get('kind')) for part in found) or 'nothing'}"
         )
     # a copy: YAML anchors share objects between Master and Worker
@@ -191,14 +191,14 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
     workers = request.nodes - ("Master" in replicas)
     if workers and "Worker" not in replicas:
         raise ValueError(
-            "the job's template has no Worker, which the requested number of nodes "
-            f"({request.nodes}) needs"
+            "the job's template has no Worker, but the requested number of nodes "
+            f"({request.nodes}) requires a Worker"
         )
     if workers:
         replicas["Worker"]["replicas"] = workers
     elif "Worker" in replicas:
         del replicas["Worker"]
-        spec.pop("elasticPolicy", None)  # the API server rejects it without a Worker
+        spec.pop("elasticPolicy", None)  # the API server rejects this policy without a Worker
     if elastic:
         elastic["maxReplicas"] = request.nodes
         elastic["minReplicas"] = min(elastic.get("minReplicas", 1), request.nodes)
@@ -301,7 +301,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests; `added` takes precedence; its limits also replace old requests."""
+    """Merge limits and requests; `added` takes precedence, and its limits remove old requests."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):

@@ -29,7 +29,7 @@ def workflow_owner(pod: dict) -> dict | None:
 
 
 def retry_index(pod: dict) -> int | None:
-    """Return the index of a step's attempt, 0 again after a retry of the run; None if unknown.
+    """Return the index of a step's attempt; None if unknown. A retry of the run resets the index.
 
     Argo names the attempts of a node NODE(0), NODE(1), ... (workflow/controller/operator.go,
     executeTemplate of v3.7). Kubeflow Pipelines sets KFP_RETRY_INDEX only after version 2.17.
@@ -43,7 +43,7 @@ def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> 
 
     Kubeflow's Terminate sets spec.activeDeadlineSeconds to 0 (backend/src/common/util/
     execution_spec.go of 2.17); `argo terminate` and `argo stop` set spec.shutdown. If the uid
-    differs, the run's Workflow was deleted and another one was created with the same name.
+    differs, the run's Workflow was deleted and another Workflow has its name.
     """
     if workflow is None or workflow["metadata"]["uid"] != uid:
         return "its run has been deleted"

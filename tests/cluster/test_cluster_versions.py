@@ -104,7 +104,7 @@ def test_a_job_quota_is_retried_and_then_reported(still: Scene) -> None:
         wait_until(lambda: any("retrying for up to 30 s" in line for line in still.lines))
         kubectl(f"delete resourcequota trainings -n {still.namespace}")
 
-    with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
+    with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*for 3 s$"):
         still.launch(template(script=True), ["true"], "refused")
     limits = replace(QUICK, schedule=1)  # the job file's timeout applies
     with meanwhile(free), meanwhile(lambda: unschedulable(still, "quota")):

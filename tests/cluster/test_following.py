@@ -182,7 +182,7 @@ def test_a_process_killed_under_torchrun_is_reported_as_out_of_memory() -> None:
 def test_a_deleted_job_is_an_error_unless_its_training_is_complete() -> None:
     record = Record((RUNNING, [pod(container=ended(1, key="lastState"))]), (None, []))
     error = follow(record)[1]
-    assert "was deleted before it ended" in error
+    assert "was deleted before training was complete" in error
     assert "cause: pod w-0 on node n1: Error, exit code 1" in error
     # deleted after its time to live
     lines, error = follow(Record((RUNNING, []), (None, [])), done=True)

@@ -20,10 +20,10 @@ VALUES: tuple[Any, ...] = (None, "text", [None])
 # Rejected because of what the fields mean together, not because of a type
 MEANING = (
     "the YAML contains no PyTorchJob or TrainJob",
-    "the job's template must contain one ",
+    "the job's template must contain exactly one ",
     "the job's template has no container named 'pytorch'",
     "the training jobs must use the same image",
-    "no Worker, which the requested number of nodes (2) needs",
+    "no Worker, but the requested number of nodes (2) requires a Worker",
     "a PyTorchJob without a Master needs an elasticPolicy",
     "is not among the documents",
 )

@@ -127,7 +127,7 @@ def test_rejections_by_a_quota_or_policy_are_retried(message: str, clock: Clock)
     start = clock.now
     with pytest.raises(RuntimeError) as raised:
         ask("create", answers(refused(403, message)), refused=9)
-    assert str(raised.value) == f"{what}, for 9 s" and 9 <= clock.now - start < 12
+    assert str(raised.value) == f"{what}; retried for 9 s" and 9 <= clock.now - start < 12
 
 
 @pytest.mark.parametrize(

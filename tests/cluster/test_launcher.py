@@ -192,7 +192,7 @@ def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -
 @pytest.mark.parametrize(
     ("kind", "text", "change", "message"),
     [
-        ("trainjob", "", {}, "must contain one TrainJob, got PyTorchJob"),
+        ("trainjob", "", {}, "must contain exactly one TrainJob, got PyTorchJob"),
         ("pytorchjob", "", {"nodes": 0}, "at least 1 node, got 0"),
         # the operator identifies the container by name
         ("pytorchjob", "name: pytorch ", {}, "no container named 'pytorch'"),

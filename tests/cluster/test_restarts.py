@@ -206,7 +206,7 @@ def test_a_job_ends_after_its_files_limit_of_errors() -> None:
     record = Record((RUNNING, HEALTHY), *looks)
     record.logs["m previous"] = ["2026-01-01T00:00:00Z ValueError: bad image"]
     lines, error = follow(record, limited())
-    assert error.startswith("PyTorchJob vitdet-tiny-1 has failed 3 times\ncause: pod m on node n1")
+    assert "has failed (errors: 3, allowed restarts: 2)\ncause: pod m on node n1" in error
     assert error.endswith("ValueError: bad image; the job is suspended")
     assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
     assert [line for line in lines if "errors" in line] == [
@@ -218,7 +218,7 @@ def test_a_job_ends_after_its_files_limit_of_errors() -> None:
 def test_errors_between_two_polls_are_counted() -> None:
     record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), crashed("w", 3)]))
     record.flicker = [crashed(name, times) for times in (1, 2, 3) for name in ("m", "w")]
-    assert "has failed 3 times" in follow(record, limited())[1]
+    assert "has failed (errors: 3, " in follow(record, limited())[1]
 
 
 def test_the_next_launcher_continues_the_count() -> None:
@@ -226,7 +226,7 @@ def test_the_next_launcher_continues_the_count() -> None:
     there = {"metadata": metadata, **RUNNING}
     looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in (4, 5)]
     record = Record(*looks, there=there)
-    assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
+    assert "has failed (errors: 3, " in follow(record, limited())[1]
 
 
 def test_an_error_is_stored_when_no_lost_node_can_explain_it() -> None:
@@ -249,7 +249,7 @@ def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> Non
     twice = (RUNNING, [crashed("m", 2), pod("w")])
     record = Record((RUNNING, HEALTHY), deciding, deciding, twice)
     lines, error = follow(record, limited("0"))
-    assert "has failed 1 time\n" in error and record.annotations["vitdet/errors"] == "1"
+    assert "has failed (errors: 1, " in error and record.annotations["vitdet/errors"] == "1"
     assert not any("at most" in line for line in lines)
 
 
@@ -257,7 +257,7 @@ def test_errors_of_an_elastic_job_are_counted_while_it_waits_for_nodes() -> None
     job = limited("2")
     job["spec"]["elasticPolicy"] = {"minReplicas": 1}
     looks = [(RUNNING, [crashed("m", times), unschedulable("w")]) for times in range(7)]
-    assert "has failed 3 times" in follow(Record(*looks), job)[1]
+    assert "has failed (errors: 3, " in follow(Record(*looks), job)[1]
 
 
 def test_failures_are_not_counted_while_another_pod_is_on_a_lost_node() -> None:
