@@ -21,8 +21,8 @@ from pipeline.connection import ServerError, in_cluster_address
 from pipeline.request import RunRequest, Schedule, kubeflow_cron
 from pipeline.versions import Version, server_version
 
-ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client would wait forever on CANCELED
-RECURRING = "recurringrun"  # the web interface's name of a schedule, in links
+ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # unlike kfp.Client, includes CANCELED
+RECURRING = "recurringrun"  # part of the web interface's link of a schedule
 # Argo's tasks other than steps: groups of steps, drivers, pods. A suffix such as "(0)" marks an
 # attempt of a retried step (kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
 ATTEMPT = re.compile(r"\(\d+\)$")
@@ -34,10 +34,10 @@ Created = TypeVar("Created")
 
 
 class Server:
-    """The runs of a Kubeflow Pipelines server. Methods raise ServerError if a request fails.
+    """Runs and schedules of a Kubeflow Pipelines server. Failed requests raise ServerError.
 
     Args:
-        ui: URL for links; by default the API's URL, unless that is a service in the cluster.
+        ui: Base URL for links; by default the API's URL, or "" for a service in the cluster.
         report: Called with progress messages.
     """
 
@@ -52,7 +52,7 @@ class Server:
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
     def link(self, run_id: str, kind: str = "runs") -> str:
-        """Return the web interface's link of a run or schedule; without a host if `ui` is empty."""
+        """Return the web interface's link to a run or schedule; without a host if `ui` is empty."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
     @cached_property
@@ -68,7 +68,7 @@ class Server:
                 raise
         else:
             health = json.loads(self.client.last_response.data or "{}")
-            if health.get("apiServerReady") is False:  # reported by the web interface
+            if health.get("apiServerReady") is False:  # the web interface sets this field
                 raise ServerError(f"{self.host}: the API server does not respond", 503)
             return health
         raise ServerError(
@@ -82,7 +82,7 @@ class Server:
         return server_version(self.health)
 
     def namespace(self, asked: str) -> str:
-        """Return the namespace for requests; "" for single-user servers, which reject any other."""
+        """Return the namespace for requests; "" for single-user servers, which reject any name."""
         multi_user = bool(self.health.get("multi_user"))
         if multi_user and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
@@ -154,8 +154,8 @@ class Server:
     ) -> Created:
         """Call `create`, with retries after transient HTTP errors, and return its result.
 
-        If a request may have taken effect, `find` looks for its result before each retry, so that
-        a retry does not start a second run.
+        If a request may have taken effect, `find` looks for the created object before a retry, so
+        that nothing is created twice.
         """
         for attempt in range(self.transport.retries + 1):
             try:
@@ -189,7 +189,7 @@ class Server:
             except ServerError as error:
                 if error.status != 404:
                     raise
-        _ = self.health  # raises if this is not the API
+        _ = self.health  # raises ServerError if the host does not serve the API
         raise ServerError(f"{self.host} has no run or schedule {some_id}", 404)
 
     def pod_namespace(self, run: api.V2beta1Run) -> str:
@@ -202,8 +202,8 @@ class Server:
     def follow(self, run_id: str, every: float = 10.0, tolerance: float = 600.0) -> api.V2beta1Run:
         """Report state changes until the run has ended, and return the run.
 
-        For up to `tolerance` seconds, the server may be unavailable, or reject an expired token
-        whose file is renewed.
+        every: seconds between two requests. tolerance: seconds for which the server may be
+        unavailable, or reject a token that is read from a file; then raises ServerError.
         """
         reported: dict[str, str] = {}
         last_answer = time.monotonic()
@@ -213,7 +213,7 @@ class Server:
             except ServerError as error:
                 if not self.may_recover(error) or time.monotonic() - last_answer > tolerance:
                     raise ServerError(
-                        f"{error}; the run continues: `python -m pipeline status {run_id}`",
+                        f"{error}; the run continues; see `python -m pipeline status {run_id}`",
                         error.status,
                     ) from None
                 self.report(f"{error}; the run continues")
@@ -228,11 +228,11 @@ class Server:
             time.sleep(every)
 
     def may_recover(self, error: ServerError) -> bool:
-        """Return whether a later request may succeed."""
+        """Return whether the same request may succeed later."""
         return error.transient or (error.status == 401 and self.transport.renewed)
 
     def wait_until_ended(self, run_id: str, every: float, seconds: float) -> bool:
-        """Return whether a run ends within `seconds`; the server may be unavailable meanwhile."""
+        """Return whether a run ends within `seconds`; ignore a temporarily unavailable server."""
         start = time.monotonic()
         while True:
             try:
@@ -260,7 +260,7 @@ class Server:
 
 
 def find_marked(listed: Sequence[Any] | None, marker: str) -> Any | None:
-    """Return the run or schedule whose description is this marker, or None."""
+    """Return the run or schedule with this marker as its description, or None."""
     return next((item for item in listed or () if item.description == marker), None)
 
 

@@ -1,10 +1,10 @@
 """The connection to Kubeflow Pipelines: credentials, timeouts, retries, errors.
 
 Requests are sent with kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
-itself is not used: its constructor requests /healthz without a timeout, retries every 5 s with
-a traceback, reads cookies from ~/.config/kfp and, if an environment variable is set, prompts the
-user. It waits forever on a server that stalls and on a canceled run, does not retry after a 5xx,
-and prints an error's headers including cookies. Its `enable_caching=False` has no effect on steps
+itself is not used: its constructor requests /healthz without a timeout, prints a traceback at
+each retry, reads cookies from ~/.config/kfp and, if an environment variable is set, prompts the
+user. It waits forever on a server that stalls and on a canceled run, does not retry after HTTP 5xx,
+and prints an error's headers, including cookies. Its `enable_caching=False` has no effect on steps
 inside an ExitHandler, a loop or a condition, i.e. on all steps of this pipeline.
 
 Secrets are read from a file, the environment or the pod, never from the command line, which every
@@ -62,7 +62,7 @@ class ServerError(OSError):
 class Secret:
     """A token or cookie, with its source for messages.
 
-    It is read for every request, as pods and login helpers rewrite their token files in place.
+    The value is read for every request, as pods and login helpers rewrite their token files.
     renewed: whether a later read may return a different value.
     """
 
@@ -74,7 +74,7 @@ class Secret:
 def server_address(host: str) -> str:
     """Return the API's URL: `host`, KF_PIPELINES_ENDPOINT, or in a pod the cluster's service.
 
-    Raises ValueError if the URL is unknown, has credentials or is not http(s)://NAME[/PATH].
+    Raises ValueError if no URL is set, or if it has credentials or is not http(s)://NAME[/PATH].
     """
     host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
     if not host and "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -91,15 +91,15 @@ def server_address(host: str) -> str:
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
-            f"{host}: expected http:// or https://, as in https://kubeflow.example.com/pipeline"
+            f"{host}: expected http:// or https://, e.g. https://kubeflow.example.com/pipeline"
         )
-    # Kubeflow's dashboard embeds the page under a URL with this prefix
+    # Kubeflow's dashboard shows the page under a URL with the prefix /_
     path = parts.path.removeprefix("/_")
     return f"{parts.scheme}://{parts.netloc}{path}".rstrip("/")
 
 
 def in_cluster_address(host: str) -> bool:
-    """Return whether a URL is that of a service in the cluster."""
+    """Return whether the host of this URL is a service in the cluster."""
     name = urlsplit(host).hostname or ""
     return name == "ml-pipeline" or name.endswith(".svc") or ".svc." in name
 
@@ -125,7 +125,7 @@ def credentials(
 
 
 def named_secret(kind: str, file: str, variable: str) -> Secret | None:
-    """Return the token or cookie that the user specified, or None; "-" is standard input."""
+    """Return the token or cookie from a file ("-": standard input) or a variable, or None."""
     source = f"--{kind}-file" if file else variable
     value = read_secret(file, source) if file else os.environ.get(variable)
     if file and file != "-" and Path(file).is_file():  # a pipe can be read only once
@@ -136,7 +136,7 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
 
 
 def renewed_secret(kind: str, file: str, source: str) -> Secret:
-    """Return a secret that is read from its file each time.
+    """Return a secret that is read from its file for each request.
 
     If the file later cannot be read or is empty, e.g. while it is being rewritten, the last valid
     value is used; the server decides whether to accept it.
@@ -156,16 +156,16 @@ def renewed_secret(kind: str, file: str, source: str) -> Secret:
 
 
 def read_secret(file: str, source: str) -> str:
-    """Read a secret from a file. Errors omit the file's name, which may be the secret itself."""
+    """Read a secret from a file. Errors omit the file name, which may be the secret by mistake."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-    raise ValueError(f"{source}: cannot be read: {reason}")
+    raise ValueError(f"{source}: the file cannot be read ({reason})")
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """Return the value; raise ValueError if invalid, since http.client's errors would reveal it."""
+    """Return the stripped secret. Raises ValueError if it is invalid, without revealing it."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         found = "other content" if text else "nothing"
@@ -196,7 +196,7 @@ class Transport(RESTClientObject):
         retries: int,
         report: Callable[[str], None],
     ) -> None:
-        # urllib3's retries have no delay, skip 5xx, and follow redirects to login pages
+        # urllib3's retries have no delay, exclude 5xx, and follow redirects to login pages
         configuration.retries = False
         super().__init__(configuration)
         self.host, self.timeout, self.retries = configuration.host, timeout, retries
@@ -252,7 +252,7 @@ class Transport(RESTClientObject):
         raise failure  # outside `except`: the traceback must not contain the request's headers
 
     def login_headers(self) -> dict[str, str]:
-        """Return the headers with the current token and cookie."""
+        """Return request headers with the current token and cookie."""
         token = {"authorization": f"Bearer {self.token.read()}"} if self.token else {}
         return {**token, **({"Cookie": self.cookie.read()} if self.cookie else {})}
 
@@ -264,7 +264,7 @@ class Transport(RESTClientObject):
             reason = " ".join(re.sub(noise, "", str(error.reason)).split())
             return ServerError(
                 f"{self.host}: no TLS connection ({reason}); pass the certificate of a private "
-                "authority with --ca-file, or use http:// for a server without TLS",
+                "certificate authority with --ca-file, or use http:// for a server without TLS",
                 0,
                 sent=False,
             )
@@ -311,7 +311,7 @@ class Transport(RESTClientObject):
         return ServerError(f"{self.host}: {reason}", 0, transient=True, sent=sent)
 
     def login_hint(self) -> str:
-        """Return advice for a server that returns a web page."""
+        """Return advice for a response that is not from the API, e.g. a login page."""
         path = "; in a full Kubeflow deployment the URL ends in /pipeline"
         if urlsplit(self.host).path:
             path = ""
@@ -320,7 +320,7 @@ class Transport(RESTClientObject):
         return f"the credentials from {self.login_sources()} have expired or are not accepted{path}"
 
     def login_sources(self) -> str:
-        """Return the sources of the secrets."""
+        """Return the sources of the token and cookie, as text for messages."""
         return " and ".join(secret.source for secret in self.login)
 
     def server_text(self, error: ApiException) -> str:
@@ -349,7 +349,7 @@ def connect(
 ) -> ApiClient:
     """Return a client for the service classes of kfp_server_api; see Transport for the arguments.
 
-    Raises FileNotFoundError if ca_file is missing. The client's requests raise ServerError.
+    Raises FileNotFoundError if ca_file does not exist. The client's requests raise ServerError.
     """
     if ca_file and not Path(ca_file).is_file():
         raise FileNotFoundError(f"--ca-file {ca_file}: no such file")

@@ -10,15 +10,15 @@ describe the cluster. The experiment does not depend on the cluster.
 Step `configs` resolves the settings that do not depend on the data; step `data` resolves the other
 settings and is never cached, as the data may change in place. The data's fingerprint is an input of
 the training runs, which are cached. The cache compares artifacts by ID, so a training run does not
-use artifacts of `data`: it reads the splits and classes itself, from data with that fingerprint.
+use artifacts of `data`: it checks the fingerprint and reads the splits and classes from the data.
 
 ParallelFor's parallelism, a constant of the compiled pipeline, limits concurrent training runs.
 The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
 Argo template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
-v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the others
-(dag.go: assessDAGPhase waits for every node; template.failFast is not set), but `compare` depends
-on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler creates the table
-of the finished training runs from the workspace, as it cannot use outputs of other steps.
+v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the other
+iterations (dag.go: assessDAGPhase waits for every node; template.failFast is not set). `compare`,
+however, depends on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler creates
+the table of the finished training runs from the workspace, as it cannot use other steps' outputs.
 `ignore_upstream_failure` is no alternative: the backend compiles it to an exit hook, which
 iteratorTask does not pass on. When a run is retried, the backend repeats `compare`, but not an exit
 handler that has succeeded.
@@ -106,8 +106,8 @@ def build(
 
     Args:
         train: The component that trains.
-        job, image: YAML of the training jobs that this component may start, and their image.
-        configure: Applies the cluster's settings to each task; by default none.
+        job, image: YAML of the training jobs that `train` may start, and their image.
+        configure: Applies the cluster's settings to each task; by default, no settings.
         parallel: Number of concurrent training runs, including evaluation; 0 for no limit.
         shape: Defaults of the parameters nodes and job_kind.
     """
@@ -146,15 +146,15 @@ def build(
         Args:
             recipes: Names of recipes (`tiny` is a demo that generates its data), or absolute paths
                 of YAML files on the shared volume. All are trained on the same data and compared.
-            overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
-            sweep: Settings to vary, as SECTION.KEY=VALUE,VALUE; every combination is trained.
-            seeds: Number of training runs of each recipe and combination, with consecutive seeds;
-                the table has mean and standard deviation.
-            fetch: How to fetch the data to the recipe's folder on the volume first: `coco`, `lvis`
-                or `convert SOURCE`, with options of `vitdet data`. Empty: the data already exists.
+            overrides: Settings that override the recipes, each as SECTION.KEY=VALUE.
+            sweep: Settings to vary, each as SECTION.KEY=VALUE,VALUE. Trains every combination.
+            seeds: Number of training runs of each recipe and combination, with consecutive seeds.
+                The table of results shows the mean and standard deviation.
+            fetch: Data to download or convert to the shared volume first: `coco`, `lvis` or
+                `convert SOURCE`, with options of `vitdet data`. Empty: the data already exists.
             workspace: Folder on the shared volume for data, weights and training runs.
             nodes: Number of nodes of each training run.
-            pool: Node pool for training (label vitdet/pool). Empty: the one in the job's manifest.
+            pool: Node pool for training (node label vitdet/pool). Empty: as in the job's manifest.
             job_kind: Kind of the training job, `pytorchjob` or `trainjob`.
         """
         end = configure(
@@ -218,7 +218,7 @@ def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
     """Write the cluster's pipeline; the output is deterministic.
 
     job: YAML of the training jobs, as printed by `kubectl kustomize`; by default the jobs in
-    manifests/. parallel: as for `build`. The steps run in the image of the jobs unless the
+    manifests/. parallel: see `build`. The steps run in the image of the jobs unless the
     environment variable VITDET_IMAGE is set. Raises the errors of `training_jobs`, `job_image`,
     `accelerators` and `queue_labels`.
     """
@@ -234,9 +234,9 @@ def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
 def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> Configure:
     """Return a function that sets a task's image, volume, MLflow secret, run ID and resources.
 
-    Evaluation uses a GPU if the jobs train on GPUs, and waits in their Kueue queue.
+    Evaluation uses a GPU if the jobs train on GPUs, and waits in the jobs' Kueue queue.
     """
-    # size: (CPU request, memory request, memory limit, retries)
+    # size -> (CPU request, memory request, memory limit, retries)
     sizes = {
         "once": ("100m", "512Mi", "2Gi", 0),
         "small": ("100m", "512Mi", "2Gi", 3),
@@ -267,7 +267,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
         )
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
-        # From the label: as an argument, the run ID would change the cache key in each run.
+        # The run ID, from the pod's label: an argument would change the cache key in each run.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
             kubernetes.add_pod_annotation(task, key, value)

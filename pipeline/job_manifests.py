@@ -1,9 +1,9 @@
 """Read the YAML of the training jobs: kinds, nodes, image, GPUs, tolerations and node selector.
 
 Step `evaluate` needs the same kind of GPU and node as training. A PyTorchJob specifies them in its
-pod template. For a TrainJob they are merged from its runtime (another document) and its
-runtimePatches; later patches take precedence (Trainer 2.2: maps are merged, a list of tolerations
-is replaced), and the resources of spec.trainer override the runtime's resources.
+pod template. For a TrainJob, they are merged from the job's runtime (another document) and the
+job's runtimePatches; later patches take precedence (Trainer 2.2: maps are merged, lists of
+tolerations are replaced). The resources of spec.trainer override the runtime's resources.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ KUEUE = "kueue.x-k8s.io/"
 def training_jobs(text: str) -> str:
     """Return a YAML stream's training jobs, as text because kfp would turn integers into floats.
 
-    Raises ValueError if there is no training job, two have the same kind, or the YAML is invalid,
-    and the errors of `validate`.
+    Raises ValueError if the YAML or a job is invalid, if there is no training job, or if two jobs
+    have the same kind.
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}
@@ -38,7 +38,7 @@ def training_jobs(text: str) -> str:
         kind = str(document.get("kind")) if isinstance(document, dict) else ""
         if kind in KINDS:
             if kind in found:
-                raise ValueError(f"found two documents of kind {kind}, expected one training job")
+                raise ValueError(f"found two documents of kind {kind}, expected at most one")
             validate(document)
             found[kind] = part
     if not found:
@@ -68,7 +68,7 @@ def job_shape(jobs: str) -> Shape:
 
 
 def documents_of(text: str) -> list[dict]:
-    """Return the documents of a YAML stream without nulls. Raises the errors of `validate`."""
+    """Return the documents of a YAML stream, validated and without nulls (see `validate`)."""
     return [validate(item) for item in yaml.safe_load_all(text) if isinstance(item, dict)]
 
 
@@ -80,10 +80,10 @@ def job_image(jobs: str) -> str:
             found.add(replica["template"]["spec"]["containers"][0].get("image", ""))
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
     if len(found) != 1 or "" in found:
+        got = " and ".join(image or "no image" for image in sorted(found)) or "no image"
         raise ValueError(
-            "the training jobs must use the same image, but they use "
-            f"{', '.join(image or 'none' for image in sorted(found)) or 'none'}"
-            "; set the image in the manifests, or for all steps in VITDET_IMAGE"
+            f"expected one image for all training jobs, got {got}; set the image in the manifests, "
+            "or VITDET_IMAGE for all steps"
         )
     return found.pop()
 
@@ -102,7 +102,7 @@ def queue_labels(jobs: str) -> dict[str, str]:
 
 
 class Accelerators(NamedTuple):
-    """Number of GPUs of a pod, and the tolerations and node selector for the GPU nodes."""
+    """The number of GPUs of a pod, and the tolerations and node selector for GPU nodes."""
 
     gpus: int = 0
     tolerations: list[dict] = []
@@ -112,8 +112,8 @@ class Accelerators(NamedTuple):
 def accelerators(text: str) -> Accelerators:
     """Return the accelerators of the training job in a YAML stream.
 
-    If there are jobs of both kinds, uses the PyTorchJob: overlays give both the same GPUs. Raises
-    ValueError if a TrainJob sets no resources and its runtime is not among the documents.
+    If there are jobs of both kinds, uses the PyTorchJob, as overlays set the same GPUs for both.
+    Raises ValueError if a TrainJob sets no resources and its runtime is not among the documents.
     """
     documents = documents_of(text)
     for job in documents:

@@ -23,7 +23,7 @@ from pipeline.graph import build
 COLOR = re.compile(r"\033\[\d+m")
 BEGIN = re.compile(r"Executing task '([\w-]+)'")
 FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
-# kfp's own output: its executor, JSON of a step's inputs, timestamps and levels, separator lines
+# Lines of kfp itself: executor messages, JSON of a step's inputs, log records, separators
 NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,}|$)")
 
 
@@ -32,11 +32,11 @@ class Screen:
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self.screen, self.log = screen, log
-        self.line, self.depth = "", -1  # depth: indentation of a traceback to skip, or -1
+        self.line, self.depth = "", -1  # depth: indentation of a traceback to skip; -1: none
         self.in_outputs = False  # inside an output value, which kfp prints on several lines
 
     def write(self, text: str) -> int:
-        """Split text into lines and process the complete ones."""
+        """Split text into lines and process the complete lines."""
         *lines, self.line = (self.line + text).split("\n")
         for line in lines:
             plain = COLOR.sub("", line)
@@ -45,7 +45,7 @@ class Screen:
         return len(text)
 
     def process(self, line: str) -> None:
-        """Show a line unless it is kfp's own output or part of a traceback."""
+        """Show a line unless it is from kfp itself or part of a traceback."""
         indent = len(line) - len(line.lstrip())
         if begun := BEGIN.search(line):
             self.in_outputs = False

@@ -26,23 +26,23 @@ DEFAULT_IMAGE_WARNING = (
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run to start. pipeline: see `load_package`. account, root: "" for the server's default."""
+    """A run to start."""
 
-    pipeline: dict
+    pipeline: dict  # the result of `load_package`
     parameters: dict[str, object]
     name: str
     experiment: str
-    account: str = ""
-    root: str = ""
+    account: str = ""  # service account of the steps; "": the server's default
+    root: str = ""  # URL of the storage for artifacts; "": the server's default
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start runs (see `kubeflow_cron`), and how many may run concurrently (1..10)."""
+    """When to start runs."""
 
-    expression: str
-    max_concurrency: int = 1
-    catch_up: bool = True
+    expression: str  # see `kubeflow_cron`
+    max_concurrency: int = 1  # number of concurrent runs, 1..10
+    catch_up: bool = True  # whether to start missed runs
 
 
 def load_package(
@@ -50,11 +50,10 @@ def load_package(
 ) -> dict:
     """Create the body of a request from a compiled pipeline.
 
-    parallel: number of concurrent training runs; None for the compiled number.
+    parallel: number of concurrent training runs; None keeps the number in the package.
 
     Without caching, no step reuses results, not even in nested pipelines. With caching,
     step `configs` does not reuse results if a recipe is a file, whose content may have changed.
-
     Raises FileNotFoundError, or ValueError if the file is not a pipeline with these parameters.
     """
     spec, *platforms = read_package(package)
@@ -76,7 +75,8 @@ def load_package(
 
 
 def read_package(package: Path) -> list[dict]:
-    """Return the pipeline and, if any, its Kubernetes part. Raises the errors of `load_package`."""
+    """Return the pipeline and, if present, its Kubernetes part. For errors, see `load_package`."""
+
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -90,7 +90,7 @@ def read_package(package: Path) -> list[dict]:
 
 
 def fit_package(package: Path, version: Version) -> list[str]:
-    """Apply `versions.fit` to a package file; return its messages."""
+    """Apply `versions.fit` to a package file; return the messages of `fit`."""
     documents = read_package(package)
     lines = fit(documents, version)
     if lines:
@@ -131,7 +131,7 @@ def kubeflow_cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-# Resolves the training runs as the first step does, but without its workspace on the cluster.
+# Script: resolve the training runs as the first step does, without a workspace on the cluster.
 CHECK = """
 import json, sys
 from pathlib import Path
@@ -156,7 +156,7 @@ def check_recipes(
 
     vitdet checks the settings in a new process, as pipeline/ does not import vitdet's dependencies.
     Recipes whose files exist only on the cluster are checked by the first step, before data is
-    prepared or GPUs are requested; the result is then False, as it is if vitdet is missing.
+    prepared or GPUs are requested. In this case, or if vitdet is missing, the result is False.
     """
     from vitdet.config.credentials import has_credentials, hide_credentials
 

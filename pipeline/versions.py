@@ -1,6 +1,6 @@
 """Versions of Kubeflow Pipelines: the fields of a compiled pipeline that each server supports.
 
-Servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for its
+Servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for the
 Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
 v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Only Pipelines 2.5 ignores
 unknown fields of the Kubernetes part, but then it also ignores the step's annotations and labels.
@@ -61,7 +61,7 @@ _JOB = (
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(
-        # an older field, but 2.5 looks it up only among the steps of the outermost group
+        # 2.5 has this field, but reads it only for the steps of the outermost group
         # (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),
@@ -117,8 +117,8 @@ def text(version: Version) -> str:
 def read_version(given: str) -> Version:
     """Return the version in a string such as 2.15, 2.15.0 or v2.15.0-rc.1.
 
-    A patch release has the fields of its minor release. Raises ValueError for any other string and
-    for an unsupported release.
+    A patch release supports the fields of its minor release. Raises ValueError for any other
+    string and for an unsupported release.
     """
     match = re.fullmatch(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:[-+.][\w.+-]+)?", given.strip())
     supported = ", ".join(
@@ -141,9 +141,9 @@ def read_version(given: str) -> Version:
 def server_version(health: dict) -> tuple[Version, str]:
     """Return the version that a server reports at /healthz, and a remark for the user or "".
 
-    The API server reports it as tag_name, the web interface in front of it as apiServerTagName.
-    Images before 2.16 were built without it and report "unknown"
-    (.github/workflows/build-and-push.yml at the tags); those since 2.14 report pipeline_store.
+    The API server reports the version as tag_name, the web interface as apiServerTagName. Images
+    before 2.16 were built without a version and report "unknown"
+    (.github/workflows/build-and-push.yml at the tags); images since 2.14 report pipeline_store.
     Raises ValueError for an unsupported version that is not newer than NEWEST.
     """
     given = str(health.get("tag_name") or health.get("apiServerTagName") or "unknown")
@@ -163,8 +163,8 @@ def server_version(health: dict) -> tuple[Version, str]:
 def fit(documents: list[dict], version: Version) -> list[str]:
     """Remove, in place, the fields of a pipeline that this server version does not support.
 
-    Returns one line per kind of removed field, with what the user loses. Raises ValueError for an
-    unsupported field that cannot be left out.
+    Returns one line for each entry of FIELDS that was removed, with what the user loses. Raises
+    ValueError for an unsupported field that cannot be left out.
     """
     lines = []
     for field in FIELDS:

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="python -m pipeline", description="Run experiments as a Kubeflow pipeline."
     )
-    commands = root.add_subparsers(required=True, metavar="VERB")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
     add_compile(commands)
     add_run(commands)
     add_submit(commands)

@@ -106,8 +106,8 @@ def add_server(command: argparse.ArgumentParser) -> None:
         "URL of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline (default: "
         "KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
     )
-    add_text(group, "--ui-host", "URL", "URL for links, if it differs from --host")
-    add_text(group, "--namespace", "NAME", "namespace of the run (multi-user: your profile)")
+    add_text(group, "--ui-host", "URL", "URL of the web interface, if it differs from --host")
+    add_text(group, "--namespace", "NAME", "namespace of the run (multi-user: your profile's)")
     add_text(
         group,
         "--token-file",

@@ -24,7 +24,7 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
         "compile",
         "write the pipeline to a file, for `submit` or Kubeflow's web interface",
     )
-    command.add_argument("file", type=Path, metavar="FILE", help="the YAML file to write")
+    command.add_argument("file", type=Path, metavar="FILE", help="YAML file to write")
     add_text(
         command,
         "--job",
@@ -42,7 +42,7 @@ def run_compile(args: argparse.Namespace) -> int:
     from pipeline.graph import compile_pipeline
 
     if args.file.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{args.file}: the name of a compiled pipeline must end in .yaml")
+        raise ValueError(f"{args.file}: the name of a compiled pipeline must end in .yaml or .yml")
     job = read_job_file(args.job)
     args.file.parent.mkdir(parents=True, exist_ok=True)
     compile_pipeline(args.file, job, args.parallel or 1)

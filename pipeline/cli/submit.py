@@ -38,7 +38,7 @@ from pipeline.request import (
 from pipeline.versions import FIELDS, Version, fit, text
 
 EXPERIMENT = "vitdet"
-ACCOUNT = "vitdet-pipeline"  # may create training jobs
+ACCOUNT = "vitdet-pipeline"  # service account that may create training jobs
 
 
 def add_submit(commands: argparse._SubParsersAction) -> None:
@@ -62,12 +62,12 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     cluster.add_argument(
         "--pool",
         metavar="NAME",
-        help="node pool for training: label vitdet/pool of the nodes (default: as in the manifest)",
+        help="node pool for training: value of the label vitdet/pool (default: as in the manifest)",
     )
     cluster.add_argument(
         "--job-kind",
         choices=KINDS,
-        help="kind of training job (default: as in the manifest; pytorchjob if it has both)",
+        help="kind of training job (default: as in the manifest; pytorchjob if it has both kinds)",
     )
     cluster.add_argument(
         "--workspace",
@@ -78,7 +78,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         "--service-account",
         default=ACCOUNT,
         metavar="NAME",
-        help=f"service account of the steps (default: {ACCOUNT}, see manifests/; '': the server's)",
+        help=f"service account of the steps (default: {ACCOUNT} of manifests/; '': the server's)",
     )
     add_text(cluster, "--pipeline-root", "URL", "URL of the storage for the steps' artifacts")
     run = command.add_argument_group("the run")
@@ -92,7 +92,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--no-cache", action="store_true", help="do not reuse cached results of steps")
     source = run.add_mutually_exclusive_group()
     source.add_argument(
-        "--package", type=Path, metavar="FILE", help="compiled pipeline (default: compile one now)"
+        "--package", type=Path, metavar="FILE", help="compiled pipeline (default: compile it now)"
     )
     add_text(
         source,
@@ -125,7 +125,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
 
 
 def run_submit(args: argparse.Namespace) -> int:
-    """Start the run or schedule and print its ID and link; with --wait, follow it."""
+    """Start a run or create a schedule, and print its ID and link; with --wait, follow the run."""
     schedule = None
     if [args.job, args.token_file, args.cookie_file].count("-") > 1:
         raise ValueError(
@@ -135,7 +135,7 @@ def run_submit(args: argparse.Namespace) -> int:
         schedule = Schedule(args.cron, args.max_concurrency, catch_up=not args.no_catch_up)
         kubeflow_cron(args.cron)
         if args.wait:
-            raise ValueError("--wait follows one run, but --cron starts many; see `status`")
+            raise ValueError("--wait follows one run, but --cron starts many; omit --wait")
     check_pool(args.pool)
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
         remark("the first step validates the recipes and settings that are not validated here")

@@ -13,7 +13,7 @@ from pipeline.cli.report import job_kind, print_run
 from pipeline.client import ENDED, Server
 from pipeline.connection import ServerError
 
-# Seconds for a run to end: grace period of its pods (30 s), Argo's polling, exit handler
+# Seconds for a run to end: grace period of the run's pods (30 s), Argo's polling, exit handler
 END_TIMEOUT = 300.0
 
 
@@ -66,7 +66,7 @@ def run_terminate(args: argparse.Namespace) -> int:
 def delete_run_jobs(
     server: Server, found: V2beta1Run, namespace: str, every: float
 ) -> Iterator[str]:
-    """Delete a run's jobs, and again after the run has ended: until then a step may create jobs.
+    """Delete a run's jobs now and after the run's end: until then, a step may create jobs.
 
     Yields progress messages. Raises StillEnding if the run does not end in time.
     """
@@ -74,7 +74,7 @@ def delete_run_jobs(
     from components.launcher.launch import delete_jobs
 
     own = job_kind(found)
-    yield f"deleting its training jobs in {describe_namespace(namespace)}"
+    yield f"deleting the run's training jobs in {describe_namespace(namespace)}"
     deleted, left = delete_jobs(found.run_id, namespace, own)
     yield from (f"deleted {name}" for name in deleted)
     doubt = ""
@@ -83,7 +83,7 @@ def delete_run_jobs(
         try:
             ended = server.wait_until_ended(found.run_id, every, END_TIMEOUT)
             doubt = "" if ended else "the run is still ending"
-        except ServerError as error:  # the cluster may still respond
+        except ServerError as error:  # the Kubernetes API may still respond
             doubt = f"it is unknown whether the run has ended ({error})"
         late, left = delete_jobs(found.run_id, namespace, own)
         yield from (f"deleted {name}, created in the meantime" for name in late)

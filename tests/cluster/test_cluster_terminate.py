@@ -52,7 +52,7 @@ def test_terminate(
         code, out, said = pipeline("terminate", PIPELINE_RUN, "--every", 0.1)
         assert (code, said) == (0, "")
         context = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())["current-context"]
-        place = f"deleting its training jobs in namespace {made.namespace} of the cluster of context {context}\n"
+        place = f"deleting the run's training jobs in namespace {made.namespace} of the cluster of context {context}\n"
         assert "state RUNNING, now ending\n" in out
         assert out.endswith(
             f"{place}deleted a\ndeleted b\n"

@@ -22,7 +22,7 @@ MEANING = (
     "the YAML contains no PyTorchJob or TrainJob",
     "the job's template must contain exactly one ",
     "the job's template has no container named 'pytorch'",
-    "the training jobs must use the same image",
+    "expected one image for all training jobs",
     "no Worker, but the requested number of nodes (2) requires a Worker",
     "a PyTorchJob without a Master needs an elasticPolicy",
     "is not among the documents",

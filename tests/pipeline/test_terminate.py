@@ -89,7 +89,7 @@ def test_status_and_terminate_print_the_same(
     assert out.replace("RUNNING, now ending", "RUNNING").startswith(status)
 
 
-PLACE = "deleting its training jobs in namespace {} of the cluster of context work"
+PLACE = "deleting the run's training jobs in namespace {} of the cluster of context work"
 KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
 
 
