@@ -259,7 +259,7 @@ class Transport(RESTClientObject):
     def response_error(self, error: ApiException) -> ServerError:
         """Return the error for a response with an error status."""
         status = error.status or 0
-        if not status:  # the base class reports TLS errors this way
+        if not status:  # the base class reports TLS errors with status 0
             noise = r"SSLError|\(_ssl\.c:\d+\)|\[SSL: \w+\]"
             reason = " ".join(re.sub(noise, "", str(error.reason)).split())
             return ServerError(

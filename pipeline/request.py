@@ -117,8 +117,8 @@ def kubeflow_cron(expression: str) -> str:
     """Convert a schedule to Kubeflow's notation, whose first field is seconds.
 
     Kubeflow interprets the five fields of a crontab as seconds..months, so "0 3 * * *" would start
-    a run every hour; second 0 is therefore prepended. Six fields and expressions such as @daily or
-    @every 12h are kept. Raises ValueError for anything else.
+    a run every hour; second 0 is therefore prepended. Schedules of six fields, and
+    expressions such as @daily or @every 12h, are kept. Raises ValueError for anything else.
     """
     if re.fullmatch(r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression):
         return expression

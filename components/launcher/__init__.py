@@ -3,5 +3,5 @@
 `launch` starts a job and follows it, `client` sends the requests to the Kubernetes API, `errors`
 describes rejected requests, `templates` fills in the templates of the two kinds of job, `pruned`
 finds fields that the cluster does not support, `status` interprets what the API server reports,
-`queue` interprets Kueue's Workloads, `follower` waits for the job's end, `failures` explains it.
+`queue` interprets Kueue's Workloads, `follower` waits for the end, `failures` explains failures.
 """

@@ -33,15 +33,15 @@ class Timeouts:
     """The poll interval of a job and how long each problem is tolerated, in seconds."""
 
     poll: float = 5
-    api: float = 600  # the API server does not respond
-    # the API server denies requests that it allowed before, e.g. until it has reloaded all Roles
+    api: float = 600  # maximum time until the API server responds
+    # maximum time until a denied request is allowed again: the API server may be loading Roles
     forbidden: float = 60
-    operator: float = 300  # the operator does not react to a new job
-    start: float = 300  # a pod cannot start: image, Secret, command
-    # a pod waits for a node, quota, volume or init container (the operator's init container waits
-    # for the Master and fails every 200 s)
+    operator: float = 300  # maximum time until the operator reacts to a new job
+    start: float = 300  # maximum time until an error of image, Secret or command is corrected
+    # maximum time until a pod has a node, quota and volumes, and its init containers have ended (the
+    # operator's init container waits for the Master and fails every 200 s)
     schedule: float = 3600
-    deletion: float = 120  # a job of an earlier attempt is still being deleted
+    deletion: float = 120  # maximum time until a job of an earlier attempt is deleted
 
 
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
@@ -344,7 +344,7 @@ class JobClient:
             return raw.data.decode(errors="replace").splitlines()
         except ApiException as error:
             self.report_forbidden("read logs", error)
-            return []  # e.g. the container has not started, or the pod or its node is gone
+            return []  # there is no log, e.g. because the pod or its node is gone
         except HTTPError:
             return []
 

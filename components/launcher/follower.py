@@ -388,7 +388,7 @@ class Follower:
         raise RuntimeError(text)
 
     def delete_failed(self) -> None:
-        """Delete a failed job; report errors only, as the caller raises the job's error."""
+        """Delete a failed job; do not raise errors, as the caller raises the job's error."""
         try:
             self.client.delete()
         except RuntimeError as error:

@@ -2,8 +2,8 @@
 
 The training operator adds up the restarts of all containers, whatever the cause, so a job would end
 after a few evictions. A failure of one pod makes all other pods fail, so failures are grouped
-into incidents: failures of different pods within `WINDOW` form one incident. An incident that
-includes a disruption counts as one, even if other pods failed first: lost nodes are reported late.
+into incidents: failures of different pods within `WINDOW` form one incident. An incident with a
+disruption counts as a disruption, even if other pods failed first: lost nodes are reported late.
 
 The failures of a TrainJob are counted by JobSet's failure policy (manifests/trainjob/runtime.yaml).
 """
@@ -67,7 +67,7 @@ class Restarts:
 
     @property
     def errors(self) -> int:
-        """Return the number of errors (incidents without a disruption) in all launchers."""
+        """Return the number of errors (incidents without a disruption) of all launchers."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
@@ -155,8 +155,8 @@ class Restarts:
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
         """Return whether the last incident caused a failure; if so, add the failure to it.
 
-        It did if another pod still waits for its first restart since the incident started. Pods in
-        a crash loop wait most of the time as well, but have failed again since the start.
+        The incident is the cause if another pod still waits for its first restart since then. Pods
+        in a crash loop wait most of the time as well, but have failed again since the incident.
         """
         last = self.incidents[-1] if self.incidents else None
         if last is None or now - last.start > WINDOW:

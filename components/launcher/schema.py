@@ -121,7 +121,7 @@ def validate(document: dict) -> dict:
     if not isinstance(document.get("spec"), dict):
         raise ValueError(f"job manifest: the {kind} has no spec")
     _check(document["spec"], spec, f"{kind}: spec")
-    # one by one, because msgspec's errors omit the keys of mappings: `pytorchReplicaSpecs[...]`
+    # each replica separately: msgspec's errors omit mapping keys, e.g. `pytorchReplicaSpecs[...]`
     for name, replica in document["spec"].get("pytorchReplicaSpecs", {}).items():
         _check(replica, _REPLICA, f"{kind}: spec.pytorchReplicaSpecs.{name}")
     return without_nulls(document)

@@ -27,7 +27,7 @@ SCHEDULE = "vitdet/schedule-seconds"
 # annotations that the launcher sets on a job
 FAILURE = "vitdet/failure"  # why the job failed or was aborted
 RESTARTS = "vitdet/restarts"  # how many restarts are allowed after errors (not disruptions)
-ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # number of errors; set once all pods run
+ERRORS, STARTED = "vitdet/errors", "vitdet/started"  # number of errors; whether all pods have run
 # defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
@@ -186,7 +186,7 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
             "each other"
         )
     if "Master" in replicas:
-        # explicit because the operator's webhook validates before it sets defaults
+        # set explicitly, as the operator's webhook validates before it sets defaults
         replicas["Master"]["replicas"] = 1
     workers = request.nodes - ("Master" in replicas)
     if workers and "Worker" not in replicas:

@@ -126,7 +126,7 @@ def test_the_jobs_are_embedded_as_text() -> None:
 
 def test_steps_run_in_the_jobs_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_image(training_jobs(JOBS)) == "registry.example.com/vitdet:1"
-    text = "use the same image, but they use a, registry.example.com/vitdet:1"
+    text = "expected one image for all training jobs, got a and registry.example.com/vitdet:1;"
     with pytest.raises(ValueError, match=text):
         job_image(training_jobs(JOBS.replace("numNodes: 2", "image: a, numNodes: 2")))
     outer = {**os.environ, "VITDET_IMAGE": "other:2"}
