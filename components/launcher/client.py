@@ -38,8 +38,8 @@ class Timeouts:
     forbidden: float = 60
     operator: float = 300  # maximum time until the operator reacts to a new job
     start: float = 300  # maximum time until an error of image, Secret or command is corrected
-    # maximum time until a pod has a node, quota and volumes, and its init containers have ended (the
-    # operator's init container waits for the Master and fails every 200 s)
+    # maximum time until a pod has a node, quota and volumes, and its init containers have ended
+    # (the operator's init container waits for the Master and fails every 200 s)
     schedule: float = 3600
     deletion: float = 120  # maximum time until a job of an earlier attempt is deleted
 
