@@ -74,7 +74,7 @@ class Secret:
 def server_address(host: str) -> str:
     """Return the API's URL: `host`, KF_PIPELINES_ENDPOINT, or in a pod the cluster's service.
 
-    Raises ValueError if no URL is set, or if it has credentials or is not http(s)://NAME[/PATH].
+    Raises ValueError if no URL is set, or the URL has credentials or is not http(s)://NAME[/PATH].
     """
     host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
     if not host and "KUBERNETES_SERVICE_HOST" in os.environ:

@@ -114,13 +114,13 @@ def launch(
 
 
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
-    """End a run's training jobs. Called by the exit handler; returns and raises as `delete_jobs`.
+    """End a run's training jobs from its exit handler; return and raise the same as `delete_jobs`.
 
     A job that is still training after a failed run, e.g. because its step was evicted too often, is
-    left running, so that a retry of the run can follow it. Its owner reference to the Workflow is
-    removed, since deleting the Workflow would delete the job. All other unfinished jobs are
-    deleted. Raises RuntimeError if it is unknown whether a user ended the run, so that no job is
-    deleted by mistake; the step is then retried.
+    left running, so that a retry of the run can follow it. The job's owner reference to the
+    Workflow is removed, as deleting the Workflow would delete the job. All other unfinished jobs
+    are deleted. Raises RuntimeError if it is unknown whether a user ended the run, so that no job
+    is deleted by mistake; the step is then retried.
     """
     api, namespace = connect()
     step = Step(JobClient(api, KINDS["pytorchjob"], "", namespace, print, Timeouts()))
