@@ -55,13 +55,13 @@ def test_another_set_of_classes(
     with caplog.at_level(logging.INFO):
         changes = {"model__roi_heads__num_classes": len(names)}
         weights = start(own_tiny, tmp_path / "run", source, **changes)
-    old = before["model"]
+    old, last = before["model"], before["class_names"][-1]
     assert {name for name, new in weights.items() if not torch.equal(new, old[name])} == LAYERS
     said = {record.message for record in caplog.records if "newly initialized" in record.message}
     why = (
-        f"number of classes: {count} in the file, 2 here"
+        f"number of classes: {count} in the file, 2 in this model"
         if len(names) == 2
-        else f"other classes, such as {before['class_names'][-1]!r} in the file and 'pentagon' here"
+        else f"classes differ, e.g. {last!r} in the file, 'pentagon' in this model"
     )
     assert said == {f"{source}: {name}: newly initialized ({why})" for name in LAYERS}
 
@@ -116,7 +116,7 @@ def test_class_agnostic_box_layers_of_a_cascade_are_kept(tmp_path: Path) -> None
     layers = ("mask.logits", *(f"stages.{stage}.logits" for stage in range(3)))
     fresh = [f"roi_heads.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     assert sorted(loaded.fresh) == sorted(fresh)
-    counts = f"number of classes: {CLASSES + 1} in the file, {CLASSES} here"
+    counts = f"number of classes: {CLASSES + 1} in the file, {CLASSES} in this model"
     assert all(counts in note for note in loaded.notes)
 
 

@@ -168,12 +168,12 @@ def test_invalid_combinations_are_one_line(model: Path, recipe: Path, tmp_path: 
         ((model, pt, "vitdet"), "set --recipe NAME"),
         ((model, pt, "detectron3"), "unknown weights format 'detectron3'; expected one of"),
         ((tmp_path / "none.pkl", pt, "detectron2", recipe), "none.pkl: no such weights file"),
-        ((model, model, "vitdet", recipe), "this is the source file; choose"),
+        ((model, model, "vitdet", recipe), "is also the source file; choose"),
         ((model, pt, "vitdet", "mask_rcnn_vitdet_b_coco"), "model.pt: does not fit this detector"),
     ):
         assert says in refused(*given), says
     for given, says in (
-        ((model, pth, "mae"), "writes detectron2 and mmdet, not mae"),
+        ((model, pth, "mae"), "supports --format detectron2 and mmdet, got mae"),
         ((model, pkl, "mmdet"), f"{ends} .pth (for mmdet)"),
         ((model, pth, "mmdet"), "cannot be converted to mmdet: "),
         ((recipe, pth, "mmdet"), "small.yaml: not a complete vitdet checkpoint"),

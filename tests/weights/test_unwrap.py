@@ -165,7 +165,7 @@ def zipped(name: str, content: bytes) -> bytes:
     ("content", "what"),
     [
         (b"", "the file is empty"),
-        (bytes(4096), "begins with zeros"),
+        (bytes(4096), "begins with zero bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
         (b"\xef\xbb\xbf\n<!DOCTYPE HTML><title>Sign in</title>", "an HTML page"),
         (b"<HTML><head>", "an HTML page"),

@@ -12,7 +12,7 @@ _USER = (
     rf"(?:(?<!http)(?<!https)|(?!://[^/\s]*:\d+/))(?P<scheme>://)[^/\s'\"\[]*?:{_TEXT}*(?P<at>@)"
 )
 _USER_ONLY = r"(?<=://)[^/\s'\"]*(?P<at2>@)"
-# NAME=VALUE in a query; %3B and %3D occur in an ODBC connection string that a query contains
+# NAME=VALUE in a query; %3B and %3D are the escaped ; and = of an ODBC connection string
 _NAME = (
     r"[\w.-]*(?:password|passwd|passphrase|secret|token|signature|credential"
     r"|(?:api|access|account|shared)[_-]?key)[\w.-]*"
@@ -25,7 +25,7 @@ _CREDENTIALS = re.compile(f"{_USER}|{_USER_ONLY}|{_QUERY}", re.IGNORECASE)
 def has_credentials(address: str) -> bool:
     """Return whether an address contains a user, a password, a token or a key.
 
-    Does not recognize a password that begins like a port, as in http://USER:12/ab@HOST.
+    The start of a password may be mistaken for a port, as in http://USER:12/ab@HOST.
     """
     return bool(_CREDENTIALS.search(address))
 

@@ -46,7 +46,7 @@ def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None =
 
 
 def training_settings(config: Config) -> dict[str, bool | int | float | str]:
-    """Return the part of `flatten(config)` that affects the trained weights."""
+    """Return the settings in `flatten(config)` that affect the trained weights."""
     settings = list_settings(config)
     return {key: value for key, value in flatten(config).items() if not settings[key][1]}
 
@@ -65,7 +65,7 @@ def digest(config: Config) -> str:
 def legacy_digest(config: Config) -> str | None:
     """Return the digest with which version 0.1 named the folders of this config.
 
-    Returns None if a setting in LATER affects the weights and differs from its default.
+    Returns None if a setting added since then affects the weights and differs from its default.
     """
     tree, settings, defaults = to_dict(config), list_settings(config), list_settings(type(config)())
     for key in LATER:

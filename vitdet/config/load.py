@@ -36,12 +36,12 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 def load_stored(path: str | Path) -> Config:
     """Return a config that a training run or a registration saved.
 
-    Accepts addresses and names that `load_config` rejects, since earlier versions saved them."""
+    Accepts `tracking` settings that `load_config` rejects, as earlier versions saved them."""
     return from_dict(_read(path))
 
 
 def check_tracking(tracking: TrackingConfig) -> None:
-    """Raise the errors of `check_names`, and ValueError for an address with credentials."""
+    """Raise ValueError for settings that MLflow rejects, and for an address with credentials."""
     check_names(tracking)
     if has_credentials(tracking.uri):
         raise ValueError(
@@ -54,7 +54,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
 def check_names(tracking: TrackingConfig) -> None:
     """Raise ValueError for an address or a name that MLflow rejects.
 
-    TrackingConfig does not check this, since old checkpoints may contain such values.
+    TrackingConfig accepts such values, since old checkpoints may contain them.
     """
     check_address("tracking.uri", tracking.uri)
     check("tracking.experiment", ExperimentName, tracking.experiment)
@@ -66,7 +66,7 @@ def override(
 ) -> Config:
     """Return `config` with the overrides applied.
 
-    Takes `sections` from `other` unless `other` is None. Raises ValueError as in `load_config`."""
+    The sections in `sections` come from `other`, if set. Raises ValueError as `from_dict` does."""
     theirs = to_dict(other) if other else {}
     tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
     return _apply_overrides(tree, overrides)
@@ -89,9 +89,9 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(tree: Mapping) -> Config:
-    """Build a config from the output of `to_dict`; missing settings have their default values.
+    """Build a config from the output of `to_dict`; missing settings get their default values.
 
-    Raises ValueError as `load_config` does."""
+    Raises ValueError for unknown settings and invalid values."""
     if unknown := list(_unknown(Config, tree)):
         raise ValueError("; ".join(unknown))
     return convert_section(Config, tree)
@@ -144,7 +144,7 @@ def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
 
 
 def _parse(key: str, text: str) -> object:
-    """Parse an override as YAML; a text setting's unquoted value is literal, e.g. `a #1`."""
+    """Parse an override's value as YAML. Unquoted values of text settings are literal."""
     default, _ = list_settings(Config()).get(key, (None, False))
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text
@@ -155,7 +155,7 @@ def _parse(key: str, text: str) -> object:
 
 
 def _unknown(kind: Any, tree: object) -> Iterator[str]:
-    """Yield a message for each unknown name. Raises ValueError if a section is not a mapping."""
+    """Yield a message for each unknown setting. Raises ValueError if a section is not a mapping."""
     if not isinstance(tree, Mapping | None):
         raise section_error(kind, tree)
     for name, value in (tree or {}).items():

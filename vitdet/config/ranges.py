@@ -1,4 +1,4 @@
-"""Types of settings with a range or pattern, whose description completes "KEY must ..."."""
+"""Types of settings with a range or pattern. Descriptions complete the message "KEY must ..."."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from vitdet.config.credentials import hide_credentials
 
 
 def between(low: int, high: int) -> Meta:
-    """Return a range of whole numbers that includes both bounds."""
+    """Return the range of whole numbers from `low` to `high`, both included."""
     return Meta(ge=low, le=high, description=f"be between {low} and {high}")
 
 
@@ -35,8 +35,8 @@ Confidence = Annotated[
     Meta(ge=0, le=0.998, description="be between 0 and 0.998, the limit of 1,000 resamples"),
 ]
 Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="be numbers in 0..1")]
-# MLflow accepts these names (mlflow.utils.validation; its databases store 256 characters). Quotes
-# and backslashes would break the filter strings of model searches.
+# MLflow accepts these names (mlflow.utils.validation) and stores up to 256 characters. Quotes and
+# backslashes would break the filter strings of model searches.
 ModelName = Annotated[
     str,
     Meta(
@@ -93,7 +93,7 @@ def check(key: str, hint: Any, value: Any) -> None:
 
 
 def check_address(key: str, uri: str) -> None:
-    """Raise ValueError for HOST:PORT without a scheme; credentials are hidden in the message."""
+    """Raise ValueError for HOST:PORT without a scheme. The message hides credentials."""
     hidden = hide_credentials(uri) if "://" in uri else re.sub(r"^.*@", "***@", uri)
     check(key, TrackingUri, hidden)
 
@@ -107,7 +107,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 @cache
 def without_ranges(hint: Any) -> Any:
-    """Return the plain type of a setting."""
+    """Return a setting's type without range and pattern."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:

@@ -1,6 +1,6 @@
 """Every setting of an experiment: a tree of frozen dataclasses.
 
-The defaults are Detectron2's ViTDet-B Mask R-CNN on COCO (mask_rcnn_vitdet_b_100ep); comments name
+The defaults are Detectron2's ViTDet-B Mask R-CNN on COCO (mask_rcnn_vitdet_b_100ep); comments state
 the source of other values. A recipe (a YAML file in `recipes/`) lists the settings that differ from
 the defaults; an override `section.key=value` changes a single setting.
 """
@@ -28,77 +28,77 @@ from vitdet.config.ranges import (
 from vitdet.config.sections import Section, operational
 from vitdet.config.suggestions import nearest
 
-# AP metrics by data.dataset; train.keep_best accepts them with the prefix box_ or mask_
+# AP metrics by data.dataset; train.keep_best accepts their names with the prefix box_ or mask_
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
-# if either is enabled, the evaluations during training affect the trained detector
+# if one of these settings is enabled, evaluations during training affect the trained detector
 SELECTING = ("train.keep_best", "train.patience")
 
 
 @dataclass(frozen=True)
 class BackboneConfig(Section, prefix="model.backbone."):
-    """Backbone; `name` determines depth, width, heads and the blocks with global attention."""
+    """Backbone. `name` sets depth, width, number of heads and which blocks use global attention."""
 
     name: Literal[
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
-    patch_size: Size = 16  # pixels; the stride of the feature map
+    patch_size: Size = 16  # in pixels; also the stride of the feature map
     window_size: Annotated[int, between(0, 65_536)] = 14  # side of an attention window in tokens
-    drop_path: Fraction = 0.1  # rate of the last block; rates increase linearly from 0
-    pos_embed_grid: Size = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
-    global_attention: bool = True  # in some blocks; false: window attention in all blocks
+    drop_path: Fraction = 0.1  # stochastic depth: rate of the last block; rates increase linearly
+    pos_embed_grid: Size = 14  # side of the position embedding in tokens: 224 / 16 in MAE
+    global_attention: bool = True  # false: window attention in all blocks
     # indices of the blocks that are followed by residual convolutions (ViTDet paper)
     residual_blocks: tuple[Annotated[int, between(0, 1023)], ...] = ()
-    rel_pos_size: Size = 1024  # image side in pixels for the global blocks' relative positions
+    rel_pos_size: Size = 1024  # relative positions in global blocks: image side in pixels
     scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
     final_norm: bool = False  # LayerNorm after the last block (ViTAE)
 
 
 @dataclass(frozen=True)
 class PyramidConfig(Section, prefix="model.pyramid."):
-    """Simple feature pyramid on a plain backbone's map, or an FPN on a hierarchical backbone."""
+    """Simple feature pyramid (plain backbones) or FPN (hierarchical backbones)."""
 
     kind: Literal["simple", "fpn"] = "simple"
     channels: Size = 256
-    halve_channels: bool = True  # in each deconvolution (not in ViTAE)
-    scales: tuple[Positive, Positive, Positive, Positive] = (4.0, 2.0, 1.0, 0.5)  # of p2..p5
+    halve_channels: bool = True  # each deconvolution halves the channels
+    scales: tuple[Positive, Positive, Positive, Positive] = (4.0, 2.0, 1.0, 0.5)  # levels p2 to p5
 
 
 @dataclass(frozen=True)
 class RPNConfig(Section, prefix="model.rpn."):
     """Region proposal network."""
 
-    anchor_scale: Positive = 8.0  # anchor side / stride of its level: 32..512 on strides 4..64
+    anchor_scale: Positive = 8.0  # anchor side / stride: 32 to 512 pixels at strides 4 to 64
     aspect_ratios: Positives = (0.5, 1.0, 2.0)  # height / width
     num_convs: Depth = 2
     norm: bool = False  # LayerNorm after each convolution (ViTAE)
-    divide_by_sampled: bool = False  # loss divisor: sampled anchors (mmdet), not samples * images
-    samples: Amount = 256  # anchors per image in the loss
+    divide_by_sampled: bool = False  # divide losses by the number of sampled anchors (mmdet)
+    samples: Amount = 256  # number of anchors per image in the loss
     positive_fraction: Fraction = 0.5
-    iou_low: float = 0.3  # background below this IoU
-    iou_high: float = 0.7  # foreground at or above this IoU
-    pre_nms_train: Amount = 2000  # best anchors per level before NMS
+    iou_low: float = 0.3  # anchors with a lower IoU are background
+    iou_high: float = 0.7  # anchors with at least this IoU are foreground
+    pre_nms_train: Amount = 2000  # highest-scoring anchors per level before NMS
     pre_nms_test: Amount = 1000
-    post_nms_train: Amount = 1000  # proposals per image after NMS, over all levels
+    post_nms_train: Amount = 1000  # proposals per image after NMS, all levels together
     post_nms_test: Amount = 1000
     nms_iou: Fraction = 0.7
 
 
 @dataclass(frozen=True)
 class RoIHeadsConfig(Section, prefix="model.roi_heads."):
-    """Box stages: one for Mask R-CNN, three for Cascade Mask R-CNN."""
+    """Box heads: one stage in Mask R-CNN, three stages in Cascade Mask R-CNN."""
 
     num_classes: Amount = 80
     ious: Fractions = (0.5,)  # minimum IoU of foreground boxes in each stage
     loss: Literal["softmax", "federated"] = "softmax"
-    samples: Amount = 512  # boxes per image in the loss
+    samples: Amount = 512  # number of boxes per image in the loss
     positive_fraction: Fraction = 0.25
     num_convs: Depth = 4
     num_fcs: Annotated[int, between(1, 1024)] = 1
     fc_dim: Size = 1024
     norm: bool = True  # LayerNorm after each convolution
-    sampling_ratio: Annotated[int, between(0, 1024)] = 0  # points per bin and axis; 0: adaptive
-    federated_classes: Amount = 50  # classes per step in the federated loss
+    sampling_ratio: Annotated[int, between(0, 1024)] = 0  # RoIAlign's sampling_ratio; 0: adaptive
+    federated_classes: Amount = 50  # classes sampled per step for the federated loss
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,14 @@ class ModelConfig(Section, prefix="model."):
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     norm_eps: Positive = 1e-6  # epsilon of the LayerNorms in pyramid and heads; 1e-5 in mmdet
-    # object assigned in a low-quality match. own: the object that overlaps the box most, in the RPN
-    # only (Detectron2); best: the object that overlaps no other box more than this one (mmdet)
+    # match of an object's best box if the IoU is low. own: the object that this box overlaps most,
+    # only in the RPN (Detectron2); best: the object whose best box this is (mmdet)
     low_quality: Literal["own", "best"] = "own"
-    clamp_shrinking: bool = False  # also clamp dw and dh from below, at log(16 / 1000) (mmdet)
+    clamp_shrinking: bool = False  # limit dw and dh to at least log(16 / 1000) (mmdet)
 
     @property
     def architecture(self) -> str:
-        """Name of the detector, such as Cascade Mask R-CNN."""
+        """Name of the architecture, such as Cascade Mask R-CNN."""
         cascade = "Cascade " if len(self.roi_heads.ious) > 1 else ""
         return f"{cascade}{'Mask' if self.mask.enabled else 'Faster'} R-CNN"
 
@@ -144,19 +144,19 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # maximum number of images per split: the first by id with objects (see keep_empty); 0: all
+    # maximum number of images per split (with objects, see keep_empty), in order of id; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
-    scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
+    scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # random scale; 1: longer side = image_size
     flip: Fraction = 0.5  # probability of a horizontal flip
-    diagonal_crop: bool = True  # one random number for both crop offsets; two in mmdet
-    transpose: Fraction = 0.0  # probability of swapping the axes
-    color_jitter: Fraction = 0.0  # largest relative change in brightness, contrast, saturation
-    antialias: bool = True  # when downscaling, as in PIL; mmdet uses OpenCV's plain bilinear filter
-    keep_empty: bool = False  # also train on images without objects, as background
+    diagonal_crop: bool = True  # draw one number for both crop offsets; mmdet draws two
+    transpose: Fraction = 0.0  # probability of transposing the image
+    color_jitter: Fraction = 0.0  # maximum relative change of brightness, contrast, saturation
+    antialias: bool = True  # downscale images with antialiasing, as in PIL; mmdet does not
+    keep_empty: bool = False  # use training images without objects as background
     redraw_empty: bool = False  # replace a crop without objects by another image's crop (mmdet)
-    repeat_threshold: Fraction = 0.0  # oversample classes found in a smaller fraction of images
-    # larger images are rejected before decoding; the upper bound is Pillow's limit
+    repeat_threshold: Fraction = 0.0  # oversample classes in a smaller fraction of images
+    # images with more pixels are rejected before decoding; Pillow's limit is the upper bound
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")
     )
@@ -171,19 +171,19 @@ class OptimConfig(Section, prefix="optim."):
     """AdamW with layer-wise learning-rate decay and linear warm-up."""
 
     lr: Positive = 1e-4
-    scale_lr: bool = False  # lr * train.batch_size / lr_batch_size
+    scale_lr: bool = False  # multiply lr by train.batch_size / lr_batch_size
     lr_batch_size: Amount = field(  # images per step for which lr was chosen
         default=64, metadata=operational("logs", "optim.scale_lr")
     )
     weight_decay: NonNegative = 0.1
     # parameters without weight decay. norms: the blocks' LayerNorms and the position embedding
     # (ViT-B, ViT-L); vectors: 1-D parameters, relative positions, position embedding (ViTAE);
-    # layer_norms: LayerNorms, position tables, not BatchNorm (mmdet's Swin); nothing: none (ViT-H)
+    # layer_norms: LayerNorms, position tables, no BatchNorms (mmdet's Swin); nothing: none (ViT-H)
     undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
     layer_decay: Positive = 0.7
     steps: Count = 184_375  # 100 epochs of COCO with batch size 64
     schedule: Literal["step", "cosine"] = "step"
-    # fractions of `steps` at which the learning rate drops to a tenth; []: none
+    # fractions of `steps` after which the learning rate is divided by 10; []: none
     milestones: tuple[float, ...] = (0.8888889, 0.962963)
     warmup_steps: NonNegative = 250.0
     warmup_factor: Fraction = 0.001  # learning rate at step 0, as a fraction of lr
@@ -207,11 +207,11 @@ class TrainConfig(Section, prefix="train."):
     init_format: Literal[
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",
-    ] = "vitdet"  # fmt: skip  # format of the file `init`
+    ] = "vitdet"  # fmt: skip  # format of the file train.init
     batch_size: Amount = 64  # images per step over all processes
     # micro-batches per step and process (gradient accumulation)
     accumulate: Amount = field(default=1, metadata=operational("equivalent to more processes"))
-    # blocks: recompute the backbone's blocks in the backward pass; auto: if GPU memory requires it
+    # blocks: recompute the backbone's blocks in the backward pass; auto: if GPU memory is short
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the gradients are the same")
     )
@@ -219,7 +219,7 @@ class TrainConfig(Section, prefix="train."):
     compile: Literal["auto", "never", "always"] = field(
         default="auto", metadata=operational("the step is the same up to rounding")
     )
-    # auto: bf16 if native, else fp16 on a GPU and fp32 on a CPU
+    # auto: bf16 if the device supports it natively; otherwise fp16 on a GPU, fp32 on a CPU
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "bf16"
     seed: Seed = 0
     log_every: Count = field(default=20, metadata=operational("logs"))  # steps
@@ -230,7 +230,7 @@ class TrainConfig(Section, prefix="train."):
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
     # save the detector with the highest value of this metric, e.g. box_ap, as best.pt; '': no file
     keep_best: str = ""
-    # stop after this many evaluations without a higher keep_best metric ('': box_ap); 0: never
+    # stop after this many evaluations without an increase of keep_best ('': box_ap); 0: never stop
     patience: Annotated[int, between(0, 1_000_000)] = 0
 
 
@@ -242,19 +242,19 @@ class EvalConfig(Section, prefix="evaluate."):
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
-    # precision of the detector; auto: bf16 or fp16 if the device supports it natively, else fp32
+    # auto: bf16 or fp16 if the device supports one of them natively, otherwise fp32
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # use torch.compile on a GPU, which takes a minute and pays off after a few thousand images
     compile: bool = False
-    # maximum number of validation images: the first by id that contain an object; 0: all
+    # maximum number of validation images with objects, in order of their ids; 0: all images
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
 @dataclass(frozen=True)
 class TrackingConfig(Section, prefix="tracking."):
-    """MLflow; the environment variable MLFLOW_TRACKING_URI takes precedence over `uri`."""
+    """MLflow settings. The environment variable MLFLOW_TRACKING_URI takes precedence over `uri`."""
 
-    uri: str = ""  # '': an SQLite file next to the output folder
+    uri: str = ""  # '': SQLite file next to the output folder
     experiment: str = "vitdet"
     model_name: str = "vitdet"
 
@@ -263,15 +263,15 @@ class TrackingConfig(Section, prefix="tracking."):
 class GateConfig(Section, prefix="gate."):
     """Conditions under which a registered detector replaces the champion.
 
-    Limits are in percentage points of AP on the same validation data."""
+    Both detectors are evaluated on the same data. Limits are in percentage points."""
 
     metric: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = (
         "box_ap"
     )
-    min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
-    min_class_ap: Percent = 0.0  # minimum of the metric for each class; 0: no limit
-    max_class_loss: Percent = 100.0  # maximum drop in a class's AP vs. the champion; 100: no limit
-    # level of the gain's bootstrap interval, whose lower bound must exceed min_gain; 0: no check
+    min_gain: NonNegative = 0.0  # minimum gain over the champion (exclusive)
+    min_class_ap: Percent = 0.0  # minimum value of the metric for each class; 0: no limit
+    max_class_loss: Percent = 100.0  # maximum drop of the metric in a class; 100: no limit
+    # level of the gain's bootstrap interval (lower bound must exceed min_gain); 0: no check
     confidence: Confidence = 0.0
 
 

@@ -41,9 +41,9 @@ class Section:
 def list_settings(
     section: Any, operational: bool = False, root: Any = None
 ) -> dict[str, tuple[Any, bool]]:
-    """Return {key: (value, whether it is operational)} for all settings of a section.
+    """Return {key: (value, whether the setting is operational)} for all settings of a section.
 
-    operational: mark all as operational. root: base of the `unless` keys; None: this section.
+    operational: mark all as operational. root: config with the `unless` settings; None: `section`.
     """
     found: dict[str, tuple[Any, bool]] = {}
     root = section if root is None else root
@@ -59,7 +59,7 @@ def list_settings(
 
 
 def merge(tree: dict, kind: Any, changes: Mapping) -> None:
-    """Set values in the tree of a section of type `kind`, merging nested sections.
+    """Set values in `tree`, the dict of a section of type `kind`; merge nested sections.
 
     Raises ValueError if a value other than a mapping would replace a section.
     """
@@ -69,7 +69,7 @@ def merge(tree: dict, kind: Any, changes: Mapping) -> None:
             tree[name] = value
             continue
         tree[name] = {} if current is None else current
-        # in a file, null selects the defaults; in an override it would discard the file's settings
+        # null selects the defaults in a file; in an override, it would discard the file's settings
         for content in (value, tree[name]):
             if not isinstance(content, dict):
                 raise section_error(section, content)
@@ -86,7 +86,7 @@ def convert_section(kind: Any, value: Any) -> Any:
     hint = without_ranges(kind)
     if hint is str and isinstance(value, int | float | None):
         return "" if value is None else str(value)
-    with suppress(ValueError):  # includes msgspec.ValidationError
+    with suppress(ValueError):  # msgspec.ValidationError is a ValueError
         # YAML reads 1e-4 as text; 1e3 is accepted as a whole number, true is not accepted as 1
         number = float(value) if hint in (int, float) and isinstance(value, str) else value
         if not isinstance(number, float) or math.isfinite(number):

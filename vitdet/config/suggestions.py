@@ -3,11 +3,11 @@
 import difflib
 from collections.abc import Sequence
 
-MAX_LISTED = 16  # for longer lists, only the nearest names are shown
+MAX_LISTED = 16  # a hint lists at most this many names
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown name: one similar name, all names, or the nearest of many."""
+    """Return a hint for an unknown name: one similar name, all names, or the nearest three."""
     many = len(known) > MAX_LISTED
     inside = [item for item in known if name and name in item] if many else []
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -1,6 +1,6 @@
 """Initial weights: published files, conversion and loading.
 
-Modules that need torch are imported on first use, so that `vitdet weights list` starts fast.
+Modules that need torch are imported on first use, so that `vitdet weights list` starts quickly.
 """
 
 from __future__ import annotations

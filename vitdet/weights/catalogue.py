@@ -11,32 +11,32 @@ import yaml
 from vitdet.config.suggestions import nearest
 
 NOT_PUBLISHED = "not published"
-PACKAGED = Path(__file__).parent  # folder of the weights in the package
+PACKAGED = Path(__file__).parent  # folder of the packaged weights
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A published file. Checksums may be prefixes; '' and None mean not published."""
+    """A published file. A checksum may be only its first digits. '' or None: not published."""
 
     name: str
     what: str
     url: str = ""
     format: str = ""  # a key of vitdet.weights.formats.FORMATS; "" if packaged
     license: str = NOT_PUBLISHED
-    recipe: str = ""  # detectors: the recipe that builds the model and trains it
-    ap: tuple[float, float] | None = None  # detectors: published box AP, mask AP
+    recipe: str = ""  # recipe of a complete detector; "": pre-trained backbone
+    ap: tuple[float, float] | None = None  # published box and mask AP of a detector
     size: int | None = None  # bytes
     sha256: str = ""
     md5: str = ""
     md5_of_name: bool = False  # the md5 is inferred from the file name, not published as such
-    other: str = ""  # name of an alternative, if pre-trained weights cannot be downloaded
+    other: str = ""  # name of an alternative to weights that cannot be downloaded
     # packaged: included in this package; file: direct download; page: download in a browser;
     # dead: broken link; none: never published
     state: Literal["packaged", "file", "page", "dead", "none"] = "file"
 
     @property
     def file(self) -> str:
-        """The name of the fetched file: weights for train.init, or a complete detector."""
+        """Name of the fetched file: .pt for a complete detector, .safetensors for a backbone."""
         return f"{self.name}.{'pt' if self.recipe else 'safetensors'}"
 
     @property
@@ -61,7 +61,7 @@ class Entry:
 
 def load_catalogue(path: Path) -> dict[str, Entry]:
     """Read the entries of a catalog file, by name."""
-    # libyaml, if available, is ten times as fast
+    # CSafeLoader (libyaml) is ten times as fast but not always available
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     entries = {}
     for fields in yaml.load(path.read_bytes(), loader):
@@ -74,7 +74,7 @@ CATALOGUE = load_catalogue(PACKAGED / "catalogue.yaml")
 
 
 def find(name: str) -> Entry:
-    """Return the entry `name`. Raises ValueError, with the nearest name, if it does not exist."""
+    """Return the entry `name`. Raises ValueError, with a suggestion, for an unknown name."""
     if name not in CATALOGUE:
         closest = nearest(name, list(CATALOGUE))
         raise ValueError(f"no weights named {name!r}; {closest} (or specify a .safetensors file)")
@@ -82,7 +82,7 @@ def find(name: str) -> Entry:
 
 
 def cache_folder() -> Path:
-    """Return the default folder of fetched files, ~/.cache/vitdet (XDG_CACHE_HOME is not used).
+    """Return the default folder for fetched files, ~/.cache/vitdet (XDG_CACHE_HOME is not used).
 
     Raises FileNotFoundError if the user has no home folder, e.g. in some containers.
     """
@@ -96,7 +96,7 @@ def cache_folder() -> Path:
 def fetched(name: str, folder: Path | None = None) -> Path:
     """Return the file of the entry `name` in `folder`, by default in the package or the cache.
 
-    Raises ValueError for an unknown name, FileNotFoundError (with the remedy) for a missing file.
+    Raises ValueError for an unknown name and FileNotFoundError, with a remedy, for a missing file.
     """
     entry = find(name)
     home = PACKAGED if entry.state == "packaged" else cache_folder()

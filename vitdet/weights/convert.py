@@ -1,6 +1,6 @@
 """Conversion of checkpoint files from third-party formats to vitdet, and back.
 
-A detector file contains its config; the weights are validated against a detector built from it.
+The weights are checked against the detector of the recipe, if any. A .pt file contains a config.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIXED = {
     "detectron2": dict(zip(_KEYS, (1e-6, False, True), strict=True)),
     "mmdet": dict(zip(_KEYS, (1e-5, True, False), strict=True)),
 }
-AUTHOR = "vitdet"  # Detectron2 loads a .pkl without name matching if it has an __author__
+AUTHOR = "vitdet"  # Detectron2 does not match names heuristically if a .pkl has an __author__
 
 
 def convert_file(
@@ -47,11 +47,11 @@ def convert_file(
 
     Args:
         source: a file of the format `layout`, or with `reverse` a vitdet detector.
-        destination: a .safetensors file for tensors with vitdet's names (with a recipe, exactly
-            those of its model), or a .pt file for a complete detector, which needs a recipe. With
+        destination: a .safetensors file for tensors with vitdet's names (with a recipe, in the
+            shapes of its model), or a .pt file for a complete detector, which needs a recipe. With
             `reverse`, a .pkl (detectron2) or .pth file (detectron2, mmdet).
         layout: a key of FORMATS.
-        recipe: the recipe of the model.
+        recipe: recipe of the model: a name or a YAML file.
         reverse: convert from vitdet to `layout`.
 
     Returns:
@@ -65,15 +65,15 @@ def convert_file(
         known = ", ".join(FORMATS)
         raise ValueError(f"unknown weights format {layout!r}; expected one of {known}")
     if source.resolve() == destination.resolve():
-        raise ValueError(f"{destination}: this is the source file; choose another destination")
+        raise ValueError(f"{destination}: is also the source file; choose another destination")
     if reverse:
         return _write_theirs(source, destination, layout)
     _expect_suffix(destination, (".safetensors", ".pt"), "--format is the format of SRC")
     tensors = destination.suffix == ".safetensors"
     if not tensors and recipe is None:
         raise ValueError(
-            f"{destination}: a .pt file is a complete detector with its config; set --recipe NAME, "
-            "or write .safetensors"
+            f"{destination}: a .pt file contains a config; set --recipe NAME, or choose a name "
+            "that ends in .safetensors"
         )
     found = read_source(source, layout)
     if recipe is None:
@@ -114,10 +114,10 @@ def shapes_of(config: Config) -> Detector:
 
 
 def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str, ...], list[str]]:
-    """Return the class names of a model, and a warning line if they are unknown.
+    """Return the class names of a model, and a list with a warning if the names are unknown.
 
-    `stored` are the names in the file; by default, the names are those of the data set (the
-    categories of COCO or LVIS v1, ordered by id).
+    stored: the names in the file; empty: use the categories of COCO or LVIS v1 (`data.dataset`),
+    ordered by id.
     """
     count, dataset = config.model.roi_heads.num_classes, config.data.dataset
     names = stored or tuple((PACKAGED / "labels" / f"{dataset}.txt").read_text().splitlines())
@@ -129,16 +129,16 @@ def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str
 
 
 def _check_whole(found: Source, weights: Weights, config: Config, source: Path) -> None:
-    """Raise ValueError if the file does not contain a complete detector of the config."""
+    """Raise ValueError if the file does not contain a complete detector that fits the config."""
     if not found.whole:
         raise ValueError(
-            f"{source}: contains only a backbone; write .safetensors and train from it (train.init)"
+            f"{source}: contains only a backbone; convert it to .safetensors and set train.init"
         )
     if LOGITS not in weights:
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
         raise ValueError(
-            f"{source}: the number of classes is {theirs}, but {ours} in the recipe; to train on "
-            "other classes, set train.init to this file"
+            f"{source}: number of classes: {theirs} in the file, {ours} in the recipe; to train on "
+            "the classes of the recipe, set train.init to this file"
         )
 
 
@@ -159,7 +159,7 @@ def save_tensors(path: Path, tensors: Weights, metadata: dict[str, str]) -> None
 
 def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
     if layout not in ("detectron2", "mmdet"):
-        raise ValueError(f"--reverse writes detectron2 and mmdet, not {layout}")
+        raise ValueError(f"--reverse supports --format detectron2 and mmdet, got {layout}")
     suffixes = (".pkl", ".pth") if layout == "detectron2" else (".pth",)
     _expect_suffix(destination, suffixes, f"for {layout}")
     weights, config, names = read_detector_file(source)

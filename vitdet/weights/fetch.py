@@ -1,7 +1,7 @@
 """Downloading, verifying and converting published weights.
 
 FOLDER/NAME.safetensors (.pt for a detector) is written atomically. FOLDER/.NAME.part.SUFFIX is an
-incomplete or unconverted download. It is locked, so that concurrent processes download the file
+incomplete or unconverted download, which is locked so that concurrent processes download the file
 only once.
 """
 
@@ -20,7 +20,7 @@ from vitdet.datasets.download import Patience, Watcher, discard, download, mirro
 from vitdet.files import atomic_write, locked
 from vitdet.weights.catalogue import Entry, cache_folder, fetched, unavailable_reason
 
-Convert = Callable[[Path, Path], None]  # (the published file, the file to write)
+Convert = Callable[[Path, Path], None]  # arguments: the published file, the file to write
 PATIENT = Patience()
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def fetch_published(
 ) -> Path:
     """Fetch an entry's file; return its path in `folder`, by default in the package or the cache.
 
-    Without `local`, a packaged or cached file is copied to `folder` instead of downloaded. `show`
+    Without `local`, a packaged or cached file is not downloaded but copied to `folder`. `show`
     creates the progress display of a download. Raises the errors of `fetch`."""
 
     def convert(source: Path, target: Path) -> None:
@@ -100,10 +100,10 @@ def fetch(
         raise FileNotFoundError(f"{local}: no such file (--from)")
     address = "" if local else mirrored(entry.url, mirror) if mirror else entry.url
     folder.mkdir(parents=True, exist_ok=True)
-    # keep the suffix, which determines the reader
+    # the suffix of the published file determines the reader
     part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"
     with _locked(part):
-        if not target.is_file():  # otherwise a concurrent process has fetched the file
+        if not target.is_file():  # a concurrent process may have fetched the file
             if address:
                 # the disk must have space for two files: the download and the converted file
                 download(address, part, watcher, patience, entry.size, copies=2)
@@ -116,7 +116,7 @@ def fetch(
 def verify(path: Path, entry: Entry) -> bool:
     """Check a file's size and published checksums; return whether a checksum verifies its content.
 
-    Raises ValueError if the size or a checksum differs; for an `md5_of_name`, only logs a warning.
+    Raises ValueError if the size or a checksum differs; an `md5_of_name` only causes a warning.
     """
     size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:
@@ -145,7 +145,7 @@ def verify(path: Path, entry: Entry) -> bool:
 
 
 def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address: str) -> None:
-    """Verify and convert a complete file; on an error, remove a download that is not verified."""
+    """Verify and convert a file. On ValueError, remove a download that no checksum has verified."""
     verified = False
     try:
         verified = verify(source, entry)
@@ -160,7 +160,7 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
 
 
 def _convert_atomically(source: Path, target: Path, convert: Convert) -> None:
-    """Convert in a temporary folder, which the next process removes if this one is killed."""
+    """Convert in a temporary folder. If this process is killed, the next one removes the folder."""
     temporary = target.with_name(f".{target.stem}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -38,7 +38,7 @@ class Source:
     # whether relative positions are applied to the scaled query; None: unknown
     scaled: bool | None
     class_names: tuple[str, ...] = ()  # empty: unknown
-    notes: tuple[str, ...] = ()  # one line for each removed or ignored part
+    notes: tuple[str, ...] = ()  # about removed prefixes and ignored tensors
 
     @property
     def whole(self) -> bool:
@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The parameters that keep their initial values, and notes for the user."""
+    """Names of the tensors that keep their initial values, and notes for the user."""
 
     fresh: list[str]
     notes: list[str]
@@ -72,7 +72,7 @@ def read_source(path: Path, layout: str) -> Source:
         notes.append(f"ignored classifier head: {', '.join(heads)}")
     stored = metadata(path)
     origin = stored.get("layout")
-    if origin in FORMATS:  # a converted file follows its original format's conventions
+    if origin in FORMATS:  # a converted file keeps the conventions of its original format
         scaled = {"true": True, "false": False}.get(stored.get("scaled_rel_pos", ""))
         names = tuple(json.loads(stored.get("class_names", "[]")))
         return Source(weights, origin, scaled, names, tuple(notes))
@@ -81,7 +81,7 @@ def read_source(path: Path, layout: str) -> Source:
 
 
 def _scaled(content: dict) -> bool | None:
-    """Return a vitdet checkpoint's setting scaled_rel_pos, if any."""
+    """Return the setting scaled_rel_pos in a vitdet checkpoint, or None."""
     try:
         return bool(content["config"]["model"]["backbone"]["scaled_rel_pos"])
     except (KeyError, TypeError):
@@ -89,7 +89,7 @@ def _scaled(content: dict) -> bool | None:
 
 
 def _class_names(content: dict) -> tuple[str, ...]:
-    """Return the class names in a vitdet or mmdet checkpoint, if any."""
+    """Return the class names in a vitdet or mmdet checkpoint; () if there are none."""
     meta = content.get("meta")
     names = content.get("class_names") or (meta.get("CLASSES") if isinstance(meta, dict) else None)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -103,8 +103,8 @@ def load_pretrained(
     """Load the weights of a file into a detector.
 
     Every tensor must match a parameter in shape, after resizing if possible. A backbone's file may
-    lack its format's `fresh` parameters and have `spare` ones. A detector's file may lack the mask
-    head or have a surplus one; if its classes differ, class-specific layers are skipped.
+    lack the format's `fresh` parameters and contain its `spare` parameters. A mask head that only
+    the file or the detector has is skipped, as are class-specific layers if the classes differ.
 
     Args:
         detector: the detector, changed in place.
@@ -163,7 +163,7 @@ def has_mask_head(source: Source) -> bool:
 
 
 def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
-    """Return the mask head's tensor names if only one of file and detector has it, and a note."""
+    """Return the mask head's tensor names and a note if only the file or the detector has one."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, state)
     )
@@ -183,10 +183,10 @@ def _other_classes(
     there, here = len(weights[LOGITS]) - 1, len(state[LOGITS]) - 1
     layers = class_layers(state) | class_layers(weights)
     if there != here:
-        return layers, f"number of classes: {there} in the file, {here} here"
+        return layers, f"number of classes: {there} in the file, {here} in this model"
     if theirs and ours and theirs != ours:
         first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
-        return layers, f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
+        return layers, f"classes differ, e.g. {first[0]!r} in the file, {first[1]!r} in this model"
     other_loss = (_CLASS_WEIGHTS in state) != (_CLASS_WEIGHTS in weights)
     return ({_CLASS_WEIGHTS} if other_loss else set()), "a different loss"
 
@@ -202,7 +202,7 @@ def class_layers(weights: Weights) -> set[str]:
 def _fit(
     weights: Weights, state: Weights, source: Source, skipped: set[str], path: Path
 ) -> tuple[Weights, list[str]]:
-    """Return the weights in the detector's shapes, and one line per change of a shape."""
+    """Return the weights, resized to the detector's shapes, and one line per change of shape."""
     layout = FORMATS[source.layout]
     fitting: Weights = {}
     surplus: list[str] = []
@@ -216,7 +216,7 @@ def _fit(
             if source.whole or not known(name, layout.spare):
                 surplus.append(name)
             continue
-        # e.g. the integers of a quantized model
+        # for example, a quantized model contains integers
         if tensor.is_floating_point() != state[name].is_floating_point():
             types.append(f"{name} {tensor.dtype}, expected {state[name].dtype}")
             continue

@@ -1,7 +1,7 @@
 """Reading of third-party weights files without running code from them.
 
-A .pkl may reference only the functions that create numeric arrays; they are replaced by functions
-that check shape, type and length. A .pth is read with torch.load(weights_only=True); other known
+A .pkl may reference only functions that create numeric arrays, which are replaced by functions that
+check shape, type and length. A .pth is read with torch.load(weights_only=True); other known
 objects (options, configs, scores) become `Inert` or an OrderedDict.
 """
 
@@ -29,7 +29,7 @@ LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
 
 
 class Inert:
-    """A placeholder for an object of a class in OBJECTS, whose content is not needed."""
+    """A placeholder for an object whose content is not needed (the classes in OBJECTS)."""
 
     def __init__(self, *values: object) -> None:
         """Ignore the arguments."""
@@ -48,7 +48,7 @@ numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
 mmcv.utils.config.Config mmengine.config.config.Config
 mmengine.logging.history_buffer.HistoryBuffer
 """.split()
-# Classes of the configs of mmcv, mmengine and Detectron2
+# Config classes of mmcv, mmengine and Detectron2
 DICTS = """
 mmcv.utils.config.ConfigDict mmengine.config.config.ConfigDict addict.addict.Dict
 fvcore.common.config.CfgNode yacs.config.CfgNode detectron2.config.config.CfgNode
@@ -57,13 +57,13 @@ INERT: list[Any] = [*((Inert, name) for name in OBJECTS), *((OrderedDict, name) 
 
 
 class _ForbiddenError(Exception):
-    """A pickle references a forbidden global, which the message names."""
+    """A pickle references a forbidden global. The message is the name of this global."""
 
 
 def read_file(path: Path) -> dict:
     """Read a weights file: tensors by name from .safetensors and .npz, any dict from .pth and .pkl.
 
-    Raises FileNotFoundError, and ValueError if the file is truncated, is of a different kind, or
+    Raises FileNotFoundError, and ValueError if the file is truncated, is not a weights file, or
     could run code.
     """
     if not path.is_file():
@@ -73,13 +73,13 @@ def read_file(path: Path) -> dict:
     try:
         content = _reader(path)(path)
     except _ForbiddenError as error:
-        # in a damaged file the name may be anything
+        # a damaged file may contain any name
         shown = str(error).encode("unicode_escape").decode()[:200]
         raise ValueError(
             f"{path}: rejected: it references {shown}, which could run code; expected only numbers "
             "and text"
         ) from error
-    except Exception as error:  # a damaged file can raise any exception
+    except Exception as error:  # reading a damaged file can raise any exception
         whole = f"not a complete {kind.get(path.suffix, 'weights file')}"
         raise ValueError(f"{path}: {whole} ({first_line(error)})") from error
     if not isinstance(content, dict):
@@ -88,7 +88,7 @@ def read_file(path: Path) -> dict:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a .safetensors file; empty for other files."""
+    """Return the metadata of a .safetensors file, or {} for other files."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:
@@ -96,7 +96,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def _reader(path: Path) -> Callable[[Path], object]:
-    """Choose the reader by suffix, or by the magic number of torch files."""
+    """Return the reader for the file's suffix or magic number."""
     if path.suffix in (".safetensors", ".npz"):
         return _read_safetensors if path.suffix == ".safetensors" else _read_npz
     head = _head(path)
@@ -123,12 +123,12 @@ def _read_torch(path: Path) -> object:
         raise ValueError(f"the checksum of {record} does not match: the file is damaged")
     try:
         with torch.serialization.safe_globals(INERT), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings about old formats
+            warnings.simplefilter("ignore")  # torch warns about old file formats
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise _ForbiddenError(named[1]) from error
-        # remove torch's advice to allow running the code
+        # remove torch's advice to set weights_only=False
         cause = str(error).rpartition("WeightsUnpickler error: ")[2]
         raise ValueError(" ".join(cause.split())) from error
 
@@ -160,11 +160,11 @@ class _Table(dict):
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """Ignore an OrderedDict's attributes, such as the versions of PyTorch modules."""
+        """Ignore the attributes of an OrderedDict, e.g. `_metadata` of a PyTorch state dict."""
 
 
 class _Type:
-    """A numeric NumPy dtype: a code such as 'f4', and the byte order, set by __setstate__."""
+    """A numeric NumPy dtype: a code such as 'f4', and a byte order, which __setstate__ sets."""
 
     __slots__ = ("code", "order")
 
@@ -184,7 +184,7 @@ class _Type:
 
 
 class _Array:
-    """An array whose content is set by __setstate__."""
+    """A NumPy array whose content is set by __setstate__."""
 
     __slots__ = ("array",)
 
@@ -224,7 +224,7 @@ def _scalar(kind: object, raw: object) -> object:
 
 def _encode(text: object, encoding: object) -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise ValueError("a string has an unexpected encoding")
+        raise ValueError("expected a string in latin1 encoding")
     return text.encode("latin1")
 
 
@@ -241,7 +241,7 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Pure-Python unpickler: the C version allocates a memo of the size the file declares."""
+    """Pure-Python unpickler, as the C version allocates a memo of any size that a file declares."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")

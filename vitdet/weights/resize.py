@@ -14,7 +14,7 @@ RELATIVE = re.compile(r"backbone\.blocks\.\d+\.attn\.rel_pos_[hw]")
 
 
 def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Resize a tensor to `shape`; return None if it cannot be resized. name: its name in vitdet."""
+    """Resize a tensor to `shape`; return None if impossible. name: the tensor's name in vitdet."""
     if name == "backbone.pos_embed" and tensor.dim() == 4 and tensor.shape[3] == shape[3]:
         return resize_grid(tensor, (shape[1], shape[2]))
     if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:
@@ -26,24 +26,24 @@ def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def resize_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize absolute positions (1, h, w, C) to (1, *grid, C), bicubic without antialiasing.
+    """Resize absolute positions (1, h, w, C) to (1, *grid, C), bicubically without antialiasing.
 
-    Detectron2 does this in every forward pass, ViTAE-Transformer/ViTDet when loading weights.
+    Detectron2 does so in every forward pass, ViTAE-Transformer/ViTDet when loading weights.
     """
     return _bicubic(pos_embed.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).contiguous()
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
-    """Resize relative positions (2 K - 1, d) to (rows, d), linearly (Detectron2: get_rel_pos)."""
+    """Resize relative positions (2 K - 1, d) to (rows, d) linearly, as Detectron2's get_rel_pos."""
     return F.interpolate(table.float().T[None], size=rows, mode="linear")[0].T.contiguous()
 
 
 def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
-    """Resize a patch embedding (C, 3, P, P) to (C, 3, patch, patch), bicubic.
+    """Resize a patch embedding (C, 3, P, P) to (C, 3, patch, patch) bicubically.
 
-    MAE's ViT-H has 14 x 14 pixel patches, ViTDet's has 16 x 16. This is the interpolation that the
-    authors of ViTDet used, according to R. Hu in facebookresearch/long_seq_mae, issue 2; their
-    converted file, mae_pretrain_vit_huge_p14to16.pth, was published without a script.
+    MAE's ViT-H has 14 x 14 pixel patches, ViTDet's ViT-H has 16 x 16. The authors of ViTDet used
+    bicubic interpolation, according to R. Hu in facebookresearch/long_seq_mae, issue 2. They
+    published mae_pretrain_vit_huge_p14to16.pth without a script.
     """
     return _bicubic(kernel.float(), (patch, patch))
 
@@ -51,10 +51,10 @@ def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
 def rescale_relative_positions(
     weights: dict[str, Tensor], scaled: bool, wanted: bool
 ) -> dict[str, Tensor]:
-    """Rescale relative positions for a model that applies them to the scaled or unscaled query.
+    """Rescale relative positions R if weights and model apply R to differently scaled queries.
 
-    The attention logits do not change, as q d^-0.5 . R = q . (d^-0.5 R). `scaled` is whether the
-    weights were trained with the scaled query, `wanted` whether the model uses the scaled query.
+    scaled: the weights expect R times the scaled query q d^-0.5, not q. wanted: the model computes
+    this product. The attention logits do not change, as (q d^-0.5) . R = q . (d^-0.5 R).
     """
     if scaled == wanted:
         return weights

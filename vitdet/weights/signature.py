@@ -1,4 +1,4 @@
-"""Detection of truncated files and of files other than weights, by signature and length."""
+"""Detection of truncated files, and of files that are not weights, by signature and length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 HEAD = 512  # bytes read to identify a file
 LIMIT = 100 << 20  # maximum length of a safetensors header in bytes, as in the safetensors library
 PAGE = "an HTML page; the download may require a login or a different URL"
-# What a file is, and what to do, by its first bytes (for TEXTS: stripped and in lower case)
+# Description and remedy for a file by its first bytes (TEXTS: stripped, in lower case)
 TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its "
     "repository",
@@ -30,13 +30,13 @@ AGAIN = "copy or download it again"
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError if the file is recognizably not a complete weights file."""
+    """Raise ValueError if the file is empty, truncated, or evidently not a weights file."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head:
         raise ValueError(f"{path}: the file is empty; {AGAIN}")
     if not head.strip(b"\0"):
-        raise ValueError(f"{path}: the file begins with zeros; {AGAIN}")
+        raise ValueError(f"{path}: the file begins with zero bytes; {AGAIN}")
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for signatures, start in ((TEXTS, text), (BINARIES, head)):
         for signature, what in signatures.items():
@@ -49,7 +49,7 @@ def check_whole(path: Path) -> None:
 
 
 def _check_safetensors(path: Path, head: bytes) -> None:
-    """Compare the file's length with its header; the reader detects other damage."""
+    """Check the file's length against its header; the reader detects other damage."""
     size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
     if length > LIMIT:
         what = "its first 8 bytes are not a valid header length"
@@ -70,13 +70,13 @@ def _check_safetensors(path: Path, head: bytes) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    """Check that a zip archive is complete and contains weights; the reader detects the rest."""
+    """Check that a zip archive is complete and has weights; the reader detects other damage."""
     try:
         complete, names = zipfile.is_zipfile(path), list[str]()
         if complete:
             with zipfile.ZipFile(path) as file:
                 names = file.namelist()
-    except Exception:  # a damaged directory can raise any exception, e.g. NotImplementedError
+    except Exception:  # a damaged zip directory can raise any exception
         return
     if not complete:
         raise ValueError(f"{path}: truncated: the zip central directory is missing; {AGAIN}")

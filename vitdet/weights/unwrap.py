@@ -16,25 +16,25 @@ from torch import Tensor
 
 from vitdet.weights.formats.table import Format, known
 
-# Keys under which DINO, DINOv2, timm, YOLO, Lightning, mmengine and fairseq store weights; those of
+# Keys under which DINO, DINOv2, timm, YOLO, Lightning, mmengine and fairseq store weights; keys of
 # averaged weights come first.
 KEYS = """
 teacher state_dict_ema model_ema ema_state_dict ema
 state_dict model_state_dict model_state model module weights params
 """.split()
-# Prefixes at the start of a name; torch.compile's is inside it if only a submodule was compiled
+# Prefixes of names; if only a submodule was compiled, _orig_mod. is inside the name
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 COUNTER = "n_averaged"  # step counter of torch.optim.swa_utils.AveragedModel
 DEPTH = 4  # maximum depth of nested dictionaries
 
 
 def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a checkpoint's tensors by names without prefixes, and one line for each removed part.
+    """Return a checkpoint's tensors by name without prefixes, and notes about removed names.
 
     The keys of the format's trainer (`layout.wrappers`) take precedence over `KEYS`. If names begin
-    with one of `layout.parts`, such as `encoder.`, only their tensors and the classifier heads
-    (`layout.heads`) are returned. Raises ValueError if there are no weights, if some entries are
-    not tensors, or if two names are equal without prefixes.
+    with one of `layout.parts`, such as `encoder.`, only the tensors with this prefix and the
+    classifier heads (`layout.heads`) are returned. Raises ValueError if weights are
+    missing, entries are not tensors, or names are equal without prefixes.
     """
     inside, notes = _innermost(content, layout.wrappers)
     _check_tensors(inside, content, path)
@@ -50,7 +50,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     for part in layout.parts:
         names = [name for name in weights if name.startswith(part)]
         if names:
-            # classifier heads may be outside the part; the caller reports their names
+            # names of classifier heads may lack this prefix; the caller reports them
             rest = {name: x for name, x in weights.items() if not name.startswith(part)}
             heads = {name: x for name, x in rest.items() if known(name, layout.heads)}
             others = len(rest) - len(heads)
@@ -61,7 +61,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError, with a tensor's name, if tensors contain NaN or infinite values."""
+    """Raise ValueError, with the name of a tensor, if tensors contain NaN or infinite values."""
     floats = {name: x for name, x in weights.items() if x.is_floating_point()}
     broken = [name for name, x in floats.items() if not torch.isfinite(x).all()]
     if broken:
@@ -72,7 +72,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[str]]:
-    """Return the weights' dict; a note unless only one of `keys`, or the top level, has tensors."""
+    """Return the dict of the weights; a note if its key is unusual or other dicts are ignored."""
     order = (*keys, *(key for key in KEYS if key not in keys))
     found: list[str] = []
     others: list[str] = []

@@ -1,4 +1,4 @@
-"""The checkpoint formats by the names that `train.init_format` and `--format` accept."""
+"""The checkpoint formats, by the names that `train.init_format` and `--format` accept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitdet.weights.formats.vitae import VITAE, VITAE_CLS
 from vitdet.weights.formats.vitaev2 import VITAEV2, VITAEV2_CLS
 
 FORMATS = {
-    # vitdet's own names: checkpoints, the packaged pre-trained weights, converted files
+    # vitdet's names: checkpoints, packaged pre-trained weights, converted files
     "vitdet": Format(rows=(Row("{*}", "{*}"),), wrappers=("model",), fresh=FRESH),
     "detectron2": DETECTRON2,
     "mmdet": MMDET,

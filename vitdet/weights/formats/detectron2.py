@@ -1,4 +1,4 @@
-"""Detectron2's names of a ViTDet detector (projects/ViTDet, .pkl) for COCO or LVIS."""
+"""Detectron2's parameter names for ViTDet detectors (projects/ViTDet, .pkl), COCO and LVIS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FROM_ONE = [(n, n - 1) for n in range(1, 5)]  # Detectron2 counts convolutions 
 
 
 def drop_class_token(pos_embed: Tensor) -> Tensor:
-    """Convert (1, 1 + n * n, C), class token first, to (1, n, n, C)."""
+    """Convert a position embedding (1, 1 + n * n, C), class token first, to (1, n, n, C)."""
     side = round(max(pos_embed.shape[1] - 1, 0) ** 0.5) if pos_embed.dim() == 3 else 0
     if side == 0 or side * side + 1 != pos_embed.shape[1]:
         shape = tuple(pos_embed.shape)
@@ -25,13 +25,13 @@ def drop_class_token(pos_embed: Tensor) -> Tensor:
 
 
 def add_class_token(pos_embed: Tensor) -> Tensor:
-    """Convert (1, n, n, C) to (1, 1 + n * n, C); the row of the class token is zero (unused)."""
+    """Convert a position embedding (1, n, n, C) to (1, 1 + n * n, C); the first row is zero."""
     tokens = rearrange(pos_embed, "b h w c -> b (h w) c")
     return torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1)
 
 
 def _repeat_class_weights(weights: Weights) -> Weights:
-    """Copy the federated loss's class weights to each stage of a cascade."""
+    """Copy the federated loss's class weights from the first to the other stages of a cascade."""
     first = _CLASS_WEIGHTS.format("0.")
     stages = (1, 2) if first in weights else ()
     return {**weights, **{_CLASS_WEIGHTS.format(f"{stage}."): weights[first] for stage in stages}}
@@ -40,7 +40,7 @@ def _repeat_class_weights(weights: Weights) -> Weights:
 def _convs(
     theirs: str, ours: str, numbers: Iterable[tuple[int, int]], given: str = ""
 ) -> list[Row]:
-    """Return the rows of convolutions with norms. numbers: pairs (in Detectron2, in vitdet)."""
+    """Return the rows of convolutions with norms. numbers: pairs (Detectron2's, vitdet's)."""
     return [
         Row(f"{theirs}{there}.{left}", f"{ours}{here}.{right}", given)
         for there, here in numbers
@@ -60,7 +60,7 @@ def _box_stage(theirs: str, ours: str, given: str = "") -> list[Row]:
 
 
 def _level(level: int, convs: tuple[int, ...], plain: tuple[int, ...]) -> list[Row]:
-    """Return a pyramid level's rows: convolutions with norms, and other (plain) layers."""
+    """Return a pyramid level's rows. convs: indices of convolutions with norms; plain: others."""
     theirs, ours = f"backbone.simfp_{level + 2}.", f"pyramid.levels.{level}."
     others = [Row(f"{theirs}{i}.{{}}", f"{ours}{i}.{{}}") for i in plain]
     return _convs(theirs, ours, zip(convs, convs, strict=True)) + others
@@ -105,7 +105,7 @@ DETECTRON2 = Format(
         *_OTHERS,
     ),
     changes={"backbone.pos_embed": Change(drop_class_token, add_class_token)},
-    # the later stages' copies of a buffer, and old buffers whose values the config determines
+    # copies of the class weights in later stages, and old buffers that the config determines
     dropped=(
         _CLASS_WEIGHTS.format("1."),
         _CLASS_WEIGHTS.format("2."),

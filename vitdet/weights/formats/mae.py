@@ -1,6 +1,6 @@
-"""Names of the MAE pre-trained backbones (He et al., arXiv:2111.06377; facebookresearch/mae).
+"""Parameter names of MAE pre-trained backbones (He et al., arXiv:2111.06377; facebookresearch/mae).
 
-A pre-trained backbone has no relative positions, which start at zero, and no part of a detector.
+The files contain no relative positions, which are initialized to zero, and no detector layers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from vitdet.weights.formats.table import Change, Format, rows
 # Classifier heads of fine-tuned backbones, including those of timm and DINO
 HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
 PARTS = ("teacher.", "encoder.", "backbone.")
-WRAPPERS = ("state_dict_ema", "state_dict", "model")  # in files of timm's trainer
+WRAPPERS = ("state_dict_ema", "state_dict", "model")  # keys in checkpoints of timm's trainer
 POSITIONS = {"backbone.pos_embed": Change(drop_class_token, add_class_token)}
 FRESH = (
     "backbone.blocks.{}.attn.rel_pos_h",
@@ -19,7 +19,7 @@ FRESH = (
     "backbone.blocks.{}.residual.{*}",
 )
 NORM = ("backbone.norm.{}",)
-# Parts of an autoencoder that a detector does not have
+# Parameters of a masked autoencoder that a detector does not have
 DROPPED = ("cls_token", "mask_token", "decoder_{*}")
 BLOCKS = rows("""
     blocks.{}.PCM.{*}       backbone.blocks.{}.pcm.{*}

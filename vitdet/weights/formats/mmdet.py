@@ -1,7 +1,7 @@
-"""Names of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18 (.pth): ViT-B, ViTAE-B and ViTAE-S.
+"""Parameter names of ViTAE-Transformer/ViTDet (fork of mmdet 2.18, .pth): ViT-B, ViTAE-B, ViTAE-S.
 
-Relative positions are applied to the scaled query, in contrast to Detectron2. For a model without
-`scaled_rel_pos`, they are rescaled (`vitdet.weights.resize.rescale_relative_positions`).
+Relative positions apply to the scaled query, in contrast to Detectron2. For a model without
+`scaled_rel_pos`, the positions are rescaled (`vitdet.weights.resize.rescale_relative_positions`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vitdet.weights.formats.table import Change, Format, Weights, rows
 
 
 def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """Convert (1, h * w, C), without a class token, to (1, h, w, C); by default, h = w."""
+    """Convert a position embedding (1, h * w, C) to (1, h, w, C). grid: (h, w); None: h = w."""
     side = round(pos_embed.shape[1] ** 0.5) if pos_embed.dim() == 3 else 0
     height, width = grid or (side, side)
     if pos_embed.dim() != 3 or height * width != pos_embed.shape[1]:
@@ -29,12 +29,12 @@ def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 def to_tokens(pos_embed: Tensor) -> Tensor:
-    """Convert (1, h, w, C) to (1, h * w, C)."""
+    """Convert a position embedding (1, h, w, C) to (1, h * w, C)."""
     return rearrange(pos_embed, "b h w c -> b (h w) c")
 
 
 def join_bias(weights: Weights) -> dict[str, Tensor]:
-    """Join q_bias and v_bias (C) to qkv.bias (3 C), with zeros for the keys."""
+    """Concatenate q_bias (C), zeros for the keys, and v_bias (C) to qkv.bias (3 C)."""
     joined = {}
     for name, tensor in weights.items():
         stem, _, part = name.rpartition(".")
@@ -53,9 +53,9 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
 
 
 def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
-    """Invert `join_bias` for the given blocks.
+    """Invert `join_bias` for the blocks named `stems`.
 
-    The keys' part is dropped: it shifts all logits of a query equally, which the softmax ignores.
+    The bias of the keys is dropped, as it shifts all logits of a query equally before the softmax.
     """
     split = dict(weights)
     for stem in stems:
@@ -64,7 +64,7 @@ def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
     return split
 
 
-# ViTAE-S, whose blocks are the last stage's cells
+# The blocks of ViTAE-S are the normal cells (NC) of the last stage
 _CELLS = """
     backbone.layers.2.NC.{}.PCM.{*}             backbone.blocks.{}.pcm.{*}
     backbone.layers.2.NC.{}.{*}                 backbone.blocks.{}.{*}
@@ -101,7 +101,7 @@ _PYRAMID = rows("""
     neck.fpn_convs.3.conv.{}            pyramid.levels.3.2.conv.{}
     neck.fpn_convs.3.ln.{}              pyramid.levels.3.2.norm.{}
 """)
-# Convolutions with a norm, and therefore without biases
+# RPN convolutions with a norm, and therefore without biases
 _NORMED_RPN = rows("""
     rpn_head.rpn_conv.{}.conv.weight    rpn.convs.{}.conv.weight
     rpn_head.rpn_conv.{}.ln.{}          rpn.convs.{}.norm.{}
@@ -119,7 +119,7 @@ HEADS = rows("""
     roi_head.mask_head.upsample.{}                  roi_heads.mask.deconv.{}
     roi_head.mask_head.conv_logits.{}               roi_heads.mask.logits.{}
 """)
-# The neck and heads of the hierarchical detectors
+# Neck and heads of detectors with a Swin or ViTAEv2 backbone
 FPN_DETECTOR = HEADS + rows("""
     neck.lateral_convs.{}.conv.{}       pyramid.lateral.{}.{}
     neck.fpn_convs.{}.conv.{}           pyramid.output.{}.{}
@@ -130,14 +130,14 @@ FPN_DETECTOR = HEADS + rows("""
 def mmdet_format(
     grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: Sequence[int] = ()
 ) -> Format:
-    """Create the format.
+    """Return the format of checkpoints of ViTAE-Transformer/ViTDet.
 
     Args:
-        grid: (h, w) token grid of a model for non-square images; None: square.
-        wide: indices of this model's global blocks. The original implementation sizes both position
-            tables of these blocks by the height. If w < h, the unused end of rel_pos_w is removed.
-        split: indices of the blocks in which q_bias and v_bias are separate (ViTAE-B's global
-            blocks), for converting back.
+        grid: (h, w) token grid of a model for non-square images; None: h = w.
+        wide: indices of the model's global blocks. The original implementation sizes both position
+            tables of these blocks by h. If w < h, the unused end of rel_pos_w is removed.
+        split: indices of the blocks with separate q_bias and v_bias (ViTAE-B's global blocks); used
+            only by `to_theirs`.
     """
     height, width = grid or (0, 0)
 

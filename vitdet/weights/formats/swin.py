@@ -1,4 +1,4 @@
-"""Names of Swin-T, as a backbone and in a Mask R-CNN with FPN.
+"""Parameter names of Swin-T, as a backbone and in a Mask R-CNN with FPN.
 
 Covers mmdet 2.18, Microsoft's Swin-Transformer-Object-Detection, and Microsoft's ImageNet
 classifier (Swin-Transformer). The FPN and the heads have mmdet's names in both detectors.
@@ -15,10 +15,10 @@ from vitdet.weights.formats.table import Change, Format, Row, rows
 
 
 def slices_first(tensor: Tensor) -> Tensor:
-    """Reorder the input channels of patch merging, (..., C 2 2) to (..., 2 2 C).
+    """Reorder the input channels of patch merging from (..., C 2 2) to (..., 2 2 C).
 
-    mmdet unfolds a 2 x 2 neighborhood channel by channel; vitdet and Microsoft pixel by pixel,
-    column by column.
+    mmdet unfolds a 2 x 2 neighborhood channel by channel, vitdet and Microsoft pixel by pixel in
+    column order.
     """
     return rearrange(tensor, "... (c h w) -> ... (w h c)", h=2, w=2)
 
@@ -29,7 +29,7 @@ def channels_first(tensor: Tensor) -> Tensor:
 
 
 def _swin(stages: str, text: str, prefix: str = "backbone.") -> tuple[Row, ...]:
-    """Return the backbone's rows, given the name of its stages and the rows that differ."""
+    """Return the backbone's rows. stages: name of the stages; text: rows that differ by format."""
     # Patch merging ends a stage in both third-party formats; in vitdet, it starts the next stage
     lines = [f"{stages}.{s}.downsample.{{*}} layers.{s + 1}.downsample.{{*}}" for s in range(3)]
     lines += [f"norm{s}.{{}} norms.{s}.{{}}" for s in range(4)]
@@ -50,7 +50,7 @@ _MICROSOFT = """
     layers.{}.blocks.{}.{*}                 layers.{}.blocks.{}.{*}
 """
 
-# Dropped: buffers that are computed from the window size
+# dropped: buffers that the model computes, and a classifier's norm
 SWIN_MMDET = Format(
     rows=(*_swin("stages", _MMDET), *FPN_DETECTOR),
     changes={"backbone.layers.{}.downsample.{*}": Change(slices_first, channels_first)},
@@ -72,6 +72,6 @@ SWIN_CLS = Format(
     heads=HEADS,
     wrappers=WRAPPERS,
     parts=PARTS,
-    # a classifier has a single norm, after its last feature map, for a different purpose
+    # a detector has a norm for each feature map, a classifier only one before its head
     fresh=("backbone.norms.{}.{}",),
 )

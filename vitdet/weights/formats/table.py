@@ -1,8 +1,8 @@
-"""A third-party weights format as a table of names for both directions.
+"""A weights format: a table of third-party parameter names ("theirs") and vitdet's names ("ours").
 
-A row is (their name, our name); `{}` matches any part between dots, `{*}` any rest of a name.
-Changes beyond the name (a different shape, two tensors instead of one) are pairs of functions. A
-name that matches no row is an error, in both directions.
+In the names of a row, `{}` matches a component between dots and `{*}` any remainder. Other changes,
+such as a different shape or two tensors instead of one, are pairs of functions. A name that matches
+no row is an error in both directions of conversion.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ Weights = Mapping[str, Tensor]
 
 
 class Row(NamedTuple):
-    """The names of one kind of tensor in the third-party format and in vitdet.
+    """The names of a tensor in a third-party format and in vitdet, as patterns.
 
-    When converting back, the row applies only if one of our names begins with `given`: a format
-    may name the same part differently in different models, e.g. the first box stage with and
-    without further stages.
+    In `to_theirs`, the row applies only if one of vitdet's names begins with `given`: for example,
+    Detectron2 names the first box stage differently if there are more stages.
     """
 
     theirs: str
@@ -31,7 +30,7 @@ class Row(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Conversion of a tensor in both directions."""
+    """Functions that convert a tensor in both directions."""
 
     to_ours: Callable[[Tensor], Tensor]
     to_theirs: Callable[[Tensor], Tensor]
@@ -43,32 +42,32 @@ def same(weights: Weights) -> Weights:
 
 
 class Format(NamedTuple):
-    """A weights format: names, and conversions beyond the names."""
+    """A weights format: names of tensors, and conversions of their values."""
 
     rows: tuple[Row, ...]
-    changes: Mapping[str, Change] = {}  # by our names
-    dropped: tuple[str, ...] = ()  # their names that have no counterpart
-    heads: tuple[str, ...] = ()  # their classifier heads, which are ignored but reported
-    before: Callable[[Weights], Weights] = same  # applied to their weights, before the rows
-    after: Callable[[Weights], Weights] = same  # applied when converting back, after the rows
-    wrappers: tuple[str, ...] = ()  # keys of the weights in the trainer's files, by precedence
+    changes: Mapping[str, Change] = {}  # by vitdet's names
+    dropped: tuple[str, ...] = ()  # third-party names without a counterpart in vitdet
+    heads: tuple[str, ...] = ()  # third-party classifier heads, which are ignored and reported
+    before: Callable[[Weights], Weights] = same  # applied before third-party tensors are renamed
+    after: Callable[[Weights], Weights] = same  # applied after tensors get their third-party names
+    wrappers: tuple[str, ...] = ()  # keys of the weights in a checkpoint, by precedence
     parts: tuple[str, ...] = ()  # prefixes of the backbone's names in a larger model
     # A pre-trained backbone may lack the parameters `fresh` and have the surplus parameters `spare`
-    # (our names). For a complete detector, neither is allowed.
+    # (vitdet's names). For a complete detector, neither is allowed.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    # whether relative positions apply to the scaled query; None: no positions, or set in the file
+    # whether relative positions apply to the scaled query; None: no positions, or set by the file
     scaled: bool | None = None
 
 
 def rows(text: str, theirs: str = "", ours: str = "", given: str = "") -> tuple[Row, ...]:
-    """Parse rows from two columns of text, their names and ours, and add the prefixes."""
+    """Parse rows from two columns of names, and add the prefixes `theirs` and `ours`."""
     pairs = (line.split() for line in text.strip().splitlines())
     return tuple(Row(theirs + left, ours + right, given) for left, right in pairs)
 
 
 def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
-    """Convert their state dict to our names.
+    """Convert a third-party state dict to vitdet's names.
 
     Raises ValueError for names that match no row, and for two tensors with the same new name.
     """
@@ -81,7 +80,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
         if renamed is None:
             unknown.append(name)
         elif renamed in ours:
-            raise ValueError(f"two tensors map to {renamed}; one of them is {name}")
+            raise ValueError(f"two tensors map to {renamed}, including {name}")
         else:
             change = _change(renamed, layout)
             ours[renamed] = change.to_ours(tensor) if change else tensor
@@ -92,7 +91,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
 
 
 def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
-    """Convert our state dict to their names. Raises ValueError for names that match no row."""
+    """Convert vitdet's state dict to third-party names. Raises ValueError for unknown names."""
     theirs, unknown = {}, []
     for name, tensor in weights.items():
         renamed = _name_back(name, layout, weights)
@@ -108,18 +107,18 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
 
 
 def rename(name: str, layout: Format) -> str | None:
-    """Return our name of their tensor `name`, or None if the name matches no row."""
+    """Return vitdet's name for a third-party name, or None if it matches no row."""
     names = (_fill(name, row.theirs, row.ours) for row in layout.rows)
     return next((ours for ours in names if ours is not None), None)
 
 
 def known(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether one of the patterns matches the name."""
+    """Return whether the name matches one of the patterns."""
     return any(_pattern(pattern).fullmatch(name) for pattern in patterns)
 
 
 def _fill(name: str, source: str, target: str) -> str | None:
-    """Rewrite a name from pattern `source` to pattern `target`; None if it does not match."""
+    """Rewrite a name from pattern `source` to `target`; return None if it does not match."""
     found = _pattern(source).fullmatch(name)
     if found is None:
         return None
@@ -129,7 +128,7 @@ def _fill(name: str, source: str, target: str) -> str | None:
 
 @cache
 def _pattern(row: str) -> re.Pattern[str]:
-    """Return the regular expression of one side of a row."""
+    """Return the regular expression of a row's pattern for one of the two names."""
     return re.compile(re.escape(row).replace(r"\{\*\}", "(.+)").replace(r"\{\}", "([^.]+)"))
 
 

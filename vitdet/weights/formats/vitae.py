@@ -1,4 +1,4 @@
-"""Names of the ViTAE pre-trained backbones (ViTAE-Transformer/ViTAE-Transformer)."""
+"""Parameter names of pre-trained ViTAE backbones (ViTAE-Transformer/ViTAE-Transformer)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from vitdet.weights.formats.mmdet import join_bias
 from vitdet.weights.formats.table import Format, rows
 
 VITAE = MAE._replace(before=join_bias, wrappers=WRAPPERS)
-# ImageNet classifiers. In ViTAE-B, `layers.0.RC` is the patch embedding and `layers.2.NC` are the
-# blocks; ViTAE-S has three reduction cells. Both were trained with a norm after the pooling instead
-# of after the last block.
+# ImageNet classifiers. In ViTAE-B, `layers.0.RC` is the patch embedding and `layers.2.NC` contains
+# the blocks; ViTAE-S has three reduction cells. Both classifiers have a norm after the pooling, not
+# after the last block.
 VITAE_CLS = Format(
     rows=rows("""
         layers.0.RC.pos_embed               backbone.pos_embed

@@ -1,4 +1,4 @@
-"""Names of ViTAEv2-S (ViTAE-Transformer/ViTAE-Transformer): classifier, Mask R-CNN with FPN."""
+"""ViTAE-Transformer's parameter names of ViTAEv2-S: classifier, and Mask R-CNN with FPN."""
 
 from __future__ import annotations
 
