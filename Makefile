@@ -28,7 +28,7 @@ demo: check-git $(READY)
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
-# DVC records the demo's experiment in Git. The slow installation depends on this target, so that it does not run first.
+# DVC records the demo's experiment in Git. This check runs before the slow installation of the environment.
 check-git:
 	@git rev-parse --verify HEAD >/dev/null || { echo "make demo needs a Git repository with a commit, as DVC records the experiment in Git (see Git's message above); \
 	use git clone, or run here: git init && git add --all && git commit --message start" >&2; exit 1; }
@@ -57,7 +57,7 @@ ui: $(READY)
 
 ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-# docker finds the ignore file by its name and always caches layers
+# options for podman and buildah; docker finds the ignore file by its name and always caches layers
 LAYERS := --layers --ignorefile manifests/image/Dockerfile.dockerignore
 
 image:
