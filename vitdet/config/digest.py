@@ -54,8 +54,8 @@ def training_settings(config: Config) -> dict[str, bool | int | float | str]:
 def digest(config: Config) -> str:
     """Return 12 hexadecimal digits that name a training run.
 
-    Covers the settings that affect the trained weights and differ from their defaults, so that
-    neither operational nor newly added settings change the name.
+    Covers only settings that affect the trained weights and differ from their defaults, so that new
+    settings do not change the names of existing runs.
     """
     defaults, settings = flatten(type(config)()), training_settings(config)
     changed = {key: value for key, value in settings.items() if value != defaults[key]}

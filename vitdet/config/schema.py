@@ -31,7 +31,7 @@ from vitdet.config.suggestions import nearest
 # AP metrics by data.dataset; train.keep_best accepts their names with the prefix box_ or mask_
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
-# if one of these settings is enabled, evaluations during training affect the trained detector
+# if train.keep_best or train.patience is set, evaluations affect the trained detector
 SELECTING = ("train.keep_best", "train.patience")
 
 
@@ -49,7 +49,7 @@ class BackboneConfig(Section, prefix="model.backbone."):
     global_attention: bool = True  # false: window attention in all blocks
     # indices of the blocks that are followed by residual convolutions (ViTDet paper)
     residual_blocks: tuple[Annotated[int, between(0, 1023)], ...] = ()
-    rel_pos_size: Size = 1024  # relative positions in global blocks: image side in pixels
+    rel_pos_size: Size = 1024  # image side, in pixels, of the relative positions in global blocks
     scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
     final_norm: bool = False  # LayerNorm after the last block (ViTAE)
 
@@ -155,7 +155,7 @@ class DataConfig(Section, prefix="data."):
     antialias: bool = True  # downscale images with antialiasing, as in PIL; mmdet does not
     keep_empty: bool = False  # use training images without objects as background
     redraw_empty: bool = False  # replace a crop without objects by another image's crop (mmdet)
-    repeat_threshold: Fraction = 0.0  # oversample classes in a smaller fraction of images
+    repeat_threshold: Fraction = 0.0  # oversample classes in less than this fraction of images
     # images with more pixels are rejected before decoding; Pillow's limit is the upper bound
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")
@@ -203,7 +203,7 @@ class OptimConfig(Section, prefix="optim."):
 class TrainConfig(Section, prefix="train."):
     """Training loop."""
 
-    init: str = "mae_vit_b"  # catalog name, weights file or checkpoint; '': random weights
+    init: str = "mae_vit_b"  # initial weights: catalog name, weights file or checkpoint; '': random
     init_format: Literal[
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",
@@ -254,7 +254,7 @@ class EvalConfig(Section, prefix="evaluate."):
 class TrackingConfig(Section, prefix="tracking."):
     """MLflow settings. The environment variable MLFLOW_TRACKING_URI takes precedence over `uri`."""
 
-    uri: str = ""  # '': SQLite file next to the output folder
+    uri: str = ""  # address of MLflow; '': SQLite file next to the output folder
     experiment: str = "vitdet"
     model_name: str = "vitdet"
 

@@ -16,7 +16,7 @@ PACKAGED = Path(__file__).parent  # folder of the packaged weights
 
 @dataclass(frozen=True)
 class Entry:
-    """A published file. A checksum may be only its first digits. '' or None: not published."""
+    """A published file. Checksums may be truncated to a prefix. '' or None: not published."""
 
     name: str
     what: str

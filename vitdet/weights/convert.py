@@ -33,7 +33,7 @@ FIXED = {
     "detectron2": dict(zip(_KEYS, (1e-6, False, True), strict=True)),
     "mmdet": dict(zip(_KEYS, (1e-5, True, False), strict=True)),
 }
-AUTHOR = "vitdet"  # Detectron2 does not match names heuristically if a .pkl has an __author__
+AUTHOR = "vitdet"  # Detectron2 does not match names heuristically if a .pkl has an __author__ entry
 
 
 def convert_file(
@@ -132,7 +132,7 @@ def _check_whole(found: Source, weights: Weights, config: Config, source: Path) 
     """Raise ValueError if the file does not contain a complete detector that fits the config."""
     if not found.whole:
         raise ValueError(
-            f"{source}: contains only a backbone; convert it to .safetensors and set train.init"
+            f"{source}: contains only a backbone; convert it to .safetensors for train.init"
         )
     if LOGITS not in weights:
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes

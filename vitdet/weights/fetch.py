@@ -160,7 +160,7 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
 
 
 def _convert_atomically(source: Path, target: Path, convert: Convert) -> None:
-    """Convert in a temporary folder. If this process is killed, the next one removes the folder."""
+    """Convert in a temporary folder. After a kill, the next process removes the folder."""
     temporary = target.with_name(f".{target.stem}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -38,7 +38,7 @@ class Source:
     # whether relative positions are applied to the scaled query; None: unknown
     scaled: bool | None
     class_names: tuple[str, ...] = ()  # empty: unknown
-    notes: tuple[str, ...] = ()  # about removed prefixes and ignored tensors
+    notes: tuple[str, ...] = ()  # messages about removed prefixes and ignored tensors
 
     @property
     def whole(self) -> bool:

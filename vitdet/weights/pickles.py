@@ -73,7 +73,7 @@ def read_file(path: Path) -> dict:
     try:
         content = _reader(path)(path)
     except _ForbiddenError as error:
-        # a damaged file may contain any name
+        # the name in a damaged file may contain any characters
         shown = str(error).encode("unicode_escape").decode()[:200]
         raise ValueError(
             f"{path}: rejected: it references {shown}, which could run code; expected only numbers "

@@ -33,8 +33,8 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
 
     The keys of the format's trainer (`layout.wrappers`) take precedence over `KEYS`. If names begin
     with one of `layout.parts`, such as `encoder.`, only the tensors with this prefix and the
-    classifier heads (`layout.heads`) are returned. Raises ValueError if weights are
-    missing, entries are not tensors, or names are equal without prefixes.
+    classifier heads (`layout.heads`) are returned. Raises ValueError if weights are missing,
+    entries are not tensors, or names are equal without prefixes.
     """
     inside, notes = _innermost(content, layout.wrappers)
     _check_tensors(inside, content, path)

@@ -107,7 +107,7 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
 
 
 def rename(name: str, layout: Format) -> str | None:
-    """Return vitdet's name for a third-party name, or None if it matches no row."""
+    """Return vitdet's name for a third-party name, or None if no row matches."""
     names = (_fill(name, row.theirs, row.ours) for row in layout.rows)
     return next((ours for ours in names if ours is not None), None)
 
@@ -128,7 +128,7 @@ def _fill(name: str, source: str, target: str) -> str | None:
 
 @cache
 def _pattern(row: str) -> re.Pattern[str]:
-    """Return the regular expression of a row's pattern for one of the two names."""
+    """Compile a name pattern with {} and {*} to a regular expression."""
     return re.compile(re.escape(row).replace(r"\{\*\}", "(.+)").replace(r"\{\}", "([^.]+)"))
 
 
