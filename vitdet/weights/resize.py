@@ -34,7 +34,7 @@ def resize_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
-    """Resize relative positions (2 K - 1, d) to (rows, d) linearly, like Detectron2."""
+    """Resize relative positions (2 K - 1, d) to (rows, d), linearly (Detectron2's get_rel_pos)."""
     return F.interpolate(table.float().T[None], size=rows, mode="linear")[0].T.contiguous()
 
 
