@@ -44,7 +44,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     add_folder(kind, "folder", "folder of the data set")
     help = "HTML file to write (default: NAME.html in the current folder, for a data set DIR/NAME)"
     add_file(kind, "--output", help)
-    help = "also read every image, like `vitdet data check --images`"
+    help = "also read every image, like `vitdet data check DIR --images`"
     kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
