@@ -219,7 +219,7 @@ def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
 
 
 def read_if_ours(root: Path) -> DownloadRecord:
-    """Read a folder's record; empty if there is none or the file is from another program."""
+    """Read a folder's record; empty if there is none or it is invalid, e.g. another program's."""
     try:
         return read(root)
     except ValueError:

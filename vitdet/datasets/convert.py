@@ -2,7 +2,7 @@
 
 Images are hard-linked, so that they use no additional space and remain if the source is deleted.
 They are copied if hard links are not possible, e.g. to another file system. As in COCO, image ids
-and file names are unique across splits; only a file in several splits has one name in all splits.
+and file names are unique across splits, but a file in several splits has the same name in each.
 """
 
 from __future__ import annotations

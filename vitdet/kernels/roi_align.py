@@ -43,7 +43,7 @@ def roi_align(
         level: (R,) int64, index of the map to read; -1 yields zeros and no gradient.
         strides: strides of the maps.
         bins: number of bins per side.
-        ratio: points per bin and axis; 0: the bin's size in cells, rounded up (none if negative).
+        ratio: points per bin and axis; 0: the bin's size in cells, rounded up (at least 0).
     """
     from vitdet.kernels.roi_align_kernels import forward
 

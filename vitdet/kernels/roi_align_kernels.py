@@ -31,7 +31,7 @@ ROIS = 256  # RoIs that a program of the backward kernel processes per iteration
 WIDE = 256  # maximum number of channels per program with 16-bit maps
 # arguments that vary between batches, for which Triton must not compile specialized kernels
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
-# RoIs are empty unless the sum of their absolute coordinates in cells is below this limit
+# RoIs are skipped unless |x0| + |y0| + |x1| + |y1|, in cells, is below this limit
 LARGEST = tl.constexpr(2.0**30)
 
 

@@ -43,7 +43,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     prefixes = {found[0] for name in plain for found in PREFIX.finditer(name)}
     removed = f"prefix{'es' if len(prefixes) > 1 else ''} {' and '.join(sorted(prefixes))}"
     if len(set(plain.values())) < len(plain):
-        raise ValueError(f"{path}: contains the same names with and without the {removed}")
+        raise ValueError(f"{path}: contains names that differ only by the {removed}")
     if prefixes:
         notes.append(f"names: removed the {removed}")
     weights = {short: inside[name] for name, short in plain.items()}
