@@ -1,4 +1,4 @@
-"""Layers shared by several parts of the detector, initialization, and numeric helpers.
+"""Initialization, numeric helpers, and layers shared by several parts of the detector.
 
 Notation: B images, C channels.
 """

@@ -74,7 +74,7 @@ def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
 
 
 def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None:
-    """Add the directions of edges (P, 4) of the RoIs `roi` (P,) to steps (R, size, size + 1)."""
+    """Add the directions of edges (P, 4) to steps (R, size, size + 1); roi (P,): RoI per edge."""
     size = steps.shape[1]
     low = boxes[:, :2]
     # as in Detectron2, a box side is at least 0.1 pixels

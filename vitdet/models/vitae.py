@@ -213,8 +213,8 @@ class ViTAESmall(nn.Module):
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise learning-rate decay, as in the published run.
 
-        The layer is s in reduction cell s, 3 + j in block j, and 18 otherwise. With the 12 layers
-        of the published config, the last blocks would learn faster than the heads.
+        The layer is s in reduction cell s, 3 + j in block j, and 18 otherwise: the run's log has 17
+        layers. With the published config's 12, the last blocks would learn faster than the heads.
         """
         if cell := re.match(r"reductions\.(\d+)\.", name):
             return int(cell.group(1))
