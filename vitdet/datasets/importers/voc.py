@@ -51,7 +51,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files have a few kilobytes each
+LARGEST = 4 << 20  # maximum size of an XML file in bytes; VOC's files are a few kilobytes each
 BORDER = 255  # value of border pixels between objects
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
 # an ID, possibly quoted; per-class lists add -1 (absent), 0 (difficult) or 1 (present)
