@@ -212,8 +212,8 @@ def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = 
 def damaged_record(path: Path) -> str | None:
     """Return the name of the first record in a zip archive that does not match its CRC-32.
 
-    Returns None if all records match, and if none matches: then, the archive has no checksums
-    (torch.serialization.set_crc32_options). Raises ValueError if the archive is incomplete.
+    Returns None if all records match or if no record matches (an archive without checksums, see
+    torch.serialization.set_crc32_options). Raises ValueError if the archive is incomplete.
     """
     workers = min(CRC_THREADS, os.cpu_count() or 1)
     try:
@@ -337,5 +337,5 @@ def read_yaml(path: Path, expected: str = "YAML") -> Any:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's message, cut to 120 characters; if empty, its type."""
+    """Return the first line of an error's message (at most 120 characters), or the error's type."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:120]

@@ -67,7 +67,7 @@ class Entries:
 
 
 def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
-    """Yield each entry of a table as `Annotation`, or as decoded JSON if a value has another type.
+    """Yield each entry as `Annotation`, or as decoded JSON or `InvalidEntry` if decoding fails.
 
     rows: indices of the entries (default: all); requires a table that is a list or `Entries`.
     """
@@ -89,11 +89,10 @@ def _unchanged(item: object) -> object:
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:
-    """Read a JSON file; the three tables of a file in COCO's layout are returned as `Entries`.
+    """Read a JSON file; in COCO's layout, the three tables are returned as `Entries`.
 
-    If `mapped`, memory-maps the file, which must not change while the entries are used. The last of
-    several duplicate keys takes effect, as in Python's json. Raises OSError, and ValueError for
-    invalid JSON.
+    A file that contains NaN is decoded by `parse` instead. If `mapped`, memory-maps the file, which
+    must not change while the entries are used. Raises OSError, and ValueError for invalid JSON.
     """
     with open(path, "rb") as file:
         if mapped and os.fstat(file.fileno()).st_size:
@@ -104,13 +103,13 @@ def read_entries(path: Path, mapped: bool = True) -> object:
         raise ValueError("the file is compressed with gzip; decompress it")
     try:
         found = msgspec.json.decode(content, type=_Layout)
-    except (ValueError, RecursionError):  # another layout, a NaN, or an error that `parse` reports
+    except (ValueError, RecursionError):  # e.g. NaN or another layout
         return parse(bytes(content))
     return {table: Entries(getattr(found, table)) for table in _Layout.__struct_fields__}
 
 
 def parse(content: bytes) -> object:
-    """Decode JSON in UTF-8, UTF-16 or UTF-32. Raises ValueError with a one-line message."""
+    """Decode JSON in UTF-8, UTF-16 or UTF-32. Raises ValueError for invalid JSON."""
     if not content:
         raise ValueError("the file is empty")
     try:

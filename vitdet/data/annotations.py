@@ -1,8 +1,8 @@
-"""Validation of annotation files for `vitdet data check`, training, evaluation and the report.
+"""Validation of annotation files in COCO's or LVIS's format.
 
 A file with errors is rejected, since the results would be wrong. An object with a warning is either
-skipped and counted, or accepted, as in pycocotools, Detectron2 and mmdet. A file may contain values
-of any type; values that pass the validation cannot crash pycocotools.
+skipped and counted, or accepted, as in pycocotools, Detectron2 and mmdet. Values that pass the
+validation cannot crash pycocotools.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`vitdet data check`, which reports all problems of a data set in COCO's or LVIS's format.
 
-Errors stop training or evaluation, or make the metrics meaningless. After a warning, the affected
-entry is dropped or accepted. `AnnotationValidator` validates the annotation files, as in training;
-this module also checks the image files and whether the splits overlap.
+Errors stop training or evaluation, or make the metrics meaningless. An entry with a warning is
+dropped or accepted. `AnnotationValidator` validates the annotation files, as in training; this
+module also checks the image files and whether the splits overlap.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """Result of a check; `splits` has the numbers of images, annotations, categories by split."""
+    """Result of a check; `splits`: numbers of images, annotations and categories of each split."""
 
     folder: Path
     splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def check(
     """Check the annotation files and images of a data set.
 
     Args:
-        splits: names of the splits; by default, all that `find_splits` finds.
+        splits: names of the splits; by default, all splits found by `find_splits`.
         images: whether to decode every image file, which takes most of the time; otherwise,
             only the files' existence is checked.
     """
@@ -196,7 +196,7 @@ class _Split:
     def read_images(self) -> None:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            maxima = dict[bool, dict[int, int]]()  # is color -> image id -> largest value
+            maxima = dict[bool, dict[int, int]]()  # True for color: {image id: largest value}
             for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
                 if outcome.kind:
                     self._image_error(outcome.kind, image_id, outcome.text)
@@ -208,7 +208,7 @@ class _Split:
             self._check_bit_depth(colors, highest)
 
     def _check_bit_depth(self, colors: bool, highest: dict[int, int]) -> None:
-        """Warn about 16-bit images whose values have fewer bits and would appear nearly black."""
+        """Warn about 16-bit images whose values use fewer bits and would appear too dark."""
         bits = max(highest.values()).bit_length()
         depth = next((depth for depth in DEPTHS if bits <= depth), 16)
         if self.reading.bit_depth or depth == 16:
@@ -238,7 +238,7 @@ class _Split:
             content = path.read_bytes()
         except FileNotFoundError:
             return _Outcome("missing image file", _backslash_hint(name))
-        except (OSError, ValueError) as error:  # ValueError: e.g. empty file, folder
+        except (OSError, ValueError) as error:  # ValueError: e.g. an empty file or a folder
             return _Outcome("image file that cannot be read", f": {error}")
         digest = hashlib.sha256(content).hexdigest()
         try:
@@ -255,9 +255,7 @@ class _Split:
 
 
 def _compare(report: Report, first: _Split, second: _Split) -> None:
-    """Report categories that differ between two splits, and images that are in both splits.
-
-    Images are compared by content if they were read, otherwise by id and name."""
+    """Report categories that differ between two splits, and images that are in both splits."""
     ours, theirs = first.validator, second.validator
     pair = f"{first.file} and {second.file}"
     if ours.categories != theirs.categories and {first.name, second.name} <= report.splits.keys():

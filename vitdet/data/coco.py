@@ -62,12 +62,12 @@ def read_coco(
     """Read an annotation file without opening its images.
 
     Args:
-        by_url: whether the file has LVIS's format, in which coco_url ends with the image's path.
+        by_url: whether the file has LVIS's format, which locates images by coco_url.
         tree: content of the file, if it was already read.
 
     Raises:
         FileNotFoundError: if the annotation file does not exist.
-        ValueError: for the first error that `vitdet data check` would report.
+        ValueError: for invalid JSON, or for the first validation error.
     """
     path = Path(annotations)
     content = _read(path) if tree is None else tree
@@ -76,7 +76,7 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Validate the content of a file as `read_coco` does, except for the images' file names."""
+    """Raise the ValueError of `read_coco` for invalid content; image file names may be missing."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]
@@ -127,7 +127,7 @@ def read_image(
 
 
 def read_tree(path: Path) -> Any:
-    """Read an annotation file into memory; its tables are returned as `Entries`.
+    """Read an annotation file as `read_entries` does, but without memory-mapping the file.
 
     Raises FileNotFoundError for a missing file and ValueError for invalid JSON.
     """
@@ -166,10 +166,10 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
             validated.segmentation,
             validated.own_box,
         )
-    sizes = sorted(validator.sizes.items())  # an invalid size has raised an error
+    sizes = sorted(validator.sizes.items())  # an invalid size has already raised an error
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]
     names = [existing_name(images, validator.names[image_id]) for image_id in image_ids]
-    category_ids = sorted(validator.categories)  # the loop above removes an unused root category
+    category_ids = sorted(validator.categories)  # validation removes an unused root category
     records = Records.of(images, names, heads, objects, category_ids)
     outlines = unmasked.pop("", 0)
     return CocoSplit(

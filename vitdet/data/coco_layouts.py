@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-ONLY = "default"  # name of the split if an export has no splits, as in CVAT
+ONLY = "default"  # split name of an export without splits; CVAT also uses this name
 SNIFFED = 1 << 14  # bytes read from the start of a JSON file
 TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
 

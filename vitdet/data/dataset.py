@@ -42,15 +42,15 @@ def read_split(
 ) -> CocoSplit:
     """Read a split, limited to the data.max_images images with the lowest ids (0: all images).
 
-    A limit excludes images without objects, except in the training split with data.keep_empty.
+    With a limit, images without objects are skipped; data.keep_empty keeps them for training.
 
     Args:
         tree: content of the annotation file, if it was already read.
-        check_files: whether to check that the files exist and match the record of
-            `vitdet data coco|lvis`; only rank 0 needs to check.
+        check_files: whether to check that the images exist and that the files match the record
+            of `vitdet data coco|lvis`; only rank 0 needs to check.
 
     Raises:
-        FileNotFoundError, ValueError: for missing, invalid or modified files, or no usable object.
+        FileNotFoundError, ValueError: for missing or invalid files, or if no object is usable.
     """
     root, (annotations, images) = Path(data.root), split_files(data, split)
     for path in (annotations, images):

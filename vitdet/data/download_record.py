@@ -3,8 +3,7 @@
 The record lists every archive (URL, size, sha256), every annotation file (size, sha256) and every
 image folder (number of files, total size, sha256 of the sorted lines "NAME SIZE", sha256 of the
 sorted lines "NAME SIZE CRC32"). `vitdet.datasets.fetch` writes the record; training, evaluation and
-`vitdet data check` compare the files with the record. The record of a download is the same on every
-machine; version control of the record and the annotation files is enough to identify the data.
+`vitdet data check` compare the files with the record.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class File:
 
 @dataclass(frozen=True)
 class Images:
-    """Image folder; `names` is a digest of names and sizes, `content` of names, sizes, CRC-32s."""
+    """Image folder; `names` is a digest of names and sizes; `content` also covers the CRC-32s."""
 
     path: str
     count: int
@@ -74,7 +73,7 @@ class DownloadRecord:
         )
 
     def only(self, archives: Collection[str], paths: Collection[str]) -> DownloadRecord:
-        """Return a record limited to archives with these names and entries with these paths."""
+        """Return the archives with these names, and the files and folders with these paths."""
         return DownloadRecord(
             tuple(archive for archive in self.archives if archive.name in archives),
             tuple(file for file in self.files if file.path in paths),
@@ -88,7 +87,7 @@ def exists(root: Path) -> bool:
 
 
 def read(root: Path) -> DownloadRecord:
-    """Read a folder's record; empty if there is none. Raises ValueError for an invalid record."""
+    """Return a folder's record (empty if missing). Raises ValueError for an invalid record."""
     try:
         stored = json.loads((root / NAME).read_text())
         return DownloadRecord(
@@ -190,7 +189,7 @@ def _downloaded(
 def check_split(root: Path, annotations: Path) -> None:
     """Compare the size of a split's annotation file with the download record, if there is one.
 
-    Raises the errors of `compare` with a remedy. Ignores a manifest.json of another program.
+    Raises the errors of `compare`, with a remedy in the message.
     """
     _check(root, {str(annotations.relative_to(root))}, ())
 
@@ -213,13 +212,13 @@ def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
         compare(root, read_if_ours(root).only((), paths), used)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(
-            f"{error}. To restore files, remove the changed ones and run "
+            f"{error}. To restore the files, remove any changed file and run "
             f"`vitdet data coco|lvis {root}`; if the change is intended, remove {root / NAME}"
         ) from error
 
 
 def read_if_ours(root: Path) -> DownloadRecord:
-    """Read a folder's record; empty if there is none or it is invalid, e.g. another program's."""
+    """Return a folder's record, or an empty record if the file is missing or invalid."""
     try:
         return read(root)
     except ValueError:

@@ -74,12 +74,12 @@ def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
 
 
 def describe(data: DataConfig) -> dict:
-    """Return a human-readable description of the data.
+    """Return a description of both splits as a JSON-compatible dict.
 
     {"root", "classes", "fingerprints", "files": [{"path", "size", "sha256"}],
     "images": {split: {"count", "bytes"}}}
 
-    Reads both splits. Raises FileNotFoundError or ValueError with a one-line message for data that
+    Raises FileNotFoundError or ValueError with a one-line message for data that
     training cannot use and for data that differs from the record of `vitdet data coco|lvis`.
     """
     root = Path(data.root)

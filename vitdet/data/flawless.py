@@ -16,7 +16,7 @@ import numpy as np
 from vitdet.data.annotation_file import Annotation
 from vitdet.data.segmentation import ROUNDING
 
-LARGEST = 2**32  # maximum area in pixels; COCO's evaluation ignores objects above 1e10
+LARGEST = 2**32  # maximum area in pixels; less than 1e10, the limit of COCO's evaluation
 # minimum and maximum ratio of object area to box area, and a tolerance in pixels
 LEAST_AREA, MOST_AREA, SPARE_AREA = 0.005, 1.1, 4
 
@@ -34,7 +34,7 @@ NONE = Flawless([], [], [], [])
 
 
 def image_table(sizes: Mapping[int, tuple[int, int] | None]) -> np.ndarray:
-    """Return ids (ascending), heights and widths (3, N) int64; the last column is a sentinel."""
+    """Return ids (ascending), heights, widths (3, N + 1) int64; the last column is a sentinel."""
     known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
     return np.array(list(zip(*known, (2**63 - 1, 0, 0), strict=True)))
 
@@ -49,8 +49,8 @@ def find_flawless(
     """Find annotations with a known category, a plausible box and area, and matching polygons.
 
     `images` is the result of `image_table`; `seen` contains the ids of earlier annotations. With
-    `lvis`, iscrowd may be missing. Returns `NONE` if any entry is not an `Annotation`, any id is
-    repeated or any number is too large.
+    `lvis`, iscrowd may be missing. Returns `NONE` if an entry is not an `Annotation` or an id is
+    repeated.
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block

@@ -18,7 +18,7 @@ LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 COCO_HINT = "required by LVIS; for COCO's annotations set data.dataset=coco"
 
 Table: TypeAlias = list | Entries
-# called with the kind of problem, its location in the file, and the invalid value or ''
+# called with the kind of problem, its location in the file, and details ('' for none)
 Handler: TypeAlias = Callable[[str, str, str], None]
 
 
@@ -94,7 +94,7 @@ class HeaderValidator:
         return tables
 
     def _items(self, table: Table, what: str) -> Iterator[dict]:
-        """Yield the JSON objects that have a unique id; convert the ids to int."""
+        """Yield entries with their id as int; report entries without a valid, unique id."""
         seen: set[int] = set()
         for index, item in enumerate(table):
             number = whole_number(item.get("id")) if type(item) is dict else None

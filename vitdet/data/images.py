@@ -36,7 +36,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 JPEGS = ("JPEG", "MPO")
-DRAWINGS = ("EPS", "WMF")  # vector formats that need an external interpreter
+DRAWINGS = ("EPS", "WMF")  # vector formats, which Pillow does not decode itself
 SIXTEEN = ("PNG", "PPM")  # formats whose 16-bit values some versions of Pillow return as 32 bits
 BITS_PER_SAMPLE = 258  # TIFF tag
 
@@ -62,7 +62,7 @@ class Examined(NamedTuple):
 
     Attributes:
         size: (height, width) of the upright image.
-        highest: largest value of pixels with more than 8 bits and no declared depth, else None.
+        highest: largest pixel value of a 16-bit image with ambiguous bit depth, else None.
         colors: whether the file contains 16-bit colors.
     """
 
@@ -97,7 +97,7 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image, reading)
-    import torch  # here, since importing takes seconds and `vitdet data check` does not need torch
+    import torch  # slow to import, and not needed by `vitdet data check`
 
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
@@ -118,9 +118,9 @@ def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
-    """Return the height and width of the upright image; only the header of a JPEG is read.
+    """Return the height and width of the upright image, without decoding the pixels of a JPEG.
 
-    Raises the errors of `open_image`.
+    Raises FileNotFoundError, and ValueError for a file that cannot be read.
     """
     with _named(path):
         check_file(path)
@@ -178,7 +178,7 @@ def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:
-    # outside JPEGs, EXIF may follow the pixels; on loading, Pillow applies a TIFF's orientation
+    # a PNG may store EXIF after the pixels; loading a TIFF applies its orientation
     if file.format not in JPEGS:
         file.load()
     rotated = _turn(file) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
@@ -199,7 +199,7 @@ def _eight_bits(image: Image.Image, stated: int, reading: Reading) -> Image.Imag
 
 
 def _highest(image: Image.Image) -> int:
-    """Return the largest gray value. Raises ValueError for values outside 0..65535."""
+    """Return the largest gray value. Raises ValueError for floats and values outside 0..65535."""
     if image.mode == "F":
         raise ValueError(
             "the pixels are floating-point numbers of unknown range; save them with 8 or 16 bits"

@@ -2,8 +2,7 @@
 
 A recipe specifies a data set by its folder, splits and number of classes. If a user sets only
 data.root, the splits, the number of classes and the use of masks are read from the folder.
-The command line and scripts call `resolve_config`. The first step of the pipeline reads recipes
-before the data exists; a later step calls `resolve`.
+The first step of the pipeline reads recipes before the data exists; a later step calls `resolve`.
 """
 
 from __future__ import annotations
@@ -123,8 +122,8 @@ def following(explicit: Collection[str]) -> list[str]:
 def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
     """Adapt splits, number of classes and masks to data.root; also return the changed settings.
 
-    Changes settings only if data.root is in `explicit` and the data is readable; never changes the
-    settings in `explicit`. Disables masks if no object in the training split has an outline.
+    Changes nothing if data.root is not in `explicit`. Never changes the settings in `explicit`.
+    Disables masks if no object in the training split has an outline.
     """
     if "data.root" not in explicit:
         return config, {}

@@ -37,7 +37,7 @@ def edges_of(
 
 
 def outline(segmentation: list | dict | None, height: int, width: int) -> np.ndarray:
-    """Return the directed edges (E, 4) around an object's polygons or RLE pixels."""
+    """Return the outline of an object's polygons or RLE as directed edges (E, 4)."""
     if segmentation is None:
         return np.zeros((0, 4))
     if isinstance(segmentation, dict):

@@ -2,7 +2,7 @@
 
 Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1). A pixel is inside a polygon
 if its center is inside (even-odd rule). Tracing follows the cracks between inside and outside
-pixels and joins the midpoints, so that a staircase becomes a line, which is then simplified.
+pixels and joins their midpoints, so that a staircase becomes a line, which is then simplified.
 Notation: V vertices, P points, E cracks.
 """
 
@@ -87,7 +87,7 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
 
 
 def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
-    """Simplify all loops at once (Douglas-Peucker); a round adds the farthest point per chord."""
+    """Simplify loops (Douglas-Peucker): each round keeps the farthest point of every chord."""
     if not loops:
         return []
     lengths = np.array([len(loop) + 1 for loop in loops])

@@ -95,7 +95,7 @@ class Records(Sequence[Record]):
         objects: Objects,
         category_ids: Sequence[int],
     ) -> Records:
-        """Build records from names, heads (id, height, width) and objects of images in `folder`.
+        """Build records of images in `folder` from names, heads (id, height, width) and objects.
 
         An object's label is the index of its category in `category_ids`, which must be ascending.
         """

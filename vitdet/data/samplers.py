@@ -2,11 +2,11 @@
 
 The stream is a sequence of epochs, each in a different random order. A step uses the next
 `batch_size` positions, of which each rank processes a contiguous part. The images of a step
-therefore depend neither on the number of processes or workers nor on restarts.
+therefore do not depend on the number of processes, the number of workers or restarts.
 
-Repeat factors follow Gupta et al. (LVIS, 1908.03195) and Detectron2's RepeatFactorTrainingSampler:
-an image with factor 2.3 occurs twice or, in 30% of the epochs, three times.
-Notation: N images, K classes.
+Repeat factors follow Gupta et al. 2019 (LVIS) and Detectron2's RepeatFactorTrainingSampler: an
+image with factor 2.3 occurs twice or, in 30% of the epochs, three times.
+Notation: N images, G objects in one image.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 
 # tolerance of each side of a box: pixels, plus a fraction of the side length
 ROUNDING, SHARE = 1.5, 0.05
-LEAST_IOU = 0.5  # below this IoU, outline and box belong to different objects
+LEAST_IOU = 0.5  # below this IoU, outline and box are assumed to belong to different objects
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Fit = Literal["fits", "differs", "elsewhere", "empty"]
@@ -101,8 +101,8 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
 def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fit:
     """Compare a `bbox` (left, top, width, height) with the box around its outline.
 
-    `size` is (height, width) of the image. Returns "empty" for an outline outside the image, "fits"
-    for a box within the tolerances, "elsewhere" for an IoU below LEAST_IOU, otherwise "differs".
+    `size` is (height, width) of the image. Returns "fits" for a box within the tolerances, "empty"
+    for an outline outside the image, "elsewhere" for an IoU below LEAST_IOU, otherwise "differs".
     """
     if outline is None:
         return "empty"
@@ -185,7 +185,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
         text = f"{sum(runs)} instead of {height * width} pixels"
         return _problem("RLE whose counts do not add up to its size", text)
     whole = {"size": sides, "counts": runs if isinstance(counts, list) else counts}
-    if size is None or not boxed:  # with an unknown size, the RLE may be too large to decode
+    if size is None or not boxed:  # an RLE of unknown image size may be too large to decode
         return Outline(whole)
     x, y, wide, high = rle.toBbox(compressed(whole, height, width)).tolist()
     return Outline(whole, box=(x, y, x + wide, y + high) if wide and high else None)

@@ -1,8 +1,8 @@
 """Arrays that are shared with worker processes instead of copied.
 
-Forked processes share unmodified memory. With spawn or forkserver (the default since Python 3.14),
-data would be pickled, e.g. 1 GB of LVIS for each worker. Instead, workers map an anonymous file in
-memory (memfd_create, Linux only; on other systems the array is copied).
+Forked processes share unmodified memory. With spawn or forkserver, arrays would be pickled, e.g.
+1 GB of LVIS for each worker. Instead, workers map an anonymous file in memory (memfd_create, Linux
+only; on other systems the array is copied).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _received(sent: Any, dtype: np.dtype, shape: tuple[int, ...]) -> Shared:
 class PackedList(Generic[T]):
     """A list that keeps its values pickled and unpickles a value on access.
 
-    As Python objects, LVIS's polygons occupy 6 GB in each worker, since reading writes
+    As Python objects, LVIS's polygons would occupy 6 GB in each worker, since access updates
     reference counts and thereby copies shared memory. Pickled, they occupy 1 GB, which all workers
     share. The list is read-only after it was sent to another process."""
 

@@ -1,8 +1,8 @@
 """Augmentation by one affine map per image, which is applied to the pixels and the outlines.
 
-Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop) in rounding
-and step order, and draws one random number for both crop offsets. Independent offsets and resizing
-without antialiasing, as in mmdet, are options. Axes are swapped first, and colors changed last.
+Large-scale jitter (Ghiasi et al. 2021) follows Detectron2 (ResizeScale, FixedSizeCrop): one random
+number determines both crop offsets. Independent offsets and resizing without antialiasing, as in
+mmdet, are options. Axes are swapped first, and colors are changed last.
 Notation: G objects, E edges of all objects, S canvas side. Sizes are (height, width)."""
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def jitter(
             color_jitter).
         diagonal: whether to draw one number for both crop offsets (Detectron2) or two (mmdet).
     """
-    draws = rng.random(8)  # always 8, so that no setting affects the random numbers of another
+    draws = rng.random(8)  # always 8, so that no setting changes the draws used by other settings
     transposed = bool(draws[0] < transpose)
     shape = np.array(source[::-1] if transposed else source)
     scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
@@ -116,9 +116,8 @@ def resize_bilinear(
     """Resize an image (H, W, 3) uint8 to `scaled` (height, width) without antialiasing, and crop.
 
     Computes only the crop of (height, width) `size` (None: no crop) at `offset` (top, left).
-    Bit-identical to OpenCV's INTER_LINEAR (mmdet): four neighbors per output pixel at any scale,
-    half-pixel centers, border replication, 11-bit weights; columns first, then rows, with products
-    truncated to their upper 16 bits.
+    Bit-identical to OpenCV's INTER_LINEAR (used by mmdet): four neighbors per output pixel at any
+    scale, half-pixel centers, border replication, 11-bit weights.
     """
     height, width = size or scaled
     top, bottom, down = _neighbors(image.shape[0], scaled[0], offset[0], height)
@@ -147,7 +146,7 @@ def resize_bilinear(
 def _neighbors(
     source: int, scaled: int, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the two input pixels next to each output pixel (count,), and the second's weight."""
+    """Return, for each output pixel, two input indices and the weight of the second (count,)."""
     center = ((np.arange(start, start + count) + 0.5) * (source / scaled) - 0.5).astype(np.float32)
     low = np.floor(center)
     weight = np.rint((center - low) * np.float32(WEIGHT_ONE)).astype(np.int32)
