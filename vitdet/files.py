@@ -1,9 +1,9 @@
 """Atomic writes, exclusive locks and checksums of files.
 
 Files and folders are written under a temporary name in the same folder and renamed when complete.
-The previous version therefore remains after an error or a kill, and readers never see a partial
-file. Temporary names identify the writing process; the next writer in the folder removes the
-temporary files of processes that have ended.
+The previous version therefore remains if the process fails or is killed, and readers never see a
+partial file. Temporary names identify the writing process; the next writer in the folder removes
+the temporary files of processes that have ended.
 
 The kernel releases a lock when the process that holds it ends, even after SIGKILL. filelock opens
 the file for writing, as NFSv4 requires, and closes the file in forked processes, so that workers of

@@ -25,7 +25,7 @@ UNKNOWN = -(2**63)  # replaces an id that is not a whole number
 
 
 class Annotation(msgspec.Struct, gc=False):
-    """Annotation with the values in the file; `bbox` is (left, top, width, height) in pixels."""
+    """Annotation as stored in the file; `bbox` is (left, top, width, height) in pixels."""
 
     id: int
     image_id: int

@@ -31,7 +31,7 @@ from vitdet.types import Batch, Polygons, Target
 
 log = logging.getLogger(__name__)
 
-CACHE = 1 << 28  # bytes; training images are cached if all decoded images fit
+CACHE = 1 << 28  # cache size in bytes; images are cached if all decoded training images fit
 REDRAWS = 100  # maximum number of attempts to draw a crop with an object (data.redraw_empty)
 # a sample without its pixels: target, size on the canvas, image id, original size
 Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]

@@ -112,7 +112,7 @@ def write(root: Path, record: DownloadRecord) -> None:
 
 
 def verify(root: Path, contents: bool = False) -> str:
-    """Compare downloaded files with the record in their folder; return the record's sha256.
+    """Compare the downloaded files in a folder with its record; return the record's sha256.
 
     If `contents`, also compares the checksum of every image. Raises FileNotFoundError or ValueError
     with a one-line message for the first difference.

@@ -299,7 +299,7 @@ def _opened(file: Path | io.BytesIO, reading: Reading) -> Iterator[Image.Image]:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Convert any exception except FileNotFoundError to ValueError, with a one-line message."""
+    """Convert exceptions other than FileNotFoundError to ValueError, with a one-line message."""
     try:
         yield
     except FileNotFoundError:

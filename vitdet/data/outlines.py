@@ -14,7 +14,7 @@ import numpy as np
 
 
 def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return which pixels (height, width) bool are inside the polygon with vertices (V, 2) xy."""
+    """Return a mask (height, width) bool of the pixels inside a polygon with vertices (V, 2) xy."""
     x0, y0 = vertices.T
     x1, y1 = following(vertices).T
     centers = np.arange(height)[:, None] + 0.5

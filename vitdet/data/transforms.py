@@ -43,7 +43,7 @@ class Affine:
         return matrix
 
     def seen(self, image: Image.Image, antialias: bool) -> Image.Image:
-        """Apply the map and the color factors to an RGB image; only the crop is computed."""
+        """Apply the map and the color factors to an RGB image; return the crop."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
@@ -61,7 +61,7 @@ class Affine:
         return change_colors(image, *self.colors)
 
     def edges(self, edges: np.ndarray) -> np.ndarray:
-        """Transform edges (E, 4) x0, y0, x1, y1 to the canvas (float32); zero edges stay zero."""
+        """Transform edges (E, 4) xyxy to the canvas (float32); all-zero edges stay zero."""
         matrix = self.matrix()
         linear, shift = np.zeros((4, 4)), np.concatenate([matrix[:, 2], matrix[:, 2]])
         linear[:2, :2] = linear[2:, 2:] = matrix[:, :2].T
@@ -155,7 +155,7 @@ def _neighbors(
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
-    """Scale (height, width) to longest side `size`; round as in Detectron2's ResizeShortestEdge."""
+    """Scale (height, width) to longest side `size`; rounds like Detectron2's ResizeShortestEdge."""
     scale = size / min(source)
     height, width = scale * source[0], scale * source[1]
     shrink = size / max(height, width)
