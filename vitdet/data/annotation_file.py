@@ -1,7 +1,7 @@
 """Annotation files whose tables are decoded entry by entry.
 
-As Python objects, the annotations of LVIS's training split occupy 15 GB. The file is therefore
-memory-mapped, msgspec locates the entries, and each entry is decoded on access.
+As Python objects, the annotations of LVIS's training split would occupy 15 GB. The file is
+therefore memory-mapped, msgspec locates the entries, and each entry is decoded on access.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _unchanged(item: object) -> object:
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:
-    """Read a JSON file; in COCO's layout, the three tables are returned as `Entries`.
+    """Read a JSON file; COCO's tables (images, annotations, categories) become `Entries`.
 
     A file that contains NaN is decoded by `parse` instead. If `mapped`, memory-maps the file, which
     must not change while the entries are used. Raises OSError, and ValueError for invalid JSON.

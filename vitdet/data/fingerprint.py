@@ -79,8 +79,8 @@ def describe(data: DataConfig) -> dict:
     {"root", "classes", "fingerprints", "files": [{"path", "size", "sha256"}],
     "images": {split: {"count", "bytes"}}}
 
-    Raises FileNotFoundError or ValueError with a one-line message for data that
-    training cannot use and for data that differs from the record of `vitdet data coco|lvis`.
+    Raises FileNotFoundError or ValueError with a one-line message for data that training cannot use
+    and for data that differs from the record of `vitdet data coco|lvis`.
     """
     root = Path(data.root)
     recorded = {file.path: file.sha256 for file in download_record.read_if_ours(root).files}

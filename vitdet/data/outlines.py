@@ -106,7 +106,7 @@ def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
         away = np.abs(offset[:, 0] * along[:, 1] - offset[:, 1] * along[:, 0]) / np.maximum(
             length, 1e-9
         )
-        # the chord of a complete loop has length 0
+        # the chord of a closed loop has length 0
         away = np.where(length == 0, np.sqrt((offset * offset).sum(axis=1)), away)
         farthest = np.maximum.reduceat(away, knots)
         candidates = np.flatnonzero((away == farthest[segment]) & (away > tolerance))

@@ -24,7 +24,7 @@ def settings_of(config: Config) -> str:
     """Return the settings that affect AP, as one string.
 
     Settings added after version 0.1 are omitted if they have their default value, so that AP
-    measured by version 0.1 remains comparable.
+    measured with version 0.1 remains comparable.
     """
     values, defaults = flatten(config), flatten(Config())
     keys = [key for key in SETTINGS if key not in LATER or values[key] != defaults[key]]

@@ -66,7 +66,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
             x, y = part[0::2], part[1::2]
             low_x, high_x = min(low_x, min(x)), max(high_x, max(x))
             low_y, high_y = min(low_y, min(y)), max(high_y, max(y))
-        except (TypeError, OverflowError):  # text, lists, None, or numbers too large for a float
+        except (TypeError, OverflowError):  # e.g. text, None, or a number too large for a float
             finite = False
         if not finite:
             return _problem("polygon with coordinates that are not finite numbers", show(part))
