@@ -34,7 +34,7 @@ NONE = Flawless([], [], [], [])
 
 
 def image_table(sizes: Mapping[int, tuple[int, int] | None]) -> np.ndarray:
-    """Return image ids (sorted), heights, widths (3, N + 1) int64; the last column is a sentinel."""
+    """Return sorted image ids, heights, widths (3, N + 1) int64; the last column is a sentinel."""
     known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
     return np.array(list(zip(*known, (2**63 - 1, 0, 0), strict=True)))
 

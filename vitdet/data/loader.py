@@ -123,7 +123,7 @@ def _keep_memory() -> None:
 
 
 def release_memory() -> None:
-    """Make glibc return freed memory to the kernel (undoes the effect of `_keep_memory`).
+    """Make glibc return freed memory to the kernel (see `_keep_memory`).
 
     Called after an evaluation: training cannot reuse the freed blocks, since these are scattered
     among blocks in use.
