@@ -1,7 +1,7 @@
 """The pipeline's steps: thin wrappers around `vitdet.stages`, one KFP component each.
 
 KFP embeds the source of a component in the compiled pipeline; the code that the component calls is
-in the image. The body of a component therefore only calls functions and prints their results.
+in the image. The body of a component is therefore short and imports the functions that it calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 # The image of all steps, read when a pipeline is compiled; "": the image of the training job
 IMAGE = os.environ.get("VITDET_IMAGE", "")
-# Variable with the pipeline run's ID; set from a label in pods, by `pipeline.local` in local runs
+# Environment variable with the pipeline run's ID, set by `pipeline.graph` and `pipeline.local`
 RUN_ID = "KFP_RUN_ID"
 
 

@@ -14,10 +14,9 @@ def clean_up(
     status: dsl.PipelineTaskFinalStatus,
     table: dsl.Output[dsl.HTML],
 ) -> None:
-    """End the MLflow parent run and, unless `job_kind` is "" (a local run), the training jobs.
+    """End the MLflow parent run and clean up training jobs; in a local run, `job_kind` is "".
 
-    If a failure prevented `compare` from creating its table, create a table of the finished
-    training runs, with the reasons why the other training runs did not finish.
+    If training runs did not succeed, create a table that lists them with the reasons.
     """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs

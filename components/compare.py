@@ -1,4 +1,4 @@
-"""Steps `announce` and `compare`: the MLflow parent run, and the final table."""
+"""Steps `announce` and `compare`: create the MLflow parent run and the table of training runs."""
 
 from kfp.dsl import HTML, Artifact, Input, Markdown, Output
 
@@ -22,9 +22,9 @@ def compare(
     table: Output[HTML],
     links: Output[Markdown],
 ) -> None:
-    """Create a table of all training runs, evaluated on the same data with the same settings.
+    """Create a table that compares all training runs.
 
-    links: the same table with links to MLflow; the Kubeflow UI opens links only in Markdown.
+    links: the table in Markdown with links to MLflow; the Kubeflow UI does not open links in HTML.
     """
     from components import run_id
     from vitdet import stages

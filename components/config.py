@@ -14,10 +14,7 @@ def configs(
     workspace: str,
     settings: Output[Artifact],
 ) -> list[str]:
-    """Resolve all settings that do not depend on the data; return the names of the training runs.
-
-    Raises ValueError for invalid settings and for recipes that cannot be compared.
-    """
+    """Resolve all settings that do not depend on the data; return the training runs' names."""
     from vitdet import stages
 
     names = stages.resolve_configs(recipes, overrides, workspace, settings.path, sweep, seeds)

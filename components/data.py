@@ -13,7 +13,7 @@ def data(
     resolved: Output[Artifact],
     manifest: Output[Dataset],
 ) -> list[dict[str, str]]:
-    """Fetch the data if `fetch` is set; verify the data; write configs with its splits and classes.
+    """Fetch the data if `fetch` is set; verify it; write configs with the splits and classes.
 
     The demo's data set is generated if it does not exist.
 

@@ -1,4 +1,4 @@
-"""The decorator of all components: no packages are installed when a pod starts.
+"""The decorator of all components, which makes KFP install no packages when a pod starts.
 
 If VITDET_IMAGE is not set, the pipeline runs the steps in the training job's image. The decorator
 is not in `components/__init__.py` because the steps import that package in pods, where kfp provides

@@ -45,7 +45,7 @@ def evaluate_champion(
     resolved: Input[Artifact],
     workspace: str,
 ) -> None:
-    """Evaluate the champion as `checkpoint` was evaluated; store the metrics in the registry."""
+    """Evaluate the champion with the same data and settings as `checkpoint`; store the metrics."""
     from components import run_id
     from vitdet import stages
 

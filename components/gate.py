@@ -13,10 +13,7 @@ def gate(
     workspace: str,
     verdict: Output[Artifact],
 ) -> str:
-    """Compare the detector with the champion on the same data, as the gate's settings specify.
-
-    Returns "passed" or "stopped". The first model passes; a tie with the champion does not pass.
-    """
+    """Compare the detector with the champion on the same data; return "passed" or "stopped"."""
     from components import run_id
     from vitdet import stages
 

@@ -1,9 +1,9 @@
 """Step `train`: trains in the step's process (`train`) or in a distributed job (`train_job`).
 
-Both components have the same outputs and, except for `task_config`, the same inputs. `data` is the
-fingerprint of the data, `initial` a digest of the initial weights; both are part of the step's
-cache key. KFP's cache compares parameters by value and artifacts by ID, so the configs come from
-the step `configs`, which is cached, and not from the step `data`, which is never cached.
+Both components have the same inputs and outputs; `train_job` has the additional input
+`task_config`. The fingerprint of the data (`data`) and a digest of the initial weights (`initial`)
+are part of the step's cache key. KFP's cache compares parameters by value and artifacts by ID, so
+the configs come from the cached step `configs`, not from the step `data`, which is never cached.
 """
 
 from kfp import dsl
@@ -60,7 +60,7 @@ def train_job(
     checkpoint: Output[Model],
     task_config: dsl.TaskConfig,
 ) -> None:
-    """Verify the data, then train in a job on the cluster, or follow an earlier attempt's job."""
+    """Verify the data; train in a job on the cluster, or follow the job of an earlier attempt."""
     from components import run_id
     from components.launcher.launch import launch
     from vitdet import stages

@@ -109,7 +109,7 @@ class Predictor:
     def __call__(
         self, image: ImageInput | list[ImageInput], threshold: float = 0.5
     ) -> Detections | list[Detections]:
-        """Return an image's detections, in pixels of the upright image, as tensors on the CPU.
+        """Return the detections in an image, on the CPU. Boxes are in pixels of the upright image.
 
         Args:
             image: path of a file, PIL image, uint8 RGB array (H, W, 3) or uint8 RGB tensor
@@ -146,8 +146,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def fastest(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device supports bfloat16 natively, float16 on older GPUs with tensor
-    cores, else float32.
+    """Return bfloat16 if the device supports it natively, else float16 on GPUs of compute
+    capability 7.0 or higher, else float32.
     """
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -1,4 +1,4 @@
-"""Drawing detections and ground truth on images."""
+"""Draw detections and ground truth on images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vitdet.data.masks import paste
 from vitdet.types import Detections
 
 LEGIBLE = 768  # small images are enlarged to about this longest side, so that captions fit
-# shadow color of lines, for contrast on a similar background; opacities of masks and shadows
+# color of shadows, which add contrast; opacity of masks; opacity of shadows
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
-GOLDEN = 0.618034  # hue step (golden ratio), which gives consecutive labels distant colors
+GOLDEN = 0.618034  # hue step (golden ratio), which gives consecutive labels distinct colors
 
 
 Color = tuple[int, int, int]  # red, green and blue, 0..255
@@ -32,10 +32,9 @@ def class_color(label: int) -> Color:
 
 
 def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Image.Image:
-    """Draw the masks, boxes, names and scores of detections on a copy of the image.
+    """Draw the masks, boxes, names and scores of detections on an enlarged copy of the image.
 
-    Boxes are in pixels of the input image. `scale` is the enlargement factor; by default, it is the
-    result of `legible_scale`.
+    Boxes are in pixels of the input image. The default `scale` is the result of `legible_scale`.
     """
     picture = read_image(image)
     scale = legible_scale(picture.size) if scale is None else scale
@@ -68,7 +67,7 @@ def caption_font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return an image size enlarged by `scale`, at least 1 pixel per side."""
+    """Return an image size multiplied by `scale`, at least 1 pixel per side."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
@@ -84,7 +83,7 @@ def paint(
 
     boxes (N, 4) are xyxy in pixels of the original image; labels determine the colors. bitmap(i)
     returns the mask (H, W) bool of object i in the enlarged image, or None for an object without a
-    mask. Masks of large images need much memory, so that only one mask exists at a time.
+    mask. It is called separately for each object, so that only one mask is in memory.
     """
     size = scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)

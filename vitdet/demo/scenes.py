@@ -118,7 +118,7 @@ class _Canvas:
         self._apply(scrap + self._center(0), 0, [self._plain()])
 
     def paint_line(self) -> None:
-        """Paint a thin line over all objects, unless it would hide too much of an object."""
+        """Paint a thin line over all objects, if its `_cost` is finite."""
         length = FINE * self.dice.uniform(50, 110)
         line = placed(SQUARE * [1, 0.02], length, self.dice)
         line, color = line + self._center(20 * FINE), self._plain()
@@ -139,7 +139,7 @@ class _Canvas:
         self.owners[number].full = float(self.owners[number].seen)
 
     def paint_object(self, side: float) -> None:
-        """Paint an object with a longer side of `side` pixels at the best valid random position."""
+        """Paint an object at the best of several random positions; `side` is its longer side."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
         patience = 8 if self.dice.chance(0.75) else 1  # number of valid positions to compare

@@ -39,7 +39,7 @@ class Dice:
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """Return a random RGB color (0..255) at a distance of `apart` to `at_most` from `others`."""
+    """Return a random RGB color whose distance from each of `others` is `apart` to `at_most`."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):
@@ -88,7 +88,7 @@ def placed(outline: np.ndarray, side: float, dice: Dice) -> np.ndarray:
 
 
 def texture(name: str, height: int, width: int, period: float, dice: Dice) -> np.ndarray:
-    """Return a binary pattern (height, width) bool, rotated and shifted at random."""
+    """Return a random binary pattern (height, width) bool; `period` is in pixels."""
     angle, shift = dice.uniform(0, 2 * math.pi), dice.numbers(2)
     y, x = np.arange(height)[:, None] - height / 2, np.arange(width) - width / 2
     u = (x * math.cos(angle) + y * math.sin(angle)) / period + shift[0]

@@ -29,9 +29,9 @@ def make_tiny(
 ) -> bool:
     """Write folder/{train,val}/*.jpg and folder/annotations/instances_{train,val}.json.
 
-    The result does not depend on `processes`; 0 uses all available processors. Returns False if the
+    The result does not depend on `processes` (0: one per available processor). Returns False if the
     data set already exists. Raises ValueError if the counts or the seed are out of range, or if the
-    folder contains other files.
+    folder has other content.
     """
     folder = Path(folder)
     if not (0 < train <= LARGEST and 0 < val <= LARGEST):
@@ -60,10 +60,7 @@ def make_tiny(
 
 
 def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
-    """Return whether the folder contains this data set; False if the folder is missing or empty.
-
-    Raises ValueError if the folder contains other files.
-    """
+    """Return whether the folder contains this data set; raise ValueError for other content."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (_contains(folder, "train", train, seed) and _contains(folder, "val", val, seed)):

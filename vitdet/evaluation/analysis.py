@@ -2,9 +2,8 @@
 
 All values are plain Python values: `dataclasses.asdict` of an `Analysis` can be written as JSON.
 AP, AR and dAP are in percent; scores, precision, recall and F1 are in 0..1. Unless stated
-otherwise, detections are matched at IoU 0.5 with objects of all sizes, up to the largest detection
-limit. Detections and objects that COCO or LVIS ignore (crowds, classes that are not exhaustively
-annotated in an image) are excluded.
+otherwise, detections are matched at IoU 0.5 with objects of all sizes, and the largest detection
+limit applies. Ignored detections and objects are excluded (see `Matches`).
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ class Analysis:
         error_counts: number of errors of each of the six types.
         worst: up to 6 images with the lowest F1; in a tie, images with more errors come first.
         best: up to 4 images with the highest F1; in a tie, images with more objects come first.
-            Images with neither objects nor detections are in neither list.
+            `worst` and `best` exclude images that have no objects and no detections.
     """
 
     kind: str
@@ -155,7 +154,7 @@ class Analysis:
 def analyse(
     kind: str, comparison: Comparison, metrics: Mapping[str, float], truth: Truth
 ) -> Analysis:
-    """Return the analysis of boxes ("bbox") or masks ("segm"). metrics: result of `summary`."""
+    """Return the analysis of boxes ("bbox") or masks ("segm"). metrics: from `summary`."""
     matches, prefix = comparison.matches, f"{NAMES[kind]}_"
     overlaps = overlaps_of(comparison)
     rank = np.array([item["id"] for item in comparison.detections], int)

@@ -37,11 +37,10 @@ class WeightedAP:
     detections of equal score are sorted by image.
 
     The detections are sorted once, by class and descending score. For given weights, the precision
-    at a detection is the cumulative weight of its class's true positives up to this detection,
-    divided by the cumulative weight of all detections of the class that are not ignored. COCO's
-    interpolation uses the highest precision at each recall or above, which always occurs at a true
-    positive. Precision is therefore computed only at true positives, in arrays (P,) with a segment
-    for each IoU threshold and class.
+    at a detection is TP / (TP + FP), where TP and FP are the total weights of the true and false
+    positives of its class up to this detection. COCO's interpolation uses the highest precision at
+    each recall or above, which always occurs at a true positive. Precision is therefore computed
+    only at true positives, in arrays (P,) with a segment for each IoU threshold and class.
     """
 
     def __init__(self, matches: Matches) -> None:
@@ -62,7 +61,7 @@ class WeightedAP:
         self._segment_start = self._starts[segment]
         # added to precision, so that one maximum.accumulate processes all segments separately
         self._offset = 2.0 * (segments - segment)
-        # ignored detections: their images, and the count before each true positive and its `_first`
+        # ignored detections: their images, and their number before each true positive and `_first`
         ignored_level, ignored = np.nonzero(matches.ignored[order].T)
         self._ignored_image = self._image[ignored]
         keys, start = ignored_level * len(order) + ignored, level * len(order)
@@ -139,7 +138,7 @@ class Resampled:
     resampled: np.ndarray
 
     def interval(self, metric: str = "ap", class_index: int | None = None) -> Interval | None:
-        """Return a metric with its interval, by default over all classes; None without objects."""
+        """Return a metric and its interval, by default for all classes; None without objects."""
         column = _column(metric, class_index)
         if np.isnan(self.value[column]):
             return None

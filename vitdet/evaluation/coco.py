@@ -1,8 +1,8 @@
 """COCO's average precision (Lin et al. 2014, cocodataset.org/#detection-eval), as in pycocotools.
 
-Boxes and masks are compared separately: as in Detectron2, a detection's area is the area of its box
-or of its mask, respectively. Metrics are in percent. Metrics without objects, such as AP of small
-objects if there are none, are omitted, so that all values are finite and valid JSON.
+Boxes and masks are compared separately. As in Detectron2, the area of a detection is the area of
+its box if boxes are compared, and the area of its mask if masks are compared. Metrics are in
+percent. Undefined metrics are omitted, e.g. AP of small objects if there are no small objects.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Run a detector on batches of images and convert its detections to COCO results.
 
-A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, segmentation}, in
-pixels of the original image. The segmentation is a compressed RLE; it is omitted for detectors
-without a mask head.
+A COCO result is {image_id, category_id, bbox: [x, y, width, height], score, segmentation}. The
+bbox is in pixels of the original image. The segmentation is a compressed RLE; it is omitted for
+detectors without a mask head.
 
-On a GPU, a thread converts the detections of a batch while the detector processes the next batch.
-The thread's CUDA stream does not wait for the next batch. Boxes are copied to the CPU first;
-masks are pasted and encoded on the GPU (`vitdet.kernels.paste`, `vitdet.evaluation.run_lengths`).
+On a GPU, a thread with a separate CUDA stream converts the detections of a batch while the detector
+processes the next batch.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
 Result = TypeVar("Result")
-BYTES = 2**25  # maximum total size of the masks that are pasted at once
+BYTES = 2**25  # maximum total size in bytes of the masks that are pasted at once
 
 
 def detections_to_results(
@@ -92,9 +91,8 @@ def results_of(
 ) -> Iterator[dict[int, list[dict]]]:
     """Yield the COCO results of each batch by image id.
 
-    The detector must be on `device` and in evaluation mode. On a GPU, the results of a batch are
-    yielded after the next batch has been processed; at most two batches are in memory. For
-    `precision`, see the setting evaluate.precision.
+    The detector must be on `device` and in evaluation mode. On a GPU, each batch is read before the
+    results of the previous batch are yielded. For `precision`, see the setting evaluate.precision.
     """
     device = torch.device(device)
     detect = GraphedDetector(detector, lambda: autocast(precision, device))
@@ -141,7 +139,7 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; pad to `slots` images (0: no padding), since each batch size is compiled."""
+    """Detect objects; pad the batch to `slots` images (0: no padding) to avoid recompilation."""
     # non_blocking although `sizes` is not pinned: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:

@@ -10,14 +10,14 @@ with t_f = 0.5 and t_b = 0.1:
 - background: its IoU with every object is at most t_b
 - both: none of the above, i.e. wrong class and IoU below t_f
 
-An object is missed if it has no matching detection and no localization or classification error.
+An object is missed if it has no match and no localization or classification error refers to it.
 
 dAP is the increase in AP50 if all errors of one type are fixed. Fixing a localization or
 classification error makes the detection a true positive of the object with the highest IoU among
-those of its class or of other classes, respectively. If this object is already matched, or would
-also be matched by fixing a detection with a higher score, the detection is removed. Fixing another
-error removes the detection or the missed object. Fixing false_positive ranks all true positives
-before all false positives; fixing false_negative removes all objects without a true positive.
+the objects of its class or of other classes, respectively. If this object is already matched, or
+would also be matched by fixing a detection with a higher score, the detection is removed. Fixing an
+error of another type removes the detection or the missed object. Fixing false_positive ranks all
+true positives above all false positives; fixing false_negative removes all unmatched objects.
 
 As in the tidecv package, detections that AP ignores can have localization and classification
 errors. These errors are not counted, but fixing them can add true positives. Fixing errors of

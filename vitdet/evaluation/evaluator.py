@@ -49,7 +49,7 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-METRICS_OF = {"coco": coco, "lvis": lvis}  # data.dataset -> module that defines its AP
+METRICS_OF = {"coco": coco, "lvis": lvis}  # data.dataset -> module that computes AP
 # data.dataset -> function that compares results from a results file
 OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
 SECTIONS = ("data", "evaluate")  # config sections that an evaluation may change
@@ -77,7 +77,7 @@ def evaluate_detector(
     """Return the validation metrics in percent, and the COCO results in order of image id.
 
     The detector must be on `device`; its mode is restored. Each process evaluates a part of the
-    images. All ranks return the metrics; only rank 0 returns results (5 GB for LVIS).
+    images. All ranks return the metrics; on ranks other than 0, the list of results is empty.
     Raises Cancelled on all ranks if `advance` cancels the evaluation on any rank.
     """
     truth, split = read_validation(data, settings)
@@ -92,8 +92,7 @@ def evaluate_detector(
 def measured_metrics(config: Config) -> list[str]:
     """Return the names of the metrics that `evaluate_detector` would return for this config.
 
-    Metrics for which the validation split has no objects are omitted. The function runs a
-    comparison without detections and raises the errors of `read_validation`.
+    Metrics without objects are omitted. Raises the errors of `read_validation`.
     """
     truth, split = read_validation(config.data, config.evaluate)
     kinds = ("bbox", "segm") if config.model.mask.enabled else ("bbox",)
@@ -156,10 +155,10 @@ def evaluation_config(
 ) -> tuple[Config, dict[str, str | int]]:
     """Return the config for evaluating a checkpoint, and the settings changed to match data.root.
 
-    If `config` is given, its data and evaluate settings replace those of `stored`, the checkpoint's
-    config; then the overrides are applied. As in training, an override of data.root also selects
-    the splits of that folder, unless the overrides set the splits. Raises ValueError for overrides
-    of settings other than data.* and evaluate.*.
+    The data and evaluate settings are those of `config` (default: `stored`) with the overrides
+    applied; all other settings are those of `stored`, the checkpoint's config. An override of
+    data.root can also change the splits (`vitdet.data.layout.resolve`). Raises ValueError for
+    invalid overrides and for overrides of other settings.
     """
     for setting in overrides:
         if setting.split(".")[0].strip() not in SECTIONS:
@@ -200,8 +199,9 @@ def evaluate(
             time of reading and detection divided by the number of images.
 
     Raises:
-        ValueError: the classes of the data set differ from the checkpoint's, or an override changes
-            a setting other than data.* and evaluate.*; nothing has been written.
+        FileNotFoundError: a file is missing.
+        ValueError: a file or an override is invalid, or the classes of the data set differ from the
+            checkpoint's.
     """
     configure_process()
     detector, stored, class_names = restore_detector(checkpoint)
@@ -328,7 +328,7 @@ def _compare(
     settings: EvalConfig,
     image_ids: Sequence[int],
 ) -> tuple[dict[str, Comparison], dict[str, float]]:
-    """Return the comparison of each kind, and the metrics according to the data set's protocol.
+    """Return the comparison of each kind, and COCO's or LVIS's metrics.
 
     For COCO, the detection limit is the larger of 100 and evaluate.max_detections.
     """
@@ -349,9 +349,9 @@ def _compare(
 
 
 def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """Read the validation split once; return it for the comparison and for detection.
+    """Return the validation split as a `Truth` and as a `CocoSplit`; read its file once.
 
-    Raises FileNotFoundError, and ValueError if AP is undefined because it includes no object.
+    Raises FileNotFoundError for missing files, ValueError for invalid files or if AP is undefined.
     """
     path = split_files(data, data.val_split)[0]
     if not path.exists():

@@ -6,10 +6,10 @@ exhaustively annotated in the image (not_exhaustive_category_ids), its detection
 object are ignored. In each image, only the 300 detections with the highest scores over all
 categories are evaluated. iscrowd is ignored; objects and detections with zero area are excluded.
 
-If masks are compared, `compare` uses the area of a detection's mask, as in the metrics published
-with Detectron2, which removes the boxes from its results. `compare_file` uses the area of the
-detection's box, as the lvis package does for a file with boxes and masks. Only AP and AR of small,
-medium and large masks depend on this difference.
+If masks are compared, `compare` uses the area of a detection's mask. Detectron2 does the same: it
+removes the boxes before it compares masks. If a results file contains boxes, `compare_file` uses
+the area of the box, as the lvis package does. This affects AP and AR of small, medium and large
+masks.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def best(results: Sequence[dict]) -> list[dict]:
 
 
 def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:
-    """Return the results whose category is annotated in the image or listed as absent."""
+    """Return the results whose category is annotated in the image or in neg_category_ids."""
     known = {(item.image_id, item.category_id) for item in truth.objects if counts(item)}
     for image_id, image in truth.images.items():
         known |= {(image_id, category) for category in image["neg_category_ids"]}

@@ -1,4 +1,4 @@
-"""Matches of detections with objects, as arrays from which AP with image weights can be computed.
+"""Matches of detections with objects, as arrays for computing AP with a weight per image.
 
 Notation: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of results with an annotation file; notation as in pycocotools.
+    """The comparison of results with an annotation file; notation as in the module's docstring.
 
     Attributes:
         precision: (T, R, K, A, M), in 0..1; -1 for classes without objects of the size.

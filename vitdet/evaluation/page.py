@@ -17,7 +17,7 @@ from vitdet.evaluation.results import Truth
 from vitdet.files import atomic_write, sha256
 from vitdet.pages import data_uri, render
 
-QUALITY = 75  # JPEG quality; the page for COCO's val2017 is smaller than 2 MB
+QUALITY = 75  # of the JPEG images
 
 
 @dataclass(frozen=True)

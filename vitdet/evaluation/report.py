@@ -112,9 +112,9 @@ def write_report(
     results: list[dict],
     analyses: Sequence[Analysis],
 ) -> None:
-    """Write classes.json (AP of each class), curve.json (precision over recall), thresholds.json
-    (precision, recall and F1 by score), results.json (in COCO's format) and matches.npz
-    (`vitdet.evaluation.matches`) to `folder`.
+    """Write these files to `folder`: classes.json (AP of each class), curve.json (precision over
+    recall), thresholds.json (precision, recall and F1 at each score threshold), results.json (COCO
+    results) and matches.npz (`vitdet.evaluation.matches`).
     """
     for name, value in (
         ("classes", class_rows(finished)),

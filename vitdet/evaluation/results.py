@@ -1,4 +1,4 @@
-"""Reading and checking the inputs of an evaluation: an annotation file, and COCO results.
+"""Read and check the inputs of an evaluation: an annotation file, and COCO results.
 
 Results are a list of {image_id, category_id, score, bbox: [x, y, width, height] and/or
 segmentation: RLE or polygons}. Errors in the files are reported in one line.
@@ -47,8 +47,7 @@ class Truth:
 def read_truth(path: Path | str, lvis: bool = False) -> Truth:
     """Read an annotation file in the format of COCO or LVIS.
 
-    Raises FileNotFoundError, and ValueError with a one-line message for errors that
-    `vitdet data check` reports.
+    Raises FileNotFoundError, and ValueError with a one-line message if the file is invalid.
     """
     path = Path(path)
     if not path.is_file():

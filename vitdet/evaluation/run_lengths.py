@@ -25,7 +25,7 @@ def encode_columns(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor)
     """Return the compressed RLE of N pasted masks, equal to that of `vitdet.data.masks.encode`.
 
     The runs of all masks are counted at once, on the device of the tensors. pycocotools compresses
-    the counts on the CPU (6 us per mask).
+    the counts on the CPU.
 
     Args:
         pixels, regions, ends: (total,) uint8, (N, 4) and (N,) int64, see `vitdet.kernels.paste`.
@@ -79,8 +79,8 @@ def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np
     """Return the areas (int64) of compressed codes, and whether each code is valid, i.e. its
     runs add up to the image's number of pixels.
 
-    The check is necessary: pycocotools and faster-coco-eval hang on invalid codes. If a code is
-    malformed, its whole group of up to AT_ONCE codes is reported as invalid.
+    The check is necessary: pycocotools and faster-coco-eval can hang on invalid codes. If a code is
+    malformed, all codes in its group of up to AT_ONCE codes are reported as invalid.
     """
     sizes, valid = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for start in range(0, len(texts), AT_ONCE):

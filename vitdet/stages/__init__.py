@@ -1,7 +1,7 @@
 """The steps of an experiment as functions, called by the command line and pipeline components.
 
 `train`, `evaluate` and `register` do the same as the commands with these names. The steps of a
-pipeline run call the following functions, in this order (`pipeline/graph.py`):
+pipeline run (`pipeline/graph.py`) call the following functions:
 
     resolve_configs     Write a config for each training run from recipes, overrides, sweep, seeds.
     start_parent_run    Create the MLflow run that groups the training runs.
@@ -9,8 +9,8 @@ pipeline run call the following functions, in this order (`pipeline/graph.py`):
     fetch_weights       Fetch the initial weights.
     train_recipe        Train in this process. A step that trains in a Kubernetes job calls
                         train_argv, check_processes, is_trained, keep_logs and copy_checkpoint.
-    evaluate_recipe     Write the detector's metrics and report.
-    evaluate_champion   Evaluate the champion on the same data with the same settings, if necessary.
+    evaluate_recipe     Evaluate the detector; write its metrics and a report.
+    evaluate_champion   Evaluate the champion on the same data with the same settings.
     gate                Decide whether the detector is better than the champion.
     register_recipe     Register the detector as a new version, and promote it if it is better.
     compare             Create a table of all training runs.
@@ -22,13 +22,13 @@ share (`vitdet.stages.workspace`). Common arguments are:
 
     workspace, run_id   The path of the workspace, and the pipeline run's ID.
     name                The name of a training run, as `resolve_configs` returns it.
-    settings, configs   Folders with NAME.yaml from `resolve_configs` and `prepare_data`.
+    settings, configs   The folders to which `resolve_configs` and `prepare_data` write NAME.yaml.
     data                The fingerprint of the data, as `prepare_data` returns it.
     checkpoint          The file of a detector.
-    figures, verdict    JSON files that `evaluate_recipe` and `gate` write, respectively.
+    figures, verdict    The JSON files that `evaluate_recipe` and `gate` write, respectively.
 
-A repeated step reuses existing data, weights and detectors; training resumes from the last
-checkpoint. torch, MLflow and other packages that are slow to import are imported on first use.
+If a step is repeated, existing data, weights and detectors are reused, and training resumes from
+the last checkpoint. Packages that are slow to import, such as torch, are imported on first use.
 """
 
 from vitdet.stages.comparison import (

@@ -18,7 +18,7 @@ COMPARISON = "comparison.html"  # file in a pipeline run's folder if no training
 
 
 def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
-    """Create the MLflow run that groups the training runs; return a line with its server and ID.
+    """Create the MLflow run that groups the training runs; return its server and ID as text.
 
     Also saves the configs to the pipeline run's folder, for `compare_finished`. Raises
     ConnectionError if MLflow does not respond.
@@ -114,7 +114,7 @@ def _compare(
 
 
 def _varied_settings(configs: dict[str, Config]) -> dict[str, dict[str, str]]:
-    """Return each training run's values of settings that differ among the runs of its recipe.
+    """Return, for each training run, the settings whose values differ among runs of its recipe.
 
     Settings that do not affect the result of a training run are omitted.
     """

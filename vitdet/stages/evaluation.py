@@ -31,10 +31,10 @@ def evaluate(
 
     Args:
         checkpoint: The file of a detector.
-        overrides: Settings of `data` and `evaluate` as strings SECTION.KEY=VALUE.
+        overrides: data and evaluate settings to change, as "SECTION.KEY=VALUE".
         folder: The folder of MLflow's default store.
-        config: The config with `data` and `evaluate`. Default: the config in the checkpoint.
-        output, pictures, plots, report: Files and folders to write, as for `vitdet evaluate`.
+        config: Its data and evaluate settings replace the checkpoint's; then overrides apply.
+        output, pictures, plots, report: As the options of `vitdet evaluate`.
 
     Returns the metrics and the MLflow run's ID (None if this process logs nothing). Raises
     the errors of `vitdet.evaluate` and `vitdet.tracking.address.tracking_uri`.
@@ -119,9 +119,9 @@ def evaluate_recipe(
 def evaluate_champion(
     checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
 ) -> str:
-    """Evaluate the champion as the detector in `checkpoint` was evaluated, for the step `gate`.
+    """Evaluate the champion on the data and with the settings of the detector's evaluation.
 
-    Returns one line: the champion's metric, an evaluation error, or that there is no champion.
+    Returns one line: the champion's metric or error, or "there is no champion".
     """
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations

@@ -19,7 +19,7 @@ VERDICT, FAILURE = "verdict.json", "failure.json"
 
 @contextmanager
 def recorded(workspace: str, name: str, run_id: str, step: str) -> Iterator[None]:
-    """Record an error of the step; on success, remove the record of an earlier attempt."""
+    """Record an error of the step; on success, remove the record of an earlier error."""
     file = training_folder(workspace, name, run_id) / FAILURE
     try:
         yield

@@ -17,7 +17,7 @@ from vitdet.stages.workspace import resolve_paths
 SEED = "train.seed"
 # A training run adds about 12 nodes to the Workflow's status, whose size Argo limits to 1 MiB.
 MAX_TRAININGS = 64
-EXPLICIT = "explicit.json"  # file next to the configs: {name: settings that the user set}
+EXPLICIT = "explicit.json"  # file next to the configs: {name: names of settings that the user set}
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
 TRACKING = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 
@@ -53,15 +53,15 @@ def plan_trainings(
     sweep: Sequence[str] = (),
     seeds: int = 1,
 ) -> dict[str, tuple[Config, list[str]]]:
-    """Return {name: (config, the settings that the user set)} for all training runs.
+    """Return {name: (config, names of the settings that the user set)} for all training runs.
 
     sweep: strings such as `optim.lr=1e-4,2e-4`; each recipe is trained with each combination of
     these values. seeds: each combination is trained with this many consecutive seeds, starting with
     the seed in its config.
 
-    Raises ValueError or FileNotFoundError for an invalid recipe, setting or sweep, for two equal
-    training runs, for more than MAX_TRAININGS training runs, and for runs with different data,
-    evaluation settings or MLflow settings, which cannot be compared in one table.
+    Raises ValueError or FileNotFoundError for an invalid recipe, setting or sweep, for two
+    training runs with equal training settings, for more than MAX_TRAININGS training runs, and for
+    training runs that cannot be compared (see `check_comparable`).
     """
     from vitdet.data.layout import SPLITS, explicit_settings
 
@@ -101,7 +101,7 @@ def check_comparable(
 ) -> None:
     """Raise ValueError if two training runs cannot be compared in one table.
 
-    The settings of data, evaluation and MLflow must be equal, except for settings in `unresolved`.
+    Their settings DATA, SETTINGS and TRACKING must be equal. Settings in `unresolved` are ignored.
     """
     ours, theirs = flatten(first), flatten(other)
     differing = [
@@ -117,7 +117,7 @@ def check_comparable(
 
 
 def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each combination; [[]] without a sweep."""
+    """Return the overrides of each combination of swept values; [[]] without a sweep."""
     axes: dict[str, list[str]] = {}
     fixed = {text.partition("=")[0] for text in overrides}
     for text in sweep:

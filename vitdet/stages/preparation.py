@@ -37,8 +37,8 @@ def prepare_data(
         settings: The folder that `resolve_configs` wrote.
         configs: The folder of the configs to write.
         manifest: The JSON file for the description.
-        fetch: How to fetch the data set, as for `fetch_words`; "": use existing data. The demo's
-            data set is generated if it does not exist.
+        fetch: How to fetch the data set, see `fetch_words`. If "", existing data is used, and the
+            demo's data set is generated if it does not exist.
 
     Raises FileNotFoundError or ValueError if data is missing, is unusable or does not fit a config.
     """
@@ -82,9 +82,9 @@ def prepare_data(
 
 
 def verified_config(folder: str, name: str, data: str) -> Config:
-    """Return a config written by `resolve_configs` or `prepare_data`, with splits and classes.
+    """Return the config FOLDER/NAME.yaml with the splits and classes of the data.
 
-    Raises the errors of `vitdet.data.fingerprint.verify` if the data's fingerprint is not `data`.
+    `data` is the expected fingerprint. Raises the errors of `vitdet.data.fingerprint.verify`.
     """
     from vitdet.data.fingerprint import verify
     from vitdet.data.layout import resolve
@@ -119,7 +119,7 @@ def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
 def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
     """Run `vitdet data` with the arguments of `fetch_words`; forward its output to stdout.
 
-    A repeated download resumes; a conversion is skipped if the folder is not empty. Raises
+    An interrupted download resumes; a conversion is skipped if `root` is not empty. Raises
     ValueError with the last line of the output if the command fails.
     """
     words = fetch_words(fetch, root, workspace)

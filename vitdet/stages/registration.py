@@ -52,7 +52,7 @@ def register(
 def gate(
     figures: str, configs: str, name: str, workspace: str, run_id: str, verdict: str
 ) -> tuple[bool, str]:
-    """Return whether the detector is better than the champion, and the reason; promote nothing.
+    """Return whether the detector passes the gate, and the reason.
 
     Writes the result, with the content of `figures`, to the JSON file `verdict`.
     """

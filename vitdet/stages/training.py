@@ -28,12 +28,12 @@ def train(
     group: str = "",
     profile: bool = False,
 ) -> Path:
-    """Train a detector and log to MLflow, if it is installed; return OUTPUT/model.pt.
+    """Train a detector; log to MLflow if MLflow is installed; return the path OUTPUT/model.pt.
 
     Args:
         config: The resolved config.
         recipe: The recipe's name, for the MLflow run.
-        output: The folder for model.pt, best.pt and config.yaml, next to MLflow's default store.
+        output: The folder for model.pt, best.pt and config.yaml.
         checkpoints: The folder for the training states. Default: `output`.
         weights: The folder of the initial weights. Default: search the package and the cache.
         group: The ID of the pipeline run, whose MLflow run becomes the parent; "": no parent.
@@ -82,7 +82,7 @@ def train_recipe(
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
     """Return the arguments of `vitdet` for a training job, and save the config for the job.
 
-    Raises the errors of `verified_config` and `vitdet.weights.resolve`, before the job is created.
+    Raises the errors of `verified_config` and `vitdet.weights.resolve`.
     """
     from vitdet.weights import resolve
 
@@ -104,7 +104,7 @@ def check_processes(settings: str, name: str, processes: int) -> None:
 
 
 def is_trained(workspace: str, name: str, run_id: str) -> bool:
-    """Return whether an earlier attempt or a job has completed the training run."""
+    """Return whether the training run is complete."""
     folder = training_folder(workspace, name, run_id)
     return (folder / "model.pt").is_file() and result(folder).is_file()
 
@@ -112,7 +112,7 @@ def is_trained(workspace: str, name: str, run_id: str) -> bool:
 def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
     """Write the logs of a job, {file name: text}, to the training run's folder and its MLflow run.
 
-    If this fails, a warning is logged and no error is raised.
+    An OSError or ValueError is logged as a warning and not raised.
     """
     from vitdet.tracking.runs import log_files
 
@@ -129,6 +129,6 @@ def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict
 
 
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
-    """Copy a training run's detector (best.pt with `train.keep_best`) to the file `checkpoint`."""
+    """Copy a training run's detector (see `result`) to the file `checkpoint`."""
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(result(training_folder(workspace, name, run_id)), checkpoint)

@@ -6,7 +6,7 @@ WORKSPACE/runs/NAME-RUN/     a training run: config, checkpoints, model.pt, best
 WORKSPACE/runs/pipeline-RUN/ a pipeline run: configs of its training runs, and their comparison
 WORKSPACE/runs/mlflow.db     MLflow's store, if there is no tracking server
 
-NAME is RECIPE-DIGEST. DIGEST and RUN are the start of the config's digest and of the run ID.
+NAME is RECIPE-DIGEST. DIGEST and RUN are the first 8 digits of the config's digest and the run ID.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run_folder(workspace: str, run_id: str) -> Path:
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
-    """Return the folder of a training run, which is the same for a repeated step.
+    """Return the folder of a training run; if a step is repeated, it uses the same folder.
 
     If vitdet 0.1 started the training run, the folder's name contains that version's config digest.
     """
@@ -78,6 +78,6 @@ def resolve_paths(config: Config, workspace: Path) -> Config:
 
 
 def registry(config: Config, workspace: str) -> dict[str, Any]:
-    """Return the keyword arguments of `vitdet.tracking` that select the model registry."""
+    """Return uri, folder and model_name, which select a registered model in `vitdet.tracking`."""
     tracking, folder = config.tracking, runs_folder(workspace)
     return {"uri": tracking.uri, "folder": folder, "model_name": tracking.model_name}
