@@ -41,7 +41,7 @@ class Threshold:
 class ClassResult:
     """The results of one class.
 
-    A metric is None if the class has no objects, or none of the metric's size. `curve` and `errors`
+    A metric is None if the class has no objects (of the metric's object size). `curve` and `errors`
     are empty if the class has no objects.
 
     Attributes:
@@ -122,7 +122,7 @@ class Analysis:
     Attributes:
         kind: "box" or "mask".
         metrics: COCO's or LVIS's metrics, named as in metrics.json without "box_" or
-            "mask_" ("ap", "ap_small", "ar_100", ...). Metrics without objects are omitted.
+            "mask_" ("ap", "ap_small", "ar_100", ...). Undefined metrics are omitted.
         classes: all classes of the annotation file, in order of category id.
         curves: precision at recall 0, 0.01, ..., 1, averaged over the classes with objects, for
             IoU "0.5", "0.75" and the "mean" over all IoU thresholds; empty without objects.

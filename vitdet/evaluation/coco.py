@@ -56,7 +56,7 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
 
 
 def named(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """Return the metrics of all kinds by name; metrics without objects are omitted."""
+    """Return the metrics of all kinds by name; undefined metrics are omitted."""
     return {
         f"{NAMES[kind]}_{name}": value
         for kind, values in metrics.items()

@@ -92,7 +92,7 @@ def evaluate_detector(
 def measured_metrics(config: Config) -> list[str]:
     """Return the names of the metrics that `evaluate_detector` would return for this config.
 
-    Metrics without objects are omitted. Raises the errors of `read_validation`.
+    Undefined metrics are omitted. Raises the errors of `read_validation`.
     """
     truth, split = read_validation(config.data, config.evaluate)
     kinds = ("bbox", "segm") if config.model.mask.enabled else ("bbox",)
@@ -185,7 +185,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return a checkpoint's metrics in percent on its validation split: {"box_ap": 51.6, ...}.
 
-    Under torchrun, each process evaluates a part of the images and returns the same metrics.
+    Under torchrun, each process evaluates a part of the images; all processes return the metrics.
     Changes process settings as described in `vitdet.data.loader.configure_process`.
 
     Args:
@@ -349,7 +349,7 @@ def _compare(
 
 
 def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """Return the validation split as a `Truth` and as a `CocoSplit`; read its file once.
+    """Return the validation split as a `Truth` and as a `CocoSplit`.
 
     Raises FileNotFoundError for missing files, ValueError for invalid files or if AP is undefined.
     """

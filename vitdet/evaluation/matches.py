@@ -72,8 +72,8 @@ class Matches:
 def precisions(
     true: np.ndarray, false: np.ndarray, objects: float, recalls: np.ndarray = RECALLS
 ) -> np.ndarray:
-    """Return the precision (T, R) at R recalls, interpolated as in COCO: the highest precision at
-    that recall or above, 0 if the recall is not reached.
+    """Return the precision (T, R) at each of R recalls, interpolated as in COCO: the highest
+    precision at this recall or above, or 0 if the recall is not reached.
 
     Args:
         true, false: (N, T), weights of true and false positives by descending score.

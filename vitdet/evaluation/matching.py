@@ -43,8 +43,8 @@ class Comparison:
     """The comparison of results with an annotation file; notation as in the module's docstring.
 
     Attributes:
-        precision: (T, R, K, A, M), in 0..1; -1 for classes without objects of the size.
-        recall: (T, K, A, M), in 0..1; -1 for classes without objects of the size.
+        precision: (T, R, K, A, M), in 0..1; -1 for classes without objects of this size.
+        recall: (T, K, A, M), in 0..1; -1 for classes without objects of this size.
         categories: the K categories of the annotation file.
         limits: the M detection limits.
         matches: matches of N detections with G objects.
@@ -64,7 +64,7 @@ class Comparison:
     ) -> float | None:
         """Return AP in percent with the largest detection limit; None without objects.
 
-        Default: the mean over all IoU thresholds and classes. chosen: class indices.
+        By default, the mean over all IoU thresholds and classes; `chosen` contains class indices.
         """
         table = self.precision[..., SIZES.index(size), -1]
         table = table if iou is None else table[[int(np.abs(IOUS - iou).argmin())]]
@@ -75,7 +75,7 @@ class Comparison:
         return _mean(self.recall[..., SIZES.index(size), limit])
 
     def aps(self, chosen: Sequence[int] | None = None) -> dict[str, float | None]:
-        """Return AP, AP50, AP75 and AP by object size (chosen: class indices, default: all)."""
+        """Return AP, AP50, AP75 and AP by object size, of the classes with indices `chosen`."""
         aps = {"ap": self.ap(chosen=chosen)}
         aps |= {f"ap{100 * iou:.0f}": self.ap(iou, chosen=chosen) for iou in (0.5, 0.75)}
         return aps | {f"ap_{size}": self.ap(None, size, chosen) for size in SIZES[1:]}

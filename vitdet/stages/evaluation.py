@@ -34,7 +34,7 @@ def evaluate(
         overrides: data and evaluate settings to change, as "SECTION.KEY=VALUE".
         folder: The folder of MLflow's default store.
         config: Its data and evaluate settings replace the checkpoint's; then overrides apply.
-        output, pictures, plots, report: As the options of `vitdet evaluate`.
+        output, pictures, plots, report: Files and folders to write; see `vitdet evaluate`.
 
     Returns the metrics and the MLflow run's ID (None if this process logs nothing). Raises
     the errors of `vitdet.evaluate` and `vitdet.tracking.address.tracking_uri`.
@@ -66,7 +66,7 @@ class Evaluation(NamedTuple):
     """The evaluation of a detector in a pipeline run.
 
     known: True if the champion was evaluated on the same data with the same settings, or if there
-    is no champion. page: the URL of the detector's MLflow run; "" without a run or a UI.
+    is no champion. page: the URL of the detector's MLflow run; "" if there is no run or no UI.
     """
 
     metrics: dict[str, float]

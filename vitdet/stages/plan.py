@@ -101,7 +101,7 @@ def check_comparable(
 ) -> None:
     """Raise ValueError if two training runs cannot be compared in one table.
 
-    Their settings DATA, SETTINGS and TRACKING must be equal. Settings in `unresolved` are ignored.
+    The settings in DATA, SETTINGS and TRACKING must be equal, but `unresolved` settings may differ.
     """
     ours, theirs = flatten(first), flatten(other)
     differing = [

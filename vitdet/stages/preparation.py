@@ -31,7 +31,7 @@ class Data(NamedTuple):
 def prepare_data(
     settings: str, workspace: str, configs: str, manifest: str, fetch: str = ""
 ) -> Data:
-    """Verify the data set; write its description, and configs with its splits and classes.
+    """Verify the data set; write its description, and configs with the splits and classes.
 
     Args:
         settings: The folder that `resolve_configs` wrote.
@@ -99,8 +99,8 @@ def verified_config(folder: str, name: str, data: str) -> Config:
 def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
     """Return the arguments of `vitdet data` that fetch a data set to `root`.
 
-    fetch: `coco`, `lvis` or `convert SOURCE`, with options of that command. A relative SOURCE is
-    resolved in the workspace. Raises ValueError for other values.
+    fetch: `coco`, `lvis` or `convert SOURCE`, followed by options of this command, if any. A
+    relative SOURCE is resolved in the workspace. Raises ValueError for other values.
     """
     try:
         kind, *rest = shlex.split(fetch) or [""]

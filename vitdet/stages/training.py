@@ -35,7 +35,7 @@ def train(
         recipe: The recipe's name, for the MLflow run.
         output: The folder for model.pt, best.pt and config.yaml.
         checkpoints: The folder for the training states. Default: `output`.
-        weights: The folder of the initial weights. Default: search the package and the cache.
+        weights: The folder of the initial weights. Default: the package or the cache.
         group: The ID of the pipeline run, whose MLflow run becomes the parent; "": no parent.
         profile: Whether to trace a few steps.
 
