@@ -112,7 +112,7 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 @dataclass(frozen=True)
 class Images:
-    """The image files of a `Truth` in `folder`. If `lvis` is True, coco_url contains their names."""
+    """The image files of a `Truth` in `folder`. If `lvis` is True, coco_url contains the names."""
 
     folder: Path
     lvis: bool
