@@ -123,8 +123,8 @@ def match(
         limits: maximum numbers of detections per class and image, ascending.
         crowds: respect iscrowd; if False, crowds are normal objects.
         empty: include objects and results with an area of 0.
-        unsure: pairs (image id, category id) that are not exhaustively annotated: detections of the
-            category that match no object in the image are ignored.
+        unsure: pairs (image id, category id). In the image, detections of the category that match no
+            object are ignored.
         boxed: use the area of a detection's box as the area of its mask.
 
     Raises:
