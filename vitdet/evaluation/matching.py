@@ -123,7 +123,7 @@ def match(
         limits: maximum numbers of detections per class and image, ascending.
         crowds: respect iscrowd; if False, crowds are normal objects.
         empty: include objects and results with an area of 0.
-        unsure: pairs (image id, category id). In the image, detections of the category that match no
+        unsure: pairs (image id, category id). Detections of the category in the image that match no
             object are ignored.
         boxed: use the area of a detection's box as the area of its mask.
 
