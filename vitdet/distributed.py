@@ -56,7 +56,7 @@ def process_group() -> Iterator[torch.device]:
     # gloo gathers objects in host memory: gigabytes of LVIS results may not fit on a GPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store, this_rank, size = _join()
-    # If NCCL and gloo do not connect in time, faulthandler prints the stacks and exits.
+    # If NCCL and gloo do not connect in time, faulthandler prints the stacks and ends the process.
     faulthandler.dump_traceback_later(JOIN_TIMEOUT.total_seconds(), exit=True, file=2)
     try:
         dist.init_process_group(
@@ -72,7 +72,7 @@ def process_group() -> Iterator[torch.device]:
     global _joined
     _joined = True
     yield device
-    # Skipped after an error: NCCL would wait for ranks that wait for this rank, hiding the error.
+    # After an error, the group is not destroyed: NCCL would wait for ranks that wait for this rank.
     dist.destroy_process_group()
     _joined = False
 
@@ -128,7 +128,7 @@ def _synchronize_launch(store: dist.Store, this_rank: int, size: int) -> tuple[s
     if this_rank == 0:
         store.set("launch", own_id)
         keys = [f"{own_id}/rank {other}" for other in range(1, size)]
-        while keys and not store.check(keys):  # one request for the keys of all ranks
+        while keys and not store.check(keys):
             if time.monotonic() > deadline and (missing := _missing(store, own_id, size)):
                 return own_id, missing
             store.add(f"{own_id}/polls", 1)
@@ -152,7 +152,7 @@ def _synchronize_launch(store: dist.Store, this_rank: int, size: int) -> tuple[s
     missing = _missing(store, launch_id, size)
     if store.add(f"{launch_id}/polls", 0) == polls:
         missing = [0, *missing]
-    return launch_id, missing or [0]  # if no other rank is missing, rank 0 is
+    return launch_id, missing or [0]  # rank 0 is missing if all other ranks joined
 
 
 def _missing(store: dist.Store, launch: str, size: int) -> list[int]:
@@ -166,10 +166,10 @@ def has_joined() -> bool:
 
 
 def connect(prefix: str, limit: timedelta) -> dist.Store:
-    """Return a new connection to torchrun's store for a thread; all keys start with `prefix`.
+    """Return a new connection to torchrun's store; all keys start with `prefix`.
 
-    Each operation times out after `limit`. The thread does not use the process group's connection,
-    because each connection serves only one operation at a time.
+    Each operation times out after `limit`. Each thread needs a separate connection, because a
+    connection serves only one operation at a time.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
@@ -197,8 +197,7 @@ def flight_record() -> str:
 def collective() -> tuple[str, float]:
     """Return the name of the main thread's collective ('': none), and the time of the last change.
 
-    The time is a value of `time.monotonic`. Collectives in which no rank waits for the computation
-    of another rank are not tracked.
+    The time is a value of `time.monotonic`. The functions `mean` and `broadcast` are not tracked.
     """
     return _collective, _changed
 
@@ -304,8 +303,8 @@ def all_gather_objects(value: T) -> list[T]:
 def reraise_on_all_ranks(make: Callable[[], T]) -> T:
     """Run `make` on every rank; on failure, raise the error of the lowest failed rank on all ranks.
 
-    Otherwise, the other ranks would wait in their next collective. Only errors that a user can fix
-    are covered: OSError, ValueError and LookupError.
+    Without this, ranks that succeed would wait for failed ranks in their next collective. Only
+    errors that a user can fix are covered: OSError, ValueError and LookupError.
     """
     results: list[T] = []
     failure: Exception | None = None

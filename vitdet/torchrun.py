@@ -1,4 +1,4 @@
-"""torchrun's environment, read without importing torch, which takes seconds."""
+"""Functions for torchrun's workers. This module avoids the import of torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -24,12 +24,9 @@ def world_size() -> int:
 def end_with_torchrun() -> None:
     """Let the Linux kernel send SIGTERM to this process when torchrun is killed (prctl).
 
-    Without a handler, SIGTERM ends the process, even while it imports torch or joins the process
-    group; with the handler of `vitdet.training.stop`, training first saves its state. Linux
-    sends the signal when the thread that started this process, torchrun's main thread, ends. On
-    other systems, `vitdet.training.watchdog` detects later that the parent process has changed.
-
-    `has_ended` detects whether torchrun ended before this call.
+    Without a handler, SIGTERM ends the process. With the handler of `vitdet.training.stop`,
+    training first saves its state. On other systems, `vitdet.training.watchdog` detects that the
+    parent process has changed. `has_ended` detects whether torchrun ended before this call.
     """
     if is_worker() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -38,10 +35,10 @@ def end_with_torchrun() -> None:
 def has_ended() -> bool:
     """Return whether the store that torchrun serves refuses connections.
 
-    Call this some time after `end_with_torchrun`: while a killed torchrun is being torn down, its
-    socket may still accept connections.
+    Call this well after `end_with_torchrun`: the socket of a killed torchrun may still accept
+    connections for a short time.
     """
-    # if torchrun serves no store, rank 0 does, and may not have started it yet
+    # without torchrun's store, rank 0 serves a store, which it may not have started yet
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
     try:
@@ -49,6 +46,6 @@ def has_ended() -> bool:
         socket.create_connection(address, timeout=10).close()
     except ConnectionRefusedError:
         return True
-    except OSError:  # network problems, for which joining has a timeout
+    except OSError:  # on network problems, joining times out
         return False
     return False

@@ -45,7 +45,7 @@ class Polygons(Record):
         spans: (G, 2) int64; object i consists of edges[spans[i, 0] : spans[i, 1]].
 
     A point is inside an object if the winding number of the object's edges around the point is not
-    zero. All parts of an object have the same orientation; the interior is the union of the parts.
+    zero. All polygons of an object have the same orientation, so that their union is inside.
     """
 
     edges: Tensor
@@ -62,13 +62,13 @@ class Polygons(Record):
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
-        """Build outlines from edges (E, 4) in object order and edge counts (G,) of the objects."""
+        """Build outlines from edges (E, 4), in object order, and the objects' edge counts (G,)."""
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 
     @classmethod
     def batch(cls, images: Sequence[Polygons], slots: int) -> Polygons:
-        """Concatenate the outlines of images, each padded with empty objects to `slots` objects."""
+        """Pad each image to `slots` objects with empty objects, and concatenate the outlines."""
         starts, spans = 0, []
         for image in images:
             spans.append(F.pad(image.spans + starts, (0, 0, 0, slots - len(image))))

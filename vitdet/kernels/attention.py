@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 LARGEST_DEPTH = 128  # maximum number of channels per head: a tile must fit into registers
-LARGEST_SIDE = 128  # maximum number of tokens in a row of the grid: a row is a tile of keys
+LARGEST_SIDE = 128  # maximum grid width with global attention: a row is a tile of keys
 LARGEST_WINDOW = 32  # maximum number of tokens per side of a window
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Return whether kernels support `width`, `window` (0: global), `depth` channels per head."""
+    """Return whether the kernels support grid width, window (0: global) and channels per head."""
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 

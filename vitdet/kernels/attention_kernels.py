@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
     registers: int | None = None  # maximum number of registers per thread, for higher occupancy
 
 
-# Options by whether the area is the whole grid. They are among the fastest options for 64 x 64
+# Options for the whole grid (True) and for windows (False). They are among the fastest for 64 x 64
 # tokens, windows of 14 x 14 and d = 64 on an H200 (`tests/bench/attention.py`). A register limit
 # would gain another 5 to 9%, but cause spilling with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
@@ -84,8 +84,8 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of qkv and, in float32, bias (from tokens beyond the grid) and tables."""
-    products = positions(layout, qkv, tables, factor)  # recomputed to save memory
+    """Return the gradients of qkv and, in float32, of bias (beyond the grid) and both tables."""
+    products = positions(layout, qkv, tables, factor)  # q . R is recomputed to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
     blocks, options = _blocks(layout, BACKWARD_QUERIES)
@@ -133,7 +133,7 @@ def load_keys(x, bias, token, exists, inside, step, L):
 
 @triton.jit
 def load_rows(rows, group, row, i, exists, L, LINES):
-    """Load q . R of queries i and rows of keys, which are broadcast; -inf beyond the last row."""
+    """Load q . R for queries i and rows of keys (broadcast); -inf beyond the last row."""
     at = rows + (group.to(tl.int64) * L.rows + row) * (L.rows * L.columns) + i
     if L.rows % LINES == 0:
         found = tl.load(at, mask=exists, other=0.0).to(tl.float32)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): exponentials are computed as powers of 2
-# Whether the area is the whole grid -> maximum number of programs that share a line's groups
+# Maximum number of programs that share a line's groups, for the whole grid (True) and windows
 PARTS = {True: 16, False: 96}
 
 
@@ -135,7 +135,7 @@ def origin(group, L):
 
 @triton.jit
 def tokens(row, column, top, left, L):
-    """Return tokens' grid indices, whether they are in the area, and whether in area and grid."""
+    """Return tokens' grid indices, whether they are in the area, and whether also in the grid."""
     exists = (row < L.rows) & (column < L.columns)
     inside = exists & (top + row < L.height) & (left + column < L.width)
     return (top + row) * L.width + left + column, exists, inside

@@ -54,7 +54,7 @@ def _(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 
 def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> Tensor:
-    """Run `suppress` with one group per label, so that pairs of different labels use no memory."""
+    """Run `suppress` with one group per label, so that only boxes of equal labels are compared."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     for group_boxes, group_labels, kept in zip(boxes, labels, keep, strict=True):
         found, order = group_labels.sort(stable=True)

@@ -70,8 +70,8 @@ def corners(boxes, index, inside):
 def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
     """Write bits (G, 64 W, W): bit k of word w is set if the row's box suppresses box 64 w + k.
 
-    Only bits of later boxes are set, except that an empty box, or a box with an index of at least
-    N, sets its own bit. Words that contain only earlier boxes are not written.
+    Bits of earlier boxes are 0. A box's own bit is 1 if the box is empty or its index is at least
+    N. Words that contain only earlier boxes are not written.
     """
     block, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if block * BITS + BITS <= part * ROWS:
@@ -81,7 +81,7 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
     j = block * BITS + tl.arange(0, BITS)
     ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
     bx0, by0, bx1, by1 = corners(boxes, j, j < count)
-    # The later boxes are on axis 0, along which bits are summed: a thread holds many of them.
+    # The later boxes are on axis 0, along which bits are summed: a thread holds many later boxes.
     width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
     height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)

@@ -1,8 +1,8 @@
 """Pasting of predicted masks into images, stored by column as in COCO's run-length encoding.
 
-Only the region of each mask's box is stored, one mask after the other: its columns from left to
-right, each from top to bottom and followed by a zero. A run of the mask begins or ends where these
-bytes change (`vitdet.evaluation.run_lengths` computes COCO's strings from them).
+Only the region of each mask's box is stored, column by column, with a zero after each column. A run
+of the mask begins or ends where adjacent bytes differ (`vitdet.evaluation.run_lengths` computes
+COCO's strings from the bytes).
 
 `grid_sample` needs one launch per mask, writes a grid of 8 bytes per pixel first, and rounds
 differently on a GPU. The kernel needs one launch for all masks of a batch and writes one byte per

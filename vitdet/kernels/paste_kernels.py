@@ -19,7 +19,7 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
     if total:
         tensors = [tensor.contiguous() for tensor in (masks, boxes, regions, ends)]
         grid = (len(masks), PROGRAMS)
-        # fused multiply-adds only where `tl.fma` is called
+        # fuse multiply-adds only where `tl.fma` is called
         paste_kernel[grid](*tensors, pixels, M=masks.shape[-1], enable_fp_fusion=False)
     return pixels
 

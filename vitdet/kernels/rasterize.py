@@ -1,9 +1,9 @@
 """Rasterization of outlines into boxes: the training targets of the mask head.
 
-In plain torch (`vitdet.models.mask_head.rasterize`), the host synchronizes, and memory and launches
-grow with the number of edges. The kernel repeats the plain version's float32 arithmetic, operation
-by operation (IEEE division, no fused multiply-add), and winding numbers are integers, so that both
-versions mark the same cells.
+In plain torch (`vitdet.models.mask_head.rasterize`), the host synchronizes, and the number of
+launches grows with the number of edges. The kernel repeats the plain version's float32 arithmetic,
+operation by operation (IEEE division, no fused multiply-add), so that both versions mark the same
+cells.
 
 Notation: R RoIs, E edges.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @torch.library.custom_op("vitdet::rasterize", mutates_args=())
 def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Return which cells of each RoI have centers inside its outline: (R, size, size) bool.
+    """Return which cells of each RoI have their center inside the outline: (R, size, size) bool.
 
     Inside means that the winding number is not 0. The tensors are on a GPU.
 

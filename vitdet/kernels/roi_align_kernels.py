@@ -31,7 +31,7 @@ ROIS = 256  # RoIs that a program of the backward kernel processes per iteration
 WIDE = 256  # maximum number of channels per program with 16-bit maps
 # arguments that vary between batches, for which Triton must not compile specialized kernels
 SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
-# RoIs are skipped unless |x0| + |y0| + |x1| + |y1|, in cells, is below this limit
+# RoIs are skipped if |x0| + |y0| + |x1| + |y1|, in cells, is at least this limit
 LARGEST = tl.constexpr(2.0**30)
 
 
@@ -89,7 +89,7 @@ def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
 
 
 def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
-    """Return the kernels' constants for features, or gradients of features, (R, bins, bins, C)."""
+    """Return the kernels' constants; `rois` are features or their gradients (R, bins, bins, C)."""
     columns = max(4, triton.next_power_of_2(bins))
     most = WIDE if rois.element_size() == 2 else WIDE // 4
     return {

@@ -1,4 +1,4 @@
-"""Construction of a detector from settings, which no other module of this package reads."""
+"""Construction of a detector from its settings; other modules of this package read no settings."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def grid_anchors(
 ) -> list[Tensor]:
     """Return each level's anchors (h w A, 4) in canvas pixels; `grids` are the levels' (h, w).
 
-    The anchors are computed on the device, as CUDA graphs cannot record copies of pageable memory.
+    Anchors are computed on the device, since CUDA graphs cannot record copies of pageable memory.
     """
     levels = []
     for (height, width), stride in zip(grids, strides, strict=True):

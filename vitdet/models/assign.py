@@ -44,10 +44,10 @@ def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 
 @torch.no_grad()
 def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """Match like `match`, but always keep each ground truth's best box as foreground.
+    """Match like `match`, but keep each ground truth's best box as foreground for any IoU above 0.
 
     The best box is matched to the ground truth that it overlaps most, as in Detectron2's RPN. In
-    Detectron2, however, a ground truth that overlaps no box makes every box foreground.
+    Detectron2, a ground truth that overlaps no box makes every box foreground.
     """
     found = _overlaps(iou, 0.0)
     return torch.where(found.favorite >= 0, found.truth, _by_threshold(found, low, high))

@@ -1,11 +1,10 @@
-"""Multi-head attention on a grid of tokens with decomposed relative positions, and windowing.
+"""Multi-head attention with decomposed relative positions, on a grid of tokens or in its windows.
 
 Relative positions: Li et al., MViTv2 (arXiv:2112.01526); windows and padding: Detectron2's ViT.
 
 With the bias q.Rh[qh - kh] + q.Rw[qw - kw], a logit is the inner product [q s, q Rh, q Rw] . [k,
 onehot(kh), onehot(kw)]. One product of widened queries and keys thus computes all logits, without
-an N x N bias. In ViTAE-Transformer/ViTDet, the bias has q s instead of q: the function is the same,
-but needs tables 1 / s times as large, which are learned more slowly.
+an N x N bias. In ViTAE-Transformer/ViTDet, the bias has q s instead of q.
 
 On a GPU, queries and keys are zero-padded to a width that is a multiple of 8, as fused kernels
 require in half precision (PyTorch's sdp_utils.cpp). The half-precision kernels in `vitdet.kernels`
@@ -63,8 +62,8 @@ def table_for(table: Tensor, size: int) -> Tensor:
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
     """Return the table row of each query and key on an axis of `size` tokens: (size, size, d)."""
-    # Query i uses rows i to i + size - 1, for the keys in reverse order. Unlike the backward pass
-    # of indexing, that of `unfold` does not sort indices.
+    # Query i uses rows i to i + size - 1, for the keys in reverse order. `unfold` is used because
+    # the backward pass of indexing sorts the indices.
     return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
@@ -94,10 +93,9 @@ def widen(
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return the attention (B, h, N, d) for queries and keys (B, h, N, e) and values (B, h, N, d).
 
-    On a GPU, a fused kernel is used, which does not store the N x N logits: the memory-efficient
-    kernel if e differs from d and both are multiples of 8. On a CPU, plain products are used,
-    because the fused fallback for widened queries is slower (at N = 256, its backward pass took 1.8
-    times as long).
+    On a GPU, `scaled_dot_product_attention` is used; its fused kernels do not store the N x N
+    logits. On a CPU, plain matrix products are used: with widened queries and N = 256, the backward
+    pass of `scaled_dot_product_attention` took 1.8 times as long.
     """
     if query.device.type == "cpu":
         return (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=query.dtype) @ value
@@ -111,10 +109,10 @@ def in_half(x: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """Attention with relative positions, stored for `size` tokens per side, or (rows, columns).
+    """Multi-head attention with decomposed relative positions.
 
-    The position tables are interpolated for other grid sizes. With `scaled_rel_pos`, they are
-    applied to the scaled query.
+    The position tables are stored for `size` tokens per side, or (rows, columns), and interpolated
+    for other grid sizes. With `scaled_rel_pos`, they are applied to the scaled query.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
 def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Return the `num` largest of scores (B, N), sorted, and their indices, (B, num) each.
 
-    Equal scores are ordered by index. Any of the scores that equal the last one may be returned.
+    Equal scores are ordered by index. Ties for the last place are broken arbitrarily.
     """
     index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
     best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)

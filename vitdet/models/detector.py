@@ -22,7 +22,7 @@ from vitdet.types import Detections, Target, Targets
 
 Plain = ViT | ViTAESmall  # backbones with one output map
 Hierarchical = Swin | ViTAEv2  # backbones with four output maps
-# mean and standard deviation of ImageNet's RGB values in 0..255, as in all published models
+# mean and standard deviation of ImageNet's RGB values in 0..255, as in the published models
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 

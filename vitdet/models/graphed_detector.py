@@ -37,7 +37,7 @@ class GraphedDetector:
         self.lock = Lock()
         self.graph: CudaGraph[Output] = CudaGraph()
         self.state: tuple[float, ...] = ()  # training mode, limits and weight addresses
-        self.refused: set[tuple[int, ...]] = set()  # image shapes that could not be recorded
+        self.refused: set[tuple[int, ...]] = set()  # image shapes for which recording failed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GraphedDetector, (self.detector, self.context)
@@ -61,7 +61,7 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """Replay a graph, recorded if necessary; return detections, or None if recording failed."""
+        """Record a graph if necessary, and replay it; return None if recording failed."""
         detector = self.detector
         assert isinstance(detector, Detector)
         addresses = (x.data_ptr() for x in chain(detector.parameters(), detector.buffers()))

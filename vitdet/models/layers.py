@@ -1,4 +1,4 @@
-"""Initialization, numeric helpers, and layers shared by several parts of the detector.
+"""Layers, initializers and numeric helpers for the modules of the detector.
 
 Notation: B images, C channels.
 """
@@ -41,7 +41,7 @@ class ConvNorm(nn.Module):
 class Deconv2x2(nn.ConvTranspose2d):
     """Transposed convolution with kernel 2 and stride 2: (B, C, H, W) -> (B, C', 2H, 2W).
 
-    The windows do not overlap, so that a linear layer applied to each pixel computes the result,
+    The output windows do not overlap, so that a linear layer per input pixel computes the result,
     several times faster on a CPU than the general transposed convolution.
     """
 
@@ -123,20 +123,20 @@ def _other_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Initialize with Kaiming normal (fan out), bias with 0 (Detectron2: c2_msra_fill)."""
+    """Set Kaiming-normal weights (fan out) and zero biases (Detectron2: c2_msra_fill)."""
     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
 def init_linear(module: nn.Linear) -> None:
-    """Initialize uniformly with variance 1 / inputs, bias with 0 (Detectron2: c2_xavier_fill)."""
+    """Set uniform weights of variance 1 / inputs and zero biases (Detectron2: c2_xavier_fill)."""
     nn.init.kaiming_uniform_(module.weight, a=1)
     nn.init.zeros_(module.bias)
 
 
 def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
-    """Initialize from a normal distribution with standard deviation `std`, bias with 0."""
+    """Set normally distributed weights of standard deviation `std` and zero biases."""
     nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

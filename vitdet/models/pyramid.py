@@ -1,7 +1,7 @@
 """Simple feature pyramid: every level is computed from the backbone's last map.
 
 Li et al. (arXiv:2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid.
-Detectron2's deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
+Each deconvolution halves the channels in Detectron2, and keeps them in ViTAE-Transformer/ViTDet.
 Notation: B images, C channels of the backbone, D channels of the pyramid.
 """
 

@@ -187,7 +187,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
         """Sample foreground and background boxes from proposals (B, N, 4) and ground truths."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
-        # match separately: ground-truth boxes would be better matches than any proposal
+        # match ground-truth boxes separately: they would be better matches than any proposal
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
@@ -219,7 +219,7 @@ class RoIHeads(nn.Module):
         rows = assigned.boxes, assigned.matched, labels, deltas
         boxes, matched, labels, deltas = (row[:, :most] for row in rows)
         foreground = (matched > BACKGROUND)[..., None]
-        unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # dummy for slots without foreground
+        unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # dummy box for background
         truth = torch.where(foreground, pick(targets.boxes, matched.clamp(min=0)), unit)
         wanted = encode(torch.where(foreground, boxes, unit), truth, self.weights[stage])
         column = labels.clamp(max=deltas.shape[2] - 1)  # class-agnostic deltas have only column 0
@@ -235,7 +235,7 @@ class RoIHeads(nn.Module):
         boxes, matched = assigned.boxes[:, : assigned.most], assigned.matched[:, : assigned.most]
         truth = matched.clamp(min=0)
         usable = (matched > BACKGROUND) & targets.has_mask.gather(1, truth)
-        # usable boxes first, in their original order
+        # move usable boxes to the front, in their original order
         index = usable.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         index = index[:, : self.mask_samples]
         usable, truth, boxes = usable.gather(1, index), truth.gather(1, index), pick(boxes, index)
@@ -265,7 +265,7 @@ class RoIHeads(nn.Module):
         row = index // classes * sets + labels.clamp(max=sets - 1)
         found = torch.where(valid[..., None], pick(boxes.flatten(1, 2), row), 0.0)
         kept = nms(found, labels, self.nms_iou, self.max_detections)
-        kept = (kept | ~nonempty(found)) & valid  # empty boxes overlap no other box
+        kept = (kept | ~nonempty(found)) & valid  # keep empty boxes, which NMS drops
         order = kept.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : self.max_detections]
         complete = passed.flatten(1).sum(dim=1) <= best.shape[1]
@@ -284,7 +284,7 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """Return the slots (R,) to compute: on a CPU filled slots, on a GPU all, to avoid a sync."""
+    """Return the slots (R,) to compute: filled slots on a CPU, all slots on a GPU (no sync)."""
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()

@@ -36,7 +36,7 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (B, N, 4) by descending objectness logit (B, N), and which slots are filled (B, N)."""
+    """Boxes (B, N, 4), sorted by descending logit (B, N); `filled` (B, N): slots with a box."""
 
     boxes: Tensor
     logits: Tensor
@@ -110,7 +110,7 @@ class RPN(nn.Module):
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Map one level (B, C, h, w) to logits (B, A, h, w) and deltas (B, 4 A, h, w).
 
-        One matrix product computes both, padded to a multiple of 8 outputs for tensor cores.
+        One matrix product, padded to a multiple of 8 outputs for tensor cores, computes both maps.
         """
         for block in self.convs:
             feature = F.relu(block(feature))

@@ -74,7 +74,7 @@ class ConvBottleneck(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C), with drop path on each path.
+    """Pre-norm transformer block: (B, H, W, C) -> (B, H, W, C).
 
     `window` is the windows' side in tokens; 0: global attention, with position tables for `grid`.
     `branch` maps the block's input (B, C, H, W) to the same shape, in parallel with the attention.
@@ -138,7 +138,7 @@ def build_blocks(
     residual_blocks: Sequence[int],
     scaled_rel_pos: bool,
 ) -> Blocks:
-    """Build blocks with linearly increasing drop path rates; each has its own `branch()`."""
+    """Build blocks with linearly increasing drop path rates; `branch` is called once per block."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return Blocks(
         Block(
@@ -159,8 +159,7 @@ def build_blocks(
 def init_normal(weight: Tensor) -> None:
     """Initialize from a normal distribution with standard deviation 0.02, in place.
 
-    Values are truncated to -0.12..0.12. The published code truncates to -2..2, so that 1 in 2^24
-    values, which would be minus infinity without truncation, becomes -2.
+    Values are truncated to -0.12..0.12 (in the published code, to -2..2).
     """
     trunc_normal_(weight, std=0.02, a=-0.12, b=0.12)
 
@@ -218,7 +217,8 @@ class ViT(nn.Module):
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise decay (Detectron2: get_vit_lr_decay_rate).
 
-        The layer is 0 before the blocks, i + 1 in block i, depth + 1 in residual convolutions etc.
+        The layer is 0 before the blocks, i + 1 in block i, and depth + 1 after the blocks. Residual
+        convolutions (`ConvBottleneck`) are in layer depth + 1.
         """
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0

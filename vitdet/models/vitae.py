@@ -84,8 +84,8 @@ class Performer(nn.Module):
     """Linear attention, addition of convolution outputs, and an MLP: (B, N, C) -> (B, N, E).
 
     phi(q) . phi(k) approximates exp(q . k), where phi(u) = exp(W u - |u|^2 / 2) / sqrt(M) with a
-    fixed random matrix W (M, E). The rows of W are orthogonal and have the length sqrt(M), as
-    published (an unbiased estimate would need sqrt(E)).
+    fixed random matrix W (M, E). The rows of W are orthogonal and have the norm sqrt(M), as
+    published (an unbiased estimate would need the norm sqrt(E)).
     """
 
     w: Tensor
@@ -128,7 +128,7 @@ class ReductionCell(nn.Module):
     """Dilated convolutions, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
 
     If `dim` is 0, E is the number of concatenated channels. Otherwise, E is `dim`: a Performer maps
-    the concatenated channels to E and adds the cell's input after convolutions with `strides`.
+    the concatenated channels to E and adds the cell's input, convolved with `strides`.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class ViTAESmall(nn.Module):
     def layer_of(self, name: str) -> int:
         """Return a parameter's layer for layer-wise learning-rate decay, as in the published run.
 
-        The layer is s in reduction cell s, 3 + j in block j, and 18 otherwise: the run's log has 17
-        layers. With the published config's 12, the last blocks would learn faster than the heads.
+        The layer is s in reduction cell s, 3 + j in block j, and 18 otherwise. The log of the
+        published run shows 17 layers, although the published config has 12.
         """
         if cell := re.match(r"reductions\.(\d+)\.", name):
             return int(cell.group(1))

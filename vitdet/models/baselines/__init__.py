@@ -1,1 +1,1 @@
-"""Detectors with hierarchical backbones, for comparison: Swin or ViTAEv2 with an FPN."""
+"""Hierarchical backbones (Swin and ViTAEv2) and the FPN, for comparison with plain backbones."""

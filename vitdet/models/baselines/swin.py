@@ -1,9 +1,8 @@
 """Swin Transformer: attention in windows that are shifted by half a window in every other block.
 
-Liu et al. (arXiv:2103.14030); hyperparameters as in mmdet. The layers are timm's, except the block:
-timm rolls a map before padding it to multiples of the window, while the published detectors were
-trained with padding first. The results agree only without padding, but detectors need padding: at
-1024 pixels, maps have 256, 128, 64 and 32 cells per side, which are not multiples of 7.
+Liu et al. (arXiv:2103.14030); hyperparameters as in mmdet. timm's block is not used: it rolls a map
+before padding it to multiples of the window, while the published detectors pad first. Padding is
+needed: at 1024 pixels, maps have 256, 128, 64 and 32 cells per side, which are not multiples of 7.
 Notation: B images, C channels, H x W tokens, K windows of N tokens.
 """
 
@@ -23,7 +22,7 @@ from vitdet.models.attention import join_windows, split_windows
 from vitdet.models.layers import Blocks, DropPath
 from vitdet.models.vit import init_linears
 
-BLOCKED = -100.0  # added to the logits of two tokens that are neighbors only because of the roll
+BLOCKED = -100.0  # added to the logit of two tokens that share a window only because of the roll
 
 
 class Size(NamedTuple):
@@ -40,8 +39,8 @@ SIZES = {"swin_t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24))}
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """Return the mask (K, N, N) that is added to the attention logits of a map rolled by `shift`.
 
-    The mask is 0 between tokens that were neighbors before the roll, else BLOCKED. Height and width
-    are multiples of the window.
+    The mask is BLOCKED for two tokens that share a window only because of the roll, otherwise 0.
+    Height and width are multiples of the window.
     """
 
     def parts(size: int) -> Tensor:
@@ -86,7 +85,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch merging, (B, H, W, C) -> (B, H / 2, W / 2, 2 C), except in stage 0; then blocks."""
+    """Patch merging (except in stage 0), then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
 
     def __init__(
         self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool

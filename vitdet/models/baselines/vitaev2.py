@@ -1,7 +1,7 @@
 """ViTAEv2, a hierarchical backbone: four stages of a reduction cell and normal cells.
 
 Zhang et al., ViTAEv2 (arXiv:2202.10108); hyperparameters as in ViTAE-Transformer/ViTAE-Transformer
-(Object-Detection). The first two stages use window attention without shifts or relative positions,
+(Object-Detection). The first two stages use window attention without shifts or relative positions;
 the last two use global attention. In each cell, convolutions run in parallel with the attention.
 Notation: B images, C channels, H x W tokens, E output channels of a cell, s index of a stage.
 """
@@ -54,7 +54,7 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Create three convolutions; `channels` are those of the input and of each output."""
+    """Create three convolutions; `channels` lists the channels of the input and of each output."""
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -225,9 +225,9 @@ class ViTAEv2(nn.Module):
 def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
     """Return each stage's drop path rates, one per normal cell, as in the published run.
 
-    The rates increase linearly to `largest` over all cells, but stage s > 0 starts at the rate with
-    index depths[s - 1], not at the sum of all previous depths: with depths (2, 2, 8, 2), the last
-    stage has the rates 8 and 9 of 0..13, so that no cell has the rate `largest`.
+    There is one rate per cell, from 0 to `largest` in equal steps, but stage s > 0 starts at the
+    rate with index depths[s - 1], not at the sum of all previous depths. With depths (2, 2, 8, 2),
+    the last stage has the rates with indices 8 and 9, and no cell has the rate `largest`.
     """
     rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
     starts = [0, *depths[:-1]]
