@@ -15,7 +15,7 @@ from torch import Tensor
 
 Output = TypeVar("Output")
 
-LIMIT = 6  # maximum number of graphs, each of which keeps its activations in memory
+LIMIT = 6  # maximum number of graphs
 WARM_UPS = 2  # calls before the recording, which compile and select kernels
 _recording = Lock()  # torch allows one recording at a time per process
 
@@ -25,7 +25,7 @@ class NotRecorded(Exception):
 
 
 class NoRoom(NotRecorded):
-    """Out of GPU memory, or LIMIT graphs exist: recording may succeed after `clear`."""
+    """There is no room for another graph: LIMIT graphs exist, or GPU memory is exhausted."""
 
 
 class OutOfMemory(NoRoom):

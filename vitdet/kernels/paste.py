@@ -26,7 +26,7 @@ PIXELS = 2**18  # pixels per call of grid_sample on the CPU (3 MB)
 def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Return the regions (N, 4) int64 xywh outside which masks in boxes (N, 4) xyxy are zero.
 
-    `sizes` (N, 2) int64: the images' (height, width). Boxes outside the image have empty regions.
+    `sizes` (N, 2) int64: the images' (height, width). Regions are clipped to the images.
     """
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
     high = torch.minimum(boxes[:, 2:].ceil().long() + 1, sizes.flip(1))
