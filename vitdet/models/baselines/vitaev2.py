@@ -225,7 +225,7 @@ class ViTAEv2(nn.Module):
 def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
     """Return each stage's drop path rates, one per normal cell, as in the published run.
 
-    There is one rate per cell, from 0 to `largest` in equal steps, but stage s > 0 starts at the
+    The sum(depths) rates increase in equal steps from 0 to `largest`. Stage s > 0 starts at the
     rate with index depths[s - 1], not at the sum of all previous depths. With depths (2, 2, 8, 2),
     the last stage has the rates with indices 8 and 9, and no cell has the rate `largest`.
     """
