@@ -210,7 +210,7 @@ def test_each_layout_gives_the_same_records(vitdet: Run, layout: Layout) -> None
     assert records(Path("out"), "train") == expected("p1", "p2")
     notes = [line for line in output.splitlines()[1:] if "root category" not in line]
     assert notes == [
-        "  no validation split, which training requires; --val-share 0.1 uses 10% of the images for it",
+        "  no validation split, which training requires; --val-share 0.1 uses 10% of the images as val",
         "  2 x objects with a box but no mask (--boxes-as-masks converts boxes to masks)",
     ]
     assert check(Path("out")).ok

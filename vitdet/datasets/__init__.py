@@ -1,3 +1,1 @@
-"""Preparation of data sets: downloads, conversion from other formats, reports. Training and
-inference do not use this package.
-"""
+"""Preparation of data sets: download, conversion from other formats, and reports."""

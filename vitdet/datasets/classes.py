@@ -11,7 +11,7 @@ from vitdet.files import read_yaml
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Read a YAML or JSON map of old to new names. Raises FileNotFoundError or ValueError."""
+    """Read a map from old to new names (YAML or JSON). Raises FileNotFoundError or ValueError."""
     names = read_yaml(path, "YAML or JSON")
     texts = [name for pair in names.items() for name in pair] if isinstance(names, dict) else [""]
     if not all(name and is_text(name) for name in texts):

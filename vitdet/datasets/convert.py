@@ -1,8 +1,8 @@
 """Atomic conversion of data sets in other formats to COCO's layout.
 
-Images are hard-linked, so that they use no additional space and remain if the source is deleted.
-They are copied if hard links are not possible, e.g. to another file system. As in COCO, image ids
-and file names are unique across splits, but a file in several splits has the same name in each.
+By default, images are hard-linked, so that they use no additional space and remain if the source is
+deleted. An image is copied if it cannot be linked, e.g. to another file system. Image ids and file
+names are unique across splits; an image file in several splits has the same name in each split.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vitdet.datasets.importers.dataset import (
 from vitdet.files import atomic_dir
 
 UNDIVIDED = (
-    "no validation split, which training requires; --val-share 0.1 uses 10% of the images for it"
+    "no validation split, which training requires; --val-share 0.1 uses 10% of the images as val"
 )
 
 
@@ -39,7 +39,7 @@ class Converted:
     splits: dict[str, tuple[int, int]]  # split name -> (number of images, number of objects)
     class_names: tuple[str, ...]
     notes: dict[str, int]  # message for the user -> number of occurrences
-    remarks: tuple[str, ...] = ()  # messages without a count
+    remarks: tuple[str, ...] = ()  # messages for the user without a number of occurrences
 
 
 def convert(
@@ -61,13 +61,14 @@ def convert(
     Args:
         source: the data set.
         target: a new or empty folder.
-        kind: a key of FORMATS; detected if empty.
+        kind: the format of the source, a key of FORMATS; detected if empty.
         copy: copy images instead of linking them.
-        boxes_as_masks: use the box of an object without a mask as its mask.
-        splits, classes: names to convert; all if empty. `classes` also sets the order of labels.
-        rename: new names of classes, applied before `classes`.
-        val_share: fraction of the images to draw as `val` if there is a single split; 0 for none.
-        seed: random seed of the draw.
+        boxes_as_masks: use boxes as the masks of objects that have no mask.
+        splits: names of the splits to convert; all if empty.
+        classes: names of the classes to convert, in the order of labels; all if empty.
+        rename: map from old to new class names, applied before `classes`.
+        val_share: if not 0, fraction of the images to use as `val`; requires a single split.
+        seed: seed of the random selection for `val_share`.
         reading: settings for reading image files.
 
     Raises:
@@ -107,7 +108,7 @@ def convert(
 
 
 def _divided(dataset: ImportedDataset, share: float, seed: int) -> dict[str, list[ImportedImage]]:
-    """Divide a single split into train and val; raise ValueError if there are several splits."""
+    """Divide the images of a single split at random into train and val."""
     if len(dataset.splits) != 1:
         raise ValueError(
             f"{dataset.source}: --val-share splits the images of a single split, but there are "
@@ -129,8 +130,6 @@ def _divided(dataset: ImportedDataset, share: float, seed: int) -> dict[str, lis
 
 @dataclass
 class _Writer:
-    """Writes the splits, with consecutive ids and unique file names."""
-
     folder: Path
     class_names: Sequence[str]
     labels: Sequence[int | None]  # source label -> target label, None if dropped
@@ -178,7 +177,7 @@ class _Writer:
         return [[x, y, right, y, right, bottom, x, bottom]] if self.boxes_as_masks else []
 
     def _image(self, split: str, image: ImportedImage) -> dict[str, str | int]:
-        path = os.path.realpath(image.path)  # do not hard-link symbolic links
+        path = os.path.realpath(image.path)  # link to the file, not to a symbolic link
         name = self.name_of[path] = self.name_of.get(path) or self._unique(image.path.name)
         _link_or_copy(path, self.folder / split / name, self.copy)
         self.images += 1
@@ -197,11 +196,11 @@ class _Writer:
 
 def _link_or_copy(source: str, target: Path, copy: bool) -> None:
     if target.exists():
-        return  # the split contains two links to this file
+        return  # the split contains this file twice
     if not copy:
         try:
             os.link(source, target)
             return
         except OSError:
-            pass  # no hard link possible, e.g. to another file system
+            pass  # e.g. the target is on another file system
     shutil.copyfile(source, target)

@@ -27,7 +27,7 @@ from urllib.request import Request, urlopen
 from vitdet.files import FULL, write_json
 
 CHUNK = 1 << 18  # bytes
-LARGEST = 100 * 10**9  # maximum number of bytes of a file of unknown size
+LARGEST = 100 * 10**9  # maximum file size in bytes if the expected size is unknown
 RETRIED = (408, 425, 429, 500, 502, 503, 504)  # status codes
 DENIED = "the server denies access to this file"
 REASONS = {
@@ -44,7 +44,7 @@ class Patience:
     """Retry policy."""
 
     tries: int = 5  # maximum number of consecutive failed attempts; new data resets the count
-    pause: float = 1.0  # seconds to wait after the first failed attempt; doubles after each attempt
+    pause: float = 1.0  # seconds to wait after a first failure; doubles with consecutive failures
     longest_pause: float = 60.0  # seconds
     stall: float = 30.0  # seconds without data before an attempt fails
 
@@ -60,7 +60,7 @@ class Watcher(Protocol):
 
 
 class _Broken(Exception):
-    """A failed attempt that may be retried; `pause` is the Retry-After header in seconds or 0."""
+    """A failed attempt that may be retried. pause: seconds according to Retry-After, or 0."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -91,7 +91,7 @@ def download(
         watcher: progress display.
         patience: retry policy.
         size: expected number of bytes; None if unknown.
-        copies: number of files of the same size that must fit on the disk.
+        copies: number of files of this size that must fit on the disk, including the download.
 
     Raises:
         ConnectionError, FileNotFoundError: the server does not send the file.
@@ -141,7 +141,7 @@ def discard(path: Path) -> None:
 
 
 def note(path: Path) -> Path:
-    """Return the path of the file that describes the bytes in `path`."""
+    """Return the path of PATH.json, which describes the partial download PATH."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -233,7 +233,7 @@ class _Attempt:
             raise ValueError(f"{self.url}: the server's file has {total:,} bytes, {expected}")
 
     def check_space(self, total: int | None, received: int) -> None:
-        """Raise OSError if the disk lacks space for `copies` files, less the bytes received."""
+        """Raise OSError if the missing bytes of `copies` files do not fit on the disk."""
         needed = self.copies * (total or 0) - received
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
@@ -247,7 +247,7 @@ class _Attempt:
     def receive(self, response: http.client.HTTPResponse, start: int, total: int | None) -> None:
         """Append the response body to the file, which already contains `start` bytes."""
         done, most = start, LARGEST if self.size is None else self.size
-        with open(self.path, "ab", buffering=0) as file:  # no data is lost if killed
+        with open(self.path, "ab", buffering=0) as file:  # a kill would lose buffered data
             try:
                 self.watcher.at(done, total)
                 # read one byte more than expected, to detect a longer file
@@ -256,7 +256,7 @@ class _Attempt:
                         break
                     view = memoryview(chunk)
                     while view:
-                        count = file.write(view)  # fewer bytes if the disk is nearly full
+                        count = file.write(view)  # may be a part of `view` on a nearly full disk
                         view, done = view[count:], done + count
                     self.watcher.at(done, total)
             except OSError as error:

@@ -2,9 +2,9 @@
 
 All entries are checked before anything is written. The whole archive is rejected if it contains a
 path outside the folder, a link, a device, names that some file systems treat as equal, an encrypted
-file, a compression method that may use unbounded memory, or more files or bytes than allowed. Each
-file must have the declared size and checksum (CRC-32, APPNOTE.TXT 4.4.7). Files are written
-atomically. An interrupted extraction can be repeated: complete files are not written again.
+file, a compression method other than stored or deflated, or more files or bytes than allowed. Each
+file must have the declared size and CRC-32 (ZIP specification, APPNOTE.TXT 4.4.7). Files are
+written atomically. An interrupted extraction can be repeated: complete files are kept.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def unpack(
     seen: Callable[[int], None],
     overwrite: bool,
 ) -> list[Entry]:
-    """Extract the selected files of an archive; return an entry for each of them.
+    """Extract the selected files of an archive; return an entry for each file.
 
     Args:
         archive: the zip archive.
         folder: the target folder.
         choose: maps a name in the archive to the name in the folder, or to None to skip the file.
         limits: upper limits on the content.
-        seen: called for each file when it is complete, with its size in bytes.
+        seen: called after each file with the file's size in bytes.
         overwrite: replace existing files that differ; if False, raise ValueError.
 
     Raises:
@@ -153,7 +153,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_parents(path: Path, folder: Path) -> None:
-    """Create the parent folders of a file; raise OSError if one of them is a symbolic link."""
+    """Create the parent folders of a file; raise OSError if a parent is a symbolic link."""
     for parent in path.parents:
         if parent.is_symlink():
             raise OSError(
@@ -166,7 +166,7 @@ def _check_parents(path: Path, folder: Path) -> None:
 
 
 def _is_complete(path: Path, info: zipfile.ZipInfo, overwrite: bool) -> bool:
-    """Return whether the file is complete; raise ValueError if it differs but must be kept."""
+    """Return whether a file is already extracted; raise ValueError if it may not be replaced."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -197,5 +197,5 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
         resume = f"{space}run the same command to resume"
         raise OSError(f"{path}: could not be extracted ({error}); {resume}") from error
     if done != declared:
-        raise _Refused(f"{info.filename} has size {done:,}, expected {declared:,} (bytes)")
+        raise _Refused(f"{info.filename} has {done:,} bytes, expected {declared:,}")
     temporary.replace(path)

@@ -8,7 +8,7 @@
 All archives are downloaded in parallel, verified, then extracted in parallel. An interrupted run
 leaves DIR/.archives/NAME.part (partial downloads), DIR/.archives/NAME (verified archives) and
 DIR/.FOLDER.part (incomplete image folders), from which the next run resumes. An image folder gets
-its final name when it is complete. Existing files are never overwritten.
+its final name when it is complete. Images and annotation files are never overwritten.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def fetch(
         show: maps the name of a step to its progress display.
         mirror: base URL that replaces the host of the published URLs; '' for none.
         local: folder with downloaded archives; None to download the archives.
-        keep: move the archives to root/archives instead of removing them.
+        keep: move downloaded archives to root/archives instead of removing them.
         patience: retry policy.
 
     Raises:
         FileNotFoundError: an archive is not in `local`.
         ValueError: an archive is not the published one, or an existing file has different content.
-        OSError: a download fails, the disk is too small, or the folder is not writable.
+        OSError: a download fails, the disk has too little free space, or a file cannot be written.
     """
     if not (root / ".archives").exists() and not _missing(archives, root):
         return False
@@ -83,7 +83,7 @@ def fetch(
 
 
 def _missing(archives: Sequence[Archive], root: Path) -> list[Archive]:
-    """Return the archives whose files are missing or differ in size from the download record."""
+    """Return the archives that are not fully extracted; raise ValueError for changed files."""
     record = download_record.read(root)
     return [archive for archive in archives if not _is_extracted(archive, root, record)]
 
@@ -106,7 +106,7 @@ def _is_extracted(archive: Archive, root: Path, record: DownloadRecord) -> bool:
 
 
 def _check_places(todo: Sequence[Archive], root: Path) -> None:
-    """Raise OSError if a target folder is a link, ValueError if it contains other files."""
+    """Raise OSError if a target folder is a symbolic link, ValueError for unexpected files."""
     for archive in todo:
         folder = root / archive.folder
         if folder.is_symlink():
@@ -143,7 +143,7 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
 
 
 def _used(path: Path) -> int:
-    """Return the bytes on disk of a file (or its partial download), or of a folder's files."""
+    """Return the size in bytes of the files in a folder, or of a file or its partial download."""
     if path.is_dir():
         with os.scandir(path) as listed:
             return sum(entry.stat(follow_symlinks=False).st_size + BLOCK for entry in listed)
@@ -166,7 +166,7 @@ def _local(todo: Sequence[Archive], local: Path) -> list[Path]:
 def _downloaded(
     todo: Sequence[Archive], root: Path, bar: Watcher, mirror: str, patience: Patience
 ) -> list[Path]:
-    """Download missing archives, verify downloaded and kept archives; return all paths."""
+    """Download the missing archives; return the paths of all archives after verification."""
     urls = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
     stop = threading.Event()
@@ -220,7 +220,7 @@ def _unpacked(
         def seen(size: int) -> None:
             nonlocal done
             done += size
-            watcher.at(min(done, archive.unpacked - 1), None)  # `archive.unpacked` is approximate
+            watcher.at(min(done, archive.unpacked - 1), None)  # `unpacked` is only approximate
 
         entries = _extract(archive, path, root, seen)
         described = _describe(archive, path, root, entries)

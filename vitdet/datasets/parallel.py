@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
 from vitdet.datasets.download import Watcher
 
-LINGER = 10.0  # seconds to wait for blocked tasks after another task has failed
-SHORT = 0.2  # seconds to wait for running tasks after a failure or Ctrl-C
+LINGER = 10.0  # maximum seconds to wait for running tasks after another task has failed
+SHORT = 0.2  # maximum seconds to wait for running tasks after Ctrl-C
 
 
 class Stopped(Exception):
@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class SharedProgress:
-    """Progress display of several files with `total` bytes. Raises Stopped once `stop` is set."""
+    """Common progress display of several files; `total` is the sum of their sizes in bytes."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop
@@ -50,7 +50,7 @@ class _FileProgress:
 def run_parallel(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     """Run all tasks in parallel; raise the error of a task that fails.
 
-    After a failure, `stop` is set, and running tasks end at their next progress report.
+    After a failure, `stop` is set; tasks with a `SharedProgress` end at their next progress report.
     """
 
     def run(task: Callable[[], None], future: Future[None]) -> None:

@@ -1,8 +1,8 @@
 """The archives of COCO 2017 and LVIS v1.
 
 The URLs are those of cocodataset.org/#download and lvisdataset.org/dataset. images.cocodataset.org
-does not support TLS (the server sends the certificate of s3.amazonaws.com); the same bucket with
-TLS is https://s3.amazonaws.com/images.cocodataset.org. Neither project publishes checksums. Sizes
+does not support TLS (the server sends the certificate of s3.amazonaws.com); with TLS, the files are
+at https://s3.amazonaws.com/images.cocodataset.org. Neither project publishes checksums. Sizes
 and SHA-256 checksums are those that TensorFlow Datasets recorded for the same URLs
 (github.com/tensorflow/datasets, commit 2282548, tensorflow_datasets/url_checksums/coco2017.txt;
 commit 8be2f33, tensorflow_datasets/object_detection/lvis/checksums.tsv).
@@ -56,7 +56,7 @@ class Archive:
 
 
 def _images(name: str, size: int, count: int, sha256: str) -> Archive:
-    # JPEG files do not compress: the extracted files are about as large as the archive
+    # JPEG is already compressed: the extracted files are about as large as the archive
     return Archive(f"{COCO}/zips/{name}.zip", size, sha256, size, f"{name}/", name, count)
 
 
@@ -108,9 +108,9 @@ def instances(*splits: str) -> Archive:
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:
-    """Return the archives of data set "coco" or "lvis" for a split, or for both splits if empty.
+    """Return the archives of data set "coco" or "lvis" for a split, by default for both splits.
 
-    LVIS always includes both image archives, since its val split contains images of train2017.
+    LVIS always includes both image archives: its val split has images of train2017 and val2017.
     """
     splits = (split,) if split else SPLITS
     if dataset == "lvis":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CATALOGUE", "NOT_PRETRAINED", "PACKAGED", "Loaded", "load_pretrained", "resolve"]
 
-# Substrings that identify the parameters missing from MAE pre-trained backbones
+# Substrings of the names of parameters that MAE pre-trained backbones do not contain
 NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w", ".residual.")
 
 

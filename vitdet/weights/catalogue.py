@@ -16,20 +16,20 @@ PACKAGED = Path(__file__).parent  # folder of the packaged weights
 
 @dataclass(frozen=True)
 class Entry:
-    """A published file. Checksums may be truncated to a prefix. '' or None: not published."""
+    """A weights file. Checksums may be truncated to their first hexadecimal digits."""
 
     name: str
     what: str
     url: str = ""
     format: str = ""  # a key of vitdet.weights.formats.FORMATS; "" if packaged
     license: str = NOT_PUBLISHED
-    recipe: str = ""  # recipe of a complete detector; "": pre-trained backbone
+    recipe: str = ""  # recipe of a complete detector; "" for a pre-trained backbone
     ap: tuple[float, float] | None = None  # published box and mask AP of a detector
-    size: int | None = None  # bytes
-    sha256: str = ""
-    md5: str = ""
-    md5_of_name: bool = False  # the md5 is inferred from the file name, not published as such
-    other: str = ""  # name of an alternative to weights that cannot be downloaded
+    size: int | None = None  # bytes; None if not published
+    sha256: str = ""  # "" if not published
+    md5: str = ""  # "" if not published
+    md5_of_name: bool = False  # whether `md5` is inferred from the file name
+    other: str = ""  # name of alternative weights if this file cannot be downloaded
     # packaged: included in this package; file: direct download; page: download in a browser;
     # dead: broken link; none: never published
     state: Literal["packaged", "file", "page", "dead", "none"] = "file"
@@ -61,7 +61,7 @@ class Entry:
 
 def load_catalogue(path: Path) -> dict[str, Entry]:
     """Read the entries of a catalog file, by name."""
-    # CSafeLoader (libyaml) is ten times as fast but not always available
+    # CSafeLoader (libyaml) is faster than SafeLoader but not always available
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     entries = {}
     for fields in yaml.load(path.read_bytes(), loader):
@@ -110,7 +110,7 @@ def fetched(name: str, folder: Path | None = None) -> Path:
 
 
 def unavailable_reason(entry: Entry) -> str:
-    """Return the reason why an entry cannot be downloaded."""
+    """Return the reason why the file of an entry cannot be downloaded."""
     reasons = {
         "page": f"{entry.url} is a page, not a file",
         "dead": f"its link is dead ({entry.url})",

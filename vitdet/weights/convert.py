@@ -1,6 +1,6 @@
 """Conversion of checkpoint files from third-party formats to vitdet, and back.
 
-The weights are checked against the detector of the recipe, if any. A .pt file contains a config.
+If a recipe is specified, the weights must fit its detector.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIXED = {
     "detectron2": dict(zip(_KEYS, (1e-6, False, True), strict=True)),
     "mmdet": dict(zip(_KEYS, (1e-5, True, False), strict=True)),
 }
-AUTHOR = "vitdet"  # Detectron2 does not match names heuristically if a .pkl has an __author__ entry
+AUTHOR = "vitdet"  # Detectron2 matches names heuristically if a .pkl has no __author__ entry
 
 
 def convert_file(
@@ -46,16 +46,16 @@ def convert_file(
     """Convert a weights file.
 
     Args:
-        source: a file of the format `layout`, or with `reverse` a vitdet detector.
-        destination: a .safetensors file for tensors with vitdet's names (with a recipe, in the
-            shapes of its model), or a .pt file for a complete detector, which needs a recipe. With
-            `reverse`, a .pkl (detectron2) or .pth file (detectron2, mmdet).
-        layout: a key of FORMATS.
-        recipe: recipe of the model: a name or a YAML file.
+        source: a file in the format `layout` or, with `reverse`, a vitdet detector.
+        destination: a .safetensors file for tensors with vitdet's names, or a .pt file for a
+            complete detector, which requires a recipe. With `reverse`: a .pkl or .pth file for
+            detectron2, a .pth file for mmdet.
+        layout: format of the source or, with `reverse`, of the destination; a key of FORMATS.
+        recipe: name or YAML file of a recipe; the weights are resized to the shapes of its model.
         reverse: convert from vitdet to `layout`.
 
     Returns:
-        One line for each change.
+        One line for each change or difference from the recipe.
 
     Raises:
         ValueError, OSError: a file or an option is unusable; the message is one line.

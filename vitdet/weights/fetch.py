@@ -44,8 +44,8 @@ def fetch_published(
 ) -> Path:
     """Fetch an entry's file; return its path in `folder`, by default in the package or the cache.
 
-    Without `local`, a packaged or cached file is not downloaded but copied to `folder`. `show`
-    creates the progress display of a download. Raises the errors of `fetch`."""
+    If `local` is None, a packaged or cached file is used instead of a download. `show` creates the
+    progress display of a download. Raises the errors of `fetch`."""
 
     def convert(source: Path, target: Path) -> None:
         from vitdet.weights.convert import convert_file
@@ -116,7 +116,7 @@ def fetch(
 def verify(path: Path, entry: Entry) -> bool:
     """Check a file's size and published checksums; return whether a checksum verifies its content.
 
-    Raises ValueError if the size or a checksum differs; an `md5_of_name` only causes a warning.
+    Raises ValueError for a difference, except for an MD5 inferred from the file name (a warning).
     """
     size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:

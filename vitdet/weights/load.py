@@ -1,7 +1,7 @@
 """Loading of weights into a detector.
 
-A file contains a pre-trained backbone or a complete detector, and may lack only the parameters that
-`load_pretrained` documents. Position embeddings and patch kernels of a different size are resized.
+A file contains a pre-trained backbone or a complete detector. Position embeddings and patch kernels
+of a different size are resized.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def load_pretrained(
 ) -> Loaded:
     """Load the weights of a file into a detector.
 
-    Every tensor must match a parameter in shape, after resizing if possible. A backbone's file may
-    lack the format's `fresh` parameters and contain its `spare` parameters. A mask head that only
-    the file or the detector has is skipped, as are class-specific layers if the classes differ.
+    Names and shapes must match; position embeddings and patch kernels are resized. A backbone's
+    file may lack the parameters `Format.fresh` and contain the parameters `Format.spare`. Skips
+    class-specific layers if the classes differ, and a mask head that the file or detector lacks.
 
     Args:
         detector: the detector, changed in place.
@@ -163,7 +163,7 @@ def has_mask_head(source: Source) -> bool:
 
 
 def _other_mask_head(weights: Weights, state: Weights) -> tuple[set[str], str]:
-    """Return the mask head's tensor names and a note if only the file or the detector has one."""
+    """Return the tensor names of a mask head that the file or the detector lacks, and a note."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, state)
     )

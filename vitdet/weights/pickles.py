@@ -1,8 +1,8 @@
 """Reading of third-party weights files without running code from them.
 
-A .pkl may reference only functions that create numeric arrays, which are replaced by functions that
-check shape, type and length. A .pth is read with torch.load(weights_only=True); other known
-objects (options, configs, scores) become `Inert` or an OrderedDict.
+A .pkl may reference only functions that create numbers, numeric arrays, bytes or dicts. These
+functions are replaced by versions that check their arguments. A .pth is read with
+torch.load(weights_only=True); classes that are known but not needed become `Inert` or OrderedDict.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
 
 
 class Inert:
-    """A placeholder for an object whose content is not needed (the classes in OBJECTS)."""
+    """A placeholder for instances of the classes in OBJECTS, whose content is not needed."""
 
     def __init__(self, *values: object) -> None:
         """Ignore the arguments."""
@@ -241,7 +241,7 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Pure-Python unpickler, as the C version allocates a memo of any size that a file declares."""
+    """Pure-Python unpickler: the C version would allocate a memo of any size declared in a file."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")
@@ -260,6 +260,6 @@ def _tensors(content: object) -> object:
         if content.array is None:
             raise ValueError("an array has no content")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the array is read-only, but nothing writes to it
+            warnings.simplefilter("ignore")  # torch warns about read-only arrays
             return torch.from_numpy(content.array)
     return content

@@ -42,8 +42,7 @@ def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
     """Resize a patch embedding (C, 3, P, P) to (C, 3, patch, patch) bicubically.
 
     MAE's ViT-H has 14 x 14 pixel patches, ViTDet's ViT-H has 16 x 16. The authors of ViTDet used
-    bicubic interpolation, according to R. Hu in facebookresearch/long_seq_mae, issue 2. They
-    published mae_pretrain_vit_huge_p14to16.pth without a script.
+    bicubic interpolation, according to R. Hu in facebookresearch/long_seq_mae, issue 2.
     """
     return _bicubic(kernel.float(), (patch, patch))
 
@@ -53,8 +52,8 @@ def rescale_relative_positions(
 ) -> dict[str, Tensor]:
     """Rescale relative positions R if weights and model apply R to differently scaled queries.
 
-    scaled: the weights expect R times the scaled query q d^-0.5, not q. wanted: the model computes
-    this product. The attention logits do not change, as (q d^-0.5) . R = q . (d^-0.5 R).
+    scaled: whether the weights require R to be applied to the scaled query q d^-0.5 instead of q.
+    wanted: whether the model does so. The logits do not change: (q d^-0.5) . R = q . (d^-0.5 R).
     """
     if scaled == wanted:
         return weights

@@ -7,9 +7,9 @@ import zipfile
 from pathlib import Path
 
 HEAD = 512  # bytes read to identify a file
-LIMIT = 100 << 20  # maximum length of a safetensors header in bytes, as in the safetensors library
+LIMIT = 100 << 20  # maximum length of a safetensors header in bytes
 PAGE = "an HTML page; the download may require a login or a different URL"
-# Description and remedy for a file by its first bytes (TEXTS: stripped, in lower case)
+# Descriptions of files that are not weights, by their first bytes (TEXTS: in lower case)
 TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its "
     "repository",

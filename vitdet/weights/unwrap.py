@@ -1,8 +1,7 @@
-"""Extract the state dict from nested checkpoint dictionaries; remove parameter-name prefixes.
+"""Extraction of the state dict from a checkpoint, and removal of prefixes from parameter names.
 
 DistributedDataParallel and AveragedModel prefix names with `module.`, torch.compile with
-`_orig_mod.`, Lightning modules with `model.`; checkpoints also contain the optimizer state and
-averaged weights.
+`_orig_mod.`; Lightning modules often add `model.`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     The keys of the format's trainer (`layout.wrappers`) take precedence over `KEYS`. If names begin
     with one of `layout.parts`, such as `encoder.`, only the tensors with this prefix and the
     classifier heads (`layout.heads`) are returned. Raises ValueError if weights are missing,
-    entries are not tensors, or names are equal without prefixes.
+    entries are not tensors, or two names become equal.
     """
     inside, notes = _innermost(content, layout.wrappers)
     _check_tensors(inside, content, path)
@@ -50,7 +49,7 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     for part in layout.parts:
         names = [name for name in weights if name.startswith(part)]
         if names:
-            # names of classifier heads may lack this prefix; the caller reports them
+            # names of classifier heads may lack this prefix; the caller reports ignored heads
             rest = {name: x for name, x in weights.items() if not name.startswith(part)}
             heads = {name: x for name, x in rest.items() if known(name, layout.heads)}
             others = len(rest) - len(heads)
@@ -72,7 +71,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[str]]:
-    """Return the dict of the weights; a note if its key is unusual or other dicts are ignored."""
+    """Return the weights, and a note if their key is unusual or other dicts are ignored."""
     order = (*keys, *(key for key in KEYS if key not in keys))
     found: list[str] = []
     others: list[str] = []

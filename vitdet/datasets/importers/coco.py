@@ -6,8 +6,8 @@ categories, not a class. CVAT: annotations/instances_default.json and images/, o
 (https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
 images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
 (https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
-and SPLIT/. Any other JSON file in COCO's format is also accepted if the images are next to the file
-or in a folder with one of the names above.
+and SPLIT/. If there is no file with one of these names, any JSON file in COCO's format in the
+folder or in annotations/ is read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOST = 20  # maximum number of JSON files per folder that are read to detect the
 
 
 def annotation_files(source: Path) -> list[tuple[str, Path]]:
-    """Return (split name, path) of a folder's annotation files, or of `source` if it is a file."""
+    """Return (split name, path) of each annotation file in a folder, or of a single JSON file."""
     if source.is_file():
         return [(_split_in(source.stem), source)] if source.suffix == ".json" else []
     folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
@@ -110,7 +110,7 @@ class _File:
 
 
 def read_coco_folder(dataset: ImportedDataset) -> None:
-    """Read a folder or file, with classes ordered by category id. Images are read on iteration."""
+    """Read a folder or file in COCO's format; classes are ordered by category id."""
     source, named = dataset.source, dict[str, tuple[str, Path]]()
     for name, path in annotation_files(source):
         split = split_of(name)

@@ -3,9 +3,9 @@
 https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
 <box label xtl ytl xbr ybr>, with an optional `rotation` in degrees about its center; <polygon
 label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle lists row-major
-run lengths in the rectangle. Pixel coordinates are 0-based. `subset` is the split, whose images may
-be in a folder of this name in images/ or next to the file. Other elements (polyline, points,
-ellipse, cuboid, skeleton, tag) are counted and ignored. Files of "CVAT for video" are rejected.
+run lengths in the rectangle. Pixel coordinates are 0-based. The attribute `subset` of an image is
+its split; the image may be in images/SUBSET/ or SUBSET/. Other elements (polyline, points, ellipse,
+cuboid, skeleton, tag) are counted and ignored. Files of "CVAT for video" are rejected.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ SHAPES = ("box", "polygon", "mask")
 
 
 def annotation_files(source: Path) -> list[Path]:
-    """Return the files of this format in a folder, or `source` if it has this format."""
+    """Return the annotation files in a folder, or `source` if it is an annotation file."""
     paths = [source] if source.is_file() else sorted(source.glob("*.xml"))
     return [path for path in paths if path.suffix == ".xml" and has_root(path, "annotations")]
 
 
 def read_cvat(dataset: ImportedDataset) -> None:
-    """Read a folder or file. Classes are the task's labels, then other labels alphabetically."""
+    """Read a folder or file. Classes: the labels in <meta>, then other labels alphabetically."""
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(dataset.source):

@@ -1,7 +1,7 @@
 """Common representation of data sets in other formats: the images of each split and their objects.
 
-Boxes and outlines are in pixels of the upright image, as in COCO. Readers count dropped entries in
-`notes`, and record unusable entries in `problems`.
+Boxes and outlines are in pixel coordinates of the upright image. Readers count skipped entries in
+`notes`. Entries in `problems` prevent the conversion.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Unusable(ValueError):
 
 
 class SourceError(ValueError):
-    """Raised for a data set with problems; the message has counts and examples of each kind."""
+    """Raised for a data set with problems; the message contains examples."""
 
 
 class Problems:
-    """Counts and examples of the problems of a data set, by kind."""
+    """Problems of a data set: counts and examples by kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Record a ValueError or OSError as a problem of `kind`; an Unusable overrides `kind`."""
+        """Record a ValueError or OSError as a problem of `kind`; `Unusable.kind` overrides it."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -101,13 +101,13 @@ class ImportedObject:
     label: int
     box: Box
     segmentation: list[list[float]] | dict  # COCO's polygons or RLE; empty if only a box is known
-    area: float  # square pixels: area of the mask (as in pycocotools) or of the box
+    area: float  # of the mask (as in pycocotools) or, without a mask, of the box, in square pixels
     crowd: bool = False  # ignored in training and evaluation
 
 
 @dataclass(frozen=True)
 class ImportedImage:
-    """An image file, its upright height and width, and its objects."""
+    """An image file with its objects; height and width are those of the upright image."""
 
     path: Path
     height: int
@@ -117,7 +117,7 @@ class ImportedImage:
 
 @dataclass
 class ImportedDataset:
-    """A data set in another format; label k is class_names[k].
+    """A data set in another format; labels are indices of `class_names`.
 
     Each split can be iterated once; iteration reads the images and adds to `notes` and `problems`.
     """
@@ -162,7 +162,7 @@ class ImportedDataset:
         self.splits = {split: images(listed) for split, listed in items.items()}
 
     def keep(self, obj: ImportedObject | None) -> tuple[ImportedObject, ...]:
-        """Count special cases in `notes`; return (obj,), or () if `obj` is None."""
+        """Return (obj,), or () if `obj` is None; update the counts in `notes`."""
         if obj is None:
             self.notes[EMPTY] += 1
             return ()
@@ -192,9 +192,9 @@ class ImportedDataset:
         return images, others
 
     def check_size(self, where: object, image: Path, stated: Sequence[object] = ()) -> Size:
-        """Return the size of an image. Raises Unusable if the annotations state a different size.
+        """Return (height, width) of an image; raise Unusable if the annotations state another size.
 
-        `stated` is the height and width according to the annotations; empty, 0 or None if missing.
+        `stated` is (height, width) in the annotations; (), (0, 0) and (None, None) mean unknown.
         """
         size = image_size(image, self.reading)
         words = [str(side or 0) for side in stated]
@@ -207,7 +207,7 @@ class ImportedDataset:
         return size
 
     def count_left_out(self, files: Iterable[Path], is_labeled: Callable[[Path], bool]) -> None:
-        """Count the files in image folders that cannot be read as images, by suffix."""
+        """Count the files in image folders that are not readable images, by suffix."""
         by_suffix: dict[str, list[Path]] = defaultdict(list)
         for path in files:
             by_suffix[path.suffix.lower()].append(path)
@@ -225,20 +225,20 @@ class ImportedDataset:
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """Return a split's standard name. An unknown name is kept, or replaced by `otherwise`."""
+    """Return a split's standard name; for an unknown name, return `otherwise` or the name."""
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes (lower case, with dot) of the image formats that Pillow can read."""
+    """Return the suffixes (lower case, with dot) of the supported image formats."""
     kinds = set(Image.registered_extensions().values()) & Image.OPEN.keys()
     kinds.difference_update(DRAWINGS, STUBS)
     return frozenset(name for name, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return the non-hidden files below folders (with `suffix`, if not empty), sorted by path."""
+    """Return the non-hidden files below folders, sorted by path. suffix: lower case; '' for any."""
     paths = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
     return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 
@@ -260,7 +260,7 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
 def object_from_box(
     label: int, corners: Sequence[float], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with box x0, y0, x1, y1 clipped to the image, no mask; None if empty."""
+    """Return an object with a box x0, y0, x1, y1 clipped to the image; None if the area is zero."""
     box = _clipped(corners, size)[1]
     if min(box[2:]) <= 0:
         return None
@@ -270,7 +270,7 @@ def object_from_box(
 def object_from_outline(
     label: int, parts: Sequence[Sequence[float]], size: Size, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with polygons x, y, x, y, ... of at least 3 points; None if empty.
+    """Return an object with polygons x, y, ...; None if the area of their bounding box is zero.
 
     Points outside the image are moved to its border.
     """
@@ -284,7 +284,7 @@ def object_from_outline(
 def object_from_mask(
     label: int, pixels: np.ndarray, box: Box | None = None, crowd: bool = False
 ) -> ImportedObject | None:
-    """Return an object with a mask (H, W) bool, by default with the mask's box; None if empty."""
+    """Return an object with a mask (H, W) bool; None if the mask is empty."""
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
     if not len(rows):
         return None

@@ -1,10 +1,10 @@
 """Reader of LabelMe's format: a JSON file per image, with a relative `imagePath` and `shapes`.
 
-https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in
-pixels of the upright image and a shape_type. A polygon is an outline; polygons with the same label
-and group_id are one object, as in LabelMe's examples/instance_segmentation/labelme2coco.py. A
-rectangle is a box, given by two opposite corners. Other shapes (circle, line, linestrip, point,
-points, mask) are counted and ignored. The folders train/, valid/ and test/ are splits.
+https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, a
+shape_type, and points in pixel coordinates of the upright image. A polygon is an outline; polygons
+with the same label and group_id are one object, as in LabelMe's
+examples/instance_segmentation/labelme2coco.py. A rectangle is a box, as two opposite corners. Other
+types are counted and ignored. The folders train/, valid/ and test/ are splits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 MOST = 20  # maximum number of JSON files that are read to detect the format
-LARGEST = 1 << 28  # bytes; larger JSON files, e.g. with an image, are not read to detect the format
+LARGEST = 1 << 28  # maximum size in bytes of a JSON file that is read to detect the format
 
 
 class Shape(msgspec.Struct):
@@ -48,7 +48,7 @@ class Shape(msgspec.Struct):
 
 
 class LabelFile(msgspec.Struct):
-    """The entries of a JSON file that are used; imageData, the image in base64, is skipped."""
+    """The content of a JSON file without imageData, the image in base64."""
 
     shapes: list[msgspec.Raw]
     imagePath: str = ""  # noqa: N815
@@ -72,7 +72,7 @@ def _has_shapes(path: Path) -> bool:
 
 
 def read_labelme(dataset: ImportedDataset) -> None:
-    """Read a folder, with classes in alphabetical order. Images are read on iteration."""
+    """Read a folder in LabelMe's format; classes are in alphabetical order."""
     source, splits = dataset.source, defaultdict[str, list[Path]](list)
     for path in files_below(source, suffix=".json"):
         splits[split_of(path.relative_to(source).parts[0], "train")].append(path)
@@ -111,7 +111,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image at imagePath if it is in `source`, or the image next to the JSON file."""
+    """Return the image at imagePath or, if not below `source`, the image next to the JSON file."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):

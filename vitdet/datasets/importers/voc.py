@@ -9,11 +9,11 @@ value of a pixel is the object's number in the XML file, 0 for the background, o
 between objects, which is ignored. Per-class lists (e.g. aeroplane_train.txt) have a second column
 and are not splits.
 
-Annotation tools differ. CVAT quotes IDs that contain a space
-(https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
-ImageSets/Segmentation. Without ImageSets, XML files are next to the images in train/, valid/ and
-test/ (https://roboflow.com/formats/pascal-voc-xml) or in one folder. <polygon> is an outline of x1,
-y1, x2, y2, ... or of points <pt> (0-based); without a mask, its bounding box replaces <bndbox>.
+CVAT (https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) quotes IDs that contain a
+space. Without ImageSets, XML files are next to the images in train/, valid/ and test/
+(https://roboflow.com/formats/pascal-voc-xml) or in one folder. <polygon> is an outline with 0-based
+coordinates x1, y1, x2, y2, ... or points <pt>. If there is no mask, the outline is used and
+<bndbox> is ignored.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def is_voc(source: Path) -> bool:
 
 
 def read_voc(dataset: ImportedDataset) -> None:
-    """Read a folder, with classes in alphabetical order. Images are read on iteration."""
+    """Read a folder in Pascal VOC's format; classes are in alphabetical order."""
     folders = _Folders(dataset)
     splits = folders.splits()
     items: dict[str, list[Item]] = {}
@@ -152,7 +152,7 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return {split: {XML file: message prefix}}; prefix: "LIST:LINE: ", "" without lists.
+        """Return {split: {XML file: prefix of messages, "LIST:LINE: " or, without lists, ""}}.
 
         The split trainval is skipped if train and val exist.
         """
@@ -182,9 +182,9 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return {XML file: prefix "LIST:LINE: "} for the IDs in a list; {} for a per-class list.
+        """Return {XML file: prefix of messages, "LIST:LINE: "} for the IDs in a list.
 
-        Lines that fit neither a list of IDs nor a per-class list are added to the problems.
+        Returns {} for a per-class list. Adds invalid lines to the problems of the data set.
         """
         dataset, ids = self.dataset, dict[Path, str]()
         rows = problems = 0
@@ -219,7 +219,7 @@ class _Folders:
         return ids
 
     def count_others(self, splits: dict[str, dict[Path, str]], used: set[Path]) -> None:
-        """Count the annotation and image files that are in no split."""
+        """Count annotation files that are in no list, and images without an annotation file."""
         notes, there = self.dataset.notes, {*files_below(self.annotations, suffix=".xml")}
         unlisted = there.difference(*splits.values())
         notes["annotation files skipped (not in any list)"] += len(unlisted)
@@ -229,7 +229,7 @@ class _Folders:
         self.dataset.count_left_out(self.others, lambda path: self.image_stem(path) in stems)
 
     def numbers(self, path: Path, size: Size, objects: int) -> np.ndarray | None:
-        """Return the object number of each pixel (H, W), or 0 or BORDER; None without mask file."""
+        """Return each pixel's object number, 0 or BORDER, (H, W); None if there is no mask file."""
         file = self.dataset.source / "SegmentationObject" / f"{self.stem(path)}.png"
         if not os.path.isfile(file):
             return None
@@ -263,7 +263,7 @@ def _read_image(
     objects: list[ImportedObject] = []
     for number, element in enumerate(elements, 1):
         if not (name := _name(element)):
-            continue  # `read_voc` reported the missing name
+            continue  # `read_voc` has already reported the missing name
         with dataset.problems.collect("object that cannot be used"):
             pixels = None if numbers is None else numbers == number
             objects += dataset.keep(_object(path, element, size, label_of[name], pixels, dataset))
@@ -278,7 +278,7 @@ def _object(
     pixels: np.ndarray | None,
     dataset: ImportedDataset,
 ) -> ImportedObject | None:
-    """Return an element's object; `pixels` is its mask (H, W) bool, None without mask file."""
+    """Return an element's object. pixels: its mask (H, W) bool; None if there is no mask file."""
     crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
     parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
     whole = [part for part in parts if len(part) >= 6]

@@ -2,10 +2,10 @@
 
 See https://docs.ultralytics.com/datasets/detect/ and /segment/; edge cases follow
 ultralytics/data/utils.py. `names` (a list, or a map of labels to names) is optional if `nc` exists.
-`train`, `val` (or `validation`) and `test` are a folder, a text file of paths, or a list of these,
-below `path`; a leading "../" is removed if the path does not exist. The labels of .../images/x.jpg
-are in .../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows
-are removed. Coordinates are fractions of the upright image's sides, from -0.01 to 1.01. A row of 5
+`train`, `val` (or `validation`) and `test` are a folder, a text file of image paths, or a list of
+these. A leading "../" is removed if the path does not exist. The labels of .../images/x.jpg are in
+.../labels/x.txt; an image with an empty or missing label file has no objects. Duplicate rows are
+removed. Coordinates are fractions of the upright image's sides, from -0.01 to 1.01. A row of 5
 numbers is class, center x, center y, width and height; a row of 7, 9, ... is class and outline.
 
 CVAT's exports list images in train.txt, with or without the prefix "data/", and have no `val`:
@@ -42,7 +42,7 @@ KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
-    """Return `source` if it is a YAML file, or its data.yaml; None if missing or ambiguous."""
+    """Return `source` or, for a folder, its data.yaml; None if missing or ambiguous."""
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     paths = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
@@ -52,7 +52,7 @@ def description(source: Path) -> Path | None:
 
 
 def read_yolo(dataset: ImportedDataset) -> None:
-    """Read data.yaml or a folder that contains it. Label files and images are read on iteration.
+    """Read data.yaml, or a folder that contains data.yaml.
 
     Raises FileNotFoundError or ValueError if data.yaml is unusable or has neither train nor val.
     """
@@ -75,7 +75,7 @@ def read_yolo(dataset: ImportedDataset) -> None:
         keys = ", ".join(map(str, head.values))
         raise ValueError(f"{path}: expected the key train or val, got {keys}")
     if not names:
-        return  # without classes, every row would also be a problem
+        return  # without class names, every row would be reported as a problem
     head.count_others({image for listed in images.values() for image in listed})
     labeled: dict[str, list[Path]] = {}
     for name, chosen in dataset.select(images).items():
@@ -187,7 +187,7 @@ class _Head:
         raise FileNotFoundError(f"{place}:{number}: {line}: no such image file")
 
     def count_others(self, used: set[Path]) -> None:
-        """Count the image and label files that are in no split."""
+        """Count images that are in no split, and label files without an image."""
         folders, notes = set(), self.dataset.notes
         for place in self.places:
             before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
@@ -274,7 +274,7 @@ def _object(row: tuple[float, ...], size: Size) -> ImportedObject | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Return the non-empty lines of a text file, with their numbers."""
+    """Return (line number, line) of the non-empty lines of a text file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

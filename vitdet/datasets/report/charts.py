@@ -1,4 +1,4 @@
-"""Histograms of counts: bins, and positions of bars and labels."""
+"""Histograms: counts per bin, and positions of bars and labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZE = {"width": WIDTH, "height": HEIGHT, "margin": MARGIN, "foot": FOOT}  # for
 
 
 class Bar(NamedTuple):
-    """A bar, in pixels of the chart."""
+    """A bar; position and size are in pixels of the chart."""
 
     x: float
     y: float

@@ -1,7 +1,7 @@
 """The report of a data set: one page with counts, classes, sizes, example images and problems.
 
-Objects that training cannot use are counted only in the column `skipped`.
-Size classes are COCO's, by the area of the box: small below 32 x 32 pixels, large from 96 x 96.
+The column `objects` and the charts exclude objects that training skips. Objects with a box area
+below 32 x 32 pixels are small; objects with at least 96 x 96 pixels are large.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Split:
 
     name: str
     found: CocoSplit
-    areas: np.ndarray  # (M,) area of each object's box in pixels
+    areas: np.ndarray  # (M,) area of each object's box in square pixels
 
     @property
     def counts(self) -> np.ndarray:
@@ -52,7 +52,7 @@ def write_page(
 
     The page lists unreadable splits. With `images`, `check` reads every image file. Returns the
     number of images, the number of annotations, and the report of `check`. Raises FileNotFoundError
-    if there is no annotation file, OSError if `output` cannot be written.
+    if there is no annotation file, and OSError if `output` cannot be written.
     """
     report = check(folder, images=images, reading=reading)
     if not report.splits:
@@ -152,9 +152,9 @@ def _charts(splits: list[_Split]) -> list[charts.Histogram]:
 
 
 def _classes(splits: list[_Split]) -> list[tuple[str, list[list[int]]]]:
-    """Return (class name, [objects, images] of each split), most frequent class first.
+    """Return (class name, [number of objects, number of images] of each split).
 
-    Classes are identified by name, as the splits may have different classes.
+    The most frequent class comes first. Classes are matched by name across splits.
     """
     names = list(dict.fromkeys(name for split in splits for name in split.found.class_names))
     row_of = {name: row for row, name in enumerate(names)}

@@ -21,17 +21,17 @@ TOLERANCE = 0.5  # maximum deviation in pixels of an outline traced from an RLE
 
 
 class Shape(NamedTuple):
-    """An object, in image pixels."""
+    """An object to draw, in pixel coordinates of the image."""
 
     color: str
     name: str
     path: str  # SVG path of the mask
     box: tuple[float, float, float, float]  # x, y, width, height
-    label: tuple[float, float, float]  # x, y, width of the class name; the height is 1.25 * letter
+    label: tuple[float, float, float]  # x, y and width of the class name
 
 
 class Portrait(NamedTuple):
-    """An image with its objects, largest first; `error` is the reason if it cannot be read."""
+    """An image with its objects, largest first; `error` is set if the image cannot be read."""
 
     title: str
     record: Record

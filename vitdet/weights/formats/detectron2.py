@@ -1,4 +1,4 @@
-"""Detectron2's parameter names for ViTDet detectors (projects/ViTDet, .pkl), COCO and LVIS."""
+"""Detectron2's parameter names of ViTDet detectors for COCO and LVIS (projects/ViTDet, .pkl)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drop_class_token(pos_embed: Tensor) -> Tensor:
 
 
 def add_class_token(pos_embed: Tensor) -> Tensor:
-    """Convert a position embedding (1, n, n, C) to (1, 1 + n * n, C); the first row is zero."""
+    """Convert a position embedding (1, n, n, C) to (1, 1 + n * n, C), zero for the class token."""
     tokens = rearrange(pos_embed, "b h w c -> b (h w) c")
     return torch.cat([torch.zeros_like(tokens[:, :1]), tokens], dim=1)
 
@@ -40,7 +40,7 @@ def _repeat_class_weights(weights: Weights) -> Weights:
 def _convs(
     theirs: str, ours: str, numbers: Iterable[tuple[int, int]], given: str = ""
 ) -> list[Row]:
-    """Return the rows of convolutions with norms. numbers: pairs (Detectron2's, vitdet's)."""
+    """Return the rows of convolutions with norms. numbers: index pairs (Detectron2's, vitdet's)."""
     return [
         Row(f"{theirs}{there}.{left}", f"{ours}{here}.{right}", given)
         for there, here in numbers
@@ -60,7 +60,7 @@ def _box_stage(theirs: str, ours: str, given: str = "") -> list[Row]:
 
 
 def _level(level: int, convs: tuple[int, ...], plain: tuple[int, ...]) -> list[Row]:
-    """Return a pyramid level's rows. convs: indices of convolutions with norms; plain: others."""
+    """Return a level's rows. convs: indices of convolutions with norms; plain: other indices."""
     theirs, ours = f"backbone.simfp_{level + 2}.", f"pyramid.levels.{level}."
     others = [Row(f"{theirs}{i}.{{}}", f"{ours}{i}.{{}}") for i in plain]
     return _convs(theirs, ours, zip(convs, convs, strict=True)) + others
@@ -105,7 +105,7 @@ DETECTRON2 = Format(
         *_OTHERS,
     ),
     changes={"backbone.pos_embed": Change(drop_class_token, add_class_token)},
-    # copies of the class weights in later stages, and old buffers that the config determines
+    # copies of the class weights in later stages, and buffers that the config determines
     dropped=(
         _CLASS_WEIGHTS.format("1."),
         _CLASS_WEIGHTS.format("2."),

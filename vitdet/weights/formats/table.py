@@ -1,8 +1,7 @@
 """A weights format: a table of third-party parameter names ("theirs") and vitdet's names ("ours").
 
 In the names of a row, `{}` matches a component between dots and `{*}` any remainder. Other changes,
-such as a different shape or two tensors instead of one, are pairs of functions. A name that matches
-no row is an error in both directions of conversion.
+such as a different shape or two tensors instead of one, are pairs of functions.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Row(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Functions that convert a tensor in both directions."""
+    """Functions that convert a tensor from a third-party format to vitdet's, and back."""
 
     to_ours: Callable[[Tensor], Tensor]
     to_theirs: Callable[[Tensor], Tensor]
@@ -56,7 +55,7 @@ class Format(NamedTuple):
     # (vitdet's names). For a complete detector, neither is allowed.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    # whether relative positions apply to the scaled query; None: no positions, or set by the file
+    # whether relative positions apply to the scaled query; None: not applicable, or set in the file
     scaled: bool | None = None
 
 
@@ -69,7 +68,7 @@ def rows(text: str, theirs: str = "", ours: str = "", given: str = "") -> tuple[
 def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
     """Convert a third-party state dict to vitdet's names.
 
-    Raises ValueError for names that match no row, and for two tensors with the same new name.
+    Raises ValueError for unknown names, and if two tensors get the same name.
     """
     ours: dict[str, Tensor] = {}
     unknown = []
