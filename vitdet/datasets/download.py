@@ -256,7 +256,7 @@ class _Attempt:
                         break
                     view = memoryview(chunk)
                     while view:
-                        count = file.write(view)  # may be a part of `view` on a nearly full disk
+                        count = file.write(view)  # less than len(view) if the disk is nearly full
                         view, done = view[count:], done + count
                     self.watcher.at(done, total)
             except OSError as error:

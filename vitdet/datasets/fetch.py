@@ -58,7 +58,7 @@ def fetch(
         patience: retry policy.
 
     Raises:
-        FileNotFoundError: an archive is not in `local`.
+        FileNotFoundError: an archive is missing in `local` or on the server.
         ValueError: an archive is not the published one, or an existing file has different content.
         OSError: a download fails, the disk has too little free space, or a file cannot be written.
     """

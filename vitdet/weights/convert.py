@@ -48,7 +48,7 @@ def convert_file(
     Args:
         source: a file in the format `layout` or, with `reverse`, a vitdet detector.
         destination: a .safetensors file for tensors with vitdet's names, or a .pt file for a
-            complete detector, which requires a recipe. With `reverse`: a .pkl or .pth file for
+            complete detector, which requires `recipe`. With `reverse`: a .pkl or .pth file for
             detectron2, a .pth file for mmdet.
         layout: format of the source or, with `reverse`, of the destination; a key of FORMATS.
         recipe: name or YAML file of a recipe; the weights are resized to the shapes of its model.

@@ -116,7 +116,7 @@ def fetch(
 def verify(path: Path, entry: Entry) -> bool:
     """Check a file's size and published checksums; return whether a checksum verifies its content.
 
-    Raises ValueError for a difference, except for an MD5 inferred from the file name (a warning).
+    Raises ValueError for a difference. An MD5 inferred from the file name only causes a warning.
     """
     size, other = path.stat().st_size, f"not the published {entry.name}"
     if entry.size is not None and size != entry.size:

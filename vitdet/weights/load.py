@@ -104,7 +104,7 @@ def load_pretrained(
 
     Names and shapes must match; position embeddings and patch kernels are resized. A backbone's
     file may lack the parameters `Format.fresh` and contain the parameters `Format.spare`. Skips
-    class-specific layers if the classes differ, and a mask head that the file or detector lacks.
+    class-specific layers if the classes differ, and a mask head missing in the file or detector.
 
     Args:
         detector: the detector, changed in place.

@@ -49,7 +49,7 @@ Item = TypeVar("Item")
 
 
 class Unusable(ValueError):
-    """Raised for an unusable entry of a data set; problems of equal `kind` are counted together."""
+    """Raised for an unusable entry of a data set; problems are counted by `kind`."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -182,7 +182,7 @@ class ImportedDataset:
         return True
 
     def images_below(self, *folders: Path) -> tuple[list[Path], list[Path]]:
-        """Return (images, other files) below folders; DOCUMENTS are excluded."""
+        """Return (images, other files) below folders, without files with suffixes in DOCUMENTS."""
         images, others = [], []
         for path in files_below(*folders):
             if self.is_image(path):
@@ -207,7 +207,7 @@ class ImportedDataset:
         return size
 
     def count_left_out(self, files: Iterable[Path], is_labeled: Callable[[Path], bool]) -> None:
-        """Count the files in image folders that are not readable images, by suffix."""
+        """Count files that are not supported images, by suffix."""
         by_suffix: dict[str, list[Path]] = defaultdict(list)
         for path in files:
             by_suffix[path.suffix.lower()].append(path)

@@ -3,8 +3,8 @@
 https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, a
 shape_type, and points in pixel coordinates of the upright image. A polygon is an outline; polygons
 with the same label and group_id are one object, as in LabelMe's
-examples/instance_segmentation/labelme2coco.py. A rectangle is a box, as two opposite corners. Other
-types are counted and ignored. The folders train/, valid/ and test/ are splits.
+examples/instance_segmentation/labelme2coco.py. A rectangle has two opposite corners. Shapes of
+other types are counted and ignored. The folders train/, valid/ and test/ are splits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Shape(msgspec.Struct):
 
 
 class LabelFile(msgspec.Struct):
-    """The content of a JSON file without imageData, the image in base64."""
+    """The fields of a LabelMe file that are read; imageData, the image in base64, is not read."""
 
     shapes: list[msgspec.Raw]
     imagePath: str = ""  # noqa: N815

@@ -152,9 +152,9 @@ class _Folders:
         return shorter if stem and not os.path.isfile(path) and os.path.isfile(shorter) else path
 
     def splits(self) -> dict[str, dict[Path, str]]:
-        """Return {split: {XML file: prefix of messages, "LIST:LINE: " or, without lists, ""}}.
+        """Return {split: {XML file: message prefix}}, without trainval if train and val exist.
 
-        The split trainval is skipped if train and val exist.
+        The prefix is "LIST:LINE: " or, if there are no lists, "".
         """
         splits: dict[str, dict[Path, str]] = defaultdict(dict)
         if self.lists is None:
@@ -182,7 +182,7 @@ class _Folders:
         return splits
 
     def ids(self, path: Path) -> dict[Path, str]:
-        """Return {XML file: prefix of messages, "LIST:LINE: "} for the IDs in a list.
+        """Return {XML file: message prefix} for the IDs in a list. The prefix is "LIST:LINE: ".
 
         Returns {} for a per-class list. Adds invalid lines to the problems of the data set.
         """
@@ -229,7 +229,7 @@ class _Folders:
         self.dataset.count_left_out(self.others, lambda path: self.image_stem(path) in stems)
 
     def numbers(self, path: Path, size: Size, objects: int) -> np.ndarray | None:
-        """Return each pixel's object number, 0 or BORDER, (H, W); None if there is no mask file."""
+        """Return an array (H, W) of object numbers, 0 and BORDER; None if there is no mask file."""
         file = self.dataset.source / "SegmentationObject" / f"{self.stem(path)}.png"
         if not os.path.isfile(file):
             return None

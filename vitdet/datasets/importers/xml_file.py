@@ -33,7 +33,7 @@ def read_xml(path: Path, largest: int) -> Element:
 
 
 def has_root(path: Path, name: str) -> bool:
-    """Return whether a file's root element has this name; reads only the first bytes."""
+    """Return whether a file's root element has this name; reads only the first 4096 bytes."""
     return re.search(rf"<{name}[\s>]".encode(), start_of(path)) is not None
 
 

@@ -1,7 +1,7 @@
 """A weights format: a table of third-party parameter names ("theirs") and vitdet's names ("ours").
 
-In the names of a row, `{}` matches a component between dots and `{*}` any remainder. Other changes,
-such as a different shape or two tensors instead of one, are pairs of functions.
+In the names of a row, `{}` matches a component between dots and `{*}` any remainder. Conversions of
+values, such as a different shape or two tensors instead of one, are pairs of functions.
 """
 
 from __future__ import annotations
