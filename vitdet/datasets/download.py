@@ -44,7 +44,7 @@ class Patience:
     """Retry policy."""
 
     tries: int = 5  # maximum number of consecutive failed attempts; new data resets the count
-    pause: float = 1.0  # seconds to wait after a first failure; doubles with consecutive failures
+    pause: float = 1.0  # seconds to wait after a failure; doubled after each consecutive failure
     longest_pause: float = 60.0  # seconds
     stall: float = 30.0  # seconds without data before an attempt fails
 
@@ -226,7 +226,7 @@ class _Attempt:
         if response.headers.get_content_type() == "text/html":
             raise ValueError(
                 f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
-                "download it with a browser and pass the file with --from"
+                "download the file with a browser and pass it with --from"
             )
         if self.size is not None and total is not None and total != self.size:
             expected = f"but the published file has {self.size:,} bytes"

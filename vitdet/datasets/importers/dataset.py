@@ -101,7 +101,7 @@ class ImportedObject:
     label: int
     box: Box
     segmentation: list[list[float]] | dict  # COCO's polygons or RLE; empty if only a box is known
-    area: float  # of the mask (as in pycocotools) or, without a mask, of the box, in square pixels
+    area: float  # area in square pixels of the mask (as in pycocotools) or, if none, of the box
     crowd: bool = False  # ignored in training and evaluation
 
 
@@ -128,7 +128,7 @@ class ImportedDataset:
     class_names: tuple[str, ...] = ()
     splits: dict[str, Iterator[ImportedImage]] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)  # message -> number of occurrences
-    remarks: list[str] = field(default_factory=list)  # messages without a count
+    remarks: list[str] = field(default_factory=list)  # messages without a number of occurrences
     problems: Problems = field(default_factory=Problems)
 
     def select(self, items: dict[str, Item]) -> dict[str, Item]:
