@@ -100,7 +100,7 @@ class Best:
         """Return whether best.pt is unavailable; otherwise copy it to the output folder."""
         try:
             found = load_model_file(self._stored)["step"]
-            # a newer best.pt is from an evaluation that will be repeated, as it follows this state
+            # the evaluations from step `start` on will be repeated, so their best.pt is accepted
             if found != self.step and found < start:
                 raise ValueError(f"{self._stored} is from step {found}, not from step {self.step}")
         except (FileNotFoundError, ValueError) as error:

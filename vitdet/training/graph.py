@@ -1,9 +1,9 @@
 """The forward and backward pass of a training step as CUDA graphs (`vitdet.kernels.cuda_graph`).
 
-The tensors of a graph have fixed sizes. Therefore the targets are padded: the number of objects per
-image and of edges per batch becomes a power of two. Each combination that occurs has a graph.
-All graphs add to the same gradient tensors, so that micro-batches accumulate. After the last
-micro-batch, the gradients are averaged over all processes.
+The tensors of a graph have fixed sizes. Therefore the targets are padded: the numbers of objects
+per image and of polygon edges per batch become powers of two. A graph is recorded for each
+combination of the two numbers. All graphs add to the same gradient tensors, which accumulate over
+micro-batches and are then averaged over all processes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class GraphedGradients:
     """CUDA graphs of `run`, which adds to the gradients and returns the losses of a batch.
 
     If `run` cannot be recorded for targets of some size, it runs without a graph; the size is
-    logged. Recording is tried again after `release` if it would have exceeded the maximum number of
-    graphs, or has run out of memory once. All graphs may be cleared to free memory for a step.
+    logged. Recording is tried again after `release` if the maximum number of graphs existed, or if
+    it ran out of memory for the first time. All graphs may be cleared to free memory for a step.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
@@ -47,7 +47,7 @@ class GraphedGradients:
         # padded sizes that could not be recorded -> whether to try again after `release`
         self.refused: dict[tuple[int, int], bool] = {}
         self.large: set[tuple[int, int]] = set()  # refused sizes that ran out of memory
-        self.clearings = 0  # number since the last `release`
+        self.clearings = 0  # number of times that graphs were cleared since `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
         """Return a batch's losses, which the next call may overwrite; targets: from `padded`."""
@@ -85,7 +85,7 @@ class GraphedGradients:
         torch._foreach_copy_(gradients, kept)
 
     def make_room(self) -> None:
-        """Clear the graphs for a step that may not fit into memory alongside them."""
+        """Clear the graphs for a step that may not fit into memory beside them."""
         self.graph.clear()
         self.clearings += 1
         if self.clearings == CLEARINGS and distributed.rank() == 0:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the class names of the validation split and the fingerprints of both splits.
 
-    Warns if a split has no outlines for the mask head. Raises the errors of `check_metric`.
+    Warns if the mask head needs outlines that a split lacks. Raises the errors of `check_metric`.
     """
     data = config.data
     validation = read_split(data, data.val_split)
@@ -37,7 +37,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if AP or the metric of keep_best or patience is undefined on val_split."""
+    """Raise ValueError if evaluations cannot measure AP or the metric in train.keep_best."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
         read_validation(config.data, config.evaluate)
@@ -52,7 +52,7 @@ def check_metric(config: Config) -> None:
 
 
 def check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
-    """Raise ValueError if the splits' classes differ, or their number is not the config's."""
+    """Raise ValueError if the splits' classes differ, or their number differs from the config."""
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         found = f"{len(trained)} class{'es' if len(trained) != 1 else ''}"

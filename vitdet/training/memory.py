@@ -6,10 +6,10 @@ H, batches of 1 to 8 images; the error is at most 15%), and with the kernels on 
 L, batches of 1, 4 and 8 images, as CUDA graphs; the error is at most 5%).
 
 - per weight: 16 bytes for its value, its gradient and AdamW's two moments; 20 with weight averaging
-- per output value of a block: 50 bytes (with the kernels 35) in bf16 or fp16, twice that in fp32
-- per pixel of the images, for everything else: 1,300 bytes (with the kernels 1,230)
+- per output value of a block: 50 bytes in bf16 and fp16 (35 with the kernels), 100 bytes in fp32
+- per pixel of the images, for everything else: 1,300 bytes (1,230 with the kernels)
 
-Blocks recompute their activations if the estimate exceeds nine tenths of the GPU's memory.
+Blocks recompute their activations if the estimate exceeds 90% of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in bf16, fp16; key: whether Triton kernels run
+BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in bf16 and fp16; key: whether Triton kernels run
 BYTES_PER_PIXEL = {False: 1300, True: 1230}
 SHARE = 0.9  # share of the GPU's memory; the rest is for CUDA and fragmentation
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from vitdet import distributed
 
 
 class Meter:
-    """Sums the metrics on the device; `read` returns their means since its last call."""
+    """Sums the metrics on the device; `read` returns the means since the previous `read`."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -60,7 +60,7 @@ class Meter:
     def state(self) -> dict:
         """Return {sums, count}, with the sums averaged over all processes, for `restore`.
 
-        Synchronizes all processes once. Raises ValueError if a metric is not finite.
+        Synchronizes all processes. Raises ValueError if a metric is not finite.
         """
         if not self.timed:  # no steps since `restart`: the sums are empty or restored
             return {"sums": dict(self.sums), "count": self.count}
@@ -101,7 +101,7 @@ class Meter:
 
 
 def memory(device: torch.device) -> float:
-    """Return this process's peak memory in bytes: allocated on the GPU, or resident on a CPU."""
+    """Return peak memory in bytes: allocated by torch on a GPU, or resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

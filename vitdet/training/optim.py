@@ -1,7 +1,7 @@
-"""Parameter groups with layer-wise decay, AdamW, the learning-rate schedule, and weight averaging.
+"""AdamW with layer-wise learning-rate decay, the learning-rate schedule, and weight averaging.
 
-Layer-wise decay: Clark et al., ELECTRA (arXiv:2003.10555), as in BEiT and Detectron2's ViTDet;
-AdamW: arXiv:1711.05101.
+Layer-wise learning-rate decay: Clark et al., ELECTRA (arXiv:2003.10555), as in BEiT and
+Detectron2's ViTDet. AdamW: arXiv:1711.05101.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
     """Return groups {params, names, lr, lr_scale, weight_decay} of all trainable parameters.
 
     The learning rate of a backbone parameter is lr * layer_decay ** (n + 1 - layer), where layer is
-    the result of the backbone's `layer_of` and n its `num_layers`; for other parameters, it is lr.
-    `settings.undecayed` selects the parameters without weight decay.
+    the result of the backbone's `layer_of` and n is its `num_layers`. For the other parameters, it
+    is lr.
     """
     last, layer_of = detector.backbone.num_layers + 1, detector.backbone.layer_of
     exempt = _undecayed(detector, settings.undecayed)
@@ -44,7 +44,6 @@ def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
 
 
 def _undecayed(detector: nn.Module, which: str) -> set[str]:
-    """Return the names of the parameters without weight decay."""
     if which == "vectors":
         return {
             name
@@ -53,7 +52,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # not subclasses of LayerNorm: as in Detectron2, norms of pyramid and heads have weight decay
+    # LayerNorm2d, a subclass of LayerNorm, has weight decay, as in Detectron2
     norms = {
         name
         for name, module in detector.named_modules()
@@ -112,7 +111,7 @@ def rate_note(settings: OptimConfig, batch_size: int) -> str:
 
 
 def lr_factor(step: int, settings: OptimConfig) -> float:
-    """Return the learning-rate factor of a step (0-based): warm-up, then step or cosine decay."""
+    """Return the learning-rate factor of a step (0-based): warm-up times step or cosine decay."""
     warmup, first = 1.0, settings.warmup_factor
     if step < settings.warmup_steps:
         warmup = first + (1 - first) * step / settings.warmup_steps

@@ -43,8 +43,8 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def tf32(precision: str, device: torch.device) -> Iterator[None]:
     """Use TF32 for matrix products on a GPU within the context, if the precision is fp32.
 
-    TF32 has a 10-bit mantissa and is about 8 times as fast as fp32. In evaluations and comparisons
-    with published results, matrix products use fp32. Convolutions always use TF32, torch's default.
+    TF32 has a 10-bit mantissa and is faster than fp32. Evaluations run outside the context.
+    Convolutions use TF32 inside and outside the context, which is torch's default.
     """
     if device.type != "cuda" or precision != "fp32":
         yield

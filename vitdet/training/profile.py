@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 WARM = 5  # warm-up steps: memory is allocated, kernels are selected
 TIMED = 3  # steps after the warm-up, timed without the profiler, which delays the host
 TRACED = 3  # steps after the timed steps, recorded in the trace
-STEPS = WARM + TIMED + TRACED + 1  # the last step only ends the trace
+STEPS = WARM + TIMED + TRACED + 1  # the trace ends when the next batch is requested
 DATA, OTHER, IDLE = "data", "other", "idle"
 PARTS = (
     "attention", "MLP", "backbone, rest", "pyramid", "RPN", "NMS", "RoI pooling", "box head",
@@ -128,7 +128,7 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Return {part: seconds per step}. wall, waited: a step's duration and wait for data (s)."""
+    """Return {part: seconds per step}; wall: a step's duration; waited: its wait for data (s)."""
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = part_lookup(host), {event.name for event in host}

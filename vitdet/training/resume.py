@@ -17,7 +17,7 @@ from vitdet.files import sha256
 from vitdet.training.best import NAME
 from vitdet.training.optim import lr_factor, scaled
 
-# entries that `Checkpoints.save_evaluation` adds to a state
+# state entries that `Checkpoints.save_evaluation` writes to a separate file
 EVALUATION = ("config", "metrics", "evaluated", "best")
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ def states_folder(
     """Return the folder of the training states: output/checkpoints or a subfolder of `checkpoints`.
 
     The subfolder's name is a digest of everything that determines the weights. If this subfolder
-    has no states, an existing folder of the same run is used: a folder named by vitdet 0.1, or one
-    with a different optim.steps or train.patience whose states this run can resume.
+    has no states, another subfolder with states that this run can resume is used. It may have been
+    named by vitdet 0.1, or contain a run with a different optim.steps or train.patience.
 
     Args:
         config: the settings of the run.
@@ -87,7 +87,7 @@ def state_to_resume(
 ) -> dict | None:
     """Return the newest state that is intact on all ranks, or None; must be called on all ranks.
 
-    Raises ValueError if the state does not match config and data, or ranks find different files.
+    Raises ValueError if the state does not match config and data, or the ranks' newest states differ.
     """
     newest = distributed.all_gather_objects(states.newest())
     # possible causes: a local folder on each machine, or a shared folder with delayed updates
@@ -107,7 +107,7 @@ def state_to_resume(
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     """Return the newest state up to step `up_to` that is intact on all ranks.
 
-    Adds the states that any rank found damaged to `states.damaged`. EVALUATION comes from rank 0.
+    Adds the damaged states of all ranks to `states.damaged`. Returns rank 0's EVALUATION entries.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
@@ -125,7 +125,7 @@ def _check_resumable(
     config: Config, output: Path, prints: dict[str, str], state: dict | None, folder: Path
 ) -> None:
     if state is None:
-        if (output / "model.pt").exists():  # a finished run that lacks best.pt or steps
+        if (output / "model.pt").exists():  # finished, but to be extended or without best.pt
             steps = load_model_file(output / "model.pt")["step"]
             lacking = "" if _has_best(config, output) else ", without best.pt"
             raise ValueError(
@@ -158,9 +158,9 @@ def is_complete(
 ) -> bool:
     """Return whether `output` contains the result of this training run.
 
-    If so, calls `close_tracking(data fingerprint, run_id, step)`, because the run may have been
-    killed before all metrics were sent. Also returns False if the finished run can be extended or
-    lacks its best.pt. Raises ValueError if `output` contains a different finished run.
+    If so, calls `close_tracking(data fingerprint, run ID, step)`, because the run may have been
+    killed before all metrics were sent. Returns False if `config` extends the finished run, or if
+    best.pt is missing. Raises ValueError for a damaged model.pt or a different finished run.
     """
     finished = output / "model.pt"
     if not finished.exists():
@@ -205,14 +205,14 @@ def _has_best(config: Config, output: Path) -> bool:
 
 
 def _same_but_for_length(config: Config, stored: Config) -> bool:
-    """Return whether only optim.steps, permitted train.patience or operational settings differ."""
+    """Return whether `config` can continue the run of `stored`, ignoring optim.steps."""
     optim = replace(stored.optim, steps=config.optim.steps)
     stored = replace(_with_patience(stored, config), optim=optim)
     return not difference(config, stored, affecting_weights=True)
 
 
 def _with_patience(stored: Config, config: Config) -> Config:
-    """Return `stored`, with the train.patience of `config` if the stored run may change to it."""
+    """Return `stored`, with the train.patience of `config` if a resumed run may change to it."""
     ours, theirs = config.train.patience, stored.train.patience
     if theirs and (ours == 0 or ours > theirs):
         return replace(stored, train=replace(stored.train, patience=ours))
@@ -220,7 +220,7 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Describe the first of `done` steps whose rate differs in the configs; '' if none does."""
+    """Describe the first of `done` steps whose learning rates differ; return '' if none differ."""
     ours, theirs = (scaled(c.optim, c.train.batch_size) for c in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)

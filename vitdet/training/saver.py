@@ -17,10 +17,10 @@ ABANDONED = 5.0  # seconds to wait for a write after a second Ctrl-C
 class Saver:
     """Writes training states in a background thread, one after the other.
 
-    `save` copies the tensors to host memory, so that the next step can change them, and returns.
-    The copies are reused. They need as much host memory as a state (16 bytes per trained weight
-    with AdamW and weight averaging), pinned if the tensors are on a GPU. Copies from a GPU are
-    enqueued after the step, and only the thread waits for them.
+    `save` copies the tensors to host memory, so that the next step can change them. The buffers of
+    the copies are reused. They have the size of a state (16 bytes per trained weight with AdamW and
+    weight averaging), and are pinned if the tensors are on a GPU. Only the background thread waits
+    for copies from a GPU.
 
     An error in the thread is raised by the next call of `check`, `save` or `wait`. On exit from the
     context, a pending write is completed; KeyboardInterrupt limits the wait to ABANDONED seconds.

@@ -6,8 +6,8 @@ gradients of all micro-batches and processes are averaged, and exchanged once pe
 
 In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
 overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not
-change. A skipped step still advances the learning rate, data and random numbers, and updates the
-weight average.
+change. A skipped step still advances the learning-rate schedule, the data and the random numbers,
+and updates the weight average.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from vitdet.types import Batch, Target, Targets
 
 log = logging.getLogger(__name__)
 
-LONG_RUN = 1000  # minimum optim.steps with which train.compile=auto compiles (takes about 90 s)
-# smallest loss scale; the scale starts at 2 ** 16 and is halved in each skipped step
+LONG_RUN = 1000  # minimum optim.steps for compilation by train.compile=auto (about 90 s)
+# loss scale below which training fails; initially 2 ** 16, halved in each skipped step
 LEAST_SCALE = 2.0**-14
 
 
 class Figures(NamedTuple):
     """The result of a step.
 
-    losses and grad_norm (the norm of all gradients) are tensors on the device. skipped is a bool
-    tensor on the device, or None if the precision never skips steps.
+    losses and grad_norm (the norm of all gradients before clipping) are tensors on the device.
+    skipped is a bool tensor on the device in fp16, and None in bf16 and fp32.
     """
 
     losses: dict[str, Tensor]
@@ -63,8 +63,7 @@ class Figures(NamedTuple):
 class TrainingStep:
     """The detector with its optimizer and weight average, and the step that updates them.
 
-    `forward_backward` computes the gradients of one micro-batch, `update` applies the gradients of
-    a step. Neither method synchronizes with the device.
+    `forward_backward` computes the gradients of one micro-batch; `update` applies the gradients.
     """
 
     def __init__(self, detector: Detector, config: Config, device: torch.device) -> None:
@@ -79,7 +78,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         fp16 = self.scaler.is_enabled()  # an overflow corrupts BatchNorm's statistics
         self.statistics = list(running_statistics(detector).values()) if fp16 else []
-        self.model: nn.Module = detector  # the callable module; `distribute` wraps it
+        self.model: nn.Module = detector  # called in each step; `distribute` may wrap it
         self.graphed: GraphedGradients | None = None
         setting = config.train.compile
         if device.type == "cuda" and setting != "never":
@@ -95,7 +94,7 @@ class TrainingStep:
 
     def distribute(self) -> None:
         """Broadcast rank 0's weights; from now on, average the gradients over all ranks."""
-        # initial weights may differ in their last bits between CPU models
+        # initial weights computed on different CPUs may differ in their last bits
         weights = (*self.detector.parameters(), *self.detector.buffers())
         distributed.broadcast(t.detach() for t in (*weights, *self.average.weights.values()))
         if self.graphed is None:
@@ -104,10 +103,10 @@ class TrainingStep:
     def run(self, step: int, load: Callable[[], Batch], at: Callable[[Stage], None]) -> Figures:
         """Run step `step` (0-based).
 
-        load: returns the next micro-batch; at: called at the start of each stage.
+        load: returns the next micro-batch; at: called when a `Stage` begins.
         """
         lr = set_lr(self.optimizer, step, self.optim)
-        # free gradients before activations are allocated; a graph's gradients must not move
+        # free the gradients before the forward pass unless a CUDA graph contains their addresses
         self.optimizer.zero_grad(set_to_none=self.graphed is None)
         parts, statistics = [], [buffer.clone() for buffer in self.statistics]
         with tf32(self.precision, self.device):
@@ -130,7 +129,7 @@ class TrainingStep:
     def forward_backward(self, batch: Batch, at: Callable[[Stage], None]) -> dict[str, Tensor]:
         """Add a micro-batch's share of the gradients; return the detached losses.
 
-        `at` is called before the backward pass, in which other ranks may wait for this rank.
+        `at` is called before the ranks exchange gradients.
         """
         if self.device.type != "cuda":
             batch = batch.to(self.device)
@@ -160,7 +159,7 @@ class TrainingStep:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
-        """Clip gradients, update the weights and their average; return the norm before clipping.
+        """Clip gradients, update the weights and their average; return the unclipped gradient norm.
 
         statistics: BatchNorm statistics before the step, restored if the step is skipped.
         """
@@ -188,7 +187,7 @@ class TrainingStep:
             )
 
     def state_dict(self) -> dict[str, dict]:
-        """Return the states of optimizer, weight average and loss scaler ({} except in fp16)."""
+        """Return the states of the optimizer, the weight average and the loss scaler."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
@@ -201,7 +200,7 @@ class TrainingStep:
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
             slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
-        # missing from states before version 3; {} in states of other precisions than fp16
+        # missing from states before version 3; {} in states of bf16 and fp32 runs
         if scaler := state.get("scaler"):
             self.scaler.load_state_dict(scaler)
 

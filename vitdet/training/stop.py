@@ -2,9 +2,8 @@
 
 SIGTERM comes from Kubernetes, schedulers and torchrun, SIGINT from Ctrl-C, SIGHUP from a closed
 terminal; torchrun forwards all three. The handler only records the signal. All ranks agree on the
-step to stop at: before every step, each rank starts a reduction of its signal, and reads the result
-after the step. The reduction runs on the CPU concurrently with the step, so neither the main thread
-nor the GPU waits for it.
+step to stop at: before every step, they start an all-reduce of their signals, and read the result
+after the step. The all-reduce runs on the CPU concurrently with the step.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Stop:
         self.received = 0
 
     def ask(self) -> Callable[[], int]:
-        """Start a reduction of all ranks' signals; return a function that waits for the result.
+        """Start an all-reduce of the ranks' signals; return a function that waits for the result.
 
         With a single rank, the function returns the signal received before its call.
         """
@@ -63,11 +62,11 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Record signals within the context, except those that the process ignored before."""
+    """Yield a `Stop` that records SIGTERM, SIGINT and SIGHUP within the context."""
     stop, previous = Stop(), {}
     try:
         for signum in SIGNALS:
-            # signals that are ignored, e.g. under nohup, stay ignored unless torchrun forwards them
+            # an ignored signal, e.g. SIGHUP under nohup, stays ignored except under torchrun
             if signal.getsignal(signum) != signal.SIG_IGN or distributed.by_torchrun():
                 previous[signum] = signal.signal(signum, stop.handle)
     except ValueError:  # not the main thread: the caller handles signals

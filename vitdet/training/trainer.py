@@ -1,9 +1,8 @@
 """Training a detector.
 
-The number of a step determines its batch; a seed derived from train.seed, step and micro-batch
-determines its random numbers. Therefore a resumed run needs no random state and computes the same
-values: bit for bit on a CPU, and also on a GPU except in kernels that add in a nondeterministic
-order.
+train.seed and the number of a step determine its batch and its random numbers. Therefore a resumed
+run needs no saved random state and computes the same values as an uninterrupted run. The values are
+bitwise identical on a CPU; on a GPU, some kernels add in a nondeterministic order.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from vitdet.weights import resolve
 
 log = logging.getLogger(__name__)
 
-# (data fingerprint, run ID of the interrupted run or None, step to resume from) -> tracker
+# (data fingerprint, ID of the tracked run to continue or None, completed steps) -> tracker
 StartTracking = Callable[[str, str | None, int], Tracker]
 
 
@@ -63,16 +62,16 @@ def train(
 
     A resumed run may change operational settings (see `vitdet.config.sections.operational`). It may
     change optim.steps if the learning rate of the completed steps stays the same, and increase
-    train.patience or set it to 0. A finished run can be extended in this way if its last state
-    exists. If `output` contains the finished run of this config and data, nothing is done. Calls
+    train.patience or set it to 0. A finished run with a training state can be extended in this way.
+    If `output` contains the finished run of this config and data, nothing is done. Calls
     `vitdet.data.loader.configure_process`, which changes settings of the process.
 
     Args:
         config: the settings of the run.
         output: folder of the results.
-        checkpoints: folder with a subfolder for the training states, named by a digest of settings,
-            data and initial weights; default: the states are in output/checkpoints.
-        weights: local file with the weights of train.init.
+        checkpoints: folder for the states of several runs, each in a subfolder named by a digest of
+            settings, data and initial weights; default: the states are in output/checkpoints.
+        weights: local file with initial weights; default: the file that train.init refers to.
         start_tracking: see `StartTracking`.
         profile: write a trace of a few steps to output/profile; disables train.compile.
 
@@ -192,11 +191,11 @@ class Loop:
         self.training_step.load_state_dict(state)
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
-        # missing from states written before commit 29b381b, which were saved after evaluations
+        # missing from states before commit 29b381b, when evaluations preceded saving
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
             self.metrics, self.evaluated = {}, 0  # evaluation settings have changed
-        if "best" in state:  # missing from states before version 4
+        if "best" in state:  # missing from training states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:
             self.evaluated = 0  # best.pt is lost: repeat this step's evaluation, if due
@@ -319,7 +318,7 @@ class Loop:
 
         Raises ValueError if training has diverged.
         """
-        meter = self.meter.state()  # raises if training has diverged
+        meter = self.meter.state()
         self.training_step.check()
         if distributed.rank() == 0:
             content = {
@@ -368,7 +367,7 @@ def _announce(
     state: dict | None,
     start_tracking: StartTracking,
 ) -> Tracker:
-    """Log the start of the run, write config.yaml and start tracking, on rank 0."""
+    """Log how the run starts, write config.yaml and start tracking; called on rank 0."""
     run_id, step = (state["run_id"], state["step"]) if state else (None, 0)
     if state:
         log.info("resuming from step %d of %d (%s)", step, config.optim.steps, folder)

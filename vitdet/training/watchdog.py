@@ -1,14 +1,14 @@
-"""Watchdog: if a rank stalls, all ranks report it and exit, so that torchrun restarts them.
+"""Watchdog: if a rank stalls, all ranks exit, so that torchrun restarts them.
 
 The main thread of each rank records its progress as a step and a `Stage`; another thread publishes
 it every INTERVAL seconds in torchrun's store and reads the progress of the other ranks. All ranks
 wait for the rank that is furthest behind. If that rank exceeds the time limit of its stage, every
-rank writes its Python stacks and exits. A rank that stops publishing (a lost node, a stopped
-process, a call that holds the GIL) is reported with its last progress; faulthandler, which does not
-need the GIL, writes the stacks of that rank.
+rank writes its Python stacks and exits. A rank that stops publishing (e.g. its node is lost, or a
+call holds the GIL) is reported with its last progress. faulthandler does not need the GIL to write
+the stacks of a rank.
 
 The limit is LIMIT seconds or, if longer, three times the duration of the previous step or batch.
-It is at least LONG seconds for long stages, such as the first step or the evaluation of LVIS.
+It is at least LONG seconds for long stages, such as the first step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vitdet import distributed
 from vitdet.training.stop import Stop, Stopped
 
 INTERVAL = 5.0  # seconds between two publications of a rank's progress
-LIMIT = 240.0  # seconds without progress, or without a publication
+LIMIT = 240.0  # seconds without progress or without a publication
 LONG = distributed.COLLECTIVE_TIMEOUT.total_seconds()
 ANSWER = 15.0  # seconds for the other ranks to write their stacks
 
@@ -43,7 +43,7 @@ class Stage(IntEnum):
     PREPARING = 0  # reading the data, building the model
     LOADING = 1
     COMPUTING = 2
-    EXCHANGING = 3  # the backward pass, which averages the gradients of all ranks
+    EXCHANGING = 3  # averaging the gradients of all ranks, during or after the backward pass
     SAVING = 4
     EVALUATING = 5
     COMPARING = 6  # comparing detections with the ground truth, on rank 0
@@ -80,7 +80,7 @@ class Beat:
 
 
 def stalled(beats: Mapping[int, Beat]) -> list[int]:
-    """Return the silent ranks; if none, the ranks furthest behind if all of them are late."""
+    """Return the ranks that cause a stall; [] if there is no stall."""
     running = {rank: beat for rank, beat in beats.items() if not beat.done}
     if silent := [rank for rank, beat in running.items() if beat.silent > LIMIT]:
         return silent
@@ -98,9 +98,9 @@ class Watchdog:
         self._place = (0, Stage.PREPARING, LONG, time.monotonic())
         # first stage and start time of the current step or evaluation batch
         self._round = Stage.PREPARING, time.monotonic()
-        self._paces: dict[Stage, float] = {}  # first stage -> seconds of the last step or batch
+        self._paces: dict[Stage, float] = {}  # first stage -> seconds of last step or batch
         self._beats: dict[int, Beat] = {}
-        self._heard: dict[int, float] = {}  # rank -> time of its last new publication
+        self._heard: dict[int, float] = {}  # rank -> time of its last publication
         self._number, self._orphaned = 0, 0.0
         self._rank, self._shared, self._prefix = 0, False, ""
         self._end = threading.Event()
@@ -218,7 +218,7 @@ class Watchdog:
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file)
             file.seek(0)
-            # the rank is a prefix, as in torch: all ranks may share standard error
+            # prefix each line with the rank, since all ranks may share standard error
             lines += [f"[rank{self._rank}]: {line}" for line in file]
         if record := distributed.flight_record():
             lines.append(f"[rank{self._rank}]: NCCL's collectives in flight: {record}\n")
@@ -242,5 +242,5 @@ def watching(stop: Stop) -> Iterator[Watchdog]:
     except Stopped:
         watchdog.finish()
         raise
-    # not called after other errors: the other ranks' watchdogs must notice that this rank ended
+    # skipped after other errors: the other ranks' watchdogs must notice that this rank ended
     watchdog.finish()
