@@ -1,4 +1,4 @@
-"""The client of Kubeflow Pipelines: start a run or a schedule of runs, follow it, terminate it.
+"""Client of Kubeflow Pipelines: start, follow and terminate runs; create and delete schedules.
 
 `pipeline.connection` sends the requests, translates their errors, and explains why kfp.Client is
 not used.
@@ -22,7 +22,7 @@ from pipeline.request import RunRequest, Schedule, kubeflow_cron
 from pipeline.versions import Version, server_version
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # unlike kfp.Client, includes CANCELED
-RECURRING = "recurringrun"  # part of the web interface's link of a schedule
+RECURRING = "recurringrun"  # path segment in the web interface's link to a schedule
 # Argo's tasks other than steps: groups of steps, drivers, pods. A suffix such as "(0)" marks an
 # attempt of a retried step (kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
 ATTEMPT = re.compile(r"\(\d+\)$")
@@ -203,7 +203,7 @@ class Server:
         """Report state changes until the run has ended, and return the run.
 
         every: seconds between two requests. tolerance: seconds for which the server may be
-        unavailable, or reject a token that is read from a file; then raises ServerError.
+        unavailable or reject credentials from a file, before ServerError is raised.
         """
         reported: dict[str, str] = {}
         last_answer = time.monotonic()

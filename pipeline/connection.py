@@ -5,7 +5,7 @@ itself is not used: its constructor requests /healthz without a timeout, prints 
 each retry, reads cookies from ~/.config/kfp and, if an environment variable is set, prompts the
 user. It waits forever on a server that stalls and on a canceled run, does not retry after HTTP 5xx,
 and prints an error's headers, including cookies. Its `enable_caching=False` has no effect on steps
-inside an ExitHandler, a loop or a condition, i.e. on all steps of this pipeline.
+inside an ExitHandler, a loop or a condition.
 
 Secrets are read from a file, the environment or the pod, never from the command line, which every
 user of the machine can read. No message contains a secret.
@@ -62,7 +62,7 @@ class ServerError(OSError):
 class Secret:
     """A token or cookie, with its source for messages.
 
-    The value is read for every request, as pods and login helpers rewrite their token files.
+    The value is read for every request, as kubelets and login helpers rewrite token files.
     renewed: whether a later read may return a different value.
     """
 
@@ -93,7 +93,7 @@ def server_address(host: str) -> str:
         raise ValueError(
             f"{host}: expected http:// or https://, e.g. https://kubeflow.example.com/pipeline"
         )
-    # Kubeflow's dashboard shows the page under a URL with the prefix /_
+    # a URL copied from Kubeflow's dashboard has the path prefix /_
     path = parts.path.removeprefix("/_")
     return f"{parts.scheme}://{parts.netloc}{path}".rstrip("/")
 
@@ -107,10 +107,10 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Return the token and cookie from files or KFP_TOKEN and KFP_COOKIE, else the pod's token.
+    """Return the token and cookie from the files, or from KFP_TOKEN and KFP_COOKIE.
 
-    The pod's token is sent only to the cluster's services, unless KF_PIPELINES_SA_TOKEN_PATH is
-    set. Raises ValueError for invalid values.
+    If there is neither, the token is read from the file KF_PIPELINES_SA_TOKEN_PATH or, for a
+    service in the cluster, from POD_TOKEN. Raises ValueError for invalid values.
     """
     token = named_secret("token", token_file, "KFP_TOKEN")
     cookie = named_secret("cookie", cookie_file, "KFP_COOKIE")
@@ -138,8 +138,7 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
 def renewed_secret(kind: str, file: str, source: str) -> Secret:
     """Return a secret that is read from its file for each request.
 
-    If the file later cannot be read or is empty, e.g. while it is being rewritten, the last valid
-    value is used; the server decides whether to accept it.
+    If a later read fails, e.g. because the file is being rewritten, the last valid value is used.
     """
     last = ""
 
@@ -156,7 +155,7 @@ def renewed_secret(kind: str, file: str, source: str) -> Secret:
 
 
 def read_secret(file: str, source: str) -> str:
-    """Read a secret from a file. Errors omit the file name, which may be the secret by mistake."""
+    """Read a secret from a file. Errors omit the file name, in case the user passed the secret."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -179,9 +178,9 @@ class Transport(RESTClientObject):
     """The generated client's transport, with timeouts and safe retries; raises ServerError.
 
     Args:
-        timeout: Seconds to connect, and between two parts of the response.
-        retries: Number of further attempts. A request that changes something is retried only if it
-            cannot have taken effect.
+        timeout: Timeout in seconds for connecting and for each read of the response.
+        retries: Maximum number of retries. A request other than GET is retried only if it cannot
+            have taken effect.
         report: Called with the reason for each retry.
     """
 
@@ -217,8 +216,8 @@ class Transport(RESTClientObject):
         _preload_content: bool = True,
         _request_timeout: object = None,
     ) -> RESTResponse:
-        """Send a request with retries; timeouts are a pair, as the base class ignores a float."""
-        timeouts = (self.timeout, self.timeout)
+        """Send a request with retries; `_request_timeout` is ignored."""
+        timeouts = (self.timeout, self.timeout)  # the base class ignores a float
         attempt, read_again = 0, False
         while True:
             login = self.login_headers()
@@ -240,7 +239,7 @@ class Transport(RESTClientObject):
             except exceptions.HTTPError as error:
                 failure = self.connection_error(error)
             if failure.status == 401 and not read_again and self.login_headers() != login:
-                read_again = True  # the file has been renewed
+                read_again = True  # the file has changed
                 continue
             safe = method == "GET" or not failure.sent
             if attempt == self.retries or not failure.transient or not safe:

@@ -9,8 +9,8 @@ describe the cluster. The experiment does not depend on the cluster.
 
 Step `configs` resolves the settings that do not depend on the data; step `data` resolves the other
 settings and is never cached, as the data may change in place. The data's fingerprint is an input of
-the training runs, which are cached. The cache compares artifacts by ID, so a training run does not
-use artifacts of `data`: it checks the fingerprint and reads the splits and classes from the data.
+the training runs, which are cached. The cache compares artifacts by ID, so the training step
+has no artifact of `data` as input. It checks the fingerprint and reads the splits and classes.
 
 ParallelFor's parallelism, a constant of the compiled pipeline, limits concurrent training runs.
 The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
@@ -108,7 +108,7 @@ def build(
         train: The component that trains.
         job, image: YAML of the training jobs that `train` may start, and their image.
         configure: Applies the cluster's settings to each task; by default, no settings.
-        parallel: Number of concurrent training runs, including evaluation; 0 for no limit.
+        parallel: Maximum number of concurrent training runs, including evaluation; 0: no limit.
         shape: Defaults of the parameters nodes and job_kind.
     """
 
@@ -249,7 +249,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
     def configure(task: PipelineTask, size: str) -> PipelineTask:
         processor, memory, memory_limit, retries = sizes[size]
         task.set_container_image(image)
-        task.set_env_variable("VITDET_IMAGE", image)  # logged to MLflow by steps and jobs
+        task.set_env_variable("VITDET_IMAGE", image)  # steps and jobs log the image to MLflow
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(memory_limit)
         if retries:
             task.set_retry(
@@ -267,7 +267,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
         )
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
-        # The run ID, from the pod's label: an argument would change the cache key in each run.
+        # The run ID is read from the pod's label: an argument would change each run's cache key.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
             kubernetes.add_pod_annotation(task, key, value)

@@ -50,7 +50,7 @@ def training_jobs(text: str) -> str:
 
 
 def job_kinds(text: str) -> set[str]:
-    """Return each training job's job_kind. Raises the errors of `training_jobs`."""
+    """Return the job_kind of each training job. Raises the errors of `training_jobs`."""
     return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
 
 

@@ -23,12 +23,12 @@ from pipeline.graph import build
 COLOR = re.compile(r"\033\[\d+m")
 BEGIN = re.compile(r"Executing task '([\w-]+)'")
 FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
-# Lines of kfp itself: executor messages, JSON of a step's inputs, log records, separators
+# Lines that kfp prints: executor messages, JSON of a step's inputs, log records, separators
 NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,}|$)")
 
 
 class Screen:
-    """Show the steps' output and the last line of each traceback; write everything to a log."""
+    """Shows the steps' output and the last line of each traceback; writes everything to a log."""
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self.screen, self.log = screen, log
@@ -85,8 +85,8 @@ def run_locally(
 ) -> str:
     """Run the pipeline and return the run's ID; artifacts and log are in WORKSPACE/pipeline.
 
-    parallel: number of concurrent training runs; kfp's local runner allows at most two. Raises
-    RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
+    parallel: maximum number of concurrent training runs; kfp's local runner allows at most two.
+    Raises RuntimeError if a step fails, after printing the step's error. Ctrl-C ends the run.
     """
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def run_locally(
                 f"step {failed[1] if failed else '?'} failed; full log: {log.name}"
             ) from error
         except KeyboardInterrupt:
-            # kfp's local runner skips the exit handler, so MLflow's parent run would not end
+            # kfp skips the exit handler after Ctrl-C, so MLflow's parent run would not end
             ended = dsl.PipelineTaskFinalStatus("CANCELED", "", "", None, None)
             table = dsl.HTML(uri=str(root / f"{run_id}.html"))
             clean_up.python_func(**inputs, status=ended, table=table)

@@ -38,23 +38,23 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start runs."""
+    """A schedule for starting runs."""
 
     expression: str  # see `kubeflow_cron`
-    max_concurrency: int = 1  # number of concurrent runs, 1..10
+    max_concurrency: int = 1  # maximum number of concurrent runs, 1..10
     catch_up: bool = True  # whether to start missed runs
 
 
 def load_package(
     package: Path, parameters: dict[str, object], caching: bool, parallel: int | None = None
 ) -> dict:
-    """Create the body of a request from a compiled pipeline.
+    """Read a compiled pipeline and set its caching options and parallelism.
 
-    parallel: number of concurrent training runs; None keeps the number in the package.
+    parallel: maximum number of concurrent training runs; None keeps the number in the package.
 
-    Without caching, no step reuses results, not even in nested pipelines. With caching,
-    step `configs` does not reuse results if a recipe is a file, whose content may have changed.
-    Raises FileNotFoundError, or ValueError if the file is not a pipeline with these parameters.
+    If `caching` is False, no step reuses cached results. If a recipe is a file, step `configs`
+    does not reuse cached results, because the file may have changed. Raises FileNotFoundError, and
+    ValueError if the file is not a compiled pipeline or does not match the parameters.
     """
     spec, *platforms = read_package(package)
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
@@ -76,7 +76,6 @@ def load_package(
 
 def read_package(package: Path) -> list[dict]:
     """Return the pipeline and, if present, its Kubernetes part. For errors, see `load_package`."""
-
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -131,7 +130,7 @@ def kubeflow_cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-# Script: resolve the training runs as the first step does, without a workspace on the cluster.
+# Script that resolves the training runs like the first step, but without a workspace.
 CHECK = """
 import json, sys
 from pathlib import Path
@@ -154,9 +153,9 @@ def check_recipes(
 ) -> bool:
     """Raise ValueError for settings the first step would reject; return whether all were checked.
 
-    vitdet checks the settings in a new process, as pipeline/ does not import vitdet's dependencies.
-    Recipes whose files exist only on the cluster are checked by the first step, before data is
-    prepared or GPUs are requested. In this case, or if vitdet is missing, the result is False.
+    vitdet checks the settings in a new process, because pipeline/ must not import vitdet.stages.
+    Recipe files that exist only on the cluster are checked by the first step, before data is
+    prepared or GPUs are requested; the result is then False.
     """
     from vitdet.config.credentials import has_credentials, hide_credentials
 

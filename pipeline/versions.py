@@ -2,8 +2,8 @@
 
 Servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for the
 Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
-v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Only Pipelines 2.5 ignores
-unknown fields of the Kubernetes part, but then it also ignores the step's annotations and labels.
+v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Pipelines 2.5 accepts unknown
+fields of the Kubernetes part, but then ignores the annotations and labels of the step.
 `fit` removes the fields that a server does not support.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 Version = tuple[int, int, int]
 
-# Release -> the Kubeflow distribution that contains it
+# release -> the Kubeflow distribution that contains it, or ""
 SERVERS: dict[Version, str] = {
     (2, 5, 0): "Kubeflow 1.10",
     (2, 14, 0): "",
@@ -32,9 +32,9 @@ class Field:
     """A field of a compiled pipeline that a release of Kubeflow Pipelines added.
 
     Attributes:
-        path: Keys from the top of a document; "*" matches any key.
-        since: The release.
-        loss: What the user loses without the field; empty if it cannot be left out.
+        path: Keys from the top of a document; "*" matches any key or list item.
+        since: The first release that supports the field.
+        loss: What the user loses without the field; empty if the field cannot be left out.
         value: If set, the (key, value) that the field must contain.
     """
 
@@ -57,7 +57,7 @@ _JOB = (
     "manifest"
 )
 
-# The fields that were added since OLDEST: api/v2alpha1/pipeline_spec.proto and
+# The fields that were added after OLDEST: api/v2alpha1/pipeline_spec.proto and
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(

@@ -107,7 +107,7 @@ def add_server(command: argparse.ArgumentParser) -> None:
         "KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
     )
     add_text(group, "--ui-host", "URL", "URL of the web interface, if it differs from --host")
-    add_text(group, "--namespace", "NAME", "namespace of the run (multi-user: your profile's)")
+    add_text(group, "--namespace", "NAME", "your profile's namespace, for multi-user servers")
     add_text(
         group,
         "--token-file",
@@ -133,7 +133,7 @@ def add_server(command: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="number of retries of a failed request (default: 3)",
+        help="maximum number of retries of a failed request (default: 3)",
     )
     group.add_argument("--every", type=seconds, default=10.0, help=argparse.SUPPRESS)
     group.add_argument(

@@ -199,7 +199,7 @@ def refused(error: ServerError, server: Server) -> ServerError:
 
 
 def check_pool(name: str | None) -> None:
-    """Raise ValueError if the pool's name is not a valid label value: no pod could select it."""
+    """Raise ValueError if the pool's name is not a valid label value."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
             f"--pool {name!r}: expected a label value: at most 63 letters, digits, -, _ or ., "
@@ -217,7 +217,7 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.job_manifests import job_kinds
 
     text, wanted = read_job_file(args.job), args.job_kind
-    if text and wanted and wanted not in job_kinds(text):  # the training step would fail
+    if text and wanted and wanted not in job_kinds(text):
         found = " and ".join(sorted(job_kinds(text)))
         raise ValueError(f"--job {args.job}: contains no {wanted}, only {found}; see --job-kind")
     with TemporaryDirectory() as folder:

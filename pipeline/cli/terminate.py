@@ -13,12 +13,12 @@ from pipeline.cli.report import job_kind, print_run
 from pipeline.client import ENDED, Server
 from pipeline.connection import ServerError
 
-# Seconds for a run to end: grace period of the run's pods (30 s), Argo's polling, exit handler
+# Seconds to wait for a run to end. The grace period of its pods is 30 s; the exit handler follows.
 END_TIMEOUT = 300.0
 
 
 class StillEnding(Exception):
-    """Raised if a run has not ended, so that its steps may still create jobs."""
+    """Raised if a run may not have ended, so its steps may still create jobs."""
 
 
 def add_terminate(commands: argparse._SubParsersAction) -> None:
@@ -32,7 +32,7 @@ def add_terminate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_terminate(args: argparse.Namespace) -> int:
-    """End a run and its jobs, or delete a schedule; errors state how to delete remaining jobs."""
+    """End a run and delete its training jobs, or delete a schedule."""
     server = connect_server(args)
     found = server.find(run_id_of(args.run_id))
     server.terminate(found)
@@ -68,7 +68,7 @@ def delete_run_jobs(
 ) -> Iterator[str]:
     """Delete a run's jobs now and after the run's end: until then, a step may create jobs.
 
-    Yields progress messages. Raises StillEnding if the run does not end in time.
+    Yields progress messages. Raises StillEnding if the run may not have ended.
     """
     from components.launcher.client import describe_namespace
     from components.launcher.launch import delete_jobs

@@ -87,7 +87,7 @@ def state_to_resume(
 ) -> dict | None:
     """Return the newest state that is intact on all ranks, or None; must be called on all ranks.
 
-    Raises ValueError if the state does not match config and data, or the ranks' newest states differ.
+    Raises ValueError if the state does not match config and data, or the ranks' states differ.
     """
     newest = distributed.all_gather_objects(states.newest())
     # possible causes: a local folder on each machine, or a shared folder with delayed updates
