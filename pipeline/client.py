@@ -59,7 +59,7 @@ class Server:
     def health(self) -> dict:
         """Return the health response; raise ServerError if the host does not serve the API.
 
-        The generated class has no field for the version, so the response is read as JSON.
+        The response class of kfp_server_api has no field for the version, so the JSON is returned.
         """
         try:
             api.HealthzServiceApi(self.client).healthz_service_get_healthz()
@@ -280,8 +280,7 @@ def failed_steps(run: api.V2beta1Run) -> list[tuple[str, str]]:
     """Return (step, message) of the failed steps, ordered by end time.
 
     Servers up to 2.17 return no messages. On servers affected by kubeflow/pipelines #9577, a run
-    whose steps failed inside an ExitHandler ends as SUCCEEDED, because the exit handler succeeded,
-    so the run's state alone is not reliable.
+    whose steps failed inside an ExitHandler ends as SUCCEEDED if the exit handler succeeds.
     """
     tasks = run.run_details.task_details if run.run_details else None
     failed = [

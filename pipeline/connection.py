@@ -39,7 +39,7 @@ class ServerError(OSError):
     """A failed request, with a message for the user.
 
     Args:
-        status: HTTP status; 0 without a response.
+        status: HTTP status; 0 if there was no response.
         transient: Whether a retry may succeed.
         sent: Whether the request may have taken effect.
         field: Field of the pipeline that the server does not support; "" for other errors.
@@ -62,7 +62,7 @@ class ServerError(OSError):
 class Secret:
     """A token or cookie, with its source for messages.
 
-    The value is read for every request, as kubelets and login helpers rewrite token files.
+    The value is read for every request, as the kubelet and login helpers rewrite token files.
     renewed: whether a later read may return a different value.
     """
 
@@ -155,7 +155,7 @@ def renewed_secret(kind: str, file: str, source: str) -> Secret:
 
 
 def read_secret(file: str, source: str) -> str:
-    """Read a secret from a file. Errors omit the file name, in case the user passed the secret."""
+    """Read a secret from a file. Errors omit the file name, which could be the secret itself."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -9,8 +9,8 @@ describe the cluster. The experiment does not depend on the cluster.
 
 Step `configs` resolves the settings that do not depend on the data; step `data` resolves the other
 settings and is never cached, as the data may change in place. The data's fingerprint is an input of
-the training runs, which are cached. The cache compares artifacts by ID, so the training step
-has no artifact of `data` as input. It checks the fingerprint and reads the splits and classes.
+the training runs, which are cached. The cache compares artifacts by ID, so the training step has no
+artifact of `data` as input. It checks the fingerprint and reads splits and classes from the data.
 
 ParallelFor's parallelism, a constant of the compiled pipeline, limits concurrent training runs.
 The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
@@ -280,7 +280,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
             if needs.gpus:
                 task.set_accelerator_type(GPU).set_accelerator_limit(1)
-                # on GKE a pod must select the pool to be scheduled on its nodes
+                # on GKE a pod must select the node pool to be scheduled on its nodes
                 for key, value in needs.selector.items():
                     kubernetes.add_node_selector(task, key, value)
             keys = ("key", "operator", "value", "effect", "tolerationSeconds")

@@ -22,7 +22,7 @@ KUEUE = "kueue.x-k8s.io/"
 
 
 def training_jobs(text: str) -> str:
-    """Return a YAML stream's training jobs, as text because kfp would turn integers into floats.
+    """Return a YAML stream's training jobs, as text, since kfp would turn integers into floats.
 
     Raises ValueError if the YAML or a job is invalid, if there is no training job, or if two jobs
     have the same kind.

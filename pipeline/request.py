@@ -151,11 +151,11 @@ def check_recipes(
     seeds: int = 1,
     fetch: str = "",
 ) -> bool:
-    """Raise ValueError for settings the first step would reject; return whether all were checked.
+    """Raise ValueError for invalid settings; return whether all recipes were checked.
 
     vitdet checks the settings in a new process, because pipeline/ must not import vitdet.stages.
     Recipe files that exist only on the cluster are checked by the first step, before data is
-    prepared or GPUs are requested; the result is then False.
+    prepared or GPUs are requested. In this case, the result is False.
     """
     from vitdet.config.credentials import has_credentials, hide_credentials
 

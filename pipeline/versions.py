@@ -61,7 +61,7 @@ _JOB = (
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(
-        # 2.5 has this field, but reads it only for the steps of the outermost group
+        # Pipelines 2.5 has this field, but reads it only for steps of the outermost group
         # (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),
@@ -163,7 +163,7 @@ def server_version(health: dict) -> tuple[Version, str]:
 def fit(documents: list[dict], version: Version) -> list[str]:
     """Remove, in place, the fields of a pipeline that this server version does not support.
 
-    Returns one line for each entry of FIELDS that was removed, with what the user loses. Raises
+    Returns one line for each entry of FIELDS that was removed, stating what the user loses. Raises
     ValueError for an unsupported field that cannot be left out.
     """
     lines = []

@@ -37,8 +37,8 @@ def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "")
 def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
     """Return a line for each training job of a run.
 
-    Raises PermissionError if listing is forbidden, RuntimeError if the cluster does not respond,
-    ValueError if the run's job_kind is unknown.
+    Raises PermissionError if listing jobs is forbidden, RuntimeError if the cluster does not
+    respond, and ValueError if the run's job_kind is unknown.
     """
     from components.launcher.client import connect, list_jobs
     from components.launcher.progress import PROGRESS, describe

@@ -47,7 +47,7 @@ class GraphedGradients:
         # padded sizes that could not be recorded -> whether to try again after `release`
         self.refused: dict[tuple[int, int], bool] = {}
         self.large: set[tuple[int, int]] = set()  # refused sizes that ran out of memory
-        self.clearings = 0  # number of times that graphs were cleared since `release`
+        self.clearings = 0  # number of times that graphs were cleared since the last `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
         """Return a batch's losses, which the next call may overwrite; targets: from `padded`."""

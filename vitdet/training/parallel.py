@@ -1,8 +1,8 @@
 """Distributed data parallel training.
 
 On GPUs, BatchNorm (in ViTAE) computes statistics over the images of all processes, as in the
-published ViTAE-B run. torch has no synchronized BatchNorm for CPUs, where each process uses only
-its own images; checkpoints and evaluations use the running statistics of rank 0.
+published ViTAE-B run. torch has no synchronized BatchNorm for CPUs: each process uses only its own
+images. Checkpoints and evaluations use the running statistics of rank 0.
 """
 
 from __future__ import annotations

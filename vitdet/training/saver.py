@@ -78,7 +78,7 @@ class Saver:
             if copied:
                 copied.synchronize()
             self.states.save(step, content)
-        except BaseException as error:  # `check` raises it in the main thread
+        except BaseException as error:  # `check` raises the error in the main thread
             self._error = error
 
     def _host(self, value: Any, path: tuple) -> Any:

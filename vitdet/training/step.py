@@ -1,8 +1,8 @@
 """One optimizer step: forward, backward, clipping, update of the weights and their average.
 
-A step has `train.accumulate` micro-batches. Micro-batch k of rank r uses the random numbers and the
-loss normalization of rank r * accumulate + k in a run with accumulate times as many processes. The
-gradients of all micro-batches and processes are averaged, and exchanged once per step.
+A step has n = `train.accumulate` micro-batches. Micro-batch k of rank r uses the random numbers and
+the loss normalization of rank r * n + k in a run with n times as many processes. The gradients of
+all micro-batches and processes are averaged, and exchanged once per step.
 
 In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
 overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not

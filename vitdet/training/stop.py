@@ -46,7 +46,7 @@ class Stop:
         return distributed.async_max(self.received)
 
     def check(self, message: str) -> None:
-        """Raise Stopped on all ranks if one of them has received a signal; waits for all ranks."""
+        """Raise Stopped on all ranks if any rank has received a signal; waits for all ranks."""
         if signum := self.ask()():
             raise Stopped(message, signum)
 

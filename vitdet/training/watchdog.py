@@ -209,7 +209,7 @@ class Watchdog:
     def _verdict(self, late: list[int]) -> str:
         names = ", ".join(f"rank {rank} ({self._beats[rank]})" for rank in late)
         others = [f"rank {rank}: {beat}" for rank, beat in self._beats.items() if rank not in late]
-        restart = "torchrun restarts them from the last state, unless no restarts are left"
+        restart = "torchrun restarts them from the last state if restarts are left"
         return "\n".join([f"no progress: {names}; ending all ranks; {restart}", *others])
 
     def _give_up(self, store: distributed.Store | None, message: str) -> None:
