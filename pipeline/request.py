@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -157,6 +156,7 @@ def check_recipes(
     Recipe files that exist only on the cluster are checked by the first step, before data is
     prepared or GPUs are requested. In this case, the result is False.
     """
+    import vitdet
     from vitdet.config.credentials import has_credentials, hide_credentials
 
     if len(set(recipes)) < len(recipes):
@@ -169,9 +169,6 @@ def check_recipes(
                 f"{hide_credentials(text.partition('=')[0])}: the user name and password would be "
                 "visible in the run's parameters; store them in the cluster's Secret"
             )
-    package = importlib.util.find_spec("vitdet")
-    if package is None or not package.origin:
-        return False
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
@@ -185,7 +182,7 @@ def check_recipes(
             input=json.dumps([here, list(overrides), list(sweep), seeds, fetch]),
             capture_output=True,
             text=True,
-            cwd=Path(package.origin).parents[1],
+            cwd=Path(vitdet.__file__).parents[1],
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["the recipes could not be checked"]
