@@ -25,13 +25,13 @@ _CREDENTIALS = re.compile(f"{_USER}|{_USER_ONLY}|{_QUERY}", re.IGNORECASE)
 def has_credentials(address: str) -> bool:
     """Return whether an address contains a user, a password, a token or a key.
 
-    The start of a password may be mistaken for a port, as in http://USER:12/ab@HOST.
+    Returns False for http://USER:12/ab@HOST, where 12 may be a port and ab@HOST a path.
     """
     return bool(_CREDENTIALS.search(address))
 
 
 def hide_credentials(text: object) -> str:
-    """Return the text with its credentials replaced by ***."""
+    """Return the text with each credential replaced by ***."""
     return _CREDENTIALS.sub(r"\g<scheme>\g<name>***\g<at>\g<at2>", str(text))
 
 

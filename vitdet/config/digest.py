@@ -10,7 +10,7 @@ from vitdet.config.load import flatten, to_dict
 from vitdet.config.schema import Config
 from vitdet.config.sections import list_settings
 
-# settings added after version 0.1 (commit dad8b8b)
+# settings added after version 0.1
 LATER = (
     "model.mask.enabled",
     "data.max_pixels",
@@ -63,9 +63,9 @@ def digest(config: Config) -> str:
 
 
 def legacy_digest(config: Config) -> str | None:
-    """Return the digest with which version 0.1 named the folders of this config.
+    """Return the config digest that version 0.1 used in folder names.
 
-    Returns None if a setting added since then affects the weights and differs from its default.
+    Returns None if a setting in `LATER` affects the weights and differs from its default.
     """
     tree, settings, defaults = to_dict(config), list_settings(config), list_settings(type(config)())
     for key in LATER:

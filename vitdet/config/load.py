@@ -1,4 +1,4 @@
-"""Reading and writing configs: recipes, YAML files, overrides, dictionaries."""
+"""Read and write configs: recipes, YAML files, overrides and dictionaries."""
 
 import json
 import os
@@ -21,11 +21,11 @@ SEE_RECIPES = " (`vitdet config` lists all recipes)"
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the resolved config of a recipe or YAML file with overrides `section.key=value`.
+    """Return the config of a recipe or YAML file, with overrides `section.key=value` applied.
 
     Raises:
         ValueError: for an unknown recipe or setting (the message suggests known names), for a value
-            of the wrong type or out of range, and for what `check_tracking` rejects.
+            of the wrong type or out of range, and if `check_tracking` raises ValueError.
         FileNotFoundError: if the file does not exist.
     """
     config = _apply_overrides(_read(name_or_path), overrides)
@@ -36,12 +36,12 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 def load_stored(path: str | Path) -> Config:
     """Return a config that a training run or a registration saved.
 
-    Accepts `tracking` settings that `load_config` rejects, as earlier versions saved them."""
+    Accepts `tracking` settings that `load_config` rejects, since old configs may contain them."""
     return from_dict(_read(path))
 
 
 def check_tracking(tracking: TrackingConfig) -> None:
-    """Raise ValueError for settings that MLflow rejects, and for an address with credentials."""
+    """Raise ValueError for an invalid address or name, and for an address with credentials."""
     check_names(tracking)
     if has_credentials(tracking.uri):
         raise ValueError(
@@ -52,9 +52,9 @@ def check_tracking(tracking: TrackingConfig) -> None:
 
 
 def check_names(tracking: TrackingConfig) -> None:
-    """Raise ValueError for an address or a name that MLflow rejects.
+    """Raise ValueError for an invalid MLflow address, experiment name or model name.
 
-    TrackingConfig accepts such values, since old checkpoints may contain them.
+    TrackingConfig accepts invalid values, since old checkpoints may contain them.
     """
     check_address("tracking.uri", tracking.uri)
     check("tracking.experiment", ExperimentName, tracking.experiment)
@@ -64,22 +64,22 @@ def check_names(tracking: TrackingConfig) -> None:
 def override(
     config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
 ) -> Config:
-    """Return `config` with the overrides applied.
+    """Return `config` with the overrides applied. sections: names of sections to take from `other`.
 
-    The sections in `sections` come from `other`, if set. Raises ValueError as `from_dict` does."""
+    Raises ValueError for unknown settings and invalid values."""
     theirs = to_dict(other) if other else {}
     tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
     return _apply_overrides(tree, overrides)
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config as YAML, atomically."""
+    """Write the config to a YAML file atomically, with all settings."""
     with atomic_write(Path(path)) as temporary:
         temporary.write_text(dump_config(config))
 
 
 def dump_config(config: Config) -> str:
-    """Return the resolved config as YAML text; `load_config` reads it back to an equal config."""
+    """Return the config as YAML text, with all settings."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
@@ -98,7 +98,7 @@ def from_dict(tree: Mapping) -> Config:
 
 
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
-    """Return all values by override key, e.g. {'optim.lr': 0.0001}, with lists as JSON text."""
+    """Return all settings by key, e.g. {'optim.lr': 0.0001}; lists are returned as JSON text."""
     values = {key: value for key, (value, _) in list_settings(config).items()}
     return {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -132,7 +132,7 @@ def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
     for assignment in overrides:
         key, separator, text = map(str.strip, assignment.partition("="))
         if not separator or not key:
-            message = f"override {assignment!r}: expected section.key=value, as in optim.lr=2e-4"
+            message = f"override {assignment!r}: expected section.key=value, e.g. optim.lr=2e-4"
             raise ValueError(message)
         if outer := next((name for name in settings if key.startswith(f"{name}.")), None):
             raise ValueError(f"{key}: {outer} is a setting, not a section")
@@ -144,7 +144,7 @@ def _apply_overrides(tree: dict, overrides: Sequence[str]) -> Config:
 
 
 def _parse(key: str, text: str) -> object:
-    """Parse an override's value as YAML. Unquoted values of text settings are literal."""
+    """Parse an override's value as YAML. Unquoted values of text settings are not parsed."""
     default, _ = list_settings(Config()).get(key, (None, False))
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text

@@ -17,7 +17,7 @@ def between(low: int, high: int) -> Meta:
     return Meta(ge=low, le=high, description=f"be between {low} and {high}")
 
 
-# upper bounds catch typos: they are far above the values of any model or machine
+# the upper bounds catch typos; they are far above realistic values
 Seed = Annotated[int, between(0, 2**63 - 1)]
 Count = Annotated[int, between(1, 2**31 - 1)]  # number of steps or files
 Amount = Annotated[int, between(1, 1_000_000)]  # number of images, boxes or classes
@@ -26,30 +26,27 @@ Depth = Annotated[int, between(0, 1024)]  # number of layers
 Workers = Annotated[int, between(0, 1024)]  # number of processes
 NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
 Positive = Annotated[float, Meta(gt=0, description="be above 0")]
-Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be numbers above 0")]
+Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="not be empty")]
 Fraction = Annotated[float, Meta(ge=0, le=1, description="be between 0 and 1")]
 Percent = Annotated[float, Meta(ge=0, le=100, description="be between 0 and 100")]
-# with 1,000 bootstrap resamples, a tail below 1 / 1,001 contains no resample
-Confidence = Annotated[
-    float,
-    Meta(ge=0, le=0.998, description="be between 0 and 0.998, the limit of 1,000 resamples"),
-]
-Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="be numbers in 0..1")]
+# with 1,000 bootstrap resamples, the tails beyond an interval of a higher level contain no resample
+Confidence = Annotated[float, Meta(ge=0, le=0.998, description="be between 0 and 0.998")]
+Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="not be empty")]
 # MLflow accepts these names (mlflow.utils.validation) and stores up to 256 characters. Quotes and
 # backslashes would break the filter strings of model searches.
 ModelName = Annotated[
     str,
     Meta(
         pattern=r"^(?=.*\S)(?!\.\Z|\.\.)[^/:'\"\\\x00-\x1f\x7f]{1,256}\Z",
-        description="have 1 to 256 characters, not only spaces and none of them / : ' \" \\ or a "
-        "control character, and not be . or begin with ..",
+        description="have 1 to 256 characters, none of them / : ' \" \\ or a control character, "
+        "and must not be blank, equal . or begin with ..",
     ),
 ]
 ExperimentName = Annotated[
     str,
     Meta(
         pattern=r"^(?=.*\S)[^\x00-\x1f\x7f]{1,256}\Z",
-        description="have 1 to 256 characters, not only spaces, and no control character",
+        description="have 1 to 256 characters, no control characters, and must not be blank",
     ),
 ]
 # MLflow would read localhost:5000 as a folder or as the URI scheme localhost
@@ -64,14 +61,14 @@ Alias = Annotated[
     str,
     Meta(
         pattern=r"^(?![lL][aA][tT][eE][sS][tT]\Z)(?![vV]\d+\Z)[\w\-]{1,255}\Z",
-        description="have 1 to 255 letters, digits, _ or -, and not be latest or v with a number",
+        description="have 1 to 255 letters, digits, _ or -, and not be latest or v1, v2, ...",
     ),
 ]
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def check(key: str, hint: Any, value: Any) -> None:
-    """Raise ValueError for a wrong type or choice, and for a value out of range or not finite."""
+    """Raise ValueError if the value is not finite or does not match its type annotation `hint`."""
     kind, got = without_ranges(hint), list(value) if isinstance(value, tuple) else value
     item, *rest = get_args(kind) if get_origin(kind) is tuple else (kind,)
     if rest and isinstance(got, list) and rest in ([...], [item] * (len(got) - 1)):

@@ -1,8 +1,8 @@
-"""Every setting of an experiment: a tree of frozen dataclasses.
+"""All settings of an experiment: a tree of frozen dataclasses.
 
-The defaults are Detectron2's ViTDet-B Mask R-CNN on COCO (mask_rcnn_vitdet_b_100ep); comments state
-the source of other values. A recipe (a YAML file in `recipes/`) lists the settings that differ from
-the defaults; an override `section.key=value` changes a single setting.
+The defaults follow Detectron2's ViTDet-B Mask R-CNN on COCO (mask_rcnn_vitdet_b_100ep). A recipe (a
+YAML file in `recipes/`) lists the settings that differ from the defaults; an override
+`section.key=value` changes a single setting.
 """
 
 from dataclasses import dataclass, field
@@ -37,19 +37,19 @@ SELECTING = ("train.keep_best", "train.patience")
 
 @dataclass(frozen=True)
 class BackboneConfig(Section, prefix="model.backbone."):
-    """Backbone. `name` sets depth, width, number of heads and which blocks use global attention."""
+    """Backbone. `name` determines the depth, width, number of heads and global-attention blocks."""
 
     name: Literal[
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
     patch_size: Size = 16  # in pixels; also the stride of the feature map
     window_size: Annotated[int, between(0, 65_536)] = 14  # side of an attention window in tokens
-    drop_path: Fraction = 0.1  # stochastic depth: rate of the last block; rates increase linearly
+    drop_path: Fraction = 0.1  # stochastic depth rate of the last block; increases linearly from 0
     pos_embed_grid: Size = 14  # side of the position embedding in tokens: 224 / 16 in MAE
     global_attention: bool = True  # false: window attention in all blocks
     # indices of the blocks that are followed by residual convolutions (ViTDet paper)
     residual_blocks: tuple[Annotated[int, between(0, 1023)], ...] = ()
-    rel_pos_size: Size = 1024  # image side, in pixels, of the relative positions in global blocks
+    rel_pos_size: Size = 1024  # image side (pixels) of the global blocks' relative-position tables
     scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
     final_norm: bool = False  # LayerNorm after the last block (ViTAE)
 
@@ -73,7 +73,7 @@ class RPNConfig(Section, prefix="model.rpn."):
     num_convs: Depth = 2
     norm: bool = False  # LayerNorm after each convolution (ViTAE)
     divide_by_sampled: bool = False  # divide losses by the number of sampled anchors (mmdet)
-    samples: Amount = 256  # number of anchors per image in the loss
+    samples: Amount = 256  # maximum number of anchors per image in the loss
     positive_fraction: Fraction = 0.5
     iou_low: float = 0.3  # anchors with a lower IoU are background
     iou_high: float = 0.7  # anchors with at least this IoU are foreground
@@ -91,14 +91,14 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
     num_classes: Amount = 80
     ious: Fractions = (0.5,)  # minimum IoU of foreground boxes in each stage
     loss: Literal["softmax", "federated"] = "softmax"
-    samples: Amount = 512  # number of boxes per image in the loss
+    samples: Amount = 512  # maximum number of boxes per image in the loss
     positive_fraction: Fraction = 0.25
     num_convs: Depth = 4
     num_fcs: Annotated[int, between(1, 1024)] = 1
     fc_dim: Size = 1024
     norm: bool = True  # LayerNorm after each convolution
     sampling_ratio: Annotated[int, between(0, 1024)] = 0  # RoIAlign's sampling_ratio; 0: adaptive
-    federated_classes: Amount = 50  # classes sampled per step for the federated loss
+    federated_classes: Amount = 50  # number of classes per batch in the federated loss
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class ModelConfig(Section, prefix="model."):
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     norm_eps: Positive = 1e-6  # epsilon of the LayerNorms in pyramid and heads; 1e-5 in mmdet
-    # match of an object's best box if the IoU is low. own: the object that this box overlaps most,
-    # only in the RPN (Detectron2); best: the object whose best box this is (mmdet)
+    # rule for the box that has the highest IoU with an object. own: foreground in the RPN, even if
+    # the IoU is low (Detectron2); best: matched to this object in RPN and box heads (mmdet)
     low_quality: Literal["own", "best"] = "own"
     clamp_shrinking: bool = False  # limit dw and dh to at least log(16 / 1000) (mmdet)
 
@@ -138,13 +138,13 @@ class DataConfig(Section, prefix="data."):
     """Data set and augmentation.
 
     COCO's layout is ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json. LVIS's layout is
-    ROOT/annotations/lvis_v1_SPLIT.json, with each image at the path in its coco_url."""
+    ROOT/annotations/lvis_v1_SPLIT.json; coco_url contains the path of an image in ROOT."""
 
     dataset: Literal["coco", "lvis"] = "coco"
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # maximum number of images per split (with objects, see keep_empty), in order of id; 0: all
+    # maximum number of images per split, lowest ids first; 0: no limit
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # random scale; 1: longer side = image_size
@@ -152,15 +152,15 @@ class DataConfig(Section, prefix="data."):
     diagonal_crop: bool = True  # draw one number for both crop offsets; mmdet draws two
     transpose: Fraction = 0.0  # probability of transposing the image
     color_jitter: Fraction = 0.0  # maximum relative change of brightness, contrast, saturation
-    antialias: bool = True  # downscale images with antialiasing, as in PIL; mmdet does not
+    antialias: bool = True  # downscale images with antialiasing, unlike mmdet
     keep_empty: bool = False  # use training images without objects as background
-    redraw_empty: bool = False  # replace a crop without objects by another image's crop (mmdet)
+    redraw_empty: bool = False  # if a crop contains no objects, crop another image (mmdet)
     repeat_threshold: Fraction = 0.0  # oversample classes in less than this fraction of images
-    # images with more pixels are rejected before decoding; Pillow's limit is the upper bound
+    # images with more pixels are rejected before decoding; Pillow rejects more than 178,956,970
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("larger images raise an error")
     )
-    # bit depth of gray images with more than 8 bits (cameras store 12 bits in 16); 0: from the file
+    # bit depth of gray images with more than 8 bits, e.g. 12 in 16-bit files; 0: from the file
     bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
     workers: Workers = field(default=4, metadata=operational("the samples are the same"))
@@ -176,9 +176,9 @@ class OptimConfig(Section, prefix="optim."):
         default=64, metadata=operational("logs", "optim.scale_lr")
     )
     weight_decay: NonNegative = 0.1
-    # parameters without weight decay. norms: the blocks' LayerNorms and the position embedding
-    # (ViT-B, ViT-L); vectors: 1-D parameters, relative positions, position embedding (ViTAE);
-    # layer_norms: LayerNorms, position tables, no BatchNorms (mmdet's Swin); nothing: none (ViT-H)
+    # parameters without weight decay. layer_norms: LayerNorms of the backbone, position embedding,
+    # bias tables (Swin); norms: the same and BatchNorms (ViT-B, ViT-L); vectors: 1-D parameters,
+    # position embedding, relative positions (ViTAE); nothing: no parameters (ViT-H)
     undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
     layer_decay: Positive = 0.7
     steps: Count = 184_375  # 100 epochs of COCO with batch size 64
@@ -188,7 +188,7 @@ class OptimConfig(Section, prefix="optim."):
     warmup_steps: NonNegative = 250.0
     warmup_factor: Fraction = 0.001  # learning rate at step 0, as a fraction of lr
     clip: NonNegative = 0.0  # maximum gradient norm; 0: no clipping
-    ema: Fraction = 0.0  # decay of the averaged weights (evaluated and saved); 0: no averaging
+    ema: Fraction = 0.0  # decay of averaged weights, which are evaluated and saved; 0: no average
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,10 +208,10 @@ class TrainConfig(Section, prefix="train."):
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",
     ] = "vitdet"  # fmt: skip  # format of the file train.init
-    batch_size: Amount = 64  # images per step over all processes
+    batch_size: Amount = 64  # total number of images per step, over all processes
     # micro-batches per step and process (gradient accumulation)
     accumulate: Amount = field(default=1, metadata=operational("equivalent to more processes"))
-    # blocks: recompute the backbone's blocks in the backward pass; auto: if GPU memory is short
+    # blocks: recompute the backbone's blocks in the backward pass; auto: only if memory is short
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the gradients are the same")
     )
@@ -230,7 +230,8 @@ class TrainConfig(Section, prefix="train."):
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
     # save the detector with the highest value of this metric, e.g. box_ap, as best.pt; '': no file
     keep_best: str = ""
-    # stop after this many evaluations without an increase of keep_best ('': box_ap); 0: never stop
+    # stop after this many evaluations without a new best value of keep_best, or of box_ap if
+    # keep_best is ''; 0: never stop
     patience: Annotated[int, between(0, 1_000_000)] = 0
 
 
@@ -244,9 +245,9 @@ class EvalConfig(Section, prefix="evaluate."):
     batch_size: Amount = 1
     # auto: bf16 or fp16 if the device supports one of them natively, otherwise fp32
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    # use torch.compile on a GPU, which takes a minute and pays off after a few thousand images
+    # torch.compile on a GPU: takes about a minute and pays off after a few thousand images
     compile: bool = False
-    # maximum number of validation images with objects, in order of their ids; 0: all images
+    # maximum number of validation images (only images with objects, lowest ids first); 0: no limit
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
@@ -254,16 +255,14 @@ class EvalConfig(Section, prefix="evaluate."):
 class TrackingConfig(Section, prefix="tracking."):
     """MLflow settings. The environment variable MLFLOW_TRACKING_URI takes precedence over `uri`."""
 
-    uri: str = ""  # address of MLflow; '': SQLite file next to the output folder
+    uri: str = ""  # MLflow tracking URI; '': mlflow.db next to the output folder
     experiment: str = "vitdet"
     model_name: str = "vitdet"
 
 
 @dataclass(frozen=True)
 class GateConfig(Section, prefix="gate."):
-    """Conditions under which a registered detector replaces the champion.
-
-    Both detectors are evaluated on the same data. Limits are in percentage points."""
+    """Conditions under which a registered detector replaces the champion; AP is in percent."""
 
     metric: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = (
         "box_ap"
@@ -271,7 +270,7 @@ class GateConfig(Section, prefix="gate."):
     min_gain: NonNegative = 0.0  # minimum gain over the champion (exclusive)
     min_class_ap: Percent = 0.0  # minimum value of the metric for each class; 0: no limit
     max_class_loss: Percent = 100.0  # maximum drop of the metric in a class; 100: no limit
-    # level of the gain's bootstrap interval (lower bound must exceed min_gain); 0: no check
+    # confidence level of the gain's bootstrap interval, which must be above min_gain; 0: no check
     confidence: Confidence = 0.0
 
 

@@ -16,8 +16,8 @@ def operational(reason: str, *unless: str) -> dict[str, Any]:
     """Return field metadata that marks a setting as not affecting the trained weights.
 
     A training run can resume with a different value, and the names of run and checkpoint folders do
-    not depend on the setting. `reason` states why the setting does not affect the weights. Enabling
-    any setting in `unless`, such as `optim.scale_lr`, makes the marked setting affect the weights.
+    not depend on the setting. `reason` states why the setting does not affect the weights. If a
+    setting in `unless` is enabled, e.g. `optim.scale_lr`, the marked setting affects the weights.
     """
     return {"operational": reason, "unless": unless}
 
@@ -41,9 +41,10 @@ class Section:
 def list_settings(
     section: Any, operational: bool = False, root: Any = None
 ) -> dict[str, tuple[Any, bool]]:
-    """Return {key: (value, whether the setting is operational)} for all settings of a section.
+    """Return {key: (value, is_operational)} for all settings of a section; see `operational`.
 
-    operational: mark all as operational. root: config with the `unless` settings; None: `section`.
+    operational: treat every setting as operational. root: the config that contains the settings
+    named in `unless`; None: `section` is the config.
     """
     found: dict[str, tuple[Any, bool]] = {}
     root = section if root is None else root
@@ -59,10 +60,9 @@ def list_settings(
 
 
 def merge(tree: dict, kind: Any, changes: Mapping) -> None:
-    """Set values in `tree`, the dict of a section of type `kind`; merge nested sections.
+    """Merge `changes` into `tree`, the dict of a section of type `kind`, including nested sections.
 
-    Raises ValueError if a value other than a mapping would replace a section.
-    """
+    Raises ValueError if the value of a section is not a mapping."""
     for name, value in changes.items():
         section, current = kind.hints.get(name), tree.get(name)
         if not is_dataclass(section):
@@ -87,7 +87,7 @@ def convert_section(kind: Any, value: Any) -> Any:
     if hint is str and isinstance(value, int | float | None):
         return "" if value is None else str(value)
     with suppress(ValueError):  # msgspec.ValidationError is a ValueError
-        # YAML reads 1e-4 as text; 1e3 is accepted as a whole number, true is not accepted as 1
+        # PyYAML reads 1e-4 as text. 1e3 is accepted as an integer, but true is not accepted as 1.
         number = float(value) if hint in (int, float) and isinstance(value, str) else value
         if not isinstance(number, float) or math.isfinite(number):
             return convert(number, hint, strict=hint is bool)

@@ -7,7 +7,7 @@ MAX_LISTED = 16  # a hint lists at most this many names
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown name: one similar name, all names, or the nearest three."""
+    """Return a hint for an unknown name: a similar name, all names, or the three nearest."""
     many = len(known) > MAX_LISTED
     inside = [item for item in known if name and name in item] if many else []
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
