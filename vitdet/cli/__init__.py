@@ -1,7 +1,7 @@
 """The command line. Each command has a module that adds its arguments and runs the command.
 
-The function that runs a command returns the exit code. It imports packages that load slowly, such
-as torch, so that `vitdet --help` is fast. `main` prints a user error in one line.
+The function that runs a command returns the exit code. Slow imports, such as torch, are inside this
+function, so that `vitdet --help` is fast. `main` prints a user error in one line.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SIGPIPE = 141  # exit code that a shell reports for a process ended by this sign
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exit with 1 after a user error, 2 for invalid arguments, 130 after Ctrl-C."""
+    """Run a command and exit with its code; 1: user error, 2: invalid arguments, 130: Ctrl-C."""
     verb = ""
     try:
         try:
@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
-            # e.g. `vitdet weights list | head -1`: flushing the remaining output at exit must not
-            # fail
+            # after `vitdet weights list | head -1`, flushing stdout at exit must not fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = SIGPIPE
         elif message := _message(error, verb):
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # ignore Pillow's warnings: vitdet itself logs the relevant properties of an unusual image
+    # hide Pillow's warnings about images: vitdet checks images itself
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.root.handlers:
@@ -95,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _message(error: Exception, verb: str) -> str:
-    """Return the line that reports a user error; "" for a bug in vitdet."""
+    """Return the error message for a user error, in one line, or "" for a bug in vitdet."""
     kinds = {kind.__name__ for kind in type(error).__mro__}  # avoids importing torch and mlflow
     lines = hide_credentials(error).strip().splitlines() or [type(error).__name__]
     if "OutOfMemoryError" in kinds:
@@ -117,7 +116,7 @@ def _output_is_closed() -> bool:
 
 
 class _Version(argparse.Action):
-    """Print the versions of vitdet, torch and Python; imports torch only if requested."""
+    """Print the versions of vitdet, torch and Python. Imports torch only when called."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import torch

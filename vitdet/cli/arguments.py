@@ -1,4 +1,4 @@
-"""Command-line helpers that several commands share: subcommands, and arguments for paths."""
+"""Functions that add subcommands and path arguments to several commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECKPOINT = (
 
 
 def add_kind(kinds: Any, name: str, help: str, text: str = "") -> argparse.ArgumentParser:
-    """Add a command or subcommand; text: its description, by default the help text."""
+    """Add a command or subcommand. text: its description (default: the help text)."""
     return kinds.add_parser(name, help=help, description=text or f"{help[0].upper()}{help[1:]}.")
 
 

@@ -35,7 +35,7 @@ def run_config(args: argparse.Namespace) -> int:
     log_resolved(config, found)
     text = dump_config(config)
     if settings := following(explicit_settings(args.recipe, args.overrides)):
-        # `vitdet train` determines these settings again, as the data may change before training
+        # `vitdet train` determines these settings again, since the data may change before training
         text = f"{FROM_DATA}{', '.join(settings)}\n{text}"
     if args.training:
         write_json(args.training, training_settings(config))

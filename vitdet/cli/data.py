@@ -16,7 +16,7 @@ FETCH = (
     "are neither downloaded again nor overwritten. The proxies in http_proxy and https_proxy are "
     "used."
 )
-# the only setting for reading images in `data convert`, which reads sizes but not pixels
+# `vitdet data convert` reads the sizes of images but no pixels, so data.bit_depth has no effect
 LARGEST_IMAGE = ("max_pixels",)
 
 
@@ -35,16 +35,16 @@ def add_data(verb: argparse.ArgumentParser) -> None:
         _add_fetch(add_kind(kinds, name, help, FETCH.format(title)), name)
     kind = add_kind(kinds, "check", "list all problems of a data set in COCO's layout")
     add_folder(kind, "folder", "folder of the data set")
-    help = "also read every image and report images that are in two splits; uses all CPU cores"
+    help = "also read all images and report images in more than one split; uses all CPU cores"
     kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_check)
     help = "write an HTML page about a data set: counts, classes, sizes, sample images, problems"
     kind = add_kind(kinds, "report", help)
     add_folder(kind, "folder", "folder of the data set")
-    help = "HTML file to write (default: NAME.html in the current folder, for a data set DIR/NAME)"
+    help = "HTML file to write (default: NAME.html in the current folder; NAME is the name of DIR)"
     add_file(kind, "--output", help)
-    help = "also read every image, like `vitdet data check DIR --images`"
+    help = "also read all images, like `vitdet data check DIR --images`"
     kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
@@ -90,7 +90,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--format", choices=formats, help=help)
     help = "convert only these splits (default: all)"
     kind.add_argument("--splits", type=_names, default=(), metavar="A,B", help=help)
-    help = "share of images for the val split if SRC has none, e.g. 0.1 (default: %(default)s)"
+    help = "share of images for val if SRC has no val split, e.g. 0.1 (default: %(default)s)"
     kind.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=help)
     help = "random seed of --val-share (default: %(default)s)"
     kind.add_argument("--seed", type=int, default=0, help=help)

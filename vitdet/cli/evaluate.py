@@ -77,7 +77,7 @@ def _evaluate_results(args: argparse.Namespace) -> int:
         )
     if not args.results or not args.annotations:
         raise ValueError(
-            "--results and --annotations must be given together, and --dataset only with both"
+            "--results and --annotations must be given together; --dataset requires both options"
         )
     from vitdet.evaluation.evaluator import evaluate_results
     from vitdet.tracking.measured import write_metrics
@@ -97,7 +97,7 @@ def _evaluate_results(args: argparse.Namespace) -> int:
 
 
 def table(metrics: dict[str, float]) -> str:
-    """Return the metrics as a text table with a row for boxes and a row for masks, if any."""
+    """Return a text table of the metrics, with one row for boxes and one for masks."""
     shown = [key.split("_", 1) for key in metrics if key.startswith(("box_", "mask_"))]
     columns = list(dict.fromkeys(column for _, column in shown))
     rows = [["", *columns]]

@@ -16,7 +16,7 @@ READING = ("max_pixels", "bit_depth")  # settings of `data` for reading image fi
 
 
 def add_set(verb: argparse.ArgumentParser, help: str = "") -> None:
-    """Add `--set`; the default help text is for commands that accept all settings."""
+    """Add `--set`. The default help text is for commands that accept all settings."""
     verb.add_argument(
         "--set",
         action="append",
@@ -28,7 +28,7 @@ def add_set(verb: argparse.ArgumentParser, help: str = "") -> None:
 
 
 def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -> None:
-    """Add `--set` for these `data` settings to a command that reads images without a config."""
+    """Add `--set` for the `data` settings in `names` to a command that reads image files."""
     settings = " or ".join(f"data.{name}=N" for name in names)
     add_set(verb, f"override a setting for reading images, {settings}; may be repeated")
 
@@ -36,7 +36,7 @@ def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -
 def reading_with(
     overrides: Sequence[str], reading: Reading, names: Sequence[str] = READING
 ) -> Reading:
-    """Return `reading` with overrides of these `data` settings; raise ValueError for any other."""
+    """Return `reading` with overrides. Raises ValueError for a setting not in `names`."""
     from vitdet.config import Config, DataConfig, override
     from vitdet.data.images import Reading
     from vitdet.data.layout import overridden_settings

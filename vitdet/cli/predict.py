@@ -35,7 +35,7 @@ def run_predict(args: argparse.Namespace) -> int:
     targets = _targets(args.images, args.output)
     predictor = Predictor.load(args.checkpoint)
     predictor.reading = reading_with(args.overrides, predictor.reading)
-    for path in args.images:  # report unreadable images before anything is written
+    for path in args.images:  # report unreadable images before writing any output
         read_image(path, predictor.reading)
     args.output.mkdir(parents=True, exist_ok=True)
     table = {}
@@ -56,7 +56,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 
 def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Return the path of each image's drawing: folder/NAME.jpg, or NAME_2.jpg if NAME.jpg is taken.
+    """Return the path of each image's drawing: folder/NAME.jpg, or NAME_2.jpg for a repeated NAME.
 
     Raises ValueError if a drawing would overwrite one of the images.
     """

@@ -11,15 +11,15 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Redraws a line on a terminal, else prints a line per 10% (per 100 MB for unknown sizes)."""
+    """Redraws one line on a terminal; otherwise, prints a new line every 10% or 100 MB."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
         self._first: tuple[float, int] | None = None  # time and bytes at the start of this attempt
-        self._shown = (0.0, -1)  # last line: time, progress in tenths or units of 100 MB
+        self._shown = (0.0, -1)  # last line: its time, and progress in units of 10% or 100 MB
 
     def at(self, done: int, total: int | None) -> None:
-        """Show that `done` bytes of `total` have been downloaded; `total` is None if unknown."""
+        """Show that `done` of `total` bytes have been downloaded; total=None: unknown size."""
         now = time.monotonic()
         if self._first is None:
             self._first = (now, done)
@@ -29,7 +29,7 @@ class Bar:
             return
         self._shown = (now, tenth)
         text = self._text(done, total, now)
-        if terminal:  # the line must fit: a line that wraps could not be redrawn
+        if terminal:  # a line that wraps could not be redrawn
             room = shutil.get_terminal_size().columns - 1
             width = min(room - len(text) - 4, 30)
             filled = width * done // total if total else 0

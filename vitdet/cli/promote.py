@@ -54,14 +54,11 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     help = "folder of mlflow.db, if there is no MLflow server (default: %(default)s)"
     verb.add_argument("--runs", metavar="DIR", type=given_path, default=Path("runs"), help=help)
     settings = "tracking, gate, data and evaluate settings"
-    add_file(verb, "--config", f"YAML file with the {settings} (default: the version's settings)")
+    add_file(verb, "--config", f"YAML file whose {settings} replace the version's settings")
 
 
 def _read_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the config (None without --config) and the location of the MLflow store.
-
-    Raises ValueError if MLflow is not installed or the name is invalid.
-    """
+    """Return the config (None without --config) and the location of the MLflow store."""
     from vitdet.config import TrackingConfig
     from vitdet.config.ranges import ModelName, check
     from vitdet.data.layout import resolve_config

@@ -19,15 +19,15 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     help = "output folder, for model.pt, best.pt, config.yaml and checkpoints/"
     verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
     help = (
-        "parent folder of the training states to resume from, with a subfolder for each config "
-        "and data set (default: the states are in OUTPUT/checkpoints)"
+        "shared folder for the training states to resume from, with a subfolder for each training "
+        "run (default: OUTPUT/checkpoints, without subfolders)"
     )
     add_folder(verb, "--checkpoints", help)
     help = "folder with the fetched weights for train.init (default: ~/.cache/vitdet)"
     add_folder(verb, "--weights", help)
     help = "ID of a pipeline run, whose MLflow run becomes the parent of the new MLflow run"
     verb.add_argument("--group", default="", metavar="RUN", help=help)
-    help = "profile a few steps: write a trace to OUTPUT/profile and log the time of each part"
+    help = "profile a few steps: write a trace to OUTPUT/profile and log where the time is spent"
     verb.add_argument("--profile", action="store_true", help=help)
     verb.set_defaults(run=run_train)
 

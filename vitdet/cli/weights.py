@@ -32,7 +32,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     kind.set_defaults(run=run_list)
 
     kind = add_kind(kinds, "fetch", "download, verify and convert published weights", FETCH)
-    help = "name from `vitdet weights list`, or a config file, whose train.init is fetched"
+    help = "name from `vitdet weights list`, or a config file whose train.init is fetched"
     kind.add_argument("name", help=help)
     help = "folder for the weights (default: ~/.cache/vitdet, where train.init finds them)"
     add_folder(kind, "--output", help)
@@ -87,7 +87,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def _record(entry: Entry) -> dict:
-    """Return a catalog entry as JSON values; unpublished properties are null."""
+    """Return a catalog entry as a dict for JSON; unpublished properties are None."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
@@ -98,7 +98,7 @@ def _record(entry: Entry) -> dict:
 
 
 def _lines(entry: Entry) -> Iterator[str]:
-    """Yield the lines of a catalog entry: contents, source, known properties of the file."""
+    """Yield the lines that describe a catalog entry."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 

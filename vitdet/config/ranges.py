@@ -29,11 +29,11 @@ Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="not be empty")]
 Fraction = Annotated[float, Meta(ge=0, le=1, description="be between 0 and 1")]
 Percent = Annotated[float, Meta(ge=0, le=100, description="be between 0 and 100")]
-# with 1,000 bootstrap resamples, the tails beyond an interval of a higher level contain no resample
+# with 1,000 bootstrap resamples, the tails of a 99.9% interval contain no resample
 Confidence = Annotated[float, Meta(ge=0, le=0.998, description="be between 0 and 0.998")]
 Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="not be empty")]
-# MLflow accepts these names (mlflow.utils.validation) and stores up to 256 characters. Quotes and
-# backslashes would break the filter strings of model searches.
+# MLflow accepts every name that matches (mlflow.utils.validation). Quotes and backslashes are
+# excluded, since they would break the filter strings of model searches.
 ModelName = Annotated[
     str,
     Meta(

@@ -1,11 +1,11 @@
-"""CPU time of reading a training image with vitdet, with Detectron2's mapper and with Pillow.
+"""CPU time of reading a training image with vitdet, Detectron2's DatasetMapper and Pillow.
 
-All three read the same images in turn, in a single process. vitdet and Detectron2's
-DatasetMapper, if installed, read an image, apply large-scale jitter (0.1 to 2.0 times 1024), crop,
-flip, and transform boxes and masks. The mapper has the augmentations of Detectron2's ViTDet configs
-(RandomFlip, ResizeScale, FixedSizeCrop without padding) and is measured with polygons, which these
-configs use, and with bitmasks. Pillow only reads an image, resizes it to 1024 x 1024 and copies it
-into an array, as a reference for the speed of the machine. Times are user and system CPU time.
+The readers process the same images in a single process. vitdet and Detectron2 read an image, apply
+large-scale jitter (0.1 to 2.0 times 1024), crop, flip, and transform boxes and masks. Detectron2 is
+measured if it is installed, with the augmentations of its ViTDet configs (RandomFlip, ResizeScale,
+FixedSizeCrop without padding), for polygons and for bitmasks. Pillow only reads an image, resizes
+it to 1024 x 1024 and copies it into an array, as a reference for the speed of the machine. Times
+are user and system CPU time.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SIDE = 1024
 def measure(
     folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5
 ) -> dict:
-    """Return CPU milliseconds per image, as mean and minimum over `rounds` passes through all
-    images with objects, and the ratios of vitdet's mean to the means of the other readers.
+    """Return CPU milliseconds per image for each reader: mean and minimum over `rounds` passes
+    through all images with objects. `ratio` is vitdet's mean divided by another reader's mean.
 
     The splits are read from a folder in COCO's layout. Raises the errors of `read_split`, and
     ValueError for rounds below 1.
@@ -43,7 +43,7 @@ def measure(
         data = DataConfig(
             root=str(folder), train_split=split, val_split=split, image_size=SIDE, workers=0
         )
-        # cache=0, as for a data set that does not fit into memory
+        # cache=0: do not cache decoded images, as for large data sets
         stream.append(TrainData(read_split(data, split), data, seed=0, cache=0))
     records = [record for data in stream for record in data.records]
     readers: dict[str, Callable[[int], None]] = {"vitdet": lambda turn: _read_all(stream, turn)}
@@ -84,7 +84,7 @@ def _read_with_pillow(records: list[Record]) -> None:
 def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
     """Return, for each mask format, a function that reads all records with Detectron2's mapper.
 
-    Return {} if detectron2, or shapely, which it uses for cropping, is not installed.
+    Returns {} if detectron2 or shapely, which detectron2 uses to crop polygons, is not installed.
     """
     try:
         import shapely.geometry  # noqa: F401

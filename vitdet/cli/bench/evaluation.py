@@ -1,10 +1,10 @@
 """CPU time of vitdet's and pycocotools' evaluation of the same synthetic files.
 
-The files resemble COCO's validation split and a detector's results. The images have 640 x 480
-pixels and 7.3 objects on average; an image has at most three of the 80 classes. Objects have
-polygons; a few are crowds with RLE. The detections have boxes and masks (RLE of ellipses); most are
-moved and scaled copies of objects, with scores that decrease with the displacement. Times are user
-and system CPU time of this process. The two evaluations alternate.
+The files resemble COCO's validation split and a detector's results. Images have 640 x 480 pixels
+and, on average, 7.3 objects from up to three of 80 classes. The masks of objects are polygons; a
+few objects are crowds, whose masks are RLE. Detections have boxes and masks (RLE of ellipses). Most
+detections are moved and scaled copies of objects, with scores that tend to decrease with the
+displacement. Times are user and system CPU time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
 
 def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: int = 0) -> dict:
-    """Return the CPU seconds of each step for vitdet and pycocotools in their fastest round, the
+    """Return the CPU seconds of each step in the fastest round of vitdet and of pycocotools, the
     ratio of the totals, and the largest difference in a metric, in percentage points.
     """
     if min(images, detections, rounds) < 1:
@@ -86,7 +86,7 @@ def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[
             truth, found = COCO(annotations), json.loads(results.read_bytes())
         for kind, key in KINDS.items():
             with _step(seconds, "compare"):
-                # without boxes: otherwise, loadRes would use the box's area as the mask's area
+                # with boxes, loadRes would use the box's area as the mask's area
                 others = set(KINDS.values()) - {key}
                 index = truth.loadRes(
                     [{name: item[name] for name in item if name not in others} for item in found]
@@ -108,7 +108,7 @@ def _step(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def write_set(annotations: Path, results: Path, images: int, detections: int, seed: int) -> None:
-    """Write synthetic annotations and results as COCO files."""
+    """Write COCO files with synthetic annotations and results; detections: number per image."""
     rng = np.random.default_rng(seed)
     often = 1 / np.arange(1, CLASSES + 1) ** 0.8
     often /= often.sum()
@@ -143,7 +143,7 @@ def write_set(annotations: Path, results: Path, images: int, detections: int, se
 
 
 def _shapes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return random ellipses (count, 4) of about 12 to 380 pixels: center x, y and semi-axes."""
+    """Return random ellipses (count, 4): center x, center y and two semi-axes, in pixels."""
     side = np.exp(rng.uniform(np.log(12), np.log(380), count))
     aspect = np.exp(rng.normal(0, 0.4, count))
     x, y = rng.uniform(0, WIDTH, count), rng.uniform(0, HEIGHT, count)

@@ -1,9 +1,8 @@
 """Speed of detection: from images to detections on the device, and to COCO results with RLE.
 
-With random weights, no score is above `evaluate.score_threshold`. Therefore the class logits are
-scaled up until an image has `evaluate.max_detections` detections; the workload of the mask head and
-of the conversion is then similar to that on LVIS. The time in a row is the time from one call to
-the next (on a GPU, measured with CUDA events), including copying images to the device.
+With random weights, a detector may find nothing, so that the mask head would process no RoIs.
+Therefore the class logits are scaled up so that an image has up to `evaluate.max_detections`
+detections. Times are measured from one call to the next and include copying images to the device.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from vitdet.training.precision import autocast
 from vitdet.types import Batch, Detections
 
 WARM = 3  # number of warm-up calls
-SCALES = (1, 4, 16, 32, 64)  # factors for the class logits; the smallest sufficient factor is used
+SCALES = (1, 4, 16, 32, 64)  # factors of the class logits, tried in this order
 
 
 def measure_inference(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """Measure detection at these batch sizes and precisions; see `measurement.measured`."""
+    """Measure detection for these batch sizes and precisions; see `measurement.measured`."""
     detector = new_detector(config, device).eval()
     image = images_for(config, 1).to(device)
     detections = let_detect(detector, image)
@@ -46,8 +45,8 @@ def measure_inference(
 
 @torch.no_grad()
 def let_detect(detector: Detector, batch: Batch) -> int:
-    """Scale the class logits by the smallest of SCALES with which the image of `batch` has the
-    maximum number of detections, or by the largest if none suffices; return the number found.
+    """Scale the class logits by increasing factors (SCALES) until the image in `batch` has the
+    maximum number of detections or the last factor is reached; return the number of detections.
     """
     layers = [stage.get_submodule("logits") for stage in detector.roi_heads.stages]
     drawn = [layer.get_parameter("weight").clone() for layer in layers]
@@ -67,8 +66,8 @@ def measure_calls(
 ) -> dict:
     """Return the table row for one batch size and precision; see `measurement.call_row`.
 
-    The additional key results_per_second is the speed of detection and conversion to COCO results,
-    in images per second, without reading images or comparing results with the ground truth.
+    The additional key results_per_second is the number of images per second for detection and
+    conversion to COCO results, without reading images or computing AP.
     """
     peak = peak_memory(device)
     find = GraphedDetector(detector, lambda: autocast(precision, device))

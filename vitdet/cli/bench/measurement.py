@@ -21,12 +21,12 @@ from vitdet.models.vit import Block
 from vitdet.training.meter import memory
 from vitdet.training.precision import chosen, tf32
 
-# device type -> side of the square matrices whose product is timed (0.1 s on a CPU)
+# device type -> side of the square matrices whose product is timed
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# CUDA calls in which the host waits, except cudaDeviceSynchronize, which only the benchmark calls
+# CUDA calls that block the host; not cudaDeviceSynchronize, which only the benchmark calls
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-COUNTED = 2  # number of steps for counting kernels, after the timed steps
+COUNTED = 2  # number of steps, after the timed steps, in which kernels are counted
 GIB = 2**30
 # column of the report -> format of its values
 SHOWN = {
@@ -56,7 +56,7 @@ class Clock:
         self._marks: list = []
 
     def mark(self) -> None:
-        """Mark the current time; on a GPU, the time when the work queued so far is complete."""
+        """Mark the current time; on a GPU, the time at which all work queued so far is complete."""
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -96,9 +96,9 @@ def call_row(
     warm: int,
     peak: Callable[[], float],
 ) -> dict:
-    """Return the median ms, mean images_per_second, peak_gib and the values of `counted` for calls
-    that process `images` images each.
-    """
+    """Return median ms, mean images_per_second, peak_gib and the values of `counted`.
+
+    images: number of images per call. warm: number of warm-up calls. peak: see `peak_memory`."""
     times = timed(call, device, steps, warm)
     with counted(device, COUNTED) as counts:
         for _ in range(COUNTED if device.type == "cuda" else 0):
@@ -112,7 +112,7 @@ def call_row(
 
 
 def product_rate(precision: str, device: torch.device) -> float:
-    """Return the FLOP/s of multiplying large random square matrices in this precision."""
+    """Return the speed, in FLOP/s, of multiplying large square matrices in this precision."""
     side = PRODUCT[device.type]
     left, right = torch.randn(2, side, side, device=device, dtype=DTYPES[precision])
     milliseconds = statistics.median(timed(lambda: left @ right, device, 10, warm=3))
@@ -120,11 +120,11 @@ def product_rate(precision: str, device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> Callable[[], float]:
-    """Return a function that returns the peak memory in GiB: allocated on the GPU since this call,
-    or, on a CPU, used by the process.
+    """Return a function that returns the peak memory in GiB: on a GPU, of torch's allocations since
+    the call of `peak_memory`; on a CPU, of the process since its start.
     """
     if device.type == "cuda":
-        gc.collect()  # frees models of earlier rows, which are in reference cycles
+        gc.collect()  # frees earlier models, which are in reference cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return lambda: memory(device) / GIB
@@ -132,10 +132,10 @@ def peak_memory(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
-    """Record kernels (including copies), launches, host waits and busy ms per step on a GPU.
+    """Measure kernels (including copies), launches, host waits and busy ms per step on a GPU.
 
-    The yielded dictionary is filled at the end of the context; on a CPU, it remains empty.
-    """
+    The yielded dictionary is filled at the end of the context, in which `steps` steps must run; on
+    a CPU, the dictionary remains empty."""
     found: dict[str, float] = {}
     if device.type != "cuda":
         yield found
@@ -199,13 +199,13 @@ def measured(
     flops: float,
     measure: Callable[[Config, str, int], dict],
 ) -> dict:
-    """Measure each batch size and precision; return the results in the format of `summary`.
+    """Measure each batch size with each precision; return the results in the format of `summary`.
 
     Args:
         section: config section whose precision is set, "train" or "evaluate".
         flops: FLOPs per image.
         measure: called with the config, the resolved precision and the batch size; returns a
-            row with images_per_second. If memory runs out, the row contains "error" instead.
+            row with images_per_second. If GPU memory runs out, the row contains "error" instead.
     """
     rows: list[dict] = []
     rates: dict[str, float] = {}
@@ -228,7 +228,7 @@ def measured(
 def summary(
     device: torch.device, flops: float, rates: dict[str, float], rows: Sequence[dict]
 ) -> dict:
-    """Return the JSON content of a benchmark: rows, device, and the product rates used for MFU."""
+    """Return the JSON content of a benchmark. rates: FLOP/s of matrix products by precision."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
@@ -241,7 +241,7 @@ def summary(
 
 
 def report(table: dict) -> str:
-    """Return the result of `summary` as text: one line about the device, and a table."""
+    """Return the result of `summary` as text: a line about the device, then a table of the rows."""
     rates = ", ".join(
         f"{name} {rate:.4g} TFLOP/s" for name, rate in table["product_tflops"].items()
     )

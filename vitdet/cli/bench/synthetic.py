@@ -1,10 +1,9 @@
 """Synthetic training images, which make benchmarks independent of reading and decoding data.
 
-An image is smooth noise with about eight polygons. Each polygon has one color, 8 to 40 points and
-side lengths that are log-uniform between 1/25 and 1/2 of the image side. The number and sizes of
-objects are similar to those in COCO after scale jitter. With random weights, proposals miss the
-objects, and the mask head would process hardly any RoIs. `lay_on_objects` therefore makes the RPN
-return proposals that resemble a trained detector's proposals.
+An image is smooth noise with about eight polygons. Each polygon has one color and 8 to 40 points.
+The number and sizes of objects are similar to those in COCO after scale jitter. With random
+weights, proposals miss the objects, and the mask head would process hardly any RoIs. Therefore
+`lay_on_objects` makes the RPN return proposals that overlap the objects.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from vitdet.models.rpn import Anchored, Proposals
 from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number of objects per image
-SIDES = (0.04, 0.5)  # range of an object's side length, relative to the image side
-ORIGINAL = 0.54  # relative side of the original image: 553 of 1024, about the area of 640 x 480
-CELL = 32  # side of a cell of the noise, in pixels
-SHARE = 0.2  # share of proposals on objects: more than enough for the foreground samples
-SHIFT = 0.09  # standard deviation of coordinates / box side; IoUs with objects: 0.6 to 0.9
+SIDES = (0.04, 0.5)  # range of the width and height of a polygon, relative to the image side
+ORIGINAL = 0.54  # side of the original image / canvas side: 553 / 1024, about the area of 640 x 480
+CELL = 32  # cell size of the noise, in pixels
+SHARE = 0.2  # share of proposals that overlap objects
+SHIFT = 0.09  # standard deviation of coordinates / box side; the IoUs are about 0.6 to 0.9
 
 
 def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
@@ -48,7 +47,7 @@ def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Ten
 
 
 def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> None:
-    """Make the detector's RPN replace its last proposals with boxes on the objects of `batch`."""
+    """Make the RPN replace a share of its proposals with boxes that overlap objects in `batch`."""
     propose, most = detector.rpn.propose, detector.rpn.top_train[1]
     side, count = batch.images.shape[-1], max(1, int(SHARE * most))
     laid = torch.stack([boxes_on_objects(target.boxes, count, side) for target in batch.targets])
@@ -66,7 +65,7 @@ def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> No
 
 
 def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: int) -> Sample:
-    """Draw a random image on `canvas` (3, S, S) uint8; return its targets and sizes."""
+    """Draw a random image on `canvas` (3, S, S) uint8; return its sample, see `Sample`."""
     side = canvas.shape[1]
     cells = rng.integers(64, 192, (max(side // CELL, 1), max(side // CELL, 1), 3), np.uint8)
     picture = Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)
@@ -87,7 +86,7 @@ def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: 
 
 
 def _outline(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Return the points (P, 2) of a random polygon that does not intersect itself."""
+    """Return the points (P, 2) of a random polygon in an image of `side` pixels."""
     low, high = np.log(SIDES)
     sides = np.exp(rng.uniform(low, high, 2)) * side
     corner = rng.uniform(0, 1, 2) * (side - sides)

@@ -1,9 +1,9 @@
 """Speed of training steps, measured in the loop of `vitdet train` on synthetic images.
 
 The loop reads batches from a `Stream` instead of the loader; the stream records when each step
-requests its first batch. The time of a step is the time between two such requests (on a GPU,
-between CUDA events). It includes copying the batch, the optimizer step and weight averaging, but no
-evaluation, saving or logging. All steps use the same batch.
+requests its first batch. The time of a step is the time from this request to that of the next step,
+measured with CUDA events on a GPU. The time includes copying the batch to the device, the optimizer
+step and weight averaging, but no evaluation, saving or logging. All steps use the same batch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from vitdet.training.trainer import Loop
 from vitdet.training.watchdog import Watchdog
 from vitdet.types import Batch
 
-# device type -> number of warm-up steps, which allocate memory, and choose and compile kernels
+# device type -> number of warm-up steps, in which memory is allocated and kernels are compiled
 WARM = {"cuda": 12, "cpu": 2}
-# settings that disable logging, saving and evaluation: the intervals exceed the number of steps
+# disable logging, saving and evaluation with intervals longer than the measurement
 RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
 
 
@@ -74,7 +74,7 @@ class Stream:
 def measure_training(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """Measure training steps at these batch sizes and precisions; see `measurement.measured`."""
+    """Measure training steps for these batch sizes and precisions; see `measurement.measured`."""
     needed = WARM[device.type] + steps + COUNTED + 1
     config = override(config, [f"optim.steps={max(config.optim.steps, needed)}", *RARELY])
 
@@ -88,7 +88,7 @@ def measure_training(
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     """Return the table row for one batch size and precision; see `measurement.call_row`.
 
-    Additional keys are reserved_gib, the GPU memory reserved by the allocator, and warm_up_s.
+    Additional keys: reserved_gib (GPU memory reserved by torch's allocator) and warm_up_s.
     """
     detector = new_detector(config, device).train()
     parts = config.train.accumulate
@@ -130,7 +130,7 @@ def training_flops(config: Config, device: torch.device) -> float:
 
 
 def new_detector(config: Config, device: torch.device) -> Detector:
-    """Return the recipe's detector with random weights, which are generated on the device."""
+    """Return the recipe's detector with random weights on the device."""
     torch.manual_seed(config.train.seed)
     with device:
         return build_detector(config.model, config.evaluate).to(device)

@@ -1,4 +1,4 @@
-"""`vitdet compare`: test whether detectors differ in AP, and show how their runs differ."""
+"""`vitdet compare`: test whether detectors differ in AP, and list differing settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dataset", choices=("coco", "lvis"), help=help)
     help = (
         "URI of the MLflow server; the environment variable MLFLOW_TRACKING_URI takes precedence "
-        "(default: mlflow.db in the current folder)"
+        "(default: for a checkpoint, its own store; for a run, mlflow.db in the current folder)"
     )
     verb.add_argument("--tracking-uri", default="", metavar="URI", help=help)
     help = "number of bootstrap resamples of the images (default: %(default)s)"

@@ -30,9 +30,9 @@ class Compared:
 
     Attributes:
         matches: matches by kind ("bbox", "segm").
-        protocol: None for a results file, whose evaluation settings are unknown.
+        protocol: data and settings of the evaluation; None for a results file.
         settings: settings of the training run as text, by key; {} for a results file.
-        metrics: last values of the MLflow run's metrics; {} if no run can be read.
+        metrics: last values of the MLflow run's metrics; {} if no run was read.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Compared:
 
 
 class Reader:
-    """Reads inputs. uri: MLflow server ("": default). annotations, dataset: for results files."""
+    """Reads inputs. uri: MLflow tracking URI. annotations, dataset: for results files."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
@@ -58,7 +58,7 @@ class Reader:
             return self._results(path)
         if (path / "config.yaml").is_file():
             return self._checkpoint(result(path))
-        if path.suffix == ".pt" or path.is_file():  # other suffixes may be part of a run's name
+        if path.suffix == ".pt" or path.is_file():  # a run's name may contain dots
             return self._checkpoint(path)
         return self._run(name)
 
@@ -117,7 +117,7 @@ class Reader:
 
 
 def check_comparable(compared: Sequence[Compared]) -> None:
-    """Raise ValueError if inputs have different validation data or evaluation settings."""
+    """Raise ValueError if validation data or evaluation settings differ, as far as they are known."""
     known = [(item.name, item.protocol) for item in compared if item.protocol is not None]
     for name, protocol in known[1:]:
         first, expected = known[0]
@@ -135,7 +135,7 @@ def check_comparable(compared: Sequence[Compared]) -> None:
 def _fetch(
     name: str, uri: str, folder: Path, target: Path, tries: int | None = None
 ) -> tuple[StoredRun, Path]:
-    """Download a run's matches, if any, to `target`; return the run and the folder with them."""
+    """Download the matches of a run to `target`; return the run and the folder of the files."""
     from vitdet.tracking.lookup import download_file, find_run, open_store
 
     client = open_store(uri, folder, tries)
@@ -143,7 +143,7 @@ def _fetch(
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
         path = download_file(client, uri, folder, run.run_id, f"{MATCHES_FOLDER}/{file}", target)
-        downloaded = path.parent if path else downloaded  # a store may add subfolders
+        downloaded = path.parent if path else downloaded  # the store may create subfolders
     return run, downloaded
 
 

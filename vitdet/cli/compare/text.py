@@ -27,7 +27,7 @@ RESOURCES = {
 def comparison_text(
     compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> str:
-    """Return the comparison of all inputs with the first, given the bootstrap results by kind."""
+    """Return Markdown that compares all inputs with the first. resampled: results by kind."""
     names, matches = _names(compared), next(iter(compared[0].matches.values()))
     resamples = len(next(iter(resampled.values()))[0].resampled)
     protocol = next((item.protocol for item in compared if item.protocol), None)
@@ -129,8 +129,8 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Return the section with the mean and standard deviation of AP over runs that differ only in
-    the seed or in settings that do not affect training; [] if there are no such runs.
+    """Return the section on groups of runs with different seeds and otherwise equal training
+    settings, or [] if there are no such groups.
     """
     groups = defaultdict(list)
     for index, item in enumerate(compared):
@@ -151,7 +151,7 @@ def _seeds(
 
 
 def _training(settings: Mapping[str, str]) -> tuple:
-    """Return the settings that affect training, except the seed; () if they are unknown."""
+    """Return the settings that affect the weights, except the seed; () if they are unknown."""
     try:
         config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
     except ValueError:  # the settings are from another version of vitdet
