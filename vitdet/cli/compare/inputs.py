@@ -117,7 +117,7 @@ class Reader:
 
 
 def check_comparable(compared: Sequence[Compared]) -> None:
-    """Raise ValueError if validation data or evaluation settings differ, as far as they are known."""
+    """Raise ValueError if the known validation data or evaluation settings of inputs differ."""
     known = [(item.name, item.protocol) for item in compared if item.protocol is not None]
     for name, protocol in known[1:]:
         first, expected = known[0]
