@@ -1,4 +1,4 @@
-"""Functions that add subcommands and path arguments to several commands."""
+"""Functions that add subcommands and path arguments."""
 
 from __future__ import annotations
 

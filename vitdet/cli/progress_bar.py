@@ -16,7 +16,7 @@ class Bar:
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
         self._first: tuple[float, int] | None = None  # time and bytes at the start of this attempt
-        self._shown = (0.0, -1)  # last line: its time, and progress in units of 10% or 100 MB
+        self._shown = (0.0, -1)  # time of the last line, and its progress in units of 10% or 100 MB
 
     def at(self, done: int, total: int | None) -> None:
         """Show that `done` of `total` bytes have been downloaded; total=None: unknown size."""

@@ -32,8 +32,8 @@ Percent = Annotated[float, Meta(ge=0, le=100, description="be between 0 and 100"
 # with 1,000 bootstrap resamples, the tails of a 99.9% interval contain no resample
 Confidence = Annotated[float, Meta(ge=0, le=0.998, description="be between 0 and 0.998")]
 Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="not be empty")]
-# MLflow accepts every name that matches (mlflow.utils.validation). Quotes and backslashes are
-# excluded, since they would break the filter strings of model searches.
+# MLflow accepts every name that matches the pattern (mlflow.utils.validation). Quotes and
+# backslashes are excluded, since they would break the filter strings of model searches.
 ModelName = Annotated[
     str,
     Meta(

@@ -24,7 +24,7 @@ from vitdet.training.precision import chosen, tf32
 # device type -> side of the square matrices whose product is timed
 PRODUCT = {"cuda": 8192, "cpu": 1024}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# CUDA calls that block the host; not cudaDeviceSynchronize, which only the benchmark calls
+# CUDA calls that block the host. cudaDeviceSynchronize is left out: only the benchmark calls it.
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 COUNTED = 2  # number of steps, after the timed steps, in which kernels are counted
 GIB = 2**30

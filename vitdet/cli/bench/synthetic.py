@@ -24,7 +24,7 @@ SIDES = (0.04, 0.5)  # range of the width and height of a polygon, relative to t
 ORIGINAL = 0.54  # side of the original image / canvas side: 553 / 1024, about the area of 640 x 480
 CELL = 32  # cell size of the noise, in pixels
 SHARE = 0.2  # share of proposals that overlap objects
-SHIFT = 0.09  # standard deviation of coordinates / box side; the IoUs are about 0.6 to 0.9
+SHIFT = 0.09  # coordinate noise: standard deviation / box side, for IoUs of about 0.6 to 0.9
 
 
 def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
@@ -38,7 +38,7 @@ def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
 
 
 def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Tensor:
-    """Return boxes (count, 4) that overlap `boxes` (G, 4) as a trained detector's proposals do."""
+    """Return boxes (count, 4) that overlap `boxes` (G, 4), like proposals of a trained detector."""
     generator = torch.Generator().manual_seed(seed)
     chosen = boxes[torch.arange(count) % len(boxes)]
     sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)

@@ -96,7 +96,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     lay_on_objects(detector, batch, device)
     stream, stop = Stream(batch, device, steps, parts), Stop()
     peak = peak_memory(device)
-    saver = Saver(Checkpoints(Path(), 1))  # required by the loop, but never saves
+    saver = Saver(Checkpoints(Path(), 1))  # the loop requires a saver; this one never saves
     loop = Loop(
         config, detector, stream, Tracker(), saver, {}, device, stop, Watchdog(stop), Path()
     )

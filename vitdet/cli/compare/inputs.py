@@ -43,7 +43,7 @@ class Compared:
 
 
 class Reader:
-    """Reads inputs. uri: MLflow tracking URI. annotations, dataset: for results files."""
+    """Reads inputs. uri: MLflow tracking URI. annotations, dataset: options for results files."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
