@@ -19,8 +19,8 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     help = "output folder, for model.pt, best.pt, config.yaml and checkpoints/"
     verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
     help = (
-        "shared folder for the training states to resume from, with a subfolder for each training "
-        "run (default: OUTPUT/checkpoints, without subfolders)"
+        "shared folder for the training states to resume from, with a subfolder for each config, "
+        "data set and initial weights (default: OUTPUT/checkpoints, without subfolders)"
     )
     add_folder(verb, "--checkpoints", help)
     help = "folder with the fetched weights for train.init (default: ~/.cache/vitdet)"
