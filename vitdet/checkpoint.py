@@ -34,9 +34,11 @@ from vitdet.models import Detector, build_detector
 
 FORMAT = "vitdet detector, version 1"
 STATE = "vitdet training state, version 4"
-STATE_3 = "vitdet training state, version 3"  # without the best evaluation
-STATE_2 = "vitdet training state, version 2"  # without the fp16 gradient scaler
-STATE_1 = "vitdet training state, version 1"  # like version 2, but with different random numbers
+# Version 3 lacks the best evaluation. Versions 1 and 2 also lack the fp16 gradient scaler; in
+# version 1, the random numbers were derived differently.
+STATE_3 = "vitdet training state, version 3"
+STATE_2 = "vitdet training state, version 2"
+STATE_1 = "vitdet training state, version 1"
 STATES = (STATE, STATE_3, STATE_2, STATE_1)
 # torch's messages after an incomplete write
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
@@ -48,19 +50,19 @@ MODEL = {
     "run_id": str | None,
     "step": int,
 }
-OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults for files of other programs
+OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # defaults of optional keys
 TRAINING = {
     **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
     **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
 }
-HEADER = "vitdet_detector"  # .safetensors metadata key of all content except the weights
+HEADER = "vitdet_detector"  # .safetensors metadata key: all content except the weights, as JSON
 MISSING = object()
 MODIFIED = "the file was modified after `vitdet train` wrote it, or written by another program"
 log = logging.getLogger(__name__)
 
 
 class DamagedError(ValueError):
-    """Raised for a file that is truncated or does not match its checksums."""
+    """Raised for a truncated or damaged file."""
 
 
 def save(path: Path, content: dict) -> None:
@@ -83,8 +85,8 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        DamagedError: the file is truncated or damaged.
-        ValueError: the file has another format, could run code, or does not fit in memory.
+        DamagedError: the file is truncated, damaged or not a zip archive.
+        ValueError: the file has an unexpected format, could run code, or does not fit in memory.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -117,10 +119,10 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
 
 
 def load_model_file(path: str | Path) -> dict:
-    """Return {config, class_names, model, run_id, step, fingerprints} of a trained detector.
+    """Return a trained detector's config, class_names, model (the weights), run_id and step.
 
-    Reads .pt files, and .safetensors files that `save_safetensors` wrote. Files of vitdet 0.1
-    contain a dataset_digest instead of fingerprints. Raises the errors of `load`.
+    The dict also contains the other keys of the file. Reads .pt files, and .safetensors files that
+    `save_safetensors` wrote. Raises the errors of `load`.
     """
     read = _load_safetensors if Path(path).suffix == ".safetensors" else load
     content = OPTIONAL | read(Path(path), FORMAT)
@@ -142,7 +144,7 @@ def save_safetensors(path: Path, content: dict) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a .safetensors file whose bytes depend only on the tensors and the metadata.
 
-    safetensors writes the metadata in random order; sorting does not change the header's length.
+    safetensors writes the metadata in random order; this function sorts it in the written file.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, metadata=metadata)
@@ -174,7 +176,7 @@ def _load_safetensors(path: Path, expected: str) -> dict:
 
 
 def _remove_credentials(path: Path, content: dict) -> None:
-    """Remove the tracking server's user name and password, which vitdet 0.1 stored."""
+    """Remove the tracking server's user name and password, which vitdet 0.1 stored in files."""
     match content:
         case {"config": {"tracking": {"uri": str(uri)} as tracking} as config}:
             if (kept := without_credentials(uri)) != uri:
@@ -224,7 +226,7 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
         if not (isinstance(name, str) and isinstance(weight, Tensor)) or weight.is_complex()
     ]
     if invalid:
-        found = f"the weight {invalid[0]!r} is not a real-valued tensor with a string as name"
+        found = f"the weight {invalid[0]!r} is not a real-valued tensor with a string key"
         raise ValueError(f"{path}: {found} (invalid weights: {len(invalid)}); {MODIFIED}")
     try:
         detector.load_state_dict(weights)
@@ -236,7 +238,7 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
 class Checkpoints:
     """A folder of training states; only the last `keep` states are kept.
 
-    damaged: {path: reason} of the files that `latest` skipped.
+    The attribute `damaged` contains {path: reason} for the files that `latest` skipped.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -261,7 +263,7 @@ class Checkpoints:
     def save(self, step: int, content: dict) -> Path:
         """Write the state after `step` steps and remove all but the last `keep` states."""
         path = self.folder / f"step_{step:08d}.pt"
-        _evaluation_of(path).unlink(missing_ok=True)  # left by a removed state
+        _evaluation_of(path).unlink(missing_ok=True)  # belongs to an earlier state of this step
         save(path, {"format": STATE, "step": step, **content})
         # .step_*.tmp: left by a killed process of vitdet 0.1
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:
@@ -286,7 +288,7 @@ class Checkpoints:
         return sorted(self.folder.glob(f"step_{'[0-9]' * 8}.pt"))
 
     def newest(self) -> int:
-        """Return the step of the newest state, damaged or not; 0 if there is none."""
+        """Return the step of the newest state, damaged or not; 0 if there are no states."""
         return max(map(_step_of, self.all()), default=0)
 
     def latest(self, verify: bool = True, up_to: int | None = None) -> dict | None:
@@ -319,7 +321,7 @@ class Checkpoints:
         """
         for path, reason in sorted(self.damaged.items()):
             kept, step = path.with_name(f"{path.name}.damaged"), _step_of(path)
-            lost = f"the metrics after step {step} are lost; step {step} is evaluated again"
+            lost = f"the metrics of step {step} are lost; the evaluation is repeated"
             path.replace(kept)
             if path.suffix == ".pt":
                 lost = f"resuming from step {start}; the steps up to {step} are repeated"
@@ -338,12 +340,10 @@ def _is_zip(path: Path) -> bool:
 
 
 def _step_of(path: Path) -> int:
-    """Return the step in the file name of a state or its evaluation."""
     return int(path.stem.removeprefix("step_"))
 
 
 def _evaluation_of(state: Path) -> Path:
-    """Return the path of the file that `Checkpoints.save_evaluation` writes."""
     return state.with_suffix(".json")
 
 

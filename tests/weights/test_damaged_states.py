@@ -130,7 +130,7 @@ def test_a_damaged_evaluation_affects_only_the_evaluation(
     assert states.latest() == {"format": STATE, "step": 4, "evaluated": 0}
     states.set_aside(4)
     (said,) = caplog.messages
-    assert said.startswith(f"{path}: ") and "the metrics after step 4 are lost" in said
+    assert said.startswith(f"{path}: ") and "the metrics of step 4 are lost" in said
     assert names(tmp_path) == ["step_00000004.json.damaged", "step_00000004.pt"]
 
 

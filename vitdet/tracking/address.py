@@ -45,12 +45,12 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 def _use_step_secret() -> None:
     """Set MLflow's variables from the pipeline step's Secret unless MLFLOW_TRACKING_URI is set.
 
-    The pipeline passes the Secret as VITDET_MLFLOW_*: the MLflow plugin of Kubeflow Pipelines
-    2.17 sets MLFLOW_*, and the API server rejects pods and jobs that set a variable twice.
+    The pipeline passes the Secret as VITDET_MLFLOW_*, since the MLflow plugin of Kubeflow
+    Pipelines 2.17 sets MLFLOW_*.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return
-    for name in VARIABLES:  # never combine the Secret's address with credentials from elsewhere
+    for name in VARIABLES:  # never combine the Secret's address with other credentials
         os.environ.pop(name, None)
         if value := os.environ.get(f"{STEP}{name}"):
             os.environ[name] = value

@@ -4,13 +4,12 @@ Metrics are comparable only if they were measured on the same validation data wi
 settings. Otherwise, the champion is evaluated again with the candidate's data and settings, and the
 result is stored with the champion's version.
 
-Processes that share a folder promote one at a time. Processes without a shared folder can promote
-at the same time, as MLflow cannot set an alias conditionally. Each process records its promotion in
-a tag and reads all records; if its version is the best, it sets the alias and reads the records
-again. If a version promoted in the meantime is better, or if a user forced or restored a version in
-place of the same champion, the process sets the alias to that version and reads the records again.
-The process that sets the alias last therefore sets it to the best version; until then, the alias
-may refer to another version. If a process is interrupted, promote the better version again.
+Processes that share a folder promote one after the other. Other processes can promote at the same
+time, as MLflow cannot set an alias conditionally. Each process first records its promotion in a
+tag. If its version is the best of all recorded versions, the process sets the alias, reads the
+records again, and corrects the alias until it refers to the best version. A version that a user
+forced or restored in place of the same champion counts as the best. If a process is killed before
+it has corrected the alias, promote the best version again.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# (checkpoint, folder) -> metrics; writes the plots and matches of the evaluation to the folder.
+# Evaluates a checkpoint; writes plots and matches to the folder and returns the metrics.
 Evaluate = Callable[[Path, Path], Mapping[str, float | None]]
 
 
@@ -70,7 +69,7 @@ def is_known(
 ) -> bool:
     """Return True if the champion's evaluation under this protocol is stored or no champion exists.
 
-    Raises ConnectionError if MLflow does not respond, like the other functions that query MLflow.
+    Raises ConnectionError if MLflow does not respond, like the other functions of this module.
     """
     model = _Model(connect(uri, folder), model_name, protocol, gate)
     champion = model.champion()
@@ -115,14 +114,13 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the champion under the same protocol.
 
-    Unless `flaw` returns a reason, the candidate passes if there is no champion or if it is the
-    champion itself. A rolled-back candidate, or a candidate with the champion's AP, does not
-    pass.
+    If `flaw` returns a reason, the candidate does not pass. Otherwise, it passes if there is no
+    champion or if it is the champion. A rolled-back version does not replace the champion.
 
     Args:
         evaluated: An earlier result of `evaluate_champion`, used if `evaluate` is not passed.
-        evaluate: Evaluates the champion if no evaluation under this protocol is stored. In that
-            case, the candidate is rejected if neither `evaluate` nor `evaluated` is passed.
+        evaluate: Evaluates the champion if no evaluation under this protocol is stored. Without
+            `evaluate` and `evaluated`, the candidate is then rejected.
         version: The candidate's version; "" if it is not registered.
     """
     model = _Model(connect(uri, folder), model_name, protocol, gate)
@@ -273,7 +271,7 @@ class _Model:
         version: str,
         evaluate: Callable[[ModelVersion], Evaluated | None],
     ) -> Verdict:
-        """Compare a candidate with the champion, as the function `judge` does."""
+        """Compare a candidate with the champion; see the function `judge`."""
         client, gate = self.client, self.gate
         if reason := flaw(gate, candidate):
             return Verdict(False, reason)
@@ -310,8 +308,8 @@ class _Model:
     def best(self, event: Event, ap: float) -> tuple[float, str]:
         """Return (AP, version) of the best version: the promoted version or one of its rivals.
 
-        In a tie, the oldest version is the best. A version that a user forced or restored in place
-        of the same champion gets an infinite AP.
+        In a tie, the version with the lowest number is the best. A version that a user forced or
+        restored in place of the same champion has infinite AP.
         """
         found = [(ap, event.version)]
         for rival in history.rivals(events(self.client, self.model_name), event):

@@ -1,8 +1,8 @@
-"""An MLflow client that can retry requests; it raises built-in exceptions with one-line messages.
+"""An MLflow client that can retry requests and raises exceptions with one-line messages.
 
-MLflow's HTTP client (urllib3) retries requests after a lost connection and after status 408, 429
-and 5xx, with a back-off or after the time in Retry-After. It reads the number of retries from the
-environment for each request. During training, requests are not retried, as
+MLflow's HTTP client (urllib3) retries requests after a lost connection and after some HTTP errors,
+e.g. 429 and 503, with a back-off or after the time in Retry-After. MLflow reads the number of
+retries from the environment for each request. During training, requests are not retried, as
 `vitdet.tracking.shipper` sends the records again later. Commands enable retries with `repeating`.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from vitdet.tracking.address import hide_credentials
 
-# Attempts. The pauses of 0, 2, 4, ... seconds last a minute in total, enough for a server restart.
+# Attempts per request; the pauses of 0, 2, 4, 8, 16 and 32 s are enough for a server restart.
 TRIES = 7
 BACK_OFF = "1"
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
@@ -35,18 +35,18 @@ USER_SETTINGS = {
     for name in (RETRIES, FACTOR)
     if os.environ.get(name, NO_RETRIES) != NO_RETRIES
 }
-# Requests that are not retried: if only the response was lost, they have succeeded; see `create`.
+# Requests that are not retried, as a request without a response may have succeeded; see `create`.
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
-DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
-# MLflow and its libraries for HTTP, databases and artifact stores: MLflow does not convert all of
-# their exceptions to its own.
+DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # HTTP 401 and 403
+# MLflow and its libraries for HTTP, databases and artifact stores. MLflow does not convert all
+# exceptions of these libraries.
 LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
 # SQLAlchemy's exceptions for an invalid database URI; an OperationalError may be temporary.
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
-# All threads share the environment and the loggers, so only one thread at a time may change them.
+# All threads share the environment and the loggers; a thread that changes these holds this lock.
 LOCK = threading.RLock()
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def open_client(uri: str) -> Client:
 def _cached_client(uri: str) -> Client:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # loggers of a new SQLite file's migrations
+    for name in ("alembic", "mlflow.store.db.utils"):  # log the migrations of a new SQLite file
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return Client(MlflowClient(uri, uri), uri, retries=False)
@@ -129,7 +129,7 @@ def _cached_client(uri: str) -> Client:
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Translate exceptions of MLflow and its libraries to the exceptions of `Client`."""
+    """Convert exceptions of MLflow and its libraries to the exceptions of `Client`."""
     try:
         yield
     except Exception as error:
@@ -152,7 +152,7 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
     """Allow up to `tries` attempts (default: TRIES) for each MLflow request in this context.
 
     MLflow functions without a client argument use the server `uri`. Only one thread at a time can
-    be in such a context. USER_SETTINGS take precedence over `tries` > 1. Raises `Client`'s errors.
+    be in this context. If `tries` > 1, USER_SETTINGS take precedence. Raises `Client`'s errors.
     """
     tries = TRIES if tries is None else tries
     settings = {"MLFLOW_TRACKING_URI": uri, RETRIES: str(tries - 1), FACTOR: BACK_OFF}
@@ -190,9 +190,9 @@ def _log_wait(shown: str, record: logging.LogRecord) -> bool:
 
 
 def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """Return the object that `find` returns or, if that is None, the one that `make` creates.
+    """Return the result of `find` or, if it is None, the result of `make`.
 
-    If `make` raises ConnectionError or FileExistsError, `find` checks whether the object exists.
+    If `make` raises ConnectionError or FileExistsError, both are called again, up to twice.
     """
     for last in (False, False, True):
         if (found := find()) is not None:
@@ -217,7 +217,7 @@ def _is_denied(error: Exception, uri: str) -> bool:
         return True
     if not isinstance(error, RestException) or "error_code" in error.json:
         return False
-    try:  # JSON of a proxy: MLflow's exception lacks the HTTP status, so send a request to get it
+    try:  # a proxy's response: the exception lacks the HTTP status, so send a request to get it
         path = "/api/2.0/mlflow/experiments/search?max_results=1"
         return http_request(get_default_host_creds(uri), path, "GET").status_code in (401, 403)
     except MlflowException:

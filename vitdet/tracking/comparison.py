@@ -14,8 +14,8 @@ from vitdet.tracking.history import champion_of
 from vitdet.tracking.mlflow import connect
 from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 
-# KFP's final state of a run -> MLflow's status. Success is SUCCEEDED or COMPLETE. Some KFP servers
-# report RUNNING while the exit handler runs; the tag `best` then indicates success.
+# {KFP's final state of a run: MLflow's status}. Some KFP servers report RUNNING while the exit
+# handler runs; the tag `best` then indicates success.
 ENDS = {
     **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED"), "FINISHED"),
     **dict.fromkeys(("CANCELLED", "CANCELED"), "KILLED"),
@@ -102,7 +102,7 @@ def compare(
     client = connect(uri, folder)
     found = client.search_model_versions(f"name = '{model_name}'")
     found = sorted(found, key=lambda version: int(version.version))
-    # later entries replace earlier ones, which leaves the newest version of each run
+    # maps each run to its newest version, as later entries replace earlier ones
     versions = {version.run_id: str(version.version) for version in found if version.run_id}
     ordered = sorted(rows, key=_box_ap, reverse=True)
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))

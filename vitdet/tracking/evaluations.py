@@ -56,8 +56,8 @@ def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]
     tags, expected = version.tags, protocol.tags()
     if not expected:
         return {}
-    registered = tags if expected.items() <= tags.items() else {}  # the evaluation at registration
-    # a later evaluation, whose tags contain the digest, takes precedence
+    registered = tags if expected.items() <= tags.items() else {}  # tags without a digest
+    # tags with the digest take precedence over tags without a digest
     found = {key: tags.get(protocol.tag(key), registered.get(key)) for key in METRICS}
     return {key: float(value) for key, value in found.items() if value is not None}
 
@@ -65,7 +65,7 @@ def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]
 def read_evaluation(
     client: Client, version: ModelVersion, protocol: Protocol, matches: bool
 ) -> Evaluation:
-    """Return a version's evaluation under this protocol, which is empty if none is stored.
+    """Return a version's evaluation under this protocol, without metrics if none is stored.
 
     matches: whether to download the per-image matches, if they are stored.
     """

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 PARENT = "mlflow.parentRunId"
-# tag of the plugin: backend/src/apiserver/plugins/mlflow/run_start.go
+# tag that the plugin sets: backend/src/apiserver/plugins/mlflow/run_start.go
 OWNER = "kfp.pipeline_run_id"
-DEPTH = 8  # maximum levels from a step's run to the pipeline's run; each loop adds a level
+DEPTH = 8  # maximum levels of runs from a step to the pipeline; each loop adds a level
 
 
 def find_experiment(
@@ -32,7 +32,7 @@ def find_experiment(
 
     folder: its subfolder mlartifacts holds the artifacts of an SQLite store. setting: the setting
     that contains the name, for messages. Raises RefusedError if the experiment was deleted, or if
-    the service is not MLflow.
+    the server is not MLflow.
     """
     is_file = client.uri.startswith("sqlite:")
     artifacts = (Path(folder).resolve() / "mlartifacts").as_uri() if is_file else None
@@ -53,7 +53,7 @@ def find_experiment(
 
 
 def check_server(client: Client) -> None:
-    """Raise RefusedError if the service is not MLflow, e.g. if all its responses are `{}`."""
+    """Raise RefusedError if the server is not MLflow, e.g. if all its responses are `{}`."""
     _experiment(client, "connection check")  # an experiment with this name need not exist
 
 

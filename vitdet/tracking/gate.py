@@ -1,6 +1,6 @@
 """The gate: compares two evaluations on the same data to decide whether to replace the champion.
 
-For the comparison, metrics are rounded to four significant digits, like the registry's tags.
+The compared AP is rounded to four significant digits, as in the registry's tags.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitdet.evaluation.matches import Matches
 class Evaluation:
     """Metrics by name (AP in percent), and per-image matches by kind ("bbox", "segm").
 
-    `matches` is empty if none were stored; `remedy` is the advice if the gate needs matches.
+    `remedy` is the advice to the user if the gate needs matches and `matches` is empty.
     """
 
     metrics: Mapping[str, float | None]
@@ -48,12 +48,12 @@ class RejectedError(ValueError):
 
 
 def label(gate: GateConfig) -> str:
-    """Return the metric's name for messages, e.g. `box AP50`."""
+    """Return the name of the gate's metric for messages, e.g. `box AP50`."""
     return gate.metric.replace("_ap", " AP")
 
 
 def compares_matches(gate: GateConfig) -> bool:
-    """Return whether the gate needs the champion's per-image matches, not only its metric."""
+    """Return whether the gate needs the champion's per-image matches, not only the metric."""
     return gate.confidence > 0 or gate.max_class_loss < 100
 
 

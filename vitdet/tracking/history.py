@@ -1,8 +1,8 @@
 """The history of a model's champions: one tag for each time that a version became champion.
 
-MLflow has no transactions. Each event is a separate tag, which no other process overwrites. The tag
-is written before the alias is set, so that processes that promote at the same time see each other's
-events (see `vitdet.tracking.champion.promote`).
+As MLflow has no transactions, each event is a separate tag, which no other process overwrites. The
+tag is written before the alias is set, so that processes that promote at the same time see each
+other's events (see `vitdet.tracking.champion.promote`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RECENT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Event:
-    """A version became champion at `time` (ISO 8601, UTC). before: the previous champion or ""."""
+    """A version became champion at `time` (ISO 8601, UTC) and replaced `before` ("" if none)."""
 
     time: str
     version: str
@@ -83,9 +83,9 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
     """Return the versions that were champion before the current one, most recent first.
 
     Events are followed from each version to the version that it replaced; a rollback undoes all
-    promotions since the restored version was last champion. Times come from several machines'
-    clocks, so they are used only to order the events of one version, and to find the predecessor
-    of a version without events, i.e. one that was deleted or made champion in MLflow's UI.
+    promotions since the restored version was last champion. The times come from the clocks of
+    several machines. They are used to order the events of one version, and to find the predecessor
+    of a version that has no events because it was deleted or made champion in MLflow's UI.
     """
     remaining, found, version = sorted(recorded, key=lambda event: event.time), [], current
     while version:
@@ -103,16 +103,16 @@ def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
 
 
 def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
-    """Return the last rollback that replaced this version, unless a later event restored it."""
+    """Return the last rollback that replaced this version; None if a later event restored it."""
     related = [e for e in recorded if e.version == version or e.is_rollback_from(version)]
     last = max(related, key=lambda event: event.time, default=None)
     return last if last and last.is_rollback_from(version) else None
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return other versions' events, within RECENT of the event `own`, that may have been missed.
+    """Return the events of other versions less than RECENT before or after the event `own`.
 
-    Events that a user has since undone, by a rollback or by forcing another version, are excluded.
+    Events that a user undid later, by a rollback or by forcing another version, are excluded.
     """
     found, now = [], datetime.fromisoformat(own.time)
     for event in recorded:

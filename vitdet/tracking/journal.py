@@ -1,9 +1,9 @@
-"""The journal of a run on disk: records for the tracking server, and how many were sent.
+"""The journal: a file with the records of a run that are sent to the tracking server.
 
 FOLDER/journal/KEY.jsonl contains one record per line, e.g. the start of the run, metrics, or the
-end of the run. KEY.json is the cursor: the run's ID on the server and the offset of the first line
-that has not been sent. KEY.files/ contains copies of files that have not been uploaded. Each line
-is written without buffering, so that a killed process loses no records, unlike MLflow's queue.
+end of the run. KEY.json is the cursor: the run's ID on the server and the byte offset of the
+first line that has not been sent. KEY.files/ contains copies of files that have not been uploaded.
+Each line is written without buffering, so that no record is lost if the process is killed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Journal:
     """The records of one run, each with its `time` in milliseconds since 1970.
 
     Each record also contains one of: `start`; `tags`; `end` (optionally `ended`); `points`
-    ({metric: value}) and `step` (optionally `renew`); `resume` and `changed`; in old files, `file`
-    and `folder`.
+    ({metric: value}) and `step` (optionally `renew`); `resume` and `changed`; `file` and `folder`
+    (only in journals of earlier versions).
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -45,7 +45,7 @@ class Journal:
         return self.cursor()[0] or PENDING + self.key
 
     def append(self, record: dict) -> None:
-        """Append a record. Logs a warning if the record cannot be written and is lost."""
+        """Append a record. If it cannot be written, it is lost and a warning is logged."""
         line = (json.dumps({**record, "time": int(time.time() * 1000)}) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Journal:
                 size = file.seek(0, os.SEEK_END)
                 if size:
                     file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # the machine went down during a write
+                    if file.read(1) != b"\n":  # the last write was interrupted
                         line = b"\n" + line
                 if file.write(line) != len(line):
                     file.truncate(size)
@@ -62,7 +62,7 @@ class Journal:
             log.warning("tracking: cannot write %s; a record was lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
-        """Copy a file to KEY.files/ for the upload to the run's artifact folder `folder`."""
+        """Copy a file to KEY.files/, to be uploaded to the run's artifact folder `folder`."""
         try:
             self._copy(path, folder)
         except OSError as error:
@@ -76,7 +76,7 @@ class Journal:
             shutil.rmtree(copy.parent)
 
     def entries(self) -> list[Path]:
-        """Return the folders KEY.files/*, each with one file at its path in the run's artifacts."""
+        """Return the folders in KEY.files/. Each contains one file, at its artifact path."""
         for record in self._read_cursor().get("uploads", ()):  # from earlier versions of vitdet
             with suppress(OSError):
                 self.adopt(record)
@@ -90,7 +90,7 @@ class Journal:
         return None
 
     def last_points(self) -> dict[str, tuple[int, float]]:
-        """Return the last (step, value) of each metric."""
+        """Return {metric: (step, value)} with the last value of each metric."""
         return {
             key: (record["step"], value)
             for record, _ in self.records()
@@ -107,7 +107,7 @@ class Journal:
         return last, changed
 
     def records(self, offset: int = 0) -> Iterator[tuple[dict, int]]:
-        """Yield (record, offset of the next line) for each complete line from `offset` on."""
+        """Yield (record, offset of the next line) for each complete line, starting at `offset`."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -124,7 +124,7 @@ class Journal:
     def batches(self, max_points: int) -> Iterator[tuple[list[dict], int]]:
         """Yield (batch of records to send, offset of the line after the batch).
 
-        Consecutive records of metrics share a batch of up to `max_points` values. Each record with
+        Consecutive records of metrics are combined up to `max_points` values. Each record with
         `renew` or without metrics is a separate batch.
         """
         batch: list[dict] = []
@@ -173,7 +173,7 @@ class Journal:
             self.path.parent.rmdir()
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock the journal for sending; raises BlockingIOError while another process does."""
+        """Lock the journal for sending; raises BlockingIOError if it is already locked."""
         return locked(self.path.with_suffix(".lock"))
 
 
@@ -195,7 +195,7 @@ def journals(folder: Path) -> list[Journal]:
 
 
 def unfinished(folder: Path, output: str, params: dict) -> str | None:
-    """Return the pending ID of an unfinished run with this output and params but no metrics.
+    """Return `pending-KEY` of an unfinished run with this output and params but no metrics.
 
     Returns None if no run matches. Marks other runs with this output as KILLED unless they ended.
     """

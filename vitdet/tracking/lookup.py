@@ -1,4 +1,4 @@
-"""Lookup of MLflow runs by ID or name, with the values that a comparison needs."""
+"""Lookup of MLflow runs by ID or name, and download of their artifacts."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol, settings_of
 from vitdet.files import sha256, write_json
 
-DATA = ("dataset", "val_split", "max_images")  # settings in `data` that select the images
+DATA = ("dataset", "val_split", "max_images")  # settings of `data` that select the images
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The provenance of metrics: digests of checkpoint and data, and two sections of the config."""
+    """The provenance of metrics: digests of checkpoint and data, and two config sections."""
 
     checkpoint_sha256: str
     val_fingerprint: str
@@ -85,7 +85,7 @@ def _write_measured(path: Path, measured: Measured) -> None:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the metrics that `write_metrics` wrote. Raises ValueError for any other file."""
+    """Return the metrics in a JSON file. Raises ValueError if the content has another format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -98,7 +98,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_measured(path: Path) -> Measured | None:
-    """Return the provenance of a file of metrics or matches; None if missing or outdated."""
+    """Return the provenance of metrics or matches; None if there is no file or it is outdated."""
     file = beside(path)
     try:
         content = json.loads(file.read_text())
@@ -127,7 +127,7 @@ def own_protocol(stored: Mapping, may_read: bool) -> Protocol:
     own, known = from_dict(stored["config"]), stored.get("fingerprints")
     if known or not stored.get("dataset_digest") or not may_read:
         return Protocol.of(own, (known or {}).get("val", ""))
-    try:  # vitdet 0.1 stored a digest of both splits: compare it with the current data
+    try:  # vitdet 0.1 stored one digest of both splits: compare it with the current data
         found = fingerprints(own.data)
         return Protocol.of(own, "" if change(stored, own.data, found) else found["val"])
     except (OSError, ValueError):
@@ -137,7 +137,7 @@ def own_protocol(stored: Mapping, may_read: bool) -> Protocol:
 def protocol_of_file(
     checkpoint: Path, stored: Mapping, config: Config | None, measured: Measured | None, gated: bool
 ) -> tuple[Config, Protocol]:
-    """Return the config and protocol of the metrics in a file, with fingerprint "" if unknown.
+    """Return the config and protocol of the metrics in a file; unknown data has the fingerprint "".
 
     stored: the content of the checkpoint. config, measured: the metrics' config and provenance, if
     known. gated: whether the gate will be applied. Raises ValueError if the gate would use metrics

@@ -1,9 +1,9 @@
-"""Experiment tracking: one MLflow run per training run, with its metrics, images and artifacts.
+"""Experiment tracking: one MLflow run per training run, with metrics and artifacts.
 
 Every record is first written to a journal on disk (`vitdet.tracking.journal`), which takes
 microseconds; a thread sends the records in batches (`vitdet.tracking.shipper`). A server that is
-slow or unavailable therefore hardly delays training: the records are sent when it responds again,
-at the end of training, or by the next process that opens the run. Nothing is logged twice.
+slow or unavailable therefore hardly delays training: the records are sent when the server responds
+again, at the end of training, or by the next process that opens the run.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SHIP_SECONDS = 3.0  # pause between deliveries
 # Maximum seconds that a training run waits for a server, before the first step and at the end.
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
-CREATE_SECONDS = 60.0  # START_SECONDS for an SQLite file, whose tables may have to be created
-CLOSE_SECONDS = 20.0  # STOP_SECONDS for an SQLite file, `log_metrics` and `connect_run`
+CREATE_SECONDS = 60.0  # replaces START_SECONDS for an SQLite file, to create its tables
+CLOSE_SECONDS = 20.0  # replaces STOP_SECONDS for SQLite; also for `log_metrics`, `connect_run`
 
 
 class MLflowTracker(Tracker):
-    """A tracker that writes to a journal, which a thread sends; server errors are only logged.
+    """A tracker that writes records to a journal; a thread sends them and only logs server errors.
 
     resume: a record that is written before the next metric or artifact. The attribute `refusal` is
     the reason why the server will never accept the run, "" if no such reason is known.
@@ -59,7 +59,7 @@ class MLflowTracker(Tracker):
         self._system = SystemMetrics(points.get("gpu_hours", (0, 0.0))[1])
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
-        # the first checkpoint should contain the run's ID, unless the server is slow
+        # wait for the run's ID on the server, which the first checkpoint should contain
         self._tried.wait(CREATE_SECONDS if self._is_file else START_SECONDS)
 
     @property
@@ -158,8 +158,8 @@ def start_run(
         run_id: A run ID on the server or a pending ID (see `Journal.run_id`). If the server does
             not have this run, a new run is created from all records of the journal.
 
-    If the server will never accept the run, e.g. as the experiment was deleted, raises ValueError
-    if `resume_step` is 0, and logs a warning otherwise.
+    Raises ValueError if `resume_step` is 0 and the server will never accept the run, e.g. because
+    the experiment was deleted.
     """
     server = tracking_uri(uri, folder)
     params = {
@@ -207,8 +207,8 @@ def log_metrics(
 ) -> str | None:
     """Add metrics, files ({path: artifact folder}) and tags to an ended run; return its ID.
 
-    Values that the run already has are not added again. Logs a warning and returns None if neither
-    the server nor the journal has the run.
+    Values that the run already has are not added again. Logs a warning and returns None if the run
+    is neither on the server nor in a journal.
     """
     server, journal = tracking_uri(uri, folder), find(folder, run_id)
     points = {key: float(value) for key, value in values.items()}
@@ -228,7 +228,7 @@ def log_metrics(
 def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
     """Return a client with retries for the address that `tracking_uri` returns.
 
-    tries: attempts for the first requests; default: the same number as for later requests. Raises
+    tries: attempts for each request of the connection check; default: TRIES. Raises
     ConnectionError if the server does not respond, and ValueError if the store can never be used.
     """
     uri = tracking_uri(uri, folder)
@@ -252,10 +252,10 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
 
 
 def connect_run(run_id: str | None, uri: str, folder: Path) -> tuple[Client, str | None]:
-    """Send the remaining records of a run; return a client and the MLflow run ID, if any.
+    """Send the remaining records of a run; return a client and the run's ID on the server.
 
-    Raises the errors of `connect`, and UnknownRunError, a LookupError, if neither the server
-    nor the journal has the run.
+    Without a `run_id`, the returned ID is None. Raises the errors of `connect`, and UnknownRunError
+    if the run is neither on the server nor in a journal.
     """
     client = connect(uri, folder)
     if not run_id:

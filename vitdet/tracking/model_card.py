@@ -77,9 +77,9 @@ def render(
 
 
 def description_of(card: str) -> str:
-    """Return the card as a description: without the title, and truncated to the maximum length.
+    """Return the card without its title, truncated to the maximum length of a description.
 
-    MLflow's list of versions shows the first line.
+    MLflow's list of versions shows the first line of the description.
     """
     card = card.partition("\n")[2].lstrip()
     if len(card) <= DESCRIPTION:
@@ -119,7 +119,7 @@ def initial_weights(init: str) -> list[InitialWeights]:
 
 
 def _rows(evaluation: Evaluation) -> list[tuple[str, float, Interval | None]]:
-    """Return (metric, value in percent, interval or None without per-image matches)."""
+    """Return (metric, value in percent, interval); the interval is None without matches."""
     rows = []
     for kind, prefix in NAMES.items():
         matches = evaluation.matches.get(kind)
@@ -133,7 +133,7 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, float, Interval | None]]:
 
 
 def _worst(matches: Matches) -> list[tuple[str, int, float]]:
-    """Return (class, objects, AP in percent) of the classes with the lowest AP, lowest first."""
+    """Return (class, number of objects, AP in percent) of up to WORST classes, lowest AP first."""
     aps = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))[0, 1:]
     objects = np.bincount(matches.object_category, minlength=len(aps))
     order = [index for index in np.argsort(aps) if objects[index]][:WORST]

@@ -20,15 +20,15 @@ from vitdet.config.sections import list_settings
 
 LONGEST = 120  # maximum length of a run's name; MLflow allows 250, and its tables show about 40
 FIRST = ("train", "optim", "data")  # sections listed first, as runs usually differ in these
-RESOLVED = "config"  # stem of the config.yaml with all settings; not a recipe's name
+RESOLVED = "config"  # stem of config.yaml, which training writes; not a recipe's name
 
 
 def recipe_of(config: Config, name: str) -> tuple[str, str]:
     """Return (name of the recipe, built-in recipe with which the config is compared).
 
     name: the given recipe, or the stem of the config file. The built-in recipe is the one with this
-    name or, if there is none, the one from which the fewest settings differ. The name RESOLVED is
-    replaced by this built-in recipe.
+    name or, if there is none, the one from which the fewest settings differ. If `name` is RESOLVED,
+    the recipe is this built-in recipe.
     """
     builtin = recipes()
     if name in builtin:

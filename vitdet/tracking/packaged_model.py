@@ -1,8 +1,8 @@
 """The registered model: a detector that MLflow loads and serves without this repository.
 
-A version contains the detector's weights (as safetensors, or as a checkpoint if vitdet 0.1
-registered the version), this package as a wheel, and a code file that imports `DetectorModel`.
-As nothing is pickled, a version can be loaded with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
+A version contains the detector's weights (safetensors), this package as a wheel, and a code file
+that imports `DetectorModel`. As nothing is pickled, a version can be loaded with
+MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
 requirements.txt lists the wheel by its path in the model, which MLflow resolves when it creates an
 environment. To install the requirements yourself, run
 `cd MODEL && pip install -r requirements.txt`.
@@ -153,8 +153,8 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
 def try_model(model: Path, wheel: Path) -> None:
     """Load a packaged model in a new process and run it on its input example.
 
-    As on a model server, this package is imported from the wheel, and pickles are rejected. Other
-    packages are imported from this environment. Raises ValueError if the model cannot be run.
+    The process imports this package from the wheel and all others from this environment. It rejects
+    pickles. Raises ValueError if the model cannot be run.
     """
     with tempfile.TemporaryDirectory(prefix="vitdet-trial-") as work:
         site = Path(work).resolve() / "site"

@@ -38,7 +38,7 @@ def promote_version(
         uri, folder: The MLflow store, as for `tracking_uri`.
         config: The gate, and the data and settings of the evaluation. Default: the config with
             which the version was registered.
-        force: The reason, to be stored, for skipping the gate. Default: the gate is applied.
+        force: The reason for skipping the gate, which is stored. Default: the gate is applied.
 
     Raises LookupError if the model or version does not exist, and ValueError if the gate rejects
     the version or cannot be applied, or if `force` is given for the current champion.

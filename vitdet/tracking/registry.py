@@ -36,16 +36,16 @@ from vitdet.tracking.wheel import build_wheel
 
 CANDIDATE = "candidate"
 CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a model version
-DESCRIPTION = (  # of a registered model
+DESCRIPTION = (  # description of a registered model
     "Detectors of vitdet. `candidate`: the version that was registered last. `champion`: the best "
-    "version; only a version that passes the gate replaces it (`vitdet promote`, `vitdet "
-    "rollback`). A version's description is its model card."
+    "version; `vitdet promote` and `vitdet rollback` change it. A version's description is its "
+    "model card."
 )
 log = logging.getLogger(__name__)
 
 
 class Registered(NamedTuple):
-    """A registered model version, with the gate's reason ("" if the gate was not applied)."""
+    """A registered version, with the reason of the gate ("" if the gate was not applied)."""
 
     name: str
     version: str
@@ -65,21 +65,21 @@ def register_checkpoint(
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias; `champion` requires passing the gate.
 
-    The version always gets the alias `candidate`. No data is read without the gate. The model is
-    tested before any upload. If the server does not have the training run, e.g. for a checkpoint
-    from another machine, the version has no run, but the tag `training_run` contains the run's ID.
+    The version always gets the alias `candidate`. The dataset is read only if the gate is applied.
+    The packaged model is tested before it is uploaded. If the server does not have the training
+    run, the version has no run, but the tag `training_run` contains the run's ID.
 
     Args:
         checkpoint: The detector.
         folder: The folder of the default MLflow store.
         alias: An alias for the version, in addition to `candidate`.
         config: The server, model name and gate, and the data and settings with which `metrics` were
-            measured; `vitdet promote` uses gate, data and settings. Default: `checkpoint`'s config.
+            measured. Default: the config in the checkpoint.
         metrics: Metrics of the detector. Default: the metrics in the checkpoint.
         protocol: The protocol of the metrics, if known.
         measured: The provenance of the metrics that `vitdet evaluate` wrote.
-        plots: The folder that `vitdet evaluate --plots` wrote in the same evaluation. The matches
-            are stored with the version, and also the report if the provenance is known.
+        plots: The folder that `vitdet evaluate --plots` wrote in the same evaluation. The version
+            stores the matches and, if their provenance is known, the report.
 
     Raises:
         RejectedError: The gate rejects the candidate, which remains registered.
@@ -147,8 +147,8 @@ def register_checkpoint(
 class _Entry:
     """A checkpoint to register, and its evaluation.
 
-    run_id: the training run's ID if the server has this run. stored: the content of the checkpoint.
-    protocol, used, plots: the protocol, config and files of the evaluation.
+    run_id: the training run's ID; None if the server does not have this run. stored: the content of
+    the checkpoint. protocol, used, plots: the protocol, config and plots folder of the evaluation.
     """
 
     client: Client
@@ -169,8 +169,8 @@ class _Entry:
     def register(self, folder: Path, digest: str) -> str:
         """Register the checkpoint with this digest; return the version.
 
-        If the version exists, its evaluation, report and model card are replaced, provided that the
-        metrics were measured on known data (see `champion.update_tags`).
+        If the version exists, its evaluation, report and model card are replaced. Exceptions: see
+        `champion.update_tags`.
         """
         client, name, metrics = self.client, self.model_name, self.evaluation.metrics
         version = self.version(digest)
@@ -245,7 +245,7 @@ class _Entry:
         return card
 
     def log_model(self, folder: Path, work: Path) -> str:
-        """Package, test and upload the detector, with the files in WORK/files; return its ID."""
+        """Package, test and upload the detector, with WORK/files; return the logged model's ID."""
         client, run_id, packed = self.client, self.run_id, work / "model"
         model, wheel = Model(run_id=run_id), build_wheel(work)
         pack(packed, model, self.stored, wheel)
@@ -288,7 +288,7 @@ class _Entry:
             client.log_inputs(run_id, [dataset])
         now, metrics = int(time.time() * 1000), []
         for key, value in values.items():
-            # these points also enter the run's history: an equal timestamp avoids duplicates
+            # MLflow also adds these points to the run: an equal timestamp avoids duplicates
             same = [
                 point.timestamp
                 for point in client.get_metric_history(run_id, key)

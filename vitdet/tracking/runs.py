@@ -1,4 +1,4 @@
-"""The MLflow run of a training run: start the run, and add files and evaluations later.
+"""Start the MLflow run of a training run; add files and evaluations later.
 
 Without MLflow, i.e. if the extra `tracking` is not installed, nothing is logged. mlflow is
 imported inside the functions, so that commands without tracking do not wait for the import.
@@ -116,8 +116,7 @@ def log_evaluation(
 ) -> str | None:
     """Log an evaluation to the MLflow run that trained the checkpoint; return the run's ID.
 
-    Returns None if nothing is logged: without MLflow, if the server's address is invalid, or if the
-    run or its store does not exist, e.g. for a checkpoint from another machine.
+    Returns None if nothing is logged, e.g. if MLflow is not installed or if the run does not exist.
 
     Args:
         config: The config with the server's address. Default: the config in the checkpoint.
@@ -148,7 +147,7 @@ def log_evaluation(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    # not named like the training run's tags: the evaluation may use another container image
+    # the prefix avoids replacing the tags of the training run
     tags = {f"evaluation.{key}": value for key, value in code_tags().items()}
     named = with_metric_names(metrics)
     return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files, tags)
@@ -173,11 +172,11 @@ def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
 def metric_name(name: str) -> str:
     """Convert a metric's name, KIND/CLASS or KIND, to a name that MLflow accepts.
 
-    MLflow accepts up to 250 letters, digits and characters of "_-. :/". As in a normalized path, no
-    part between slashes may be empty, "." or "..".
+    MLflow accepts up to 250 characters: letters, digits and "_-. :/". The name must be a normalized
+    path: no part between slashes may be empty, "." or "..".
     """
     name = re.sub(r"[^\w\-. :/]", "_", name)
     head, slash, tail = name.partition("/")
-    # MLflow would interpret a slash or a leading dot in a class name as part of a path
+    # MLflow interprets slashes and parts such as .. in a class name as a path
     tail = re.sub(r"^\.+|\.+$", "_", tail.replace("/", "_")) or "_" * len(slash)
     return f"{head}{slash}{tail}"[:250]

@@ -1,7 +1,7 @@
 """Delivery of a journal to the tracking server: each record exactly once, despite failures.
 
-If it is unknown whether a request succeeded, as the response was lost or an earlier process sent
-the request, the shipper queries the server and sends only the data that the server lacks.
+If it is unknown whether a request succeeded, e.g. because the response was lost, the shipper
+queries the server and sends only the data that the server lacks.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from vitdet.tracking.journal import Journal
 
 log = logging.getLogger(__name__)
 
-BACK_OFF_SECONDS = 30.0  # longest pause after failures
+BACK_OFF_SECONDS = 30.0  # maximum pause between attempts
 UPLOAD_SECONDS = 60.0  # pause after a failed upload
 BATCH = 1000  # metrics per request: MLflow's limit
 
 
 class Shipper:
-    """Sends a journal's records, each once, and its files to the server at `uri`."""
+    """Sends the records and files of a journal to the server at `uri`."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri, self._shown = journal, uri, hide_credentials(uri)
         self._run_id: str | None = None  # set when this process has found or created the run
-        # values on the server, by metric and step; None: this process created the run
+        # {metric: {step: value}} on the server; None: this process created the run
         self._stored: dict[str, dict[int, float]] | None = {}
         self._rejected: set[str] = set()  # names of metrics that the server rejects
         self._is_accepting = True
@@ -83,10 +83,10 @@ class Shipper:
     def upload(self, seconds: float = 0.0) -> None:
         """Upload the pending files in a thread; wait up to `seconds` for the thread to finish.
 
-        An artifact store that hangs therefore delays neither metrics nor the end of the process.
+        An artifact store that hangs therefore blocks neither metrics nor the end of the process.
         """
         deadline = time.monotonic() + seconds
-        while (thread := self._start_upload()) and seconds:  # repeated for files added meanwhile
+        while (thread := self._start_upload()) and seconds:  # repeated for files added since
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 log.warning(
@@ -96,7 +96,7 @@ class Shipper:
                 break
 
     def refusal(self) -> str:
-        """Find or create the run; return why the server will never accept it, or "" if it might."""
+        """Find or create the run; return why the server will never accept it, or "" otherwise."""
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
@@ -174,7 +174,7 @@ class Shipper:
         start = self.journal.start()
         if start is None:
             raise UnknownRunError(
-                f"{self._shown} has no such run ({self.journal.run_id}), and "
+                f"{self._shown} has no run {self.journal.run_id}, and "
                 f"{self.journal.path.parent} contains no journal of this run"
             )
         group, key = start.get("group", ""), self.journal.key
@@ -256,7 +256,7 @@ class Shipper:
     def _has(
         self, client: Client, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
-        """Return whether a metric on the server has a value at a step; if `renew`, this value."""
+        """Return whether the server has the metric at this step; if `renew`, with this value."""
         if renew:  # not from `_stored`, which lacks values that this process has sent
             stored = history(client, run_id, key)
             return step in stored and same_number(stored[step], value)
@@ -268,7 +268,7 @@ class Shipper:
 
 
 def history(client: Client, run_id: str, key: str) -> dict[int, float]:
-    """Return {step: value} of a metric; if a step has several values, the last one."""
+    """Return {step: value} of a metric, with the latest value of each step."""
     points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
     return {point.step: point.value for point in points}
 

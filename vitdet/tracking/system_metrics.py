@@ -40,7 +40,7 @@ class SystemMetrics:
         if self._rate:
             values["gpu_hours"] = self._hours + self._rate * (time.monotonic() - self._start)
             for index in range(torch.cuda.device_count()):
-                with suppress(ImportError, RuntimeError):  # as above
+                with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no sensor
                     name = f"system/gpu_{index}_temperature_celsius"
                     values[name] = float(torch.cuda.temperature(index))
         return values

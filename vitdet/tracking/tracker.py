@@ -33,7 +33,7 @@ class Tracker:
 class Progress(Tracker):
     """A tracker that displays the metrics and passes them to another tracker.
 
-    steps: the training run's total steps. start: the step at which this process starts.
+    steps: the training run's number of steps. start: the step at which this process starts.
     """
 
     def __init__(

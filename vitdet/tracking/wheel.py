@@ -1,8 +1,7 @@
 """The running package as a wheel, which becomes part of a registered model.
 
 A wheel is a zip archive of the package and four text files. This module builds the wheel without
-pip, so that a source tree, an editable install and a regular install of the same files result in
-the same bytes, without a build backend or network access.
+pip, a build backend or network access. The same files and metadata result in the same bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def requirements(extra: tuple[str, ...] = ()) -> list[str]:
-    """Return vitdet's dependencies and `extra`, pinned to the versions that are installed."""
+    """Return vitdet's dependencies and `extra`, pinned to the installed versions."""
     _, description = _metadata()
     names = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)[^;\n]*$", description)
     # without the local version (+cpu, +cu132), which public indexes do not offer
