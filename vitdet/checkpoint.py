@@ -119,9 +119,9 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
 
 
 def load_model_file(path: str | Path) -> dict:
-    """Return a trained detector's config, class_names, model (the weights), run_id and step.
+    """Return a dict of a trained detector's config, class_names, model (weights), run_id and step.
 
-    The dict also contains the other keys of the file. Reads .pt files, and .safetensors files that
+    The dict also contains other keys of the file. Reads .pt files, and .safetensors files that
     `save_safetensors` wrote. Raises the errors of `load`.
     """
     read = _load_safetensors if Path(path).suffix == ".safetensors" else load
@@ -263,7 +263,7 @@ class Checkpoints:
     def save(self, step: int, content: dict) -> Path:
         """Write the state after `step` steps and remove all but the last `keep` states."""
         path = self.folder / f"step_{step:08d}.pt"
-        _evaluation_of(path).unlink(missing_ok=True)  # belongs to an earlier state of this step
+        _evaluation_of(path).unlink(missing_ok=True)  # evaluation of an earlier state
         save(path, {"format": STATE, "step": step, **content})
         # .step_*.tmp: left by a killed process of vitdet 0.1
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:

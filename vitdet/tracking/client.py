@@ -112,7 +112,7 @@ def open_client(uri: str) -> Client:
 def _cached_client(uri: str) -> Client:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # log the migrations of a new SQLite file
+    for name in ("alembic", "mlflow.store.db.utils"):  # loggers for migrations of a new SQLite file
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return Client(MlflowClient(uri, uri), uri, retries=False)

@@ -162,7 +162,7 @@ def protocol_of(record: Mapping) -> Protocol:
 
 
 def plots_of(record: Mapping) -> Path | None:
-    """Return the folder of matches to which a record of the pipeline step `evaluate` refers.
+    """Return the folder of matches in a record of the pipeline step `evaluate`.
 
     Returns None if the matches do not exist, e.g. if they were removed after the step was cached.
     """

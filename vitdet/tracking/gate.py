@@ -18,7 +18,7 @@ from vitdet.evaluation.matches import Matches
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name (AP in percent), and per-image matches by kind ("bbox", "segm").
+    """Metrics by name (AP in percent), and per-image matches by IoU type ("bbox", "segm").
 
     `remedy` is the advice to the user if the gate needs matches and `matches` is empty.
     """

@@ -24,7 +24,7 @@ DATA = ("dataset", "val_split", "max_images")  # settings of `data` that select 
 
 @dataclass(frozen=True)
 class Measured:
-    """The provenance of metrics: digests of checkpoint and data, and two config sections."""
+    """The provenance of metrics: two digests, and the config sections `data` and `evaluate`."""
 
     checkpoint_sha256: str
     val_fingerprint: str
@@ -85,7 +85,7 @@ def _write_measured(path: Path, measured: Measured) -> None:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the metrics in a JSON file. Raises ValueError if the content has another format."""
+    """Return {metric: value} from a JSON file. Raises ValueError for any other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -98,7 +98,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_measured(path: Path) -> Measured | None:
-    """Return the provenance of metrics or matches; None if there is no file or it is outdated."""
+    """Return the provenance of metrics or matches; None if its file is missing or outdated."""
     file = beside(path)
     try:
         content = json.loads(file.read_text())

@@ -36,8 +36,8 @@ SHIP_SECONDS = 3.0  # pause between deliveries
 # Maximum seconds that a training run waits for a server, before the first step and at the end.
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
-CREATE_SECONDS = 60.0  # replaces START_SECONDS for an SQLite file, to create its tables
-CLOSE_SECONDS = 20.0  # replaces STOP_SECONDS for SQLite; also for `log_metrics`, `connect_run`
+CREATE_SECONDS = 60.0  # used instead of START_SECONDS for SQLite, as tables may have to be created
+CLOSE_SECONDS = 20.0  # used instead of STOP_SECONDS for SQLite, and by `log_metrics`, `connect_run`
 
 
 class MLflowTracker(Tracker):

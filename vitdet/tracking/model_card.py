@@ -119,7 +119,7 @@ def initial_weights(init: str) -> list[InitialWeights]:
 
 
 def _rows(evaluation: Evaluation) -> list[tuple[str, float, Interval | None]]:
-    """Return (metric, value in percent, interval); the interval is None without matches."""
+    """Return rows (metric, value in percent, interval); the interval is None without matches."""
     rows = []
     for kind, prefix in NAMES.items():
         matches = evaluation.matches.get(kind)

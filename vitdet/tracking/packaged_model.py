@@ -2,10 +2,8 @@
 
 A version contains the detector's weights (safetensors), this package as a wheel, and a code file
 that imports `DetectorModel`. As nothing is pickled, a version can be loaded with
-MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
-requirements.txt lists the wheel by its path in the model, which MLflow resolves when it creates an
-environment. To install the requirements yourself, run
-`cd MODEL && pip install -r requirements.txt`.
+MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. requirements.txt contains a relative path to the wheel;
+to install the requirements, run `pip install -r requirements.txt` in the model's folder.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ if list(found.columns) != expected:
 
 
 def signature(masks: bool) -> ModelSignature:
-    """Return the signature of a detector with or without masks."""
+    """Return the MLflow signature of a detector. masks: whether the detector predicts masks."""
     columns: list = [
         ColSpec(kind, name) for name, kind in COLUMNS.items() if masks or name != "mask"
     ]
@@ -153,8 +151,8 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
 def try_model(model: Path, wheel: Path) -> None:
     """Load a packaged model in a new process and run it on its input example.
 
-    The process imports this package from the wheel and all others from this environment. It rejects
-    pickles. Raises ValueError if the model cannot be run.
+    The process imports this package from the wheel, imports other packages from this environment,
+    and rejects pickles. Raises ValueError if the model cannot be run.
     """
     with tempfile.TemporaryDirectory(prefix="vitdet-trial-") as work:
         site = Path(work).resolve() / "site"

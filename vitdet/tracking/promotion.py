@@ -71,8 +71,8 @@ def promote_version(
     def evaluate(checkpoint: Path, plots: Path) -> Mapping[str, float | None]:
         if settings_of(used) != protocol.settings:
             raise ValueError(
-                f"the candidate was evaluated with different settings ({protocol.settings}); pass "
-                "the config of its evaluation with --config"
+                f"the config differs from the settings of the evaluation ({protocol.settings}); pass "
+                "the config of the candidate's evaluation with --config"
             )
         with tempfile.TemporaryDirectory(prefix="vitdet-candidate-") as work:
             file = download_checkpoint(client.uri, model_name, number, Path(work))

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Registered(NamedTuple):
-    """A registered version, with the reason of the gate ("" if the gate was not applied)."""
+    """A registered version. reason: the gate's reason, or "" if the gate was not applied."""
 
     name: str
     version: str

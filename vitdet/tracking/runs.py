@@ -1,4 +1,4 @@
-"""Start the MLflow run of a training run; add files and evaluations later.
+"""The MLflow run of a training run: its start, and later files and evaluations.
 
 Without MLflow, i.e. if the extra `tracking` is not installed, nothing is logged. mlflow is
 imported inside the functions, so that commands without tracking do not wait for the import.

@@ -86,7 +86,7 @@ class Shipper:
         An artifact store that hangs therefore blocks neither metrics nor the end of the process.
         """
         deadline = time.monotonic() + seconds
-        while (thread := self._start_upload()) and seconds:  # repeated for files added since
+        while (thread := self._start_upload()) and seconds:  # again, if files were added
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 log.warning(
