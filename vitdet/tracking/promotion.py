@@ -71,7 +71,7 @@ def promote_version(
     def evaluate(checkpoint: Path, plots: Path) -> Mapping[str, float | None]:
         if settings_of(used) != protocol.settings:
             raise ValueError(
-                f"the config differs from the settings of the evaluation ({protocol.settings}); pass "
+                f"the config differs from the candidate's settings ({protocol.settings}); pass "
                 "the config of the candidate's evaluation with --config"
             )
         with tempfile.TemporaryDirectory(prefix="vitdet-candidate-") as work:
