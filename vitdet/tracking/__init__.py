@@ -1,1 +1,1 @@
-"""MLflow: tracking, registry and comparison of training runs; only this package imports mlflow."""
+"""Experiment tracking and the model registry in MLflow; only this package imports mlflow."""

@@ -102,7 +102,7 @@ def compare(
     client = connect(uri, folder)
     found = client.search_model_versions(f"name = '{model_name}'")
     found = sorted(found, key=lambda version: int(version.version))
-    # maps each run to its newest version, as later entries replace earlier ones
+    # later entries replace earlier ones, so that each run has its newest version
     versions = {version.run_id: str(version.version) for version in found if version.run_id}
     ordered = sorted(rows, key=_box_ap, reverse=True)
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))

@@ -18,7 +18,7 @@ from vitdet.config import Config, flatten, load_config, recipes
 from vitdet.config.digest import difference
 from vitdet.config.sections import list_settings
 
-LONGEST = 120  # maximum length of a run's name; MLflow allows 250, and its tables show about 40
+LONGEST = 120  # maximum length of a run's name; MLflow's limit is 250
 FIRST = ("train", "optim", "data")  # sections listed first, as runs usually differ in these
 RESOLVED = "config"  # stem of config.yaml, which training writes; not a recipe's name
 
