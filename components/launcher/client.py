@@ -25,30 +25,30 @@ from components.launcher.errors import (
 from components.launcher.templates import FAILURE, Kind
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-REQUEST_TIMEOUT = (5, 30)  # seconds to connect, and between two parts of the response
+REQUEST_TIMEOUT = (5, 30)  # connect and read timeouts in seconds
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """The poll interval of a job and how long each problem is tolerated, in seconds."""
+    """Poll interval and timeouts in seconds."""
 
     poll: float = 5
-    api: float = 600  # maximum time until the API server responds
-    # maximum time until a denied request is allowed again: the API server may be loading Roles
+    api: float = 600  # how long to retry while the API server fails or does not respond
+    # how long to retry a request that is forbidden but was allowed before: a starting API server
+    # may still be loading Roles
     forbidden: float = 60
     operator: float = 300  # maximum time until the operator reacts to a new job
-    start: float = 300  # maximum time until an error of image, Secret or command is corrected
-    # maximum time until a pod has a node, quota and volumes, and its init containers have ended
-    # (the operator's init container waits for the Master and fails every 200 s)
+    start: float = 300  # maximum time until an error in the image, a Secret or the command is fixed
+    # maximum time until all pods are created and scheduled and their init containers have completed
     schedule: float = 3600
     deletion: float = 120  # maximum time until a job of an earlier attempt is deleted
 
 
 def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
-    """Return an API client and its namespace, from the pod's service account or the kubeconfig.
+    """Return an API client and the namespace of the pod's service account or of the kubeconfig.
 
-    retries: maximum number of retries of a request without a response, each of which waits for the
-    full timeout; None: urllib3's default. Raises RuntimeError without a valid configuration.
+    retries: how often urllib3 retries a request; None: urllib3's default.
+    Raises RuntimeError if there is no valid configuration.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     settings.retries = retries
@@ -81,10 +81,9 @@ def active_context() -> dict:
 
 
 def describe_namespace(namespace: str) -> str:
-    """Describe a namespace and the cluster that receives the requests, for messages.
+    """Return a description of a namespace and its cluster, for messages.
 
     Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
-    A missing permission to read namespaces is not an error.
     """
     api, _ = connect()
     context = "" if in_cluster() else active_context()["name"]
@@ -103,9 +102,9 @@ def describe_namespace(namespace: str) -> str:
 
 
 def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) -> list[dict]:
-    """Return the jobs of a kind that match a label selector; [] if the kind is not installed.
+    """Return the jobs of this kind that match the selector; [] if the kind is not installed.
 
-    Raises PermissionError if listing is forbidden, RuntimeError on any other error.
+    Raises PermissionError if the request is forbidden, RuntimeError on any other error.
     """
     return _request_once(api, kind, namespace, "list", label_selector=selector).get("items", [])
 
@@ -126,13 +125,13 @@ def release_job(
 def _request_once(
     api: client.ApiClient, kind: Kind, namespace: str, verb: str, *args: object, **options: str
 ) -> dict:
-    """Send a request about jobs once; return {} on 404. Raises the errors of `list_jobs`."""
+    """Send a request for jobs of this kind; return {} on 404. Raises the errors of `list_jobs`."""
     call = getattr(client.CustomObjectsApi(api), f"{verb}_namespaced_custom_object")
     resource = (kind.group, kind.version, namespace, kind.plural)
     try:
         return call(*resource, *args, _request_timeout=REQUEST_TIMEOUT, **options)
     except ApiException as error:
-        if error.status == 404:  # this kind is not installed, or the job is gone
+        if error.status == 404:  # the kind is not installed, or the job does not exist
             return {}
         raised = PermissionError if error.status == 403 else RuntimeError
         raise raised(describe_error(kind, namespace, f"{verb} {kind.plural}", error)) from None
@@ -218,7 +217,7 @@ class JobClient:
             time.sleep(min(self.timeouts.poll, 2))
 
     def _job_request(self, verb: str, *args: object, **limits: Any) -> dict | None:
-        """Send a request about jobs of this kind; limits: keyword arguments of `request`."""
+        """Send a request for jobs of this kind; limits: keyword arguments of `request`."""
         call = getattr(self.objects, f"{verb}_namespaced_custom_object")
         resource = (self.kind.group, self.kind.version, self.namespace, self.kind.plural)
         return self.request(f"{verb} {self.kind.plural}", call, *resource, *args, **limits)
@@ -241,7 +240,7 @@ class JobClient:
         self._job_request("delete", self.name, none_if=(404,), options=options)
 
     def patch(self, change: dict) -> None:
-        """Apply a merge patch, the only patch type that the client supports for custom objects."""
+        """Apply a merge patch to the job, if it exists."""
         self._job_request("patch", self.name, change, none_if=(404,))
 
     def adopt(self, owners: list[dict]) -> None:
@@ -253,7 +252,7 @@ class JobClient:
         self.patch({"metadata": {"annotations": annotations}})
 
     def mark(self, failure: str, spec: dict | None) -> None:
-        """Annotate the job with its failure; spec: a patch that ends the job, or None."""
+        """Annotate the job with its failure. spec: changes to the job's spec that end it, or None."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": spec} if spec else change)
 
@@ -284,9 +283,9 @@ class JobClient:
         return found["items"], found["metadata"]["resourceVersion"]
 
     def watch(self, version: str, seconds: float) -> Iterator[dict]:
-        """Yield the job's pods as they change, for `seconds`; ends early if the connection drops.
+        """Yield the job's pods as they change, for `seconds`; ends early on any error.
 
-        Also ends if the resource version is too old: the next `pods` call returns a newer one.
+        version: the resource version that `pods` returned.
         """
         try:
             for event in self.watcher.stream(
@@ -299,7 +298,7 @@ class JobClient:
             ):
                 yield event["object"]
         except (ApiException, HTTPError, ValueError, LookupError):
-            return  # if the problem persists, the next request reports it
+            return  # an error that persists is reported by the next request
 
     def events(self, selector: str) -> list[dict]:
         """Return the events that match a field selector; [] if listing is forbidden."""
@@ -322,7 +321,7 @@ class JobClient:
     ) -> list[str]:
         """Return the lines of a container's log, each prefixed with its timestamp and a space.
 
-        Returns [] if there is no log.
+        Returns [] if the log cannot be read.
 
         Args:
             since: return only the lines of the last `since` seconds.
@@ -344,7 +343,7 @@ class JobClient:
             return raw.data.decode(errors="replace").splitlines()
         except ApiException as error:
             self.report_forbidden("read logs", error)
-            return []  # there is no log, e.g. because the pod or its node is gone
+            return []
         except HTTPError:
             return []
 

@@ -22,8 +22,8 @@ MISSING_RULE = re.compile(
 )
 QUOTA = re.compile(r"exceeded quota: |status unknown for quota: ")
 WEBHOOK = re.compile(r'admission webhook "[^"]+" denied the request')
-# A webhook's errors about an invalid field: the same request will never be admitted
-# (apimachinery, pkg/util/validation/field/errors.go)
+# Errors about invalid fields in webhooks' messages; retries do not help (apimachinery,
+# pkg/util/validation/field/errors.go)
 INVALID_FIELD = re.compile(
     r": (Invalid|Required|Unsupported|Duplicate) value|: (Forbidden|Too long|Too many): "
 )
@@ -38,7 +38,7 @@ def server_message(error: ApiException) -> str:
 
 
 def describe_outage(error: Exception) -> str:
-    """Describe a failed connection for a message, with the type of the error, e.g. SSLError."""
+    """Return a message about a failed connection that contains the type of the error."""
     return f"does not respond ({type(getattr(error, 'reason', None) or error).__name__})"
 
 
@@ -51,7 +51,7 @@ def may_be_admitted_later(error: ApiException) -> bool:
 
 
 def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -> str:
-    """Describe a rejected request in one line: the request, the reason and the remedy."""
+    """Return one line with the rejected request, the reason and, if known, the remedy."""
     message = server_message(error)
     what = f"cannot {verb} in namespace {namespace}"
     rule = MISSING_RULE.search(message)

@@ -29,7 +29,7 @@ class Failures:
         self.found[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def out_of_memory(self) -> tuple[Cause, str] | None:
-        """Return an out-of-memory failure, which no restart can fix, and the remedy; else None."""
+        """Return an out-of-memory failure and its remedy, or None if there is no such failure."""
         for cause, lines in self.found.values():
             if cause.reason == OUT_OF_MEMORY and not cause.init:
                 return cause, (
@@ -64,7 +64,7 @@ class Failures:
 
 
 def time_before(text: str) -> str:
-    """Return an RFC 3339 time minus `WINDOW`, as text comparable with `Line.time`; "" for ""."""
+    """Return an RFC 3339 time minus `WINDOW`, comparable with `Line.time`; "" if unknown."""
     if not text:
         return ""
     return f"{datetime.fromisoformat(text) - timedelta(seconds=WINDOW):%Y-%m-%dT%H:%M:%S}"

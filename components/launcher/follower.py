@@ -36,7 +36,7 @@ from components.launcher.status import (
 from components.launcher.templates import ERRORS, FAILURE, RESTARTS, SCHEDULE, STARTED, Kind
 from components.launcher.workflow import without_run
 
-MAX_ANNOTATION = 32_000  # maximum length of FAILURE; the API server allows 256 KiB of annotations
+MAX_ANNOTATION = 32_000  # maximum number of characters of the annotation FAILURE
 NO_WORKLOAD = 30.0  # seconds within which Kueue should create a job's Workload
 
 
@@ -47,10 +47,10 @@ class Follower:
     training again.
 
     finished: returns whether training is complete; called if the job is gone or has failed.
-    end_reason: returns why the job must end if this process is stopped; "": keep the job.
-    first_attempt: whether this is the first attempt of the step. An existing failed job then dates
-    from before the user retried the run.
-    keep_logs: called when the job has ended, with the last lines of each rank by file name.
+    end_reason: called if this process is stopped; returns why the job must end, "" to keep the job.
+    first_attempt: whether this is the first attempt of the step since the user started or retried
+    the run; the first attempt recreates an existing failed job.
+    keep_logs: called at the end with a dictionary: file name -> last lines of a rank or pod.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class Follower:
         self.keep_logs(self.ranks.files())
 
     def stopped(self) -> None:
-        """Delete the job if its pipeline run is ending, else leave it to the step's next attempt.
+        """Delete the job if its pipeline run is ending; else keep it for the step's next attempt.
 
-        The step's pod may be evicted or lost like any other pod, while the pipeline run continues.
+        The run continues if, for example, only the step's pod is evicted.
         """
         stopping = "launcher: this step is being stopped"
         if reason := self.end_reason():
@@ -119,7 +119,7 @@ class Follower:
         self.reported[topic] = text
 
     def persists(self, topic: str, holds: bool, limit: float) -> bool:
-        """Return whether `holds` has been true for `limit` seconds in all calls with this topic."""
+        """Return whether this topic's condition `holds` has been true for at least `limit` seconds."""
         if not holds:
             self.since.pop(topic, None)
             return False
@@ -161,7 +161,7 @@ class Follower:
             raise RuntimeError(f"{self.name} was deleted: {error}")
 
     def adopt(self, existing: dict, failure: str) -> None:
-        """Take over an earlier attempt's job; raises RuntimeError if that job has failed."""
+        """Take over an earlier attempt's job; raises RuntimeError if `failure` is not empty."""
         meaning = "it has failed and is not recreated" if failure else "following it"
         self.report(
             "created", f"{self.name} exists from an earlier attempt of this step: {meaning}"
@@ -230,7 +230,7 @@ class Follower:
         present = {pod["metadata"]["uid"] for pod in self.pods}
         self.pod_logs = {uid: log for uid, log in self.pod_logs.items() if uid in present}
         for pod in self.pods:
-            if node_is_unresponsive(pod):  # each request would wait for its timeout
+            if node_is_unresponsive(pod):  # a request for its log would time out
                 name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName")
                 self.report(
                     name,
@@ -257,7 +257,7 @@ class Follower:
         text, limit = no_workload(self.kind, queue), self.timeouts.operator
         if self.persists("no Workload", not workloads, min(NO_WORKLOAD, limit)):
             self.report("queue", f"{self.name}: {text}")
-            self.admitted = not is_suspended(job)  # an unsuspended job ignores the queue
+            self.admitted = not is_suspended(job)  # a job that is not suspended runs without Kueue
         if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
             self.give_up(f"{self.name} has been suspended for {limit:.0f} s: {text}")
 
@@ -295,7 +295,7 @@ class Follower:
                 self.failures.add(cause, container)
 
     def stream_log(self, pod: dict, final: bool = False) -> None:
-        """Read a pod's new lines and write rank 0's lines; final: whether the job has ended."""
+        """Read a pod's new log lines and write rank 0's. final: whether the job has ended."""
         metadata = pod["metadata"]
         log = self.pod_logs.setdefault(metadata["uid"], PodLog(self.client, self.kind.container))
         main = self.kind.rank0(self.current).items() <= (metadata.get("labels") or {}).items()
@@ -370,7 +370,7 @@ class Follower:
                 self.give_up(f"{self.name} has not been able to start for {limit:.0f} s", causes[0])
 
     def give_up(self, text: str, cause: Cause | None = None) -> NoReturn:
-        """Stop the job but keep it: a retried step reads the cause from it. Raises RuntimeError."""
+        """Stop the job, keep it with the cause as an annotation, and raise RuntimeError."""
         self.stream_held_lines()
         explained = self.failures.explain(self.pods, cause)
         queued = queue_name(self.current)
@@ -378,7 +378,7 @@ class Follower:
         self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)
 
     def fail(self, text: str, spec: dict | None) -> NoReturn:
-        """Annotate the job with the cause, raise RuntimeError; spec: a patch that ends the job."""
+        """Annotate the job with the cause and raise RuntimeError. spec: see `JobClient.mark`."""
         try:
             self.client.mark(text[:MAX_ANNOTATION], spec)
         except RuntimeError as error:
@@ -388,7 +388,7 @@ class Follower:
         raise RuntimeError(text)
 
     def delete_failed(self) -> None:
-        """Delete a failed job; do not raise errors, as the caller raises the job's error."""
+        """Delete a failed job; report errors without raising them."""
         try:
             self.client.delete()
         except RuntimeError as error:

@@ -2,11 +2,11 @@
 
 A job belongs to its pipeline run, not to the step's pod, which may be evicted or lost. Kubernetes
 deletes the job together with the run's Workflow (ownerReference). A step that is stopped because
-the run is ending deletes its job; `delete_jobs` deletes all unfinished jobs of a run. The operator
-ends a job after its deadline: a TrainJob without delay; for a PyTorchJob, the training operator 1.9
-checks the deadline only when the job or one of its pods changes, and every 10 hours (its work queue
-for delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run up to 10
-hours longer. A finished PyTorchJob is deleted after its time to live; a TrainJob has none.
+the run is ending deletes its job; `delete_jobs` deletes all unfinished jobs of a run.
+
+The operator ends a job at its deadline. A hanging PyTorchJob may run up to 10 hours longer: the
+training operator 1.9 checks the deadline only every 10 hours and when the job or one of its pods
+changes (pytorchjob_controller.go, FakeWorkQueue).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def launch(
 ) -> None:
     """Train in a job of `nodes` pods; block until it has succeeded.
 
-    An existing job of this run and name is followed. If the job has failed, a retried step fails
-    immediately with the same message. In a retried run, the step's first attempt recreates the job.
+    An existing job with this `run_id` and `name` is followed. If that job has failed, the step's
+    first attempt after a retry of the run recreates it; other attempts fail with its message.
 
     Args:
         template: YAML of the job.
@@ -75,11 +75,11 @@ def launch(
         task_config: The fields of kfp's dsl.TaskConfig.
         out: Called with each line of rank 0's log, and with messages about the job.
         finished: Returns whether training is complete; called if the job is gone or has failed.
-        check_processes: Raises ValueError if this number of processes cannot train.
-        keep_logs: Called after the job's end with the last lines of each rank, by file name.
+        check_processes: Raises ValueError if this number of processes is not supported.
+        keep_logs: Called at the end with a dictionary: file name -> last lines of a rank or pod.
 
     Raises:
-        RuntimeError: The job fails, cannot start, is deleted, or its creation is forbidden.
+        RuntimeError: The job fails, cannot start or is deleted, or an API request fails.
         ValueError: The kind is unknown, or the template does not fit the other arguments.
     """
     job_kind = KINDS.get(kind.lower())
@@ -114,7 +114,7 @@ def launch(
 
 
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
-    """End a run's training jobs from its exit handler; return and raise the same as `delete_jobs`.
+    """Delete a run's unfinished jobs from its exit handler; returns the same as `delete_jobs`.
 
     A job that is still training after a failed run, e.g. because its step was evicted too often, is
     left running, so that a retry of the run can follow it. The job's owner reference to the
@@ -152,9 +152,9 @@ def delete_jobs(
         keep: Called for each unfinished job; returns "" to delete it, else why it is kept.
 
     Returns:
-        The names of the deleted jobs, and one line for each job that was not deleted or kind that
-        could not be listed, e.g. because the account may use only one operator. The line of a
-        finished job states how long the job and its pods' logs are kept.
+        The names of the deleted jobs, and messages: one for each job that was not deleted, and one
+        for each kind whose jobs could not be listed. The message about a finished job states how
+        long the job and its pods' logs are kept.
 
     Raises:
         PermissionError: Listing the jobs of `own` or of all kinds, or deleting a job, is forbidden.

@@ -2,7 +2,7 @@
 
 torchrun prefixes the lines of its processes with their rank, e.g. `[rank3]:` (PET_TEE and
 TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest), but not the lines of torchrun
-itself. Without these settings, no line has a prefix, and lines are assigned to pods only.
+itself. Without these environment variables, lines are assigned to pods only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from components.launcher.client import JobClient
 from components.launcher.status import container_statuses, restart_count
 
 TAIL = 200  # number of last lines of each rank that are kept
-MAX_PODS = 256  # number of pods whose lines are kept; a preempted TrainJob gets pods with new names
-MAX_FIRST_LINES = 1000  # lines in the first read of a pod's log; an adopted job's log may be long
+MAX_PODS = 256  # maximum number of pods whose lines are kept
+MAX_FIRST_LINES = 1000  # maximum number of lines in the first read of a pod's log
 # seconds for which the lines of a restarted container are held back if the log of its previous
 # instance cannot be read yet, so that the lines stay in order
 HOLD_SECONDS = 15.0
@@ -47,10 +47,10 @@ class PodLog:
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
         self.last_time, self.last_read, self.restarts = "", 0.0, 0
-        self.held_since: float | None = None  # when holding back lines began, or None
+        self.held_since: float | None = None  # monotonic time; None if no lines are held back
 
     def new_lines(self, pod: dict, final: bool = False) -> list[Line]:
-        """Return the lines since the last call; final: whether this is the last call."""
+        """Return the lines since the previous call; final: whether this is the last call."""
         name, restarts = pod["metadata"]["name"], restart_count(pod, self.container)
         start = time.monotonic()
         since = round(start - self.last_read) + 2 if self.last_read else None
@@ -90,7 +90,7 @@ def comparable_time(text: str) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure of a rank. signal: number of the signal that ended the rank, or 0."""
+    """The first failure of a rank. signal: number of the signal that ended it, or 0."""
 
     rank: str
     pod: str
@@ -108,10 +108,10 @@ class RankLogs:
 
     def __init__(self) -> None:
         self.lines: dict[str, deque[Line]] = {}  # "rank 3" or "pod NAME" -> its last lines
-        self.pods: dict[str, str] = {}  # "rank 3" -> the name of its pod
+        self.pods: dict[str, str] = {}  # "rank 3" or "pod NAME" -> the name of the pod
 
     def add(self, pod: str, lines: list[Line], main: bool) -> list[str]:
-        """Store a pod's lines; return rank 0's, and torchrun's if rank 0 may run here (main)."""
+        """Store a pod's lines; return rank 0's, and torchrun's if rank 0 may run in it (`main`)."""
         shown = []
         for when, text in lines:
             prefix = PREFIX.match(text)
@@ -145,9 +145,9 @@ class RankLogs:
     def first_failure(self, since: str = "") -> Failure | None:
         """Return the first failure after the time `since`; None if no log contains a failure.
 
-        The other ranks fail soon after the first, often within one second, the resolution of
-        torchrun's summary. A rank that was killed by a signal therefore takes precedence: the
-        other ranks lost their connection to it. SIGTERM is ignored, as torchrun itself sends it.
+        When a rank is killed, the other ranks lose their connection to it and often fail within the
+        same second. Times in torchrun's summaries are in whole seconds; therefore, a rank that was
+        killed by a signal takes precedence. SIGTERM is ignored, as torchrun itself sends it.
         """
         found = [*self.errors(since), *self.summaries(since)]
         return min(found, key=lambda failure: (not failure.signal, failure.time), default=None)
@@ -172,7 +172,7 @@ class RankLogs:
         return failures
 
     def summaries(self, since: str) -> list[Failure]:
-        """Return the ranks killed by a signal other than SIGTERM, from torchrun's summaries."""
+        """Return the failures that torchrun's summaries attribute to signals other than SIGTERM."""
         failures = []
         for source, lines in self.lines.items():
             values: dict[str, str] = {}

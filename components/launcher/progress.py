@@ -67,7 +67,7 @@ class Progress:
     def due(self, now: float, final: bool = False) -> str:
         """Return the annotation to publish at the time `now` in seconds; "" if there is none.
 
-        final: whether the job has ended, so that the interval is ignored.
+        final: whether the job has ended; if so, INTERVAL is ignored.
         """
         if self.latest == self.published or (now < self.next and not final):
             return ""

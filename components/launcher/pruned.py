@@ -1,9 +1,8 @@
 """Fields of a job that the API server dropped.
 
-An API server silently drops fields that are not in the installed CustomResourceDefinition: Kubeflow
-Trainer 2.0 and 2.1 have neither `runtimePatches` nor `activeDeadlineSeconds` (manifests/base/crds
-of these releases); 2.2 added both fields. Therefore the job that `create` returns is compared with
-the job that was sent.
+An API server silently drops fields that are not in the installed CustomResourceDefinition. For
+example, Kubeflow Trainer before 2.2 has neither `runtimePatches` nor `activeDeadlineSeconds`
+(manifests/base/crds). Therefore, the job returned by `create` is compared with the job sent.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ SAFETY = {
 }
 # Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
 SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
-KEYS = ("manager", "name", "mountPath", "key")  # keys that identify an entry, by priority
+KEYS = ("manager", "name", "mountPath", "key")  # keys that identify an entry of a list
 
 
 def dropped_fields(sent: object, received: object, path: str) -> list[str]:
     """Return the paths of the fields of `sent` that `received` lacks.
 
     Values are not compared, as the API server normalizes them; webhooks may add fields and list
-    entries. An empty value is equivalent to an absent value.
+    entries. Empty values, 0 and False are equivalent to absent values.
     """
     if isinstance(sent, dict):
         if not isinstance(received, dict):
@@ -49,7 +48,7 @@ def dropped_fields(sent: object, received: object, path: str) -> list[str]:
 
 
 def counterpart(entry: object, index: int, entries: list) -> object:
-    """Return the entry with the same key (see KEYS) as `entry`, else at the same index; or None."""
+    """Return the entry of `entries` with the same key (see KEYS) or index; None if absent."""
     if isinstance(entry, dict) and (key := next((key for key in KEYS if key in entry), None)):
         dicts = (other for other in entries if isinstance(other, dict))
         return next((other for other in dicts if other.get(key) == entry[key]), None)

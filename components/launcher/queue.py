@@ -7,14 +7,14 @@ contains the reason why the job waits, e.g. `WaitingForQuota` with the missing q
 `Pending` or `Inadmissible` (apis/kueue/v1beta2/workload_types.go).
 
 A suspended job without a Workload waits forever. Since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
-2026-06-29) the default configuration does not enable the integration of PyTorchJobs.
+2026-06-29), the default configuration does not enable the integration of PyTorchJobs.
 """
 
 from __future__ import annotations
 
 from components.launcher.templates import Kind
 
-# label of a job whose suspension is managed by Kueue
+# label of a job that Kueue manages; its value is the LocalQueue
 QUEUE = "kueue.x-k8s.io/queue-name"
 JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload
 GROUP, VERSION, PLURAL = "kueue.x-k8s.io", "v1beta2", "workloads"

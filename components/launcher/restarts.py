@@ -67,7 +67,7 @@ class Restarts:
 
     @property
     def errors(self) -> int:
-        """Return the number of errors (incidents without a disruption) of all launchers."""
+        """Return the number of incidents without a disruption, plus the errors before this launcher."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
@@ -84,8 +84,8 @@ class Restarts:
     def observe(self, pod: dict, container: str, now: float) -> None:
         """Count a pod's failures since the last call. now: monotonic time in seconds.
 
-        Failures in the first poll of a job are not counted: they occurred before this launcher
-        started.
+        Failures in the first poll of a job are not counted: an earlier launcher may have counted
+        them.
         """
         name, uid = pod["metadata"]["name"], uid_of(pod)
         cause, before = failure_reason(pod), self.failures.get(uid, 0)
@@ -113,7 +113,7 @@ class Restarts:
             self.add(name, cause, now, True)
 
     def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
-        """Count each pod that existed at the last poll and is now missing as deleted.
+        """Count each pod that has disappeared since the last poll as a disruption.
 
         Ignores failed pods, which `observe` has counted. For a suspended job, see `forget_pods`.
         pods: all pods of the job. needed: number of running pods that the job needs to train.
@@ -140,12 +140,12 @@ class Restarts:
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
-        """Add a failure to the next incident after the pod's last one, or to a new incident."""
+        """Add a failure to the first incident after the pod's last incident, or to a new one."""
         recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
         last = max((i for i, entry in enumerate(recent) if name in entry.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)
         if incident is None and disrupted and recent:
-            incident = recent[-1]  # the pod's error was the first sign of its disruption
+            incident = recent[-1]  # the pod's earlier error was the first effect of its disruption
         if incident is None:
             incident = Incident(now, dict(self.failures))
             self.incidents.append(incident)
@@ -155,8 +155,8 @@ class Restarts:
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
         """Return whether the last incident caused a failure; if so, add the failure to it.
 
-        The incident is the cause if another pod still waits for its first restart since then. Pods
-        in a crash loop wait most of the time as well, but have failed again since the incident.
+        The incident is the cause if another pod still waits for its restart after the incident. A
+        pod in a crash loop does not count, as it has failed again since the incident.
         """
         last = self.incidents[-1] if self.incidents else None
         if last is None or now - last.start > WINDOW:
@@ -176,7 +176,7 @@ def uid_of(pod: dict) -> str:
 
 
 def is_disruption(cause: Cause, pod: dict) -> bool:
-    """Return whether this pod was ended by its node or an eviction, not by its own process.
+    """Return whether this pod was ended by a disruption, e.g. an eviction or the loss of its node.
 
     The eviction of a pod that exceeded its limits does not count: a restart would not help.
     """
@@ -193,7 +193,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
 
 
 def is_deleted_before(pod: dict, time: str) -> bool:
-    """Return whether a pod was deleted before its failure at `time`, or at all if `time` is ""."""
+    """Return whether a pod was deleted before its failure at `time` ("" if unknown)."""
     metadata = pod["metadata"]
     if "deletionTimestamp" not in metadata:
         return False
@@ -209,9 +209,9 @@ def can_run(pod: dict) -> bool:
 
 
 def failure_count(pod: dict, cause: Cause, container: str) -> int:
-    """Return how often the cause's container has failed, or `container` if the cause has none.
+    """Return how often the container of `cause` (default: `container`) has failed.
 
-    The kubelet counts a restart when the new instance is created, after the back-off.
+    The kubelet increases restartCount only after the back-off.
     """
     name = cause.container or container
     not_restarted = not cause.previous or is_backing_off(pod, name)

@@ -32,7 +32,7 @@ def _list(kind: Any) -> Any:
 Scalar = str | int | float | bool
 _MAP = dict[str, Scalar | None]
 _METADATA = _fields("Metadata", name=str, labels=_MAP, annotations=_MAP)
-# a TrainJob refers to its runtime by name
+# with a required name, as a TrainJob refers to its runtime by name
 _NAMED = _fields("RuntimeMetadata", {"name": str}, labels=_MAP, annotations=_MAP)
 _ENV = _list(_fields("EnvVar", {"name": str}))
 _LIMITS = defstruct("Limits", [("gpus", _GpuCount | None, None)], rename={"gpus": GPU})
@@ -121,7 +121,7 @@ def validate(document: dict) -> dict:
     if not isinstance(document.get("spec"), dict):
         raise ValueError(f"job manifest: the {kind} has no spec")
     _check(document["spec"], spec, f"{kind}: spec")
-    # each replica separately: msgspec's errors omit mapping keys, e.g. `pytorchReplicaSpecs[...]`
+    # check each replica separately, as msgspec's errors do not contain the keys of mappings
     for name, replica in document["spec"].get("pytorchReplicaSpecs", {}).items():
         _check(replica, _REPLICA, f"{kind}: spec.pytorchReplicaSpecs.{name}")
     return without_nulls(document)

@@ -26,7 +26,7 @@ from components.launcher.templates import Kind
 
 EventQuery = Callable[[str], list[dict]]  # field selector -> matching events
 
-# Reasons of state.waiting for which a user has to fix the image, a Secret or the command.
+# Values of state.waiting.reason that require a fix to the image, a Secret or the command
 BROKEN = (
     "ErrImagePull",
     "ImagePullBackOff",
@@ -151,7 +151,7 @@ def container_statuses(pod: dict) -> list[dict]:
 
 
 def failure_reason(pod: dict) -> Cause | None:
-    """Return why this pod or the previous instance of its container failed; else None."""
+    """Return why this pod or the previous instance of its container failed; None if neither did."""
     status = pod.get("status") or {}
     name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName") or ""
     inits = [init.get("name") for init in status.get("initContainerStatuses") or []]
@@ -227,7 +227,7 @@ def restart_count(pod: dict, container: str) -> int:
 
 
 def expected_pods(job: dict) -> int:
-    """Return the number of pods in the job's spec."""
+    """Return the number of pods that the job's spec requests."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if replicas:
         return sum(replica.get("replicas", 1) for replica in replicas.values())
@@ -235,7 +235,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return why pods are missing; None if no pod is missing or no event explains the reason."""
+    """Return why pods of the job are missing; None if all exist or the reason is unknown."""
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]

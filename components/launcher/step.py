@@ -7,9 +7,9 @@ import os
 from components.launcher.client import JobClient
 from components.launcher.workflow import end_of_run, is_disrupted, retry_index, workflow_owner
 
-# "0" in the first pod of a step; set only by servers after 2.17 (argocompiler/common.go)
+# "0" in the first pod of a step; set by Kubeflow Pipelines after 2.17 (argocompiler/common.go)
 RETRY_INDEX = "KFP_RETRY_INDEX"
-POD = "KFP_POD_NAME"  # set by `commonEnvs` in the backend's argocompiler/common.go
+POD = "KFP_POD_NAME"  # set by Kubeflow Pipelines (argocompiler/common.go)
 
 
 class Step:
@@ -29,11 +29,10 @@ class Step:
     def end_reason(self) -> str:
         """Return why the job must end together with this step; "" if the run continues.
 
-        Takes at most 5 s. If the run cannot be read, it is assumed to be ending, unless this step's
-        pod is disrupted. Kubernetes sends SIGKILL 30 s after SIGTERM; but when Argo itself ends
-        a step, KFP's launcher process exits at once and SIGKILL may follow within a second. If the
-        job is not deleted in this time, it is deleted by the exit handler (after Kubeflow's
-        Terminate), by `python -m pipeline terminate`, or together with the Workflow.
+        If the run cannot be read, it is assumed to continue if this step's pod is disrupted, and to
+        be ending otherwise. Takes at most 5 s, less than the 30 s between SIGTERM and SIGKILL. When
+        Argo itself ends the step, SIGKILL may follow within a second; the job is then deleted by
+        the exit handler, by `python -m pipeline terminate`, or together with the Workflow.
         """
         if self.owner is None:
             return "it does not belong to a pipeline run"

@@ -1,8 +1,7 @@
 """The two kinds of training job as plain dictionaries, and how to fill in their templates.
 
 The kinds are PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
-(trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3). Everything that is specific to a kind is in
-its entry in KINDS; the rest of the launcher does not depend on the kind.
+(trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3); see KINDS.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import yaml
 
 from components.launcher.schema import GPU, validate
 
-POOL = "vitdet/pool"  # label of node pools, independent of the cloud provider
-# replaces POOL on GKE, where a ComputeClass cannot add node labels with a slash
+POOL = "vitdet/pool"  # node label with the name of the node pool
+# node label that replaces POOL on GKE: a ComputeClass cannot add node labels with a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
-# annotation of a template: maximum time in seconds that its pods may wait for a node
+# annotation of a job template: maximum time in seconds that the pods may wait for a node
 SCHEDULE = "vitdet/schedule-seconds"
 # annotations that the launcher sets on a job
 FAILURE = "vitdet/failure"  # why the job failed or was aborted
@@ -104,7 +103,8 @@ def label(text: str) -> str:
 def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
     """Return a template's job, with the request's values filled in.
 
-    Raises ValueError unless the template has exactly one job of this kind and fits the request.
+    Raises ValueError if the template does not fit the request or does not contain exactly one job
+    of this kind.
     """
     if request.nodes < 1:
         raise ValueError(f"a job needs at least 1 node, got {request.nodes}")
@@ -115,7 +115,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
             f"the job's template must contain exactly one {kind.name}, got "
             f"{', '.join(str(part.get('kind')) for part in found) or 'nothing'}"
         )
-    # a copy: YAML anchors share objects between Master and Worker
+    # copy: with YAML anchors, Master and Worker may share objects
     job = json.loads(json.dumps(jobs[0]))
     metadata = job.setdefault("metadata", {})
     metadata.update(name=request.name, namespace=request.namespace)
@@ -224,8 +224,7 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
     if added := task.get("resources"):
         trainer["resourcesPerNode"] = merge_resources(trainer.get("resourcesPerNode"), added)
     pod: dict = {}
-    # the controller merges like `kubectl patch`: lists are merged by name or key, but tolerations
-    # are replaced
+    # the controller merges a runtimePatch like `kubectl patch`, which replaces tolerations
     add_to_pod(pod, request)
     if task.get("volume_mounts"):
         pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]
@@ -271,7 +270,7 @@ def add_to_pod(pod: dict, request: JobRequest) -> None:
 
 
 def reuse_claim_volumes(pod: dict, task: dict) -> dict:
-    """Replace the task's volumes with volumes of the pod that use the same claim.
+    """Return the task without the volumes whose claims the pod already uses, and adapt its mounts.
 
     A pod with two volumes for one claim stays in ContainerCreating forever (kubernetes/kubernetes,
     issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,
@@ -301,7 +300,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Merge limits and requests; `added` takes precedence, and its limits remove old requests."""
+    """Merge limits and requests; `added` takes precedence. Its limits remove existing requests."""
     existing = existing or {}
     limits, requests = ({**existing.get(key, {})} for key in ("limits", "requests"))
     for key in added.get("limits", {}):

@@ -1,4 +1,4 @@
-"""The Argo Workflow of a pipeline run, as seen by one of its steps.
+"""The Argo Workflow of a pipeline run.
 
 The Workflow owns the training jobs of its run: these jobs outlive the steps' pods, which may be
 evicted, and are deleted together with the Workflow. The functions interpret objects as returned by
@@ -39,7 +39,7 @@ def retry_index(pod: dict) -> int | None:
 
 
 def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> str:
-    """Return why this run is over or is being ended; "" if it continues.
+    """Return why this run has ended or is ending; "" if it continues.
 
     Kubeflow's Terminate sets spec.activeDeadlineSeconds to 0 (backend/src/common/util/
     execution_spec.go of 2.17); `argo terminate` and `argo stop` set spec.shutdown. If the uid
