@@ -119,7 +119,7 @@ class Follower:
         self.reported[topic] = text
 
     def persists(self, topic: str, holds: bool, limit: float) -> bool:
-        """Return whether this topic's condition `holds` has been true for at least `limit` seconds."""
+        """Return whether the topic's condition `holds` has been true for at least `limit` s."""
         if not holds:
             self.since.pop(topic, None)
             return False

@@ -67,7 +67,7 @@ class Restarts:
 
     @property
     def errors(self) -> int:
-        """Return the number of incidents without a disruption, plus the errors before this launcher."""
+        """Return the number of incidents without a disruption, plus earlier launchers' errors."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
