@@ -57,7 +57,7 @@ ui: $(READY)
 
 ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-# options for podman and buildah; docker finds the ignore file by its name and always caches layers
+# options for podman and buildah; docker finds the ignore file by name and always caches layers
 LAYERS := --layers --ignorefile manifests/image/Dockerfile.dockerignore
 
 image:

@@ -252,7 +252,7 @@ class JobClient:
         self.patch({"metadata": {"annotations": annotations}})
 
     def mark(self, failure: str, spec: dict | None) -> None:
-        """Annotate the job with its failure. spec: a spec patch that ends the job, or None."""
+        """Annotate the job with its failure. spec: patch of the spec that ends the job, or None."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": spec} if spec else change)
 
