@@ -111,7 +111,7 @@ class RankLogs:
         self.pods: dict[str, str] = {}  # "rank 3" or "pod NAME" -> the name of the pod
 
     def add(self, pod: str, lines: list[Line], main: bool) -> list[str]:
-        """Store a pod's lines; return rank 0's, and torchrun's if rank 0 may run in it (`main`)."""
+        """Store a pod's lines; return rank 0's, and torchrun's if rank 0 may run there (`main`)."""
         shown = []
         for when, text in lines:
             prefix = PREFIX.match(text)

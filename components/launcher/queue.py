@@ -30,7 +30,7 @@ REMEDIES = {
 
 
 def queue_name(job: dict) -> str:
-    """Return the LocalQueue of a job; "" if Kueue does not manage it."""
+    """Return the LocalQueue of a job; "" if the job has no queue label."""
     return (job["metadata"].get("labels") or {}).get(QUEUE, "")
 
 

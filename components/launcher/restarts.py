@@ -153,7 +153,7 @@ class Restarts:
         incident.disrupted |= disrupted
 
     def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
-        """Return whether the last incident caused a failure; if so, add the failure to it.
+        """Return whether the last incident caused this failure; if so, add the failure to it.
 
         The incident is the cause if another pod still waits for its restart after the incident. A
         pod in a crash loop does not count, as it has failed again since the incident.

@@ -270,7 +270,7 @@ def add_to_pod(pod: dict, request: JobRequest) -> None:
 
 
 def reuse_claim_volumes(pod: dict, task: dict) -> dict:
-    """Return the task without the volumes whose claims the pod already uses, and adapt its mounts.
+    """Return the task without the volumes whose claims the pod already uses, with adapted mounts.
 
     A pod with two volumes for one claim stays in ContainerCreating forever (kubernetes/kubernetes,
     issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,

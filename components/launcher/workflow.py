@@ -65,7 +65,7 @@ def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> 
 
 
 def is_disrupted(pod: dict) -> bool:
-    """Return whether this pod is being deleted, or was ended by its node or an eviction."""
+    """Return whether this pod is being deleted or has the condition DisruptionTarget."""
     return "deletionTimestamp" in pod["metadata"] or has_disruption_target(pod)
 
 
