@@ -61,7 +61,7 @@ def write_evaluation(
     output: Path | None,
     plots: Path | None,
 ) -> None:
-    """Write metrics to `output`, and provenance files next to `output` and the matches in `plots`.
+    """Write metrics to `output`, their provenance, and the provenance of the matches in `plots`.
 
     overrides, config: as passed to `vitdet.evaluate` for this evaluation.
     """
