@@ -108,9 +108,10 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
     except OSError:
         raise  # e.g. too many open files: unrelated to the content
     except Exception as error:  # a damaged file can cause any exception
-        no_memory = isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)
-        kind = ValueError if no_memory else DamagedError
-        raise kind(f"{path}: not a complete vitdet checkpoint ({first_line(error)})") from error
+        if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error):
+            raise ValueError(f"{path}: does not fit in memory ({first_line(error)})") from error
+        text = f"{path}: not a complete vitdet checkpoint ({first_line(error)})"
+        raise DamagedError(text) from error
     if not isinstance(content, dict) or content.get("format") not in expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a {expected[0]!r} file, got {found!r}")

@@ -61,7 +61,7 @@ class WeightedAP:
         self._segment_start = self._starts[segment]
         # added to precision, so that one maximum.accumulate processes all segments separately
         self._offset = 2.0 * (segments - segment)
-        # ignored detections: their images, and their number before each true positive and `_first`
+        # ignored detections: their images, and how many precede each true positive and its `_first`
         ignored_level, ignored = np.nonzero(matches.ignored[order].T)
         self._ignored_image = self._image[ignored]
         keys, start = ignored_level * len(order) + ignored, level * len(order)

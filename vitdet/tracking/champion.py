@@ -114,13 +114,13 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the champion under the same protocol.
 
-    If `flaw` returns a reason, the candidate does not pass. Otherwise, it passes if there is no
-    champion or if it is the champion. A rolled-back version does not replace the champion.
+    A candidate passes if `flaw` finds no reason against it and there is no champion, it is already
+    the champion, or `compare` prefers it. A version that was rolled back does not pass.
 
     Args:
         evaluated: An earlier result of `evaluate_champion`, used if `evaluate` is not passed.
-        evaluate: Evaluates the champion if no evaluation under this protocol is stored. Without
-            `evaluate` and `evaluated`, the candidate is then rejected.
+        evaluate: Evaluates the champion if no evaluation under this protocol is stored. If neither
+            `evaluate` nor `evaluated` is passed, the candidate does not pass in this case.
         version: The candidate's version; "" if it is not registered.
     """
     model = _Model(connect(uri, folder), model_name, protocol, gate)
