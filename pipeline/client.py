@@ -167,7 +167,7 @@ class Server:
                 existing, last = find(), error
             if existing:
                 return existing
-            if last.status in (0, 409):  # without a response the request may still be in progress
+            if last.status in (0, 409):  # 0: no response; the request may still be in progress
                 break
             if attempt < self.transport.retries:
                 self.transport.report(f"{last}; nothing was created, retrying")

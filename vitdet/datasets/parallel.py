@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class SharedProgress:
-    """Common progress display of several files; `total` is the sum of their sizes in bytes."""
+    """A progress display shared by several files; `total` is the sum of their sizes in bytes."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop

@@ -77,7 +77,7 @@ class Shipper:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._is_accepting:
             self._is_accepting = True
-            log.warning("tracking: %s is responding again; all records were sent", self._shown)
+            log.warning("tracking: %s accepts records again; all records were sent", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
