@@ -61,7 +61,7 @@ def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
         return client.ApiClient(settings), namespace
     except config.ConfigException as error:
         raise RuntimeError(
-            f"no cluster: not in a pod with a service account, and no kubeconfig ({error})"
+            f"no cluster: not in a pod with a service account, and no usable kubeconfig ({error})"
         ) from None
     except (yaml.YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         problem = " ".join(str(error).split())

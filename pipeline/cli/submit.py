@@ -78,7 +78,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         "--service-account",
         default=ACCOUNT,
         metavar="NAME",
-        help=f"service account of the steps (default: {ACCOUNT}; '': the server's account)",
+        help=f"service account of the steps (default: {ACCOUNT}; '': the server's default)",
     )
     add_text(cluster, "--pipeline-root", "URL", "URL of the storage for the steps' artifacts")
     run = command.add_argument_group("the run")

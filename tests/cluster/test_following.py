@@ -274,7 +274,7 @@ def test_invalid_arguments_are_rejected_first(
 ) -> None:
     given = {**arguments(TEMPLATES["pytorchjob"], []), "workspace": "/data/runs"}
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    text = "no cluster: not in a pod with a service account, and no kubeconfig"
+    text = "no cluster: not in a pod with a service account, and no usable kubeconfig"
     with pytest.raises(RuntimeError, match=text):
         launcher.launch(**given)
     api = client.ApiClient(client.Configuration())

@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _message(error: Exception, verb: str) -> str:
     """Return the error message for a user error, in one line, or "" for a bug in vitdet."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # names: no import of torch and mlflow
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # avoids importing torch and mlflow
     lines = hide_credentials(error).strip().splitlines() or [type(error).__name__]
     if "OutOfMemoryError" in kinds:
         # keep the sentences on requested and available memory, not those on torch's allocator

@@ -169,8 +169,8 @@ class _Entry:
     def register(self, folder: Path, digest: str) -> str:
         """Register the checkpoint with this digest; return the version.
 
-        If the version exists, its evaluation, report and model card are replaced. Exceptions: see
-        `champion.update_tags`.
+        If the version exists, its evaluation, report and model card are replaced, except in the
+        cases in which `champion.update_tags` changes nothing.
         """
         client, name, metrics = self.client, self.model_name, self.evaluation.metrics
         version = self.version(digest)

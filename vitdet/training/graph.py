@@ -85,7 +85,7 @@ class GraphedGradients:
         torch._foreach_copy_(gradients, kept)
 
     def make_room(self) -> None:
-        """Clear the graphs for a step that may not fit into memory beside them."""
+        """Clear the graphs to make room for a step that may not fit in memory alongside them."""
         self.graph.clear()
         self.clearings += 1
         if self.clearings == CLEARINGS and distributed.rank() == 0:
