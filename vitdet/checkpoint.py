@@ -264,7 +264,7 @@ class Checkpoints:
     def save(self, step: int, content: dict) -> Path:
         """Write the state after `step` steps and remove all but the last `keep` states."""
         path = self.folder / f"step_{step:08d}.pt"
-        _evaluation_of(path).unlink(missing_ok=True)  # evaluation of an earlier state
+        _evaluation_of(path).unlink(missing_ok=True)  # left by an earlier state of this step
         save(path, {"format": STATE, "step": step, **content})
         # .step_*.tmp: left by a killed process of vitdet 0.1
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:

@@ -247,7 +247,7 @@ class EvalConfig(Section, prefix="evaluate."):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # torch.compile on a GPU: takes about a minute and pays off after a few thousand images
     compile: bool = False
-    # maximum number of validation images (only images with objects, lowest ids first); 0: no limit
+    # validate on at most this many images, only those with objects, lowest ids first; 0: all images
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 

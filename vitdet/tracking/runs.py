@@ -170,7 +170,7 @@ def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def metric_name(name: str) -> str:
-    """Convert a metric's name, KIND/CLASS or KIND, to a name that MLflow accepts.
+    """Convert a metric's name, e.g. box_ap or class_ap/CLASS, to a name that MLflow accepts.
 
     MLflow accepts up to 250 characters: letters, digits and "_-. :/". The name must be a normalized
     path: no part between slashes may be empty, "." or "..".

@@ -42,7 +42,7 @@ from vitdet.types import Batch, Target, Targets
 
 log = logging.getLogger(__name__)
 
-LONG_RUN = 1000  # minimum optim.steps for compilation by train.compile=auto (about 90 s)
+LONG_RUN = 1000  # minimum optim.steps for train.compile=auto to compile (takes about a minute)
 # loss scale below which training fails; initially 2 ** 16, halved in each skipped step
 LEAST_SCALE = 2.0**-14
 
