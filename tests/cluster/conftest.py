@@ -39,7 +39,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 class Clock:
-    """Replaces the module `time`: only `sleep` advances the time, and it returns at once."""
+    """Replaces the module `time`: only `sleep`, which returns at once, advances the time."""
 
     def __init__(self) -> None:
         self.now = 1000.0

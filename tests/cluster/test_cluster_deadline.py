@@ -52,7 +52,7 @@ def test_the_training_operator_ends_a_job_at_the_next_event_after_its_deadline(l
     wait_until(lambda: not live.pods("late"))
 
 
-def test_trainer_ends_a_job_at_its_deadline(live: Scene) -> None:
+def test_kubeflow_trainer_ends_a_job_at_its_deadline(live: Scene) -> None:
     job = yaml.safe_load(template("trainjob", script=True))
     job["spec"]["activeDeadlineSeconds"] = 2
     with pytest.raises(RuntimeError) as raised:
@@ -64,7 +64,7 @@ def test_trainer_ends_a_job_at_its_deadline(live: Scene) -> None:
 
 
 def test_a_job_deleted_after_its_time_to_live_has_succeeded(live: Scene) -> None:
-    seldom = replace(PATIENT, poll=3)  # so that it ends and is deleted between two polls
+    seldom = replace(PATIENT, poll=3)  # the job ends and is deleted between two polls
     live.launch(
         script(ttlSecondsAfterFinished=0),
         ["echo on; sleep 1; echo done > /data/complete"],

@@ -2,7 +2,7 @@
 
 The events are those of Argo (workflow/controller of v3.7) and of Kubeflow's Terminate and Retry
 (backend/src/common/util of Pipelines 2.17). Pod conditions that the tests' API server is too old for
-are written as in pkg/kubelet/nodeshutdown of 1.31.
+are written as in pkg/kubelet/nodeshutdown of Kubernetes 1.31.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def node_gone(training: Training) -> None:
 
 
 def killed(training: Training) -> None:
-    """The kernel kills the process for lack of memory; the pod remains with phase Failed."""
+    """The kernel kills the process for lack of memory; the pod is not deleted."""
     training.end(signal.SIGKILL)
     training.follow()
 
 
 def killed_soon_after_sigterm(training: Training) -> None:
-    """Argo ends the step: SIGKILL follows SIGTERM after about a second."""
+    """Argo ends the step: SIGKILL follows SIGTERM within about a second."""
     for seconds in (0.0, 0.3, 1.0):
         training.launcher.send_signal(signal.SIGTERM)
         time.sleep(seconds)
@@ -109,7 +109,7 @@ def node_shut_down(training: Training) -> None:
 
 
 def failed_and_collected(training: Training) -> None:
-    """Without retries left, the exit handler runs and the failed Workflow is deleted; then Retry."""
+    """No retries are left: the exit handler runs, the Workflow is deleted, the user retries."""
     training.end(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBECONFIG", str(training.made.kubeconfig))

@@ -1,10 +1,10 @@
 """Failures of a training job on a real API server; the pods' processes are shell scripts.
 
-The test writes the status that the kubelet, the scheduler and Kueue would write: PodStatus and PodCondition of core/v1,
-see https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.33/#podstatus-v1-core; image errors:
+The tests write the statuses that the kubelet and the scheduler would write: PodStatus and PodCondition of core/v1, see
+https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.33/#podstatus-v1-core; image errors:
 k8s.io/kubernetes/pkg/kubelet/images/types.go; eviction: pkg/kubelet/eviction/helpers.go; Unschedulable:
 pkg/scheduler/schedule_one.go. Kueue suspends a PyTorchJob by spec.runPolicy.suspend
-(its pkg/controller/jobs/kubeflow/jobs/pytorchjob).
+(kubernetes-sigs/kueue, pkg/controller/jobs/kubeflow/jobs/pytorchjob).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = on_cluster
 
 
 def script(**policy: object) -> str:
-    """Return the job file with a shell script as args and with these fields of its runPolicy."""
+    """Return a job file whose args are a shell script, with these fields in its runPolicy."""
     job = yaml.safe_load(template(script=True))
     job["spec"]["runPolicy"].update(policy)
     job["metadata"].pop("annotations", None)  # the job file's own timeout for nodes
@@ -51,14 +51,14 @@ def script(**policy: object) -> str:
 
 @contextmanager
 def meanwhile(act: Callable[[], object]) -> Iterator[None]:
-    """Run `act` in another thread. Its error fails the test, and interrupts what runs meanwhile."""
+    """Run `act` in a thread during the block. Its error interrupts the block and fails the test."""
     ended, test = threading.Event(), threading.get_ident()
 
     def run() -> None:
         try:
             act()
         except BaseException:
-            if not ended.is_set():  # the launcher could wait for what `act` has not done
+            if not ended.is_set():  # otherwise the launcher could wait in vain
                 signal.pthread_kill(test, signal.SIGINT)
             raise
 
@@ -108,7 +108,7 @@ def evicted(resource: str) -> dict:
     return {**about, "containerStatuses": []}
 
 
-def test_a_job_deleted_from_outside_is_an_error(live: Scene) -> None:
+def test_a_job_deleted_by_another_client_fails_the_step(live: Scene) -> None:
     def delete() -> None:
         running(live, "deleted")
         name = job_name(PIPELINE_RUN, "deleted")
@@ -120,7 +120,7 @@ def test_a_job_deleted_from_outside_is_an_error(live: Scene) -> None:
     gone(live, "deleted")
 
 
-def test_sigterm_deletes_the_job(live: Scene) -> None:
+def test_sigterm_outside_a_pipeline_deletes_the_job(live: Scene) -> None:
     launcher = live.start(script(), ["echo on; sleep 60"], "stopped", {})
     running(live, "stopped")
     launcher.terminate()
@@ -153,12 +153,12 @@ def test_a_container_out_of_memory_ends_the_job_at_once_with_its_last_lines(live
     where = f"cause: pod {name}-worker-0 on node {live.node.name}"
     assert f"{where}: OOMKilled, exit code 137 (SIGKILL)" in head
     assert tail[:-1] == [str(number) for number in range(71, 100)] and "100" in tail[-1]
-    wait_until(lambda: not live.pods("oom"))  # suspended: the operator deleted the pods
+    wait_until(lambda: not live.pods("oom"))  # the operator deletes the pods of a suspended job
 
 
 def test_a_container_that_keeps_failing_ends_the_job_after_its_restarts(live: Scene) -> None:
     failing = "if [ $RANK = 1 ]; then sleep 1; echo no such image; exit 3; fi; sleep 60"
-    # at the fourth failure at the latest: the Master has not failed and could be on a lost node
+    # The launcher may wait for a fourth failure: the node of the Master could be lost.
     with pytest.raises(RuntimeError, match=r"has failed \(errors: [34], ") as raised:
         live.launch(script(backoffLimit=2), [failing], "failing")
     assert "no such image; the job is suspended" in str(raised.value)
@@ -269,7 +269,7 @@ def test_the_role_of_the_manifests_is_sufficient_and_necessary(live: Scene, acco
         running(live, "revoked")
         kubectl(f"delete rolebindings --all -n {live.namespace}")
 
-    # which of the requests is sent first is not fixed
+    # either request may be sent first
     text = "vitdet-pipeline has no Role that allows (get on pytorchjobs.kubeflow.org|list on pods)"
     with meanwhile(revoke), pytest.raises(RuntimeError, match=text):
         live.launch(script(), ["echo on; sleep 60"], "revoked")

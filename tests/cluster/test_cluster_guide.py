@@ -1,4 +1,4 @@
-"""Commands of docs/kubeflow.md on a real API server, and the changes that it documents as rejected."""
+"""Commands of docs/kubeflow.md on a real API server, and changes that the guide says are rejected."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def applied(name: str, line: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["kind", "eks"])
 def test_a_label_selects_the_runtime_alone(name: str) -> None:
-    """The TrainJob in the same folder would start training."""
+    """Applying the TrainJob in the same folder would start training."""
     (line,) = lines("kubectl apply -k $O/trainjob -l")
     assert applied(name, line) == ["trainingruntime.trainer.kubeflow.org/vitdet-gpu-train"]
 
 
-# Commands that need a running pod or an installed service, which this API server does not have.
+# Skip commands that need a running pod or an installed service, or prepare a namespace.
 SKIP = """kubectl() { case "$*" in *" exec "*|*" rollout "*|*"apply -k"*|*" wait "*|"create namespace"*|"label namespace"*) cat > /dev/null ;;
   *) command kubectl "$@" ;; esac; }
 """
@@ -99,17 +99,17 @@ def test_the_migration_copies_the_secret_of_the_mlflow_server(spaces: dict[str, 
 
 
 def constant_object(kind: str, namespace: str) -> dict:
-    """Return the object of this kind that remains in a cluster, renamed for this test."""
+    """Return an object of this kind from overlays/onprem, moved to this namespace."""
     (found,) = (
         document
         for document in moved(installed("onprem"), namespace)
         if document["kind"] == kind
-        and (kind, document["metadata"]["name"]) != ("Job", "vitdet-data")  # like the other Job
+        and (kind, document["metadata"]["name"]) != ("Job", "vitdet-data")  # one Job is enough
     )
     return found
 
 
-def test_changes_of_immutable_fields_are_rejected(namespace: str) -> None:
+def test_changes_to_immutable_fields_are_rejected(namespace: str) -> None:
     claim = ("spec", "volumeClaimTemplates", 0, "spec", "storageClassName")
     image = ("spec", "template", "spec", "containers", 0, "image")
     changes = {

@@ -22,7 +22,7 @@ time.sleep(60)
 """
 
 
-def test_the_rank_that_fails_first_is_named_and_all_ranks_are_kept(tmp_path: Path) -> None:
+def test_the_rank_that_fails_first_is_named_and_all_logs_are_kept(tmp_path: Path) -> None:
     job = yaml.safe_load(template())
     job["spec"]["runPolicy"]["backoffLimit"] = 0
     for container in job_containers(job):
@@ -35,7 +35,7 @@ def test_the_rank_that_fails_first_is_named_and_all_ranks_are_kept(tmp_path: Pat
         name = job_name(PIPELINE_RUN, "logs")
     first = f"\nfirst to fail: rank 1 (pod {name}-worker-0): ValueError: bad image 7.jpg\n"
     assert first in str(raised.value)
-    assert "hello of 0" in made.lines and "hello of 1" not in made.lines  # rank 0 is shown
+    assert "hello of 0" in made.lines and "hello of 1" not in made.lines  # only rank 0 is shown
     at = made.lines.index("launcher: last lines of rank 1:")
     assert made.lines[at + 1] == "  hello of 1"
     assert "ValueError: bad image 7.jpg" in kept["rank-00001.log"]

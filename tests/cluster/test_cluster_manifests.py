@@ -14,7 +14,7 @@ from tests.helpers.cluster import QUICK, kubectl, on_cluster
 from tests.helpers.manifests import needs_kubectl
 
 pytestmark = [*on_cluster, needs_kubectl]
-# Kinds that only a cloud or an add-on defines; tests/cluster/test_manifests.py has their schemas.
+# Kinds that only a cloud or an add-on defines; test_manifests.py checks them by their schemas.
 UNKNOWN = set(
     "ComputeClass NodePool EC2NodeClass ClusterQueue LocalQueue ResourceFlavor "
     "WorkloadPriorityClass VirtualService".split()
@@ -22,7 +22,7 @@ UNKNOWN = set(
 
 
 def moved(documents: list[dict], namespace: str) -> list[dict]:
-    """Return the objects moved to another namespace; cluster-scoped ones are renamed instead."""
+    """Move objects to a namespace (rename cluster-scoped ones); drop Namespaces and UNKNOWN."""
     text = yaml.safe_dump_all(document for document in documents if document["kind"] not in UNKNOWN)
     found = list(yaml.safe_load_all(text))
     for document in found:
@@ -68,7 +68,7 @@ def test_a_server_rejects_a_typo(namespace: str) -> None:
 
 
 def may(user: str, namespace: str, verb: str, resource: str, name: str = "") -> bool:
-    """Return whether RBAC allows a user this; resource: PLURAL.GROUP or PLURAL/SUBRESOURCE."""
+    """Return whether RBAC allows a request; resource: PLURAL.GROUP or PLURAL/SUBRESOURCE."""
     plural, _, group = resource.partition(".")
     plural, _, part = plural.partition("/")
     attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": plural}
@@ -112,18 +112,18 @@ def test_the_pipelines_account_has_exactly_the_permissions_it_needs(accounts: st
         for verbs, *what in map(str.split, text.strip().splitlines()):
             for verb in verbs.split(","):
                 assert may(user, accounts, verb, *what) == expected, (verb, what)
-    assert not may(user, "", "list", "pods")  # of all namespaces
+    assert not may(user, "", "list", "pods")  # in all namespaces
     denied = kubectl(f"get pods --namespace=default --as={user}", fails=True)
     assert "forbidden" in denied
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> None:
+def test_all_requests_of_the_launcher_are_allowed(kind: str, accounts: str) -> None:
     exercise_launcher(kind, accounts, "vitdet-pipeline")
 
 
 def exercise_launcher(kind: str, accounts: str, account: str) -> None:
-    """Send every kind of request of the launcher in namespace `accounts`, as `account`."""
+    """Send every kind of request of the launcher to namespace `accounts`, as `account`."""
     from kubernetes import config
 
     from components.launcher.client import JobClient

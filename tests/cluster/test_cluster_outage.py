@@ -30,10 +30,10 @@ pytestmark = [*on_cluster, pytest.mark.skipif(not (KUBE / "up").exists(), reason
 
 
 class Server:
-    """A control plane of this test; `up` starts the parts that are not running."""
+    """A control plane for these tests only; `up` starts the parts that are not running."""
 
     def __init__(self, folder: Path) -> None:
-        etcd = free_port()  # and the next port
+        etcd = free_port()  # etcd also uses the next port
         self.folder = folder
         self.environment = {
             **os.environ,
@@ -43,7 +43,7 @@ class Server:
         }
 
     def up(self) -> None:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # it starts daemons
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # daemons inherit it
         subprocess.run([KUBE / "up"], env=self.environment, check=True, **quiet)
 
     def stop_api(self) -> None:
@@ -97,7 +97,7 @@ def served() -> bool:
 
 def test_a_missing_definition_is_an_error_that_names_what_to_install(alone: Scene) -> None:
     kubectl("delete crd pytorchjobs.kubeflow.org")
-    wait_until(lambda: not served())  # until shortly after the definition is installed
+    wait_until(lambda: not served())  # this takes a moment after the deletion
     with pytest.raises(RuntimeError) as raised:
         alone.launch(template(script=True), ["true"], "undefined")
     text = str(raised.value)

@@ -13,8 +13,8 @@ from tests.helpers.cluster import job_containers, kubectl, on_cluster, template
 
 pytestmark = on_cluster
 
-# kubeflow/pipelines 2.17.0: in all containers (backend/src/apiserver/plugins/mlflow/handler.go) and, with
-# injectUserEnvVars, first in the patch of a step's pod (backend/src/v2/common/plugins/mlflow/handler.go)
+# kubeflow/pipelines 2.17.0 sets EVERYWHERE in all containers (backend/src/apiserver/plugins/mlflow/handler.go) and,
+# with injectUserEnvVars, INJECTED in the patch of a step's pod (backend/src/v2/common/plugins/mlflow/handler.go).
 EVERYWHERE = [{"name": "KFP_MLFLOW_CONFIG", "value": "{}"}] + [
     {
         "name": f"MLFLOW_TRACKING_{key.upper()}",
@@ -45,7 +45,7 @@ def secret_env(step: str) -> list[dict]:
 
 
 def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False) -> object:
-    """Return a pod's variables after Argo's strategic merge patch, applied by the API server."""
+    """Return a pod's variables after a strategic merge patch as Argo sends it, or the error."""
     container = {"name": "main", "image": "vitdet"}
     template = {"spec": {"containers": [{**container, "env": EVERYWHERE}]}}
     metadata = {"name": name, "namespace": namespace}
@@ -57,20 +57,20 @@ def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False)
     return out if fails else json.loads(out)["template"]["spec"]["containers"][0]["env"]
 
 
-def test_a_step_s_pod_has_each_variable_once(namespace: str) -> None:
+def test_each_variable_occurs_once_in_the_pod_of_a_step(namespace: str) -> None:
     env = secret_env("exec-evaluate")
     found = patched_env(namespace, "step", [*INJECTED, *env])
     names = [variable["name"] for variable in found]
     assert len(names) == len(set(names)) and {variable["name"] for variable in env} < set(names)
     assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.plugin"} in found
-    # the reason why the step's Secret does not use MLflow's variable names
+    # this is why the variables from the step's Secret have the prefix VITDET_
     same = [{**variable, "name": variable["name"].removeprefix("VITDET_")} for variable in env]
     refused = patched_env(namespace, "refused", [*INJECTED, *same], fails=True)
     assert "may not be specified when `value` is not empty" in refused
 
 
 @pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
-def test_a_training_job_has_each_variable_once(namespace: str, kind: str) -> None:
+def test_each_variable_occurs_once_in_a_training_job(namespace: str, kind: str) -> None:
     task = {"env": [*INJECTED, *secret_env("exec-train-job")]}
     request = JobRequest("vitdet-tiny", namespace, {}, "", ["train", "tiny"], 2, "", task=task)
     job = fill_template(template(kind), KINDS[kind], request)

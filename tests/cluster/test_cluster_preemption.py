@@ -1,7 +1,7 @@
 """A TrainJob whose pods are evicted, fail or run out of memory, under the failure policy of manifests/trainjob.
 
-The test writes the pods' statuses, as the kubelet would. The tests' API server has no condition for evicted pods:
-Kubernetes 1.26 and later sets DisruptionTarget in pkg/kubelet/eviction/eviction_manager.go and
+The tests write the pods' statuses, as the kubelet would. Their API server has no condition for evicted pods:
+Kubernetes 1.26 and later set DisruptionTarget in pkg/kubelet/eviction/eviction_manager.go and
 pkg/kubelet/nodeshutdown (TerminationByKubelet), pkg/registry/core/pod/rest/eviction.go (EvictionByEvictionAPI),
 pkg/controller/tainteviction (DeletionByTaintManager), pkg/controller/podgc (DeletionByPodGC) and in the scheduler
 (PreemptionByScheduler). tests/helpers/fake_jobset.py imitates JobSet and the Job controller.
@@ -38,14 +38,14 @@ def ended(code: int, reason: str = "Error", container: str = "node") -> dict:
 
 
 def disrupted(reason: str, status: dict) -> dict:
-    """Return the status of such a pod that was evicted or whose node was lost."""
+    """Return this status with the condition of a pod that was evicted or lost its node."""
     condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
     return {**status, "conditions": [condition]}
 
 
 @pytest.fixture(scope="module")
 def runtime() -> dict:
-    """Return the runtime of the manifests with two restarts after errors."""
+    """Return the runtime of the manifests, which allows two restarts after errors."""
     (found,) = (
         document
         for document in kustomize(ROOT / "manifests/overlays/kind/trainjob")
@@ -56,7 +56,7 @@ def runtime() -> dict:
 
 
 def outcome(runtime: dict, *statuses: dict, counted: int = 0) -> tuple[str, str] | None:
-    """Return how a TrainJob with these pods ends, None if it restarts."""
+    """Return reason and message of a TrainJob that fails with these pods, None if it restarts."""
     spec = runtime["spec"]["template"]["spec"]
     pods = [
         {"metadata": {"namespace": "ns", "name": f"train-node-0-{index}"}, "status": status}
@@ -69,21 +69,21 @@ def outcome(runtime: dict, *statuses: dict, counted: int = 0) -> tuple[str, str]
 
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("code", [0, 1, 137, 143])
-def test_a_preemption_does_not_count_as_an_error(runtime: dict, reason: str, code: int) -> None:
-    """For any exit code of its containers, and also if another pod failed before."""
+def test_a_disruption_does_not_count_as_an_error(runtime: dict, reason: str, code: int) -> None:
+    """This holds for any exit code of its containers, and if another pod has failed."""
     evicted = disrupted(reason, ended(code) if code else {"phase": "Failed"})
     for pods in ([evicted], [ended(1), evicted], [evicted, ended(1)]):
         assert outcome(runtime, *pods, counted=RESTARTS) is None
 
 
-def test_out_of_memory_is_not_restarted(runtime: dict) -> None:
+def test_out_of_memory_fails_the_job_without_a_restart(runtime: dict) -> None:
     for pods in ([ended(137, "OOMKilled")], [ended(1), ended(137, "OOMKilled")]):
         reason, _ = outcome(runtime, *pods)
         assert reason == "FailJobSetFailurePolicyAction"
 
 
-def test_other_errors_count(runtime: dict) -> None:
-    """Also an error of a sidecar, and one with a DisruptionTarget condition that is not true."""
+def test_other_errors_count_towards_the_restarts(runtime: dict) -> None:
+    """They include errors of a sidecar and of a pod whose DisruptionTarget is not true."""
     not_true = {**ended(1), "conditions": [{"type": "DisruptionTarget", "status": "False"}]}
     for pod in (ended(1), ended(143), ended(137, container="istio-proxy"), not_true):
         assert outcome(runtime, pod, counted=RESTARTS - 1) is None
@@ -91,8 +91,8 @@ def test_other_errors_count(runtime: dict) -> None:
         assert reason == "ReachedMaxRestarts"
 
 
-def test_the_rules_pass_the_webhooks(runtime: dict) -> None:
-    """JobSet 0.12, pkg/webhooks/jobset_webhook.go; Kubernetes, pkg/apis/batch/validation/validation.go."""
+def test_the_failure_rules_meet_the_webhooks_requirements(runtime: dict) -> None:
+    """JobSet 0.12: pkg/webhooks/jobset_webhook.go; Kubernetes: pkg/apis/batch/validation/validation.go."""
     spec = runtime["spec"]["template"]["spec"]
     names = [rule["name"] for rule in spec["failurePolicy"]["rules"]]
     assert len(set(names)) == len(names)
@@ -126,7 +126,7 @@ class Job:
         kubectl("apply -f -", given=job)
 
     def pods(self) -> list[client.V1Pod]:
-        """Return the two pods created since the last restart, [] before both exist."""
+        """Return the two pods created since the last restart, or [] until both exist."""
         label = f"jobset.sigs.k8s.io/jobset-name={self.name}"
         pods = client.CoreV1Api().list_namespaced_pod(self.namespace, label_selector=label).items
         fresh = [pod for pod in pods if pod.metadata.uid not in self.seen]
@@ -142,7 +142,7 @@ class Job:
             )
 
     def failure(self) -> dict | None:
-        """Return the job's condition Failed."""
+        """Return the job's condition Failed, if any."""
         job = client.CustomObjectsApi().get_namespaced_custom_object(
             "trainer.kubeflow.org", "v1alpha1", self.namespace, "trainjobs", self.name
         )

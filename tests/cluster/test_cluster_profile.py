@@ -42,7 +42,7 @@ def binding(name: str, role: str, subject: dict) -> dict:
 
 @contextmanager
 def profile_of(release: str, ours: dict | None) -> Iterator[Profile]:
-    """Create a namespace like Kubeflow's profile controller, on a cluster with this ClusterRole."""
+    """Create a namespace as the profile controller does; `ours` is our ClusterRole, if applied."""
     suffix = uuid.uuid4().hex[:8]
     made = Profile(f"vitdet-profile-{suffix}", f"owner-{suffix}", f"friend-{suffix}")
     roles = profile_roles(suffix, release, ours)
@@ -73,14 +73,14 @@ def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
         yield made
 
 
-def test_the_owner_applies_everything(profile: Profile, copy: Path) -> None:
+def test_the_owner_can_apply_everything(profile: Profile, copy: Path) -> None:
     folder = for_profile(copy, "eks", profile.namespace, profile.namespace)
     documents = [document for part in (*OWNER, "mlflow") for document in kustomize(folder / part)]
     said = kubectl(f"apply --as={profile.owner} -f -", given=yaml.safe_dump_all(documents))
     assert said.count(" created") == len(documents) > 15
 
 
-def test_contributors_apply_everything_but_the_role(profile: Profile, copy: Path) -> None:
+def test_contributors_can_apply_everything_except_the_role(profile: Profile, copy: Path) -> None:
     folder = for_profile(copy, "onprem", profile.namespace, profile.namespace)
     documents = [document for part in OWNER for document in kustomize(folder / part)]
     for document in documents:
@@ -90,7 +90,7 @@ def test_contributors_apply_everything_but_the_role(profile: Profile, copy: Path
 
 
 def test_runs_from_kubeflows_dashboard_may_launch_jobs(profile: Profile) -> None:
-    """They run as default-editor; the guide's command adds the pull secret to it."""
+    """They run as default-editor, to which the guide's command adds the pull secret."""
     for kind in JOBS:
         exercise_launcher(kind, profile.namespace, "default-editor")
     patch = '{"imagePullSecrets": [{"name": "vitdet-registry"}]}'
@@ -101,7 +101,7 @@ def test_runs_from_kubeflows_dashboard_may_launch_jobs(profile: Profile) -> None
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_without_our_role_the_owner_cannot_grant_permissions_that_kubeflow_lacks(
+def test_without_our_role_the_owner_cannot_grant_permissions_that_kubeflows_roles_lack(
     release: str,
 ) -> None:
     """cluster/profile-roles.yaml is needed: RBAC lets users grant only permissions that they hold."""

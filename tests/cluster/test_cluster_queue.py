@@ -1,6 +1,6 @@
 """A job in a Kueue queue, and the progress of its training, on a real API server.
 
-The test acts as Kueue: it suspends the job and writes a Workload with label and conditions as in
+The test acts as Kueue: it suspends the job and writes a Workload with the label and conditions of
 Kueue's sources, which tests/cluster/test_queue.py cites.
 """
 
@@ -46,7 +46,7 @@ def queued() -> str:
     return yaml.safe_dump(job)
 
 
-def test_the_reason_of_the_queue_and_the_progress_are_visible(live: Scene) -> None:
+def test_the_queues_reason_is_logged_and_the_progress_is_annotated(live: Scene) -> None:
     name = job_name(PIPELINE_RUN, "queued")
     where = ("-n", live.namespace)
 

@@ -40,7 +40,7 @@ def refused(
     step: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> str:
-    """Return the error that the step in this pod fails with."""
+    """Return the error with which the step in this pod fails."""
     for name, value in step.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError) as raised:
@@ -48,7 +48,7 @@ def refused(
     return str(raised.value)
 
 
-def test_a_failed_job_is_recreated_by_retry_of_the_run(
+def test_a_failed_job_is_recreated_when_the_user_retries_the_run(
     live: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = live.step_pod("failing-0"), live.step_pod("failing-1", attempt=1)
@@ -65,7 +65,7 @@ def test_a_failed_job_is_recreated_by_retry_of_the_run(
 
     assert refused(live, "failing", failing(), args, second, monkeypatch) == error
     assert live.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
-    # kept for inspection
+    # the pod is kept for inspection
     assert "no such weights" in kubectl(f"logs -n {live.namespace} {name}-worker-0")
     assert (live.volume / "tries").read_text() == "one try\n" * 2  # one per pod
 

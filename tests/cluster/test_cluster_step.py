@@ -34,7 +34,7 @@ SCRATCH = {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 
 def given(workspace: str) -> dict:
-    """Return the task's settings: the pipeline's, and others that users may set on their own tasks."""
+    """Return task settings: those of the pipeline, and others that users may add to tasks."""
     secret = [
         {
             "name": name,
@@ -79,7 +79,7 @@ class Step:
         stages.start_parent_run(self.settings, self.workspace, RUN)
 
     def __call__(self, file: str) -> Path:
-        """Run the step; return its output file for the next step."""
+        """Run the step; return the checkpoint that it writes for the next step."""
 
         def artifact(kind: str, path: str) -> dict:
             schema = {"schemaTitle": f"system.{kind}"}
@@ -122,7 +122,7 @@ def step(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Step]
 
 
 def check_carried(pod: dict, workspace: str) -> None:
-    """Assert that the job has all of `given` except the fields of the step's own pod, and the job file's settings."""
+    """Assert that a pod has the job file's settings, and those of `given` that are not for the step's own pod."""
     spec, task = pod["spec"], given(workspace)
     container = spec["containers"][0]
     assert spec["affinity"] == AFFINITY and SPOT in spec["tolerations"]
@@ -149,7 +149,7 @@ def test_the_step_trains_once_on_the_verified_data(
         trained = step("model.pt")
     for pod in pods:
         check_carried(pod, step.workspace)
-        # one process, started once
+        # its process was started once
         assert len(made.node.containers[pod["metadata"]["name"]].lines) == 1
     assert "step 2/2" in capsys.readouterr().out and load_model_file(trained)["step"] == 2
     job = made.job(step.name, run=RUN)
@@ -168,7 +168,7 @@ def test_the_step_trains_once_on_the_verified_data(
     assert made.job(step.name, run=RUN) is None and set(made.node.containers) == processes
 
 
-def test_no_job_is_created_on_changed_data(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_job_is_created_for_unverified_data(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(components.RUN_ID, OTHER)
     file = step.made.volume / "tiny" / "annotations" / "instances_train.json"
     before = file.read_text()

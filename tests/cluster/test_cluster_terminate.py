@@ -28,7 +28,7 @@ def make(namespace: str, kind: str, run: str, name: str) -> None:
     kubectl("create -f -", given=job)
 
 
-def test_terminate(
+def test_terminate_deletes_only_the_jobs_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with scene(tmp_path, node=False, operator=False) as made, serving(Kubeflow()) as kubeflow:
@@ -40,7 +40,7 @@ def test_terminate(
         kubeflow.kept["runs"] = [{"run_id": PIPELINE_RUN, "experiment_id": "e", "state": "RUNNING"}]
 
         def end(handler: Handler) -> None:
-            """End the run; its step was stopped only after it had created the job."""
+            """End the run, whose step creates another job just before it is stopped."""
             assert kubeflow.kept["runs"][0]["state"] == "CANCELING"
             assert jobs(made.namespace) == [OF_THE_OTHER]
             make(made.namespace, "pytorchjob", PIPELINE_RUN, "late")

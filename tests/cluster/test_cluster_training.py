@@ -44,7 +44,7 @@ def training(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def words(name: str, **changes: object) -> list[str]:
-    """Return a job's args: train the smallest model for some steps, with output in /data/NAME."""
+    """Return a job's args: train the smallest model for a few steps, with output in /data/NAME."""
     settings = options(minimal("/data/tiny", **changes))
     return ["train", "tiny", *settings, "--output", f"/data/{name}"]
 
@@ -81,7 +81,7 @@ def test_kubectl_apply_alone_trains_on_two_nodes(training: Scene) -> None:
     assert wanted.items() <= environment.items()
 
 
-def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Scene) -> None:
+def test_a_killed_worker_costs_only_the_steps_since_a_checkpoint(training: Scene) -> None:
     name = job_name(PIPELINE_RUN, "tiny")
 
     def kill() -> None:
@@ -116,7 +116,7 @@ def check_finished(made: Scene, name: str) -> None:
     assert run.info.status == "FINISHED" and points(made, run) == list(range(1, STEPS + 1))
 
 
-def test_the_launcher_trains_by_a_trainjob(training: Scene) -> None:
+def test_the_launcher_trains_with_a_trainjob(training: Scene) -> None:
     training.lines.clear()
     runtime, _ = kustomize(ROOT / "manifests" / "overlays" / "kind" / "trainjob")
     runtime["metadata"]["namespace"] = training.namespace
@@ -131,7 +131,7 @@ def test_the_launcher_trains_by_a_trainjob(training: Scene) -> None:
 
 
 def elastic(folder: Path) -> str:
-    """Return the job of the kind overlay with components/elastic."""
+    """Return the PyTorchJob of overlays/kind with components/elastic."""
     overlay = shutil.copytree(ROOT / "manifests", folder / "manifests") / "overlays" / "kind"
     file = overlay / "kustomization.yaml"
     file.write_text(file.read_text().rstrip() + "\n  - ../../components/elastic\n")
@@ -140,14 +140,12 @@ def elastic(folder: Path) -> str:
     return yaml.safe_dump(job)
 
 
-def test_an_elastic_job_continues_after_a_worker_was_killed(
-    training: Scene, tmp_path: Path
-) -> None:
+def test_an_elastic_job_continues_after_a_worker_is_killed(training: Scene, tmp_path: Path) -> None:
     """The other pod's torchrun waits at the c10d rendezvous and restarts its process."""
     name, training.lines[:] = job_name(PIPELINE_RUN, "elastic"), []
 
     def kill() -> None:
-        """Do not wait for the launcher's log: after the last step torchrun waits 5 minutes for the other."""
+        """Do not wait for the launcher's log: after the last step torchrun waits 5 minutes for its peer."""
         wait_until(
             lambda: any(
                 f"step 5/{STEPS}" in line
@@ -170,5 +168,5 @@ def test_an_elastic_job_continues_after_a_worker_was_killed(
     restarts = {key[-8:]: container.restarts for key, container in pods.items()}
     assert restarts == {"worker-0": 0, "worker-1": 1}, text
     assert pods[f"{name}-worker-0"].environment["PET_NNODES"] == "1:2"
-    assert text.count("step 1/") == 1  # in the log of either pod: rank 0 may be in both
+    assert text.count("step 1/") == 1  # in all logs: rank 0 may move to the other pod
     check_resumed(training, "elastic")

@@ -1,9 +1,9 @@
 """Failures of a TrainJob on a real API server; the pods' processes are shell scripts.
 
-Those of a PyTorchJob are in tests/cluster/test_cluster_failures.py, which cites the sources of the statuses. In addition:
+tests/cluster/test_cluster_failures.py has those of a PyTorchJob, and cites the sources of the statuses. In addition:
 JobSet 0.12 reports a failure beyond the runtime's maxRestarts (pkg/controllers/failure_policy.go,
 restartJobSetActionApplier, messageWithFirstFailedJob); Kueue suspends a TrainJob, before or after its admission, by
-spec.suspend (its pkg/controller/jobs/trainjob/trainjob_controller.go, Suspend, Unsuspend, Stop), and Trainer 2.3 then
+spec.suspend (pkg/controller/jobs/trainjob/trainjob_controller.go, Suspend, Unsuspend, Stop), and Trainer 2.3 then
 writes the condition Suspended (pkg/controller/trainjob_controller.go, setSuspendedCondition).
 """
 
@@ -76,7 +76,7 @@ def second(made: Scene, recipe: str) -> str:
 
 
 def running(made: Scene, recipe: str) -> str:
-    """Return the name of that pod as soon as its script has written a line."""
+    """Return the name of the second node's pod as soon as its script has written a line."""
 
     def name() -> str:
         container = made.node.containers.get(found := second(made, recipe))
@@ -128,7 +128,7 @@ def test_the_launcher_waits_for_a_job_that_kueue_suspends_and_preempts(live: Sce
     name = job_name(PIPELINE_RUN, "queued")
 
     def suspend(value: bool) -> None:
-        # with its API group: test_cluster_versions installs a second kind of this name meanwhile
+        # with the API group, as test_cluster_versions may install another kind TrainJob meanwhile
         job = f"trainjobs.trainer.kubeflow.org/{name}"
         kubectl(
             f"patch {job} -n {live.namespace} --type=merge -p",
@@ -144,7 +144,7 @@ def test_the_launcher_waits_for_a_job_that_kueue_suspends_and_preempts(live: Sce
         wait_until(lambda: told(1))
         time.sleep(7)  # longer than the timeouts for a node and a start
         suspend(False)
-        # The launcher has seen the job run; otherwise it would not log the second suspension.
+        # The launcher logs a second suspension only after it has seen the job run.
         wait_until(lambda: any(f"{name}: running" in line for line in live.lines))
         wait_until(lambda: "spoken" in live.lines)
         suspend(True)

@@ -1,8 +1,8 @@
 """Other versions of the operator, quotas and policies of a cluster, on a real API server.
 
-To imitate an older Kubeflow Trainer, the tests install a TrainJob definition without the fields that it lacks. It has its
-own API group, since other tests use the current definition: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides
-instead of runtimePatches, and no activeDeadlineSeconds.
+TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides instead of runtimePatches, and no activeDeadlineSeconds. To
+imitate it, the tests install a TrainJob definition without these fields. This definition has its own API group, since
+other tests use the current one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WAITING = replace(QUICK, schedule=60)
 def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make the launcher create TrainJobs of the older definition."""
     text = gzip.decompress((ROOT / "tests/crds/crds.json.gz").read_bytes())
-    # empty defaults of properties are an error of servers before 1.21
+    # servers before 1.21 reject empty defaults of properties
     schemas = json.loads(
         text, object_hook=lambda node: {k: v for k, v in node.items() if (k, v) != ("default", "")}
     )
@@ -67,7 +67,7 @@ def old_job() -> str:
     return yaml.safe_dump({**job, "apiVersion": f"{OLD.group}/{OLD.version}"})
 
 
-def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
+def test_lost_pod_settings_are_an_error_and_a_lost_deadline_is_a_warning(
     still: Scene, trainer_2_1: None
 ) -> None:
     task = {"node_selector": {"disk": "fast"}}
@@ -78,7 +78,7 @@ def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
     assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
     assert "\n" not in text and any("no spec.activeDeadlineSeconds" in line for line in still.lines)
     wait_until(lambda: still.job("lost", "trainjob") is None)
-    # without settings of pods only the deadline and labels are lost; this group has no operator, so the job is given up
+    # without pod settings only the deadline and labels are lost; no operator serves the group, so the launcher gives up
     with pytest.raises(RuntimeError, match="has had no status"):
         timeouts = replace(QUICK, operator=3)
         still.launch(old_job(), ["true"], "warned", kind="trainjob", timeouts=timeouts)
@@ -86,7 +86,7 @@ def test_lost_pod_settings_are_an_error_and_a_lost_deadline_a_warning(
     assert still.job("warned", "trainjob") is not None
 
 
-def test_a_job_quota_is_retried_and_then_reported(still: Scene) -> None:
+def test_a_rejection_by_a_quota_is_retried_and_then_reported(still: Scene) -> None:
     quota = {
         "apiVersion": "v1",
         "kind": "ResourceQuota",
@@ -110,7 +110,7 @@ def test_a_job_quota_is_retried_and_then_reported(still: Scene) -> None:
     with meanwhile(free), meanwhile(lambda: unschedulable(still, "quota")):
         with pytest.raises(
             RuntimeError, match="has not been able to start"
-        ):  # there is no node: the job was created
+        ):  # the job was created, but has no node
             still.launch(slow_node_job(), ["true"], "quota", timeouts=limits)
     assert still.job("quota") is not None
 
