@@ -27,7 +27,7 @@ QUOTA = event("FailedCreatePod", 'Error creating: pods "x" is forbidden:\n excee
 
 
 @pytest.mark.parametrize("look", [({}, []), (RUNNING, [pod()])])
-def test_a_rejected_pod_is_logged_and_then_an_error(look: tuple) -> None:
+def test_a_rejected_pod_is_logged_and_then_fails_the_step(look: tuple) -> None:
     record = Record(look)
     record.warnings = [QUOTA, event("Other", "no cause")]
     lines, error = follow(record)
@@ -39,14 +39,14 @@ def test_a_rejected_pod_is_logged_and_then_an_error(look: tuple) -> None:
     assert "is not running" not in error and record.asked == ["create", "halt"]
 
 
-def test_a_suspended_or_complete_job_has_no_rejection() -> None:
+def test_rejections_are_ignored_if_a_job_is_suspended_or_has_all_pods() -> None:
     for look in ((conditions("Suspended=True"), []), (RUNNING, [pod("a"), pod("b")])):
         record = Record(*[look] * 30, (DONE, []))
         record.warnings = [QUOTA]
         assert follow(record)[1] == ""
 
 
-def test_a_trainjobs_rejections_are_of_its_own_jobs_since_its_creation() -> None:
+def test_only_rejections_by_a_trainjobs_own_jobs_since_its_creation_count() -> None:
     job = {
         "metadata": {"name": NAME, "uid": "1", "creationTimestamp": "2026-01-01T00:00:01Z"},
         "spec": {"trainer": {"numNodes": 2}},
@@ -67,7 +67,7 @@ def test_a_trainjobs_rejections_are_of_its_own_jobs_since_its_creation() -> None
     assert missing_pods(job, [pod(), pod()], ask) is None
 
 
-def test_a_pod_without_its_volume_is_logged_and_then_an_error() -> None:
+def test_a_pod_without_its_volume_is_logged_and_then_fails_the_step() -> None:
     creating = waiting(reason="ContainerCreating")
     record = Record((conditions("Created=True"), [creating, pod("b")]))
     record.warnings = [
@@ -88,8 +88,8 @@ def crashing(state: dict, code: int = 7, count: int = 4) -> dict:
     return pod(phase="Pending", initContainerStatuses=[{**status, "lastState": last}])
 
 
-def test_an_init_container_that_keeps_failing_is_an_error_with_its_log() -> None:
-    # between two crashes
+def test_an_init_container_that_keeps_failing_fails_the_step_with_its_log() -> None:
+    # the states between two crashes
     states = ({"waiting": {"reason": "CrashLoopBackOff"}}, {"running": {}})
     record = Record(*((conditions("Created=True"), [crashing(x), pod("b")]) for x in states))
     record.logs["w-0 wait previous"] = ["2026-01-01T00:00:00Z no such host"]
@@ -102,7 +102,7 @@ def test_an_init_container_that_keeps_failing_is_an_error_with_its_log() -> None
     assert blocking_reason(over) is None and failure_reason(over).container == "wait"
 
 
-def test_without_permission_for_events_the_message_is_shorter() -> None:
+def test_a_missing_permission_for_events_is_not_an_error() -> None:
     lines: list[str] = []
     made = cluster(lines)
     made.core.list_namespaced_event = answers(refused(403, "events is forbidden"))

@@ -35,7 +35,7 @@ SHORT = Timeouts(
 
 
 class Record:
-    """Replaces JobClient: each poll returns the next (job, pods), and then always the last one."""
+    """Replaces JobClient: each poll returns the next (job, pods); the last one repeats."""
 
     def __init__(self, *looks: tuple[dict | None, list[dict]], there: dict | None = None) -> None:
         self.looks, self.there, self.asked = list(looks), there, []
@@ -123,7 +123,7 @@ def test_a_job_is_created_and_followed_to_its_end() -> None:
     assert record.asked == ["create"]
 
 
-def test_a_retried_step_takes_over_its_job_and_becomes_its_owner() -> None:
+def test_a_retried_step_follows_its_job_and_renews_its_owner() -> None:
     record = Record((DONE, []), there={"metadata": {"labels": LABELS}, **RUNNING})
     lines, error = follow(record)
     assert not error and "following it" in lines[0] and record.asked == ["create", "adopt run"]
@@ -147,7 +147,7 @@ def test_waiting_for_a_suspended_job_is_logged_once() -> None:
     assert not error and sum("suspended until a queue (Kueue)" in line for line in lines) == 1
 
 
-def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
+def test_a_failed_job_is_reported_with_its_cause_and_the_last_30_lines() -> None:
     failed = pod("m", container=ended(1, when="2026-01-01T00:00:09Z"))
     killed = pod("w", phase="Failed", container=ended(137, "OOMKilled"))
     job = conditions("Failed=True", message="1 Worker replica(s) failed.")
@@ -162,7 +162,7 @@ def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
     assert tail == [f"line {second}" for second in range(10, 40)]
 
 
-def test_a_cause_seen_in_one_poll_only_is_remembered_with_its_log() -> None:
+def test_a_cause_seen_only_between_polls_is_remembered_with_its_log() -> None:
     record = Record((RUNNING, [pod()]), (conditions("Failed=True"), []))
     record.flicker = [pod(phase="Failed", reason="Evicted", message="low on memory")]
     record.logs["w-0"] = ["2026-01-01T00:00:00Z last words"]
@@ -194,7 +194,7 @@ def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> No
     assert error == "" and lines[-1].endswith("failed after its training was complete")
 
 
-def test_the_deadline_is_the_cause_and_not_the_pods_that_it_ended() -> None:
+def test_the_deadline_is_reported_as_the_cause_rather_than_its_pods() -> None:
     texts = {
         "Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
         "TrainJob exceeded its active deadline": "DeadlineExceeded",
@@ -231,10 +231,10 @@ def test_a_job_that_never_starts_is_suspended_and_reported(poll: tuple, text: st
     assert record.asked == ["create", "halt"]
     assert sum("waiting" in line for line in lines) == bool(
         poll[1]
-    )  # logged before the error, and once
+    )  # logged once, before the error
 
 
-def test_a_job_file_may_wait_longer_for_nodes() -> None:
+def test_a_job_file_may_set_a_longer_timeout_for_nodes() -> None:
     job = filled()
     job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "1000"}
     waiting = (CREATED, [unschedulable()])
@@ -269,7 +269,7 @@ def test_a_stopped_step_deletes_its_job_if_its_run_ends(
     assert f"this step is being stopped{text}PyTorchJob vitdet-tiny-1" in lines[-1]
 
 
-def test_invalid_arguments_are_rejected_first(
+def test_invalid_arguments_are_rejected_before_a_job_is_created(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given = {**arguments(TEMPLATES["pytorchjob"], []), "workspace": "/data/runs"}

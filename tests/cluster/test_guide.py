@@ -1,4 +1,4 @@
-"""docs/kubeflow.md: its commands are shell, and the files, values, options and sections that it names exist."""
+"""docs/kubeflow.md: its commands are valid shell, and the files, folders and options that it names exist."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.helpers.guide import BLOCKS, COMMANDS, TEXT, lines
 from tests.helpers.manifests import kustomize, needs_kubectl
 
 
-def test_the_commands_are_shell() -> None:
+def test_the_commands_are_valid_shell() -> None:
     assert len(BLOCKS) > 20 and len(COMMANDS) > 5
     for command in [*BLOCKS, *COMMANDS]:
         done = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), f"{command}: {done.stderr}"
 
 
-def test_the_pipelines_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_named_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     commands = [part for line in lines("python -m pipeline") for part in re.split(r"[|;#]", line)]
     found = [re.match(r"\s*python -m pipeline (\w+)(.*)", part) for part in commands]
     used = {
@@ -37,7 +37,7 @@ def test_the_pipelines_options_exist(capsys: pytest.CaptureFixture[str]) -> None
         assert re.search(rf"{option}\b", capsys.readouterr().out), f"{verb} {option}"
 
 
-def test_the_files_exist() -> None:
+def test_the_named_files_exist() -> None:
     for path in re.findall(r"(?<![\w/])manifests/[\w./-]+\w", TEXT):
         if not path.startswith("manifests/kustomize"):  # in another repository
             assert (ROOT / path.replace("CLUSTER", "gke")).exists(), path

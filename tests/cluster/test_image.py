@@ -41,7 +41,7 @@ def stages(text: str) -> list[list[tuple[str, str]]]:
 
 
 def unhashed(commands: str) -> list[str]:
-    """Return an error for each `pip install` without hashes."""
+    """Return an error for each `pip install` with neither hashes nor --no-deps."""
     return [
         f"installs without hashes: {part}"
         for part in re.split(r"&&|;|\n", commands.replace("\\\n", " "))

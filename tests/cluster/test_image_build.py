@@ -1,7 +1,7 @@
 """The images as `make image` builds them, run as a pod runs them: read-only root file system, user 1000, no network.
 
 buildah builds without a daemon. As the base image cannot be pulled everywhere, it is replaced by Debian's packages of
-the same release, with its Python. Needs 15 GB of disk, removed at the end.
+the same release, including its Python. Needs 30 GB of free disk; all files are deleted at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.conftest import ROOT, minimal, options
 TOOLS = ("buildah", "debootstrap", "git", "ip", "make", "unshare")
 DISK = 30e9
 MEGABYTE = 1e6
-# pytest, mypy, ruff, ... of the extra `dev`
+# packages of the extra `dev`, and installers
 TEST_TOOLS = ("pytest", "mypy", "ruff", "moto", "hypothesis", "xdist", "uv", "pip")
 
 missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -45,7 +45,7 @@ mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/tmp"
 exec chroot --userspec=1000:1000 "$root" env -i $environment sh -c 'cd /data && exec "$@"' sh "$@"
 """
-# Starts the command and sends requests: for its health, and one that needs an account.
+# Starts the command and sends two requests: one for its health, and one that needs an account.
 HEALTH = """
 import subprocess, sys, time, urllib.error, urllib.request
 server = subprocess.Popen(sys.argv[1:])
@@ -65,7 +65,7 @@ server.terminate()
 
 
 def call(*words: object, **kwargs: object) -> str:
-    """Return the command's output; on failure, assert with its standard error."""
+    """Return the command's output. Raises AssertionError with the output if it fails."""
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout.strip()
@@ -95,7 +95,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def source(storage: Path) -> Path:
-    """Return a repository with the files that the images are built from, as they are now."""
+    """Return a repository with the current state of the files that the images are built from."""
     folder = storage / "source"
     for name in ("vitdet", "components", "manifests/image"):
         shutil.copytree(ROOT / name, folder / name)
@@ -116,7 +116,7 @@ def source(storage: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base(storage: Path) -> str:
-    """Build a replacement of python:3.12-slim-bookworm, with this machine's pip settings and certificates."""
+    """Build a replacement for python:3.12-slim-bookworm, with this machine's pip settings and certificates."""
     container = call("buildah", "from", "scratch")
     root = Path(call("buildah", "mount", container))
     packages = "--include=python3-venv,ca-certificates"
@@ -180,10 +180,10 @@ def pod(built: dict[str, dict], storage: Path) -> Pod:
     return run
 
 
-def test_a_change_of_the_code_pushes_a_small_layer(built: dict[str, dict], storage: Path) -> None:
+def test_a_change_to_the_code_pushes_a_small_layer(built: dict[str, dict], storage: Path) -> None:
     sizes = layers(built["vitdet"], storage)
     dependencies = max(range(len(sizes)), key=sizes.__getitem__)
-    assert sizes[dependencies] > 1000  # CUDA
+    assert sizes[dependencies] > 1000  # MB, mostly CUDA
     assert sum(sizes[dependencies + 1 :]) < 20, sizes
     assert sum(layers(built["vitdet-mlflow"], storage)) < 0.3 * sum(sizes)
 

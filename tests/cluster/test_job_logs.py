@@ -23,7 +23,7 @@ def test_the_logs_of_a_job_are_files_and_artifacts_of_its_run(tmp_path: Path, ti
     (name,) = stages.resolve_configs(["tiny"], minimal(tiny), str(tmp_path), settings)
     output = training_folder(str(tmp_path), name, RUN)
     config = load_config(tmp_path / "settings" / f"{name}.yaml")
-    stages.keep_logs(settings, name, str(tmp_path), RUN, FILES)  # it failed before its run began
+    stages.keep_logs(settings, name, str(tmp_path), RUN, FILES)  # before the run exists
     for status in ("KILLED", "FAILED"):
         tracker = start_tracker(config, name, output, "", "d", None, 0)
         tracker.log({"loss": 1.0, "images_per_second": 1.0}, 1)
@@ -38,7 +38,7 @@ def test_the_logs_of_a_job_are_files_and_artifacts_of_its_run(tmp_path: Path, ti
     assert last.info.status == "FAILED" and not client.list_artifacts(first.info.run_id, "logs")
 
 
-def test_a_full_disk_does_not_hide_the_result(
+def test_logs_that_cannot_be_saved_do_not_hide_the_result(
     tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = str(tmp_path / "settings")

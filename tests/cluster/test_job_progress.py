@@ -16,7 +16,7 @@ POINTS = {"loss": 3.5, "loss_cls": 1.25, "images_per_second": 12.34}
 
 
 def progress_line(step: int, values: dict[str, float], left: float) -> str:
-    """Return the log line of this step of 90000, at a constant time per step."""
+    """Return the log line of this step of 90000, with `left` seconds left."""
     stream = io.StringIO()
     shown = tracker.Progress(tracker.Tracker(), 90_000, 0, stream)
     shown.since -= left / max(90_000 - step, 1) * step
@@ -56,7 +56,7 @@ def test_progress_is_published_every_thirty_seconds_and_at_the_end() -> None:
     assert progress.due(3 * INTERVAL, final=True) == ""  # nothing new
 
 
-def test_the_job_has_rank_0s_progress_and_ignores_a_failed_annotation() -> None:
+def test_rank_0s_progress_is_annotated_and_a_failed_annotation_is_logged() -> None:
     class Mute(Record):
         def annotate(self, annotations: dict[str, str]) -> None:
             if PROGRESS in annotations:

@@ -1,4 +1,4 @@
-"""Invalid jobs: a field that is null, missing or of another type is ignored or rejected with its path."""
+"""Invalid jobs: a field that is null, missing or of the wrong type is ignored, or rejected with its path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cluster.test_launcher import TEMPLATES, request
 from tests.conftest import ROOT
 
 VALUES: tuple[Any, ...] = (None, "text", [None])
-# Rejected because of what the fields mean together, not because of a type
+# Errors about what the fields mean together, not about the type of one field
 MEANING = (
     "the YAML contains no PyTorchJob or TrainJob",
     "the job's template must contain exactly one ",
@@ -34,7 +34,7 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
         if "Worker" in path:
-            continue  # like the Master
+            continue  # the Worker has the same fields as the Master
         yield (*path, key)
         if isinstance(child, dict | list):
             yield from places(child, (*path, key))
@@ -133,7 +133,7 @@ POD = "spec.pytorchReplicaSpecs.Master.template.spec"
 
 
 def pytorchjob(container: str = "", pod: str = "") -> dict:
-    """Return a job, with these fields of its container and pod (YAML flow style)."""
+    """Return a job with these fields in its container and its pod (YAML flow style)."""
     text = f"{{containers: [{{name: a{container}}}]{pod}}}"
     spec = f"{{pytorchReplicaSpecs: {{Master: {{template: {{spec: {text}}}}}}}}}"
     return yaml.safe_load(f"kind: PyTorchJob\nspec: {spec}\n")
@@ -167,14 +167,14 @@ def test_a_number_of_gpus_may_be_text_or_null(gpus: str, found: dict) -> None:
         ("nodeSelector: {b: , zone: [a]}", "nodeSelector.zone: expected bool | int | float | str"),
     ],
 )
-def test_an_entry_of_a_mapping_is_named_by_its_key(pod: str, message: str) -> None:
+def test_an_invalid_entry_of_a_mapping_is_named_by_its_key(pod: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         validate(pytorchjob(pod=f", {pod}"))
     assert str(error.value).startswith(f"job manifest: PyTorchJob: {POD}.{message}")
     assert validate(pytorchjob(pod=", nodeSelector: {b: }"))["kind"] == "PyTorchJob"
 
 
-def test_metadata_is_rejected_by_its_path() -> None:
+def test_invalid_metadata_is_rejected_with_its_path() -> None:
     with pytest.raises(ValueError, match="PyTorchJob: metadata.annotations.a: expected "):
         validate({**pytorchjob(), "metadata": {"annotations": {"a": [1]}}})
 
@@ -204,7 +204,7 @@ def test_an_empty_patch_is_valid() -> None:
         assert accelerators(yaml.safe_dump_all([job, runtime])) == plain
 
 
-def test_null_is_an_absent_field_and_other_documents_are_not_changed() -> None:
+def test_null_fields_are_removed_and_other_documents_are_not_changed() -> None:
     job = pytorchjob(", env: ", ", tolerations: ")
     found = validate(job)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     assert found == {"containers": [{"name": "a"}]}

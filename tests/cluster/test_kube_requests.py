@@ -19,7 +19,7 @@ from tests.cluster.test_following import PYTORCH, SHORT
 
 
 def answers(*given: object) -> Callable:
-    """Return a request with these responses; the last one repeats."""
+    """Return a request function that gives these responses; the last one repeats."""
     waiting = list(given)
 
     def call(*_: object, **options: object) -> object:
@@ -52,7 +52,7 @@ def test_requests_to_an_unavailable_api_server_are_retried() -> None:
         "launcher: the API server does not respond (ProtocolError); retrying for up to 0 s",
         "launcher: the API server is responding again",
     ]
-    # a starting API server has loaded neither the RBAC rules nor the custom resources
+    # a starting API server may not have loaded the RBAC rules or the custom resources yet
     starting = [refused(403, "no roles yet"), refused(404), b"{}"]
     assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
     with pytest.raises(RuntimeError, match="no roles yet"):
@@ -97,7 +97,7 @@ NO_ROLE = (
         (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
     ],
 )
-def test_a_rejection_is_one_line_without_a_retry(error: ApiException, message: str) -> None:
+def test_a_rejection_is_reported_in_one_line_at_once(error: ApiException, message: str) -> None:
     lines: list[str] = []
     with pytest.raises(RuntimeError, match=message) as raised:
         cluster(lines, Timeouts()).request("create", answers(error))
@@ -134,7 +134,7 @@ def test_rejections_by_a_quota_or_policy_are_retried(message: str, clock: Clock)
     ("text", "message"),
     [("{: [", "is not valid: while parsing"), ("[1]", "is not valid: "), ("", "file is empty")],
 )
-def test_an_invalid_kubeconfig_is_one_line(
+def test_an_invalid_kubeconfig_is_reported_in_one_line(
     text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config").write_text(text)

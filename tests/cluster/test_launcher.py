@@ -46,7 +46,7 @@ def filled(**changes: object) -> dict:
 
 
 def replica(job: dict, kind: str) -> tuple[dict, dict]:
-    """Return the pod template and the container of a replica type."""
+    """Return the pod's spec and the container of a replica type."""
     pod = job["spec"]["pytorchReplicaSpecs"][kind]["template"]["spec"]
     return pod, pod["containers"][0]
 
@@ -62,7 +62,7 @@ def test_a_jobs_name_is_a_dns_label_that_leaves_room_for_the_pods_suffix(recipe:
     assert label("Mask RCNN (B)") == "Mask-RCNN-B" and len(label("x" * 80)) == 63
 
 
-def test_the_five_fields_are_filled_in_and_the_rest_is_unchanged() -> None:
+def test_the_requested_fields_are_filled_in_and_others_are_unchanged() -> None:
     job, template = filled(nodes=3, owner=OWNER), yaml.safe_load(TEMPLATES["pytorchjob"])
     assert job["metadata"]["name"] == "vitdet-tiny-1" and job["metadata"]["namespace"] == "ours"
     assert job["metadata"]["ownerReferences"] == [OWNER]
@@ -75,7 +75,7 @@ def test_the_five_fields_are_filled_in_and_the_rest_is_unchanged() -> None:
         assert container["args"] == ["train", "x.yaml"]
         assert container["command"] == replica(template, kind)[1]["command"]
         assert pod["nodeSelector"]["vitdet/pool"] == "h200"
-    # the launcher counts restarts by cause
+    # the limit of restarts becomes an annotation, as the launcher counts restarts by cause
     policy = {**template["spec"]["runPolicy"]}
     assert job["metadata"]["annotations"]["vitdet/restarts"] == str(policy.pop("backoffLimit"))
     assert job["spec"]["runPolicy"] == policy
@@ -83,7 +83,7 @@ def test_the_five_fields_are_filled_in_and_the_rest_is_unchanged() -> None:
     assert plain["nodeSelector"] == replica(template, "Master")[0]["nodeSelector"]
 
 
-def test_one_node_has_no_worker_and_missing_limits_are_set() -> None:
+def test_a_job_of_one_node_has_no_worker_and_missing_limits_are_set() -> None:
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
     template["spec"]["runPolicy"] = {"suspend": True}
     job = fill_template(yaml.safe_dump(template), PYTORCH, request(nodes=1))
@@ -153,7 +153,7 @@ def test_a_claim_mounted_by_task_and_template_is_one_volume() -> None:
         "volume_mounts": [{"name": n, "mountPath": path} for n, path in paths.items()],
     }
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
-    # under any name in the job's file
+    # the job's file may give the volume any name
     for replica_spec in template["spec"]["pytorchReplicaSpecs"].values():
         text = re.sub(r"\bname: (vitdet-)?data\b", "name: mine", yaml.safe_dump(replica_spec))
         replica_spec.update(yaml.safe_load(text))
@@ -168,7 +168,7 @@ def test_a_claim_mounted_by_task_and_template_is_one_volume() -> None:
     runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"]
     (node,) = runtime["template"]["spec"]["replicatedJobs"]
     volumes = node["template"]["spec"]["template"]["spec"]["volumes"]
-    assert task["volumes"][0] in volumes  # where the controller merges by name
+    assert task["volumes"][0] in volumes  # the controller merges volumes by name
 
 
 def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -> None:
@@ -185,7 +185,7 @@ def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -
     assert node["name"] == "node" and pod["metadata"]["labels"] == LABELS
     assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
     assert pod["spec"]["containers"] == [{"name": "node", "volumeMounts": TASK["volume_mounts"]}]
-    # the launcher's patch only once
+    # the launcher's patch is not added twice
     assert fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
 
 
@@ -198,7 +198,7 @@ def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -
         ("pytorchjob", "name: pytorch ", {}, "no container named 'pytorch'"),
     ],
 )
-def test_an_invalid_template_is_one_line(kind: str, text: str, change: dict, message: str) -> None:
+def test_an_invalid_template_is_rejected(kind: str, text: str, change: dict, message: str) -> None:
     template = TEMPLATES["pytorchjob"].replace(text, "name: main " if text else "")
     with pytest.raises(ValueError, match=message):
         fill_template(template, KINDS[kind], request(**change))
@@ -221,7 +221,7 @@ def conditions(*given: str, **more: str) -> dict:
         (PYTORCH, conditions("Suspended=False", "Running=True"), "running"),
         (PYTORCH, conditions("Restarting=True", "Running=False"), "restarting"),
         (PYTORCH, conditions("Succeeded=True", "Running=False"), "succeeded"),
-        # at any position
+        # Failed counts at any position
         (PYTORCH, conditions("Failed=True", "Created=True", "Restarting=True"), "failed"),
         (PYTORCH, conditions("Failed=False", "Running=True"), "running"),
         (TRAIN, conditions("Suspended=False", "Complete=True"), "succeeded"),
@@ -231,7 +231,7 @@ def conditions(*given: str, **more: str) -> dict:
         (TRAIN, {"status": {"jobsStatus": [{"name": "node", "ready": 0}]}}, "created"),
     ],
 )
-def test_a_state_is_read_from_any_true_condition(kind: object, job: dict, phase: str) -> None:
+def test_the_state_is_read_from_the_true_conditions(kind: object, job: dict, phase: str) -> None:
     assert job_phase(kind, job)[0] == phase
 
 
@@ -272,7 +272,7 @@ LOW = {"reason": "Evicted", "message": "The node was low on resource: memory. "}
         ),
     ],
 )
-def test_the_reason_of_a_failed_pod(found: dict, text: str) -> None:
+def test_a_failed_pod_is_described_by_its_reason(found: dict, text: str) -> None:
     assert str(failure_reason(found)) == f"pod w-0 on node n1: {text}"
 
 
@@ -313,7 +313,7 @@ UNSCHEDULABLE = {
         (pod(), "None"),
     ],
 )
-def test_the_reason_of_a_pod_that_does_not_start(found: dict, text: str) -> None:
+def test_a_pod_that_does_not_start_is_described_by_its_reason(found: dict, text: str) -> None:
     assert str(blocking_reason(found)) == text
 
 
@@ -321,13 +321,13 @@ def test_the_reason_of_a_pod_that_does_not_start(found: dict, text: str) -> None
     ("kind", "nodes", "changes", "counts"),
     [
         ("pytorchjob", 2, {"nprocPerNode": "4"}, [8]),
-        ("pytorchjob", 3, {"nprocPerNode": "gpu"}, [3]),  # the template's containers have a name
+        ("pytorchjob", 3, {"nprocPerNode": "gpu"}, [3]),  # one GPU per node
         ("pytorchjob", 1, {"nprocPerNode": "auto"}, []),
         ("pytorchjob", 4, {"nprocPerNode": "8", "elasticPolicy": {"minReplicas": 2}}, [16, 24, 32]),
         ("trainjob", 2, {}, [2]),
     ],
 )
-def test_process_counts(kind: str, nodes: int, changes: dict, counts: list[int]) -> None:
+def test_processes_are_counted(kind: str, nodes: int, changes: dict, counts: list[int]) -> None:
     template = yaml.safe_load(TEMPLATES[kind])
     template["spec"].update(changes)
     job = fill_template(yaml.safe_dump(template), KINDS[kind], request(nodes=nodes))

@@ -1,4 +1,4 @@
-"""Each rule of tests/helpers/manifests.py detects a violation: none of them is vacuous."""
+"""Each rule of tests/helpers/manifests.py detects a violation, so none of the rules is vacuous."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN = (*CONTAINER, "securityContext")
 NO_TMP = [{"name": "vitdet-data", "mountPath": "/data"}]
 LIMITS = {"cpu": "1", "memory": "1Gi"}
 
-# (path in the job, value, expected text); KeyError: without the field
+# (path in the job, value, expected text); KeyError removes the field
 WEBHOOKS = {
     "PyTorchJob": [
         (("metadata", "name"), "1-job", "its name is no DNS-1035 label"),
@@ -78,7 +78,7 @@ SECURITY = [
     ((*CONTAINER, "volumeMounts"), NO_TMP, "pytorch: nothing writable at /tmp"),
     (("spec", "volumes"), [], "pytorch: mounts tmp, which is no volume"),
 ]
-# and for the MLflow server or the network policies with all objects of the overlay
+# (kind, path, value, expected text) for one of the overlay's objects, checked with all objects
 MLFLOW = ("spec", "template", "spec")
 REFERENCES = [
     ("Deployment", (*MLFLOW, "serviceAccountName"), "nobody", "no ServiceAccount nobody in"),
@@ -125,21 +125,21 @@ def only(documents: list[dict], kind: str) -> dict:
     ("kind", "path", "value", "text"),
     [(kind, *case) for kind, cases in WEBHOOKS.items() for case in cases],
 )
-def test_the_rules_of_webhooks(kind: str, path: tuple, value: object, text: str) -> None:
+def test_a_webhook_violation_is_detected(kind: str, path: tuple, value: object, text: str) -> None:
     job = only([*overlay("eks"), *overlay("eks", "trainjob")], kind)
     assert refused(job) == []
     assert any(found.endswith(f": {text}") for found in refused(changed(job, path, value)))
 
 
 @pytest.mark.parametrize(("path", "value", "text"), SECURITY)
-def test_the_rules_of_pod_security(path: tuple, value: object, text: str) -> None:
+def test_a_pod_security_violation_is_detected(path: tuple, value: object, text: str) -> None:
     _, pod = next(pods(overlay("eks")))
     assert insecure("pod", pod, set()) == []
     assert f"pod: {text}" in insecure("pod", changed(pod, path, value), set())
 
 
 @pytest.mark.parametrize(("kind", "path", "value", "text"), REFERENCES)
-def test_the_rules_of_references(kind: str, path: tuple, value: object, text: str) -> None:
+def test_a_broken_reference_is_detected(kind: str, path: tuple, value: object, text: str) -> None:
     cluster = installed("eks")
     document = only(cluster, kind)
     others = [changed(document, path, value) if d is document else d for d in cluster]
@@ -155,7 +155,7 @@ def test_the_rules_of_references(kind: str, path: tuple, value: object, text: st
         ("tolerations", [{"key": "lost"}], "tolerates lost, which no node is tainted with"),
     ],
 )
-def test_the_rules_of_node_pools(key: str, value: object, text: str) -> None:
+def test_a_node_pool_mismatch_is_detected(key: str, value: object, text: str) -> None:
     job, *others = overlay("eks")
     found = problems(installed("eks"), [changed(job, (*POD, key), value), *others], pools("eks"))
     assert any(text in problem for problem in found), found

@@ -90,7 +90,7 @@ def keys(node: object, at: tuple = ()) -> Iterator[tuple]:
 
 
 def test_a_typo_in_any_key_is_detected() -> None:
-    """In each document of each overlay; documents that several overlays share are tested once."""
+    """This covers all documents of all overlays; shared documents are tested once."""
     missed, tried, seen = set(), 0, set()
     for name in OVERLAYS:
         cluster, jobs = installed(name), [*overlay(name), *overlay(name, "trainjob")]
@@ -112,7 +112,7 @@ def test_a_typo_in_any_key_is_detected() -> None:
                     if not problems(there[: len(cluster)], there[len(cluster) :], nodes):
                         missed.add(f"{document['kind']}: {key}")
                 except KeyError:
-                    continue  # not even a kind or a name
+                    continue  # detected: it has no kind or no name
     assert tried > 1400
     free = {"ConfigMap: account.py", "ConfigMap: basic_auth.ini"}
     assert missed <= free | {f"Secret: {key}" for key in SECRETS}

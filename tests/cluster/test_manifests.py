@@ -47,7 +47,7 @@ def installed(name: str, root: Path | None = None) -> list[dict]:
 
 
 def parts(name: str) -> list[str]:
-    """Return an overlay's PARTS; kind lacks `dedicated`, as its jobs share Kubeflow's namespace."""
+    """Return an overlay's PARTS; `kind` has no `dedicated`: its jobs share Kubeflow's namespace."""
     return [part for part in PARTS if (name, part) != ("kind", "dedicated")]
 
 
@@ -61,7 +61,7 @@ def pools(
             ",".join(f"{key}={value}" for key, value in node["labels"].items()): set()
             for node in yaml.safe_load((nodes / "cluster.yaml").read_text())["nodes"]
         }
-    if name == "onprem":  # the commands that docs/kubeflow.md contains
+    if name == "onprem":  # the commands in its comment
         text = (nodes / "kustomization.yaml").read_text()
         (label,) = re.findall(r"kubectl label nodes -l \S+ (\S+)", text)
         (taint,) = re.findall(rf"kubectl taint nodes -l {label} (\S+)=present:NoSchedule", text)
@@ -69,7 +69,7 @@ def pools(
     found = {}
     for document in overlay(name, "cluster") if cluster is None else cluster:
         if document["kind"] == "ComputeClass":
-            # created by GKE
+            # GKE creates the label and the taint
             found[f"cloud.google.com/compute-class={document['metadata']['name']}"] = {GPU_TAINT}
         elif document["kind"] == "NodePool":
             template = document["spec"]["template"]
@@ -138,7 +138,7 @@ def test_an_option_is_valid(options: list[str], job: str, copy: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_the_queue_covers_the_pods_requests_and_priority(job: str, copy: Path) -> None:
-    """Kueue admits no pod with other resources; without its class a job gets no Workload."""
+    """Kueue admits neither other resources nor a job whose WorkloadPriorityClass is missing."""
     options = ["components/rdma", "components/kueue", "components/values"]
     jobs = build(copy, "onprem", [job], ["node-pools/onprem", *options])
     cluster = build(copy, "onprem", ["cluster"], ["components/kueue-queues", "components/values"])
@@ -169,7 +169,7 @@ def test_the_queue_covers_the_pods_requests_and_priority(job: str, copy: Path) -
 def test_the_pods_of_a_trainjob_are_scheduled_as_a_group(
     option: str, scheduler: str, copy: Path
 ) -> None:
-    """Trainer creates the PodGroup, but does not set its scheduler."""
+    """Trainer creates the PodGroup, but does not set the pods' scheduler."""
     parts = ["node-pools/onprem", f"components/{option}", "components/values"]
     made = build(copy, "onprem", ["trainjob"], parts)
     (runtime,) = (document for document in made if document["kind"] == "TrainingRuntime")
@@ -178,7 +178,7 @@ def test_the_pods_of_a_trainjob_are_scheduled_as_a_group(
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> None:
+def test_one_line_changes_the_gpu_and_another_the_price(gpu: str, copy: Path) -> None:
     for name in CLOUDS:
         if (name, gpu) == ("gke", "a10"):
             continue  # Google Cloud has no such GPU
@@ -230,7 +230,7 @@ def test_every_value_is_used_where_documented(name: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_both_kinds_run_the_same_container(name: str) -> None:
+def test_both_kinds_of_job_run_the_same_container(name: str) -> None:
     (job,), (runtime, trainjob) = deepcopy((overlay(name), overlay(name, "trainjob")))
     replicas = job["spec"]["pytorchReplicaSpecs"]
     master, worker = (replicas[role]["template"] for role in ("Master", "Worker"))
@@ -247,7 +247,7 @@ def test_both_kinds_run_the_same_container(name: str) -> None:
     assert ours["args"] == trainjob["spec"]["trainer"]["args"] and ours["args"][0] == "train"
     assert ours["args"][1] in recipes()
     assert theirs["image"] == trainjob["spec"]["trainer"]["image"]
-    # a PyTorchJob's nodes use c10d for their rendezvous
+    # between these words, a PyTorchJob's command sets up its c10d rendezvous
     assert ours["command"][0] == theirs["command"][0] == "torchrun"
     assert ours["command"][-2:] == theirs["command"][-2:] == ["-m", "vitdet"]
     gpus = ours["resources"]["limits"].get("nvidia.com/gpu", 1)
@@ -281,7 +281,7 @@ def test_the_launchers_job_is_valid(name: str, nodes: int) -> None:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_another_pool_s_trainjob_has_a_runtime_of_its_own(name: str, copy: Path) -> None:
+def test_the_trainjob_of_another_pool_has_its_own_runtime(name: str, copy: Path) -> None:
     file = copy / "overlays" / name / "values" / "values.yaml"
     file.write_text(file.read_text().replace("pool: gpu-train", "pool: small"))
     runtime, job = kustomize(copy / "overlays" / name / "trainjob")
@@ -300,7 +300,7 @@ def test_another_pool_is_another_compute_class() -> None:
     ] * 2
 
 
-def test_where_passwords_and_placeholders_are() -> None:
+def test_overlays_have_no_secrets_and_only_known_placeholders() -> None:
     for name in CLOUDS:
         assert not [document for document in installed(name) if document["kind"] == "Secret"]
         text = yaml.safe_dump_all([*overlay(name), *installed(name)])
@@ -308,7 +308,7 @@ def test_where_passwords_and_placeholders_are() -> None:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_jobs_cannot_mount_mlflow_s_secrets(name: str) -> None:
+def test_jobs_cannot_mount_the_secrets_of_mlflow(name: str) -> None:
     """The passwords of the administrator and the database are in a namespace without jobs."""
     spaces = {"jobs": set(), "server": set()}
     for document in [*overlay(name), *overlay(name, "trainjob"), *installed(name)]:
@@ -326,8 +326,8 @@ def test_jobs_cannot_mount_mlflow_s_secrets(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_network_policies_cover_every_pod_of_the_own_namespace(name: str) -> None:
-    """Default deny for all pods; public addresses for the download job and downloading steps."""
+def test_network_policies_cover_every_pod_of_the_jobs_namespace(name: str) -> None:
+    """Only the download job and the downloading steps may reach public addresses."""
     policies = [document for document in installed(name) if document["kind"] == "NetworkPolicy"]
     jobs = [policy for policy in policies if policy["metadata"]["namespace"] == "vitdet"]
     (deny,) = (policy["spec"] for policy in jobs if policy["metadata"]["name"] == "default-deny")
@@ -366,7 +366,7 @@ def test_policies_select_the_steps_that_the_pipeline_labels(name: str) -> None:
     assert downloading == {"exec-data", "exec-weights"}
 
 
-def test_the_operator_s_init_container_meets_restricted() -> None:
+def test_the_operators_init_container_meets_restricted_pod_security() -> None:
     (template,) = kustomize(MANIFESTS / "training-operator")
     text = re.sub(r"{{[.](\w+)}}", r"\1", template["data"]["initContainer.yaml"])
     _, pod = next(pods(overlay("kind")))

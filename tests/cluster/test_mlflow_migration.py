@@ -134,7 +134,7 @@ def log(client: MlflowClient, folder: Path, ap: float) -> str:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Return a folder that PostgreSQL's user can enter; pytest's are private."""
+    """Return a folder that PostgreSQL's user can enter; pytest's folders are private."""
     with TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -151,7 +151,7 @@ def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None
             (folder / name).mkdir()
         with server(folder / "before", old) as address:
             with account(address, "admin", ADMIN) as client:
-                # an installation whose training runs log as the administrator
+                # an old installation, whose training runs log as the administrator
                 client.create_experiment("vitdet")
                 client.create_registered_model("detector")
                 assert log(client, folder, 0.25) == "1"
@@ -162,7 +162,7 @@ def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None
             where = ("-h", "127.0.0.1", "-p", str(old), "--username=mlflow")
             words = ["pg_dump", *where, "--format=custom", "--no-owner", "mlflow"]
             subprocess.run(words, stdout=file, check=True)
-        with server(folder / "after", new) as address:  # creates its tables
+        with server(folder / "after", new) as address:  # to create its tables
             with account(address, "admin", ADMIN) as client:
                 assert client.get_experiment_by_name("vitdet") is None
         with dump.open("rb") as file:
@@ -178,7 +178,7 @@ def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None
                 assert log(client, folder, 0.75) == "3"
                 with pytest.raises(MlflowException, match="Permission denied"):
                     AuthServiceClient(address).create_user("other", "password-of-other")
-            assert "may manage 3 existing" in make_account(address)  # may be repeated
+            assert "may manage 3 existing" in make_account(address)  # a second time
             with (
                 account(address, "vitdet", "wrong-password") as client,
                 pytest.raises(MlflowException, match="401|not authenticated"),

@@ -14,7 +14,7 @@ from tests.cluster.test_launcher import conditions, ended, pod
 def test_each_log_line_is_returned_once_across_restarts() -> None:
     record = Record((RUNNING, []))
     log, alive = PodLog(record, "pytorch"), pod(container={"state": {"running": {}}})
-    # Go omits trailing zeros
+    # Go omits the trailing zeros of a time
     stamps = [
         "2026-01-01T00:00:00.999999999Z a",
         "2026-01-01T00:00:01Z b",
@@ -41,12 +41,12 @@ def test_the_end_of_a_previous_log_is_requested_until_it_is_available(clock: Clo
     assert log.new_lines(restarted(1)) == []
     record.logs["w-0 previous"] = ["2026-01-01T00:00:02Z b"]
     assert texts(log.new_lines(restarted(1))) == ["b", "c"]
-    # without it, the new container's lines are held back for a limited time, for any number of requests
+    # without the previous log, the lines of the new container are held back, but only for a limited time
     record.logs = {"w-0": ["2026-01-01T00:00:04Z d"]}
     assert [log.new_lines(restarted(2)) for _ in range(10)] == [[]] * 10
     clock.sleep(logs.HOLD_SECONDS)
     assert texts(log.new_lines(restarted(2))) == ["d"]
-    # and again for as long after the next restart
+    # the time starts again with the next restart
     record.logs = {"w-0": ["2026-01-01T00:00:05Z e"]}
     assert log.new_lines(restarted(3)) == []
 

@@ -46,7 +46,7 @@ def test_one_value_moves_everything_into_the_profile(name: str, copy: Path) -> N
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_mlflow_in_the_profile_itself(name: str, copy: Path) -> None:
+def test_mlflow_may_run_in_the_profile_itself(name: str, copy: Path) -> None:
     folder = for_profile(copy, name, "team-a", mlflow="team-a")
     everything = installed(name, copy)
     assert problems(everything, kustomize(folder), pools(name)) == []
@@ -79,7 +79,7 @@ def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, copy: Path) -> None:
+def test_cluster_scoped_objects_are_in_the_administrators_folder(name: str, copy: Path) -> None:
     folder = copy / "overlays" / name
     for part in (*OWNER, "mlflow"):
         assert not [
@@ -91,7 +91,7 @@ def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, cop
         assert "namespace" not in document["metadata"] and document["kind"] != "Namespace"
 
 
-def test_jobs_without_a_priority_class(copy: Path) -> None:
+def test_the_priority_class_of_jobs_is_optional(copy: Path) -> None:
     parts = ["components/no-priority-class", "components/values"]
     found = list(pods(build(copy, "eks", ["pytorchjob", "trainjob"], parts)))
     assert len(found) == 3

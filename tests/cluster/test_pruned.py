@@ -23,7 +23,7 @@ def without(job: dict, *fields: str) -> dict:
     return {**job, "spec": spec}
 
 
-def test_fields_added_by_webhooks_and_defaults_are_no_loss() -> None:
+def test_fields_added_by_webhooks_and_defaults_are_not_a_loss() -> None:
     sent = {"a": [{"name": "x", "b": 1}], "zero": 0, "none": {}, "quantity": "1000m"}
     received = {"a": [{"name": "injected"}, {"name": "x", "b": "1", "c": 2}], "quantity": "1"}
     assert dropped_fields(sent, received, "spec") == []
@@ -33,7 +33,7 @@ def test_fields_added_by_webhooks_and_defaults_are_no_loss() -> None:
     assert check_dropped(KINDS["trainjob"], job, copy.deepcopy(job)) == ([], "")
 
 
-def test_the_loss_of_a_limit_is_a_warning() -> None:
+def test_the_loss_of_the_deadline_or_labels_is_a_warning() -> None:
     job = trainjob(pool="")
     received = without(job, "activeDeadlineSeconds", "runtimePatches")
     warnings, error = check_dropped(KINDS["trainjob"], job, received)

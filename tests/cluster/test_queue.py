@@ -1,7 +1,7 @@
 """A job that Kueue suspends: the reason is logged, and a label without effect is reported.
 
-The conditions are those of kubernetes-sigs/kueue at ff69552e: apis/kueue/v1beta2/workload_types.go, their messages
-pkg/controller/core/workload_controller.go (getQueueBlocker) and pkg/scheduler/flavorassigner/flavorassigner.go.
+The conditions are those of kubernetes-sigs/kueue at ff69552e: apis/kueue/v1beta2/workload_types.go; their messages
+are in pkg/controller/core/workload_controller.go (getQueueBlocker) and pkg/scheduler/flavorassigner/flavorassigner.go.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ ADMITTED = (("QuotaReserved", "True", "QuotaReserved", ""), ("Admitted", "True",
         (workload(*ADMITTED, ("Evicted", "False", "QuotaReserved", "")), ""),
     ],
 )
-def test_the_reason_is_one_line(found: dict, text: str) -> None:
+def test_the_reason_for_waiting_is_described_in_one_line(found: dict, text: str) -> None:
     assert waiting_reason(found) == text
 
 
@@ -77,7 +77,7 @@ def queued(suspended: bool) -> dict:
 
 
 class Queued(Record):
-    """A client of a job with the queue's label; each poll returns the next Workloads, then the last ones."""
+    """A client of a job with the queue's label; each poll returns the next Workloads; the last repeat."""
 
     def __init__(self, suspended: bool, *looks: tuple, workloads: list[list[dict] | None]) -> None:
         super().__init__(*looks)
@@ -92,7 +92,7 @@ class Queued(Record):
         return self.workloads_.pop(0) if len(self.workloads_) > 1 else self.workloads_[0]
 
 
-def test_each_reason_is_logged_once_and_nothing_after_the_admission() -> None:
+def test_each_reason_is_logged_once_and_nothing_follows_the_admission() -> None:
     held, job = (SUSPENDED, []), queued(True)
     waiting = [workload()], [workload(UNCOVERED)], [workload(UNCOVERED)], [workload(*ADMITTED)]
     record = Queued(True, *[held] * 4, *[(RUNNING, [pod()])] * 3, (DONE, []), workloads=[*waiting])

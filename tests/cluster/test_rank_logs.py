@@ -66,7 +66,7 @@ def test_a_rank_ended_by_a_signal_precedes_the_ranks_that_lost_it() -> None:
     assert str(ranks.first_failure()) == "first to fail: rank 3 (pod w-0): ended by signal 9"
 
 
-def test_a_rank_that_does_not_respond_is_named_by_another() -> None:
+def test_a_rank_that_does_not_respond_is_named_by_another_rank() -> None:
     ranks = RankLogs()
     ranks.add("w", stamped(1, "[rank1]:step 1"), False)
     ranks.add("m", stamped(9, "[rank0]:vitdet: no progress: rank 1 (w, pid 7: step 5)"), True)
@@ -74,7 +74,7 @@ def test_a_rank_that_does_not_respond_is_named_by_another() -> None:
     assert str(ranks.first_failure()).startswith(text)
 
 
-def test_ranks_that_torchrun_ended_are_not_the_first() -> None:
+def test_ranks_that_torchrun_ended_are_not_the_first_to_fail() -> None:
     ranks = RankLogs()
     ranks.add("w", stamped(9, *(line.replace(": -9", ": -15") for line in SUMMARY)), False)
     assert ranks.first_failure() is None

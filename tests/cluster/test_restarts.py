@@ -1,4 +1,4 @@
-"""Job failures by cause: disruptions are not counted, errors are, out-of-memory ends the job."""
+"""Job failures by cause: errors are counted, disruptions are not, out-of-memory ends the job."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def not_ready(container: bool) -> dict:
 
 
 def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
-    """Return the count after these pods were observed, `step` seconds apart."""
+    """Return the counts after these polls, `step` seconds apart."""
     restarts = Restarts()
     for number, pods in enumerate(looks):
         for state in pods:
@@ -98,7 +98,7 @@ def backing_off(name: str, times: int) -> dict:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_peers_of_a_pod_in_back_off_are_not_a_second_error(reverse: bool) -> None:
+def test_failures_of_the_peers_of_a_waiting_pod_are_not_a_second_error(reverse: bool) -> None:
     """A poll may list the two pods in either order."""
 
     def count(*looks: list[dict]) -> Restarts:
@@ -122,9 +122,9 @@ BACK_OFFS = (10, 20, 40, 80, 160, 300, 300, 300, 300)
 
 
 def looping(name: str, start: float, run: float, terminated: float, now: float) -> dict:
-    """Return the states of a pod in a crash loop, which fails `run` seconds after each start.
+    """Return a pod in a crash loop at the time `now`; it fails `run` seconds after each start.
 
-    terminated: seconds for which the kubelet reports that state before the back-off.
+    terminated: seconds for which the kubelet reports this state before the back-off.
     """
     failed_at = start + run
     for failures, delay in enumerate(BACK_OFFS, 1):
@@ -140,7 +140,7 @@ def looping(name: str, start: float, run: float, terminated: float, now: float) 
 
 @pytest.mark.parametrize("pods", [1, 2, 8])
 def test_each_round_of_a_crash_loop_counts(pods: int) -> None:
-    """Although the other pods are in back-off whenever a pod fails."""
+    """It counts although the other pods are in back-off whenever a pod fails."""
     for run, terminated, apart in product((2.0, 20.0), (0.0, 1.0), (0.0, 0.7, 1.6)):
         restarts, now = Restarts(), 0.0
         seventh = 7 * run + sum(BACK_OFFS[:6])
@@ -201,7 +201,7 @@ def limited(restarts: str = "2") -> dict:
     return job
 
 
-def test_a_job_ends_after_its_files_limit_of_errors() -> None:
+def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
     looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in range(1, 6)]
     record = Record((RUNNING, HEALTHY), *looks)
     record.logs["m previous"] = ["2026-01-01T00:00:00Z ValueError: bad image"]
@@ -229,8 +229,8 @@ def test_the_next_launcher_continues_the_count() -> None:
     assert "has failed (errors: 3, " in follow(record, limited())[1]
 
 
-def test_an_error_is_stored_when_no_lost_node_can_explain_it() -> None:
-    """If stored earlier, a replaced launcher would pass it on as a permanent error."""
+def test_an_error_is_stored_only_when_no_lost_node_can_explain_it() -> None:
+    """If it were stored earlier, the next launcher would count it even if a node was lost."""
     undecided = (RUNNING, [crashed("m", 1), pod("w")])
     record = Record((RUNNING, HEALTHY), undecided, undecided, SUCCEEDED)
     assert follow(record, limited())[1] == "" and "vitdet/errors" not in record.annotations
@@ -239,13 +239,13 @@ def test_an_error_is_stored_when_no_lost_node_can_explain_it() -> None:
     assert follow(record, limited())[1] == "" and record.annotations["vitdet/errors"] == "1"
 
 
-def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> None:
+def test_an_error_ends_the_job_only_when_no_lost_node_can_explain_it() -> None:
     deciding = (RUNNING, [crashed("m", 1), pod("w")])
     gone = (RUNNING, [crashed("m", 1), lost("w")])
     back = (RUNNING, [crashed("m", 1), named("w", "new")])
     record = Record((RUNNING, HEALTHY), deciding, deciding, gone, back, SUCCEEDED)
     assert follow(record, limited("0"))[1] == ""
-    # without a lost node the second error of the same pod ends the job because of the first one
+    # Without a lost node, a second error of the same pod confirms the first, which ends the job.
     twice = (RUNNING, [crashed("m", 2), pod("w")])
     record = Record((RUNNING, HEALTHY), deciding, deciding, twice)
     lines, error = follow(record, limited("0"))
@@ -295,7 +295,7 @@ def test_pods_of_a_deleted_job_with_the_same_name_are_ignored() -> None:
         ),
     ],
 )
-def test_out_of_memory_is_not_retried_and_suggests_settings(
+def test_running_out_of_memory_ends_the_job_and_suggests_settings(
     failed: dict, log: str, advice: str
 ) -> None:
     record = Record((RUNNING, HEALTHY), (RUNNING, [pod("m"), failed]))
