@@ -31,7 +31,7 @@ def run(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     package = tmp_path / "package.yaml"
     parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
     package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
-    # `test_submit` covers it
+    # `test_submit` covers this check
     monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
     return lambda verb, *words: cli(
         verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])

@@ -23,21 +23,21 @@ def text(name: str, part: str = ".") -> str:
 
 
 def evaluation(job: str, file: Path) -> tuple[dict, dict]:
-    """Compile a pipeline with this job; return (container, Kubernetes configuration) of `evaluate`."""
+    """Compile a pipeline with this job; return (resources, Kubernetes configuration) of `evaluate`."""
     spec, platforms = yaml.safe_load_all(compile_pipeline(file, job).read_text())
     needs = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-evaluate"]
     container = spec["deploymentSpec"]["executors"]["exec-evaluate"]["container"]
     return container["resources"], needs
 
 
-def test_the_accelerator_of_a_pytorchjob() -> None:
+def test_the_accelerator_is_read_from_a_pytorchjob() -> None:
     assert accelerators(GOLDEN) == (8, [TOLERATION], {"vitdet/pool": "gpu-train"})
     assert accelerators(GOLDEN.replace("nvidia.com/gpu: 8", "ephemeral-storage: 1Gi")).gpus == 0
 
 
 @needs_kubectl
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_both_kinds_have_the_same_accelerator(name: str) -> None:
+def test_both_kinds_of_job_have_the_same_accelerator(name: str) -> None:
     found = accelerators(text(name, "trainjob"))
     assert (
         found
@@ -50,7 +50,7 @@ def test_both_kinds_have_the_same_accelerator(name: str) -> None:
 
 @needs_kubectl
 @pytest.mark.parametrize("name", ["gke", "kind"])
-def test_evaluate_is_the_same_for_both_kinds(
+def test_evaluate_is_the_same_for_both_kinds_of_job(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.graph.IMAGE", "")
@@ -61,7 +61,7 @@ def test_evaluate_is_the_same_for_both_kinds(
     ) * 3
 
 
-def test_evaluate_waits_in_the_same_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_waits_in_the_jobs_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.graph.IMAGE", "")
     own = evaluation(GOLDEN, tmp_path / "none.yaml")[1]["podMetadata"]["labels"]
     assert own == {"app.kubernetes.io/name": "vitdet", "app.kubernetes.io/component": "step"}
@@ -117,7 +117,7 @@ def test_a_trainjobs_settings_override_its_runtimes(parts: tuple[dict, dict]) ->
     assert said(job) == said(job, runtime)  # without its runtime only the job is read
 
 
-def test_a_runtime_is_also_identified_by_its_kind(parts: tuple[dict, dict]) -> None:
+def test_a_runtime_is_identified_by_kind_and_name(parts: tuple[dict, dict]) -> None:
     job, runtime = parts
     job["spec"]["runtimeRef"]["kind"] = "ClusterTrainingRuntime"
     with pytest.raises(

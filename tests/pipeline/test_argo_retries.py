@@ -1,9 +1,9 @@
 """Which steps Kubeflow Pipelines retries: the compiled pipeline with the defaults of versions 2.14 to 2.17.
 
-tests/helpers/argo.py has the rules and their sources. A step's pod ends with an exit code of its container `main`;
-without one, if it is removed before the controller saw it end (an eviction, a lost node: "pod deleted"); or with the
-phase Failed and no container state, as set by the pod garbage collector for a lost node (kubernetes,
-pkg/controller/podgc/gc_controller.go, markFailedAndDeletePod).
+tests/helpers/argo.py has the rules and their sources. A step's pod ends in one of three ways: with an exit code
+of its container `main`; without an exit code, if it is removed before the controller sees it end ("pod deleted"); or
+with the phase Failed and no container state, as the pod garbage collector sets them after the loss of a node
+(kubernetes, pkg/controller/podgc/gc_controller.go, markFailedAndDeletePod).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def defaults(version: str) -> dict:
 
 
 def run(version: str, step: str, pod: str, bad: int = 10**9, life: float = 0.0) -> argo.Run:
-    """Simulate a run whose step's first `bad` pods end like this."""
+    """Simulate a run in which the first `bad` pods of a step end like PODS[pod]."""
     phase = argo.failed_reason(PODS[pod], argo.ARGO[version.rstrip("+")])
     made = argo.Run(
         argo.Compiler(*compiled()).templates,
@@ -59,7 +59,7 @@ def run(version: str, step: str, pod: str, bad: int = 10**9, life: float = 0.0) 
 
 
 def retries(step: str) -> int:
-    """Return the step's retry strategy in the compiled file."""
+    """Return the maximum number of retries of a step in the compiled file."""
     (found,) = (
         dag["tasks"][step]["retryPolicy"]["maxRetryCount"]
         for part in (compiled()[0]["root"], *compiled()[0]["components"].values())
@@ -77,8 +77,8 @@ RETRIED = {
 
 
 @pytest.mark.parametrize("step", ["train-job", "evaluate", "data"])
-def test_whether_a_step_is_retried(step: str) -> None:
-    """2.17.0 does not retry exit codes, earlier versions not deleted pods; the setting ("+") retries both."""
+def test_retries_of_a_step_depend_on_the_servers_version(step: str) -> None:
+    """2.17.0 retries no exit codes, earlier versions retry no deleted pods; the setting ("+") retries both."""
     found = {}
     for version, pod in RETRIED:
         once = run(version, step, pod, bad=1)
@@ -110,7 +110,7 @@ def test_with_2_17_only_a_lost_step_restarts_the_enclosing_pipeline() -> None:
     """Each of the seven enclosing DAGs is run three times."""
     made = run("2.17", "train-job", "deleted")
     assert made.attempts == (1 + retries("train-job")) * 3**7
-    assert run("2.17", "configs", "deleted").attempts == 3**5  # has no retries
+    assert run("2.17", "configs", "deleted").attempts == 3**5  # it has no retries
 
 
 def test_the_setting_does_not_retry_pipelines() -> None:
@@ -121,13 +121,13 @@ def test_the_setting_does_not_retry_pipelines() -> None:
 
 @pytest.mark.parametrize("version", ["2.16", "2.17+"])
 def test_a_permanent_failure_is_reported_within_an_hour(version: str) -> None:
-    """This is the sum of the pauses between its attempts."""
+    """The time is the sum of the pauses between the attempts."""
     for step in ("announce", "data", "weights", "train-job", "evaluate", "gate", "compare"):
         assert 0 < run(version, step, "exit 1").clock <= 3600, step
 
 
-def test_argos_backoff() -> None:
-    """duration * factor^n; there is no retry that would start after maxDuration."""
+def test_argos_pauses_grow_until_the_maximum_duration() -> None:
+    """A pause lasts duration * factor^n; no retry starts after maxDuration."""
 
     def wait(factor: str, attempt: int, elapsed: float = 0.0, limit: str = "10") -> float | None:
         backoff = {"duration": "30", "factor": factor, "maxDuration": "3600"}
@@ -139,8 +139,8 @@ def test_argos_backoff() -> None:
     assert wait("1", 11) is None and wait("1", 11, limit="11") == 30
 
 
-def test_a_compiled_pipeline_cannot_contain_the_policy() -> None:
-    """If a later kfp has a field for it, the pipeline should set it instead of the cluster."""
+def test_a_compiled_pipeline_cannot_contain_the_retry_policy() -> None:
+    """If a later kfp has a field for it, the pipeline should set the policy, not the cluster."""
     fields = PipelineTaskSpec.RetryPolicy.DESCRIPTOR.fields_by_name
     backoff = {"backoff_duration", "backoff_factor", "backoff_max_duration"}
     assert set(fields) == {"max_retry_count", *backoff}

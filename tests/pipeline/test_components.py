@@ -1,4 +1,4 @@
-"""Components are thin wrappers; checks of `train_job` that precede any GPU request."""
+"""Components are thin wrappers; `train_job` checks its inputs before it requests GPUs."""
 
 import ast
 import inspect
@@ -112,7 +112,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
 
 class Prepared:
-    """A workspace after the steps configs, data and weights."""
+    """A workspace after the steps configs and data."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.space, self.checkpoint = root, folder / "space", folder / "out" / "model.pt"
@@ -166,7 +166,7 @@ def test_a_job_gets_the_training_command_line(prepared: Prepared, jobs: Jobs) ->
     wanted = {"template": "kind: TrainJob", "kind": "trainjob", "run_id": RUN}
     wanted |= {"nodes": 2, "pool": "gpu", "image": "vitdet:1"}
     assert wanted.items() <= asked.items()
-    assert asked["task_config"] == {**vars(task), "resources": None}  # set by the launcher
+    assert asked["task_config"] == {**vars(task), "resources": None}  # the job's file sets them
     assert prepared.checkpoint.read_bytes() == b"a model" and asked["finished"]()
     asked["check_processes"](2)  # the batch is 2
     with pytest.raises(ValueError, match=r"multiple of 3 \(.*\), got 2; set it to 3"):
@@ -176,9 +176,9 @@ def test_a_job_gets_the_training_command_line(prepared: Prepared, jobs: Jobs) ->
 
     from vitdet.cli import parser
 
-    given = parser().parse_args(asked["args"])  # arguments of the command line
+    given = parser().parse_args(asked["args"])  # the command line accepts them
     assert given.group == RUN
-    prepared.train_job(task)  # only the step's result was lost: no second job
+    prepared.train_job(task)  # a step that was complete creates no second job
     assert len(jobs.asked) == 1
 
 
@@ -236,7 +236,7 @@ def test_the_end_of_a_run_deletes_its_jobs(
     assert jobs.ended == ended and closed == [state]
 
 
-def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
+def test_the_parent_run_ends_even_if_the_jobs_cannot_be_deleted(
     jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: list[str]
 ) -> None:
     def forbidden(*_: object) -> None:

@@ -22,7 +22,7 @@ SECRET = "eyJhbGciOiJSUzI1NiJ9.c2VjcmV0"
 
 
 def certificate(folder: Path) -> Path:
-    """Return a self-signed certificate of 127.0.0.1."""
+    """Return a self-signed certificate for 127.0.0.1."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -90,7 +90,7 @@ def test_a_secret_is_sent_only_in_its_header(
         assert SECRET not in repr(request)
 
 
-def test_a_login_without_encryption_is_a_warning(cli: Run, token: Path) -> None:
+def test_credentials_without_encryption_cause_a_warning(cli: Run, token: Path) -> None:
     said = cli("status", "x", "--host", "http://kf.invalid", "--token-file", token)[2]
     assert said.startswith(
         "pipeline: http://kf.invalid: without https the credentials are sent unencrypted\n"
@@ -130,7 +130,7 @@ def test_a_renewed_token_file_is_used_at_once(kubeflow: Kubeflow, token: Path) -
     assert sent == [f"Bearer {SECRET}", "Bearer renewed"]
 
 
-def test_the_pods_token_is_sent_to_cluster_services(
+def test_the_pods_token_is_sent_only_to_cluster_services(
     monkeypatch: pytest.MonkeyPatch, token: Path
 ) -> None:
     monkeypatch.setattr(connection, "POD_TOKEN", token)
@@ -153,7 +153,7 @@ def test_a_browser_link_is_accepted_as_host(given: str, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["", "kf.example.com", "ftp://kf", "https://"])
-def test_an_invalid_address(host: str) -> None:
+def test_an_invalid_address_is_rejected(host: str) -> None:
     with pytest.raises(ValueError, match="https://kubeflow.example.com/pipeline"):
         server_address(host)
 
@@ -190,7 +190,7 @@ def test_a_misplaced_secret_is_rejected(kubeflow: Kubeflow, cli: Run, words: lis
         ("token", "\udcff"),
     ],
 )
-def test_a_file_without_a_secret(cli: Run, tmp_path: Path, kind: str, text: str) -> None:
+def test_an_invalid_secret_file_is_rejected(cli: Run, tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "file").write_bytes(text.encode(errors="surrogateescape"))
     code, _, said = cli("status", "x", f"--{kind}-file", tmp_path / "file")
     assert code == 1 and len(said.splitlines()) == 1 and f"--{kind}-file: " in said
@@ -221,7 +221,7 @@ def test_a_file_without_a_secret(cli: Run, tmp_path: Path, kind: str, text: str)
         (lambda handler: handler.send(502, "<html>nginx</html>"), "returned 502 Bad Gateway"),
     ],
 )
-def test_an_error_is_one_line_without_secrets(
+def test_an_error_is_reported_in_one_line_without_secrets(
     kubeflow: Kubeflow, cli: Run, token: Path, answer: Callable, said: str
 ) -> None:
     kubeflow.plan["GET /runs/x"] = [answer]
@@ -230,7 +230,7 @@ def test_an_error_is_one_line_without_secrets(
     assert said in line and SECRET not in line
 
 
-def test_a_traceback_contains_no_header(kubeflow: Kubeflow, token: Path) -> None:
+def test_a_traceback_contains_no_secret(kubeflow: Kubeflow, token: Path) -> None:
     from kfp_server_api import HealthzServiceApi
 
     both = credentials(kubeflow.url, str(token))
@@ -252,7 +252,7 @@ def test_credentials_are_required_only_if_the_server_requests_them(
 
 
 @pytest.mark.parametrize("trouble", [failing(503), failing(429), failing(500), cut, stalling])
-def test_a_read_is_retried(kubeflow: Kubeflow, cli: Run, trouble: Callable) -> None:
+def test_a_failed_read_is_retried(kubeflow: Kubeflow, cli: Run, trouble: Callable) -> None:
     kubeflow.kept["experiments"].append({"experiment_id": "e"})
     kubeflow.kept["runs"].append(
         {"run_id": "x", "experiment_id": "e", "display_name": "a run", "state": "RUNNING"}
@@ -277,7 +277,7 @@ def test_a_stalled_connection_ends_at_its_timeout(kubeflow: Kubeflow, cli: Run) 
     assert code == 1 and "no response within 0.3 s" in said and len(kubeflow.requests) == 2
 
 
-def test_a_refused_connection_and_an_unknown_host(cli: Run) -> None:
+def test_a_refused_connection_is_retried_but_an_unknown_host_is_not(cli: Run) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -288,7 +288,7 @@ def test_a_refused_connection_and_an_unknown_host(cli: Run) -> None:
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"
 
 
-def test_an_untrusted_certificate(cli: Run, tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_rejected(cli: Run, tmp_path: Path) -> None:
     path = certificate(tmp_path)
     with serving(Kubeflow(path)) as secure:
         code, _, said = cli("status", "x", "--host", secure.url)
@@ -302,7 +302,7 @@ def test_an_untrusted_certificate(cli: Run, tmp_path: Path) -> None:
     assert code == 1 and said.endswith("none.pem: no such file\n")
 
 
-def test_https_to_a_server_without_tls(kubeflow: Kubeflow, cli: Run) -> None:
+def test_https_to_a_server_without_tls_suggests_http(kubeflow: Kubeflow, cli: Run) -> None:
     code, _, said = cli("status", "x", "--host", kubeflow.url.replace("http", "https"))
     assert code == 1 and len(said.splitlines()) == 1
     assert "use http:// for a server without TLS" in said

@@ -49,7 +49,7 @@ class Watch(Tracker):
 def space(
     tiny: Path, trained: Path, tmp_path: Path, vitdet: Run, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Return the current folder with all verbs' inputs, and files where their results are written."""
+    """Return the current folder, with the inputs of all verbs and existing files as results."""
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(published, "archives", lambda dataset, split: miniatures(dataset, split)[0])
     shutil.copytree(tiny, "work/data/tiny")
@@ -85,7 +85,7 @@ def space(
 
 
 def making(root: Path) -> list[list[object]]:
-    """The verbs that regenerate their outputs, which DVC tracks."""
+    """Return the commands that regenerate outputs tracked by DVC."""
     changes = options(minimal(root, train__init="mae_vit_tiny"))
     picture = min((root / "val").iterdir())
     settings = "work/train/model.pt --config work/config.yaml"
@@ -102,7 +102,7 @@ def making(root: Path) -> list[list[object]]:
 
 
 def reading(root: Path) -> list[list[object]]:
-    """The verbs that read these outputs and write elsewhere, or have nothing to do."""
+    """Return the commands that read these outputs and write elsewhere, or have nothing to do."""
     few = options(minimal(root, optim__steps=1, train__init="work/train/model.pt"))
     commands = (
         f"data check {root} --images",
@@ -157,7 +157,7 @@ def test_no_verb_writes_into_a_linked_cache(space: Path, vitdet: Run, kind: str)
     for words in reading(root):
         code, out, said = vitdet(*words)
         assert code == 0 and cache() == before, (words, out, said)
-        assert all(map(is_link, files)), words  # with nothing to do, nothing is changed
+        assert all(map(is_link, files)), words  # no link has been replaced
     for words in making(root):
         code, _, said = vitdet(*words)
         assert code == 0 and cache() == before, (words, said)
@@ -169,7 +169,7 @@ def test_no_verb_writes_into_a_linked_cache(space: Path, vitdet: Run, kind: str)
     ]
     assert len(made) > 8 and {str(path) for path in made if is_link(path)} == set()
     assert all(os.access(path, os.W_OK) and path.stat().st_mode & 0o200 for path in made)
-    # a finished run is reused with the same settings and data, and rejected with others
+    # a finished run is reused with the same settings and data, and rejected with other settings
     words = ["train", "tiny", "--output", "work/train"]
     assert vitdet(*words, *options(minimal(root)))[0] == 0
     assert vitdet(*words, *options(minimal(root, optim__lr=0.5)))[0] == 1

@@ -1,4 +1,4 @@
-"""DVC remotes (a folder and a bucket): stage outputs, and COCO by its annotations and download record.
+"""DVC remotes, a folder and a bucket: they store outputs of stages, but only annotations and download record of COCO.
 
 The stages are those of dvc.yaml, run by the stub of test_pipeline_dvc.py: what is pushed and what is rerun depends on
 the graph and its files, not on what a verb computes.
@@ -33,8 +33,8 @@ KEYS = {
     "NO_PROXY": "127.0.0.1",
     "no_proxy": "127.0.0.1",
 }
-# Runs the real `vitdet data coco` if there are no images (even a call without work takes a second), with archives of 12
-# images in bin/; and the stub, which needs the images for training.
+# If there are no images, runs the real `vitdet data coco` with archives of 12 images in bin/ (even a call without work
+# takes a second). Runs the stub for the other verbs; `train` and `evaluate` require the images.
 COCO = """#!{python}
 import os, sys
 sys.path.insert(0, {root!r})
@@ -54,7 +54,7 @@ if sys.argv[1] != "data":
 
 @pytest.fixture(autouse=True)
 def nobodys_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set HOME to a folder of the project, so that no credentials of the user are found."""
+    """Remove AWS variables, so that the user's credentials are not used; HOME is the project's."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
 
@@ -72,7 +72,7 @@ def bucket() -> Iterator[str]:
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Return the checksums of the files of results and data."""
+    """Return the checksums of the files in work and data."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for place in ("work", "data")
@@ -88,7 +88,7 @@ def on_another_machine(project: Project) -> None:
 
 
 def remote(project: Project, url: str, endpoint: str = "") -> None:
-    """Configure like `dvc remote add -d storage URL` and, with an endpoint, `dvc remote modify`."""
+    """Add a remote as `dvc remote add -d` does, and its endpoint as `dvc remote modify` does."""
     lines = f"['remote \"storage\"']\n    url = {url}\n" + (
         f"    endpointurl = {endpoint}\n" if endpoint else ""
     )

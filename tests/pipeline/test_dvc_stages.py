@@ -19,8 +19,8 @@ ENTRIES = {
     "train": ["vitdet/training/trainer.py", "vitdet/weights/load.py"],
     "evaluate": ["vitdet/evaluation/evaluator.py"],
 }
-# Imported modules that do not determine the result: settings, which are parameters of the stage; writing files;
-# progress output; sources of downloads.
+# Imported modules that do not determine the result: settings, which are parameters of the stage, and code that writes
+# files, reports or progress, or describes downloads.
 IRRELEVANT = {
     "config": {"vitdet/files.py"},
     "data": {"vitdet/files.py"},
@@ -55,12 +55,12 @@ def code_of(stage: str) -> list[str]:
 
 
 def under(path: str, names: set[str] | list[str]) -> bool:
-    """Return whether a file has one of these names or is in such a folder."""
+    """Return whether a path is one of these names or is inside one of them."""
     return any(path == name or path.startswith(f"{name}/") for name in names)
 
 
 def imported(path: Path) -> Iterator[Path]:
-    """Return the modules of vitdet that a module imports at run time, also within functions."""
+    """Return the modules of vitdet that a module imports at run time, even within functions."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

@@ -1,4 +1,4 @@
-"""Dependencies of the pipeline's steps: its own graph and components under kfp's local runner, with stub stages."""
+"""Dependencies of the pipeline's steps: its graph and components run under kfp's local runner, with stub stages."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def end_parent_run(recipes, overrides, workspace, run_id, state):
 
 
 class Ran:
-    """Run `python -m pipeline run` with stub steps; return their calls in order. interrupt: Ctrl-C during training."""
+    """`python -m pipeline run` with stub stages, and their calls in order; interrupt: Ctrl-C during training."""
 
     def __init__(self, folder: Path, *recipes: str, interrupt: bool = False) -> None:
         package, self.log = folder / "steps" / "vitdet", folder / "calls"
@@ -135,7 +135,7 @@ class Ran:
         return [name for name, *_ in self.calls]
 
 
-def test_every_recipe_is_processed_and_one_table_is_the_last_step(tmp_path: Path) -> None:
+def test_every_recipe_is_processed_and_compared_in_one_table(tmp_path: Path) -> None:
     ran = Ran(tmp_path, "good", "better", "best").succeeded()
     assert ran.of("configs") == [[["good", "better", "best"], ["a.b=1"], [], 1]]
     (run_id,) = ran.of("announce")[0]
@@ -146,7 +146,7 @@ def test_every_recipe_is_processed_and_one_table_is_the_last_step(tmp_path: Path
     assert ran.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]
     order = ran.order()
     assert order[0] == "configs"
-    # all before the first training step
+    # these steps precede the first training step
     assert sorted(order[1:4]) == ["announce", "data", "weights"]
     assert order[-3:] == ["compare", "compare-finished", "clean-up"]
     assert "| a table |" in ran.done.stdout

@@ -1,5 +1,5 @@
-"""`python -m pipeline run` locally, one process per step as in kfp: two recipes are compared, then a third with the
-resulting champion.
+"""`python -m pipeline run` locally, one process per step as in kfp: two recipes are compared, then one of them
+with the resulting champion.
 
 Most of the time is spent on importing torch, torchvision and MLflow in each of about 20 processes.
 """
@@ -64,9 +64,9 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_two_recipes_are_trained_in_turn_and_end_in_one_table(finished: Finished) -> None:
     taken = steps(finished.first)
-    # all before the first training step
+    # these steps precede the first training step
     assert sorted(taken[:4]) == ["announce", "configs", "data", "weights"]
-    # the second has the AP of the first, which is the champion, so it does not pass the gate
+    # the second model has the AP of the first one, the champion, so it does not pass the gate
     assert taken[4:-2] == ["train", "evaluate", "gate", "register", "train", "evaluate", "gate"]
     assert taken[-2:] == ["compare", "clean-up"] and taken[4:6] == ["train", "evaluate"]
     parent, children = finished.runs(finished.first)

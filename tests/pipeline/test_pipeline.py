@@ -1,6 +1,6 @@
 """The compiled pipeline.
 
-After an intended change:
+After an intended change, update the golden file:
   env -u VITDET_IMAGE python -m pipeline compile tests/golden_pipeline/pipeline.yaml \
     --job tests/golden_pipeline/jobs.yaml
 """
@@ -52,7 +52,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def documents(compiled: Path) -> tuple[dict, dict]:
-    """Return (pipeline spec, Kubernetes platform spec)."""
+    """Return (pipeline spec, {executor: its Kubernetes configuration})."""
     specification, platforms = yaml.safe_load_all(compiled.read_text())
     return specification, platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
@@ -110,7 +110,7 @@ def test_the_jobs_in_manifests_compile_unchanged(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_invalid_job_is_one_line(stdin: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_job_is_rejected_in_one_line(stdin: str, message: str, tmp_path: Path) -> None:
     done = pipeline("compile", tmp_path / "a.yaml", "--job", "-", stdin=stdin)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert message in done.stderr
@@ -179,14 +179,14 @@ def test_steps_with_side_effects_are_never_cached(documents: tuple[dict, dict]) 
     cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
     assert cached == {"configs", "train-job"}
     # The inputs contain everything that training depends on, except the run. The cache compares
-    # artifacts by id: only those of steps that are cached themselves may be inputs.
+    # artifacts by id, so only artifacts of steps that are themselves cached may be inputs.
     inputs = steps["train-job"]["inputs"]
     assert {"name", "data", "initial", "image", "job"} <= inputs["parameters"].keys()
     artifacts = {artifact["componentInputArtifact"] for artifact in inputs["artifacts"].values()}
     assert artifacts == {"pipelinechannel--configs-settings"}
     assert "pipeline_job" not in (GOLDEN / "pipeline.yaml").read_text()
     without = {name for name, task in steps.items() if "retryPolicy" not in task}
-    assert without == {"configs", "champion"}  # the latter is a group, not a pod
+    assert without == {"configs", "champion"}  # champion is a group, not a pod
 
 
 def test_a_step_that_is_lost_late_is_still_retried(documents: tuple[dict, dict]) -> None:
@@ -219,7 +219,7 @@ def test_every_parameter_has_a_description_and_a_default(documents: tuple[dict, 
         (JOBS.replace("Nodes: 2", "Nodes: 5").replace("PyTorchJob", "Other"), (5, "trainjob")),
     ],
 )
-def test_nodes_and_kind_are_those_of_the_job(jobs: str, shape: tuple[int, str]) -> None:
+def test_the_job_determines_the_nodes_and_the_kind(jobs: str, shape: tuple[int, str]) -> None:
     assert job_shape(training_jobs(jobs)) == shape
 
 

@@ -130,7 +130,7 @@ class Project:
 
 
 def write_code(folder: Path, stages: Path) -> None:
-    """Write a file for each code dependency of a dvc.yaml's stages; for a folder, one file in it."""
+    """Write a file for each code dependency of the stages in a dvc.yaml; for a folder, one file in it."""
     for stage in yaml.safe_load(stages.read_text())["stages"].values():
         for name in stage.get("deps", []):
             if not name.startswith("work/"):
@@ -181,7 +181,7 @@ def test_a_second_repro_runs_nothing_and_the_demo_changes_no_tracked_file(projec
     assert project.changed == ""
 
 
-def test_an_experiment_sets_unnamed_settings_and_keeps_the_data(project: Project) -> None:
+def test_an_experiment_may_add_settings_and_keeps_the_data(project: Project) -> None:
     project("dvc", "exp", "run", "--name", "clipped", "-S", f"{RECIPE}:++optim.clip=0.5")
     assert project.ran == ["config", "train", "from 0 to 20", "evaluate", "register"]
     table = json.loads(project("dvc", "metrics", "diff", "demo", "clipped", "--json"))
@@ -213,7 +213,7 @@ def test_a_setting_that_selects_the_best_model_reruns_training(project: Project)
     assert "config" in project.ran and "train" not in project.ran
 
 
-def test_edited_code_runs_its_stages(project: Project) -> None:
+def test_edited_code_reruns_its_stages(project: Project) -> None:
     (project.folder / "vitdet/models/code.py").write_text("edited")
     project("dvc", "repro")
     assert project.ran == ["train", "from 0 to 20", "evaluate", "register"]
@@ -226,7 +226,7 @@ def test_edited_code_runs_its_stages(project: Project) -> None:
 @pytest.mark.parametrize(
     ("setting", "says"), [("optim.lrr=1", "lrr"), ("optim.lr=fast", "optim.lr")]
 )
-def test_a_wrong_setting_stops_the_first_stage(project: Project, setting: str, says: str) -> None:
+def test_a_wrong_setting_fails_the_first_stage(project: Project, setting: str, says: str) -> None:
     said = project("dvc", "exp", "run", "-S", f"{RECIPE}:++{setting}", ok=False)
     assert project.ran == ["config"]
     assert says in said
@@ -259,7 +259,7 @@ def test_a_killed_training_run_resumes(project: Project) -> None:
 def test_the_lock_and_cache_of_an_earlier_version_run_the_stages_once(project: Project) -> None:
     """dvc_dad8b8b.yaml has the stages of an earlier commit, whose dependencies have moved since."""
     recipe = (project.folder / RECIPE).read_text()
-    for name in ("vitdet", "work", ".dvc/cache"):  # also the results of the current stages
+    for name in ("vitdet", "work", ".dvc/cache"):  # with the current stages' results
         shutil.rmtree(project.folder / name)
     (project.folder / "dvc.lock").unlink()
     shutil.copy(ROOT / "tests/golden/dvc_dad8b8b.yaml", project.folder / "dvc.yaml")

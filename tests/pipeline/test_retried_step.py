@@ -41,7 +41,7 @@ def test_the_failed_job_is_kept_and_annotated_with_the_cause() -> None:
 
 def test_a_retried_step_repeats_the_cause_without_training() -> None:
     told = "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica failed.\ncause: pod w: OOMKilled"
-    # the latter could not start
+    # the second job could not start
     for status in (FAILED, conditions("Created=True", "Suspended=True")):
         record = Record((DONE, []), there=there(status, told))
         lines, error = follow(record)
@@ -52,7 +52,7 @@ def test_a_retried_step_repeats_the_cause_without_training() -> None:
         ]
 
 
-def test_a_job_that_failed_between_two_attempts_is_explained_by_the_next() -> None:
+def test_a_job_that_failed_between_two_attempts_is_explained_by_the_second() -> None:
     record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]), there=there(FAILED))
     record.logs["w"] = ["2026-01-01T00:00:00Z ValueError: no such image"]
     _, error = follow(record)
@@ -63,7 +63,7 @@ def test_a_job_that_failed_between_two_attempts_is_explained_by_the_next() -> No
 
 @pytest.mark.parametrize("told", ["", "PyTorchJob vitdet-tiny-1 failed: no quota"])
 def test_a_run_retried_by_the_user_trains_again(told: str) -> None:
-    """Kubeflow then deletes the failed steps' pods, and thereby the job; the test covers the time before."""
+    """Kubeflow then deletes the failed steps' pods, and thereby the job; the test covers the time before that."""
     record = Record((DONE, []), there=there(FAILED, told))
     Follower(record, PYTORCH, filled(owner=OWNER), lambda _: None, SHORT, first_attempt=True).run()
     assert record.asked == ["create", "delete", "create"]
@@ -134,7 +134,7 @@ def test_long_log_lines_are_truncated_in_the_annotation_only() -> None:
     ("kind", "spec"),
     [("pytorchjob", {"runPolicy": {"suspend": True}}), ("trainjob", {"suspend": True})],
 )
-def test_the_annotation_of_a_job(kind: str, spec: dict) -> None:
+def test_a_failure_is_annotated_and_may_halt_the_job(kind: str, spec: dict) -> None:
     sent = []
     api = client.ApiClient(client.Configuration())
     cluster = JobClient(api, KINDS[kind], "j", "ours", print, SHORT)
@@ -151,7 +151,7 @@ def test_the_annotation_of_a_job(kind: str, spec: dict) -> None:
 
 
 class Objects:
-    """CustomObjectsApi with these jobs; an exception is raised when its kind is listed or its name deleted."""
+    """CustomObjectsApi with these jobs; exceptions are raised when their kind is listed or their job is deleted."""
 
     def __init__(self, pytorchjobs: object, trainjobs: object = (), **deletions: Exception) -> None:
         self.jobs = {"pytorchjobs": pytorchjobs, "trainjobs": trainjobs}
@@ -228,7 +228,7 @@ def test_a_missing_job_or_kind_does_not_prevent_other_deletions(
         (ReadTimeoutError(None, "/", "x"), "the API server does not respond .ReadTimeoutError."),
     ],
 )
-def test_a_failed_deletion_is_one_line(
+def test_a_failed_deletion_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
 ) -> None:
     if isinstance(error, ApiException):
@@ -239,7 +239,7 @@ def test_a_failed_deletion_is_one_line(
         assert "\n" not in str(raised.value)
 
 
-def test_a_forbidden_kind_does_not_prevent_deletions_of_the_other(
+def test_a_forbidden_kind_does_not_prevent_deletions_of_the_other_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     error = ApiException(status=403, reason="Forbidden")
@@ -249,7 +249,7 @@ def test_a_forbidden_kind_does_not_prevent_deletions_of_the_other(
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
     text = "trainjobs could not be listed: cannot list trainjobs in namespace ours: trainjobs is"
     assert left.startswith(f"{text} forbidden")
-    # jobs of the run may remain
+    # the run's own kind is forbidden, so jobs may remain
     with pytest.raises(
         PermissionError, match="trainjobs is forbidden.*; jobs deleted before this error: runs$"
     ):

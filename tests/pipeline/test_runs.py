@@ -76,7 +76,7 @@ def test_a_rejection_is_final(kubeflow: Kubeflow, run: Run, code: int, said: str
 @pytest.mark.parametrize(
     "words", [["submit", "tiny"], ["status", "x"], ["terminate", "x"]], ids=lambda words: words[0]
 )
-def test_an_address_without_the_api(kubeflow: Kubeflow, run: Run, words: list[str]) -> None:
+def test_an_address_without_the_api_fails(kubeflow: Kubeflow, run: Run, words: list[str]) -> None:
     kubeflow.plan["GET /healthz"] = [lambda handler: handler.send(404, "404 page not found")]
     code, _, said = run(*words)
     text = "is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the URL ends"
@@ -125,7 +125,7 @@ FAILED = [
 ]
 
 
-# SUCCEEDED: the state in older servers with an ExitHandler
+# older servers report SUCCEEDED if the pipeline has an ExitHandler
 @pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED"])
 def test_a_failed_step_is_reported(kubeflow: Kubeflow, run: Run, state: str) -> None:
     kubeflow.states = [{"state": state, "run_details": {"task_details": FAILED}}]
@@ -144,7 +144,7 @@ def test_a_canceled_run_is_not_a_success(kubeflow: Kubeflow, run: Run, state: st
     assert code == 1 and f"run {RUN} {state}" in said
 
 
-def test_a_run_failed_without_a_step_has_a_message(kubeflow: Kubeflow, run: Run) -> None:
+def test_the_error_of_a_run_without_a_failed_step_is_reported(kubeflow: Kubeflow, run: Run) -> None:
     kubeflow.states = [
         {"state": "FAILED", "error": {"code": 3, "message": "workflow quota exceeded"}}
     ]
@@ -189,7 +189,7 @@ def test_waiting_continues_with_a_renewed_token(
     assert (code, said) == (0, "") and out.count("(401): they have expired") == 3
     reads = [request for request in kubeflow.requests if request.words == f"GET /runs/{RUN}"]
     tokens = [request.headers["authorization"] for request in reads]
-    assert tokens == [*["Bearer first"] * 5, "Bearer second"]  # the last one at once
+    assert tokens == [*["Bearer first"] * 5, "Bearer second"]  # the renewed token is used at once
 
 
 def test_waiting_ends_at_an_invalid_token(
@@ -219,7 +219,7 @@ def without_cluster(retries: int | None = None) -> None:
     raise RuntimeError("no cluster: not in a pod")
 
 
-def test_status_of_run_and_schedule(
+def test_status_describes_a_run_or_a_schedule(
     kubeflow: Kubeflow, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("submit", "tiny", "--name", "mine")

@@ -1,4 +1,4 @@
-"""Submitting runs: the request sent, and requests rejected beforehand. (No postponed annotations: kfp reads them.)"""
+"""Submitting runs: the request sent, and requests rejected beforehand. (kfp reads the annotations: not postponed.)"""
 
 import functools
 import io
@@ -21,7 +21,7 @@ from tests.helpers.kubeflow import Kubeflow, Run
 ROOT = Path(__file__).parents[2]
 
 
-check = functools.cache(request.check_recipes)  # a process of 0.2 s each
+check = functools.cache(request.check_recipes)  # each check is a process of 0.2 s
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -119,10 +119,10 @@ def test_unset_options_are_left_to_the_pipeline_and_server(kubeflow: Kubeflow, s
     assert submit("tiny", "--service-account", "")[0] == 0
     assert "service_account" not in kubeflow.bodies("POST /runs")[-1]
     assert first["description"] != second["description"]
-    assert kubeflow.bodies("POST /experiments") == [{"display_name": "vitdet"}]  # once
+    assert kubeflow.bodies("POST /experiments") == [{"display_name": "vitdet"}]  # created once
 
 
-def test_the_experiments_pipeline_is_compiled_for_the_server(
+def test_the_pipeline_is_compiled_for_the_server(
     kubeflow: Kubeflow, cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, said = cli("submit", "tiny", "--nodes", 2, "--pool", "h100")
@@ -139,7 +139,7 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
     assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
 
 
-def test_job_kind_defaults_to_that_of_the_file_and_must_be_in_it(
+def test_the_job_kind_is_read_from_the_file_and_must_be_in_the_file(
     kubeflow: Kubeflow, cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
@@ -203,7 +203,7 @@ def test_a_recipe_file_is_read_again_in_each_run(kubeflow: Kubeflow, cli: Run) -
             {name for name, task in steps if task.get("cachingOptions", {}).get("enableCache")}
         )
     assert cached[0] - cached[1] == {"configs"} and "train-job" in cached[1]
-    assert "data" not in cached[0]  # it may have changed in place
+    assert "data" not in cached[0]  # the data may have changed in place
 
 
 def test_a_namespace_is_sent_only_to_a_multi_user_server(
@@ -266,7 +266,7 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
         (["tiny", "--token-file", "-", "--cookie-file", "-"], "can read standard input"),
     ],
 )
-def test_an_invalid_request_is_one_line(
+def test_an_invalid_request_is_rejected_in_one_line(
     kubeflow: Kubeflow, submit: Run, words: list, said: str
 ) -> None:
     code, out, line = submit(*words)
@@ -336,12 +336,12 @@ def test_a_schedule_is_interpreted_like_crontab(
 
 
 @pytest.mark.parametrize("expression", ["", "0 3 * * * * *", "0 3 * * mon;x", "@never", "@every"])
-def test_an_invalid_schedule(expression: str) -> None:
+def test_an_invalid_schedule_is_rejected(expression: str) -> None:
     with pytest.raises(ValueError, match="as in a crontab"):
         kubeflow_cron(expression)
 
 
-def test_a_pool_that_is_no_valid_label_value_is_rejected() -> None:
+def test_a_pool_that_is_not_a_valid_label_value_is_rejected() -> None:
     for good in (None, "", "h200", "a100.spot_1"):
         check_pool(good)
     for bad in ("h200 ", "-x", "a/b", "x" * 64):

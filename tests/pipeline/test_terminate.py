@@ -17,7 +17,7 @@ RUN = "0000-run-0"
 
 
 class Cluster:
-    """asked: (run, namespace, kind of jobs) of each deletion; found: results of the next deletions; jobs: all jobs."""
+    """A fake cluster; asked: (run, namespace, job kind) of each deletion; found: results of the next deletions."""
 
     def __init__(self) -> None:
         self.jobs: list[dict] = []
@@ -39,9 +39,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(launcher, "delete_jobs", made.delete_jobs)
     monkeypatch.setattr(kube, "connect", lambda retries=None: (None, ""))
     monkeypatch.setattr(kube, "list_jobs", made.list_jobs)
-    monkeypatch.setattr(
-        kube, "describe_namespace", "namespace {} of the cluster of context work".format
-    )
+    place = "namespace {} of the cluster of context work".format
+    monkeypatch.setattr(kube, "describe_namespace", place)
     return made
 
 
@@ -56,7 +55,7 @@ def job(name: str, kind: str, condition: str, **annotations: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
-def test_status_and_terminate_print_the_same(
+def test_terminate_first_prints_what_status_prints(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, kind: str
 ) -> None:
     run("submit", "tiny", "--name", "mine")
@@ -115,7 +114,7 @@ def test_jobs_of_an_ended_run_are_deleted(
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING"])
-def test_jobs_of_a_run_are_deleted_twice(
+def test_jobs_are_deleted_before_and_after_the_end_of_the_run(
     kubeflow: Kubeflow, run: Run, cluster: Cluster, state: str
 ) -> None:
     run("submit", "tiny")
@@ -165,7 +164,7 @@ def test_jobs_are_deleted_even_if_the_runs_end_is_not_observed(
     assert last.endswith(f"jobs created later, run `python -m pipeline terminate {RUN}`")
 
 
-def test_ctrl_c_while_a_run_ends(
+def test_ctrl_c_while_a_run_ends_shows_how_to_delete_later_jobs(
     run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -175,12 +174,13 @@ def test_ctrl_c_while_a_run_ends(
     run("submit", "tiny")
     code, _, said = run("terminate", RUN)
     assert code == 130 and len(cluster.asked) == 1
-    assert said.endswith(
-        f"jobs created in the meantime, run `python -m pipeline terminate {RUN}`\n"
-    )
+    last = f"jobs created in the meantime, run `python -m pipeline terminate {RUN}`\n"
+    assert said.endswith(last)
 
 
-def test_a_missing_namespace(run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_namespace_is_reported_after_the_termination(
+    run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def another(namespace: str) -> str:
         raise ValueError(f"the cluster of context work has no namespace {namespace}")
 
@@ -193,7 +193,7 @@ def test_a_missing_namespace(run: Run, cluster: Cluster, monkeypatch: pytest.Mon
     )
 
 
-def test_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
+def test_a_run_may_end_before_termination(kubeflow: Kubeflow, run: Run, cluster: Cluster) -> None:
     run("submit", "tiny")
     kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
@@ -201,7 +201,7 @@ def test_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, run: Run, cluster: 
     assert {asked[:2] for asked in cluster.asked} == {(RUN, "kubeflow")}
 
 
-def test_jobs_that_cannot_be_deleted(
+def test_jobs_that_cannot_be_deleted_are_reported_with_a_command(
     run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:

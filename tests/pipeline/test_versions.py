@@ -1,4 +1,4 @@
-"""Fields of a pipeline that an older server does not support: omitted, rejected, or reported."""
+"""Fields of a pipeline that an older server does not support are omitted, rejected or reported."""
 
 from __future__ import annotations
 
@@ -66,10 +66,8 @@ def test_a_server_gets_the_fields_that_it_supports(version: str, left_out: set[s
 def test_a_missing_field_that_changes_the_result_is_an_error() -> None:
     spec, platform = documents()
     executors(platform)["exec-data"]["pvcMount"][0]["subPath"] = "team"
-    with pytest.raises(
-        ValueError,
-        match=r"^the pipeline uses subPath, which Pipelines 2\.15\.0 does not support .*2\.16\.0 or later$",
-    ):
+    text = r"^the pipeline uses subPath, which Pipelines 2\.15\.0 does not support .*2\.16\.0 or later$"
+    with pytest.raises(ValueError, match=text):
         fit([spec, copy.deepcopy(platform)], read_version("2.15"))
     assert fit([spec, platform], NEWEST) == []
 
@@ -83,7 +81,7 @@ def test_a_missing_field_that_changes_the_result_is_an_error() -> None:
         ("newest", "version 'newest' of Kubeflow Pipelines: expected one of 2.5.0 (Kubeflow "),
     ],
 )
-def test_an_unsupported_version_is_one_line(
+def test_an_unsupported_version_is_a_usage_error(
     kubeflow: Kubeflow, cli: Run, given: str, said: str, tmp_path: Path
 ) -> None:
     for words in (["compile", tmp_path / "p.yaml"], ["submit", "tiny"]):
@@ -104,7 +102,7 @@ def test_an_unsupported_version_is_one_line(
         ({"apiServerTagName": "unknown", "pipelineStore": "database"}, (2, 15, 0), "2.15.0 ("),
     ],
 )
-def test_the_server_is_asked_for_its_version(health: dict, version: tuple, doubt: str) -> None:
+def test_the_health_response_gives_the_version(health: dict, version: tuple, doubt: str) -> None:
     found, remark = server_version(health)
     assert found == version and doubt in remark and bool(doubt) == bool(remark)
 
@@ -150,12 +148,14 @@ def test_a_rejected_field_is_not_an_outage(
     code, out, line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")
     assert (code, out, line) == (1, "", f"pipeline: {kubeflow.url}: {said}\n")
     assert kubeflow.words().count("POST /runs") == 1
-    kubeflow.unknown = "schemaVersion"  # not a field in the table
+    kubeflow.unknown = "schemaVersion"  # not in FIELDS
     line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")[2]
     assert line.endswith("the package was compiled with a newer kfp than the server supports\n")
 
 
-def test_compile_for_a_version(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compile_omits_fields_that_a_version_does_not_support(
+    cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     newest, old = tmp_path / "newest.yaml", tmp_path / "old.yaml"
     monkeypatch.setattr("sys.stdin", io.StringIO(JOB.read_text()))
     code, out, said = cli("compile", newest, "--job", "-")

@@ -42,7 +42,7 @@ def changed(**sections: dict) -> dict:
         (changed(status={"phase": "Succeeded"}), "has ended (Succeeded)"),
     ],
 )
-def test_a_run_ends_by_user_deadline_or_result(workflow: dict | None, reason: str) -> None:
+def test_the_workflow_tells_why_a_run_ends(workflow: dict | None, reason: str) -> None:
     found = end_of_run(workflow, "1", NOW)
     assert found == reason == "" or (reason and found.endswith(reason))
 
@@ -68,12 +68,12 @@ def test_the_workflow_owns_the_job_without_being_its_controller() -> None:
 @pytest.mark.parametrize(
     ("node", "index"), [("a.b(0)", 0), ("a.b(12)", 12), ("a.b", None), ("a(1).b", None)]
 )
-def test_the_attempt_is_the_number_in_argos_name_of_the_node(node: str, index: int | None) -> None:
+def test_the_attempt_is_the_number_in_argos_node_name(node: str, index: int | None) -> None:
     assert retry_index(step_pod(node)) == index
 
 
 class Cluster:
-    """Replaces JobClient: responses, or errors, for a step's two requests."""
+    """Replaces JobClient: gives responses or errors to a step's two requests."""
 
     def __init__(self, pod: object, workflow: object) -> None:
         self.answers = {"pod": pod, "workflow": workflow}
@@ -109,7 +109,7 @@ DISRUPTED = {"conditions": [{"type": "DisruptionTarget", "status": "True"}]}
         (None, SILENT, False),
     ],
 )
-def test_a_stopped_step_reads_its_run_or_pod(
+def test_a_stopped_step_deletes_its_job_depending_on_its_run_and_pod(
     monkeypatch: pytest.MonkeyPatch, pod: object, workflow: object, deletes: bool
 ) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "step")
@@ -118,7 +118,7 @@ def test_a_stopped_step_reads_its_run_or_pod(
     assert step.owner == OWNER and step.first_attempt
 
 
-def test_an_exit_handler_without_its_run_deletes_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_job_is_deleted_if_its_run_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", "exit")
     with pytest.raises(RuntimeError, match="does not respond"):
         Step(Cluster(step_pod(), SILENT)).run_ended()
