@@ -16,7 +16,7 @@ from tests.helpers.cluster import Scene, namespace_for, scene
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Return a scene whose jobs run."""
+    """Return a scene whose pods run."""
     with scene(tmp_path_factory.mktemp("live"), reasons={137: "OOMKilled"}) as made:
         yield made
 

@@ -43,7 +43,7 @@ class Server:
         }
 
     def up(self) -> None:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # daemons inherit it
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # `up` starts daemons
         subprocess.run([KUBE / "up"], env=self.environment, check=True, **quiet)
 
     def stop_api(self) -> None:

@@ -76,7 +76,7 @@ def test_a_disruption_does_not_count_as_an_error(runtime: dict, reason: str, cod
         assert outcome(runtime, *pods, counted=RESTARTS) is None
 
 
-def test_out_of_memory_fails_the_job_without_a_restart(runtime: dict) -> None:
+def test_running_out_of_memory_fails_the_job_without_a_restart(runtime: dict) -> None:
     for pods in ([ended(137, "OOMKilled")], [ended(1), ended(137, "OOMKilled")]):
         reason, _ = outcome(runtime, *pods)
         assert reason == "FailJobSetFailurePolicyAction"
@@ -173,7 +173,7 @@ def test_ten_evictions_do_not_exhaust_the_restarts(still: Scene) -> None:
 
 
 @cluster
-def test_out_of_memory_ends_the_job_at_once(still: Scene) -> None:
+def test_running_out_of_memory_ends_the_job_at_once(still: Scene) -> None:
     job = Job(still, "oom")
     job.end(ended(137, "OOMKilled"))
     failure = wait_until(job.failure, 60)

@@ -80,7 +80,7 @@ def test_the_owner_can_apply_everything(profile: Profile, copy: Path) -> None:
     assert said.count(" created") == len(documents) > 15
 
 
-def test_contributors_can_apply_everything_except_the_role(profile: Profile, copy: Path) -> None:
+def test_contributors_can_apply_everything_except_rbac(profile: Profile, copy: Path) -> None:
     folder = for_profile(copy, "onprem", profile.namespace, profile.namespace)
     documents = [document for part in OWNER for document in kustomize(folder / part)]
     for document in documents:

@@ -81,7 +81,7 @@ def test_kubectl_apply_alone_trains_on_two_nodes(training: Scene) -> None:
     assert wanted.items() <= environment.items()
 
 
-def test_a_killed_worker_costs_only_the_steps_since_a_checkpoint(training: Scene) -> None:
+def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(training: Scene) -> None:
     name = job_name(PIPELINE_RUN, "tiny")
 
     def kill() -> None:

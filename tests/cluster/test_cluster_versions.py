@@ -1,4 +1,4 @@
-"""Other versions of the operator, quotas and policies of a cluster, on a real API server.
+"""Quotas and policies of a cluster, and other versions of its operator, on a real API server.
 
 TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides instead of runtimePatches, and no activeDeadlineSeconds. To
 imitate it, the tests install a TrainJob definition without these fields. This definition has its own API group, since

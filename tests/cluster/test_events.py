@@ -46,7 +46,7 @@ def test_rejections_are_ignored_if_a_job_is_suspended_or_has_all_pods() -> None:
         assert follow(record)[1] == ""
 
 
-def test_only_rejections_by_a_trainjobs_own_jobs_since_its_creation_count() -> None:
+def test_a_trainjobs_rejections_exclude_other_jobs_and_earlier_events() -> None:
     job = {
         "metadata": {"name": NAME, "uid": "1", "creationTimestamp": "2026-01-01T00:00:01Z"},
         "spec": {"trainer": {"numNodes": 2}},

@@ -194,7 +194,7 @@ def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> No
     assert error == "" and lines[-1].endswith("failed after its training was complete")
 
 
-def test_the_deadline_is_reported_as_the_cause_rather_than_its_pods() -> None:
+def test_an_expired_deadline_is_the_only_reported_cause() -> None:
     texts = {
         "Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
         "TrainJob exceeded its active deadline": "DeadlineExceeded",

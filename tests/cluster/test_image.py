@@ -1,6 +1,6 @@
 """The Dockerfile, checked by a linter and by the rules that its first lines state.
 
-`test_image_build` builds it.
+`test_image_build` builds the images.
 """
 
 from __future__ import annotations

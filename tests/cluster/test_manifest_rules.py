@@ -54,7 +54,7 @@ WEBHOOKS = {
         ),
     ],
 }
-# the same for a pod
+# (path in a pod, value, expected text)
 SECURITY = [
     ((*CONTEXT, "runAsNonRoot"), False, "may run as root"),
     ((*CONTEXT, "runAsUser"), 0, "may run as root"),

@@ -77,7 +77,7 @@ def queued(suspended: bool) -> dict:
 
 
 class Queued(Record):
-    """A client of a job with the queue's label; each poll returns the next Workloads; the last repeat."""
+    """A client of a job with the queue's label; each poll returns the next Workloads; the last ones repeat."""
 
     def __init__(self, suspended: bool, *looks: tuple, workloads: list[list[dict] | None]) -> None:
         super().__init__(*looks)

@@ -110,7 +110,7 @@ def test_with_2_17_only_a_lost_step_restarts_the_enclosing_pipeline() -> None:
     """Each of the seven enclosing DAGs is run three times."""
     made = run("2.17", "train-job", "deleted")
     assert made.attempts == (1 + retries("train-job")) * 3**7
-    assert run("2.17", "configs", "deleted").attempts == 3**5  # it has no retries
+    assert run("2.17", "configs", "deleted").attempts == 3**5  # configs has no retries
 
 
 def test_the_setting_does_not_retry_pipelines() -> None:

@@ -1,4 +1,4 @@
-"""DVC remotes, a folder and a bucket: they store outputs of stages, but only annotations and download record of COCO.
+"""DVC remotes, a folder and a bucket, store outputs of stages; of COCO, only the annotations and the download record.
 
 The stages are those of dvc.yaml, run by the stub of test_pipeline_dvc.py: what is pushed and what is rerun depends on
 the graph and its files, not on what a verb computes.

@@ -1,4 +1,4 @@
-"""Dependencies of the pipeline's steps: its graph and components run under kfp's local runner, with stub stages."""
+"""Dependencies of the pipeline's steps: the real graph and components under kfp's local runner, with stub stages."""
 
 import json
 import os

@@ -102,7 +102,7 @@ def test_a_second_run_without_a_better_model_registers_nothing(finished: Finishe
     assert child.info.status == "FINISHED"
 
 
-def test_the_steps_lines_are_printed(finished: Finished) -> None:
+def test_the_output_of_the_steps_is_printed(finished: Finished) -> None:
     shown = finished.first.stdout
     assert shown.count("step 2/2") >= 2
     assert not re.search(r"KFP Executor|executor_input|Traceback|schemaTitle|\033", shown)

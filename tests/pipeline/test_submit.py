@@ -1,4 +1,4 @@
-"""Submitting runs: the request sent, and requests rejected beforehand. (kfp reads the annotations: not postponed.)"""
+"""Submitting runs: requests sent, and requests rejected beforehand. Annotations are not postponed: kfp reads them."""
 
 import functools
 import io
