@@ -22,7 +22,7 @@ COMPRESSED = {"size": [HEIGHT, WIDTH], "counts": "0`1`n2"}  # the same mask, com
 
 
 def document(first_id: int = 1, lvis: bool = False) -> dict:
-    """Return a document of three images and two classes, with polygons, both kinds of RLEs, a crowd and an empty box."""
+    """Return a document: three images, two classes, polygons, both forms of RLE, an empty box and, in COCO, a crowd."""
     square, bar = [10.0, 10.0, 20.0, 20.0], [0, 0, 1, HEIGHT]
 
     def entry(image: int, category: int, box: list, area: float, shape: object, crowd=0) -> dict:
@@ -62,7 +62,7 @@ def draw_images(folder: Path, first_id: int = 1) -> None:
 
 
 def results(lvis: bool = False) -> list[dict]:
-    """Return a result with box and mask for each object of the document."""
+    """Return a result with a box and a mask for each object of the document."""
     keys = ("image_id", "category_id", "bbox", "segmentation")
     objects = document(lvis=lvis)["annotations"]
     return [{key: annotation[key] for key in keys} | {"score": 0.5} for annotation in objects]
@@ -132,7 +132,7 @@ def mutated(draw: st.DrawFn, sound: dict | list, most: int = 3) -> dict | list:
 
 
 def _like(key: str | int, value: object) -> st.SearchStrategy:
-    """Generate values of the type of `value`."""
+    """Generate values of the kind that the key holds, else of the type of `value`."""
     if key == "segmentation":
         return SHAPES
     if key == "bbox":
@@ -142,7 +142,7 @@ def _like(key: str | int, value: object) -> st.SearchStrategy:
 
 @st.composite
 def files(draw: st.DrawFn, sound: dict | list) -> bytes:
-    """Generate damaged JSON of the content: changed values, duplicate keys, spliced bytes, other encodings."""
+    """Generate damaged JSON files: changed values, duplicate keys, spliced bytes, encodings, other content."""
     kinds = ["values"] * 12 + ["twice", "bytes", "bytes", "code", "anything"]
     change = draw(st.sampled_from(kinds))
     content = draw(JSON if change == "anything" else mutated(sound))

@@ -60,7 +60,7 @@ def renamed(archive: bytes, name: str, other: bytes) -> bytes:
 
 
 def miniature(archive: Archive) -> tuple[Archive, bytes]:
-    """Return an archive of 12 pictures or a few lines of JSON in place of a published one."""
+    """Return a small version of a published archive, and its content: files of random bytes."""
     rng = random.Random(archive.name)
     if archive.prefix == "annotations/":
         kinds = [f"{kind}_{split}2017" for kind in ("captions", "instances") for split in SPLITS]

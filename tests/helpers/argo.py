@@ -1,8 +1,8 @@
 """Retry decisions of Kubeflow Pipelines' compiler and of Argo's controller.
 
-Kubeflow Pipelines (tags 2.14.0, 2.15.0, 2.16.1, 2.17.0: the same rules) compiles a pipeline to an Argo Workflow in
+Kubeflow Pipelines (by the same rules at tags 2.14.0, 2.15.0, 2.16.1, 2.17.0) compiles a pipeline to an Argo Workflow in
 backend/src/v2/compiler/argocompiler. Argo merges the defaults of its ConfigMap into the templates and retries their nodes
-in workflow/controller/{operator,dag}.go; the versions are those of third_party/argo/VERSION at these tags. Features that
+in workflow/controller/{operator,dag}.go; its versions are in third_party/argo/VERSION at these tags. Features that
 cannot change the number of attempts are omitted (caching, conditions, exit hooks, parallelism, shutdown, deadlines).
 """
 
@@ -68,7 +68,7 @@ def retry_arguments(task: dict) -> dict[str, str]:
 
 
 class Compiler:
-    """Compile a pipeline; `templates` are the Workflow's by name, and it starts at `entrypoint`."""
+    """Compile a pipeline. `templates` are the Workflow's by name; `entrypoint` is the first to run."""
 
     def __init__(self, pipeline: dict, platform: dict) -> None:
         self.components = pipeline["components"]
@@ -99,7 +99,7 @@ class Compiler:
         return [Task(f"{name}-driver", "system-container-driver"), self.executor_task(name, task)]
 
     def iterator_task(self, name: str, task: dict) -> list[Task]:
-        """Return a loop and add its templates (dag.go, iteratorTask and iterationItemTask)."""
+        """Return a loop's task; add its templates (dag.go: iteratorTask, iterationItemTask)."""
         component = task["componentRef"]["name"]
         items = f"{component}-iteration"
         self.templates[items] = Template(self.compile_task("iteration-item", task, iteration=True))
@@ -108,7 +108,7 @@ class Compiler:
         return [Task(name, f"{component}-{name}-iterator")]
 
     def executor_task(self, name: str, task: dict) -> Task:
-        """Return a pod; in its template, the numbers of the retryStrategy are inputs.
+        """Return a pod's task; the numbers of its retryStrategy are inputs of the template.
 
         container.go, containerExecutorTask and addContainerExecutorTemplate.
         """
@@ -139,9 +139,9 @@ def substitute(value: object, arguments: dict[str, str]) -> object:
 
 
 def merge(defaults: object, own: object) -> object:
-    """Strategic merge patch of objects without lists: the template's own fields take precedence.
+    """Return a strategic merge of objects without lists; the template's own fields take precedence.
 
-    operator.go, mergedTemplateDefaultsInto, which applies it to every template including DAGs.
+    mergedTemplateDefaultsInto (operator.go) applies it to every template, including DAGs.
     """
     if isinstance(defaults, dict) and isinstance(own, dict):
         both = {key: merge(defaults[key], own[key]) for key in defaults.keys() & own.keys()}
@@ -152,7 +152,7 @@ def merge(defaults: object, own: object) -> object:
 def failed_reason(pod: dict | None, argo: tuple[int, int, int]) -> str:
     """Return the node's phase for a pod that ended: operator.go, podReconciliation and inferFailedReason.
 
-    None is a pod that was removed before the controller saw its end ("pod deleted"). Only the containers `main` and
+    `pod` is None if it was removed before the controller saw it end ("pod deleted"). Only the containers `main` and
     `wait` are considered; argoexec's `wait` succeeds by default.
     """
     if pod is None:
@@ -196,7 +196,7 @@ class Run:
         return self.execute(Task("", "entrypoint"), {}, within=False)
 
     def execute(self, task: Task, arguments: dict[str, str], within: bool) -> str:
-        """Run a node of the template, or a retry node around several: operator.go, executeTemplate."""
+        """Run the template as a node, or as several of a retry node: operator.go, executeTemplate."""
         template = self.templates[task.template]
         arguments = {key: substitute(value, arguments) for key, value in task.arguments.items()}
         strategy = template.retry

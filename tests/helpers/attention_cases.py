@@ -1,8 +1,8 @@
 """Attention kernels against `reference` in float64: forward pass and all gradients.
 
-Run as a script, it prints the errors of CASES[START::2] as JSON; with the argument "operator", it
-checks the operator's registration and prints the error of a compiled block. With TRITON_INTERPRET=1
-in the environment the kernels run on the CPU.
+Run as a script with the argument START, it prints the errors of CASES[START::2] as JSON; with
+the argument "operator", it checks the operator's registration and prints the error of a compiled
+block. With TRITON_INTERPRET=1 in the environment, the kernels run on the CPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], T
 
     tokens, channels = case.height * case.width, case.heads * case.depth
     rows, columns = case.window or case.height, case.window or case.width
-    # Products of queries and tables are of order 1, whichever of the two is scaled.
+    # Products of queries and tables are of order 1, whether or not the queries are scaled.
     scale = 0.2 if not case.scaled else 0.2 * case.depth**0.5
     given = [
         random(case.batch, tokens, 3 * channels).to(dtype),
@@ -93,7 +93,7 @@ def results(function, case: Case, given: list[Tensor], gradient: Tensor) -> list
 
 
 def distances(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
-    """Return the relative error of each tensor: the difference's norm over the expected tensor's."""
+    """Return each tensor's relative error: norm of the difference / norm of the expected tensor."""
     pairs = zip(found, wanted, strict=True)
     return [((tensor - true).norm() / true.norm().clamp(min=1e-6)).item() for tensor, true in pairs]
 
@@ -117,7 +117,7 @@ def check_operator(case: Case) -> None:
 
 
 def compiled_block() -> float:
-    """Return the relative errors of a compiled block with the kernels, in values and gradients."""
+    """Return the largest relative error of a compiled block's values and gradients, with kernels."""
     torch.manual_seed(0)
     block = parts.block(dim=16, heads=1, window=2, grid=2)
     for parameter in block.parameters():

@@ -1,7 +1,7 @@
 """Fixtures for tests on a real API server: a namespace in which jobs run as local processes.
 
-KUBECONFIG must name a control plane on this machine without scheduler and kubelets, which
-tests/helpers/fake_node.py simulates.
+KUBECONFIG must name a control plane on this machine without a scheduler and kubelets;
+tests/helpers/fake_node.py simulates them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 on_cluster = [
     pytest.mark.cluster,
     pytest.mark.slow,
-    pytest.mark.timeout(900),  # if a test's other thread fails, the launcher keeps waiting
+    pytest.mark.timeout(900),  # if another thread of a test fails, the launcher keeps waiting
     pytest.mark.skipif(
         "KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane"
     ),
@@ -59,7 +59,7 @@ PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 
 
 def kubectl(words: str, *more: str, given: object = None, fails: bool = False) -> str:
-    """Run kubectl with the words of `command`; return stdout, or stderr if failure is expected."""
+    """Run kubectl with these words; return stdout, or stderr if failure is expected."""
     text = given if isinstance(given, str) or given is None else json.dumps(given)
     done = subprocess.run(
         ["kubectl", *words.split(), *more],
@@ -89,7 +89,7 @@ def template(kind: str = "pytorchjob", script: bool = False) -> str:
         ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
     ).stdout
     job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
-    # for how long its pods may wait for a node: the tests' timeouts say that
+    # vitdet/schedule-seconds: the tests' timeouts limit the wait for a node instead
     job["metadata"].pop("annotations")
     for container in job_containers(job) if script else ():
         container["command"] = ["sh", "-c"]
@@ -97,7 +97,7 @@ def template(kind: str = "pytorchjob", script: bool = False) -> str:
 
 
 def job_containers(job: dict) -> list[dict]:
-    """Return the training containers of a job: spec.trainer of a TrainJob."""
+    """Return the training containers of a job; for a TrainJob, its spec.trainer."""
     spec = job["spec"]
     if "trainer" in spec:
         return [spec["trainer"]]
@@ -204,9 +204,9 @@ class Scene:
         return json.loads(kubectl(f"apply -n {self.namespace} -o json -f -", given=workflow))
 
     def step_pod(self, name: str, run: str = "run", attempt: int = 0) -> dict[str, str]:
-        """Create a step's pod as Argo does; return the environment of Kubeflow Pipelines.
+        """Create a step's pod as Argo does; return what Kubeflow Pipelines adds to its environment.
 
-        workflow/controller/workflowpod.go of v3.7.
+        Argo v3.7: workflow/controller/workflowpod.go.
         """
         workflow = self.workflow(run)
         owner = {key: workflow[key] for key in ("apiVersion", "kind")}
@@ -268,7 +268,7 @@ def scene(
 
 
 def namespace_for(purpose: str) -> Iterator[str]:
-    """Create a namespace."""
+    """Yield the name of a new namespace; delete it afterwards."""
     name = f"vitdet-{purpose}-{uuid.uuid4().hex[:8]}"
     kubectl(f"create namespace {name}")
     yield name

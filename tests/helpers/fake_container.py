@@ -58,7 +58,7 @@ class Container:
             print(f"{time.strftime('%H:%M:%S')} {self.name}: {line}", end="")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the process; SIGKILL reaches all descendants in any session, as with torchrun."""
+        """Send a signal to the process; SIGKILL reaches all descendants, even in other sessions."""
         # psutil also raises NoSuchProcess if the process ID has been reused
         gone, found = (suppress(psutil.NoSuchProcess), set())
         with gone:
@@ -73,7 +73,7 @@ class Container:
                 process.send_signal(number)
 
     def wait(self) -> None:
-        """Wait for the process and end its descendants, as in a container; its last lines are complete then."""
+        """End the process and its descendants, as the end of a container does; then its lines are complete."""
         if self.over:
             return
         self.over = True

@@ -1,8 +1,8 @@
 """Failure policies of a Job and its JobSet for failed pods.
 
 Kubernetes' Job controller: pkg/controller/job/pod_failure_policy.go (matchPodFailurePolicy) and job_controller.go
-(getFailJobMessage, and the order in syncJob: the pod failure policy of any failed pod before the backoff limit). Of the
-actions FailJob alone is simulated. JobSet 0.12: pkg/controllers/failure_policy.go, constants of pkg/constants/constants.go.
+(getFailJobMessage, and the order in syncJob: the pod failure policy of any failed pod before the backoff limit). FailJob
+is the only simulated action. JobSet 0.12: pkg/controllers/failure_policy.go, constants of pkg/constants/constants.go.
 """
 
 from __future__ import annotations

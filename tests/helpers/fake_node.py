@@ -214,8 +214,8 @@ class FakeNode:
     def resolve(self, pod: dict, environment: dict[str, str]) -> None:
         """Replace DNS names of services by the loopback address, with a separate port for each job.
 
-        As all pods share this address, torchrun cannot tell from it whether a pod is the rendezvous host (is_host), nor
-        order the nodes by name (local address).
+        As all pods share this address, torchrun cannot tell from it which pod is the rendezvous host or in which order
+        the nodes are; is_host and the local address say so instead.
         """
         owners = pod["metadata"].get("ownerReferences") or [{"uid": ""}]
         port = str(self.ports.setdefault(owners[0]["uid"], free_port()))

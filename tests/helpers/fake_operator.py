@@ -4,11 +4,11 @@ They create the pods of jobs and set the jobs' status. Pods have the names, labe
 of the real operators: for PyTorchJob pkg/controller.v1/pytorch/{envvar,master,elastic}.go and
 pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/plugins/torch/
 torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
-(ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/
-trainjob_controller.go, of its JobSet 0.12 tests/helpers/fake_jobset.py. Deadlines: pkg/core/job.go
+(ReconcileJobs), pkg/util/status.go (setCondition); for Trainer 2.3 pkg/controller/
+trainjob_controller.go, for its JobSet 0.12 tests/helpers/fake_jobset.py. Deadlines: pkg/core/job.go
 (PastActiveDeadline), evaluated only after an event, as pytorchjob_controller.go passes a FakeWorkQueue
 to the controller; the evaluation of all jobs every 10 hours (controller-runtime's
-SyncPeriod) is not simulated. Trainer: reconcileDeadline, to the second. Services, webhooks, gang
+SyncPeriod) is not simulated. Trainer: reconcileDeadline, without delay. Services, webhooks, gang
 scheduling and the workers' init container are omitted.
 """
 
@@ -76,7 +76,7 @@ def merged(base: object, patch: object) -> object:
 
 
 class FakeOperator:
-    """`with FakeOperator(namespace):`"""
+    """Run both operators in a thread: `with FakeOperator(namespace):`."""
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
@@ -162,7 +162,7 @@ class FakeOperator:
         self.core.create_namespaced_event(self.namespace, event, _preload_content=False)
 
     def condition(self, job: dict, kind: str, reason: str, message: str, true: bool = True) -> None:
-        """Set a condition: Running and Restarting exclude each other, an end unsets Running, Failed is final."""
+        """Set a condition: Running and Restarting exclude each other; an end unsets Running; Failed is final."""
         status = job.setdefault("status", {})
         there = {entry["type"]: entry for entry in status.setdefault("conditions", [])}
         if there.get("Failed", {}).get("status") == "True":
@@ -241,7 +241,7 @@ class FakeOperator:
         }
         for limit, past in limits.items():
             if past:
-                # deletes pods regardless of cleanPodPolicy, before the condition Failed is set in release 1.9
+                # release 1.9 deletes the pods before it sets Failed, regardless of cleanPodPolicy
                 self.delete_pods(pods)
                 message = f"Job {name} has failed because {limit}"
                 self.condition(job, "Failed", "PyTorchJobFailed", message)
@@ -305,7 +305,7 @@ class FakeOperator:
         return self.objects.get_cluster_custom_object(*place, name)["spec"]
 
     def tend_train(self, job: dict) -> None:
-        """Reconcile a TrainJob: the runtime's and the job's merged template as the indexed Job `node` of a JobSet."""
+        """Reconcile a TrainJob: its template, merged with the runtime's, is the indexed Job `node` of a JobSet."""
         name, status = job["metadata"]["name"], job.setdefault("status", {})
         pods = self.pods("jobset.sigs.k8s.io/jobset-name", job)
         if self.true(job, "Complete", "Failed"):

@@ -1,7 +1,7 @@
 """A simulated GPU: tensors on another device that compute on the CPU and reject mixed devices.
 
 The device is named `meta`, the only other device type that every torch build knows. It rejects what a GPU rejects:
-operands on two devices, unless one is a number. Indices on the CPU are accepted, as CUDA does.
+operands on two devices, unless one is a number. Indices on the CPU are accepted, as on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INDEXING.add(aten._index_put_impl_.default)
 
 
 class FarTensor(Tensor):
-    """A far tensor, which computes with the CPU tensor `near`."""
+    """A tensor on the simulated device (far), which computes with the CPU tensor `near`."""
 
     @staticmethod
     def __new__(cls, near: Tensor) -> FarTensor:
@@ -45,7 +45,7 @@ def is_far(device: object) -> bool:
 
 
 def run(function: Callable, args: tuple, kwargs: dict) -> object:
-    """Run an operation on the CPU; the results are far if the operands are."""
+    """Run an operation on the CPU; the results are far if an operand is or `device` says so."""
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     far = [tensor for tensor in tensors if isinstance(tensor, FarTensor)]
     near = [tensor for tensor in tensors if not isinstance(tensor, FarTensor) and tensor.dim()]

@@ -50,7 +50,7 @@ SELECTORS = {"Service": "selector"}  # kind -> the field with a map of labels
 
 
 def unknown(document: dict) -> list[str]:
-    """Return the unknown keys of such maps."""
+    """Return the keys of the object's maps that are not listed here."""
     kind = document["kind"]
     name = f"{kind} {document['metadata']['name']}"
     return [f"{name}: {where}: unknown key {key}" for where, key in _keys(document, "", kind)]

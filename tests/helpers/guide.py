@@ -1,4 +1,4 @@
-"""Fenced blocks, commands in the text and tables of docs/kubeflow.md."""
+"""The fenced blocks of docs/kubeflow.md, and the commands in its text and tables."""
 
 from __future__ import annotations
 

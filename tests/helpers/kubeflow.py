@@ -1,6 +1,6 @@
-"""A local Kubeflow Pipelines API server: the client's part of v2beta1, with recording and planned failures.
+"""A local API server with the calls of Kubeflow Pipelines' v2beta1 that the client uses, and planned failures.
 
-Shapes of bodies and errors: kubeflow/pipelines, backend/api/v2beta1 (2.17); names of a run's tasks as Argo makes them.
+Shapes of bodies and errors: kubeflow/pipelines, backend/api/v2beta1 (2.17). Names of a run's tasks: as in Argo.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Request:
 
 
 class Kubeflow(ThreadingHTTPServer):
-    """plan["METHOD path"] lists the next responses to such requests, later ones succeed. states: a run's states, per request.
+    """plan["METHOD path"] lists the next responses to such requests; later requests succeed.
 
-    token, cookie: the accepted credentials; None accepts all requests. health: the body of the health endpoint.
-    unknown: a field of the pipeline that the server does not know.
+    states: a run's next states, one per request. token, cookie: the accepted credentials; None accepts all requests.
+    health: the body of the health endpoint. unknown: a field of the pipeline that the server does not know.
     """
 
     daemon_threads = True
@@ -61,7 +61,7 @@ class Kubeflow(ThreadingHTTPServer):
         self.plan: dict[str, list[Callable[[Handler], None]]] = defaultdict(list)
         self.kept: dict[str, list[dict]] = {"experiments": [], "runs": [], "recurringruns": []}
         self.states: list[dict] = []
-        self.resting = threading.Event()  # set: stalled requests end
+        self.resting = threading.Event()  # once set, stalled requests end
         self.lock = threading.Lock()
 
     @property
@@ -195,7 +195,7 @@ def serving(server: Kubeflow) -> Iterator[Kubeflow]:
 def command(
     kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """cli(*words) runs `python -m pipeline` in this process and returns (exit code, stdout, stderr)."""
+    """Return cli(*words): run `python -m pipeline` in this process, return code, stdout and stderr."""
     for name in list(os.environ):
         if name.startswith(("KFP_", "KF_PIPELINES", "KUBERNETES_")):
             monkeypatch.delenv(name)
@@ -212,7 +212,7 @@ def command(
 
 
 def failing(code: int, message: str = "internal", done: bool = False) -> Callable[[Handler], None]:
-    """Return an error response; with `done`, the server executes the request first."""
+    """Plan an error response; with `done`, the server executes the request first."""
 
     def act(handler: Handler) -> None:
         handler.silent = done
@@ -235,7 +235,7 @@ def cut(handler: Handler) -> None:
 
 
 def page(handler: Handler) -> None:
-    """Return a login page as sent by Istio and Dex."""
+    """Send a login page as Istio and Dex do."""
     handler.send(200, PAGE)
 
 

@@ -1,6 +1,6 @@
 """The ClusterRoles that Kubeflow binds in a profile, limited to the resources of these manifests.
 
-Rules of the published roles without resources that are unused here: kubeflow/manifests
+Sources of the rules: kubeflow/manifests
 common/kubeflow-roles/base/cluster-roles.yaml, kubeflow/pipelines
 manifests/kustomize/base/installs/multi-user/view-edit-cluster-roles.yaml, kubeflow/training-operator
 manifests/overlays/kubeflow/kubeflow-training-roles.yaml, kubeflow/trainer
@@ -29,11 +29,11 @@ EDIT: list[Rule] = [
     ("argoproj.io", ["workflows"], ["*"]),
     ("pipelines.kubeflow.org", ["runs"], ["get", "list", "create", "delete", "terminate"]),
 ]
-# of an early release of Kubeflow Trainer, with the wrong API group, and of a later one
+# roles of an early release of Kubeflow Trainer, with the wrong API group, and of a later release
 RUNTIMES = ("trainer.kubeflow.org", ["trainingruntimes"], READ)
 JOBS = ("trainer.kubeflow.org", ["trainjobs"], [*READ, "create", "delete", "patch"])
 TRAINER = {"early": [("kubeflow.org", ["trainjobs"], ALL), RUNTIMES], "later": [JOBS, RUNTIMES]}
-# of newer releases of Kubeflow Pipelines
+# additional rules of newer releases of Kubeflow Pipelines
 PIPELINES = [
     ("argoproj.io", ["workflowtaskresults"], ["*"]),
     ("pipelines.kubeflow.org", ["runs"], ["reportMetrics", "readArtifact"]),

@@ -1,11 +1,11 @@
 """Write a data set of COCO's or LVIS's size, to measure how reading scales.
 
     python tests/helpers/large.py DIR [IMAGES OBJECTS]     default 118,287 860,001: a file of 450 MB; train split only
-    python tests/helpers/large.py DIR lvis                 both splits of LVIS v1 (100,170 images, 1,270,141 objects of 1,203
-                                                   classes; 19,809 and 244,707), files of 1 and 0.2 GB
+    python tests/helpers/large.py DIR lvis                 both splits of LVIS v1 (100,170 images with 1,270,141 objects;
+                                                   19,809 with 244,707; 1,203 classes), files of 1 and 0.2 GB
 
-Outlines are star-shaped with as many corners as COCO's on average, one object in 85 is a crowd (none in LVIS); the
-image files are links to a few drawn pictures.
+Outlines are star-shaped, with as many corners on average as real ones; one object in 85 is a crowd (none in LVIS).
+The image files are links to a few drawn pictures.
 """
 
 from __future__ import annotations

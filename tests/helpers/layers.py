@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 
 PRODUCT = ("vitdet", "components", "pipeline")
 
-# A part is a module or folder directly in vitdet/, or one of the folders components/, pipeline/.
+# A part is a module or folder directly in vitdet/, or one of the folders components/ and pipeline/.
 # The lowest layer comes first. Each part lists what it may import besides itself: a part, one of
 # its modules (`data.images`), or ALL for every part of the layers below.
 BASE = "files config types distributed torchrun"
@@ -29,7 +29,7 @@ LAYERS: tuple[dict[str, str], ...] = (
         "predictor": f"{BASE} models data.images data.transforms checkpoint visualize",
         "datasets": f"{BASE} data checkpoint visualize pages",
     },
-    # conversions need the model's shapes, fetched files are downloads
+    # conversions need the model's shapes, and published files are downloaded
     {"weights": f"{BASE} models data checkpoint datasets.download"},
     {"evaluation": f"{BASE} kernels models data checkpoint visualize predictor pages"},
     # the gate compares evaluations; the model card states the license of the initial weights
@@ -67,7 +67,7 @@ class Source:
 class Import:
     """`module` imports `target`, by full dotted name, on a line of a file.
 
-    target is a module of the product where it is one, else the name as imported, e.g.
+    target is a module if the product has it, else the name as imported, e.g.
     `torch.distributed.all_reduce`. scope is the enclosing class and function, empty at module level.
     """
 

@@ -14,7 +14,7 @@ KINDS = {
     "nfs without lockd": errno.ENOLCK,
     "fuse": errno.EOPNOTSUPP,
     "fuse that rejects the operation": errno.EINVAL,
-    "nfs4": errno.EBADF,  # only for a read-only descriptor
+    "nfs4": errno.EBADF,  # only for an exclusive lock through a read-only descriptor
 }
 flock, lockf = fcntl.flock, fcntl.lockf
 
@@ -33,7 +33,7 @@ def limited(kind: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 def patches(kind: str) -> dict[str, Callable[..., None]]:
-    """Return the functions of the module fcntl to replace."""
+    """Return replacements for functions of the module fcntl."""
     return {"flock": limited(kind, flock), "lockf": limited(kind, lockf)}
 
 

@@ -15,7 +15,7 @@ from tests.helpers.free_maps import unknown
 from tests.helpers.schemas import misspelled
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
-# Taints and labels that the clouds or the administrator (node-pools/onprem) set on GPU nodes.
+# The taint that the clouds or the administrator (node-pools/onprem) set on GPU nodes.
 GPU_TAINT = "nvidia.com/gpu"
 # Secrets that docs/kubeflow.md creates.
 BY_HAND = {"vitdet-mlflow", "mlflow-server", "mlflow-tls"}
@@ -37,9 +37,9 @@ def kustomize(folder: Path) -> list[dict]:
 
 
 def problems(cluster: list[dict], jobs: list[dict], pools: dict[str, set[str]]) -> list[str]:
-    """Return all problems of a cluster's permanent objects and of the jobs for it.
+    """Return all problems of a cluster's permanent objects and of its jobs.
 
-    `pools` maps each pool's node labels "key=value" to the nodes' taints.
+    `pools` maps each pool's node labels "key=value,..." to the nodes' taints.
     """
     documents = [*cluster, *jobs]
     if found := [
@@ -241,7 +241,7 @@ STEPS = [
 
 
 def unmatched(documents: list[dict]) -> list[str]:
-    """Return selectors without a pod, and references to missing bindings, runtimes and classes of this project."""
+    """Return selectors without a pod, and references to missing Services, Roles, runtimes and so on."""
     labels = [*STEPS, *(pod["metadata"]["labels"] for _, pod in pods(documents))]
     names, said = {(d["kind"], d["metadata"]["name"]) for d in documents}, []
 
@@ -251,7 +251,7 @@ def unmatched(documents: list[dict]) -> list[str]:
 
     for document in documents:
         for claim in [document, *document.get("spec", {}).get("volumeClaimTemplates", [])]:
-            wanted = claim.get("spec", {}).get("storageClassName", "")  # others are the cluster's
+            wanted = claim.get("spec", {}).get("storageClassName", "")  # only vitdet-* is ours
             said += [f"no StorageClass {wanted}"] * (
                 wanted[:7] == "vitdet-" and ("StorageClass", wanted) not in names
             )

@@ -23,7 +23,7 @@ def free_port() -> int:
 
 
 class Server:
-    """`mlflow server` with one worker on the given store."""
+    """`mlflow server` on the given store, by default with one worker."""
 
     def __init__(self, store: str, artifacts: Path, workers: int = 1) -> None:
         self.port = free_port()

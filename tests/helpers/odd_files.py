@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# writes the file, returns its pixels (H, W, 3) and their tolerance
+# writes the file and returns its pixels (H, W, 3) and their tolerance
 Make = Callable[[Path], tuple[np.ndarray, int]]
 RNG = np.random.default_rng(0)
 # flat blocks, which JPEG preserves
@@ -54,7 +54,7 @@ def over_white(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
 def saved(
     name: str, image: Image.Image, expected: np.ndarray, near: int = 0, **options: object
 ) -> Make:
-    """Return a file written by Pillow; `name` is the format's."""
+    """Return a writer of files by Pillow; `name` is the format."""
 
     def make(path: Path) -> tuple[np.ndarray, int]:
         image.save(path, name, **options)
@@ -99,7 +99,7 @@ def printed(mark: int, adobe: bool = True) -> Make:
     """Return a writer of CMYK JPEGs with inverted inks; mark 2: YCbCr instead of CMY; `adobe`: with Adobe's marker."""
 
     def make(path: Path) -> tuple[np.ndarray, int]:
-        # 255 is no ink
+        # a stored value of 255 means no ink
         stored = np.concatenate([COLORS, np.full((HIGH, WIDE, 1), 200, np.uint8)], axis=2)
         inverted = Image.frombytes("CMYK", (WIDE, HIGH), (255 - stored).tobytes())
         inverted.save(path, "JPEG", quality=100, subsampling=0)
@@ -125,7 +125,7 @@ def animated(name: str) -> Make:
 
 
 def unpacked(packed: np.ndarray, *shifts: int) -> np.ndarray:
-    """Return the pixels of packed bytes, one for each shift, from the left."""
+    """Return the pixels of packed bytes: one pixel for each shift, from the left."""
     mask = (1 << 8 // len(shifts)) - 1
     return np.stack([packed >> shift & mask for shift in shifts], axis=2).reshape(HIGH, WIDE)
 

@@ -63,7 +63,7 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def assemble(launch: Launch) -> Assembled:
-    """Compile a launch as on an H100, with equal constants and divisibility of its integers."""
+    """Compile a launch as on an H100, with its constants and the divisibility of its integers."""
     values = dict(zip((p.name for p in launch.kernel.params), launch.args, strict=False))
     options = {key: value for key, value in launch.options.items() if key in OPTIONS}
     values |= launch.options

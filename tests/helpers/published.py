@@ -29,7 +29,7 @@ DETECTORS = {
     },
     **{f"mmdet/{name}": f"mask_rcnn_{name}_coco" for name in ("vit_b", "vitae_b", "vitae_s")},
 }
-# -> number of resized tensors
+# (file, recipe) -> number of resized tensors
 BACKBONES = {
     ("mae/base", "mask_rcnn_vitdet_b_coco"): 0,
     ("mae/base", "cascade_mask_rcnn_vitdet_b_lvis"): 0,
@@ -50,7 +50,7 @@ def model_of(recipe: str) -> Detector:
 
 @cache
 def file_of(name: str) -> dict[str, Tensor]:
-    """Return random tensors under the published names; large matrices are constant."""
+    """Return random tensors under the published names; kernels and large matrices are constant."""
     generator = torch.Generator().manual_seed(len(name))
     return {key: draw(shape, generator) for key, shape in PUBLISHED[name]["keys"].items()}
 

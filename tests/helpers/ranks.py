@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.conftest import environment, minimal, options
 
-# Prints progress, and does not import MLflow, which takes seconds.
+# A patch that prevents the import of MLflow, which takes seconds; progress is printed.
 UNTRACKED = "from vitdet.tracking import runs\nruns.has_mlflow = lambda: False\n"
 
 
@@ -51,7 +51,7 @@ def wait_for_log(folder: Path, text: str, process: subprocess.Popen, seconds: fl
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Return the processes that run the patched script of this folder, and their forks."""
+    """Return the IDs of the processes that run this folder's patched script, and of their forks."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:

@@ -103,7 +103,7 @@ def result(item: Annotation, truth: Truth) -> dict:
 
 
 def page(root: Path) -> None:
-    """Return the data set's report, which states what it cannot read."""
+    """Write the data set's report, which states what it cannot read."""
     try:
         write_page(root, root / "page.html")
     except FileNotFoundError as error:  # no image can be shown

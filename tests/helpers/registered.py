@@ -24,7 +24,7 @@ class RegisteredModel:
         self.place = {"uri": "", "folder": folder, "model_name": name}
 
     def add(self, ap: float, tags: dict[str, str] | None = None) -> str:
-        """Add a version, by default with an AP on DATA."""
+        """Add a version with this AP, by default on DATA; return its number."""
         tags = {"box_ap": f"{ap:.4g}"} | (DATA.tags() if tags is None else tags)
         source = (self.folder / "model").as_uri()
         return str(self.client.create_model_version(self.name, source, tags=tags).version)

@@ -17,7 +17,7 @@ from vitdet.checkpoint import load_model_file
 from vitdet.config import load_config
 from vitdet.training import Stopped, train
 
-# No random draw of proposals and a large enough batch, so that one and two processes differ only by rounding.
+# Without random draws and with a large enough batch, one and two processes differ only by rounding.
 TOGETHER = {
     "train__batch_size": 4,
     "model__rpn__samples": 4000,
@@ -38,7 +38,7 @@ def go(tiny: Path, output: Path, recorder: Recorder | None = None, **changes: ob
 
 
 def interrupt(what: Callable[[], None], at: int, key: str = "loss") -> Recorder:
-    """Return a tracker that interrupts the run when it receives this key at this step."""
+    """Return a tracker that calls `what` when it receives this key at this step."""
     return Recorder(lambda values, step: what() if step == at and key in values else None)
 
 
@@ -70,7 +70,7 @@ def refused(text: str, kind: type[Exception] = ValueError) -> pytest.RaisesExc:
 
 
 def figures(points: dict) -> dict[int, dict[str, float]]:
-    """Return the values that depend only on the training, not on time."""
+    """Return the values that depend only on the training, not on the machine."""
     return {
         int(step): {key: value for key, value in values.items() if key not in MEASURED}
         for step, values in points.items()

@@ -1,6 +1,6 @@
-"""Validate Kubernetes objects by the strict schemas of their kinds: unknown fields are errors.
+"""Validate Kubernetes objects against the strict schemas of their kinds: unknown fields are errors.
 
-CEL rules, webhooks and defaults are not part of schemas and not covered. The webhook's rules for a PyTorchJob are in
+CEL rules, webhooks and defaults are not part of schemas and are not covered. The webhooks' rules are in
 tests/helpers/manifests.py.
 """
 
@@ -83,7 +83,7 @@ def violations(name: str, schema: jsonschema.Draft202012Validator, document: dic
 
 @cache
 def core(version: str, kind: str) -> jsonschema.Draft202012Validator:
-    """Like kubernetes_validate.validate(strict=True), but without reading 2 MB for each object."""
+    """Return a strict validator as kubernetes_validate does, but read its 2 MB only once."""
     group = version.split("/")[0].split(".")[0] + "-" if "/" in version else ""
     schema = _packaged(f"{kind.lower()}-{group}{version.split('/')[-1]}.json")
     registry = _packaged("_definitions.json") @ (schema @ Registry())
@@ -110,7 +110,7 @@ def definitions() -> dict[str, dict]:
 
 
 def strict(node: object, top: bool = False) -> object:
-    """Convert OpenAPI of a structural schema to JSON Schema that rejects other fields."""
+    """Convert a structural OpenAPI schema to a JSON Schema that rejects unknown fields."""
     if isinstance(node, list):
         return [strict(item) for item in node]
     if not isinstance(node, dict):

@@ -11,7 +11,7 @@ Answer = Callable[["Handler"], None]
 
 
 class Web(ThreadingHTTPServer):
-    """Serves `content` at every path, or `files` by path. `plan` lists the next responses, `plans` the next
+    """Serve `content` at every path, or `files` by path. `plan` lists the next responses, `plans` those
     of a path; later requests succeed."""
 
     daemon_threads = True
@@ -24,7 +24,7 @@ class Web(ThreadingHTTPServer):
         self.plans: dict[str, list[Answer]] = {}
         self.asked: list[tuple[str, str | None]] = []  # path and Range of each request
         self.sent = 0  # bytes of bodies
-        self.resting = threading.Event()  # set: stalled requests end
+        self.resting = threading.Event()  # once set, stalled requests end
         self.lock = threading.Lock()
 
     @property
@@ -77,7 +77,7 @@ def file(
     date: str = "",
 ) -> Answer:
     """Respond with the file. `cut`: end, or `stall`, after this many bytes of the body. `ranges`: support Range.
-    `shift`: start the range later by this. `honest`: support If-Range. `surplus`: announce more bytes than are sent.
+    `shift`: bytes by which the range starts later. `honest`: support If-Range. `surplus`: bytes announced but not sent.
     """
 
     def answer(to: Handler) -> None:
@@ -101,7 +101,7 @@ def file(
 
 
 def status(code: int, text: bytes = b"no", **headers: object) -> Answer:
-    """Respond with a status code only."""
+    """Respond with this status code and text."""
 
     def answer(to: Handler) -> None:
         to.begin(code, Content_Length=len(text), **headers)
