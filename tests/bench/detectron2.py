@@ -5,8 +5,8 @@
 FOLDER contains Detectron2's sources. They need not be compiled, as torchvision has the operators
 that ViTDet needs, but fvcore, iopath, omegaconf and others must be installed. A training step is
 that of Detectron2's AMPTrainer in fp16, as in the configs of ViTDet; polygons, proposals on the
-objects and scaled class logits are those of `vitdet.cli.bench`. If a batch does not fit into
-memory, a smaller one is measured.
+objects and scaled class logits are those of `vitdet.cli.bench`. If Detectron2 runs out
+of memory, a smaller batch is measured.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
         print(f"\n{kind}, {given.recipe}: {report(figures)}", flush=True)
         for line in ratios(figures["rows"]):
             print(line, flush=True)
-        if given.output:  # after each part: the rest may be cut off
+        if given.output:  # after each kind, as the run may be cut off
             given.output.write_text(json.dumps(found, indent=1))
 
 
@@ -117,7 +117,7 @@ def fitting(size: int, measure: Callable[[int], dict]) -> dict:
 
 
 def ratios(rows: list[dict]) -> Iterator[str]:
-    """Yield a line for each batch size with the ratios of speed and memory, vitdet to detectron2."""
+    """Yield a line for each batch size with the ratios vitdet / detectron2 of speed and memory."""
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         speeds = [row.get("images_per_second") for row in (ours, theirs)]
         if all(speeds):

@@ -1,7 +1,7 @@
 """Time the detection kernels and the code without Triton on this GPU: python -m tests.bench.kernels
 
-Median milliseconds at the sizes of ViT-B at 1024 pixels and batch 8 (and 1), called directly and in a CUDA graph;
-`plain` is torchvision, called for one image and one level at a time, with maps in float32.
+Median milliseconds at the sizes of ViT-B at 1024 pixels and batch 8 (and 1), called directly and in a CUDA graph.
+`plain` is torchvision, for one image (NMS) or one level in float32 (RoIAlign) at a time, or our code (rasterize).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def boxes_on_objects(images: int, count: int) -> Tensor:
 
 
 def nms_case(images: int, groups: int, labels: int, limit: int) -> tuple[Callable, Callable]:
-    """Return NMS functions for 2,000 boxes per group (RPN: level) of an image, or with labels."""
+    """Return NMS by kernel and torchvision; 2,000 boxes per group (level, or image with labels)."""
     boxes = boxes_on_objects(images * groups, 2000)
     label = torch.randint(labels, boxes.shape[:2], device="cuda") if labels else None
     iou = 0.5 if labels else 0.7
@@ -53,7 +53,7 @@ def nms_case(images: int, groups: int, labels: int, limit: int) -> tuple[Callabl
 
 
 def roi_case(images: int, rois: int, bins: int, backward: bool) -> tuple[Callable, Callable]:
-    """Return RoIAlign functions for `rois` boxes per image, with maps in bfloat16."""
+    """Return RoIAlign by kernel and torchvision: `rois` boxes per image, maps in bfloat16."""
     shape = (images, 256)
     maps = [
         torch.randn(*shape, SIDE // stride, SIDE // stride, device="cuda", dtype=torch.bfloat16)
@@ -80,7 +80,7 @@ def roi_case(images: int, rois: int, bins: int, backward: bool) -> tuple[Callabl
 
 
 def rasterize_case(rois: int, edges: int) -> tuple[Callable, Callable]:
-    """Return mask target functions for up to 128 outlines with `edges` edges each."""
+    """Return mask targets by kernel and plain code, for up to 128 outlines of `edges` edges."""
     angle = torch.linspace(0, 2 * torch.pi, edges + 1, device="cuda")
     corners = 500 + 400 * torch.stack([angle.cos(), angle.sin()], dim=1)
     outline = torch.cat([corners[:-1], corners[1:]], dim=1)

@@ -1,9 +1,9 @@
-"""Train a detector on a small data set in COCO's format and compare its detections in fp32 and half precision.
+"""Train a detector on a small data set in COCO's format; compare its detections in fp32 and another precision.
 
     python -m tests.bench.precision FOLDER --steps 2000 --output figures.json
 
-Each detection with at least the threshold's score is matched to the detection of the same class in the other precision
-with the highest IoU. Detections without a match are counted for both precisions.
+Each detection whose score reaches the threshold is matched to the detection in the other precision that has the same
+class and the highest IoU. Detections without a match are counted for both precisions.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_float64_uses_the_plain_path(gpu):
         ((9, 0), None, None, "triton is not installed"),
     ],
 )
-def test_other_devices_use_the_plain_path(gpu, monkeypatch, capability, hip, spec, reason):
+def test_unsupported_devices_use_the_plain_path(gpu, monkeypatch, capability, hip, spec, reason):
     gpu(*capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(kernels, "find_spec", lambda _: spec)
@@ -73,7 +73,7 @@ def test_the_kernels_can_be_turned_off(gpu, monkeypatch):
         kernels._runs_on(0)
 
 
-def test_compile_does_not_trace_into_the_kernels(monkeypatch):
+def test_a_compiled_function_may_select_the_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "_obstacle", lambda _: None)
 
     def function(x):
@@ -88,7 +88,7 @@ def zeros(*shape):
 
 QKV = zeros(1, 4, 48), zeros(48), zeros(3, 16), zeros(3, 16)  # 2 x 2 tokens, a 16-channel head
 MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch.int64)
-# operator, its arguments, the function that launches its kernels, and its result
+# a call of the operator, the function that launches its kernels, and a result of this function
 LAUNCHES = {
     "attention": (
         lambda: attention.attention(*QKV, [2, 2, 1, 0, 0]),
@@ -213,7 +213,7 @@ def test_graphs_are_captured_on_their_device_in_one_stream(second_gpu):
 
 
 def test_a_graphs_inputs_can_be_written_outside_of_inference_mode(second_gpu):
-    """Inference tensors cannot be written there; inference mode is a state of each thread."""
+    """Inference tensors cannot; inference mode is a state of each thread."""
     graphs, inference = CudaGraph(), []
     with torch.inference_mode():
         graphs.record(lambda tensor: inference.append(tensor.inference), OnSecondGpu(1))
@@ -224,7 +224,7 @@ def test_a_graphs_inputs_can_be_written_outside_of_inference_mode(second_gpu):
     ("error", "reason"),
     [(RuntimeError("one\ntwo"), "one"), (NotImplementedError(), "NotImplementedError")],
 )
-def test_a_failed_capture_is_logged_in_one_line(second_gpu, error, reason):
+def test_a_failed_capture_is_reported_in_one_line(second_gpu, error, reason):
     def function(_):
         raise error
 
@@ -232,7 +232,7 @@ def test_a_failed_capture_is_logged_in_one_line(second_gpu, error, reason):
         CudaGraph().record(function, OnSecondGpu(1))
 
 
-def test_no_graph_keeps_memory_when_it_is_short(second_gpu):
+def test_graphs_are_dropped_when_memory_is_short_and_limited_in_number(second_gpu):
     def function(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 

@@ -38,7 +38,7 @@ def cuda(test):
 
 
 def interpreted(what):
-    """Return the output of tests/helpers/attention_cases.py."""
+    """Return the output of tests/helpers/attention_cases.py in Triton's interpreter."""
     words = [sys.executable, "-m", "tests.helpers.attention_cases", str(what)]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -48,7 +48,7 @@ def interpreted(what):
 
 @needs_triton
 @pytest.mark.parametrize("start", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_values_and_gradients_in_the_interpreter(start):
+def test_values_and_gradients_are_exact_in_the_interpreter(start):
     for case, errors in zip(CASES[start::2], interpreted(start), strict=True):
         assert max(errors) <= 2e-6, (case, dict(zip(OUTPUTS, errors, strict=True)))
 
@@ -59,7 +59,7 @@ def test_the_operator_is_registered_and_compiles_in_a_block():
     assert interpreted("operator") < 1e-5
 
 
-def test_unsupported_sizes():
+def test_only_supported_sizes_fit_the_kernels():
     assert fits(64, 0, 64) and fits(1000, 14, 80) and not fits(64, 33, 64)
     assert not fits(129, 0, 16) and not fits(64, 0, 12) and not fits(64, 0, 136)
 
@@ -92,7 +92,7 @@ def test_a_gpu_with_little_shared_memory_gets_fewer_stages():
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "depth", "window"), [(12, 64, 0), (16, 80, 14)])
-def test_kernels_compiled_for_hopper_do_not_spill_registers(heads, depth, window):
+def test_kernels_compiled_for_an_h100_spill_at_most_64_bytes(heads, depth, window):
     from tests.helpers.offline import assemble, attention_launches
 
     found = [assemble(launch) for launch in attention_launches(heads, depth, window)]
@@ -122,7 +122,7 @@ def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
 
     ours, theirs = relative_errors(case, dtype, "cuda", fused, plain)
     print(case, dtype, dict(zip(OUTPUTS, zip(ours, theirs, strict=True), strict=True)))
-    # The results themselves are rounded to half precision.
+    # The results themselves are rounded to 16 bits.
     allowed = [max(error, torch.finfo(dtype).eps) for error in theirs]
     pairs = zip(OUTPUTS, ours, allowed, strict=True)
     assert not [(name, error, limit) for name, error, limit in pairs if not error <= limit]
@@ -144,7 +144,7 @@ def test_results_on_a_gpu_are_deterministic(case):
 
 @cuda
 def test_a_backbone_on_a_gpu_is_as_exact_with_kernels_as_without(monkeypatch):
-    """Compare the errors of both against float32."""
+    """Compare the errors with and without kernels, both against float32."""
     torch.manual_seed(0)
     backbone = build_backbone(ModelConfig(backbone=BackboneConfig(name="vit_b"))).cuda().eval()
     for name, parameter in backbone.named_parameters():

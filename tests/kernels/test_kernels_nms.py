@@ -10,7 +10,7 @@ from vitdet.kernels.nms import nms, reference, suppress, suppress_by_label
 
 
 def slow_nms(boxes, labels, iou):
-    """NMS as a loop over boxes."""
+    """Return which boxes NMS keeps, by a loop over boxes."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool)
     for group, rows in enumerate(boxes):
         kept = []
@@ -82,7 +82,7 @@ def test_labels_far_from_zero_do_not_round_boxes():
     assert nms(boxes, labels + torch.tensor([0, 1]), 0.5, 2).all()
 
 
-def test_the_plain_path_accepts_float64_and_no_boxes():
+def test_the_plain_path_accepts_float64_and_empty_inputs():
     assert nms(scene("chain", 1, 5).double(), None, 0.5, 5).tolist() == [
         [True, False, False, True, False]
     ]
@@ -111,12 +111,12 @@ def test_kernels_mark_at_least_the_first_boxes(limit):
     boxes = scene("random", 1, 150)
     found, wanted = suppress(boxes.to(DEVICE), None, 0.7, limit).cpu(), reference(boxes, None, 0.7)
     marked = found[0].nonzero().flatten()
-    assert limit <= len(marked) < limit + 64  # the kernel stops there
+    assert limit <= len(marked) < limit + 64  # the kernel stops after this block
     assert torch.equal(marked, wanted[0].nonzero().flatten()[: len(marked)])
 
 
 @needs_triton
-def test_kernels_accept_views_and_no_boxes():
+def test_kernels_accept_views_and_empty_inputs():
     boxes = scene("random", 2, 20).to(DEVICE)
     found = suppress(boxes.transpose(0, 1).contiguous().transpose(0, 1)[1:], None, 0.5, 20)
     assert torch.equal(found, suppress(boxes, None, 0.5, 20)[1:])
@@ -180,7 +180,7 @@ def test_a_threshold_is_rounded_down():
 @needs_gpu
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_size_equals_torchvision(kind):
+def test_results_at_full_size_equal_torchvision(kind):
     boxes = scene(kind, 20, 2000)
     found = nms(boxes.cuda(), None, 0.7, 2000).cpu()
     assert torch.equal(found, reference(boxes, None, 0.7))

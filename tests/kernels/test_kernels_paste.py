@@ -23,7 +23,7 @@ def test_the_kernel_writes_the_same_bytes_as_the_cpu(kind: str) -> None:
 
 
 @needs_triton
-def test_no_masks() -> None:
+def test_the_kernel_accepts_zero_masks() -> None:
     from vitdet.kernels.paste_kernels import launch
 
     masks, boxes, sizes = (tensor[:0] for tensor in placed("noise"))

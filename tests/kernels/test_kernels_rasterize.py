@@ -56,7 +56,7 @@ def test_parts_unite_and_holes_stay_open():
 
 
 @needs_triton
-def test_no_rois_and_no_edges():
+def test_zero_rois_and_zero_edges_are_accepted():
     none = torch.zeros(0, 4, device=DEVICE)
     spans = torch.zeros(0, 2, dtype=torch.long, device=DEVICE)
     assert rasterize(none, spans, none, 28).shape == (0, 28, 28)
@@ -72,7 +72,7 @@ def test_the_operator_passes_opcheck():
 
 @needs_gpu
 @pytest.mark.cuda
-def test_full_size_with_an_outline_of_187000_edges():
+def test_results_at_full_size_equal_the_plain_path():
     masks, boxes = scene([60] * 30 + [187_000, 1], 1024)
     found = rasterize(*on("cuda", masks, boxes, 28))
     few = torch.cat([torch.arange(64), torch.arange(30, 1024, 256)])

@@ -24,7 +24,7 @@ def reference(maps, boxes, image, level, strides, bins, ratio):
 
 
 class Scene:
-    """Maps and RoIs: small, large, empty, outside of the map, in an empty slot."""
+    """Maps and RoIs that are small, large, empty, outside the map, or in an empty slot."""
 
     def __init__(self, sizes, rois, channels, images=2, kind=torch.float32):
         draw = torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ class Scene:
         return found, torch.autograd.grad(found, maps, weight.to(device, kind))
 
     def errors(self, bins, ratio, layout=torch.channels_last):
-        """Return the relative errors of features and gradients against float64."""
+        """Return the largest relative error of features and gradients against float64."""
         kind = self.maps[0].dtype
         found, gradients = self.run(roi_align, DEVICE, kind, bins, ratio, layout)
         wanted, right = self.run(reference, DEVICE, torch.float64, bins, ratio)
@@ -77,7 +77,7 @@ SMALL = [(17, 11), (9, 6)]
     ("bins", "ratio"),
     [(3, 0), (3, 3), *(pytest.param(bins, 0, marks=pytest.mark.slow) for bins in (7, 14))],
 )
-def test_equals_torchvision_in_values_and_gradients(bins, ratio):
+def test_values_and_gradients_equal_torchvision(bins, ratio):
     assert Scene(SMALL, 8, 5).errors(bins, ratio) < EXACT
 
 
@@ -87,7 +87,7 @@ def test_16_bit_maps_keep_the_precision_of_the_weights():
 
 
 @needs_triton
-def test_five_levels_in_another_memory_layout():
+def test_five_levels_in_another_memory_layout_equal_torchvision():
     scene = Scene([(9, 5), (5, 3), (3, 2), (2, 1), (1, 1)], 9, 3, images=1)
     assert scene.errors(2, 0, torch.contiguous_format) < EXACT
 
@@ -101,7 +101,7 @@ def test_rois_without_points_give_zeros_and_no_gradient():
     scene.boxes[3] = torch.tensor([20.0, 4, 4, 20])  # end before start
     scene.boxes[5] = torch.tensor([-1e30, 0, 1e30, 9])
     scene.boxes[6] = torch.tensor([-1e8, -1e8, 1e8, 1e8])  # too many points to iterate over
-    scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # a level that does not exist
+    scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # level 1 does not exist
     found, (gradient,) = scene.run(roi_align, DEVICE, torch.float32, 2, 0)
     assert found[[0, 6]].isfinite().all() and found[0].abs().sum() > 0
     assert not found[[1, 2, 3, 4, 5, 7]].any() and gradient.isfinite().all()
@@ -111,14 +111,14 @@ def test_rois_without_points_give_zeros_and_no_gradient():
 
 
 @needs_triton
-def test_a_fixed_number_of_points_in_a_reversed_roi():
+def test_a_reversed_roi_with_a_fixed_number_of_points_equals_torchvision():
     scene = Scene([(9, 8)], 5, 3, images=1)
     scene.boxes[0] = torch.tensor([28.0, 4, 4, 30])
     assert scene.errors(2, 2) < EXACT
 
 
 @needs_triton
-def test_no_rois():
+def test_zero_rois_give_no_features_and_no_gradient():
     scene = Scene([(9, 8)], 5, 3)
     scene.boxes, scene.image, scene.level = scene.boxes[:0], scene.image[:0], scene.level[:0]
     found, (gradient,) = scene.run(roi_align, DEVICE, torch.float32, 7, 0)
@@ -142,7 +142,7 @@ FULL = [(256, 256), (128, 128), (64, 64), (32, 32)]
 @pytest.mark.parametrize(
     ("kind", "most"), [(torch.float32, 2e-5), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)]
 )
-def test_full_size_errors(bins, rois, kind, most):
+def test_errors_at_full_size_are_small(bins, rois, kind, most):
     assert Scene(FULL, rois, 256, images=1, kind=kind).errors(bins, 0) < most
 
 

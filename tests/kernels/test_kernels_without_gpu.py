@@ -16,7 +16,7 @@ FILES = ("nms", "paste", "roi_align", "rasterize")
 
 @needs_triton
 @pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_values_in_the_interpreter(speed):
+def test_the_tests_of_the_kernels_pass_in_the_interpreter(speed):
     options = ["-q", "-p", "no:cacheprovider", "-m", f"not cuda and {speed}"]
     files = [f"tests/kernels/test_kernels_{name}.py" for name in FILES]
     words = [sys.executable, "-m", "pytest", *options, *files]
