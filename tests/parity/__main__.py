@@ -1,6 +1,6 @@
 """`python -m tests.parity DIR...`: compare our numbers with golden cases; exit code 1 if one is out of tolerance.
 
-With `--device cuda` networks and functions run on the current GPU, and their results are compared on the CPU.
+With `--device cuda`, networks and functions run on the current GPU; their results are compared on the CPU.
 Each case is first computed from its inputs alone, and then compared with its stored results.
 """
 

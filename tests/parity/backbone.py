@@ -1,6 +1,6 @@
 """A backbone's golden case: from images to the four maps of strides 4 to 32.
 
-In ViTAE-Transformer/ViTDet the resampling of the one map to four is part of the backbone (fpn1 to fpn4); here it is the
+In ViTAE-Transformer/ViTDet the backbone includes the resampling of its map to four (fpn1 to fpn4); here this is the
 first part of the simple pyramid's levels, whose convolutions the cases do not contain.
 """
 
@@ -27,7 +27,7 @@ from vitdet.weights.formats.swin import SWIN_MMDET
 from vitdet.weights.formats.table import Format, to_ours
 from vitdet.weights.formats.vitaev2 import VITAEV2
 
-TOLERANCE = 1e-4  # absolute; the reference's float32 and float64 runs differ by less than 1e-5
+TOLERANCE = 1e-4  # absolute; the reference's float32 and float64 runs differ by less than 4e-5
 STRIDE = 16
 NOTES = ("kind", "seed", "note", "float64_max_abs_diff")
 
@@ -35,7 +35,7 @@ NOTES = ("kind", "seed", "note", "float64_max_abs_diff")
 class System(NamedTuple):
     """A type of backbone in config.json: how its module is built from its settings, and the names of its weights.
 
-    The module computes the four maps of images; `settings` are the supported ones, all others are rejected.
+    The module computes the four maps of images; `settings` are the supported ones; all others are rejected.
     """
 
     build: Callable[[dict], nn.Module]
@@ -111,7 +111,7 @@ def build_vitae_small(settings: dict) -> nn.Module:
 
 
 class Hierarchical(nn.Module):
-    """A backbone with four maps, under its name in a detector."""
+    """A backbone with four maps, named `backbone` as in a detector."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def fork_layout(settings: dict) -> Format:
 
 
 def resampled(build: Callable[[dict], nn.Module]) -> Callable[[dict], nn.Module]:
-    """Return the backbone with its resampling to four maps."""
+    """Return a function that builds the backbone with its resampling to four maps."""
     return lambda settings: Resampled(build(settings))
 
 
@@ -234,7 +234,7 @@ def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
     stored = load(folder / "io.npz")
     report.skip("backbone.img", "an input: it shows in the maps")
     for name, ours in found.items():
-        # Of large maps only every second pixel is stored.
+        # Of large maps, only every second pixel is stored.
         forms = {name: ours, f"{name}_s2": ours[:, :, ::2, ::2]}
         for form in forms.keys() & stored.keys():
             report.close(f"backbone.{form}", forms[form], stored[form], TOLERANCE)

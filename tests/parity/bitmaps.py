@@ -53,7 +53,7 @@ class BitmapRoIHeads(RoIHeads):
 
 
 def crop_bitmaps(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crop (R, H, W) bool to boxes (R, 4): (R, size, size) bool, RoIAlign >= 1/2 as in Detectron2."""
+    """Crop bitmaps (R, H, W) to boxes (R, 4) as Detectron2 does: RoIAlign >= 1/2, (R, size, size)."""
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
     rois = torch.cat([index[:, None], boxes], dim=1).float()
     return roi_align(pixels[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5

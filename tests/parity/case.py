@@ -2,7 +2,7 @@
 
 A case for inference has no ground truth: no ground_truth.json, or one with sizes only, and no gt
 arrays in inputs.npz. Its training settings are optional and default to the published ones.
-The published samplers draw at random; the cases replace the draw by `evenly` (see their README).
+The published samplers draw at random; the cases use `evenly` instead (tests/golden/README.md).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from vitdet.weights.formats.table import rename, to_ours
 
 
 def evenly(candidates: Tensor, num: Tensor) -> Tensor:
-    """Return keys that select the candidates at positions floor(i M / num) of M, the cases' replacement for a draw.
+    """Return keys that select the candidates at positions floor(i M / num) of M (i < num), not a draw.
 
-    The candidate at position p of (B, N) is selected as number ceil(p num / M), if that number's position is p.
+    That is, position p is selected if p = floor(i M / num) for i = ceil(p num / M) < num. `candidates` is (B, N) bool.
     """
     position = candidates.cumsum(dim=1) - 1
     total, num = candidates.sum(dim=1, keepdim=True).clamp(min=1), num[:, None]
@@ -182,6 +182,6 @@ def as_tensors(arrays: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, 
 
 
 def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file with these names; others are not read."""
+    """Return the arrays of an npz file whose names are wanted; others are not read."""
     with np.load(path) as file:
         return {name: file[name] for name in file.files if wanted(name)}

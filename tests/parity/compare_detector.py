@@ -26,7 +26,7 @@ from vitdet.evaluation.evaluator import detections_to_results
 from vitdet.models.rpn import Proposals
 from vitdet.predictor import to_image
 
-# Absolute, for features and logits, boxes in pixels, scores and probabilities; relative for losses and gradients.
+# Absolute for features and logits, scores and probabilities; relative for losses and gradients.
 FEATURES, SCORES, LOSSES, GRADIENTS = 1e-4, 1e-5, 1e-5, 1e-3
 LOSSES64, GRADIENTS64 = (
     1e-6,
@@ -68,7 +68,7 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
 def in_stored_order(found: Computed, rpn: Stored, report: Report) -> Computed:
     """Return `found` with tied proposals, and every stage's rows, in the order of rpn.npz.
 
-    train.npz stores positions in the list of proposals, so the sampled ones are compared strictly.
+    train.npz stores positions in the list of proposals, so sampled proposals are compared strictly.
     """
     proposals, orders = {}, {}
     for mode, images in found.proposals.items():
@@ -90,7 +90,7 @@ def in_stored_order(found: Computed, rpn: Stored, report: Report) -> Computed:
 
 
 def present(stored: Stored, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Return those of the columns {name: name in the file} that a file contains."""
+    """Return the columns, {name: name in the file}, that the file contains."""
     return {name: stored[theirs] for name, theirs in columns.items() if theirs in stored}
 
 
@@ -167,7 +167,7 @@ def compare_table(
     tolerance: Mapping[str, float],
     report: Report,
 ) -> None:
-    """Compare each stored array with ours of the same name; tolerance: that of features by default."""
+    """Compare each stored array with ours of the same name; the default tolerance is FEATURES."""
     for name, theirs in stored.items():
         if name in ours:
             report.close(f"{title}.{name}", ours[name], theirs, tolerance.get(name, FEATURES))
@@ -214,7 +214,7 @@ def compare_results(stored: list[dict], found: Computed, floors: Mapping, report
 
 
 def overlap(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Return the IoU of two masks, in which FLIPPED pixels may differ; 0 for different shapes."""
+    """Return the IoU of two masks, ignoring FLIPPED differing pixels; 0 for different shapes."""
     if ours.shape != theirs.shape:
         return 0.0
     return 1 - max((ours != theirs).sum() - FLIPPED, 0) / max((ours | theirs).sum(), 1)
@@ -257,7 +257,7 @@ def compare_training(stored: Stored, found: Computed, floors: Mapping, report: R
 
 
 def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Report) -> None:
-    """Compare losses.json: the losses with each kind of target, norms and sums of the gradients."""
+    """Compare losses.json: losses with each kind of target, and norms and sums of gradients."""
     their_names = found.case.their_names()
     if found.decided:
         text = f"{found.decided} ReLUs take the side that they have in float64"
@@ -284,7 +284,7 @@ def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Re
             report.names(f"losses.{kind} names", ours, theirs)
             for name in (name for name in theirs if name in ours):
                 value = ours[name].norm() if base == "grad_norms" else ours[name].sum()
-                # the error of a sum of cancelling terms is relative to the terms
+                # the error of a sum of canceling terms is relative to the terms
                 scale = float(ours[name].abs().sum()) if base == "grad_sums" else abs(theirs[name])
                 tolerance = absolute + relative * scale
                 report.close(f"losses.{kind}.{name}", value, theirs[name], tolerance)

@@ -21,8 +21,8 @@ from tests.parity.fork_detector import INPUTS, Computed
 from tests.parity.report import Report
 from tests.parity.ties import order_within_ties
 
-BOXES, SCORES, LOSSES = 1e-2, 1e-4, 1e-4  # pixels; probabilities; relative. Maps: 1e-4
-# Values read inside boxes move with the boxes, which the reference's float64 run moves by 3e-4 pixels.
+BOXES, SCORES, LOSSES = 1e-2, 1e-4, 1e-4  # in pixels, in probability, relative
+# Values pooled in boxes move with the boxes, which the reference's float64 run moves by 3e-4 pixels.
 LOGITS = 5e-4
 OVERLAP = 0.99
 NOTES = ("kind", "seed", "note", "float64")
@@ -63,7 +63,7 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
 
 
 def in_stored_order(found: Computed, stored: Mapping[str, np.ndarray], report: Report) -> Computed:
-    """Return `found` with tied proposals and detections, and their other arrays, in the stored order."""
+    """Return `found` with tied proposals and detections, and arrays for them, in the stored order."""
     arrays = dict(found.arrays)
     proposals = {"boxes": arrays["proposals"][:, :4], "scores": arrays["proposals"][:, 4]}
     theirs = {}
@@ -122,7 +122,7 @@ def compare_config(config: Mapping, found: Computed, report: Report) -> None:
 
 
 def compare_losses(stored: Mapping, found: Computed, report: Report) -> None:
-    """Compare the training losses, those of the RPN per level and in total."""
+    """Compare the training losses; those of the RPN are compared per level and in total."""
     for name, theirs in stored.items():
         if name not in found.losses:
             report.out(f"config.losses.{name}", "not compared: this check does not know the loss")

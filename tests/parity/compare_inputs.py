@@ -12,7 +12,7 @@ from tests.parity.report import Report
 
 BOXES = 1e-3  # pixels
 LARGEST_FLOOR = 1e-2  # larger noise would make the comparison meaningless
-FLIPPED = 3  # pixels of a pasted mask whose value is 1/2 within rounding
+FLIPPED = 3  # tolerated pixels of a pasted mask: 1/2 within rounding
 CHECKED = {"images", "outputs", "n_gt", "n_params", "image_counts"}
 NOTES = {"case", "seed"}
 
@@ -47,7 +47,7 @@ def compare_inputs(case: Case, report: Report) -> None:
         report.skip("ground_truth", "this case has none: neither sampling nor losses are computed")
         report.skip("config.n_gt", "this case has no ground truth")
     if "n_params" in config:
-        # the class token's row of the position embedding, which is not used here
+        # count the reference's position embedding, which has a row for the unused class token
         count = sum(p.numel() for p in case.detector.parameters())
         count += case.weights["backbone.net.pos_embed"].size
         count -= case.detector.backbone.pos_embed.numel()

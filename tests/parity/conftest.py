@@ -29,7 +29,7 @@ def link(folder, source, *names):
 
 
 def disturbed(array):
-    """Change one element by some percent; invert half of packed bits, as single ones are within tolerance."""
+    """Change one element; of bytes, invert the first half, as a single packed bit is within tolerance."""
     array = np.array(array)
     flat = array.reshape(-1)
     if array.dtype == np.uint8:
@@ -49,7 +49,7 @@ def shared_case_holds(folder: Path) -> None:
 
 @pytest.fixture
 def altered(tmp_path, monkeypatch, capsys):
-    """Return altered(case, file, content): run a changed copy of a case, return exit code and output.
+    """Return altered(case, file, content), which runs a changed copy of a case: exit code and output.
 
     kept: the only other files of the copy; compute: replaces the kind's `compute`.
     """

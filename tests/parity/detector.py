@@ -1,8 +1,8 @@
 """Run a detector's golden case: from config, weights, inputs and ground truth to every intermediate result.
 
-`compare_detector` then reads the stored results. Losses and gradients are computed twice, in float32
-and in float64 (boxes stay float32, as in the reference), where no rounding needs a tolerance. A case
-without ground truth has neither.
+`compare_detector` then reads the stored results. Losses and gradients are computed twice: in
+float32, and in float64 for a smaller tolerance (boxes stay float32, as in the reference). A case
+without ground truth has no losses or gradients.
 Notation: B images, K classes.
 """
 
@@ -46,7 +46,7 @@ class Computed:
 
 
 def compute(folder: Path, device: torch.device = CPU) -> Computed:
-    """Read the case by `Case.read` and run it on a device; the results stay there."""
+    """Read the case with `Case.read` and run it on a device; the results stay there."""
     case = moved(Case.read(folder), device)
     detector = case.detector.eval()
     with torch.no_grad():
@@ -163,7 +163,7 @@ def run_training(
 def run_losses(
     case: Case, detector: Detector
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Compute the losses of the three kinds in a case, and gradients (by our names) of the bitmaps' sum."""
+    """Compute the losses for each kind of target, and the gradients (by our names) for bitmaps."""
     kinds: dict[str, list[Target]] = {}
     if case.polygons:
         kinds["losses_polygon"] = case.polygons

@@ -1,11 +1,11 @@
 """The device that a case runs on, and the transfer of its results.
 
-The CPU's tolerances apply on every device: without TF32 a GPU rounds float32 in the same way and only adds in another
-order. On an H100 `maskrcnn_coco` and `maskrcnn_coco_resblock` were within them. 96 gradient norms of `cascade_lvis` in
-float64 were not (up to 15 times the tolerance), because equal scores were ordered differently than on the CPU. That
-order now follows the boxes (`vitdet.models.boxes.largest`), so no tolerance allows for it; this was not measured again.
-Results may still differ where rounding decides: a box at an IoU threshold, or which of equal scores are the last ones
-that `topk` returns.
+The CPU's tolerances apply on every device: without TF32, a GPU rounds float32 in the same way and only adds in another
+order. On an H100, `maskrcnn_coco` and `maskrcnn_coco_resblock` were within them; 96 gradient norms of `cascade_lvis` in
+float64 were not (up to 15 times the tolerance), because equal scores were ordered differently than on the CPU. Boxes
+now decide the order of equal scores (`vitdet.models.boxes.largest`), so no tolerance allows for it; the case was not
+measured again. Results may still differ where rounding decides: for a box at an IoU threshold, or for which of several
+equal scores `topk` returns last.
 The Triton kernels are used as in training (`vitdet.kernels.enabled`); networks in float64 use the plain path.
 """
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def device_named(name: str) -> torch.device:
-    """Return `cpu`, or `cuda`, the current GPU. Raises ValueError for other names and without a GPU."""
+    """Return `cpu`, or `cuda`, the current GPU. Raises ValueError for other names, or without a GPU."""
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -41,7 +41,7 @@ def described() -> str:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Compute float32 products and convolutions with 24 bits on a GPU, instead of in TF32."""
+    """Compute float32 products and convolutions in full precision on a GPU, instead of in TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -52,7 +52,7 @@ def without_tf32() -> Iterator[None]:
 
 
 def moved(found: Any, device: torch.device) -> Any:
-    """Return the object on a device: with all its tensors, also inside containers and dataclasses."""
+    """Return the object with its tensors on a device, also those in containers and dataclasses."""
     if hasattr(found, "to"):
         return found.to(device)
     if isinstance(found, dict):

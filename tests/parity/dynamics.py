@@ -32,7 +32,7 @@ from vitdet.types import Target
 
 STEPS = 20
 LR, MOMENTUM = 2e-3, 0.9
-# prefix of the stored text
+# how the stored text starts
 OPTIMIZER = "SGD, lr 2e-3, momentum 0.9, no weight decay, no schedule, no clipping"
 START = "maskrcnn_coco"
 # Polygon targets are rasterized from the outlines directly, not by pycocotools.
@@ -43,7 +43,7 @@ Losses = dict[str, float]
 
 @dataclass
 class Run:
-    """Losses of every step, and the final norms of the parameters (by the reference's names)."""
+    """Losses and norms of the parameters (by the reference's names) of every step."""
 
     losses: list[Losses]
     norms: list[dict[str, float]]
@@ -137,7 +137,7 @@ def compare_gradients(start: Path, applied: dict[str, Tensor], report: Report) -
         gradient = applied[name]
         allowed = 1e-6 + GRADIENTS64 * norms[name]
         report.close(f"dynamics.first_step.norm.{name}", gradient.norm(), norms[name], allowed)
-        # The error of a sum of cancelling terms is relative to the terms.
+        # The error of a sum of canceling terms is relative to the terms.
         allowed = 1e-6 + GRADIENTS64 * float(gradient.abs().sum())
         report.close(f"dynamics.first_step.sum.{name}", gradient.sum(), sums[name], allowed)
 

@@ -1,7 +1,7 @@
 """The three detectors of ViTAE-Transformer/ViTDet at 1024 x 1024, built from our recipes: a few values per stage.
 
 Weights and image are not stored but computed from the reference's names (`drawn`, `weight`), so that the table of names
-is compared too. About half a minute and 4 GB per detector.
+is also compared. A detector takes about half a minute and 4 GB.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
     every = torch.ones(1, len(rois), dtype=torch.bool, device=images.device)
     logits, deltas = heads.run_stage(0, features, rois[None], every)
     found |= {"roi_cls_score": logits[0], "roi_bbox_pred": deltas[0].flatten(1)}
-    # The head computes only each RoI's own class; its last layer returns all.
+    # The head returns the logits of each RoI's own class; its last layer, of all classes.
     hook = heads.mask.deconv.register_forward_hook(
         lambda _, __, output: found.update(mask_logits=heads.mask.logits(output.relu()))
     )
@@ -98,7 +98,7 @@ def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
 
 
 def compute(folder: Path, device: torch.device = CPU) -> dict[str, dict[str, dict]]:
-    """Compute the detectors, stages and positions `index` of fingerprints.json, without reading its values."""
+    """Compute the values at the detectors, stages and indices in fingerprints.json; read only these."""
     wanted = {
         tag: {stage: entry["index"] for stage, entry in entries.items()}
         for tag, entries in json.loads((folder / "fingerprints.json").read_text()).items()
@@ -114,7 +114,7 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, dict[str, dic
 
 
 def print_of(array: Tensor, index: list[int]) -> dict:
-    """Return shape, mean, standard deviation and the values at flat indices of an array."""
+    """Return the shape, mean, standard deviation and values at flat indices of an array."""
     flat = array.flatten()
     return {
         "shape": list(array.shape),

@@ -37,7 +37,7 @@ from vitdet.weights.formats.table import to_ours
 
 EPS = 1e-5  # LayerNorms in neck and heads
 EVERYTHING = 1_000_000
-# number of convolutions and of fully connected layers
+# type -> numbers of convolutions and of fully connected layers
 BOX_HEADS = {"Shared4Conv1FCBBoxHead": (4, 1), "Shared2FCBBoxHead": (0, 2)}
 TRUTH = ("gt_boxes", "gt_labels", "gt_masks")
 INPUTS = ("img", *TRUTH)
@@ -50,7 +50,7 @@ INFERENCE = {
 
 
 def match_of(assigner: dict) -> Match:
-    """Return an assigner's matching thresholds. Raises ValueError for unsupported settings."""
+    """Return the matching function of an assigner. Raises ValueError for unsupported settings."""
     if not assigner["match_low_quality"]:
         return match
     if assigner["min_pos_iou"] != assigner["neg_iou_thr"]:

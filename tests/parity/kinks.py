@@ -41,9 +41,9 @@ def recorded() -> Iterator[Sides]:
 
 @contextmanager
 def replayed(sides: Sides) -> Iterator[list[int]]:
-    """Break the ties of ReLUs within the context as recorded; yields the number of changes per ReLU.
+    """Break the ties of ReLUs within the context as recorded; yield the number of changes per ReLU.
 
-    A ReLU whose shape differs from the recorded one is not changed, as its boxes differ.
+    A ReLU with another shape than the recorded one has other boxes, so it is not changed.
     """
     changed: list[int] = []
     waiting = list(sides)

@@ -1,8 +1,8 @@
-"""Load pre-trained files by our loader and compare with the tensors that the reference's loader loads from them.
+"""Load pre-trained files with our loader; compare with the tensors that the reference's loader reads from them.
 
-A case contains several: {tag: {backbone: constructor arguments, loaded, left_at_init, unused_source}}, with the file's
-tensors under `<tag>/src/` and the backbone's under `<tag>/dst/`. The layout of a file follows from its names, as the
-cases do not contain it: `layers.` is ViTAE's classifier; PCM, q_bias or a prefix its autoencoder; all others are MAE.
+A case contains several files: {tag: {backbone: constructor arguments, loaded, left_at_init, unused_source}}, with the
+file's tensors under `<tag>/src/` and the backbone's under `<tag>/dst/`. The tensors' names tell a file's layout:
+`layers.` is in ViTAE's classifier; PCM, q_bias or a prefix is in its autoencoder; all other files are MAE's.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def compare(
 
 
 def more_than_the_reference(entry: dict, layout: Format) -> set[str]:
-    """Return our names of the tensors that the reference does not load although they are in the file: the qkv bias of a ViTAE's
-    global blocks, and everything if the reference recognizes none of the file's names.
+    """Return, by our names, the file's tensors that the reference does not load: the qkv biases of a ViTAE's global
+    blocks, and everything if the reference recognizes none of the file's names.
     """
     left = entry["left_at_init"]
     biases = [name.rpartition(".")[0] for name in left if name.endswith(("q_bias", "v_bias"))]

@@ -18,7 +18,7 @@ GRAY_LEVEL = 1 / 57  # of a normalized channel
 
 
 def compute(folder: Path) -> dict[str, np.ndarray]:
-    """Return {tag/out: normalized canvas (3, S, S), tag/img_shape, tag/scale_factor} of each tag's image."""
+    """Return each tag's results, {tag/out: normalized canvas (3, S, S), tag/img_shape: ..., ...}."""
     config = json.loads((folder / "config.json").read_text())
     inputs = load(folder / "io.npz", lambda name: name.endswith("/bgr"))
     parts = Detector(

@@ -1,4 +1,4 @@
-"""The report of a case: one line per quantity with its largest error and tolerance. Every quantity must be compared."""
+"""The report of a case: one line per quantity with its largest error and tolerance; none may be left out."""
 
 from __future__ import annotations
 

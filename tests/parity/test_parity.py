@@ -29,7 +29,7 @@ def computed(name):
 
 
 def compute_once(folder, device=CPU):
-    """Return the unchanged case's computed results, with this folder's inputs where they are only compared."""
+    """Return the unchanged case's results; a detector's inputs, which are only compared, are this folder's."""
     found = computed(folder.name)
     return replace(found, case=Case.read(folder)) if isinstance(found, detector.Computed) else found
 
@@ -79,7 +79,7 @@ def test_results_are_computed_from_the_inputs_only(tmp_path):
     link(tmp_path, COCO, *INPUTS)
     found = detector.compute(tmp_path)
     assert found.losses == computed("maskrcnn_coco").losses
-    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing to compare
+    assert parity.main([str(tmp_path)]) == 1  # without stored results, the comparison fails
 
 
 def test_unit_results_are_computed_from_the_inputs_only(tmp_path):
@@ -99,7 +99,7 @@ def test_a_change_of_any_stored_array_fails(case, file, array):
 
 
 @pytest.mark.parametrize("file", RESULTS)
-def test_unknown_missing_and_misshapen_arrays_fail(case, file, tmp_path):
+def test_unknown_nan_and_misshapen_arrays_fail(case, file, tmp_path):
     content = read("maskrcnn_coco", file)
     assert case("maskrcnn_coco", file, content | {"surprise": np.zeros(1)}) == 1
     name = next(name for name, array in content.items() if array.dtype == np.float32)
@@ -153,7 +153,7 @@ def test_a_change_of_any_field_of_results_fails(case, field):
     assert case("maskrcnn_coco", "results.json", content) == 1
 
 
-def test_another_number_of_results_fails(case):
+def test_a_missing_result_fails(case):
     assert case("maskrcnn_coco", "results.json", read("maskrcnn_coco", "results.json")[:-1]) == 1
 
 
@@ -240,11 +240,11 @@ def test_a_change_of_any_array_of_resize_fails(case, array):
 
 
 @pytest.mark.parametrize(("name", "file"), [("unit", "unit.npz"), ("test_resize", "io.npz")])
-def test_an_unknown_array_of_other_kinds_fails(case, name, file):
+def test_an_unknown_array_of_unit_or_resize_fails(case, name, file):
     assert case(name, file, read(name, file) | {"surprise": np.zeros(1)}) == 1
 
 
-def test_a_case_of_three_images_two_of_them_empty(tmp_path):
+def test_a_case_with_two_empty_images_passes(tmp_path):
     """The stored results are our own: the test shows that such a case can be read, run and compared."""
     inputs, truth = read("maskrcnn_coco", "inputs.npz"), read("maskrcnn_coco", "ground_truth.json")
     config = read("maskrcnn_coco", "config.json")
@@ -272,7 +272,7 @@ def test_a_case_of_three_images_two_of_them_empty(tmp_path):
     assert parity.main([str(tmp_path)]) == 0
 
 
-def test_a_case_without_losses_and_ground_truth_passes(tmp_path):
+def test_a_case_without_losses_or_ground_truth_passes(tmp_path):
     """A case for inference: test-time files only, and a config without training settings."""
     folder = tmp_path / "inference"
     folder.mkdir()
@@ -292,7 +292,7 @@ def test_a_case_without_losses_and_ground_truth_passes(tmp_path):
     write(folder / "ground_truth.json", [{name: row[name] for name in sizes} for row in truth])
     del config["outputs"]
     write(folder / "config.json", config)
-    assert parity.main([str(folder)]) == 0  # only the sizes
+    assert parity.main([str(folder)]) == 0  # a ground truth with sizes only
     content = read("maskrcnn_coco", "detections.npz")
     (folder / "detections.npz").unlink()
     write(folder / "detections.npz", content | {"post_boxes1": content["post_boxes1"] + 1})
@@ -309,7 +309,7 @@ def test_stored_training_results_without_ground_truth_fail(tmp_path, capsys, fil
     assert "stopped by" not in said and "not compared" in said
 
 
-def test_a_case_with_bitmaps_only_has_losses(tmp_path):
+def test_losses_are_compared_without_polygons(tmp_path):
     link(tmp_path, COCO, "state_dict.npz", "config.json", "inputs.npz")
     losses = read("maskrcnn_coco", "losses.json")
     kept = {name: value for name, value in losses.items() if "polygon" not in name}
@@ -320,7 +320,7 @@ def test_a_case_with_bitmaps_only_has_losses(tmp_path):
     assert parity.main([str(tmp_path)]) == 1
 
 
-def test_an_entry_of_the_ground_truth_for_each_image(tmp_path, capsys):
+def test_a_ground_truth_without_an_entry_for_each_image_fails(tmp_path, capsys):
     link(tmp_path, COCO, "state_dict.npz", "config.json", "inputs.npz")
     write(tmp_path / "ground_truth.json", read("maskrcnn_coco", "ground_truth.json")[:1])
     assert parity.main([str(tmp_path)]) == 1

@@ -62,7 +62,7 @@ def test_the_maps_are_computed_without_the_stored_ones(tmp_path):
     found = parity.kind_of(tmp_path).compute(tmp_path)
     shapes = [(2, 32, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     assert [tuple(f.shape) for f in found.values()] == shapes
-    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing to compare
+    assert parity.main([str(tmp_path)]) == 1  # without stored maps, the comparison fails
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_change_of_any_stored_map_fails(case, name, array):
 
 
 @pytest.mark.parametrize("change", ["surprise", "gone", "nan", "smaller"])
-def test_unknown_missing_and_misshapen_arrays_fail(case, change):
+def test_unknown_missing_nan_and_misshapen_arrays_fail(case, change):
     content = read("vitae_b_128_b2", "io.npz")
     last = content.pop("feat3")
     content |= {

@@ -1,4 +1,4 @@
-"""Golden cases on a GPU; without one, all tensors of a case are moved to the device (meta tensors)."""
+"""Golden cases on a GPU; without a GPU, fake tensors show that they are computed on the device."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(
             module, "enabled", lambda *tensors: all(tensor.is_cuda for tensor in tensors)
         )
-    # modules get new parameters, as existing ones cannot become meta tensors in place
+    # modules get new parameters, as existing ones cannot become fake tensors in place
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     yield FakeTensorMode(allow_non_fake_inputs=True)
     torch.__future__.set_overwrite_module_params_on_conversion(False)
@@ -87,7 +87,7 @@ def test_the_device_is_passed_to_compute(monkeypatch, given):
         ("cuda", "--device cuda: PyTorch finds no GPU here; leave it out to use the CPU"),
     ],
 )
-def test_a_missing_device_is_an_error(monkeypatch, capsys, device, message):
+def test_an_unknown_or_missing_device_is_an_error(monkeypatch, capsys, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parity.main(["--device", device, str(GOLDEN / "unit")]) == 2
     assert capsys.readouterr() == ("", f"{message}\n")

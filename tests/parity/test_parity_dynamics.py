@@ -1,4 +1,4 @@
-"""The first optimizer step from a golden case is checked, the rest of the trajectory is printed."""
+"""The first optimizer step from a golden case is checked, and the other steps are printed."""
 
 import copy
 
@@ -76,7 +76,7 @@ def test_the_other_steps_are_printed_and_do_not_fail(failures):
         {"final_norms_bitmask": {}},
     ],
 )
-def test_other_entries_of_dynamics(failures, change):
+def test_invalid_entries_of_dynamics_fail(failures, change):
     assert failures(read("dynamics", "losses.json") | change)[0] > 0
 
 

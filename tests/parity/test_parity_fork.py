@@ -71,7 +71,7 @@ def test_a_change_of_any_stored_array_fails(case, array):
         {"proposals": np.zeros((999, 5), np.float32)},
     ],
 )
-def test_unknown_not_finite_and_misshapen_arrays_fail(case, change):
+def test_unknown_nan_and_misshapen_arrays_fail(case, change):
     assert case("io.npz", read("io.npz") | change) == 1
 
 
@@ -181,7 +181,7 @@ def test_the_settings_of_the_recipe_build_the_golden_detector():
 
 
 def test_changes_of_fingerprints_fail(tmp_path):
-    """Only the comparison, on arrays of three numbers."""
+    """This tests only the comparison, with arrays of three numbers."""
     entry = {"shape": [3], "mean": 2.0, "std": 1.0, "index": [0, 2], "value": [1.0, 3.0]}
     found = {"vit_b": {"neck0": fingerprints.print_of(torch.tensor([1.0, 2.0, 3.0]), [0, 2])}}
     changes = [{}, {"shape": [4]}, {"mean": 2.01}, {"std": 1.01}, {"value": [1.0, 3.01]}]
@@ -207,7 +207,7 @@ def test_fingerprints_draw_weights_by_the_published_names(tag):
     assert {name: list(tensor.shape) for name, tensor in theirs.items()} == published
 
 
-def test_a_case_without_losses_and_ground_truth_passes(tmp_path):
+def test_a_case_without_losses_or_ground_truth_passes(tmp_path):
     """A case for inference; its config needs no settings for training."""
     link(tmp_path, CASE, "weights.npz", "masks_rle.json")
     content, config = read("io.npz"), read("config.json")

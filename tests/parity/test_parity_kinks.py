@@ -23,11 +23,11 @@ def test_a_tie_has_the_recorded_gradient_and_an_unchanged_value():
         out, grad = gradients(ROUNDED)
     assert changed == [2]
     assert torch.equal(out, ROUNDED.clamp(min=0))
-    # The third and fourth follow float64; the fifth and sixth differ by more than the noise and do not.
+    # The third and fourth follow float64; the fifth and sixth do not, as they exceed the noise.
     assert grad.tolist() == [1, 1, 1, 0, 0, 1, 0]
 
 
-def test_a_relu_of_another_shape_and_an_extra_one_do_not_change():
+def test_relus_without_a_recorded_counterpart_do_not_change():
     with recorded() as sides:
         F.relu(EXACT[:3])
     with replayed(sides) as changed:

@@ -64,7 +64,7 @@ def test_another_interpolation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tensors_that_the_reference_drops_are_loaded_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a ViTAE file with qkv.bias in all blocks, the reference's loader drops those of global blocks."""
+    """In a ViTAE file with qkv.bias in all blocks, the reference drops the biases of global blocks."""
     arrays, config = case()
     stem = "blocks.2.attn."
     q, v = (arrays.pop(f"{TAG}/src/module.{stem}{part}_bias") for part in "qv")

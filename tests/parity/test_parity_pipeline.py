@@ -35,7 +35,7 @@ def config():
     return read(GOLDEN / "config.json")
 
 
-def test_the_case_passes_to_the_gray_level(capsys):
+def test_the_case_passes_with_equal_gray_levels(capsys):
     assert parity.main([str(GOLDEN)]) == 0
     lines = capsys.readouterr().out.splitlines()
     errors = [float(line.split()[3]) for line in lines if "/out: error" in line]
@@ -75,12 +75,12 @@ def test_a_change_of_any_array_fails(case, arrays, config, tag):
     ],
     ids=str,
 )
-def test_a_contradicting_config_fails(case, arrays, config, change):
+def test_a_config_that_contradicts_the_results_fails(case, arrays, config, change):
     config["landscape"].update(change)
     assert case(arrays, config) == 1
 
 
-def test_results_are_computed_from_images_and_canvas_only(arrays, config, tmp_path):
+def test_results_are_computed_from_the_image_and_canvas_size_only(arrays, config, tmp_path):
     write(tmp_path / "io.npz", {"portrait/bgr": arrays["portrait/bgr"]})
     write(tmp_path / "config.json", {"portrait": {"pad_shape": [96, 96, 3]}})
     found = pipeline.compute(tmp_path)

@@ -34,7 +34,7 @@ def rows(columns, order):
 
 
 def failures(ours, theirs):
-    """Return the number of failures of a comparison after the alignment."""
+    """Return the number of failures of a comparison after the alignment, and its lines."""
     report = Report("ties")
     order = order_within_ties("list", ours, theirs, TOLERANCE, "scores", report)
     for name, absolute in TOLERANCE.items():
@@ -51,7 +51,7 @@ def test_another_order_within_a_tie_passes_and_is_printed():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_within_the_tolerance_in_any_order_within_the_groups_passes(seed):
+def test_entries_with_tolerated_noise_pass_in_any_order_within_a_tie(seed):
     rng = np.random.default_rng(seed)
     scores = np.sort(rng.choice(np.arange(20) * 1e-2, 60) + rng.uniform(-4e-6, 4e-6, 60))[::-1]
     theirs = entries(scores)
@@ -68,7 +68,7 @@ def test_noise_within_the_tolerance_in_any_order_within_the_groups_passes(seed):
     "order", [[1, 0, 2, 3, 4], [0, 1, 2, 4, 3], [4, 1, 2, 3, 0], [0, 1, 1, 2, 4]]
 )
 def test_another_order_outside_of_ties_and_a_duplicate_are_detected(order):
-    """The last case replaces an entry of a tie by a duplicate of another."""
+    """The last case replaces an entry of a tie by a duplicate of another entry."""
     theirs = entries()
     assert failures(rows(theirs, order), theirs)[0] > 0
 
@@ -88,7 +88,7 @@ def test_swapped_boxes_or_classes_of_two_entries_are_detected():
         theirs = entries(np.array([0.9, 0.5, 0.3]))
         ours = theirs | {column: theirs[column][[1, 0, 2]]}
         assert failures(ours, theirs)[0] > 0
-        tied = entries(np.array([0.5, 0.5, 0.5]))  # each box with another class
+        tied = entries(np.array([0.5, 0.5, 0.5]))  # all three tie, and each box has its own class
         ours = tied | {column: tied[column][[1, 0, 2]]}
         assert failures(ours, tied)[0] > 0
 
@@ -101,8 +101,8 @@ def test_nan_matches_nothing():
         assert failures(ours, theirs)[0] > 0
 
 
-def test_a_list_truncated_within_a_tie_accepts_any_entry_of_it():
-    """results.json stores only the first entries; ours are complete."""
+def test_any_entry_of_a_tie_may_end_a_truncated_list():
+    """results.json stores only the first entries; our list is complete."""
     ours, report = entries([0.9, 0.5, 0.5, 0.5, 0.3]), Report("ties")
     theirs = rows(ours, [0, 3, 1])
     order = order_within_ties("list", ours, theirs, TOLERANCE, "scores", report)
@@ -129,7 +129,7 @@ def test_groups_are_runs_of_close_neighbors():
     assert groups(np.array([1.0, np.nan, 1.0]), 0.1) == [(0, 1), (1, 2), (2, 3)]
 
 
-def test_a_matching_uses_every_entry_once_or_there_is_none():
+def test_a_matching_is_found_exactly_if_one_exists():
     fits = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
     assert matching(fits) == [1, 0, 2]
     assert matching(np.array([[1, 1, 0], [1, 1, 0], [1, 1, 0]], bool)) is None
@@ -155,7 +155,7 @@ def possible(fits):
 def tied(tmp_path):
     """Return a detector case in which detections 4 and 5, and proposals 7 and 8, of image 0 tie exactly.
 
-    (computed results, folder, change): `change(file, array, edit)` writes a changed array.
+    It is (computed results, folder, change); `change(file, {array: edit})` writes changed arrays.
     """
     folder = tmp_path / "maskrcnn_coco"
     folder.mkdir()
@@ -222,7 +222,7 @@ def test_tied_detections_may_be_in_another_order(tied):
     assert counted(found, folder) == 0
 
 
-def test_tied_proposals_may_be_in_another_order_with_their_rows_of_the_stages(tied):
+def test_tied_proposals_may_be_reordered_together_with_their_rows_of_the_stages(tied):
     found, folder, change = tied
     change("rpn.npz", {"eval_proposals0": swap(7, 8), "eval_proposal_logits0": swap(7, 8)})
     assert counted(found, folder) == 2  # logits and deltas of the stage are still in our order
@@ -263,7 +263,7 @@ def test_a_moved_box_and_a_duplicate_in_a_tie_are_detected(tied):
 
 @pytest.fixture
 def fork(tmp_path):
-    """Like `tied` for the fork's case: proposals 3 and 4, and detections 6 and 7 tie."""
+    """Like `tied` for the fork's case: proposals 3 and 4, and detections 6 and 7, tie."""
     found = fork_computed()
     arrays = {name: tensor.clone() for name, tensor in found.arrays.items()}
     arrays["proposals"][4, 4] = arrays["proposals"][3, 4]

@@ -37,7 +37,7 @@ def order_within_ties(
     """Return the permutation that brings our tied entries into the order of the stored ones.
 
     `ours` and `theirs` map the names of columns to arrays with one row per entry. Columns that are
-    not stored are ignored; without stored scores, or if the row counts differ, it is the identity.
+    not stored are ignored; without stored scores, or if shapes do not fit, the order is unchanged.
     """
     used = [column for column in tolerance if column in theirs]
     mine = {column: np.asarray(ours[column], np.float64) for column in used}

@@ -56,7 +56,7 @@ def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
         matched = matching([inputs["match_iou"]], low, high)
         labels = torch.where(matched == BACKGROUND, 0, 1)
         ours[f"match_{name}_label"] = torch.where(matched == IGNORE, -1, labels)
-        # The reference stores a ground truth also for ignored boxes.
+        # The reference also stores a ground truth for ignored boxes.
         best = inputs["match_iou"].argmax(dim=0)
         ours[f"match_{name}_idx"] = torch.where(matched >= 0, matched, best)
     return ours
