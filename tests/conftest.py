@@ -197,7 +197,7 @@ def nothing_is_left_in_the_repository() -> Iterator[None]:
 def vitdet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
-    """Return vitdet(*words): run a command here, in a new folder; return code, stdout and stderr."""
+    """Return vitdet(*words), which runs a command in a new folder: (exit code, stdout, stderr)."""
     from vitdet.cli import main
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

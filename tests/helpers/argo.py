@@ -192,7 +192,7 @@ class Run:
     clock: float = 0.0
 
     def start(self) -> str:
-        """Return the workflow's phase."""
+        """Run the workflow; return its phase."""
         return self.execute(Task("", "entrypoint"), {}, within=False)
 
     def execute(self, task: Task, arguments: dict[str, str], within: bool) -> str:

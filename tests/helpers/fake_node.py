@@ -1,6 +1,6 @@
 """A node's simulated scheduler, kubelet, DNS and volumes; a namespace's pods are local processes.
 
-A pod without a node is bound to this one; its first container becomes a process; its status is
+A pod without a node is bound to this node; its first container becomes a process; its status is
 written in the shapes of core/v1 PodStatus as the kubelet writes them; its log is served as the
 kubelet does (GET /containerLogs/NAMESPACE/POD/CONTAINER?follow&timestamps&tailLines&sinceSeconds&
 previous), through which the API server answers `kubectl logs`. Images, probes, init containers and

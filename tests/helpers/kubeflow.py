@@ -195,7 +195,7 @@ def serving(server: Kubeflow) -> Iterator[Kubeflow]:
 def command(
     kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
-    """Return cli(*words): run `python -m pipeline` in this process, return code, stdout and stderr."""
+    """Return cli(*words), which runs `python -m pipeline` here and returns code, stdout and stderr."""
     for name in list(os.environ):
         if name.startswith(("KFP_", "KF_PIPELINES", "KUBERNETES_")):
             monkeypatch.delenv(name)

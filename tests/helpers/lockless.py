@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-# the error of flock if the file system does not support it
+# the error of flock on each kind of file system
 KINDS = {
     "lustre without flock": errno.ENOSYS,
     "nfs without lockd": errno.ENOLCK,

@@ -17,7 +17,7 @@ from tests.helpers.schemas import misspelled
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 # The taint that the clouds or the administrator (node-pools/onprem) set on GPU nodes.
 GPU_TAINT = "nvidia.com/gpu"
-# Secrets that docs/kubeflow.md creates.
+# Secrets that users create by the commands in docs/kubeflow.md.
 BY_HAND = {"vitdet-mlflow", "mlflow-server", "mlflow-tls"}
 RUNTIMES = ("ClusterTrainingRuntime", "TrainingRuntime")
 CLUSTER_SCOPED = {"PriorityClass"}

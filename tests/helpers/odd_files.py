@@ -96,7 +96,7 @@ def turned(orientation: int, name: str) -> Make:
 
 
 def printed(mark: int, adobe: bool = True) -> Make:
-    """Return a writer of CMYK JPEGs with inverted inks; mark 2: YCbCr instead of CMY; `adobe`: with Adobe's marker."""
+    """Return a writer of CMYK JPEGs with inverted inks; mark 2 means YCbCr, not CMY; `adobe` keeps Adobe's marker."""
 
     def make(path: Path) -> tuple[np.ndarray, int]:
         # a stored value of 255 means no ink

@@ -33,7 +33,7 @@ def test_cpu_tensors_use_the_plain_path():
     assert not kernels.enabled(torch.zeros(1))
 
 
-def test_gpus_from_ampere_on_run_the_kernels(gpu):
+def test_ampere_and_later_gpus_run_the_kernels(gpu):
     gpu(8, 0)
     assert kernels._runs_on(0)
     assert kernels.describe() == f"Triton kernels on (NVIDIA H100): {', '.join(kernels.NAMES)}"
@@ -212,8 +212,8 @@ def test_graphs_are_captured_on_their_device_in_one_stream(second_gpu):
     assert second_gpu.device == torch.device("cuda:0")
 
 
-def test_a_graphs_inputs_can_be_written_outside_of_inference_mode(second_gpu):
-    """Inference tensors cannot; inference mode is a state of each thread."""
+def test_a_graphs_inputs_can_be_written_outside_inference_mode(second_gpu):
+    """Inference tensors cannot be written outside it, and other threads are not in this mode."""
     graphs, inference = CudaGraph(), []
     with torch.inference_mode():
         graphs.record(lambda tensor: inference.append(tensor.inference), OnSecondGpu(1))

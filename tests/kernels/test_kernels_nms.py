@@ -66,7 +66,7 @@ KINDS = ("random", "clustered", "tied", "chain")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plain_path_equals_the_loop(kind):
+def test_the_plain_path_keeps_the_same_boxes_as_a_loop(kind):
     boxes = scene(kind, 2, 40)
     boxes[:, ::7, 2] = boxes[:, ::7, 0]
     labels = torch.arange(80).view(2, 40) % 3
@@ -94,7 +94,7 @@ def test_the_plain_path_accepts_float64_and_empty_inputs():
 @pytest.mark.parametrize(
     ("count", "iou"), [(1, 0.5), (64, 0.7), pytest.param(75, 0.6, marks=pytest.mark.slow)]
 )
-def test_kernels_keep_the_same_boxes(count, iou):
+def test_kernels_keep_the_same_boxes_as_the_plain_path(count, iou):
     boxes = torch.cat([scene(kind, 1, count) for kind in KINDS])
     boxes[:, 3::7, 2] = boxes[:, 3::7, 0]
     boxes[:, 5::11, 1] = math.nan
@@ -143,7 +143,7 @@ def test_processing_labels_one_by_one_keeps_the_same_boxes():
 
 
 def test_the_memory_of_the_comparisons_is_bounded(monkeypatch):
-    """In an LVIS detector all proposals may have scores above 0 for all 1,203 classes."""
+    """In an LVIS detector, all proposals may have scores above 0 for all 1,203 classes."""
     sizes = []
 
     def compare(boxes, labels, iou, limit):

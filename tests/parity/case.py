@@ -29,7 +29,7 @@ from vitdet.weights.formats.table import rename, to_ours
 def evenly(candidates: Tensor, num: Tensor) -> Tensor:
     """Return keys that select the candidates at positions floor(i M / num) of M (i < num), not a draw.
 
-    That is, position p is selected if p = floor(i M / num) for i = ceil(p num / M) < num. `candidates` is (B, N) bool.
+    Candidate p of a row is selected if p = floor(i M / num) for i = ceil(p num / M) < num. `candidates`: (B, N) bool.
     """
     position = candidates.cumsum(dim=1) - 1
     total, num = candidates.sum(dim=1, keepdim=True).clamp(min=1), num[:, None]

@@ -29,7 +29,7 @@ def link(folder, source, *names):
 
 
 def disturbed(array):
-    """Change one element; of bytes, invert the first half, as a single packed bit is within tolerance."""
+    """Change one element; of bytes, invert the first half, since one packed bit is within tolerance."""
     array = np.array(array)
     flat = array.reshape(-1)
     if array.dtype == np.uint8:

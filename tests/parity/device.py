@@ -5,7 +5,7 @@ order. On an H100, `maskrcnn_coco` and `maskrcnn_coco_resblock` were within them
 float64 were not (up to 15 times the tolerance), because equal scores were ordered differently than on the CPU. Boxes
 now decide the order of equal scores (`vitdet.models.boxes.largest`), so no tolerance allows for it; the case was not
 measured again. Results may still differ where rounding decides: for a box at an IoU threshold, or for which of several
-equal scores `topk` returns last.
+equal scores `topk` still returns.
 The Triton kernels are used as in training (`vitdet.kernels.enabled`); networks in float64 use the plain path.
 """
 
