@@ -1,8 +1,8 @@
 """Time the attention kernels with other block sizes: `python -m tests.bench.attention [HEADS DEPTH]`.
 
 Forward and backward passes at 64 x 64 tokens and batch 8, over the grid and in windows of 14; ViT-B's heads by default.
-The constants of `vitdet.kernels.attention_kernels` are replaced one at a time, compiled beforehand in parallel. Each
-list starts with the value in use.
+The constants of `vitdet.kernels.attention_kernels` are replaced one at a time and compiled beforehand, in parallel.
+Each list starts with the value in use.
 """
 
 from __future__ import annotations

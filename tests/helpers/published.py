@@ -50,7 +50,7 @@ def model_of(recipe: str) -> Detector:
 
 @cache
 def file_of(name: str) -> dict[str, Tensor]:
-    """Return random tensors under the published names; kernels and large matrices are constant."""
+    """Return random tensors under published names; convolutions and large matrices are constant."""
     generator = torch.Generator().manual_seed(len(name))
     return {key: draw(shape, generator) for key, shape in PUBLISHED[name]["keys"].items()}
 

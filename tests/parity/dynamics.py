@@ -43,7 +43,7 @@ Losses = dict[str, float]
 
 @dataclass
 class Run:
-    """Losses and norms of the parameters (by the reference's names) of every step."""
+    """The losses, and the norms of the parameters (by the reference's names), of every step."""
 
     losses: list[Losses]
     norms: list[dict[str, float]]

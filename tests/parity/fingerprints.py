@@ -1,7 +1,7 @@
 """The three detectors of ViTAE-Transformer/ViTDet at 1024 x 1024, built from our recipes: a few values per stage.
 
-Weights and image are not stored but computed from the reference's names (`drawn`, `weight`), so that the table of names
-is also compared. A detector takes about half a minute and 4 GB.
+Weights and image are not stored but drawn (`drawn`). The seed of a weight is its name in the reference (`weight`), so
+the table of names is also compared. A detector takes about half a minute and 4 GB.
 """
 
 from __future__ import annotations
