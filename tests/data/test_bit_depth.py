@@ -81,9 +81,9 @@ def test_a_depth_in_the_file_needs_no_setting(
     assert examine(path.read_bytes(), reading).highest is None
 
 
-def test_a_tiff_states_its_bits(tmp_path: Path) -> None:
+def test_the_depth_stored_in_a_tiff_is_used(tmp_path: Path) -> None:
     pairs = DEEP.astype(int).reshape(-1, 2)
-    packed = np.stack(  # 12 bits each, most significant first
+    packed = np.stack(  # 12 bits per value, most significant bit first
         [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1
     ).astype(np.uint8)
     # width, height, bits, no compression, black is 0, pixel offset, samples, rows, bytes
@@ -120,7 +120,7 @@ def test_values_beyond_the_depth_are_refused(write: Write, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [2, 6])
-def test_colors_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None:
+def test_a_bit_depth_is_refused_for_sixteen_bit_color_images(kind: int, tmp_path: Path) -> None:
     data_set(tmp_path, (HIGH, WIDE))
     path = tmp_path / "odd" / "odd.jpg"
     pixels = MANY[..., : 3 if kind == 2 else 4] >> 4
@@ -152,7 +152,7 @@ def test_colors_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None
 def test_check_considers_the_range_of_all_images(
     vitdet: Run, tmp_path: Path, highest: tuple[int, int], says: str
 ) -> None:
-    """A dark image among others causes no warning, nor does the proposed setting."""
+    """A dark image among brighter ones causes no warning; the proposed setting removes warnings."""
     data_set(tmp_path, (HIGH, WIDE))
     path = tmp_path / "annotations" / "instances_odd.json"
     tree = json.loads(path.read_text())

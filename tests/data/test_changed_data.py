@@ -69,7 +69,7 @@ class Run:
         """Overwrite the measured AP."""
         row = json.loads(Path(self.path("figures")).read_text())
         row["metrics"]["box_ap"] = ap
-        row.pop("plots", None)  # as the matches have another AP
+        row.pop("plots", None)  # the matches in this folder have a different AP
         Path(self.path("figures")).write_text(json.dumps(row))
 
     def evaluate_champion(self) -> str:
@@ -189,7 +189,7 @@ def test_on_other_validation_data_the_champion_is_evaluated_again(again: Run) ->
     assert again.gate() == (True, "box AP 3, above the 0 of the champion, version 1")
     again.better(0.0)
     assert not again.gate()[0]
-    assert again.evaluate()  # the registry has the champion's AP, so the next run skips this
+    assert again.evaluate()  # the registry now has the champion's AP on this data
 
 
 def test_with_other_settings_the_champion_is_evaluated_again(again: Run) -> None:
@@ -234,7 +234,7 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     model = stages.train(config, "tiny", first)
     code, out, err = vitdet("register", model, *words)
     assert code == 0 and "version 1 (champion): box AP 0: the first champion" in out, err
-    assert vitdet("register", model, *words)[0] == 0  # the champion itself
+    assert vitdet("register", model, *words)[0] == 0  # the champion itself is accepted again
 
     other = tmp_path / "runs" / "other" / "model.pt"
     other.parent.mkdir()
@@ -242,7 +242,7 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     code, _, err = vitdet("register", other, *words)
     assert code == 1 and "no better than the 0 of the champion, version 1" in err
 
-    # the checkpoint's own metrics are of the old data, those of --metrics of the new data
+    # the checkpoint contains metrics on the old data, metrics.json contains metrics on the new data
     add_image(own_tiny, "val")
     metrics.write_text('{"box_ap": 3.0}')
     code, out, err = vitdet("register", other, *words, "--metrics", metrics)

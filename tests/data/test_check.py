@@ -1,4 +1,4 @@
-"""`data check` on a damaged data set: every problem is listed, nothing raises, valid entries stay readable."""
+"""`data check` on a damaged data set: every problem is listed with its location."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ FAULTS = [  # test_odd_annotations.py covers all kinds
 
 
 @pytest.mark.parametrize(("damage", "kind", "example"), FAULTS)
-def test_an_error_is_located(folder: Path, damage: Callable, kind: str, example: str) -> None:
+def test_an_error_states_its_place(folder: Path, damage: Callable, kind: str, example: str) -> None:
     content = document()
     damage(content)
     write(folder, "train", content)
@@ -130,7 +130,7 @@ NO_UNICODE = "\ud800".encode("utf-8", "surrogatepass").decode("latin1")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "null", '{"images": 1e999}', NO_UNICODE])
-def test_a_file_of_another_kind_is_an_error(folder: Path, text: str) -> None:
+def test_an_invalid_annotation_file_is_an_error(folder: Path, text: str) -> None:
     write(folder, "train", text)
     report = check(folder, ["train"])
     assert not report.ok and "instances_train.json" in report.errors[0].examples[0]
@@ -146,7 +146,7 @@ def test_damaged_image_files_are_distinguished(folder: Path) -> None:
     assert kinds(check(folder, images=False))[0] == {"missing image file": 1}
 
 
-def test_an_exif_rotated_image_has_the_size_of_the_upright_one(folder: Path) -> None:
+def test_an_exif_rotated_image_has_the_size_of_the_upright_image(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (48, 64)).save(folder / "train" / "1.png", "JPEG", exif=exif)

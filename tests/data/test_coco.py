@@ -1,4 +1,4 @@
-"""Reading annotation files: records, dropped and counted annotations, one-line errors."""
+"""Reading annotations and images: records, counts of dropped annotations, one-line errors."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def _damage(where: str, **values: object) -> dict:
         ([1, 2], "expected a JSON object with images, annotations, categories; got list"),
     ],
 )
-def test_an_annotation_error_is_one_line(tmp_path: Path, content: object, expected: str) -> None:
+def test_a_bad_annotation_fails_in_one_line(tmp_path: Path, content: object, expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
         read_coco(_write(tmp_path, content), tmp_path / "train")
     message = str(caught.value)
@@ -98,7 +98,7 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
         read_image(tmp_path / "x.jpg")
 
 
-def test_real_coco_annotations() -> None:
+def test_real_coco_annotations_are_read() -> None:
     if not SAMPLE.is_dir():
         pytest.skip("needs ../shared")
     objects = 0

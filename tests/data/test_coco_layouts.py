@@ -1,6 +1,6 @@
 """COCO exports in the layouts of annotation tools: found, checked and trained on without conversion.
 
-The layouts are those of the tools' documentation, see `vitdet.data.coco_layouts`.
+The layouts are those of the tools' documentation; see `vitdet.data.coco_layouts`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def roboflow(root: Path) -> None:
 
 
 def one_split(file: str, folder: str, prefix: str = "") -> Callable[[Path], None]:
-    """Return a layout of one annotation file with its images in a folder."""
+    """Return a function that writes one annotation file and its images in a folder."""
 
     def layout(root: Path) -> None:
         write(root / file, content(folder=prefix))
@@ -130,7 +130,7 @@ def test_the_error_for_an_unknown_layout_lists_the_folder(tmp_path: Path) -> Non
     assert error.examples[0].endswith("found data.yaml, images")
 
 
-def test_a_folder_with_coco_and_lvis_has_both(tmp_path: Path) -> None:
+def test_coco_and_lvis_splits_are_found_in_one_folder(tmp_path: Path) -> None:
     coco(tmp_path)
     write(tmp_path / "annotations" / "lvis_v1_val.json", document(lvis=True))
     assert list(find_splits(tmp_path)) == ["train", "val"]

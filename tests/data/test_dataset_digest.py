@@ -25,7 +25,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The digests that are passed to MLflow, one per training run, which then ends."""
+    """The digests passed to MLflow, one per training run; each run is stopped at that point."""
     told: list[str] = []
 
     def start_run(uri: str, folder: Path, what: dict, *_: object) -> None:
@@ -50,7 +50,7 @@ def test_every_way_to_train_logs_the_same_digest(
     def settings(root: str) -> list[str]:
         return [*minimal(root, optim__steps=1), f"data.dataset={dataset}"]
 
-    # as checked out by DVC
+    # symbolic links, which DVC may check out instead of files
     own, held = (place(source, "own"), place(source, "work/data/held", os.symlink))
     assert vitdet("train", "tiny", *options(settings(own)), "--output", "runs/a")[0] == 143
 

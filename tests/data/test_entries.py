@@ -19,7 +19,7 @@ from vitdet.data.dataset import read_split
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A read-only data set of tests.helpers.large with two small splits."""
+    """A read-only data set with two small splits, written by tests.helpers.large."""
     folder = tmp_path_factory.mktemp("large")
     write(folder, 60, 300)
     write(folder, 20, 90, "val", first=1000)

@@ -35,7 +35,7 @@ def data(own_tiny: Path) -> DataConfig:
 
 
 def add_image(root: Path, split: str = "train") -> None:
-    """Add an image with the first image's objects."""
+    """Add a copy of the first image and of its objects."""
     path = root / "annotations" / f"instances_{split}.json"
     content = json.loads(path.read_text())
     first = content["images"][0]
@@ -85,7 +85,7 @@ def test_a_fingerprint_covers_annotations_and_named_images(
         assert after[split] == fingerprint(data, split, read_split(data, split).records)
 
 
-def test_the_fingerprint_excludes_other_settings(data: DataConfig, tmp_path: Path) -> None:
+def test_fingerprints_exclude_location_and_loading(data: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(data.root, tmp_path / "elsewhere")
     there = replace(data, root=str(tmp_path / "elsewhere"), flip=0.0, workers=3, image_size=64)
     assert fingerprints(there) == fingerprints(data)
@@ -129,7 +129,7 @@ def test_a_manifest_of_another_program_is_ignored(data: DataConfig) -> None:
     assert describe(data) == expected
 
 
-def test_verified_data_is_verified_again(data: DataConfig) -> None:
+def test_data_changed_after_verification_is_refused(data: DataConfig) -> None:
     expected = combined(describe(data)["fingerprints"])
     assert combined(verify(data, expected)) == expected
     with pytest.raises(FileNotFoundError, match="removed after the data was verified"):

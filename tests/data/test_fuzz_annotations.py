@@ -1,7 +1,7 @@
 """Random annotation files: either `data check` finds no error and all readers work, or it finds errors and
 all readers raise a one-line error. No other exception, crash or hang.
 
-Longer, with other inputs each time: pytest --hypothesis-profile=long tests/data/test_fuzz_annotations.py
+To run longer, with new inputs each time: pytest --hypothesis-profile=long tests/data/test_fuzz_annotations.py
 """
 
 from __future__ import annotations

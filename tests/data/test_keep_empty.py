@@ -30,7 +30,7 @@ FULL, EMPTY = target([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), target([],
 
 @pytest.fixture
 def data(tiny: Path, tmp_path: Path) -> DataConfig:
-    """The demo data, with only a crowd in the first training image and no object in the second."""
+    """The demo data, with only crowds in the first training image and no object in the second."""
     root = tmp_path / "data"
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
@@ -54,7 +54,7 @@ def ids_of(data: DataConfig) -> list[int]:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_images_without_objects_are_omitted_or_background(
+def test_images_without_objects_are_omitted_or_used_as_background(
     data: DataConfig, keep: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -76,7 +76,6 @@ def test_images_without_objects_are_omitted_or_background(
 
 
 def test_only_crops_of_images_with_objects_are_redrawn(data: DataConfig) -> None:
-    """Crops of images without objects are not redrawn."""
     data = replace(data, keep_empty=True, redraw_empty=True)
     count = len(read_split(data, "train").records)
     batch = next(iter(train_loader(data, count, 0, 0, 1)))
@@ -116,8 +115,8 @@ def cross_entropy(logit: float, truth: bool) -> float:
 
 
 @pytest.mark.parametrize("targets", [[FULL, EMPTY], [EMPTY, FULL], [EMPTY, EMPTY]])
-def test_the_losses_of_an_image_without_objects(targets: list) -> None:
-    """Its anchors and boxes are background, and every loss but the mask loss averages over them."""
+def test_the_losses_include_an_image_without_objects(targets: list) -> None:
+    """The image's anchors and boxes are background; all losses but the mask loss include them."""
     detector = small_detector().train()
     pixels, sizes = images(2).float(), torch.tensor([[128, 128]] * 2)
     torch.manual_seed(3)
@@ -159,7 +158,7 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
                 expected["loss_rpn_loc"] += miss / (2 * rpn.samples)
     mask = heads.mask_loss(features, assigned, batch).item()
     assert losses == pytest.approx({**expected, "loss_mask": mask}, rel=1e-4, abs=1e-6)
-    for alone in (i for i, kind in enumerate(targets) if kind is FULL):  # mean over its masks
+    for alone in (i for i, kind in enumerate(targets) if kind is FULL):  # mean of FULL's masks
         only = slice(alone, alone + 1)
         of_full = [level[only] for level in features]
         own = Assigned(assigned.boxes[only], assigned.matched[only], assigned.most)

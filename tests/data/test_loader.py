@@ -73,7 +73,7 @@ def test_batches_contain_images_sizes_and_targets(data: DataConfig) -> None:
     assert sorted(seen) == sorted(100 - index for index in range(12) if index % 3)
 
 
-def test_resume_workers_and_cache_do_not_change_a_step(data: DataConfig) -> None:
+def test_resuming_and_workers_do_not_change_a_step(data: DataConfig) -> None:
     whole = list(train_loader(data, 4, seed=1, start_step=0, steps=7))
     resumed = list(train_loader(data, 4, seed=1, start_step=4, steps=7))
     assert len(resumed) == 3 and all(map(_same, whole[4:], resumed))
@@ -118,7 +118,7 @@ def test_a_batch_is_pinned_for_the_gpu(data: DataConfig, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_is_a_one_line_error(data: DataConfig, workers: int) -> None:
+def test_a_truncated_image_raises_a_one_line_error(data: DataConfig, workers: int) -> None:
     file = Path(data.root) / "train" / "1.jpg"
     file.write_bytes(file.read_bytes()[:600])
     says = r"train/1.jpg: the image cannot be read: .*vitdet data check"
@@ -131,7 +131,7 @@ GROUP_SIGNAL = """
 import os, signal, sys
 from vitdet.config import DataConfig
 from vitdet.data import train_loader
-signal.signal(signal.SIGTERM, lambda *_: None)  # as a training that finishes its step first
+signal.signal(signal.SIGTERM, lambda *_: None)  # like a training run that finishes its step first
 batches = iter(train_loader(DataConfig(root=sys.argv[1], train_split="train", image_size=64, workers=1), 4, 0, 0, 50))
 next(batches)
 os.killpg(0, signal.SIGTERM)
@@ -141,7 +141,7 @@ sys.exit(7)  # in the middle of the stream
 """
 
 
-def test_workers_ignore_signals_to_the_group_and_end_with_the_process(data: DataConfig) -> None:
+def test_workers_ignore_signals_to_the_process_group(data: DataConfig) -> None:
     done = subprocess.run(
         [sys.executable, "-c", GROUP_SIGNAL, data.root],
         start_new_session=True,
@@ -159,7 +159,7 @@ def test_ignored_objects_are_counted_once(
     content["annotations"][0]["bbox"][2] = 0
     path.write_text(json.dumps(content))
     train_loader(data, 4, seed=0, start_step=0, steps=1)
-    # the first process has logged the message
+    # rank 0 has already logged the message
     train_loader(data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2)
     assert caplog.messages == [f"{path}: objects ignored in training: 1 of zero size"]
 

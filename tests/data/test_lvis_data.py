@@ -29,7 +29,7 @@ COUNTS = (100, 81, 1, 0, 9, 4)  # image_count of each category in the training f
 
 
 def as_lvis(tiny: Path, folder: Path) -> Path:
-    """Write the tiny data set in LVIS format: no file names or crowds, and val images also in train2017."""
+    """Write the tiny data set as LVIS: no file names or crowds; one val image is in train2017."""
     for split, place in (("train", "train2017"), ("val", "val2017")):
         content = json.loads((tiny / "annotations" / f"instances_{split}.json").read_text())
         first = content["categories"][0]["id"]
@@ -107,7 +107,7 @@ def test_labels_follow_sorted_ids_and_file_names_replace_urls(own_lvis: Path) ->
         assert record.path == other.path and record.labels.tolist() == other.labels.tolist()
 
 
-def test_real_lvis_annotations() -> None:
+def test_real_lvis_annotations_are_read() -> None:
     if not SHARED.exists():
         pytest.skip("needs ../shared")
     found = read_coco(SHARED, "root", by_url=True)
@@ -117,7 +117,7 @@ def test_real_lvis_annotations() -> None:
     assert found.class_names[0] == "acorn" and found.image_counts[:5] == (0, 0, 0, 3, 0)
 
 
-def test_a_fingerprint_covers_the_images_that_the_file_names(own_lvis: Path) -> None:
+def test_a_fingerprint_covers_only_images_in_the_annotations(own_lvis: Path) -> None:
     data = settings(own_lvis)
     first = fingerprints(data)
     (own_lvis / "test2017").mkdir()
@@ -170,7 +170,7 @@ def test_requirements_of_lvis_are_checked(
     assert error.kind == kind and "lvis_v1_val.json" in error.examples[0]
 
 
-def test_the_federated_loss_draws_by_image_counts(
+def test_the_federated_loss_weights_classes_by_image_count(
     lvis: Path, picture: Path, tmp_path: Path
 ) -> None:
     changes = {

@@ -13,8 +13,8 @@ from vitdet.data.masks import decode, edges_of, encode, paste
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "coco-sample"
 
 
-def _rasterise(lines: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return pixels (H, W) whose centers have a nonzero winding number, row by row."""
+def _rasterize(lines: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return a mask (H, W) of the pixels whose centers have a nonzero winding number."""
     turns = np.zeros((height, width), int)
     x = np.arange(width) + 0.5
     for x0, y0, x1, y1 in lines.astype(np.float64):
@@ -30,26 +30,26 @@ def _closes(lines: np.ndarray) -> bool:
     return sorted(lines[:, :2].tolist()) == sorted(lines[:, 2:].tolist())
 
 
-def test_polygon_parts_get_equal_orientation_and_unite() -> None:
+def test_polygon_parts_of_opposite_orientation_are_united() -> None:
     # overlapping parts of opposite orientation
     square, turned = ([1, 1, 7, 1, 7, 7, 1, 7], [4, 4, 4, 9, 9, 9, 9, 4])
     found, counts = edges_of([[square, turned], None, [square]], 12, 12)
     assert found.shape == (12, 4) and found.dtype == np.float32 and counts.tolist() == [8, 0, 4]
     expected = np.zeros((12, 12), bool)
     expected[1:7, 1:7] = expected[4:9, 4:9] = True
-    assert np.array_equal(_rasterise(found[:8], 12, 12), expected)
+    assert np.array_equal(_rasterize(found[:8], 12, 12), expected)
     assert _closes(found[:8]) and _closes(found[8:])
 
 
-def test_rle_outline_is_exact() -> None:
+def test_an_rle_outline_covers_exactly_its_pixels() -> None:
     rng = np.random.default_rng(0)
     for density in (0.1, 0.5, 0.9, 1.0):
         pixels = rng.random((17, 23)) < density
         (rle,) = encode(torch.from_numpy(pixels)[None])
         found, _ = edges_of([rle], 17, 23)
-        assert np.array_equal(_rasterise(found, 17, 23), pixels) and _closes(found)
+        assert np.array_equal(_rasterize(found, 17, 23), pixels) and _closes(found)
         across = found[:, [1, 0, 3, 2]]  # the transposed mask needs the horizontal edges
-        assert np.array_equal(_rasterise(across, 23, 17), pixels.T)
+        assert np.array_equal(_rasterize(across, 23, 17), pixels.T)
 
 
 def test_a_rectangle_of_pixels_has_four_edges() -> None:
@@ -58,7 +58,7 @@ def test_a_rectangle_of_pixels_has_four_edges() -> None:
     assert sorted(found.tolist()) == [[1, 1, 1, 3], [1, 3, 3, 3], [3, 1, 1, 1], [3, 3, 3, 1]]
 
 
-def test_no_objects_and_empty_rle() -> None:
+def test_no_objects_and_empty_masks_have_no_edges() -> None:
     assert [part.shape for part in edges_of([], 4, 5)] == [(0, 4), (0,)]
     edges, counts = edges_of([{"size": [4, 5], "counts": [20]}], 4, 5)
     assert edges.shape == (0, 4) and counts.tolist() == [0]
@@ -66,7 +66,7 @@ def test_no_objects_and_empty_rle() -> None:
         edges_of([{"size": [4, 5], "counts": [20]}], 5, 5)
 
 
-def test_encode_round_trip() -> None:
+def test_encoded_masks_decode_to_the_same_pixels() -> None:
     bitmaps = torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0)) < 0.4
     encoded = encode(bitmaps)
     assert [type(code["counts"]) for code in encoded] == [str] * 3 and encoded[0]["size"] == [9, 14]
@@ -84,7 +84,7 @@ def test_real_outlines_cover_the_pixels_of_pycocotools() -> None:
         for segmentation in record.segmentations[:6]:
             expected = decode(segmentation, *size)
             if expected.sum() >= 200:
-                ours = _rasterise(edges_of([segmentation], *size)[0], *size)
+                ours = _rasterize(edges_of([segmentation], *size)[0], *size)
                 overlaps.append((ours & expected).sum() / (ours | expected).sum())
     assert len(overlaps) > 10 and np.mean(overlaps) > 0.95 and min(overlaps) > 0.8
 
@@ -124,7 +124,7 @@ def test_paste_equals_a_reference_implementation() -> None:
     assert paste(masks[:0], boxes[:0], (26, 33)).shape == (0, 26, 33)
 
 
-def test_pasting_only_the_box_region_is_bitwise_equal() -> None:
+def test_pasting_only_the_box_equals_pasting_the_whole_image() -> None:
     generator = torch.Generator().manual_seed(1)
     low = torch.rand(40, 2, generator=generator) * 90 - 10
     boxes = torch.cat([low, low + 1 + torch.rand(40, 2, generator=generator) * 80], dim=1)

@@ -1,6 +1,6 @@
 """Unusual annotations: the result of `data check` for each, and agreement of all readers with it.
 
-It includes the cases that fuzzing found.
+The cases include those that fuzzing found.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def kinds(data: DataConfig, content: bytes | dict) -> tuple[set[str], set[str]]:
-    """Return errors and added warnings of the file, after checking that all readers agree with them."""
+    """Return the kinds of errors and of added warnings; check that all readers agree with them."""
     plain = {f"{what} (ignored in training)" for what in ("crowd region", "box of zero size")}
     plain.add("image without objects")
     report = judged(data, content if isinstance(content, bytes) else json.dumps(content).encode())
@@ -169,7 +169,7 @@ TOLERATED = [
     *each("annotations", "bbox", [[64, 10, 20, 20]], OUTSIDE),
     *each("annotations", "bbox", [[-1.5, 0, 2.5, HEIGHT]], "box partly outside its image", 4),
     *outlines([COMPRESSED], ELSEWHERE),
-    *outlines([[[5, 5] * 3], [[70, 10, 90, 10, 90, 30]]], NO_PIXELS),  # a point, outside the image
+    *outlines([[[5, 5] * 3], [[70, 10, 90, 10, 90, 30]]], NO_PIXELS),  # a point; outside the image
     *run_lengths(([0, 0, 3072], [3072]), NO_PIXELS),
     *outlines(([], None), NO_OUTLINE),
     *outlines([[SQUARE, [1, 2, 3, 4]]], PARTS),

@@ -1,4 +1,4 @@
-"""Images that are not plain RGB JPEG, through every reader of images: exact pixels, or a one-line error.
+"""Images other than plain RGB JPEG files, through every reader: exact pixels, or a one-line error.
 
 Expected pixels are computed in `odd_files`, without Pillow.
 """
@@ -45,7 +45,7 @@ class Watcher(nn.Module):
 
 
 def data_set(root: Path, size: tuple[int, int], name: str = "odd.jpg") -> DataConfig:
-    """Write a split of one image with one object, ROOT/odd/odd.jpg; the canvas has the image's longest side."""
+    """Annotate one object in the image ROOT/odd/odd.jpg; the canvas has the image's longest side."""
     (root / "odd").mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
     height, width = size
@@ -67,7 +67,7 @@ def unscaled(batch: Batch | Watcher, size: tuple[int, int]) -> np.ndarray:
 
 
 def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Return the upright image as read by each part of the program."""
+    """Yield the name of each part of the program and the upright image as read by it."""
     record = read_split(data, "odd").records[0]
     yield "open_image", np.asarray(open_image(record.path))
     yield "what was read before", np.asarray(upright(open_image(record.path)))
@@ -88,7 +88,7 @@ def test_all_readers_return_the_same_upright_pixels(make: Make, tmp_path: Path) 
     (tmp_path / "odd").mkdir()
     path = tmp_path / "odd" / "odd.jpg"  # the file name does not determine the format
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # like the command line
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # as the command line does
         expected, near = make(path)
         data = data_set(tmp_path, expected.shape[:2])
         for reader, seen in readings(data):
@@ -167,7 +167,7 @@ def test_warnings_of_pillow_are_not_shown(
 ) -> None:
     data_set(tmp_path, (HIGH, WIDE))
     ODD["EXIF that is broken: cut"](tmp_path / "odd" / "odd.jpg")
-    # a warning; twice as many pixels are an error
+    # Pillow warns above this limit, and raises an error above twice the limit
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -210,7 +210,7 @@ def test_an_image_with_too_many_pixels_is_not_decoded(
 
 
 @pytest.mark.parametrize(("bound", "fits"), [(HIGH * WIDE, True), (HIGH * WIDE - 1, False)])
-def test_max_pixels_is_the_largest_image(bound: int, fits: bool, tmp_path: Path) -> None:
+def test_an_image_may_have_at_most_max_pixels(bound: int, fits: bool, tmp_path: Path) -> None:
     data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
     ODD["gray"](path)
     refusal = pytest.raises((ValueError, ImageError), match="data.max_pixels")
@@ -219,7 +219,7 @@ def test_max_pixels_is_the_largest_image(bound: int, fits: bool, tmp_path: Path)
             use()
 
 
-def test_an_error_of_a_decoder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_error_becomes_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(image: Image.Image) -> None:
         raise KeyError("two\nlines")
 
@@ -246,7 +246,7 @@ def test_a_size_without_the_exif_rotation_is_explained(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (1, 20000), (20000, 1)])
-def test_a_single_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Path) -> None:
+def test_an_image_of_one_row_or_column_is_accepted(size: tuple[int, int], tmp_path: Path) -> None:
     data, path = data_set(tmp_path, size), tmp_path / "odd" / "odd.jpg"
     path.write_bytes(png(size, 8, 2, [bytes([3, 99, 200]) * size[1]] * size[0]))
     plain = DataConfig(workers=0)
@@ -262,7 +262,7 @@ def test_a_single_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Pa
     assert found.draw(path).convert("RGB").getpixel((0, 0)) == (3, 99, 200)
 
 
-def test_damaged_bytes_are_an_image_or_a_one_line_error(tmp_path: Path) -> None:
+def test_damaged_images_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
     """`check` and training accept the same files and read equal sizes."""
     rng, path, read = np.random.default_rng(3), tmp_path / "x", 0
     files = []

@@ -1,4 +1,4 @@
-"""Memory bounds per image, for any annotations."""
+"""The memory needed for one image is bounded for any annotations."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def test_matching_anchors_with_a_thousand_objects_needs_little_memory(tmp_path: 
 
 def test_one_long_outline_among_many_objects_needs_little_memory(tmp_path: Path) -> None:
     read, targets = growth(READ_AND_CUT, tmp_path)
-    assert read < 200  # padding to the longest outline would need 1,500
-    assert targets < 300  # all edges at once would need 1,000
+    assert read < 200  # padding to the longest outline would need 1,500 MB
+    assert targets < 300  # all edges at once would need 1,000 MB

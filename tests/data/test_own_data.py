@@ -44,7 +44,7 @@ def yolo(tmp_path: Path) -> Path:
 
 
 def renamed(data: Path, **splits: str) -> Path:
-    """Rename the splits."""
+    """Rename splits, given as old=new."""
     for old, new in splits.items():
         for name in ("{}", "annotations/instances_{}.json"):
             shutil.move(data / name.format(old), data / name.format(new))
@@ -53,12 +53,12 @@ def renamed(data: Path, **splits: str) -> Path:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """Return the logged messages."""
+    """Return a function that returns the logged messages."""
     caplog.set_level("INFO")
     return lambda: "\n".join(caplog.messages)
 
 
-def test_yolo_labels_to_pictures_with_one_setting(
+def test_a_yolo_data_set_needs_one_setting_for_training(
     vitdet: Run, yolo: Path, tmp_path: Path, said: Callable[[], str]
 ) -> None:
     root, output = tmp_path / "parts", tmp_path / "runs" / "parts"
@@ -106,7 +106,7 @@ def test_a_folder_determines_splits_and_classes(own_tiny: Path, recipe: str) -> 
     assert found["data.val_split"] == "valid"
     assert ("model.roi_heads.num_classes" in found) == (recipe != "tiny")
     told = [f"{key}={value}" for key, value in found.items()]
-    # only settings that a user could have set
+    # the folder changes only settings that a user could change
     assert load_config(recipe, [*overrides, *told]) == config
 
 
@@ -165,12 +165,12 @@ def test_explicit_settings_override_the_folder(tmp_path: Path) -> None:
     assert explicit_settings(shipped, overrides) == {"data.root", "optim.lr", "train.init"}
 
 
-def test_a_printed_config_follows_later_data(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
-    """The first stage of dvc.yaml resolves the settings before the data exists, and a class is added later."""
+def test_a_written_config_adapts_to_later_data(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
+    """The first stage of dvc.yaml writes the config before the data exists."""
     words = ["config", ROOT / "vitdet" / "recipes" / "tiny.yaml", "--set", f"data.root={own_tiny}"]
     moved = own_tiny.rename(tmp_path / "later")
     assert vitdet(*words, *SMALL, "--output", tmp_path / "config.yaml")[0] == 0
-    assert load_config(tmp_path / "config.yaml").model.roi_heads.num_classes == 6  # unresolved
+    assert load_config(tmp_path / "config.yaml").model.roi_heads.num_classes == 6  # from the recipe
     moved.rename(own_tiny)
     other_classes(own_tiny, ["one", "two"])
     renamed(own_tiny, train="train2017", val="val2017")
@@ -212,7 +212,7 @@ UNKNOWN = "no such file or folder; the splits are day, night; set data.train_spl
     ],
     ids=["unknown names", "no validation", "no images", "nothing", "lvis", "broken"],
 )
-def test_incomplete_data_is_one_line(
+def test_incomplete_data_is_reported_in_one_line(
     vitdet: Run, own_tiny: Path, change: Callable, says: str
 ) -> None:
     change(own_tiny)

@@ -56,7 +56,7 @@ def test_ranks_split_the_batch_of_a_single_process(world_size: int, accumulate: 
     assert list(StepSampler(12, 4, 4)) == [] and len(StepSampler(12, 5, 4)) == 0
 
 
-def test_indivisible_batches_and_empty_splits_are_refused() -> None:
+def test_invalid_sampler_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"multiple of 4 \(the number of processes\), got 6"):
         StepSampler(6, 0, 1, 0, 4)
     with pytest.raises(ValueError, match="no image"):
@@ -73,7 +73,7 @@ def test_indivisible_batches_and_empty_splits_are_refused() -> None:
         (2, 1, 3, "3 (1 process x train.accumulate=3)", "3"),
     ],
 )
-def test_an_indivisible_batch_is_refused(
+def test_the_error_for_an_indivisible_batch_states_valid_sizes(
     batch: int, processes: int, accumulate: int, parts: str, sizes: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -90,7 +90,7 @@ def test_repeat_factors_follow_the_rarest_class() -> None:
     # Of ten images, class 0 is in 9, class 1 in 2, class 2 in 1, class 3 in 2.
     expected = [1, (0.4 / 0.2) ** 0.5, 1, 2, 1, (0.4 / 0.2) ** 0.5, 1, 2**0.5, 1, 1]
     assert repeat_factors(labels, 0.4) == pytest.approx(expected)
-    assert repeat_factors(labels, 0.1).tolist() == [1.0] * 10  # no class is rarer
+    assert repeat_factors(labels, 0.1).tolist() == [1.0] * 10  # no class is rarer than this
 
 
 def test_repeat_factors_of_random_images_follow_the_formula() -> None:
@@ -104,12 +104,12 @@ def test_repeat_factors_of_random_images_follow_the_formula() -> None:
     assert max(slow) > 2 and repeat_factors(labels, 0.05) == pytest.approx(slow)
 
 
-def test_images_are_repeated_by_their_factors() -> None:
+def test_images_are_repeated_according_to_their_factors() -> None:
     factors = np.array([1.0, 1.3, 2.0, 2.75, 4.5])
     sampler = InfiniteSampler(5, seed=1, repeats=factors)
     epochs = 2000
     ends, stream = [0], []
-    while len(ends) <= epochs:  # an epoch ends with its last image after stochastic rounding
+    while len(ends) <= epochs:  # stochastic rounding determines the length of an epoch
         sampler[ends[-1]]
         start, length = ends[-1], len(sampler._order)
         epoch = [sampler[position] for position in range(start, start + length)]

@@ -77,7 +77,7 @@ def test_new_workers_share_the_first_worker_s_memory(folder: Path, tmp_path: Pat
     rows, own = json.loads(done.stdout)
     assert len({pid for _, pid, _ in rows}) == 2
     assert len(own) == 4 and all("memfd:vitdet" in place for place in own) and len(set(own)) == 4
-    # inode and name; the fork server has loaded torch
+    # the same inodes and names in all workers; the fork server has loaded torch
     assert all(place == [*own, "(0, 4)", True] for _, _, place in rows)
     data = DataConfig(root=str(folder), train_split="train", image_size=64)
     alone = TrainData(read_split(data, "train"), data, 0)

@@ -54,7 +54,7 @@ def test_only_rank_0_reads_and_all_ranks_get_the_result(everyone: Callable) -> N
 
 
 @pytest.mark.parametrize("broken", [{0}, {1}, {1, 2}])
-def test_an_error_of_rank_0_is_raised_on_all_ranks(everyone: Callable, broken: set[int]) -> None:
+def test_all_ranks_raise_the_error_of_the_lowest_rank(everyone: Callable, broken: set[int]) -> None:
     def make(rank: int) -> str:
         if rank in broken:
             raise FileNotFoundError(f"no file, says {rank}")

@@ -48,7 +48,7 @@ def test_test_time_resize_equals_detectron2_to_the_byte() -> None:
         assert np.array_equal(found, golden[f"out{index}"])
 
 
-def test_pad_puts_the_image_top_left() -> None:
+def test_padding_keeps_the_image_at_the_top_left() -> None:
     canvas, size = resize_and_pad(np.full((20, 50, 3), 9, np.uint8), 64, antialias=True)
     assert canvas.shape == (3, 64, 64) and size == (26, 64)
     assert (canvas[:, :26] == 9).all() and not canvas[:, 26:].any()
@@ -115,7 +115,7 @@ TRANSPOSE_BACK = Affine((50, 30), (30, 50), (0, 0), (30, 50), transpose=True)
 
 
 @pytest.mark.parametrize(("affine", "back"), [(FLIP, FLIP), (TRANSPOSE, TRANSPOSE_BACK)])
-def test_flip_and_transpose_twice_are_the_identity(affine: Affine, back: Affine) -> None:
+def test_flipping_or_transposing_twice_restores_the_image(affine: Affine, back: Affine) -> None:
     image, (outline, _) = _noise(30, 50), edges_of([[[3, 4, 20, 5, 11, 29]]], 30, 50)
     assert np.array_equal(_seen(back, _seen(affine, image)), image)
     assert not np.array_equal(affine.edges(outline), outline)
@@ -234,7 +234,7 @@ def test_plain_bilinear_is_within_one_gray_level_of_its_definition(size: tuple[i
     assert np.array_equal(resize_bilinear(image, image.shape[:2]), image)
 
 
-def test_a_crop_of_a_plain_resize_equals_that_of_the_whole() -> None:
+def test_resizing_a_crop_equals_cropping_the_resized_image() -> None:
     image = _noise(50, 70)
     for scaled in ((120, 168), (25, 35), (20, 90)):
         whole = resize_bilinear(image, scaled)
