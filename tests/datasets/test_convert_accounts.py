@@ -71,7 +71,7 @@ def test_an_image_is_recognized_by_its_content(vitdet: Run, yolo: Path, tmp_path
     assert "train0.raw_1" in names(tmp_path / "out", "train")
 
 
-def test_every_suffix_is_of_a_format_that_can_be_decoded() -> None:
+def test_suffixes_exclude_formats_that_cannot_be_decoded() -> None:
     assert not {".eps", ".wmf", ".mpg", ".h5", ".pdf", ".heic"} & image_suffixes()
 
 
@@ -129,7 +129,7 @@ def test_an_invalid_list_is_named_with_its_line(vitdet: Run, voc: Path) -> None:
     assert "val.txt: expected lines 'ID' or lines" in vitdet("data", "convert", voc, "out")[2]
 
 
-def test_two_lists_with_the_same_name_keep_their_images(vitdet: Run, voc: Path) -> None:
+def test_lists_named_val_and_valid_keep_their_images(vitdet: Run, voc: Path) -> None:
     write(voc / "ImageSets/Main/valid.txt", "p1\n")
     output = vitdet("data", "convert", voc, "out")[1]
     splits = "train 2 images, 2 objects; val 2 images, 2 objects; valid 1 image"
@@ -181,7 +181,7 @@ def test_all_problems_of_yolo_are_reported_at_once(vitdet: Run, yolo: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["yolo"]
 
 
-def test_the_first_twenty_of_a_kind_are_named(vitdet: Run, yolo: Path) -> None:
+def test_twenty_problems_of_a_kind_are_listed(vitdet: Run, yolo: Path) -> None:
     write(yolo / "labels/train/train0.txt", "0 .5 .5 2 .1\n" * 30)
     lines = vitdet("data", "convert", yolo, "out")[2].splitlines()
     assert lines[1] == "  30 x coordinate outside its image" and lines[-1] == "      ..."
@@ -249,7 +249,7 @@ def test_only_a_single_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path)
     assert len(names(tmp_path / "out", "train")) == len(names(tmp_path / "out", "val")) == 2
 
 
-def test_only_some_splits(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+def test_only_requested_splits_are_converted(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     write(yolo / "labels/val/val0.txt", "not read")
     code, output, _ = vitdet("data", "convert", yolo, "out", "--splits", "train")
     assert code == 0 and not (tmp_path / "out/val").exists()
@@ -271,7 +271,7 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     assert train["categories"] == [{"id": 1, "name": "bus"}, {"id": 2, "name": "pet"}]
     assert [entry["category_id"] for entry in train["annotations"]] == [2, 1, 2]
     assert [entry["id"] for entry in train["annotations"]] == [1, 2, 3]
-    assert len(train["images"]) == 4  # also images without objects
+    assert len(train["images"]) == 4  # including images without objects
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
         (("--rename", "bad.yaml"), "bad.yaml: not YAML or JSON"),
     ],
 )
-def test_bad_options_are_one_line(vitdet: Run, yolo: Path, words: tuple, says: str) -> None:
+def test_bad_options_are_rejected(vitdet: Run, yolo: Path, words: tuple, says: str) -> None:
     for name, content in (("wrong", "cow: cat"), ("list", "- a"), ("bad", "a: [")):
         write(Path(f"{name}.yaml"), content)
     code, output, errors = vitdet("data", "convert", yolo, "out", *words)
@@ -305,8 +305,8 @@ def test_all_entries_of_data_yaml_are_reported(vitdet: Run, yolo: Path) -> None:
         assert text in errors
 
 
-def test_a_list_may_name_files_of_other_formats(vitdet: Run, yolo: Path) -> None:
-    """A folder may contain them too; but a text file in a list of images is an error."""
+def test_files_of_other_formats_in_a_list_are_skipped(vitdet: Run, yolo: Path) -> None:
+    """A folder may contain such files; a text file in a list of images is an error."""
     train = yolo / "images/train"
     (train / "z.heic").write_bytes(b"\0\0\0\x18ftypheic")
     names = [path.name for path in sorted(train.iterdir())]

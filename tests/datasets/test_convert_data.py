@@ -84,7 +84,7 @@ def tree(root: Path, split: str) -> dict:
     return json.loads((root / "annotations" / f"instances_{split}.json").read_text())
 
 
-def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+def test_yolo_is_converted(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", yolo, "out")
     assert (code, errors) == (0, "")
     assert output.splitlines() == [
@@ -106,7 +106,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert outline["segmentation"] == [[10, 10, 50, 10, 50, 40]]
     assert outline["bbox"] == [10, 10, 40, 30] and outline["area"] == 600
     assert turned["bbox"] == [0, 45, 50, 10]  # relative to the upright image
-    # another file with that name
+    # train contains another file of this name
     assert [image["file_name"] for image in tree(out, "val")["images"]] == ["a_2.jpg"]
     _, output, _ = vitdet("data", "convert", yolo, "asked", "--boxes-as-masks")
     assert "  3 x boxes used as masks" in output.splitlines()
@@ -114,7 +114,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]]
     original = yolo / "images/train/a.jpg"
     assert (out / "train/a.jpg").samefile(original)
-    assert [finding.kind for finding in check(out).errors] == ["no objects"]  # the image in val
+    assert [finding.kind for finding in check(out).errors] == ["no objects"]  # val has none
     found = read_coco(out / "annotations/instances_train.json", out / "train")
     assert found.class_names == ("no", "dog")
     assert vitdet("data", "convert", yolo / "data.yaml", "copied", "--copy")[0] == 0
@@ -130,7 +130,7 @@ def test_an_image_in_two_splits_keeps_its_name(yolo: Path, vitdet: Run) -> None:
     assert [finding.kind for finding in found] == ["file name in two splits"]
 
 
-def test_roboflows_split_paths_start_outside_of_the_folder(vitdet: Run, tmp_path: Path) -> None:
+def test_roboflow_split_paths_are_resolved_in_the_folder(vitdet: Run, tmp_path: Path) -> None:
     places = "train: ../train/images\nval: ../valid/images\n"
     write(tmp_path / "r" / "data.yaml", f"{places}nc: 1\nnames: ['a b']\n")
     for number, split in enumerate(("train", "valid")):
@@ -164,7 +164,7 @@ ROWS, HEAD = "labels/train/a.txt", "data.yaml"
         (HEAD, "train: {a: b}\nnames: [a]", "train: expected a folder, a text file or a list of"),
     ],
 )
-def test_bad_yolo_is_one_line(vitdet: Run, yolo: Path, file: str, content: str, says: str) -> None:
+def test_bad_yolo_is_rejected(vitdet: Run, yolo: Path, file: str, content: str, says: str) -> None:
     write(yolo / file, content)
     refused(vitdet("data", "convert", yolo, "out"), says)
 
@@ -177,7 +177,7 @@ def test_labels_in_the_wrong_folder_are_an_error(vitdet: Run, yolo: Path) -> Non
     assert "val: no image has a label file (images: 1); expected" in errors
 
 
-def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
+def test_voc_is_converted(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", voc, "out")
     assert (code, errors) == (0, "") and output.splitlines()[0] == (
         "out: 2 classes; train 1 image, 2 objects; val 1 image, 1 object"
@@ -202,7 +202,7 @@ ONE = "Annotations/one.xml"
 
 
 def wrong(*values: object) -> str:
-    """Return an XML file with one object: its name, and the values of its box."""
+    """Return an XML file with one object; values: name, ymin, xmin, xmax, ymax."""
     name, ymin, xmin, xmax, ymax = values
     return f"<a>{OBJECT.format(name, '', ymin, xmin, xmax, ymax)}</a>"
 
@@ -231,7 +231,7 @@ def wrong(*values: object) -> str:
         ("SegmentationObject/one.png", "", "one.png: the image cannot be read: the file is empty"),
     ],
 )
-def test_bad_voc_is_one_line(vitdet: Run, voc: Path, file: str, content: str, says: str) -> None:
+def test_bad_voc_is_rejected(vitdet: Run, voc: Path, file: str, content: str, says: str) -> None:
     write(voc / file, content)
     refused(vitdet("data", "convert", voc, "out"), says)
 
@@ -248,7 +248,7 @@ def test_the_format_of_the_source_is_detected(vitdet: Run, voc: Path, tmp_path: 
     assert vitdet("data", "convert", voc, "out", "--format", "voc")[0] == 0
 
 
-def test_without_hard_links_it_copies(
+def test_images_are_copied_if_hard_links_fail(
     vitdet: Run, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError("another disk")))

@@ -33,7 +33,7 @@ def images(folder: Path, *names: str) -> None:
 
 
 def coco(*names: str, prefix: str = "", root: bool = False) -> dict:
-    """Return an annotation file with categories 1 and 2, or with Roboflow's additional root category 0."""
+    """Return an annotation file with categories 1 and 2, and with Roboflow's category 0 if `root`."""
     ball = {"category_id": 2, "bbox": [50.0, 20.0, 31.0, 31.0], "segmentation": [DIAMOND]}
     box = {"category_id": 1, "bbox": BOX, "segmentation": []}
     annotations = [
@@ -145,7 +145,7 @@ def cvat_images(root: Path) -> None:
 
 
 def coco_layout(folder: str, file: str, **options: object) -> Layout:
-    """Write images in a folder, and an annotation file."""
+    """Return a function that writes images in a folder, and an annotation file."""
 
     def layout(root: Path) -> None:
         images(root / folder, "p1", "p2")
@@ -222,7 +222,7 @@ def test_each_layout_gives_the_same_records(vitdet: Run, layout: Layout) -> None
 
 
 def split_layout(file: str, content: Callable[[str], object]) -> Layout:
-    """Write one folder per split, with an image and its annotations."""
+    """Return a function that writes one folder per split, with an image and its annotations."""
 
     def layout(root: Path) -> None:
         for split, name in (("train", "p1"), ("valid", "p2"), ("test", "p3")):
@@ -247,7 +247,7 @@ def split_cvat(root: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [split_roboflow, split_voc, split_labelme, split_cvat])
-def test_the_splits_of_a_layout(vitdet: Run, tmp_path: Path, layout: Layout) -> None:
+def test_the_splits_of_a_layout_are_converted(vitdet: Run, tmp_path: Path, layout: Layout) -> None:
     layout(tmp_path / "source")
     assert vitdet("data", "convert", "source", "out")[0] == 0
     for split, name in (("train", "p1"), ("val", "p2"), ("test", "p3")):
@@ -261,7 +261,7 @@ def test_the_splits_of_a_layout(vitdet: Run, tmp_path: Path, layout: Layout) -> 
     ("layout", "file"),
     [(coco_beside, "my_export.json"), (cvat_coco, "annotations/instances_default.json")],
 )
-def test_a_file_is_a_source(vitdet: Run, tmp_path: Path, layout: Layout, file: str) -> None:
+def test_a_file_can_be_the_source(vitdet: Run, tmp_path: Path, layout: Layout, file: str) -> None:
     layout(tmp_path / "source")
     assert vitdet("data", "convert", tmp_path / "source" / file, "out")[0] == 0
     assert records(tmp_path / "out", "train") == expected("p1", "p2")
@@ -271,7 +271,7 @@ FORMATS = [yolo_lists, voc_folders, coco_beside, labelme_files, cvat_images]
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_the_largest_image_can_be_set(vitdet: Run, layout: Layout) -> None:
+def test_the_limit_of_pixels_can_be_set(vitdet: Run, layout: Layout) -> None:
     layout(Path("source"))
     words = ("data", "convert", "source", "out", "--set")
     code, output, errors = vitdet(*words, f"data.max_pixels={WIDTH * HEIGHT - 1}")
@@ -281,7 +281,7 @@ def test_the_largest_image_can_be_set(vitdet: Run, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("setting", ["data.bit_depth=12", "optim.lr=1"])
-def test_an_option_without_effect_is_rejected(vitdet: Run, setting: str) -> None:
+def test_a_setting_without_effect_is_rejected(vitdet: Run, setting: str) -> None:
     coco_beside(Path("source"))
     _, _, errors = vitdet("data", "convert", "source", "out", "--set", setting)
     key = setting.partition("=")[0]
@@ -335,7 +335,7 @@ def test_skipped_coco_objects_are_counted(vitdet: Run, tmp_path: Path) -> None:
     assert [annotation["iscrowd"] for annotation in annotations["annotations"]] == [1, 0]
 
 
-def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
+def test_labelme_shapes_are_converted_or_skipped(vitdet: Run, tmp_path: Path) -> None:
     circle = {"label": "box", "points": [[5, 5], [9, 9]], "shape_type": "circle"}
     parts = [
         {"label": "ball", "points": [[x, 0], [x + 5, 0], [x, 5]], "group_id": 7} for x in (0, 20)
@@ -368,7 +368,7 @@ def test_labelme_reports_all_problems(vitdet: Run, tmp_path: Path) -> None:
         assert place in errors
 
 
-def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
+def test_cvat_shapes_are_converted_or_skipped(vitdet: Run, tmp_path: Path) -> None:
     more = (
         '<polyline label="box" points="1,1;2,2"/><tag label="box"/><tag label="ball"/>'
         '<mask label="ball" rle="1, 2, 3" left="4" top="5" width="3" height="2"/>'

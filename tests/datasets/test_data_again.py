@@ -21,7 +21,7 @@ def test_existing_archives_are_used(get: Fetch, web: Web, root: Path, tmp_path: 
         (tmp_path / path.split("/")[-1]).write_bytes(content)
     get(local=tmp_path, mirror="")
     check(root, web)
-    assert web.asked == [] and len(list(tmp_path.glob("*.zip"))) == 5  # and are kept
+    assert web.asked == [] and len(list(tmp_path.glob("*.zip"))) == 5  # still there
     shutil.rmtree(root)
     (tmp_path / "val2017.zip").write_bytes(b"PK" + web.files[VAL][2:-1] + b"?")
     with pytest.raises(ValueError, match="val2017.zip: sha256 .* expected .*: not the published"):
@@ -98,7 +98,7 @@ def test_a_link_is_rejected_before_a_request(
     assert web.asked == []
 
 
-def test_free_space_is_checked_first(
+def test_free_space_is_checked_before_a_request(
     get: Fetch, web: Web, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage, wanted = shutil.disk_usage(root.parent), miniatures("coco")[0]
@@ -134,7 +134,7 @@ def test_a_complete_data_set_needs_no_write_permission(
     assert get() is False
 
 
-def test_an_invalid_record_is_one_line(get: Fetch, root: Path) -> None:
+def test_an_invalid_record_is_rejected(get: Fetch, root: Path) -> None:
     root.mkdir()
     (root / "manifest.json").write_text(json.dumps({"archives": [{"name": 1}]}))
     with pytest.raises(ValueError, match="manifest.json: not a manifest of `vitdet data`"):

@@ -28,7 +28,7 @@ def tree(root: Path) -> set[str]:
 
 
 def expected(content: bytes, folder: str) -> dict[str, bytes]:
-    """Return the files of an archive by their names below the root."""
+    """Return the content of an archive's files by their paths below the root."""
     with zipfile.ZipFile(io.BytesIO(content)) as opened:
         return {
             f"{folder}/{name.split('/')[-1]}": opened.read(name)
@@ -81,7 +81,7 @@ def test_lvis_uses_the_same_images(get: Fetch, web: Web, root: Path) -> None:
     assert get("lvis") is False and get() is False and len(download_record.read(root).archives) == 5
 
 
-def test_one_split_and_then_the_other(get: Fetch, web: Web, root: Path) -> None:
+def test_splits_can_be_fetched_separately(get: Fetch, web: Web, root: Path) -> None:
     get(split="val")
     assert asked(web) == [BOTH, VAL]
     assert {path.name for path in root.iterdir()} == {"val2017", "annotations", "manifest.json"}
@@ -113,7 +113,7 @@ def test_a_bad_connection_only_takes_longer(get: Fetch, web: Web, root: Path, ba
 
 
 def wrong(to: Handler) -> None:
-    """Return other bytes of the same length."""
+    """Respond with other bytes of the same length."""
     to.begin(200, Content_Length=len(to.server.files[TRAIN]))
     to.body(bytes(len(to.server.files[TRAIN])))
 
@@ -126,7 +126,7 @@ OTHER = "sha256 .*, expected .*: not the published train2017.zip; the download w
     [(wrong, ValueError, OTHER), (status(404), FileNotFoundError, "404 Not Found")],
     ids=["wrong bytes", "404"],
 )
-def test_a_bad_archive_is_one_line_and_the_others_are_kept(
+def test_a_bad_archive_is_rejected_and_the_others_are_kept(
     get: Fetch, web: Web, root: Path, bad: Callable, error: type[Exception], says: str
 ) -> None:
     web.plans = {TRAIN: [bad]}
@@ -202,16 +202,16 @@ def test_a_rerun_continues_after_a_kill_at_any_point(web: Web, root: Path) -> No
     part, val = (root / ".archives" / name for name in ("train2017.zip.part", "val2017.zip"))
     until(lambda: size(part) == 9_000 and size(val), process)
     kill(process)
-    # stops within this image of both folders
+    # this process stops while it writes image 5 of each folder
     process = start(web, root, "000000000005.jpg")
     assert process.stdout.readline().startswith("here")
     assert (TRAIN, "bytes=9000-") in web.asked
-    # after the other folder
+    # wait for the other folder
     until(lambda: (root / ".train2017.part" / "000000000004.jpg").exists(), process)
     kill(process)
     assert not (root / "train2017").exists()
     web.asked.clear()
-    two = [start(web, root), start(web, root)]  # the second waits and finds everything complete
+    two = [start(web, root), start(web, root)]  # one waits and finds everything complete
     said = sorted(process.communicate()[0] for process in two)
     assert said == ["False\n", "True\n"] and web.asked == []
     check(root, web)

@@ -22,13 +22,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def web(web: Web, monkeypatch: pytest.MonkeyPatch) -> Web:
-    """Make this test's published archives those of the mirror."""
+    """Replace the published archives by those of the mirror."""
     monkeypatch.setattr(published, "archives", lambda *given: miniatures(*given)[0])
     return web
 
 
-def test_the_published_files() -> None:
-    """URLs and sizes as on cocodataset.org and lvisdataset.org; each LVIS split needs both image folders."""
+def test_the_published_files_are_those_of_the_official_sites() -> None:
+    """cocodataset.org and lvisdataset.org; each LVIS split needs both image folders."""
     both, train, val = published.archives("coco")
     paths = ["annotations/annotations_trainval2017.zip", "zips/train2017.zip", "zips/val2017.zip"]
     urls = [f"http://images.cocodataset.org/{path}" for path in paths]
@@ -59,7 +59,7 @@ def test_only_images_are_extracted_from_an_archive_of_images() -> None:
         assert both.choose(name) is None
 
 
-def test_a_fetch_by_a_user(vitdet: Run, web: Web) -> None:
+def test_a_fetch_prints_progress_and_a_summary(vitdet: Run, web: Web) -> None:
     code, output, errors = vitdet("data", "coco", "d", "--mirror", web.url, "--split", "val")
     assert (code, output) == (0, "d: val2017 12 images, annotations/instances_val2017.json\n")
     assert "downloading  100%" in errors and "unpacking  100%" in errors
@@ -69,7 +69,7 @@ def test_a_fetch_by_a_user(vitdet: Run, web: Web) -> None:
     again = vitdet("data", "lvis", "d", "--from", "nowhere")
     assert again == (0, output.replace("\n", ", already complete\n"), "")
     assert len(web.asked) == 5
-    # without COCO's annotations
+    # d/archives does not contain COCO's annotations
     assert vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1
     # val2017.zip was not kept
     assert vitdet("data", "lvis", "e", "--from", "d/archives", "--split", "val")[0] == 1
@@ -87,7 +87,7 @@ def test_a_fetch_by_a_user(vitdet: Run, web: Web) -> None:
     ],
     ids=["both", "mirror", "from"],
 )
-def test_a_wrong_argument_is_one_line(
+def test_a_wrong_argument_is_rejected_in_one_line(
     vitdet: Run, web: Web, words: tuple[str, ...], says: str
 ) -> None:
     code, output, errors = vitdet("data", "coco", "d", *words)
@@ -95,7 +95,7 @@ def test_a_wrong_argument_is_one_line(
     assert errors.startswith(f"vitdet: {says}")
 
 
-def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
+def test_a_failure_is_reported_without_a_traceback(vitdet: Run, web: Web, tmp_path: Path) -> None:
     web.plans = {"/zips/val2017.zip": [status(404)]}
     code, _, errors = vitdet("data", "coco", "d", "--mirror", web.url)
     says = f"vitdet: {web.url}/zips/val2017.zip: the server responded with 404 Not Found"
@@ -131,7 +131,7 @@ def test_a_full_disk_names_the_file_and_the_same_command_resumes(
     assert not any(name[0] == "." for name in os.listdir("d"))
 
 
-def test_a_full_disk_while_the_record_is_written(
+def test_a_full_disk_while_the_record_is_written_is_reported(
     vitdet: Run, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("data", "coco", "d", "--split", "val", "--mirror", web.url)

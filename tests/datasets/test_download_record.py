@@ -95,21 +95,21 @@ def move(path: str, other: str) -> Callable[[Path], object]:
         (put("manifest.json", "{"), ValueError, "manifest.json: not a manifest"),
     ],
 )
-def test_a_changed_file_is_one_line(root: Path, change: Callable, error: type, says: str) -> None:
+def test_a_changed_file_is_rejected(root: Path, change: Callable, error: type, says: str) -> None:
     change(root)
     with pytest.raises(error, match=says) as caught:
         verify(root)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(root))
 
 
-def test_other_pixels_of_the_same_size_are_found_by_reading(root: Path) -> None:
+def test_other_content_of_the_same_size_is_found_by_reading(root: Path) -> None:
     (root / "val2017" / "a.jpg").write_bytes(b"two")
     verify(root)
     with pytest.raises(ValueError, match="val2017: the content of a file has changed"):
         verify(root, contents=True)
 
 
-def test_parts_are_added_and_verified_separately(root: Path) -> None:
+def test_parts_of_a_record_are_verified_separately(root: Path) -> None:
     archive = Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False)
     more = DownloadRecord((archive,), (File("other.json", 1, "2" * 64),))
     both = read(root).with_(more)
@@ -191,7 +191,7 @@ def test_the_check_ignores_files_that_were_not_downloaded(root: Path) -> None:
         verify(root)
 
 
-def test_splits_are_compared_separately_and_other_manifests_ignored(fetched: Path) -> None:
+def test_splits_are_compared_separately_and_other_manifests_skipped(fetched: Path) -> None:
     longer(min((fetched / "train").iterdir()))
     assert len(read_split(settings(fetched), "val").records) == 4
     with pytest.raises(ValueError, match="train: 12 files,"):

@@ -1,4 +1,4 @@
-"""Archive extraction: valid archives, one-line errors for malicious or broken ones, no write outside the folder."""
+"""Archive extraction: one-line errors for malicious or broken archives, no write elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Unpack = Callable[..., list[Entry]]
 
 @pytest.fixture
 def unpacked(tmp_path: Path) -> Unpack:
-    """Extract these bytes into tmp_path/in/here."""
+    """Return a function that extracts the bytes of an archive into tmp_path/in/here."""
 
     def run(content: bytes, files: int = 10, size: int = 10_000, force: bool = True) -> list[Entry]:
         archive, limits = tmp_path / "some.zip", Limits(files, size)
@@ -36,7 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_the_files_of_an_archive(unpacked: Unpack, tmp_path: Path) -> None:
+def test_the_files_of_an_archive_are_extracted(unpacked: Unpack, tmp_path: Path) -> None:
     found = unpacked(zipped({**GOOD, "b/": b""}))
     assert files(tmp_path / "in" / "here") == GOOD
     sizes = {member.name: member.size for member in found}
@@ -124,7 +124,7 @@ def test_no_more_than_the_declared_size_is_written(unpacked: Unpack, tmp_path: P
     assert files(tmp_path / "in") == {"here/good": b"1"}
 
 
-def test_less_than_the_declared_size_is_rejected(unpacked: Unpack, tmp_path: Path) -> None:
+def test_a_file_below_its_declared_size_is_rejected(unpacked: Unpack, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="some.zip: "):
         unpacked(declared(zipped({"short": b"123"}), "short", 400))
     assert files(tmp_path / "in") == {}
@@ -150,15 +150,15 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_a_broken_archive_is_one_line(unpacked: Unpack, tmp_path: Path, content: bytes) -> None:
+def test_a_broken_archive_is_rejected(unpacked: Unpack, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match="some.zip: not a complete zip archive") as caught:
         unpacked(content)
     assert "\n" not in str(caught.value)
-    # the files before the damage
+    # files before the damage may remain
     assert set(files(tmp_path)) <= {"some.zip", "in/here/a"}
 
 
-def test_any_damage_is_one_line_or_harmless(unpacked: Unpack, tmp_path: Path) -> None:
+def test_any_damage_is_rejected_or_harmless(unpacked: Unpack, tmp_path: Path) -> None:
     rng, whole, refused = random.Random(0), zipped(GOOD), 0
     for _ in range(300):
         content = bytearray(whole)
@@ -195,7 +195,7 @@ def test_a_different_existing_file_is_never_overwritten(unpacked: Unpack, tmp_pa
     assert files(here) == {"a.jpg": b"mine" * 750}
 
 
-def test_a_file_with_other_hard_links_is_replaced_not_changed(
+def test_a_file_with_other_hard_links_is_replaced_and_not_changed(
     unpacked: Unpack, tmp_path: Path
 ) -> None:
     here = tmp_path / "in" / "here"
@@ -217,7 +217,7 @@ def test_nothing_is_written_through_a_link(unpacked: Unpack, tmp_path: Path, lin
     assert not list(elsewhere.iterdir()) and "free some space" not in str(caught.value)
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_resumes(unpacked: Unpack, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_next_run_resumes(unpacked: Unpack, tmp_path: Path) -> None:
     content = zipped({"a": b"1" * 500, "b": b"2" * 9000})
     says = "b: could not be extracted .*File too large.*; free some space and run the same command"
     with pytest.raises(OSError, match=says), largest_file(4000):

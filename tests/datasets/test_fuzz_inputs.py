@@ -1,5 +1,5 @@
 """Random results files and data sets of other formats: accepted with valid output, or rejected in one line
-that names the file. See `test_fuzz_annotations`.
+that names the file. For longer runs, see `test_fuzz_annotations`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def texts(draw: st.DrawFn, sound: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with annotations of both kinds and a data set in each third-party format."""
+    """Return a folder with COCO and LVIS annotations, and a data set in YOLO and in VOC format."""
     root = tmp_path_factory.mktemp("inputs")
     for lvis, name in ((False, "coco.json"), (True, "lvis.json")):
         (root / name).write_text(json.dumps(document(lvis=lvis)))
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_line(root: Path, work: Callable[[], object]) -> object:
-    """Return the function's result, or None if it raises one line that names a file."""
+    """Return the function's result, or None if it raises a one-line error that names a file."""
     try:
         return work()
     except (ValueError, FileNotFoundError) as error:

@@ -67,11 +67,11 @@ def test_archives_are_downloaded_in_parallel(get: Fetch, web: Web, root: Path) -
     web.plans = {address: [with_the_others] for address in (TRAIN, VAL, BOTH)}
     get()
     check(root, web)
-    assert asked(web) == [BOTH, TRAIN, VAL]  # no download timed out and was requested again
+    assert asked(web) == [BOTH, TRAIN, VAL]  # each was requested only once
 
 
 def leak(content: dict, folder: Path, url: str | None = None) -> None:
-    """Copy the first training image into the validation split, in its own folder or in another."""
+    """Add the first training image to the validation split, with its own URL or another URL."""
     train = json.loads((folder / "annotations" / "lvis_v1_train.json").read_text())["images"][0]
     content["images"].append({**train, **({"coco_url": url} if url else {})})
 
@@ -85,7 +85,7 @@ def test_an_image_of_both_splits_is_an_error(own_lvis: Path, images: bool, kind:
     assert kind in found
 
 
-def test_a_copy_under_another_name_keeps_its_id(own_lvis: Path) -> None:
+def test_a_copy_under_another_name_is_found_by_its_id(own_lvis: Path) -> None:
     train = json.loads((own_lvis / "annotations" / "lvis_v1_train.json").read_text())["images"][0]
     name = Path(train["coco_url"]).name
     shutil.copy(own_lvis / "train2017" / name, own_lvis / "val2017" / "copy.png")

@@ -1,4 +1,4 @@
-"""`vitdet data report`: content of the page, self-containedness, and damaged data sets."""
+"""`vitdet data report`: content of the page, no external requests, and damaged data sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JPEG = "data:image/jpeg;base64,"
 
 
 class Tags(HTMLParser):
-    """Parses a page; its tags must balance."""
+    """Parser of a page, which requires balanced tags."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_the_page_shows_the_data_set_without_any_request(
         assert attributes.get("src", JPEG).startswith(JPEG)
     assert "url(" not in page and "http:" not in page and "https:" not in page
     photos = [attributes["src"] for tag, attributes in tags if tag == "img"]
-    assert len(photos) == 10  # six of train, the four of val
+    assert len(photos) == 10  # six of train and four of val
     content = base64.b64decode(photos[0].removeprefix(JPEG))
     assert Image.open(io.BytesIO(content)).format == "JPEG"
     for split in ("train", "val"):
@@ -87,7 +87,7 @@ def test_the_page_shows_the_data_set_without_any_request(
 def test_an_outline_is_drawn_at_its_position(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
     def then(tree: dict) -> None:
         head = tree["images"][0]
-        # a line down in column 20
+        # a vertical line in column 20
         counts = [head["height"] * 20 + 10, 30, head["height"] * (head["width"] - 20) - 40]
         tree["images"] = [head]
         common = {"image_id": head["id"], "category_id": 1, "area": 30, "iscrowd": 0}
@@ -113,7 +113,7 @@ def test_an_outline_is_drawn_at_its_position(vitdet: Run, own_tiny: Path, tmp_pa
     assert f"--c:rgb{class_color(0)}" in colors
 
 
-def test_names_are_text_and_problems_are_on_the_page(
+def test_names_are_escaped_and_problems_are_shown(
     vitdet: Run, own_tiny: Path, tmp_path: Path
 ) -> None:
     evil = "<script>alert('&')</script>"
@@ -134,7 +134,7 @@ def test_names_are_text_and_problems_are_on_the_page(
     assert page.count('<p class="error">') == 4 and "1 of zero size" in page
 
 
-def test_an_unreadable_split_is_on_the_page(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
+def test_an_unreadable_split_is_shown(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
     change(own_tiny, "val", lambda tree: tree["annotations"][0].update(image_id=-5))
     change(own_tiny, "train", lambda tree: tree.update(annotations=[]))
     assert vitdet("data", "report", own_tiny)[0] == 0
@@ -143,7 +143,7 @@ def test_an_unreadable_split_is_on_the_page(vitdet: Run, own_tiny: Path, tmp_pat
     assert "<td>12</td><td>12</td><td>0</td><td>-</td>" in page
 
 
-def test_a_folder_without_data_is_one_line(vitdet: Run, tmp_path: Path) -> None:
+def test_a_folder_without_data_is_rejected_in_one_line(vitdet: Run, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "report", "nowhere")
     assert (code, output) == (1, "") and not list(tmp_path.iterdir())
     assert errors == (
@@ -151,13 +151,13 @@ def test_a_folder_without_data_is_one_line(vitdet: Run, tmp_path: Path) -> None:
     )
 
 
-def test_bins() -> None:
+def test_values_are_counted_in_bins() -> None:
     assert ranges((1, 2, 3, 5)) == ["0", "1", "2", "3-4", "5+"]
     assert count_bins(np.array([0, 1, 1, 3, 4, 9]), (1, 2, 3, 5)).tolist() == [1, 2, 0, 2, 1]
     assert ranges((8, 16)) == ["<8", "8-15", "16+"]
 
 
-LETTERS = ImageFont.load_default(11)  # pixels, as the style of SVG texts in pages/style.css
+LETTERS = ImageFont.load_default(11)  # font size of SVG texts in pages/style.css
 
 
 @pytest.mark.parametrize("edges, borders", [(OBJECTS, False), (SIDES, True), (LENGTHS, True)])

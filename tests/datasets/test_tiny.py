@@ -24,7 +24,7 @@ from vitdet.data.outlines import fill, trace
 from vitdet.demo.tiny import CATEGORIES, PRETRAIN_SEED, draw_scene, make_tiny
 
 TRAIN, VAL = 300, 120
-# 32 + 8 images, seed 0; scenes (0, 0..7) before JPEG
+# SHA-256 of 32 + 8 images with seed 0, and of scenes (0, 0) to (0, 7) before JPEG
 FROZEN_ANNOTATIONS = "b345dadd7ce88403c583a8aa2be9148fffb8baa7e38eae5971d79b8ff120669a"
 FROZEN_PIXELS = "6f91d0d379e58cc5e6528f0332d9cacaae278e0e499bd1df07e21bdd02e84c64"
 
@@ -150,7 +150,7 @@ def test_outlines_fit_box_area_and_image(tiny: Path) -> None:
         assert annotation["area"] >= 40
 
 
-def test_images_equal_the_files(tiny: Path) -> None:
+def test_image_files_have_the_annotated_size(tiny: Path) -> None:
     for entry in read(tiny, "val")["images"][:20]:
         with Image.open(tiny / "val" / entry["file_name"]) as image:
             assert image.size == (entry["width"], entry["height"]) and image.mode == "RGB"
@@ -160,7 +160,7 @@ COUNTS = (3, 2)
 
 
 def draw(folder: Path, ready: Barrier, answers: Queue) -> None:
-    """Run one of the processes, which renames only when all others are about to; none has found a folder."""
+    """Run one process, which renames its folder only when all others are about to rename theirs."""
     rename = Path.replace
 
     def together(temporary: Path, target: Path) -> Path:
@@ -177,7 +177,7 @@ def draw(folder: Path, ready: Barrier, answers: Queue) -> None:
 def test_one_of_several_concurrent_processes_creates_the_data_set(
     tmp_path: Path,
 ) -> None:
-    # like make_tiny; importing the package takes a second
+    # fork, as in make_tiny: importing the package takes a second
     context = multiprocessing.get_context("fork")
     ready, answers = context.Barrier(3), context.Queue()
     racing = [
@@ -232,8 +232,8 @@ def test_other_problems_with_the_folder_are_errors(
     assert not list(tmp_path.iterdir())
 
 
-# The baseline: everything without the background's colors is an object; its colors determine its class.
-# It is given the background pixels, so it only has to separate touching objects and to classify.
+# Baseline: a region without the background's colors is an object; its colors determine its class.
+# The background pixels are given, so only touching objects must be separated and classified.
 
 
 def color_bins(pixels: np.ndarray) -> np.ndarray:
@@ -313,10 +313,10 @@ def average_precision(folder: Path, results: list[dict], kind: str, classes: boo
 
 
 @pytest.mark.slow
-def test_color_and_connected_components_do_not_solve_it(tiny: Path) -> None:
+def test_color_and_connected_components_do_not_solve_the_task(tiny: Path) -> None:
     results = detect_by_color(tiny)
     assert average_precision(tiny, results, "bbox", classes=True) < 15
     assert average_precision(tiny, results, "segm", classes=True) < 15
     one_each = results[:: len(CATEGORIES)]
-    # it finds objects, but not their classes
+    # the baseline finds objects, but not their classes
     assert average_precision(tiny, one_each, "bbox", classes=False) > 15
