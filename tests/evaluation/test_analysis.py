@@ -22,7 +22,7 @@ def analysed(truth, results, kind="bbox", rules=coco):
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("rules", [coco, lvis])
-def test_a_random_analysis_is_consistent(kind, rules):
+def test_an_analysis_of_random_results_is_consistent(kind, rules):
     truth, results = random_set(2, lvis=rules is lvis)
     found = analysed(truth, results, kind, rules)
     known = [row for row in found.classes if row.objects]
@@ -62,7 +62,7 @@ def test_thresholds_and_images_count_true_positives():
     assert image.f1 == pytest.approx(0.8)
 
 
-def test_the_confusion_matrix_matches_leftovers_across_classes():
+def test_the_confusion_matrix_matches_boxes_across_classes():
     found = analysed(scene(CAT, DOG), [detection(1, CAT[1], 0.9), detection(1, DOG[1], 0.9)])
     assert found.confusion.names == ["cat", "dog", "background"]
     assert found.confusion.matrix == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
@@ -82,7 +82,7 @@ def test_the_most_confused_of_many_classes_are_shown():
 @pytest.mark.parametrize(
     ("objects", "results"), [((), []), ((CAT,), []), ((), [detection(1, CAT[1], 0.9)])]
 )
-def test_an_analysis_without_objects_or_detections(objects, results):
+def test_an_analysis_without_matches_has_no_best_threshold(objects, results):
     found = analysed(scene(*objects), results)
     assert found.best_threshold is None and found.classes[0].best_threshold is None
     assert bool(found.thresholds) == bool(objects) and bool(found.curves) == bool(objects)

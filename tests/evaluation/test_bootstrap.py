@@ -26,7 +26,7 @@ class World:
         self.difficulty = self.rng.normal(0, 1, count)
 
     def detect(self, quality: float = 0.0, noise: float = 0.3) -> Matches:
-        """Return one detection per object and ten false ones per image; quality 0.033 is about 1 AP."""
+        """Return a detection per object and about 10 false ones per image; quality 0.033 is 1 AP."""
         count = len(self.object_image)
         skill = quality - self.difficulty + self.rng.normal(0, noise, count)
         iou = 1 / (1 + np.exp(-(0.9 * skill + 1.2)))
@@ -54,7 +54,7 @@ class World:
 def plain_ap(matches: Matches, weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the AP of each class, (K,) in percent, NaN without objects, and the mean without NaN.
 
-    `weights` (I,) are the numbers of copies of each image.
+    `weights` (I,) contains the number of copies of each image.
     """
     objects = np.bincount(
         matches.object_category, weights[matches.object_image], len(matches.category_ids)
@@ -122,7 +122,7 @@ def test_the_difference_of_equal_results_is_0() -> None:
     assert not difference.is_significant
     interval = first.interval()
     assert interval.low < interval.value < interval.high
-    assert bootstrap([matches], resamples=20)[0].interval() == interval  # a fixed seed
+    assert bootstrap([matches], resamples=20)[0].interval() == interval  # the seed is fixed
 
 
 def test_only_the_better_class_is_significant() -> None:
@@ -165,7 +165,7 @@ def test_results_of_other_data_are_refused(name: str, message: str) -> None:
 
 
 @pytest.mark.slow
-def test_noise_is_not_significant_and_one_ap_is() -> None:
+def test_noise_is_not_significant_but_one_ap_is_significant() -> None:
     equal = found = 0
     for seed in range(100):
         world = World(seed, 200, 5)

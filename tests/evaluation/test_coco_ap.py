@@ -23,7 +23,7 @@ OBJECT = {"id": 1, "image_id": 5, "category_id": 2, "bbox": [10, 10, 40, 40]}
 
 @pytest.fixture
 def truth_of(tmp_path):
-    """Write and read annotations of two images of 100 x 100 pixels."""
+    """Return a function that writes and reads annotations of two images of 100 x 100 pixels."""
 
     def read(*objects):
         images = [{"id": number, "height": 100, "width": 100} for number in (5, 6)]
@@ -76,7 +76,7 @@ def test_the_twelve_metrics_equal_those_of_pycocotools(examples, kind, prefix):
 
 
 def assert_pycocotools_tables(truth, results, kind, image_ids):
-    """Compare precision (T, R, K, A, M) and recall (T, K, A, M) to pycocotools."""
+    """Compare precision (T, R, K, A, M) and recall (T, K, A, M) with pycocotools."""
     index = Index()
     index.dataset = {
         "images": list(truth.images.values()),
@@ -85,7 +85,7 @@ def assert_pycocotools_tables(truth, results, kind, image_ids):
     }
     index.dataset = copy.deepcopy(index.dataset)
     index.createIndex()
-    # only one type: with both, masks would have the areas of their boxes
+    # only boxes or only masks: with both, pycocotools uses the areas of the boxes for the masks
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
     plain = [{name: result[name] for name in result if name != other} for result in results]
     work = COCOeval(index, index.loadRes(copy.deepcopy(plain)), kind)
@@ -115,7 +115,7 @@ def test_at_most_a_hundred_results_per_class_and_image_are_used():
 
 def test_an_object_with_id_0_can_be_matched(truth_of, half):
     metrics = metrics_of(truth_of({**half, "id": 0}), [result()])
-    assert metrics["box_ap"] == pytest.approx(100)  # pycocotools: 0
+    assert metrics["box_ap"] == pytest.approx(100)  # pycocotools returns 0
 
 
 def test_perfect_results_score_100_and_empty_size_classes_are_omitted(truth_of, half):

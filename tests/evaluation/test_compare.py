@@ -50,7 +50,7 @@ def refused(result: tuple[int, str, str], message: str) -> None:
     assert message in errors
 
 
-def test_comparing_results_files(vitdet: Run, files: list[Path], tmp_path: Path) -> None:
+def test_results_files_are_compared(vitdet: Run, files: list[Path], tmp_path: Path) -> None:
     words = ["first.json", "worse.json", "first.json", *TRUTH, "--resamples", 100]
     code, text, errors = vitdet("compare", *words, "--output", "new/text.md")
     assert (code, errors) == (0, "")
@@ -138,7 +138,7 @@ def test_differences_over_few_images_have_no_verdict() -> None:
         ([], False),  # model.pt and best.pt of one training run
         (["train.seed=1"], True),
         (["train.seed=1", "data.workers=3"], True),
-        (["train.seed=1", "evaluate.max_images=3"], False),  # determines the best step
+        (["train.seed=1", "evaluate.max_images=3"], False),  # can change the best step
     ],
 )
 def test_only_runs_that_differ_by_seed_are_averaged(other: list[str], are_seeds: bool) -> None:
@@ -148,7 +148,7 @@ def test_only_runs_that_differ_by_seed_are_averaged(other: list[str], are_seeds:
     assert ("## Over seeds" in comparison_text(two, {"bbox": resampled})) is are_seeds
 
 
-def test_a_folder_without_config_is_a_run_name(vitdet: Run, tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_a_run_name(vitdet: Run, tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     refused(vitdet("compare", "tiny", "tiny"), "no such MLflow store; set MLFLOW_TRACKING_URI")
     save_config(load_config("tiny"), tmp_path / "tiny" / "config.yaml")
@@ -162,13 +162,13 @@ def test_a_folder_without_config_is_a_run_name(vitdet: Run, tmp_path: Path) -> N
         (Protocol("f" * 16, "x=2"), "b and a have different evaluate settings: x=2 and x=1"),
     ],
 )
-def test_other_data_or_settings_are_refused(protocol: Protocol, message: str) -> None:
+def test_different_data_or_settings_are_refused(protocol: Protocol, message: str) -> None:
     first, other = compared("a", {}), compared("b", {})
     with pytest.raises(ValueError, match=message):
         check_comparable([first, replace(other, protocol=None), replace(other, protocol=protocol)])
 
 
-def test_a_padded_table_has_the_cells_of_a_plain_one() -> None:
+def test_a_padded_table_has_the_cells_of_a_plain_table() -> None:
     plain = markdown_table(["a", "long"], [["1", "-"], ["value", "2"]])
     padded = markdown_table(["a", "long"], [["1", "-"], ["value", "2"]], padded=True)
     assert plain == "| a | long |\n| --- | --- |\n| 1 | - |\n| value | 2 |\n"
@@ -177,7 +177,7 @@ def test_a_padded_table_has_the_cells_of_a_plain_one() -> None:
 
 
 @pytest.mark.slow
-def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_runs_and_checkpoints_are_compared(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     for name, changes in (("a", {}), ("b", {"train__seed": 1}), ("c", {"evaluate__nms_iou": 0.6})):
         words = options(minimal(tiny, optim__steps=2, train__eval_every=2, **changes))
         assert vitdet("train", "tiny", *words, "--output", f"work/{name}")[0] == 0
@@ -193,7 +193,7 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     assert code == 0, errors
     assert "| train.seed | 0 " in text and "## Over seeds" in text and "training images/s" in text
     refused(vitdet("compare", "work/a/model.pt", "work/c/model.pt"), "different evaluate settings")
-    # also from MLflow only: by name, by ID, and for a checkpoint that was moved next to the store
+    # matches are found in MLflow by run name, by run ID, and for a moved checkpoint
     from mlflow import MlflowClient
 
     store = f"sqlite:///{tmp_path}/work/mlflow.db"

@@ -122,7 +122,7 @@ def test_a_class_without_detections_can_gain_100_ap():
     assert found.counts["missed"].tolist() == [1, 0]
 
 
-def test_no_gain_without_objects():
+def test_there_is_no_gain_without_objects():
     found = errors(scene(), [detection(1, [10, 10, 20, 20], 0.9)])
     assert set(found.total.values()) == {0.0}
     assert found.counts["background"].tolist() == [1, 0]

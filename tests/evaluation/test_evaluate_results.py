@@ -17,7 +17,7 @@ from vitdet.evaluation.run_lengths import areas
 
 @pytest.fixture
 def files(tmp_path):
-    """Write a file of annotations and one of results."""
+    """Write a results file and an annotation file."""
     truth, results = random_set(3, images=6, categories=3)
     annotations = tmp_path / "truth.json"
     tree = {
@@ -60,7 +60,7 @@ def test_evaluate_results_prints_a_table_and_writes_the_metrics(files, tmp_path,
 
 
 @pytest.mark.parametrize(("lost", "kept"), [("bbox", "mask"), ("segmentation", "box")])
-def test_only_boxes_or_masks_in_the_results_are_scored(files, capsys, lost, kept):
+def test_results_with_only_boxes_or_masks_are_scored(files, capsys, lost, kept):
     results, annotations = files
     both = evaluate_results(results, annotations)
     items = json.loads(results.read_text())
@@ -188,7 +188,7 @@ def test_incompatible_arguments_are_refused(words, message, capsys):
 
 
 def test_run_lengths_are_measured_in_blocks(monkeypatch):
-    # 4 of 9 pixels from the third on; the second code is one pixel short
+    # the first code has pixels 3 to 6 of 9; the second code is one pixel short
     monkeypatch.setattr("vitdet.evaluation.run_lengths.AT_ONCE", 2)
     sizes, sound = areas([b"243", b"242", b"9", b"054", b"24O"], [9] * 5)
     assert sizes[[0, 2, 3]].tolist() == [4, 0, 5]

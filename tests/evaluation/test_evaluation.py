@@ -1,4 +1,4 @@
-"""From a batch to COCO results, metrics of a checkpoint, and images."""
+"""Evaluation: COCO results of detections, metrics of a checkpoint, and pictures."""
 
 import json
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_results_are_in_unrounded_pixels_of_the_original_image():
     x, y, w, h = part["bbox"]
     assert (x, w) == pytest.approx((100 * 500 / 1024, 100 * 500 / 1024))
     assert (y, h) == pytest.approx((100 * 333 / 682, 200 * 333 / 682))
-    # except at the corners, where the pasted mask fades to 0
+    # the pasted mask fades to 0 at the corners
     assert decode(whole["segmentation"], 333, 500).mean() > 0.999
     rows, columns = np.nonzero(decode(part["segmentation"], 333, 500))
     inside = np.round([x, y, x + w, y + h])
@@ -134,7 +134,7 @@ def test_results_of_an_image_do_not_depend_on_its_batch(spots):
     assert alone[1] == [1, 2, 3, 4, 5]
 
 
-def test_two_processes_have_the_results_of_one(spots, monkeypatch):
+def test_two_processes_have_the_results_of_one_process(spots, monkeypatch):
     whole = detect(BrightSpot(), spots, EvalConfig(batch_size=2))
     shares = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -161,7 +161,7 @@ def test_evaluate_max_images_limits_only_validation(spots, caplog):
     assert [result["image_id"] for result in more] == [1, 2, 3, 4]
 
 
-def test_limited_validation_is_another_protocol():
+def test_limited_validation_has_a_different_protocol():
     plain, few = (load_config("tiny", overrides) for overrides in ([], ["evaluate.max_images=2"]))
     # as stored in the registry by version 0.1
     stored = ("score_threshold=0.05", "nms_iou=0.5", "max_detections=60")
@@ -175,7 +175,7 @@ def test_limited_validation_is_another_protocol():
 def test_lvis_is_evaluated_by_its_own_rules(spots):
     root = Path(spots.root)
     tree = json.loads((root / "annotations" / "instances_val.json").read_text())
-    # the last image has no annotation, and may or may not contain a spot
+    # the last image has no annotation, so by the rules of LVIS it may contain a spot
     for image in tree["images"]:
         image["coco_url"] = f"http://host/val/{image.pop('file_name')}"
         image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}

@@ -1,4 +1,4 @@
-"""The precision of evaluation and prediction."""
+"""The floating-point precision of evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_only_the_detector_computes_in_the_given_precision(precision: str) -> No
     assert detector.kinds == [NAMES[precision]] * 3 and outside == [False, False]
 
 
-def test_a_predictor_refuses_another_precision() -> None:
+def test_a_predictor_refuses_an_unknown_precision() -> None:
     message = "precision: expected one of fp32, bf16, fp16, auto, got 'fp8'"
     with pytest.raises(ValueError, match=message):
         Predictor(Witness(), ("thing",), 8, precision="fp8")
@@ -81,7 +81,7 @@ def test_evaluation_and_prediction_use_the_checkpoint_s_precision(trained: Path)
     assert Predictor.load(trained / "model.pt", "cpu", "bf16").precision == "bf16"
 
 
-def test_the_setting_is_checked(tiny: Path) -> None:
+def test_the_precision_setting_is_validated(tiny: Path) -> None:
     config = load_config("tiny", minimal(tiny, evaluate__precision="bf16"))
     assert config.evaluate.precision == "bf16" and load_config("tiny").evaluate.precision == "fp32"
     with pytest.raises(ValueError, match="evaluate.precision"):
@@ -103,7 +103,7 @@ def test_detections_of_two_precisions_are_matched_per_class() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_trained_detector_has_equal_detections_in_bf16(tiny: Path, tmp_path: Path) -> None:
+def test_a_trained_detector_has_similar_detections_in_bf16(tiny: Path, tmp_path: Path) -> None:
     steps = [f"{name}=300" for name in ("optim.steps", "train.eval_every", "train.save_every")]
     config = load_config("tiny", [f"data.root={tiny}", "optim.ema=0.9", *steps])
     detector, *_ = restore_detector(train(config, tmp_path))

@@ -76,7 +76,7 @@ def test_false_positives_on_negative_images_reduce_the_ap():
     assert ap(truth, found(BOX) + [wrong | {"image_id": 2}]) == pytest.approx(50)
 
 
-def test_no_false_positives_where_annotation_is_not_exhaustive():
+def test_false_positives_are_ignored_where_annotation_is_not_exhaustive():
     results = found(BOX) + found(ELSEWHERE, score=1.0)
     assert ap(truth_of([(1, BOX)]), results) == pytest.approx(50)
     assert ap(truth_of([(1, BOX)], unsure=[1]), results) == pytest.approx(100)
@@ -101,7 +101,7 @@ def test_objects_without_area_are_ignored():
     assert ap(truth_of([(1, BOX), (1, flat)]), results) == pytest.approx(100)
 
 
-def test_mask_sizes_in_files_follow_boxes_and_those_of_detectors_masks():
+def test_mask_sizes_follow_boxes_in_files_and_masks_in_detections():
     truth = truth_of([(1, BOX)])
     truth.objects[0].area = 400  # size class: small
     truth.objects[0].segmentation = [[10, 10, 30, 10, 30, 30, 10, 30]]
@@ -116,7 +116,7 @@ def test_mask_sizes_in_files_follow_boxes_and_those_of_detectors_masks():
     assert summary(compare_file(truth, alone, ["segm"]))["mask_ap_small"] == pytest.approx(50)
 
 
-def test_lvis_has_no_crowds():
+def test_lvis_ignores_the_crowd_flag():
     truth = truth_of([(1, BOX)])
     truth.objects[0].iscrowd = 1
     assert ap(truth, found(BOX)) == pytest.approx(100)

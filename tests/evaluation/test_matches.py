@@ -45,7 +45,7 @@ def test_ap_of_the_lvis_example_equals_that_of_the_evaluation(examples):
         assert_same_ap(comparison)
 
 
-def test_objects_without_an_outline_are_ignored_at_their_own_threshold():
+def test_detections_of_objects_without_an_outline_are_ignored():
     truth, results = random_set(5)
     bare = [
         annotation if number % 3 else msgspec.structs.replace(annotation, segmentation=None)
@@ -59,7 +59,7 @@ def test_objects_without_an_outline_are_ignored_at_their_own_threshold():
     assert (np.diff(ignored) <= 0).all() and ignored[0] > ignored[-1]
 
 
-def test_without_objects_or_results_matches_are_empty():
+def test_without_objects_or_results_there_are_no_matches():
     truth, results = random_set(0)
     nothing = Truth(truth.path, truth.images, truth.categories, [])
     matches = coco.compare(nothing, results, ["bbox"])["bbox"].matches
@@ -79,7 +79,7 @@ def test_only_the_best_detections_up_to_the_limit_are_used():
     assert_same_ap(comparison)
 
 
-def test_found_names_the_object_of_each_true_positive():
+def test_matches_contain_the_object_of_each_true_positive():
     truth, results = random_set(3)
     comparison = coco.compare(truth, results, ["bbox"])["bbox"]
     matches = comparison.matches

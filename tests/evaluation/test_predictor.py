@@ -30,7 +30,7 @@ class BrightSpot(nn.Module):
 
 
 def spot(height=40, width=80, box=(8, 10, 28, 30)):
-    """Return a black picture with one white box xyxy."""
+    """Return a black picture with one white box (x0, y0, x1, y1)."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     return pixels
@@ -111,7 +111,7 @@ def test_threshold_is_the_lowest_score_that_is_returned(predictor):
         (7, "got int"),
     ],
 )
-def test_other_objects_are_refused_in_one_line(predictor, image, message):
+def test_other_types_and_shapes_are_refused_in_one_line(predictor, image, message):
     with pytest.raises(ValueError, match=message) as caught:
         predictor(image)
     assert "\n" not in str(caught.value)
@@ -141,7 +141,7 @@ def test_each_axis_is_rescaled_by_its_own_factor():
     torch.testing.assert_close(boxes, expected)
 
 
-def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped():
+def test_boxes_are_clipped_and_empty_boxes_are_dropped():
     boxes = [[-5, -5, 20, 20], [10, 10, 10, 30], [90, 10, 130, 30], [101, 10, 120, 30]]
     kept = to_image(found(boxes, [0, 1, 2, 0]), (100, 100), (50, 50))
     assert kept.boxes.tolist() == [[0, 0, 10, 10], [45, 5, 50, 15]]
@@ -149,7 +149,7 @@ def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped():
     assert len(kept.scores) == len(kept.masks) == 2
 
 
-def test_prediction_needs_no_gradient_and_restores_the_mode():
+def test_predictions_have_no_gradient_and_lie_in_the_image():
     detector = small_detector()
     predictor = Predictor(detector, [f"class {i}" for i in range(CLASSES)], SIDE)
     detector.eval()

@@ -28,7 +28,7 @@ LIMIT = 2_000_000  # in bytes
 
 
 def class_result(name: str, ap: float | None, error: str | None = "missed") -> ClassResult:
-    """Return a class whose metrics follow from its AP; None means that the class has no objects."""
+    """Return results of a class that follow from its AP; AP None means a class without objects."""
     if ap is None:
         return ClassResult(name, 0, 0, *[None] * 8, [], {}, {}, None)
     errors = dict.fromkeys(TYPES, 1.0) | ({error: 7.25} if error else {})
@@ -114,9 +114,9 @@ def test_the_page_loads_no_resources_and_escapes_names(page: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_an_image_without_file_has_no_pictures(page: Path) -> None:
+def test_a_missing_image_has_no_pictures(page: Path) -> None:
     text = page.read_text()
-    assert text.count('src="data:image/jpeg;base64,') == 4  # two worst, two best
+    assert text.count('src="data:image/jpeg;base64,') == 4  # a pair as worst, a pair as best
     assert "1.jpg" in text and "2.jpg" not in text
 
 
@@ -176,7 +176,7 @@ def test_the_page_is_small_for_a_data_set_of_coco_s_size(truth: Truth, tmp_path:
 
 
 class Browser:
-    """A page in Chromium, by the DevTools protocol: https://chromedevtools.github.io/devtools-protocol/."""
+    """A page in Chromium, controlled by DevTools: https://chromedevtools.github.io/devtools-protocol/."""
 
     def __init__(self, socket: Any) -> None:
         self.socket, self.number = socket, 0
@@ -236,7 +236,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(browser: Browser, page: Path) -> None:
+def test_the_page_works_in_a_browser(browser: Browser, page: Path) -> None:
     browser("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=True)  # fmt: skip
     browser.open(page)
     assert browser.value("document.documentElement.scrollWidth") == 360
