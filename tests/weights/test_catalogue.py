@@ -22,14 +22,14 @@ def test_every_value_has_the_type_of_its_field() -> None:
     assert msgspec.yaml.decode(raw, type=list[Entry]) == ENTRIES
 
 
-def test_every_recipes_initial_weights_are_listed() -> None:
+def test_the_initial_weights_of_every_recipe_are_listed() -> None:
     for recipe in recipes():
         name = load_config(recipe).train.init
         assert name == "" or (name in CATALOGUE and not CATALOGUE[name].recipe), recipe
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_every_entry_is_usable(entry: object) -> None:
+def test_the_fields_of_an_entry_are_consistent(entry: object) -> None:
     assert bool(entry.recipe) == bool(entry.ap)
     assert entry.file.endswith(".pt" if entry.recipe else ".safetensors")
     assert (entry.format in FORMATS) == (entry.state != "packaged")
@@ -42,7 +42,7 @@ def test_every_entry_is_usable(entry: object) -> None:
     assert entry.recipe == "" or load_config(entry.recipe).train.init in CATALOGUE
 
 
-def test_detectron2s_detectors_match_its_tables() -> None:
+def test_detectors_of_detectron2_match_its_tables() -> None:
     if not PUBLISHED.exists():
         pytest.skip("needs ../shared")
     published = {}
@@ -60,7 +60,7 @@ def test_detectron2s_detectors_match_its_tables() -> None:
         assert entry.name == name == entry.recipe
 
 
-def test_where_fetched_files_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetched_files_are_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "vitdet"
     assert fetched("mae_vit_tiny").is_file()

@@ -58,7 +58,7 @@ class Exploit:
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_old_state_and_is_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_state_and_is_reported(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "states")],
         capture_output=True,
@@ -77,7 +77,7 @@ def test_a_full_disk_keeps_the_old_state_and_is_one_line(tmp_path: Path) -> None
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     save(path, {"format": FORMAT, "x": torch.ones(3)})
-    with pytest.raises(AttributeError):  # not caused by the disk, so the message does not name it
+    with pytest.raises(AttributeError):  # not a disk error, so the file is not named
         save(path, {"format": FORMAT, "x": lambda: None})
     assert [child.name for child in tmp_path.iterdir()] == ["model.pt"]
     assert torch.equal(load(path, FORMAT)["x"], torch.ones(3))
@@ -119,7 +119,7 @@ def test_a_damaged_file_is_rejected_or_read(trained: Path, tmp_path: Path) -> No
     assert len(errors) > 20 and not any("\n" in text for text in errors)
 
 
-def test_another_file_is_rejected(trained: Path, tmp_path: Path) -> None:
+def test_other_files_are_rejected(trained: Path, tmp_path: Path) -> None:
     states = sorted((trained / "checkpoints").glob("*.pt"))
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
@@ -179,7 +179,7 @@ def test_weights_of_another_model_are_rejected(trained: Path, tmp_path: Path) ->
             restore_detector(path)
 
 
-def test_only_a_full_disk_has_the_advice_to_free_space(
+def test_only_errors_of_a_full_disk_advise_to_free_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = "free some space and run the same command"

@@ -62,9 +62,9 @@ def test_a_published_detector_fits_the_recipe_and_converts_back(name: str) -> No
     for key, tensor in back.items():
         expected = theirs[key]
         if name.startswith("detectron2") and key == "backbone.net.pos_embed":
-            assert not tensor[:, 0].any()  # that of the class token, which no detector uses
+            assert not tensor[:, 0].any()  # the class token, which no detector uses
             tensor, expected = tensor[:, 1:], expected[:, 1:]
-        if "fed_loss" in key:  # each stage's copy of the same class frequencies
+        if "fed_loss" in key:  # all stages have copies of the same frequencies
             expected = theirs[key.replace(".1.", ".0.").replace(".2.", ".0.")]
         assert tensor.data_ptr() == expected.data_ptr() or torch.equal(tensor, expected), key
 
@@ -103,11 +103,11 @@ def test_published_pretrained_weights_fill_the_backbone(name: str, recipe: str) 
         ("detectron2", "somewhere.else", None),
     ],
 )
-def test_names(layout: str, theirs: str, ours: str | None) -> None:
+def test_tensor_names_are_mapped(layout: str, theirs: str, ours: str | None) -> None:
     assert rename(theirs, FORMATS[layout]) == ours
 
 
-def test_unknown_names_are_an_error_and_computed_buffers_are_not() -> None:
+def test_unknown_names_are_rejected_and_computed_buffers_ignored() -> None:
     weights = {
         "backbone.net.pos_embed": torch.zeros(1, 5, 2),
         "pixel_mean": torch.zeros(3),
@@ -129,8 +129,8 @@ def test_unknown_names_are_an_error_and_computed_buffers_are_not() -> None:
 
 
 @pytest.mark.parametrize("style", ["mae", "beit"])
-def test_vitae_b_with_an_autoencoders_names(style: str) -> None:
-    """The reference's loader drops the biases of 4 of 12 blocks in one of these, and of 8 in the other."""
+def test_vitae_b_loads_with_names_of_an_autoencoder(style: str) -> None:
+    """In one style, the reference's loader drops biases of 4 of 12 blocks; in the other, of 8."""
     theirs = {}
     for name, tensor in file_of("mmdet/vitae_b").items():
         name = name.removeprefix("backbone.")
@@ -153,14 +153,14 @@ def test_vitae_b_with_an_autoencoders_names(style: str) -> None:
     assert notes == ["backbone.pos_embed: resized from (1, 14, 14, 768) to (1, 64, 64, 768)"]
 
 
-def test_class_token_is_dropped() -> None:
+def test_the_class_token_is_dropped() -> None:
     stored = torch.arange(10.0).view(1, 10, 1)
     assert drop_class_token(stored)[0, :, :, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     with pytest.raises(ValueError, match="expected"):
         drop_class_token(torch.zeros(1, 9, 1))
 
 
-def test_query_and_value_biases_without_key_biases() -> None:
+def test_missing_key_biases_are_zero() -> None:
     query, stem = {"blocks.2.attn.q_bias": torch.tensor([1.0])}, "backbone.blocks.2.attn."
     ours = to_ours({**query, "blocks.2.attn.v_bias": torch.tensor([3.0])}, VITAE)
     assert ours[f"{stem}qkv.bias"].tolist() == [1, 0, 3]
@@ -171,11 +171,11 @@ def test_query_and_value_biases_without_key_biases() -> None:
         to_ours(query, VITAE)
 
 
-def test_position_tables_of_images_that_are_not_square() -> None:
+def test_position_tables_of_non_square_images_are_converted() -> None:
     layout = mmdet_format(grid=(3, 2), wide=[1])
     weights = {
         "backbone.pos_embed": torch.arange(6.0).view(1, 6, 1),
-        "backbone.blocks.0.attn.rel_pos_w": torch.ones(27, 1),  # tables of windows
+        "backbone.blocks.0.attn.rel_pos_w": torch.ones(27, 1),  # a table for windows
         "backbone.blocks.1.attn.rel_pos_w": torch.arange(5.0).view(5, 1),
     }
     ours = to_ours(weights, layout)
@@ -200,7 +200,7 @@ def test_relative_positions_are_rescaled_to_the_same_function() -> None:
     assert rescale_relative_positions(weights, True, True) is weights
 
 
-def test_position_and_patch_embeddings_of_another_size() -> None:
+def test_position_and_patch_embeddings_are_resized() -> None:
     rows = torch.arange(16.0)
     plane = torch.cartesian_prod(rows, rows).view(1, 16, 16, 2)
     wanted = torch.tensor([4.5, 6.5, 8.5, 10.5])[:, None].expand(4, 4)

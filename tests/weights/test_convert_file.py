@@ -121,8 +121,8 @@ def test_a_detector_converts_to_mmdet_and_back(tiny: Path, tmp_path: Path) -> No
     assert f"ours.pt: {says}" in text
 
 
-def test_files_of_tensors_only(model: Path, recipe: Path, tmp_path: Path) -> None:
-    """The metadata names the layout, so the files can be loaded and converted to a detector later."""
+def test_a_safetensors_file_names_its_layout(model: Path, recipe: Path, tmp_path: Path) -> None:
+    """The metadata names the layout, so the file can be loaded or converted to a detector later."""
     convert_file(model, tmp_path / "theirs.pkl", "detectron2", reverse=True)
     convert_file(tmp_path / "theirs.pkl", tmp_path / "ours.safetensors", "detectron2")
     expected = {"format": "pt", "layout": "detectron2", "scaled_rel_pos": "false"}
@@ -142,7 +142,7 @@ def test_files_of_tensors_only(model: Path, recipe: Path, tmp_path: Path) -> Non
     assert not load_pretrained(detector, tmp_path / "ours.safetensors").fresh
 
 
-def test_pretrained_weights_are_converted_to_tensors(tmp_path: Path) -> None:
+def test_pretrained_weights_are_converted_to_safetensors(tmp_path: Path) -> None:
     weights = {name: tensor.contiguous().half() for name, tensor in file_of("mae/base").items()}
     mae, other = tmp_path / "mae.pth", tmp_path / "x.safetensors"
     torch.save({"model": weights}, mae)
@@ -160,7 +160,7 @@ def test_pretrained_weights_are_converted_to_tensors(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*x.safetensors*"))
 
 
-def test_invalid_combinations_are_one_line(model: Path, recipe: Path, tmp_path: Path) -> None:
+def test_invalid_combinations_are_rejected(model: Path, recipe: Path, tmp_path: Path) -> None:
     pkl, pt, pth = (tmp_path / f"x.{suffix}" for suffix in ("pkl", "pt", "pth"))
     ends = "expected a name that ends in"
     for given, says in (

@@ -1,4 +1,4 @@
-"""Damaged files of weights and checkpoints: a one-line error or equal content."""
+"""Damaged weights and checkpoints: reading ends in a one-line error or in usable content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if REPORTED.exists():
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """Apply one to three changes: a byte, a truncation, a piece that is repeated, removed or inserted."""
+    """Change a byte, truncate, or repeat, remove or insert a piece, one to three times in total."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(changed) or 1)
@@ -44,7 +44,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_500_damaged_pickles_of_each_protocol_end_in_one_line(
+def test_500_damaged_pickles_per_protocol_are_read_or_rejected(
     tmp_path: Path, protocol: int
 ) -> None:
     arrays = {f"block{i}.weight": np.arange(6, dtype="f4").reshape(2, 3) for i in range(3)}
@@ -61,7 +61,7 @@ def test_500_damaged_pickles_of_each_protocol_end_in_one_line(
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_pickle_truncated_within_a_number_is_one_line(tmp_path: Path, cut: bytes) -> None:
+def test_a_pickle_truncated_within_a_number_is_rejected(tmp_path: Path, cut: bytes) -> None:
     path = tmp_path / "cut.pkl"
     path.write_bytes(cut)
     with refused("not a complete weights file"):
@@ -98,8 +98,8 @@ def test_150_flipped_bits_of_a_checkpoint_are_rejected_or_harmless(checkpoint: P
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
-def test_a_flipped_bit_among_the_weights_names_the_record(checkpoint: Path, suffix: str) -> None:
-    """In files of this package and third-party files."""
+def test_a_flipped_bit_among_the_weights_is_located(checkpoint: Path, suffix: str) -> None:
+    """This holds for files of this package and for third-party files."""
     path = checkpoint.rename(checkpoint.with_suffix(suffix))
     whole = bytearray(path.read_bytes())
     whole[whole.index(torch.arange(500.0).numpy().tobytes()) + 402] ^= 0x40
@@ -109,7 +109,7 @@ def test_a_flipped_bit_among_the_weights_names_the_record(checkpoint: Path, suff
     assert zipfile.ZipFile(path).testzip().endswith("data/0")
 
 
-def test_a_flipped_bit_in_the_end_of_the_archive_is_one_line(checkpoint: Path) -> None:
+def test_a_flipped_bit_at_the_end_of_the_archive_is_rejected(checkpoint: Path) -> None:
     whole = bytearray(checkpoint.read_bytes())
     whole[whole.rindex(b"PK\x06\x07") + 16] ^= 2  # the field "number of disks"
     checkpoint.write_bytes(whole)
@@ -128,7 +128,7 @@ def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
     assert torch.equal(read_file(path)["w"], torch.ones(3))
 
 
-def test_a_full_disk_while_weights_are_written_is_one_line(
+def test_a_full_disk_while_weights_are_written_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(__file__).parents[2] / "vitdet/weights/mae_vit_tiny.safetensors"

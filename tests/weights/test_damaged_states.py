@@ -40,7 +40,7 @@ def stopped_at_7(tiny: Path, folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["cut", "flipped", "empty"])
-def test_training_resumes_from_the_state_before_a_damaged_one(
+def test_training_resumes_from_the_state_before_a_damaged_state(
     tiny: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     _, newest = stopped_at_7(tiny, tmp_path)
@@ -59,7 +59,7 @@ def test_training_resumes_from_the_state_before_a_damaged_one(
     assert names(newest.parent) == [".lock", *(f"step_0000000{file}" for file in files)]
 
 
-def test_a_damaged_state_is_reported_once_and_not_counted_as_a_last_one(
+def test_a_damaged_state_is_reported_once_and_not_counted_as_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     states = Checkpoints(tmp_path, keep=2)
@@ -82,7 +82,7 @@ def test_a_damaged_state_is_reported_once_and_not_counted_as_a_last_one(
     assert [path.name for path in again.all()] == ["step_00000003.pt", "step_00000004.pt"]
 
 
-def test_all_states_are_damaged(tmp_path: Path) -> None:
+def test_an_error_advises_to_start_over_if_all_states_are_damaged(tmp_path: Path) -> None:
     states = Checkpoints(tmp_path, keep=3)
     for step in (1, 2, 3):
         states.save(step, {}).write_bytes(b"PK")
@@ -92,10 +92,10 @@ def test_all_states_are_damaged(tmp_path: Path) -> None:
     assert len(states.all()) == 3
 
 
-def test_unreadable_but_undamaged_states_are_an_error(
+def test_unreadable_but_undamaged_states_raise_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A state of a later version, one without read permission, and one that does not fit into memory."""
+    """Causes: a state of a later version, too little memory, and too many open files."""
     states = Checkpoints(tmp_path, keep=3)
     states.save(1, {})
     checkpoint.save(tmp_path / "step_00000002.pt", {"format": f"{STATE}0", "step": 2})
@@ -162,7 +162,7 @@ def one_of_two(rank: int, root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_processes_resume_from_the_newest_state_undamaged_for_all(
+def test_all_processes_resume_from_the_newest_state_that_all_can_read(
     tiny: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
@@ -170,5 +170,5 @@ def test_all_processes_resume_from_the_newest_state_undamaged_for_all(
     spawn_pair(one_of_two, tiny, tmp_path)
     damaged = [name for name in names(tmp_path / "checkpoints") if name.endswith(".damaged")]
     assert damaged == ["step_00000006.pt.damaged", "step_00000007.pt.damaged"]
-    assert (tmp_path / "checkpoints" / "step_00000004.json").exists()  # the first process read it
+    assert (tmp_path / "checkpoints" / "step_00000004.json").exists()  # rank 0 can read it
     assert (tmp_path / "model.pt").exists()

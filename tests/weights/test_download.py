@@ -43,7 +43,7 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def load(web: Web, tmp_path: Path) -> Load:
-    """Download from a server with these responses; return the file."""
+    """Return a function that downloads from a server with these responses and returns the file."""
 
     def run(
         *plan: Answer, size: int | None = None, patience: Patience = QUICK, copies: int = 1
@@ -99,7 +99,7 @@ def test_a_server_without_progress_is_an_error(web: Web, load: Load, tmp_path: P
     assert load().read_bytes() == CONTENT and web.sent == 100_000
 
 
-def test_a_server_that_ignores_range_starts_again(web: Web, load: Load, tmp_path: Path) -> None:
+def test_a_download_restarts_if_range_is_ignored(web: Web, load: Load, tmp_path: Path) -> None:
     assert load(file(cut=30_000), file(ranges=False)).read_bytes() == CONTENT
     assert web.sent == 130_000
     (tmp_path / "part").unlink()
@@ -126,7 +126,7 @@ def test_a_wrong_or_invalid_range_restarts_the_download(web: Web, load: Load) ->
     assert ranges(web)[-1] is None
 
 
-def test_without_a_validator_it_starts_again(web: Web, load: Load) -> None:
+def test_a_download_without_a_validator_starts_again(web: Web, load: Load) -> None:
     assert load(file(cut=30_000, tag=False), file(tag=False)).read_bytes() == CONTENT
     assert ranges(web) == [None, None]
 
@@ -158,7 +158,7 @@ FORBIDDEN = "the server responded with 403 Forbidden (the server denies access t
     ],
     ids=["404", "403", "web page", "wrong length"],
 )
-def test_permanent_errors_are_one_line_without_a_retry(
+def test_permanent_errors_are_reported_without_a_retry(
     web: Web, load: Load, tmp_path: Path, answer: Answer, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -173,7 +173,7 @@ def test_fewer_bytes_than_announced_are_a_dropped_connection(load: Load) -> None
         load(*[file(surplus=1)] * 3)
 
 
-def test_a_refused_connection_is_one_line(tmp_path: Path) -> None:
+def test_a_refused_connection_is_reported(tmp_path: Path) -> None:
     with serve() as web:
         url = web.url
     with pytest.raises(
@@ -197,7 +197,7 @@ def test_a_full_disk_keeps_the_downloaded_part(load: Load, web: Web, tmp_path: P
     assert load().read_bytes() == CONTENT and ranges(web) == [None, "bytes=40000-"]
 
 
-def test_free_space_is_checked_first(
+def test_free_space_is_checked_before_a_write(
     load: Load, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -221,7 +221,7 @@ def test_a_mirror_url_keeps_the_path() -> None:
 def test_the_download_ends_after_the_last_byte_of_an_endless_response(
     web: Web, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """Without a Content-Length, both with and without a known size of the file."""
+    """There is no Content-Length; the expected size of the file is known or unknown."""
     monkeypatch.setattr("vitdet.datasets.download.LARGEST", 50_000)
     web.content = b"x" * 5_000_000
     size, most = (1000, "1,000") if known else (None, "50,000")
@@ -232,7 +232,7 @@ def test_the_download_ends_after_the_last_byte_of_an_endless_response(
 
 
 @pytest.mark.parametrize("size", [1, 999, 100_000, 1 << 20])
-def test_a_body_that_is_too_long_is_read_for_one_byte_beyond_its_size(
+def test_only_one_byte_beyond_the_expected_size_is_read(
     web: Web, load: Load, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     received = []

@@ -31,11 +31,11 @@ def nothing_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(
         "urllib.request._opener", None
-    )  # the session caches certificates and proxies
+    )  # the opener caches certificates and proxies
 
 
 def certificate(folder: Path) -> Path:
-    """Return a key and a self-signed certificate for this machine."""
+    """Write a key and a self-signed certificate for 127.0.0.1; return the file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")])
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -77,7 +77,7 @@ def secure(tmp_path: Path) -> Iterator[tuple[Web, str, Path]]:
         thread.join()
 
 
-def test_an_untrusted_certificate_is_one_line_without_a_retry(
+def test_an_untrusted_certificate_is_rejected_without_a_retry(
     secure: tuple[Web, str, Path], tmp_path: Path
 ) -> None:
     web, url, _ = secure

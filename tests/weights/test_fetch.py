@@ -1,4 +1,4 @@
-"""Fetching published weights: complete or absent, also when a process is killed."""
+"""Fetching published weights: complete or absent, even if a process is killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Fetch = Callable[..., Path]
 
 
 def turned(source: Path, target: Path) -> None:
-    """A conversion that reverses the bytes."""
+    """Convert a file by reversing its bytes."""
     assert source.suffix == ".pth"
     target.write_bytes(source.read_bytes()[::-1])
 
@@ -88,7 +88,7 @@ def test_a_file_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path:
         ({"sha256": "", "md5": "00000g"}, f"md5 {MD5[:6]}, expected 00000g: not the published "),
     ],
 )
-def test_a_file_other_than_the_published_one_is_removed(
+def test_a_file_that_is_not_the_published_file_is_removed(
     get: Fetch, web: Web, tmp_path: Path, known: dict, says: str
 ) -> None:
     with refused(says):
@@ -97,7 +97,7 @@ def test_a_file_other_than_the_published_one_is_removed(
     assert get().is_file()
 
 
-def test_wrong_bytes_of_the_correct_length(get: Fetch, web: Web, tmp_path: Path) -> None:
+def test_wrong_bytes_of_equal_length_are_rejected(get: Fetch, web: Web, tmp_path: Path) -> None:
     web.content = CONTENT[:-1] + b"?"
     with pytest.raises(ValueError, match="not the published some; the download was removed"):
         get()
@@ -115,7 +115,7 @@ def test_wrong_bytes_of_the_correct_length(get: Fetch, web: Web, tmp_path: Path)
         ({"md5": MD5[:6], "md5_of_name": True}, 0),
     ],
 )
-def test_a_checksum_prefix_is_verified_and_one_in_the_name_is_a_hint(
+def test_a_checksum_in_the_file_name_is_only_a_hint(
     get: Fetch, caplog: pytest.LogCaptureFixture, known: dict, notes: int
 ) -> None:
     get(**{"sha256": "", "size": None, **known})
@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_converted_is_kept_only_if_verified(
     assert not names(tmp_path / "here")
 
 
-def test_a_local_copy(get: Fetch, web: Web, tmp_path: Path) -> None:
+def test_a_local_copy_is_verified_and_converted(get: Fetch, web: Web, tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.pth", tmp_path / "other.pth"
     copy.write_bytes(CONTENT)
     other.write_bytes(CONTENT[1:])
@@ -164,7 +164,7 @@ def test_a_local_copy(get: Fetch, web: Web, tmp_path: Path) -> None:
     assert names(tmp_path / "here") == ["some.safetensors"] and not web.asked
 
 
-def test_a_mirror(get: Fetch, web: Web) -> None:
+def test_a_mirror_replaces_the_host(get: Fetch, web: Web) -> None:
     assert get(mirror=f"{web.url}/mirror/", url="https://gone.example.org/pub/some.pth").is_file()
     assert web.asked == [("/mirror/pub/some.pth", None)]
 
@@ -208,7 +208,7 @@ def test_a_failure_before_the_first_byte_leaves_no_file(
     assert not names(tmp_path / "here")
 
 
-def test_two_processes_download_a_file_once(
+def test_concurrent_fetches_download_a_file_once(
     get: Fetch, web: Web, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -237,7 +237,7 @@ fetch(entry, Path(sys.argv[2]), lambda a, b: shutil.copyfile(a, b), Quiet(), pat
 """
 
 
-def test_killed_and_run_again(web: Web, tmp_path: Path) -> None:
+def test_a_killed_fetch_is_continued_by_the_next(web: Web, tmp_path: Path) -> None:
     words = [sys.executable, "-c", SCRIPT, f"{web.url}/some.pth", str(tmp_path / "here"), SHA256]
     part = tmp_path / "here" / ".some.part.pth"
     web.plan = [file(cut=70_000, stall=True)]

@@ -87,7 +87,7 @@ def test_a_finished_detector_loads(case: str, tiny: Path, tmp_path: Path) -> Non
     path = tmp_path / "model.pt"
     stored = write(f"model_{case}", tiny, path)
     detector, config, names = restore_detector(path)
-    # commit dad8b8b did not store the batch size of a learning rate
+    # commit dad8b8b did not store optim.lr_batch_size
     assert config == config_of(case, tiny, optim__lr_batch_size=64)
     assert names == tuple(stored["class_names"]) and len(names) == 6
     weights, expected = detector.state_dict(), stored["model"]
@@ -131,7 +131,7 @@ def test_a_training_state_resumes(case: str, tiny: Path, tmp_path: Path) -> None
 
 
 def test_a_training_state_from_before_commit_29b381b_resumes(tiny: Path, tmp_path: Path) -> None:
-    """It does not contain the step of the last evaluation, as states were saved after evaluations."""
+    """It lacks the step of the last evaluation, because states were saved after evaluations."""
     content = read("state_tiny", tiny)
     del content["evaluated"]
     content["step"] = 4

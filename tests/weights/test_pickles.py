@@ -81,7 +81,7 @@ def test_exploits_have_no_effect(tmp_path: Path, name: str, how: str) -> None:
     text = one_line(path)
     assert "rejected: it references " in text or "getattr" in name or "array" in name, text
     assert not proof.exists()
-    if name not in ("getattr", "numpy's own reader"):  # without the protection the exploit works
+    if name not in ("getattr", "numpy's own reader"):  # without the protection, it works
         read = pickle.load if "pickle" in how else partial(torch.load, weights_only=False)
         with open(path, "rb") as file:
             read(file)
@@ -99,7 +99,7 @@ def test_the_error_contains_the_forbidden_name(tmp_path: Path) -> None:
 
 
 def packed(path: Path, content: bytes) -> Path:
-    """Return a torch file with this pickle."""
+    """Write a torch file with this pickle; return its path."""
     torch.save({"w": torch.ones(2)}, path)
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -109,7 +109,7 @@ def packed(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_torchs_advice_to_run_the_code_is_not_repeated(tmp_path: Path) -> None:
+def test_the_advice_of_torch_to_run_code_is_not_repeated(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     content = {"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}
     torch.save(content, path, pickle_protocol=4)
@@ -149,7 +149,7 @@ def array(shape: object, kind: bytes = b"f4", raw: bytes = b"\0" * 8, order: byt
     return head + shape + dtype + b"I00\nS'" + content + b"'\ntbs."
 
 
-def test_invalid_arrays(tmp_path: Path) -> None:
+def test_invalid_arrays_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     path.write_bytes(array(b"(I2\nt"))
     assert read_file(path)["w"].tolist() == [0, 0]
@@ -201,7 +201,7 @@ def test_a_detectron2_file_is_read(tmp_path: Path) -> None:
 
 
 def mmdet_file() -> dict:
-    """Return what mmcv, MAE and timm store in addition to the weights."""
+    """Return a checkpoint with all that mmcv, MAE and timm store besides the weights."""
     weights = OrderedDict(w=torch.ones(2), n=torch.tensor(7))
     weights._metadata = OrderedDict({"": {"version": 1}})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
@@ -247,7 +247,7 @@ def test_tensors_without_content_are_rejected(tmp_path: Path) -> None:
     assert "expected tensors by name, or a dict of them" in text and "found state" in text
 
 
-def test_other_files(tmp_path: Path) -> None:
+def test_other_files_are_read_or_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such weights file"):
         read_file(tmp_path / "none.pkl")
     path = tmp_path / "w.npz"

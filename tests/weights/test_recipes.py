@@ -54,7 +54,7 @@ def test_a_recipe_contains_only_differences_and_a_description(recipe: str) -> No
 
 
 @pytest.mark.parametrize("recipe", sorted(PUBLISHED))
-def test_steps_warmup_and_drops_are_the_published_ones(recipe: str) -> None:
+def test_steps_warmup_and_drops_equal_the_published_values(recipe: str) -> None:
     config, published = load_config(recipe), PUBLISHED[recipe]
     assert config.optim.steps == published["max_iter"] and config.train.batch_size == 64
     rates = (config.optim.lr, config.optim.weight_decay)
@@ -86,7 +86,7 @@ def test_every_parameter_learns_and_decays_as_published(recipe: str) -> None:
 
 
 def published_groups(recipe: str) -> dict[str, tuple[float, float]]:
-    """Return {our name: (factor, decay)}; for ViTAE-S with the 17 layers of the published log, not the config's 12."""
+    """Return {our name: (factor, decay)}; ViTAE-S has 17 layers, as in the published log."""
     more_layers = 17 - 12 if recipe == "mask_rcnn_vitae_s_coco" else 0
     optim = load_config(recipe).optim
     found = {}
@@ -99,13 +99,13 @@ def published_groups(recipe: str) -> dict[str, tuple[float, float]]:
 
 @cache
 def our_names(recipe: str) -> dict[str, str]:
-    """Return {their name: our name}; two of their biases are parts of one of ours."""
+    """Return {their name: our name}; their q_bias and v_bias are parts of our qkv.bias."""
     whole = {name: re.sub(r"\.[qv]_bias$", ".qkv.bias", name) for name in GROUPS[recipe]}
     return {name: rename(joined, layout(recipe)) for name, joined in whole.items()}
 
 
 @pytest.mark.parametrize("recipe", sorted(PUBLISHED))
-def test_the_number_of_parameters_is_the_published_one(recipe: str) -> None:
+def test_the_number_of_parameters_is_the_published_number(recipe: str) -> None:
     state = on_meta(recipe).state_dict()
     ours = sum(tensor.numel() for name, tensor in state.items() if not is_statistic(name))
     assert ours + declared_difference(recipe) == PUBLISHED[recipe]["n_params"]
@@ -124,14 +124,14 @@ def declared_difference(recipe: str) -> int:
     return dim - (1203 if config.data.dataset == "lvis" else 0)
 
 
-def test_the_papers_convolutional_propagation_has_no_global_attention() -> None:
+def test_convolutional_propagation_has_no_global_attention() -> None:
     blocks = on_meta("mask_rcnn_vitdet_b_residual_coco").backbone.blocks
     assert all(block.window == 14 for block in blocks)
     plain = [isinstance(block.residual, torch.nn.Identity) for block in blocks]
     assert [i for i, identity in enumerate(plain) if not identity] == [2, 5, 8, 11]
 
 
-def test_lvis_recipes_are_the_coco_recipes_on_other_data() -> None:
+def test_lvis_recipes_have_the_settings_of_lvis() -> None:
     for recipe in recipes():
         if recipe.endswith("_lvis"):
             config = load_config(recipe)
@@ -141,8 +141,8 @@ def test_lvis_recipes_are_the_coco_recipes_on_other_data() -> None:
             assert config.data.repeat_threshold == 0.001
 
 
-# From mmdet's and ViTAE-Transformer's configs and key lists: parameters, those without weight decay (keys that contain
-# "norm" or "relative_position_bias_table"), steps per epoch at batch size 16.
+# The numbers are from configs and key lists of mmdet and ViTAE-Transformer. Keys without weight decay contain "norm" or
+# "relative_position_bias_table"; an epoch has 7330 steps at batch size 16.
 @pytest.mark.parametrize(
     ("recipe", "parameters", "undecayed", "warmup"),
     [

@@ -66,7 +66,7 @@ INNER = {name.replace(".", "._orig_mod.", 1): tensor for name, tensor in plain()
         (prefixed("student.") | prefixed("teacher."), [removed(f"teacher.; {OTHERS}")]),
     ],
 )
-def test_removed_tensors_are_reported(content: dict, told: list[str]) -> None:
+def test_removed_wrappers_are_reported(content: dict, told: list[str]) -> None:
     found, notes = unwrap(content, FORMATS["mae"], Path("w.pth"))
     assert notes == told
     assert found.keys() == set(NAMES)
@@ -200,7 +200,7 @@ def test_an_archive_of_other_files_is_reported(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".npz"])
-def test_a_damaged_directory_of_a_zip_is_one_line(
+def test_a_damaged_zip_directory_is_rejected_in_one_line(
     tmp_path: Path, offset: int, value: bytes, suffix: str
 ) -> None:
     path = tmp_path / f"w{suffix}"

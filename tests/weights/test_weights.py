@@ -31,7 +31,7 @@ def detector(tiny: Path) -> Detector:
 
 @pytest.fixture
 def backbone(detector: Detector) -> dict[str, Tensor]:
-    """Return weights of another seed without relative positions, like pre-trained ones."""
+    """Return weights of another seed without relative positions, like pretrained weights."""
     generator = torch.Generator().manual_seed(7)
     return {
         name: torch.randn(tensor.shape, generator=generator)
@@ -94,7 +94,7 @@ DEEP = (100_000).to_bytes(8, "little") + b"[" * 100_000
         (lambda whole: DEEP, "not a complete safetensors file ("),
     ],
 )
-def test_a_damaged_file_is_one_line(
+def test_a_damaged_file_is_rejected_in_one_line(
     detector: Detector,
     backbone: dict[str, Tensor],
     tmp_path: Path,
@@ -108,7 +108,7 @@ def test_a_damaged_file_is_one_line(
         load_pretrained(detector, path)
 
 
-def test_names_and_files(tmp_path: Path) -> None:
+def test_weights_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert resolve("") is None
     with pytest.raises(ValueError, match="init: no weights named 'mae_vit_tny'; did you mean 'mae"):
         resolve("mae_vit_tny")

@@ -35,7 +35,7 @@ def stored(content: object) -> bytes:
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    """Return a mirror whose ViT-H file has one norm and no blocks."""
+    """Return a mirror whose ViT-H file has only position and patch embeddings."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with serve() as web:
         weights = {
@@ -49,7 +49,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 @pytest.fixture
 def fetch(vitdet: Run, web: Web) -> Run:
-    """Run `vitdet weights fetch NAME` with the mirror."""
+    """Return a function that runs `vitdet weights fetch NAME` with the mirror."""
 
     def run(name: str, *words: object) -> tuple[int, str, str]:
         return vitdet("weights", "fetch", name, "--mirror", f"{web.url}/there", *words)
@@ -76,7 +76,7 @@ def test_the_list_has_every_file_with_all_known_facts(vitdet: Run) -> None:
         assert part in blocks[name]
 
 
-def test_a_user_without_a_home_directory(
+def test_without_a_home_directory_an_output_is_required(
     vitdet: Run, fetch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nowhere() -> Path:
@@ -89,7 +89,7 @@ def test_a_user_without_a_home_directory(
     assert vitdet("weights", "list")[0] == 0
 
 
-def test_the_list_in_json(vitdet: Run) -> None:
+def test_the_list_in_json_has_every_file(vitdet: Run) -> None:
     entries = {entry["name"]: entry for entry in json.loads(vitdet("weights", "list", "--json")[1])}
     assert set(entries) == set(CATALOGUE)
     assert entries["mae_vit_b"]["size"] == 343_249_461 and entries["mae_vit_l"]["size"] is None
@@ -140,7 +140,7 @@ def test_a_copy_is_converted(vitdet: Run, web: Web, tmp_path: Path) -> None:
     ],
     ids=["exploit", "bare pickle", "cut off", "another model"],
 )
-def test_bytes_of_other_weights_are_one_line(
+def test_bytes_of_other_weights_are_rejected_in_one_line(
     fetch: Run, web: Web, tmp_path: Path, content: bytes, says: str
 ) -> None:
     web.content = content
@@ -163,7 +163,7 @@ def test_bytes_of_other_weights_are_one_line(
         (("mask_rcnn_vitae_s_coco",), "(vitdet train mask_rcnn_vitae_s_coco --output FOLDER)"),
     ],
 )
-def test_invalid_arguments_are_one_line(
+def test_invalid_arguments_are_rejected_in_one_line(
     vitdet: Run, web: Web, tmp_path: Path, words: tuple, says: str
 ) -> None:
     code, output, errors = vitdet("weights", "fetch", *words, "--output", "w")
