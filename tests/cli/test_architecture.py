@@ -93,7 +93,7 @@ def test_imports_follow_the_layers() -> None:
     assert sum(map(layers.is_excepted, imports())) == len(layers.EXCEPTIONS)
 
 
-def test_no_import_cycles() -> None:
+def test_there_are_no_import_cycles() -> None:
     edges = [
         (found.module, found.target)
         for found in internal(imports())
@@ -122,7 +122,7 @@ def test_an_import_against_the_layers_is_found(text: str, allowed: bool) -> None
     assert not cycle_in([("a", "b"), ("b", "c"), ("a", "c")])
 
 
-def test_third_party_packages_are_imported_in_their_place_only() -> None:
+def test_third_party_packages_are_imported_only_where_allowed() -> None:
     places = {place for places in ONLY_IN.values() for place in places}
     report([place for place in places if not (ROOT / place).exists()], "no such place")
     outside = [
@@ -135,7 +135,7 @@ def test_third_party_packages_are_imported_in_their_place_only() -> None:
     report(outside, f"only these places may import these packages: {ONLY_IN}")
 
 
-def test_the_package_needs_its_declared_dependencies_only() -> None:
+def test_the_package_imports_only_declared_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     renamed = {"pillow": "PIL", "pyyaml": "yaml"}
 
@@ -158,7 +158,7 @@ def test_the_package_needs_its_declared_dependencies_only() -> None:
     report(missing, "vitdet imports what its dependencies do not bring")
 
 
-def test_models_see_no_config_mode_or_device() -> None:
+def test_models_do_not_depend_on_config_mode_or_device() -> None:
     wrong: list[object] = [
         found
         for found in imports()
@@ -174,7 +174,7 @@ def test_models_see_no_config_mode_or_device() -> None:
     report(wrong, "a model knows no config, no training mode and no device; its caller does")
 
 
-def test_code_conventions() -> None:
+def test_the_code_follows_its_conventions() -> None:
     wrong = []
     for where, node, name in nodes(ast.Call):
         called = ast.unparse(node.func)
@@ -203,7 +203,7 @@ def test_files_are_short() -> None:
     assert len(modules) <= MAX_MODULES, f"{len(modules)} modules directly in vitdet/: {modules}"
 
 
-def test_settings_are_named_in_the_config_and_the_recipes_only() -> None:
+def test_settings_are_not_named_outside_the_package() -> None:
     keys = {key for key in flatten(Config()) if "." in key}
     leaves = {key.split(".")[-1] for key in keys}
     # `name` and `init` are also ordinary words
@@ -250,7 +250,7 @@ def test_the_data_stage_depends_on_all_code_that_draws_the_data() -> None:
     assert sorted(files[module] for module in reached & set(files)) == sorted(stage["deps"])
 
 
-def test_no_file_names_a_registry_or_a_folder_of_one_machine() -> None:
+def test_no_file_mentions_a_registry_or_a_folder_of_one_machine() -> None:
     hosts = r"pypi[.]org|pythonhosted[.]org|download[.]pytorch[.]org|registry[.]npmjs|deb[.]debian[.]org"
     options = r"^--(?:extra-)?index-url|^--find-links"
     folders = r"(?<![\w.}])/(?:home|root|Users|work|opt)/\w"
@@ -280,7 +280,7 @@ HEAVY = ("torch", "torchvision", "mlflow", "timm", "numpy", "PIL")
         ("import vitdet.data.check", ("torch",)),
     ],
 )
-def test_these_calls_import_nothing_heavy(run: str, heavy: tuple[str, ...]) -> None:
+def test_light_commands_import_no_heavy_packages(run: str, heavy: tuple[str, ...]) -> None:
     found = f"set({heavy}) & set(sys.modules)"
     code = f"import sys\ntry:\n    {run}\nfinally:\n    assert not {found}\n"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

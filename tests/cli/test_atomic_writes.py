@@ -46,7 +46,7 @@ def temporary(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix == ".tmp")
 
 
-def test_temporary_files_of_killed_processes_are_removed_and_of_running_ones_kept(
+def test_only_temporary_files_of_ended_processes_are_removed(
     tmp_path: Path, process: subprocess.Popen
 ) -> None:
     remove_abandoned(tmp_path)
@@ -92,7 +92,7 @@ def test_a_writer_on_another_machine_has_ended_after_an_hour_without_a_write(
     assert not path.exists()
 
 
-def test_other_file_names_are_kept(tmp_path: Path) -> None:
+def test_files_with_other_names_are_kept(tmp_path: Path) -> None:
     names = {".a.tmp", "a.12.tmp", ".a.part", ".DS_Store", ".a.12.tmp.gz"}
     for name in names:
         (tmp_path / name).touch()
@@ -141,7 +141,7 @@ def test_a_failure_leaves_only_the_old_file(tmp_path: Path) -> None:
     assert [child.name for child in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
-def test_the_content_is_synced_before_the_name(
+def test_the_content_is_synced_before_the_file_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

@@ -53,7 +53,7 @@ def test_on_a_gpu_kernels_and_host_waits_are_counted(
     assert 0 < row["busy_ms"] and 0 < row["mfu"] < 1
 
 
-def test_bad_arguments_are_one_line(vitdet: Run) -> None:
+def test_bad_arguments_are_rejected_in_one_line(vitdet: Run) -> None:
     message = "positive integers, e.g. 1,8; got '0'"
     refused(vitdet("bench", "train", "tiny", "--batch", "0"), message)
     refused(vitdet("bench", "train", "tiny", "--batch", "1,x"), "got '1,x'")
@@ -71,7 +71,7 @@ def test_attention_flops_follow_the_definition_in_windows_and_on_the_grid() -> N
         assert found == layers + 4 * tokens * keys * dim
 
 
-def test_flops_of_convolutions_and_matrix_products() -> None:
+def test_flops_of_convolutions_and_matrix_products_are_counted() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(5 * 16, 7))
     found = forward_flops(model, lambda: model(torch.randn(1, 3, 4, 4)))
     assert found == 2 * (16 * 5 * 3 * 9 + 80 * 7)

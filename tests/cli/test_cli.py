@@ -56,21 +56,21 @@ def python(folder: Path, *words: object, cwd: Path | None = None) -> subprocess.
     return subprocess.run(command, cwd=cwd or folder, env=env, capture_output=True, text=True)
 
 
-def test_version(vitdet: Run) -> None:
+def test_the_version_is_printed(vitdet: Run) -> None:
     code, output, errors = vitdet("--version")
     assert (code, errors) == (0, "") and output.count("\n") == 1
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert output.startswith(f"vitdet {version}, torch {torch.__version__}, Python 3.")
 
 
-def test_config(vitdet: Run, tmp_path: Path) -> None:
+def test_config_prints_or_writes_the_settings(vitdet: Run, tmp_path: Path) -> None:
     code, output, errors = vitdet("config", "tiny", "--set", "optim.lr=3e-4")
     assert (code, errors) == (0, "") and yaml.safe_load(output)["optim"]["lr"] == 3e-4
     assert vitdet("config", "tiny", "--output", "a/config.yaml")[:2] == (0, "")
     assert load_config(tmp_path / "a" / "config.yaml") == load_config("tiny")
 
 
-def test_data(vitdet: Run, tmp_path: Path) -> None:
+def test_the_tiny_data_is_created_and_checked(vitdet: Run, tmp_path: Path) -> None:
     words = ("data", "tiny", "made", "--train", "3", "--val", "2", "--seed", "5")
     assert vitdet(*words) == (0, "made: 3 + 2 images\n", "")
     assert vitdet(*words) == (0, "made: 3 + 2 images, already complete\n", "")
@@ -82,7 +82,7 @@ def test_data(vitdet: Run, tmp_path: Path) -> None:
     assert code == 1 and "errors: 1" in output
 
 
-def test_weights(vitdet: Run, tmp_path: Path) -> None:
+def test_weights_are_listed_and_fetched(vitdet: Run, tmp_path: Path) -> None:
     code, output, _ = vitdet("weights", "list")
     assert code == 0 and "mae_vit_tiny" in output
     save_file({"x": torch.zeros(1)}, tmp_path / "own.safetensors")
@@ -112,7 +112,7 @@ def test_train_shows_progress_and_resumes(vitdet: Run, tiny: Path, tmp_path: Pat
     refused(vitdet(*words, "--set", "optim.lr=5"), message)
 
 
-def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
+def test_evaluate_writes_its_outputs(vitdet: Run, trained: Path, tmp_path: Path) -> None:
     words = "--output m/metrics.json --pictures pics --plots plots --report deep/report.html"
     config = ["--config", trained / "config.yaml"]
     code, output, errors = vitdet("evaluate", trained / "model.pt", *words.split(), *config)
@@ -179,7 +179,7 @@ def test_predict_needs_only_the_checkpoint(
         ("data tiny x --train 0", "expected 1 to 500000 images"),
     ],
 )
-def test_an_error_is_one_line_and_leaves_no_files(
+def test_an_error_has_one_line_and_leaves_no_files(
     vitdet: Run, tmp_path: Path, words: str, message: str
 ) -> None:
     refused(vitdet(*words.split()), message)
@@ -230,7 +230,7 @@ def plain(content: dict) -> dict:
         ("[]", "top level: not COCO's layout"),
     ],
 )
-def test_a_damaged_data_set_is_one_line_and_leaves_no_files(
+def test_a_damaged_data_set_is_rejected_and_leaves_no_files(
     vitdet: Run, own_tiny: Path, tmp_path: Path, edit: Callable[[dict], object] | str, message: str
 ) -> None:
     if isinstance(edit, str):
@@ -244,7 +244,7 @@ def test_a_damaged_data_set_is_one_line_and_leaves_no_files(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_is_one_line(
+def test_a_truncated_image_is_rejected_in_one_line(
     vitdet: Run, own_tiny: Path, tmp_path: Path, workers: int
 ) -> None:
     for path in (own_tiny / "train").iterdir():
@@ -266,7 +266,7 @@ def test_boxes_of_zero_size_are_counted_and_omitted(
     assert "of zero size" in message
 
 
-def test_checkpoints_that_do_not_fit(
+def test_checkpoints_that_do_not_fit_are_rejected(
     vitdet: Run, trained: Path, own_tiny: Path, picture: Path, tmp_path: Path
 ) -> None:
     state, model = sorted((trained / "checkpoints").glob("*.pt"))[-1], trained / "model.pt"
@@ -304,7 +304,7 @@ def test_predict_checks_its_inputs_before_writing(
     assert photo.read_bytes() == before
 
 
-def test_an_output_that_cannot_be_a_folder(
+def test_an_output_that_cannot_be_a_folder_is_rejected(
     vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
@@ -340,7 +340,7 @@ def test_training_resumes_after_a_full_disk(vitdet: Run, tiny: Path, tmp_path: P
     assert vitdet(*words)[:2] == (0, "run/model.pt\n")
 
 
-def test_commands_in_a_separate_process(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_commands_run_in_a_separate_process(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     done = python(tmp_path, "-m", "vitdet", "config", "tiny")
     assert done.returncode == 0 and done.stderr == "" and "optim" in yaml.safe_load(done.stdout)
     wrong = "vitdet: optim.lr: expected a number, got 'x'\n"

@@ -1,4 +1,4 @@
-"""Settings: written files read back equal, values are typed by their fields, errors are one line."""
+"""Settings: written files read back equal, values get their fields' types, errors have one line."""
 
 from __future__ import annotations
 
@@ -197,8 +197,8 @@ def test_an_unknown_recipe_is_named(name: str, message: str) -> None:
         ("optim:\n  lr: {a: 1}", "optim.lr: expected a number"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
-    for overrides in ([], ["optim.steps=1"]):  # an override does not hide it
+def test_a_wrong_file_is_rejected(tmp_path: Path, text: str, message: str) -> None:
+    for overrides in ([], ["optim.steps=1"]):  # with or without an override
         with pytest.raises(ValueError, match=re.escape(message)) as caught:
             load_config(write(tmp_path, text), overrides)
         assert "\n" not in str(caught.value)
@@ -230,7 +230,7 @@ def test_constructors_refuse_invalid_values(make: Callable[[], object], message:
         make()
 
 
-def test_no_milestones_mean_a_constant_rate() -> None:
+def test_the_list_of_milestones_may_be_empty() -> None:
     assert load_config("tiny", ["optim.milestones=[]"]).optim.milestones == ()
 
 
@@ -265,7 +265,7 @@ def test_the_reference_batch_size_matters_only_with_scale_lr() -> None:
     assert digest(ours) != digest(theirs)
 
 
-def test_memory_settings_are_not_part_of_the_identity() -> None:
+def test_memory_settings_do_not_change_the_digest() -> None:
     ours = load_config("tiny")
     for change in ("train.accumulate=2", "train.activation_checkpointing=blocks"):
         assert digest(override(ours, [change])) == digest(ours)

@@ -1,4 +1,4 @@
-"""Commands, options and settings that messages suggest exist, and resolve the error."""
+"""The commands, options and settings that messages suggest exist and resolve the error."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def choices_of(kind: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 
 
 def options_of(kind: argparse.ArgumentParser) -> set[str]:
-    """Yield all options of a command line and of its subcommands."""
+    """Return all options of a command line and of its subcommands."""
     found = set(kind._option_string_actions)
     if kind._subparsers is not None:
         found.update(*map(options_of, choices_of(kind).values()))
@@ -90,7 +90,7 @@ def options_of(kind: argparse.ArgumentParser) -> set[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_suggested_command_is_accepted(command: str) -> None:
-    """A subcommand without arguments, as in `vitdet train`, is a mention; other commands are complete."""
+    """A subcommand without arguments, as in `vitdet train`, is only named; others must be complete."""
     words = ["1" if word in ("N", "X") else word for word in shlex.split(command)]
     if words[0] == "...":  # the user's own command with an additional option
         assert words[1] in options_of(pipeline_parser())
@@ -120,7 +120,7 @@ def test_settings_in_messages_exist_and_accept_the_value() -> None:
     for key, value in found:
         pattern = re.sub(r"\bX\b", "*", key)
         assert any(fnmatch(name, pattern) or name.startswith(f"{key}.") for name in KEYS), key
-        if value and not re.fullmatch(r"X|N|%\w", value):  # else a placeholder
+        if value and not re.fullmatch(r"X|N|%\w", value):  # no placeholder
             load_config("mask_rcnn_vitdet_b_coco", [f"{key}={value}"])
 
 

@@ -48,7 +48,7 @@ def test_a_killed_process_releases_its_lock_while_its_forked_workers_run(tmp_pat
             pass
         process.kill()
         process.wait()
-        os.kill(worker, 0)  # still running
+        os.kill(worker, 0)  # the worker still runs
         with locked(path):
             pass
     finally:
@@ -105,7 +105,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_starts_tracks_and_resumes_without_locks(
     tiny: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """All kinds are tested in this process, and one through the command line."""
+    """One kind also runs through the command line, the other kinds only in this process."""
     uri = environment(store)["MLFLOW_TRACKING_URI"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
 

@@ -1,4 +1,4 @@
-"""Code blocks of README.md, CONTRIBUTING.md and docs/: Python is run, commands parsed or run."""
+"""Code blocks of README.md, CONTRIBUTING.md and docs/: Python runs, commands parse or run."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def python_block(word: str) -> str:
     return found
 
 
-def test_python_prediction(
+def test_the_prediction_example_runs(
     trained: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "work/train").mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_python_prediction(
     assert (tmp_path / "drawn.jpg").is_file()
 
 
-def test_python_training(
+def test_the_training_example_runs(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Run the block with the settings of `minimal` instead of the block's settings."""
@@ -120,7 +120,7 @@ def test_python_training(
     assert all(loss.requires_grad for loss in losses.values())
 
 
-def test_python_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_webhook_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     public = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", 0))]
@@ -131,7 +131,7 @@ def test_python_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [str(event) for event in hook.events] == ["model_version_alias.created"]
 
 
-def test_own_data_commands(
+def test_the_commands_for_own_data_run(
     own_tiny: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run each command of the README block that trains on a folder and draws detections on a photo."""
@@ -160,8 +160,8 @@ def test_names_that_the_makefile_imports_exist() -> None:
 def test_the_demo_without_git_fails_before_it_installs_anything(
     tmp_path: Path, jobs: str, repository: bool
 ) -> None:
-    """Without .git, as in a ZIP of the sources; `repository` selects a repository without a commit."""
-    # without variables of an outer make, and of Git if run in a hook
+    """There is no .git, as in a ZIP of the sources, or if `repository`, a .git without a commit."""
+    # without the variables of an outer make or of a Git hook
     outer = ("GIT_", "MAKEFLAGS", "MAKEFILES", "MAKELEVEL", "MFLAGS")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     environment |= {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent), "LC_ALL": "C"}

@@ -52,7 +52,7 @@ def test_invalid_yaml_in_an_override_names_the_setting(text: str) -> None:
 
 @settings(max_examples=300, **SLOW)
 @given(st.text("{}[]!&*:-?|>%@`'\"# \n\tab01.,~\x00é", max_size=40))
-def test_any_text_is_valid_data_or_a_one_line_error(text: str) -> None:
+def test_any_text_is_parsed_or_refused_in_one_line(text: str) -> None:
     try:
         parse_yaml(text)
     except ValueError as error:
@@ -77,13 +77,13 @@ def test_any_text_is_valid_data_or_a_one_line_error(text: str) -> None:
         "bench data tiny --output",
     ],
 )
-def test_an_empty_path_is_not_the_current_folder(vitdet: Run, tmp_path: Path, command: str) -> None:
+def test_an_empty_path_is_refused(vitdet: Run, tmp_path: Path, command: str) -> None:
     refused(vitdet(*command.split(), ""), "empty path on the command line: ''")
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("key", MODEL)
-def test_a_checkpoint_with_a_bad_entry(
+def test_a_checkpoint_with_a_bad_entry_is_refused(
     vitdet: Run, trained: Path, tmp_path: Path, key: str
 ) -> None:
     content, path = load_model_file(trained / "model.pt"), tmp_path / "model.pt"
@@ -97,7 +97,7 @@ def test_a_checkpoint_with_a_bad_entry(
 
 
 @pytest.mark.parametrize("key", TRAINING)
-def test_a_training_state_with_a_bad_entry(tmp_path: Path, key: str) -> None:
+def test_a_training_state_with_a_bad_entry_is_refused(tmp_path: Path, key: str) -> None:
     states = Checkpoints(tmp_path, 2)
     parts = dict.fromkeys(("config", "model", "optimizer", "average", "meter", "metrics"), {})
     path = states.save(1, {**parts, "run_id": None})
@@ -174,8 +174,8 @@ def test_other_os_errors_keep_their_file_name(tmp_path: Path) -> None:
     assert caught.value.filename.endswith("none")
 
 
-def test_a_truncated_picture_is_an_error(tmp_path: Path) -> None:
-    """Pillow writes truncated pictures to a full disk."""
+def test_a_truncated_picture_raises_an_error(tmp_path: Path) -> None:
+    """On a full disk, Pillow writes a truncated picture and raises no error."""
     noise = Image.effect_noise((90, 60), 40).convert("RGB")
     with (
         pytest.raises(OSError, match="File too large: .*a.jpg"),

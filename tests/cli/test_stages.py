@@ -156,7 +156,7 @@ def test_a_training_run_started_by_commit_dad8b8b_is_found(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("digits", [digest, legacy_digest])
-def test_the_recipe_name_excludes_the_digest_in_a_config_s_name(
+def test_the_recipe_tag_excludes_the_digest_in_a_config_name(
     digits: Callable[[Config], str], tmp_path: Path
 ) -> None:
     config = load_config("tiny")

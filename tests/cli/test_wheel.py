@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_it_contains_every_file_of_the_package(wheel: Path) -> None:
+def test_the_wheel_contains_every_file_of_the_package(wheel: Path) -> None:
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "vitdet").rglob("*")
@@ -55,7 +55,7 @@ def test_it_contains_every_file_of_the_package(wheel: Path) -> None:
     assert found == expected
 
 
-def test_it_installs_with_every_extra_and_detects(
+def test_the_wheel_installs_with_every_extra_and_detects(
     wheel: Path, trained: Path, picture: Path, tmp_path: Path
 ) -> None:
     """The new environment finds the dependencies through a .pth file; nothing is downloaded."""
