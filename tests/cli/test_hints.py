@@ -120,7 +120,7 @@ def test_settings_in_messages_exist_and_accept_the_value() -> None:
     for key, value in found:
         pattern = re.sub(r"\bX\b", "*", key)
         assert any(fnmatch(name, pattern) or name.startswith(f"{key}.") for name in KEYS), key
-        if value and not re.fullmatch(r"X|N|%\w", value):  # no placeholder
+        if value and not re.fullmatch(r"X|N|%\w", value):  # not a placeholder
             load_config("mask_rcnn_vitdet_b_coco", [f"{key}={value}"])
 
 

@@ -242,7 +242,7 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     code, _, err = vitdet("register", other, *words)
     assert code == 1 and "no better than the 0 of the champion, version 1" in err
 
-    # the checkpoint contains metrics on the old data, metrics.json contains metrics on the new data
+    # the checkpoint has metrics on the old data, metrics.json has metrics on the new data
     add_image(own_tiny, "val")
     metrics.write_text('{"box_ap": 3.0}')
     code, out, err = vitdet("register", other, *words, "--metrics", metrics)
@@ -253,6 +253,6 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     assert code == 0 and "box AP 3, above the 0 of the champion, version 1" in out, err
     shutil.rmtree(own_tiny)
     code, _, err = vitdet("register", model, *words)
-    # on the old data, the champion has the AP of its registration
+    # version 2 was first registered with its AP on the old data
     assert code == 1 and "no better than the 0 of the champion, version 2" in err, err
     assert err.count("\n") == 1, err

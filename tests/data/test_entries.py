@@ -26,7 +26,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_entries_equal_those_of_json(large: Path) -> None:
+def test_entries_equal_the_result_of_json(large: Path) -> None:
     path = large / "annotations" / "instances_train.json"
     found, expected = read_entries(path), json.loads(path.read_bytes())
     assert set(found) == {"images", "annotations", "categories"}

@@ -30,8 +30,7 @@ def _closes(lines: np.ndarray) -> bool:
     return sorted(lines[:, :2].tolist()) == sorted(lines[:, 2:].tolist())
 
 
-def test_polygon_parts_of_opposite_orientation_are_united() -> None:
-    # overlapping parts of opposite orientation
+def test_overlapping_parts_of_opposite_orientation_are_united() -> None:
     square, turned = ([1, 1, 7, 1, 7, 7, 1, 7], [4, 4, 4, 9, 9, 9, 9, 4])
     found, counts = edges_of([[square, turned], None, [square]], 12, 12)
     assert found.shape == (12, 4) and found.dtype == np.float32 and counts.tolist() == [8, 0, 4]

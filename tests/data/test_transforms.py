@@ -168,7 +168,7 @@ def test_boxes_enclose_the_clipped_polygons() -> None:
     assert 150 < seen < 300
 
 
-def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> None:
+def test_an_outline_around_the_window_fills_it_and_outlines_outside_are_dropped() -> None:
     around, beside = _rectangle(-5, -5, 100, 100), _rectangle(50, 5, 60, 9)
     touching, flat = _rectangle(40, 0, 45, 30), _rectangle(5, 5, 9, 5)
     shapes = [around, beside, [[-30, 0, 0, -30, -30, -30]], touching, flat]

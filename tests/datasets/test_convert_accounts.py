@@ -181,7 +181,7 @@ def test_all_problems_of_yolo_are_reported_at_once(vitdet: Run, yolo: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["yolo"]
 
 
-def test_twenty_problems_of_a_kind_are_listed(vitdet: Run, yolo: Path) -> None:
+def test_only_twenty_problems_of_a_kind_are_listed(vitdet: Run, yolo: Path) -> None:
     write(yolo / "labels/train/train0.txt", "0 .5 .5 2 .1\n" * 30)
     lines = vitdet("data", "convert", yolo, "out")[2].splitlines()
     assert lines[1] == "  30 x coordinate outside its image" and lines[-1] == "      ..."

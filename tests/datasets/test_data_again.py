@@ -21,7 +21,7 @@ def test_existing_archives_are_used(get: Fetch, web: Web, root: Path, tmp_path: 
         (tmp_path / path.split("/")[-1]).write_bytes(content)
     get(local=tmp_path, mirror="")
     check(root, web)
-    assert web.asked == [] and len(list(tmp_path.glob("*.zip"))) == 5  # still there
+    assert web.asked == [] and len(list(tmp_path.glob("*.zip"))) == 5  # the archives are kept
     shutil.rmtree(root)
     (tmp_path / "val2017.zip").write_bytes(b"PK" + web.files[VAL][2:-1] + b"?")
     with pytest.raises(ValueError, match="val2017.zip: sha256 .* expected .*: not the published"):

@@ -191,7 +191,7 @@ def test_the_check_ignores_files_that_were_not_downloaded(root: Path) -> None:
         verify(root)
 
 
-def test_splits_are_compared_separately_and_other_manifests_skipped(fetched: Path) -> None:
+def test_splits_are_compared_separately_and_other_manifests_are_ignored(fetched: Path) -> None:
     longer(min((fetched / "train").iterdir()))
     assert len(read_split(settings(fetched), "val").records) == 4
     with pytest.raises(ValueError, match="train: 12 files,"):

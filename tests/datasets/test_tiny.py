@@ -56,7 +56,7 @@ def test_bytes_are_fixed_and_independent_of_the_number_of_processes(tmp_path: Pa
     assert hashlib.sha256(pixels).hexdigest() == FROZEN_PIXELS
 
 
-def test_a_repeated_call_does_nothing_and_a_different_one_is_rejected(tmp_path: Path) -> None:
+def test_a_repeated_call_does_nothing_and_a_different_call_fails(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     folder.mkdir()
     assert make_tiny(folder, 3, 2)

@@ -179,7 +179,7 @@ def test_weights_of_another_model_are_rejected(trained: Path, tmp_path: Path) ->
             restore_detector(path)
 
 
-def test_only_errors_of_a_full_disk_advise_to_free_space(
+def test_only_errors_of_a_full_disk_advise_freeing_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = "free some space and run the same command"

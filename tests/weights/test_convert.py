@@ -107,7 +107,7 @@ def test_tensor_names_are_mapped(layout: str, theirs: str, ours: str | None) -> 
     assert rename(theirs, FORMATS[layout]) == ours
 
 
-def test_unknown_names_are_rejected_and_computed_buffers_ignored() -> None:
+def test_unknown_names_are_rejected_and_computed_buffers_are_ignored() -> None:
     weights = {
         "backbone.net.pos_embed": torch.zeros(1, 5, 2),
         "pixel_mean": torch.zeros(3),

@@ -82,7 +82,7 @@ def test_a_damaged_state_is_reported_once_and_not_counted_as_kept(
     assert [path.name for path in again.all()] == ["step_00000003.pt", "step_00000004.pt"]
 
 
-def test_an_error_advises_to_start_over_if_all_states_are_damaged(tmp_path: Path) -> None:
+def test_an_error_advises_starting_over_if_all_states_are_damaged(tmp_path: Path) -> None:
     states = Checkpoints(tmp_path, keep=3)
     for step in (1, 2, 3):
         states.save(step, {}).write_bytes(b"PK")
