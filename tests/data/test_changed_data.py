@@ -152,7 +152,7 @@ def test_after_an_added_image_a_new_run_trains_again(own_tiny: Path, tmp_path: P
     add_image(own_tiny)
     changed = Run(tmp_path / "space", tmp_path, "3" * 16).prepare(own_tiny)
     assert changed.name == first.name and changed.data != first.data
-    assert changed.data.split("-")[1] == first.data.split("-")[1]  # the validation split is equal
+    assert changed.data.split("-")[1] == first.data.split("-")[1]  # unchanged validation split
     with pytest.raises(ValueError, match="train has changed since it was verified"):
         first.train()
     changed.train()

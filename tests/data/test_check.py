@@ -136,7 +136,7 @@ def test_an_invalid_annotation_file_is_an_error(folder: Path, text: str) -> None
     assert not report.ok and "instances_train.json" in report.errors[0].examples[0]
 
 
-def test_damaged_image_files_are_distinguished(folder: Path) -> None:
+def test_damaged_and_missing_images_are_distinguished(folder: Path) -> None:
     whole = (folder / "train" / "1.png").read_bytes()
     (folder / "train" / "1.png").write_bytes(whole[: len(whole) // 2])
     (folder / "train" / "2.png").write_text("<html>not found</html>")

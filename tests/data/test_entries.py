@@ -47,7 +47,7 @@ def test_entries_equal_the_result_of_json(large: Path) -> None:
         '{"images": [1267650600228229401496703205376]}',
     ],
 )
-def test_invalid_files_are_read_as_by_json(tmp_path: Path, text: str) -> None:
+def test_invalid_files_have_the_result_of_json(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
     found, expected = read_entries(path), json.loads(text)
@@ -55,7 +55,7 @@ def test_invalid_files_are_read_as_by_json(tmp_path: Path, text: str) -> None:
         expected = {table: expected[table] for table in found}
         read = {table: list(part) for table, part in found.items() if isinstance(part, Entries)}
         found |= read
-    assert repr(found) == repr(expected)  # nan is not equal to nan
+    assert repr(found) == repr(expected)  # NaN is not equal to itself
 
 
 def test_records_are_equal_however_the_file_was_read(large: Path) -> None:

@@ -1,5 +1,5 @@
 """Random annotation files: either `data check` finds no error and all readers work, or it finds errors and
-all readers raise a one-line error. No other exception, crash or hang.
+all readers raise a one-line error. There is no other exception, crash or hang.
 
 To run longer, with new inputs each time: pytest --hypothesis-profile=long tests/data/test_fuzz_annotations.py
 """

@@ -188,7 +188,7 @@ def test_only_incomplete_files_are_written_again(unpacked: Unpack, tmp_path: Pat
 def test_a_different_existing_file_is_never_overwritten(unpacked: Unpack, tmp_path: Path) -> None:
     here = tmp_path / "in" / "here"
     here.mkdir(parents=True)
-    (here / "a.jpg").write_bytes(b"mine" * 750)  # of the same size
+    (here / "a.jpg").write_bytes(b"mine" * 750)  # the size of the file in the archive
     says = "here/a.jpg: exists and differs from the file in the archive; move it away"
     with pytest.raises(ValueError, match=says):
         unpacked(zipped(GOOD), force=False)

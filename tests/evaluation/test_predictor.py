@@ -92,7 +92,7 @@ def test_boxes_are_pixels_of_the_upright_image(predictor, tmp_path):
     torch.testing.assert_close(predictor(Image.open(path)).boxes, predictor(path).boxes)
 
 
-def test_threshold_is_the_lowest_score_that_is_returned(predictor):
+def test_the_threshold_is_the_lowest_returned_score(predictor):
     image = spot()
     scores = predictor(image, 0).scores
     assert len(scores) == 2

@@ -203,7 +203,7 @@ def test_only_errors_of_a_full_disk_advise_freeing_space(
     ("name", "value"),
     [(3, torch.zeros(2)), (None, torch.zeros(2)), ("bias", 3), ("bias", torch.zeros(2) + 1j)],
 )
-def test_weights_that_are_not_named_real_tensors_are_rejected(name: object, value: object) -> None:
+def test_weights_other_than_named_real_tensors_are_rejected(name: object, value: object) -> None:
     layer = torch.nn.Linear(2, 2)
     weights = dict(layer.state_dict()) | {name: value}
     with pytest.raises(ValueError, match="^x.pt: the weight .* is not a real-valued tensor"):

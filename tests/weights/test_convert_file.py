@@ -107,7 +107,7 @@ def test_a_detector_converts_to_mmdet_and_back(tiny: Path, tmp_path: Path) -> No
         notes = convert_file(tmp_path / "theirs.pth", tmp_path / f"{name}.pt", "mmdet", path)
         assert bool(notes) == (name == "mixed")
         again, _, names = restore_detector(tmp_path / f"{name}.pt")
-        assert names == tuple(load_model_file(ours)["class_names"])  # mmdet's files contain them
+        assert names == tuple(load_model_file(ours)["class_names"])  # stored in mmdet's files
         features[name] = again.backbone(image.float() / 255)
     assert notes == [
         "relative positions: rescaled for this model, which applies them to the unscaled query"
