@@ -33,7 +33,7 @@ def slow_match(iou, low, high, keep_best=False):
 
 
 def slow_match_keeping_best(iou, low, high):
-    """Match as in mmdet: each ground truth in turn gets the boxes with its highest IoU."""
+    """Match like mmdet: each ground truth in turn gets its best boxes, if they reach `low`."""
     matched = slow_match(iou, low, high)
     for g, row in enumerate(iou.tolist()):
         if max(row) >= low:
@@ -53,8 +53,8 @@ def slow_match_keeping_best(iou, low, high):
 )
 @pytest.mark.parametrize("truths", [0, 1, 5, 30])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.7), (0.5, 0.5)])
-def test_match_equals_the_loop(ours, slow, truths, low, high):
-    # rounded to float32, as the IoUs are
+def test_matching_equals_a_loop_over_boxes(ours, slow, truths, low, high):
+    # float32 values, like the IoUs
     low, high = torch.tensor([low, high]).tolist()
     generator = torch.Generator().manual_seed(truths)
     for _ in range(10):
@@ -67,15 +67,15 @@ def test_match_equals_the_loop(ours, slow, truths, low, high):
             assert ours(iou.split(rows), low, high).tolist() == expected
 
 
-def test_thresholds_are_half_open():
+def test_an_iou_equal_to_a_threshold_reaches_it():
     iou = torch.tensor([[0.29, 0.3, 0.69, 0.7, 1.0]])
     assert match([iou], 0.3, 0.7).tolist() == [BACKGROUND, IGNORE, IGNORE, 0, 0]
 
 
-def test_the_best_box_of_two_ground_truths_is_assigned_to_its_best():
+def test_the_best_box_of_two_ground_truths_is_assigned_to_the_closer_one():
     iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best box of both
     assert match_keeping_own([iou], 0.3, 0.7).tolist() == [1, BACKGROUND]
-    # both IoUs are too low
+    # both IoUs are below the low threshold
     assert match_keeping_best([iou], 0.3, 0.7).tolist() == [BACKGROUND, BACKGROUND]
 
 
@@ -83,7 +83,7 @@ def test_the_best_box_of_a_ground_truth_is_assigned_to_it():
     iou = torch.tensor(
         [[0.9, 0.9, 0.0, 0.3], [0.0, 0.6, 0.0, 0.3], [0.0, 0.0, 0.2, 0.0], [0.3, 0.3, 0.0, 0.3]]
     )
-    # all go to the last ground truth
+    # the three equally good boxes of the last ground truth are all assigned to it
     assert match_keeping_best([iou], 0.3, 0.7).tolist() == [3, 3, BACKGROUND, 3]
     assert match_keeping_best([iou[:3]], 0.3, 0.7).tolist() == [0, 1, BACKGROUND, IGNORE]
     assert match_keeping_own([iou[:3]], 0.3, 0.7).tolist() == [0, 0, 2, IGNORE]
@@ -100,7 +100,7 @@ def test_a_ground_truth_without_overlap_makes_no_box_foreground(matching):
     ("positives", "negatives", "expected"),
     [(50, 100, (8, 24)), (3, 100, (3, 29)), (50, 5, (8, 5)), (0, 100, (0, 32)), (0, 0, (0, 0))],
 )
-def test_sample_counts(positives, negatives, expected):
+def test_a_sample_has_limited_foreground_and_background_fills_it(positives, negatives, expected):
     matched = torch.tensor([0] * positives + [BACKGROUND] * negatives + [IGNORE] * 7)
     matched = matched[torch.randperm(len(matched), generator=torch.Generator().manual_seed(0))]
     # in a batch with a background-only image, each image has its own counts

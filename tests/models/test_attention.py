@@ -1,4 +1,4 @@
-"""Attention with decomposed relative positions against the written-out formula, and windows."""
+"""Attention with decomposed relative positions against its formula, and windows."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def random_attention(size, dim=12, heads=3, scaled=False):
 @pytest.mark.parametrize(
     ("size", "grid"), [(4, (4, 4)), (5, (3, 5)), (4, (6, 7)), (6, (2, 3)), (1, (1, 1)), (3, (1, 4))]
 )
-def test_equals_the_formula_on_any_grid(size, grid):
+def test_attention_equals_its_formula_on_any_grid(size, grid):
     attention = random_attention(size)
     x = torch.randn(2, *grid, 12)
     np.testing.assert_allclose(
@@ -72,7 +72,7 @@ def test_equals_the_formula_on_any_grid(size, grid):
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (5, 4)])
-def test_tables_of_a_grid_that_is_not_square(grid):
+def test_tables_may_differ_between_height_and_width(grid):
     attention = random_attention((3, 5))
     assert (len(attention.rel_pos_h), len(attention.rel_pos_w)) == (5, 9)
     x = torch.randn(1, *grid, 12)
@@ -81,7 +81,7 @@ def test_tables_of_a_grid_that_is_not_square(grid):
     )
 
 
-def test_scaled_positions_equal_unscaled_ones_with_smaller_tables():
+def test_scaled_positions_equal_unscaled_positions_with_scaled_tables():
     attention = random_attention(3, scaled=True)
     x = torch.randn(1, 3, 3, 12)
     found = attention(x).detach().numpy()
@@ -134,7 +134,7 @@ def test_widening_changes_no_value_and_no_gradient(scaled):
     with far_device() as device:
         q, k = torch.ones(2, 1, 3, 25, 4, dtype=torch.float64).to(device)
         query, key = widen(q, k, far.rel_pos_h, far.rel_pos_w, 5, 5, scaled)
-        assert query.shape[-1] == key.shape[-1] == 16  # 4 + 5 + 5 on the CPU
+        assert query.shape[-1] == key.shape[-1] == 16  # 4 + 5 + 5, padded unless on the CPU
         y = x.detach().to(device).requires_grad_()
         found = far(y)
         found.square().sum().backward()

@@ -21,7 +21,7 @@ NAMES = {"swin_mmdet/swin_t": "swin_t", "vitaev2/vitaev2_s": "vitaev2_s"}
 
 
 def detector_of(backbone: str) -> Detector:
-    """Return the recipe's detector on the meta device."""
+    """Return the detector of the backbone's recipe on the meta device."""
     model = {
         "backbone": {"name": backbone, "window_size": 7},
         "pyramid": {"kind": "fpn"},
@@ -39,7 +39,7 @@ def shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def microsoft(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors from mmdet to Swin-Transformer-Object-Detection; the shapes are equal."""
+    """Replace mmdet's names by those of Swin-Transformer-Object-Detection; the shapes are equal."""
     parts = {"stages": "layers", "attn.w_msa": "attn", "projection": "proj"}
     parts |= {"ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2"}
     renamed = {}
@@ -65,14 +65,14 @@ def test_a_published_detector_converts_both_ways(name: str) -> None:
     assert len(made) == (12 if layout == "swin_mmdet" else 0)
 
 
-def test_swin_with_the_names_of_its_authors() -> None:
+def test_swin_is_converted_with_the_names_of_its_authors() -> None:
     theirs, detector = microsoft(file_of("swin_mmdet/swin_t")), detector_of("swin_t")
     ours = to_ours(theirs, SWIN)
     assert shapes(ours) == shapes(detector.state_dict())
     index = "attn.relative_position_index"
     stored = {name: tensor for name, tensor in theirs.items() if not name.endswith(index)}
     assert shapes(to_theirs(ours, SWIN)) == shapes(stored)
-    halving = torch.randn(384, 768)  # pixel by pixel, as here
+    halving = torch.randn(384, 768)  # inputs ordered by pixel, as in this project
     ours = to_ours({"backbone.layers.1.downsample.reduction.weight": halving}, SWIN)
     assert torch.equal(ours["backbone.layers.2.downsample.reduction.weight"], halving)
 
@@ -123,7 +123,7 @@ def test_patch_merging_is_equal_in_both_input_orders() -> None:
 @pytest.mark.parametrize(
     "setting", [{"residual_blocks": [1]}, {"scaled_rel_pos": True}, {"final_norm": True}]
 )
-def test_options_of_plain_backbones_are_refused(setting: dict) -> None:
+def test_swin_refuses_options_of_plain_backbones(setting: dict) -> None:
     backbone = {"name": "swin_t", "window_size": 7, **setting}
     config = from_dict({"model": {"backbone": backbone, "pyramid": {"kind": "fpn"}}})
     with pytest.raises(

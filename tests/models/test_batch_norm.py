@@ -28,7 +28,7 @@ CHANGES = {"model__backbone__name": "vitae_b", "optim__steps": 6, "train__batch_
 
 
 def small(root: Path, **changes: object) -> Config:
-    """Patch ViTAE-B to two narrow blocks."""
+    """Reduce ViTAE-B to two narrow blocks; return a config that uses it."""
     vitae.SIZES["vitae_b"] = Size(32, 2, 2, (1,), 4.0)
     return load_config("tiny", minimal(root, **CHANGES, **changes))
 
@@ -71,7 +71,7 @@ def test_the_weight_average_includes_the_statistics() -> None:
 
 
 def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
-    """Train with and without a stop after step 4; record messages and evaluated statistics."""
+    """Train without and with a stop after step 4; record the first run's log and statistics."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -104,7 +104,7 @@ def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
+def test_two_processes_without_gpus_evaluate_equal_models(tiny: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         free = [stack.enter_context(socket.socket()) for _ in range(3)]
         for listener in free:

@@ -20,7 +20,7 @@ def slow_block(block, x, eps):
 @pytest.mark.parametrize(
     ("norm", "num_convs", "num_fcs"), [(True, 2, 1), (False, 1, 2), (True, 0, 3)]
 )
-def test_layers(norm, num_convs, num_fcs):
+def test_the_head_equals_its_layers_one_by_one(norm, num_convs, num_fcs):
     torch.manual_seed(0)
     sizes = {"num_convs": num_convs, "num_fcs": num_fcs, "fc_dim": 6, "num_classes": 3}
     head = box_head(channels=4, class_agnostic=False, norm=norm, eps=0.1, **sizes)

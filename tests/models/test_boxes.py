@@ -26,20 +26,20 @@ def random_boxes(count, seed=0):
     return torch.cat([corner, corner + 1 + torch.rand(count, 2, generator=generator) * 50], dim=1)
 
 
-def test_encode_literal():
+def test_encoding_equals_literal_values():
     found = encode(torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[5.0, 0, 25, 20]]), WEIGHTS)
     # moved by 10 px at a width of 10, then twice as wide
     assert found[0].tolist() == pytest.approx([10.0, 0.0, 5 * math.log(2), 0.0])
 
 
-def test_decode_inverts_encode():
+def test_decoding_inverts_encoding():
     boxes, targets = random_boxes(50), random_boxes(50, seed=1)
     for weights in (ONES, WEIGHTS):
         found = decode(boxes, encode(boxes, targets, weights), weights, -math.inf)
         assert torch.allclose(found, targets, atol=1e-3)
 
 
-def test_decode_with_a_box_per_class():
+def test_decoding_accepts_a_box_per_class():
     boxes, deltas = random_boxes(3), torch.randn(3, 5, 4)
     found = decode(boxes, deltas, WEIGHTS, -math.inf)
     assert found.shape == (3, 5, 4)
@@ -60,17 +60,17 @@ def test_growth_is_always_limited_and_shrinking_optionally(side, deltas, limit, 
     assert (found[2:] - found[:2]).tolist() == pytest.approx(sides, rel=1e-2)
 
 
-def test_decode_works_in_float32_for_half_precision():
+def test_decoding_uses_float32_for_half_precision():
     deltas = torch.randn(2, 4).bfloat16()
     assert decode(random_boxes(2), deltas, WEIGHTS, -math.inf).dtype == torch.float32
 
 
-def test_clip_to_height_and_width():
+def test_boxes_are_clipped_to_height_and_width():
     boxes = torch.tensor([[-5.0, -5, 50, 60], [10, 10, 12, 12]])
     assert clip(boxes, torch.tensor([30, 40])).tolist() == [[0, 0, 40, 30], [10, 10, 12, 12]]
 
 
-def test_empty_boxes():
+def test_boxes_without_area_are_empty():
     boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0, 5], [3, 3, 2, 4], [0, 2, 5, 2]])
     assert nonempty(boxes).tolist() == [True, False, False, False]
     assert nonempty(boxes[:0]).shape == (0,)
@@ -90,7 +90,7 @@ def test_iou_equals_counting_pixels():
             assert found[i, j].item() == pytest.approx(len(cells[0] & cells[1]) / union)
 
 
-def test_iou_without_boxes():
+def test_iou_without_boxes_is_empty():
     assert pairwise_iou(torch.zeros(0, 4), random_boxes(3)).shape == (0, 3)
     assert pairwise_iou(random_boxes(2), torch.zeros(0, 4)).shape == (2, 0)
 

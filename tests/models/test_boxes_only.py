@@ -54,7 +54,7 @@ PATTERNS = [
 
 
 def slow_mask_loss(detector, features, assigned, targets) -> torch.Tensor:
-    """Compute the mean over the cells of all masks in a loop over boxes."""
+    """Compute the mean loss of all mask cells in a loop over boxes."""
     heads, losses, cells = detector.roi_heads, torch.zeros(()), 0
     first = torch.zeros(1, dtype=torch.int64)
     for i, truth in enumerate(targets):
@@ -98,7 +98,7 @@ def test_objects_without_an_outline_are_excluded_from_the_mask_loss(
 
 
 @pytest.mark.parametrize("ious", [(0.5,), (0.5, 0.6, 0.7)])
-def test_a_detector_without_masks_has_the_other_losses_and_boxes(ious: tuple[float, ...]) -> None:
+def test_a_detector_without_masks_has_equal_boxes_and_box_losses(ious: tuple[float, ...]) -> None:
     whole = small_detector(ious=ious)
     config = small_config(ious)
     config = replace(config, mask=replace(config.mask, enabled=False))
@@ -164,7 +164,7 @@ def test_boxes_without_an_outline_are_transformed_as_rectangles(tiny: Path) -> N
         if len(objects) == len(other) and objects.has_mask is not None:
             kept = objects.has_mask
             assert torch.equal(objects.boxes[kept], other.boxes[kept])
-            # the visible part of the rectangle contains that of the outline
+            # the rectangle's visible part contains the outline's visible part
             inside = (objects.boxes[~kept][:, :2] <= other.boxes[~kept][:, :2] + 1e-3).all(1)
             inside &= (objects.boxes[~kept][:, 2:] >= other.boxes[~kept][:, 2:] - 1e-3).all(1)
             assert inside.all()
@@ -204,7 +204,7 @@ def rectangle(box: list[float]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_mask_ap_of_mixed_data_follows_its_rules(tmp_path: Path, seed: int) -> None:
+def test_mask_ap_of_mixed_data_equals_a_slow_computation(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     sides = [(*rng.integers(0, 140, 2), *rng.integers(20, 60, 2)) for _ in range(7)]
     boxes = [list(map(int, box)) for box in sides]
@@ -226,7 +226,7 @@ def test_mask_ap_of_mixed_data_follows_its_rules(tmp_path: Path, seed: int) -> N
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     metrics = summary(compare(read_truth(tmp_path / "truth.json"), results))
     assert metrics["mask_ap"] == pytest.approx(slow_mask_ap(truth, results), abs=1e-6)
-    # without boxes, those of the masks are used
+    # results without boxes use the boxes of their masks
     every = [{key: result[key] for key in result if key != "bbox"} for result in results]
     alone = summary(compare(read_truth(tmp_path / "truth.json"), every, kinds=["segm"]))
     assert set(alone) == {key for key in metrics if key.startswith("mask_")}
@@ -238,7 +238,7 @@ def test_mask_ap_of_mixed_data_follows_its_rules(tmp_path: Path, seed: int) -> N
     assert boxes_only == {key: metrics[key] for key in boxes_only}
 
 
-def test_a_data_set_of_boxes_trains_evaluates_and_predicts(
+def test_training_evaluation_and_prediction_work_with_box_only_data(
     tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from vitdet import Predictor as Public
@@ -262,7 +262,7 @@ def test_a_data_set_of_boxes_trains_evaluates_and_predicts(
     assert found.masks is None and found.draw(image).size[0] > 0 and Public is Predictor
 
 
-def test_an_explicit_mask_head_without_outlines_is_warned_about(
+def test_an_explicit_mask_head_without_outlines_causes_a_warning(
     tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from vitdet.training import train
@@ -332,10 +332,10 @@ def test_detectors_with_and_without_masks_initialize_each_other(
 
 
 @pytest.mark.slow
-def test_box_only_data_from_check_to_registry_and_pipeline(
+def test_commands_from_data_check_to_pipeline_run_accept_box_only_data(
     vitdet: Callable[..., tuple[int, str, str]], tiny: Path
 ) -> None:
-    """Run every subcommand as a user does."""
+    """Run the commands as a user does."""
     without_outlines(tiny)
     folder, space = tiny.parent, tiny.parent / "space"
     sets, metrics = options(minimal(tiny)), folder / "metrics.json"

@@ -19,7 +19,7 @@ from vitdet.types import Batch
 
 
 def drop(detector: nn.Module, rate: float) -> None:
-    """Give all blocks but the first a drop path."""
+    """Set the drop path rate of all blocks except the first."""
     for block in list(detector.backbone.blocks)[1:]:
         block.drop_path = DropPath(rate)
 
@@ -51,7 +51,7 @@ def test_every_part_compiles_as_a_whole_and_once(monkeypatch: pytest.MonkeyPatch
             found = model(images(2), [target([[10, 20, 60, 70]], [1])] * 2)
             sum(found.values()).backward()
             losses.append({name: loss.item() for name, loss in found.items()})
-            # blocks (windows without drop path, windows and grid with it), pyramid, RPN, box and mask head
+            # 3 kinds of blocks (by window and drop path), pyramid, RPN, box head, mask head
             assert len(graphs) == 7
     finally:
         torch._dynamo.reset()

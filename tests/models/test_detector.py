@@ -1,4 +1,4 @@
-"""The detector: losses decrease, detections depend only on their own image, flips."""
+"""The detector: decreasing losses, independence of the images of a batch, and flips."""
 
 import copy
 
@@ -41,7 +41,7 @@ def test_losses_are_finite_and_reach_every_parameter(detector, targets):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-def test_a_batch_without_objects_reaches_every_parameter_too(detector):
+def test_losses_without_objects_reach_every_parameter(detector):
     losses = detector(images(2), [target([], []), target([], [])])
     assert all(loss.isfinite() for loss in losses.values())
     assert losses["loss_mask"] == 0 and losses["loss_rpn_loc"] == 0
@@ -125,7 +125,7 @@ def test_padding_is_exactly_the_mean_color():
 
 
 def mirrored(detector):
-    """Return the detector for mirrored images, with all weights flipped along the width."""
+    """Return a copy with backbone and pyramid weights flipped along the width."""
     turned = copy.deepcopy(detector)
     turned.backbone.pos_embed.data = detector.backbone.pos_embed.flip(2)
     for module in (*turned.backbone.modules(), *turned.pyramid.modules()):
@@ -137,7 +137,7 @@ def mirrored(detector):
 
 
 @torch.no_grad()
-def test_mirrored_weights_see_the_mirrored_image():
+def test_mirrored_weights_map_a_mirrored_image_to_mirrored_features():
     detector = small_detector().eval()
     side = 96  # 6 x 6 tokens: whole windows, so that padding is not on one side
     canvas = images(2)[..., :side, :side].float()
@@ -146,12 +146,11 @@ def test_mirrored_weights_see_the_mirrored_image():
     for ours, wanted in zip(found[:4], maps[:4], strict=True):
         assert torch.allclose(ours.flip(3), wanted, atol=1e-3)
     plain = detector.pyramid(detector.backbone(canvas.flip(3) / 64))
-    # which does not hold for all weights
+    # without mirrored weights, the maps differ
     assert not torch.allclose(plain[0].flip(3), maps[0], atol=1e-1)
 
 
-def test_class_weights_of_the_federated_loss():
-    """The weights are uniform by default."""
+def test_class_weights_of_the_federated_loss_are_uniform_by_default_and_stored():
     heads = small_detector(loss="federated").roi_heads
     assert heads.classification.class_weights.tolist() == [1.0] * CLASSES
     odds = torch.tensor([3.0, 0.0, 1.0, 2.0])
