@@ -35,12 +35,12 @@ def test_a_level_adds_its_map_and_upsampled_coarser_maps(fpn):
         assert torch.allclose(fpn(given)[i], wanted, atol=1e-5)
 
 
-def test_last_level_is_every_other_cell_of_the_one_before(fpn):
+def test_the_last_level_has_every_other_cell_of_the_previous_level(fpn):
     levels = fpn(maps(128, 128))
     assert torch.equal(levels[4], levels[3][:, :, ::2, ::2])
 
 
-def test_a_map_reaches_its_own_level_and_the_finer_ones(fpn):
+def test_a_map_reaches_its_own_level_and_finer_levels(fpn):
     given = maps()
     before = fpn(given)
     given[2] = given[2] + 1

@@ -88,7 +88,7 @@ def same(found: Detections, wanted: Detections) -> bool:
     return torch.equal(found.boxes, wanted.boxes) and torch.equal(found.scores, wanted.scores)
 
 
-def test_threads_do_not_overwrite_each_other_s_results(
+def test_threads_do_not_overwrite_results_of_other_threads(
     detect: GraphedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, theirs = images(1), images(1, seed=2)
@@ -103,7 +103,7 @@ def test_threads_do_not_overwrite_each_other_s_results(
     thread = Thread(target=other)
 
     def meanwhile() -> None:
-        """Start the second thread during the first thread's replay; it would end within 10 ms."""
+        """Start the second thread during the first replay; without a lock, it ends within 10 ms."""
         if thread.ident is None:
             thread.start()
             assert not replayed.wait(0.5)
@@ -132,7 +132,7 @@ def replace_buffer(detector: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [reassign, move, replace_buffer, lambda model: model.train()])
-def test_weights_at_new_addresses_are_recorded_again(
+def test_weights_at_new_addresses_cause_a_new_recording(
     detect: GraphedDetector, change: Callable[[nn.Module], object]
 ) -> None:
     detect(images(1), SIZES)
@@ -142,7 +142,7 @@ def test_weights_at_new_addresses_are_recorded_again(
     assert Recorded.made[-1] is not before and recorded() == 2
 
 
-def test_weights_changed_in_place_are_not_recorded_again(detect: GraphedDetector) -> None:
+def test_weights_changed_in_place_cause_no_new_recording(detect: GraphedDetector) -> None:
     detect(images(1), SIZES)
     detector = detect.detector
     detector.load_state_dict({name: tensor * 2 for name, tensor in detector.state_dict().items()})
@@ -232,7 +232,7 @@ def test_more_candidates_need_no_second_backbone_pass(
     passes = []
     detector.backbone.register_forward_hook(lambda *_: passes.append(1))
     found = detect(images(1), SIZES)[0]
-    assert len(passes) == 1  # only the one of the simulated replay
+    assert len(passes) == 1  # the simulated replay runs the backbone once
     assert same(found, wanted) and torch.equal(found.masks, wanted.masks)
 
 

@@ -1,4 +1,4 @@
-"""A training step and detection never wait for the GPU; checked without one by fake tensors.
+"""A training step and detection never wait for the GPU; fake tensors check this without a GPU.
 
 Fake tensors raise at operations that need a value (the number of true entries, a scalar).
 """
@@ -21,7 +21,7 @@ from vitdet.models import mask_head, roi_pool
 from vitdet.types import Targets
 
 CUDA = torch.device("cuda")
-META = torch.device("meta")  # for backward passes, as those of CUDA tensors need a GPU
+META = torch.device("meta")  # for backward passes, which need a GPU with CUDA tensors
 
 
 class Transfers(TorchDispatchMode):
@@ -65,7 +65,7 @@ KINDS = [((0.5,), "softmax"), ((0.5, 0.6, 0.7), "federated")]
 
 @pytest.mark.parametrize(("ious", "loss"), KINDS)
 @pytest.mark.parametrize("device", [CUDA, META], ids=str)
-def test_a_training_step(
+def test_a_training_step_never_waits(
     gpu: FakeTensorMode, ious: tuple[float, ...], loss: str, device: torch.device
 ) -> None:
     detector = on_gpu(gpu, small_detector(ious=ious, loss=loss).train(), device)
@@ -87,7 +87,7 @@ def test_a_training_step(
 
 
 @pytest.mark.parametrize(("ious", "loss"), KINDS)
-def test_detection_up_to_its_results(
+def test_detection_does_not_wait_before_its_results(
     gpu: FakeTensorMode, ious: tuple[float, ...], loss: str
 ) -> None:
     detector = on_gpu(gpu, small_detector(ious=ious, loss=loss).eval())

@@ -9,7 +9,7 @@ from vitdet.models import losses
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification, federated_classes
 
 
-def test_literal_values():
+def test_losses_equal_literal_values():
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
     found = losses.classification(logits, torch.tensor([0, 1]))
     assert found.item() == pytest.approx((math.log(4) + math.log(2)) / 2)
@@ -36,7 +36,7 @@ def test_empty_selections_give_zero_with_a_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_precision_is_float32_or_better(dtype):
+def test_the_precision_of_losses_is_float32_or_better(dtype):
     logits, labels = torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 2])
     wanted = torch.float32 if dtype == torch.bfloat16 else torch.float64
     found = [
@@ -64,7 +64,7 @@ def test_the_federated_loss_uses_only_the_chosen_classes():
     assert (logits.grad[:, [1, 3]] == 0).all() and (logits.grad[:, [0, 2]] != 0).all()
 
 
-def test_federated_classes_are_those_present_and_drawn_ones():
+def test_federated_classes_are_the_present_and_the_drawn_classes():
     torch.manual_seed(0)
     weights = torch.tensor([1.0, 0.0, 4.0, 1.0, 1.0, 1.0])
     labels = torch.tensor([6, 2, 2, 6])
@@ -95,7 +95,7 @@ def test_federated_classes_are_drawn_without_replacement():
 
 
 def test_empty_slots_do_not_count():
-    """Three slots, of which one is empty, have the losses of two; the empty slot has no gradient."""
+    """An empty slot changes no loss of the two filled slots, and has a gradient of 0."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, generator=generator, requires_grad=True)
     labels, counts = torch.tensor([4, 1, 2]), torch.tensor([True, True, False])

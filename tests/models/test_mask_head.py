@@ -42,7 +42,7 @@ def random_outlines(count, seed=0):
     return [star(32.0, 28.0, 9, generator) for _ in range(count)]
 
 
-def test_padded_outlines_are_the_same_masks() -> None:
+def test_padded_outlines_give_the_same_masks() -> None:
     squares = [rectangle(2, 2, 10, 12), rectangle(0, 0, 5, 5)]
     padded = torch.stack([torch.cat([square, torch.zeros(3, 4)]) for square in squares])
     ragged = Polygons.of(torch.cat(squares), torch.tensor([4, 4]))
@@ -53,7 +53,7 @@ def test_padded_outlines_are_the_same_masks() -> None:
     assert torch.equal(mask_targets(moved, again), mask_targets(ragged[index], again))
 
 
-def test_rasterize_equals_point_in_polygon():
+def test_rasterizing_equals_a_point_in_polygon_test():
     corners = random_outlines(6)
     two_parts = torch.cat([outline(corners[0]), outline(corners[1] + 9.3)])
     outlines = [two_parts, *(outline(c) for c in corners[2:])]
@@ -64,11 +64,11 @@ def test_rasterize_equals_point_in_polygon():
         columns = [x0 + (j + 0.5) * (x1 - x0) / 28 for j in range(28)]
         rows = [y0 + (i + 0.5) * (y1 - y0) / 28 for i in range(28)]
         wanted = [[slow_inside(lines, x, y) for x in columns] for y in rows]
-        # up to rounding, a center may be on an edge
+        # a center may be on an edge, where rounding decides
         assert (cells != torch.tensor(wanted)).sum() <= 1
 
 
-def test_rasterize_agrees_with_pycocotools():
+def test_rasterizing_agrees_with_pycocotools():
     corners = random_outlines(12, seed=3)
     boxes = torch.tensor([[0.0, 0, 64, 64]] * 12)
     found = rasterize(polygons([outline(c) for c in corners]), boxes, 64)
@@ -79,7 +79,7 @@ def test_rasterize_agrees_with_pycocotools():
     assert np.mean(overlaps) > 0.96
 
 
-def test_rasterize_literal_rectangle():
+def test_a_rectangle_is_rasterized_to_literal_values():
     found = rasterize(polygons([rectangle(2, 1, 4, 3)]), torch.tensor([[0.0, 0, 4, 4]]), 4)
     assert found[0].int().tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
 
@@ -98,7 +98,7 @@ def test_a_hole_has_the_opposite_orientation():
     assert found[0].sum() == 12 and not found[0, 1:3, 1:3].any()
 
 
-def test_outside_and_empty_outlines():
+def test_outlines_may_be_empty_or_outside_the_box():
     def cells(lines, *box):
         return rasterize(polygons([lines]), torch.tensor([[float(number) for number in box]]), 28)
 
@@ -136,7 +136,7 @@ def test_bitmaps_and_outlines_of_the_same_rectangles_agree():
     assert differing.float().mean() < 0.02
 
 
-def test_bitmap_is_averaged_over_each_cell():
+def test_a_bitmap_is_averaged_over_each_cell():
     pixels = torch.zeros(1, 8, 8, dtype=torch.bool)
     pixels[0, :, :3] = True
     found = crop_bitmaps(pixels, torch.tensor([[0.0, 0, 8, 8]]), 4)
@@ -157,7 +157,7 @@ def test_the_head_returns_the_mask_of_the_given_class():
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_layers_of_the_head(norm):
+def test_the_head_equals_its_layers_one_by_one(norm):
     torch.manual_seed(0)
     head = mask_head(channels=4, num_convs=2, num_classes=3, norm=norm, eps=0.1)
     for parameter in head.parameters():

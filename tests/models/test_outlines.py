@@ -18,7 +18,7 @@ def inside(vertices: np.ndarray, x: float, y: float) -> bool:
     return crossings % 2 == 1
 
 
-def test_fill_samples_every_pixel_center_of_cropped_outlines_too() -> None:
+def test_fill_tests_every_pixel_center_even_of_cropped_outlines() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         vertices = rng.random((7, 2)) * [30, 24] - 6
@@ -27,7 +27,7 @@ def test_fill_samples_every_pixel_center_of_cropped_outlines_too() -> None:
     assert fill(np.array([[-9.0, -9], [-2, -9], [-2, -2]]), 5, 5).sum() == 0
 
 
-def test_fill_inverts_trace() -> None:
+def test_filled_traces_cover_the_bitmap() -> None:
     rng = np.random.default_rng(1)
     for _ in range(10):
         bitmap = np.zeros((20, 30), dtype=bool)

@@ -1,4 +1,4 @@
-"""Masks pasted within their boxes and their run lengths, against those of whole images."""
+"""Masks pasted within their boxes, and their run lengths, against masks of whole images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from vitdet.kernels.paste import bytes_of, reference, regions_of
 from vitdet.types import Batch, Detections
 
 HEIGHT, WIDTH = 37, 53
-# boxes on an image of 37 x 53 pixels
 PLACES = {
     "inside": [10.3, 8.9, 41.2, 30.1],
     "whole image": [0, 0, WIDTH, HEIGHT],
@@ -66,7 +65,7 @@ def columns(masks: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_run_length_strings_equal_those_of_whole_images(kind: str) -> None:
+def test_run_length_strings_equal_the_strings_of_whole_images(kind: str) -> None:
     masks, boxes, sizes = placed(kind)
     found = encode_columns(*columns(masks, boxes, sizes))
     whole = encode(paste(masks, boxes, (HEIGHT, WIDTH)))
@@ -92,7 +91,7 @@ ORIGINALS = [(50, 50), (120, 133), (311, 146), (40, 32)]
 
 
 @pytest.mark.parametrize("most", [2**25, 20_000, 1])
-def test_results_of_a_batch_equal_those_of_single_images(
+def test_results_of_a_batch_equal_the_results_of_single_images(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detections, "BYTES", most)
@@ -107,7 +106,7 @@ def test_results_of_a_batch_equal_those_of_single_images(
         assert all(result["image_id"] == image_id for result in ours)
 
 
-def test_detectors_without_masks_have_boxes_only() -> None:
+def test_results_of_detectors_without_masks_have_no_segmentation() -> None:
     batch = [some(count, seed, masks=False) for seed, count in enumerate((3, 0))]
     results = batch_to_results(batch, SIZES[:2], ORIGINALS[:2], (1, 2), (9,))
     assert [len(rows) for rows in results] == [3, 0]

@@ -63,7 +63,7 @@ def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
 def test_ground_truths_are_not_candidates_with_keep_best(heads):
     """As a candidate, each ground truth would be its own best box."""
     objects = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
-    boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both overlap the first most
+    boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both fit object 0 best
     # choose candidates in order
     heads.choose = lambda candidates, num: (1 / torch.arange(1.0, 5)).expand(candidates.shape)
     targets = Targets.of([objects])
@@ -80,7 +80,7 @@ def test_stages_shrink_boxes_at_most_to_the_limit(heads):
         assert (found[2] - found[0]).item() == pytest.approx(width, rel=1e-2)
 
 
-def test_labels_name_the_background_last(heads):
+def test_the_background_is_the_last_class(heads):
     objects = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     matched = torch.tensor([[1, -1, 0], [-1, -1, IGNORE]])
     assigned = Assigned(torch.stack([proposals(3)] * 2), matched, 3)
@@ -146,7 +146,7 @@ def test_select_keeps_boxes_without_area_and_the_order_of_equal_scores(heads):
 
 
 def test_select_returns_whether_its_candidates_sufficed(heads):
-    """With 64 copies of a box and others with lower scores, 64 candidates omit the others."""
+    """With 64 copies of a box and 64 boxes of lower scores, 64 candidates are only copies."""
     boxes = torch.cat([torch.tensor([[10.0, 10, 50, 50]]).repeat(64, 1), proposals(64)])[:, None]
     scores = torch.zeros(1, 128, CLASSES)
     scores[:, :, 0] = torch.linspace(0.9, 0.1, 128)
@@ -203,7 +203,7 @@ def test_each_stage_gets_the_clipped_boxes_of_the_previous_stage(monkeypatch):
     boxes = torch.stack([proposals(6), proposals(6, seed=1)])
     filled = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     heads.find(features, Proposals(boxes, torch.zeros(2, 6), filled), SIZES)
-    # no box was removed in between
+    # no stage removed a box
     assert [len(boxes) for boxes in seen] == [10, 10, 10]
     limits = torch.tensor([[128.0, 128.0]] * 6 + [[90.0, 100.0]] * 4)
     for boxes in seen[1:]:
@@ -220,7 +220,7 @@ def test_cascade_stages_have_growing_weights_and_class_agnostic_boxes():
     assert logits.shape == (1, 5, CLASSES + 1) and deltas.shape == (1, 5, 1, 4)
 
 
-def test_cascade_scales_the_gradient_of_the_features_and_not_of_the_head():
+def test_cascade_scales_the_gradient_of_the_features_but_not_of_the_head():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     stage, gradients = heads.stages[0], []
     for scaled in (False, True):

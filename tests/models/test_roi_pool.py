@@ -44,7 +44,7 @@ BOXES = [
 
 @pytest.mark.parametrize("ratio", [0, 1, 2, 3])
 @pytest.mark.parametrize("bins", [7, 14])
-def test_equals_torchvision_in_values_and_gradients(ratio, bins):
+def test_pooling_equals_torchvision_in_values_and_gradients(ratio, bins):
     """Without a sampling ratio, the values are bitwise equal; each level writes its rows once."""
     ours, theirs = maps(3), maps(3)
     with Operations() as operations:
@@ -66,7 +66,7 @@ def test_equals_torchvision_in_values_and_gradients(ratio, bins):
 
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_empty_slots_keep_their_rows_and_stay_finite(ratio):
-    """Empty slots also reach the path without kernels, and there may be no box at all."""
+    """Empty slots are pooled even without kernels, and there may be no boxes."""
     boxes = torch.tensor([[0.0, 0, 0, 0], [8, 8, 40, 40], [0, 0, 0, 0]])
     found = pool(maps(), boxes, torch.tensor([-1, 1, -1]), STRIDES, 7, ratio)
     alone = pool(maps(), boxes[1:2], torch.tensor([1]), STRIDES, 7, ratio)

@@ -31,7 +31,7 @@ def features(seed=1):
     return [torch.randn(size, generator=generator) for size in sizes]
 
 
-def test_maps_are_flattened_row_column_anchor():
+def test_maps_are_flattened_by_row_then_column_then_anchor():
     rpn, maps = small_rpn(), features()
     found = rpn(maps)
     logits, deltas = rpn.head(maps[0])
@@ -60,7 +60,7 @@ def one_level(boxes, logits):
     return [torch.tensor([logits])], [torch.zeros(1, len(boxes), 4)], [boxes]
 
 
-def test_nms_is_within_levels():
+def test_nms_compares_only_boxes_of_the_same_level():
     box = [[10.0, 10, 30, 30], [11.0, 10, 31, 30]]
     first, second = one_level(box, [1.0, 2.0]), one_level(box, [0.5, 3.0])
     found = Anchored(*(a + b for a, b in zip(first, second, strict=True)))
@@ -68,12 +68,12 @@ def test_nms_is_within_levels():
     assert proposals.logits.tolist() == [3.0, 2.0]
 
 
-def test_only_the_best_of_a_level_enter_and_invalid_boxes_are_removed():
+def test_only_the_best_boxes_of_a_level_enter_nms_and_invalid_boxes_are_removed():
     far = [[0.0, 0, 8, 8], [20, 20, 30, 30], [40, 40, 50, 50], [70, 70, 90, 90]]
     found = Anchored(*one_level(far, [1.0, 3.0, float("nan"), 2.0]))
     found.deltas[0][0, 1] = float("inf")
     (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (4, 10)))
-    # infinite, NaN, and outside the image
+    # removed: an infinite box, a NaN logit, and a box outside the image
     assert proposals.boxes.tolist() == [[0, 0, 8, 8]]
     found = Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0]))
     (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (2, 10)))
@@ -83,7 +83,7 @@ def test_only_the_best_of_a_level_enter_and_invalid_boxes_are_removed():
 @pytest.mark.parametrize("values", [1, 3])
 @pytest.mark.parametrize("enter", [150, 200])
 def test_equal_logits_keep_the_order_of_anchors(values, enter):
-    """bf16 produces many equal logits; here on a level of 200 anchors without overlap."""
+    """bf16 produces many equal logits; this level has 200 anchors without overlap."""
     corners = [(3.0 * (i % 20), 3.0 * (i // 20)) for i in range(200)]
     boxes = [[x, y, x + 2, y + 2] for x, y in corners]
     logits = [float(i * 7 % values) for i in range(200)]
@@ -115,7 +115,7 @@ def test_losses_are_divided_by_samples_and_images():
 
 
 def test_losses_are_divided_by_the_number_of_sampled_anchors():
-    """With sampled anchors: 1 foreground and 7 background, none (counted as 1), and 8."""
+    """One image has 1 foreground and 7 background anchors; the other has 0 (counted as 1) and 8."""
     rpn = small_rpn(samples=8, positive_fraction=0.25, divide_by_sampled=True)
     found = rpn(features())
     objects = target([torch.cat(found.anchors)[100].tolist()], [0])
@@ -124,7 +124,7 @@ def test_losses_are_divided_by_the_number_of_sampled_anchors():
     assert losses["loss_rpn_loc"].item() == pytest.approx(4 / 17, rel=1e-5)
 
 
-def test_heads_with_norm_and_without():
+def test_the_head_equals_its_layers_with_and_without_norm():
     x = features()[0]
     for norm in (False, True):
         rpn = small_rpn(norm=norm, eps=0.1)

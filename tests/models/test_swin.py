@@ -20,8 +20,8 @@ def test_maps_have_their_strides_and_channels():
     assert swin.out_channels == swin.strides == (4, 8, 16, 32)
 
 
-def test_published_size():
-    """The paper's 28,288,354 include a classifier and one norm of 768 channels instead of four norms."""
+def test_swin_t_has_its_published_size():
+    """The published count includes a classifier, and one norm instead of four."""
     with torch.device("meta"):
         swin = parts.swin(**SIZES["swin_t"]._asdict())
     assert sum(p.numel() for p in swin.parameters()) == 28_288_354 - 769 * 1000 - 2 * 768 + 2 * 1440
@@ -29,7 +29,7 @@ def test_published_size():
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 4), (12, 8)])
 def test_tokens_attend_only_to_tokens_at_unchanged_distance(height, width):
-    """Two tokens of a window attend to each other if the roll kept their distance."""
+    """Two tokens of a window attend to each other if and only if the roll kept their distance."""
     window, shift = 4, 2
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(height, width, 2)
     rolled = places.roll((-shift, -shift), (0, 1))
@@ -46,7 +46,7 @@ def test_tokens_attend_only_to_tokens_at_unchanged_distance(height, width):
     assert n == len(mask)
 
 
-def test_a_token_affects_its_window_and_half_of_the_next():
+def test_a_token_affects_exactly_its_window():
     """Windows of a 12 x 12 map have 4 x 4 tokens; windows of the shifted block start at 2."""
     for shift, rows in ((0, range(4, 8)), (2, range(2, 6))):
         torch.manual_seed(0)

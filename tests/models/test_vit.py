@@ -18,7 +18,7 @@ def small_vit(global_blocks=(1,), **settings):
     return vit
 
 
-def test_patches_are_a_convolution():
+def test_patch_embedding_equals_a_convolution():
     embed = PatchEmbed(8, 4)
     images = torch.randn(2, 3, 12, 8)
     assert torch.allclose(embed(images), embed.proj(images).permute(0, 2, 3, 1), atol=1e-5)
@@ -103,14 +103,14 @@ def test_tables_have_the_size_of_a_window_or_of_the_grid():
     assert [len(block.attn.rel_pos_h) for block in vit.blocks] == [3, 7]
 
 
-def test_tables_of_a_grid_that_is_not_square():
+def test_tables_may_differ_between_height_and_width():
     vit = small_vit((0,), depth=1, pos_embed_grid=(3, 5), rel_pos_size=(12, 20))
     assert vit.pos_embed.shape == (1, 3, 5, 16)
     assert (len(vit.blocks[0].attn.rel_pos_h), len(vit.blocks[0].attn.rel_pos_w)) == (5, 9)
     assert vit(torch.randn(1, 3, 12, 20)).shape == (1, 16, 3, 5)
 
 
-def test_final_norm_comes_after_the_last_block():
+def test_the_final_norm_follows_the_last_block():
     images, plain, normed = torch.randn(1, 3, 16, 16), small_vit(), small_vit(final_norm=True)
     weight, bias = normed.norm.weight[:, None, None], normed.norm.bias[:, None, None]
     tokens = plain(images)
@@ -125,7 +125,7 @@ def test_scaled_positions_and_the_width_of_the_mlp_reach_every_block():
     assert all(part.attn.scaled_rel_pos and part.mlp.fc1.out_features == 40 for part in vit.blocks)
 
 
-def test_layers_of_the_layer_wise_decay():
+def test_parameters_are_assigned_to_layers_for_the_layer_wise_decay():
     vit = small_vit(residual_blocks=(0,), final_norm=True)
     names = {
         "pos_embed": 0,
@@ -152,8 +152,8 @@ def test_initial_weights_have_no_outliers():
 @pytest.mark.parametrize(
     ("name", "parameters"), [("vit_b", 85_645_056), ("vit_l", 303_096_832), ("vit_h", 630_662_400)]
 )
-def test_published_sizes(name, parameters):
-    """Blocks and patch embedding (16 px) without positions have depth (12 d^2 + 13 d) + 769 d parameters."""
+def test_named_sizes_equal_the_published_sizes(name, parameters):
+    """Without positions, a ViT (16 px) has depth * (12 d^2 + 13 d) + 769 d parameters."""
     with torch.device("meta"):
         vit = parts.vit(**SIZES[name]._asdict())
     vit.pos_embed = None

@@ -65,7 +65,7 @@ def silenced(branch):
 
 
 @pytest.mark.parametrize("branch", [wide_branch(8, 32), deep_branch(8, 24, 4)])
-def test_convolutions_read_the_block_s_input_and_the_whole_map(branch):
+def test_convolutions_read_the_input_of_the_block_and_the_whole_map(branch):
     block = silenced(branch)
     x = torch.randn(2, 4, 4, 8)
     maps = x.permute(0, 3, 1, 2)
@@ -84,7 +84,7 @@ def test_convolutions_read_the_block_s_input_and_the_whole_map(branch):
     assert (block(x) - block(other))[:, 2, 2].abs().amax() > 1e-4
 
 
-def test_mlp_reads_the_sum_of_both_branches():
+def test_the_mlp_reads_the_sum_of_both_branches():
     block = random(parts.block(dim=8, heads=2, window=0, grid=3, branch=wide_branch(8, 32))).eval()
     x = torch.randn(1, 3, 3, 8)
     mixed = x + block.attn(block.norm1(x)) + block.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -103,7 +103,7 @@ def test_images_drop_each_of_three_paths_independently():
     assert counts.min() > 25 and counts.max() < 80  # about 50 each for independent draws
 
 
-def test_statistics_move_by_a_tenth():
+def test_running_statistics_move_by_a_tenth_per_batch():
     branch = wide_branch(8, 32).train()
     images = torch.randn(2, 8, 4, 4)
     mean = branch[0](images).mean(dim=(0, 2, 3))
@@ -145,7 +145,7 @@ def test_linear_attention_equals_the_slow_sum():
     np.testing.assert_allclose(found, slow_performer(performer, x, mixed), atol=2e-6)
 
 
-def test_random_features_are_orthogonal_and_not_learnt():
+def test_random_features_are_orthogonal_and_not_trained():
     performer = Performer(10, 64)
     assert torch.allclose(performer.w @ performer.w.T, 32 * torch.eye(32), atol=1e-4)
     assert "w" not in dict(performer.named_parameters())
@@ -187,7 +187,7 @@ def test_half_precision_is_finite_and_close(name, dtype):
     assert (half.float() - whole).abs().mean() < 0.1 * whole.abs().mean()
 
 
-def test_features_beyond_the_range_of_half_precision():
+def test_attention_accepts_features_beyond_the_range_of_half_precision():
     performer = Performer(8, 64).eval()
     # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84); the largest float16 is exp(11.09)
     u = (0.9 * performer.w[:1]).half()[None]
@@ -206,19 +206,19 @@ def test_features_beyond_the_range_of_half_precision():
         ("vitae_s", 25_518_880 - 1_771_392 - 23_040, 43_294 + 23_040),
     ],
 )
-def test_published_sizes(name, parameters, buffers):
+def test_named_sizes_equal_the_published_sizes(name, parameters, buffers):
     backbone = named(name)
     assert sum(p.numel() for p in backbone.parameters()) == parameters
     assert sum(t.numel() for t in backbone.state_dict().values()) == parameters + buffers
 
 
 @pytest.mark.parametrize(("name", "wide"), [("vitae_b", [2, 5, 8, 11]), ("vitae_s", [2, 5, 8, 13])])
-def test_global_blocks(name, wide):
+def test_global_blocks_are_the_published_blocks(name, wide):
     assert [i for i, block in enumerate(named(name).blocks) if block.window == 0] == wide
     assert all(block.window == 14 for block in named(name, global_attention=False).blocks)
 
 
-def test_vitae_s_has_no_other_patch_size():
+def test_vitae_s_rejects_another_patch_size():
     with pytest.raises(ValueError, match="patch_size must be 16"):
         named("vitae_s", patch_size=8)
 
@@ -231,7 +231,7 @@ LAYERS_OF_S |= {"blocks.13.pcm.6.weight": 16, "norm.bias": 18}
 
 
 @pytest.mark.parametrize(("name", "layers"), [("vitae_b", LAYERS_OF_B), ("vitae_s", LAYERS_OF_S)])
-def test_layers_of_the_layer_wise_decay(name, layers):
+def test_parameters_are_assigned_to_layers_for_the_layer_wise_decay(name, layers):
     backbone = named(name)
     assert {n: backbone.layer_of(n) for n in layers} == layers
     assert layers.keys() <= dict(backbone.named_parameters()).keys()
@@ -239,8 +239,8 @@ def test_layers_of_the_layer_wise_decay(name, layers):
 
 
 @pytest.mark.parametrize(("name", "count"), [("vit_b", 47), ("vitae_b", 64), ("vitae_s", 134)])
-def test_fresh_weights_are_distributed_as_the_published_ones(name, count):
-    """Compare mean, std and maximum of the tensors up to the first three blocks."""
+def test_fresh_weights_are_distributed_like_the_published_weights(name, count):
+    """Compare mean, std and largest magnitude of all tensors up to the third block."""
     if not INIT.exists():
         pytest.skip("needs ../shared")
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_the_value_residual_is_used_if_attention_changes_the_channels():
     assert torch.allclose(attention(x), x @ attention.qkv.weight[8:].T, atol=1e-6)
 
 
-def test_rates_of_the_published_run():
+def test_drop_path_rates_equal_the_published_run():
     """Each stage's drop path rates start at the cell whose index is the previous stage's depth."""
     step = 0.1 / 13
     wanted = [[0, 1], [2, 3], list(range(2, 10)), [8, 9]]
