@@ -1,4 +1,4 @@
-"""Best checkpoint and early stopping."""
+"""The best checkpoint, and early stopping."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_first_of_equal_values_is_best_and_patience_counts_evaluations(tmp_p
     assert best.is_final() and (best.step, best.stale) == (2, 2)
     without = best_of(tmp_path)
     assert not without.update({}, 1) and without.metrics() == {} and not without.is_final()
-    alone = best_of(tmp_path, patience=1)  # by box AP
+    alone = best_of(tmp_path, patience=1)  # measured by box AP
     assert alone.update({"box_ap": 1.0}, 1) and not alone.update({"box_ap": 1.0}, 2)
     assert alone.is_final() and not alone.keeps
 
@@ -118,10 +118,10 @@ def test_a_run_always_ends_with_its_best_detector(
     best, stored = folder / "best.pt", folder / "checkpoints" / "best.pt"
     run([3.0, 2.0])
     best.unlink()
-    assert not run([]).points and load_model_file(best)["step"] == 1  # restored from the states
+    assert not run([]).points and load_model_file(best)["step"] == 1  # restored from its folder
     best.unlink()
     stored.unlink()
-    # the last state's evaluation becomes the best, and patience counts from there
+    # the evaluation of the last state becomes the best, and patience starts again
     assert sorted(run([2.0, 1.0]).points) == [2, 3]
     assert load_model_file(best)["step"] == 2 and load_model_file(folder / "model.pt")["step"] == 3
     best.unlink()
@@ -162,7 +162,7 @@ def test_the_best_detector_has_its_recorded_metrics(
     assert best["metrics"]["box_ap"] >= model["metrics"]["box_ap"]
 
 
-def test_a_lost_best_detector_is_replaced_by_the_next(
+def test_a_lost_best_detector_is_replaced_at_the_next_evaluation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     best = best_of(tmp_path, keep_best="box_ap", patience=3)
@@ -198,7 +198,7 @@ def test_a_metric_that_the_data_lacks_is_refused_before_writing(tiny: Path, tmp_
 
 
 @pytest.mark.parametrize("selecting", ["keep_best=box_ap", "patience=3"])
-def test_with_a_selection_the_evaluations_determine_the_result(selecting: str) -> None:
+def test_evaluation_settings_change_the_digest_if_they_select_the_result(selecting: str) -> None:
     ours = load_config("tiny", [f"train.{selecting}"])
     assert digest(ours) != digest(load_config("tiny"))
     for change in ("train.eval_every=7", "evaluate.nms_iou=0.7", "evaluate.max_images=7"):
@@ -208,7 +208,7 @@ def test_with_a_selection_the_evaluations_determine_the_result(selecting: str) -
 
 
 @pytest.mark.parametrize(("metric", "file"), [("", "model.pt"), ("box_ap", "best.pt")])
-def test_an_output_folder_names_its_checkpoint(metric: str, file: str, tmp_path: Path) -> None:
+def test_keep_best_selects_the_final_checkpoint(metric: str, file: str, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny-12345678-run"
     save_config(settings(keep_best=metric), folder / "config.yaml")
     for name in ("model.pt", "best.pt"):

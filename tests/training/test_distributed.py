@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def seen(root: Path, output: Path) -> tuple[list[tuple[int, ...]], Recorder]:
-    """Train; return the image IDs of every batch of this process, and the points."""
+    """Train; return the image IDs of every batch of this process, and the recorder."""
     image_ids = []
 
     class Listening(trainer.TrainingStep):
@@ -55,7 +55,7 @@ def listen(rank: int, root: Path, output: Path) -> None:
 
 
 def uninterrupted_pair(tiny: Path, folder: Path) -> None:
-    """Write folder/run by two processes; rank0.json and rank1.json have the images that each saw."""
+    """Train folder/run in two processes; rank0.json and rank1.json have their images and points."""
     spawn_pair(listen, tiny, folder / "run")
 
 
@@ -77,7 +77,7 @@ def test_processes_without_a_shared_folder_end_at_once(tiny: Path, tmp_path: Pat
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
-    """Read stderr up to this text."""
+    """Read stderr up to the line with this text."""
     seen = ""
     while text not in seen:
         line = process.stderr.readline()
@@ -94,7 +94,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def tracked(folder: Path) -> tuple[MlflowClient, Run]:
     """Return the folder's MLflow client and its only run."""
-    # imported here, as the processes of `uninterrupted_pair` import this module too
+    # imported here because the processes of `uninterrupted_pair` also import this module
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
@@ -103,7 +103,7 @@ def tracked(folder: Path) -> tuple[MlflowClient, Run]:
 
 
 def killed_alone(tiny: Path, folder: Path) -> None:
-    """Write folder/run by a process that is restarted after SIGTERM and again after SIGKILL."""
+    """Train folder/run in one process; restart it after SIGTERM, and again after SIGKILL."""
     words = ["train", "tiny", *options(minimal(tiny)), "--output", "run"]
     first = random.randrange(1, STEPS - 3)
     process = start(words, folder)
@@ -121,7 +121,7 @@ def killed_alone(tiny: Path, folder: Path) -> None:
 
 
 def killed_pair(tiny: Path, folder: Path) -> None:
-    """Write folder/run by two processes under torchrun that are restarted after SIGKILL."""
+    """Train folder/run in two processes under torchrun; restart them after SIGKILL."""
     words = ["train", "tiny", *options(minimal(tiny, **TOGETHER)), "--output", "run"]
     process = start(words, folder, processes=2)
     at = random.randrange(1, STEPS)
@@ -133,9 +133,9 @@ def killed_pair(tiny: Path, folder: Path) -> None:
     # the run resumed
     assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))
     trained, (client, run) = (folder / "run" / "model.pt").read_bytes(), tracked(folder)
-    # the process was killed before it could set the status to FINISHED
+    # simulates a kill before the status was set to FINISHED
     client.update_run(run.info.run_id, "RUNNING")
-    # as torchrun does if another node is lost at the very end
+    # torchrun restarts a finished rank if another node is lost at the very end
     assert "run: already complete, nothing to do" in finish(start(words, folder, processes=2))
     assert (folder / "run" / "model.pt").read_bytes() == trained
     assert tracked(folder)[1].info.status == "FINISHED"
@@ -155,7 +155,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(
     tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Path]]]:
-    """Run the three functions concurrently, as imports take most of their time."""
+    """Run the three trainings concurrently, as imports take most of their time."""
 
     def make(scene: Callable[[Path, Path], None]) -> Path:
         folder = made[scene]
@@ -211,7 +211,7 @@ def test_one_and_two_processes_see_the_same_images_in_the_same_order(
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
+def test_two_processes_evaluate_like_one_process(trained: Path, tmp_path: Path) -> None:
     words = ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"]
     process = start(words, tmp_path, processes=2)
     output, errors = process.communicate()
@@ -224,7 +224,7 @@ def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
 class Clock:
     """Replaces the module `time` for several threads: time passes only while all of them sleep.
 
-    So every thread runs in each interval, however slow the machine is.
+    Therefore, every thread runs in each interval, however slow the machine is.
     """
 
     def __init__(self, threads: int) -> None:
@@ -243,7 +243,7 @@ class Clock:
             self.condition.wait_for(lambda: self.now >= until)
 
     def leave(self) -> None:
-        """Mark the calling thread as asleep or ended; wake up the next threads if it was the last."""
+        """Mark the calling thread as asleep or ended; if no thread is awake, wake the next."""
         with self.condition:
             self.awake -= 1
             if not self.awake and self.wakes:
@@ -254,7 +254,7 @@ class Clock:
 
 
 class CountingStore(dist.HashStore):
-    """Counts the calls of `check`, and those with an empty launch ID."""
+    """Counts the calls of `check`, and its calls with an empty launch ID."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ def test_each_launch_on_a_store_has_its_own_id() -> None:
         ((launch_id, missing),) = {(launch, tuple(missing)) for launch, missing in joined.values()}
         ids.add(launch_id)
         assert missing == ()
-        # the ranks of the new launch do not join the old one
+        # ranks of a new launch do not join the old launch
         assert synchronize(store, 1, 2) == {1: (launch_id, [0]), 2: (launch_id, [0])}
         assert synchronize(store, 0)[0][1] == [1, 2]
     assert len(ids) == 3
@@ -305,7 +305,7 @@ def test_each_launch_on_a_store_has_its_own_id() -> None:
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_ranks_that_did_not_join_are_named(late: int) -> None:
-    """Every rank that joined names them, with or without keys of an earlier launch in the store."""
+    """Every rank that joined names the missing ranks, even if an earlier launch left keys."""
     store = dist.HashStore()
     assert synchronize(store, 1, 2) == {1: ("", [0]), 2: ("", [0])}
     for _ in range(2):
@@ -334,7 +334,7 @@ def test_a_rank_restarted_after_joining_waits_for_the_next_launch(
 
 
 def test_requests_per_rank_do_not_grow_with_the_world_size() -> None:
-    """The number of requests per rank and poll is constant, also before rank 0 publishes the launch."""
+    """The number of requests per rank and poll is constant, even before rank 0 publishes the launch."""
     polls = distributed.JOIN_TIMEOUT.total_seconds() / distributed.POLL
     stores = {count: CountingStore() for count in (2, 64)}
     for count, store in stores.items():
@@ -368,7 +368,7 @@ finally:
 
 
 @pytest.mark.parametrize(("batch", "fitting"), [(12, "8 or 16"), (2, "8")])
-def test_an_indivisible_batch_is_refused_first(tmp_path: Path, batch: int, fitting: str) -> None:
+def test_an_indivisible_batch_is_refused_at_once(tmp_path: Path, batch: int, fitting: str) -> None:
     words = ["train", "tiny", "--set", f"train.batch_size={batch}", "--set", "data.root=none"]
     done = subprocess.run(
         [sys.executable, "-c", REFUSED, *words, "--output", str(tmp_path / "run")],

@@ -1,4 +1,4 @@
-"""Fine-tuning a detector: all weights load for equal classes, all but the class layers otherwise."""
+"""Fine-tuning: with equal classes, all weights load; otherwise, all except the class layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS = {
 
 
 def other_classes(data: Path, names: list[str]) -> None:
-    """Keep the first categories, renamed to these names."""
+    """Keep the first len(names) categories, renamed."""
     for path in (data / "annotations").glob("instances_*.json"):
         content = json.loads(path.read_text())
         kept = sorted(content["categories"], key=lambda category: category["id"])[: len(names)]
@@ -40,7 +40,7 @@ def start(data: Path, output: Path, source: Path, **changes: object) -> dict[str
 
 
 @pytest.mark.parametrize("names", [["one", "two"], None], ids=["another number", "other names"])
-def test_another_set_of_classes(
+def test_class_layers_are_newly_initialized_for_other_classes(
     trained: Path,
     own_tiny: Path,
     tmp_path: Path,
@@ -66,7 +66,7 @@ def test_another_set_of_classes(
     assert said == {f"{source}: {name}: newly initialized ({why})" for name in LAYERS}
 
 
-def test_the_same_classes(
+def test_all_weights_load_for_the_same_classes(
     trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -76,7 +76,7 @@ def test_the_same_classes(
     assert "newly initialized" not in caplog.text
 
 
-def test_another_image_size(
+def test_positions_are_resized_for_another_image_size(
     trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -89,7 +89,7 @@ def test_another_image_size(
     assert said[1].startswith(resized)
 
 
-def test_anything_else_must_match(trained: Path, own_tiny: Path, tmp_path: Path) -> None:
+def test_other_layers_must_have_equal_shapes(trained: Path, own_tiny: Path, tmp_path: Path) -> None:
     other_classes(own_tiny, ["one", "two"])
     changes = {"model__roi_heads__num_classes": 2, "model__roi_heads__fc_dim": 16}
     shape = r"wrong shapes \(\d+\): roi_heads.stages.0.fcs.0.weight "
@@ -120,7 +120,7 @@ def test_class_agnostic_box_layers_of_a_cascade_are_kept(tmp_path: Path) -> None
     assert all(counts in note for note in loaded.notes)
 
 
-def test_another_loss_over_the_same_classes(tmp_path: Path) -> None:
+def test_another_loss_affects_only_its_class_weights(tmp_path: Path) -> None:
     softmax, federated = stored(tmp_path / "s.pt"), stored(tmp_path / "f.pt", loss="federated")
     odds = "roi_heads.classification.class_weights"
     detector = small_detector(seed=2, loss="federated")

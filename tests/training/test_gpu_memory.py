@@ -1,4 +1,4 @@
-"""Out of GPU memory: the message, and when activations are checkpointed."""
+"""GPU memory: the out-of-memory message, the estimate, and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_auto_enables_checkpointing_above_90_percent_of_gpu_memory(
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
         checkpoint_activations(detector, given, 8, "bf16", device)
         (decided,) = checkpointing(detector)
-        assert can_be_graphed(detector) != decided  # graphs cannot repeat random draws
+        assert can_be_graphed(detector) != decided  # a CUDA graph cannot repeat random draws
         return decided
 
     with caplog.at_level(logging.INFO, "vitdet"):
@@ -111,7 +111,7 @@ def test_auto_enables_checkpointing_above_90_percent_of_gpu_memory(
     assert len(caplog.messages) == 1 and "micro-batches of size 8 would need about" in caplog.text
 
 
-# GiB without checkpointing, bf16: recipe, images, with the kernels (H200, a CUDA graph) or without (H100), measured
+# recipe, images, with the kernels (H200, CUDA graph) or without (H100), GiB in bf16 without checkpointing
 MEASURED = [
     ("mask_rcnn_vitdet_b_coco", 1, False, 5.0),
     ("mask_rcnn_vitdet_b_coco", 8, False, 25.8),
@@ -165,7 +165,7 @@ def test_checkpointed_blocks_are_bitwise_equal(backbone: BackboneConfig) -> None
         maps = [found] if isinstance(found, Tensor) else found
         torch.stack([features.square().mean() for features in maps]).sum().backward()
         assert len(calls) == len(stages) * (2 if model is again else 1)
-        results.append([*maps, torch.rand(3)])  # and subsequent random draws
+        results.append([*maps, torch.rand(3)])  # later random draws are equal as well
     assert all(map(torch.equal, *results))
     for parameter_name, parameter in plain.named_parameters():
         assert torch.equal(parameter.grad, again.get_parameter(parameter_name).grad), parameter_name
@@ -193,7 +193,7 @@ def test_torch_still_raises_the_message_that_is_shortened(
 
 @needs_gpu
 @pytest.mark.cuda
-def test_checkpointed_blocks_need_half_the_gpu_memory() -> None:
+def test_checkpointed_blocks_need_less_gpu_memory() -> None:
     settings = BackboneConfig(drop_path=0.5, rel_pos_size=512)
     torch.manual_seed(0)
     backbone = build_backbone(replace(Config().model, backbone=settings)).cuda().train()
@@ -210,5 +210,5 @@ def test_checkpointed_blocks_need_half_the_gpu_memory() -> None:
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
     print(f"peak of ViT-B, 2 images of 512 pixels: {peaks[1]} bytes, computed again: {peaks[2]}")
     assert peaks[2] < 0.7 * peaks[1]
-    # not bitwise equal: kernels add in any order
+    # not bitwise equal, as kernels add in any order
     assert (gradients[2] - gradients[1]).norm() < 1e-2 * gradients[1].norm()

@@ -22,7 +22,7 @@ def held():
 configure_process()
 blocks = [np.ones(1 << 20, np.uint8) for _ in range(200)]
 full = held()
-blocks = blocks[::20]  # what stays lies between what is freed
+blocks = blocks[::20]  # kept blocks lie between freed blocks
 freed = held()
 release_memory()
 print(full, freed, held())
@@ -46,7 +46,7 @@ def test_fragmented_free_memory_is_released(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_memory_does_not_grow_with_the_evaluations(tiny: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_evaluations(tiny: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 
     def after(values: dict[str, float], _: int) -> None:

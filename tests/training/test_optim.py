@@ -1,4 +1,4 @@
-"""Parameter groups, schedule and EMA of the weights; published values: tests/weights/test_recipes.py."""
+"""Parameter groups, schedule and EMA; tests/weights/test_recipes.py checks published values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vitdet.training.optim import (
 )
 
 
-def test_parameter_groups_cover_undecayed_and_frozen_parameters() -> None:
+def test_parameter_groups_may_decay_all_weights_and_omit_frozen_ones() -> None:
     with torch.device("meta"):
         detector = build_detector(Config().model)
     detector.backbone.pos_embed.requires_grad_(False)
@@ -31,13 +31,13 @@ def test_parameter_groups_cover_undecayed_and_frozen_parameters() -> None:
     assert not any("backbone.pos_embed" in group["names"] for group in found)
 
 
-def test_the_step_schedule_against_literal_values() -> None:
+def test_the_step_schedule_equals_literal_values() -> None:
     steps = (0, 125, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374)
     found = [lr_factor(step, Config().optim) for step in steps]
     assert found == pytest.approx([0.001, 0.5005, 0.996004, 1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-9)
 
 
-def test_the_cosine_schedule_after_the_warm_up() -> None:
+def test_the_cosine_schedule_decreases_after_the_warm_up() -> None:
     settings = OptimConfig(schedule="cosine", steps=100, warmup_steps=10, warmup_factor=0.0)
     factors = [lr_factor(step, settings) for step in range(100)]
     warming = 0.5 * 0.5 * (1 + math.cos(math.pi * 0.05))
@@ -58,7 +58,7 @@ def test_every_group_follows_the_schedule() -> None:
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
-def test_the_learning_rate_is_scaled_by_the_batch_only_on_request() -> None:
+def test_the_learning_rate_is_scaled_by_the_batch_size_only_on_request() -> None:
     told, untold = OptimConfig(lr=1e-4, scale_lr=True), OptimConfig(lr=1e-4)
     for size, lr in ((64, 1e-4), (16, 2.5e-5), (256, 4e-4)):
         assert scaled(told, size).lr == pytest.approx(lr)
@@ -79,7 +79,7 @@ def test_another_batch_size_is_explained_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_a_recipe_s_learning_rate_is_for_its_batch_size(name: str) -> None:
+def test_the_learning_rate_of_a_recipe_is_for_its_batch_size(name: str) -> None:
     config = load_config(name)
     assert rate_note(config.optim, config.train.batch_size) == ""
 
@@ -134,6 +134,6 @@ def test_gradients_are_clipped_only_with_a_maximum_norm(scale, largest):
     if scale == 1.0:
         assert norm.item() == pytest.approx(55**0.5)
     else:
-        assert norm.isinf()  # its square exceeds float32, although the gradients are finite
+        assert norm.isinf()  # the sum of squares exceeds float32, although the gradients are finite
     wanted = before * 0.5 / 55**0.5 if largest == 0.5 else before
     assert torch.allclose(model.weight.grad, wanted, rtol=1e-5)

@@ -1,8 +1,8 @@
 """Optimizer steps of a detector against the formulas of AdamW, clipping and the schedule in float64.
 
-The gradients are fixed, so nothing depends on a network's rounding. Ties follow these rules:
+The gradients are fixed, so nothing depends on a network's rounding. Special cases:
 a gradient of exactly 0 with zero moments moves a weight by its decay alone; a step that equals the end
-of the warm-up has the full rate, and one that equals a milestone has the lower rate; gradients are
+of the warm-up has the full rate; a step that equals a milestone has the lower rate; gradients are
 scaled by min(1, clip / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
 """
 
@@ -106,7 +106,7 @@ def test_adamw_of_a_detector_follows_its_formula(dtype: torch.dtype) -> None:
                 absolute, relative = 1e-5 * SETTINGS.lr * (step + 1), 2.0**-23 * 2 * (step + 1)
             ours = p.detach().double().numpy()
             np.testing.assert_allclose(ours, theirs, relative, absolute, err_msg=name)
-    assert 0 < reference.bound < STEPS  # clipped at some steps and not at others
+    assert 0 < reference.bound < STEPS  # clipped at some steps only
     for name, weight in start.items():  # rel_pos_h starts at 0 and gets no gradient
         assert (reference.weights[name] != weight).any() == (not name.endswith("attn.rel_pos_h"))
 
@@ -129,8 +129,8 @@ def test_parameters_without_a_gradient_only_decay() -> None:
     torch.testing.assert_close(parameters[name].detach(), expected, rtol=1e-15, atol=0)
 
 
-def test_the_schedule_at_its_edges() -> None:
+def test_the_schedule_equals_the_expected_factors() -> None:
     found = [lr_factor(step, SETTINGS) for step in range(STEPS)]
     assert found == pytest.approx(FACTORS, rel=1e-12)
-    # the end of the warm-up; the last step before a milestone
+    # the end of the warm-up, and the last step before a milestone
     assert found[3] == 1.0 and found[5] == 1.0
