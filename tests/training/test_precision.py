@@ -1,4 +1,4 @@
-"""The precision of training, for simulated GPUs."""
+"""The precision of training, on simulated devices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_auto_selects_a_precision_with_native_instructions(monkeypatch: pytest.M
         assert chosen("auto", CPU) == wanted
 
 
-def test_a_gpu_without_bf16_trains_in_fp16_and_logs_it(
+def test_training_on_a_gpu_without_bf16_uses_fp16_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A V100 emulates bf16, which torch reports as supported unless emulation is excluded."""
@@ -48,7 +48,7 @@ def test_a_gpu_without_bf16_trains_in_fp16_and_logs_it(
     ("device", "precision", "within"),
     [(GPU, "fp32", "high"), (GPU, "bf16", "highest"), (CPU, "fp32", "highest")],
 )
-def test_tf32_is_enabled_only_for_fp32_on_a_gpu_and_only_inside(
+def test_tf32_is_enabled_only_for_fp32_on_a_gpu_and_only_in_the_context(
     device: torch.device, precision: str, within: str
 ) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
@@ -58,7 +58,7 @@ def test_tf32_is_enabled_only_for_fp32_on_a_gpu_and_only_inside(
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_tf32_is_enabled_in_steps_and_not_in_evaluations(
+def test_tf32_is_enabled_in_steps_but_not_in_evaluations(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, within, evaluated, steps = [], [], [], []

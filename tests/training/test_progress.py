@@ -29,7 +29,7 @@ def show(stream: io.StringIO) -> tuple[str, Recorder]:
     return stream.getvalue(), recorder
 
 
-def test_plain_lines_in_a_log() -> None:
+def test_a_log_has_plain_lines() -> None:
     text, recorder = show(io.StringIO())
     assert "\r" not in text and "\x1b" not in text
     lines = text.splitlines()
@@ -42,12 +42,12 @@ def test_plain_lines_in_a_log() -> None:
     assert recorder.status == "KILLED"
 
 
-def test_one_line_that_changes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_one_line_that_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     text, _ = show(Terminal())
     shown = text.split("\r\x1b[2K")
     assert shown[0] == "" and len(shown) == 5
-    # AP remains; close ends the line
+    # the line with AP remains, and close ends the last line
     assert [part.endswith("\n") for part in shown[1:]] == [False, False, True, True]
     # a wrapped line could not be overwritten
     assert all(len(part.rstrip("\n")) < 60 for part in shown)

@@ -1,6 +1,6 @@
 """SIGKILL at random times: equal weights, each value once in MLflow, no open runs.
 
-KILL_SEEDS=30 repeats it with 30 seeds, longer than the suite does.
+KILL_SEEDS=30 repeats the test with 30 seeds instead of one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.helpers.runs import same_weights
 from vitdet.checkpoint import load_model_file
 
 STEPS = 6
-# enough states, evaluations and log lines for a kill to hit each kind
+# enough states, evaluations and log lines for kills at each of them
 SETTINGS = {
     "optim__steps": STEPS,
     "train__eval_every": 3,
@@ -68,7 +68,7 @@ def test_a_run_killed_at_random_times_equals_an_uninterrupted_run(
 ) -> None:
     took = finish(tmp_path, tiny, "whole", processes)
     rng = random.Random(processes + 10 * seed)
-    for _ in range(2 if processes else 3):  # seconds after each start
+    for _ in range(2 if processes else 3):  # each start ends or is killed
         process = start(words(tiny, "killed"), tmp_path, processes)
         try:
             process.communicate(timeout=rng.uniform(0.3 * took, took))

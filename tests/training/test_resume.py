@@ -67,7 +67,7 @@ def test_a_killed_evaluation_is_repeated_without_repeating_steps(
     same_bits(tmp_path, trained)
 
 
-def test_a_damaged_only_state(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_whose_only_state_is_damaged_is_refused(tiny: Path, tmp_path: Path) -> None:
     cut_at(1, tiny, tmp_path)
     (state,) = (tmp_path / "checkpoints").glob("*.pt")
     state.write_bytes(b"")
@@ -108,7 +108,7 @@ def test_a_finished_run_is_reused_only_for_equal_config_and_data(
         return train(config, output, start_tracking=start_tracking)
 
     assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
-    ((_, run_id, step, tracker),) = heard  # the missing artifacts are logged, and the run is closed
+    ((_, run_id, step, tracker),) = heard  # missing artifacts are logged, and the run is closed
     assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
     with refused(r"finished run with a different config \(optim.lr: 0.1, not 0.001\)"):
         again(optim__lr=0.1)

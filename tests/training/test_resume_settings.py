@@ -34,7 +34,7 @@ def stopped_at_7(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_at_7: Path, tmp_path: Path) -> Path:
-    """A copy of `stopped_at_7`, tmp_path/run."""
+    """A copy of `stopped_at_7` in tmp_path/run."""
     return Path(shutil.copytree(stopped_at_7, tmp_path / "run"))
 
 
@@ -75,9 +75,9 @@ def test_operational_settings_may_change_and_are_logged(
     assert load_model_file(stopped / "model.pt")["config"]["evaluate"]["max_detections"] == 3
 
 
-# milestones at 85 and 95%: the first drop moves from step 7 to step 10; then a finished run
+# early: the first milestone (85%) moves from step 7 to step 10; ended: the run is complete
 @pytest.mark.parametrize(("stop", "changes"), [(4, {}), (8, CONSTANT)], ids=["early", "ended"])
-def test_a_run_extended_to_more_steps_equals_one_started_with_them(
+def test_a_run_extended_to_more_steps_equals_a_run_started_with_them(
     tiny: Path, constant: Path, tmp_path: Path, stop: int, changes: dict
 ) -> None:
     more = {**changes, "optim__steps": 12}
@@ -244,7 +244,7 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_rank(
     assert seeds[-2:] == [12467808127879573787, 11425928242767342472]
 
 
-def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_are_not(
+def test_states_of_earlier_versions_are_loaded_and_an_unknown_version_is_refused(
     tiny: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "vitdet")
@@ -275,14 +275,14 @@ def test_metrics_of_other_evaluate_settings_are_recomputed(
     path = states / f"step_{stop:08d}.pt"
     shutil.copy(constant / "checkpoints" / path.name, path)
     evaluation = json.loads((constant / "checkpoints" / f"{path.stem}.json").read_text())
-    state = torch.load(path, weights_only=True) | evaluation  # in one file, as in earlier versions
+    state = torch.load(path, weights_only=True) | evaluation  # one file, like in earlier versions
     assert state["evaluated"] == stop
     state["metrics"]["box_ap"] = 33.0
     torch.save(state, path)
 
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)
-    go(tiny, again, **CONSTANT, optim__steps=stop, evaluate__batch_size=1)  # does not change AP
+    go(tiny, again, **CONSTANT, optim__steps=stop, evaluate__batch_size=1)  # has no effect on AP
     assert load_model_file(again / "model.pt")["metrics"]["box_ap"] == 33.0
     go(tiny, tmp_path / "run", **CONSTANT, optim__steps=stop, evaluate__max_detections=1)
     done = load_model_file(tmp_path / "run" / "model.pt")

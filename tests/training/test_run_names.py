@@ -27,7 +27,7 @@ OPERATIONAL = """
 
 @dataclass(frozen=True)
 class LaterOptim(OptimConfig):
-    """The section of a later version."""
+    """The section of a later version, with a new setting."""
 
     nesterov: bool = False
 
@@ -63,7 +63,7 @@ OTHERS = """
 
 
 @pytest.mark.parametrize("override", OTHERS)
-def test_any_other_setting_changes_it(override: str) -> None:
+def test_any_other_setting_changes_the_name(override: str) -> None:
     ours, theirs = load_config("tiny"), load_config("tiny", [override])
     assert digest(ours) != digest(theirs)
     assert difference(ours, theirs, affecting_weights=True) == difference(ours, theirs)
@@ -86,7 +86,7 @@ def digest_of_version_01(recipe: str) -> str:
 
 
 @pytest.mark.parametrize("recipe", json.loads(STORED.read_text())["digests"])
-def test_the_digest_of_commit_dad8b8b_is_still_known(recipe: str) -> None:
+def test_the_digest_of_commit_dad8b8b_can_still_be_computed(recipe: str) -> None:
     config = load_config(recipe)
     assert legacy_digest(config) == digest_of_version_01(recipe)
     other = replace(config, data=replace(config.data, workers=7))

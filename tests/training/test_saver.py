@@ -20,7 +20,7 @@ from vitdet.training.saver import Saver
 
 
 class Gated(Checkpoints):
-    """Checkpoints whose states are written once `open` is set."""
+    """Checkpoints whose states are written only after `open` is set."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, keep=2)
@@ -31,7 +31,7 @@ class Gated(Checkpoints):
         return super().save(step, content)
 
 
-def test_a_state_is_a_snapshot_of_when_saving_began(tmp_path: Path) -> None:
+def test_a_state_has_the_values_at_the_start_of_saving(tmp_path: Path) -> None:
     states = Gated(tmp_path)
     weights, moments = torch.zeros(5), [torch.ones(2), 3]
     with Saver(states) as saver:
@@ -48,7 +48,7 @@ def test_a_state_is_a_snapshot_of_when_saving_began(tmp_path: Path) -> None:
             states.open.clear()
 
 
-def test_the_end_waits_for_the_state_in_flight(tmp_path: Path) -> None:
+def test_closing_a_saver_waits_for_the_state_in_flight(tmp_path: Path) -> None:
     states = Gated(tmp_path)
     timer = threading.Timer(0.3, states.open.set)
     with pytest.raises(ValueError, match="diverged"), Saver(states) as saver:
@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_run_at_the_next_step_in_one_line(
     with refused("step_00000003.pt: could not be written .*; free some", OSError):
         go(tiny, tmp_path, recorder, train__eval_every=100)
     assert recorder.status == "FAILED"
-    assert max(recorder.points) < 6  # it ended before the next state
+    assert max(recorder.points) < 6  # the run ended before the next state
     assert state_names(tmp_path) == ["step_00000000.pt"]
 
 
@@ -97,7 +97,7 @@ def test_each_state_is_written_once(
     same_bits(tmp_path, trained)
 
 
-def test_a_state_with_its_evaluation_inside_is_not_evaluated_again(
+def test_a_state_that_contains_its_evaluation_is_not_evaluated_again(
     tiny: Path, tmp_path: Path
 ) -> None:
     """Earlier versions wrote the evaluation into the state's file."""
@@ -111,7 +111,7 @@ def test_a_state_with_its_evaluation_inside_is_not_evaluated_again(
 
 def test_an_evaluation_is_stored_with_its_settings(tiny: Path, tmp_path: Path) -> None:
     cut_at(5, tiny, tmp_path)
-    for first in (4, 5):  # repeated once, not in every run
+    for first in (4, 5):  # evaluated again once, not in every run
         assert min(cut_at(5, tiny, tmp_path, evaluate__max_detections=3).points) == first
 
 

@@ -71,7 +71,7 @@ class Run:
 
 
 def one_of_two(rank: int, root: Path, folder: Path) -> None:
-    """Run a step with one micro-batch and with two, and record the collectives of each."""
+    """Run a step with one and with two micro-batches; save results and numbers of collectives."""
     torch.set_num_threads(1)
     with distributed.process_group():
         for accumulate in (1, 2):
@@ -118,7 +118,7 @@ def test_micro_batches_draw_like_the_corresponding_ranks(
 
 @pytest.mark.slow
 def test_micro_batches_equal_more_processes(tiny: Path, tmp_path: Path) -> None:
-    """Compare two processes with one and two micro-batches to one process with two and four."""
+    """Compare two processes (1 or 2 micro-batches each) to one process (2 or 4)."""
     spawn_pair(one_of_two, tiny, tmp_path)
     for accumulate in (1, 2):
         run = Run(tiny, **DRAWING, train__accumulate=2 * accumulate)
@@ -172,7 +172,7 @@ def test_a_run_with_micro_batches_resumes_bitwise_equal(tiny: Path, tmp_path: Pa
 
 
 def overflow(step: TrainingStep) -> torch.utils.hooks.RemovableHandle:
-    """Make a gradient of each further step infinite."""
+    """Make one gradient of each later step infinite."""
     return next(step.detector.parameters()).register_hook(lambda gradient: gradient * torch.inf)
 
 
@@ -209,7 +209,7 @@ def test_a_step_whose_gradients_overflow_is_skipped(tiny: Path) -> None:
 
 
 class Spoiled(TrainingStep):
-    """A training step whose first losses in fp16 overflow, together with BatchNorm statistics."""
+    """A training step whose first losses and BatchNorm statistics are infinite."""
 
     spoiled, scale = 1, 8.0
 
@@ -273,7 +273,7 @@ def test_a_meter_of_only_skipped_steps_has_no_means() -> None:
 
 
 def test_gradients_are_unscaled_before_clipping(tiny: Path) -> None:
-    """One step in fp16 nearly equals one in fp32, also with clipping."""
+    """With clipping, a step in fp16 has nearly the gradient norm of a step in fp32."""
     norms, weights = [], []
     for precision in ("fp32", "fp16"):
         run = Run(tiny, train__precision=precision, optim__clip=0.1)
@@ -302,7 +302,7 @@ def test_the_loss_scale_is_part_of_the_state(tiny: Path) -> None:
 def test_all_ranks_start_with_the_weights_of_rank_0(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, graphed: bool
 ) -> None:
-    """Initial weights can differ in their last bits between CPU models, and would never be synchronized."""
+    """Initial weights can differ between CPU models, and are not synchronized by later steps."""
     run, given = Run(tiny, optim__ema=0.5), []
     monkeypatch.setattr(distributed, "broadcast", lambda tensors: given.extend(tensors))
     if graphed:
@@ -314,7 +314,7 @@ def test_all_ranks_start_with_the_weights_of_rank_0(
     assert not any(tensor.requires_grad for tensor in given)
 
 
-def test_an_evaluation_uses_the_memory_of_recorded_steps(
+def test_recorded_steps_release_their_memory_before_an_evaluation(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graphs' memory pools could otherwise occupy all memory."""
@@ -330,12 +330,12 @@ def test_an_evaluation_uses_the_memory_of_recorded_steps(
     assert order == ["release", "evaluate"] * 2
 
 
-def test_released_steps_are_recorded_again_and_refused_ones_are_not(tiny: Path) -> None:
+def test_releasing_clears_graphs_and_temporary_refusals(tiny: Path) -> None:
     run = Run(tiny)
     run.step.release()  # no effect without graphs
     run.step.graphed = graphed = GraphedGradients(run.step.detector, run.step.gradients)
     graphed.graph.graphs["shapes"], graphed.graph.pool = object(), object()
-    graphed.refused |= {(16, 4096): False, (16, 8192): True}  # permanently, until released
+    graphed.refused |= {(16, 4096): False, (16, 8192): True}  # permanently; until the next release
     gradients = graphed.gradients()
     run.step.release()
     assert not graphed.graph.graphs and graphed.graph.pool is None
@@ -357,7 +357,7 @@ def test_the_fp16_loss_scale_survives_a_stop(tiny: Path, tmp_path: Path) -> None
 
 @needs_gpu
 @pytest.mark.cuda
-def test_fp16_and_micro_batches_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
+def test_fp16_and_micro_batches_work_together_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
     changes = {"train__precision": "fp16", "train__batch_size": 4, "train__accumulate": 2}
     recorder = go(tiny, tmp_path, **changes)
     assert all(values["skipped_steps"] in (0, 1) for values in recorder.points.values())

@@ -26,7 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
-def test_each_signal_saves_and_has_its_exit_code(
+def test_each_signal_saves_a_state_and_has_its_exit_code(
     tiny: Path,
     tmp_path: Path,
     vitdet: Run,
@@ -55,7 +55,7 @@ def test_a_second_ctrl_c_ends_at_once(ctrl_c: None) -> None:
 
 
 def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nohup ignores SIGHUP, but signals that torchrun forwards are handled."""
+    """With nohup, SIGHUP is ignored, but signals that torchrun forwards are handled."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_signals() as stop:
@@ -94,7 +94,7 @@ def test_an_evaluation_stops_between_batches_and_is_repeated(
 
 
 @pytest.mark.parametrize("place", ["read_split", "build_detector"])
-def test_a_signal_before_the_first_step(
+def test_a_signal_before_the_first_step_stops_at_step_0(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     def signalled(*given: object, **named: object) -> object:
@@ -114,7 +114,7 @@ def test_a_signal_before_the_first_step(
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
 
 
-def test_a_signal_while_a_state_is_saved(
+def test_a_signal_while_a_state_is_saved_leaves_complete_states(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = torch.save
@@ -134,7 +134,7 @@ def test_a_signal_while_a_state_is_saved(
     assert not list((tmp_path / "checkpoints").glob(".step*"))
 
 
-def test_a_torch_version_without_the_shutdown_timeout_is_warned_about(
+def test_a_torch_version_without_the_shutdown_timeout_causes_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(distributed, "has_shutdown_timeout", lambda: False)
@@ -191,7 +191,7 @@ detections.batch_to_results = signalled
 
 
 @pytest.mark.slow
-def test_all_ranks_stop_an_evaluation_if_one_received_the_signal(
+def test_all_ranks_stop_an_evaluation_if_one_rank_receives_the_signal(
     tiny: Path, tmp_path: Path
 ) -> None:
     """Only the rank on a drained node receives the signal."""

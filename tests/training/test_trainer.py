@@ -59,12 +59,12 @@ def test_a_kill_at_any_step_repeats_steps_with_equal_results(
 ) -> None:
     at = random.randrange(1, STEPS + 1)
     cut_at(at, tiny, tmp_path)
-    saved = max(step for step in (0, 3, 4, 6) if step < at)  # save_every=3, and eval_every=4
+    saved = max(step for step in (0, 3, 4, 6) if step < at)  # save_every=3, eval_every=4
     assert min(go(tiny, tmp_path).points) == saved + 1, at
     same_bits(tmp_path, trained)
 
 
-def test_sigterm_before_the_first_step_and_during_an_evaluation(
+def test_sigterm_before_the_first_step_or_after_an_evaluation_loses_nothing(
     tiny: Path, trained: Path, tmp_path: Path
 ) -> None:
     def early(*_: object) -> Recorder:
@@ -75,13 +75,13 @@ def test_sigterm_before_the_first_step_and_during_an_evaluation(
         train(load_config("tiny", minimal(tiny)), tmp_path, start_tracking=early)
     assert state_names(tmp_path) == ["step_00000000.pt"]
     stop_at(4, tiny, tmp_path, "box_ap")
-    rest = go(tiny, tmp_path, interrupt(terminate, STEPS, "box_ap"))  # it completes regardless
+    rest = go(tiny, tmp_path, interrupt(terminate, STEPS, "box_ap"))  # completes despite SIGTERM
     assert min(rest.points) == 5  # a completed evaluation is not repeated
     same_bits(tmp_path, trained)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_kill_before_the_model_is_written(tiny: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_model_missing_after_a_kill_is_written(tiny: Path, trained: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(trained, tmp_path / "run"))
     (output / "model.pt").unlink()
     assert go(tiny, output).points == {}
@@ -190,7 +190,7 @@ def test_a_process_whose_torchrun_died_stops(monkeypatch: pytest.MonkeyPatch) ->
         watchdog = Watchdog(stop)
         monkeypatch.setattr(os, "getppid", lambda: 1)
         watchdog._watch_parent(0.0)
-        assert not stop.received  # without torchrun, it may outlive the shell that started it
+        assert not stop.received  # without torchrun, the process may outlive its shell
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
         watchdog._watch_parent(0.0)
         assert stop.received == signal.SIGTERM

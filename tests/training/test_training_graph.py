@@ -1,4 +1,4 @@
-"""Training steps that cannot be recorded as a CUDA graph: which, for how long, and the log lines."""
+"""Training steps that cannot be recorded as a CUDA graph: kinds, retries and log lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Recorded:
 
 
 class Steps:
-    """Graphed steps of one weight, whose gradient grows by 1 per step; `eager` has the slots of ungraphed steps."""
+    """Graphed steps of one weight, whose gradient grows by 1 per step."""
 
     def __init__(self) -> None:
         self.detector = torch.nn.Linear(1, 1, bias=False)
@@ -67,7 +67,7 @@ class Steps:
         before, gradient = self.graphed.graph.replayed, self.detector.weight.grad.item()
         targets = Targets.of([target([[10, 10, 50, 60]], [1])], slots=slots)
         self.graphed(images(1), targets, SIZES)
-        assert self.detector.weight.grad.item() == gradient + 1  # also if recording failed
+        assert self.detector.weight.grad.item() == gradient + 1  # even if recording failed
         return self.graphed.graph.replayed > before
 
 
@@ -79,7 +79,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     return Steps()
 
 
-def test_a_size_without_memory_is_retried_once_after_the_next_evaluation(
+def test_a_size_that_exceeds_the_memory_is_retried_once_after_an_evaluation(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert steps(16) and not steps(128) and not steps(128) and steps(16)
@@ -97,7 +97,7 @@ def test_a_size_without_memory_is_retried_once_after_the_next_evaluation(
 def test_a_step_out_of_memory_releases_the_graphs(
     steps: Steps, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Repeated recording costs more than graphs save, so they are disabled after a few attempts."""
+    """Repeated recording costs more than it saves, so graphs are disabled after a few attempts."""
     assert not steps(128)
     for _ in range(CLEARINGS):
         assert steps(16) and not steps(128) and not steps.graphed.graph.graphs
@@ -108,7 +108,7 @@ def test_a_step_out_of_memory_releases_the_graphs(
     assert steps(16)
 
 
-def test_more_sizes_than_graphs_are_kept_wait_for_the_next_evaluation(
+def test_sizes_beyond_the_maximum_of_graphs_wait_for_the_next_evaluation(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Recorded, "error", NoRoom("6 graphs are already recorded"))

@@ -40,7 +40,7 @@ def beat(step: int, stage: Stage, age: float, limit: float = LIMIT, **more: obje
         ([beat(7, Stage.COMPARING, LONG + 1, LONG), beat(7, Stage.WAITING, LONG + 1, LONG)], [0]),
         # one rank has more images
         ([beat(7, Stage.EVALUATING, 1), beat(7, Stage.WAITING, LATE, LONG)], []),
-        # all ranks at one place: a deadlock, once the last rank exceeds the limit
+        # all ranks at one place: a deadlock when even the last rank exceeds the limit
         ([beat(7, Stage.EXCHANGING, LATE), beat(7, Stage.EXCHANGING, LATE)], [0, 1]),
         ([beat(7, Stage.EXCHANGING, LATE), beat(7, Stage.EXCHANGING, 1)], []),
         # a stopped rank or a lost node, at any place
@@ -100,7 +100,7 @@ def test_a_slow_step_raises_the_limit_of_the_next(
     assert limits == [3000]
 
 
-def test_a_rank_in_a_collective_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_in_a_collective_is_reported_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watchdog(Stop())
     watched.at(3, Stage.EVALUATING)
     with distributed._waiting("barrier"):
