@@ -49,7 +49,7 @@ def test_the_first_model_passes(model: RegisteredModel) -> None:
 def test_only_a_higher_ap_passes(gated: RegisteredModel, ap: float | None, passed: bool) -> None:
     gated.client.set_model_version_tag(gated.name, "1", "train_fingerprint", "other")
     assert gated.judge(ap, DATA, evaluate=UNEXPECTED).passed is passed
-    assert gated.is_known(DATA)  # other training data makes no difference
+    assert gated.is_known(DATA)  # different training data has no effect
 
 
 @pytest.mark.parametrize("protocol", [OTHER, STRICT], ids=["data", "settings"])
@@ -63,9 +63,8 @@ def test_the_champion_is_evaluated_again_on_other_data_or_settings(
     assert not gated.is_known(protocol)
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
     assert gated.judge(ap, protocol, evaluate=evaluate).passed is passed
-    evaluate.assert_called_once_with(
-        Path("champion.pt"), ANY
-    )  # its AP is stored in the registry now
+    # the first evaluation stored the AP in the registry
+    evaluate.assert_called_once_with(Path("champion.pt"), ANY)
     assert gated.is_known(protocol)
     assert not gated.judge(40.0, DATA).passed  # the AP of its registration is still known
 
@@ -101,7 +100,7 @@ def test_a_champion_of_version_0_1_is_evaluated_again(
 def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
     gated: RegisteredModel, caplog: Log, error: Exception, reason: str, is_expected: bool
 ) -> None:
-    """For an unexpected error, the traceback is logged."""
+    """The traceback of an unexpected error is logged."""
     with caplog.at_level(logging.WARNING, "vitdet"):
         verdict = gated.judge(99.0, OTHER, evaluate=Mock(side_effect=error))
     assert not verdict.passed and len(verdict.reason.splitlines()) == 1
@@ -116,7 +115,7 @@ def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
 
 
 class ClientError(Exception):
-    """Like botocore's error of object storage, a direct subclass of Exception."""
+    """Simulates botocore's error of an object storage, a direct subclass of Exception."""
 
 
 def test_an_error_of_the_object_storage_rejects_the_candidate(
@@ -169,7 +168,7 @@ def test_the_champion_itself_passes_again(gated: RegisteredModel) -> None:
     assert not gated.judge(40.0, DATA, version="2").passed
 
 
-def test_the_ap_of_a_promotion_precedes_that_of_the_registration(
+def test_the_ap_of_a_promotion_overrides_the_ap_of_the_registration(
     gated: RegisteredModel,
 ) -> None:
     assert gated.promote(gated.add(5.0), 77.0).passed
@@ -189,7 +188,7 @@ def test_a_champion_that_is_promoted_again_keeps_its_ap(gated: RegisteredModel) 
     assert not gated.judge(2.9, OTHER).passed and not gated.judge(44.0, DATA).passed
 
 
-def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other_data(
+def test_tags_of_a_version_have_its_newest_metrics_and_its_metrics_on_other_data(
     gated: RegisteredModel,
 ) -> None:
     candidate = gated.add(5.0)

@@ -24,7 +24,7 @@ def verdict(name: str, ap: float) -> dict:
 
 @pytest.fixture
 def names(tmp_path: Path) -> list[str]:
-    """Return the names of two settings with two seeds each, in a started run."""
+    """Return the names of a pipeline run's trainings: two settings with two seeds each."""
     planned = plan_trainings(["tiny"], [], str(tmp_path), ["optim.lr=0.1,0.2"], 2)
     for name, (config, _) in planned.items():
         save_config(config, run_folder(str(tmp_path), RUN) / f"{name}.yaml")
@@ -51,10 +51,10 @@ def test_the_table_has_finished_runs_and_the_reasons_of_failures(
     assert "train failed: loss &lt;nan&gt; | step 3</td>" in page.read_text()
     client = connect("", tmp_path / "runs")
     (parent,) = client.search_runs(["1"], f"tags.group = '{RUN}'")
-    assert "best" not in parent.data.tags  # the exit handler, on a server that reports RUNNING
+    assert "best" not in parent.data.tags  # the parent run will end as FAILED
     assert client.list_artifacts(parent.info.run_id)[0].path == "comparison.md"
 
-    # finally all of them, with URLs in MLflow's UI
+    # then the failed step is repeated, and rows have links to MLflow's UI
     with recorded(space, names[3], RUN, "train"):
         pass
     write_verdict(space, names[3], RUN, verdict(names[3], 31.0))
@@ -79,12 +79,12 @@ def test_links_are_in_markdown_and_html() -> None:
     assert f'href="{link}">a-1</a>' in page("", [], [table])
 
 
-def test_mean_and_deviation() -> None:
+def test_mean_and_deviation_have_two_decimals() -> None:
     found = [mean_deviation(values) for values in ([], [1.0], [1.0, 3.0])]
     assert found == ["-", "1.00", "2.00 ± 1.41"]
 
 
-def test_seeds_start_from_the_recipes_seed() -> None:
+def test_seeds_start_from_the_configured_seed() -> None:
     planned = plan_trainings(["tiny"], ["train.seed=5"], "", seeds=3)
     assert [config.train.seed for config, _ in planned.values()] == [5, 6, 7]
     assert load_config("tiny").train.seed == 0

@@ -28,7 +28,7 @@ NAME = "the champion, version 3"
 
 
 def evaluation(found: dict[str, list[bool]]) -> Evaluation:
-    """Return an evaluation of one object of each class per image, with one detection each; found: which match."""
+    """Return an evaluation with an object and a detection per class and image; `found` has the hits."""
     rows = [
         (image, place, hit)
         for place, hits in enumerate(found.values())
@@ -90,7 +90,7 @@ def test_another_metric_alone_decides() -> None:
     assert found == Verdict(True, f"mask AP50 41, above the 40 of {NAME}")
 
 
-def test_missing_files_of_a_cached_step_are_named_with_the_remedy(
+def test_the_remedy_for_missing_files_of_a_cached_step_is_stated(
     tmp_path: Path,
 ) -> None:
     record = {"metrics": {"box_ap": 50.0}, "plots": str(tmp_path / "removed")}

@@ -18,7 +18,7 @@ def filled(folder: Path, steps: int) -> Journal:
     return journal
 
 
-def test_a_run_is_found_by_either_name(tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_pending_and_its_final_id(tmp_path: Path) -> None:
     journal, _ = filled(tmp_path, 1), filled(tmp_path, 1)
     assert find(tmp_path, journal.run_id).key == journal.key
     pending = journal.run_id
@@ -28,13 +28,13 @@ def test_a_run_is_found_by_either_name(tmp_path: Path) -> None:
     assert find(tmp_path, "unknown").key != journal.key and len(journals(tmp_path)) == 2
 
 
-def test_points_are_batched_and_other_lines_are_not(tmp_path: Path) -> None:
+def test_points_are_batched_and_other_records_are_not(tmp_path: Path) -> None:
     journal = filled(tmp_path, 5)
     journal.append({"tags": {"image": "a"}})
     journal.append({"points": {"loss": 1.0}, "step": 5})
     journal.append({"end": "FINISHED"})
     sizes = [len(records) for records, _ in journal.batches(4)]
-    # 4 points per batch, 2 per record; the tags; the last point; the end
+    # 5 records of 2 points in batches of 4 points; the tags; the last point; the end
     assert sizes == [2, 2, 1, 1, 1, 1]
     offsets = [offset for _, offset in journal.batches(4)]
     journal.move("abc", offsets[3])
@@ -49,7 +49,7 @@ def test_a_record_larger_than_a_batch_is_sent_alone(tmp_path: Path) -> None:
     assert [len(records) for records, _ in journal.batches(4)] == [1, 1]
 
 
-def test_a_partial_line_is_skipped_and_the_next_one_is_read(tmp_path: Path) -> None:
+def test_a_partial_line_is_skipped_and_the_next_line_is_read(tmp_path: Path) -> None:
     journal = filled(tmp_path, 2)
     with open(journal.path, "ab") as file:
         file.write(b'{"points": {"loss": 7.0}, "st')
@@ -69,7 +69,7 @@ def test_a_full_disk_loses_one_line_with_a_warning(
     assert "cannot write" in caplog.text
 
 
-def test_a_missing_file_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = filled(tmp_path, 1)
     journal.append_file(tmp_path / "absent.png", "")
     assert "absent.png was not logged" in caplog.text and len(list(journal.records())) == 1
@@ -84,7 +84,7 @@ def test_only_one_process_sends_a_journal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recorded", ["line", "cursor"])
-def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path, recorded: str) -> None:
+def test_a_pending_file_of_an_earlier_version_is_kept(tmp_path: Path, recorded: str) -> None:
     journal = filled(tmp_path, 1)
     copy = journal.path.with_suffix("") / "1" / "a.png"
     copy.parent.mkdir(parents=True)
@@ -99,7 +99,7 @@ def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path, recorded: str) -> 
     assert (entry / "pictures" / "a.png").read_bytes() == b"a" and not copy.exists()
 
 
-def test_a_copy_removes_the_files_of_a_killed_process(tmp_path: Path) -> None:
+def test_copying_a_file_removes_the_files_of_a_killed_process(tmp_path: Path) -> None:
     journal = filled(tmp_path, 1)
     machine, pid, started = writer().split("-")
     ended, alive = (

@@ -1,4 +1,4 @@
-"""The MLflow server of manifests/mlflow: options, variables and accounts exist in the locked MLflow version."""
+"""The MLflow server of manifests/mlflow: its options, variables, accounts and host names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def container() -> dict:
 
 
 @pytest.mark.slow
-def test_mlflow_has_every_option_and_variable(container: dict) -> None:
+def test_the_locked_mlflow_version_has_every_option_and_variable(container: dict) -> None:
     from mlflow import environment_variables
     from mlflow.cli import server
 
@@ -34,12 +34,12 @@ def test_mlflow_has_every_option_and_variable(container: dict) -> None:
     variables |= {str(parameter.envvar) for parameter in server.params}
     told = {entry["name"] for entry in container["env"]}
     told |= set(re.findall(r"MLFLOW_\w+", (ROOT / "docs" / "kubeflow.md").read_text()))
-    told -= {"MLFLOW_UI_URL"}  # read by vitdet
+    told -= {"MLFLOW_UI_URL"}  # read by vitdet, not by MLflow
     assert {name for name in told if name.startswith("MLFLOW_")} <= variables
 
 
-def test_the_accounts_are_in_the_same_database(container: dict) -> None:
-    # MLflow's own file, with all settings
+def test_the_accounts_are_in_the_database_of_the_runs(container: dict) -> None:
+    # MLflow's default file has all settings
     known = Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"
     ours = ConfigParser()
     ours.read(FOLDER / "basic_auth.ini")
@@ -58,6 +58,6 @@ def test_the_accounts_are_in_the_same_database(container: dict) -> None:
 def test_only_the_host_names_of_the_service_are_allowed(name: str) -> None:
     file = ROOT / "manifests" / "overlays" / name / "values" / "values.yaml"
     values = yaml.safe_load(file.read_text())["data"]
-    # the host in MLFLOW_TRACKING_URI of docs/kubeflow.md, and that of a port-forward
+    # the host in MLFLOW_TRACKING_URI of docs/kubeflow.md, and the host of a port-forward
     service = f"mlflow.{values['mlflowNamespace']}.svc:5000"
     assert values["mlflowHosts"].split(",") == [service, "localhost:5000"]

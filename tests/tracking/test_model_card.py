@@ -1,4 +1,4 @@
-"""The model card: what it states, and the warning about the license of the initial weights."""
+"""The model card: its contents, and the warning about the license of the initial weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_card_warns_of_a_license_that_excludes_commercial_use() -> None:
         ("runs/one/model.pt", ["unknown"], ["model.pt"]),
     ],
 )
-def test_the_license_of_the_initial_weights(
+def test_initial_weights_have_a_license_and_a_warning_if_needed(
     init: str, licenses: list[str], warned: list[str]
 ) -> None:
     found = initial_weights(init)

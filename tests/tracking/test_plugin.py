@@ -1,4 +1,4 @@
-"""The MLflow plugin of Kubeflow Pipelines: one tree of runs with it; without it, no unrelated run is used."""
+"""The MLflow plugin of Kubeflow Pipelines: steps use its tree of runs, and no unrelated run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def client(store: str) -> MlflowClient:
 def plugin(
     client: MlflowClient, folder: Path, patch: pytest.MonkeyPatch, owner: str, loops: int = 1
 ) -> Run:
-    """Create and set what the plugin does before a step; return the pipeline run's MLflow run."""
+    """Create the runs and set the variables of the plugin; return the pipeline run's MLflow run."""
     place = client.create_experiment(f"admin {uuid.uuid4()}", (folder / "mlartifacts").as_uri())
     tags = {"kfp.pipeline_run_id": owner, "kfp.pipeline_run_url": "https://kf.example.com"}
     root = client.create_run(place, None, tags, "a pipeline run")
@@ -99,18 +99,18 @@ def test_an_unrelated_run_is_not_used(
 @pytest.mark.parametrize(
     ("plugin", "secret", "used"),
     [
-        # a step without the plugin, and one whose Secret has no password
+        # without the plugin: a Secret with a password, and a Secret without a password
         ({}, ("http://ours", "me", "pass"), ("http://ours", "me", "pass")),
         ({}, ("http://ours", "", ""), ("http://ours", "", "")),
-        # the plugin injects all variables, or only the password, for its own requests
+        # the plugin injects all variables, or only its password
         (("http://plugin", "p", "p"), ("http://ours", "me", "pass"), ("http://plugin", "p", "p")),
         (("", "p", "p"), ("http://ours", "me", "pass"), ("http://ours", "me", "pass")),
         (("", "p", "p"), ("http://ours", "", ""), ("http://ours", "", "")),
-        # without a Secret
+        # there is no Secret
         (("http://plugin", "", ""), ("", "", ""), ("http://plugin", "", "")),
     ],
 )
-def test_the_address_and_the_password_have_one_source(
+def test_the_address_and_the_password_come_from_the_same_source(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plugin: tuple, secret: tuple, used: tuple
 ) -> None:
     for name, own, given in zip(VARIABLES, secret, plugin or ("", "", ""), strict=True):

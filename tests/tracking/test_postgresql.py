@@ -1,4 +1,4 @@
-"""Tracking and registry on an MLflow server whose database is PostgreSQL, as in manifests/mlflow."""
+"""Tracking and registry on an MLflow server with PostgreSQL, the database of manifests/mlflow."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.usefixtures("untried")
-def test_a_training_is_registered_promoted_and_rolled_back(
+def test_a_trained_model_is_registered_promoted_and_rolled_back(
     server: str, tiny: Path, vitdet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
@@ -73,7 +73,7 @@ def test_a_training_is_registered_promoted_and_rolled_back(
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("place", ["server", "database"])
-def test_concurrent_registrations_make_the_best_the_champion(
+def test_concurrent_registrations_make_the_best_version_champion(
     request: pytest.FixtureRequest,
     trained: Path,
     tmp_path: Path,
@@ -88,7 +88,7 @@ def test_concurrent_registrations_make_the_best_the_champion(
     protocol, numbers = Protocol.of(config, "0123456789abcdef"), {}
 
     def enter(ap: float) -> None:
-        folder = tmp_path / str(ap)  # machines without a shared folder
+        folder = tmp_path / str(ap)  # simulates machines without a shared folder
         checkpoint = trained / ("model.pt" if ap == 40 else "best.pt")
         given = {"config": config, "metrics": {"box_ap": ap}, "protocol": protocol}
         found = register_checkpoint(checkpoint, folder=folder, alias="candidate", **given)
@@ -98,7 +98,7 @@ def test_concurrent_registrations_make_the_best_the_champion(
         numbers[ap] = (found.version, verdict.passed)
 
     second = trained / "best.pt"
-    second.write_bytes((trained / "model.pt").read_bytes() + b"\0")  # another digest
+    second.write_bytes((trained / "model.pt").read_bytes() + b"\0")  # changes the digest
     try:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(enter, (40.0, 41.0)))

@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(model: RegisteredModel, vitdet: Callable[..., tuple[int, str, str]]) -> Run:
-    """Return run(verb, *words), which runs the verb on the model: (exit code, the printed line)."""
+    """Return run(verb, *words), which runs a command on the model: (exit code, printed line)."""
 
     def run(verb: str, *words: object, name: str = model.name) -> tuple[int, str]:
         code, out, err = vitdet(verb, name, "--runs", model.folder, *words)
@@ -92,10 +92,10 @@ def test_a_rollback_skips_a_deleted_version(model: RegisteredModel, run: Run, pr
     assert run("rollback")[0] == 0 and model.champion == "1"
 
 
-def test_without_a_shared_folder_the_better_of_two_keeps_the_alias(
+def test_without_a_shared_folder_the_better_of_two_versions_stays_champion(
     model: RegisteredModel, run: Run, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two machines replace the same champion, and the one with the worse version sets the alias last."""
+    """Two machines replace the same champion; the alias is last set to the worse version."""
     for ap in (40.0, 42.0, 41.0):
         model.add(ap)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
@@ -128,5 +128,5 @@ def test_a_version_that_was_rolled_back_needs_force(
     assert "version 2 was rolled back to version 1 at 20" in line and "(misses rings)" in line
     assert f"`vitdet promote {model.name} --version 2 --force REASON`" in line
     assert promote("--version", 2, "--force", "fixed")[0] == 0
-    assert promote("--version", 2)[0] == 0  # the champion itself
+    assert promote("--version", 2)[0] == 0  # it is the champion
     assert model.champion == "2"

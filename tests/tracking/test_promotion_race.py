@@ -85,7 +85,7 @@ class Client:
 def promoted(
     aps: list[float], seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch, forced: bool = False
 ) -> tuple[Registry, dict[str, Verdict]]:
-    """Promote versions 2, 3, ..., each from its own machine; with `forced`, another machine forces the first."""
+    """Promote versions 2, 3, ..., each from its own machine; with `forced`, version 2 skips the gate."""
     registry, turns = Registry(aps), Turns(seed, len(aps))
     monkeypatch.setattr(champion, "connect", lambda *_: Client(registry, turns))
     verdicts: dict[str, Verdict] = {}
@@ -120,7 +120,7 @@ def promoted(
 
 
 @pytest.mark.parametrize("aps", [[42.0, 41.0], [41.0, 43.0, 42.0], [42.0, 42.0]])
-def test_the_best_of_several_is_champion_in_any_order(
+def test_the_best_of_several_versions_is_champion_in_any_order(
     aps: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = 0
@@ -132,7 +132,7 @@ def test_the_best_of_several_is_champion_in_any_order(
         simultaneous = [v for v in verdicts.values() if "at the same time" in v.reason]
         refused += len(simultaneous)
         assert not any(verdict.passed for verdict in simultaneous)
-        # a version that did not become champion has no event, and a rollback restores the previous one
+        # only versions that became champion have an event, and rollbacks end at version 1
         recorded = history.events(Client(registry, Turns(0, 1)), "m")
         assert {event.version for event in recorded} == {n for n, v in verdicts.items() if v.passed}
         assert history.predecessors(recorded, number)[-1] == "1"
