@@ -55,7 +55,7 @@ DENIED = [
     ("code", "body", "said"),
     [
         *((*case, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for case in DENIED),
-        (200, b"{}", "is not an MLflow server"),  # a different service
+        (200, b"{}", "is not an MLflow server"),  # another service responds
     ],
 )
 def test_a_training_run_rejected_by_the_server_ends_before_its_first_step(
@@ -133,7 +133,7 @@ def test_a_hanging_artifact_store_delays_nothing(
     assert len(find(tmp_path, run_id).entries()) == 2
     assert "files were not uploaded within 0.3 s" in caplog.text
     answered.set()
-    for thread in threading.enumerate():  # otherwise it uploads during the next test
+    for thread in threading.enumerate():  # otherwise, the thread uploads in the next test
         if thread.name == "uploads":
             thread.join(60)
 
@@ -158,10 +158,10 @@ def test_files_added_during_an_upload_are_uploaded(
     assert taken == ["first", "second"] and not find(tmp_path, tracker.run_id).entries()
 
 
-def test_a_rejected_file_does_not_delay_the_others(
+def test_a_rejected_file_does_not_delay_other_files(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command uploads files until one fails; the next command starts with the others."""
+    """Each command uploads files until one fails; the next command starts with the other files."""
     taken: list[str] = []
 
     def refuse(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
@@ -183,7 +183,7 @@ def test_a_rejected_file_does_not_delay_the_others(
     assert [child.name for child in entry.iterdir()] == ["bad"]
 
 
-def test_runs_of_another_server_are_not_sent_to_this_one(
+def test_runs_of_another_server_are_not_sent_to_the_current_server(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.3)
@@ -193,7 +193,7 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     other.log({"loss": 1.0}, 1)
     other.close()
     here = start(tmp_path, store)
-    before = start(tmp_path, store)  # of the same server: sent by the folder's next run
+    before = start(tmp_path, store)  # same server: sent by the folder's next run
     before._closing.set()
     before._thread.join()
     before.log({"loss": 3.0}, 3)
@@ -237,7 +237,7 @@ def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
     assert "s3cret" not in str(error.value)
     config = load_config("tiny", ["train.keep_best=box_ap"])
     config = replace(config, tracking=replace(config.tracking, uri=uri))
-    save_config(config, tmp_path / "config.yaml")  # a training run of an earlier version
+    save_config(config, tmp_path / "config.yaml")  # like an earlier version
     assert result(tmp_path) == tmp_path / "best.pt"
     allowed = load_config("tiny", ["tracking.uri=sqlite:////data/a@b/mlflow.db"])
     assert "a@b" in json.dumps(to_dict(allowed))
@@ -253,7 +253,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("error", FOREIGN, ids=lambda error: type(error).__name__)
-def test_library_errors_are_one_line_without_the_password(error: Exception) -> None:
+def test_library_errors_are_raised_in_one_line_without_the_password(error: Exception) -> None:
     failing, uri = Mock(get_run=Mock(side_effect=error)), "http://u:s3cret@h:1"
     with pytest.raises(ConnectionError) as caught:
         Client(failing, uri).get_run()  # a traceback contains this line

@@ -39,7 +39,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def refused(act: Callable[[], object]) -> str:
-    """Return the error's line; assert that it is not MLflow's traceback."""
+    """Return the error's message; assert that it has one line and is no KeyError."""
     with pytest.raises((ValueError, OSError, LookupError)) as caught:
         act()
     assert "\n" not in str(caught.value) and not isinstance(caught.value, KeyError)
@@ -64,7 +64,7 @@ def test_a_resumed_training_run_is_not_stopped_by_a_deleted_experiment(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = tracking.open_client(store)
-    (run,) = client.search_runs(["1"], run_view_type=2)  # of the deleted ones
+    (run,) = client.search_runs(["1"], run_view_type=2)  # only deleted runs
     folder = tmp_path / "before"
     tracker = start(folder, store, run_id=run.info.run_id, resume_step=4)
     tracker.log({"loss": 1.0}, 5)
@@ -74,7 +74,7 @@ def test_a_resumed_training_run_is_not_stopped_by_a_deleted_experiment(
 
 
 @pytest.mark.parametrize("uri", ["foo://x", "file:///FOLDER/m", "/FOLDER/m", "s3://a/b", "sqlite:"])
-def test_an_unsupported_store(tmp_path: Path, uri: str) -> None:
+def test_an_unsupported_store_is_rejected(tmp_path: Path, uri: str) -> None:
     uri = uri.replace("/FOLDER", str(tmp_path / "m"))
     folder = tmp_path / "a"
     said = refused(lambda: start(folder, uri, output="a"))
@@ -83,7 +83,7 @@ def test_an_unsupported_store(tmp_path: Path, uri: str) -> None:
     assert "no response" not in said and not files(tmp_path)
 
 
-def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     path.write_text("notes " * 1000)
     assert "not a database" in refused(lambda: start(tmp_path / "a", f"sqlite:///{path}"))
@@ -93,7 +93,9 @@ def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "uri", [*ADDRESSES, "http://", "https:///a", "http://h:99999", "http://h:a"]
 )
-def test_an_invalid_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+def test_invalid_uris_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
     assert uri in refused(lambda: tracking.tracking_uri(uri, tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     for act in (
@@ -155,7 +157,7 @@ def test_the_evaluation_of_a_copied_checkpoint_is_not_tracked(
     assert "nothing is logged" in caplog.text and "they wait in" not in caplog.text
 
 
-def test_an_error_of_mlflow_is_one_line(
+def test_an_error_of_mlflow_is_printed_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def failing(_: object) -> int:
@@ -168,7 +170,7 @@ def test_an_error_of_mlflow_is_one_line(
     assert capsys.readouterr().err == "vitdet: ABORTED:  first http://***@host\n"
 
 
-def test_an_evaluation_is_not_lost_because_of_the_address(
+def test_an_evaluation_is_not_lost_because_of_an_invalid_address(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = copied(tmp_path, "1" * 32)
@@ -179,7 +181,7 @@ def test_an_evaluation_is_not_lost_because_of_the_address(
     assert "got localhost:5000: the metrics are not logged" in caplog.text
 
 
-def test_a_failed_registration_is_one_line_and_leaves_nothing(
+def test_a_failed_registration_prints_one_line_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     path = copied(tmp_path, "1" * 32)

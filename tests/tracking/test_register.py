@@ -1,4 +1,4 @@
-"""A registered model: its contents, and predictions in an environment without this repository."""
+"""A registered model: provenance, contents, and the trial before it is registered."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROTOCOL = Protocol.of(CONFIG, "0123456789abcdef")
 
 
 def make_checkpoint(path: Path, seed: int, run_id: str | None = None) -> Path:
-    """Write a detector with random weights."""
+    """Write a checkpoint with random weights."""
     torch.manual_seed(seed)
     config = load_config("tiny")
     detector = build_detector(config.model, config.evaluate)
@@ -74,7 +74,7 @@ def enter(folder: Path, checkpoint: Path, alias: str = "candidate") -> tuple[str
 
 
 def with_password(path: Path) -> Path:
-    """Return a detector whose config contains a password, as stored by version 0.1."""
+    """Write a checkpoint whose config contains a password, which version 0.1 stored."""
     stored = load_model_file(make_checkpoint(path, 1))
     stored["config"]["tracking"]["uri"] = "http://alice:s3cret@127.0.0.1:9/?token=t0ken"
     save(path, stored)
@@ -110,7 +110,7 @@ def test_a_version_has_the_config_at_registration(work: Path, tmp_path: Path) ->
     assert load_config(path) == expected
 
 
-def test_a_checkpoint_drops_its_stored_password(
+def test_registering_a_checkpoint_drops_its_stored_password(
     work: Path,
     tiny: Path,
     tmp_path: Path,
@@ -129,7 +129,7 @@ def test_a_checkpoint_drops_its_stored_password(
     assert config["tracking"]["uri"] == "http://127.0.0.1:9/"
     files = [path for path in model.rglob("*") if path.is_file()]
     assert not [path for path in files if b"s3cret" in path.read_bytes()]
-    # also evaluated with overrides, which are validated like those of a new config
+    # overrides are validated, but the stored password causes no error
     words = ["--set", f"data.root={tiny}", "--set", "data.image_size=64"]
     code, out, err = vitdet("evaluate", checkpoint, *words)
     assert code == 1 and "classes" in err and "password" not in err
@@ -217,7 +217,7 @@ def test_the_last_line_of_a_failed_trial_is_the_reason(
 def test_a_model_that_does_not_load_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A package that is imported from outside of the model's wheel is rejected too."""
+    """A package that is imported from outside the model's wheel is also rejected."""
     wheel, model = build_wheel(tmp_path), tmp_path / "packed" / "model"
     model.parent.mkdir()
     stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 0))

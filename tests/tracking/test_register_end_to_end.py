@@ -33,14 +33,14 @@ print(json.dumps({"file": vitdet.predictor.__file__, "rows": found.to_dict("reco
 
 
 def fresh_environment(model: Path, folder: Path) -> Path:
-    """Create an environment with this one's packages and a model's wheel; return its Python."""
+    """Create an environment with the current packages and a model's wheel; return its Python."""
     lines = (model / "requirements.txt").read_text().splitlines()
     (wheel,) = [line for line in lines if line.endswith(".whl")]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
     install = [*pip, "install", "-q", "--no-index", "--no-deps", wheel]
-    # requirements.txt has the wheel's relative path, as for MLflow's installation
+    # the wheel's path in requirements.txt is relative to the model
     subprocess.run(install, cwd=model, check=True, env=plain_environment())
     # use this environment's packages (torch is large), not its .pth files (editable installs)
     (site,) = (folder / "lib").glob("python*/site-packages")
@@ -79,9 +79,8 @@ def test_a_registered_model_returns_equal_detections_in_a_fresh_environment(
     assert logged["box_ap"].value == pytest.approx(measured["box_ap"])
     assert logged["box_ap"].dataset_digest == version.tags["val_fingerprint"]
     points = client.get_metric_history(version.run_id, "box_ap")
-    assert len(points) == len(
-        {point.step for point in points}
-    )  # the last version is not registered twice
+    # registration does not log the last evaluation again
+    assert len(points) == len({point.step for point in points})
 
     python = fresh_environment(model, tmp_path / "venv")
     np.save(tmp_path / "image.npy", IMAGE)

@@ -1,4 +1,4 @@
-"""`vitdet register --metrics`: provenance of the metrics, and the data that it requires."""
+"""`vitdet register --metrics`: provenance of the metrics, and required data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model(own_tiny: Path, trained: Path, tmp_path: Path, untried: None) -> Path:
 
 
 def another(model: Path) -> Path:
-    """Return another detector in the same registry."""
+    """Write another checkpoint for the same registry; return its path."""
     path = model.parents[1] / "two" / "model.pt"
     path.parent.mkdir(exist_ok=True)
     save(path, {**load_model_file(model), "step": 1})
@@ -53,14 +53,14 @@ def client_of(model: Path) -> MlflowClient:
 
 
 def raise_ap(metrics: Path, ap: float) -> None:
-    """Replace the measured AP."""
+    """Replace the measured AP and update its recorded digest."""
     content, known = json.loads(metrics.read_text()), json.loads(beside(metrics).read_text())
     metrics.write_text(json.dumps({**content, "box_ap": ap}))
     known["metrics_sha256"] = sha256(metrics)
     beside(metrics).write_text(json.dumps(known))
 
 
-def test_metrics_on_other_data_apply_to_that_data_only(
+def test_metrics_on_other_data_apply_only_to_that_data(
     model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
 ) -> None:
     metrics, plots = tmp_path / "m" / "metrics.json", tmp_path / "plots"
@@ -71,7 +71,7 @@ def test_metrics_on_other_data_apply_to_that_data_only(
     code, out, err = vitdet("register", model, *CHAMPION, *words)
     assert code == 0 and "the first champion" in out, err
     client = client_of(model)
-    # needs the matches, which are only stored for this protocol
+    # confidence requires matches, which are stored only for this protocol
     strict = GateConfig(confidence=0.9)
     tags = client.get_model_version("vitdet", "1").tags
     protocol = Protocol(tags["val_fingerprint"], tags["evaluate_settings"])
@@ -84,9 +84,8 @@ def test_metrics_on_other_data_apply_to_that_data_only(
     assert tags["val_fingerprint"] == fingerprint(data, "train") != fingerprint(data, "val")
     assert "evaluate.max_detections=3" in tags["evaluate_settings"]
 
-    other = another(
-        model
-    )  # its stored metrics are of the validation split: there is no champion with metrics on this data
+    # evaluated on the validation split, on which the champion has no metrics
+    other = another(model)
     assert vitdet("evaluate", other, "--output", metrics)[0] == 0
     raise_ap(metrics, 99.0)
     code, _, err = vitdet("register", other, *CHAMPION, *words)
@@ -115,7 +114,7 @@ def test_the_gate_rejects_metrics_of_unknown_origin(
     code, _, err = vitdet("register", another(model), *CHAMPION, "--metrics", metrics)
     assert code == 1 and "the metrics in --metrics belong to a different checkpoint" in err
     metrics.write_text(metrics.read_text().replace('"box_ap": ', '"box_ap": 1'))
-    code, _, err = vitdet(*words)  # edited afterwards
+    code, _, err = vitdet(*words)  # the metrics were edited
     assert code == 1 and err.count("\n") == 1
     assert (
         "the data that its metrics were measured on is unknown; run `vitdet evaluate CHECKPOINT"
@@ -150,9 +149,8 @@ def test_aliases_other_than_champion_need_no_data(
     code, _, err = vitdet("register", model, *words)
     assert code == 0, err
     tags = client_of(model).get_model_version_by_alias("vitdet", "candidate").tags
-    assert ("val_fingerprint" in tags) is (
-        not options
-    )  # the checkpoint contains that of its own data
+    # only metrics from the checkpoint have known data
+    assert ("val_fingerprint" in tags) is (not options)
 
 
 def test_a_champion_of_another_patch_size_is_evaluated_in_its_own_image_size(

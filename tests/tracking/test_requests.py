@@ -112,10 +112,10 @@ def test_a_run_is_not_created_twice_after_a_lost_response(
 
 
 @pytest.mark.parametrize("retries", ["", "0", "2"])
-def test_a_permanently_unavailable_server_is_one_line(
+def test_a_permanently_unavailable_server_is_reported_in_one_line(
     tmp_path: Path, answers: Server, slept: list[float], monkeypatch: Patch, retries: str
 ) -> None:
-    """The number of retries is the user's setting."""
+    """The user's setting determines the number of retries."""
     if retries:
         monkeypatch.setattr(client, "USER_SETTINGS", {client.RETRIES: retries})
     answers.plan["experiments/search"] = [(503, {}, {})] * 100
@@ -147,7 +147,7 @@ def test_permanent_errors_fail_at_once_in_one_line(
 def test_contexts_of_two_threads_restore_the_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first starts and ends first: without a lock the second would restore the first's values."""
+    """The first starts and ends first; without a lock, the second would restore wrong values."""
     monkeypatch.setenv(client.RETRIES, "0")
     began, end = threading.Event(), threading.Event()
 
@@ -197,7 +197,7 @@ else:
     "settings",
     [{}, {client.RETRIES: "0"}, {client.FACTOR: "0"}, {client.RETRIES: "5", client.FACTOR: "3"}],
 )
-def test_settings_of_the_user_are_distinguished_from_those_of_a_parent_process(
+def test_settings_of_the_user_are_distinguished_from_settings_of_a_parent_process(
     settings: dict[str, str],
 ) -> None:
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **settings}

@@ -84,9 +84,8 @@ def test_a_reopened_finished_run_is_ended_and_not_resumed(tmp_path: Path, store:
     first.log({"loss": 1.0}, 1)
     first.close()
     ended = tracking.open_client(store).get_run(first.run_id).info.end_time
-    tracking.open_client(store).update_run(
-        first.run_id, "RUNNING"
-    )  # the request that ends it was lost
+    # as if the request that ends the run was lost
+    tracking.open_client(store).update_run(first.run_id, "RUNNING")
     for _ in range(2):
         start(tmp_path, store, run_id=first.run_id, resume_step=1).close()
         run = tracking.open_client(store).get_run(first.run_id)
@@ -99,7 +98,7 @@ def test_a_run_killed_after_its_last_value_is_sent_and_ended(tmp_path: Path, sto
     first = start(tmp_path, "http://127.0.0.1:9")
     first.log({"box_ap": 40.0}, 10)
     first._closing.set()  # killed before its end
-    first._thread.join()  # like a killed process, it holds no lock
+    first._thread.join()  # a killed process holds no lock
     again = start(tmp_path, store, run_id=first.run_id, resume_step=10)
     again.close()
     assert points(store, again.run_id, "box_ap") == [(10, 40.0)]
@@ -186,7 +185,7 @@ def test_only_credentials_are_hidden(text: str, shown: str) -> None:
         *("tracking.model_name=", "tracking.experiment=", f"tracking.experiment={'x' * 600}"),
     ],
 )
-def test_names_that_mlflow_rejects_are_rejected_with_the_config(setting: str) -> None:
+def test_names_that_mlflow_rejects_are_rejected_in_the_config(setting: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(ValueError, match=rf"^{key} must have 1 to 256 characters.*got ") as error:
         load_config("tiny", [setting])

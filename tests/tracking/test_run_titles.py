@@ -39,7 +39,7 @@ def test_a_run_is_named_after_its_recipe_and_changed_settings(
     recipe: str, overrides: list[str], expected: str, resolved: bool, tmp_path: Path
 ) -> None:
     config, stem = load_config(recipe, overrides), recipe
-    if resolved:  # `vitdet config RECIPE --output config.yaml`, `vitdet train config.yaml`
+    if resolved:  # `vitdet config RECIPE --output config.yaml`, then `vitdet train config.yaml`
         save_config(config, tmp_path / "config.yaml")
         config, stem = load_config(tmp_path / "config.yaml"), "config"
     assert name_of(config, stem) == expected
@@ -71,7 +71,7 @@ def test_the_described_command_trains_with_the_same_settings(recipe: str, tmp_pa
     assert args.output == tmp_path / "a folder"
 
 
-def test_tags_have_recipe_data_code_and_machine_but_no_password(
+def test_tags_have_recipe_data_code_and_machine_without_passwords(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = "http://user:secret@host/tiny.pt"
@@ -97,7 +97,7 @@ def test_tags_have_recipe_data_code_and_machine_but_no_password(
 def test_training_and_evaluation_log_their_commit_and_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # no repository, like in the image
+    monkeypatch.chdir(tmp_path)  # not in a repository, like the image
     config = load_config("tiny")
     monkeypatch.setenv("VITDET_REVISION", "a" * 40 + "-dirty")
     monkeypatch.setenv("VITDET_IMAGE", "registry.example.com/vitdet@sha256:" + "1" * 64)
@@ -106,7 +106,7 @@ def test_training_and_evaluation_log_their_commit_and_image(
     checkpoint = {"run_id": tracker.run_id, "step": 3, "config": {"tracking": {"uri": ""}}}
     monkeypatch.setattr("vitdet.tracking.runs.load_model_file", lambda path: checkpoint)
     monkeypatch.setenv("VITDET_REVISION", "b" * 40)
-    monkeypatch.delenv("VITDET_IMAGE")  # like outside of a cluster
+    monkeypatch.delenv("VITDET_IMAGE")  # not set outside a cluster
     run_id = log_evaluation(tmp_path / "model.pt", {"box_ap": 1.0}, None, tmp_path)
     uri = tracking_uri("", tmp_path)
     run = MlflowClient(uri, uri).get_run(run_id)
@@ -132,7 +132,7 @@ def test_training_and_evaluation_log_their_commit_and_image(
         ("class_ap/" + "x" * 300, "class_ap/" + "x" * 241),
     ],
 )
-def test_a_metric_has_a_name_that_mlflow_accepts(name: str, expected: str) -> None:
+def test_metrics_have_names_that_mlflow_accepts(name: str, expected: str) -> None:
     assert metric_name(name) == expected
     _validate_metric(expected, 1.0, 1, 1)
 

@@ -14,7 +14,7 @@ from vitdet.tracking.journal import find
 from vitdet.tracking.system_metrics import SystemMetrics
 
 
-def test_system_metrics_are_logged_and_gpu_hours_accumulate_over_a_resume(
+def test_system_metrics_are_logged_and_gpu_hours_continue_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]

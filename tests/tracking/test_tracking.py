@@ -93,7 +93,7 @@ def test_the_default_store_is_a_file_in_the_folder(
 @pytest.mark.parametrize("journal_lost", [False, True])
 def test_a_resumed_run_logs_each_step_once(tmp_path: Path, store: str, journal_lost: bool) -> None:
     first = start(tmp_path / "a", store)
-    log(first, range(158))  # simulates a kill: not closed
+    log(first, range(158))  # not closed, which simulates a kill
     while first._journal.waiting():
         time.sleep(0.01)
     folder = tmp_path / ("b" if journal_lost else "a")
@@ -109,7 +109,7 @@ def test_a_resumed_run_logs_each_step_once(tmp_path: Path, store: str, journal_l
 
 
 def test_a_resumed_run_lists_the_changed_settings(tmp_path: Path, store: str) -> None:
-    """MLflow rejects a changed parameter."""
+    """MLflow rejects a changed parameter, so a tag lists it."""
     run_id = None
     for lr, expected in ((1e-4, None), (2e-4, "optim.lr: 0.0002, not 0.0001"), (1e-4, "")):
         params = {**WHAT["params"], "optim.lr": lr}
@@ -182,7 +182,7 @@ def test_lost_responses_duplicate_nothing(
     assert points(store, tracker.run_id, "loss") == once(range(100))
 
 
-def test_a_rejected_name_does_not_affect_others(
+def test_a_rejected_metric_name_does_not_affect_other_metrics(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = start(tmp_path, store)
@@ -228,13 +228,13 @@ def test_connect_names_the_missing_server_or_run(
         tracking.connect_run("1" * 32, store, tmp_path)
 
 
-def test_the_git_revision_is_of_the_working_directory(
+def test_the_git_revision_is_read_in_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VITDET_REVISION", raising=False)
     assert git_revision() is None
-    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # that of the image
+    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # the revision of the image
     assert git_revision() == "1" * 40
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "file").write_text("a")
@@ -270,7 +270,7 @@ def test_a_killed_server_loses_no_point_and_delays_nothing(
             tracker.log({"loss": step / 2, "lr": 0.1}, step)
             took.append(time.perf_counter() - begun)
             time.sleep(0.002)
-        assert sent.count(threading.current_thread()) == before  # training never waits for it
+        assert sent.count(threading.current_thread()) == before  # no request by this thread
 
     timed(range(300))
     server.kill()  # during uploads
@@ -293,7 +293,7 @@ def test_a_killed_server_loses_no_point_and_delays_nothing(
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     file = client.download_artifacts(tracker.run_id, "predictions/found.png")
     assert Path(file).read_bytes() == b"picture"
-    assert sent  # by the uploading thread
+    assert sent  # the uploading thread sent requests
     print(f"a call of log: {1e6 * statistics.median(took):.0f} us in the median")
 
     resumed = start(tmp_path / "late", server.uri, run_id=pending, resume_step=40)
