@@ -73,7 +73,7 @@ def test_an_iou_equal_to_a_threshold_reaches_it():
 
 
 def test_the_best_box_of_two_ground_truths_is_assigned_to_the_closer_one():
-    iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best box of both
+    iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best box of both objects
     assert match_keeping_own([iou], 0.3, 0.7).tolist() == [1, BACKGROUND]
     # both IoUs are below the low threshold
     assert match_keeping_best([iou], 0.3, 0.7).tolist() == [BACKGROUND, BACKGROUND]

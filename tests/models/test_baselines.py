@@ -39,7 +39,7 @@ def shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def microsoft(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace mmdet's names by those of Swin-Transformer-Object-Detection; the shapes are equal."""
+    """Rename mmdet's tensors like Swin-Transformer-Object-Detection; the shapes are equal."""
     parts = {"stages": "layers", "attn.w_msa": "attn", "projection": "proj"}
     parts |= {"ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2"}
     renamed = {}
@@ -52,7 +52,7 @@ def microsoft(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_published_detector_converts_both_ways(name: str) -> None:
+def test_a_published_detector_is_converted_in_both_directions(name: str) -> None:
     layout, theirs, detector = name.split("/")[0], file_of(name), detector_of(NAMES[name])
     source = Source(to_ours(theirs, FORMATS[layout]), layout, None)
     weights, notes = fitted(source, detector, Path("file"))

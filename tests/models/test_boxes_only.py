@@ -290,7 +290,7 @@ def test_a_box_only_detector_has_the_published_names_without_the_mask_head(name:
 
 @pytest.mark.parametrize(("layout", "suffix"), [("detectron2", ".pkl"), ("mmdet", ".pth")])
 @pytest.mark.parametrize("enabled", ["true", "false"])
-def test_a_box_only_file_is_converted_both_ways_whatever_the_recipe_says(
+def test_a_box_only_file_is_converted_in_both_directions_with_any_recipe(
     tiny: Path, tmp_path: Path, layout: str, suffix: str, enabled: str
 ) -> None:
     changes = PLAIN if layout == "detectron2" else FORK

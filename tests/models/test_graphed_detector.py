@@ -103,7 +103,7 @@ def test_threads_do_not_overwrite_results_of_other_threads(
     thread = Thread(target=other)
 
     def meanwhile() -> None:
-        """Start the second thread during the first replay; without a lock, it ends within 10 ms."""
+        """In the first replay, start the second thread, which ends within 10 ms without a lock."""
         if thread.ident is None:
             thread.start()
             assert not replayed.wait(0.5)

@@ -63,7 +63,7 @@ def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
 def test_ground_truths_are_not_candidates_with_keep_best(heads):
     """As a candidate, each ground truth would be its own best box."""
     objects = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
-    boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both fit object 0 best
+    boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both boxes fit object 0 best
     # choose candidates in order
     heads.choose = lambda candidates, num: (1 / torch.arange(1.0, 5)).expand(candidates.shape)
     targets = Targets.of([objects])

@@ -175,7 +175,7 @@ def test_events_are_ordered_by_links_and_not_by_clocks() -> None:
     assert predecessors(recorded, "3") == ["2", "1"]
 
 
-def test_a_rolled_back_version_is_one_whose_last_event_is_a_rollback_from_it() -> None:
+def test_a_version_is_rolled_back_if_its_last_event_is_a_rollback_from_it() -> None:
     back = [(PROMOTED, "", "1"), (PROMOTED, "1", "2"), (ROLLED_BACK, "2", "1")]
     assert rolled_back(record(*back), "2") == record(*back)[2]
     assert rolled_back(record(*back), "1") is None and rolled_back(record(*back), "3") is None

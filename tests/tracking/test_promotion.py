@@ -128,5 +128,5 @@ def test_a_version_that_was_rolled_back_needs_force(
     assert "version 2 was rolled back to version 1 at 20" in line and "(misses rings)" in line
     assert f"`vitdet promote {model.name} --version 2 --force REASON`" in line
     assert promote("--version", 2, "--force", "fixed")[0] == 0
-    assert promote("--version", 2)[0] == 0  # it is the champion
+    assert promote("--version", 2)[0] == 0  # already the champion
     assert model.champion == "2"

@@ -1,4 +1,4 @@
-"""Permanent MLflow errors are raised in one line before the first step; transient ones are warnings."""
+"""Permanent MLflow errors are raised in one line before the first step; transient errors are warnings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADDRESSES = ["localhost:5000", "mlflow:5000/", "10.0.0.7:5000/path", "[::1]:80"]
 
 @pytest.fixture
 def store(tmp_path: Path) -> str:
-    """Return a SQLite store with the deleted experiment `test` and a run in it."""
+    """Return a SQLite store with the deleted experiment `test`, which has one run."""
     uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
     tracker = start(tmp_path / "before", uri)
     tracker.close()
@@ -39,7 +39,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def refused(act: Callable[[], object]) -> str:
-    """Return the error's message; assert that it has one line and is no KeyError."""
+    """Return the error's message; assert that it has one line and is not a KeyError."""
     with pytest.raises((ValueError, OSError, LookupError)) as caught:
         act()
     assert "\n" not in str(caught.value) and not isinstance(caught.value, KeyError)
@@ -93,9 +93,7 @@ def test_a_file_that_is_not_a_database_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "uri", [*ADDRESSES, "http://", "https:///a", "http://h:99999", "http://h:a"]
 )
-def test_invalid_uris_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
-) -> None:
+def test_wrong_uris_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     assert uri in refused(lambda: tracking.tracking_uri(uri, tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     for act in (

@@ -1,4 +1,4 @@
-"""A registered model: provenance, contents, and the trial before it is registered."""
+"""A registered model: provenance, contents, and trial before registration."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Record the pauses between this thread's requests, and skip them.
+    """Record and skip the pauses between this thread's requests.
 
     An earlier test's tracker may still send requests in another thread.
     """

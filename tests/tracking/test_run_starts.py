@@ -27,7 +27,7 @@ def runs(uri: str, experiment: str) -> list:
 def test_an_unresponsive_server_delays_neither_start_nor_end(
     tmp_path: Path, answers: Server, monkeypatch: Patch, caplog: Log, status: str
 ) -> None:
-    """The server does not respond while the tracker is open, and nothing waits for it."""
+    """The server never responds while the tracker is open, and the tracker never waits."""
     monkeypatch.setattr(tracking, "START_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 600.0)

@@ -22,7 +22,7 @@ from vitdet.training.optim import (
 )
 
 
-def test_parameter_groups_may_decay_all_weights_and_omit_frozen_ones() -> None:
+def test_parameter_groups_may_decay_all_weights_and_omit_frozen_weights() -> None:
     with torch.device("meta"):
         detector = build_detector(Config().model)
     detector.backbone.pos_embed.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Memory of a resumed training run, and evaluations that it repeats."""
+"""Memory of a resumed training run, repeated evaluations, and reuse of finished runs."""
 
 from __future__ import annotations
 

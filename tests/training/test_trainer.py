@@ -116,7 +116,7 @@ def test_an_output_with_another_config_is_refused(
 ) -> None:
     with refused(r"finished run with a different config \(optim.lr: 0.1, not 0.001; train.keep"):
         go(tiny, trained, optim__lr=0.1, train__keep=1)
-    cut_at(1, tiny, tmp_path)  # also if the other run has just started
+    cut_at(1, tiny, tmp_path)  # even if the other run has just started
     before = (tmp_path / "config.yaml").read_text()
     with refused(r"contains a run with a different config \(optim.lr: 0.1, not 0.001\)"):
         go(tiny, tmp_path, optim__lr=0.1)
