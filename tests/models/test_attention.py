@@ -134,7 +134,7 @@ def test_widening_changes_no_value_and_no_gradient(scaled):
     with far_device() as device:
         q, k = torch.ones(2, 1, 3, 25, 4, dtype=torch.float64).to(device)
         query, key = widen(q, k, far.rel_pos_h, far.rel_pos_w, 5, 5, scaled)
-        assert query.shape[-1] == key.shape[-1] == 16  # 4 + 5 + 5, padded unless on the CPU
+        assert query.shape[-1] == key.shape[-1] == 16  # 4 + 5 + 5, padded except on the CPU
         y = x.detach().to(device).requires_grad_()
         found = far(y)
         found.square().sum().backward()

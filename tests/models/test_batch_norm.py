@@ -89,7 +89,7 @@ def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def together(output: str) -> None:  # on a new port: the previous one may still be open
+    def together(output: str) -> None:  # on a new port, as the previous may still be open
         os.environ["MASTER_PORT"] = str(ports.pop())
         train(small(root), folder / output)
 
@@ -131,7 +131,7 @@ def test_separate_statistics_of_micro_batches_are_logged(
     assert len(caplog.messages) == 1 and "train.accumulate=2 is not equivalent" in caplog.text
 
 
-def test_on_gpus_the_norms_are_synchronized_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_synchronized_in_place_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
     before = copy.deepcopy(model.state_dict())
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -54,7 +54,7 @@ def test_decoding_accepts_a_box_per_class():
         (1000, (-9, -1), -MAX_LOG_SCALE, [16, 1000 / math.e]),
     ],
 )
-def test_growth_is_always_limited_and_shrinking_optionally(side, deltas, limit, sides):
+def test_growth_is_always_limited_and_shrinkage_is_optionally_limited(side, deltas, limit, sides):
     box = torch.tensor([[0.0, 0, side, side]])
     (found,) = decode(box, torch.tensor([[0.0, 0, *deltas]]), ONES, limit)
     assert (found[2:] - found[:2]).tolist() == pytest.approx(sides, rel=1e-2)

@@ -21,7 +21,7 @@ def test_losses_equal_literal_values():
     assert found.item() == pytest.approx(math.log(2))
 
 
-def test_empty_selections_give_zero_with_a_gradient():
+def test_empty_selections_have_zero_loss_and_a_gradient():
     nothing = torch.zeros(0, 4, requires_grad=True)
     found = [
         losses.classification(nothing, torch.zeros(0, dtype=torch.long)),

@@ -51,7 +51,7 @@ def test_foreground_comes_first_and_ground_truths_are_candidates(heads):
 
 
 def test_empty_slots_of_proposals_and_of_ground_truths_are_not_sampled(heads):
-    """One image has two objects, the other none, with different numbers of proposals."""
+    """One image has two objects, the other has none; their numbers of proposals differ."""
     objects = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     boxes = torch.stack([proposals(6), proposals(6)])
     filled = torch.tensor([[True] * 6, [True, True, False, False, False, False]])

@@ -49,7 +49,7 @@ def test_residual_convolutions_connect_windows():
     assert change[2, 2]
 
 
-def test_residual_convolutions_start_as_in_detectron2():
+def test_residual_convolutions_are_initialized_like_detectron2():
     """c2_msra_fill draws from a normal distribution with std sqrt(2 / (outputs * kernel area))."""
     torch.manual_seed(0)
     block = ConvBottleneck(256)

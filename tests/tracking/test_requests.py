@@ -147,7 +147,7 @@ def test_permanent_errors_fail_at_once_in_one_line(
 def test_contexts_of_two_threads_restore_the_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first starts and ends first; without a lock, the second would restore wrong values."""
+    """The first thread starts and ends first; without a lock, the second restores wrong values."""
     monkeypatch.setenv(client.RETRIES, "0")
     began, end = threading.Event(), threading.Event()
 

@@ -97,7 +97,7 @@ def test_a_reopened_finished_run_is_ended_and_not_resumed(tmp_path: Path, store:
 def test_a_run_killed_after_its_last_value_is_sent_and_ended(tmp_path: Path, store: str) -> None:
     first = start(tmp_path, "http://127.0.0.1:9")
     first.log({"box_ap": 40.0}, 10)
-    first._closing.set()  # killed before its end
+    first._closing.set()  # killed before the run ended
     first._thread.join()  # a killed process holds no lock
     again = start(tmp_path, store, run_id=first.run_id, resume_step=10)
     again.close()

@@ -254,7 +254,7 @@ class Clock:
 
 
 class CountingStore(dist.HashStore):
-    """Counts the calls of `check`, and its calls with an empty launch ID."""
+    """Counts all calls of `check`, and the calls with an empty launch ID."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def synchronize(
     count: int = 3,
     starts: Mapping[int, float] = MappingProxyType({}),
 ) -> dict[int, tuple[str, list[int]]]:
-    """Return the results of ranks `numbers` of `count`, run in threads; `starts` delays ranks by seconds."""
+    """Return results of ranks `numbers` of `count`, run in threads; `starts` has delays in seconds."""
     clock = Clock(len(numbers))
 
     def run(number: int) -> tuple[str, list[int]]:

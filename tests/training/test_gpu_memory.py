@@ -149,7 +149,7 @@ BACKBONES = [
 
 
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda case: case.name)
-def test_checkpointed_blocks_are_bitwise_equal(backbone: BackboneConfig) -> None:
+def test_checkpointed_blocks_bitwise_equal_plain_blocks(backbone: BackboneConfig) -> None:
     """The same paths are dropped, and BatchNorm statistics are updated only once."""
     torch.manual_seed(0)
     plain = build_backbone(replace(Config().model, backbone=backbone)).train()

@@ -235,7 +235,7 @@ def test_a_failed_evaluation_keeps_the_weights_and_their_average(
     assert torch.equal(loop.average.state_dict()[name], state["average"][name])
 
 
-def test_the_draws_of_a_step_depend_on_seed_step_and_rank(
+def test_the_random_draws_of_a_step_depend_on_seed_step_and_rank(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds = []

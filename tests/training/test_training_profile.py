@@ -1,4 +1,4 @@
-"""`vitdet train --profile`: the trace, and time by part of a step."""
+"""`vitdet train --profile`: the trace, and the time of each part of a step."""
 
 from __future__ import annotations
 

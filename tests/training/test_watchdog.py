@@ -76,7 +76,7 @@ def test_slow_steps_and_batches_raise_their_limits(monkeypatch: pytest.MonkeyPat
     assert at(4, Stage.EVALUATING, 1) == 300
 
 
-def test_a_slow_step_raises_the_limit_of_the_next(
+def test_a_slow_step_raises_the_limit_of_the_next_step(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[float] = []
