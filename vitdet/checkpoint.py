@@ -42,7 +42,7 @@ STATE_1 = "vitdet training state, version 1"
 STATES = (STATE, STATE_3, STATE_2, STATE_1)
 # torch's messages after an incomplete write
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
-# required keys of a detector's file and their types
+# keys of a detector's file and their types
 MODEL = {
     "config": dict,
     "class_names": list | tuple,

@@ -191,7 +191,7 @@ class Batch(Record):
     Attributes:
         images: (B, 3, S, S) uint8, padded to a square canvas.
         targets: ground truth of each image; an empty list for validation data.
-        sizes: (B, 2) int64 (height, width) of each resized image, without padding.
+        sizes: (B, 2) int64 (height, width) of each image on the canvas, without padding.
         image_ids: IDs in the annotation file.
         originals: (B, 2) int64 (height, width) of each image before resizing.
     """

@@ -135,7 +135,7 @@ def test_a_bit_depth_is_refused_for_sixteen_bit_color_images(kind: int, tmp_path
             reader()
     assert check(tmp_path).lines()[-3:-1] == [
         "warnings: 1",
-        "  1 x 16-bit image with values of 12 bits, read as nearly black (save it with 8 bits per channel)",
+        "  1 x 16-bit image whose values use only 12 bits and appear too dark (save it with 8 bits per channel)",
     ]
 
 
@@ -166,7 +166,7 @@ def test_check_considers_the_range_of_all_images(
     if not says:
         assert "warnings: none" in output
         return
-    assert f"2 x 16-bit image with values of {says[-2:]} bits, read as nearly black" in output
+    assert f"2 x 16-bit image whose values use only {says[-2:]} bits and appear too dark" in output
     assert f"image 1: '1.png': largest value {highest[0]} of 65535" in output
     assert f"(set {says})" in output
     code, output, _ = vitdet("data", "check", tmp_path, "--images", "--set", says)

@@ -109,7 +109,7 @@ CLEAN = ["errors: none", "warnings: none"]
 DARK = [
     "errors: none",
     "warnings: 1",
-    "  1 x 16-bit image with values of 8 bits, read as nearly black (set data.bit_depth=8)",
+    "  1 x 16-bit image whose values use only 8 bits and appear too dark (set data.bit_depth=8)",
     "      instances_odd.json: image 1: 'odd.jpg': largest value 255 of 65535",
 ]
 JPEG = io.BytesIO()

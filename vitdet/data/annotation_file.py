@@ -67,7 +67,7 @@ class Entries:
 
 
 def annotations_of(table: Iterable[object], rows: Iterable[int] | None = None) -> Iterator[Any]:
-    """Yield each entry as `Annotation`, or as decoded JSON or `InvalidEntry` if decoding fails.
+    """Yield each entry as `Annotation`; if it does not match, as decoded JSON or `InvalidEntry`.
 
     rows: indices of the entries (default: all); requires a table that is a list or `Entries`.
     """
@@ -91,7 +91,7 @@ def _unchanged(item: object) -> object:
 def read_entries(path: Path, mapped: bool = True) -> object:
     """Read a JSON file; COCO's tables (images, annotations, categories) become `Entries`.
 
-    A file that contains NaN is decoded by `parse` instead. If `mapped`, memory-maps the file, which
+    A file with NaN or another layout is read by `parse`. If `mapped`, memory-maps the file, which
     must not change while the entries are used. Raises OSError, and ValueError for invalid JSON.
     """
     with open(path, "rb") as file:

@@ -214,7 +214,7 @@ class _Split:
         if self.reading.bit_depth or depth == 16:
             return
         remedy = "save it with 8 bits per channel" if colors else f"set data.bit_depth={depth}"
-        kind = f"16-bit image with values of {depth} bits, read as nearly black ({remedy})"
+        kind = f"16-bit image whose values use only {depth} bits and appear too dark ({remedy})"
         for image_id, value in highest.items():
             text = f"{show(self.validator.names[image_id])}: largest value {value} of 65535"
             self._warning(kind, f"image {image_id}", text)

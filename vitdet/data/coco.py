@@ -144,7 +144,7 @@ def _read(path: Path, mapped: bool = True) -> Any:
         ) from None
     except ValueError as error:
         raise ValueError(
-            f"{path}: invalid JSON ({error}); write or download the file again"
+            f"{path}: invalid JSON ({error}); if it is damaged, write or download it again"
         ) from error
 
 

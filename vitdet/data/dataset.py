@@ -83,7 +83,7 @@ class TrainData(Dataset):
     """Maps positions of the infinite training stream to batches of augmented samples.
 
     Excludes images without a usable object, or uses them as background (data.keep_empty). With
-    data.redraw_empty, replaces a crop without objects with a crop of a random image (as in mmdet).
+    data.redraw_empty, a crop that misses all objects of its image is redrawn from a random image.
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:

@@ -62,7 +62,7 @@ class Examined(NamedTuple):
 
     Attributes:
         size: (height, width) of the upright image.
-        highest: largest pixel value of a 16-bit image with ambiguous bit depth, else None.
+        highest: largest 16-bit value (colors: upper bound) if the bit depth is unclear, else None.
         colors: whether the file contains 16-bit colors.
     """
 

@@ -26,7 +26,7 @@ def edges_of(
 
     Returns:
         Edges (E, 4) float32 x0, y0, x1, y1 in pixels, and the number of edges of each object (G,)
-        int64. The edges form closed outlines of the same orientation.
+        int64. The edges form closed outlines of the same orientation (holes of an RLE: reversed).
 
     Raises:
         ValueError: if an RLE has a different size than the image.

@@ -102,7 +102,7 @@ def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fi
     """Compare a `bbox` (left, top, width, height) with the box around its outline.
 
     `size` is (height, width) of the image. Returns "fits" for a box within the tolerances, "empty"
-    for an outline outside the image, "elsewhere" for an IoU below LEAST_IOU, otherwise "differs".
+    for an outline without area in the image, "elsewhere" for an IoU < LEAST_IOU, else "differs".
     """
     if outline is None:
         return "empty"
