@@ -192,7 +192,7 @@ def test_a_metric_that_the_data_lacks_is_refused_before_writing(tiny: Path, tmp_
     measured = measured_metrics(load_config("tiny", minimal(tiny)))
     sizes = {f"box_ap_{size}" for size in ("large", "medium", "small")}
     missing = min(sizes - set(measured))
-    with refused(f"do not measure {missing}, for which val has no objects; "):
+    with refused(f"do not measure {missing}, for which no object in val counts; "):
         go(tiny, tmp_path / "run", train__keep_best=missing)
     assert not (tmp_path / "run").exists()
 

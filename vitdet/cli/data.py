@@ -70,7 +70,7 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
     )
     help = "use the archives in this folder instead of downloading them"
     kind.add_argument("--from", metavar="DIR", type=given_path, dest="local", help=help)
-    help = "keep the archives in DIR/archives, which doubles the required disk space"
+    help = "keep the downloaded archives, which are about as large as the data set, in DIR/archives"
     kind.add_argument("--keep-archives", action="store_true", help=help)
     kind.set_defaults(run=run_data_fetch, dataset=dataset)
 
@@ -90,7 +90,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--format", choices=formats, help=help)
     help = "convert only these splits (default: all)"
     kind.add_argument("--splits", type=_names, default=(), metavar="A,B", help=help)
-    help = "share of images for val if SRC has no val split, e.g. 0.1 (default: %(default)s)"
+    help = "if one split is converted: share of its images for val, e.g. 0.1 (default: %(default)s)"
     kind.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=help)
     help = "random seed of --val-share (default: %(default)s)"
     kind.add_argument("--seed", type=int, default=0, help=help)

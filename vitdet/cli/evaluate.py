@@ -12,12 +12,12 @@ from vitdet.cli.overrides import add_set, log_resolved
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `vitdet evaluate`."""
     verb.add_argument("checkpoint", type=given_path, nargs="?", help=CHECKPOINT)
-    add_set(verb)
+    add_set(verb, "override a data or evaluate setting, e.g. data.root=DIR; may be repeated")
     help = "YAML file with the data and evaluate settings (default: the checkpoint's settings)"
     add_file(verb, "--config", help)
     help = (
-        "write the metrics and the AP of each class to this JSON file; NAME.measured.json next to "
-        "it describes the data and settings"
+        "write the metrics and the AP of each class to this JSON file and, for a checkpoint, the "
+        "data and settings to NAME.measured.json next to it"
     )
     add_file(verb, "--output", help)
     add_folder(verb, "--pictures", "folder for pictures of the ground truth next to detections")

@@ -11,7 +11,7 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """Redraws one line on a terminal; otherwise, prints a new line every 10% or 100 MB."""
+    """Redraws one line on a terminal, else prints a line every 10% (100 MB if size is unknown)."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr

@@ -11,7 +11,8 @@ from vitdet.cli.arguments import add_file, given_path
 
 def add_promote(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `vitdet promote`."""
-    _add_model(verb)
+    settings = "tracking, gate, data and evaluate settings"
+    _add_model(verb, f"YAML file whose {settings} replace the version's settings")
     help = "version to promote (default: the version with the alias `candidate`)"
     verb.add_argument("--version", type=_number, metavar="N", help=help)
     help = "skip the gate; REASON is stored as a tag of the model version"
@@ -21,7 +22,7 @@ def add_promote(verb: argparse.ArgumentParser) -> None:
 
 def add_rollback(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `vitdet rollback`."""
-    _add_model(verb)
+    _add_model(verb, "YAML file with the setting tracking.uri")
     help = "reason for the rollback, stored as a tag of the model version"
     verb.add_argument("--reason", default="", help=help)
     verb.set_defaults(run=run_rollback)
@@ -49,12 +50,11 @@ def run_rollback(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_model(verb: argparse.ArgumentParser) -> None:
+def _add_model(verb: argparse.ArgumentParser, config: str) -> None:
     verb.add_argument("name", help="name of the registered model (setting tracking.model_name)")
     help = "folder of mlflow.db, if there is no MLflow server (default: %(default)s)"
     verb.add_argument("--runs", metavar="DIR", type=given_path, default=Path("runs"), help=help)
-    settings = "tracking, gate, data and evaluate settings"
-    add_file(verb, "--config", f"YAML file whose {settings} replace the version's settings")
+    add_file(verb, "--config", config)
 
 
 def _read_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -103,13 +103,10 @@ def _lines(entry: Entry) -> Iterator[str]:
     from vitdet.weights.fetch import is_here
 
     ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
-    yield f"  {entry.name:32} {entry.what}{ap}{'  [downloaded]' if is_here(entry) else ''}"
-    remarks = {
-        "page": " (a web page; open it in a browser)",
-        "dead": " (dead link)",
-        "none": NOT_PUBLISHED,
-        "packaged": "ships with vitdet",
-    }
+    here = "  [downloaded]" if entry.state != "packaged" and is_here(entry) else ""
+    yield f"  {entry.name:32} {entry.what}{ap}{here}"
+    remarks = {"page": " (a web page; open it in a browser)", "dead": " (dead link)"}
+    remarks |= {"none": NOT_PUBLISHED, "packaged": "the vitdet package"}
     yield f"      from {entry.url}{remarks.get(entry.state, '')}"
     facts = [f"license {entry.license}"]
     if entry.state != "packaged":

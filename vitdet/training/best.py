@@ -86,7 +86,7 @@ class Best:
         If best.pt is missing, damaged or outdated, `value` becomes None, with a warning: the next
         evaluation counts as the best.
         """
-        if not self._is_needed():  # train.patience was set to 0 after this state was saved
+        if not self._is_needed():  # e.g. train.patience was set to 0 after this state was saved
             return
         self.value, self.step, self.stale = state["value"], state["step"], state["stale"]
         stored = self.keeps and self.value is not None

@@ -23,7 +23,7 @@ from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
 SLOTS, EDGES = 16, 2**12  # minimum padded sizes: objects per image, edges per batch
-CLEARINGS = 8  # maximum number of times that graphs are cleared between two evaluations
+CLEARINGS = 8  # maximum number of calls of `make_room` between two evaluations
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
@@ -46,8 +46,8 @@ class GraphedGradients:
         self.graph: CudaGraph[Losses] = CudaGraph()
         # padded sizes that could not be recorded -> whether to try again after `release`
         self.refused: dict[tuple[int, int], bool] = {}
-        self.large: set[tuple[int, int]] = set()  # refused sizes that ran out of memory
-        self.clearings = 0  # number of times that graphs were cleared since the last `release`
+        self.large: set[tuple[int, int]] = set()  # sizes whose recording ran out of memory
+        self.clearings = 0  # number of calls of `make_room` since the last `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
         """Return a batch's losses, which the next call may overwrite; targets: from `padded`."""

@@ -47,7 +47,7 @@ def check_metric(config: Config) -> None:
         cause = "train.keep_best" if settings.keep_best else "train.patience"
         raise ValueError(
             f"{cause}: evaluations on {config.data.root} do not measure {metric}, for "
-            f"which {config.data.val_split} has no objects; {nearest(metric, measured)}"
+            f"which no object in {config.data.val_split} counts; {nearest(metric, measured)}"
         )
 
 

@@ -46,7 +46,8 @@ def checkpoint_activations(
             log.info(
                 "the backbone's blocks recompute their activations in the backward pass: "
                 f"micro-batches of size {images} would need about {estimate / 2**30:.1f} GiB, "
-                f"and the GPU has {total / 2**30:.1f} GiB (train.activation_checkpointing=auto)"
+                f"more than {SHARE:.0%} of the GPU's {total / 2**30:.1f} GiB "
+                "(train.activation_checkpointing=auto)"
             )
     for module in detector.modules():
         if isinstance(module, Blocks):

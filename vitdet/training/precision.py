@@ -29,7 +29,7 @@ def chosen(precision: str, device: torch.device) -> str:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     if distributed.rank() == 0:
-        log.info("this GPU does not support bf16 (Ampere and later do): training in fp16")
+        log.info("this GPU does not support bf16 (Ampere and later do): using fp16")
     return "fp16"
 
 

@@ -107,7 +107,7 @@ def state_to_resume(
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
     """Return the newest state up to step `up_to` that is intact on all ranks.
 
-    Adds the damaged states of all ranks to `states.damaged`. Returns rank 0's EVALUATION entries.
+    Its EVALUATION entries are rank 0's. Adds the damaged states of all ranks to `states.damaged`.
     """
     state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0

@@ -153,7 +153,7 @@ class Watchdog:
                 self._heard = dict.fromkeys(self._heard, now)
             self._watch_parent(now)
             try:
-                if self._shared and not self._orphaned:  # without torchrun, there is no store
+                if self._shared and not self._orphaned:  # else a single rank, or torchrun has ended
                     faulthandler.dump_traceback_later(LIMIT, file=2)
                     timeout = timedelta(seconds=3 * INTERVAL)
                     store = store or distributed.connect(self._prefix, timeout)
