@@ -76,7 +76,7 @@ def test_a_later_loss_of_access_is_logged_and_nothing_is_lost(
     tracker = start(tmp_path, answers.uri, run_id="1" * 32, resume_step=5)
     tracker.log({"loss": 1.0}, 6)
     tracker.close()
-    assert "rejects the run's records" in caplog.text and "is not accepting" not in caplog.text
+    assert "the run's records are rejected" in caplog.text and "cannot be sent" not in caplog.text
     (journal,) = journals(tmp_path)
     assert journal.waiting() and journal.last_points() == {"loss": (6, 1.0)}
 

@@ -222,7 +222,7 @@ def test_connect_names_the_missing_server_or_run(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitdet.tracking.client.TRIES", 2)
-    with pytest.raises(ConnectionError, match="no response from MLflow"):
+    with pytest.raises(ConnectionError, match="no valid response from MLflow"):
         tracking.connect_run("1" * 32, "http://127.0.0.1:9", tmp_path)
     with pytest.raises(LookupError, match="has no run 1+, and"):
         tracking.connect_run("1" * 32, store, tmp_path)

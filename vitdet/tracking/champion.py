@@ -6,8 +6,8 @@ result is stored with the champion's version.
 
 Processes that share a folder promote one after the other. Other processes can promote at the same
 time, as MLflow cannot set an alias conditionally. Each process first records its promotion in a
-tag. If its version is the best of all recorded versions, the process sets the alias, reads the
-records again, and corrects the alias until it refers to the best version. A version that a user
+tag. If its version is the best of all recently recorded versions, the process sets the alias, reads
+the records again, and corrects the alias until it refers to the best version. A version that a user
 forced or restored in place of the same champion counts as the best. If a process is killed before
 it has corrected the alias, promote the best version again.
 """
@@ -217,7 +217,7 @@ def promoting(folder: Path) -> Iterator[None]:
     """Lock the champion's alias and tags against other processes that share `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".champion.lock"
-    with locked(path, waiting=f"{path}: waiting for another process that updates the champion"):
+    with locked(path, waiting=f"{path}: waiting for another process that updates the registry"):
         yield
 
 

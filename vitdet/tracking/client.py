@@ -44,7 +44,7 @@ LIBRARIES = {
     *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
     *("botocore", "boto3", "s3transfer", "google", "azure"),
 }
-# SQLAlchemy's exceptions for an invalid database URI; an OperationalError may be temporary.
+# SQLAlchemy's exceptions for an invalid URI or file; an OperationalError may be temporary.
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # All threads share the environment and the loggers; a thread that changes these holds this lock.
 LOCK = threading.RLock()
@@ -202,7 +202,7 @@ def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
         except (ConnectionError, FileExistsError) as error:
             if last:
                 raise
-            log.warning("%s; checking whether the request succeeded", first_line(error))
+            log.warning("%s; querying the server before retrying", first_line(error))
     raise AssertionError
 
 

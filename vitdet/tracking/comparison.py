@@ -117,7 +117,7 @@ def compare(
     tables = [trainings_table(ordered, failures, settings, champion, versions, links)]
     if over_seeds := seeds_table(ordered, settings):
         tables.insert(0, over_seeds)
-    data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training run finished"
+    data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training run succeeded"
     address = run_page(client.uri, experiment_id, parent)
     text = "\n".join([f"{data}\n", *(replace(table, links={}).markdown() for table in tables)])
     linked = "\n".join([f"{data}\n", *(table.markdown() for table in tables)])

@@ -104,15 +104,15 @@ def add_matches(
     """Store the matches of an evaluation whose metrics are already stored with a version.
 
     metrics: the metrics of the evaluation that wrote `plots`. Logs a warning and stores nothing if
-    the stored metrics differ, if matches are already stored, or if the version has no logged model.
+    the version has no equal metrics under this protocol, has matches, or has no logged model.
     """
     model, reason = model_id_of(version), ""
     known = tags_of(known_metrics(version, protocol))
     if not model:
         reason = "the version has no logged model"
     elif not known or known != tags_of(metrics):
-        shown = f"({tags_of(metrics)}; stored: {known or 'none'})"
-        reason = f"they are from a different evaluation than the version's metrics {shown}"
+        shown = f"({tags_of(metrics)}; stored for the same data and settings: {known or 'none'})"
+        reason = f"the version's metrics are not known to be from the same evaluation {shown}"
     elif _has_matches(client, version, protocol):
         reason = "the version already has matches of this evaluation"
     else:

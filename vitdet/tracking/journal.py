@@ -83,7 +83,7 @@ class Journal:
         return sorted(self.files.glob("[!.]*"))
 
     def start(self) -> dict | None:
-        """Return the start record (experiment, name, params, tags, dataset, time), if any."""
+        """Return the start record (experiment, name, params, tags, dataset, time, ...), if any."""
         for record, _ in self.records():
             if "start" in record:
                 return {**record["start"], "time": record["time"]}

@@ -37,7 +37,7 @@ SHIP_SECONDS = 3.0  # pause between deliveries
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
 CREATE_SECONDS = 60.0  # used instead of START_SECONDS for SQLite, as tables may have to be created
-CLOSE_SECONDS = 20.0  # used instead of STOP_SECONDS for SQLite, and by `log_metrics`, `connect_run`
+CLOSE_SECONDS = 20.0  # at the end of a FINISHED run in SQLite; in `log_metrics` and `connect_run`
 
 
 class MLflowTracker(Tracker):
@@ -85,7 +85,7 @@ class MLflowTracker(Tracker):
         if self._closing.is_set():
             return
         last, _ = self._journal.state()
-        had_ended = last.get("end") == status  # nothing was added since: keep the end time
+        had_ended = last.get("end") == status  # not resumed since: keep the end time
         ended = {"ended": last.get("ended", last["time"])} if had_ended else {}
         self._journal.append({"end": status, **ended})
         finishes = self._is_file and status == "FINISHED"
@@ -244,7 +244,7 @@ def connect(uri: str, folder: Path, tries: int | None = None) -> Client:
             problem = "the file cannot be used"
             advice = "check its path, its permissions and the free disk space"
         else:
-            problem = "no response from MLflow"
+            problem = "no valid response from MLflow"
             advice = "start the server, or set MLFLOW_TRACKING_URI to a running server"
         reason = first_line(error).removeprefix(f"{hide_credentials(uri)}: ")
         raise ConnectionError(f"{hide_credentials(uri)}: {problem} ({reason}); {advice}") from error

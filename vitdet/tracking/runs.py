@@ -53,7 +53,7 @@ def start_tracker(
 
     recipe: the recipe's name, or the stem of the config file. output: the training run's folder.
     group: the ID of the pipeline run, "" if there is none. run_id: the MLflow run that continues at
-    `step`; None: a new run.
+    `step`; None: a new run, or an unfinished run in `output` without metrics.
     """
     tracker = Tracker()
     if has_mlflow():

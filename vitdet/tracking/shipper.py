@@ -67,17 +67,17 @@ class Shipper:
                 is_refused = isinstance(error, RefusedError)
                 if self._is_accepting:
                     self._is_accepting = False
-                    what = "rejects" if is_refused else "is not accepting"
+                    what = "are rejected" if is_refused else "cannot be sent now"
                     reason = first_line(error).removeprefix(f"{self._shown}: ")
-                    kept = f"({reason}); they are kept in {self.journal.path}"
-                    log.warning("tracking: %s %s the run's records %s", self._shown, what, kept)
+                    kept = f"{what} ({reason}); they are kept in {self.journal.path}"
+                    log.warning("tracking: %s: the run's records %s", self._shown, kept)
                 if time.monotonic() + pause > deadline or is_refused:
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._is_accepting:
             self._is_accepting = True
-            log.warning("tracking: %s accepts records again; all records were sent", self._shown)
+            log.warning("tracking: all of the run's records have now been sent to %s", self._shown)
         return True
 
     def upload(self, seconds: float = 0.0) -> None:
@@ -220,7 +220,7 @@ class Shipper:
                 # settings that differ from the run's parameters, which MLflow cannot update
                 name, changed = "resumed_settings", record.get("changed", "")
                 if changed or name in client.get_run(run_id).data.tags:
-                    client.set_tag(run_id, name, changed[:5000])  # MLflow's limit
+                    client.set_tag(run_id, name, changed[:5000])  # within MLflow's limit
             elif "tags" in record:
                 for key, value in record["tags"].items():
                     client.set_tag(run_id, key, value)

@@ -87,7 +87,7 @@ def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]])
 
 
 def mean_deviation(values: Sequence[float]) -> str:
-    """Return mean ± sample standard deviation, e.g. `1.00 ± 0.10`; `-` if there are no values."""
+    """Return mean ± sample standard deviation; only the mean of one value; `-` for no values."""
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"
