@@ -141,7 +141,7 @@ def test_an_interrupted_evaluation_gives_no_verdict(
 
 def test_the_evaluation_of_another_champion_is_ignored(gated: RegisteredModel) -> None:
     verdict = gated.judge(99.0, OTHER, evaluated=Evaluated("7", {"box_ap": 12.0}))
-    assert not verdict.passed and "run the command again" in verdict.reason
+    assert not verdict.passed and "run the command or pipeline again" in verdict.reason
 
 
 def test_the_better_of_two_candidates_becomes_champion_in_any_order(

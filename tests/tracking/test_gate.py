@@ -90,12 +90,12 @@ def test_another_metric_alone_decides() -> None:
     assert found == Verdict(True, f"mask AP50 41, above the 40 of {NAME}")
 
 
-def test_the_remedy_for_missing_files_of_a_cached_step_is_stated(
+def test_the_remedy_for_missing_files_of_a_pipeline_step_is_stated(
     tmp_path: Path,
 ) -> None:
     record = {"metrics": {"box_ap": 50.0}, "plots": str(tmp_path / "removed")}
     reason = flaw(GateConfig(confidence=0.95), recorded_evaluation(record))
-    assert "was cached; submit the pipeline again with --no-cache" in reason
+    assert "removed after the pipeline step `evaluate`; submit the pipeline again" in reason
     assert "--plots" not in reason
 
 

@@ -301,7 +301,7 @@ class _Model:
             return Verdict(
                 False,
                 f"{shown}: {name}, has no {what} on this validation data with these settings "
-                f"({failure or 'not evaluated; run the command again'})",
+                f"({failure or 'not evaluated; run the command or pipeline again'})",
             )
         return compare(gate, candidate, before, name)
 

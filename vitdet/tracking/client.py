@@ -46,7 +46,7 @@ LIBRARIES = {
 }
 # SQLAlchemy's exceptions for an invalid URI or file; an OperationalError may be temporary.
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
-# All threads share the environment and the loggers; a thread that changes these holds this lock.
+# All threads share the environment and the loggers; `repeating` changes these under this lock.
 LOCK = threading.RLock()
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -164,7 +164,7 @@ def protocol_of(record: Mapping) -> Protocol:
 def plots_of(record: Mapping) -> Path | None:
     """Return the folder of matches in a record of the pipeline step `evaluate`.
 
-    Returns None if the matches do not exist, e.g. if they were removed after the step was cached.
+    Returns None if the matches do not exist, e.g. if they were removed after the step.
     """
     path = Path(record.get("plots", "")) / MATCHES
     return path.parent if "plots" in record and path.is_file() else None
@@ -173,8 +173,5 @@ def plots_of(record: Mapping) -> Path | None:
 def recorded_evaluation(record: Mapping) -> Evaluation:
     """Return the evaluation in a record of the pipeline step `evaluate`."""
     found = evaluation_of(record["metrics"], plots_of(record))
-    removed = (
-        "they were removed after the pipeline step `evaluate` was cached; submit the pipeline "
-        "again with --no-cache"
-    )
+    removed = "they were removed after the pipeline step `evaluate`; submit the pipeline again"
     return found if found.matches else replace(found, remedy=removed)

@@ -49,7 +49,7 @@ class Shipper:
         self.is_unknown = False  # see UnknownRunError
 
     def deliver(self, seconds: float = 0.0) -> bool:
-        """Send the pending records; after a failure, retry for up to `seconds`.
+        """Send the pending records; after a temporary failure, retry for up to `seconds`.
 
         Returns whether all records were sent. Logs only the first of consecutive failures.
         """
