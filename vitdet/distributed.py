@@ -28,7 +28,7 @@ Store = dist.Store
 T = TypeVar("T")
 # Timeout of a collective, in which ranks may wait while rank 0 checks files or evaluates on LVIS.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Timeout for joining the process group, which happens before any data is read.
+# Timeout for joining the process group, which happens before any image is read.
 JOIN_TIMEOUT = timedelta(minutes=5)
 EXCHANGE = 2**26  # approximate bytes of gradients averaged per collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
@@ -84,7 +84,7 @@ def _join() -> tuple[dist.Store, int, int]:
     torchrun has ended or the connection to its store is lost.
     """
     if torchrun.has_ended():
-        raise ConnectionError("the torchrun process that started this rank has ended")
+        raise ConnectionError("torchrun on rank 0's node has ended: its store refuses connections")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     limit = f"within {JOIN_TIMEOUT.total_seconds():g} seconds"
     try:

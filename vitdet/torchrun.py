@@ -26,7 +26,7 @@ def end_with_torchrun() -> None:
 
     Without a handler, SIGTERM ends the process. With the handler of `vitdet.training.stop`,
     training first saves its state. On other systems, `vitdet.training.watchdog` detects that the
-    parent process has changed. `has_ended` detects whether torchrun ended before this call.
+    parent process has changed. On rank 0's node, `has_ended` detects an earlier end of torchrun.
     """
     if is_worker() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -5,7 +5,7 @@ The operators do not check their arguments: `vitdet.models` and `vitdet.evaluati
 them, guarantee valid shapes and dtypes.
 
 The kernels run on NVIDIA GPUs of the Ampere generation or later. On other devices, without Triton,
-and with the environment variable VITDET_KERNELS=off, callers use plain torch.
+for unsupported dtypes or sizes, and if VITDET_KERNELS=off is set, callers use plain torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 SWITCH = "VITDET_KERNELS"
 CAPABILITY = (8, 0)  # Ampere: asynchronous copies and bf16 matrix products
-NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
+NAMES = ("attention (bf16, fp16)", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 
 def enabled(*tensors: Tensor) -> bool:
@@ -32,7 +32,7 @@ def enabled(*tensors: Tensor) -> bool:
 
 
 def describe() -> str:
-    """Return a log line that states which kernels run on the current GPU, or why none do.
+    """Return a log line that states which kernels can run on the current GPU, or why none can.
 
     Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
     """

@@ -1,7 +1,7 @@
 """Loss functions, computed in at least float32 and divided by a number of boxes.
 
 Notation: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool selects the
-rows that contribute to a loss, i.e. the filled slots; default: all.
+rows that contribute to a loss, e.g. the filled slots; default: all.
 """
 
 from __future__ import annotations

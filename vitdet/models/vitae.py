@@ -112,7 +112,7 @@ class Performer(nn.Module):
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention (B, N, E) of q, k and v (B, N, E), computed in float64.
 
-        Autocast would convert float32 to half precision, whose range the exponentials exceed.
+        Autocast would convert float32 to float16 (range too small) or bfloat16 (too imprecise).
         """
         query, key = self.features(q), self.features(k)
         share = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
