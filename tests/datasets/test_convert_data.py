@@ -156,7 +156,7 @@ ROWS, HEAD = "labels/train/a.txt", "data.yaml"
         ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
         ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
         (HEAD, "train: images/train\nval: v\nnames: [a, b]", "val: v does not exist in"),
-        (HEAD, "test: images/train\nnames: [a, b]", "expected the key train or val"),
+        (HEAD, "test: images/train\nnames: [a, b]", "under the key train or val; keys: test"),
         (HEAD, "train: images\nnames: {1: a}", "names: expected a list of class names"),
         (HEAD, "train: images\nnames: [a]\nnc: 2", "names has length 1, but nc is '2'"),
         (HEAD, "train: images\nnames: [a]\nkpt_shape: [17, 3]", "got keypoints"),

@@ -383,7 +383,7 @@ def test_cvat_shapes_are_converted_or_skipped(vitdet: Run, tmp_path: Path) -> No
     assert {
         "  1 x elements <polyline> skipped",
         "  2 x elements <tag> skipped",
-        "  1 x rotated boxes replaced by their upright bounding boxes",
+        "  1 x rotated boxes replaced by their axis-aligned bounding boxes",
         "  1 x objects of zero size skipped",
         "  1 x outlines with fewer than 3 points skipped",
     } <= {*output.splitlines()}

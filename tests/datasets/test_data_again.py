@@ -54,7 +54,7 @@ def test_lost_files_are_fetched_again_and_changed_files_are_named(
     (root / "annotations" / "instances_val2017.json").unlink()
     web.asked.clear()
     assert get() is True and asked(web) == [BOTH, VAL]
-    assert "annotations/instances_val2017.json: missing; downloading it again" in caplog.text
+    assert "annotations/instances_val2017.json: missing; extracting it again" in caplog.text
     assert "val2017: 11 files, " in caplog.text
     check(root, web)
     with open(root / "val2017" / "000000000003.jpg", "ab") as image:

@@ -232,7 +232,7 @@ def test_the_command_line_shows_no_password(
     ],
 )
 def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must not contain a user name or password") as error:
+    with pytest.raises(ValueError, match="must not contain credentials") as error:
         load_config("tiny", [f"tracking.uri={uri}"])
     assert "s3cret" not in str(error.value)
     config = load_config("tiny", ["train.keep_best=box_ap"])

@@ -177,7 +177,7 @@ def test_a_refused_connection_is_reported(tmp_path: Path) -> None:
     with serve() as web:
         url = web.url
     with pytest.raises(
-        ConnectionError, match="Connection refused.*3 times in a row; nothing was received"
+        ConnectionError, match="Connection refused.*3 times in a row; nothing was saved"
     ):
         download(url, tmp_path / "part", Seen(), QUICK)
 

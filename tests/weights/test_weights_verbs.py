@@ -83,7 +83,7 @@ def test_without_a_home_directory_an_output_is_required(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", nowhere)
-    said = "vitdet: no home folder for the cache of weights; set a folder with --output\n"
+    said = "vitdet: no home folder for the cache of weights; set HOME, or fetch with --output\n"
     assert fetch("mae_vit_h") == (1, "", said)
     assert fetch("mae_vit_h", "--output", "w")[:2] == (0, "w/mae_vit_h.safetensors\n")
     assert vitdet("weights", "list")[0] == 0

@@ -45,7 +45,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
     check_names(tracking)
     if has_credentials(tracking.uri):
         raise ValueError(
-            "tracking.uri must not contain a user name or password, as it is stored in configs and "
+            "tracking.uri must not contain credentials, as it is stored in configs and "
             "checkpoints; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole "
             "address as MLFLOW_TRACKING_URI"
         )

@@ -43,7 +43,7 @@ class BackboneConfig(Section, prefix="model.backbone."):
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
     patch_size: Size = 16  # in pixels; also the stride of the feature map
-    window_size: Annotated[int, between(0, 65_536)] = 14  # side of an attention window in tokens
+    window_size: Annotated[int, between(0, 65_536)] = 14  # side in tokens; 0: global attention
     drop_path: Fraction = 0.1  # stochastic depth rate of the last block; increases linearly from 0
     pos_embed_grid: Size = 14  # side of the position embedding in tokens: 224 / 16 in MAE
     global_attention: bool = True  # false: window attention in all blocks
@@ -144,7 +144,7 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("fingerprints identify the data"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # maximum number of images per split, lowest ids first; 0: no limit
+    # maximum number of images per split, with objects unless keep_empty, lowest ids first; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # random scale; 1: longer side = image_size
@@ -183,7 +183,7 @@ class OptimConfig(Section, prefix="optim."):
     layer_decay: Positive = 0.7
     steps: Count = 184_375  # 100 epochs of COCO with batch size 64
     schedule: Literal["step", "cosine"] = "step"
-    # fractions of `steps` after which the learning rate is divided by 10; []: none
+    # schedule=step: fractions of `steps` after which the rate is divided by 10; []: none
     milestones: tuple[float, ...] = (0.8888889, 0.962963)
     warmup_steps: NonNegative = 250.0
     warmup_factor: Fraction = 0.001  # learning rate at step 0, as a fraction of lr

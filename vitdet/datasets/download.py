@@ -226,7 +226,7 @@ class _Attempt:
         if response.headers.get_content_type() == "text/html":
             raise ValueError(
                 f"{self.url}: received a web page instead of the file (login, proxy or dead link); "
-                "download the file with a browser and pass it with --from"
+                "download the file with a browser and use --from"
             )
         if self.size is not None and total is not None and total != self.size:
             expected = f"but the published file has {self.size:,} bytes"
@@ -301,7 +301,7 @@ def _size(path: Path) -> int:
 
 def _kept(received: int) -> str:
     if not received:
-        return "nothing was received"
+        return "nothing was saved"
     return f"the {received:,} bytes received are kept; run the same command to resume"
 
 

@@ -95,12 +95,12 @@ def _is_extracted(archive: Archive, root: Path, record: DownloadRecord) -> bool:
     try:
         download_record.compare(root, part)
     except FileNotFoundError as error:
-        log.warning("%s; downloading it again", error)
+        log.warning("%s; extracting it again", error)
         return False
     except ValueError as error:
         if archive.members or len(os.listdir(root / archive.folder)) >= archive.count:
             raise ValueError(f"{error}; {MOVE_AWAY}") from error
-        log.warning("%s; downloading the missing files", error)
+        log.warning("%s; extracting the missing files", error)
         return False
     return True
 

@@ -89,7 +89,7 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "vitdet"
     except RuntimeError as error:
-        text = "no home folder for the cache of weights; set a folder with --output"
+        text = "no home folder for the cache of weights; set HOME, or fetch with --output"
         raise FileNotFoundError(text) from error
 
 

@@ -28,7 +28,7 @@ DEPTH = 4  # maximum depth of nested dictionaries
 
 
 def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a checkpoint's tensors by name without prefixes, and notes about removed names.
+    """Return a checkpoint's tensors by name without prefixes, and notes about what was removed.
 
     The keys of the format's trainer (`layout.wrappers`) take precedence over `KEYS`. If names begin
     with one of `layout.parts`, such as `encoder.`, only the tensors with this prefix and the

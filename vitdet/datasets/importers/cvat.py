@@ -116,7 +116,7 @@ def _shape(
     x0, y0, x1, y1 = pixels_of(where, sides, size)
     (angle,) = pixels_of(where, [shape.get("rotation", "0")], (360, 360))
     if angle:
-        dataset.notes["rotated boxes replaced by their upright bounding boxes"] += 1
+        dataset.notes["rotated boxes replaced by their axis-aligned bounding boxes"] += 1
         cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
         wide, high = (x1 - x0) * cos + (y1 - y0) * sin, (x1 - x0) * sin + (y1 - y0) * cos
         x, y = (x0 + x1) / 2, (y0 + y1) / 2

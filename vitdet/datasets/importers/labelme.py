@@ -111,7 +111,7 @@ def _decode(path: Path) -> LabelFile | None:
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """Return the image at imagePath or, if not below `source`, the image next to the JSON file."""
+    """Return the image at imagePath; if missing or outside `source`, the one next to `path`."""
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):

@@ -73,7 +73,7 @@ def read_yolo(dataset: ImportedDataset) -> None:
                     images[name] = listed
     if not images.keys() & {"train", "val"} and not dataset.problems.counts:
         keys = ", ".join(map(str, head.values))
-        raise ValueError(f"{path}: expected the key train or val, got {keys}")
+        raise ValueError(f"{path}: expected images under the key train or val; keys: {keys}")
     if not names:
         return  # without class names, every row would be reported as a problem
     head.count_others({image for listed in images.values() for image in listed})

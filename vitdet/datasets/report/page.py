@@ -52,7 +52,7 @@ def write_page(
 
     The page lists unreadable splits. With `images`, `check` reads every image file. Returns the
     number of images, the number of annotations, and the report of `check`. Raises FileNotFoundError
-    if there is no annotation file, and OSError if `output` cannot be written.
+    if no annotation file can be read, and OSError if `output` cannot be written.
     """
     report = check(folder, images=images, reading=reading)
     if not report.splits:

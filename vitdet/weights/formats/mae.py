@@ -11,7 +11,7 @@ from vitdet.weights.formats.table import Change, Format, rows
 # Classifier heads of fine-tuned backbones, including those of timm and DINO
 HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
 PARTS = ("teacher.", "encoder.", "backbone.")
-WRAPPERS = ("state_dict_ema", "state_dict", "model")  # keys in checkpoints of timm's trainer
+WRAPPERS = ("state_dict_ema", "state_dict", "model")  # keys in timm's and Swin's checkpoints
 POSITIONS = {"backbone.pos_embed": Change(drop_class_token, add_class_token)}
 FRESH = (
     "backbone.blocks.{}.attn.rel_pos_h",
