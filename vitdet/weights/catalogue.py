@@ -77,7 +77,7 @@ def find(name: str) -> Entry:
     """Return the entry `name`. Raises ValueError, with a suggestion, for an unknown name."""
     if name not in CATALOGUE:
         closest = nearest(name, list(CATALOGUE))
-        raise ValueError(f"no weights named {name!r}; {closest} (or specify a .safetensors file)")
+        raise ValueError(f"no weights named {name!r}; {closest} (or specify a weights file)")
     return CATALOGUE[name]
 
 
