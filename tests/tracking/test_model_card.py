@@ -12,12 +12,18 @@ from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.model_card import DESCRIPTION, description_of, initial_weights, render
 
 
-def card(found: Evaluation, recipe: str = "tiny", names: tuple[str, ...] = ("disc", "ring")) -> str:
+def card(
+    found: Evaluation,
+    recipe: str = "tiny",
+    names: tuple[str, ...] = ("disc", "ring"),
+    evaluated: tuple[str, ...] = (),
+) -> str:
     config = load_config(recipe)
     stored = {"config": to_dict(config), "class_names": names, "step": 300}
     stored["fingerprints"] = {"train": "aaaa", "val": "bbbb"}
-    protocol = Protocol.of(config, "bbbb")
-    return render("shapes", stored, config, found, protocol, "1234", "f" * 40)
+    used = load_config(recipe, evaluated)
+    protocol = Protocol.of(used, "bbbb")
+    return render("shapes", stored, used, found, protocol, "1234", "f" * 40)
 
 
 def test_a_card_states_data_training_metrics_and_the_worst_classes() -> None:
@@ -33,6 +39,13 @@ def test_a_card_states_data_training_metrics_and_the_worst_classes() -> None:
     without = card(Evaluation({"box_ap": 12.3}))
     assert "| box AP | 12.3 |\n" in without and "interval" not in without
     assert "No metrics are known." in card(Evaluation({}))
+
+
+def test_the_limits_are_those_of_the_packaged_detector() -> None:
+    evaluated = ("evaluate.max_detections=7", "evaluate.score_threshold=0.3")
+    assert "- At most 60 detections per image, with a score above 0.05." in card(
+        Evaluation({}), evaluated=evaluated
+    )
 
 
 def test_a_card_warns_of_a_license_that_excludes_commercial_use() -> None:
