@@ -1,6 +1,6 @@
 """Describe a rejected Kubernetes API request in one line: the request, the reason, the remedy.
 
-Status 403 has three possible causes. An RBAC error contains the account, the verb and the resource
+Status 403 has several causes. An RBAC error contains the account, the verb and the resource
 of the missing rule (apiserver, pkg/endpoints/handlers/responsewriters/errors.go); retries do not
 help. A request that exceeds a ResourceQuota (apiserver, plugin/resourcequota/controller.go) or is
 denied by an admission webhook (pkg/admission/plugin/webhook/errors/statuserror.go) may be admitted
@@ -63,12 +63,12 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
         resource = f"{rule['resource']}.{rule['group']}".rstrip(".")
         return (
             f"{what}: account {rule['account']} has no Role that allows {rule['verb']} on "
-            f"{resource}; apply manifests/shared (Role vitdet-pipeline), or run the steps as an "
-            "account with this Role"
+            f"{resource}; apply manifests/shared (Role vitdet-pipeline), or use an account with "
+            "this Role"
         )
     reason = message or error.reason
     if error.status == 401:
-        return f"{what}: {reason}: the API server does not accept the account's token (HTTP 401)"
+        return f"{what}: {reason}: the API server does not accept the credentials (HTTP 401)"
     if error.status == 404 and not message:
         version = f"{kind.group}/{kind.version}"
         return (

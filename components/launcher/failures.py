@@ -38,8 +38,8 @@ class Failures:
                 )
             if any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
                 return cause, (
-                    "too many images for the GPU memory: change the settings in the last line "
-                    "of the log, or use more or larger GPUs"
+                    "too many images for the GPU memory: change the settings that the error "
+                    "message in the log names, or use more or larger GPUs"
                 )
         return None
 

@@ -108,8 +108,8 @@ class Follower:
             self.client.delete()
         else:
             self.out(
-                f"{stopping}, but its run continues: {self.name} is left running, and the next "
-                "attempt of the step follows it"
+                f"{stopping}, but its run continues: {self.name} is kept, and the next attempt "
+                "of the step follows it"
             )
 
     def report(self, topic: str, text: str) -> None:

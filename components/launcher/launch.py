@@ -133,7 +133,7 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
         release_job(api, kind, namespace, name, without_run(job))
         phase = job_phase(kind, job)[0] or "created"
         return (
-            f"{name} ({phase}) is left running. Retrying the run follows the job again; otherwise "
+            f"{name} ({phase}) is kept. Retrying the run follows the job again; otherwise "
             f"the job ends at its deadline ({deadline(job)}) or with `python -m pipeline terminate "
             f"{run_id}`"
         )

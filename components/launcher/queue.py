@@ -88,7 +88,7 @@ def no_workload(kind: Kind, queue: str) -> str:
     integration = f"{kind.group}/{kind.name.lower()}"
     default = ", which it is not by default since Kueue 0.19" if kind.name == "PyTorchJob" else ""
     return (
-        f"Kueue has no Workload for it, so the label {QUEUE}: {queue} has no effect. {integration} "
-        "must be in integrations.frameworks of Kueue's configuration (ConfigMap "
-        f"kueue-manager-config){default}; if it is, see the job's events for the reason"
+        f"Kueue has no Workload for it, so it is not queued despite the label {QUEUE}: {queue}. If "
+        f"Kueue is installed, {integration} must be in integrations.frameworks in its ConfigMap "
+        f"kueue-manager-config{default}; if it is, see the job's events for the reason"
     )

@@ -1,4 +1,4 @@
-"""Count the failures of a PyTorchJob by cause: disruptions, errors, out of memory.
+"""Count the failures of a PyTorchJob by cause: disruptions and errors.
 
 The training operator adds up the restarts of all containers, whatever the cause, so a job would end
 after a few evictions. A failure of one pod makes all other pods fail, so failures are grouped
@@ -22,7 +22,7 @@ SIMULTANEOUS = 5.0
 # maximum duration of an incident in seconds: exceeds the timeout of a waiting rank (4 minutes) plus
 # the time until Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
-EVICTION = 360.0  # seconds until a lost node's pods are evicted: 40 s + 5 minutes + margin
+EVICTION = 360.0  # seconds until a lost node's pods are evicted: 50 s + 5 minutes + margin
 OUT_OF_MEMORY = "OOMKilled"
 # Messages of the kubelet about pods that exceed their limits (pkg/kubelet/eviction)
 OWN_LIMITS = re.compile(
@@ -84,7 +84,7 @@ class Restarts:
     def observe(self, pod: dict, container: str, now: float) -> None:
         """Count a pod's failures since the last call. now: monotonic time in seconds.
 
-        Failures in the first poll of a job are not counted: an earlier launcher may have counted
+        Failures in this launcher's first poll are not counted: an earlier launcher may have counted
         them.
         """
         name, uid = pod["metadata"]["name"], uid_of(pod)

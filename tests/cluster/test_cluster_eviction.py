@@ -119,7 +119,7 @@ def failed_and_collected(training: Training) -> None:
         deleted, left = clean_up_jobs(PIPELINE_RUN, "pytorchjob", succeeded=False)
     name = job_name(PIPELINE_RUN, training.recipe)
     (told,) = [line for line in left if line.startswith(name)]
-    assert deleted == [] and "is left running. Retrying the run follows the job again" in told
+    assert deleted == [] and "is kept. Retrying the run follows the job again" in told
     assert f"terminate {PIPELINE_RUN}" in told and training.owners() == []
     training.patch("workflow", training.run, {"status": {"phase": "Failed"}})
     training.kubectl(f"delete workflow {training.run}")

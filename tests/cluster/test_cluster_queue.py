@@ -65,7 +65,7 @@ def test_the_queues_reason_is_logged_and_the_progress_is_annotated(live: Scene) 
 
     with meanwhile(kueue):
         live.launch(queued(), [f"echo '{LINE}'; sleep 3"], "queued")
-    assert LINE in live.lines and not any("has no effect" in line for line in live.lines)
+    assert LINE in live.lines and not any("is not queued" in line for line in live.lines)
     progress = json.loads(live.job("queued")["metadata"]["annotations"][PROGRESS])
     assert (progress["step"], progress["steps"], progress["images_per_second"]) == (40, 100, 12.3)
 

@@ -85,7 +85,7 @@ NO_ROLE = (
             refused(403, f'{ANONYMOUS} cannot list resource "pods" in API group ""'),
             "the request had no credentials",
         ),
-        (refused(401, "Unauthorized"), "does not accept the account's token .HTTP 401.$"),
+        (refused(401, "Unauthorized"), "does not accept the credentials .HTTP 401.$"),
         (
             refused(404),
             "the cluster has no resource PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",

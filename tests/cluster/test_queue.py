@@ -106,7 +106,7 @@ def test_a_job_that_kueue_ignores_is_an_error_with_the_reason() -> None:
     record = Queued(True, (SUSPENDED, []), workloads=[[]])
     lines, error = follow(record, queued(True))
     assert "has been suspended for 0 s: Kueue has no Workload for it" in error
-    assert "kubeflow.org/pytorchjob must be in integrations.frameworks of Kueue's" in error
+    assert "kubeflow.org/pytorchjob must be in integrations.frameworks in its ConfigMap" in error
     assert "not by default since Kueue 0.19" in error and error.endswith("deadline is set to now")
     assert record.asked == ["create", "halt"]
 
@@ -114,7 +114,7 @@ def test_a_job_that_kueue_ignores_is_an_error_with_the_reason() -> None:
 def test_a_label_without_effect_is_a_warning_if_the_job_runs() -> None:
     record = Queued(False, *[(RUNNING, [pod()])] * 40, (DONE, []), workloads=[[]])
     lines, error = follow(record, queued(False))
-    assert not error and sum("has no effect" in line for line in lines) == 1
+    assert not error and sum("is not queued" in line for line in lines) == 1
 
 
 def test_unreadable_workloads_are_not_an_error() -> None:
