@@ -193,7 +193,7 @@ class Server:
         raise ServerError(f"{self.host} has no run or schedule {some_id}", 404)
 
     def pod_namespace(self, run: api.V2beta1Run) -> str:
-        """Return the namespace of a run's pods, which is `kubeflow` on a single-user server."""
+        """Return the namespace of a run's pods; `kubeflow` is assumed on a single-user server."""
         experiment = self.experiments.experiment_service_get_experiment(
             experiment_id=run.experiment_id
         )
@@ -213,7 +213,7 @@ class Server:
             except ServerError as error:
                 if not self.may_recover(error) or time.monotonic() - last_answer > tolerance:
                     raise ServerError(
-                        f"{error}; the run continues; see `python -m pipeline status {run_id}`",
+                        f"{error}; for the run's state, see `python -m pipeline status {run_id}`",
                         error.status,
                     ) from None
                 self.report(f"{error}; the run continues")

@@ -166,8 +166,8 @@ def check_recipes(
     for text in [*settings, f"--fetch={fetch}"]:
         if has_credentials(text):
             raise ValueError(
-                f"{hide_credentials(text.partition('=')[0])}: the user name and password would be "
-                "visible in the run's parameters; store them in the cluster's Secret"
+                f"{hide_credentials(text.partition('=')[0])}: the credentials would be visible in "
+                "the run's parameters; pass MLflow's in the environment or the cluster's Secret"
             )
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():

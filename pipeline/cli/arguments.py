@@ -185,8 +185,8 @@ def remark(line: str) -> None:
 
 
 def read_job_file(file: str) -> str:
-    """Return a --job file's text ("-": stdin, "": no file). Raises ValueError for an empty file."""
+    """Return a --job file's text ("-": stdin, "": no file). Raises ValueError if it is empty."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
     if file and not text.strip():
-        raise ValueError(f"--job {file}: the file is empty; expected YAML with a training job")
+        raise ValueError(f"--job {file}: the input is empty; expected YAML with a training job")
     return text

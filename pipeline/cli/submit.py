@@ -88,7 +88,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"experiment that contains the run (default: {EXPERIMENT})",
     )
-    add_text(run, "--name", "NAME", "name of the run (default: the recipes and the time)")
+    add_text(run, "--name", "NAME", "name (default: the recipes and, without --cron, the time)")
     run.add_argument("--no-cache", action="store_true", help="do not reuse cached results of steps")
     source = run.add_mutually_exclusive_group()
     source.add_argument(
@@ -186,7 +186,7 @@ def refused(error: ServerError, server: Server) -> ServerError:
     version, doubt = server.version()
     since = [field.since for field in FIELDS if field.name == error.field]
     if not since:
-        advice = "the package was compiled with a newer kfp than the server supports"
+        advice = "the pipeline was compiled with a newer kfp than the server supports"
     elif doubt:
         advice = f"pass the server's version with --kfp; it is older than {text(min(since))}"
     else:

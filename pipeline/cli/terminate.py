@@ -49,7 +49,7 @@ def run_terminate(args: argparse.Namespace) -> int:
             print(line, flush=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        remark(f"the run is ending; to delete training jobs created in the meantime, run {again}")
+        remark(f"interrupted; to delete training jobs that still exist, run {again}")
         return 130
     except StillEnding as error:
         raise RuntimeError(f"{error}; to delete training jobs created later, run {again}") from None
@@ -58,7 +58,7 @@ def run_terminate(args: argparse.Namespace) -> int:
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"the run's training jobs may still exist ({error}); `kubectl delete -n {namespace} "
-            f"pytorchjobs,trainjobs -l vitdet/run={run_id}` deletes them"
+            f"{job_kind(found).lower()} -l vitdet/run={run_id}` deletes them"
         ) from None
     return 0
 

@@ -95,7 +95,7 @@ def test_the_jobs_in_manifests_compile_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stdin", "message"),
     [
-        ("", "--job -: the file is empty"),
+        ("", "--job -: the input is empty"),
         ("kind: Service\n", "the YAML contains no PyTorchJob or TrainJob"),
         (
             "kind: TrainJob\nspec: {runtimeRef: {name: a}}\n---\nkind: TrainJob\nspec: {}\n",

@@ -161,7 +161,9 @@ def test_waiting_continues_after_an_outage_but_not_after_an_expired_login(
     kubeflow.plan["GET /runs/0000-run-1"] = [failing(401)]
     code, _, said = run("submit", "tiny", "--wait")
     assert code == 1
-    assert said.rstrip().endswith("; the run continues; see `python -m pipeline status 0000-run-1`")
+    assert said.rstrip().endswith(
+        "; for the run's state, see `python -m pipeline status 0000-run-1`"
+    )
 
 
 def test_waiting_continues_with_a_renewed_token(

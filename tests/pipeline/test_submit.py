@@ -247,16 +247,16 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
         (["mine.yaml"], "mine.yaml is a relative path; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
-            "--set tracking.uri: the user name and password would be visible in",
+            "--set tracking.uri: the credentials would be visible in",
         ),
         (
             ["tiny", "--set", "data.root=https://store/data?sig=hunter2"],
-            "--set data.root: the user name and password would be visible in",
+            "--set data.root: the credentials would be visible in",
         ),
-        (["tiny", "--set", "https://me:hunter2@mlflow"], "--set https://***@mlflow: the user name"),
+        (["tiny", "--set", "https://me:hunter2@mlflow"], "https://***@mlflow: the credentials"),
         (
             ["tiny", "--fetch", "convert https://me:hunter2@store --set data.max_pixels=9"],
-            "--fetch: the user name and password would be visible in",
+            "--fetch: the credentials would be visible in",
         ),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
         (["tiny", "--cron", "@daily", "--wait"], "--wait follows one run"),

@@ -150,7 +150,7 @@ def test_a_rejected_field_is_not_an_outage(
     assert kubeflow.words().count("POST /runs") == 1
     kubeflow.unknown = "schemaVersion"  # not in FIELDS
     line = cli("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")[2]
-    assert line.endswith("the package was compiled with a newer kfp than the server supports\n")
+    assert line.endswith("the pipeline was compiled with a newer kfp than the server supports\n")
 
 
 def test_compile_omits_fields_that_a_version_does_not_support(
