@@ -16,7 +16,7 @@ def clean_up(
 ) -> None:
     """End the MLflow parent run and clean up training jobs; in a local run, `job_kind` is "".
 
-    If training runs did not succeed, create a table that lists them with the reasons.
+    Also create a table of all training runs, with the reasons if any did not succeed.
     """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs

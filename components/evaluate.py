@@ -20,8 +20,8 @@ def evaluate(
     report: a page with precision-recall curves, AP by class, errors, and the best and worst images.
     Its metadata contains the URL of the MLflow run.
 
-    Returns "unknown" if the registry has a champion but not its AP on this data with these
-    settings, else "known".
+    Returns "unknown" if the registry has a champion but not its evaluation on this data with
+    these settings, else "known".
     """
     from components import run_id
     from vitdet import stages

@@ -79,10 +79,10 @@ def paint(
     bitmap: Callable[[int], Tensor | None],
     scale: float,
 ) -> Image.Image:
-    """Enlarge an image by `scale` and draw N objects on it, small objects on top.
+    """Resize an image by `scale` and draw N objects on it, small objects on top.
 
     boxes (N, 4) are xyxy in pixels of the original image; labels determine the colors. bitmap(i)
-    returns the mask (H, W) bool of object i in the enlarged image, or None for an object without a
+    returns the mask (H, W) bool of object i in the resized image, or None for an object without a
     mask. It is called separately for each object, so that only one mask is in memory.
     """
     size = scaled(picture.size, scale)

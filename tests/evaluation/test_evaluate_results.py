@@ -140,7 +140,7 @@ def test_an_invalid_result_is_named_in_one_line(files, change, message):
         ("\xff", "not readable as JSON"),
         ("[3]", "expected a bbox and/or"),
         ('[{"image_id": 1}]', "expected a bbox and/or"),
-        ('[{"bbox": [1, 2, 3, 4]}, 5]', "result 2: expected an object, got int"),
+        ('[{"bbox": [1, 2, 3, 4]}, 5]', "result 2: expected a JSON object, got int"),
     ],
     ids=str,
 )

@@ -156,7 +156,7 @@ def test_invalid_matches_are_refused_in_one_line(tmp_path, change):
             name: value for name, value in (dict(file) | change).items() if value is not None
         }
     np.savez(path, **columns)
-    with pytest.raises(ValueError, match=r"matches\.npz: not a matches file") as caught:
+    with pytest.raises(ValueError, match=r"matches\.npz: not readable as a matches file") as caught:
         load_matches(path)
     assert "\n" not in str(caught.value)
 
@@ -165,7 +165,7 @@ def test_invalid_matches_are_refused_in_one_line(tmp_path, change):
 def test_other_files_are_not_accepted_as_matches(tmp_path, content):
     path = tmp_path / "matches.npz"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a matches file"):
+    with pytest.raises(ValueError, match="not readable as a matches file"):
         load_matches(path)
     with pytest.raises(FileNotFoundError, match="no such matches file"):
         load_matches(tmp_path / "other.npz")

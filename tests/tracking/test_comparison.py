@@ -68,7 +68,7 @@ def test_the_table_has_finished_runs_and_the_reasons_of_failures(
 def test_a_run_without_any_record_did_not_finish(names: list[str], tmp_path: Path) -> None:
     verdicts, failures = read_outcomes(str(tmp_path), names, RUN)
     assert not verdicts
-    assert failures == dict.fromkeys(names, "did not finish: see the logs of its steps")
+    assert failures == dict.fromkeys(names, "did not finish: see the logs of the pipeline's steps")
     assert stages.compare_finished(str(tmp_path), "another-run", str(tmp_path / "page")) == ""
 
 

@@ -5,7 +5,7 @@ processes a quarter of the patches, and a small decoder reconstructs half of the
 images are drawn with a seed that neither split of the tiny data set uses. The weights in the
 package are the output of `vitdet weights pretrain OUTPUT`.
 
-Notation: B images, S image side, N tokens, V visible tokens, C channels.
+Notation: B images, S image side, N tokens, V selected tokens, C channels.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class _Canvas:
         self.owners[number].full = float(self.owners[number].seen)
 
     def paint_object(self, side: float) -> None:
-        """Paint an object at a random valid position; `side` is its longer side in pixels."""
+        """Paint an object at a random valid position, if any; `side`: longer side in pixels."""
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
         patience = 8 if self.dice.chance(0.75) else 1  # number of valid positions to compare

@@ -52,8 +52,8 @@ class ClassResult:
         best_threshold: score threshold with the best F1; None without objects or detections.
         curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as for AP and rounded
             to 3 digits.
-        errors, error_counts: see `Analysis`. A missed object is assigned to its class, any other
-            error to the class of the detection.
+        errors, error_counts: see `Analysis`. dAP is the increase in AP50 of this class. In the
+            counts, a missed object belongs to its class, any other error to that of the detection.
         main_error: the error type with the largest dAP; None if no dAP is above 0.
     """
 

@@ -110,7 +110,7 @@ class Interval:
 class Difference(Interval):
     """A difference between two results, its paired interval and two-sided bootstrap p-value.
 
-    images: number of images with objects.
+    images: number of images with objects (of the class, if only one class is compared).
     """
 
     p: float

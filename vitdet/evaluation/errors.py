@@ -38,7 +38,7 @@ FOREGROUND, BACKGROUND = 0.5, 0.1  # t_f, t_b
 TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
 SPECIAL = ("false_positive", "false_negative")
 # As in tidecv. Some values differ in the last bit from COCO's thresholds (np.linspace), so that a
-# recall of exactly 0.07, for example, reaches one threshold but not the other.
+# recall of exactly 0.35, for example, reaches one threshold but not the other.
 RECALLS = np.arange(101) / 100
 
 

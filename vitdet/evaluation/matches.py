@@ -112,8 +112,8 @@ def load_matches(path: str | Path) -> dict[str, Matches]:
         raise FileNotFoundError(f"{path}: no such matches file") from error
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path}: not a matches file ({error}); run `vitdet evaluate CHECKPOINT --plots "
-            "FOLDER` again"
+            f"{path}: not readable as a matches file ({error}); run `vitdet evaluate CHECKPOINT "
+            "--plots FOLDER` again"
         ) from error
 
 

@@ -118,7 +118,7 @@ def match(
     """Compare results with the objects of the images `image_ids`.
 
     Args:
-        truth, image_ids, results: as returned by `choose`.
+        image_ids, results: as returned by `choose` for `truth`.
         kind: "bbox" or "segm".
         limits: maximum numbers of detections per class and image, ascending.
         crowds: respect iscrowd; if False, crowds are normal objects.

@@ -136,7 +136,7 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str]) -
     """Raise ValueError with a one-line message if a result cannot be compared."""
     for number, item in enumerate(results, start=1):
         if not isinstance(item, dict):
-            raise ValueError(f"result {number}: expected an object, got {type(item).__name__}")
+            raise ValueError(f"result {number}: expected a JSON object, got {type(item).__name__}")
     for key in ("image_id", "category_id", "score", *(KINDS[kind] for kind in kinds)):
         for number, item in enumerate(results, start=1):
             if key not in item:

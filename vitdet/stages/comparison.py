@@ -17,7 +17,7 @@ from vitdet.stages.workspace import registry, run_folder, runs_folder
 COMPARISON = "comparison.html"  # file in a pipeline run's folder if no training run failed
 
 
-def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
+def start_parent_run(settings: str, workspace: str, run_id: str) -> str:
     """Create the MLflow run that groups the training runs; return its server and ID as text.
 
     Also saves the configs to the pipeline run's folder, for `compare_finished`. Raises
@@ -26,14 +26,14 @@ def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
     from vitdet.tracking import comparison
     from vitdet.tracking.address import hide_credentials, tracking_uri
 
-    loaded, folder = read_configs(configs), runs_folder(workspace)
+    loaded, folder = read_configs(settings), runs_folder(workspace)
     for name, config in loaded.items():
         save_config(config, run_folder(workspace, run_id) / f"{name}.yaml")
-    settings = next(iter(loaded.values())).tracking
+    tracking = next(iter(loaded.values())).tracking
     parent = comparison.start_parent_run(
-        run_id, list(loaded), uri=settings.uri, folder=folder, experiment=settings.experiment
+        run_id, list(loaded), uri=tracking.uri, folder=folder, experiment=tracking.experiment
     )
-    uri = hide_credentials(tracking_uri(settings.uri, folder))
+    uri = hide_credentials(tracking_uri(tracking.uri, folder))
     return f"MLflow: {uri}, parent run {parent}"
 
 

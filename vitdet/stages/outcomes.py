@@ -50,7 +50,7 @@ def read_outcomes(
         if failure:
             failures[name] = f"{failure['step']} failed: {failure['reason']}"
         elif not verdict:
-            failures[name] = "did not finish: see the logs of its steps"
+            failures[name] = "did not finish: see the logs of the pipeline's steps"
     return verdicts, failures
 
 

@@ -67,13 +67,13 @@ def plan_trainings(
 
     if not recipes:
         raise ValueError("expected at least one recipe, got none")
-    combinations = _combinations(sweep, overrides)
+    axes = _axes(sweep, overrides)
     if seeds > 1 and any(text.startswith(f"{SEED}=") for text in sweep):
         raise ValueError(f"got seeds={seeds} and a sweep of {SEED}; set only one of them")
-    _check_count(len(recipes), [len(combinations)] if sweep else [], seeds)
+    _check_count(len(recipes), [len(values) for values in axes], seeds)
     planned: dict[str, tuple[Config, list[str]]] = {}
     labels: dict[str, str] = {}
-    for recipe, chosen in itertools.product(recipes, combinations):
+    for recipe, *chosen in itertools.product(recipes, *axes):
         resolved = resolve_paths(load_config(recipe, [*overrides, *chosen]), Path(workspace))
         for seed in _seeds(resolved, seeds):
             config = override(resolved, seed)
@@ -116,8 +116,8 @@ def check_comparable(
         )
 
 
-def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each combination of swept values; [[]] without a sweep."""
+def _axes(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides for the values of each swept setting; [] without a sweep."""
     axes: dict[str, list[str]] = {}
     fixed = {text.partition("=")[0] for text in overrides}
     for text in sweep:
@@ -130,8 +130,7 @@ def _combinations(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[s
         if repeated := next((value for value in values if values.count(value) > 1), ""):
             raise ValueError(f"sweep {text!r}: {repeated} is repeated; list each value once")
         axes[key] = [f"{key}={value}" for value in values]
-    _check_count(1, [len(values) for values in axes.values()], 1)
-    return [list(chosen) for chosen in itertools.product(*axes.values())]
+    return list(axes.values())
 
 
 def _check_count(recipes: int, values: Sequence[int], seeds: int) -> None:

@@ -141,7 +141,7 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
         raise ValueError(f"fetch {fetch}: {last.removeprefix('vitdet: ')}")
 
 
-def fetch_weights(configs: str, workspace: str) -> str:
+def fetch_weights(settings: str, workspace: str) -> str:
     """Fetch the published weights named in `train.init`; return a digest of all initial weights.
 
     Raises the errors of `vitdet.weights.fetch.fetch_published` and `vitdet.weights.resolve`.
@@ -151,7 +151,7 @@ def fetch_weights(configs: str, workspace: str) -> str:
     from vitdet.weights.fetch import fetch_published
 
     sums, folder = [], weights_folder(workspace)
-    for init in sorted({config.train.init for config in read_configs(configs).values()}):
+    for init in sorted({config.train.init for config in read_configs(settings).values()}):
         if init and not Path(init).suffix and not (folder / find(init).file).is_file():
             fetch_published(find(init), folder)
         if file := resolve(init, folder):

@@ -32,7 +32,7 @@ def train(
 
     Args:
         config: The resolved config.
-        recipe: The recipe's name, for the MLflow run.
+        recipe: The recipe's name, or in a pipeline the training run's name, for the MLflow run.
         output: The folder for model.pt, best.pt and config.yaml.
         checkpoints: The folder for the training states. Default: `output`.
         weights: The folder of the initial weights. Default: the package or the cache.
