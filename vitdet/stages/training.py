@@ -32,9 +32,9 @@ def train(
 
     Args:
         config: The resolved config.
-        recipe: The recipe's name, or in a pipeline the training run's name, for the MLflow run.
+        recipe: The recipe's name (in a pipeline: the training run's name), for the MLflow run.
         output: The folder for model.pt, best.pt and config.yaml.
-        checkpoints: The folder for the training states. Default: `output`.
+        checkpoints: Folder for the training states of several runs. Default: OUTPUT/checkpoints.
         weights: The folder of the initial weights. Default: the package or the cache.
         group: The ID of the pipeline run, whose MLflow run becomes the parent; "": no parent.
         profile: Whether to trace a few steps.
