@@ -139,7 +139,7 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """Detect objects; pad the batch to `slots` images (0: no padding) to keep the shape."""
+    """Detect objects; pad the batch to `slots` images (0: no padding), so all shapes are equal."""
     # non_blocking although `sizes` is not pinned: a blocking copy would wait for the previous batch
     images, sizes = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
