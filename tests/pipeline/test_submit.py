@@ -21,6 +21,7 @@ from tests.helpers.kubeflow import Kubeflow, Run
 ROOT = Path(__file__).parents[2]
 
 
+SEVENTY = ",".join(map(str, range(1, 71)))
 check = functools.cache(request.check_recipes)  # each check is a process of 0.2 s
 
 
@@ -237,6 +238,10 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
         (
             ["tiny", "--sweep", "optim.lr=1,2", "--sweep", "optim.steps=1,2,3", "--seeds", 20],
             "120 training runs (recipes x combinations x seeds: 1 x 6 x 20), expected at most 64; submit several pipeline runs",
+        ),
+        (
+            ["tiny", "mask_rcnn_vit_b_coco", "--sweep", f"optim.steps={SEVENTY}", "--seeds", 3],
+            "420 training runs (recipes x combinations x seeds: 2 x 70 x 3), expected at most 64",
         ),
         (
             ["tiny", "mask_rcnn_vitdet_b_coco"],

@@ -70,7 +70,7 @@ def plan_trainings(
     axes = _axes(sweep, overrides)
     if seeds > 1 and any(text.startswith(f"{SEED}=") for text in sweep):
         raise ValueError(f"got seeds={seeds} and a sweep of {SEED}; set only one of them")
-    _check_count(len(recipes), [len(values) for values in axes], seeds)
+    _check_count(len(recipes), math.prod(map(len, axes)), seeds)
     planned: dict[str, tuple[Config, list[str]]] = {}
     labels: dict[str, str] = {}
     for recipe, *chosen in itertools.product(recipes, *axes):
@@ -133,12 +133,12 @@ def _axes(sweep: Sequence[str], overrides: Sequence[str]) -> list[list[str]]:
     return list(axes.values())
 
 
-def _check_count(recipes: int, values: Sequence[int], seeds: int) -> None:
+def _check_count(recipes: int, combinations: int, seeds: int) -> None:
     if seeds < 1:
         raise ValueError(f"seeds: expected a number of at least 1, got {seeds}")
-    count = recipes * math.prod(values) * seeds
+    count = recipes * combinations * seeds
     if count > MAX_TRAININGS:
-        factors = f"recipes x combinations x seeds: {recipes} x {math.prod(values)} x {seeds}"
+        factors = f"recipes x combinations x seeds: {recipes} x {combinations} x {seeds}"
         raise ValueError(
             f"got {count} training runs ({factors}), expected at most {MAX_TRAININGS}; submit "
             "several pipeline runs"
