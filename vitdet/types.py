@@ -178,7 +178,7 @@ class Detections(Record):
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def draw(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
-        """Draw masks, boxes, names and scores on a copy of `image` (any input of `Predictor`)."""
+        """Draw detections on a copy of `image` (any input of `Predictor`), enlarged if small."""
         from vitdet.visualize import draw
 
         return draw(image, self)
