@@ -29,7 +29,7 @@ def evaluate(
     found = stages.evaluate_recipe(
         checkpoint.path, resolved.path, name, data, workspace, run_id(), figures.path, report.path
     )
-    # the AP of each class is only in the report and in MLflow
+    # the AP of each class is not logged to KFP, only to MLflow
     for key in [metric for metric in found.metrics if "/" not in metric]:
         figures.log_metric(key, found.metrics[key])
     report.metadata["mlflow_run"] = found.page

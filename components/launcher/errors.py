@@ -22,8 +22,8 @@ MISSING_RULE = re.compile(
 )
 QUOTA = re.compile(r"exceeded quota: |status unknown for quota: ")
 WEBHOOK = re.compile(r'admission webhook "[^"]+" denied the request')
-# Errors about invalid fields in webhooks' messages; retries do not help (apimachinery,
-# pkg/util/validation/field/errors.go)
+# Field errors (apimachinery, pkg/util/validation/field/errors.go), which webhooks include in their
+# messages; retries do not help
 INVALID_FIELD = re.compile(
     r": (Invalid|Required|Unsupported|Duplicate) value|: (Forbidden|Too long|Too many): "
 )

@@ -104,7 +104,7 @@ class Restarts:
             self.add(name, Cause(name, "NodeNotReady"), now, True)
         if cause is None:
             return
-        # while a pod waits for a node or for its restart, the other pods time out and fail
+        # not a new error if another pod waits for a node or for its restart: this pod timed out
         for _ in range(count - before):
             if not self.join_last(name, uid, cause, now):
                 self.add(name, cause, now, self.incomplete)
