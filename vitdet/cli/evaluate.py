@@ -17,7 +17,7 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     add_file(verb, "--config", help)
     help = (
         "write the metrics and the AP of each class to this JSON file and, for a checkpoint, the "
-        "data and settings to NAME.measured.json next to it"
+        "settings and the data's fingerprint to NAME.measured.json next to it"
     )
     add_file(verb, "--output", help)
     add_folder(verb, "--pictures", "folder for pictures of the ground truth next to detections")
