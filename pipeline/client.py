@@ -23,9 +23,9 @@ from pipeline.versions import Version, server_version
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # unlike kfp.Client, includes CANCELED
 RECURRING = "recurringrun"  # path segment in the web interface's link to a schedule
-# Argo's tasks other than steps: groups of steps, drivers, pods. A suffix such as "(0)" marks an
-# attempt of a retried step (kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
-ATTEMPT = re.compile(r"\(\d+\)$")
+ATTEMPT = re.compile(r"\(\d+\)$")  # Argo's suffix for an attempt of a retried step
+# Argo's tasks that are not steps: groups of steps, drivers and executors (kubeflow/pipelines,
+# backend/src/v2/compiler/argocompiler/dag.go)
 ARGO_TASK = re.compile(
     r"(root|executor|iteration.*|(for-loop|condition|condition-branches|exit-handler)-\d+.*)(-driver)?$"
 )

@@ -79,7 +79,7 @@ class PackedList(Generic[T]):
     def __init__(self, values: Iterable[T] = ()) -> None:
         self._ends = array("q", [0])
         self._bytes = bytearray()
-        self._sent: tuple[Shared, Shared] | None = None  # replaces _ends and _bytes after pickling
+        self._sent: tuple[Shared, Shared] | None = None  # replaces _ends and _bytes once sent
         for value in values:
             self.append(value)
 

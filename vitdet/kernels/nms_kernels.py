@@ -81,7 +81,7 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
     j = block * BITS + tl.arange(0, BITS)
     ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
     bx0, by0, bx1, by1 = corners(boxes, j, j < count)
-    # The later boxes are on axis 0, along which bits are summed: a thread holds many later boxes.
+    # The later boxes are on axis 0, so that most bits of a word are summed within one thread.
     width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
     height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
