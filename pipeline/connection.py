@@ -72,7 +72,7 @@ class Secret:
 
 
 def server_address(host: str) -> str:
-    """Return the API's URL: `host`, KF_PIPELINES_ENDPOINT, or in a pod the cluster's service.
+    """Return the API's URL: `host`, KF_PIPELINES_ENDPOINT, or, in a pod, the cluster's service.
 
     Raises ValueError if no URL is set, or the URL has credentials or is not http(s)://NAME[/PATH].
     """

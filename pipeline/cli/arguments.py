@@ -104,7 +104,7 @@ def add_server(command: argparse.ArgumentParser) -> None:
         "--host",
         "URL",
         "URL of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline (default: "
-        "KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
+        "KF_PIPELINES_ENDPOINT, or, in a pod, the cluster's service)",
     )
     add_text(group, "--ui-host", "URL", "URL of the web interface, if it differs from --host")
     add_text(group, "--namespace", "NAME", "your profile's namespace, for multi-user servers")

@@ -12,7 +12,7 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoint", type=given_path, help=CHECKPOINT)
     help = (
         "alias to set in addition to `candidate`; `champion` is set only if the model version "
-        "passes the gate, which re-evaluates the champion if necessary (default: %(default)s)"
+        "passes the gate, which re-evaluates the champion if necessary (default: none)"
     )
     verb.add_argument("--alias", metavar="NAME", default="candidate", help=help)
     settings = "tracking, gate, data and evaluate settings"

@@ -16,7 +16,7 @@ from torchvision.ops import nms as torchvision_nms
 
 from vitdet.kernels import enabled
 
-TOGETHER = 46_000  # number of boxes (256 MB of bits) above which a group is split by label
+TOGETHER = 46_000  # number of boxes (265 MB of bits) above which a group is split by label
 
 
 def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
