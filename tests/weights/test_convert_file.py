@@ -181,7 +181,7 @@ def test_invalid_combinations_are_rejected(model: Path, recipe: Path, tmp_path: 
         assert says in refused(*given, reverse=True), says
     save_config(load_config(recipe, ["model.roi_heads.num_classes=80"]), tmp_path / "coco.yaml")
     text = refused(model, pt, "vitdet", tmp_path / "coco.yaml")
-    assert "6 in the file, 80 in the recipe; to train on the classes of the recipe, set" in text
+    assert "6 in the file, 80 in the recipe; to train on the recipe's classes, set" in text
     assert not list(tmp_path.glob("*x.p*"))
 
 

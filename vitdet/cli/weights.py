@@ -87,7 +87,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def _record(entry: Entry) -> dict:
-    """Return a catalog entry as a dict for JSON; unpublished properties are None."""
+    """Return a catalog entry as a dict for JSON; empty or unpublished properties are None."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 

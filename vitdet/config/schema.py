@@ -124,7 +124,7 @@ class ModelConfig(Section, prefix="model."):
     # rule for the box that has the highest IoU with an object. own: foreground in the RPN, even if
     # the IoU is low (Detectron2); best: matched to this object in RPN and box heads (mmdet)
     low_quality: Literal["own", "best"] = "own"
-    clamp_shrinking: bool = False  # limit dw and dh to at least log(16 / 1000) (mmdet)
+    clamp_shrinking: bool = False  # clamp dw and dh from below at log(16 / 1000) (mmdet)
 
     @property
     def architecture(self) -> str:

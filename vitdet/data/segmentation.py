@@ -2,8 +2,8 @@
 
 COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
 mmdet, parts of fewer than 3 points or odd length are ignored. If no part remains, the object has no
-outline. Detectron2 trains on the box around the visible outline; COCO's evaluation uses `bbox`. If
-these boxes differ by more than the tolerances, training uses `bbox` (`Validated.own_box`).
+outline. Detectron2's ViTDet trains on the box around the visible outline; COCO's evaluation uses
+`bbox`. If they differ by more than the tolerances, training uses `bbox` (`Validated.own_box`).
 """
 
 from __future__ import annotations

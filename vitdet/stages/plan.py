@@ -15,7 +15,7 @@ from vitdet.files import write_json
 from vitdet.stages.workspace import resolve_paths
 
 SEED = "train.seed"
-# A training run adds about 12 nodes to the Workflow's status, whose size Argo limits to 1 MiB.
+# A training run adds about 12 nodes to the Workflow, whose size Argo limits to 1 MiB.
 MAX_TRAININGS = 64
 EXPLICIT = "explicit.json"  # file next to the configs: {name: names of settings that the user set}
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")

@@ -133,7 +133,7 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
     weights, code = path.parent / "detector.safetensors", path.parent / "detector.py"
     save_safetensors(weights, content)
     code.write_text(CODE)
-    # suppresses MLflow's warning that torch was imported first
+    # suppresses MLflow's progress messages, such as the validation of the input example
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     save_model(
         str(path),

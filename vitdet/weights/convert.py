@@ -138,7 +138,7 @@ def _check_whole(found: Source, weights: Weights, config: Config, source: Path) 
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
         raise ValueError(
             f"{source}: number of classes: {theirs} in the file, {ours} in the recipe; to train on "
-            "the classes of the recipe, set train.init to this file and train.init_format"
+            "the recipe's classes, set train.init to this file and train.init_format to its format"
         )
 
 
