@@ -49,7 +49,7 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    # when a collective times out, NCCL writes its record of recent collectives to a file
+    # when a collective times out, torch's Flight Recorder writes the recent ones to a file
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # older name of TORCH_FR_BUFFER_SIZE
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
