@@ -68,6 +68,12 @@ def test_the_shared_case_passes(name):
     shared_case_holds(SHARED / name)
 
 
+def test_every_folder_in_golden_is_a_known_case():
+    """The documented command, `python -m tests.parity tests/golden/*`, fails for other folders."""
+    folders = [path for path in GOLDEN.iterdir() if path.is_dir()]
+    assert len(folders) > len(CASES) and all(map(parity.kind_of, folders))
+
+
 def test_every_case_is_run_and_other_files_are_ignored(capsys, tmp_path):
     assert parity.main([str(GOLDEN / "README.md"), str(GOLDEN / "unit")]) == 0
     assert parity.main([str(tmp_path / "absent"), str(GOLDEN / "unit")]) == 1

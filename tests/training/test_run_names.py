@@ -13,7 +13,7 @@ from vitdet.config import digest as digest_module
 from vitdet.config.digest import difference, digest, legacy_digest
 from vitdet.config.sections import list_settings
 
-STORED = Path(__file__).parents[1] / "golden" / "checkpoints" / "digests.json"
+STORED = Path(__file__).parents[1] / "golden_checkpoints" / "digests.json"
 OPERATIONAL = """
     data.workers=7 data.root=/elsewhere data.max_pixels=7 train.log_every=7 train.eval_every=7
     train.save_every=7 train.keep=7 train.accumulate=7 train.activation_checkpointing=blocks

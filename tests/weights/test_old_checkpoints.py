@@ -1,6 +1,6 @@
 """Checkpoints and training states written by commit dad8b8b still load.
 
-tests/golden/checkpoints contains their structure (names, shapes, dtypes, all values that are not tensors); the tensors
+tests/golden_checkpoints contains their structure (names, shapes, dtypes, all values that are not tensors); the tensors
 are filled with seeded random numbers.
 """
 
@@ -18,7 +18,7 @@ from vitdet import Predictor, evaluate, train
 from vitdet.checkpoint import restore_detector
 from vitdet.config import DataConfig, load_config
 
-STORED = Path(__file__).parents[1] / "golden" / "checkpoints"
+STORED = Path(__file__).parents[1] / "golden_checkpoints"
 CASES = {
     "tiny": {},
     "cascade": {
