@@ -224,7 +224,7 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
     if added := task.get("resources"):
         trainer["resourcesPerNode"] = merge_resources(trainer.get("resourcesPerNode"), added)
     pod: dict = {}
-    # the controller merges a runtimePatch like `kubectl patch`, which replaces tolerations
+    # a runtimePatch is a strategic merge patch: the task's tolerations replace the runtime's
     add_to_pod(pod, request)
     if task.get("volume_mounts"):
         pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]

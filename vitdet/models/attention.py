@@ -24,7 +24,7 @@ from vitdet import kernels
 from vitdet.kernels import attention as fused
 from vitdet.models.layers import at_least_float32
 
-WIDTH = 8  # half-precision kernels of PyTorch require widths that are multiples of 8
+ALIGNMENT = 8  # PyTorch's half-precision attention kernels require multiples as head dimension
 
 
 def split_windows(x: Tensor, size: int) -> Tensor:
@@ -83,7 +83,7 @@ def widen(
     along_w = torch.einsum("bnhwd,wkd->bnhwk", grid, columns).flatten(2, 3)
     eye_h, eye_w = (torch.eye(side, dtype=k.dtype, device=k.device) for side in (height, width))
     one_hot = torch.cat([eye_h.repeat_interleave(width, dim=0), eye_w.repeat(height, 1)], dim=1)
-    padding = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % WIDTH
+    padding = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % ALIGNMENT
     one_hot = F.pad(one_hot, (0, padding)).expand(*k.shape[:2], -1, -1)
     zeros = [q.new_zeros(1).expand(*q.shape[:3], padding)] if padding else []
     query = torch.cat([scaled_q, along_h.to(q.dtype), along_w.to(q.dtype), *zeros], dim=-1)
