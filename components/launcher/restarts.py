@@ -140,7 +140,10 @@ class Restarts:
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
-        """Add a failure to the first incident after the pod's last incident, or to a new one."""
+        """Add a failure to the earliest recent incident that follows the pod's last one, if any.
+
+        Otherwise, a disruption joins the last recent incident, and an error starts a new incident.
+        """
         recent = [incident for incident in self.incidents if now - incident.start <= WINDOW]
         last = max((i for i, entry in enumerate(recent) if name in entry.causes), default=-1)
         incident = next(iter(recent[last + 1 :]), None)

@@ -163,7 +163,7 @@ def _mapping_at(value: Any, path: str) -> dict:
 
 
 def _gpu_count(kind: type, value: object) -> object:
-    """Convert a number of GPUs, for msgspec, which does not support the type _GpuCount."""
+    """Validate a number of GPUs; msgspec calls this for the type _GpuCount."""
     if not re.fullmatch("[0-9]+", str(value)):
         raise ValueError(f"expected a whole number, got {value!r}")
     return kind()

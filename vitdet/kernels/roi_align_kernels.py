@@ -277,7 +277,6 @@ def roi_align_backward(
     place = tl.arange(0, ROWS * COLUMNS)
     start, end = tl.load(first + of * levels + at), tl.load(first + of * levels + at + 1)
     for block in range(start, end, ROIS):
-        # indices in `order` of the RoIs that touch the tile; `end` for other RoIs
         index = block + tl.arange(0, ROIS)
         exists = index < end
         roi = tl.load(order + index, mask=exists, other=0)
@@ -286,6 +285,7 @@ def roi_align_backward(
         top, bottom = touched(ay0, ay1, height)
         here = exists & is_finite(ax0, ay0, ax1, ay1)
         here &= (left < x + SIDE) & (right >= x) & (top < y + SIDE) & (bottom >= y)
+        # indices in `order` of the RoIs that touch the tile; `end` for other RoIs
         waiting = tl.where(here, index, end)
         following = tl.min(waiting, axis=0)
         while following < end:
