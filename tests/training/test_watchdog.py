@@ -80,7 +80,8 @@ def test_a_slow_step_raises_the_limit_of_the_next_step(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[float] = []
-    begin, record, load = time.monotonic(), Watchdog.at, trainer.TrainingStep.run
+    begin = float(int(time.monotonic()))  # begin + 1000 - begin is then exactly 1000
+    record, load = Watchdog.at, trainer.TrainingStep.run
 
     def at(self: Watchdog, step: int, stage: Stage, limit: float = 0.0) -> None:
         record(self, step, stage, limit)
