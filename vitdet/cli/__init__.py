@@ -127,7 +127,7 @@ class _Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and their arguments."""
-    description = "Train, evaluate and deploy plain Vision Transformer detectors (ViTDet)."
+    description = "Train, evaluate and register plain Vision Transformer detectors (ViTDet)."
     root = argparse.ArgumentParser(prog="vitdet", description=description)
     help = "print the versions of vitdet, torch and Python"
     root.add_argument("--version", action=_Version, nargs=0, help=help)
