@@ -35,7 +35,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
         _add_fetch(add_kind(kinds, name, help, FETCH.format(title)), name)
     kind = add_kind(kinds, "check", "list all problems of a data set in COCO's layout")
     add_folder(kind, "folder", "folder of the data set")
-    help = "also read all images and report images in more than one split; uses all CPU cores"
+    help = "also read all images and compare those of different splits; uses all CPU cores"
     kind.add_argument("--images", action="store_true", help=help)
     add_reading(kind)
     kind.set_defaults(run=run_data_check)
@@ -90,7 +90,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--format", choices=formats, help=help)
     help = "convert only these splits (default: all)"
     kind.add_argument("--splits", type=_names, default=(), metavar="A,B", help=help)
-    help = "if one split is converted: share of its images for val, e.g. 0.1 (default: %(default)s)"
+    help = "share of images that a single split gives to val, e.g. 0.1 (default: %(default)s)"
     kind.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=help)
     help = "random seed of --val-share (default: %(default)s)"
     kind.add_argument("--seed", type=int, default=0, help=help)

@@ -243,7 +243,7 @@ class EvalConfig(Section, prefix="evaluate."):
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
-    # auto: bf16 or fp16 if the device supports one of them natively, otherwise fp32
+    # auto: bf16 if the device supports it natively, otherwise fp16 on a GPU and fp32 on a CPU
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # torch.compile on a GPU: takes about a minute and pays off after a few thousand images
     compile: bool = False

@@ -187,7 +187,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
         """Sample foreground and background boxes from proposals (B, N, 4) and ground truths."""
         boxes = torch.cat([proposals, targets.boxes], dim=1)
-        # match ground-truth boxes separately, so that the best box of each object is a proposal
+        # match ground-truth boxes separately: else each object's best box would be its ground truth
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
