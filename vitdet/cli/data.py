@@ -90,7 +90,7 @@ def _add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--format", choices=formats, help=help)
     help = "convert only these splits (default: all)"
     kind.add_argument("--splits", type=_names, default=(), metavar="A,B", help=help)
-    help = "share of images that a single split gives to val, e.g. 0.1 (default: %(default)s)"
+    help = "share of the images of a single split to use as val, e.g. 0.1 (default: %(default)s)"
     kind.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=help)
     help = "random seed of --val-share (default: %(default)s)"
     kind.add_argument("--seed", type=int, default=0, help=help)

@@ -27,7 +27,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     add_folder(verb, "--weights", help)
     help = "ID of a pipeline run, whose MLflow run becomes the parent of the new MLflow run"
     verb.add_argument("--group", default="", metavar="RUN", help=help)
-    help = "profile a few steps: write a trace to OUTPUT/profile and log where the time is spent"
+    help = "profile a few steps, without compilation: trace in OUTPUT/profile, times in the log"
     verb.add_argument("--profile", action="store_true", help=help)
     verb.set_defaults(run=run_train)
 
