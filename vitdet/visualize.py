@@ -17,7 +17,7 @@ from vitdet.types import Detections
 LEGIBLE = 768  # small images are enlarged to about this longest side, so that captions fit
 # color of shadows, which add contrast; opacity of masks; opacity of shadows
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
-GOLDEN = 0.618034  # hue step (golden ratio), which gives consecutive labels distinct colors
+GOLDEN = 0.618034  # hue step (golden ratio), so that consecutive labels have distinct colors
 
 
 Color = tuple[int, int, int]  # red, green and blue, 0..255

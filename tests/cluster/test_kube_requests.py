@@ -19,7 +19,7 @@ from tests.cluster.test_following import PYTORCH, SHORT
 
 
 def answers(*given: object) -> Callable:
-    """Return a request function that gives these responses; the last one repeats."""
+    """Return a request function that returns these responses; the last one is repeated."""
     waiting = list(given)
 
     def call(*_: object, **options: object) -> object:

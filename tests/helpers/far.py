@@ -45,7 +45,7 @@ def is_far(device: object) -> bool:
 
 
 def run(function: Callable, args: tuple, kwargs: dict) -> object:
-    """Run an operation on the CPU; the results are far if an operand is or `device` says so."""
+    """Run an operation on the CPU; the results are FarTensors if an operand or `device` is far."""
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     far = [tensor for tensor in tensors if isinstance(tensor, FarTensor)]
     near = [tensor for tensor in tensors if not isinstance(tensor, FarTensor) and tensor.dim()]

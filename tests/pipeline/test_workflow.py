@@ -73,7 +73,7 @@ def test_the_attempt_is_the_number_in_argos_node_name(node: str, index: int | No
 
 
 class Cluster:
-    """Replaces JobClient: gives responses or errors to a step's two requests."""
+    """Replaces JobClient: returns a response or raises an error for each of a step's two requests."""
 
     def __init__(self, pod: object, workflow: object) -> None:
         self.answers = {"pod": pod, "workflow": workflow}
