@@ -200,7 +200,7 @@ def vitdet(
     """Return vitdet(*words), which runs a command in a new folder: (exit code, stdout, stderr)."""
     from vitdet.cli import main
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # restored even if the command sets it
     monkeypatch.chdir(tmp_path)
 
     def run(*words: object) -> tuple[int, str, str]:

@@ -108,7 +108,11 @@ def test_a_test_split_is_not_skipped_silently(vitdet: Run, yolo: Path) -> None:
     code, output, _ = vitdet("data", "convert", yolo, "three")
     assert code == 0
     assert "  split val skipped: no image in images/none" in output.splitlines()
-    assert "no validation split" in output
+    assert "no validation split, which training requires; --val-share 0.1" in output
+    write(yolo / "data.yaml", head.replace("images/val", "images/none") + "test: images/val\n")
+    _, output, _ = vitdet("data", "convert", yolo, "four")
+    # --val-share requires a single split
+    assert "  no validation split, which training requires" in output.splitlines()
 
 
 def test_an_id_may_contain_a_space(vitdet: Run, voc: Path, tmp_path: Path) -> None:

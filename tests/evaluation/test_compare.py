@@ -176,8 +176,15 @@ def test_a_padded_table_has_the_cells_of_a_plain_table() -> None:
     assert padded.replace(" ", "") == plain.replace(" ", "")
 
 
+def test_an_invalid_tracking_uri_is_named_as_the_option(vitdet: Run) -> None:
+    found = vitdet("compare", "a", "b", "--tracking-uri", "http://:5000")
+    refused(found, "--tracking-uri: expected http://HOST:PORT, got http://:5000")
+
+
 @pytest.mark.slow
-def test_runs_and_checkpoints_are_compared(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_runs_and_checkpoints_are_compared(
+    vitdet: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, changes in (("a", {}), ("b", {"train__seed": 1}), ("c", {"evaluate__nms_iou": 0.6})):
         words = options(minimal(tiny, optim__steps=2, train__eval_every=2, **changes))
         assert vitdet("train", "tiny", *words, "--output", f"work/{name}")[0] == 0
@@ -203,7 +210,10 @@ def test_runs_and_checkpoints_are_compared(vitdet: Run, tiny: Path, tmp_path: Pa
     first = next(run for run in default if run is not seed)
     assert " train.seed=1 " in seed.info.run_name
     words = [first.info.run_id, seed.info.run_name, "--tracking-uri", store, *few]
-    code, from_runs, errors = vitdet("compare", *words)
+    with monkeypatch.context() as patch:  # the option takes precedence
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/no/mlflow.db")
+        refused(vitdet("compare", *words[:2]), "no/mlflow.db: no such MLflow store")
+        code, from_runs, errors = vitdet("compare", *words)
     assert code == 0, errors
     boxes, expected = (
         [line.split("|")[3:] for line in table.splitlines() if "| box " in line]

@@ -27,9 +27,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.files import atomic_dir
 
-UNDIVIDED = (
-    "no validation split, which training requires; --val-share 0.1 uses 10% of the images as val"
-)
+UNDIVIDED = "no validation split, which training requires"
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ def convert(
         if not counts:
             raise ValueError(f"{source}: {'; '.join(['nothing to convert', *dataset.remarks])}")
     if not any(split.startswith("val") for split in counts):
-        dataset.remarks.append(UNDIVIDED)
+        advice = "; --val-share 0.1 uses 10% of the images as val" if len(counts) == 1 else ""
+        dataset.remarks.append(UNDIVIDED + advice)
     notes = {note: count for note, count in dataset.notes.items() if count}
     if boxes_as_masks and BOX_ONLY in notes:
         notes["boxes used as masks"] = notes.pop(BOX_ONLY)

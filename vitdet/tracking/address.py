@@ -26,7 +26,7 @@ def tracking_uri(uri: str, folder: Path) -> str:
     found = os.environ.get(name, "")
     if not found:
         name, found = "tracking.uri", uri
-    _check_address(name, found)
+    check_uri(name, found)
     return found or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
 
 
@@ -56,7 +56,8 @@ def _use_step_secret() -> None:
             os.environ[name] = value
 
 
-def _check_address(name: str, uri: str) -> None:
+def check_uri(name: str, uri: str) -> None:
+    """Raise ValueError for an invalid tracking URI; `name` is the name of its setting."""
     check_address(name, uri)
     if not re.match(r"https?://", uri, re.IGNORECASE):
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from vitdet.cli.arguments import add_file
 
@@ -20,8 +21,8 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
     help = "for results files: evaluation protocol (default: coco)"
     verb.add_argument("--dataset", choices=("coco", "lvis"), help=help)
     help = (
-        "URI of the MLflow server; the environment variable MLFLOW_TRACKING_URI takes precedence "
-        "(default: for a checkpoint, its own store; for a run, mlflow.db in the current folder)"
+        "URI of the MLflow store (default: MLFLOW_TRACKING_URI, if set; otherwise, for a "
+        "checkpoint, its own store and, for a run, mlflow.db in the current folder)"
     )
     verb.add_argument("--tracking-uri", default="", metavar="URI", help=help)
     help = "number of bootstrap resamples of the images (default: %(default)s)"
@@ -42,10 +43,14 @@ def run_compare(args: argparse.Namespace) -> int:
     from vitdet.cli.compare.text import comparison_text
     from vitdet.evaluation.bootstrap import bootstrap
     from vitdet.files import atomic_write
+    from vitdet.tracking.address import check_uri
 
     if len(args.results) < 2:
         raise ValueError(f"expected at least two results to compare, got {len(args.results)}")
-    reader = Reader(args.tracking_uri, args.annotations, args.dataset or "coco")
+    if args.tracking_uri:
+        check_uri("--tracking-uri", args.tracking_uri)
+        os.environ["MLFLOW_TRACKING_URI"] = args.tracking_uri
+    reader = Reader(args.annotations, args.dataset or "coco")
     compared = [reader.read(name) for name in args.results]
     check_comparable(compared)
     matches = [found.matches for found in compared]

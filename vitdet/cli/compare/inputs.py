@@ -43,10 +43,10 @@ class Compared:
 
 
 class Reader:
-    """Reads inputs. uri: MLflow tracking URI. annotations, dataset: options for results files."""
+    """Reads inputs. annotations, dataset: options for results files."""
 
-    def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
-        self.uri, self.annotations, self.dataset = uri, annotations, dataset
+    def __init__(self, annotations: Path | None, dataset: str) -> None:
+        self.annotations, self.dataset = annotations, dataset
 
     def read(self, name: str) -> Compared:
         """Read an MLflow run, a checkpoint, a training run's output folder or a results file.
@@ -85,7 +85,7 @@ class Reader:
         with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
             candidates = [parent, parent / "plots", parent / "evaluation", parent.parent / "plots"]
             if stored["run_id"] and has_mlflow():
-                uri, folder = self.uri or config.tracking.uri, default_folder(path.parent)
+                uri, folder = config.tracking.uri, default_folder(path.parent)
                 try:
                     run, downloaded = _fetch(stored["run_id"], uri, folder, Path(work), tries=1)
                     metrics, candidates = run.metrics, [*candidates, downloaded]
@@ -105,7 +105,7 @@ class Reader:
     def _run(self, name: str) -> Compared:
         require_mlflow()
         with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
-            run, downloaded = _fetch(name, self.uri, Path(), Path(work))
+            run, downloaded = _fetch(name, "", Path(), Path(work))
             measured = _read_measured(downloaded / MATCHES)
             if measured is None:
                 raise ValueError(
