@@ -135,8 +135,10 @@ def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
 
 
 def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
-    """Return the accelerators of a TrainJob, merged from its runtime if the documents contain it.
+    """Return the accelerators of a TrainJob's pods.
 
+    They come from its runtime, if the documents contain it, its runtimePatches and its
+    resourcesPerNode, each of which takes precedence over the previous.
     Raises the errors of `accelerators`.
     """
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}

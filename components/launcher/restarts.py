@@ -71,7 +71,7 @@ class Restarts:
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
 
     def decided_errors(self, now: float) -> int:
-        """Return the number of errors, without an incident that may still become a disruption."""
+        """Return the number of errors, except a last incident that may prove to be a disruption."""
         last = self.incidents[-1] if self.incidents else None
         undecided = last is not None and not last.disrupted and not self.is_decided(now)
         return self.errors - undecided

@@ -16,7 +16,7 @@ FETCH = (
     "are neither downloaded again nor overwritten. The proxies in http_proxy and https_proxy are "
     "used."
 )
-# `vitdet data convert` reads the sizes of images but no pixels, so data.bit_depth has no effect
+# `vitdet data convert` uses the sizes of images, not their pixel values, which data.bit_depth scales
 LARGEST_IMAGE = ("max_pixels",)
 
 
