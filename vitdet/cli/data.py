@@ -16,7 +16,7 @@ FETCH = (
     "are neither downloaded again nor overwritten. The proxies in http_proxy and https_proxy are "
     "used."
 )
-# `vitdet data convert` uses the sizes of images, not their pixel values, which data.bit_depth scales
+# `vitdet data convert` uses only the sizes of images, so data.bit_depth has no effect
 LARGEST_IMAGE = ("max_pixels",)
 
 

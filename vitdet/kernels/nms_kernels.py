@@ -124,7 +124,7 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
         lines = bits + block * BITS * words
         here = tl.sum(tl.where(word == block, gone, 0), axis=0)
         for k in tl.static_range(BITS):
-            # Only these few instructions depend on the previous box, so that loads need not wait.
+            # only `here` depends on the previous box, so the loads need not wait
             line = tl.load(lines + k * words + block)
             own = tl.full((), 1, tl.int64) << k
             here |= line & tl.where(((here | line) & own) == 0, -1, own)
