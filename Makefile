@@ -10,7 +10,7 @@
 # make clean   remove the files that the other targets create: the environment, the work folder, DVC's cache and lock
 #
 # All targets except image and clean first create the environment (.venv) if it is missing or older than requirements.lock
-# or pyproject.toml. To use another interpreter: make demo PYTHON=python3.12
+# or pyproject.toml. To use another interpreter for a new .venv: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 PORT ?= 5000

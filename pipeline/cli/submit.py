@@ -62,8 +62,8 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     cluster.add_argument(
         "--pool",
         metavar="NAME",
-        help="node pool for training: value of the node label vitdet/pool, or name of the "
-        "ComputeClass on GKE (default: as in the manifest)",
+        help="node pool for training: value of the node label vitdet/pool or, for a PyTorchJob on "
+        "GKE, name of the ComputeClass (default: as in the manifest)",
     )
     cluster.add_argument(
         "--job-kind",
