@@ -28,6 +28,7 @@ from vitdet.demo.tiny import PRETRAIN_SEED, draw_scene
 from vitdet.models import build_backbone
 from vitdet.models.attention import attend
 from vitdet.models.detector import PIXEL_MEAN, PIXEL_STD
+from vitdet.models.layers import LayerNorm
 from vitdet.models.vit import Block, ViT
 from vitdet.weights import NOT_PRETRAINED
 from vitdet.weights.convert import save_tensors
@@ -56,7 +57,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.encoder, self.patch = encoder, encoder.stride
         grid, dim = encoder.pos_embed.shape[1], encoder.out_channels
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.into_decoder = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.positions = nn.Parameter(torch.randn(1, grid * grid, decoder_dim) * 0.02)
@@ -75,7 +76,7 @@ class MaskedAutoencoder(nn.Module):
             for _ in range(decoder_depth)
         )
         pixels = nn.Linear(decoder_dim, 3 * self.patch**2)
-        self.to_pixels = nn.Sequential(nn.LayerNorm(decoder_dim), pixels)
+        self.to_pixels = nn.Sequential(LayerNorm(decoder_dim), pixels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean squared error of the reconstructed patches of images (B, 3, S, S).

@@ -12,12 +12,29 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6  # epsilon of LayerNorms in ViT and ViTAE, and between the pyramid's deconvolutions
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the precision of its weights, as torch.autocast computes it on a GPU.
+
+    On a CPU, autocast leaves inputs in bf16, and PyTorch then adds up the gradients of weight and
+    bias in bf16, where a sum over many positions stops growing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class LayerNorm2d(LayerNorm):
+    """LayerNorm over the channels of a map: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Module):

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2
+from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2, LayerNorm2d
 
 
 class SimpleFeaturePyramid(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import Attention
-from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, DropPath, init_conv
+from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, DropPath, LayerNorm, init_conv
 
 
 class Size(NamedTuple):
@@ -95,11 +95,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.window = window
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         size = window or grid
         self.attn = Attention(dim=dim, heads=heads, size=size, scaled_rel_pos=scaled_rel_pos)
         self.pcm = branch
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
         self.residual = ConvBottleneck(dim) if conv_after else nn.Identity()
@@ -201,7 +201,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *to_2tuple(pos_embed_grid), dim))
         self.blocks = build_blocks(dim, depth, grid, branch, **options)
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
+        self.norm = LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         init_normal(self.pos_embed)
         init_linears(self)
 

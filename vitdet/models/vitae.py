@@ -23,7 +23,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdet.models.layers import NORM_EPS
+from vitdet.models.layers import NORM_EPS, LayerNorm
 from vitdet.models.vit import BlockOptions, Size, build_blocks, init_linears, layer_of_block
 
 
@@ -93,13 +93,13 @@ class Performer(nn.Module):
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
         features = dim // 2
-        self.norm1 = nn.LayerNorm(inputs, eps=CELL_NORM_EPS)
+        self.norm1 = LayerNorm(inputs, eps=CELL_NORM_EPS)
         self.kqv = nn.Linear(inputs, 3 * dim)
         w = nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features)
         self.register_buffer("w", w)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(DROPOUT)
-        self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=CELL_NORM_EPS)
         layers = nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(DROPOUT)
         self.mlp = nn.Sequential(*layers)
 
@@ -200,7 +200,7 @@ class ViTAESmall(nn.Module):
         self.num_layers = len(cells) + depth
         branch = partial(deep_branch, dim, int(options["mlp_ratio"] * dim), groups)
         self.blocks = build_blocks(dim, depth, grid, branch, **options)
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
+        self.norm = LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         init_linears(self)
 
     def forward(self, images: Tensor) -> Tensor:

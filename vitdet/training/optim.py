@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitdet.config import OptimConfig
 from vitdet.models import Detector
+from vitdet.models.layers import LayerNorm2d
 
 
 def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
@@ -52,11 +53,11 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # LayerNorm2d, a subclass of LayerNorm, has weight decay, as in Detectron2
+    # LayerNorm2d has weight decay, as in Detectron2
     norms = {
         name
         for name, module in detector.named_modules()
-        if type(module) is nn.LayerNorm
+        if (isinstance(module, nn.LayerNorm) and not isinstance(module, LayerNorm2d))
         or (which == "norms" and isinstance(module, nn.modules.batchnorm._BatchNorm))
     }
     tables = ("pos_embed", "relative_position_bias_table")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import join_windows, split_windows
-from vitdet.models.layers import Blocks, DropPath
+from vitdet.models.layers import Blocks, DropPath, LayerNorm
 from vitdet.models.vit import init_linears
 
 BLOCKED = -100.0  # added to the logit of two tokens that share a window only because of the roll
@@ -59,9 +59,9 @@ class Block(nn.Module):
     def __init__(self, *, dim: int, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__()
         self.window, self.shift = window, shift
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, heads, window_size=window)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
@@ -91,7 +91,9 @@ class Stage(nn.Module):
         self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
     ) -> None:
         super().__init__()
-        self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
+        self.downsample = (
+            PatchMerging(dim // 2, norm_layer=LayerNorm) if downsample else nn.Identity()
+        )
         shifts = (0, window // 2)  # alternating
         self.blocks = Blocks(
             Block(dim=dim, heads=heads, window=window, shift=shifts[i % 2], drop_path=rate)
@@ -122,14 +124,14 @@ class Swin(nn.Module):
         self.strides = tuple(4 * 2**i for i in range(len(depths)))
         self.num_layers = 0  # no layer-wise learning-rate decay, see `layer_of`
         layout: dict[str, Any] = {"output_fmt": "NHWC", "strict_img_size": False}
-        self.patch_embed = PatchEmbed(None, 4, embed_dim=dim, norm_layer=nn.LayerNorm, **layout)
+        self.patch_embed = PatchEmbed(None, 4, embed_dim=dim, norm_layer=LayerNorm, **layout)
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         stages = zip(self.out_channels, heads, (part.tolist() for part in rates), strict=True)
         self.layers = nn.ModuleList(
             Stage(dim=dim, heads=num, window=window_size, rates=part, downsample=i > 0)
             for i, (dim, num, part) in enumerate(stages)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.out_channels)
+        self.norms = nn.ModuleList(LayerNorm(channels) for channels in self.out_channels)
         init_linears(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import attend, join_heads, join_windows, split_heads, split_windows
-from vitdet.models.layers import NORM_EPS, Blocks, DropPath
+from vitdet.models.layers import NORM_EPS, Blocks, DropPath, LayerNorm
 from vitdet.models.vit import init_linears
 from vitdet.models.vitae import CELL_NORM_EPS, conv, dilated_convs
 
@@ -122,10 +122,10 @@ class ReductionCell(nn.Module):
         self.prm = dilated_convs(inputs, width, kernel, stride, dilations)
         self.pcm = branch((inputs, width, width, dim), groups, (2, stride // 2, 1))
         channels = width * len(dilations)
-        self.norm1 = nn.LayerNorm(channels, eps=CELL_NORM_EPS)
+        self.norm1 = LayerNorm(channels, eps=CELL_NORM_EPS)
         kind = {"bias": window > 0, "keep_values": window == 0}
         self.attn = Attention(inputs=channels, dim=dim, heads=heads, window=window, **kind)
-        self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=CELL_NORM_EPS)
         self.mlp = Mlp(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ class NormalCell(nn.Module):
 
     def __init__(self, *, dim: int, heads: int, groups: int, window: int, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         kind = {"bias": True, "keep_values": False}
         self.attn = Attention(inputs=dim, dim=dim, heads=heads, window=window, **kind)
         self.pcm = branch((dim, 4 * dim, dim, dim), groups)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
