@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from components.launcher.templates import FAILURE, Kind
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 REQUEST_TIMEOUT = (5, 30)  # connect and read timeouts in seconds
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+(Z|[+-]\d\d:\d\d) ")  # start of a log line
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,8 @@ class JobClient:
     ) -> list[str]:
         """Return the lines of a container's log, each prefixed with its timestamp and a space.
 
-        Returns [] if the log cannot be read.
+        Returns [] if the log cannot be read. Lines without a timestamp are left out: the kubelet
+        responds with status 200 and an error message if the container no longer exists.
 
         Args:
             since: return only the lines of the last `since` seconds.
@@ -340,7 +343,9 @@ class JobClient:
                 _request_timeout=REQUEST_TIMEOUT,
                 **{key: value for key, value in options.items() if value is not None},
             )
-            return raw.data.decode(errors="replace").splitlines()
+            # not splitlines(), as lines may contain \r
+            lines = raw.data.decode(errors="replace").split("\n")
+            return [line for line in lines if STAMP.match(line)]
         except ApiException as error:
             self.report_forbidden("read logs", error)
             return []

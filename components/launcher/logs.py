@@ -11,6 +11,7 @@ import re
 import time
 from collections import deque
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from components.launcher.client import JobClient
@@ -83,9 +84,12 @@ def can_be_read_later(pod: dict, container: str) -> bool:
 
 
 def comparable_time(text: str) -> str:
-    """Pad the fraction of an RFC 3339 time to nine digits, so that times sort as text."""
-    whole, _, fraction = text.removesuffix("Z").partition(".")
-    return f"{whole}.{fraction:0<9}"
+    """Convert an RFC 3339 time to UTC with nine decimal places, so that times sort as text.
+
+    The times in logs are in the time zone of the node.
+    """
+    fraction = re.sub(r"^[^.]*\.?(\d*).*", r"\1", text)
+    return f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%dT%H:%M:%S}.{fraction:0<9}"
 
 
 @dataclass(frozen=True)

@@ -149,3 +149,15 @@ def test_an_outage_is_reported_with_its_kind() -> None:
     reset = MaxRetryError(HTTPConnectionPool("h"), "/", NameResolutionError("h", None, OSError()))
     assert describe_outage(reset) == "does not respond (NameResolutionError)"
     assert describe_outage(ProtocolError("reset")) == "does not respond (ProtocolError)"
+
+
+def test_only_lines_with_a_timestamp_are_log_lines() -> None:
+    """The kubelet responds with status 200 if the runtime has removed the container."""
+    ours = cluster([])
+    ours.core.read_namespaced_pod_log = answers(
+        b"2026-01-01T00:00:01Z [rank0]:a\rb\n2026-01-01T08:00:02.5+08:00 \n",
+        b"unable to retrieve container logs for containerd://3bb6fd00e2a1",
+        b"",
+    )
+    assert ours.log("w-0") == ["2026-01-01T00:00:01Z [rank0]:a\rb", "2026-01-01T08:00:02.5+08:00 "]
+    assert ours.log("w-0", previous=True) == ours.log("w-0") == []

@@ -28,6 +28,21 @@ def test_each_log_line_is_returned_once_across_restarts() -> None:
     assert texts(log.new_lines(again)) == ["d", "again"] and log.new_lines(again) == []
 
 
+def test_the_time_zone_of_a_node_does_not_change_the_order_of_lines() -> None:
+    record = Record((RUNNING, []))
+    record.logs["w-0"] = [
+        "2026-01-01T07:59:59.999999998+08:00 a",
+        "2026-01-01T07:59:59.999999999+08:00 b",
+        "2025-12-31T19:00:00-05:00 c",
+    ]
+    lines = PodLog(record, "pytorch").new_lines(pod(container={"state": {"running": {}}}))
+    assert texts(lines) == ["a", "b", "c"]
+    assert [lines[0].time[:19], lines[2].time[:19]] == [
+        "2025-12-31T23:59:59",
+        "2026-01-01T00:00:00",
+    ]
+
+
 def restarted(times: int, state: str = "running") -> dict:
     return pod(container={"state": {state: {}}, "restartCount": times})
 
