@@ -176,7 +176,8 @@ def seconds(text: str) -> float:
 
 def run_id_of(run: str) -> str:
     """Return the ID of a run or schedule, given its ID or link."""
-    return run.rstrip("/").split("?")[0].rsplit("/", 1)[-1]
+    # in a link from Kubeflow's dashboard, a query precedes the fragment: ?ns=NAME#/runs/details/ID
+    return run.rpartition("#")[2].partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def remark(line: str) -> None:

@@ -16,7 +16,7 @@ def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "")
     """
     failed = dict(failed_steps(run))
     ended = run.finished_at and run.state in ENDED
-    time = f", {run.finished_at:%Y-%m-%d %H:%M:%S}" if ended else ""
+    time = f", {run.finished_at:%Y-%m-%d %H:%M:%S} UTC" if ended else ""
     hidden = "; at least one step has failed" if failed and run.state == "SUCCEEDED" else ""
     print(
         f"run   {run.display_name}\nid    {run.run_id}\nstate {run.state}{time}{hidden}{remark}\n"

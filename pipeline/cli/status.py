@@ -25,9 +25,11 @@ def run_status(args: argparse.Namespace) -> int:
     found = server.find(run_id_of(args.run_id))
     if isinstance(found, V2beta1RecurringRun):
         link = server.link(found.recurring_run_id, RECURRING)
+        cron, periodic = found.trigger.cron_schedule, found.trigger.periodic_schedule
+        when = cron.cron if cron else f"every {periodic.interval_second} s"
         print(
             f"schedule {found.display_name}\nid       {found.recurring_run_id}\n"
-            f"state    {found.status}\nwhen     {found.trigger.cron_schedule.cron}\n"
+            f"state    {found.status}\nwhen     {when}\n"
             f"link     {link}"
         )
         return 0

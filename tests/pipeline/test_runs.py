@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.launcher import client as kube
+from pipeline.cli.arguments import run_id_of
 from tests.helpers.kubeflow import Handler, Kubeflow, Run, cut, failing, stalling, task
 
 RUN = "0000-run-0"
@@ -231,12 +232,29 @@ def test_status_describes_a_run_or_a_schedule(
     monkeypatch.setattr(kube, "connect", without_cluster)
     code, out, _ = run("status", f"{kubeflow.url}/#/runs/details/{RUN}")
     assert code == 0 and out == (
-        f"run   mine\nid    {RUN}\nstate FAILED, 2026-11-22 10:00:09\nlink  {kubeflow.url}/#/runs/details/{RUN}\n"
+        f"run   mine\nid    {RUN}\nstate FAILED, 2026-11-22 10:00:09 UTC\nlink  {kubeflow.url}/#/runs/details/{RUN}\n"
         "  FAILED     train-job: OOMKilled (exit 137)\n  SUCCEEDED  clean-up\n"
         "  job not shown: no cluster: not in a pod\n"
     )
     code, out, _ = run("status", "0000-rec-0")
     assert code == 0, _
     assert "when     0 0 3 * * *" in out
+    # created in the web interface
+    trigger = {"periodic_schedule": {"interval_second": "3600"}}
+    kubeflow.kept["recurringruns"][0]["trigger"] = trigger
+    code, out, _ = run("status", "0000-rec-0")
+    assert code == 0 and "when     every 3600 s" in out
     code, out, said = run("status", "none")
     assert (code, out, said) == (1, "", f"pipeline: {kubeflow.url} has no run or schedule none\n")
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        RUN,
+        f"https://kubeflow.example.com/pipeline/#/runs/details/{RUN}?tab=1",
+        f"https://kubeflow.example.com/_/pipeline/?ns=team#/runs/details/{RUN}/",
+    ],
+)
+def test_a_link_contains_the_id_of_a_run(link: str) -> None:
+    assert run_id_of(link) == RUN
