@@ -10,6 +10,7 @@ from vitdet.stages.outcomes import read_outcomes, recorded, write_verdict
 from vitdet.stages.plan import plan_trainings
 from vitdet.stages.workspace import run_folder
 from vitdet.tracking.address import run_page
+from vitdet.tracking.comparison import compare
 from vitdet.tracking.mlflow import connect
 from vitdet.tracking.table import mean_deviation, page, trainings_table
 
@@ -70,6 +71,23 @@ def test_a_run_without_any_record_did_not_finish(names: list[str], tmp_path: Pat
     assert not verdicts
     assert failures == dict.fromkeys(names, "did not finish: see the logs of the pipeline's steps")
     assert stages.compare_finished(str(tmp_path), "another-run", str(tmp_path / "page")) == ""
+
+
+def test_names_and_tables_that_mlflow_limits_are_shortened(tmp_path: Path) -> None:
+    """Recipe files may have any name, and MLflow limits run names (250) and tags (5000, now 8000)."""
+    several = [f"{'x' * 90}{number}-12345678" for number in range(3)]
+    many = [f"lr=1e-{number} (a+b), 训练-12345678" for number in range(64)]
+    store = {"uri": "", "folder": tmp_path, "experiment": "e"}
+    for names in (several, many):
+        rows = [{**verdict(name, 10.0), "reason": "no better" * 8} for name in names]
+        compare(names[0], rows, {}, {}, **store, model_name="m")
+    client = connect("", tmp_path)
+    second, first = client.search_runs(["1"])
+    assert first.info.run_name.startswith("pipeline xxx") and len(first.info.run_name) == 250
+    assert second.data.metrics["box_ap/lr_1e-63 _a_b__ 训练-12345678"] == 10.0
+    note = second.data.tags["mlflow.note.content"]
+    assert note.endswith(" |\n\n... The whole text is in the artifact `comparison.md`.")
+    assert 4800 < len(note) <= 5000
 
 
 def test_links_are_in_markdown_and_html() -> None:

@@ -12,6 +12,8 @@ from vitdet.tracking.client import Client, create
 from vitdet.tracking.experiments import find_experiment, plugin_run
 from vitdet.tracking.history import champion_of
 from vitdet.tracking.mlflow import connect
+from vitdet.tracking.model_card import shortened
+from vitdet.tracking.runs import metric_name
 from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 
 # {KFP's final state of a run: MLflow's status}. Some KFP servers report RUNNING while the exit
@@ -39,10 +41,11 @@ def start_parent_run(
         return run.info.run_id
     experiment_id = find_experiment(client, folder, experiment)
     tags |= {"mlflow.source.name": "pipeline", "mlflow.source.type": "JOB"}
-    name = " / ".join(names) if len(names) < 4 else f"{len(names)} training runs"
+    listed = " / ".join(names) if len(names) < 4 else f"{len(names)} training runs"
+    name = f"pipeline {listed}"[:250]  # MLflow's limit
     return create(
         lambda: _parent(client, experiment_id, group),
-        lambda: client.create_run(experiment_id, None, tags, f"pipeline {name}").info.run_id,
+        lambda: client.create_run(experiment_id, None, tags, name).info.run_id,
     )
 
 
@@ -128,12 +131,12 @@ def compare(
     for row in ordered:
         for key in COLUMNS[:2]:
             if row["metrics"].get(key) is not None:
-                client.log_metric(parent, f"{key}/{row['name']}", row["metrics"][key])
+                client.log_metric(parent, metric_name(f"{key}/{row['name']}"), row["metrics"][key])
     if ordered:
         client.set_tag(parent, "val_fingerprint", ordered[0]["val_fingerprint"])
     if ordered and not failures:
         client.set_tag(parent, "best", ordered[0]["name"])
-    client.set_tag(parent, "mlflow.note.content", text)
+    client.set_tag(parent, "mlflow.note.content", shortened(text, "comparison.md"))
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "comparison.md").write_text(text)
         client.log_artifact(parent, str(Path(work) / "comparison.md"))

@@ -19,7 +19,6 @@ from vitdet.weights.catalogue import CATALOGUE, NOT_PUBLISHED
 
 # maximum length of a description in MLflow's database (store/model_registry/dbmodels)
 DESCRIPTION = 5000
-MORE = "\n\n... The whole text is in the artifact `model_card.md`."
 SHOWN_CLASSES = 20
 WORST = 5
 
@@ -81,11 +80,15 @@ def description_of(card: str) -> str:
 
     MLflow's list of versions shows the first line of the description.
     """
-    card = card.partition("\n")[2].lstrip()
-    if len(card) <= DESCRIPTION:
-        return card
-    kept = card[: DESCRIPTION - len(MORE)]
-    return kept.rpartition("\n")[0].rstrip() + MORE
+    return shortened(card.partition("\n")[2].lstrip(), "model_card.md")
+
+
+def shortened(text: str, artifact: str) -> str:
+    """Return the text, truncated after a line to the maximum length of a description."""
+    if len(text) <= DESCRIPTION:
+        return text
+    more = f"\n\n... The whole text is in the artifact `{artifact}`."
+    return text[: DESCRIPTION - len(more)].rpartition("\n")[0].rstrip() + more
 
 
 def initial_weights(init: str) -> list[InitialWeights]:
