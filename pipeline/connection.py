@@ -301,6 +301,8 @@ class Transport(RESTClientObject):
         """Return the error for a request without a response."""
         if isinstance(error, exceptions.NameResolutionError):
             return ServerError(f"{self.host}: no such host", 0, sent=False)
+        if isinstance(error, exceptions.LocationValueError):  # e.g. port 99999
+            return ServerError(f"{self.host}: invalid host name or port", 0, sent=False)
         sent, reason = True, "the connection was closed before a response"
         if isinstance(error, exceptions.ConnectTimeoutError | exceptions.NewConnectionError):
             sent, reason = False, f"no connection within {self.timeout:g} s"

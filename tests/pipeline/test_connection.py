@@ -286,6 +286,9 @@ def test_a_refused_connection_is_retried_but_an_unknown_host_is_not(cli: Run) ->
     assert said.endswith("Connection refused\n")
     code, _, said = cli("status", "x", "--host", "http://nowhere.invalid", "--retries", 5)
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"
+    for host in ("https://kf:99999", "https://kf:port", "http://kf..example.com"):
+        code, _, said = cli("status", "x", "--host", host, "--retries", 5)
+        assert code == 1 and said == f"pipeline: {host}: invalid host name or port\n"
 
 
 def test_an_untrusted_certificate_is_rejected(cli: Run, tmp_path: Path) -> None:
