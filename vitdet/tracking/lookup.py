@@ -46,7 +46,8 @@ def find_run(client: Client, name: str) -> StoredRun:
         found = [client.get_run(name)]
     else:
         quote = '"' if "'" in name else "'"
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        listed = client.search_experiments(max_results=50_000)  # MLflow's limit; default: 1000
+        experiments = [experiment.experiment_id for experiment in listed]
         query = f"attributes.run_name = {quote}{name}{quote}"
         found = client.search_runs(experiments, query)
     if not found:
