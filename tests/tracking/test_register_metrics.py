@@ -11,6 +11,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ErrorCode
 
 from tests.conftest import minimal
 from vitdet import stages
@@ -190,3 +192,17 @@ def test_too_little_memory_for_the_champion_rejects_the_candidate(
         "candidate": "1", "champion": "1", "field": "1"
     }  # fmt: skip
     shutil.rmtree(other.parent)
+
+
+def test_a_server_without_logged_models_is_reported_in_one_line(
+    model: Path, vitdet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow 2 responds with a web page."""
+    page = (
+        "/api/2.0/mlflow/logged-models failed with error code 404. Response body: '<!doctype html>"
+    )
+    missing = MlflowException(f"{page}\n<html>'", ErrorCode.Value("ENDPOINT_NOT_FOUND"))
+    monkeypatch.setattr(MlflowClient, "create_logged_model", Mock(side_effect=missing))
+    code, _, said = vitdet("register", model)
+    assert code == 1 and said.endswith(f"{page}; the server must be MLflow 3 or later\n")
+    assert len([line for line in said.splitlines() if line.startswith("vitdet: ")]) == 1

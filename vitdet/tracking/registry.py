@@ -255,7 +255,12 @@ class _Entry:
             experiment = client.get_run(run_id).info.experiment_id
         else:
             experiment = find_experiment(client, folder, self.model_name, "tracking.model_name")
-        logged = client.create_logged_model(experiment, "detector", run_id, model_type="detection")
+        try:
+            logged = client.create_logged_model(
+                experiment, "detector", run_id, model_type="detection"
+            )
+        except LookupError as error:  # the server has no such endpoint
+            raise LookupError(f"{error}; the server must be MLflow 3 or later") from None
         model.model_id = model.model_uuid = logged.model_id
         model.artifact_path = logged.artifact_location
         model.save(str(packed / "MLmodel"))
