@@ -18,6 +18,7 @@ from vitdet.config import load_config
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.comparison import start_parent_run
 from vitdet.tracking.journal import find
+from vitdet.tracking.mlflow import connect
 from vitdet.tracking.runs import log_evaluation
 
 ADDRESSES = ["localhost:5000", "mlflow:5000/", "10.0.0.7:5000/path", "[::1]:80"]
@@ -192,3 +193,15 @@ def test_a_failed_registration_prints_one_line_and_leaves_no_file(
         said = capsys.readouterr().err.splitlines()
         assert ended.value.code == 1 and len(said) == 1 and said[0].startswith("vitdet: "), said
     assert sorted(child.name for child in tmp_path.iterdir()) == ["figures.json", "model.pt"]
+
+
+def test_an_error_of_the_database_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "mlflow.db"
+    experiment = connect("", tmp_path).create_experiment("e")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///file:{path}?mode=ro&uri=true")
+    reason = r": \(sqlite3.OperationalError\) attempt to write a readonly database$"
+    with pytest.raises(ConnectionError, match=reason):
+        connect("", tmp_path).create_run(experiment)
+    assert "Traceback" not in capsys.readouterr().err

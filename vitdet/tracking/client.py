@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,8 +113,9 @@ def open_client(uri: str) -> Client:
 def _cached_client(uri: str) -> Client:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # loggers for migrations of a new SQLite file
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # logs migrations of a new SQLite file
+    # logs the traceback of each database error, in addition to raising it
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     try:
         return Client(MlflowClient(uri, uri), uri, retries=False)
     except Exception as error:
@@ -226,4 +228,5 @@ def _is_denied(error: Exception, uri: str) -> bool:
 
 def first_line(error: object) -> str:
     """Return up to 300 characters of an error's first line, without credentials."""
-    return hide_credentials((str(error).strip().splitlines() or [repr(error)])[0][:300])
+    text = re.sub(r"^\(raised as a result of .*\)\n", "", str(error).strip())  # from SQLAlchemy
+    return hide_credentials((text.splitlines() or [repr(error)])[0][:300])
