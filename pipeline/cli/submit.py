@@ -73,7 +73,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     cluster.add_argument(
         "--workspace",
         metavar="FOLDER",
-        help=f"folder for data and runs on the shared volume (default: {MOUNT})",
+        help=f"folder for data and runs on the shared volume, {MOUNT} or in it (default: {MOUNT})",
     )
     cluster.add_argument(
         "--service-account",
@@ -138,6 +138,8 @@ def run_submit(args: argparse.Namespace) -> int:
         if args.wait:
             raise ValueError("--wait follows one run, but --cron starts many; omit --wait")
     check_pool(args.pool)
+    if args.workspace and not Path(args.workspace).is_relative_to(MOUNT):
+        raise ValueError(f"--workspace {args.workspace}: expected a folder in the volume, {MOUNT}")
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
         remark("the first step validates the recipes and settings that are not validated here")
     title = " + ".join(Path(recipe).stem for recipe in args.recipes)[:100]

@@ -263,6 +263,8 @@ def test_a_namespace_is_sent_only_to_a_multi_user_server(
             ["tiny", "--fetch", "convert https://me:hunter2@store --set data.max_pixels=9"],
             "--fetch: the credentials would be visible in",
         ),
+        (["tiny", "--workspace", "team-a"], "team-a: expected a folder in the volume, /data"),
+        (["tiny", "--workspace", "/tmp/data"], "/tmp/data: expected a folder in the volume, /data"),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
         (["tiny", "--cron", "@daily", "--wait"], "--wait follows one run"),
         (["tiny", "--package", ROOT / "dvc.yaml"], "not a compiled pipeline"),
