@@ -238,8 +238,21 @@ def image_suffixes() -> frozenset[str]:
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """Return the non-hidden files below folders, sorted by path. suffix: lower case; '' for any."""
-    paths = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
+    """Return the files below folders, sorted by path. suffix: lower case; '' for any.
+
+    Skips hidden files and folders, such as .ipynb_checkpoints. Follows links; a folder with several
+    paths is listed once.
+    """
+    paths, seen = set[Path](), set[str]()
+    for folder in folders:
+        for parent, inside, names in os.walk(folder, followlinks=True):
+            inside[:] = [name for name in inside if name[0] != "."]
+            inside.sort(key=lambda name: os.path.islink(os.path.join(parent, name)))
+            if (place := os.path.realpath(parent)) in seen:
+                inside.clear()
+                continue
+            seen.add(place)
+            paths.update(Path(parent, name) for name in names if name[0] != ".")
     return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 
 

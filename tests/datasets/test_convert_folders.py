@@ -1,0 +1,72 @@
+"""`vitdet data convert`: hidden files and links in the folders of a data set."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.datasets.test_convert_data import image, tree, write
+from tests.datasets.test_convert_layouts import (
+    Layout,
+    expected,
+    labelme_files,
+    records,
+    voc_beside,
+    voc_folders,
+    yolo_lists,
+)
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def names(root: str, split: str = "train") -> list[str]:
+    return sorted(image["file_name"] for image in tree(Path(root), split)["images"])
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    root = tmp_path / "yolo"
+    write(root / "data.yaml", "train: images\nnames: [cat]\n")
+    image(root / "images/a.jpg")
+    write(root / "labels/a.txt", "0 .5 .5 .5 .5")
+    return root
+
+
+def checkpoints(root: Path) -> None:
+    """Copy the files of every folder to .ipynb_checkpoints, as Jupyter does."""
+    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
+        files = [path for path in folder.iterdir() if path.is_file()]
+        (folder / ".ipynb_checkpoints").mkdir()
+        for path in files:
+            name = f"{path.stem}-checkpoint{path.suffix}"
+            shutil.copy(path, folder / ".ipynb_checkpoints" / name)
+
+
+def test_hidden_folders_are_skipped(vitdet: Run, yolo: Path) -> None:
+    checkpoints(yolo)
+    code, output, _ = vitdet("data", "convert", yolo, "out")
+    assert code == 0 and names("out") == ["a.jpg"]
+    assert "skipped" not in output and "without a label file" not in output
+
+
+@pytest.mark.parametrize("layout", [labelme_files, voc_beside])
+def test_copies_in_hidden_folders_are_skipped(vitdet: Run, layout: Layout) -> None:
+    layout(Path("source"))
+    checkpoints(Path("source"))
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert records(Path("out"), "train") == expected("p1", "p2")
+
+
+def test_links_to_folders_are_followed_once(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+    for site in ("images", "labels"):
+        (tmp_path / "site" / site).mkdir(parents=True)
+        (yolo / site / "site").symlink_to(tmp_path / "site" / site)
+        (yolo / site / "again").symlink_to(yolo / site)
+    image(tmp_path / "site/images/b.jpg", value=90)
+    write(tmp_path / "site/labels/b.txt", "0 .5 .5 .5 .5")
+    output = vitdet("data", "convert", yolo, "out")[1]
+    assert output.startswith("out: 1 class; train 2 images, 2 objects")
+    assert names("out") == ["a.jpg", "b.jpg"]
