@@ -1,4 +1,4 @@
-"""`vitdet data convert`: hidden files and links in the folders of a data set."""
+"""`vitdet data convert`: files and folders as operating systems and annotation tools leave them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from tests.datasets.test_convert_data import image, tree, write
 from tests.datasets.test_convert_layouts import (
     Layout,
+    coco_beside,
+    cvat_images,
     expected,
     labelme_files,
     records,
@@ -20,6 +22,7 @@ from tests.datasets.test_convert_layouts import (
 )
 
 Run = Callable[..., tuple[int, str, str]]
+APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        "
 
 
 def names(root: str, split: str = "train") -> list[str]:
@@ -70,3 +73,35 @@ def test_links_to_folders_are_followed_once(vitdet: Run, yolo: Path, tmp_path: P
     output = vitdet("data", "convert", yolo, "out")[1]
     assert output.startswith("out: 1 class; train 2 images, 2 objects")
     assert names("out") == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "layout", [yolo_lists, voc_folders, voc_beside, coco_beside, labelme_files, cvat_images]
+)
+def test_resource_forks_of_macos_are_skipped(vitdet: Run, layout: Layout) -> None:
+    layout(Path("source"))
+    for path in [path for path in Path("source").rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(APPLE_DOUBLE)
+    code, output, errors = vitdet("data", "convert", "source", "out")
+    assert (code, errors) == (0, "") and "ignored" not in output
+    assert records(Path("out"), "train") == expected("p1", "p2")
+
+
+def test_a_byte_order_mark_is_ignored(vitdet: Run) -> None:
+    labelme_files(Path("source"))
+    for path in Path("source").glob("*.json"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert records(Path("out"), "train") == expected("p1", "p2")
+
+
+@pytest.mark.parametrize("layout", [voc_folders, cvat_images])
+def test_a_size_may_have_decimals(vitdet: Run, layout: Layout) -> None:
+    layout(Path("source"))
+    for path in Path("source").rglob("*.xml"):
+        text = path.read_text()
+        for side in (96, 64):
+            text = text.replace(f">{side}<", f">{side}.0<").replace(f'"{side}"', f'"{side}.0"')
+        path.write_text(text)
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert records(Path("out"), "train") == expected("p1", "p2")

@@ -66,7 +66,7 @@ def is_coco(source: Path) -> bool:
 
 
 def _json_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.json"))
+    return sorted(folder.glob("[!.]*.json"))
 
 
 def _split_in(stem: str) -> str:

@@ -197,7 +197,7 @@ class ImportedDataset:
         `stated` is (height, width) in the annotations; (), (0, 0) and (None, None) mean unknown.
         """
         size = image_size(image, self.reading)
-        words = [str(side or 0) for side in stated]
+        words = [str(side or 0).removesuffix(".0") for side in stated]
         if words not in ([], ["0", "0"], list(map(str, size))):
             raise Unusable(
                 "image size that differs from the annotations",

@@ -9,6 +9,7 @@ other types are counted and ignored. The folders train/, valid/ and test/ are sp
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import islice
@@ -61,7 +62,7 @@ Item = tuple[Path, Path, LabelFile, list[Shape]]  # JSON file, image, content an
 
 def is_labelme(source: Path) -> bool:
     """Return whether a folder contains JSON files with `shapes`."""
-    return source.is_dir() and any(map(_has_shapes, islice(source.rglob("*.json"), MOST)))
+    return source.is_dir() and any(map(_has_shapes, islice(source.rglob("[!.]*.json"), MOST)))
 
 
 def _has_shapes(path: Path) -> bool:
@@ -97,7 +98,7 @@ def read_labelme(dataset: ImportedDataset) -> None:
 
 def _decode(path: Path) -> LabelFile | None:
     """Return the content of a JSON file; None if it is not a LabelMe file."""
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(BOM_UTF8)
     try:
         return msgspec.json.decode(content, type=LabelFile)
     except (ValueError, RecursionError) as error:

@@ -67,7 +67,7 @@ def is_voc(source: Path) -> bool:
     if not source.is_dir():
         return False
     folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
-    firsts = (next(folder.glob("*.xml"), None) for folder in folders)
+    firsts = (next(folder.glob("[!.]*.xml"), None) for folder in folders)
     return any(path is not None and has_root(path, "annotation") for path in firsts)
 
 
@@ -114,7 +114,7 @@ class _Folders:
         usual = [source / name for name in ("JPEGImages", "images", "Images")]
         self.images = next((folder for folder in usual if folder.is_dir()), self.annotations)
         lists = (source / name for name in LISTS)
-        self.lists = next((folder for folder in lists if any(folder.glob("*.txt"))), None)
+        self.lists = next((folder for folder in lists if any(folder.glob("[!.]*.txt"))), None)
         self.files, self.others = dataset.images_below(self.images)
         self.by_stem: dict[Path, list[Path]] = defaultdict(list)
         for path in self.files:
@@ -167,7 +167,7 @@ class _Folders:
             for path, first in firsts.items():
                 splits[split_of(first) if divided else "train"][path] = ""
             return splits
-        lists = sorted(self.lists.glob("*.txt"))
+        lists = sorted(self.lists.glob("[!.]*.txt"))
         counts = Counter(split_of(path.stem) for path in lists)
         for path in lists:
             name = split_of(path.stem)
