@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from tests.datasets.test_convert_data import image, tree, write
 from tests.datasets.test_convert_layouts import (
     Layout,
+    coco,
     coco_beside,
     cvat_images,
     expected,
+    images,
     labelme_files,
     records,
     voc_beside,
@@ -105,3 +108,16 @@ def test_a_size_may_have_decimals(vitdet: Run, layout: Layout) -> None:
         path.write_text(text)
     assert vitdet("data", "convert", "source", "out")[0] == 0
     assert records(Path("out"), "train") == expected("p1", "p2")
+
+
+@pytest.mark.parametrize("name", ["instances_{}2017", "{}2017"])
+@pytest.mark.parametrize("folder", ["", "images"])
+def test_a_file_of_a_year_can_be_the_source(vitdet: Run, name: str, folder: str) -> None:
+    for split, picture in (("train", "p1"), ("val", "p2")):
+        images(Path("source", folder, f"{split}2017"), picture)
+        write(Path("source/annotations", f"{name.format(split)}.json"), json.dumps(coco(picture)))
+    file = f"source/annotations/{name.format('val')}.json"
+    for source, target in (("source", "all"), (file, "one")):
+        code, _, errors = vitdet("data", "convert", source, target)
+        assert (code, errors) == (0, "")
+        assert records(Path(target), "val2017") == expected("p2")

@@ -36,7 +36,8 @@ from vitdet.datasets.importers.dataset import (
 
 ROBOFLOW = "_annotations.coco.json"
 NAMES = (ROBOFLOW, "result.json", "labels.json")
-STEM = re.compile(rf"(?:^|[_.-])({'|'.join(SPLIT_NAMES)})(?:$|[_.-])", re.IGNORECASE)
+SPLIT = rf"(?:{'|'.join(SPLIT_NAMES)})(?:201[457])?"  # possibly with the year of COCO's splits
+STEM = re.compile(rf"(?:^|[_.-])({SPLIT})(?:$|[_.-])", re.IGNORECASE)
 MOST = 20  # maximum number of JSON files per folder that are read to detect the format
 
 
