@@ -116,6 +116,8 @@ JPEG = io.BytesIO()
 Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(JPEG, "JPEG", progressive=True)
 LARGE = png((20000, 20000), 1, 0, [])
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+RAW = io.BytesIO()  # a camera's raw file starts with a preview
+Image.new("RGB", (16, 16)).save(RAW, "TIFF", tiffinfo={254: 1})
 TRUNCATED = "the image cannot be read: image file is truncated"
 Content = bytes | Image.Image | Callable[[Path], None]
 REFUSED: dict[str, tuple[Content, str]] = {
@@ -125,6 +127,7 @@ REFUSED: dict[str, tuple[Content, str]] = {
     "half a PNG": (png((64, 64), 8, 0, [bytes(64)] * 64)[:48], "the image cannot be read: "),
     "text": (b"<!doctype html>", "not an image that can be read"),
     "a program in PostScript": (EPS, "not an image that can be read"),
+    "the preview of a raw file": (RAW.getvalue(), "not an image that can be read"),
     "empty": (b"", "the file is empty"),
     "a folder": (Path.mkdir, "the path is a folder"),
     "missing": (lambda path: None, ""),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.datasets.test_convert_data import image, tree, write
 from tests.datasets.test_convert_layouts import (
@@ -121,3 +122,12 @@ def test_a_file_of_a_year_can_be_the_source(vitdet: Run, name: str, folder: str)
         code, _, errors = vitdet("data", "convert", source, target)
         assert (code, errors) == (0, "")
         assert records(Path(target), "val2017") == expected("p2")
+
+
+def test_a_raw_file_of_a_camera_is_not_an_image(vitdet: Run, yolo: Path) -> None:
+    preview = Image.new("RGB", (16, 8))
+    preview.save(yolo / "images/a.nef", "TIFF", tiffinfo={254: 1})
+    output = vitdet("data", "convert", yolo, "out")[1]
+    assert names("out") == ["a.jpg"]
+    reason = "not a supported image format, 1 of them with a label file"
+    assert f"  1 x .nef files skipped, {reason}" in output.splitlines()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from vitdet.config import DataConfig
 
@@ -38,7 +39,7 @@ TURNS = {
 JPEGS = ("JPEG", "MPO")
 DRAWINGS = ("EPS", "WMF")  # vector formats, which Pillow does not decode itself
 SIXTEEN = ("PNG", "PPM")  # formats whose 16-bit values some versions of Pillow return as 32 bits
-BITS_PER_SAMPLE = 258  # TIFF tag
+NEW_SUBFILE_TYPE, BITS_PER_SAMPLE = 254, 258  # TIFF tags
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,12 @@ def _stated_depth(image: Image.Image) -> int:
     return 16 if decoder in ("ppm", "ppm_plain") and arguments[1] < 65535 else 0
 
 
+def _is_preview(image: Image.Image) -> bool:
+    """Return whether the first image of a TIFF is a reduced one, as in raw files of cameras."""
+    kind = image.tag_v2.get(NEW_SUBFILE_TYPE) if isinstance(image, TiffImageFile) else 0
+    return isinstance(kind, int) and kind & 1 == 1
+
+
 def _has_deep_colors(image: Image.Image) -> bool:
     """Return whether a file has 16-bit colors, of which Pillow reads only the upper 8 bits.
 
@@ -286,7 +293,7 @@ class _TooLarge(ValueError):
 @contextmanager
 def _opened(file: Path | io.BytesIO, reading: Reading) -> Iterator[Image.Image]:
     with Image.open(file) as image:
-        if image.format in DRAWINGS:
+        if image.format in DRAWINGS or _is_preview(image):
             raise UnidentifiedImageError
         if image.width * image.height > reading.max_pixels:
             raise _TooLarge(
