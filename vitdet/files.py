@@ -104,16 +104,21 @@ def _sync_folder(folder: Path) -> None:
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` on success and removed on an error.
 
-    Raises OSError on exit if `path` exists and is not an empty folder.
+    If `path` is a link, its target is written. Raises OSError if `path` is a mount point or the
+    current folder, or on exit if `path` exists and is not an empty folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_once(path.parent.resolve(), os.getpid())
-    temporary = Path(tempfile.mkdtemp(".tmp", f".{path.name}.{writer()}.", path.parent))
+    place = path.resolve()
+    if place.exists() and (place.is_mount() or place.samefile(".")):
+        kind = "a mount point or the current folder"
+        raise OSError(f"{path}: {kind} cannot be replaced; choose a new folder in it")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_once(place.parent, os.getpid())
+    temporary = Path(tempfile.mkdtemp(".tmp", f".{place.name}.{writer()}.", place.parent))
     try:
         temporary.chmod(0o755)
         with _named(path):
             yield temporary
-        temporary.replace(path)
+        temporary.replace(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

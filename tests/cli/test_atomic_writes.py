@@ -165,3 +165,20 @@ def test_a_folder_replaces_only_an_empty_folder(tmp_path: Path) -> None:
         (temporary / "new").touch()
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert files == ["empty", "empty/new", "full", "full/old"]
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("disk/data")
+    with atomic_dir(tmp_path / "link") as temporary:
+        (temporary / "new").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/data/new").exists()
+
+
+@pytest.mark.parametrize("place", [".", "/proc"])
+def test_a_folder_that_cannot_be_replaced_is_refused_first(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="choose a new folder in it"), atomic_dir(Path(place)):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
