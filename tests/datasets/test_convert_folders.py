@@ -131,3 +131,11 @@ def test_a_raw_file_of_a_camera_is_not_an_image(vitdet: Run, yolo: Path) -> None
     assert names("out") == ["a.jpg"]
     reason = "not a supported image format, 1 of them with a label file"
     assert f"  1 x .nef files skipped, {reason}" in output.splitlines()
+
+
+def test_names_are_unique_where_case_is_ignored(vitdet: Run, yolo: Path) -> None:
+    for folder, name in (("other", "A"), ("composed", "\u00e9"), ("decomposed", "e\u0301")):
+        image(yolo / f"images/{folder}/{name}.jpg")
+        write(yolo / f"labels/{folder}/{name}.txt", "0 .5 .5 .5 .5")
+    assert vitdet("data", "convert", yolo, "out")[0] == 0
+    assert names("out") == ["A_2.jpg", "a.jpg", "e\u0301_2.jpg", "\u00e9.jpg"]

@@ -2,7 +2,8 @@
 
 By default, images are hard-linked, so that they use no additional space and remain if the source is
 deleted. An image is copied if it cannot be linked, e.g. to another file system. Image ids and file
-names are unique across splits; an image file in several splits has the same name in each split.
+names are unique across splits, also without regard to case; an image file in several splits has the
+same name in each split.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.datasets.classes import select_classes
+from vitdet.datasets.extract import same_name
 from vitdet.datasets.formats import FORMATS, detect
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
@@ -185,11 +187,11 @@ class _Writer:
 
     def _unique(self, name: str) -> str:
         """Return the file name, with a number before the suffix if the name is already used."""
-        stem, suffix = os.path.splitext(name)
-        while name in self.taken:
-            self.taken[stem + suffix] += 1
-            name = f"{stem}_{self.taken[stem + suffix]}{suffix}"
-        self.taken[name] += 1
+        (stem, suffix), first = os.path.splitext(name), same_name(name)
+        while same_name(name) in self.taken:
+            self.taken[first] += 1
+            name = f"{stem}_{self.taken[first]}{suffix}"
+        self.taken[same_name(name)] += 1
         return name
 
 

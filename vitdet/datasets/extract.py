@@ -118,12 +118,17 @@ def _checked(
     if size > limits.size:
         raise _Refused(f"unpacks to {size:,} bytes, expected at most {limits.size:,}")
     first: dict[str, str] = {}
-    for _, name in chosen:  # some file systems ignore case and normalize Unicode
-        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+    for _, name in chosen:
+        other = first.setdefault(same_name(name), name)
         if other is not name:
             both = f"contains both {other} and {name}"
             raise _Refused(f"{both}, which are the same file on some file systems")
     return chosen
+
+
+def same_name(name: str) -> str:
+    """Return a text that is equal for names that some file systems treat as equal."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _check_entry(info: zipfile.ZipInfo) -> None:
