@@ -107,6 +107,7 @@ BOXES += [None, "1 2 3 4", {"x": 1}]
 SIDES = [0, -1, 48.5, "high", None, 2**16, True]
 LEAVING = ["../val/1.png", "/etc/passwd", "a/../../val/1.png"]
 FAR = [[-100, 0, 120, 20], [0, 0, 1e39, 20], [0, 0, 10**200, 10**200], [0, 0, 0, 1e39]]
+PAIRS = [[[10, 10], [30, 10], [30, 30], [10, 30]]]
 AREAS = [-1, float("nan"), float("inf"), "400", True, 1e11, 10**400]
 NEEDED = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
@@ -126,7 +127,7 @@ ERRORS = [
     *outlines(("x", 5, True), "segmentation that is neither polygons nor RLE"),
     *outlines([[5]], "polygon that is not a list [x, y, x, y, ...]"),
     *outlines(
-        ([[*SQUARE[:-1], value]] for value in NOT_FINITE),
+        (PAIRS, *([[*SQUARE[:-1], value]] for value in NOT_FINITE)),
         "polygon with coordinates that are not finite numbers",
     ),
     *outlines(

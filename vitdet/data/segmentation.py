@@ -59,7 +59,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
     for part in segmentation:
         if type(part) is not list:
             return _problem("polygon that is not a list [x, y, x, y, ...]", show(part))
-        if len(part) < 6 or len(part) % 2:
+        if (len(part) < 6 or len(part) % 2) and list not in map(type, part):
             continue
         try:
             finite = math.isfinite(sum(part))
