@@ -24,6 +24,7 @@ from tests.datasets.test_convert_layouts import (
     voc_folders,
     yolo_lists,
 )
+from vitdet.data.check import check
 
 Run = Callable[..., tuple[int, str, str]]
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        "
@@ -139,3 +140,12 @@ def test_names_are_unique_where_case_is_ignored(vitdet: Run, yolo: Path) -> None
         write(yolo / f"labels/{folder}/{name}.txt", "0 .5 .5 .5 .5")
     assert vitdet("data", "convert", yolo, "out")[0] == 0
     assert names("out") == ["A_2.jpg", "a.jpg", "e\u0301_2.jpg", "\u00e9.jpg"]
+
+
+def test_a_split_in_a_hidden_folder_is_skipped(vitdet: Run) -> None:
+    images(Path("source/train"), "p1", "p2")
+    write(Path("source/train/_annotations.coco.json"), json.dumps(coco("p1", "p2")))
+    shutil.copytree("source/train", "source/.Trash-0")
+    assert [*check(Path("source"), images=False).splits] == ["train"]
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert records(Path("out"), "train") == expected("p1", "p2")

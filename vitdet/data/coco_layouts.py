@@ -49,14 +49,14 @@ def find_splits(root: Path, dataset: str = "coco") -> dict[str, SplitFiles]:
         for name in _split_names(root / "annotations", "instances_")
     }
     if not found:
-        files = sorted(root.glob("*/_annotations.coco.json"))
+        files = sorted(root.glob("[!.]*/_annotations.coco.json"))
         found = {path.parent.name: SplitFiles(path, path.parent) for path in files}
     if not found and (path := root / "result.json").is_file():
         found = {ONLY: SplitFiles(path, root)}
     if not found and (path := root / "labels.json").is_file() and (root / "data").is_dir():
         found = {ONLY: SplitFiles(path, root / "data")}
     if not found:
-        files = [path for path in sorted(root.glob("*.json")) if _is_coco(path)]
+        files = [path for path in sorted(root.glob("[!.]*.json")) if _is_coco(path)]
         only = len(files) == 1 and files[0].stem not in ("train", "val", "valid", "test")
         found = {ONLY if only else path.stem: SplitFiles(path, root) for path in files}
     return found

@@ -45,7 +45,7 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
     """Return (split name, path) of each annotation file in a folder, or of a single JSON file."""
     if source.is_file():
         return [(_split_in(source.stem), source)] if source.suffix == ".json" else []
-    folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
+    folders = [source, *sorted(path for path in source.glob("[!.]*") if path.is_dir())]
     named = [
         (folder.name if folder.name.lower() in SPLIT_NAMES else "train", folder / name)
         for folder in folders

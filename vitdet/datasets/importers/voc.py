@@ -66,7 +66,7 @@ def is_voc(source: Path) -> bool:
         return True
     if not source.is_dir():
         return False
-    folders = (source, *sorted(path for path in source.iterdir() if path.is_dir()))
+    folders = (source, *sorted(path for path in source.glob("[!.]*") if path.is_dir()))
     firsts = (next(folder.glob("[!.]*.xml"), None) for folder in folders)
     return any(path is not None and has_root(path, "annotation") for path in firsts)
 
