@@ -149,3 +149,11 @@ def test_a_split_in_a_hidden_folder_is_skipped(vitdet: Run) -> None:
     assert [*check(Path("source"), images=False).splits] == ["train"]
     assert vitdet("data", "convert", "source", "out")[0] == 0
     assert records(Path("out"), "train") == expected("p1", "p2")
+
+
+@pytest.mark.parametrize("format", ["coco", "labelme"])
+def test_a_data_set_without_images_is_rejected(vitdet: Run, format: str) -> None:
+    write(Path("source/train.json"), json.dumps(coco()))
+    code, output, errors = vitdet("data", "convert", "source", "out", "--format", format)
+    assert (code, output, errors) == (1, "", "vitdet: source: nothing to convert\n")
+    assert not Path("out").exists()

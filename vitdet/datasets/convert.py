@@ -95,7 +95,7 @@ def convert(
             images = _divided(dataset, val_share, seed)
         counts = {split: writer.write(split, listed) for split, listed in images.items()}
         dataset.problems.raise_if_any(source)
-        if not counts:
+        if not writer.images:
             raise ValueError(f"{source}: {'; '.join(['nothing to convert', *dataset.remarks])}")
     if not any(split.startswith("val") for split in counts):
         advice = "; --val-share 0.1 uses 10% of the images as val" if len(counts) == 1 else ""
