@@ -157,3 +157,10 @@ def test_a_data_set_without_images_is_rejected(vitdet: Run, format: str) -> None
     code, output, errors = vitdet("data", "convert", "source", "out", "--format", format)
     assert (code, output, errors) == (1, "", "vitdet: source: nothing to convert\n")
     assert not Path("out").exists()
+
+
+def test_only_a_requested_split_must_exist(vitdet: Run, yolo: Path) -> None:
+    write(yolo / "data.yaml", "train: images\nval: ../valid/images\nnames: [cat]\n")
+    assert vitdet("data", "convert", yolo, "out")[0] == 1
+    code, output, _ = vitdet("data", "convert", yolo, "out", "--splits", "train")
+    assert code == 0 and "  split val skipped: ../valid/images not found" in output.splitlines()

@@ -139,8 +139,9 @@ class _Head:
     def split(self, key: str, entries: list[str]) -> list[Path]:
         """Return the unique images of a split. Raises ValueError if the training split has none."""
         name, named, dataset = SPLITS[key], ", ".join(entries), self.dataset
-        if name == "test" and not any(map(self.place, entries)):
-            dataset.remarks.append(f"split test skipped: {named} not found")
+        optional = name == "test" or name not in (dataset.only or SPLITS)
+        if optional and not any(map(self.place, entries)):
+            dataset.remarks.append(f"split {name} skipped: {named} not found")
             return []
         listed = dict.fromkeys(image for entry in entries for image in self.images(key, entry))
         if not listed and not dataset.problems.counts:
