@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,23 @@ def test_only_a_requested_split_must_exist(vitdet: Run, yolo: Path) -> None:
     assert vitdet("data", "convert", yolo, "out")[0] == 1
     code, output, _ = vitdet("data", "convert", yolo, "out", "--splits", "train")
     assert code == 0 and "  split val skipped: ../valid/images not found" in output.splitlines()
+
+
+def test_an_unreadable_folder_is_an_error(
+    vitdet: Run, yolo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sub", "lost+found"):  # the latter is at the root of each volume with ext4
+        (yolo / "images" / name).mkdir()
+    scandir, denied = os.scandir, {"lost+found"}
+
+    def deny(path: str) -> Iterator:
+        if os.path.basename(path) in denied:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    assert vitdet("data", "convert", yolo, "out")[0] == 0
+    denied.add("sub")
+    code, output, errors = vitdet("data", "convert", yolo, "other")
+    assert (code, output) == (1, "")
+    assert errors == f"vitdet: [Errno 13] Permission denied: '{yolo / 'images/sub'}'\n"

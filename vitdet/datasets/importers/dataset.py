@@ -241,12 +241,17 @@ def files_below(*folders: Path, suffix: str = "") -> list[Path]:
     """Return the files below folders, sorted by path. suffix: lower case; '' for any.
 
     Skips hidden files and folders, such as .ipynb_checkpoints. Follows links; a folder with several
-    paths is listed once.
+    paths is listed once. Raises OSError for an unreadable folder.
     """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     paths, seen = set[Path](), set[str]()
     for folder in folders:
-        for parent, inside, names in os.walk(folder, followlinks=True):
-            inside[:] = [name for name in inside if name[0] != "."]
+        for parent, inside, names in os.walk(folder, onerror=fail, followlinks=True):
+            inside[:] = [name for name in inside if name[0] != "." and name != "lost+found"]
             inside.sort(key=lambda name: os.path.islink(os.path.join(parent, name)))
             if (place := os.path.realpath(parent)) in seen:
                 inside.clear()
