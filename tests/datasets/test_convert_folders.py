@@ -23,6 +23,7 @@ from tests.datasets.test_convert_layouts import (
     records,
     voc_beside,
     voc_folders,
+    voc_xml,
     yolo_lists,
 )
 from vitdet.data.check import check
@@ -185,3 +186,14 @@ def test_an_unreadable_folder_is_an_error(
     code, output, errors = vitdet("data", "convert", yolo, "other")
     assert (code, output) == (1, "")
     assert errors == f"vitdet: [Errno 13] Permission denied: '{yolo / 'images/sub'}'\n"
+
+
+def test_images_are_found_by_id_in_a_folder_named_annotations(vitdet: Run) -> None:
+    images(Path("source/images"), "p1", "p2")
+    for name, other in (("p1", "p2"), ("p2", "IMG_2")):  # the images were renamed
+        write(Path(f"source/annotations/{name}.xml"), voc_xml(other))
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert [image["file_name"] for image in tree(Path("out"), "train")["images"]] == [
+        "p1.jpg",
+        "p2.jpg",
+    ]

@@ -108,9 +108,9 @@ class _Folders:
 
     def __init__(self, dataset: ImportedDataset) -> None:
         source, self.dataset = dataset.source, dataset
-        self.annotations = source / "Annotations"
-        if not self.annotations.is_dir():
-            self.annotations = source
+        named = (source / "Annotations", source / "annotations")
+        found = (folder for folder in named if files_below(folder, suffix=".xml"))
+        self.annotations = next(found, source)
         usual = [source / name for name in ("JPEGImages", "images", "Images")]
         self.images = next((folder for folder in usual if folder.is_dir()), self.annotations)
         lists = (source / name for name in LISTS)
