@@ -24,6 +24,7 @@ import socket
 import struct
 import tempfile
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ UNSUPPORTED |= {errno.EINVAL, errno.EBADF, errno.ENOTTY}
 POLL_SECONDS = 0.2
 _warned: set[str] = set()  # not empty after this process has warned about missing locks
 log = logging.getLogger(__name__)
+
+
+def folded(name: str) -> str:
+    """Return a text that is equal for file names that some file systems do not distinguish."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.datasets.classes import select_classes
-from vitdet.datasets.extract import same_name
 from vitdet.datasets.formats import FORMATS, detect
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
@@ -27,7 +26,7 @@ from vitdet.datasets.importers.dataset import (
     ImportedImage,
     ImportedObject,
 )
-from vitdet.files import atomic_dir
+from vitdet.files import atomic_dir, folded
 
 UNDIVIDED = "no validation split, which training requires"
 
@@ -187,11 +186,11 @@ class _Writer:
 
     def _unique(self, name: str) -> str:
         """Return the file name, with a number before the suffix if the name is already used."""
-        (stem, suffix), first = os.path.splitext(name), same_name(name)
-        while same_name(name) in self.taken:
+        (stem, suffix), first = os.path.splitext(name), folded(name)
+        while folded(name) in self.taken:
             self.taken[first] += 1
             name = f"{stem}_{self.taken[first]}{suffix}"
-        self.taken[same_name(name)] += 1
+        self.taken[folded(name)] += 1
         return name
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import stat
 import struct
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.data.download_record import crc32
-from vitdet.files import FULL
+from vitdet.files import FULL, folded
 
 CHUNK = 1 << 20  # bytes
 TEMPORARY = ".unpacking"  # suffix of a file that is being written
@@ -119,16 +118,11 @@ def _checked(
         raise _Refused(f"unpacks to {size:,} bytes, expected at most {limits.size:,}")
     first: dict[str, str] = {}
     for _, name in chosen:
-        other = first.setdefault(same_name(name), name)
+        other = first.setdefault(folded(name), name)
         if other is not name:
             both = f"contains both {other} and {name}"
             raise _Refused(f"{both}, which are the same file on some file systems")
     return chosen
-
-
-def same_name(name: str) -> str:
-    """Return a text that is equal for names that some file systems treat as equal."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _check_entry(info: zipfile.ZipInfo) -> None:

@@ -201,8 +201,11 @@ def unfinished(folder: Path, output: str, params: dict) -> str | None:
     """
     found = None
     for journal in journals(folder):
-        start, (last, _) = journal.start() or {}, journal.state()
-        if start.get("output") != output or last.get("end") == "FINISHED":
+        start = journal.start() or {}
+        if start.get("output") != output:
+            continue
+        last, _ = journal.state()  # reads the whole file
+        if last.get("end") == "FINISHED":
             continue
         if start["params"] == params and not journal.last_points():
             found = PENDING + journal.key

@@ -245,7 +245,7 @@ def files_below(*folders: Path, suffix: str = "") -> list[Path]:
     """
 
     def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
     paths, seen = set[Path](), set[str]()
