@@ -223,7 +223,7 @@ def world_size() -> int:
 
 
 def by_torchrun() -> bool:
-    """Return whether torchrun, which restarts all processes if one fails, started this process."""
+    """Return whether torchrun started this process."""
     return dist.is_torchelastic_launched()
 
 

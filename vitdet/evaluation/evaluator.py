@@ -101,7 +101,7 @@ def measured_metrics(config: Config) -> list[str]:
 
 
 def kinds_found_by(detector: nn.Module) -> tuple[str, ...]:
-    """Return the kinds of detections to compare: "bbox" and, with a mask head, "segm"."""
+    """Return the kinds of detections to compare: "bbox" and, unless `mask` is None, "segm"."""
     heads = getattr(detector, "roi_heads", None)
     return ("bbox",) if heads is not None and heads.mask is None else ("bbox", "segm")
 
