@@ -241,6 +241,16 @@ class JobClient:
         options = {"propagation_policy": "Background"}
         self._job_request("delete", self.name, none_if=(404,), options=options)
 
+    def replace(self, job: dict, failure: str) -> None:
+        """Delete the job, and create `job`, of the same name, with the failure as annotation."""
+        job["metadata"].setdefault("annotations", {})[FAILURE] = failure
+        limit = time.monotonic() + self.timeouts.deletion
+        self.delete()
+        while self.create(job) is None:
+            if time.monotonic() > limit:
+                raise RuntimeError("the job is still being deleted; check its finalizers")
+            time.sleep(min(self.timeouts.poll, 1))
+
     def patch(self, change: dict) -> None:
         """Apply a merge patch to the job, if it exists."""
         self._job_request("patch", self.name, change, none_if=(404,))

@@ -16,7 +16,13 @@ from components.launcher.failures import Failures
 from components.launcher.logs import PodLog, RankLogs
 from components.launcher.progress import PROGRESS, Progress
 from components.launcher.pruned import check_dropped
-from components.launcher.queue import is_suspended, no_workload, queue_name, waiting_reason
+from components.launcher.queue import (
+    is_suspended,
+    no_workload,
+    queue_name,
+    waiting_reason,
+    without_queue,
+)
 from components.launcher.restarts import Restarts, node_is_unresponsive
 from components.launcher.signals import on_stop
 from components.launcher.status import (
@@ -133,9 +139,7 @@ class Follower:
             if existing is None:
                 continue
             labels = existing["metadata"].get("labels") or {}
-            own = {
-                key: value for key, value in wanted["labels"].items() if key.startswith("vitdet/")
-            }
+            own = {k: v for k, v in wanted["labels"].items() if k.startswith("vitdet/")}
             if not own.items() <= labels.items():
                 raise RuntimeError(
                     f"{self.name} exists and does not belong to this run: its labels are {labels}"
@@ -232,11 +236,10 @@ class Follower:
         for pod in self.pods:
             if node_is_unresponsive(pod):  # a request for its log would time out
                 name, node = pod["metadata"]["name"], (pod.get("spec") or {}).get("nodeName")
-                self.report(
-                    name,
-                    f"pod {name}: its node {node} does not respond; the pod is replaced after its "
-                    "eviction, or after the Node object is deleted",
+                ending = (
+                    "the pod is replaced after its eviction, or after the Node object is deleted"
                 )
+                self.report(name, f"pod {name}: its node {node} does not respond; {ending}")
             else:
                 self.stream_log(pod, final)
 
@@ -251,9 +254,8 @@ class Follower:
         reasons = [reason for workload in workloads if (reason := waiting_reason(workload))]
         self.admitted = bool(workloads) and not reasons
         if workloads:
-            self.report(
-                "queue", f"{self.name} is waiting in Kueue: {reasons[0]}" if reasons else ""
-            )
+            waiting = f"{self.name} is waiting in Kueue: {reasons[0]}" if reasons else ""
+            self.report("queue", waiting)
         text, limit = no_workload(self.kind, queue), self.timeouts.operator
         if self.persists("no Workload", not workloads, min(NO_WORKLOAD, limit)):
             self.report("queue", f"{self.name}: {text}")
@@ -373,14 +375,16 @@ class Follower:
         """Stop the job, keep it with the cause as an annotation, and raise RuntimeError."""
         self.stream_held_lines()
         explained = self.failures.explain(self.pods, cause)
-        queued = queue_name(self.current)
-        ending = "the job's deadline is set to now" if queued else "the job is suspended"
-        self.fail(f"{text}{explained}; {ending}", self.kind.expire if queued else self.kind.halt)
+        self.fail(f"{text}{explained}; the job is suspended", self.kind.halt)
 
     def fail(self, text: str, spec: dict | None) -> NoReturn:
         """Annotate the job with the cause and raise RuntimeError. spec: see `JobClient.mark`."""
+        failure = text[:MAX_ANNOTATION]
         try:
-            self.client.mark(text[:MAX_ANNOTATION], spec)
+            if spec and queue_name(self.current):  # Kueue would resume the suspended job
+                self.client.replace(without_queue(self.job), failure)
+            else:
+                self.client.mark(failure, spec)
         except RuntimeError as error:
             self.out(f"launcher: cannot annotate the job with the cause: {error}")
             if spec:

@@ -12,12 +12,14 @@ A suspended job without a Workload waits forever. Since Kueue 0.19 (kubernetes-s
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 from components.launcher.templates import Kind
 
-# label of a job that Kueue manages; its value is the LocalQueue
-QUEUE = "kueue.x-k8s.io/queue-name"
-JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload
 GROUP, VERSION, PLURAL = "kueue.x-k8s.io", "v1beta2", "workloads"
+LABELS = f"{GROUP}/"  # prefix of Kueue's labels
+QUEUE = f"{GROUP}/queue-name"  # label of a job that Kueue manages; its value is the LocalQueue
+JOB_UID = f"{GROUP}/job-uid"  # label of a Workload
 # Part of a message of Kueue's scheduler (pkg/scheduler/flavorassigner) -> what to change
 REMEDIES = {
     "unavailable in ClusterQueue": "add the resource to coveredResources of the ClusterQueue",
@@ -32,6 +34,15 @@ REMEDIES = {
 def queue_name(job: dict) -> str:
     """Return the LocalQueue of a job; "" if the job has no queue label."""
     return (job["metadata"].get("labels") or {}).get(QUEUE, "")
+
+
+def without_queue(job: dict) -> dict:
+    """Return a copy of the job that is suspended and that Kueue does not manage."""
+    copy = deepcopy(job)
+    labels = copy["metadata"]["labels"]
+    copy["metadata"]["labels"] = {key: labels[key] for key in labels if not key.startswith(LABELS)}
+    (copy["spec"].get("runPolicy") or copy["spec"])["suspend"] = True
+    return copy
 
 
 def is_suspended(job: dict) -> bool:

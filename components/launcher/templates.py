@@ -64,7 +64,6 @@ class Kind:
     phases: (condition type, phase), highest priority first.
     rank0: returns the labels of the pods that may run rank 0.
     halt: a patch of the spec that makes the operator delete the pods but keep the job.
-    expire: a patch that sets an expired deadline, for jobs that Kueue would resume after `halt`.
     """
 
     name: str
@@ -78,7 +77,6 @@ class Kind:
     fill: Callable[[dict, JobRequest], None]
     rank0: Callable[[dict], dict[str, str]]
     halt: dict
-    expire: dict
 
     def selector(self, name: str) -> str:
         """Return the label selector of a job's pods."""
@@ -336,7 +334,6 @@ KINDS = {
         fill=fill_pytorchjob,
         rank0=pytorchjob_rank0_labels,
         halt={"runPolicy": {"suspend": True}},
-        expire={"runPolicy": {"activeDeadlineSeconds": 1}},
         phases=(
             ("Failed", "failed"),
             ("Succeeded", "succeeded"),
@@ -357,7 +354,6 @@ KINDS = {
         fill=fill_trainjob,
         rank0=trainjob_rank0_labels,
         halt={"suspend": True},
-        expire={"activeDeadlineSeconds": 1},
         phases=(("Failed", "failed"), ("Complete", "succeeded"), ("Suspended", "suspended")),
     ),
 }

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from components.launcher.progress import PROGRESS
-from components.launcher.templates import job_name
+from components.launcher.templates import FAILURE, job_name
 from tests.cluster.test_cluster_failures import meanwhile
 from tests.cluster.test_queue import ADMITTED, UNCOVERED, workload
 from tests.helpers.cluster import (
@@ -75,3 +75,8 @@ def test_a_job_without_a_workload_fails_the_step_and_stays_suspended(live: Scene
         live.launch(queued(), ["true"], "unknown", timeouts=replace(PATIENT, operator=3))
     job = live.job("unknown")
     assert job["spec"]["runPolicy"]["suspend"] and not live.pods("unknown")
+    # the job is another one, which Kueue does not resume
+    assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
+    assert "Kueue has no Workload" in job["metadata"]["annotations"][FAILURE]
+    with pytest.raises(RuntimeError, match="Kueue has no Workload for it"):
+        live.launch(queued(), ["true"], "unknown")  # a retry of the step does not train

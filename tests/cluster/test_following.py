@@ -73,6 +73,10 @@ class Record:
         self.asked.append("delete")
         self.there = None
 
+    def replace(self, job: dict, failure: str) -> None:
+        self.asked.append("replace")
+        self.replacement, self.told = job, failure
+
     def pods(self) -> tuple[list[dict], str]:
         return (self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])[1], "1"
 

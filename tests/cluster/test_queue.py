@@ -6,11 +6,14 @@ are in pkg/controller/core/workload_controller.go (getQueueBlocker) and pkg/sche
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 
-from components.launcher.queue import waiting_reason
+from components.launcher.queue import is_suspended, waiting_reason, without_queue
+from components.launcher.templates import KINDS, fill_template
 from tests.cluster.test_following import DONE, RUNNING, Record, follow
-from tests.cluster.test_launcher import conditions, filled, pod
+from tests.cluster.test_launcher import TEMPLATES, conditions, filled, pod, request
 
 SUSPENDED = conditions("Created=True", "Suspended=True")
 
@@ -69,6 +72,17 @@ def test_the_reason_for_waiting_is_described_in_one_line(found: dict, text: str)
     assert waiting_reason(found) == text
 
 
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_job_without_a_queue_is_suspended_and_has_no_label_of_kueue(kind: str) -> None:
+    job = fill_template(TEMPLATES[kind], KINDS[kind], request())
+    before = deepcopy(job)
+    labels = {"kueue.x-k8s.io/queue-name": "vitdet", "kueue.x-k8s.io/priority-class": "high"}
+    job["metadata"]["labels"] |= labels
+    left = without_queue(job)
+    assert is_suspended(left) and not is_suspended(job)
+    assert left["metadata"] == before["metadata"] and job["metadata"] != before["metadata"]
+
+
 def queued(suspended: bool) -> dict:
     job = filled()
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
@@ -107,8 +121,8 @@ def test_a_job_that_kueue_ignores_is_an_error_with_the_reason() -> None:
     lines, error = follow(record, queued(True))
     assert "has been suspended for 0 s: Kueue has no Workload for it" in error
     assert "kubeflow.org/pytorchjob must be in integrations.frameworks in its ConfigMap" in error
-    assert "not by default since Kueue 0.19" in error and error.endswith("deadline is set to now")
-    assert record.asked == ["create", "halt"]
+    assert "not by default since Kueue 0.19" in error and error.endswith("the job is suspended")
+    assert record.asked == ["create", "replace"]
 
 
 def test_a_label_without_effect_is_a_warning_if_the_job_runs() -> None:

@@ -87,14 +87,28 @@ def test_the_first_pod_of_a_step_is_recognized(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [True, False, False]
 
 
-def test_a_job_that_a_queue_would_restart_is_ended_by_its_deadline() -> None:
+def test_a_job_that_a_queue_would_resume_is_replaced_by_a_suspended_job() -> None:
     job = filled(owner=OWNER)
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
     record = Record(({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE]))
     _, error = follow(record, job)
-    assert error.endswith("ImagePullBackOff: no tag; the job's deadline is set to now")
-    assert record.asked == ["create", "halt"] and record.told == error
-    assert record.spec == {"runPolicy": {"activeDeadlineSeconds": 1}}
+    assert error.endswith("ImagePullBackOff: no tag; the job is suspended")
+    assert record.asked == ["create", "replace"]
+    kept = record.replacement["metadata"]
+    assert record.told == error and kept["ownerReferences"] == [OWNER]
+    assert "kueue.x-k8s.io/queue-name" not in kept["labels"]
+
+
+def test_a_job_in_a_queue_that_cannot_be_replaced_is_reported() -> None:
+    class Stuck(Record):
+        def replace(self, job: dict, failure: str) -> None:
+            raise RuntimeError("the job is still being deleted; check its finalizers")
+
+    job = filled(owner=OWNER)
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
+    look = ({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE])
+    lines, error = follow(Stuck(look), job)
+    assert "ImagePullBackOff" in error and "the job is still being deleted" in lines[-1]
 
 
 def test_a_job_that_cannot_be_ended_otherwise_is_deleted() -> None:
