@@ -16,6 +16,7 @@ LABELS = {
     "kubernetes.io/metadata.name",  # set by the API server on each namespace
     "kueue.x-k8s.io/priority-class",
     "kueue.x-k8s.io/queue-name",
+    "pipelines.kubeflow.org/enabled",
     "pod-security.kubernetes.io/audit",
     "pod-security.kubernetes.io/enforce",
     "pod-security.kubernetes.io/warn",

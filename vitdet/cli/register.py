@@ -19,7 +19,10 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     add_file(
         verb, "--config", f"YAML file with the {settings} (default: the checkpoint's settings)"
     )
-    help = "JSON file from --output of `vitdet evaluate`; its metrics become tags of the version"
+    help = (
+        "JSON file from --output of `vitdet evaluate`; its metrics become tags of the version "
+        "(default: the checkpoint's metrics)"
+    )
     add_file(verb, "--metrics", help)
     help = "folder from --plots of `vitdet evaluate`; the version gets its report and matches"
     add_folder(verb, "--plots", help)

@@ -278,6 +278,6 @@ def _compare(report: Report, first: _Split, second: _Split) -> None:
     for kind, value, key, other in same_id + same_name:
         digests = first.digests.get(key), second.digests.get(other)
         if None in digests:  # an image was not read; the images may be the same
-            report.error(kind, f"{pair}: {value}")
+            report.error(kind, f"{pair}: {value} (--images compares their content)")
         elif digests[0] != digests[1]:  # training accepts different images with the same id or name
             report.warning(kind, f"{pair}: {value}")
