@@ -17,8 +17,8 @@ from copy import deepcopy
 from components.launcher.templates import Kind
 
 GROUP, VERSION, PLURAL = "kueue.x-k8s.io", "v1beta2", "workloads"
-LABELS = f"{GROUP}/"  # prefix of Kueue's labels
 QUEUE = f"{GROUP}/queue-name"  # label of a job that Kueue manages; its value is the LocalQueue
+NO_QUEUE = "vitdet-none"  # name of a LocalQueue that does not exist
 JOB_UID = f"{GROUP}/job-uid"  # label of a Workload
 # Part of a message of Kueue's scheduler (pkg/scheduler/flavorassigner) -> what to change
 REMEDIES = {
@@ -37,10 +37,13 @@ def queue_name(job: dict) -> str:
 
 
 def without_queue(job: dict) -> dict:
-    """Return a copy of the job that is suspended and that Kueue does not manage."""
+    """Return a copy of the job that is suspended and that Kueue never admits.
+
+    Without the label, Kueue's webhook would set the namespace's LocalQueue `default`, if there is
+    one (pkg/controller/jobframework/defaults.go, ApplyDefaultLocalQueue).
+    """
     copy = deepcopy(job)
-    labels = copy["metadata"]["labels"]
-    copy["metadata"]["labels"] = {key: labels[key] for key in labels if not key.startswith(LABELS)}
+    copy["metadata"]["labels"][QUEUE] = NO_QUEUE
     (copy["spec"].get("runPolicy") or copy["spec"])["suspend"] = True
     return copy
 

@@ -76,7 +76,7 @@ def test_a_job_without_a_workload_fails_the_step_and_stays_suspended(live: Scene
     job = live.job("unknown")
     assert job["spec"]["runPolicy"]["suspend"] and not live.pods("unknown")
     # the job is another one, which Kueue does not resume
-    assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "vitdet-none"
     assert "Kueue has no Workload" in job["metadata"]["annotations"][FAILURE]
     with pytest.raises(RuntimeError, match="Kueue has no Workload for it"):
         live.launch(queued(), ["true"], "unknown")  # a retry of the step does not train

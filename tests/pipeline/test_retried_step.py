@@ -96,7 +96,7 @@ def test_a_job_that_a_queue_would_resume_is_replaced_by_a_suspended_job() -> Non
     assert record.asked == ["create", "replace"]
     kept = record.replacement["metadata"]
     assert record.told == error and kept["ownerReferences"] == [OWNER]
-    assert "kueue.x-k8s.io/queue-name" not in kept["labels"]
+    assert kept["labels"]["kueue.x-k8s.io/queue-name"] == "vitdet-none"
 
 
 def test_a_job_in_a_queue_that_cannot_be_replaced_is_reported() -> None:
