@@ -7,16 +7,19 @@ Failed and a status.reason (Evicted, NodeLost, Terminated) without a terminated 
 condition DisruptionTarget. A pod without a node has the condition PodScheduled with status False
 and reason Unschedulable.
 
-Two problems are reported only by events (core/v1 Event). If the API server rejects a pod (a quota,
+Some problems are reported only by events (core/v1 Event). If the API server rejects a pod (a quota,
 a missing PriorityClass or ServiceAccount, Pod Security), the training operator 1.9 creates the
 event FailedCreatePod for the job and returns before it writes the job's status
 (pkg/controller.v1/control/pod_control.go); for a Job of Trainer's JobSet, Kubernetes creates the
-event FailedCreate. If a volume or network cannot be set up, the kubelet creates the event
-FailedMount or FailedCreatePodSandBox for the pod, whose status stays ContainerCreating.
+event FailedCreate. If a JobSet, Job or Service cannot be created, Trainer or JobSet creates an
+event of the TrainJob or JobSet, e.g. TrainJobResourcesCreationFailed. If a volume or network cannot
+be set up, the kubelet creates the event FailedMount or FailedCreatePodSandBox for the pod, whose
+status stays ContainerCreating.
 """
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -239,14 +242,14 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
     if len(pods) >= expected_pods(job):
         return None
     name = job["metadata"]["name"]
-    # a TrainJob's events belong to its JobSet's Jobs, whose names begin with the TrainJob's name
+    # the names of a TrainJob's JobSet and of its Jobs begin with the TrainJob's name
     own = f"involvedObject.uid={job['metadata'].get('uid')}"
     if "pytorchReplicaSpecs" not in job["spec"]:
-        own = "involvedObject.kind=Job"
+        own = "involvedObject.kind!=Pod"
     found = [
         event
         for event in events(f"type=Warning,{own}")
-        if event["reason"].startswith("FailedCreate")
+        if re.match("FailedCreate|.*CreationFailed", event["reason"])
         and f"{event['involvedObject']['name']}-".startswith(f"{name}-")
         and event_time(event) >= creation_time(job)
     ]
