@@ -28,6 +28,7 @@ from datetime import datetime, timedelta
 from components.launcher.templates import Kind
 
 EventQuery = Callable[[str], list[dict]]  # field selector -> matching events
+CLOCK_SKEW = timedelta(seconds=60)  # maximum between the API server and the operator
 
 # Values of state.waiting.reason that require a fix to the image, a Secret or the command
 BROKEN = (
@@ -47,9 +48,16 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
     """Return (phase, message) from the job's status; ("", "") if the operator has not set a status.
 
     Ignores the order of the conditions, as controllers keep old conditions and do not sort them.
+    Ignores conditions from before the job's creation: until Kubernetes has deleted the JobSet of a
+    deleted TrainJob, Trainer copies its conditions to a new TrainJob of the same name
+    (pkg/runtime/framework/plugins/jobset).
     """
     status = job.get("status") or {}
-    true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
+    true = {
+        condition["type"]: condition
+        for condition in status.get("conditions") or []
+        if condition.get("status") == "True" and not is_inherited(condition, job)
+    }
     for condition, phase in kind.phases:
         if condition in true:
             return phase, true[condition].get("message") or true[condition].get("reason") or ""
@@ -57,6 +65,14 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
         return "running", ""
     created = status.get("jobsStatus") or status.get("replicaStatuses")
     return ("created" if created else ""), ""
+
+
+def is_inherited(condition: dict, job: dict) -> bool:
+    """Return whether a condition is from before the job's creation."""
+    changed, created = condition.get("lastTransitionTime"), creation_time(job)
+    if not changed or not created:
+        return False
+    return datetime.fromisoformat(changed) + CLOCK_SKEW < datetime.fromisoformat(created)
 
 
 def deadline_exceeded(job: dict, message: str) -> str:

@@ -232,7 +232,15 @@ def conditions(*given: str, **more: str) -> dict:
     ],
 )
 def test_the_state_is_read_from_the_true_conditions(kind: object, job: dict, phase: str) -> None:
-    assert job_phase(kind, job)[0] == phase
+    assert job_phase(kind, {"metadata": {}, **job})[0] == phase
+
+
+def test_a_new_trainjob_does_not_take_over_the_failure_of_a_deleted_one() -> None:
+    """Trainer reads the JobSet by name; the deleted job's JobSet may still exist (jobset.go, Status)."""
+    failed = conditions("Failed=True", lastTransitionTime="2026-01-01T00:00:00Z")
+    for created, phase in (("2026-01-01T00:05:00Z", ""), ("2026-01-01T00:00:03Z", "failed")):
+        job = {"metadata": {"creationTimestamp": created}, **failed}
+        assert job_phase(TRAIN, job)[0] == phase
 
 
 def pod(
