@@ -7,7 +7,7 @@ import os
 from components.launcher.client import JobClient
 from components.launcher.workflow import end_of_run, is_disrupted, retry_index, workflow_owner
 
-# "0" in the first pod of a step; set by Kubeflow Pipelines after 2.17 (argocompiler/common.go)
+# "0" in the first pod of a step; set by Kubeflow Pipelines since 2.16.1 (argocompiler/common.go)
 RETRY_INDEX = "KFP_RETRY_INDEX"
 POD = "KFP_POD_NAME"  # set by Kubeflow Pipelines (argocompiler/common.go)
 

@@ -32,7 +32,7 @@ def retry_index(pod: dict) -> int | None:
     """Return the index of a step's attempt; None if unknown. A retry of the run resets the index.
 
     Argo names the attempts of a node NODE(0), NODE(1), ... (workflow/controller/operator.go,
-    executeTemplate of v3.7). Kubeflow Pipelines sets KFP_RETRY_INDEX only after version 2.17.
+    executeTemplate of v3.7). Kubeflow Pipelines sets KFP_RETRY_INDEX since 2.16.1.
     """
     found = re.search(r"\((\d+)\)$", (pod["metadata"].get("annotations") or {}).get(NODE, ""))
     return int(found[1]) if found else None
