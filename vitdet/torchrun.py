@@ -46,6 +46,6 @@ def has_ended() -> bool:
         socket.create_connection(address, timeout=10).close()
     except ConnectionRefusedError:
         return True
-    except OSError:  # on network problems, joining times out
+    except OSError:  # a network problem: the rendezvous then times out
         return False
     return False
