@@ -147,7 +147,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     safetensors writes the metadata in random order; this function sorts it in the written file.
     """
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    whole = {  # copies, since safetensors rejects tensors that share memory
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     save_file(whole, path, metadata=metadata)
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")

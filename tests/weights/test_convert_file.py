@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from tests.conftest import minimal
 from tests.helpers.published import file_of
-from vitdet.checkpoint import FORMAT, load_model_file, restore_detector, save
+from vitdet.checkpoint import FORMAT, load_model_file, restore_detector, save, write_tensors
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.models import build_detector
 from vitdet.predictor import Predictor
@@ -140,6 +140,15 @@ def test_a_safetensors_file_names_its_layout(model: Path, recipe: Path, tmp_path
     config = load_config(recipe)
     detector = build_detector(config.model)
     assert not load_pretrained(detector, tmp_path / "ours.safetensors").fresh
+
+
+def test_tensors_may_share_memory(tmp_path: Path) -> None:
+    """Tied weights share memory, which safetensors rejects."""
+    tied, path = torch.arange(6.0).view(2, 3), tmp_path / "tied.safetensors"
+    write_tensors(path, {"a": tied, "b": tied, "c": tied[1:]}, {})
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("a"), tied) and torch.equal(file.get_tensor("b"), tied)
+        assert torch.equal(file.get_tensor("c"), tied[1:])
 
 
 def test_pretrained_weights_are_converted_to_safetensors(tmp_path: Path) -> None:
