@@ -176,6 +176,10 @@ def test_a_padded_table_has_the_cells_of_a_plain_table() -> None:
     assert padded.replace(" ", "") == plain.replace(" ", "")
 
 
+def test_a_cell_may_contain_a_vertical_bar() -> None:
+    assert markdown_table(["class"], [["car|van"]]) == "| class |\n| --- |\n| car\\|van |\n"
+
+
 def test_an_invalid_tracking_uri_is_named_as_the_option(vitdet: Run) -> None:
     found = vitdet("compare", "a", "b", "--tracking-uri", "http://:5000")
     refused(found, "--tracking-uri: expected http://HOST:PORT, got http://:5000")

@@ -32,8 +32,7 @@ class Table:
             for first, *rest in self.rows
         ]
         title = f"{self.title}\n\n" if self.title else ""
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in linked]
-        return title + markdown_table(self.heads, escaped)
+        return title + markdown_table(self.heads, linked)
 
 
 def trainings_table(
@@ -108,6 +107,7 @@ def markdown_table(
 ) -> str:
     """Format a table as Markdown. padded: whether to align the columns for plain text."""
     lines = [heads, ["---"] * len(heads), *rows]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     if padded:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines = [
