@@ -180,6 +180,18 @@ def test_a_cell_may_contain_a_vertical_bar() -> None:
     assert markdown_table(["class"], [["car|van"]]) == "| class |\n| --- |\n| car\\|van |\n"
 
 
+def test_matches_next_to_a_linked_checkpoint_are_found(
+    vitdet: Run, trained: Path, tmp_path: Path
+) -> None:
+    """`dvc config cache.type symlink` makes work/train/model.pt a link into DVC's cache."""
+    (tmp_path / "work" / "train").mkdir(parents=True)
+    (tmp_path / "work" / "train" / "model.pt").symlink_to(trained / "model.pt")
+    assert vitdet("evaluate", "work/train/model.pt", "--plots", "work/plots")[0] == 0
+    words = ["work/train/model.pt"] * 2
+    code, _, errors = vitdet("compare", *words, "--resamples", 100)
+    assert code == 0, errors
+
+
 def test_an_invalid_tracking_uri_is_named_as_the_option(vitdet: Run) -> None:
     found = vitdet("compare", "a", "b", "--tracking-uri", "http://:5000")
     refused(found, "--tracking-uri: expected http://HOST:PORT, got http://:5000")

@@ -79,11 +79,14 @@ class Reader:
 
     def _checkpoint(self, path: Path) -> Compared:
         stored = load_model_file(path)
-        config, digest, parent = from_dict(stored["config"]), sha256(path), path.resolve().parent
+        config, digest = from_dict(stored["config"]), sha256(path)
         metrics: Mapping[str, float] = {}
         problem = ""
         with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
-            candidates = [parent, parent / "plots", parent / "evaluation", parent.parent / "plots"]
+            candidates: list[Path] = []
+            for parent in (path.absolute().parent, path.resolve().parent):  # path may be a link
+                candidates += [parent, parent / "plots", parent / "evaluation"]
+                candidates.append(parent.parent / "plots")
             if stored["run_id"] and has_mlflow():
                 uri, folder = config.tracking.uri, default_folder(path.parent)
                 try:
