@@ -128,6 +128,15 @@ def test_atomic_write_creates_the_folder_and_replaces_a_link(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.rglob("*")} == {"a", "b", "new.json", "link"}
 
 
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("folder", "link"):
+        with pytest.raises(IsADirectoryError, match=f"'{tmp_path / name}'$"):
+            write_json(tmp_path / name, {})
+    assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_failure_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -129,6 +129,23 @@ def test_evaluate_writes_its_outputs(vitdet: Run, trained: Path, tmp_path: Path)
     assert code == 0 and names(tmp_path) == {"deep", "m", "pics", "plots"}
 
 
+@pytest.mark.parametrize("inputs", ["none.pt", "--results none.json --annotations none.json"])
+@pytest.mark.parametrize(
+    ("option", "kind", "message"),
+    [
+        ("--output", Path.mkdir, "Is a directory: 'used'"),
+        ("--report", Path.mkdir, "Is a directory: 'used'"),
+        ("--plots", Path.touch, "used: is a file; expected the name of a folder"),
+    ],
+)
+def test_an_output_of_the_wrong_kind_is_refused_before_the_evaluation(
+    vitdet: Run, tmp_path: Path, inputs: str, option: str, kind: Callable, message: str
+) -> None:
+    kind(tmp_path / "used")
+    refused(vitdet("evaluate", *inputs.split(), option, "used"), message)
+    assert names(tmp_path) == {"used"}
+
+
 def test_evaluating_a_moved_checkpoint_creates_no_tracking_store(
     vitdet: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import argparse
 from vitdet import torchrun
 from vitdet.cli.arguments import CHECKPOINT, add_file, add_folder, given_path
 from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.files import prepare
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
@@ -46,8 +47,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from vitdet.stages.workspace import result
     from vitdet.tracking.runs import default_folder
 
-    for path in filter(None, (args.output, args.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the evaluation, not after it
+    _prepare_outputs(args)
     config = None
     if args.config:
         config, found = resolve_config(args.config)
@@ -69,6 +69,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare_outputs(args: argparse.Namespace) -> None:
+    """Raise OSError for an output of the wrong kind before the evaluation, not after it."""
+    for path in filter(None, (args.output, args.report)):
+        prepare(path)
+    for folder in filter(None, (args.plots, args.pictures)):
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder}: is a file; expected the name of a folder")
+
+
 def _evaluate_results(args: argparse.Namespace) -> int:
     """Run `vitdet evaluate --results`."""
     if args.checkpoint or args.config or args.overrides or args.pictures:
@@ -82,6 +91,7 @@ def _evaluate_results(args: argparse.Namespace) -> int:
     from vitdet.evaluation.evaluator import evaluate_results
     from vitdet.tracking.measured import write_metrics
 
+    _prepare_outputs(args)
     metrics = evaluate_results(
         args.results,
         args.annotations,
