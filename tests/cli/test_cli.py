@@ -22,6 +22,9 @@ from safetensors.torch import save_file
 
 from tests.conftest import ROOT, environment, minimal, options
 from vitdet.config import load_config
+from vitdet.evaluation import evaluator
+from vitdet.files import sha256
+from vitdet.tracking.measured import read_measured
 
 Run = Callable[..., tuple[int, str, str]]
 FIND = importlib.util.find_spec
@@ -144,6 +147,28 @@ def test_an_output_of_the_wrong_kind_is_refused_before_the_evaluation(
     kind(tmp_path / "used")
     refused(vitdet("evaluate", *inputs.split(), option, "used"), message)
     assert names(tmp_path) == {"used"}
+
+
+def test_a_checkpoint_replaced_during_its_evaluation_does_not_get_its_metrics(
+    vitdet: Run,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A training run with train.keep_best may replace best.pt at any time."""
+    best, before = tmp_path / "best.pt", sha256(trained / "model.pt")
+    shutil.copy(trained / "model.pt", best)
+
+    def measure(*_: object, **__: object) -> dict[str, float]:
+        torch.save(torch.load(best) | {"step": 99}, best)
+        return {"box_ap": 1.0}
+
+    monkeypatch.setattr(evaluator, "evaluate", measure)
+    assert vitdet("evaluate", "best.pt", "--output", "metrics.json")[0] == 0
+    measured = read_measured(tmp_path / "metrics.json")
+    assert measured and measured.checkpoint_sha256 == before
+    assert "best.pt: was replaced during its evaluation" in caplog.text
 
 
 def test_evaluating_a_moved_checkpoint_creates_no_tracking_store(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.config import Config, load_config
-from vitdet.files import write_json
+from vitdet.files import sha256, write_json
 from vitdet.stages.outcomes import recorded
 from vitdet.stages.preparation import verified_config
 from vitdet.stages.workspace import champion_file, registry, runs_folder, training_folder
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -47,6 +50,9 @@ def evaluate(
 
     if has_mlflow():  # reject an invalid MLflow address before the evaluation
         tracking_uri(config.tracking.uri if config else "", folder)
+    # before the evaluation, as a training run may replace best.pt; `measure` reports a missing file
+    on_rank0 = distributed.rank() == 0
+    digest = sha256(checkpoint) if on_rank0 and checkpoint.is_file() else ""
     metrics = measure(
         checkpoint,
         overrides,
@@ -56,9 +62,12 @@ def evaluate(
         report=report,
         detailed=True,
     )
-    if distributed.rank() != 0:
+    if not on_rank0:
         return metrics, None
-    write_evaluation(checkpoint, overrides, config, metrics, output, plots)
+    write_evaluation(checkpoint, digest, overrides, config, metrics, output, plots)
+    if sha256(checkpoint) != digest:
+        log.warning("%s: was replaced during its evaluation; nothing is logged", checkpoint)
+        return metrics, None
     return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures, plots, report)
 
 

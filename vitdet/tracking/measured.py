@@ -55,6 +55,7 @@ def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured |
 
 def write_evaluation(
     checkpoint: Path,
+    digest: str,
     overrides: Sequence[str],
     config: Config | None,
     metrics: Mapping[str, float],
@@ -63,6 +64,7 @@ def write_evaluation(
 ) -> None:
     """Write metrics to `output`, their provenance, and the provenance of the matches in `plots`.
 
+    digest: the sha256 of the evaluated checkpoint, which may have been replaced since.
     overrides, config: as passed to `vitdet.evaluate` for this evaluation.
     """
     if output is None and plots is None:
@@ -73,7 +75,7 @@ def write_evaluation(
     own = from_dict(load_model_file(checkpoint)["config"])
     used, _ = evaluation_config(own, overrides, config)
     tree, found = to_dict(used), fingerprint(used.data, used.data.val_split)
-    measured = Measured(sha256(checkpoint), found, tree["data"], tree["evaluate"])
+    measured = Measured(digest, found, tree["data"], tree["evaluate"])
     if output:
         write_metrics(output, metrics, measured)
     if plots:
