@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from vitdet.config import load_config
 from vitdet.models import Detector, build_detector
 from vitdet.training import train
 from vitdet.weights import CATALOGUE, NOT_PRETRAINED, load_pretrained, resolve
+from vitdet.weights.catalogue import find
 
 
 @pytest.fixture
@@ -112,6 +114,11 @@ def test_weights_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert resolve("") is None
     with pytest.raises(ValueError, match="init: no weights named 'mae_vit_tny'; did you mean 'mae"):
         resolve("mae_vit_tny")
+    for refuse in (resolve, find):  # an existing file, but a name without a suffix
+        with pytest.raises(
+            ValueError, match=r"no weights named '/.* file with a suffix, e.g. .pth"
+        ):
+            refuse(str(shutil.copy(__file__, tmp_path / "weights")))
     with pytest.raises(FileNotFoundError, match=r"none.safetensors: no such .* file \(train.i"):
         resolve("none.safetensors")
     name = next(iter(CATALOGUE))

@@ -44,6 +44,6 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
         closest = nearest(name_or_path, list(CATALOGUE))
         raise ValueError(
             f"train.init: no weights named {name_or_path!r}; {closest} (or specify a weights "
-            "file; '' trains from scratch)"
+            "file with a suffix, e.g. .pth; '' trains from scratch)"
         )
     return fetched(name_or_path, folder)

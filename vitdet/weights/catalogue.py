@@ -77,7 +77,8 @@ def find(name: str) -> Entry:
     """Return the entry `name`. Raises ValueError, with a suggestion, for an unknown name."""
     if name not in CATALOGUE:
         closest = nearest(name, list(CATALOGUE))
-        raise ValueError(f"no weights named {name!r}; {closest} (or specify a weights file)")
+        file = "or specify a weights file with a suffix, e.g. .pth"
+        raise ValueError(f"no weights named {name!r}; {closest} ({file})")
     return CATALOGUE[name]
 
 
