@@ -246,7 +246,11 @@ class JobClient:
         job["metadata"].setdefault("annotations", {})[FAILURE] = failure
         limit = time.monotonic() + self.timeouts.deletion
         self.delete()
-        while self.create(job) is None:
+        while self.create(job, self.timeouts.deletion) is None:
+            # the existing job is the deleted one or, if an earlier response was lost, this one
+            metadata = (self.get() or {"metadata": {}})["metadata"]
+            if (metadata.get("annotations") or {}).get(FAILURE) == failure:
+                return
             if time.monotonic() > limit:
                 raise RuntimeError("the job is still being deleted; check its finalizers")
             time.sleep(min(self.timeouts.poll, 1))

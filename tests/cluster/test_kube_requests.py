@@ -14,6 +14,7 @@ from urllib3.exceptions import MaxRetryError, NameResolutionError, ProtocolError
 
 from components.launcher.client import JobClient, Timeouts, connect
 from components.launcher.errors import describe_outage
+from components.launcher.templates import FAILURE
 from tests.cluster.conftest import Clock
 from tests.cluster.test_following import PYTORCH, SHORT
 
@@ -161,3 +162,38 @@ def test_only_lines_with_a_timestamp_are_log_lines() -> None:
     )
     assert ours.log("w-0") == ["2026-01-01T00:00:01Z [rank0]:a\rb", "2026-01-01T08:00:02.5+08:00 "]
     assert ours.log("w-0", previous=True) == ours.log("w-0") == []
+
+
+class Jobs:
+    """Replaces the API of jobs: a deleted job remains for one more request; the first response to create is lost."""
+
+    def __init__(self) -> None:
+        self.stored: dict | None = {"metadata": {"name": "j"}}
+        self.refusals = [refused(403, "pytorchjobs is forbidden: exceeded quota: q")]
+        self.remaining = 1
+
+    def create_namespaced_custom_object(self, *where: object, **options: object) -> object:
+        if self.stored:
+            self.remaining -= 1
+            if self.remaining < 0 and "annotations" not in self.stored["metadata"]:
+                self.stored = None
+            raise refused(409)
+        if self.refusals:
+            raise self.refusals.pop()
+        self.stored = where[-1]
+        raise ProtocolError("reset")
+
+    def delete_namespaced_custom_object(self, *where: object, **options: object) -> object:
+        return type("Raw", (), {"data": b"{}"})
+
+    def get_namespaced_custom_object(self, *where: object, **options: object) -> object:
+        return type("Raw", (), {"data": json.dumps(self.stored).encode()})
+
+
+def test_a_job_is_replaced_once_despite_a_quota_and_a_lost_response() -> None:
+    ours, jobs = cluster([], Timeouts(poll=0, deletion=60)), Jobs()
+    ours.objects = jobs
+    job = {"metadata": {"name": "j"}, "spec": {}}
+    ours.replace(job, "out of memory")
+    assert jobs.stored == job and job["metadata"]["annotations"] == {FAILURE: "out of memory"}
+    assert not jobs.refusals

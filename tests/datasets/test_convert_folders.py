@@ -197,3 +197,30 @@ def test_images_are_found_by_id_in_a_folder_named_annotations(vitdet: Run) -> No
         "p1.jpg",
         "p2.jpg",
     ]
+
+
+def test_a_path_without_links_takes_precedence(vitdet: Run, yolo: Path) -> None:
+    for name in ("z/real/c", "b/b"):
+        image(yolo / f"images/{name}.jpg")
+        write(yolo / f"labels/{name}.txt", "0 .5 .5 .5 .5")
+    (yolo / "images/b/link").symlink_to("../z/real")
+    code, output, _ = vitdet("data", "convert", yolo, "out")
+    assert code == 0 and output.startswith("out: 1 class; train 3 images, 3 objects")
+
+
+def test_images_may_be_beside_a_folder_with_annotations(vitdet: Run) -> None:
+    voc_folders(Path("source"))
+    shutil.move("source/Annotations", "source/annotations")
+    for path in list(Path("source/JPEGImages").iterdir()):
+        shutil.move(path, "source")
+    Path("source/JPEGImages").rmdir()
+    code, _, errors = vitdet("data", "convert", "source", "out")
+    assert (code, errors) == (0, "") and names("out") == ["p1.jpg", "p2.jpg"]
+
+
+def test_the_file_missing_in_an_empty_folder_is_named(vitdet: Run) -> None:
+    voc_folders(Path("source"))
+    for path in Path("source/Annotations").iterdir():
+        path.unlink()
+    code, _, errors = vitdet("data", "convert", "source", "out", "--format", "voc")
+    assert code == 1 and "source/Annotations/p1.xml: no such annotation file" in errors

@@ -241,22 +241,24 @@ def files_below(*folders: Path, suffix: str = "") -> list[Path]:
     """Return the files below folders, sorted by path. suffix: lower case; '' for any.
 
     Skips hidden files and folders, such as .ipynb_checkpoints. Follows links; a folder with several
-    paths is listed once. Raises OSError for an unreadable folder.
+    paths is listed once, with a path without links if it has one. Raises OSError for an unreadable
+    folder.
     """
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
-    paths, seen = set[Path](), set[str]()
-    for folder in folders:
-        for parent, inside, names in os.walk(folder, onerror=fail, followlinks=True):
-            inside[:] = [name for name in inside if name[0] != "." and name != "lost+found"]
-            inside.sort(key=lambda name: os.path.islink(os.path.join(parent, name)))
+    paths, seen, pending = set[Path](), set[str](), list(map(str, folders))
+    for folder in pending:  # links are appended
+        for parent, inside, names in os.walk(folder, onerror=fail):
+            inside[:] = sorted(name for name in inside if name[0] != "." and name != "lost+found")
             if (place := os.path.realpath(parent)) in seen:
                 inside.clear()
                 continue
             seen.add(place)
+            below = (os.path.join(parent, name) for name in inside)
+            pending += filter(os.path.islink, below)
             paths.update(Path(parent, name) for name in names if name[0] != ".")
     return sorted(path for path in paths if suffix in ("", path.suffix.lower()) and path.is_file())
 

@@ -108,11 +108,12 @@ class _Folders:
 
     def __init__(self, dataset: ImportedDataset) -> None:
         source, self.dataset = dataset.source, dataset
-        named = (source / "Annotations", source / "annotations")
-        found = (folder for folder in named if files_below(folder, suffix=".xml"))
-        self.annotations = next(found, source)
-        usual = [source / name for name in ("JPEGImages", "images", "Images")]
-        self.images = next((folder for folder in usual if folder.is_dir()), self.annotations)
+        upper, lower = source / "Annotations", source / "annotations"
+        beside = upper if upper.is_dir() else source  # where images are without a folder for them
+        use_lower = beside == source and files_below(lower, suffix=".xml")
+        self.annotations = lower if use_lower else beside
+        named = [source / name for name in ("JPEGImages", "images", "Images")]
+        self.images = next((folder for folder in named if folder.is_dir()), beside)
         lists = (source / name for name in LISTS)
         self.lists = next((folder for folder in lists if any(folder.glob("[!.]*.txt"))), None)
         self.files, self.others = dataset.images_below(self.images)
