@@ -61,7 +61,7 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def prepare(path: Path) -> None:
+def make_parent(path: Path) -> None:
     """Create the parent folder of a file to be written; raises OSError if `path` is a folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
@@ -72,10 +72,10 @@ def prepare(path: Path) -> None:
 def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and removed on an error.
 
-    Raises the errors of `prepare`. If `sync`, calls fsync on the content before the rename and on
-    the folder afterwards.
+    Raises the errors of `make_parent`. If `sync`, calls fsync on the content before the rename and
+    on the folder afterwards.
     """
-    prepare(path)
+    make_parent(path)
     _remove_once(path.parent.resolve(), os.getpid())
     temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:

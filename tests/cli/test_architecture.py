@@ -171,7 +171,7 @@ def test_models_do_not_depend_on_config_mode_or_device() -> None:
         by_mode = ast.unparse(node) == "self.training" and name != regularization
         if node.attr in ("cuda", "autocast") or by_mode:
             wrong.append(f"{where}: {ast.unparse(node)}")
-    report(wrong, "a model knows no config, no training mode and no device; its caller does")
+    report(wrong, "a model must not depend on the config, the training mode or the device")
 
 
 def test_the_code_follows_its_conventions() -> None:

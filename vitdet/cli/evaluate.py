@@ -7,7 +7,7 @@ import argparse
 from vitdet import torchrun
 from vitdet.cli.arguments import CHECKPOINT, add_file, add_folder, given_path
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.files import prepare
+from vitdet.files import make_parent
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def _prepare_outputs(args: argparse.Namespace) -> None:
     """Raise OSError for an output of the wrong kind before the evaluation, not after it."""
     for path in filter(None, (args.output, args.report)):
-        prepare(path)
+        make_parent(path)
     for folder in filter(None, (args.plots, args.pictures)):
         if folder.is_file():
             raise NotADirectoryError(f"{folder}: is a file; expected the name of a folder")
