@@ -1,4 +1,4 @@
-"""Why Kueue does not admit a job, from the conditions of its Workload.
+"""Why Kueue does not admit a job, from the conditions of its Workload; jobs without a queue.
 
 Kueue creates a Workload (kueue.x-k8s.io/v1beta2, since Kueue 0.15) for a job with a queue label;
 the Workload has a label with the job's uid (pkg/controller/constants). Its condition QuotaReserved
