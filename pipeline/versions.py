@@ -61,8 +61,8 @@ _JOB = (
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
     Field(
-        # Pipelines 2.5 has this field, but reads it only for steps of the outermost group
-        # (container.go: getTaskRetryPolicySpec)
+        # Pipelines 2.5 has this field, but reads it only for tasks of the root DAG, not inside
+        # dsl.If or dsl.ParallelFor (container.go: getTaskRetryPolicySpec)
         "components.*.dag.tasks.*.retryPolicy",
         (2, 14, 0),
         "steps are not retried, e.g. when their node is lost; retrying the run resumes its "

@@ -40,7 +40,7 @@ class Timeouts:
     # may still be loading Roles
     forbidden: float = 60
     operator: float = 300  # maximum time until the operator reacts to a new job
-    start: float = 300  # maximum time until an error in the image, a Secret or the command is fixed
+    start: float = 300  # how long a wrong image, Secret or command may keep pods from starting
     # maximum time until all pods are created and scheduled and their init containers have completed
     schedule: float = 3600
     deletion: float = 120  # maximum time until a job of an earlier attempt is deleted

@@ -139,7 +139,7 @@ def run_submit(args: argparse.Namespace) -> int:
             raise ValueError("--wait follows one run, but --cron starts many; omit --wait")
     check_pool(args.pool)
     if args.workspace and not Path(args.workspace).is_relative_to(MOUNT):
-        raise ValueError(f"--workspace {args.workspace}: expected a folder in the volume, {MOUNT}")
+        raise ValueError(f"--workspace {args.workspace}: expected {MOUNT} or a folder in it")
     if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
         remark("the first step validates the recipes and settings that are not validated here")
     title = " + ".join(Path(recipe).stem for recipe in args.recipes)[:100]

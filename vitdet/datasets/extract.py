@@ -165,7 +165,7 @@ def _check_parents(path: Path, folder: Path) -> None:
 
 
 def _is_complete(path: Path, info: zipfile.ZipInfo, overwrite: bool) -> bool:
-    """Return whether a file is already extracted; raise ValueError if it may not be replaced."""
+    """Return whether a file is already extracted; raise ValueError if `path` is something else."""
     try:
         found = path.lstat()
     except FileNotFoundError:

@@ -84,7 +84,10 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of qkv and, in float32, of bias (beyond the grid) and both tables."""
+    """Return the gradients of qkv and, in float32, of bias and both tables.
+
+    The kernels use the bias only for tokens beyond the grid, so its gradient is summed over these.
+    """
     products = positions(layout, qkv, tables, factor)  # q . R is recomputed to save memory
     dproducts = layout.products(qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
