@@ -2,8 +2,9 @@
 
 Step `evaluate` needs the same kind of GPU and node as training. A PyTorchJob specifies them in its
 pod template. For a TrainJob, they are merged from the job's runtime (another document) and the
-job's runtimePatches; later patches take precedence (Trainer 2.2: maps are merged, lists of
-tolerations are replaced). The resources of spec.trainer override the runtime's resources.
+job's podTemplateOverrides (Trainer 2.1) and runtimePatches (Trainer 2.2 and later); later entries
+take precedence (maps are merged, lists of tolerations are replaced). The resources of spec.trainer
+override the runtime's resources.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
 def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
     """Return the accelerators of a TrainJob's pods.
 
-    They come from its runtime, if the documents contain it, its runtimePatches and its
-    resourcesPerNode, each of which takes precedence over the previous.
+    They come from its runtime, if the documents contain it, its podTemplateOverrides or
+    runtimePatches and its resourcesPerNode, each of which takes precedence over the previous.
     Raises the errors of `accelerators`.
     """
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
@@ -154,11 +155,14 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
             "`evaluate` are unknown; pass the full output of `kubectl kustomize "
             "manifests/overlays/NAME/trainjob`, or set the job's spec.trainer.resourcesPerNode"
         )
+    specs = [node_pod_spec(runtime["spec"])] if runtime else []
+    for override in job["spec"].get("podTemplateOverrides") or []:
+        if {"name": "node"} in (override.get("targetJobs") or []):
+            specs.append(override.get("spec") or {})
+    for patch in job["spec"].get("runtimePatches") or []:
+        specs.append(node_pod_spec(patch.get("trainingRuntimeSpec", {})))
     pod: dict = {}
-    for spec in ([runtime["spec"]] if runtime else []) + [
-        patch.get("trainingRuntimeSpec", {}) for patch in job["spec"].get("runtimePatches") or []
-    ]:
-        found = node_pod_spec(spec)
+    for found in specs:
         pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **(found.get("nodeSelector") or {})}
         pod["tolerations"] = found.get("tolerations") or pod.get("tolerations")
         pod["containers"] = pod.get("containers") or found.get("containers")

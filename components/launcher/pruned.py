@@ -1,8 +1,9 @@
 """Fields of a job that the API server dropped.
 
 An API server silently drops fields that are not in the installed CustomResourceDefinition. For
-example, Kubeflow Trainer before 2.2 has neither `runtimePatches` nor `activeDeadlineSeconds`
-(manifests/base/crds). Therefore, the job returned by `create` is compared with the job sent.
+example, Kubeflow Trainer 2.1 has `podTemplateOverrides` instead of `runtimePatches`, and no
+`activeDeadlineSeconds` (manifests/base/crds). Therefore, the job returned by `create` is compared
+with the job sent.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ SAFETY = {
     "spec.runPolicy.activeDeadlineSeconds": NO_DEADLINE,
     "spec.runPolicy.ttlSecondsAfterFinished": "the job is not deleted automatically after its end",
 }
-# Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
-SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
+# Fields of a TrainJob that depend on the version of Kubeflow Trainer -> what to do without them
+REMEDIES = {
+    "activeDeadlineSeconds": "upgrade Kubeflow Trainer to 2.2 or later",
+    "runtimePatches": "upgrade Kubeflow Trainer to 2.2 or later",
+    "podTemplateOverrides": "Kubeflow Trainer 2.2 replaced this field by runtimePatches",
+}
+# The launcher writes the same pod settings to both fields; each version of Trainer has one of them
+PATCHES = {"spec.podTemplateOverrides", "spec.runtimePatches"}
 KEYS = ("manager", "name", "mountPath", "key")  # keys that identify an entry of a list
 
 
@@ -55,37 +62,31 @@ def counterpart(entry: object, index: int, entries: list) -> object:
     return entries[index] if index < len(entries) else None
 
 
-def pod_settings(spec: dict) -> list[str]:
-    """Return the names of the pod settings in the runtimePatches of a TrainJob."""
-    names: set[str] = set()
-    for patch in spec.get("runtimePatches") or []:
-        runtime = (patch.get("trainingRuntimeSpec") or {}).get("template") or {}
-        for job in (runtime.get("spec") or {}).get("replicatedJobs") or []:
-            pod = ((job.get("template") or {}).get("spec") or {}).get("template") or {}
-            names |= (pod.get("spec") or {}).keys()
-    return sorted(names)
-
-
 def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], str]:
     """Return (warnings, error) about the fields of a new job that the API server dropped.
 
     error: why the job would not train as requested; "" if it would.
     """
     warnings, lost = [], []
-    settings = pod_settings(sent["spec"])
     missing = f"the cluster's {kind.name} has no "
-    for path in dropped_fields(sent["spec"], received.get("spec"), "spec"):
-        since = SINCE.get(path.split(".")[1].partition("[")[0]) if kind.name == "TrainJob" else ""
+    dropped = dropped_fields(sent["spec"], received.get("spec"), "spec")
+    pod_settings_lost = PATCHES <= set(dropped)
+    for path in dropped:
+        field = path.split(".")[1].partition("[")[0]
         remedy = f"install {kind.operator}"
-        if since:
-            remedy = f"upgrade Kubeflow Trainer to {since} or later"
+        if kind.name == "TrainJob":
+            remedy = REMEDIES.get(field, remedy)
         if path in SAFETY:
             warnings.append(f"{missing}{path}: {SAFETY[path]}; {remedy}")
-        elif path != "spec.runtimePatches":
+        elif path not in PATCHES:
             lost.append(f"{path} ({remedy})")
-        elif settings:
-            lost.append(f"{path}, which sets {', '.join(settings)} of the pods ({remedy})")
+        elif not pod_settings_lost and len(sent["spec"][field]) > 1:  # also entries of the template
+            lost.append(f"{path} ({remedy})")
+    if pod_settings_lost:
+        text, remedy = " or ".join(sorted(PATCHES)), "upgrade Kubeflow Trainer to 2.1 or later"
+        if settings := sorted(sent["spec"]["podTemplateOverrides"][-1].get("spec", {})):
+            lost.append(f"{text}, which set {', '.join(settings)} of the pods ({remedy})")
         else:
-            warnings.append(f"{missing}{path}: the pods lack the run's labels; {remedy}")
+            warnings.append(f"{missing}{text}: the pods lack the run's labels; {remedy}")
     error = f"{missing}{'; no '.join(lost)}; the job would train differently" if lost else ""
     return warnings, error

@@ -74,16 +74,14 @@ _PYTORCHJOB = _fields(
     elasticPolicy=_fields("ElasticPolicy", minReplicas=int, maxReplicas=int),
     nprocPerNode=Scalar,
 )
-# the pods of a TrainJob, in its runtime and in runtimePatches
-_PODS = _fields(
-    "JobPodTemplate",
-    spec=_fields("JobPodSpec", containers=_list(_CONTAINER), **_POD_FIELDS),
-    metadata=_METADATA,
-)
+# the pods of a TrainJob, in its runtime, runtimePatches and podTemplateOverrides
+_POD_PATCH = _fields("JobPodSpec", containers=_list(_CONTAINER), **_POD_FIELDS)
+_PODS = _fields("JobPodTemplate", spec=_POD_PATCH, metadata=_METADATA)
 _JOB = _fields("JobTemplate", spec=_fields("JobSpec", template=_PODS))
 _JOBSET = _fields(
     "JobSetSpec", replicatedJobs=_list(_fields("ReplicatedJob", {"name": str}, template=_JOB))
 )
+_TARGETS = _list(_fields("TargetJob", {"name": str}))
 _RUNTIME = _fields("RuntimeSpec", template=_fields("JobSetTemplate", spec=_JOBSET))
 _TRAINJOB = _fields(
     "TrainJobSpec",
@@ -97,6 +95,9 @@ _TRAINJOB = _fields(
         resourcesPerNode=_RESOURCES,
     ),
     runtimePatches=_list(_fields("RuntimePatch", {"manager": str}, trainingRuntimeSpec=_RUNTIME)),
+    podTemplateOverrides=_list(
+        _fields("PodTemplateOverride", metadata=_METADATA, spec=_POD_PATCH, targetJobs=_TARGETS)
+    ),
     activeDeadlineSeconds=int,
 )
 # kind -> types of metadata and spec

@@ -1,7 +1,7 @@
 """The two kinds of training job as plain dictionaries, and how to fill in their templates.
 
 The kinds are PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
-(trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3); see KINDS.
+(trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.1 or later); see KINDS.
 """
 
 from __future__ import annotations
@@ -212,7 +212,11 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
 
 
 def fill_trainjob(job: dict, request: JobRequest) -> None:
-    """Fill in spec.trainer, and pod settings as runtimePatches (Trainer 2.2 and later)."""
+    """Fill in spec.trainer and the pod settings.
+
+    The pod settings are written as podTemplateOverrides for Trainer 2.1 and as runtimePatches,
+    which replaced them in Trainer 2.2. The API server drops the field that it does not know.
+    """
     spec = job["spec"]
     spec.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)  # a TrainJob has no time to live
     trainer = spec.setdefault("trainer", {})
@@ -222,7 +226,7 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
     if added := task.get("resources"):
         trainer["resourcesPerNode"] = merge_resources(trainer.get("resourcesPerNode"), added)
     pod: dict = {}
-    # a runtimePatch is a strategic merge patch: the task's tolerations replace the runtime's
+    # both are strategic merge patches: the task's tolerations replace the runtime's
     add_to_pod(pod, request)
     if task.get("volume_mounts"):
         pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]
@@ -234,6 +238,8 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
     }
     others = [p for p in spec.get("runtimePatches") or [] if p["manager"] != patch["manager"]]
     spec["runtimePatches"] = [*others, patch]  # the last patch takes precedence
+    override = {"targetJobs": [{"name": "node"}], **template}
+    spec["podTemplateOverrides"] = [*(spec.get("podTemplateOverrides") or []), override]
 
 
 def add_to_container(container: dict, task: dict) -> None:

@@ -1,7 +1,7 @@
 """Quotas and policies of a cluster, and other versions of its operator, on a real API server.
 
-TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides instead of runtimePatches, and no activeDeadlineSeconds. To
-imitate it, the tests install a TrainJob definition without these fields. This definition has its own API group, since
+TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides instead of runtimePatches, and no activeDeadlineSeconds;
+2.0.1 has none of these fields. To imitate them, the tests install TrainJob definitions of their own API groups, since
 other tests use the current one.
 """
 
@@ -37,13 +37,14 @@ from tests.helpers.cluster import (
 )
 
 pytestmark = on_cluster
-OLD = replace(KINDS["trainjob"], group="trainer-2-1.vitdet.test")
 WAITING = replace(QUICK, schedule=60)
 
 
 @pytest.fixture
-def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make the launcher create TrainJobs of the older definition."""
+def older_trainer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Make the launcher create TrainJobs of an older definition; return the template of a job."""
+    group = f"trainer-{request.param.replace('.', '-')}.vitdet.test"
+    old = replace(KINDS["trainjob"], group=group)
     text = gzip.decompress((ROOT / "tests/crds/crds.json.gz").read_bytes())
     # servers before 1.21 reject empty defaults of properties
     schemas = json.loads(
@@ -51,37 +52,69 @@ def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     schema = schemas["trainer.kubeflow.org/v1alpha1 TrainJob"]["schema"]
     spec = schema["properties"]["spec"]["properties"]
-    for field in ("runtimePatches", "activeDeadlineSeconds"):
-        del spec[field]
-    given = definition(OLD.group, OLD.version, OLD.plural, OLD.name, schema)
+    del spec["activeDeadlineSeconds"]
+    node = spec.pop("runtimePatches")["items"]["properties"]["trainingRuntimeSpec"]
+    for key in ("template", "spec"):
+        node = node["properties"][key]
+    node = node["properties"]["replicatedJobs"]["items"]
+    for key in ("template", "spec", "template"):
+        node = node["properties"][key]
+    del node["properties"]["spec"]["properties"]["imagePullSecrets"]  # its key has an empty default
+    if request.param == "2.1":
+        name = {"type": "object", "properties": {"name": {"type": "string"}}}
+        targets = {"targetJobs": {"type": "array", "items": name}}
+        override = {"type": "object", "properties": {**node["properties"], **targets}}
+        spec["podTemplateOverrides"] = {"type": "array", "items": override}
+    given = definition(old.group, old.version, old.plural, old.name, schema)
     # --validate=false: servers before 1.25 do not support CEL rules
     kubectl("create --validate=false -f -", given=given)
-    kubectl(f"wait --for=condition=established crd/{OLD.plural}.{OLD.group}")
-    monkeypatch.setitem(KINDS, "trainjob", OLD)
-    yield
-    kubectl(f"delete crd {OLD.plural}.{OLD.group} --wait=false")
-
-
-def old_job() -> str:
+    kubectl(f"wait --for=condition=established crd/{old.plural}.{old.group}")
+    monkeypatch.setitem(KINDS, "trainjob", old)
     job = yaml.safe_load(template("trainjob", script=True))
-    return yaml.safe_dump({**job, "apiVersion": f"{OLD.group}/{OLD.version}"})
+    yield yaml.safe_dump({**job, "apiVersion": f"{old.group}/{old.version}"})
+    kubectl(f"delete crd {old.plural}.{old.group} --wait=false")
 
 
+@pytest.mark.parametrize("older_trainer", ["2.1"], indirect=True)
+def test_the_pod_settings_of_a_trainjob_reach_trainer_2_1(still: Scene, older_trainer: str) -> None:
+    task = {
+        "node_selector": {"disk": "fast"},
+        "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+        "volume_mounts": [{"name": "data", "mountPath": "/data"}],
+    }
+    # no operator serves the group, so the launcher gives up
+    with pytest.raises(RuntimeError, match="has had no status"):
+        timeouts = replace(QUICK, operator=3)
+        arguments = {"kind": "trainjob", "task": task, "timeouts": timeouts}
+        still.launch(older_trainer, ["true"], "older", **arguments)
+    spec = still.job("older", "trainjob")["spec"]
+    (override,) = spec["podTemplateOverrides"]
+    assert override["spec"]["nodeSelector"] == {"disk": "fast"} and "runtimePatches" not in spec
+    assert override["spec"]["volumes"] == task["volumes"]
+    assert override["spec"]["containers"] == [
+        {"name": "node", "volumeMounts": task["volume_mounts"]}
+    ]
+    assert [line for line in still.lines if "the cluster's TrainJob has no" in line] == [
+        line for line in still.lines if "no spec.activeDeadlineSeconds" in line
+    ]
+
+
+@pytest.mark.parametrize("older_trainer", ["2.0"], indirect=True)
 def test_lost_pod_settings_are_an_error_and_a_lost_deadline_is_a_warning(
-    still: Scene, trainer_2_1: None
+    still: Scene, older_trainer: str
 ) -> None:
     task = {"node_selector": {"disk": "fast"}}
     with pytest.raises(RuntimeError) as raised:
-        still.launch(old_job(), ["true"], "lost", kind="trainjob", task=task)
+        still.launch(older_trainer, ["true"], "lost", kind="trainjob", task=task)
     text = str(raised.value)
     assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} was deleted: ")
-    assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
+    assert "spec.runtimePatches, which set nodeSelector of the pods (upgrade Kubeflow" in text
     assert "\n" not in text and any("no spec.activeDeadlineSeconds" in line for line in still.lines)
     wait_until(lambda: still.job("lost", "trainjob") is None)
     # without pod settings only the deadline and labels are lost; no operator serves the group, so the launcher gives up
     with pytest.raises(RuntimeError, match="has had no status"):
         timeouts = replace(QUICK, operator=3)
-        still.launch(old_job(), ["true"], "warned", kind="trainjob", timeouts=timeouts)
+        still.launch(older_trainer, ["true"], "warned", kind="trainjob", timeouts=timeouts)
     assert any("the pods lack the run's labels" in line for line in still.lines)
     assert still.job("warned", "trainjob") is not None
 

@@ -185,6 +185,8 @@ def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -
     assert node["name"] == "node" and pod["metadata"]["labels"] == LABELS
     assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
     assert pod["spec"]["containers"] == [{"name": "node", "volumeMounts": TASK["volume_mounts"]}]
+    # Trainer 2.1 reads the same settings from another field
+    assert job["spec"]["podTemplateOverrides"] == [{"targetJobs": [{"name": "node"}], **pod}]
     # the launcher's patch is not added twice
     assert fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
 

@@ -11,6 +11,7 @@ from components.launcher.templates import KINDS, fill_template
 from tests.cluster.test_following import DONE, Record, follow
 from tests.cluster.test_launcher import TEMPLATES, filled, request
 
+PATCHES = ("podTemplateOverrides", "runtimePatches")
 VOLUME = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
 
 
@@ -35,22 +36,33 @@ def test_fields_added_by_webhooks_and_defaults_are_not_a_loss() -> None:
 
 def test_the_loss_of_the_deadline_or_labels_is_a_warning() -> None:
     job = trainjob(pool="")
-    received = without(job, "activeDeadlineSeconds", "runtimePatches")
+    received = without(job, "activeDeadlineSeconds", *PATCHES)
     warnings, error = check_dropped(KINDS["trainjob"], job, received)
     assert error == "" and warnings == [
         "the cluster's TrainJob has no spec.activeDeadlineSeconds: the job has no deadline, so a forgotten job does "
         "not end by itself; upgrade Kubeflow Trainer to 2.2 or later",
-        "the cluster's TrainJob has no spec.runtimePatches: the pods lack the run's labels; upgrade Kubeflow "
-        "Trainer to 2.2 or later",
+        "the cluster's TrainJob has no spec.podTemplateOverrides or spec.runtimePatches: the pods lack the run's "
+        "labels; upgrade Kubeflow Trainer to 2.1 or later",
     ]
+
+
+@pytest.mark.parametrize("field", PATCHES)
+def test_each_version_of_trainer_has_one_of_two_fields_for_pod_settings(field: str) -> None:
+    job = trainjob(pool="h200", task={"volumes": [VOLUME]})
+    assert check_dropped(KINDS["trainjob"], job, without(job, field)) == ([], "")
+    # entries of the template are in only one of the fields
+    job["spec"][field].insert(0, {"manager": "user"})
+    _, error = check_dropped(KINDS["trainjob"], job, without(job, field))
+    assert error.startswith(f"the cluster's TrainJob has no spec.{field} (")
+    assert error.endswith("; the job would train differently") and "2.2" in error
 
 
 def test_lost_pod_settings_are_an_error_that_names_them() -> None:
     job = trainjob(pool="h200", task={"volumes": [VOLUME], "tolerations": [{"key": "spot"}]})
-    _, error = check_dropped(KINDS["trainjob"], job, without(job, "runtimePatches"))
+    _, error = check_dropped(KINDS["trainjob"], job, without(job, *PATCHES))
     assert error == (
-        "the cluster's TrainJob has no spec.runtimePatches, which sets nodeSelector, tolerations, volumes of the pods "
-        "(upgrade Kubeflow Trainer to 2.2 or later); the job would train differently"
+        "the cluster's TrainJob has no spec.podTemplateOverrides or spec.runtimePatches, which set nodeSelector, "
+        "tolerations, volumes of the pods (upgrade Kubeflow Trainer to 2.1 or later); the job would train differently"
     )
 
 

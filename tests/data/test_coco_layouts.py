@@ -113,6 +113,15 @@ def test_a_roboflow_export_is_resolved_without_its_root_category(tmp_path: Path)
     assert read_split(config.data, "train").class_names == ("things", "disc", "bar")
 
 
+def test_the_splits_of_cvat_are_found_by_their_capitalized_names(tmp_path: Path) -> None:
+    for split, first in (("Test", 21), ("Train", 1), ("Validation", 11)):
+        write(tmp_path / "annotations" / f"instances_{split}.json", content(first))
+        draw_images(tmp_path / "images" / split, first)
+    config, _ = resolve_config("tiny", [f"data.root={tmp_path}"])
+    assert (config.data.train_split, config.data.val_split) == ("Train", "Validation")
+    assert len(read_split(config.data, "Validation").records) == 3
+
+
 @pytest.mark.parametrize("layout", ONE_SPLIT.values(), ids=ONE_SPLIT)
 def test_a_single_split_is_not_used_for_both_training_and_validation(
     vitdet: Callable, layout: Callable[[Path], None]

@@ -117,6 +117,18 @@ def test_a_trainjobs_settings_override_its_runtimes(parts: tuple[dict, dict]) ->
     assert said(job) == said(job, runtime)  # without its runtime only the job is read
 
 
+def test_pod_template_overrides_of_trainer_2_1_override_the_runtime(
+    parts: tuple[dict, dict],
+) -> None:
+    job, runtime = parts
+    job["spec"]["podTemplateOverrides"] = [
+        {"targetJobs": [{"name": "node"}], "spec": {"nodeSelector": {"vitdet/pool": "b"}}},
+        {"targetJobs": [{"name": "other"}], "spec": {"nodeSelector": {"vitdet/pool": "c"}}},
+        {"targetJobs": [{"name": "node"}], "metadata": {"labels": {"team": "a"}}},
+    ]
+    assert said(job, runtime) == (1, [TOLERATION], {"vitdet/pool": "b"})
+
+
 def test_a_runtime_is_identified_by_kind_and_name(parts: tuple[dict, dict]) -> None:
     job, runtime = parts
     job["spec"]["runtimeRef"]["kind"] = "ClusterTrainingRuntime"

@@ -16,7 +16,8 @@ from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, rec
 from vitdet.data.coco_layouts import SplitFiles, coco_files, find_splits, lvis_files
 from vitdet.files import parse_yaml
 
-SPLITS = {  # setting -> common names of the split, in order of preference
+# setting -> common names of the split, in order of preference; CVAT's begin with a capital letter
+SPLITS = {
     "data.train_split": ("train", "train2017", "train2014", "training"),
     "data.val_split": ("val", "val2017", "val2014", "valid", "validation"),
 }
@@ -130,7 +131,7 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
     available, before = splits(config.data), flatten(config)
     found: dict[str, str | int] = {}
     for key, names in SPLITS.items():
-        common = [name for name in names if name in available]
+        common = [name for known in names for name in available if name.casefold() == known]
         if key not in explicit and before[key] not in available and common:
             found[key] = common[0]
     data = replace(
