@@ -1,3 +1,4 @@
+# make setup   create the environment (.venv)
 # make demo    run the whole demo: data, weights, training, evaluation, registration; 8 to 25 minutes on 2 cores
 # make test    run the fast tests (one file: make test TESTS=tests/cli/test_config.py; on more cores: JOBS=8)
 # make test-slow  run the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
@@ -7,7 +8,7 @@
 #              ENGINE=podman); make image REGISTRY=registry.example.com/ TAG=0.2.0 OPTIONS="--build-arg BASE=..."
 # make lint    run ruff and mypy
 # make lock    update requirements.lock to the newest versions that pyproject.toml allows
-# make clean   remove the files that the other targets create: the environment, the work folder, DVC's cache and lock
+# make clean   remove the environment, the work folder, DVC's cache and lock, and the caches of the tools
 #
 # All targets except image and clean first create the environment (.venv) if it is missing or older than requirements.lock
 # or pyproject.toml. To use another interpreter for a new .venv: make demo PYTHON=python3.12
@@ -64,7 +65,7 @@ image:
 	@test -n "$(ENGINE)" || { echo "make image needs docker, podman or buildah, but none of them responds to \`info\`: \
 	install or start one, or pass its path: make image ENGINE=..." >&2; exit 1; }
 	revision=$$(git describe --always --dirty --abbrev=40 --exclude='*' || true); for target in vitdet mlflow; do \
-	  $(ENGINE) build $(if $(filter docker,$(ENGINE)),,$(LAYERS)) $(OPTIONS) --file manifests/image/Dockerfile --target $$target \
+	  $(ENGINE) build $(if $(filter docker,$(notdir $(ENGINE))),,$(LAYERS)) $(OPTIONS) --file manifests/image/Dockerfile --target $$target \
 	    --build-arg REVISION=$$revision --tag $(REGISTRY)vitdet$$([ $$target = vitdet ] || echo -$$target):$(TAG) . || exit 1; \
 	done
 	@echo "built $(REGISTRY)vitdet:$(TAG) and $(REGISTRY)vitdet-mlflow:$(TAG)"
@@ -93,7 +94,7 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv $(WORK) .dvc/cache .dvc/tmp dvc.lock build *.egg-info
+	rm -rf .venv $(WORK) .dvc/cache .dvc/tmp dvc.lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 define SUMMARY
 import json, pathlib, sys

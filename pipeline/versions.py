@@ -17,7 +17,7 @@ Version = tuple[int, int, int]
 
 # release -> the Kubeflow distribution that contains it, or ""
 SERVERS: dict[Version, str] = {
-    (2, 5, 0): "Kubeflow 1.10",
+    (2, 5, 0): "Kubeflow 1.10.2",
     (2, 14, 0): "",
     (2, 15, 0): "Kubeflow 1.11",
     (2, 16, 0): "Kubeflow 26.03",

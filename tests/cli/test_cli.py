@@ -184,7 +184,7 @@ def test_evaluating_a_moved_checkpoint_creates_no_tracking_store(
 def test_predict(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path) -> None:
     other = Path(shutil.copy(sorted((tiny / "val").iterdir())[0], tmp_path / "picture.jpg"))
     images = (picture, other, picture)
-    words = ("predict", trained / "model.pt", *images, "--output", "drawn", "--threshold", 0)
+    words = ("predict", trained, *images, "--output", "drawn", "--threshold", 0)
     code, output, _ = vitdet(*words)
     drawn = ["drawn/picture.jpg", "drawn/picture_2.jpg"]
     assert code == 0 and [line.split(":")[0] for line in output.splitlines()] == drawn

@@ -75,7 +75,7 @@ def test_a_missing_field_that_changes_the_result_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("1.8.5", "1.8.5 is too old; supported: 2.5.0 (Kubeflow 1.10)"),
+        ("1.8.5", "1.8.5 is too old; supported: 2.5.0 (Kubeflow 1.10.2)"),
         ("2.9.0", "2.9.0 is not a released version; supported: "),
         ("3.0", "3.0 is newer than this client supports; supported: "),
         ("newest", "version 'newest' of Kubeflow Pipelines: expected one of 2.5.0 (Kubeflow "),
@@ -97,7 +97,11 @@ def test_an_unsupported_version_is_a_usage_error(
         ({"apiServerTagName": "2.17.0", "frontendTagName": "2.5.0"}, (2, 17, 0), ""),
         ({"tag_name": "2.18.0"}, NEWEST, "the server runs Pipelines 2.18.0; treated as 2.17.0"),
         # as images before 2.16 report it, directly and through the web interface
-        ({"tag_name": "unknown"}, (2, 5, 0), "Pipelines 2.5.0 (Kubeflow 1.10); pass --kfp VERSION"),
+        (
+            {"tag_name": "unknown"},
+            (2, 5, 0),
+            "Pipelines 2.5.0 (Kubeflow 1.10.2); pass --kfp VERSION",
+        ),
         ({"tag_name": "unknown", "pipeline_store": "database"}, (2, 15, 0), "Pipelines 2.15.0 ("),
         ({"apiServerTagName": "unknown", "pipelineStore": "database"}, (2, 15, 0), "2.15.0 ("),
     ],

@@ -198,6 +198,7 @@ def test_a_failed_registration_prints_one_line_and_leaves_no_file(
 def test_an_error_of_the_database_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # MLflow creates the folder of this URI
     path = tmp_path / "mlflow.db"
     experiment = connect("", tmp_path).create_experiment("e")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///file:{path}?mode=ro&uri=true")

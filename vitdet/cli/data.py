@@ -58,8 +58,8 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "--split",
         default="",
         choices=("train", "val"),
-        help="download only this split (LVIS: only this split's annotations, but the images of "
-        "both; default: both splits)",
+        help="download only this split; for LVIS, only its annotations, but the images of both "
+        "(default: both splits)",
     )
     kind.add_argument(
         "--mirror",

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitdet.cli.arguments import given_path
+from vitdet.cli.arguments import CHECKPOINT, given_path
 from vitdet.cli.overrides import add_reading, reading_with
 from vitdet.files import atomic_write, write_jpeg, write_json
 
 
 def add_predict(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `vitdet predict`."""
-    verb.add_argument("checkpoint", type=given_path, help="checkpoint of a detector")
+    verb.add_argument("checkpoint", type=given_path, help=CHECKPOINT)
     verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE", help="image file")
     help = "folder for the images with drawn detections, and for detections.json"
     verb.add_argument("--output", metavar="DIR", type=given_path, required=True, help=help)
@@ -27,13 +27,14 @@ def run_predict(args: argparse.Namespace) -> int:
     """Run `vitdet predict`."""
     from vitdet.data.images import find_image
     from vitdet.predictor import Predictor, read_image
+    from vitdet.stages.workspace import result
 
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be between 0 and 1, got {args.threshold}")
     for path in args.images:
         find_image(path)
     targets = _targets(args.images, args.output)
-    predictor = Predictor.load(args.checkpoint)
+    predictor = Predictor.load(result(args.checkpoint))
     predictor.reading = reading_with(args.overrides, predictor.reading)
     for path in args.images:  # report unreadable images before writing any output
         read_image(path, predictor.reading)

@@ -52,7 +52,7 @@ def run_rollback(args: argparse.Namespace) -> int:
 
 def _add_model(verb: argparse.ArgumentParser, config: str) -> None:
     verb.add_argument("name", help="name of the registered model (setting tracking.model_name)")
-    help = "folder of mlflow.db, unless MLFLOW_TRACKING_URI or tracking.uri is set (default: runs)"
+    help = "folder of mlflow.db, unless MLFLOW_TRACKING_URI or --config sets a URI (default: runs)"
     verb.add_argument("--runs", metavar="DIR", type=given_path, default=Path("runs"), help=help)
     add_file(verb, "--config", config)
 

@@ -51,7 +51,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
         help="output file: .safetensors for weights, or .pt for a detector, which needs --recipe; "
         "with --reverse, .pkl or .pth",
     )
-    help = "format of SRC, or of DST with --reverse: detectron2, mmdet, mae, vitae, ..."
+    help = "format of SRC, as in train.init_format; with --reverse: of DST, detectron2 or mmdet"
     kind.add_argument("--format", required=True, help=help)
     help = "config of the model with these weights: name of a recipe, or a YAML file"
     kind.add_argument("--recipe", help=help)

@@ -35,7 +35,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
         add_set(kind)
         help = "batch sizes to measure (default: %(default)s)"
         kind.add_argument("--batch", default="1,2,4,8", metavar="N,N", help=help)
-        help = "precisions to measure, e.g. fp32,bf16 (default: the recipe's precision)"
+        help = f"precisions to measure, e.g. fp32,bf16 (default: {section}.precision)"
         kind.add_argument("--precision", metavar="P,P", help=help)
         _add_number(kind, "--steps", 20, "number of measured steps")
         kind.set_defaults(run=run_bench_recipe, section=section)
