@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import colorsys
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
@@ -18,7 +22,11 @@ LEGIBLE = 768  # small images are enlarged to about this longest side, so that c
 # color of shadows, which add contrast; opacity of masks; opacity of shadows
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
 GOLDEN = 0.618034  # hue step (golden ratio), so that consecutive labels have distinct colors
-
+# fonts of Linux distributions for Latin, Greek and Cyrillic letters, then for Chinese, Japanese and
+# Korean; Pillow searches the system's font folders
+FONTS = ("DejaVuSans.ttf", "wqy-microhei.ttc", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc")
+NONCHARACTER = "\uffff"  # fonts draw the symbol of missing characters for it
+log = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]  # red, green and blue, 0..255
 Frame = tuple[float, float, float, float]  # xyxy
@@ -58,12 +66,59 @@ def legible_scale(size: tuple[int, int]) -> int:
     return max(1, round(LEGIBLE / max(size)))
 
 
-def caption_font(size: int) -> ImageFont.FreeTypeFont:
-    """Return Pillow's default font at a size in pixels; raises RuntimeError without FreeType."""
+def caption_font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """Return a font for this text at a size in pixels.
+
+    This is Pillow's default font, which has only ASCII, or the installed font that has most of the
+    other characters. Raises RuntimeError if Pillow was built without FreeType.
+    """
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType; install a Pillow wheel")
-    return font
+    others = "".join(sorted({char for char in text if not char.isascii()}))
+    name = _font_with(others) if others else ""
+    return ImageFont.truetype(name, size) if name else font
+
+
+@cache
+def _font_with(characters: str) -> str:
+    """Return the installed font that has most of these characters; "" if there is none."""
+    lacking = {name: _lacking(font, characters) for name, font in _installed_fonts()}
+    name = min(lacking, key=lambda name: len(lacking[name]), default="")
+    if lacking.get(name, characters):
+        _warn_once()
+    return name
+
+
+@cache
+def _warn_once() -> None:
+    log.warning(
+        "no installed font has all characters of the class names, so pictures show boxes instead; "
+        "install DejaVu or WenQuanYi Micro Hei (Debian: fonts-dejavu-core, fonts-wqy-microhei)"
+    )
+
+
+def _installed_fonts() -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
+    names = list(FONTS)
+    # matplotlib, which MLflow requires, contains DejaVu Sans
+    if (spec := find_spec("matplotlib")) is not None and spec.origin:
+        names.append(str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"))
+    for name in names:
+        try:
+            yield name, ImageFont.truetype(name, 16)
+        except OSError:
+            continue  # not installed
+
+
+def _lacking(font: ImageFont.FreeTypeFont, characters: str) -> str:
+    """Return the characters that the font lacks."""
+
+    def drawn(char: str) -> tuple[tuple[int, int], bytes]:
+        mask = font.getmask(char)
+        return mask.size, bytes(mask)
+
+    missing = drawn(NONCHARACTER)
+    return "".join(char for char in characters if not char.isspace() and drawn(char) == missing)
 
 
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -97,8 +152,8 @@ def paint(
     for i in order:
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[Frame] = []
-    font = caption_font(max(12, round(max(size) / 52)))
     for i in reversed(order):  # captions of small objects are placed first
+        font = caption_font(max(12, round(max(size) / 52)), captions[i])
         taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
     return canvas
 
