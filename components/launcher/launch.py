@@ -132,10 +132,10 @@ def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], li
             return ""
         release_job(api, kind, namespace, name, without_run(job))
         phase = job_phase(kind, job)[0] or "created"
+        limit = f"at its deadline ({deadline(job)}) or" if deadline(job) else "only"
         return (
-            f"{name} ({phase}) is kept. Retrying the run follows the job again; otherwise "
-            f"the job ends at its deadline ({deadline(job)}) or with `python -m pipeline terminate "
-            f"{run_id}`"
+            f"{name} ({phase}) is kept. Retrying the run follows the job again; otherwise the job "
+            f"ends {limit} with `python -m pipeline terminate {run_id}`"
         )
 
     return delete_jobs(run_id, own=own, keep=keep)

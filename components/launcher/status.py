@@ -86,9 +86,10 @@ def deadline_exceeded(job: dict, message: str) -> str:
 
 
 def deadline(job: dict) -> str:
-    """Return the maximum run time of a job, e.g. `1209600 s`."""
+    """Return the maximum run time of a job, e.g. `1209600 s`; "" without a deadline."""
     spec = job["spec"]
-    return f"{(spec.get('runPolicy') or spec).get('activeDeadlineSeconds')} s"
+    seconds = (spec.get("runPolicy") or spec).get("activeDeadlineSeconds")
+    return f"{seconds} s" if seconds else ""
 
 
 def retention(kind: Kind, job: dict) -> str:

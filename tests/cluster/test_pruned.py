@@ -7,6 +7,7 @@ import copy
 import pytest
 
 from components.launcher.pruned import check_dropped, dropped_fields
+from components.launcher.status import deadline
 from components.launcher.templates import KINDS, fill_template
 from tests.cluster.test_following import DONE, Record, follow
 from tests.cluster.test_launcher import TEMPLATES, filled, request
@@ -77,3 +78,8 @@ def test_a_job_that_would_train_differently_is_deleted(field: str) -> None:
         "operator (v1.9)); the job would train differently"
     )
     assert field in filled()["spec"]
+
+
+def test_a_job_without_a_deadline_is_described_without_one() -> None:
+    job = trainjob()
+    assert deadline(job) == "1209600 s" and deadline(without(job, "activeDeadlineSeconds")) == ""
