@@ -14,7 +14,7 @@ import re
 
 from kubernetes.client.exceptions import ApiException
 
-from components.launcher.templates import Kind
+from components.launcher.templates import KINDS, Kind
 
 MISSING_RULE = re.compile(
     r'User "(?P<account>[^"]*)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)"'
@@ -71,7 +71,9 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
         return f"{what}: {reason}: the API server does not accept the credentials (HTTP 401)"
     if error.status == 404 and not message:
         version = f"{kind.group}/{kind.version}"
+        word, other = next(item for item in KINDS.items() if item[1] is not kind)
         return (
             f"{what}: the cluster has no resource {kind.name} ({version}); install {kind.operator}"
+            f", or submit a {other.name} (--job-kind {word}) if the cluster has this kind"
         )
     return f"{what}: {reason} (HTTP {error.status})"

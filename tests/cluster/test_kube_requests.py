@@ -89,7 +89,8 @@ NO_ROLE = (
         (refused(401, "Unauthorized"), "does not accept the credentials .HTTP 401.$"),
         (
             refused(404),
-            "the cluster has no resource PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
+            "no resource PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator .v1.9., or submit a "
+            "TrainJob .--job-kind trainjob. if the cluster has this kind$",
         ),
         (
             refused(404, 'namespaces "ours" not found'),
