@@ -8,6 +8,7 @@ with the job sent.
 
 from __future__ import annotations
 
+from components.launcher.queue import queue_name
 from components.launcher.templates import Kind
 
 NO_DEADLINE = "the job has no deadline, so a forgotten job does not end by itself"
@@ -71,6 +72,12 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
     missing = f"the cluster's {kind.name} has no "
     dropped = dropped_fields(sent["spec"], received.get("spec"), "spec")
     pod_settings_lost = PATCHES <= set(dropped)
+    if "spec.runtimePatches" in dropped and queue_name(sent):
+        # Kueue sets node selectors in its own patch (pkg/controller/jobs/trainjob)
+        warnings.append(
+            f"{missing}spec.runtimePatches: Kueue 0.17 or later cannot start it; "
+            f"{REMEDIES['runtimePatches']}"
+        )
     for path in dropped:
         field = path.split(".")[1].partition("[")[0]
         remedy = f"install {kind.operator}"

@@ -7,6 +7,7 @@ import copy
 import pytest
 
 from components.launcher.pruned import check_dropped, dropped_fields
+from components.launcher.queue import QUEUE
 from components.launcher.status import deadline
 from components.launcher.templates import KINDS, fill_template
 from tests.cluster.test_following import DONE, Record, follow
@@ -56,6 +57,18 @@ def test_each_version_of_trainer_has_one_of_two_fields_for_pod_settings(field: s
     _, error = check_dropped(KINDS["trainjob"], job, without(job, field))
     assert error.startswith(f"the cluster's TrainJob has no spec.{field} (")
     assert error.endswith("; the job would train differently") and "2.2" in error
+
+
+def test_a_queued_trainjob_that_kueue_cannot_start_is_reported() -> None:
+    """Kueue 0.17 and later start a TrainJob only with runtimePatches, which Trainer 2.1 lacks."""
+    job = trainjob()
+    job["metadata"]["labels"][QUEUE] = "pool"
+    for received, said in ((without(job, "runtimePatches"), True), (job, False)):
+        warnings, error = check_dropped(KINDS["trainjob"], job, received)
+        assert not error
+        assert [text.partition(";")[0] for text in warnings] == said * [
+            "the cluster's TrainJob has no spec.runtimePatches: Kueue 0.17 or later cannot start it"
+        ]
 
 
 def test_lost_pod_settings_are_an_error_that_names_them() -> None:
