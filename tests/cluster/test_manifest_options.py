@@ -55,6 +55,15 @@ def test_a_pool_may_use_a_reservation(name: str, kind: str, wanted: object, copy
     assert problems([*documents, *others], overlay(name), pools(name)) == []
 
 
+@pytest.mark.parametrize("name", ["kind", "onprem"])
+def test_mlflow_uses_a_port_of_every_release_of_kubeflows_object_store(name: str) -> None:
+    """Service seaweedfs: 8333 since Pipelines 2.15 (Kubeflow 1.11), also 9000 since 2.16."""
+    (server,) = [item for item in overlay(name, "mlflow") if item["kind"] == "Deployment"]
+    env = server["spec"]["template"]["spec"]["containers"][0]["env"]
+    address = {"name": "MLFLOW_S3_ENDPOINT_URL", "value": "http://seaweedfs.kubeflow:8333"}
+    assert address in env
+
+
 @pytest.mark.parametrize("option", ["mlflow-ingress", "mlflow-virtualservice"])
 def test_one_host_name_exposes_mlflow_outside_the_cluster(option: str, copy: Path) -> None:
     file = copy / "overlays" / "onprem" / "values" / "values.yaml"
