@@ -13,9 +13,9 @@ the training runs, which are cached. The cache compares artifacts by ID, so the 
 artifact of `data` as input. It checks the fingerprint and reads splits and classes from the data.
 
 ParallelFor's parallelism, a constant of the compiled pipeline, limits concurrent training runs.
-The backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
+The backend (2.14.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the
 Argo template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
-v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the other
+v3.6.7 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the other
 iterations (dag.go: assessDAGPhase waits for every node; template.failFast is not set). `compare`,
 however, depends on the loop (`depends: X.Succeeded`) and is then omitted: the exit handler creates
 the table of the finished training runs from the workspace, as it cannot use other steps' outputs.

@@ -2,9 +2,11 @@
 
 Servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for the
 Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
-v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Pipelines 2.5 accepts unknown
-fields of the Kubernetes part, but then ignores the annotations and labels of the step.
-`fit` removes the fields that a server does not support.
+v2_template.go, backend/src/v2/compiler/argocompiler/container.go). `fit` removes the fields that a
+server does not support.
+
+Pipelines 2.5 (Kubeflow 1.10) refuses the pipeline because of the exit handler's input
+taskFinalStatus (argocompiler/dag.go: addImplicitDependencies), and has no dsl.Collected.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ Version = tuple[int, int, int]
 
 # release -> the Kubeflow distribution that contains it, or ""
 SERVERS: dict[Version, str] = {
-    (2, 5, 0): "Kubeflow 1.10.2",
     (2, 14, 0): "",
     (2, 15, 0): "Kubeflow 1.11",
     (2, 16, 0): "Kubeflow 26.03",
@@ -60,16 +61,6 @@ _JOB = (
 # The fields that were added after OLDEST: api/v2alpha1/pipeline_spec.proto and
 # kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
 FIELDS = (
-    Field(
-        # Pipelines 2.5 has this field, but reads it only for tasks of the root DAG, not inside
-        # dsl.If or dsl.ParallelFor (container.go: getTaskRetryPolicySpec)
-        "components.*.dag.tasks.*.retryPolicy",
-        (2, 14, 0),
-        "steps are not retried, e.g. when their node is lost; retrying the run resumes its "
-        "training runs",
-    ),
-    Field(f"{_EXECUTOR}nodeAffinity.*.nodeAffinityJson", (2, 14, 0)),
-    Field(f"{_RUN}workspace", (2, 14, 0)),
     Field("components.*.taskConfigPassthroughs", (2, 15, 0), _JOB),
     Field(
         "components.*.inputDefinitions.parameters.*",
@@ -129,11 +120,7 @@ def read_version(given: str) -> Version:
         raise ValueError(f"version {given!r} of Kubeflow Pipelines: expected one of {supported}")
     version = (int(match[1]), int(match[2]), int(match[3] or 0))
     if version[:2] not in {known[:2] for known in SERVERS}:
-        age = "not a released version"
-        if version < OLDEST:
-            age = "too old"
-        elif version > NEWEST:
-            age = "newer than this client supports"
+        age = "too old" if version < OLDEST else "newer than this client supports"
         raise ValueError(f"Kubeflow Pipelines {given} is {age}; supported: {supported}")
     return version
 
@@ -152,8 +139,12 @@ def server_version(health: dict) -> tuple[Version, str]:
             return read_version(given), ""
         treated = f"treated as {text(NEWEST)}, the newest known version"
         return NEWEST, f"the server runs Pipelines {given}; {treated}"
-    store = health.get("pipeline_store") or health.get("pipelineStore")
-    version = (2, 15, 0) if store else OLDEST
+    if not (health.get("pipeline_store") or health.get("pipelineStore")):
+        raise ValueError(
+            f"the server does not report its version, and is older than {text(OLDEST)}, the oldest "
+            "supported version; pass --kfp VERSION if this is wrong"
+        )
+    version = (2, 15, 0)
     return version, (
         f"the server does not report its version; treated as Pipelines {text(version)} "
         f"({SERVERS[version]}); pass --kfp VERSION if this is wrong"

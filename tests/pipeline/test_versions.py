@@ -42,7 +42,7 @@ def sent(kubeflow: Kubeflow) -> list[dict]:
 @pytest.mark.parametrize(
     ("version", "left_out"),
     [
-        ("2.5", {"retryPolicy", "taskConfigPassthroughs", "TASK_CONFIG", "optional", *SECURITY}),
+        ("2.14", {"taskConfigPassthroughs", "TASK_CONFIG", "optional", *SECURITY}),
         ("v2.15.0", SECURITY),
         ("2.16.1", set()),
         ("2.17.0", set()),
@@ -75,10 +75,11 @@ def test_a_missing_field_that_changes_the_result_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("1.8.5", "1.8.5 is too old; supported: 2.5.0 (Kubeflow 1.10.2)"),
-        ("2.9.0", "2.9.0 is not a released version; supported: "),
+        ("1.8.5", "1.8.5 is too old; supported: 2.14.0, 2.15.0 (Kubeflow 1.11)"),
+        # without the status of an exit handler's run (taskFinalStatus) and dsl.Collected
+        ("2.5.0", "2.5.0 is too old; supported: 2.14.0, "),
         ("3.0", "3.0 is newer than this client supports; supported: "),
-        ("newest", "version 'newest' of Kubeflow Pipelines: expected one of 2.5.0 (Kubeflow "),
+        ("newest", "version 'newest' of Kubeflow Pipelines: expected one of 2.14.0, 2.15.0 ("),
     ],
 )
 def test_an_unsupported_version_is_a_usage_error(
@@ -97,11 +98,6 @@ def test_an_unsupported_version_is_a_usage_error(
         ({"apiServerTagName": "2.17.0", "frontendTagName": "2.5.0"}, (2, 17, 0), ""),
         ({"tag_name": "2.18.0"}, NEWEST, "the server runs Pipelines 2.18.0; treated as 2.17.0"),
         # as images before 2.16 report it, directly and through the web interface
-        (
-            {"tag_name": "unknown"},
-            (2, 5, 0),
-            "Pipelines 2.5.0 (Kubeflow 1.10.2); pass --kfp VERSION",
-        ),
         ({"tag_name": "unknown", "pipeline_store": "database"}, (2, 15, 0), "Pipelines 2.15.0 ("),
         ({"apiServerTagName": "unknown", "pipelineStore": "database"}, (2, 15, 0), "2.15.0 ("),
     ],
@@ -126,9 +122,13 @@ def test_submit_omits_unsupported_fields(kubeflow: Kubeflow, cli: Run) -> None:
     # a version given by the user is used unchanged
     code, _, said = cli(*words, "--kfp", "2.16.1")
     assert (code, said) == (0, "") and "securityContext" in str(sent(kubeflow)[1])
-    kubeflow.health = {"tag_name": "2.4.1"}
-    code, _, said = cli(*words)
-    assert code == 1 and "2.4.1 is too old" in said and len(said.splitlines()) == 1
+    for health, problem in (
+        ({"tag_name": "2.4.1"}, "2.4.1 is too old"),
+        ({"tag_name": "unknown"}, "older than 2.14.0, the oldest supported version"),
+    ):
+        kubeflow.health = health
+        code, _, said = cli(*words)
+        assert code == 1 and problem in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_submit_omits_unsupported_fields(kubeflow: Kubeflow, cli: Run) -> None:
             "this is Pipelines 2.15.0; it does not support securityContext in the pipeline: use --kfp 2.15.0",
         ),
         (
-            {"tag_name": "unknown"},
+            {"tag_name": "unknown", "pipeline_store": "database"},
             "the server does not support securityContext in the pipeline: pass the server's version with --kfp; it is "
             "older than 2.16.0",
         ),
