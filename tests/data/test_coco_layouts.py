@@ -20,6 +20,9 @@ from vitdet.data.dataset import read_split
 from vitdet.data.layout import resolve_config, split_files
 from vitdet.datasets.report.page import write_page
 
+# Label Studio writes the path on its server for an image in images/
+UPLOADS = "../../label-studio/data/media/upload/4/"
+
 
 def content(first_id: int = 1, folder: str = "") -> dict:
     found = document(first_id)
@@ -71,6 +74,8 @@ ONE_SPLIT = {
     "cvat flat": one_split("annotations/instances_default.json", "images"),
     "label studio": one_split("result.json", "images", "images/"),
     "label studio on windows": one_split("result.json", "images", "images\\"),
+    "label studio 1.16": one_split("result.json", "images", UPLOADS),
+    "label studio 1.16 on windows": one_split("result.json", "images", UPLOADS.replace("/", "\\")),
     "fiftyone": one_split("labels.json", "data"),
     "bare": bare,
 }

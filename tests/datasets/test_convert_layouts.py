@@ -168,6 +168,7 @@ LAYOUTS = {
     "cvat's old coco": coco_layout("images", "annotations/instances_default.json"),
     "label studio": coco_layout("images", "result.json", prefix="images/"),
     "label studio on windows": coco_layout("images", "result.json", prefix="images\\"),
+    "label studio 1.16": coco_layout("images", "result.json", prefix="../../ls/media/upload/4/"),
     "fiftyone": fiftyone,
     "coco beside": coco_beside,
     "coco": coco_layout("train", "annotations/instances_train.json"),

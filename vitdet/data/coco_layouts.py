@@ -4,7 +4,8 @@
 * CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: as COCO, or with the
   images in images/SPLIT/ or images/
 * Roboflow, https://roboflow.com/formats/coco-json: SPLIT/_annotations.coco.json, SPLIT/
-* Label Studio, https://labelstud.io/guide/export: result.json; file names start with images/
+* Label Studio, https://labelstud.io/guide/export: result.json; file names start with images/ or,
+  since version 1.16, are paths of uploads on its server
 * FiftyOne, https://docs.voxel51.com (COCODetectionDataset): labels.json, data/
 * labelme2coco and others: JSON files next to the images
 * LVIS, https://www.lvisdataset.org/dataset: annotations/lvis_v1_SPLIT.json, images by coco_url
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 ONLY = "default"  # split name of an export without splits; CVAT also uses this name
 SNIFFED = 1 << 14  # bytes read from the start of a JSON file
+UPLOAD = re.compile(r"\.\..*[/\\]upload[/\\]\d+[/\\]([^/\\]+)")  # of Label Studio, in images/
 TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
 
 
@@ -91,9 +93,15 @@ def _is_coco(path: Path) -> bool:
 
 
 def image_name(head: dict, lvis: bool) -> str:
-    """Return an image's path: file_name; for LVIS, the last two parts of coco_url if it is set."""
+    """Return an image's path: file_name; for LVIS, the last two parts of coco_url if it is set.
+
+    For an upload of Label Studio, returns the path in its export instead of that on its server.
+    """
     url = head.get("coco_url") if lvis else None
-    return "/".join(url.split("/")[-2:]) if url else head["file_name"]
+    if url:
+        return "/".join(url.split("/")[-2:])
+    upload = UPLOAD.fullmatch(head["file_name"])
+    return f"images/{upload[1]}" if upload else head["file_name"]
 
 
 def existing_name(folder: Path | str, name: str) -> str:
