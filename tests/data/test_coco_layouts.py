@@ -125,6 +125,8 @@ def test_the_splits_of_cvat_are_found_by_their_capitalized_names(tmp_path: Path)
     config, _ = resolve_config("tiny", [f"data.root={tmp_path}"])
     assert (config.data.train_split, config.data.val_split) == ("Train", "Validation")
     assert len(read_split(config.data, "Validation").records) == 3
+    write(tmp_path / "annotations/instances_Test.json", content(21) | {"annotations": []})
+    assert check(tmp_path).ok
 
 
 @pytest.mark.parametrize("layout", ONE_SPLIT.values(), ids=ONE_SPLIT)

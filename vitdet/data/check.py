@@ -185,7 +185,7 @@ class _Split:
                 # an earlier error explains why there are no objects
                 if not self.validator.instances and kinds == len(self.report.errors):
                     # a test split may have no annotations
-                    add = self._warning if "test" in self.name else self._error
+                    add = self._warning if "test" in self.name.casefold() else self._error
                     add("no objects", "annotations", explain_dropped(dropped))
 
     def find_images(self) -> None:
