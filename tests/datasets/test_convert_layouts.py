@@ -247,7 +247,20 @@ def split_cvat(root: Path) -> None:
     write(root / "annotations.xml", f"<annotations>{''.join(body)}</annotations>")
 
 
-@pytest.mark.parametrize("layout", [split_roboflow, split_voc, split_labelme, split_cvat])
+def split_cvat_yolo(root: Path) -> None:
+    subsets = {"Test": "p3", "Train": "p1", "valid": "p2"}
+    lists = "".join(f"{subset}: {subset}.txt\n" for subset in subsets)
+    write(root / "data.yaml", f"names:\n  0: box\n  1: ball\npath: .\n{lists}")
+    for subset, name in subsets.items():
+        write(root / f"{subset}.txt", f"images/{subset}/{name}.jpg\n")
+        images(root / "images" / subset, name)
+        write(root / f"labels/{subset}/{name}.txt", label_rows())
+
+
+SPLIT = [split_roboflow, split_voc, split_labelme, split_cvat, split_cvat_yolo]
+
+
+@pytest.mark.parametrize("layout", SPLIT)
 def test_the_splits_of_a_layout_are_converted(vitdet: Run, tmp_path: Path, layout: Layout) -> None:
     layout(tmp_path / "source")
     assert vitdet("data", "convert", "source", "out")[0] == 0
@@ -393,6 +406,16 @@ def test_cvat_shapes_are_converted_or_skipped(vitdet: Run, tmp_path: Path) -> No
     (turned,) = [row for row in found if row[0] == "box" and row[1] != BOX]
     assert mask[1] == [5, 5, 2, 1] and mask[3] == 2
     assert turned[1] == [45, 15, 10, 20]
+
+
+def test_frames_of_a_video_in_cvat_are_found(vitdet: Run, tmp_path: Path) -> None:
+    """CVAT stores them as NAME.PNG, but omits the extension in annotations.xml."""
+    images(tmp_path / "source/images", "p1")
+    (tmp_path / "source/images/p1.jpg").rename(tmp_path / "source/images/frame_000001.PNG")
+    xml = cvat_xml("frame_000001").replace(".jpg", "")
+    write(tmp_path / "source/annotations.xml", xml)
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert {row[0] for row in records(tmp_path / "out", "train")} == {"frame_000001.PNG"}
 
 
 def test_cvat_tracks_are_rejected(vitdet: Run, tmp_path: Path) -> None:

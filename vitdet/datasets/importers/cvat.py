@@ -4,8 +4,9 @@ https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name wi
 <box label xtl ytl xbr ybr>, with an optional `rotation` in degrees about its center; <polygon
 label points="x,y;x,y;...">; and <mask label rle left top width height>, whose rle lists row-major
 run lengths in the rectangle. Pixel coordinates are 0-based. The attribute `subset` of an image is
-its split; the image may be in images/SUBSET/ or SUBSET/. Other elements (polyline, points, ellipse,
-cuboid, skeleton, tag) are counted and ignored. Files of "CVAT for video" are rejected.
+its split; the image may be in images/SUBSET/ or SUBSET/. The frames of a video are stored as PNG
+files, but their names lack ".PNG". Other elements (polyline, points, ellipse, cuboid, skeleton,
+tag) are counted and ignored. Files of "CVAT for video" are rejected.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def read_cvat(dataset: ImportedDataset) -> None:
         items[split] = []
         for path, element in pairs:
             with dataset.problems.collect("missing image file"):
-                folder, image = find_image(path, _folders(path, element), element.get("name") or "")
+                name = element.get("name") or ""
+                name += ".PNG" if name and not Path(name).suffix else ""  # a frame of a video
+                folder, image = find_image(path, _folders(path, element), name)
                 folders.add(folder)
                 items[split].append((path, element, image))
             for shape in element:
