@@ -129,6 +129,13 @@ def test_the_splits_of_cvat_are_found_by_their_capitalized_names(tmp_path: Path)
     assert check(tmp_path).ok
 
 
+def test_a_category_may_be_called_shapes(tmp_path: Path) -> None:
+    bare(tmp_path)
+    path = tmp_path / "dataset.json"
+    path.write_text(path.read_text().replace('"disc"', '"shapes"'))
+    assert list(find_splits(tmp_path)) == ["default"]
+
+
 @pytest.mark.parametrize("layout", ONE_SPLIT.values(), ids=ONE_SPLIT)
 def test_a_single_split_is_not_used_for_both_training_and_validation(
     vitdet: Callable, layout: Callable[[Path], None]

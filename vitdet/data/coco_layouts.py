@@ -89,7 +89,7 @@ def _is_coco(path: Path) -> bool:
             start = file.read(SNIFFED)
     except OSError:
         return False
-    return bool(TABLES.search(start)) and b'"shapes"' not in start
+    return bool(TABLES.search(start)) and not re.search(rb'"shapes"\s*:', start)
 
 
 def image_name(head: dict, lvis: bool) -> str:
