@@ -344,6 +344,7 @@ def test_skipped_coco_objects_are_counted(vitdet: Run, tmp_path: Path) -> None:
     output = vitdet("data", "convert", "source", "out")[1].splitlines()
     assert "  2 x objects of zero size skipped" in output
     assert "  1 x objects without a known category skipped" in output
+    assert "  1 x difficult objects or crowds: ignored in training and evaluation" in output
     assert "  1 x images skipped (not in any converted split)" in output
     annotations = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())
     assert [annotation["iscrowd"] for annotation in annotations["annotations"]] == [1, 0]

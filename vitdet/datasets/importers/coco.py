@@ -25,6 +25,7 @@ from vitdet.data.shared_memory import PackedList
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
     BROKEN,
+    CROWDS,
     EMPTY,
     SPLIT_NAMES,
     ImportedDataset,
@@ -173,6 +174,7 @@ def _read(name: str, path: Path, dataset: ImportedDataset) -> _File:
         if checked.unmasked and checked.unmasked != NO_OUTLINE and not crowd:
             dataset.notes[f"objects {checked.unmasked}: outline skipped"] += 1
         dataset.notes[BOX_ONLY] += not shape
+        dataset.notes[CROWDS] += crowd
         file.rows[annotation.image_id].append(len(file.objects))
         file.objects.append((annotation.category_id, annotation.bbox, shape, crowd))
     return file

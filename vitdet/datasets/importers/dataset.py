@@ -29,7 +29,7 @@ BROKEN = "annotation file that cannot be read"
 EMPTY = "objects of zero size skipped"
 BOX_ONLY = "objects with a box but no mask (--boxes-as-masks converts boxes to masks)"
 THIN = "outlines with fewer than 3 points skipped"
-CROWDS = "difficult objects: ignored in training and evaluation"
+CROWDS = "difficult objects or crowds: ignored in training and evaluation"
 EXAMPLES = 20  # maximum number of examples per kind of problem
 # formats that Pillow recognizes but cannot decode
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
