@@ -409,6 +409,16 @@ def test_cvat_shapes_are_converted_or_skipped(vitdet: Run, tmp_path: Path) -> No
     assert turned[1] == [45, 15, 10, 20]
 
 
+def test_subsets_of_cvat_with_the_same_split_are_merged(vitdet: Run, tmp_path: Path) -> None:
+    """CVAT exports tasks without a subset as `train`, next to the subset Train."""
+    split_cvat_yolo(tmp_path / "source")
+    text = (tmp_path / "source/data.yaml").read_text() + "train: train_list.txt\n"
+    write(tmp_path / "source/data.yaml", text)
+    write(tmp_path / "source/train_list.txt", "images/Test/p3.jpg\n")
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert records(tmp_path / "out", "train") == expected("p1", "p3")
+
+
 def test_frames_of_a_video_in_cvat_are_found(vitdet: Run, tmp_path: Path) -> None:
     """CVAT stores them as NAME.PNG, but omits the extension in annotations.xml."""
     images(tmp_path / "source/images", "p1")

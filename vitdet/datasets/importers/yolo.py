@@ -2,12 +2,12 @@
 
 See https://docs.ultralytics.com/datasets/detect/ and /segment/; edge cases follow
 ultralytics/data/utils.py. `names` (a list, or a map of labels to names) is optional if `nc` exists.
-`train`, `val` and `test` (or another name in SPLIT_NAMES, such as `validation`, in upper or lower
-case) are a folder, a text file of image paths, or a list of these. A leading "../" is removed if
-the path does not exist. The labels of .../images/x.jpg are in .../labels/x.txt; an image with an
-empty or missing label file has no objects. Duplicate rows are removed. Coordinates are fractions of
-the upright image's sides, from -0.01 to 1.01. A row of 5 numbers is class, center x, center y,
-width and height; a row of 7, 9, ... is class and outline.
+`train`, `val` (or `valid`, `validation`) and `test`, in upper or lower case, are a folder, a text
+file of image paths, or a list of these. A leading "../" is removed if the path does not exist. The
+labels of .../images/x.jpg are in .../labels/x.txt; an image with an empty or missing label file has
+no objects. Duplicate rows are removed. Coordinates are fractions of the upright image's sides, from
+-0.01 to 1.01. A row of 5 numbers is class, center x, center y, width and height; a row of 7, 9, ...
+is class and outline.
 
 CVAT's exports list images in SUBSET.txt, with or without the prefix "data/", under the key SUBSET:
 https://docs.cvat.ai/docs/dataset_management/formats/.
@@ -24,7 +24,6 @@ from vitdet.data.header import is_text
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     DOCUMENTS,
-    SPLIT_NAMES,
     ImportedDataset,
     ImportedImage,
     ImportedObject,
@@ -38,6 +37,8 @@ from vitdet.files import read_yaml
 
 HEAD = "entry of data.yaml that cannot be used"
 TOLERANCE = 0.01  # coordinates may be outside the image by this fraction of its width or height
+# keys of data.yaml, in lower case
+SPLITS = dict(train="train", val="val", valid="val", validation="val", test="test")
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
@@ -66,12 +67,11 @@ def read_yolo(dataset: ImportedDataset) -> None:
     with dataset.problems.collect(HEAD):
         names = head.names()
     images: dict[str, list[Path]] = {}
-    given = {key.lower(): key for key in head.values}
-    for known, name in SPLIT_NAMES.items():
-        key = given.get(known, known)
+    for name in dict.fromkeys(SPLITS.values()):
+        same = [key for key in head.values if SPLITS.get(key.lower()) == name]
         with dataset.problems.collect(HEAD):
-            if name not in images and (entries := head.entries(key)):
-                listed = head.split(name, key, entries)
+            if entries := [entry for key in same for entry in head.entries(key)]:
+                listed = head.split(name, " and ".join(same), entries)
                 if listed or dataset.problems.counts:
                     images[name] = listed
     if not images.keys() & {"train", "val"} and not dataset.problems.counts:
@@ -142,7 +142,7 @@ class _Head:
     def split(self, name: str, key: str, entries: list[str]) -> list[Path]:
         """Return the unique images of a split. Raises ValueError if the training split has none."""
         named, dataset = ", ".join(entries), self.dataset
-        optional = name == "test" or name not in (dataset.only or ("train", "val"))
+        optional = name == "test" or name not in (dataset.only or SPLITS)
         if optional and not any(map(self.place, entries)):
             dataset.remarks.append(f"split {name} skipped: {named} not found")
             return []
