@@ -144,6 +144,9 @@ def test_a_single_split_is_not_used_for_both_training_and_validation(
     code, _, error = vitdet("train", "tiny", "--set", "data.root=own", "--output", "out")
     assert code == 1 and "only split is default" in error and "--val-share 0.1" in error
     assert not Path("out").exists()
+    advised = error.partition("`vitdet ")[2].partition("`")[0]
+    assert vitdet(*advised.split())[0] == 0
+    assert list(find_splits(Path("DST"))) == ["train", "val"]
 
 
 def test_the_error_for_an_unknown_layout_lists_the_folder(tmp_path: Path) -> None:

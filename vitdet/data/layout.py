@@ -51,8 +51,8 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
         hint = f"expected the images of {split_files(data, path.name)[0]}"
     elif len(found) == 1:
         hint = (
-            f"the only split is {found[0]}; `vitdet data convert {data.root} DST --val-share 0.1` "
-            "creates a training and a validation split from it"
+            f"the only split is {found[0]}; `vitdet data convert {split_files(data, found[0])[0]} "
+            "DST --val-share 0.1` creates a training and a validation split from it"
         )
     elif found:
         hint = (
