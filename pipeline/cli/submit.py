@@ -73,7 +73,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     cluster.add_argument(
         "--workspace",
         metavar="FOLDER",
-        help=f"folder for data and runs: {MOUNT}, the shared volume, or a folder in it (default: {MOUNT})",
+        help=f"{MOUNT} (the shared volume) or a folder in it, for data and runs (default: {MOUNT})",
     )
     cluster.add_argument(
         "--service-account",

@@ -182,7 +182,7 @@ class _Split:
                 dropped = Counter(validated.dropped for validated in found)
                 counts = len(tables["images"]), len(tables["annotations"])
                 self.report.splits[self.name] = *counts, len(self.validator.categories)
-                # an earlier error explains why there are no objects
+                # unless an error reported above already explains why there are no objects
                 if not self.validator.instances and kinds == len(self.report.errors):
                     # a test split may have no annotations
                     add = self._warning if "test" in self.name.casefold() else self._error

@@ -148,7 +148,10 @@ def load_rows(rows, group, row, i, exists, L, LINES):
 
 @triton.jit
 def forward_kernel(qkv, bias, rows, columns, out, sums, L: tl.constexpr):
-    """Compute a block's attention with a running maximum (FlashAttention-2, arXiv:2307.08691)."""
+    """Compute attention for a block of queries with a running maximum.
+
+    As in FlashAttention-2 (arXiv:2307.08691).
+    """
     QUERIES: tl.constexpr = L.queries
     LINES: tl.constexpr = L.lines
     LINE: tl.constexpr = L.column_tile

@@ -24,7 +24,8 @@ from vitdet import kernels
 from vitdet.kernels import attention as fused
 from vitdet.models.layers import at_least_float32
 
-ALIGNMENT = 8  # PyTorch's half-precision attention kernels require multiples as head dimension
+# PyTorch's half-precision attention kernels require a head dimension that is a multiple of this
+ALIGNMENT = 8
 
 
 def split_windows(x: Tensor, size: int) -> Tensor:
