@@ -51,7 +51,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         help="name of a recipe, or absolute path of a recipe file on the cluster's volume",
     )
     add_experiment(command)
-    cluster = command.add_argument_group("cluster settings (do not affect the experiment)")
+    cluster = command.add_argument_group("cluster settings (do not change what is trained)")
     cluster.add_argument(
         "--nodes",
         type=positive,

@@ -206,7 +206,7 @@ def test_runs_and_checkpoints_are_compared(
         assert vitdet("train", "tiny", *words, "--output", f"work/{name}")[0] == 0
     refused(
         vitdet("compare", "work/a/model.pt", "work/b/model.pt"),
-        "work/a/model.pt: no matches are stored for this checkpoint; run `vitdet evaluate work/a/model.pt --plots work/a/plots`",
+        "work/a/model.pt: no per-image matches are stored for this checkpoint; run `vitdet evaluate work/a/model.pt --plots work/a/plots`",
     )
     for name in "abc":
         code, *_ = vitdet("evaluate", f"work/{name}/model.pt", "--plots", f"work/{name}/plots")

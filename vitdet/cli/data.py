@@ -65,8 +65,8 @@ def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "--mirror",
         default="",
         metavar="URL",
-        help="download from URL/PATH, where PATH is the path in the published URL; for COCO, e.g., "
-        "https://s3.amazonaws.com/images.cocodataset.org",
+        help="download all archives from URL/PATH, where PATH is the path in the published URL; "
+        "COCO's archives, e.g., from https://s3.amazonaws.com/images.cocodataset.org",
     )
     help = "use the archives in this folder instead of downloading them"
     kind.add_argument("--from", metavar="DIR", type=given_path, dest="local", help=help)

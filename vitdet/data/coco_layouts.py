@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 ONLY = "default"  # split name of an export without splits; CVAT also uses this name
 SNIFFED = 1 << 14  # bytes read from the start of a JSON file
-UPLOAD = re.compile(r"\.\..*[/\\]upload[/\\]\d+[/\\]([^/\\]+)")  # of Label Studio, in images/
+# path of an image on Label Studio's server; in its export, the image is in images/
+UPLOAD = re.compile(r"\.\..*[/\\]upload[/\\]\d+[/\\]([^/\\]+)")
 TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
 
 

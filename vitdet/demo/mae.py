@@ -125,7 +125,10 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply one random shift, flip and transposition to all images (B, 3, S, S); normalize them."""
+    """Normalize images (B, 3, S, S); shift or flip them, and transpose them, at random.
+
+    The shift is cyclic. All images are changed in the same way.
+    """
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images
