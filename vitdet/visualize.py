@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import logging
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -76,36 +77,37 @@ def caption_font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType; install a Pillow wheel")
     others = "".join(sorted({char for char in text if not char.isascii()}))
-    name = _font_with(others) if others else ""
-    return ImageFont.truetype(name, size) if name else font
+    path = _font_with(others) if others else ""
+    return ImageFont.truetype(path, size) if path else font
 
 
 @cache
 def _font_with(characters: str) -> str:
-    """Return the installed font that has most of these characters; "" if there is none."""
-    lacking = {name: _lacking(font, characters) for name, font in _installed_fonts()}
-    name = min(lacking, key=lambda name: len(lacking[name]), default="")
-    if lacking.get(name, characters):
+    """Return the path of the font that has most of these characters; "" if none is installed."""
+    lacking = {str(font.path): _lacking(font, characters) for font in _installed_fonts()}
+    path = min(lacking, key=lambda path: len(lacking[path]), default="")
+    if lacking.get(path, characters):
         _warn_once()
-    return name
+    return path
 
 
 @cache
 def _warn_once() -> None:
     log.warning(
-        "no installed font has all characters of the class names, so pictures show boxes instead; "
-        "install DejaVu or WenQuanYi Micro Hei (Debian: fonts-dejavu-core, fonts-wqy-microhei)"
+        "no supported font has all characters of the class names, so pictures show boxes instead; "
+        "for Latin, Greek, Cyrillic and Arabic install DejaVu (Debian: fonts-dejavu-core), for "
+        "Chinese, Japanese and Korean WenQuanYi Micro Hei (fonts-wqy-microhei)"
     )
 
 
-def _installed_fonts() -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
+def _installed_fonts() -> Iterator[ImageFont.FreeTypeFont]:
     names = list(FONTS)
     # matplotlib, which MLflow requires, contains DejaVu Sans
     if (spec := find_spec("matplotlib")) is not None and spec.origin:
         names.append(str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"))
     for name in names:
         try:
-            yield name, ImageFont.truetype(name, 16)
+            yield ImageFont.truetype(name, 16)
         except OSError:
             continue  # not installed
 
@@ -153,8 +155,9 @@ def paint(
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[Frame] = []
     for i in reversed(order):  # captions of small objects are placed first
-        font = caption_font(max(12, round(max(size) / 52)), captions[i])
-        taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
+        text = unicodedata.normalize("NFC", captions[i])  # fonts have composed characters
+        font = caption_font(max(12, round(max(size) / 52)), text)
+        taken.append(_paint_caption(canvas, corners[i], text, colors[i], font, taken))
     return canvas
 
 

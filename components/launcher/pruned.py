@@ -87,7 +87,7 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
             warnings.append(f"{missing}{path}: {SAFETY[path]}; {remedy}")
         elif path not in PATCHES:
             lost.append(f"{path} ({remedy})")
-        elif not pod_settings_lost and len(sent["spec"][field]) > 1:  # also entries of the template
+        elif len(sent["spec"][field]) > 1:  # also entries of the template
             lost.append(f"{path} ({remedy})")
     if pod_settings_lost:
         text, remedy = " or ".join(sorted(PATCHES)), "upgrade Kubeflow Trainer to 2.1 or later"

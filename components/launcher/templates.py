@@ -239,7 +239,9 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
     others = [p for p in spec.get("runtimePatches") or [] if p["manager"] != patch["manager"]]
     spec["runtimePatches"] = [*others, patch]  # the last patch takes precedence
     override = {"targetJobs": [{"name": "node"}], **template}
-    spec["podTemplateOverrides"] = [*(spec.get("podTemplateOverrides") or []), override]
+    overrides = spec.get("podTemplateOverrides") or []
+    others = [p for p in overrides if RUN not in p.get("metadata", {}).get("labels", {})]
+    spec["podTemplateOverrides"] = [*others, override]
 
 
 def add_to_container(container: dict, task: dict) -> None:

@@ -35,7 +35,7 @@ from pipeline.request import (
     kubeflow_cron,
     load_package,
 )
-from pipeline.versions import FIELDS, Version, fit, text
+from pipeline.versions import FIELDS, OLDEST, Version, fit, text
 
 EXPERIMENT = "vitdet"
 ACCOUNT = "vitdet-pipeline"  # service account that may create training jobs
@@ -186,7 +186,10 @@ def refused(error: ServerError, server: Server) -> ServerError:
     """Return the error of a request that the server refused, with advice for an unknown field."""
     if not error.field:
         return error
-    version, doubt = server.version()
+    try:
+        version, doubt = server.version()
+    except ValueError as problem:  # older than the supported versions
+        version, doubt = OLDEST, str(problem)
     since = [field.since for field in FIELDS if field.name == error.field]
     if not since:
         advice = "the pipeline was compiled with a newer kfp than the server supports"

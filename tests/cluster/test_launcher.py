@@ -188,7 +188,8 @@ def test_a_trainjob_has_the_same_settings_in_its_trainer_and_a_runtime_patch() -
     # Trainer 2.1 reads the same settings from another field
     assert job["spec"]["podTemplateOverrides"] == [{"targetJobs": [{"name": "node"}], **pod}]
     # the launcher's patch is not added twice
-    assert fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
+    again = fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]
+    assert again["runtimePatches"][1:] == again["podTemplateOverrides"][1:] == []
 
 
 @pytest.mark.parametrize(

@@ -419,14 +419,25 @@ def test_subsets_of_cvat_with_the_same_split_are_merged(vitdet: Run, tmp_path: P
     assert records(tmp_path / "out", "train") == expected("p1", "p3")
 
 
-def test_frames_of_a_video_in_cvat_are_found(vitdet: Run, tmp_path: Path) -> None:
+def test_other_names_of_a_split_are_read_only_if_it_has_no_images(
+    vitdet: Run, tmp_path: Path
+) -> None:
+    split_cvat_yolo(tmp_path / "source")
+    text = (tmp_path / "source/data.yaml").read_text() + "val: valid.txt\nvalidation: missing\n"
+    write(tmp_path / "source/data.yaml", text)
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    assert records(tmp_path / "out", "val") == expected("p2")
+
+
+@pytest.mark.parametrize("suffix", ["", ".PNG"])
+def test_frames_of_a_video_in_cvat_are_found(vitdet: Run, tmp_path: Path, suffix: str) -> None:
     """CVAT stores them as NAME.PNG, but omits the extension in annotations.xml."""
     images(tmp_path / "source/images", "p1")
-    (tmp_path / "source/images/p1.jpg").rename(tmp_path / "source/images/frame_000001.PNG")
+    (tmp_path / "source/images/p1.jpg").rename(tmp_path / f"source/images/frame_000001{suffix}")
     xml = cvat_xml("frame_000001").replace(".jpg", "")
     write(tmp_path / "source/annotations.xml", xml)
     assert vitdet("data", "convert", "source", "out")[0] == 0
-    assert {row[0] for row in records(tmp_path / "out", "train")} == {"frame_000001.PNG"}
+    assert {row[0] for row in records(tmp_path / "out", "train")} == {f"frame_000001{suffix}"}
 
 
 def test_cvat_tracks_are_rejected(vitdet: Run, tmp_path: Path) -> None:

@@ -143,6 +143,11 @@ def test_submit_omits_unsupported_fields(kubeflow: Kubeflow, cli: Run) -> None:
             "the server does not support securityContext in the pipeline: pass the server's version with --kfp; it is "
             "older than 2.16.0",
         ),
+        (
+            {"tag_name": "unknown"},  # as Pipelines 2.5
+            "the server does not support securityContext in the pipeline: pass the server's version with --kfp; it is "
+            "older than 2.16.0",
+        ),
     ],
 )
 def test_a_rejected_field_is_not_an_outage(

@@ -49,7 +49,7 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
     found = splits(data)
     if path.suffix != ".json":
         hint = f"expected the images of {split_files(data, path.name)[0]}"
-    elif len(found) == 1:
+    elif len(found) == 1 and data.dataset == "coco":
         hint = (
             f"the only split is {found[0]}; `vitdet data convert {split_files(data, found[0])[0]} "
             "DST --val-share 0.1` creates a training and a validation split from it"

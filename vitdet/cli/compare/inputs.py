@@ -101,8 +101,8 @@ class Reader:
                     settings = {key: str(value) for key, value in flatten(config).items()}
                     return Compared(str(path), matches, measured.protocol, settings, metrics)
         raise ValueError(
-            f"{path}: no per-image matches are stored for this checkpoint{problem}; run `vitdet evaluate "
-            f"{path} --plots {path.parent / 'plots'}`"
+            f"{path}: no per-image matches are stored for this checkpoint{problem}; run `vitdet "
+            f"evaluate {path} --plots {path.parent / 'plots'}`"
         )
 
     def _run(self, name: str) -> Compared:
@@ -112,8 +112,9 @@ class Reader:
             measured = _read_measured(downloaded / MATCHES)
             if measured is None:
                 raise ValueError(
-                    f"{run.name} ({run.run_id}): the MLflow run has no per-image matches; use `vitdet "
-                    "evaluate CHECKPOINT --plots FOLDER` with the run's checkpoint to log them"
+                    f"{run.name} ({run.run_id}): the MLflow run has no per-image matches; use "
+                    "`vitdet evaluate CHECKPOINT --plots FOLDER` with the run's checkpoint to log "
+                    "them"
                 )
             matches = load_matches(downloaded / MATCHES)
         return Compared(run.name, matches, measured.protocol, run.params, run.metrics)

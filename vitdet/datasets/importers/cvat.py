@@ -68,9 +68,10 @@ def read_cvat(dataset: ImportedDataset) -> None:
         items[split] = []
         for path, element in pairs:
             with dataset.problems.collect("missing image file"):
-                name = element.get("name") or ""
-                name += ".PNG" if name and not Path(name).suffix else ""  # a frame of a video
-                folder, image = find_image(path, _folders(path, element), name)
+                name, parents = element.get("name") or "", _folders(path, element)
+                if any((parent / f"{name}.PNG").is_file() for parent in parents):
+                    name += ".PNG"  # a frame of a video
+                folder, image = find_image(path, parents, name)
                 folders.add(folder)
                 items[split].append((path, element, image))
             for shape in element:

@@ -67,10 +67,11 @@ def read_yolo(dataset: ImportedDataset) -> None:
     with dataset.problems.collect(HEAD):
         names = head.names()
     images: dict[str, list[Path]] = {}
-    for name in dict.fromkeys(SPLITS.values()):
-        same = [key for key in head.values if SPLITS.get(key.lower()) == name]
+    for known, name in SPLITS.items():
+        same = [key for key in head.values if key.lower() == known]
         with dataset.problems.collect(HEAD):
-            if entries := [entry for key in same for entry in head.entries(key)]:
+            entries = [entry for key in same for entry in head.entries(key)]
+            if entries and name not in images:
                 listed = head.split(name, " and ".join(same), entries)
                 if listed or dataset.problems.counts:
                     images[name] = listed
