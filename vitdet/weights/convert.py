@@ -179,7 +179,9 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
         return []
     with _written(destination) as temporary, open(temporary, "wb") as file:
         arrays = {name: tensor.numpy() for name, tensor in theirs.items()}
-        pickle.dump({"model": arrays, "__author__": AUTHOR}, file, protocol=4)
+        content = pickle.dumps({"model": arrays, "__author__": AUTHOR}, protocol=3)
+        # NumPy before 1.26.1 does not know the new name of its module
+        file.write(content.replace(b"numpy._core", b"numpy.core", 1))
     return []
 
 
