@@ -11,7 +11,14 @@ from safetensors import safe_open
 
 from tests.conftest import minimal
 from tests.helpers.published import file_of
-from vitdet.checkpoint import FORMAT, load_model_file, restore_detector, save, write_tensors
+from vitdet.checkpoint import (
+    FORMAT,
+    load_model_file,
+    restore_detector,
+    save,
+    save_safetensors,
+    write_tensors,
+)
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.models import build_detector
 from vitdet.predictor import Predictor
@@ -141,6 +148,18 @@ def test_a_safetensors_file_names_its_layout(model: Path, recipe: Path, tmp_path
     config = load_config(recipe)
     detector = build_detector(config.model)
     assert not load_pretrained(detector, tmp_path / "ours.safetensors").fresh
+
+
+def test_a_registered_detector_has_the_properties_of_its_checkpoint(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Class names and the scale of relative positions are read from both files."""
+    model = write_model(write_config(tiny, tmp_path / "fork.yaml", FORK), tmp_path / "model.pt")
+    save_safetensors(tmp_path / "registered.safetensors", load_model_file(model))
+    expected = read_source(model, "vitdet")
+    found = read_source(tmp_path / "registered.safetensors", "vitdet")
+    assert expected.scaled and len(expected.class_names) > 1
+    assert (found.scaled, found.class_names) == (expected.scaled, expected.class_names)
 
 
 def test_tensors_may_share_memory(tmp_path: Path) -> None:

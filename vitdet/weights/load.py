@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vitdet.checkpoint import HEADER
 from vitdet.models.attention import Attention
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.formats.table import known, to_ours
@@ -76,6 +77,8 @@ def read_source(path: Path, layout: str) -> Source:
         scaled = {"true": True, "false": False}.get(stored.get("scaled_rel_pos", ""))
         names = tuple(json.loads(stored.get("class_names", "[]")))
         return Source(weights, origin, scaled, names, tuple(notes))
+    if HEADER in stored:  # a registered detector
+        content = json.loads(stored[HEADER])
     scaled = _scaled(content) if layout == "vitdet" else table.scaled
     return Source(weights, layout, scaled, _class_names(content), tuple(notes))
 
