@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from tests.conftest import minimal
 from tests.helpers.published import file_of
+from tests.helpers.runs import assert_equal
 from vitdet.checkpoint import (
     FORMAT,
     load_model_file,
@@ -148,6 +149,19 @@ def test_a_safetensors_file_names_its_layout(model: Path, recipe: Path, tmp_path
     config = load_config(recipe)
     detector = build_detector(config.model)
     assert not load_pretrained(detector, tmp_path / "ours.safetensors").fresh
+
+
+def test_a_detector_in_half_precision_converts_to_detectron2(
+    model: Path, recipe: Path, tmp_path: Path
+) -> None:
+    content, theirs = load_model_file(model), tmp_path / "theirs.pkl"
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = {name: tensor.to(dtype) for name, tensor in content["model"].items()}
+        save(model, {**content, "model": weights})
+        convert_file(model, theirs, "detectron2", reverse=True)
+        convert_file(theirs, tmp_path / "back.pt", "detectron2", recipe)
+        back = load_model_file(tmp_path / "back.pt")["model"]
+        assert_equal(back, {name: tensor.float() for name, tensor in weights.items()})
 
 
 def test_a_registered_detector_has_the_properties_of_its_checkpoint(

@@ -178,7 +178,8 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
         save(destination, {**meta, table.wrappers[0]: theirs})
         return []
     with _written(destination) as temporary, open(temporary, "wb") as file:
-        arrays = {name: tensor.numpy() for name, tensor in theirs.items()}
+        floats = {name: x.float() for name, x in theirs.items() if x.is_floating_point()}
+        arrays = {name: x.numpy() for name, x in (theirs | floats).items()}  # no bfloat16
         content = pickle.dumps({"model": arrays, "__author__": AUTHOR}, protocol=3)
         # NumPy before 1.26.1 does not know the new name of its module
         file.write(content.replace(b"numpy._core", b"numpy.core", 1))
