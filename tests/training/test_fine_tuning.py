@@ -138,3 +138,12 @@ def test_a_detector_without_its_class_layers_is_refused(tmp_path: Path) -> None:
         save(path, {**content, "model": {k: v for k, v in content["model"].items() if k != lost}})
         with refused(rf"missing tensors \(1\): {lost}"):
             load_pretrained(small_detector(), path)
+
+
+def test_class_layers_are_not_loaded_if_the_file_names_only_some_classes(tmp_path: Path) -> None:
+    """mmdet files of models with more classes than their data set, e.g. the default of 80."""
+    path, names = stored(tmp_path / "model.pt"), ["a", "b", "c", "d"]
+    save(path, torch.load(path, weights_only=True) | {"class_names": names[:2]})
+    loaded = load_pretrained(small_detector(seed=2), path, class_names=names)
+    assert set(loaded.fresh) == LAYERS
+    assert loaded.notes[0].endswith("(classes differ, e.g. '' in the file, 'c' in this model)")

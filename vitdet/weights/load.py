@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -188,7 +189,8 @@ def _other_classes(
     if there != here:
         return layers, f"number of classes: {there} in the file, {here} in this model"
     if theirs and ours and theirs != ours:
-        first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
+        pairs = zip_longest(theirs, ours, fillvalue="")
+        first = next(pair for pair in pairs if pair[0] != pair[1])
         return layers, f"classes differ, e.g. {first[0]!r} in the file, {first[1]!r} in this model"
     other_loss = (_CLASS_WEIGHTS in state) != (_CLASS_WEIGHTS in weights)
     return ({_CLASS_WEIGHTS} if other_loss else set()), "a different loss"
