@@ -97,6 +97,19 @@ def test_the_depth_stored_in_a_tiff_is_used(tmp_path: Path) -> None:
         assert np.array_equal(open_image(tmp_path / "x.tif", reading), rgb(SEEN))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_tiff_in_which_zero_is_white_is_not_a_negative(kind: type, tmp_path: Path) -> None:
+    path, deep = tmp_path / "x.tif", kind != np.uint8
+    Image.fromarray((MANY[..., 0] >> (0 if deep else 8)).astype(kind)).save(path)
+    expected = 255 - np.asarray(open_image(path))
+    black, white = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0))
+    assert black in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(black, white))
+    assert np.array_equal(open_image(path), expected)
+    with Image.open(path) as file:
+        assert np.array_equal(read_image(file), expected)
+
+
 @pytest.mark.parametrize("reading", [Reading(), Reading(bit_depth=8), TWELVE])
 def test_eight_bit_values_are_unchanged(reading: Reading, tmp_path: Path) -> None:
     path = tmp_path / "x.png"

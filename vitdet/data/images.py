@@ -39,7 +39,7 @@ TURNS = {
 JPEGS = ("JPEG", "MPO")
 DRAWINGS = ("EPS", "WMF")  # vector formats, which Pillow does not decode itself
 SIXTEEN = ("PNG", "PPM")  # formats whose 16-bit values some versions of Pillow return as 32 bits
-NEW_SUBFILE_TYPE, BITS_PER_SAMPLE = 254, 258  # TIFF tags
+NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC = 254, 258, 262  # TIFF tags
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,10 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def _eight_bits(image: Image.Image, stated: int, reading: Reading) -> Image.Image:
     """Scale gray values of up to 16 bits to 8 bits; Pillow would clip values at 255."""
     depth = _depth(image, _highest(image), stated, reading)
-    return Image.fromarray((np.asarray(image) >> (depth - 8)).astype(np.uint8))
+    pixels = (np.asarray(image) >> (depth - 8)).astype(np.uint8)
+    # 0 is white; Pillow inverts only values of up to 8 bits
+    negative = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
+    return Image.fromarray(~pixels if negative else pixels)
 
 
 def _highest(image: Image.Image) -> int:
