@@ -171,6 +171,8 @@ def zipped(name: str, content: bytes) -> bytes:
         (b"<HTML><head>", "an HTML page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML document"),
         (b'{"error": "not found"}', "a JSON document"),
+        (b'{\n  "weight_map": {}\n}\n', "a JSON document"),
+        (b'{\r\n  "weight_map": {}\r\n}\r\n', "a JSON document"),
         (gzip.compress(b"weights", mtime=0), "a gzip archive; unpack it first"),
     ],
 )
@@ -189,6 +191,14 @@ def test_an_archive_of_other_files_is_reported(tmp_path: Path) -> None:
     archive.write_bytes(zipped("run/w.safetensors", b""))
     with refused(r"a zip archive with run/w\.safetensors"):
         read_file(archive)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_torchscript_program_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), path)
+    with refused(f"^{path}: this is a TorchScript program; expected a state dict$"):
+        read_file(path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 HEAD = 512  # bytes read to identify a file
 LIMIT = 100 << 20  # maximum length of a safetensors header in bytes
 PAGE = "an HTML page; the download may require a login or a different URL"
+JSON = "a JSON document, such as a server's error or an index of other files"
 # Descriptions of files that are not weights, by their first bytes (TEXTS: in lower case)
 TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` in its "
@@ -16,7 +17,9 @@ TEXTS = {
     b"<!doctype html": PAGE,
     b"<html": PAGE,
     b"<?xml": "an XML document, such as a storage server's error; download the file again",
-    b'{"': "a JSON document, such as a server's error or an index of other files",
+    b'{"': JSON,
+    b"{\n": JSON,
+    b"{\r\n": JSON,
 }
 BINARIES = {
     b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -84,3 +87,5 @@ def _check_zip(path: Path) -> None:
         shown = ", ".join(names[:3]) or "no files"
         what = f"this is a zip archive with {shown}, not a weights file"
         raise ValueError(f"{path}: {what}; unpack it first")
+    if any(name.endswith("constants.pkl") for name in names):
+        raise ValueError(f"{path}: this is a TorchScript program; expected a state dict")
