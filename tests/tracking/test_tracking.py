@@ -216,6 +216,9 @@ def test_a_run_that_the_server_lost_is_recreated(tmp_path: Path, store: str) -> 
     again.close()
     assert again.run_id != deleted
     assert points(store, again.run_id, "loss") == once(range(2))
+    # earlier checkpoints, such as best.pt, contain the ID of the deleted run
+    assert tracking.log_metrics(deleted, store, tmp_path, {"box_ap": 1.0}, 1) == again.run_id
+    assert tracking.connect_run(deleted, store, tmp_path)[1] == again.run_id
 
 
 def test_connect_names_the_missing_server_or_run(

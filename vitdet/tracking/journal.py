@@ -1,8 +1,9 @@
 """The journal: a file with the records of a run that are sent to the tracking server.
 
 FOLDER/journal/KEY.jsonl contains one record per line, e.g. the start of the run, metrics, or the
-end of the run. KEY.json is the cursor: the run's ID on the server and the byte offset of the
-first line that has not been sent. KEY.files/ contains copies of files that have not been uploaded.
+end of the run. KEY.json is the cursor: the run's ID on the server, the IDs of earlier runs that
+were created from the same records, and the byte offset of the first line that has not been sent.
+KEY.files/ contains copies of files that have not been uploaded.
 Each line is written without buffering, so that no record is lost if the process is killed.
 """
 
@@ -151,7 +152,14 @@ class Journal:
 
     def move(self, run_id: str | None, offset: int) -> None:
         """Store the run's ID on the server, if any, and the offset of the first line to send."""
-        write_json(self._cursor, self._read_cursor() | {"run_id": run_id, "offset": offset})
+        earlier = [name for name in self.run_ids() if name != run_id]
+        new = {"run_id": run_id, "earlier": earlier, "offset": offset}
+        write_json(self._cursor, self._read_cursor() | new)
+
+    def run_ids(self) -> list[str]:
+        """Return the run's ID on the server, if any, and the IDs of earlier runs."""
+        cursor = self._read_cursor()
+        return [name for name in (cursor["run_id"], *cursor.get("earlier", ())) if name]
 
     def _read_cursor(self) -> dict:
         if not self._cursor.exists():
@@ -178,9 +186,12 @@ class Journal:
 
 
 def find(folder: Path, run_id: str | None) -> Journal:
-    """Return the journal of the run with this (server or pending) ID, or a new journal."""
+    """Return the journal of the run with this (server or pending) ID, or a new journal.
+
+    Checkpoints that were saved before the run was created again contain an earlier ID.
+    """
     for journal in journals(folder) if run_id else ():
-        if run_id in (PENDING + journal.key, journal.cursor()[0]):
+        if run_id in (PENDING + journal.key, *journal.run_ids()):
             return journal
     journal = Journal(folder, uuid.uuid4().hex)
     if run_id and not run_id.startswith(PENDING):
