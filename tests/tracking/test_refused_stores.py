@@ -92,7 +92,12 @@ def test_a_file_that_is_not_a_database_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", [*ADDRESSES, "http://", "https:///a", "http://h:99999", "http://h:a"]
+    "uri",
+    [
+        *ADDRESSES,
+        *("http://", "https:///a", "http://h:99999", "http://h:a"),
+        "http://h:1/#/experiments/1",  # copied from the UI
+    ],
 )
 def test_wrong_uris_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     assert uri in refused(lambda: tracking.tracking_uri(uri, tmp_path))

@@ -62,7 +62,8 @@ def check_uri(name: str, uri: str) -> None:
     if not re.match(r"https?://", uri, re.IGNORECASE):
         return
     try:
-        valid = urlsplit(uri).hostname and urlsplit(uri).port != 0
+        parts = urlsplit(uri)  # the addresses of the UI's pages have a fragment
+        valid = parts.hostname and parts.port != 0 and not parts.fragment
     except ValueError:
         valid = False
     if not valid:
