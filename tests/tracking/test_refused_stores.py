@@ -16,6 +16,7 @@ from tests.tracking.test_tracking import start
 from vitdet.cli import main
 from vitdet.config import load_config
 from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.client import first_line
 from vitdet.tracking.comparison import start_parent_run
 from vitdet.tracking.journal import find
 from vitdet.tracking.mlflow import connect
@@ -211,3 +212,18 @@ def test_an_error_of_the_database_is_reported_in_one_line(
     with pytest.raises(ConnectionError, match=reason):
         connect("", tmp_path).create_run(experiment)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_cause_of_a_failed_connection_is_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Server() as absent:
+        uri = absent.uri
+    start(tmp_path, uri).close()  # no server listens there
+    assert "Connection refused" in caplog.text
+
+
+def test_a_long_message_keeps_its_end_and_hides_credentials() -> None:
+    said = first_line(f"GET http://u:{'s3cret' * 50}@h/a failed{' again' * 100}: refused\nmore")
+    assert len(said) <= 300 and said.startswith("GET http://***@h/a") and "s3cret" not in said
+    assert said.endswith("again: refused")

@@ -227,6 +227,10 @@ def _is_denied(error: Exception, uri: str) -> bool:
 
 
 def first_line(error: object) -> str:
-    """Return up to 300 characters of an error's first line, without credentials."""
+    """Return an error's first line without credentials; of a long line, the start and the end.
+
+    The end contains the cause: `(Caused by ...: Connection refused'))`.
+    """
     text = re.sub(r"^\(raised as a result of .*\)\n", "", str(error).strip())  # from SQLAlchemy
-    return hide_credentials((text.splitlines() or [repr(error)])[0][:300])
+    line = hide_credentials((text.splitlines() or [repr(error)])[0])
+    return line if len(line) <= 300 else f"{line[:100]} ... {line[-195:]}"
