@@ -221,6 +221,18 @@ def test_a_run_that_the_server_lost_is_recreated(tmp_path: Path, store: str) -> 
     assert tracking.connect_run(deleted, store, tmp_path)[1] == again.run_id
 
 
+def test_a_run_that_is_deleted_during_training_is_recreated(
+    tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start(tmp_path, store)
+    deleted = tracker.run_id
+    tracking.open_client(store).delete_run(deleted)
+    log(tracker, range(3))
+    tracker.close()
+    assert tracker.run_id != deleted and "rejects" not in caplog.text
+    assert points(store, tracker.run_id, "loss") == once(range(3))
+
+
 def test_connect_names_the_missing_server_or_run(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

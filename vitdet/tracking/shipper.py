@@ -229,6 +229,8 @@ class Shipper:
             elif "file" in record:
                 self.journal.adopt(record)
         except InvalidRequestError as error:  # sending the same record again cannot succeed
+            if client.get_run(run_id).info.lifecycle_stage != "active":
+                raise LookupError(f"run {run_id} was deleted") from None
             names = {name for item in records for name in item.get("points", ())} - self._rejected
             if len(names) > 1:  # an invalid name must not affect the other metrics
                 for name in sorted(names):
