@@ -22,7 +22,8 @@ BY_HAND = {"vitdet-mlflow", "mlflow-server", "mlflow-tls"}
 RUNTIMES = ("ClusterTrainingRuntime", "TrainingRuntime")
 CLUSTER_SCOPED = {"PriorityClass"}
 
-# Variables set by the operators; Trainer rejects them (torch.go of v2.3: TorchRunReservedEnvNames)
+# Variables set by the operators; Trainer rejects those of a TrainJob and overwrites those of a runtime
+# (torch.go of v2.3: TorchRunReservedEnvNames)
 RESERVED = {
     f"PET_{name}" for name in "NNODES NPROC_PER_NODE NODE_RANK MASTER_ADDR MASTER_PORT".split()
 }
