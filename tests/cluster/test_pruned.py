@@ -57,7 +57,7 @@ def test_each_version_of_trainer_has_one_of_two_fields_for_pod_settings(field: s
     _, error = check_dropped(KINDS["trainjob"], job, without(job, field))
     assert error.startswith(f"the cluster's TrainJob has no spec.{field} (")
     assert error.endswith("; the job would train differently") and "2.2" in error
-    # no pod settings of the launcher, but of the template, in a cluster with neither field
+    # only the template sets pod settings, and the cluster has neither field
     job["spec"][field][1] = {"metadata": {}}
     error = check_dropped(KINDS["trainjob"], job, without(job, *PATCHES))[1]
     assert f"spec.{field} (" in error

@@ -81,7 +81,7 @@ def kind_of(folder: Path) -> Kind:
             return kind
     files = ", ".join(sorted({kind.file for kind in KINDS}))
     raise ValueError(
-        f"{folder} is no case that is known here: it needs one of {files} and the config.json of its kind"
+        f"{folder} is not a known case: expected one of {files} and the matching config.json"
     )
 
 

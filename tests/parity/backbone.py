@@ -210,9 +210,7 @@ def system_of(settings: dict) -> System:
     if unknown := sorted(settings.keys() - set(system.settings)):
         raise ValueError(f"settings of a {kind} that are not rebuilt here: {', '.join(unknown)}")
     if settings.get("qk_scale") is not None:
-        raise ValueError(
-            f"qk_scale: expected null, the square root of a head's channels, got {settings['qk_scale']}"
-        )
+        raise ValueError(f"qk_scale: expected null (head_dim ** -0.5), got {settings['qk_scale']}")
     return system
 
 

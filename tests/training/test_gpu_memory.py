@@ -198,8 +198,8 @@ def test_checkpointed_blocks_need_less_gpu_memory() -> None:
     torch.manual_seed(0)
     backbone = build_backbone(replace(Config().model, backbone=settings)).cuda().train()
     images, peaks, gradients = torch.randn(2, 3, 512, 512, device="cuda"), [], []
-    for again in (False, False, True):  # the first pass selects kernels
-        backbone.blocks.checkpointing = again
+    for checkpointing in (False, False, True):  # the first pass selects kernels
+        backbone.blocks.checkpointing = checkpointing
         backbone.zero_grad()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -208,7 +208,7 @@ def test_checkpointed_blocks_need_less_gpu_memory() -> None:
             backbone(images).float().square().mean().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
-    print(f"peak of ViT-B, 2 images of 512 pixels: {peaks[1]} bytes, computed again: {peaks[2]}")
+    print(f"peak of ViT-B, 2 images of 512 pixels: {peaks[1]} bytes, checkpointed: {peaks[2]}")
     assert peaks[2] < 0.7 * peaks[1]
     # not bitwise equal, as kernels add in any order
     assert (gradients[2] - gradients[1]).norm() < 1e-2 * gradients[1].norm()
