@@ -74,7 +74,9 @@ def test_each_variable_occurs_once_in_a_training_job(namespace: str, kind: str) 
     task = {"env": [*INJECTED, *secret_env("exec-train-job")]}
     request = JobRequest("vitdet-tiny", namespace, {}, "", ["train", "tiny"], 2, "", task=task)
     job = fill_template(template(kind), KINDS[kind], request)
-    made = json.loads(kubectl("create --dry-run=server -o json -f -", given=job))
+    # like the launcher, kubectl does not validate: each version of Trainer lacks one of the fields
+    words = "create --validate=false --dry-run=server -o json -f -"
+    made = json.loads(kubectl(words, given=job))
     for container in job_containers(made):
         names = [variable["name"] for variable in container["env"]]
         assert names.count("MLFLOW_TRACKING_URI") == 1 and len(names) == len(set(names))
