@@ -73,12 +73,13 @@ def caption_font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
     This is Pillow's default font, which has only ASCII, or the installed font that has most of the
     other characters. Raises RuntimeError if Pillow was built without FreeType.
     """
+    others = "".join(sorted({char for char in text if not char.isascii()}))
+    if others and (path := _font_with(others)):
+        return ImageFont.truetype(path, size)
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType; install a Pillow wheel")
-    others = "".join(sorted({char for char in text if not char.isascii()}))
-    path = _font_with(others) if others else ""
-    return ImageFont.truetype(path, size) if path else font
+    return font
 
 
 @cache
@@ -154,9 +155,11 @@ def paint(
     for i in order:
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[Frame] = []
+    height = max(12, round(max(size) / 52))
+    default = caption_font(height)
     for i in reversed(order):  # captions of small objects are placed first
         text = unicodedata.normalize("NFC", captions[i])  # fonts have composed characters
-        font = caption_font(max(12, round(max(size) / 52)), text)
+        font = default if text.isascii() else caption_font(height, text)
         taken.append(_paint_caption(canvas, corners[i], text, colors[i], font, taken))
     return canvas
 

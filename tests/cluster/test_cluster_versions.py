@@ -82,7 +82,7 @@ def test_the_pod_settings_of_a_trainjob_reach_trainer_2_1(still: Scene, older_tr
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
         "volume_mounts": [{"name": "data", "mountPath": "/data"}],
     }
-    # no operator serves the group, so the launcher gives up
+    # no operator watches this API group, so the launcher gives up
     with pytest.raises(RuntimeError, match="has had no status"):
         timeouts = replace(QUICK, operator=3)
         arguments = {"kind": "trainjob", "task": task, "timeouts": timeouts}
@@ -110,7 +110,7 @@ def test_lost_pod_settings_are_an_error_and_a_lost_deadline_is_a_warning(
     assert "spec.runtimePatches, which set nodeSelector of the pods (upgrade Kubeflow" in text
     assert "\n" not in text and any("no spec.activeDeadlineSeconds" in line for line in still.lines)
     wait_until(lambda: still.job("lost", "trainjob") is None)
-    # without pod settings only the deadline and labels are lost; no operator serves the group, so the launcher gives up
+    # without pod settings only the deadline and labels are lost; no operator watches this API group, so the launcher gives up
     with pytest.raises(RuntimeError, match="has had no status"):
         timeouts = replace(QUICK, operator=3)
         still.launch(older_trainer, ["true"], "warned", kind="trainjob", timeouts=timeouts)

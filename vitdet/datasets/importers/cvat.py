@@ -69,7 +69,8 @@ def read_cvat(dataset: ImportedDataset) -> None:
         for path, element in pairs:
             with dataset.problems.collect("missing image file"):
                 name, parents = element.get("name") or "", _folders(path, element)
-                if any((parent / f"{name}.PNG").is_file() for parent in parents):
+                frames = [parent / f"{name}.PNG" for parent in parents if not Path(name).suffix]
+                if any(frame.is_file() for frame in frames):
                     name += ".PNG"  # a frame of a video
                 folder, image = find_image(path, parents, name)
                 folders.add(folder)
