@@ -120,6 +120,13 @@ def test_a_missing_image_has_no_pictures(page: Path) -> None:
     assert "1.jpg" in text and "2.jpg" not in text
 
 
+@pytest.mark.parametrize("name", [7, None, ["1.jpg"], {}])
+def test_an_image_without_a_valid_name_has_no_pictures(truth: Truth, name: object) -> None:
+    images = images_of(truth.path, "coco")
+    truth.images[2]["file_name"] = name
+    assert images and list(draw_pairs(truth, [], [1, 2], 0.5, images)) == [1]
+
+
 def test_without_images_there_are_no_pictures(truth: Truth, tmp_path: Path) -> None:
     write_page(tmp_path / "r.html", [analysis("mask", CLASSES, [1])], FACTS, truth, [], None)
     text = (tmp_path / "r.html").read_text()
