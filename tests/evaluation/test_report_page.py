@@ -125,6 +125,8 @@ def test_an_image_without_a_valid_name_has_no_pictures(truth: Truth, name: objec
     images = images_of(truth.path, "coco")
     truth.images[2]["file_name"] = name
     assert images and list(draw_pairs(truth, [], [1, 2], 0.5, images)) == [1]
+    truth.images[2] |= {"file_name": "1.jpg", "coco_url": name or 7}
+    assert list(draw_pairs(truth, [], [1, 2], 0.5, replace(images, lvis=True))) == [1]
 
 
 def test_without_images_there_are_no_pictures(truth: Truth, tmp_path: Path) -> None:

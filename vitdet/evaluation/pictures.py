@@ -170,7 +170,7 @@ def draw_pairs(
         try:
             name = existing_name(images.folder, image_name(truth.images[image_id], images.lvis))
             picture = read_image(images.folder / name, images.reading)
-        except (OSError, ValueError, KeyError, TypeError):  # the last two: no valid file name
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # e.g. no file name
             continue
         if (picture.height, picture.width) == truth.sides(image_id):
             left, right = (_draw(picture, side[image_id], labels) for side in (objects, found))
