@@ -75,7 +75,7 @@ def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], st
     if "spec.runtimePatches" in dropped and queue_name(sent):
         # Kueue sets node selectors in its own patch (pkg/controller/jobs/trainjob)
         warnings.append(
-            f"{missing}spec.runtimePatches: Kueue 0.17 or later cannot start it; "
+            f"{missing}spec.runtimePatches: Kueue 0.17 or later cannot start the job; "
             f"{REMEDIES['runtimePatches']}"
         )
     for path in dropped:

@@ -71,7 +71,7 @@ def test_a_queued_trainjob_that_kueue_cannot_start_is_reported() -> None:
         warnings, error = check_dropped(KINDS["trainjob"], job, received)
         assert not error
         assert [text.partition(";")[0] for text in warnings] == said * [
-            "the cluster's TrainJob has no spec.runtimePatches: Kueue 0.17 or later cannot start it"
+            "the cluster's TrainJob has no spec.runtimePatches: Kueue 0.17 or later cannot start the job"
         ]
 
 
